@@ -1,0 +1,174 @@
+"""The one small protocol behind which all object storage lies.
+
+An object is a name and bytes, written whole or not at all; there is no append and no rename.  A name is a path
+of lower-case segments, so that every store (a directory, S3, memory) can hold every object of every other.
+`create` is the only arbiter between writers: where `properties.conditional_put` is true exactly one of many
+concurrent creates of a name says True.  Everything else (retry, throttle, faults) wraps a store in a store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from snapchain.errors import InvalidInput
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Data: TypeAlias = Buffer | Sequence[Buffer]
+
+LONGEST_NAME = 512
+"""Bytes.  S3 keys end at 1024, which leaves room for the prefix of the repository inside its bucket."""
+LONGEST_SEGMENT = 200
+"""Bytes.  File names end at 255 (NAME_MAX), or 143 under eCryptfs, which is not worth refusing the rest for."""
+TEMPORARY = "tmp"
+"""First segment that no object may have: the local store keeps unfinished files there."""
+
+_NAME = re.compile(r"[a-z0-9._-]+(?:/[a-z0-9._-]+)*", re.ASCII)
+_PREFIX = re.compile(r"(?:[a-z0-9._-]+/)*(?:[a-z0-9._-]+)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One line of a listing.
+
+    name: full object name; size: bytes; modified: seconds since 1970 by the *store's* clock, None when it has none
+    """
+
+    name: str
+    size: int
+    modified: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Properties:
+    """What a store was found to keep to.
+
+    conditional_put: `create` is atomic; None until somebody looked (probe.probe), which callers must treat as False
+    description: for people, e.g. `directory /backup`
+    """
+
+    conditional_put: bool | None
+    description: str
+
+
+class ObjectStore(Protocol):
+    """Object storage.  All methods may be called from many threads at once.
+
+    Errors: NotFound (only `get`), Corrupt (`get` of a range that the object does not have, or bytes that did not
+    survive the way), Unavailable (server, disk or network; `hint` says what to do), Unsupported, InvalidInput (names).
+    """
+
+    properties: Properties
+
+    @property
+    def url(self) -> str:
+        """Where it is, as `open_store` takes it; holds no secret."""
+        ...
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What the operator should be told about this store, e.g. that it is reached without TLS."""
+        ...
+
+    def put(self, name: str, data: Data) -> None:
+        """Create or replace.  Whole or not there at any moment; durable on return."""
+        ...
+
+    def create(self, name: str, data: Data) -> bool:
+        """Like `put` when `name` does not exist; False, with nothing changed, when it does.
+
+        Atomic only where `properties.conditional_put` is true; see exclusive.create_exclusively for the others.
+        """
+        ...
+
+    def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """The bytes [offset, offset+length), or to the end.  Never fewer: a shorter object is Corrupt."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Bytes of the object, None when there is none."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects whose name starts with `prefix` (a string prefix, as in S3), ascending by name.
+
+        Objects that come or go meanwhile may or may not be listed.  A store that is not there yet is empty.
+        """
+        ...
+
+    def list_dirs(self, prefix: str) -> Iterator[str]:
+        """The next segments under directory `prefix` that have objects below them, ascending, without slashes.
+
+        `list_dirs("disks/")` gives `a` for `disks/a/1`.  The last slash of the prefix may be left out.
+        """
+        ...
+
+    def delete(self, name: str) -> None:
+        """Make it not exist.  Idempotent."""
+        ...
+
+    def close(self) -> None:
+        """Give back connections and descriptors.  Idempotent; the store is not used afterwards."""
+        ...
+
+
+def valid_name(name: str) -> str:
+    """`name`, when it may name an object.
+
+    Raises InvalidInput: not `[a-z0-9._-]+` segments joined by single slashes, a segment `.` or `..`, too long, or
+    under `tmp/`.  Upper case is out because two names may then be one on a case-folding file system.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidInput("not an object name: only [a-z0-9._-] segments joined by '/'", subject=repr(name))
+    _check_segments(name)
+    return name
+
+
+def valid_prefix(prefix: str) -> str:
+    """`prefix`, when it may be the beginning of an object name (or empty).  Raises InvalidInput."""
+    if not _PREFIX.fullmatch(prefix):
+        raise InvalidInput("not the beginning of an object name", subject=repr(prefix))
+    _check_segments(prefix)
+    return prefix
+
+
+def directory_prefix(prefix: str) -> str:
+    """`prefix` as a directory: empty, or with exactly one slash at its end.  Raises InvalidInput."""
+    return valid_prefix(prefix if not prefix or prefix.endswith("/") else f"{prefix}/")
+
+
+def _check_segments(name: str) -> None:
+    segments = name.split("/")
+    if "." in segments or ".." in segments:
+        raise InvalidInput("an object name has no '.' or '..' segment", subject=repr(name))
+    if segments[0] == TEMPORARY and len(segments) > 1:
+        raise InvalidInput(f"the names under {TEMPORARY}/ are not for objects", subject=repr(name))
+    if len(name) > LONGEST_NAME or max(map(len, segments)) > LONGEST_SEGMENT:
+        raise InvalidInput(
+            f"an object name is at most {LONGEST_NAME} bytes, {LONGEST_SEGMENT} a segment", subject=repr(name)
+        )
+
+
+def valid_range(name: str, offset: int, length: int | None) -> None:
+    """Raises InvalidInput for a negative offset or length."""
+    if offset < 0 or (length is not None and length < 0):
+        raise InvalidInput(f"not a byte range: offset {offset}, length {length}", subject=name)
+
+
+def buffers(data: Data) -> list[memoryview]:
+    """`data` as flat byte views, none of them empty, without copying.  Raises InvalidInput for other types."""
+    parts: Iterable[Buffer] = (data,) if isinstance(data, bytes | bytearray | memoryview) else data
+    try:
+        views = [memoryview(part).cast("B") for part in parts]
+    except TypeError as error:
+        raise InvalidInput(f"an object's data are bytes-like buffers: {error}") from error
+    return [view for view in views if view.nbytes]
+
+
+def joined(data: Data) -> bytes:
+    """`data` as one bytes object; copies unless it is one already."""
+    if isinstance(data, bytes):
+        return data
+    return b"".join(buffers(data))
