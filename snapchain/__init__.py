@@ -1,0 +1,1 @@
+"""snapchain: ship, merge and restore the snapshot chains of QEMU disks."""

@@ -1,0 +1,122 @@
+"""Every error that snapchain raises on purpose, grouped by what the caller should do.
+
+    SnapchainError
+    ├── InvalidInput  (ValueError)   2   the request is wrong: change it
+    ├── NotFound      (LookupError)  3   the thing named is not there
+    ├── Conflict                     4   somebody else was faster: look again, then retry
+    │   └── Diverged                 4   both sides went their own way: choose one
+    ├── Corrupt                      5   stored bytes are not what was written
+    ├── Unsupported                  6   a valid thing that snapchain refuses to handle
+    ├── Unavailable                  7   a server, disk or network failed: retrying may help
+    ├── ToolFailed                   8   an external program failed
+    └── Busy                         9   somebody has it open: wait, or stop them
+
+The number is the exit code of the command line.  `Interrupted` (130) is not an error of this tree: it
+derives from KeyboardInterrupt, so that no handler of errors swallows a Ctrl-C.
+
+An error carries facts, not prose: what is wrong (`message`), with which file or object (`subject`), and
+what to do (`hint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SnapchainError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code = 1
+    kind = "error"
+
+    def __init__(self, message: str, *, subject: object = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.subject = None if subject is None else str(subject)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.subject is None else f"{self.subject}: {self.message}"
+
+
+class InvalidInput(SnapchainError, ValueError):
+    """The request itself is wrong; nothing was done."""
+
+    exit_code = 2
+    kind = "invalid-input"
+
+
+class NotFound(SnapchainError, LookupError):
+    """The disk, point, layer, file or object named does not exist."""
+
+    exit_code = 3
+    kind = "not-found"
+
+
+class Conflict(SnapchainError):
+    """Another writer changed what this one was about to change."""
+
+    exit_code = 4
+    kind = "conflict"
+
+
+class Diverged(Conflict):
+    """Both sides hold layers that the other does not know."""
+
+    kind = "diverged"
+
+
+class Corrupt(SnapchainError):
+    """Stored bytes are damaged, forged, or contradict each other."""
+
+    exit_code = 5
+    kind = "corrupt"
+
+
+class Unsupported(SnapchainError):
+    """A feature that snapchain refuses on purpose."""
+
+    exit_code = 6
+    kind = "unsupported"
+
+
+class Unavailable(SnapchainError):
+    """A server, disk or network did not do its part; the same call may succeed later."""
+
+    exit_code = 7
+    kind = "unavailable"
+
+
+class ToolFailed(SnapchainError):
+    """An external program failed. Holds its argument list, exit status and whole stderr."""
+
+    exit_code = 8
+    kind = "tool-failed"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        argv: Sequence[str],
+        status: int,
+        stderr: str,
+        subject: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, subject=subject, hint=hint)
+        self.argv = tuple(argv)
+        self.status = status
+        self.stderr = stderr
+
+
+class Busy(SnapchainError):
+    """Somebody has the image or the lease open."""
+
+    exit_code = 9
+    kind = "busy"
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; what was done so far is as good as before the command."""
+
+    exit_code = 130
