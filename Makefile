@@ -1,0 +1,48 @@
+# Everything a newcomer runs. Each target first sees to it that what it needs is there (.ci/setup), which costs
+# nothing the second time.
+
+SHELL := /bin/bash
+export PATH := $(PATH):/usr/sbin:/sbin
+PY := .venv/bin/python
+# Two workers: what the time limits of this project are stated for.
+WORKERS ?= 2
+# Further arguments for pytest, as in: make test ARGS='-k qcow2 -x'
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench soak clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
+
+demo:  ## the main job on a real Linux disk image, in under two minutes
+	@.ci/setup demo
+	@$(PY) docs/demo/demo.py $(ARGS)
+
+test:  ## all tests
+	@.ci/setup test
+	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+check:  ## ruff, mypy --strict, the architecture test
+	@.ci/setup lint
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+	@$(PY) -m pytest -q tests/test_architecture.py tests/test_errors.py
+
+format:  ## put the code in the one layout, and fix what ruff can fix
+	@.ci/setup lint
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+bench:  ## measure the promises of speed and memory
+	@.ci/setup bench
+	@$(PY) -m pytest -p no:xdist -m bench -s --timeout 1800 $(ARGS)
+
+soak:  ## the tests that run for minutes
+	@.ci/setup test
+	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m soak --timeout 3600 $(ARGS)
+
+clean:  ## forget everything made here, the virtual environment too
+	rm -rf .venv .cache build dist demo-work fixtures/made .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
