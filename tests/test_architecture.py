@@ -1,0 +1,175 @@
+"""The shape of the code, held by reading it: who imports whom, how long a module may be, what start-up costs."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "snapchain"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+BOTTOM = {"errors"}
+FLOOR = {"errors", "model", "host"}
+
+# part -> the parts it may import besides itself. Down only; siblings do not know each other.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "model": BOTTOM,
+    "host": BOTTOM,
+    "objects": BOTTOM | {"host"},
+    "image": FLOOR,
+    "vm": FLOOR,
+    "repository": FLOOR | {"objects"},
+    "replica": FLOOR | {"objects"},
+    # Opens what a URL names, so it is the one place above the kinds of destination and below the use cases.
+    "destinations": FLOOR | {"objects", "repository", "replica"},
+    "ops": FLOOR | {"objects", "image", "vm", "repository", "replica", "destinations"},
+    # The command line parses, shows and calls ops. It sees errors, to turn them into exit codes.
+    "cli": BOTTOM | {"ops"},
+    # `snapchain` itself: the public names, each loaded when first asked for.
+    "__init__": FLOOR | {"objects", "image", "vm", "repository", "replica", "destinations", "ops"},
+    # `python -m snapchain`
+    "__main__": {"cli"},
+    # Ships for users' tests; may look at everything, and nothing below may look at it.
+    "testing": FLOOR | {"objects", "image", "vm", "repository", "replica", "destinations", "ops", "cli"},
+}
+
+# third-party module -> the parts that may import it. What is not listed is no dependency of the project.
+THIRD_PARTY: dict[str, set[str]] = {
+    "sh": {"host"},
+    "boto3": {"objects"},
+    "botocore": {"objects"},
+    "mypy_boto3_s3": {"objects"},
+    "typer": {"cli"},
+    "click": {"cli"},
+    "rich": {"cli"},
+    "cryptography": {"repository"},
+    "numpy": {"model", "image", "vm", "repository", "replica", "ops", "testing"},
+    "blake3": {"model", "image", "repository", "replica", "ops", "testing"},
+    "zstandard": {"image", "repository", "replica"},
+    "pydantic": {"image", "vm", "objects", "repository", "replica", "ops", "testing"},
+    "hypothesis": {"testing"},
+    "pytest": {"testing"},
+}
+
+# Modules of the standard library by which a pure function could touch the world.
+IMPURE = {
+    "asyncio", "concurrent", "ctypes", "fcntl", "glob", "io", "logging", "mmap", "multiprocessing", "os", "pathlib",
+    "random", "secrets", "select", "shutil", "signal", "socket", "subprocess", "tempfile", "threading", "urllib",
+}  # fmt: skip
+
+# What `snapchain --help` must not wait for.
+HEAVY = {"boto3", "botocore", "cryptography", "numpy", "pydantic", "zstandard", "blake3", "sh", "hypothesis", "pytest"}
+
+
+def part_of(path: Path) -> str:
+    """`snapchain/image/scan.py` -> image; `snapchain/errors.py` -> errors."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """(absolute module name, line) of every import in a file, wherever it stands in it."""
+    package = ("snapchain", *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            yield module, node.lineno
+            if module == "snapchain":  # from snapchain import image
+                for name in node.names:
+                    yield f"snapchain.{name.name}", node.lineno
+
+
+def imports_of_package(path: Path) -> Iterator[tuple[str, int]]:
+    for module, line in imported(path):
+        parts = module.split(".")
+        if parts[0] == "snapchain" and len(parts) > 1:
+            yield parts[1], line
+
+
+def where(path: Path, line: int) -> str:
+    return f"{path.relative_to(ROOT)}:{line}"
+
+
+def test_every_part_is_named_in_the_design() -> None:
+    assert {part_of(path) for path in MODULES} <= set(MAY_IMPORT)
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"{where(path, line)}: {part_of(path)} imports {target}"
+        for path in MODULES
+        for target, line in imports_of_package(path)
+        if target in MAY_IMPORT and target != part_of(path) and target not in MAY_IMPORT[part_of(path)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_itself_has_no_way_back_up() -> None:
+    def below(part: str) -> set[str]:
+        return MAY_IMPORT[part].union(*(below(lower) for lower in MAY_IMPORT[part]))
+
+    assert all(part not in below(part) for part in MAY_IMPORT)
+
+
+def test_third_party_modules_stay_in_their_parts() -> None:
+    wrong = []
+    for path in MODULES:
+        for module, line in imported(path):
+            top = module.split(".")[0]
+            if top == "snapchain" or top in sys.stdlib_module_names:
+                continue
+            if part_of(path) not in THIRD_PARTY.get(top, set()):
+                wrong.append(f"{where(path, line)}: {part_of(path)} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_model_is_pure() -> None:
+    wrong = []
+    for path in (path for path in MODULES if part_of(path) == "model"):
+        wrong += [f"{where(path, line)}: {name}" for name, line in imported(path) if name.split(".")[0] in IMPURE]
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"open", "print"}:
+                wrong.append(f"{where(path, node.lineno)}: {node.func.id}()")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_is_a_drawer_for_leftovers() -> None:
+    drawers = {"util", "utils", "helper", "helpers", "common", "manager", "misc", "base", "core"}
+    assert not [str(path.relative_to(ROOT)) for path in MODULES if path.stem in drawers or path.parent.name in drawers]
+
+
+def test_a_module_holds_one_concept() -> None:
+    lines = {path: len(path.read_text().splitlines()) for path in MODULES if path.stat().st_size}
+    assert not [f"{path.relative_to(ROOT)}: {count} lines" for path, count in lines.items() if count > 400]
+    assert statistics.median(lines.values()) < 150
+
+
+def test_every_module_says_its_idea() -> None:
+    mute = [path for path in MODULES if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_bytes()))]
+    assert not mute
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["ship", "--help"], ["--version"]])
+def test_help_starts_without_the_heavy_imports(arguments: list[str]) -> None:
+    program = (
+        "import sys\n"
+        "from snapchain.cli import main\n"
+        f"status = main({arguments!r})\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
