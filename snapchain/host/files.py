@@ -1,0 +1,144 @@
+"""Files that are whole or not there.
+
+A new file is made under a name of its own, owner-only, never over another and never through a symbolic
+link.  It is published in the order that survives a power loss: its bytes, then its name, then the
+directory.  After a failed fsync the file is not trusted again (the kernel has dropped the pages).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from snapchain.errors import InvalidInput
+from snapchain.host.os_errors import os_errors
+
+# Extended attributes that belong to a file's place, not to its bytes: labels, access lists, what a user noted.
+_KEPT_ATTRIBUTES = ("security.selinux", "system.posix_acl_access", "user.")
+_NO_ATTRIBUTES = {errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES}
+
+
+def open_new(path: Path, *, mode: int = 0o600) -> int:
+    """Create a file that must not exist yet; a descriptor open for reading and writing.
+
+    Raises Conflict when something has that name already, be it a dangling symbolic link.
+    """
+    with os_errors(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+
+
+def temporary_beside(path: Path, *, purpose: str) -> Path:
+    """A name in the directory of `path` that nobody uses: `.NAME.PURPOSE-<random>`, cut to 255 bytes."""
+    tail = f".{purpose}-{secrets.token_hex(4)}"
+    name = path.name.encode()[: 254 - len(tail)].decode(errors="ignore")
+    return path.with_name(f".{name}{tail}")
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's bytes and size to the disk, whoever wrote them."""
+    with os_errors(path):
+        _fsync(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def fsync_dir(path: Path) -> None:
+    """Force a directory's names to the disk."""
+    with os_errors(path):
+        _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished file its name, replacing what has it: fsync the file, rename, fsync the directory."""
+    fsync_file(temporary)
+    rename(temporary, final)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within one directory, durably. The source's bytes must be on the disk already."""
+    with os_errors(target):
+        source.replace(target)
+    fsync_dir(target.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, durably. Raises Conflict when that name is taken."""
+    with os_errors(target):
+        os.link(source, target, follow_symlinks=False)
+    fsync_dir(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a name, durably; fine when it is gone already."""
+    with os_errors(path):
+        path.unlink(missing_ok=True)
+    fsync_dir(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace a small file's bytes: a reader, or a crash, sees the old ones or the new ones."""
+    temporary = temporary_beside(path, purpose="new")
+    fd = open_new(temporary, mode=mode)
+    try:
+        with os_errors(path), os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+        rename(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_small(path: Path, *, cap: int = 1 << 20) -> bytes:
+    """The bytes of a small file, no symbolic link. Raises InvalidInput when there are more than `cap`."""
+    with os_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
+            data = file.read(cap + 1)
+    if len(data) > cap:
+        raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=path)
+    return data
+
+
+def copy_standing(source: Path, target: Path) -> None:
+    """Give `target` the owner, the mode and the labels of `source`, whose place it will take.
+
+    A guest's process runs as its own user, under its own SELinux label; a file that it may not open is as
+    good as lost.  The owner is set first: chown clears the mode's set-id bits.
+    """
+    with os_errors(target):
+        standing = source.stat()
+        mine = target.stat()
+        if (mine.st_uid, mine.st_gid) != (standing.st_uid, standing.st_gid):
+            os.chown(target, standing.st_uid, standing.st_gid)
+        target.chmod(standing.st_mode & 0o7777)
+        for name in os.listxattr(source):
+            if name.startswith(_KEPT_ATTRIBUTES):
+                _copy_attribute(source, target, name)
+
+
+def _copy_attribute(source: Path, target: Path, name: str) -> None:
+    try:
+        value = os.getxattr(source, name)
+        os.setxattr(target, name, value)
+    except OSError as error:
+        if error.errno not in _NO_ATTRIBUTES:
+            raise
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write to the directory's filesystem."""
+    with os_errors(directory):
+        room = os.statvfs(directory)
+    return room.f_bavail * room.f_frsize

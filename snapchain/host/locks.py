@@ -1,0 +1,151 @@
+"""Image locks that QEMU understands and honours, on both sides.
+
+QEMU tells the users of an image apart by shared "open file description" locks on single bytes of the file
+(block/file-posix.c): byte 100+p is held by who uses permission p, byte 200+p by who does not share p with
+others.  Whoever opens an image takes its bytes first and then tests, for each permission it uses, that
+nobody holds 200+p, and for each that it does not share, that nobody holds 100+p.
+
+    READ   uses consistent-read, shares neither write nor resize: readers may come, a VM may not start on it
+    WRITE  uses all, shares nothing: nobody may have it open, nobody can open it
+
+The locks go with the file, not with its name, survive a rename, and vanish with the process.  They are
+advisory and of one host: over NFS before version 4 and on some FUSE filesystems there are none (`enforced`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from snapchain.errors import Busy, Conflict, InvalidInput
+from snapchain.host.openers import Opener, openers
+from snapchain.host.os_errors import os_errors
+
+PERMISSION_BASE = 100
+UNSHARED_BASE = 200
+CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
+_NAMES = {CONSISTENT_READ: "reading", WRITE: "writing", WRITE_UNCHANGED: "writing", RESIZE: "resizing"}
+
+# struct flock: l_type, l_whence, l_start, l_len, l_pid (0, as the kernel demands of OFD locks).
+_FLOCK = struct.Struct("hhqqi4x")
+_NO_LOCKS_HERE = {errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}
+
+
+class LockMode(Enum):
+    """(permissions used, permissions not shared)."""
+
+    READ = ((CONSISTENT_READ,), (WRITE, RESIZE))
+    WRITE = ((CONSISTENT_READ, WRITE, RESIZE), (CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE))
+
+    def held(self) -> frozenset[int]:
+        """The bytes that a user of this mode holds."""
+        used, unshared = self.value
+        return frozenset([PERMISSION_BASE + p for p in used] + [UNSHARED_BASE + p for p in unshared])
+
+    def conflicting(self) -> dict[int, str]:
+        """The bytes that nobody else may hold, each with what its holder is doing."""
+        used, unshared = self.value
+        theirs = {PERMISSION_BASE + p: _NAMES[p] for p in reversed(unshared)}
+        return theirs | {UNSHARED_BASE + p: f"and does not share {_NAMES[p]}" for p in used}
+
+
+class ImageLock:
+    """A lock on one image file, held until `release` or the end of the `with` block.
+
+    enforced: False where the filesystem has no such locks; then only /proc was asked.
+    """
+
+    def __init__(self, path: Path, mode: LockMode) -> None:
+        """Take it at once or raise Busy. Conflict when the name was given to another file meanwhile.
+
+        Symbolic links are followed, as QEMU does: the lock is on the file behind the name.
+        """
+        self.path = path
+        self.mode: LockMode | None = None
+        self.enforced = True
+        with os_errors(path):
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._file = os.fstat(self._fd)
+            self._check_kind()
+            self.change(mode)
+            self._check_name()
+        except BaseException:
+            self.release()
+            raise
+
+    def change(self, mode: LockMode) -> None:
+        """Turn a READ lock into a WRITE lock or back, without a gap. On Busy the old mode stays."""
+        had = self.mode.held() if self.mode else frozenset[int]()
+        wanted = mode.held()
+        try:
+            self._set(wanted - had, fcntl.F_RDLCK)
+            self._test(mode)
+        except BaseException:
+            self._set(wanted - had, fcntl.F_UNLCK)
+            raise
+        self._set(had - wanted, fcntl.F_UNLCK)
+        self.mode = mode
+
+    def release(self) -> None:
+        """Let it go; fine when it is gone already."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def same_file(self, path: Path) -> bool:
+        """Whether `path` is still the file that is locked here."""
+        try:
+            now = path.stat()
+        except FileNotFoundError:
+            return False
+        return (now.st_dev, now.st_ino) == (self._file.st_dev, self._file.st_ino)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+    def _check_kind(self) -> None:
+        if not (stat.S_ISREG(self._file.st_mode) or stat.S_ISBLK(self._file.st_mode)):
+            raise InvalidInput("neither a regular file nor a block device", subject=self.path)
+
+    def _check_name(self) -> None:
+        if not self.same_file(self.path):
+            raise Conflict("another file took its name while it was being locked", subject=self.path)
+
+    def _set(self, offsets: frozenset[int], kind: int) -> None:
+        for offset in sorted(offsets):
+            try:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, 1, 0))
+            except OSError as error:
+                if error.errno in _NO_LOCKS_HERE:
+                    self.enforced = False
+                    return
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise self._busy("has it locked") from error
+                raise
+
+    def _test(self, mode: LockMode) -> None:
+        for offset, doing in mode.conflicting().items() if self.enforced else ():
+            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
+            if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+                raise self._busy(f"has it open for {doing}" if offset < UNSHARED_BASE else f"has it open {doing}")
+        if mode is LockMode.WRITE or not self.enforced:
+            # Without locks every other user is suspect; with them only who can write and did not lock.
+            for opener in openers(self._file):
+                if opener.writing or (mode is LockMode.WRITE and not self.enforced):
+                    raise self._busy("has it open", opener)
+
+    def _busy(self, doing: str, who: Opener | None = None) -> Busy:
+        known = [who] if who else list(openers(self._file))
+        names = ", ".join(map(str, known)) or "somebody (another user's process, or one in this program)"
+        return Busy(f"{names} {doing}", subject=self.path, hint="stop it, or shut the guest down, then run it again")

@@ -1,0 +1,104 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable
+from snapchain.host import files
+
+
+def test_a_new_file_is_ours_alone(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        os.close(files.open_new(tmp_path / "new"))
+    finally:
+        os.umask(old)
+    assert (tmp_path / "new").stat().st_mode & 0o7777 == 0o600
+    (tmp_path / "dangling").symlink_to(tmp_path / "elsewhere")
+    for taken in ("new", "dangling"):
+        with pytest.raises(Conflict):
+            files.open_new(tmp_path / taken)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_write_atomically_replaces_whole(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    files.write_atomically(path, b"one")
+    files.write_atomically(path, b"two")
+    assert files.read_small(path) == b"two"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_bytes(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object, **_named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "record"
+    files.write_atomically(path, b"one")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(Unavailable, match="no space"):
+            files.write_atomically(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["record"]
+
+
+def test_publish_syncs_before_it_names(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; from snapchain.host.files import publish;"
+        f"Path({str(tmp_path / 'tmp')!r}).write_bytes(b'x');"
+        f"publish(Path({str(tmp_path / 'tmp')!r}), Path({str(tmp_path / 'final')!r}))"
+    )
+    trace = ["strace", "-f", "-e", "trace=openat,fsync,rename,renameat,renameat2", "-o", str(tmp_path / "trace")]
+    subprocess.run([*trace, ".venv/bin/python" if Path(".venv").exists() else "python3", "-c", script], check=True)
+    calls = [line for line in (tmp_path / "trace").read_text().splitlines() if "fsync" in line or "rename" in line]
+    assert [line.split("(")[0].split()[-1] for line in calls] == ["fsync", "rename", "fsync"]
+
+
+def test_read_small_is_bounded_and_follows_nothing(tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(bytes(11))
+    with pytest.raises(InvalidInput):
+        files.read_small(tmp_path / "big", cap=10)
+    (tmp_path / "link").symlink_to("big")
+    with pytest.raises(InvalidInput):
+        files.read_small(tmp_path / "link")
+    with pytest.raises(NotFound):
+        files.read_small(tmp_path / "none")
+
+
+def test_standing_is_copied(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"")
+    os.close(files.open_new(target))
+    source.chmod(0o640)
+    os.setxattr(source, "user.note", b"kept")
+    if os.geteuid() == 0:
+        os.chown(source, 1234, 4321)
+    files.copy_standing(source, target)
+    assert target.stat().st_mode == source.stat().st_mode
+    assert (target.stat().st_uid, target.stat().st_gid) == (source.stat().st_uid, source.stat().st_gid)
+    assert os.getxattr(target, "user.note") == b"kept"
+
+
+def test_a_temporary_name_fits(tmp_path: Path) -> None:
+    for name in ("disk.qcow2", "ä" * 127, "x" * 255):
+        temporary = files.temporary_beside(tmp_path / name, purpose="merge")
+        os.close(files.open_new(temporary))
+        assert temporary.name.startswith(".")
+
+
+def test_link_and_remove(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(b"x")
+    files.link(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(Conflict):
+        files.link(tmp_path / "one", tmp_path / "two")
+    files.remove(tmp_path / "two")
+    files.remove(tmp_path / "two")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["one"]

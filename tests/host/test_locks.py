@@ -1,0 +1,187 @@
+"""Image locks against QEMU's own, in both directions."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Busy, InvalidInput, NotFound
+from snapchain.host.locks import ImageLock, LockMode
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "4M"], check=True)
+    return path
+
+
+@contextmanager
+def qemu_io(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A qemu-io that has the image open and waits for commands."""
+    process = subprocess.Popen(
+        ["qemu-io", *options, "-f", "qcow2", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"length\n")
+    process.stdin.flush()
+    assert b"4 MiB" in process.stdout.readline()
+    try:
+        yield process
+    finally:
+        process.communicate(b"quit\n", timeout=10)
+
+
+@contextmanager
+def qemu_nbd(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A qemu-nbd that exports the image on a socket beside it."""
+    socket = image.with_name("nbd.sock")
+    process = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "-k", socket, "-t", *options, image])
+    end = time.monotonic() + 10
+    while not socket.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def qemu_can(image: Path, *, write: bool) -> bool:
+    access = ["-c", "write 0 512"] if write else ["-r", "-c", "read 0 512"]
+    done = subprocess.run(["qemu-io", "-f", "qcow2", *access, image], capture_output=True, check=False)
+    if done.returncode:
+        assert b"lock" in done.stderr
+    return done.returncode == 0
+
+
+@pytest.mark.parametrize("mode", LockMode)
+def test_refused_while_qemu_writes(mode: LockMode, image: Path) -> None:
+    with qemu_io(image) as user, pytest.raises(Busy) as caught:
+        ImageLock(image, mode)
+    assert f"qemu-io (pid {user.pid})" in str(caught.value)
+    ImageLock(image, mode).release()
+
+
+@pytest.mark.parametrize("mode", LockMode)
+def test_refused_while_an_export_writes(mode: LockMode, image: Path) -> None:
+    with qemu_nbd(image) as user, pytest.raises(Busy, match="qemu-nbd") as caught:
+        ImageLock(image, mode)
+    assert str(user.pid) in str(caught.value)
+
+
+def test_readers_share_and_exclude_the_lock_for_writing(image: Path) -> None:
+    with qemu_nbd(image, "--read-only"):
+        with ImageLock(image, LockMode.READ) as lock:
+            assert lock.enforced
+            assert qemu_can(image, write=False)
+        with pytest.raises(Busy, match="qemu-nbd"):
+            ImageLock(image, LockMode.WRITE)
+
+
+def test_a_backing_file_of_a_running_overlay_may_be_read(image: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "top.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", overlay], check=True)
+    with qemu_io(overlay):
+        ImageLock(image, LockMode.READ).release()
+        with pytest.raises(Busy):
+            ImageLock(image, LockMode.WRITE)
+
+
+def test_qemu_is_refused_while_we_hold_it(image: Path) -> None:
+    with ImageLock(image, LockMode.READ):
+        assert qemu_can(image, write=False)
+        assert not qemu_can(image, write=True)
+    with ImageLock(image, LockMode.WRITE):
+        assert not qemu_can(image, write=False)
+        assert not qemu_can(image, write=True)
+    assert qemu_can(image, write=True)
+
+
+def test_changing_the_mode(image: Path) -> None:
+    with ImageLock(image, LockMode.READ) as lock:
+        lock.change(LockMode.WRITE)
+        assert not qemu_can(image, write=False)
+        lock.change(LockMode.READ)
+        assert qemu_can(image, write=False)
+        assert not qemu_can(image, write=True)
+
+
+def test_a_refused_change_keeps_the_old_mode(image: Path) -> None:
+    with ImageLock(image, LockMode.READ) as lock:
+        with qemu_io(image, "-r"):
+            with pytest.raises(Busy, match="qemu-io"):
+                lock.change(LockMode.WRITE)
+            assert qemu_can(image, write=False)
+        assert lock.mode is LockMode.READ
+        assert qemu_can(image, write=False)
+        assert not qemu_can(image, write=True)
+
+
+def test_the_lock_follows_a_rename(image: Path) -> None:
+    with ImageLock(image, LockMode.READ) as lock:
+        image.rename(image.with_name("sealed.qcow2"))
+        assert not qemu_can(image.with_name("sealed.qcow2"), write=True)
+        assert lock.same_file(image.with_name("sealed.qcow2"))
+        assert not lock.same_file(image)
+
+
+def test_two_of_us(image: Path) -> None:
+    with ImageLock(image, LockMode.READ):
+        ImageLock(image, LockMode.READ).release()
+        with pytest.raises(Busy):
+            ImageLock(image, LockMode.WRITE)
+    with ImageLock(image, LockMode.WRITE), pytest.raises(Busy):
+        ImageLock(image, LockMode.READ)
+
+
+def test_a_writer_without_locks_is_seen(image: Path) -> None:
+    with subprocess.Popen(["sh", "-c", f"exec 9<>{image}; echo ok; exec sleep 60"], stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        user.stdout.readline()
+        with pytest.raises(Busy, match=rf"sleep \(pid {user.pid}\)"):
+            ImageLock(image, LockMode.WRITE)
+        ImageLock(image, LockMode.READ).release()
+        user.kill()
+
+
+def test_a_filesystem_without_locks_leaves_proc_to_ask(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> bytes:
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", refuse)
+        with ImageLock(image, LockMode.WRITE) as lock:
+            assert not lock.enforced
+        with qemu_io(image, "-r"):
+            ImageLock(image, LockMode.READ).release()
+            with pytest.raises(Busy, match="qemu-io"):
+                ImageLock(image, LockMode.WRITE)
+
+
+def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "."):
+        with pytest.raises(InvalidInput):
+            ImageLock(tmp_path / name, LockMode.READ)
+    with pytest.raises(NotFound):
+        ImageLock(tmp_path / "none", LockMode.READ)
+
+
+def test_no_descriptor_is_left_behind(image: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ImageLock(image, LockMode.WRITE):
+        for _ in range(3):
+            with pytest.raises(Busy):
+                ImageLock(image, LockMode.READ)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
