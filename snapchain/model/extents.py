@@ -278,9 +278,12 @@ def rounded(extents: Extents, grain: int) -> Extents:
 
 
 def covering(size: int, first: Int64s, stop: Int64s) -> Extents:
-    """DATA on the union of [first, stop) ranges whose starts ascend, ABSENT elsewhere."""
-    if not len(first):
+    """DATA on the union of [first, stop) ranges whose starts ascend, ABSENT elsewhere. Empty ranges do not count."""
+    held = stop > first
+    if not held.any():
         return Extents.absent(size)
+    if not held.all():
+        first, stop = first[held], stop[held]
     reach = np.maximum.accumulate(stop)
     fresh = np.empty(len(first), np.bool_)
     fresh[0] = True
