@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import InvalidInput, Unavailable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Data: TypeAlias = Buffer | Sequence[Buffer]
@@ -25,8 +25,9 @@ LONGEST_SEGMENT = 200
 TEMPORARY = "tmp"
 """First segment that no object may have: the local store keeps unfinished files there."""
 
-_NAME = re.compile(r"[a-z0-9._-]+(?:/[a-z0-9._-]+)*", re.ASCII)
-_PREFIX = re.compile(r"(?:[a-z0-9._-]+/)*(?:[a-z0-9._-]+)?", re.ASCII)
+_SEGMENT = r"[a-z0-9_-][a-z0-9._-]*"
+_NAME = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*", re.ASCII)
+_PREFIX = re.compile(rf"(?:{_SEGMENT}/)*(?:{_SEGMENT})?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,19 @@ class Properties:
     description: str
 
 
+class Refused(Unavailable):
+    """The store answered, and said no: permission, space, credentials.  Useless to retry until somebody acts."""
+
+
 class ObjectStore(Protocol):
     """Object storage.  All methods may be called from many threads at once.
 
-    Errors: NotFound (only `get`), Corrupt (`get` of a range that the object does not have, or bytes that did not
-    survive the way), Unavailable (server, disk or network; `hint` says what to do), Unsupported, InvalidInput (names).
+    Names and directories share one space, as in a file system: once `a/b` was written, `a` is a directory for good.
+    (S3 alone would allow both; nothing may rely on it.)
+
+    Errors: NotFound (`get`; anything, when the bucket or root directory is gone), Corrupt (`get` of a range that the
+    object does not have, or bytes that did not survive the way), Unavailable (server, disk, network; its subclass
+    Refused when retrying is no use; `hint` says what is), Unsupported, InvalidInput (names, ranges).
     """
 
     properties: Properties
@@ -117,12 +126,16 @@ class ObjectStore(Protocol):
 def valid_name(name: str) -> str:
     """`name`, when it may name an object.
 
-    Raises InvalidInput: not `[a-z0-9._-]+` segments joined by single slashes, a segment `.` or `..`, too long, or
-    under `tmp/`.  Upper case is out because two names may then be one on a case-folding file system.
+    Raises InvalidInput: not `[a-z0-9._-]+` segments joined by single slashes, a segment that begins with a dot, too
+    long, or under `tmp/`.  Upper case is out because two names may then be one on a case-folding file system; a dot
+    in front because `..` climbs, and because `.nfs0012`, `.ds_store` and the like are not ours.
     """
     if not _NAME.fullmatch(name):
-        raise InvalidInput("not an object name: only [a-z0-9._-] segments joined by '/'", subject=repr(name))
-    _check_segments(name)
+        raise InvalidInput(
+            "not an object name: segments of [a-z0-9._-], none of which begins with a dot, joined by '/'",
+            subject=repr(name),
+        )
+    _check_lengths(name)
     return name
 
 
@@ -130,7 +143,7 @@ def valid_prefix(prefix: str) -> str:
     """`prefix`, when it may be the beginning of an object name (or empty).  Raises InvalidInput."""
     if not _PREFIX.fullmatch(prefix):
         raise InvalidInput("not the beginning of an object name", subject=repr(prefix))
-    _check_segments(prefix)
+    _check_lengths(prefix)
     return prefix
 
 
@@ -139,16 +152,19 @@ def directory_prefix(prefix: str) -> str:
     return valid_prefix(prefix if not prefix or prefix.endswith("/") else f"{prefix}/")
 
 
-def _check_segments(name: str) -> None:
+def _check_lengths(name: str) -> None:
     segments = name.split("/")
-    if "." in segments or ".." in segments:
-        raise InvalidInput("an object name has no '.' or '..' segment", subject=repr(name))
     if segments[0] == TEMPORARY and len(segments) > 1:
         raise InvalidInput(f"the names under {TEMPORARY}/ are not for objects", subject=repr(name))
     if len(name) > LONGEST_NAME or max(map(len, segments)) > LONGEST_SEGMENT:
         raise InvalidInput(
             f"an object name is at most {LONGEST_NAME} bytes, {LONGEST_SEGMENT} a segment", subject=repr(name)
         )
+
+
+def is_segment(text: str) -> bool:
+    """Whether `text` may stand between two slashes of an object name."""
+    return re.fullmatch(_SEGMENT, text, re.ASCII) is not None
 
 
 def valid_range(name: str, offset: int, length: int | None) -> None:

@@ -1,0 +1,54 @@
+"""What an OSError means below a repository's root, where every name is ours and none the user's.
+
+So it differs from host.os_errors: a refusal concerns the whole store (Refused: retrying is no use), not a wrong
+argument, and each says what an operator does about it.  What is not in the table means the same as there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NamedTuple
+
+from snapchain.errors import SnapchainError, Unavailable, Unsupported
+from snapchain.host.os_errors import translated
+from snapchain.objects.store import Refused
+
+
+class Meaning(NamedTuple):
+    """The error to raise for an errno, and its hint."""
+
+    error: type[SnapchainError]
+    hint: str
+
+
+_PERMISSION = Meaning(Refused, "run as the owner of that directory, or change its owner and mode")
+_DEVICE = Meaning(Unavailable, "look at the kernel log and the state of the mount, then run the command again")
+
+MEANINGS: dict[int, Meaning] = {
+    errno.ENOSPC: Meaning(Refused, "free space on that file system, then run the command again"),
+    errno.EDQUOT: Meaning(Refused, "raise the quota or free space, then run the command again"),
+    errno.EFBIG: Meaning(Refused, "raise the limit on file sizes (ulimit -f)"),
+    errno.EROFS: Meaning(Refused, "the file system is mounted read-only: look at the kernel log, then remount it"),
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EIO: _DEVICE,
+    errno.EREMOTEIO: _DEVICE,
+    errno.ENODEV: _DEVICE,
+    errno.ENXIO: _DEVICE,
+    errno.ESTALE: _DEVICE,
+    errno.ENOTCONN: _DEVICE,
+    errno.ETIMEDOUT: _DEVICE,
+    errno.EMFILE: Meaning(Unavailable, "raise the limit on open files (ulimit -n)"),
+    errno.ENFILE: Meaning(Unavailable, "raise the system's limit on open files (fs.file-max)"),
+    errno.EXDEV: Meaning(Unsupported, "tmp/ and all else of a repository must lie on one file system"),
+    errno.ELOOP: Meaning(Unsupported, "a repository holds no symbolic links: use a bind mount to spread it over disks"),
+}
+
+
+def from_os_error(error: OSError, subject: object) -> SnapchainError:
+    """The error of our tree for `error`, in the system's own words."""
+    meaning = MEANINGS.get(error.errno or 0)
+    if meaning is None:
+        return translated(error, subject)
+    return meaning.error(os.strerror(error.errno or 0).lower(), subject=subject, hint=meaning.hint)

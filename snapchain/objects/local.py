@@ -1,0 +1,214 @@
+"""Objects as files below one directory.
+
+An object appears whole: it is written and synced under `tmp/`, then renamed (`put`) or hard-linked (`create`, which
+fails when the name is taken) into place, then the directory is synced.  So a killed writer leaves at most a file in
+`tmp/`, which no listing shows and which a later writer sweeps after a day.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from snapchain.errors import Corrupt, NotFound, Unsupported
+from snapchain.objects.disk_errors import from_os_error
+from snapchain.objects.link_once import link_once
+from snapchain.objects.rooted import Rooted
+from snapchain.objects.store import (
+    Data,
+    ObjectInfo,
+    Properties,
+    buffers,
+    directory_prefix,
+    valid_name,
+    valid_prefix,
+    valid_range,
+)
+
+FILE_MODE = 0o600
+TEMPORARY_LIFE = 86400.0
+"""Seconds after which an unfinished file is held to be left behind by a dead writer."""
+MOST_BUFFERS = 1024
+"""IOV_MAX of Linux."""
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class LocalStore:
+    """An ObjectStore in a directory of this machine (or one that is mounted here)."""
+
+    def __init__(self, root: str | os.PathLike[str], *, make: bool = False) -> None:
+        """`make` creates the directory and its parents.  Raises NotFound when it is not there."""
+        self.root = Path(root).absolute()
+        self.url = str(self.root)
+        self.properties = Properties(conditional_put=True, description=f"directory {self.root}")
+        self.warnings: tuple[str, ...] = ()
+        self._rooted = Rooted(self.root, make=make)
+
+    def put(self, name: str, data: Data) -> None:
+        with self._written(name, data) as (tmp, temporary, folder, leaf):
+            os.rename(temporary, leaf, src_dir_fd=tmp, dst_dir_fd=folder)
+            os.fsync(folder)
+
+    def create(self, name: str, data: Data) -> bool:
+        if self.size(name) is not None:  # saves writing what would be thrown away; the link below decides
+            return False
+        with self._written(name, data) as (tmp, temporary, folder, leaf):
+            made = link_once(tmp, temporary, folder, leaf)
+            if not made and stat.S_ISDIR(os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_mode):
+                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+            os.fsync(folder)  # also when it is another's object: who sees False may rely on it
+            return made
+
+    def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        valid_name(name)
+        valid_range(name, offset, length)
+        with self._reading(name) as (fd, size):
+            wanted = max(0, size - offset) if length is None else length
+            if offset + wanted > size:
+                raise Corrupt(
+                    f"object has {size} bytes, bytes {offset} to {offset + wanted} were asked for",
+                    subject=self._rooted.path(name),
+                )
+            body = _read_exactly(fd, wanted, offset)
+        if len(body) != wanted:
+            raise Corrupt("object became shorter while it was read", subject=self._rooted.path(name))
+        return body
+
+    def size(self, name: str) -> int | None:
+        valid_name(name)
+        try:
+            with self._reading(name) as (_, size):
+                return size
+        except NotFound:
+            return None
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        folder, _, start = valid_prefix(prefix).rpartition("/")
+        return self._below(folder, start)
+
+    def list_dirs(self, prefix: str) -> Iterator[str]:
+        folder = directory_prefix(prefix)
+        entries = self._rooted.entries(folder.rstrip("/"))
+        return (
+            entry
+            for entry in sorted(name for name, is_folder in entries if is_folder)
+            if next(self._below(folder + entry, ""), None) is not None
+        )
+
+    def delete(self, name: str) -> None:
+        """Idempotent.  Not synced: after a power failure a deleted object may be there again."""
+        valid_name(name)
+        try:
+            with self._rooted.folder(name, make=False) as (folder, leaf):
+                os.unlink(leaf, dir_fd=folder)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return
+        except OSError as error:
+            raise from_os_error(error, self._rooted.path(name)) from error
+
+    def close(self) -> None:
+        self._rooted.close()
+
+    def sweep_temporary(self, older_than: float = TEMPORARY_LIFE) -> int:
+        """Delete the unfinished files that nobody touched for `older_than` seconds; gives how many."""
+        try:
+            return self._rooted.sweep_temporary(older_than)
+        except OSError as error:
+            raise from_os_error(error, self.root) from error
+
+    @contextmanager
+    def _written(self, name: str, data: Data) -> Iterator[tuple[int, str, int, str]]:
+        """`data` durable under a temporary name: (tmp descriptor, its name, directory descriptor, last segment).
+
+        An error of the sync is final: the kernel reports lost pages once, so the file is thrown away, never re-synced.
+        """
+        valid_name(name)
+        views = buffers(data)
+        temporary = f"{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            tmp = self._rooted.temporary(TEMPORARY_LIFE)
+            with self._rooted.folder(name, make=True) as (folder, leaf):
+                fd = os.open(temporary, _WRITE_NEW, FILE_MODE, dir_fd=tmp)
+                try:
+                    try:
+                        _write_all(fd, views)
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+                    yield tmp, temporary, folder, leaf
+                finally:
+                    with suppress(FileNotFoundError):  # it has its final name
+                        os.unlink(temporary, dir_fd=tmp)
+        except OSError as error:
+            raise from_os_error(error, self._rooted.path(name)) from error
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[tuple[int, int]]:
+        """(descriptor, size in bytes) of an object.  Raises NotFound; Unsupported for what is no regular file."""
+        try:
+            with self._rooted.folder(name, make=False) as (folder, leaf):
+                fd = os.open(leaf, _READ, dir_fd=folder)
+            try:
+                found = os.fstat(fd)
+                if stat.S_ISDIR(found.st_mode):
+                    raise NotFound("no such object", subject=self._rooted.path(name))
+                if not stat.S_ISREG(found.st_mode):
+                    raise Unsupported("not a regular file", subject=self._rooted.path(name))
+                yield fd, found.st_size
+            finally:
+                os.close(fd)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFound("no such object", subject=self._rooted.path(name)) from error
+        except OSError as error:
+            raise from_os_error(error, self._rooted.path(name)) from error
+
+    def _below(self, folder: str, start: str) -> Iterator[ObjectInfo]:
+        """Objects under `folder` whose first segment begins with `start`, ascending by name."""
+        for entry, is_folder in self._rooted.entries(folder):
+            if entry.startswith(start):
+                name = f"{folder}/{entry}" if folder else entry
+                yield from self._below(name, "") if is_folder else self._info(name)
+
+    def _info(self, name: str) -> Iterator[ObjectInfo]:
+        """One object, or none when it is gone meanwhile, or no regular file."""
+        try:
+            with self._rooted.folder(name, make=False) as (fd, leaf):
+                found = os.stat(leaf, dir_fd=fd, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise from_os_error(error, self._rooted.path(name)) from error
+        if stat.S_ISREG(found.st_mode):
+            yield ObjectInfo(name, found.st_size, found.st_mtime)
+
+
+def _write_all(fd: int, views: list[memoryview]) -> None:
+    """Write all views by writev, without joining them; goes on after short writes."""
+    first = 0
+    while first < len(views):
+        done = os.writev(fd, views[first : first + MOST_BUFFERS])
+        while first < len(views) and done >= views[first].nbytes:
+            done -= views[first].nbytes
+            first += 1
+        if done:
+            views[first] = views[first][done:]
+
+
+def _read_exactly(fd: int, length: int, offset: int) -> bytes:
+    """`length` bytes at `offset`, or fewer at the end of the file."""
+    body = os.pread(fd, length, offset)
+    if len(body) == length or not body:
+        return body
+    parts = [body]  # Linux cuts a read at 2 GiB, and some network file systems earlier
+    done = len(body)
+    while done < length and (body := os.pread(fd, length - done, offset + done)):
+        parts.append(body)
+        done += len(body)
+    return b"".join(parts)
