@@ -1,0 +1,101 @@
+"""Writing a planned qcow2 file.
+
+    with Qcow2Writer(fd, plan(extents, backing=...)) as writer:
+        for offset, data in ...:            # any order, any threads
+            writer.write(offset, data)
+
+Data first, then the tables, a flush, and the header cluster last: until that moment the file does not even begin with
+the magic of qcow2, so a torn file never passes for an image.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from snapchain.errors import InvalidInput
+from snapchain.host.os_errors import os_errors
+from snapchain.image.positioned import Buffer, write_all
+from snapchain.image.qcow2 import encode
+from snapchain.image.qcow2.layout import Layout
+
+
+class _State(Enum):
+    NEW = "new"
+    OPEN = "open"
+    FINISHED = "finished"
+
+
+class Qcow2Writer:
+    """Fills a new empty file by a layout. The file descriptor stays the caller's: it is not closed here.
+
+    As a context manager it begins on entry and finishes on a clean exit; after an exception the file has no header.
+    Bytes of DATA runs that are never written read as zeroes (the file is sparse there).
+    `subject` names the file in errors.
+    """
+
+    def __init__(self, fd: int, layout: Layout, *, subject: object = None) -> None:
+        self.layout = layout
+        self._fd = fd
+        self._subject = subject
+        self._header = encode.header(layout)
+        self._state = _State.NEW
+
+    def __enter__(self) -> Self:
+        self.begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None and self._state is _State.OPEN:
+            self.finish()
+
+    def begin(self) -> None:
+        """Give the file its size. Raises InvalidInput when it is not empty, Unavailable when that fails."""
+        with os_errors(self._subject):
+            if os.fstat(self._fd).st_size:
+                raise InvalidInput("a new image is only written to an empty file")
+            os.ftruncate(self._fd, self.layout.file_bytes)
+        self._state = _State.OPEN
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Store guest bytes, all of which must lie within one or more DATA runs that touch.
+
+        Thread-safe, in any order. Raises InvalidInput outside DATA, Unavailable when the disk fails.
+        """
+        length = memoryview(data).nbytes
+        if length:
+            with os_errors(self._subject):
+                write_all(self._fd, data, self.host_of(offset, length))
+
+    def write_compressed(self, position: int, data: Buffer) -> None:
+        """Store bytes of the area of compressed clusters, by their place in it."""
+        length = memoryview(data).nbytes
+        if position < 0 or position + length > self.layout.packed.area:
+            raise InvalidInput(f"{position}+{length} lies outside the compressed clusters")
+        with os_errors(self._subject):
+            write_all(self._fd, data, self.layout.packed_offset + position)
+
+    def host_of(self, offset: int, length: int) -> int:
+        """Where a stretch of DATA lies in the file, in one piece: for copy_file_range and FICLONERANGE too."""
+        layout = self.layout
+        run = int(np.searchsorted(layout.guest, offset, side="right")) - 1
+        within = offset - int(layout.guest[run]) if run >= 0 else 0
+        if self._state is not _State.OPEN or run < 0 or within + length > int(layout.length[run]):
+            raise InvalidInput(f"guest bytes {offset}+{length} are not all data of this image")
+        return int(layout.host[run]) + within
+
+    def finish(self) -> None:
+        """Write the tables, flush, write the header, flush. Afterwards the file is an image."""
+        if self._state is not _State.OPEN:
+            raise InvalidInput(f"the writer of this image is {self._state.value}")
+        with os_errors(self._subject):
+            for offset, table in encode.metadata(self.layout):
+                write_all(self._fd, table, offset)
+            os.fsync(self._fd)
+            write_all(self._fd, self._header, 0)
+            os.fsync(self._fd)
+        self._state = _State.FINISHED
