@@ -1,0 +1,204 @@
+"""What a destination lacks, decided from two inventories and nothing else.
+
+The source has layers, each known by an opaque key (a fingerprint, a content id).  A layer that the source made by
+merging also says what it `replaces`.  The destination has layers of its own, each made from one or more
+consecutive source layers.  Both chains are laid out over the same row of oldest keys and compared from the root:
+
+    source       a   b   cd[c d]   e         c and d were merged at the source
+    destination  a+b     c   d               a and b were merged at the destination, c and d came apart
+
+    UpToDate     the destination's chain covers exactly the source's
+    Send         it covers a lower part: put the rest on top
+    Collapse     it covers it, but holds apart what the source has merged: behind by a merge
+    Diverged     one side went where the other did not follow
+
+A destination that holds merged what the source holds apart is not behind: it reads the same.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from snapchain.errors import InvalidInput
+
+Same = Callable[[Hashable, Hashable], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One layer of the source.
+
+    source:   its key
+    replaces: the layers it was merged from, lowest first, where the source still knows them
+    """
+
+    source: Hashable
+    replaces: tuple[Wanted, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One layer of the destination.
+
+    layer_id: its name there
+    sources:  keys of the consecutive source layers it was made from, lowest first; empty when nobody knows
+    """
+
+    layer_id: str
+    sources: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Destination layers [first, stop) that are the one source layer `wanted`."""
+
+    first: int
+    stop: int
+    wanted: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpToDate:
+    """The destination's chain covers exactly what is wanted; `base_count` is its length."""
+
+    base_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Put source layers `first` and up on the lowest `base_count` destination layers.
+
+    `repeated`: how many of those base layers, the uppermost ones, hold parts of source layer `first`, which the
+    source has merged since.  Putting it on top of them reads right (merging is idempotent), and they can be merged
+    into it once no kept point needs them.  Where it is not 0, `base_count - repeated` layers are the base without.
+    """
+
+    base_count: int
+    first: int
+    repeated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Collapse:
+    """The destination holds apart what the source has merged: each of `merges` may be merged there too.
+
+    Then source layers `first` and up go on top, as in `Send`; none when `first` is the number of layers wanted.
+    `base_count` and the spans count destination layers as they are before any merge.
+    """
+
+    merges: tuple[Span, ...]
+    base_count: int
+    first: int
+    repeated: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """Beyond the lowest `base_count` destination layers, which are source layers [0, first), the ways part.
+
+    ours:   keys that the source has and the destination does not; empty when the destination is merely ahead
+    theirs: ids of the destination's layers beyond the common base
+
+    A destination whose points may branch takes source layers `first` and up on its lowest `base_count` layers; one
+    that holds a single chain has to be told which side to give up.
+    """
+
+    base_count: int
+    first: int
+    ours: tuple[Hashable, ...]
+    theirs: tuple[str, ...]
+
+    @property
+    def is_related(self) -> bool:
+        """Whether there is a common base at all."""
+        return self.base_count > 0
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the destination holds all that is wanted, and more on top."""
+        return not self.ours
+
+
+Missing = UpToDate | Send | Collapse | Diverged
+
+
+def missing(have: Sequence[Held], want: Sequence[Wanted], *, same: Same = operator.eq) -> Missing:
+    """What to do so that `have`, the destination's chain, reads as `want`, the source's; both root first.
+
+    same: whether two keys stand for one content; equality unless said otherwise
+
+    Raises InvalidInput when nothing is wanted: a chain has at least a root.
+    """
+    if not want:
+        raise InvalidInput("the source has no layers")
+    row: list[Hashable] = []
+    # How many destination layers end at each place of the row; only at their ends are two chains comparable.
+    ends = {0: 0}
+    for count, held in enumerate(have, start=1):
+        row.extend(held.sources or (_UNKNOWN,))
+        ends[len(row)] = count
+
+    merges: list[Span] = []
+    place = common_place = common_first = 0
+    for number, wanted in enumerate(want):
+        if place == len(row):
+            return _covered(merges, base_count=len(have), first=number)
+        reached = _follow(wanted, row, place, same)
+        if reached is None:
+            return _parted(have, want, base_count=ends[common_place], first=common_first, ahead=False)
+        if not reached.whole:
+            # The row ended inside this layer: the destination holds its lower parts.  A destination layer that
+            # began below them has more to say, so it does not count as repeated.
+            inside = min(count for end, count in ends.items() if end >= place)
+            return _covered(merges, base_count=len(have), first=number, repeated=len(have) - inside)
+        if reached.place in ends:
+            first, stop = ends[common_place], ends[reached.place]
+            if common_place == place and stop - first > 1:
+                merges.append(Span(first, stop, number))
+            common_place, common_first = reached.place, number + 1
+        place = reached.place
+    if place < len(row):
+        return _parted(have, want, base_count=ends[common_place], first=common_first, ahead=True)
+    if merges:
+        return _covered(merges, base_count=len(have), first=len(want))
+    return UpToDate(len(have))
+
+
+_UNKNOWN = object()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """Where in the row a wanted layer ends; not whole when the row ends inside it."""
+
+    place: int
+    whole: bool
+
+
+def _follow(wanted: Wanted, row: Sequence[Hashable], place: int, same: Same) -> _Reached | None:
+    """Follow one wanted layer along the row from `place` on. None when the row holds something else."""
+    pending = [wanted]  # not recursive: a layer that a nightly merge grew for years is nested as deep
+    while pending:
+        if place == len(row):
+            return _Reached(place, whole=False)
+        part = pending.pop()
+        if row[place] is not _UNKNOWN and same(row[place], part.source):
+            place += 1
+        elif part.replaces:
+            pending.extend(reversed(part.replaces))
+        else:
+            return None
+    return _Reached(place, whole=True)
+
+
+def _covered(merges: Sequence[Span], *, base_count: int, first: int, repeated: int = 0) -> Send | Collapse:
+    if merges:
+        return Collapse(tuple(merges), base_count, first, repeated)
+    return Send(base_count, first, repeated)
+
+
+def _parted(have: Sequence[Held], want: Sequence[Wanted], *, base_count: int, first: int, ahead: bool) -> Diverged:
+    ours = () if ahead else tuple(wanted.source for wanted in want[first:])
+    return Diverged(base_count, first, ours, tuple(held.layer_id for held in have[base_count:]))
