@@ -1,0 +1,75 @@
+"""The typer application, and the one way by which a verb joins it.
+
+A verb's function raises; what reaches the user is made here, so that all verbs speak alike. Interrupts must be caught
+inside typer, which would turn them into a bare exit code.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, ParamSpec
+
+import typer
+
+from snapchain.cli import exits
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="snapchain",
+    help="Ship, merge and restore the snapshot chains of QEMU disks.\n\n"
+    "An ADDRESS is the path of an image, or DEST::DISK\\[@POINT]: DEST is a directory or s3://bucket/prefix, DISK a "
+    "name such as web1/vda, and POINT is latest, a number, a label or a time (RFC 3339).",
+    epilog="Exit codes: 0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, "
+    "8 a program failed, 9 busy, 130 interrupted.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    *,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        sys.stdout.write(f"snapchain {version('snapchain')}\n")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        sys.stderr.write(context.get_help())
+        raise typer.Exit(exits.USAGE)
+
+
+def verb(
+    *, examples: str, when_interrupted: str, name: str | None = None
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Register a verb: its docstring is its help, `examples` ends it, `when_interrupted` is the hint after a Ctrl-C."""
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                function(*args, **kwargs)
+            except typer.Exit:
+                raise
+            except BaseException as error:
+                as_json = bool(kwargs.get("json", False))
+                status = exits.tell(error, as_json=as_json, left_behind=when_interrupted)
+                raise typer.Exit(status) from error
+
+        app.command(name or function.__name__, epilog=_example_lines(examples))(guarded)
+        return guarded
+
+    return register
+
+
+def _example_lines(examples: str) -> str:
+    """Commands one to a line, as they are typed: no markup in them."""
+    lines = [line.strip().replace("[", "\\[") for line in examples.strip().splitlines()]
+    return "[bold]Examples[/bold]\n\n" + "\n".join(f"  {line}" for line in lines)
+

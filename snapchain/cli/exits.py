@@ -1,0 +1,97 @@
+"""From an exception to words on stderr (or one JSON object on stdout) and an exit code.
+
+    snapchain: error: /images/a.qcow2: L1 table ends outside the file
+    snapchain: hint: restore it from a point that verifies
+
+Errors of the tree in `snapchain.errors` are foreseen: they say what is wrong and never show a traceback. Anything
+else that arrives here is a bug in snapchain, and says so; SNAPCHAIN_DEBUG=1 shows where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+import typer
+
+from snapchain.errors import InvalidInput, SnapchainError, ToolFailed
+
+BUG = 1
+USAGE = InvalidInput.exit_code
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+def tell(error: BaseException, *, as_json: bool, left_behind: str | None = None) -> int:
+    """Report an exception as the user wants it, and return the exit code.
+
+    left_behind: what an interrupt of the command that ran leaves, and how to go on.
+    """
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else BUG
+    if isinstance(error, BrokenPipeError):
+        _forget_stdout()
+        return BROKEN_PIPE
+    facts = _facts(error, left_behind)
+    if os.environ.get("SNAPCHAIN_DEBUG"):
+        traceback.print_exception(error)
+    if as_json:
+        sys.stdout.write(json.dumps({"error": facts}) + "\n")
+        sys.stdout.flush()
+    else:
+        _write(facts, stderr=error.stderr if isinstance(error, ToolFailed) else "")
+    return int(facts["exit_code"])
+
+
+def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
+    if isinstance(error, SnapchainError):
+        facts = _row(error.kind, error.message, error.exit_code, subject=error.subject, hint=error.hint)
+        if isinstance(error, ToolFailed):
+            facts |= {"argv": list(error.argv), "status": error.status, "stderr": error.stderr}
+        return facts
+    if isinstance(error, KeyboardInterrupt):
+        return _row("interrupted", "interrupted", INTERRUPTED, hint=left_behind)
+    if isinstance(error, _USAGE_ERRORS):
+        return _usage(error)
+    if isinstance(error, typer.Abort):
+        return _row("interrupted", "no more input", INTERRUPTED)
+    message = f"this is a bug in snapchain: {type(error).__name__}: {error}"
+    return _row("bug", message, BUG, hint="run it again with SNAPCHAIN_DEBUG=1 and report what it shows")
+
+
+# Public names of typer that lead to its usage errors, whichever version keeps them in whichever module.
+_USAGE_ERRORS = typer.BadParameter.__mro__[1:3]  # UsageError, ClickException
+
+
+def _usage(error: Any) -> dict[str, Any]:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "snapchain"
+    return _row("invalid-input", error.format_message(), USAGE, hint=f"{command} --help")
+
+
+def _row(
+    kind: str, message: str, exit_code: int, *, subject: str | None = None, hint: str | None = None
+) -> dict[str, Any]:
+    return {"kind": kind, "message": message, "subject": subject, "hint": hint, "exit_code": exit_code}
+
+
+def _write(facts: dict[str, Any], *, stderr: str) -> None:
+    subject = f"{facts['subject']}: " if facts["subject"] else ""
+    word = "" if facts["kind"] == "interrupted" else "error: "
+    lines = [f"snapchain: {word}{subject}{facts['message']}"]
+    lines += [f"    {line}" for line in stderr.strip().splitlines()]
+    if facts["hint"]:
+        lines.append(f"snapchain: hint: {facts['hint']}")
+    try:
+        sys.stderr.write("\n".join(lines) + "\n")
+    except BrokenPipeError:
+        return
+
+
+def _forget_stdout() -> None:
+    """The reader has gone: nothing more can be said there, and the interpreter must not try at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)

@@ -1,0 +1,9 @@
+"""All verbs: importing a verb's file registers it, and the order here is the order in --help."""
+
+# isort: off
+from snapchain.cli.app import app
+from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, inspect, diff
+
+# isort: on
+
+__all__ = ["app", "diff", "init", "inspect", "log", "merge", "restore", "ship", "snapshot", "verify"]
