@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image.qcow2 import encode
+from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.format import CompressionType, HeaderFields
-from snapchain.image.qcow2.layout import Backing, Layout, Packed, aligned, plan
+from snapchain.image.qcow2.layout import Backing, Layout, Packed, plan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 
@@ -378,6 +379,7 @@ def test_a_torn_file_is_no_image(tmp_path: Path, moment: str) -> None:
     script = f"""
 import os, signal
 from snapchain.image.qcow2 import encode
+from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.layout import plan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.extents import DATA, Extents

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from snapchain.errors import InvalidInput
 from snapchain.image.qcow2.format import (
@@ -27,9 +26,7 @@ from snapchain.image.qcow2.format import (
     SUBCLUSTERS,
     CompressionType,
 )
-from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, covering, fold, where
-
-Bools = npt.NDArray[np.bool_]
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, covering, where
 
 DEFAULT_CLUSTER_SIZE = 64 * 1024
 REFCOUNT_BYTES = 2
@@ -217,33 +214,6 @@ def plan(
         cluster_stop=cluster_stop,
         cluster_host=cluster_host,
     )
-
-
-def aligned(extents: Extents, resolved: Extents, *, cluster_size: int) -> Extents:
-    """A layer's map rounded out to whole clusters, so that the stack still reads the same.
-
-    A cluster with any DATA becomes DATA; one that is all ZERO or all ABSENT stays so; one that mixes ZERO and ABSENT
-    becomes ZERO where `resolved`, the stack as seen through this layer, reads zeroes all over it, else DATA.
-    The bytes of a DATA cluster are those of the composed view, not of the layer alone.  The last cluster counts as
-    far as the size reaches.  Both maps have one size (ValueError).
-    """
-    if extents.size != resolved.size:
-        raise ValueError(f"a layer of {extents.size} bytes cannot be seen through {resolved.size} bytes")
-    kinds = extents.mapped(np.clip(extents.val, ABSENT, DATA))
-    if not (kinds.at % cluster_size).any():
-        return kinds
-    zero = _touched(kinds, kinds.val == ZERO, cluster_size)
-    absent = _touched(kinds, kinds.val == ABSENT, cluster_size)
-    data = _touched(kinds, kinds.val == DATA, cluster_size)
-    not_zero = _touched(resolved, resolved.val >= DATA, cluster_size)
-    hidden = where(where(not_zero, zero), absent)
-    return fold((zero.mapped(np.where(zero.val == DATA, ZERO, ABSENT)), hidden, data))
-
-
-def _touched(extents: Extents, mask: Bools, grain: int) -> Extents:
-    """DATA on every cell of `grain` bytes in which a chosen run has a byte."""
-    first = extents.at[mask] // grain * grain
-    return covering(extents.size, first, np.minimum(_round_up(extents.ends[mask], grain), extents.size))
 
 
 def _whole_sectors(extents: Extents, backing: Backing | None) -> Extents:
