@@ -1,0 +1,12 @@
+"""Which points stay: one pure function a rule, and a decision with its reasons for every point.
+
+rules.py      a rule looks at all points, newest first, and has an opinion on each
+policy.py     a point goes only when every rule lets it go
+duration.py   1y5m7d2h
+"""
+
+from snapchain.model.retention.duration import Duration, parse_duration
+from snapchain.model.retention.policy import Decision, Policy, decide
+from snapchain.model.retention.rules import UNLIMITED, Period, RetentionPoint
+
+__all__ = ["UNLIMITED", "Decision", "Duration", "Period", "Policy", "RetentionPoint", "decide", "parse_duration"]
