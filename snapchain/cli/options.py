@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from snapchain.cli import passphrase, quantities
 from snapchain.cli.progress import Mode
+
+if TYPE_CHECKING:
+    from snapchain.cli.output import Output
+    from snapchain.repository.repository import Repository
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
@@ -37,7 +44,6 @@ PasswordFile = Annotated[
     typer.Option(
         "--password-file",
         metavar="FILE",
-        envvar="SNAPCHAIN_PASSWORD_FILE",
         help="Read the repository's passphrase from the first line of this file.",
         rich_help_panel=_KEY,
     ),
@@ -47,7 +53,6 @@ PasswordCommand = Annotated[
     typer.Option(
         "--password-command",
         metavar="COMMAND",
-        envvar="SNAPCHAIN_PASSWORD_COMMAND",
         help="Run this program (no shell) and read the passphrase from the first line that it prints.",
         rich_help_panel=_KEY,
     ),
@@ -74,3 +79,33 @@ LimitRate = Annotated[
     str | None,
     typer.Option("--limit-rate", metavar="BYTES", help="At most so many bytes a second to or from the store: 10M."),
 ]
+
+
+def image_dirs(given: Sequence[Path] | None) -> list[Path]:
+    """--image-dir and SNAPCHAIN_IMAGE_DIRS together."""
+    named = [name for name in os.environ.get("SNAPCHAIN_IMAGE_DIRS", "").split(":") if name]
+    return [*(given or ()), *map(Path, named)]
+
+
+def repository(
+    dest: str,
+    out: Output,
+    *,
+    password_file: Path | None,
+    password_command: str | None,
+    writing: bool = False,
+    limit_rate: str | None = None,
+) -> Repository:
+    """Open a destination as the shared options say, and tell what it has to say."""
+    from snapchain.destinations import open_destination
+    from snapchain.ops.events import Notice
+
+    opened = open_destination(
+        dest,
+        passphrase=passphrase.source(password_file, password_command),
+        writing=writing,
+        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+    )
+    for notice in opened.notices:
+        out.on_event(Notice(notice))
+    return opened

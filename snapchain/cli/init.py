@@ -1,0 +1,88 @@
+"""`snapchain init DEST`: make a repository."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, passphrase, quantities, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.init import InitPlan, InitReport
+
+
+@verb(
+    examples="""
+    SNAPCHAIN_PASSWORD=... snapchain init /backup
+    snapchain init s3://bucket/prefix --password-command 'pass show backup'
+    snapchain init /backup --no-encryption
+    """,
+    when_interrupted="without its object `config` there is no repository yet: run init again",
+)
+def init(
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A directory, file:///path, or s3://bucket/prefix.")],
+    *,
+    no_encryption: Annotated[
+        bool, typer.Option("--no-encryption", help="Store names and data readable for whoever reads the store.")
+    ] = False,
+    cipher: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="aes-256-gcm (default), or chacha20-poly1305 for machines without AES."),
+    ] = None,
+    block_size: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Where data is cut for deduplication: a power of two. For ever."),
+    ] = None,
+    password_file: options.PasswordFile = None,
+    password_command: options.PasswordCommand = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make an empty repository in a directory or an S3 bucket.
+
+    It is encrypted unless --no-encryption is given; the key comes from a passphrase, without which nothing can ever
+    be read again: keep it elsewhere too. The store is probed, and what it cannot do is told: an S3 server that ignores
+    conditional writes works, for one writer at a time.
+    """
+    from snapchain.ops import init as ops
+
+    if no_encryption and cipher is not None:
+        raise InvalidInput("--no-encryption and --cipher are both given", hint="choose one of them")
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        plan = ops.plan(
+            dest,
+            encryption="none" if no_encryption else cipher,
+            block_size=None if block_size is None else quantities.parse_size(block_size),
+        )
+        if out.plan(plan, _draw_plan):
+            return
+        secret = passphrase.source(password_file, password_command)
+        out.report(ops.run(plan, passphrase=secret, on_event=out.on_event), _draw_report)
+
+
+def _draw_plan(console: Console, plan: InitPlan) -> None:
+    render.headline(console, f"would make a repository at {plan.destination}")
+    render.facts(console, [("encryption", plan.encryption), ("blocks", quantities.size(plan.block_size))])
+
+
+def _draw_report(console: Console, report: InitReport) -> None:
+    render.headline(console, f"made a repository at {report.destination}")
+    writers = "many at a time" if report.conditional_put else "one at a time: this store ignores conditional writes"
+    render.facts(
+        console,
+        [
+            ("id", report.repository),
+            ("encryption", report.encryption),
+            ("blocks", quantities.size(report.block_size)),
+            ("writers", writers),
+        ],
+    )

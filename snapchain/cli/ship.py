@@ -1,0 +1,113 @@
+"""`snapchain ship IMAGE DEST::DISK`: send what a destination lacks, and publish a point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.ship import ShipPlan, ShipReport
+
+
+@verb(
+    examples="""
+    snapchain ship /images/web1.qcow2 /backup::web1/vda
+    snapchain ship web1.qcow2 s3://bucket/prefix::web1/vda --label before-upgrade
+    snapchain ship web1.qcow2 /backup::web1/vda --dry-run
+    snapchain ship /dev/vg0/web1 /backup::web1/vda --format raw --limit-rate 50M
+    """,
+    when_interrupted="every earlier point is whole; run it again to finish: what was sent is not sent twice",
+)
+def ship(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, or any single disk image.")],
+    target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
+    *,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")
+    ] = None,
+    each_layer: Annotated[
+        bool,
+        typer.Option("--each-layer", help="Make every file of the chain a layer and a point of its own."),
+    ] = False,
+    image_format: options.Format = None,
+    image_dir: options.ImageDir = None,
+    limit_rate: options.LimitRate = None,
+    password_file: options.PasswordFile = None,
+    password_command: options.PasswordCommand = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Send what a destination lacks of an image, and publish a point of it.
+
+    The image as given is captured. A sealed layer that is there already is recognised without reading its data; of
+    the others only blocks that the repository does not hold are stored. Overlays that are no points of their own are
+    composed first, so that what was overwritten is neither read nor sent. An image without a chain, raw or qcow2,
+    ships too.
+    """
+    from snapchain.ops.address import parse_disk_address
+    from snapchain.ops.ship import shipment
+
+    address = parse_disk_address(target)
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        repository = options.repository(
+            address.dest,
+            out,
+            password_file=password_file,
+            password_command=password_command,
+            writing=not dry_run,
+            limit_rate=limit_rate,
+        )
+        with shipment(
+            image,
+            repository,
+            address.disk,
+            labels=label or (),
+            each_layer=each_layer,
+            format=image_format,
+            image_dirs=options.image_dirs(image_dir),
+            on_event=out.on_event,
+        ) as work:
+            if not out.plan(work.plan(), _draw_plan):
+                out.report(work.run(on_event=out.on_event), _draw_report)
+
+
+def _draw_plan(console: Console, plan: ShipPlan) -> None:
+    render.headline(console, f"would ship {plan.image} to {plan.destination}::{plan.disk}")
+    render.facts(console, [("layers there", str(plan.layers_present)), ("to read", size(plan.bytes_to_read))])
+    render.table(
+        console,
+        ["new layer of", "read>", "virtual size>", "point"],
+        [
+            (" + ".join(layer.files), size(layer.bytes_to_read), size(layer.virtual_size), _mark(layer.publishes))
+            for layer in plan.layers
+        ],
+    )
+
+
+def _draw_report(console: Console, report: ShipReport) -> None:
+    render.headline(console, f"shipped {report.disk} as point {report.point}")
+    render.facts(
+        console,
+        [
+            ("layers", f"{report.layers_sent} sent, {report.layers_present} there already"),
+            ("read", size(report.bytes_read)),
+            ("stored", size(report.bytes_stored)),
+            ("content", report.content_id),
+        ],
+    )
+
+
+def _mark(publishes: bool) -> str:
+    return "yes" if publishes else ""

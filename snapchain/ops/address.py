@@ -1,0 +1,89 @@
+"""What a user names: the path of an image, or DEST::DISK[@POINT].
+
+    /images/web1.qcow2                an image
+    /backup::web1/vda                 the newest point of disk web1/vda in the repository at /backup
+    s3://bucket/prefix::web1/vda@7    its point 7
+    /backup                           a destination, where a command wants one
+
+The last '::' parts destination and disk, since a URL may hold one and a disk's name may not; the first '@' after it
+parts disk and point. Text with '::' never is a path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapchain.errors import InvalidInput
+
+_MARK = "::"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageAddress:
+    """A disk image here."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class PointAddress:
+    """A disk in a destination. point: as written (latest, a number, a label, a time), None where none is."""
+
+    dest: str
+    disk: str
+    point: str | None = None
+
+    def __str__(self) -> str:
+        at = "" if self.point is None else f"@{self.point}"
+        return f"{self.dest}{_MARK}{self.disk}{at}"
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationAddress:
+    """A whole destination, where a command can also do with one disk of it."""
+
+    dest: str
+
+    def __str__(self) -> str:
+        return self.dest
+
+
+def parse_address(text: str) -> ImageAddress | PointAddress:
+    """An image's path, or DEST::DISK[@POINT]. Raises InvalidInput."""
+    if _MARK not in text:
+        if not text:
+            raise InvalidInput("an empty address", hint="name an image, or DEST::DISK[@POINT]")
+        return ImageAddress(Path(text))
+    dest, _, rest = text.rpartition(_MARK)
+    disk, at, point = rest.partition("@")
+    if not dest or not disk or (at and not point):
+        raise InvalidInput(
+            "not an address", subject=text, hint="write DEST::DISK or DEST::DISK@POINT, such as /backup::web1/vda@7"
+        )
+    return PointAddress(dest, disk, point if at else None)
+
+
+def parse_point_address(text: str) -> PointAddress:
+    """DEST::DISK[@POINT]. Raises InvalidInput for anything else."""
+    address = parse_address(text)
+    if isinstance(address, ImageAddress):
+        raise InvalidInput("no disk is named", subject=text, hint=f"write DEST::DISK, such as {text}::web1/vda")
+    return address
+
+
+def parse_disk_address(text: str) -> PointAddress:
+    """DEST::DISK. Raises InvalidInput for anything else, a point included."""
+    address = parse_point_address(text)
+    if address.point is not None:
+        raise InvalidInput("a disk is wanted here, not a point of it", subject=text, hint=f"leave out @{address.point}")
+    return address
+
+
+def parse_destination(text: str) -> DestinationAddress | PointAddress:
+    """DEST[::DISK[@POINT]]. Raises InvalidInput."""
+    address = parse_address(text)
+    return address if isinstance(address, PointAddress) else DestinationAddress(text)

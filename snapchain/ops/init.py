@@ -1,0 +1,61 @@
+"""init: an empty repository in a directory or an S3 bucket."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.destinations import create_destination
+from snapchain.errors import InvalidInput
+from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.repository.crypto import AES, SUITES
+from snapchain.repository.repository import BLOCK_BYTES, Passphrase
+
+
+class InitPlan(BaseModel):
+    """What `init` would make. block_size: guest bytes at whose multiples data is cut for deduplication."""
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    encryption: str
+    block_size: int
+
+
+class InitReport(BaseModel):
+    """What `init` made. conditional_put: whether the store lets several writers work at once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    repository: str
+    encryption: str
+    block_size: int
+    conditional_put: bool
+    findings: tuple[str, ...]
+
+
+def plan(destination: str, *, encryption: str | None = None, block_size: int | None = None) -> InitPlan:
+    """Decide the parameters, which are for ever. Raises InvalidInput."""
+    suite = AES if encryption is None else encryption
+    if suite not in SUITES:
+        raise InvalidInput(f"unknown encryption {suite!r}", hint=f"one of {', '.join(SUITES)}")
+    return InitPlan(
+        destination=destination, encryption=suite, block_size=BLOCK_BYTES if block_size is None else block_size
+    )
+
+
+def run(plan: InitPlan, *, passphrase: Passphrase, on_event: OnEvent = ignore) -> InitReport:
+    """Make the repository. Raises Conflict when there is one, and what the store raises."""
+    made = create_destination(
+        plan.destination, passphrase=passphrase, encryption=plan.encryption, block_size=plan.block_size
+    )
+    for notice in made.notices:
+        on_event(Notice(notice))
+    return InitReport(
+        destination=made.store.url,
+        repository=made.config.id,
+        encryption=made.config.encryption,
+        block_size=made.config.block_size,
+        conditional_put=made.conditional,
+        findings=tuple(made.notices),
+    )

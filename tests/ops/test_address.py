@@ -1,0 +1,61 @@
+"""Addresses as the design has them, and what is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, strategies as st
+
+from snapchain.errors import InvalidInput
+from snapchain.ops.address import (
+    DestinationAddress,
+    ImageAddress,
+    PointAddress,
+    parse_address,
+    parse_destination,
+    parse_disk_address,
+    parse_point_address,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("/images/web1.qcow2", ImageAddress(Path("/images/web1.qcow2"))),
+        ("a:b@c", ImageAddress(Path("a:b@c"))),
+        ("/backup::web1/vda", PointAddress("/backup", "web1/vda")),
+        ("/backup::web1/vda@7", PointAddress("/backup", "web1/vda", "7")),
+        ("s3://bucket/prefix::vda@latest", PointAddress("s3://bucket/prefix", "vda", "latest")),
+        ("/b::d@2026-01-02T03:04:05Z", PointAddress("/b", "d", "2026-01-02T03:04:05Z")),
+        ("ssh://[fe80::1]/srv::vda", PointAddress("ssh://[fe80::1]/srv", "vda")),
+        ("/mail@home::vda", PointAddress("/mail@home", "vda")),
+    ],
+)
+def test_addresses(text: str, address: ImageAddress | PointAddress) -> None:
+    assert parse_address(text) == address
+    assert str(address) == text
+
+
+@pytest.mark.parametrize("text", ["", "::", "::vda", "/backup::", "/backup::@7", "/backup::vda@"])
+def test_what_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_address(text)
+
+
+def test_a_command_gets_the_kind_of_address_that_it_wants() -> None:
+    assert parse_destination("/backup") == DestinationAddress("/backup")
+    assert parse_destination("/backup::vda") == PointAddress("/backup", "vda")
+    with pytest.raises(InvalidInput, match="no disk is named"):
+        parse_point_address("/backup")
+    with pytest.raises(InvalidInput, match="not a point"):
+        parse_disk_address("/backup::vda@7")
+
+
+_words = st.text(st.characters(exclude_characters=":@", exclude_categories=["C"]), min_size=1, max_size=20)
+
+
+@given(_words, _words, st.none() | _words)
+def test_what_is_written_is_read_back(dest: str, disk: str, point: str | None) -> None:
+    address = PointAddress(dest, disk, point)
+    assert parse_address(str(address)) == address
