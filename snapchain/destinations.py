@@ -1,0 +1,42 @@
+"""Where layers and points go: the one door from an address to an opened destination."""
+
+from __future__ import annotations
+
+from snapchain.errors import InvalidInput
+from snapchain.objects import open_store
+from snapchain.objects.store import ObjectStore
+from snapchain.objects.throttle import ThrottledStore
+from snapchain.repository.crypto import AES
+from snapchain.repository.repository import BLOCK_BYTES, Passphrase, Repository
+
+_REPLICAS = ("ssh://", "dir:")
+
+
+def open_destination(
+    url: str, *, passphrase: Passphrase, writing: bool = False, limit_rate: int | None = None
+) -> Repository:
+    """The repository at `url`: a path, file:///path, or s3://bucket/prefix.
+
+    passphrase: asked when the repository is encrypted; writing: whether points will be published or layers merged;
+    limit_rate: bytes per second to and from the store.
+    Raises NotFound when there is none, and what its store raises.
+    """
+    return Repository.open(_store(url, limit_rate), passphrase=passphrase, writing=writing)
+
+
+def create_destination(
+    url: str, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
+) -> Repository:
+    """A new, empty repository at `url`. Raises Conflict when there is one."""
+    return Repository.create(_store(url, None), passphrase=passphrase, encryption=encryption, block_size=block_size)
+
+
+def _store(url: str, limit_rate: int | None) -> ObjectStore:
+    if url.startswith(_REPLICAS):
+        raise InvalidInput(
+            "replicas are not part of this version",
+            subject=url,
+            hint="use a repository: a directory, or s3://bucket/prefix",
+        )
+    store = open_store(url)
+    return store if limit_rate is None else ThrottledStore(store, bytes_per_second=limit_rate)

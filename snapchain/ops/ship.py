@@ -1,0 +1,311 @@
+"""ship: bring what a repository lacks of an image, and publish a point.
+
+    scan + lock -> missing(have, want) -> plan: which files make which new layers -> run: take in, write, publish
+
+The root of a chain becomes a layer of its own; pending overlays are composed into one, so that redundant
+overwrites are neither stored nor sent.  With `each_layer` every file becomes a layer and a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Conflict, InvalidInput
+from snapchain.image import ImageChain, ImageFile
+from snapchain.image.fingerprint import Fingerprint
+from snapchain.model.content import LEAF_BYTES
+from snapchain.model.extents import Extents, fold, rounded
+from snapchain.model.inventory import Held, UpToDate, Wanted, missing
+from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.source import check_unchanged, locked_chain
+from snapchain.repository.catalogue import Catalogue, Disk, Point
+from snapchain.repository.deposit import Deposit, Origin
+from snapchain.repository.layers import Source, StoredLayer
+from snapchain.repository.repository import Repository
+
+_ATTEMPTS = 8
+_RAW_CLUSTER = 64 * 1024
+"""The cluster size noted for a raw file, for the day when it is restored as qcow2."""
+
+
+class _Shown(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class LayerPlan(_Shown):
+    """A layer to be made. files: composed into it, lower first; bytes_to_read: guest bytes, in whole leaves."""
+
+    files: tuple[str, ...]
+    virtual_size: int
+    bytes_to_read: int
+    publishes: bool
+
+
+class ShipPlan(_Shown):
+    """What `ship` would do. layers_present: of the chain, recognised without reading their data."""
+
+    image: str
+    destination: str
+    disk: str
+    layers_present: int
+    layers: tuple[LayerPlan, ...]
+    bytes_to_read: int
+    labels: tuple[str, ...]
+    note: str | None
+
+
+class ShipReport(_Shown):
+    """What `ship` did. points: all numbers published; point: the last of them, which is the image as given."""
+
+    disk: str
+    point: int
+    points: tuple[int, ...]
+    layers_sent: int
+    layers_present: int
+    bytes_read: int
+    bytes_stored: int
+    virtual_size: int
+    content_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Files [first, stop) of the chain, which become one layer, and then a point or not."""
+
+    first: int
+    stop: int
+    publishes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Composed:
+    """Some neighbouring files of a chain as the source of one layer (repository.intake.LayerSource)."""
+
+    extents: Extents
+    view: ImageChain
+
+    @property
+    def size(self) -> int:
+        return self.view.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.view.read_into(offset, buffer)
+
+
+class Shipment:
+    """An image and a repository, both open. Make it by `shipment`."""
+
+    def __init__(
+        self, chain: ImageChain, repository: Repository, disk: str, *, labels: Sequence[str], each_layer: bool
+    ) -> None:
+        self._chain, self._repository = chain, repository
+        self._disk: Disk = repository.disk(disk)
+        self._labels = tuple(labels)
+        self._each_layer = each_layer
+        self._current = self._disk.read()
+        have = self._stored()
+        found = missing(
+            [Held(layer.id, layer.header.sources) for layer in have],
+            [Wanted(_source(file)) for file in chain.files],
+            same=_same,
+        )
+        count = len(chain.files)
+        self._base = have[: found.base_count]
+        self._first = count if isinstance(found, UpToDate) else found.first
+        self._groups = tuple(self._grouped(self._first, count))
+        self._note = None
+        if have and self._first == 0:
+            self._note = f"no layer of disk {disk} is known to be part of this image: all of it is read again"
+
+    def plan(self) -> ShipPlan:
+        """What `run` will do, in bytes."""
+        layers = tuple(
+            LayerPlan(
+                files=tuple(str(file.path) for file in self._chain.files[group.first : group.stop]),
+                virtual_size=self._chain.files[group.stop - 1].size,
+                bytes_to_read=rounded(self._extents(group), LEAF_BYTES).data_bytes,
+                publishes=group.publishes,
+            )
+            for group in self._groups
+        )
+        return ShipPlan(
+            image=str(self._chain.files[-1].path),
+            destination=self._repository.store.url,
+            disk=self._disk.name,
+            layers_present=self._first,
+            layers=layers,
+            bytes_to_read=sum(layer.bytes_to_read for layer in layers),
+            labels=self._labels,
+            note=self._note,
+        )
+
+    def run(self, *, on_event: OnEvent = ignore) -> ShipReport:
+        """Ship and publish. Raises Conflict when the image or the disk was changed by others meanwhile."""
+        plan = self.plan()
+        if self._note:
+            on_event(Notice(self._note))
+        done = stored = bytes_read = 0
+        chain = list(self._base)
+        points: list[Point] = []
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            on_event(Progress("ship", done, plan.bytes_to_read))
+
+        if not self._groups:
+            points.append(self._publish(chain, self._time_of(len(self._chain.files))))
+        else:
+            with Deposit(self._repository) as deposit:
+                on_bytes(0)
+                for group in self._groups:
+                    if self._adds(group, chain):
+                        chain.append(self._add(group, chain, deposit, on_bytes))
+                    if group.publishes:
+                        points.append(self._publish(chain, self._time_of(group.stop)))
+                stored, bytes_read = deposit.bytes_stored, deposit.bytes_read
+        last = points[-1]
+        return ShipReport(
+            disk=self._disk.name,
+            point=last.point,
+            points=tuple(point.point for point in points),
+            layers_sent=len(chain) - len(self._base),
+            layers_present=self._first,
+            bytes_read=bytes_read,
+            bytes_stored=stored,
+            virtual_size=last.size,
+            content_id=last.content_id,
+        )
+
+    def _stored(self) -> list[StoredLayer]:
+        if self._current is None or self._current[0].latest is None:
+            return []
+        catalogue = self._current[0]
+        return self._repository.chain(catalogue, self._current[0].latest.layer)
+
+    def _grouped(self, first: int, count: int) -> Iterator[_Group]:
+        if self._each_layer:
+            yield from (_Group(at, at + 1, publishes=True) for at in range(first, count))
+            return
+        if first == 0 and count > 1:
+            yield _Group(0, 1, publishes=False)
+            first = 1
+        if first < count:
+            yield _Group(first, count, publishes=True)
+
+    def _extents(self, group: _Group) -> Extents:
+        return fold(file.extents for file in self._chain.files[group.first : group.stop])
+
+    def _time_of(self, stop: int) -> datetime:
+        """Now for the image as given; for a sealed file below it, when it was last written to."""
+        if stop == len(self._chain.files):
+            return datetime.now(UTC)
+        return datetime.fromtimestamp(self._chain.files[stop - 1].fingerprint.mtime_ns / 1e9, UTC)
+
+    def _adds(self, group: _Group, below: Sequence[StoredLayer]) -> bool:
+        """False for fresh overlays, which say nothing: their point is that of the layer below."""
+        extents = self._extents(group)
+        return not below or extents != Extents.absent(below[-1].size)
+
+    def _add(
+        self, group: _Group, below: Sequence[StoredLayer], deposit: Deposit, on_bytes: Callable[[int], None]
+    ) -> StoredLayer:
+        files = self._chain.files[group.first : group.stop]
+        top = files[-1]
+        origin = Origin(
+            name=top.path.name,
+            image_format=top.format,
+            cluster_size=max(512, min(file.cluster_size or _RAW_CLUSTER for file in files)),
+            sources=tuple(map(_source, files)),
+        )
+        composed = _Composed(self._extents(group), self._chain.at(group.stop - 1))
+        return deposit.add(composed, below, origin, on_bytes=on_bytes, confirm=lambda: check_unchanged(self._chain))
+
+    def _publish(self, chain: Sequence[StoredLayer], time: datetime) -> Point:
+        """Make the next point of the disk name this chain. Raises Conflict when its base was merged away meanwhile."""
+        top = chain[-1].header
+        links = {upper.id: lower.id if lower else None for lower, upper in zip([None, *chain], chain, strict=False)}
+        for attempt in range(_ATTEMPTS):
+            catalogue = self._current[0] if self._current else None
+            if catalogue is not None:
+                _check_base(catalogue, [layer.id for layer in self._base], links)
+            number = catalogue.next_point if catalogue else 1
+            point = Point(
+                point=number, time=time, labels=self._labels, layer=top.id, size=top.size, content_id=top.content_id
+            )
+            try:
+                self._current = self._disk.advance(
+                    self._current,
+                    time=datetime.now(UTC),
+                    next_point=number + 1,
+                    points=(*(catalogue.points if catalogue else ()), point),
+                    parents={**(catalogue.parents if catalogue else {}), **links},
+                )
+            except Conflict:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                self._current = self._disk.read()
+                continue
+            return point
+        raise AssertionError("the loop returns or raises")
+
+
+@contextmanager
+def shipment(
+    image: Path,
+    repository: Repository,
+    disk: str,
+    *,
+    labels: Sequence[str] = (),
+    each_layer: bool = False,
+    format: str | None = None,
+    image_dirs: Sequence[Path] = (),
+    on_event: OnEvent = ignore,
+) -> Iterator[Shipment]:
+    """Open an image, locked against writers, to be shipped to `repository` as `disk`.
+
+    labels: given to the points; each_layer: every file of the chain becomes a layer and a point of its own
+    Raises what `scan` raises for an image that is broken or refused, and Busy when somebody writes to it.
+    """
+    for label in labels:
+        check_label(label)
+    with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
+        yield Shipment(chain, repository, disk, labels=labels, each_layer=each_layer)
+
+
+def check_label(label: str) -> str:
+    """Raises InvalidInput for a label that could be taken for a point's number, a time, or the end of an address."""
+    if not label or len(label.encode()) > 100 or not label.isprintable() or label != label.strip():
+        raise InvalidInput(f"{label!r} cannot be a label", hint="printable text of at most 100 bytes")
+    if label == "latest" or label[0].isdigit() or "@" in label or "::" in label:
+        raise InvalidInput(
+            f"{label!r} cannot be a label", hint="it may not be 'latest', begin with a digit, or hold '@' or '::'"
+        )
+    return label
+
+
+def _check_base(catalogue: Catalogue, base: Sequence[str], links: dict[str, str | None]) -> None:
+    for layer in base:
+        if layer not in catalogue.parents or catalogue.parents[layer] != links[layer]:
+            raise Conflict(
+                "layers that this shipment builds on were merged away meanwhile",
+                subject=catalogue.disk,
+                hint="run it again: what was sent is not sent twice",
+            )
+
+
+def _source(file: ImageFile) -> Source:
+    mark = file.fingerprint
+    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
+
+
+def _same(mine: object, theirs: object) -> bool:
+    if not isinstance(mine, Source) or not isinstance(theirs, Source):
+        return False
+    return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))

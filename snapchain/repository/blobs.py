@@ -1,0 +1,84 @@
+"""Reads blobs back: neighbours in a pack with one ranged read, checked before anybody sees them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+
+from snapchain.errors import Corrupt, NotFound
+from snapchain.objects.store import ObjectStore
+from snapchain.repository.crypto import Keyring
+from snapchain.repository.format import pack_name
+from snapchain.repository.index import BlobIndex
+from snapchain.repository.packs import Location, PackReader
+
+GAP_BYTES = 128 * 1024
+"""Read through a hole of this size rather than ask again: cheaper than a request on every store."""
+_READERS = 256
+
+
+class BlobReader:
+    """Thread-safe.
+
+    index: where else a blob may lie when its pack is gone; None when nobody loaded it (see `healing`).
+    """
+
+    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex | None = None) -> None:
+        self._store, self._keys, self._index = store, keys, index
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[str, PackReader] = OrderedDict()
+
+    def read_all(self, wanted: Sequence[tuple[bytes, Location]]) -> Iterator[tuple[int, bytes]]:
+        """(place in `wanted`, plain bytes) of each blob, in order of packs and offsets.
+
+        Raises Corrupt, which names the pack, when a blob is missing, altered or not what its id says.
+        """
+        order = sorted(range(len(wanted)), key=lambda at: (wanted[at][1].pack, wanted[at][1].offset))
+        for group in _neighbours(wanted, order):
+            yield from self._read_group(wanted, group)
+
+    def read(self, blob: bytes, location: Location) -> bytes:
+        """The plain bytes of one blob."""
+        ((_, plain),) = self.read_all([(blob, location)])
+        return plain
+
+    def _read_group(self, wanted: Sequence[tuple[bytes, Location]], group: list[int]) -> Iterator[tuple[int, bytes]]:
+        first = wanted[group[0]][1]
+        stop = max(wanted[at][1].offset + wanted[at][1].stored for at in group)
+        name = pack_name(first.pack)
+        try:
+            view = memoryview(self._store.get(name, offset=first.offset, length=stop - first.offset))
+        except NotFound as error:
+            raise Corrupt("the pack is missing from the store", subject=name) from error
+        reader = self._reader(first.pack)
+        for at in group:
+            blob, where = wanted[at]
+            begin = where.offset - first.offset
+            yield at, reader.blob(blob, where.offset, where.raw, view[begin : begin + where.stored])
+
+    def _reader(self, pack: str) -> PackReader:
+        with self._lock:
+            reader = self._readers.get(pack)
+            if reader is None:
+                reader = self._readers[pack] = PackReader(self._keys, pack)
+                if len(self._readers) > _READERS:
+                    self._readers.popitem(last=False)
+            return reader
+
+
+def _neighbours(wanted: Sequence[tuple[bytes, Location]], order: Iterable[int]) -> Iterator[list[int]]:
+    """Places, grouped so that each group is worth one ranged read."""
+    group: list[int] = []
+    pack, reach = "", 0
+    for at in order:
+        where = wanted[at][1]
+        if group and (where.pack != pack or where.offset > reach + GAP_BYTES):
+            yield group
+            group = []
+        if not group:
+            pack, reach = where.pack, where.offset
+        group.append(at)
+        reach = max(reach, where.offset + where.stored)
+    if group:
+        yield group

@@ -1,0 +1,95 @@
+"""The names, numbers and binary rows of a repository.  docs/format.md describes every byte of it.
+
+    config                        what the repository is; plain JSON, bound to every key slot
+    keys/SLOT                     a wrapped master key; JSON
+    packs/AA/PACK                 blobs: guest data, or pages of layer records
+    index/NAME                    which blob lies where
+    layers/LAYER                  one layer: its header and the table of its pages
+    disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
+
+Everything but `config` and `keys/` is sealed.  Everything is written once under a fresh name and never
+changed; a disk changes by one create-if-absent of its next catalogue generation.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+import numpy as np
+
+FORMAT = 1
+
+ID_BYTES = 32
+"""Blob ids: keyed BLAKE3, or BLAKE3 keyed by a public key where there is no encryption."""
+
+PACK_ID_BYTES = 16
+"""Packs and layers are named by 16 random bytes in hex."""
+
+MIN_BLOCK_BYTES = 64 * 1024
+MAX_BLOCK_BYTES = 1024 * 1024
+PACK_BYTES = 16 * 1024 * 1024
+"""A pack is closed when it has grown to this; one object, one PUT, never a multipart upload."""
+
+BLOB_ROW = np.dtype([("pack", "<u4"), ("offset", "<u4"), ("stored", "<u4"), ("raw", "<u4")])
+"""Where a blob lies: place of its pack in a table beside, offset, stored bytes (tag included), plain bytes."""
+
+RUN_ROW = np.dtype(
+    [
+        ("start", "<u8"),
+        ("length", "<u8"),
+        ("id", "u1", (ID_BYTES,)),
+        ("pack", "<u4"),
+        ("offset", "<u4"),
+        ("stored", "<u4"),
+        ("raw", "<u4"),
+        ("skip", "<u4"),
+    ]
+)
+"""A run of a layer: guest bytes [start, start+length) are plain bytes [skip, skip+length) of a blob.
+
+A run with stored == 0 is ZERO and names no blob.
+"""
+
+LEAF_ROW = np.dtype([("index", "<u8"), ("hash", "u1", (32,))])
+PAGE_ROW = np.dtype(
+    [
+        ("first", "<u8"),
+        ("stop", "<u8"),
+        ("id", "u1", (ID_BYTES,)),
+        ("pack", "u1", (PACK_ID_BYTES,)),
+        ("offset", "<u4"),
+        ("stored", "<u4"),
+        ("raw", "<u4"),
+        ("data", "<u8"),
+        ("zero", "<u8"),
+    ]
+)
+"""A page of a layer record: the guest range it speaks of, the blob that holds it, its DATA and ZERO bytes."""
+
+_HEX16 = re.compile(r"[0-9a-f]{32}")
+
+
+def fresh_id() -> str:
+    """32 hex digits that nobody has used before."""
+    return secrets.token_hex(PACK_ID_BYTES)
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` may name a pack, a layer or a disk."""
+    return _HEX16.fullmatch(text) is not None
+
+
+def pack_name(pack: str) -> str:
+    """Object name of a pack; 256 folders keep directories of local repositories small."""
+    return f"packs/{pack[:2]}/{pack}"
+
+
+def layer_name(layer: str) -> str:
+    """Object name of a layer record."""
+    return f"layers/{layer}"
+
+
+def generation_name(disk: str, generation: int) -> str:
+    """Object name of a catalogue generation; 20 digits sort as numbers."""
+    return f"disks/{disk}/{generation:020d}"

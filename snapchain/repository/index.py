@@ -1,0 +1,175 @@
+"""Which blob lies where: sorted arrays, looked up by the first 8 bytes of the id.
+
+An index object (kind I) lists some packs and the blobs in them, once they are durable:
+
+    u32     packs       u32   blobs
+    packs * (16 bytes pack id, u64 object size)
+    blobs * 32 bytes id, ascending
+    blobs * BLOB_ROW, in the same order
+
+Only shipping needs it, to know what is there already.  Restoring does not: layer records say where their blobs are.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from snapchain.errors import Corrupt
+from snapchain.objects.store import ObjectStore
+from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh_id
+from snapchain.repository.packs import Location
+
+KIND = b"I"
+_COUNTS = struct.Struct("<II")
+_PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
+
+Ids = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.void]
+
+
+class _Segment:
+    """A sorted run of entries. prefix: u64[n] big endian beginning of each id; packs: their table."""
+
+    __slots__ = ("ids", "packs", "prefix", "rows")
+
+    def __init__(self, ids: Ids, rows: Rows, packs: list[str]) -> None:
+        prefix = np.ascontiguousarray(ids[:, :8]).view(">u8").ravel().astype(np.uint64)
+        order = np.argsort(prefix, kind="stable")
+        self.prefix = prefix[order]
+        self.ids = ids[order]
+        self.rows = rows[order]
+        self.packs = packs
+
+    def find(self, blob: bytes) -> Location | None:
+        key = np.uint64(int.from_bytes(blob[:8], "big"))
+        at = int(np.searchsorted(self.prefix, key))
+        while at < len(self.prefix) and self.prefix[at] == key:
+            if self.ids[at].tobytes() == blob:
+                pack, offset, stored, raw = self.rows[at].item()
+                return Location(self.packs[pack], offset, stored, raw)
+            at += 1
+        return None
+
+
+class BlobIndex:
+    """All blobs known of, those of this session included. Thread-safe.
+
+    A few sorted segments instead of a dict: 56 bytes a blob where Python objects would cost 300.  New blobs
+    stay in a dict until there are enough of them for a segment; segments double in size (as in a log-structured merge).
+    """
+
+    _FRESH = 4096
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._segments: list[_Segment] = []
+        self._fresh: dict[bytes, Location] = {}
+
+    def find(self, blob: bytes) -> Location | None:
+        """Where the blob is, None when it is not known."""
+        with self._lock:
+            return self._find(blob)
+
+    def _find(self, blob: bytes) -> Location | None:
+        fresh = self._fresh.get(blob)
+        if fresh is not None:
+            return fresh
+        for segment in self._segments:
+            found = segment.find(blob)
+            if found is not None:
+                return found
+        return None
+
+    def add(self, blob: bytes, location: Location) -> None:
+        """Remember a blob of this session."""
+        with self._lock:
+            self._fresh[blob] = location
+            if len(self._fresh) >= self._FRESH:
+                self._settle()
+
+    def load(self, ids: Ids, rows: Rows, packs: list[str]) -> None:
+        """Take in the entries of an index object."""
+        with self._lock:
+            self._push(_Segment(ids, rows, packs))
+
+    def _settle(self) -> None:
+        places: dict[str, int] = {}
+        rows = np.empty(len(self._fresh), BLOB_ROW)
+        for at, location in enumerate(self._fresh.values()):
+            place = places.setdefault(location.pack, len(places))
+            rows[at] = (place, location.offset, location.stored, location.raw)
+        ids = np.frombuffer(b"".join(self._fresh), np.uint8).reshape(-1, ID_BYTES)
+        self._fresh = {}
+        self._push(_Segment(ids, rows, list(places)))
+
+    def _push(self, segment: _Segment) -> None:
+        while self._segments and len(self._segments[-1].prefix) <= 2 * len(segment.prefix):
+            below = self._segments.pop()
+            rows = segment.rows.copy()
+            rows["pack"] += len(below.packs)
+            segment = _Segment(
+                np.concatenate([below.ids, segment.ids]),
+                np.concatenate([below.rows, rows]),
+                below.packs + segment.packs,
+            )
+        self._segments.append(segment)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedPack:
+    """A durable pack as an index lists it. size: bytes of the object; rows: column `pack` is not read."""
+
+    pack: str
+    size: int
+    ids: Ids
+    rows: Rows
+
+
+def write(store: ObjectStore, keys: Keyring, listed: Sequence[IndexedPack]) -> str:
+    """Store an index object for these durable packs; its name."""
+    ids = np.concatenate([pack.ids for pack in listed])
+    rows = np.concatenate([pack.rows for pack in listed])
+    rows["pack"] = np.repeat(np.arange(len(listed), dtype=np.uint32), [len(pack.rows) for pack in listed])
+    segment = _Segment(ids, rows, [])
+    table = np.array([(list(bytes.fromhex(pack.pack)), pack.size) for pack in listed], _PACK_ROW)
+    body = b"".join(
+        (_COUNTS.pack(len(listed), len(rows)), table.tobytes(), segment.ids.tobytes(), segment.rows.tobytes())
+    )
+    name = f"index/{fresh_id()}"
+    store.put(name, seal(keys, KIND, name, body))
+    return name
+
+
+def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, Rows]:
+    """packs (id -> object size, in table order), blob ids and BLOB_ROWs of an index object. Raises Corrupt."""
+    body = unseal(keys, KIND, name, data)
+    if len(body) < _COUNTS.size:
+        raise Corrupt("the index is too short", subject=name)
+    packs, blobs = _COUNTS.unpack_from(body)
+    at_ids = _COUNTS.size + packs * _PACK_ROW.itemsize
+    at_rows = at_ids + blobs * ID_BYTES
+    if len(body) != at_rows + blobs * BLOB_ROW.itemsize:
+        raise Corrupt("the index has another length than it says", subject=name)
+    table = np.frombuffer(body, _PACK_ROW, packs, _COUNTS.size)
+    ids = np.frombuffer(body, np.uint8, blobs * ID_BYTES, at_ids).reshape(-1, ID_BYTES)
+    rows = np.frombuffer(body, BLOB_ROW, blobs, at_rows)
+    if blobs and int(rows["pack"].max()) >= packs:
+        raise Corrupt("the index names a pack that it does not list", subject=name)
+    return {bytes(row["pack"]).hex(): int(row["size"]) for row in table}, ids, rows
+
+
+def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
+    """The index of the whole repository."""
+    index = BlobIndex()
+    for info in store.list("index/"):
+        packs, ids, rows = parse(keys, info.name, store.get(info.name))
+        index.load(ids, rows, list(packs))
+    return index

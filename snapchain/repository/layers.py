@@ -1,0 +1,242 @@
+"""Layer records: one sealed layer as the repository holds it.
+
+An object layers/LAYER (kind L):
+
+    u32     bytes of the header
+            header, JSON: LayerHeader
+            pages * PAGE_ROW, ascending, without overlap
+
+The map itself lies in pages (pages.py), which are blobs.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from snapchain.errors import Corrupt, NotFound
+from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
+from snapchain.model.extents import ABSENT, Extents, over
+from snapchain.objects.store import ObjectStore
+from snapchain.repository.blobs import BlobReader
+from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.format import PAGE_ROW, is_id, layer_name
+from snapchain.repository.packs import Location
+from snapchain.repository.pages import Page
+
+KIND = b"L"
+_LENGTH = struct.Struct("<I")
+LARGEST_DISK = 1 << 56
+"""Bytes. qcow2 with clusters of 2 MiB ends at 8 EiB; no signed offset may overflow with two of these added."""
+
+
+class Source(BaseModel):
+    """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class LayerHeader(BaseModel):
+    """What a layer record says beside its map. What lies below it, the catalogue of its disk says: a merge changes that.
+
+    size: virtual size, bytes; name, image_format, cluster_size, compressed: of the file that it was read from;
+    sources: the files that were composed into it, lower first; replaces: layers that were merged into it;
+    content_sum: base64 of the LtHash16 sum of what the chain up to here shows; content_id follows from it and size
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    id: str
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    time: datetime
+    name: str
+    image_format: Literal["qcow2", "raw"]
+    cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
+    sources: tuple[Source, ...] = ()
+    replaces: tuple[str, ...] = ()
+    data_bytes: int = Field(ge=0)
+    zero_bytes: int = Field(ge=0)
+    content_sum: str
+    content_id: str
+
+    def sum(self) -> Sum:
+        """uint16[1024]"""
+        return np.frombuffer(base64.b64decode(self.content_sum), "<u2").astype(np.uint16)
+
+
+def encode_sum(total: Sum) -> str:
+    """The base64 form of a content sum."""
+    return base64.b64encode(total.astype("<u2").tobytes()).decode()
+
+
+PageTable = npt.NDArray[np.void]
+
+
+def write(store: ObjectStore, keys: Keyring, header: LayerHeader, pages: PageTable) -> None:
+    """Store a layer record; its pages are durable already."""
+    text = header.model_dump_json().encode()
+    name = layer_name(header.id)
+    store.put(name, seal(keys, KIND, name, _LENGTH.pack(len(text)) + text + pages.tobytes()))
+
+
+def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, PageTable]:
+    """A layer record, checked. Raises Corrupt when it is missing or unsound."""
+    name = layer_name(layer)
+    if not is_id(layer):
+        raise Corrupt("this is no layer id", subject=name)
+    try:
+        body = unseal(keys, KIND, name, store.get(name))
+    except NotFound as error:
+        raise Corrupt("the layer record is missing from the store", subject=name) from error
+    try:
+        (length,) = _LENGTH.unpack_from(body)
+        header = LayerHeader.model_validate_json(body[_LENGTH.size : _LENGTH.size + length])
+        pages = np.frombuffer(body, PAGE_ROW, offset=_LENGTH.size + length)
+        sums = base64.b64decode(header.content_sum, validate=True)
+    except (ValueError, struct.error, ValidationError) as error:
+        raise Corrupt(f"the layer record is unsound: {error}", subject=name) from error
+    stop = -(-header.size // LEAF_BYTES) * LEAF_BYTES
+    sound = (
+        header.id == layer
+        and len(sums) == SUM_BYTES
+        and content_id(header.size, header.sum()) == header.content_id
+        and bool((pages["first"] < pages["stop"]).all())
+        and bool((pages["first"][1:] >= pages["stop"][:-1]).all())
+        and (not len(pages) or int(pages["stop"][-1]) <= stop)
+    )
+    if not sound:
+        raise Corrupt("the layer record contradicts itself", subject=name)
+    return header, pages
+
+
+class PageCache:
+    """Decoded pages by blob id, least recently used out first. Thread-safe. limit: bytes."""
+
+    def __init__(self, reader: BlobReader, limit: int = 48 * 1024 * 1024) -> None:
+        self._reader, self._limit = reader, limit
+        self._lock = threading.Lock()
+        self._pages: OrderedDict[tuple[bytes, int], tuple[Page, int]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, row: np.void, size: int, *, subject: str) -> Page:
+        """The page of a PAGE_ROW of a layer of `size` bytes."""
+        blob, stop = bytes(row["id"]), min(int(row["stop"]), -(-size // LEAF_BYTES) * LEAF_BYTES)
+        with self._lock:
+            found = self._pages.get((blob, stop))
+            if found is not None:
+                self._pages.move_to_end((blob, stop))
+                return found[0]
+        where = Location(bytes(row["pack"]).hex(), int(row["offset"]), int(row["stored"]), int(row["raw"]))
+        body = self._reader.read(blob, where)
+        page = Page.decode(body, int(row["first"]), stop, subject=subject)
+        with self._lock:
+            if (blob, stop) not in self._pages:
+                self._pages[blob, stop] = page, len(body)
+                self._bytes += len(body)
+                while self._bytes > self._limit and len(self._pages) > 1:
+                    self._bytes -= self._pages.popitem(last=False)[1][1]
+        return page
+
+
+class StoredLayer:
+    """An opened layer record. Pages are loaded as they are asked for. Thread-safe."""
+
+    def __init__(self, header: LayerHeader, pages: PageTable, cache: PageCache) -> None:
+        self.header = header
+        self.table = pages
+        self._first = pages["first"].astype(np.int64)
+        self._stop = pages["stop"].astype(np.int64)
+        self._cache = cache
+
+    @property
+    def id(self) -> str:
+        return self.header.id
+
+    @property
+    def size(self) -> int:
+        return self.header.size
+
+    def pages(self, first: int, stop: int) -> Sequence[Page]:
+        """The pages that speak of [first, stop), ascending; they may reach beyond it."""
+        begin = int(np.searchsorted(self._stop, first, side="right"))
+        end = int(np.searchsorted(self._first, stop, side="left"))
+        subject = layer_name(self.id)
+        return [self._cache.get(self.table[at], self.size, subject=subject) for at in range(begin, end)]
+
+    def extents(self) -> Extents:
+        """The whole map: DATA, ZERO, ABSENT. Reads all pages, keeps none."""
+        at: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        val: list[npt.NDArray[np.int64]] = [np.full(1, ABSENT)]
+        if not self.size:
+            return Extents.absent(0)
+        for place in range(len(self.table)):
+            page = self._cache.get(self.table[place], self.size, subject=layer_name(self.id))
+            first, stop = int(self._first[place]), min(int(self._stop[place]), self.size)
+            piece = page.extents(self.size).window(first, stop)
+            at.append(piece.at + first)
+            val.append(piece.val)
+            if stop < self.size:
+                at.append(np.array([stop], np.int64))
+                val.append(np.full(1, ABSENT))
+        starts, values = np.concatenate(at), np.concatenate(val)
+        # A page that begins where the last one ended overrides the gap that was put between them.
+        last = np.append(starts[1:] > starts[:-1], True)
+        return Extents.from_starts(self.size, starts[last], values[last])
+
+
+def leaves_shown(
+    layers: Sequence[StoredLayer], first: int, stop: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """The leaves of [first, stop) that a chain shows and that are not all zero: (leaf numbers ascending, hashes).
+
+    layers: root first; first: a multiple of the leaf size.  Reads only pages of that range.
+    """
+    base = first // LEAF_BYTES
+    count = -(-stop // LEAF_BYTES) - base
+    open_ = np.ones(count, np.bool_)
+    index: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+    hashes: list[npt.NDArray[np.uint8]] = [np.empty((0, 32), np.uint8)]
+    for layer in reversed(layers):
+        # Past its end a layer hides what is below it (the size law).
+        open_[max(0, -(-layer.size // LEAF_BYTES) - base) :] = False
+        if not open_.any():
+            break
+        touched = np.zeros(count + 1, np.int32)
+        for page in layer.pages(first, min(stop, layer.size)):
+            number = page.leaves["index"].astype(np.int64) - base
+            shown = (number >= 0) & (number < count)
+            shown[shown] = open_[number[shown]]
+            index.append(number[shown] + base)
+            hashes.append(page.leaves["hash"][shown])
+            begin = page.runs["start"].astype(np.int64)
+            end = begin + page.runs["length"].astype(np.int64)
+            np.add.at(touched, np.clip(begin // LEAF_BYTES - base, 0, count), 1)
+            np.add.at(touched, np.clip(-(-end // LEAF_BYTES) - base, 0, count), -1)
+        open_ &= np.cumsum(touched[:count]) == 0
+    numbers = np.concatenate(index)
+    order = np.argsort(numbers, kind="stable")
+    return numbers[order], np.concatenate(hashes)[order]
+
+
+def resolve(layers: Sequence[StoredLayer]) -> Extents:
+    """The composed map of a chain, root first; a DATA value is the place of the owning layer."""
+    view = layers[0].extents().owned_by(0)
+    for place, layer in enumerate(layers[1:], 1):
+        view = over(view, layer.extents().owned_by(place))
+    return view

@@ -1,0 +1,188 @@
+"""Pages: the map of a layer in pieces of at most 64 MiB of touched guest data, each a blob.
+
+A layer record of a big disk would be megabytes that every reader loads; in pages, a reader loads those of the
+ranges that it asks for, and a new layer that reuses old data costs what it touches.
+
+    u32     packs       u32   runs        u32   leaves      u32   zero
+    packs * 16 bytes pack id
+    runs * RUN_ROW      ascending, without overlap
+    leaves * LEAF_ROW   the hashes of touched leaves that are not all zero, ascending (model/content.py)
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from snapchain.errors import Corrupt
+from snapchain.model.content import LEAF_BYTES, Leaves
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.repository.crypto import TAG_BYTES
+from snapchain.repository.format import LEAF_ROW, PACK_ID_BYTES, RUN_ROW
+from snapchain.repository.packs import LARGEST_BLOB, Location
+
+_COUNTS = struct.Struct("<IIII")
+PAGE_LEAVES = 1024
+PAGE_RUNS = 2048
+
+Rows = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Page:
+    """A decoded page. runs: RUN_ROW[n]; leaves: LEAF_ROW[m]; packs: their table, by place."""
+
+    runs: Rows
+    leaves: Rows
+    packs: Sequence[str]
+
+    def encode(self) -> bytes:
+        """The page as stored."""
+        counts = _COUNTS.pack(len(self.packs), len(self.runs), len(self.leaves), 0)
+        return b"".join((counts, *map(bytes.fromhex, self.packs), self.runs.tobytes(), self.leaves.tobytes()))
+
+    @staticmethod
+    def decode(body: bytes, first: int, stop: int, *, subject: str) -> Page:
+        """Raises Corrupt unless every number is plausible for a page that speaks of [first, stop)."""
+        if len(body) < _COUNTS.size:
+            raise Corrupt("a page of the layer record is too short", subject=subject)
+        packs, runs, leaves, _ = _COUNTS.unpack_from(body)
+        at_runs = _COUNTS.size + packs * PACK_ID_BYTES
+        at_leaves = at_runs + runs * RUN_ROW.itemsize
+        if len(body) != at_leaves + leaves * LEAF_ROW.itemsize:
+            raise Corrupt("a page of the layer record has another length than it says", subject=subject)
+        table = [body[at : at + PACK_ID_BYTES].hex() for at in range(_COUNTS.size, at_runs, PACK_ID_BYTES)]
+        page = Page(
+            np.frombuffer(body, RUN_ROW, runs, at_runs), np.frombuffer(body, LEAF_ROW, leaves, at_leaves), table
+        )
+        page._check(first, stop, subject)
+        return page
+
+    def _check(self, first: int, stop: int, subject: str) -> None:
+        runs, index = self.runs, self.leaves["index"]
+        # Unsigned sums can wrap: bound the parts first.
+        bounded = bool((runs["start"] < stop).all()) and bool((runs["length"] <= stop).all())
+        start, length = runs["start"].astype(np.int64), runs["length"].astype(np.int64)
+        data = runs[runs["stored"] != 0]
+        sound = (
+            bounded
+            and bool((length > 0).all())
+            and (not len(runs) or (start[0] >= first and start[-1] + length[-1] <= stop))
+            and bool((start[1:] >= start[:-1] + length[:-1]).all())
+            and bool((data["pack"] < len(self.packs)).all())
+            and bool((data["raw"] <= LARGEST_BLOB).all())
+            and bool((data["stored"] <= data["raw"] + TAG_BYTES).all())
+            and bool((data["skip"].astype(np.uint64) + data["length"] <= data["raw"]).all())
+            and bool((np.diff(index.astype(np.int64)) > 0).all())
+            and (not len(index) or (int(index[0]) >= first // LEAF_BYTES and int(index[-1]) * LEAF_BYTES < stop))
+        )
+        if not sound:
+            raise Corrupt("a page of the layer record contradicts itself", subject=subject)
+
+    def data_bytes(self) -> int:
+        """Guest bytes that are DATA."""
+        return int(self.runs["length"][self.runs["stored"] != 0].sum())
+
+    def zero_bytes(self) -> int:
+        """Guest bytes that are ZERO."""
+        return int(self.runs["length"][self.runs["stored"] == 0].sum())
+
+    def between(self, first: int, stop: int) -> Rows:
+        """The runs that reach into [first, stop); they may reach beyond it."""
+        start = self.runs["start"].astype(np.int64)
+        begin = int(np.searchsorted(start + self.runs["length"].astype(np.int64), first, side="right"))
+        return self.runs[begin : int(np.searchsorted(start, stop, side="left"))]
+
+    def extents(self, size: int) -> Extents:
+        """The page's runs as a map of the whole disk: DATA, ZERO, and ABSENT between them."""
+        return extents_of(self.runs, size)
+
+
+def extents_of(runs: Rows, size: int) -> Extents:
+    """RUN_ROWs as a map of [0, size): DATA, ZERO, and ABSENT between them."""
+    if not len(runs):
+        return Extents.absent(size)
+    start = runs["start"].astype(np.int64)
+    stop = start + runs["length"].astype(np.int64)
+    at = np.empty(2 * len(runs) + 1, np.int64)
+    val = np.empty(2 * len(runs) + 1, np.int64)
+    at[0], val[0] = 0, ABSENT
+    at[1::2], at[2::2] = start, stop
+    val[1::2] = np.where(runs["stored"] == 0, ZERO, DATA)
+    val[2::2] = ABSENT
+    # A run that begins where the last one ends leaves an empty gap; the disk's end leaves one past it.
+    real = np.append(np.diff(at) > 0, at[-1] < size)
+    return Extents.from_starts(size, at[real], val[real])
+
+
+def leaves_of(extents: Extents, leaves: Rows) -> Leaves:
+    """LEAF_ROWs as the model's leaves of a layer with this map."""
+    return Leaves.of(extents, leaves["index"].astype(np.int64), np.ascontiguousarray(leaves["hash"]))
+
+
+@dataclass(slots=True)
+class PageBuilder:
+    """Collects runs and leaves in guest order and cuts them into pages."""
+
+    _runs: list[Rows] = field(default_factory=list)
+    _leaves: list[Rows] = field(default_factory=list)
+    _packs: dict[str, int] = field(default_factory=dict)
+    _run_count: int = 0
+    _leaf_count: int = 0
+
+    def place(self, pack: str) -> int:
+        """The pack's place in the table of the page being built."""
+        return self._packs.setdefault(pack, len(self._packs))
+
+    def add(self, runs: Rows, packs: Sequence[str], leaves: Rows) -> None:
+        """Append RUN_ROWs (column `pack` indexes `packs`) and LEAF_ROWs that lie above all earlier ones."""
+        moved = runs.copy()
+        data = moved["stored"] != 0
+        if data.any():
+            places = np.array([self.place(pack) for pack in packs], np.uint32)
+            moved["pack"][data] = places[moved["pack"][data]]
+        self._runs.append(moved)
+        self._leaves.append(leaves)
+        self._run_count += len(runs)
+        self._leaf_count += len(leaves)
+
+    @property
+    def is_full(self) -> bool:
+        """Time to take a page."""
+        return self._leaf_count >= PAGE_LEAVES or self._run_count >= PAGE_RUNS
+
+    def take(self) -> tuple[int, int, Page] | None:
+        """(first, stop, page) of what was collected, and begin anew; None when that is nothing."""
+        if not self._run_count:
+            return None
+        runs = np.concatenate(self._runs)
+        leaves = np.concatenate(self._leaves) if self._leaves else np.empty(0, LEAF_ROW)
+        page = Page(runs, leaves, list(self._packs))
+        first = int(runs["start"][0])
+        stop = int(runs["start"][-1] + runs["length"][-1])
+        if len(leaves):
+            first = min(first, int(leaves["index"][0]) * LEAF_BYTES)
+            stop = max(stop, (int(leaves["index"][-1]) + 1) * LEAF_BYTES)
+        self._runs, self._leaves, self._packs = [], [], {}
+        self._run_count = self._leaf_count = 0
+        return first, stop, page
+
+
+def run_rows(
+    start: Iterable[int], length: Iterable[int], ids: Sequence[bytes | None], where: Sequence[Location | None]
+) -> tuple[Rows, list[str]]:
+    """RUN_ROWs and their pack table from plain values; an id of None is a ZERO run."""
+    packs: dict[str, int] = {}
+    rows = np.zeros(len(ids), RUN_ROW)
+    rows["start"], rows["length"] = list(start), list(length)
+    for at, (blob, location) in enumerate(zip(ids, where, strict=True)):
+        if blob is not None and location is not None:
+            row = rows[at]
+            row["id"] = np.frombuffer(blob, np.uint8)
+            row["pack"] = packs.setdefault(location.pack, len(packs))
+            row["offset"], row["stored"], row["raw"] = location.offset, location.stored, location.raw
+    return rows, list(packs)

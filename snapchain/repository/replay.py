@@ -1,0 +1,172 @@
+"""Reads a stored layer back as its chain shows it, and proves every leaf against the record on the way.
+
+Restoring is a replay with a sink that writes; verifying is one without.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from snapchain.errors import Corrupt, SnapchainError
+from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, empty_sum, leaf_hash
+from snapchain.model.extents import DATA, Extents
+from snapchain.repository.format import LEAF_ROW, layer_name
+from snapchain.repository.intake import change_of, sum_beyond
+from snapchain.repository.layers import StoredLayer, leaves_shown
+from snapchain.repository.pages import Rows
+from snapchain.repository.view import ChainView
+from snapchain.repository.worklist import WINDOW, Item, Task, hot_leaves, pieces, tasks, without_zeroes
+
+WORKERS = 4
+"""More than cores: on object storage the wait is for the network."""
+
+
+def _leave(offset: int, length: int) -> None:
+    """Zeroes in a new file: it reads as zeroes already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """Where DATA goes; called from several threads, in any order.
+
+    write: guest bytes at an offset; zero: (offset, length) of whole leaves among the DATA that are all zero
+    """
+
+    write: Callable[[int, memoryview], None]
+    zero: Callable[[int, int], None] = _leave
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """A guest range [start, stop) that cannot be read right, and why."""
+
+    start: int
+    stop: int
+    error: SnapchainError
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    change: Sum
+    bytes_read: int
+    bad: tuple[Bad, ...]
+
+
+class Replay:
+    """One layer, seen through the chain below it.
+
+    extents: what to read, DATA and ZERO; holds at least what the layer holds.  sink: gets the DATA ranges;
+    without one they are only checked.
+    """
+
+    def __init__(self, view: ChainView, extents: Extents, sink: Sink | None = None) -> None:
+        self._view, self._extents, self._sink = view, extents, sink
+        self._below: Sequence[StoredLayer] = ()
+        self._layer = view.layers[-1]
+
+    def on(self, below: Sequence[StoredLayer]) -> Replay:
+        """Count the content sum from that of the chain `below`, which was replayed already."""
+        self._below = below
+        return self
+
+    def run(self, on_bytes: Callable[[int], None] = lambda count: None) -> int:
+        """Replay all of it; guest bytes read.
+
+        Raises Corrupt naming the guest range that is damaged, or when the content id is not the recorded one.
+        """
+        total = self._below[-1].header.sum().copy() if self._below else empty_sum()
+        if self._below and self._layer.size < self._below[-1].size:
+            total -= sum_beyond(self._below, self._layer.size)
+        bytes_read = 0
+        for done in self._results(tasks(self._extents, hot_leaves(self._extents))):
+            if done.bad:
+                first = done.bad[0]
+                error = first.error
+                raise Corrupt(
+                    f"guest bytes {first.start} to {first.stop} are lost: {error.message}",
+                    subject=error.subject,
+                    hint="snapchain verify --read-data tells which points are affected",
+                ) from error
+            total += done.change
+            bytes_read += done.bytes_read
+            on_bytes(done.bytes_read)
+        if not np.array_equal(total, self._layer.header.sum()):
+            raise Corrupt("what was read has not the content id that was recorded", subject=layer_name(self._layer.id))
+        return bytes_read
+
+    def find_bad(
+        self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None] = lambda count: None
+    ) -> tuple[int, list[Bad]]:
+        """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""
+        chosen = (task for at, task in enumerate(tasks(self._extents, hot_leaves(self._extents))) if keep(at))
+        bytes_read, bad = 0, list[Bad]()
+        for done in self._results(chosen):
+            bytes_read += done.bytes_read
+            bad.extend(done.bad)
+            on_bytes(done.bytes_read)
+        return bytes_read, bad
+
+    def _results(self, work: Iterator[Task]) -> Iterator[_Done]:
+        with ThreadPoolExecutor(WORKERS, "replay") as pool:
+            under_way: deque[Future[_Done]] = deque()
+            try:
+                under_way.extend(pool.submit(self._work, task) for task in islice(work, 2 * WORKERS))
+                while under_way:
+                    yield under_way.popleft().result()
+                    under_way.extend(pool.submit(self._work, task) for task in islice(work, 1))
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _work(self, task: Task) -> _Done:
+        numbers: list[int] = []
+        hashes: list[bytes] = []
+        bad: list[Bad] = []
+        bytes_read = 0
+        for item in task:
+            if not item.hot:
+                continue
+            view = memoryview(bytearray(item.stop - item.start))
+            try:
+                self._view.read_into(item.start, view)
+            except SnapchainError as error:
+                bad.append(Bad(item.start, item.stop, error))
+                continue
+            bytes_read += len(view)
+            leaves = [leaf_hash(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
+            for at, digest in enumerate(leaves):
+                if digest != ZERO_LEAF:
+                    numbers.append(item.start // LEAF_BYTES + at)
+                    hashes.append(digest)
+            if self._sink is not None:
+                self._write(item, view, leaves, self._sink)
+        fresh = np.zeros(len(numbers), LEAF_ROW)
+        fresh["index"] = numbers
+        fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+        if not bad:
+            bad.extend(self._unlike(task, fresh))
+        return _Done(empty_sum() if bad else change_of(self._below, task, fresh), bytes_read, tuple(bad))
+
+    def _write(self, item: Item, view: memoryview, leaves: Sequence[bytes], sink: Sink) -> None:
+        for begin, stop, val in pieces(self._extents, item, WINDOW):
+            for first, end, zero in without_zeroes(begin, stop, item, leaves) if val >= DATA else ():
+                if zero:
+                    sink.zero(first, end - first)
+                else:
+                    sink.write(first, view[first - item.start : end - item.start])
+
+    def _unlike(self, task: Task, fresh: Rows) -> Iterator[Bad]:
+        """Leaves whose hash is not the recorded one."""
+        index, hashes = leaves_shown(self._view.layers, task[0].start, task[-1].stop)
+        known = dict(zip(index.tolist(), map(bytes, hashes), strict=True))
+        found = dict(zip(fresh["index"].tolist(), map(bytes, fresh["hash"]), strict=True))
+        for item in task:
+            for leaf in range(item.start // LEAF_BYTES, -(-item.stop // LEAF_BYTES)) if item.hot else ():
+                if known.get(leaf) != found.get(leaf):
+                    wrong = Corrupt("the bytes are not those that were shipped", subject=layer_name(self._layer.id))
+                    yield Bad(leaf * LEAF_BYTES, min((leaf + 1) * LEAF_BYTES, item.stop), wrong)

@@ -1,0 +1,210 @@
+"""A repository: a destination over object storage, deduplicated, compressed and encrypted."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
+from snapchain.objects.exclusive import create_exclusively
+from snapchain.objects.probe import probe, still_conditional
+from snapchain.objects.store import ObjectStore
+from snapchain.repository import catalogue as catalogues, index as indexes, keys as slots, layers
+from snapchain.repository.blobs import BlobReader
+from snapchain.repository.catalogue import Catalogue, Disk
+from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
+from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id
+from snapchain.repository.index import BlobIndex
+from snapchain.repository.layers import PageCache, StoredLayer
+
+CONFIG = "config"
+_WITNESS = "witness"
+_WITNESS_BODY = b"snapchain creates this object once; a store that lets it be created again ignores conditions\n"
+BLOCK_BYTES = 256 * 1024
+"""Where blobs are cut, in guest bytes: docs/decisions/0003-block-size.md."""
+
+Passphrase = Callable[[], str | None]
+"""Asked only when a passphrase is needed, since asking may run a command."""
+
+
+class Config(BaseModel):
+    """The object `config`, JSON in plain text. block_size: guest bytes at whose multiples blobs are cut."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    id: str = Field(pattern=r"[0-9a-f]{32}")
+    created: datetime
+    encryption: str
+    block_size: int = Field(ge=MIN_BLOCK_BYTES, le=MAX_BLOCK_BYTES)
+    conditional_put: bool
+
+
+class Repository:
+    """An open repository. Thread-safe for reading."""
+
+    def __init__(self, store: ObjectStore, config: Config, keys: Keyring, *, conditional: bool) -> None:
+        self.store = store
+        self.config = config
+        self.keys = keys
+        self.conditional = conditional
+        self.notices: list[str] = list(store.warnings)
+        self.blobs = BlobReader(store, keys)
+        self._pages = PageCache(self.blobs)
+
+    @classmethod
+    def create(
+        cls, store: ObjectStore, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
+    ) -> Repository:
+        """Make an empty repository. Raises Conflict when there is one already, InvalidInput for bad parameters."""
+        if encryption not in SUITES:
+            raise InvalidInput(f"unknown encryption {encryption!r}", hint=f"one of {', '.join(SUITES)}")
+        if not MIN_BLOCK_BYTES <= block_size <= MAX_BLOCK_BYTES or block_size & (block_size - 1):
+            raise InvalidInput(
+                f"a block size of {block_size} bytes",
+                hint=f"a power of two from {MIN_BLOCK_BYTES} to {MAX_BLOCK_BYTES}",
+            )
+        taken = Conflict("there is a snapchain repository here already", subject=store.url)
+        if store.size(CONFIG) is not None:
+            raise taken
+        secret = None if encryption == NONE else passphrase()
+        if encryption != NONE and not secret:
+            raise InvalidInput(
+                "an encrypted repository needs a passphrase",
+                hint="set SNAPCHAIN_PASSWORD, --password-file or --password-command, or say --no-encryption",
+            )
+        found = probe(store)
+        config = Config(
+            id=fresh_id(),
+            created=datetime.now(UTC),
+            encryption=encryption,
+            block_size=block_size,
+            conditional_put=found.conditional_put,
+        )
+        text = config.model_dump_json(indent=1).encode()
+        master = Keyring.public_master(config.id)
+        if secret:
+            master = secrets.token_bytes(KEY_BYTES)
+            slot = slots.wrap(master, secret, text)
+            store.put(f"keys/{fresh_id()}", slot.model_dump_json().encode())
+        store.put(_WITNESS, _WITNESS_BODY)
+        # The configuration comes last: what has none is no repository, and a second `init` may begin anew.
+        if not create_exclusively(store, CONFIG, text, conditional=found.conditional_put):
+            raise taken
+        made = cls(store, config, Keyring(encryption, config.id, master), conditional=found.conditional_put)
+        made.notices += found.findings
+        return made
+
+    @classmethod
+    def open(cls, store: ObjectStore, *, passphrase: Passphrase, writing: bool = False) -> Repository:
+        """Open an existing repository.
+
+        writing: find out (with one request) whether the store still honours create-if-absent.
+        Raises NotFound, InvalidInput (passphrase), Corrupt, Unsupported (a newer format).
+        """
+        try:
+            text = store.get(CONFIG)
+        except NotFound as error:
+            raise NotFound(
+                "there is no snapchain repository here", subject=store.url, hint=f"snapchain init {store.url}"
+            ) from error
+        config = parse_config(text, subject=store.url)
+        master = Keyring.public_master(config.id)
+        if config.encryption != NONE:
+            master = _unlock(store, passphrase, text)
+        conditional = config.conditional_put
+        opened = cls(store, config, Keyring(config.encryption, config.id, master), conditional=conditional)
+        if writing and conditional and not still_conditional(store, _WITNESS, _WITNESS_BODY):
+            opened.conditional = False
+            opened.notices.append(
+                f"{store.url} no longer honours create-if-absent: run one writer at a time on this repository"
+            )
+        return opened
+
+    def disk(self, name: str) -> Disk:
+        """The catalogue of a disk, whether or not it exists yet. Raises InvalidInput for a bad name."""
+        check_disk_name(name)
+        return Disk(self.store, self.keys, name, conditional=self.conditional)
+
+    def catalogue(self, name: str) -> Catalogue:
+        """The newest catalogue of a disk. Raises NotFound."""
+        found = self.disk(name).read()
+        if found is None:
+            raise NotFound(
+                f"there is no disk {name!r} here", subject=self.store.url, hint=f"snapchain log {self.store.url}"
+            )
+        return found[0]
+
+    def catalogues(self) -> list[Catalogue]:
+        """The newest catalogues of all disks, by name."""
+        found = (catalogues.read_any(self.store, self.keys, key) for key in self.store.list_dirs("disks/"))
+        return sorted((catalogue for catalogue in found if catalogue is not None), key=lambda each: each.disk)
+
+    def layer(self, layer: str) -> StoredLayer:
+        """One layer. Raises Corrupt when it is missing or unsound."""
+        return StoredLayer(*layers.read(self.store, self.keys, layer), self._pages)
+
+    def chain(self, catalogue: Catalogue, layer: str) -> list[StoredLayer]:
+        """The layers that end in `layer`, root first."""
+        return [self.layer(each) for each in catalogue.chain(layer)]
+
+    def index(self) -> BlobIndex:
+        """All blobs of the repository."""
+        return indexes.load(self.store, self.keys)
+
+
+def parse_config(text: bytes, *, subject: str) -> Config:
+    """The object `config`. Raises Corrupt, or Unsupported for a newer format."""
+    try:
+        return Config.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"] == ("format",):
+            raise Unsupported(
+                "the repository has a format that this snapchain does not know",
+                subject=subject,
+                hint="use a newer snapchain",
+            ) from error
+        raise Corrupt(f"the repository's config is damaged: {first['loc']}: {first['msg']}", subject=subject) from error
+
+
+def check_disk_name(name: str) -> str:
+    """Raises InvalidInput unless `name` is printable text of at most 200 bytes without ':', '@', '//' or blanks at its ends."""
+    bad = (
+        not name
+        or len(name.encode()) > 200
+        or not name.isprintable()
+        or name != name.strip()
+        or any(mark in name for mark in (":", "@", "//"))
+        or name.startswith("/")
+        or name.endswith("/")
+    )
+    if bad:
+        raise InvalidInput(
+            f"{name!r} cannot name a disk",
+            hint="printable text of at most 200 bytes without ':' and '@', such as web1/vda",
+        )
+    return name
+
+
+def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
+    secret = passphrase()
+    if not secret:
+        raise InvalidInput(
+            "the repository is encrypted and no passphrase was given",
+            subject=store.url,
+            hint="set SNAPCHAIN_PASSWORD, --password-file or --password-command",
+        )
+    names: Sequence[str] = [info.name for info in store.list("keys/")]
+    if not names:
+        raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
+    for name in names:
+        slot = slots.parse(store.get(name), subject=name)
+        master = slots.unwrap(slot, secret, config, subject=name)
+        if master is not None:
+            return master
+    raise slots.wrong_passphrase(store.url)

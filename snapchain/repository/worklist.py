@@ -1,0 +1,127 @@
+"""What taking in a layer has to do, cut into tasks of bounded size; decided before a byte is read.
+
+    HOT    whole leaves that hold DATA, or that a ZERO run covers only in part: read, hash, store
+    COLD   whole leaves inside a ZERO run: nothing to read
+
+A task is some neighbouring items: at most `WINDOW` hot bytes, within `SPAN` guest bytes, so that the old leaves
+of its range (a few pages) are looked up once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from snapchain.model.content import LEAF_BYTES, ZERO_LEAF
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, covering, over
+
+WINDOW = 4 * 1024 * 1024
+SPAN = 256 * 1024 * 1024
+COLD_PIECE = 16 * 1024 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Guest bytes [start, stop), whole leaves but for the end of the disk."""
+
+    start: int
+    stop: int
+    hot: bool
+
+
+Task = tuple[Item, ...]
+
+
+def with_last_leaf(extents: Extents) -> Extents:
+    """The map with its last leaf as DATA where the size cuts it.
+
+    For a layer that is shorter than what is below it: its last leaf lost its tail, and only a layer that holds
+    the leaf can say so.
+    """
+    size = extents.size
+    if not size % LEAF_BYTES:
+        return extents
+    start = size // LEAF_BYTES * LEAF_BYTES
+    return over(covering(size, np.array([start], np.int64), np.array([size], np.int64)), extents)
+
+
+def hot_leaves(extents: Extents) -> Extents:
+    """DATA on every leaf that must be read to know its new hash."""
+    size = extents.size
+    first: list[Int64s] = []
+    stop: list[Int64s] = []
+    data = extents.val >= DATA
+    first.append(extents.at[data] // LEAF_BYTES * LEAF_BYTES)
+    stop.append(extents.ends[data])
+    zero = extents.val == ZERO
+    for edge in (extents.at[zero], extents.ends[zero]):
+        partial = edge[(edge % LEAF_BYTES != 0) & (edge < size)]
+        first.append(partial // LEAF_BYTES * LEAF_BYTES)
+        stop.append(partial)
+    starts, stops = np.concatenate(first), np.concatenate(stop)
+    stops = np.minimum(-(-stops // LEAF_BYTES) * LEAF_BYTES, size)
+    order = np.argsort(starts, kind="stable")
+    return covering(size, starts[order], stops[order])
+
+
+def tasks(extents: Extents, hot: Extents) -> Iterator[Task]:
+    """The items of a layer in guest order, in tasks."""
+    zeroes = extents.mapped(np.where(extents.val == ZERO, ZERO, ABSENT))
+    work = over(zeroes, hot)
+    pending: list[Item] = []
+    hot_bytes = 0
+    for item in _items(work):
+        size = item.stop - item.start if item.hot else 0
+        if pending and (hot_bytes + size > WINDOW or item.stop - pending[0].start > SPAN):
+            yield tuple(pending)
+            pending, hot_bytes = [], 0
+        pending.append(item)
+        hot_bytes += size
+    if pending:
+        yield tuple(pending)
+
+
+def _items(work: Extents) -> Iterator[Item]:
+    """Runs cut at multiples of the window, so that equal disks are cut alike."""
+    for start, length, val in work.runs():
+        if val == ABSENT:
+            continue
+        piece = COLD_PIECE if val == ZERO else WINDOW
+        at, stop = start, start + length
+        while at < stop:
+            end = min(stop, (at // piece + 1) * piece)
+            yield Item(at, end, val != ZERO)
+            at = end
+
+
+def pieces(extents: Extents, item: Item, block: int) -> list[tuple[int, int, int]]:
+    """(start, stop, val) of the DATA and ZERO runs inside an item; DATA cut at multiples of `block`."""
+    view = extents.window(item.start, item.stop)
+    found: list[tuple[int, int, int]] = []
+    for start, length, val in view.runs():
+        if val == ABSENT:
+            continue
+        at, stop = item.start + start, item.start + start + length
+        if val == ZERO:
+            found.append((at, stop, ZERO))
+            continue
+        while at < stop:
+            end = min(stop, (at // block + 1) * block)
+            found.append((at, end, DATA))
+            at = end
+    return found
+
+
+def without_zeroes(begin: int, stop: int, item: Item, leaves: Sequence[bytes]) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, is zero) of the stretches of a piece, cut where leaves change between all zero and not."""
+    at = begin
+    while at < stop:
+        leaf = (at - item.start) // LEAF_BYTES
+        zero = leaves[leaf] == ZERO_LEAF
+        while leaf < len(leaves) and (leaves[leaf] == ZERO_LEAF) == zero:
+            leaf += 1
+        end = min(stop, item.start + leaf * LEAF_BYTES)
+        yield at, end, zero
+        at = end
