@@ -1,12 +1,13 @@
 """Hypothesis strategies for maps, stacks and chains, shared by all tests that hold a law on random stacks.
 
 Sizes are small on purpose: the laws do not depend on scale, and small examples collide, touch, shrink and end
-in the middle of each other far more often than large ones.
+in the middle of each other far more often than large ones.  A run and a layer's size are one drawn number each:
+hypothesis spends its time on draws, and thousands of stacks are drawn in a run of the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hypothesis import strategies as st
 
@@ -15,31 +16,33 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from snapchain.model.layer import Layer
 
 LAYER_VALUES = (ABSENT, ZERO, DATA)
+_MAX_RUNS = 8
 
 
-@st.composite
 def extents(
-    draw: st.DrawFn, *, size: int | None = None, max_size: int = 40, values: Sequence[int] = LAYER_VALUES
-) -> Extents:
+    *, size: int | None = None, max_size: int = 40, values: Sequence[int] = LAYER_VALUES
+) -> st.SearchStrategy[Extents]:
     """A map of exactly `size` bytes, or of 0 to `max_size` bytes."""
-    length = draw(st.integers(0, max_size)) if size is None else size
-    if length == 0:
-        return Extents.absent(0)
-    inner = draw(st.sets(st.integers(1, length - 1), max_size=8)) if length > 1 else set()
-    starts = [0, *sorted(inner)]
-    chosen = draw(st.lists(st.sampled_from(list(values)), min_size=len(starts), max_size=len(starts)))
-    return Extents.from_starts(length, starts, chosen)
+    widest = max_size if size is None else size
+    sizes = st.integers(0, max_size) if size is None else st.just(size)
+    return st.builds(lambda length, runs: _map_of(length, runs, values), sizes, _runs(widest, values))
 
 
-@st.composite
 def stacks(
-    draw: st.DrawFn, *, min_layers: int = 1, max_layers: int = 6, max_size: int = 40, one_size: bool = False
-) -> list[Extents]:
+    *, min_layers: int = 1, max_layers: int = 6, max_size: int = 40, one_size: bool = False
+) -> st.SearchStrategy[list[Extents]]:
     """Layers root first. Sizes often agree, as in real stacks, and often do not: grown, shrunk and empty layers."""
-    count = draw(st.integers(min_layers, max_layers))
-    common = draw(st.integers(0, max_size))
-    sizes = st.just(common) if one_size else st.one_of(st.just(common), st.integers(0, max_size))
-    return [draw(extents(size=draw(sizes))) for _ in range(count)]
+    own_size = (
+        st.just(max_size + 1) if one_size else st.integers(0, 2 * max_size + 1)
+    )  # beyond max_size: the common one
+    layers = st.lists(st.tuples(own_size, _runs(max_size, LAYER_VALUES)), min_size=min_layers, max_size=max_layers)
+    return st.builds(
+        lambda common, drawn: [
+            _map_of(size if size <= max_size else common, runs, LAYER_VALUES) for size, runs in drawn
+        ],
+        st.integers(0, max_size),
+        layers,
+    )
 
 
 def chain_of(stack: Sequence[Extents]) -> Chain:
@@ -50,3 +53,20 @@ def chain_of(stack: Sequence[Extents]) -> Chain:
 def chains(*, min_layers: int = 1, max_layers: int = 6, max_size: int = 40) -> st.SearchStrategy[Chain]:
     """Random chains of layers named l0, l1, ..."""
     return stacks(min_layers=min_layers, max_layers=max_layers, max_size=max_size).map(chain_of)
+
+
+def _runs(max_size: int, values: Sequence[int]) -> st.SearchStrategy[list[int]]:
+    """Numbers that `_map_of` takes apart: the place of a value, and a start."""
+    return st.lists(st.integers(0, max(len(values) * max_size, 1) - 1), max_size=_MAX_RUNS)
+
+
+def _map_of(size: int, runs: Iterable[int], values: Sequence[int]) -> Extents:
+    if size == 0:
+        return Extents.absent(0)
+    starts = {0: values[0]}
+    for number in runs:
+        start, place = divmod(number, len(values))
+        if start < size:
+            starts[start] = values[place]
+    at = sorted(starts)
+    return Extents.from_starts(size, at, [starts[start] for start in at])

@@ -13,6 +13,7 @@ from snapchain.testing.reference import bytewise, reads, walk
 from snapchain.testing.strategies import extents, stacks
 
 Trees = tuple[dict[str, str | None], set[str]]
+MAPS = extents(max_size=24)
 
 
 @st.composite
@@ -101,7 +102,7 @@ def test_every_layer_that_stays_is_kept_or_a_junction(tree: Trees) -> None:
 def test_every_kept_point_reads_the_same(tree: Trees, data: st.DataObject) -> None:
     parents, keep = tree
     numbers = {layer: n for n, layer in enumerate(parents)}
-    maps = {layer: data.draw(extents(max_size=24)).owned_by(n) for layer, n in numbers.items()}
+    maps = {layer: data.draw(MAPS).owned_by(n) for layer, n in numbers.items()}
     groups = collapse_tree(parents, keep)
     merged = {g.top: merge_group([maps[m] for m in g.members], root=g.is_root) for g in groups}
     stands_on = {g.top: g.parent for g in groups}
