@@ -187,12 +187,21 @@ class HeaderFields:
 
         Raises struct.error when `head` is shorter than the version's fixed part.
         """
-        (_, version, backing_file_offset, backing_file_size, cluster_bits, size, crypt_method, l1_size) = (
-            _V2.unpack_from(head)[:8]
-        )
-        (l1_table_offset, refcount_table_offset, refcount_table_clusters, nb_snapshots, snapshots_offset) = (
-            _V2.unpack_from(head)[8:]
-        )
+        (
+            _,
+            version,
+            backing_file_offset,
+            backing_file_size,
+            cluster_bits,
+            size,
+            crypt_method,
+            l1_size,
+            l1_table_offset,
+            refcount_table_offset,
+            refcount_table_clusters,
+            nb_snapshots,
+            snapshots_offset,
+        ) = _V2.unpack_from(head)
         incompatible = compatible = autoclear = compression_type = 0
         refcount_order, header_length = 4, V2_HEADER_BYTES
         if version == 3:

@@ -1,0 +1,64 @@
+"""Which file a recorded backing name means, and whether it may be opened; decided before it is touched.
+
+QEMU takes `scheme:` in front of the first slash as a protocol and `json:` as options; both could reach the network
+or any file, so only plain paths are followed.  A relative name starts at the directory of the path by which the
+overlay was opened, symbolic links in that path untouched (path_combine in QEMU's block.c).  What a name means must
+lie, all links resolved, in a directory that the user has named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapchain.errors import Unsupported
+from snapchain.image.qcow2.header import Backing
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file by two names: `path` as QEMU would open it (absolute), `real` with all links resolved."""
+
+    path: Path
+    real: Path
+
+    @staticmethod
+    def of(path: str | os.PathLike[str]) -> Place:
+        """Of a path relative to the working directory."""
+        # No normpath: `link/..` is not the directory that holds `link`.
+        whole = os.path.join(os.getcwd(), os.fspath(path))
+        return Place(Path(whole), Path(os.path.realpath(whole)))
+
+
+class Allowed:
+    """The directories, and everything below them, from which backing files may come."""
+
+    def __init__(self, top: Place, image_dirs: Sequence[Path]) -> None:
+        named = [os.path.realpath(directory) for directory in (top.path.parent, *image_dirs)]
+        self._directories = tuple(dict.fromkeys([*map(Path, named), top.real.parent]))
+
+    def place(self, backing: Backing, *, overlay: Path) -> Place:
+        """The file that the overlay's backing name means. Raises Unsupported for names that are not followed."""
+        name = backing.name
+        if any(character < " " or character == "\x7f" for character in name):
+            raise Unsupported("the backing file name holds control characters", subject=overlay)
+        if ":" in name.split("/", 1)[0]:
+            raise Unsupported(
+                f"the backing file is {_shown(name)}, not a plain path; snapchain follows files only",
+                subject=overlay,
+                hint="`qemu-img rebase -u -b PATH -F FORMAT` records a plain path",
+            )
+        found = Place.of(os.path.join(overlay.parent, name))
+        if not any(found.real.is_relative_to(directory) for directory in self._directories):
+            raise Unsupported(
+                f"the backing file {_shown(name)} lies outside the directories that you named",
+                subject=overlay,
+                hint=f"if you trust the image: --image-dir {found.real.parent}",
+            )
+        return found
+
+
+def _shown(name: str) -> str:
+    return ascii(name if len(name) <= 200 else f"{name[:200]}...")

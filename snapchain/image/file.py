@@ -1,0 +1,176 @@
+"""One opened image file: what it is, its map, and its bytes.
+
+Everything that can be judged is judged in `open`; reading later meets only what the disk or another writer does.
+Reads are positioned, so any number of threads may share a file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from snapchain.errors import Busy, Corrupt, InvalidInput
+from snapchain.image.backing import Place
+from snapchain.image.fingerprint import Fingerprint, settle
+from snapchain.image.physical import Physical, RunBudget
+from snapchain.image.pread import file_bytes, pread, pread_into
+from snapchain.image.qcow2.compressed import decompress
+from snapchain.image.qcow2.header import Backing, Qcow2Header, read_header
+from snapchain.image.qcow2.mapping import map_image
+from snapchain.image.qcow2.tables import ImageFd
+from snapchain.image.raw import SECTOR, map_raw
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+
+Format = Literal["qcow2", "raw"]
+
+
+class ImageFile:
+    """An image file, open for reading; a context manager. Offsets and sizes in bytes.
+
+    path: as QEMU would open it, absolute; real_path: with links resolved
+    size: virtual size; cluster_size: 0 for raw; grain: the smallest piece that is allocated on its own
+    fingerprint: of the moment before its tables were read; see `changed`
+    """
+
+    def __init__(self, place: Place, fd: int, *, format: Format, budget: RunBudget) -> None:  # noqa: A002
+        """Read the header and the map of `fd`, which the object owns from here on, even when this raises."""
+        self.path: Path = place.path
+        self.real_path: Path = place.real
+        self.format: Format = format
+        self.header: Qcow2Header | None = None
+        self._fd = fd
+        self._local = threading.local()
+        try:
+            self.fingerprint: Fingerprint = settle(fd)
+            status = os.fstat(fd)
+            self.device: tuple[int, int] = (status.st_dev, status.st_ino)
+            file_size = file_bytes(fd)
+            budget.grant(file_size if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512)
+            if format == "raw":
+                self.physical: Physical = map_raw(fd, budget=budget, subject=self.path)
+            else:
+                self.header = read_header(fd, subject=self.path)
+                image = ImageFd(fd, file_size, self.header, self.path)
+                self.physical = map_image(image, budget=budget)
+            if self.changed():
+                raise Busy("the file changes while it is read", subject=self.path, hint="stop its user first")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Virtual size."""
+        return self.physical.size
+
+    @property
+    def cluster_size(self) -> int:
+        """0 for raw."""
+        return self.header.cluster_size if self.header else 0
+
+    @property
+    def grain(self) -> int:
+        """Cluster, subcluster (extended L2) or sector (raw)."""
+        return self.header.grain if self.header else SECTOR
+
+    @property
+    def compression(self) -> Literal["zlib", "zstd"]:
+        """Of compressed clusters."""
+        return self.header.compression if self.header else "zlib"
+
+    @property
+    def backing(self) -> Backing | None:
+        """As recorded."""
+        return self.header.backing if self.header else None
+
+    @cached_property
+    def extents(self) -> Extents:
+        """This file alone as ABSENT, ZERO and DATA."""
+        return self.physical.extents()
+
+    def changed(self) -> bool:
+        """Whether the file was written to, or its name given to another file, since the map was read."""
+        opened = os.fstat(self._fd)
+        if not Fingerprint.of(opened).same_content_as(self.fingerprint):
+            return True
+        try:
+            named = os.stat(self.real_path, follow_symlinks=False)
+        except OSError:
+            return True
+        return (named.st_dev, named.st_ino) != self.device
+
+    def fileno(self) -> int:
+        """The read-only descriptor; it stays this object's."""
+        return self._fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the guest bytes from `offset` on, none of which may be ABSENT here. Thread-safe.
+
+        Raises Corrupt (compressed data, file cut off), Unavailable (the disk fails), InvalidInput (range not held).
+        """
+        view = buffer.cast("B")
+        physical = self.physical
+        if not 0 <= offset <= offset + len(view) <= physical.size:
+            raise InvalidInput(f"bytes {offset}+{len(view)} are outside the image", subject=self.path)
+        run = int(physical.start.searchsorted(offset, side="right")) - 1
+        last = len(physical.start) - 1
+        done = 0
+        while done < len(view):
+            start = int(physical.start[run])
+            end = int(physical.start[run + 1]) if run < last else physical.size
+            skip = offset + done - start
+            part = view[done : done + end - start - skip]
+            kind = int(physical.kind[run])
+            if kind == DATA and physical.stored[run]:
+                part[:] = self._unpacked(run)[skip : skip + len(part)]
+            elif kind == DATA:
+                pread_into(self._fd, part, offset=int(physical.host[run]) + skip, subject=self.path)
+            elif kind == ZERO:
+                part[:] = bytes(len(part))
+            else:
+                assert kind == ABSENT
+                raise InvalidInput(f"guest offset {start + skip} is not in this file", subject=self.path)
+            done += len(part)
+            run += 1
+
+    def _unpacked(self, run: int) -> memoryview:
+        """A compressed cluster; the last one of each thread is kept, for reads smaller than a cluster."""
+        kept: tuple[int, memoryview] | None = getattr(self._local, "kept", None)
+        if kept is not None and kept[0] == run:
+            return kept[1]
+        guest, host = int(self.physical.start[run]), int(self.physical.host[run])
+        length = int(self.physical.stored[run])
+        # The last sector of the last compressed cluster may be cut off.
+        length = min(length, file_bytes(self._fd) - host)
+        if length <= 0:
+            raise Corrupt(f"the file is cut off before the data of guest offset {guest}", subject=self.path)
+        data = pread(self._fd, length, offset=host, subject=self.path)
+        plain = decompress(
+            data,
+            self.cluster_size,
+            compression=self.compression,
+            place=f"offset {host} of the file, guest offset {guest},",
+            subject=self.path,
+        )
+        view = memoryview(plain)
+        self._local.kept = (run, view)
+        return view
+
+    def close(self) -> None:
+        """Give the descriptor back; harmless when repeated."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,41 @@
+"""Positioned reads that are whole or an error which names the file and the offset."""
+
+from __future__ import annotations
+
+import os
+
+from snapchain.errors import Corrupt, Unavailable
+
+
+def pread_into(fd: int, buffer: memoryview, *, offset: int, subject: object) -> None:
+    """Fill `buffer` (bytes) from `offset` of the file.
+
+    Raises Corrupt where the file ends first (it was truncated: every caller has checked the range against its size),
+    Unavailable where the disk fails.
+    """
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise Unavailable(
+                f"cannot read at offset {offset + done} of the file: {error.strerror}", subject=subject
+            ) from error
+        if count == 0:
+            raise Corrupt(
+                f"the file ends at offset {offset + done}, in the middle of {len(buffer)} bytes to be read from {offset}",
+                subject=subject,
+            )
+        done += count
+
+
+def pread(fd: int, length: int, *, offset: int, subject: object) -> bytes:
+    """Exactly `length` bytes; errors as `pread_into`."""
+    buffer = bytearray(length)
+    pread_into(fd, memoryview(buffer), offset=offset, subject=subject)
+    return bytes(buffer)
+
+
+def file_bytes(fd: int) -> int:
+    """Size of a regular file or block device; what a device says by seeking to its end."""
+    return os.lseek(fd, 0, os.SEEK_END)

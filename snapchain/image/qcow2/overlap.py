@@ -1,0 +1,103 @@
+"""No host byte has two owners: every table and every cluster claims its place in the file, and no claims may meet.
+
+Overlaps are found without pairing claims up: intervals are disjoint exactly when, both sorted on their own, no end
+lies behind the next start.  So a check costs two sorts of integers, in place, whatever the order of the claims.
+
+Compressed clusters may share a host cluster with each other (that is the format's way of packing them), but with
+nobody else; so they claim the host clusters that they touch, each once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from snapchain.errors import Corrupt
+from snapchain.image.physical import Int64s, Runs
+
+DATA_CLUSTER = "data cluster"
+COMPRESSED_DATA = "compressed data"
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    owner: str
+    start: Int64s
+    end: Int64s | int
+    """One past each claim's last byte, or the length of every one of them."""
+
+    @property
+    def ends(self) -> Int64s:
+        return self.start + self.end if isinstance(self.end, int) else self.end
+
+
+class Claims:
+    """Who owns which bytes of one file."""
+
+    def __init__(self, cluster_bits: int, *, subject: object) -> None:
+        self._bits = cluster_bits
+        self._subject = subject
+        self._claims: list[_Claim] = []
+        self._touched: list[Int64s] = []
+
+    def table(self, owner: str, offset: int, length: int) -> None:
+        """One contiguous table; its last cluster is its own to the end."""
+        if length:
+            self.tables(owner, np.array([offset], np.int64), -(-length >> self._bits) << self._bits)
+
+    def tables(self, owner: str, offsets: Int64s, length: int) -> None:
+        """Many tables of one length."""
+        self._claims.append(_Claim(owner, offsets, length))
+
+    def data(self, offsets: Int64s) -> None:
+        """Data clusters, at these offsets in guest order; neighbours that are contiguous are kept as one claim."""
+        if len(offsets):
+            size = 1 << self._bits
+            joined = np.diff(offsets) == size
+            start, last = offsets[np.append(True, ~joined)], offsets[np.append(~joined, True)]
+            self._claims.append(_Claim(DATA_CLUSTER, start, last + size))
+
+    def compressed(self, runs: Runs) -> None:
+        """Compressed clusters, by the bytes that they may occupy."""
+        first = runs.host >> self._bits
+        last = (runs.host + runs.stored - 1) >> self._bits
+        # At most twice the size of a cluster: three host clusters.
+        self._touched.append(np.unique(np.concatenate([first, np.minimum(first + 1, last), last])))
+
+    def check(self) -> None:
+        """Raises Corrupt naming the owners of the first bytes that two claim."""
+        claims = [*self._claims, *self._packed()]
+        start = np.concatenate([claim.start for claim in claims])
+        start.sort()
+        end = np.concatenate([claim.ends for claim in claims])
+        end.sort()
+        meets = end[:-1] > start[1:]
+        if meets.any():
+            at = int(start[1:][np.flatnonzero(meets)[0]])
+            raise Corrupt(self._contested(claims, at), subject=self._subject)
+
+    def _packed(self) -> list[_Claim]:
+        if not self._touched:
+            return []
+        touched = np.unique(np.concatenate(self._touched))
+        return [_Claim(COMPRESSED_DATA, touched << self._bits, 1 << self._bits)]
+
+    @staticmethod
+    def _contested(claims: list[_Claim], at: int) -> str:
+        owners: list[str] = []
+        for claim in claims:
+            count = int(((claim.start <= at) & (at < claim.ends)).sum())
+            owners += [claim.owner] * count
+        if owners[0] == owners[-1] and owners[0] == DATA_CLUSTER:
+            return f"the host cluster at offset {at} is referenced twice"
+        return f"tables overlap: offset {at} of the file is part of {' and of '.join(owners[:2])}"
+
+
+def check_compressed_starts(host: Int64s, *, subject: object) -> None:
+    """Raises Corrupt when two compressed clusters begin at the same byte."""
+    ordered = np.sort(host)
+    twice = ordered[1:] == ordered[:-1]
+    if twice.any():
+        at = int(ordered[1:][np.flatnonzero(twice)[0]])
+        raise Corrupt(f"the compressed cluster at offset {at} is referenced twice", subject=subject)

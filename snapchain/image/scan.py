@@ -1,0 +1,117 @@
+"""From a path to the chain of files that QEMU would show under it, or a refusal that names the file and the reason.
+
+Formats are never probed: the top's is said by the caller or by its suffix, a backing file's is recorded in its
+overlay.  Contents that contradict it are refused, so a raw disk in which a guest has written a qcow2 header never
+becomes a qcow2 image.  Backing names are judged by `backing`, files opened by `opening`, loops told by inode.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.image.backing import Allowed, Place
+from snapchain.image.chain import ImageChain
+from snapchain.image.file import Format, ImageFile
+from snapchain.image.opening import open_image
+from snapchain.image.physical import RunBudget
+from snapchain.image.qcow2.header import Backing, is_qcow2
+
+MAX_DEPTH = 200
+_QCOW2_SUFFIXES = {".qcow2", ".qcow"}
+
+
+def scan(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002
+    image_dirs: Sequence[Path] = (),
+) -> ImageChain:
+    """Open an image and everything below it.
+
+    format: "qcow2" or "raw"; by the suffix when not given. image_dirs: where backing files may lie besides the
+    directory of `path` and below it.
+
+    Raises NotFound, InvalidInput (wrong request), Corrupt (broken or hostile), Unsupported (valid, refused), Busy.
+    """
+    try:
+        top = Place.of(path)
+    except ValueError as error:
+        raise InvalidInput("a path cannot hold a NUL byte", subject=repr(path)) from error
+    if format not in (None, "qcow2", "raw"):
+        raise InvalidInput(f"format {format!r}; known are qcow2 and raw", subject=top.path)
+    allowed = Allowed(top, image_dirs)
+    budget = RunBudget()
+    files: list[ImageFile] = []
+    try:
+        fd = open_image(top.real, subject=top.path)
+        files.append(ImageFile(top, fd, format=_top_format(fd, top, format), budget=budget))
+        while backing := files[-1].backing:
+            overlay = files[-1].path
+            if len(files) >= MAX_DEPTH:
+                raise Unsupported(f"more than {MAX_DEPTH} files deep", subject=top.path)
+            files.append(_open_backing(backing, overlay, allowed, files, budget))
+    except BaseException:
+        ImageChain(files).close()
+        raise
+    return ImageChain(files[::-1])
+
+
+def _top_format(fd: int, top: Place, asked: str | None) -> Format:
+    if asked is not None:
+        return "qcow2" if asked == "qcow2" else "raw"
+    try:
+        if not stat.S_ISBLK(os.fstat(fd).st_mode) and top.path.suffix.lower() in _QCOW2_SUFFIXES:
+            return "qcow2"
+        if is_qcow2(fd, subject=top.path):
+            raise InvalidInput(
+                "the name does not say qcow2, but the contents begin like qcow2",
+                subject=top.path,
+                hint="say which it is: --format qcow2 or --format raw (a guest can write any header into a raw disk)",
+            )
+    except SnapchainError:
+        os.close(fd)
+        raise
+    return "raw"
+
+
+def _open_backing(
+    backing: Backing, overlay: Path, allowed: Allowed, above: Sequence[ImageFile], budget: RunBudget
+) -> ImageFile:
+    place = allowed.place(backing, overlay=overlay)
+    recorded = _recorded_format(backing, overlay)
+    try:
+        fd = open_image(place.real, subject=place.path, refusal=Unsupported)
+    except NotFound as error:
+        raise NotFound("the backing file is missing", subject=place.path, hint=f"{overlay} is based on it") from error
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) in {file.device for file in above}:
+            raise Corrupt(f"the backing chain loops: {place.path} is part of it already", subject=overlay)
+        if is_qcow2(fd, subject=place.path) and recorded == "raw":
+            raise Unsupported(
+                f"{overlay} records it as raw, but its contents begin like qcow2",
+                subject=place.path,
+                hint=f"`qemu-img rebase -u -b {backing.name} -F qcow2 {overlay}` if it is qcow2",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return ImageFile(place, fd, format=recorded, budget=budget)
+
+
+def _recorded_format(backing: Backing, overlay: Path) -> Format:
+    if backing.format == "qcow2":
+        return "qcow2"
+    if backing.format == "raw":
+        return "raw"
+    if backing.format is None:
+        raise Unsupported(
+            "the format of its backing file is not recorded, and snapchain does not guess formats",
+            subject=overlay,
+            hint=f"`qemu-img rebase -u -b {backing.name} -F FORMAT {overlay}` records it",
+        )
+    raise Unsupported(f"its backing file has the format {backing.format!r}", subject=overlay)
