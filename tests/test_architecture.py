@@ -32,8 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "destinations": FLOOR | {"objects", "repository", "replica"},
     "ops": FLOOR | {"objects", "image", "vm", "repository", "replica", "destinations"},
     # The command line parses, opens what is named, calls ops and shows. It sees errors, to turn them into exit codes,
-    # and host, to run --password-command through the one door to other programs.
-    "cli": BOTTOM | {"host", "destinations", "ops"},
+    # host, to run --password-command, and model, to say which points to keep.
+    "cli": FLOOR | {"destinations", "ops"},
     # `snapchain` itself: the public names, each loaded when first asked for.
     "__init__": FLOOR | {"objects", "image", "vm", "repository", "replica", "destinations", "ops"},
     # `python -m snapchain`

@@ -72,4 +72,3 @@ def _example_lines(examples: str) -> str:
     """Commands one to a line, as they are typed: no markup in them."""
     lines = [line.strip().replace("[", "\\[") for line in examples.strip().splitlines()]
     return "[bold]Examples[/bold]\n\n" + "\n".join(f"  {line}" for line in lines)
-

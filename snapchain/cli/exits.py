@@ -24,6 +24,7 @@ USAGE = InvalidInput.exit_code
 INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
+
 def tell(error: BaseException, *, as_json: bool, left_behind: str | None = None) -> int:
     """Report an exception as the user wants it, and return the exit code.
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from snapchain.cli import passphrase, quantities
 from snapchain.cli.progress import Mode
+from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.cli.output import Output
+    from snapchain.ops.address import DestinationAddress, PointAddress
     from snapchain.repository.repository import Repository
 
 _OUTPUT = "Output"
@@ -81,6 +83,18 @@ LimitRate = Annotated[
 ]
 
 
+_FORMATS: dict[str, Literal["qcow2", "raw"]] = {"qcow2": "qcow2", "raw": "raw"}
+
+
+def format_of(text: str | None) -> Literal["qcow2", "raw"] | None:
+    """--format. Raises InvalidInput for what is neither qcow2 nor raw."""
+    if text is None:
+        return None
+    if text not in _FORMATS:
+        raise InvalidInput(f"unknown format {text!r}", hint="qcow2 or raw")
+    return _FORMATS[text]
+
+
 def image_dirs(given: Sequence[Path] | None) -> list[Path]:
     """--image-dir and SNAPCHAIN_IMAGE_DIRS together."""
     named = [name for name in os.environ.get("SNAPCHAIN_IMAGE_DIRS", "").split(":") if name]
@@ -109,3 +123,10 @@ def repository(
     for notice in opened.notices:
         out.on_event(Notice(notice))
     return opened
+
+
+def disk_of(address: DestinationAddress | PointAddress) -> str | None:
+    """The disk where a command takes a whole destination or one disk. Raises InvalidInput for a point."""
+    from snapchain.ops.address import PointAddress as Point, parse_disk_address
+
+    return parse_disk_address(str(address)).disk if isinstance(address, Point) else None

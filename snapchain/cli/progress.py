@@ -1,8 +1,8 @@
 """Events of an operation, on stderr: a bar for a person, JSON lines for a program, nothing for a log file.
 
-    auto   a bar with bytes, rate and time left when stderr is a terminal, else only notices
-    json   one object a line: {"event": "progress", "phase": ..., "done": ..., "total": ..., "rate": ..., "eta": ...}
-    none   not even notices
+auto   a bar with bytes, rate and time left when stderr is a terminal, else only notices
+json   one object a line: {"event": "progress", "phase": ..., "done": ..., "total": ..., "rate": ..., "eta": ...}
+none   not even notices
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Facts, tables and the picture of a chain, for a terminal.
 
-    ● web1.qcow2        top    ............#####...........   12.0 MiB
-    │
-    ● web1.0001.qcow2          .....###.+++...........0....   20.5 MiB   4.0 MiB hidden
-    │
-    ◉ base.qcow2        root   ####++++####################  812.0 MiB  16.0 MiB hidden
+● web1.qcow2        top    ............#####...........   12.0 MiB
+│
+● web1.0001.qcow2          .....###.+++...........0....   20.5 MiB   4.0 MiB hidden
+│
+◉ base.qcow2        root   ####++++####################  812.0 MiB  16.0 MiB hidden
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def ship(
             address.disk,
             labels=label or (),
             each_layer=each_layer,
-            format=image_format,
+            format=options.format_of(image_format),
             image_dirs=options.image_dirs(image_dir),
             on_event=out.on_event,
         ) as work:

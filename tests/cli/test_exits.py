@@ -54,9 +54,7 @@ def test_an_interrupt_says_what_it_leaves(error: BaseException, capsys: pytest.C
     assert capsys.readouterr().err == "snapchain: interrupted\nsnapchain: hint: run it again\n"
 
 
-def test_a_bug_says_so_without_a_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_says_so_without_a_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert exits.tell(KeyError("oops"), as_json=False) == 1
     said = capsys.readouterr().err
     assert "this is a bug in snapchain: KeyError: 'oops'" in said

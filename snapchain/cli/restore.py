@@ -1,0 +1,111 @@
+"""`snapchain restore DEST::DISK[@POINT] OUT`: get a point back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.restore import RestorePlan, RestoreReport
+
+
+@verb(
+    examples="""
+    snapchain restore /backup::web1/vda /images/web1.qcow2
+    snapchain restore /backup::web1/vda@7 old.raw
+    snapchain restore s3://bucket/prefix::web1/vda@before-upgrade web1.qcow2
+    snapchain restore /backup::web1/vda@2026-10-01T00:00:00Z /dev/vg0/web1 --format raw
+    snapchain restore /backup::web1/vda@latest /images/web1.qcow2 --chain
+    """,
+    when_interrupted="OUT was not made (a block device holds a part of the point); run it again from the start",
+)
+def restore(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEST::DISK[@POINT]",
+            help="The disk and the point: latest (default), a number, a label, or a time: the newest not after it.",
+        ),
+    ],
+    out_path: Annotated[Path, typer.Argument(metavar="OUT", help="A new file, or a block device.")],
+    *,
+    chain: Annotated[
+        bool,
+        typer.Option(
+            "--chain", help="Restore every layer as a file of its own: OUT is the top, the rest lie beside it."
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    image_format: Annotated[
+        str | None,
+        typer.Option("--format", "-f", metavar="qcow2|raw", help="Format of OUT. By default by its suffix."),
+    ] = None,
+    limit_rate: options.LimitRate = None,
+    password_file: options.PasswordFile = None,
+    password_command: options.PasswordCommand = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a point to a new file, a block device, or as a whole chain.
+
+    What is written is checked against the point's content id while it is written. A file appears under its name only
+    when it is whole; an existing one is replaced only with --force. On a block device zeroes are written where the
+    point has them, whatever the device held.
+    """
+    from snapchain.ops.address import parse_point_address
+    from snapchain.ops.restore import Restoration
+
+    address = parse_point_address(source)
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        repository = options.repository(
+            address.dest,
+            out,
+            password_file=password_file,
+            password_command=password_command,
+            limit_rate=limit_rate,
+        )
+        work = Restoration(
+            repository,
+            address.disk,
+            out_path,
+            point=address.point,
+            format=options.format_of(image_format),
+            whole_chain=chain,
+            force=force,
+        )
+        if not out.plan(work.plan(), _draw_plan):
+            out.report(work.run(on_event=out.on_event), _draw_report)
+
+
+def _draw_plan(console: Console, plan: RestorePlan) -> None:
+    what = "replace" if plan.replaces else "make"
+    render.headline(console, f"would restore {plan.disk}, point {plan.point} of {plan.time}, and {what} {plan.output}")
+    render.facts(console, [("to write", size(plan.bytes_to_write)), ("content", plan.content_id)])
+    render.table(
+        console,
+        ["file", "format", "virtual size>", "data>", "on"],
+        [
+            (file.path, file.format, size(file.virtual_size), size(file.data_bytes), file.backing or "")
+            for file in plan.files
+        ],
+    )
+
+
+def _draw_report(console: Console, report: RestoreReport) -> None:
+    render.headline(console, f"restored {report.disk}, point {report.point}, to {report.output}")
+    lower = ", ".join(report.files[:-1])
+    render.facts(
+        console, [("written", size(report.bytes_written)), ("content", report.content_id), ("on top of", lower)]
+    )
