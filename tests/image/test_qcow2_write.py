@@ -17,8 +17,10 @@ from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image.qcow2 import encode
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.format import CompressionType, HeaderFields
-from snapchain.image.qcow2.layout import Backing, Layout, Packed, plan
+from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.layout import Layout, Packed, plan
 from snapchain.image.qcow2.write import Qcow2Writer
+from snapchain.image.scan import scan
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 
 BYTES = np.random.default_rng(7).integers(1, 256, 4 << 20, dtype=np.uint8).tobytes()
@@ -104,6 +106,12 @@ def answers(path: Path, size: int) -> Extents:
     return Extents.from_runs(size, runs)
 
 
+def scanned(path: Path) -> Extents:
+    """What our own parser finds in the file alone."""
+    with scan(path) as chain:
+        return chain.files[-1].extents
+
+
 @some
 @given(data=st.data(), cluster_size=st.sampled_from(CLUSTER_SIZES))
 def test_a_lone_image_reads_as_planned(tmp_path: Path, data: st.DataObject, cluster_size: int) -> None:
@@ -171,6 +179,7 @@ def test_subclusters_survive(tmp_path: Path, data: st.DataObject, cluster_size: 
     write(path, plan(extents, cluster_size=cluster_size, backing=Backing("below.raw", "raw"), extended_l2=True), view)
     assert_sound(path)
     assert_reads(path, view)
+    assert scanned(path) == extents
     if len(below) >= extents.size:  # past its end `map` mixes two layers
         assert answers(path, extents.size) == extents
 
@@ -186,6 +195,7 @@ def test_zero_clusters_hide_what_is_below(tmp_path: Path, data: st.DataObject, c
     write(path, plan(extents, cluster_size=cluster_size, backing=Backing("below.raw", "raw")), view)
     assert_sound(path)
     assert_reads(path, view)
+    assert scanned(path) == extents
     if len(below) >= extents.size:  # past its end `map` mixes two layers
         assert answers(path, extents.size) == extents
 
@@ -226,6 +236,10 @@ def test_compressed_clusters_travel_compressed(
     assert_reads(path, view)
     said = json.loads(qemu("check", "-f", "qcow2", "--output", "json", path).stdout)
     assert said.get("compressed-clusters", 0) == len(chosen)
+    with scan(path) as chain:
+        buffer = bytearray(len(view))
+        chain.read_into(0, memoryview(buffer))
+        assert buffer == view
 
 
 def test_zstd_is_recorded(tmp_path: Path) -> None:
@@ -281,6 +295,11 @@ def test_the_backing_link_is_recorded(tmp_path: Path) -> None:
 def test_a_name_that_is_no_plain_file_is_refused(name: str) -> None:
     with pytest.raises(InvalidInput):
         encode.header(plan(Extents.absent(512), backing=Backing(name, "raw")))
+
+
+def test_a_link_without_a_format_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="probed"):
+        encode.header(plan(Extents.absent(512), backing=Backing("a.raw", None)))
 
 
 def test_a_name_must_fit_the_header_cluster() -> None:
@@ -382,6 +401,7 @@ from snapchain.image.qcow2 import encode
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.layout import plan
 from snapchain.image.qcow2.write import Qcow2Writer
+from snapchain.image.scan import scan
 from snapchain.model.extents import DATA, Extents
 layout = plan(Extents.constant(1 << 20, DATA))
 fd = os.open({str(path)!r}, os.O_RDWR | os.O_CREAT)
@@ -468,10 +488,11 @@ def test_a_fragmented_terabyte(tmp_path: Path, extended_l2: bool) -> None:
     assert peak < 300 << 20
     (tmp_path / "below.raw").touch()
     os.truncate(tmp_path / "below.raw", size)
-    assert answers_sampled(path, extents, rng)
+    assert_answers_in_windows(path, extents, rng)
+    assert scanned(path) == extents
 
 
-def answers_sampled(path: Path, extents: Extents, rng: np.random.Generator) -> bool:
+def assert_answers_in_windows(path: Path, extents: Extents, rng: np.random.Generator) -> None:
     """`qemu-img map` of a few windows, against the map."""
     for start in (rng.integers(0, extents.size >> 26, 5) << 26).tolist():
         argv = ("map", "-f", "qcow2", "--output", "json", f"--start-offset={start}", f"--max-length={1 << 26}", path)
@@ -480,7 +501,6 @@ def answers_sampled(path: Path, extents: Extents, rng: np.random.Generator) -> b
             for run in json.loads(qemu(*argv).stdout)
         ]
         assert Extents.from_runs(1 << 26, runs) == extents.window(start, start + (1 << 26))
-    return True
 
 
 @some

@@ -42,6 +42,8 @@ def header(layout: Layout) -> bytes:
     extensions = b""
     name = b""
     if layout.backing is not None:
+        if not layout.backing.format:
+            raise InvalidInput("a backing link without a format would be probed", subject=ascii(layout.backing.name))
         name = _backing_name(layout.backing.name)
         extensions = pack_extension(ExtensionType.BACKING_FORMAT, layout.backing.format.encode())
     extensions += pack_extension(ExtensionType.END, b"")

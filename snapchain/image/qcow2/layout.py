@@ -26,18 +26,11 @@ from snapchain.image.qcow2.format import (
     SUBCLUSTERS,
     CompressionType,
 )
+from snapchain.image.qcow2.header import Backing
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, covering, where
 
 DEFAULT_CLUSTER_SIZE = 64 * 1024
 REFCOUNT_BYTES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Backing:
-    """The file below, as the header records it."""
-
-    name: str
-    format: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
