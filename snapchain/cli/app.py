@@ -7,6 +7,7 @@ inside typer, which would turn them into a bare exit code.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -62,10 +63,16 @@ def verb(
                 status = exits.tell(error, as_json=as_json, left_behind=when_interrupted)
                 raise typer.Exit(status) from error
 
-        app.command(name or function.__name__, epilog=_example_lines(examples))(guarded)
+        app.command(name or function.__name__, help=_help(function), epilog=_example_lines(examples))(guarded)
         return guarded
 
     return register
+
+
+def _help(function: Callable[P, None]) -> str:
+    """The docstring as paragraphs that fold at the terminal's width, not at the source's; no markup in it."""
+    paragraphs = (inspect.getdoc(function) or "").replace("[", "\\[").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _example_lines(examples: str) -> str:

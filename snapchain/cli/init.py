@@ -54,12 +54,13 @@ def init(
     conditional writes works, for one writer at a time.
     """
     from snapchain.ops import init as ops
+    from snapchain.ops.address import located
 
     if no_encryption and cipher is not None:
         raise InvalidInput("--no-encryption and --cipher are both given", hint="choose one of them")
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         plan = ops.plan(
-            dest,
+            located(dest),
             encryption="none" if no_encryption else cipher,
             block_size=None if block_size is None else quantities.parse_size(block_size),
         )

@@ -112,10 +112,11 @@ def repository(
 ) -> Repository:
     """Open a destination as the shared options say, and tell what it has to say."""
     from snapchain.destinations import open_destination
+    from snapchain.ops.address import located
     from snapchain.ops.events import Notice
 
     opened = open_destination(
-        dest,
+        located(dest),
         passphrase=passphrase.source(password_file, password_command),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),

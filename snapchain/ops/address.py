@@ -87,3 +87,10 @@ def parse_destination(text: str) -> DestinationAddress | PointAddress:
     """DEST[::DISK[@POINT]]. Raises InvalidInput."""
     address = parse_address(text)
     return address if isinstance(address, PointAddress) else DestinationAddress(text)
+
+
+def located(dest: str) -> str:
+    """The destination as a store wants it: a path from the current directory becomes absolute, a URL stays."""
+    if "://" in dest or dest.startswith("dir:"):
+        return dest
+    return str(Path(dest).absolute())

@@ -12,6 +12,7 @@ from snapchain.ops.address import (
     DestinationAddress,
     ImageAddress,
     PointAddress,
+    located,
     parse_address,
     parse_destination,
     parse_disk_address,
@@ -59,3 +60,10 @@ _words = st.text(st.characters(exclude_characters=":@", exclude_categories=["C"]
 def test_what_is_written_is_read_back(dest: str, disk: str, point: str | None) -> None:
     address = PointAddress(dest, disk, point)
     assert parse_address(str(address)) == address
+
+
+def test_a_destination_may_be_a_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert located("backup") == f"{tmp_path}/backup"
+    for dest in ("/backup", "file:///backup", "s3://bucket/prefix", "ssh://host/path", "dir:/images"):
+        assert located(dest) == dest

@@ -1,0 +1,81 @@
+"""`snapchain snapshot IMAGE`: seal the top of a chain and put a fresh overlay under the same path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.snapshot import SnapshotPlan, SnapshotReport
+
+
+@verb(
+    examples="""
+    snapchain snapshot /images/web1.qcow2
+    snapchain snapshot /images/web1.qcow2 --sealed-name web1.monday.qcow2
+    snapchain snapshot /images/disk.raw --format raw --overlay disk.qcow2
+    """,
+    when_interrupted="the image is as it was, or the snapshot is made; snapchain inspect IMAGE shows which",
+)
+def snapshot(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, which nobody has open.")],
+    *,
+    sealed_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Name of the sealed file, beside IMAGE, instead of IMAGE.<n>.")
+    ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Leave IMAGE where it is, sealed, and make the overlay here: for raw images."
+        ),
+    ] = None,
+    image_format: options.Format = None,
+    image_dir: options.ImageDir = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Seal the top of a disk's chain and put a fresh overlay in its place, under the same path.
+
+    The virtual machine's definition stays as it is; the sealed file gets a new name beside it. One rename makes the
+    switch, so the path always names a whole image. An image that somebody has open is refused.
+    """
+    from snapchain.ops import snapshot as ops
+
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        plan = ops.plan(
+            image,
+            sealed_name=sealed_name,
+            overlay=overlay,
+            image_format=options.format_of(image_format),
+            image_dirs=options.image_dirs(image_dir),
+        )
+        if not out.plan(plan, _draw_plan):
+            out.report(ops.run(plan, on_event=out.on_event), _draw_report)
+
+
+def _draw_plan(console: Console, plan: SnapshotPlan) -> None:
+    render.headline(console, f"would seal {plan.image}")
+    _draw_files(console, plan)
+
+
+def _draw_report(console: Console, report: SnapshotReport) -> None:
+    render.headline(console, f"sealed {report.image}: the chain has {report.layers} layers now")
+    _draw_files(console, report)
+
+
+def _draw_files(console: Console, which: SnapshotPlan | SnapshotReport) -> None:
+    render.facts(
+        console,
+        [("sealed", f"{which.sealed} (as it was)"), ("top", f"{which.overlay} (fresh; what the guest opens)")],
+    )
