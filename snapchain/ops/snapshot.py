@@ -1,0 +1,288 @@
+"""snapshot (offline): seal the top of a chain and put a fresh overlay in its place, under the same path.
+
+    disk.qcow2            ->  disk.1.qcow2     the old file, sealed, under a new name
+                              disk.qcow2       an empty overlay on it; no VM definition changes
+
+The order makes the path a valid image with the same content at every instant, also for a crash: the overlay
+is finished under a temporary name, the old file gets its second name, and one rename replaces the first.
+What a crash leaves behind (a temporary file, or a second name of the unchanged image) the next run uses or
+removes.  The image is locked meanwhile as QEMU locks one that it writes, so no guest can start on it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.host import files
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.os_errors import os_errors
+from snapchain.image import ImageChain, ImageFile, qemu_img, scan
+from snapchain.image.qemu_img import BackingLink, Qcow2Options
+from snapchain.ops.events import Notice, OnEvent, ignore
+
+_SECTOR = 512
+_PURPOSE = "snapshot"
+
+
+class SnapshotPlan(BaseModel):
+    """What `run` will do. Sizes in bytes.
+
+    image: as named; source: the file behind it; sealed: what it will be called (its own path with --overlay);
+    overlay: where the new overlay comes; backing: the link that the overlay records; layers: of the new chain
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    image: Path
+    source: Path
+    sealed: Path
+    overlay: Path
+    backing: str
+    sealed_format: qemu_img.Format
+    virtual_size: int
+    cluster_size: int | None
+    extended_l2: bool
+    layers: int
+    bitmaps: tuple[str, ...]
+    image_format: str | None
+    image_dirs: tuple[Path, ...]
+
+
+class SnapshotReport(BaseModel):
+    """What `run` did: which file is which now. Sizes in bytes; layers: of the new chain."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image: Path
+    sealed: Path
+    overlay: Path
+    virtual_size: int
+    cluster_size: int
+    layers: int
+
+
+def plan(
+    image: Path,
+    *,
+    sealed_name: str | None = None,
+    overlay: Path | None = None,
+    image_format: str | None = None,
+    image_dirs: Sequence[Path] = (),
+) -> SnapshotPlan:
+    """Look at the image and decide; changes nothing.
+
+    sealed_name: what the old file is to be called, in its directory, instead of NAME.<n>.SUFFIX;
+    overlay: leave the image where it is, sealed, and make the overlay there (what a raw image needs).
+
+    Raises Unsupported for block devices, for raw images without `overlay`, and for images with further hard
+    links; what `scan` raises for images that are broken or refused.
+    """
+    with os_errors(image):
+        source = image.resolve(strict=True)
+        status = source.stat()
+    _check_kind(source, status)
+    with scan(image, format=image_format, image_dirs=image_dirs) as chain:
+        top = chain.files[-1]
+        if overlay is not None:
+            sealed = source
+            target = _beside(overlay, source)
+        else:
+            _check_can_stay(source, top)
+            sealed = _sealed_path(source, status, sealed_name)
+            target = source
+        header = top.header
+        return SnapshotPlan(
+            image=image,
+            source=source,
+            sealed=sealed,
+            overlay=target,
+            backing=_recorded(sealed, target, named=image),
+            sealed_format=top.format,
+            virtual_size=-(-chain.size // _SECTOR) * _SECTOR,
+            cluster_size=top.cluster_size if header else None,
+            extended_l2=bool(header and header.extended_l2),
+            layers=len(chain.files) + 1,
+            bitmaps=tuple(bitmap.name for bitmap in header.bitmaps) if header else (),
+            image_format=image_format,
+            image_dirs=tuple(image_dirs),
+        )
+
+
+def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
+    """Do it. Raises Busy when somebody has the image open, Conflict when it is no longer as planned."""
+    with ImageLock(planned.source, LockMode.WRITE) as lock:
+        if not lock.enforced:
+            on_event(
+                Notice(f"{planned.source}: its filesystem has no locks; only this host's processes were looked at")
+            )
+        _check_unchanged(planned)
+        _remove_leftovers(planned.overlay)
+        temporary = files.temporary_beside(planned.overlay, purpose=_PURPOSE)
+        try:
+            _make_overlay(planned, temporary)
+            if planned.overlay == planned.source:
+                _give_second_name(planned.source, planned.sealed)
+            _check_overlay(planned, temporary)
+            if planned.overlay == planned.source:
+                files.rename(temporary, planned.overlay)
+            else:
+                files.link(temporary, planned.overlay)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    if planned.bitmaps:
+        names = ", ".join(planned.bitmaps)
+        on_event(Notice(f"persistent bitmaps stay in the sealed file {planned.sealed.name}: {names}"))
+    return SnapshotReport(
+        image=planned.image,
+        sealed=planned.sealed,
+        overlay=planned.overlay,
+        virtual_size=planned.virtual_size,
+        cluster_size=qemu_img.info(planned.overlay, "qcow2").cluster_size or 0,
+        layers=planned.layers,
+    )
+
+
+def _check_kind(source: Path, status: os.stat_result) -> None:
+    if stat.S_ISBLK(status.st_mode):
+        raise Unsupported(
+            "a block device cannot be given another name with a file put in its place",
+            subject=source,
+            hint="make an overlay file on it with `qemu-img create -b DEVICE -F FORMAT`, and let the guest use that",
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidInput("neither a regular file nor a block device", subject=source)
+
+
+def _check_can_stay(source: Path, top: ImageFile) -> None:
+    if top.format != "qcow2":
+        raise Unsupported(
+            "a raw image cannot be replaced by an overlay under its path: whoever opens that as raw would see a header",
+            subject=source,
+            hint="say --overlay NEW.qcow2, and let the guest use that file as qcow2",
+        )
+
+
+def _beside(overlay: Path, source: Path) -> Path:
+    target = source.parent / overlay if overlay.parent == Path() else overlay.absolute()
+    if os.path.lexists(target):
+        raise Conflict("it exists already", subject=target)
+    if not target.parent.is_dir():
+        raise NotFound("no such directory", subject=target.parent)
+    return target
+
+
+def _sealed_path(source: Path, status: os.stat_result, own_name: str | None) -> Path:
+    """The name for the sealed file; one that a crashed run has given it already is taken up again."""
+    twins = [
+        entry
+        for entry in sorted(source.parent.iterdir())
+        if entry != source and not entry.is_symlink() and _same_inode(entry, status)
+    ]
+    numbered = re.compile(re.escape(source.stem) + r"\.(\d+)" + re.escape(source.suffix))
+    ours = [entry for entry in twins if entry.name == own_name or numbered.fullmatch(entry.name)]
+    if status.st_nlink != 1 + len(ours):
+        raise Unsupported(
+            "it has further hard links, which would stay with the sealed file",
+            subject=source,
+            hint="remove the other names (`find -samefile`), or copy it",
+        )
+    if own_name is not None:
+        if own_name in ("", ".", "..", source.name) or "/" in own_name or not own_name.isprintable():
+            raise InvalidInput(
+                "the sealed file's name must be another one in the same directory", subject=repr(own_name)
+            )
+        wanted = source.with_name(own_name)
+        if wanted not in ours and os.path.lexists(wanted):
+            raise Conflict("it exists already", subject=wanted)
+        return wanted
+    if ours:
+        return ours[-1]
+    taken = [int(found[1]) for entry in source.parent.iterdir() if (found := numbered.fullmatch(entry.name))]
+    return source.with_name(f"{source.stem}.{max(taken, default=0) + 1}{source.suffix}")
+
+
+def _same_inode(entry: Path, status: os.stat_result) -> bool:
+    try:
+        found = entry.lstat()
+    except FileNotFoundError:
+        return False
+    return (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _recorded(sealed: Path, overlay: Path, *, named: Path) -> str:
+    """The backing name to record: relative where that holds from every path by which the overlay is opened.
+
+    QEMU resolves a relative name from the directory of the path that it was given, symbolic link or not.
+    """
+    by_link = overlay == named.resolve() and named.absolute().parent.resolve() != overlay.parent
+    return str(sealed) if by_link or sealed.parent != overlay.parent else sealed.name
+
+
+def _check_unchanged(planned: SnapshotPlan) -> None:
+    """Under the lock, everything must be as it was planned."""
+    in_place = planned.overlay == planned.source
+    now = plan(
+        planned.image,
+        sealed_name=planned.sealed.name if in_place else None,
+        overlay=None if in_place else planned.overlay,
+        image_format=planned.image_format,
+        image_dirs=planned.image_dirs,
+    )
+    if now != planned:
+        raise Conflict("it was changed after the snapshot was planned", subject=planned.image, hint="run it again")
+
+
+def _remove_leftovers(overlay: Path) -> None:
+    """Temporary files of runs that were killed; nobody else is at work here, we hold the lock."""
+    pattern = re.compile(re.escape(f".{overlay.name}.{_PURPOSE}-") + r"[0-9a-f]{8}")
+    for entry in list(overlay.parent.iterdir()):
+        if pattern.fullmatch(entry.name):
+            files.remove(entry)
+
+
+def _make_overlay(planned: SnapshotPlan, temporary: Path) -> None:
+    os.close(files.open_new(temporary))
+    options = Qcow2Options(cluster_size=planned.cluster_size, extended_l2=planned.extended_l2 or None)
+    link = BackingLink(planned.backing, planned.sealed_format)
+    qemu_img.create(temporary, planned.virtual_size, options=options, backing=link)
+    files.copy_standing(planned.source, temporary)
+    files.fsync_file(temporary)
+
+
+def _give_second_name(source: Path, sealed: Path) -> None:
+    if os.path.lexists(sealed):
+        return  # by a run that was killed right after this step; `plan` has seen that it is the same file
+    try:
+        files.link(source, sealed)
+    except InvalidInput as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.EPERM, errno.ENOTSUP):
+            raise Unsupported(
+                "its filesystem has no hard links (or you do not own the file), so it cannot be renamed safely",
+                subject=source,
+                hint="say --overlay NEW.qcow2, and let the guest use that file",
+            ) from error
+        raise
+
+
+def _check_overlay(planned: SnapshotPlan, temporary: Path) -> None:
+    """Read the finished overlay back with our own parser: it must be the old view, and nothing else."""
+    with scan(temporary, format="qcow2", image_dirs=(*planned.image_dirs, planned.sealed.parent)) as chain:
+        below = chain.files[-2] if len(chain.files) > 1 else None
+        if below is None or not _same_inode(planned.source, below.path.stat()) or not _is_empty(chain):
+            raise Conflict("the new overlay does not stand on the sealed file", subject=planned.source)
+
+
+def _is_empty(chain: ImageChain) -> bool:
+    top = chain.files[-1]
+    return not top.extents.data_bytes and not top.extents.zero_bytes
