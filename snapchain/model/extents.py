@@ -233,8 +233,9 @@ def _joined(left: Extents, right: Extents, choose: Callable[[Int64s, Int64s], In
         at[count:stop] = block.at[repeats:]
         val[count:stop] = block.val[repeats:]
         count = stop
-    # Both arrays were made for the worst case.  The unused end of a large one was never touched, so costs nothing.
-    if len(at) <= _BLOCK:
+    # Both arrays were made for the worst case.  The unused end of a large one was never touched, so costs nothing;
+    # a short result does not hold on to it.
+    if count <= _BLOCK:
         return Extents(left.size, at[:count].copy(), val[:count].copy())
     return Extents(left.size, at[:count], val[:count])
 
