@@ -21,22 +21,22 @@ def open_destination(
     limit_rate: bytes per second to and from the store.
     Raises NotFound when there is none, and what its store raises.
     """
-    return Repository.open(_store(url, limit_rate), passphrase=passphrase, writing=writing)
+    return Repository.open(_store(url, limit_rate=limit_rate), passphrase=passphrase, writing=writing)
 
 
 def create_destination(
     url: str, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
 ) -> Repository:
     """A new, empty repository at `url`. Raises Conflict when there is one."""
-    return Repository.create(_store(url, None), passphrase=passphrase, encryption=encryption, block_size=block_size)
+    return Repository.create(_store(url, make=True), passphrase=passphrase, encryption=encryption, block_size=block_size)
 
 
-def _store(url: str, limit_rate: int | None) -> ObjectStore:
+def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:
     if url.startswith(_REPLICAS):
         raise InvalidInput(
             "replicas are not part of this version",
             subject=url,
             hint="use a repository: a directory, or s3://bucket/prefix",
         )
-    store = open_store(url)
-    return store if limit_rate is None else ThrottledStore(store, bytes_per_second=limit_rate)
+    store = open_store(url, make=make)
+    return store if limit_rate is None else ThrottledStore(store, upload=limit_rate, download=limit_rate)

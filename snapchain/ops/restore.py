@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import InvalidInput, NotFound, Unavailable
 from snapchain.host.files import free_bytes
 from snapchain.image.block_device import open_device
-from snapchain.image.qcow2.layout import Backing, Layout, aligned, plan as lay_out
+from snapchain.image.qcow2.aligned import aligned
+from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw_write import RawWriter
 from snapchain.model.extents import DATA, Extents

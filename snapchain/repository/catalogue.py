@@ -41,8 +41,9 @@ class Point(BaseModel):
 class Catalogue(BaseModel):
     """One generation.
 
-    previous: BLAKE3 of the object of the generation before, "" at the first; parents: layer -> the layer below it,
-    None at a root; epoch: who may write the disk, grows at each failover; nonce: tells our own write from another's
+    previous: BLAKE3 of the object of the generation before, "" at the first
+    parents: layer -> the layer below it, None at a root
+    epoch: who may write the disk, grows at each failover; nonce: tells our own write from another's
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,6 +91,14 @@ class Disk:
         """The newest generation and the hash of its object; None when the disk has none."""
         newest = newest_generation(self._store, self._key)
         return None if newest is None else self._load(newest)
+
+    def existing(self) -> tuple[Catalogue, str]:
+        """Like `read`. Raises NotFound when the disk has no catalogue."""
+        found = self.read()
+        if found is None:
+            url = self._store.url
+            raise NotFound(f"there is no disk {self.name!r} here", subject=url, hint=f"snapchain log {url}")
+        return found
 
     def _load(self, generation: int) -> tuple[Catalogue, str]:
         name = generation_name(self._key, generation)

@@ -20,7 +20,7 @@ import numpy as np
 import zstandard
 
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, empty_sum, leaf_hash, sum_of
-from snapchain.model.extents import DATA, Extents
+from snapchain.model.extents import DATA, Extents, Int64s
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW
 from snapchain.repository.index import BlobIndex
@@ -95,7 +95,7 @@ class Intake:
         self._local = threading.local()
 
     def take(
-        self, source: LayerSource, below: Sequence[StoredLayer], on_bytes: Callable[[int], None] = lambda count: None
+        self, source: LayerSource, below: Sequence[StoredLayer], on_bytes: Callable[[int], None]
     ) -> Taken:
         """Take in one layer that lies on the chain `below` (root first, may be empty).
 
@@ -180,7 +180,7 @@ class Intake:
         fresh = np.zeros(len(numbers), LEAF_ROW)
         fresh["index"] = numbers
         fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
-        return _Result(runs, packs, fresh, change_of(below, task, fresh), bytes_read)
+        return _Result(runs, packs, fresh, change_of(below, *spans(task), fresh), bytes_read)
 
     def _store(self, data: memoryview, piece_hashes: bytes) -> tuple[bytes, Location]:
         """Where these bytes lie in the repository, after they were put there if they were not."""
@@ -243,16 +243,19 @@ def _hashes(data: memoryview) -> Iterator[bytes]:
         yield blake3.blake3(data[at : at + LEAF_BYTES]).digest()
 
 
-def change_of(below: Sequence[StoredLayer], task: Task, fresh: Rows) -> Sum:
-    """What the task's leaves add to the content sum, less what the old ones had."""
+def change_of(below: Sequence[StoredLayer], first: Int64s, stop: Int64s, fresh: Rows) -> Sum:
+    """What the leaves of some guest ranges add to the content sum, less what those of the chain below had there.
+
+    first, stop: int64[n], ranges in bytes, ascending, apart; fresh: LEAF_ROWs inside them
+    """
     index = fresh["index"].astype(np.int64)
-    if not below:
+    if not below or not len(first):
         return sum_of(index, fresh["hash"])
-    old_index, old_hash = leaves_shown(below, task[0].start, min(task[-1].stop, below[-1].size))
-    inside = np.zeros(len(old_index), np.bool_)
-    for item in task:
-        first, stop = np.searchsorted(old_index, [item.start // LEAF_BYTES, -(-item.stop // LEAF_BYTES)])
-        inside[first:stop] = True
+    old_index, old_hash = leaves_shown(below, int(first[0]), min(int(stop[-1]), below[-1].size))
+    begin = np.searchsorted(old_index, first // LEAF_BYTES)
+    end = np.searchsorted(old_index, -(-stop // LEAF_BYTES))
+    steps = np.bincount(begin, minlength=len(old_index) + 1) - np.bincount(end, minlength=len(old_index) + 1)
+    inside = np.cumsum(steps)[: len(old_index)] > 0
     old_index, old_hash = old_index[inside], old_hash[inside]
     # Leaves that did not change cancel out; most of them do where a guest rewrote what it had.
     _, mine, theirs = np.intersect1d(index, old_index, assume_unique=True, return_indices=True)

@@ -39,7 +39,8 @@ class KeySlot(BaseModel):
     salt: str
     wrapped: str
 
-    def _wrapping_key(self, passphrase: str) -> bytes:
+    def wrapping_key(self, passphrase: str) -> bytes:
+        """The key that wraps the master key; 0.1 s on purpose."""
         salt = base64.b64decode(self.salt, validate=True)
         return Argon2id(
             salt=salt, length=KEY_BYTES, iterations=self.iterations, lanes=self.lanes, memory_cost=self.memory_kib
@@ -50,7 +51,7 @@ def wrap(master: bytes, passphrase: str, config: bytes) -> KeySlot:
     """A new slot for `master`."""
     salt = base64.b64encode(secrets.token_bytes(SALT_BYTES)).decode()
     slot = KeySlot(salt=salt, wrapped="")
-    text = ChaCha20Poly1305(slot._wrapping_key(passphrase)).encrypt(_NONCE, master, _bound(config))
+    text = ChaCha20Poly1305(slot.wrapping_key(passphrase)).encrypt(_NONCE, master, _bound(config))
     return slot.model_copy(update={"wrapped": base64.b64encode(text).decode()})
 
 
@@ -58,7 +59,7 @@ def unwrap(slot: KeySlot, passphrase: str, config: bytes, *, subject: str) -> by
     """The master key, or None when the passphrase (or `config`) is not the one that this slot was made with."""
     try:
         text = base64.b64decode(slot.wrapped, validate=True)
-        return ChaCha20Poly1305(slot._wrapping_key(passphrase)).decrypt(_NONCE, text, _bound(config))
+        return ChaCha20Poly1305(slot.wrapping_key(passphrase)).decrypt(_NONCE, text, _bound(config))
     except InvalidTag:
         return None
     except ValueError as error:

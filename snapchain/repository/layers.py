@@ -24,8 +24,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from snapchain.errors import Corrupt, NotFound
-from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
-from snapchain.model.extents import ABSENT, Extents, over
+from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Hashes, Sum, content_id
+from snapchain.model.extents import ABSENT, Extents, Int64s, over
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
@@ -52,7 +52,9 @@ class Source(BaseModel):
 
 
 class LayerHeader(BaseModel):
-    """What a layer record says beside its map. What lies below it, the catalogue of its disk says: a merge changes that.
+    """What a layer record says beside its map.
+
+    What lies below it, the catalogue of its disk says, since a merge changes that.
 
     size: virtual size, bytes; name, image_format, cluster_size, compressed: of the file that it was read from;
     sources: the files that were composed into it, lower first; replaces: layers that were merged into it;

@@ -12,6 +12,7 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from types import TracebackType
+from typing import Self
 
 from snapchain.objects.store import ObjectStore
 from snapchain.repository import index as indexes
@@ -48,7 +49,7 @@ class Packer:
         self._failed: BaseException | None = None
         self.bytes_stored = 0
 
-    def __enter__(self) -> Packer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

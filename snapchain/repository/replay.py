@@ -21,7 +21,7 @@ from snapchain.repository.intake import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.pages import Rows
 from snapchain.repository.view import ChainView
-from snapchain.repository.worklist import WINDOW, Item, Task, hot_leaves, pieces, tasks, without_zeroes
+from snapchain.repository.worklist import WINDOW, Item, Task, hot_leaves, pieces, spans, tasks, without_zeroes
 
 WORKERS = 4
 """More than cores: on object storage the wait is for the network."""
@@ -75,7 +75,7 @@ class Replay:
         self._below = below
         return self
 
-    def run(self, on_bytes: Callable[[int], None] = lambda count: None) -> int:
+    def run(self, on_bytes: Callable[[int], None]) -> int:
         """Replay all of it; guest bytes read.
 
         Raises Corrupt naming the guest range that is damaged, or when the content id is not the recorded one.
@@ -101,7 +101,7 @@ class Replay:
         return bytes_read
 
     def find_bad(
-        self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None] = lambda count: None
+        self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None]
     ) -> tuple[int, list[Bad]]:
         """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""
         chosen = (task for at, task in enumerate(tasks(self._extents, hot_leaves(self._extents))) if keep(at))
@@ -150,7 +150,7 @@ class Replay:
         fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
         if not bad:
             bad.extend(self._unlike(task, fresh))
-        return _Done(empty_sum() if bad else change_of(self._below, task, fresh), bytes_read, tuple(bad))
+        return _Done(empty_sum() if bad else change_of(self._below, *spans(task), fresh), bytes_read, tuple(bad))
 
     def _write(self, item: Item, view: memoryview, leaves: Sequence[bytes], sink: Sink) -> None:
         for begin, stop, val in pieces(self._extents, item, WINDOW):

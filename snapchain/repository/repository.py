@@ -132,12 +132,7 @@ class Repository:
 
     def catalogue(self, name: str) -> Catalogue:
         """The newest catalogue of a disk. Raises NotFound."""
-        found = self.disk(name).read()
-        if found is None:
-            raise NotFound(
-                f"there is no disk {name!r} here", subject=self.store.url, hint=f"snapchain log {self.store.url}"
-            )
-        return found[0]
+        return self.disk(name).existing()[0]
 
     def catalogues(self) -> list[Catalogue]:
         """The newest catalogues of all disks, by name."""
@@ -173,7 +168,10 @@ def parse_config(text: bytes, *, subject: str) -> Config:
 
 
 def check_disk_name(name: str) -> str:
-    """Raises InvalidInput unless `name` is printable text of at most 200 bytes without ':', '@', '//' or blanks at its ends."""
+    """Raises InvalidInput unless `name` is printable text of at most 200 bytes that an address can hold.
+
+    That is: without ':', '@' and '//', and with neither blanks nor slashes at its ends.
+    """
     bad = (
         not name
         or len(name.encode()) > 200

@@ -96,6 +96,11 @@ def _items(work: Extents) -> Iterator[Item]:
             at = end
 
 
+def spans(task: Task) -> tuple[Int64s, Int64s]:
+    """Starts and stops of a task's items, int64[n] each."""
+    return np.array([item.start for item in task], np.int64), np.array([item.stop for item in task], np.int64)
+
+
 def pieces(extents: Extents, item: Item, block: int) -> list[tuple[int, int, int]]:
     """(start, stop, val) of the DATA and ZERO runs inside an item; DATA cut at multiples of `block`."""
     view = extents.window(item.start, item.stop)

@@ -1,0 +1,246 @@
+"""verify: is every point of a repository (or of one disk) still what was shipped?
+
+Records always: catalogues, layer records, pages; every pack named is there and long enough; every layer's
+leaves add up to the content id that was recorded.  Data with `read_data` or a `sample`: every blob is read, decrypted,
+and the leaves that it gives compared with the record.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Corrupt, InvalidInput, SnapchainError
+from snapchain.model.content import LEAF_BYTES, empty_sum
+from snapchain.model.extents import DATA, rounded
+from snapchain.ops.events import OnEvent, Progress, ignore
+from snapchain.repository import catalogue as catalogues
+from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.format import layer_name, pack_name
+from snapchain.repository.intake import change_of, sum_beyond
+from snapchain.repository.layers import StoredLayer
+from snapchain.repository.replay import Replay
+from snapchain.repository.repository import Repository
+from snapchain.repository.view import ChainView
+
+
+class Finding(BaseModel):
+    """Something wrong. subject: the object, file or range; points: those of `disk` that it affects."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: str
+    subject: str | None
+    message: str
+    disk: str | None
+    points: tuple[int, ...]
+
+
+class VerifyReport(BaseModel):
+    """What `verify` found.
+
+    checked_bytes: guest bytes whose data were read and compared, 0 where only records were; layers: distinct ones
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ok: bool
+    destination: str
+    disks: int
+    points: int
+    layers: int
+    data_read: bool
+    checked_bytes: int
+    findings: tuple[Finding, ...]
+
+
+@dataclass(slots=True)
+class _Tally:
+    findings: list[Finding] = field(default_factory=list)
+    checked_bytes: int = 0
+    layers: int = 0
+
+    def note(self, error: SnapchainError, catalogue: Catalogue | None, points: Sequence[int], where: str = "") -> None:
+        """Turn an error into a finding; the same one twice is one."""
+        finding = Finding(
+            kind=error.kind,
+            subject=error.subject,
+            message=f"{where}{error.message}",
+            disk=catalogue.disk if catalogue else None,
+            points=tuple(points),
+        )
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+
+class Verification:
+    """A repository, or one disk of it, and how much of it to read.
+
+    sample: the share of the data to read, above 0 and up to 1; which part is drawn anew each time
+    """
+
+    def __init__(
+        self, repository: Repository, disk: str | None = None, *, read_data: bool = False, sample: float | None = None
+    ) -> None:
+        if sample is not None and not 0 < sample <= 1:
+            raise InvalidInput(f"a sample of {sample:.0%}", hint="more than 0 and at most 100%")
+        self._repository = repository
+        self._disk = disk
+        self._share = 1.0 if read_data else sample
+        self._draw = random.Random()  # noqa: S311 -- chooses what to read, keeps no secret
+
+    def run(self, *, on_event: OnEvent = ignore) -> VerifyReport:
+        """Look at everything; findings are values, not errors. Raises only when the repository cannot be read at all."""
+        tally = _Tally()
+        found = list(self._catalogues(tally))
+        packs = {info.name: info.size for info in self._repository.store.list("packs/")}
+        total = sum(self._repository_bytes(catalogue) for catalogue in found) if self._share else None
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            on_event(Progress("verify", done, total))
+
+        for catalogue in found:
+            self._check_disk(catalogue, packs, tally, on_bytes)
+        return VerifyReport(
+            ok=not tally.findings,
+            destination=self._repository.store.url,
+            disks=len(found),
+            points=sum(len(catalogue.points) for catalogue in found),
+            layers=tally.layers,
+            data_read=self._share is not None,
+            checked_bytes=tally.checked_bytes,
+            findings=tuple(tally.findings),
+        )
+
+    def _catalogues(self, tally: _Tally) -> Iterator[Catalogue]:
+        repository = self._repository
+        if self._disk is not None:
+            yield repository.catalogue(self._disk)
+            return
+        for key in repository.store.list_dirs("disks/"):
+            try:
+                catalogue = catalogues.read_any(repository.store, repository.keys, key)
+            except SnapchainError as error:
+                tally.note(error, None, ())
+            else:
+                if catalogue is not None:
+                    yield catalogue
+
+    def _repository_bytes(self, catalogue: Catalogue) -> int:
+        total = 0
+        for layer in catalogue.parents:
+            try:
+                total += self._repository.layer(layer).header.data_bytes
+            except SnapchainError:
+                continue  # counted for the progress bar only; `_check_disk` reports it
+        return int(total * (self._share or 0))
+
+    def _check_disk(
+        self, catalogue: Catalogue, packs: dict[str, int], tally: _Tally, on_bytes: Callable[[int], None]
+    ) -> None:
+        affected = _points_on(catalogue)
+        opened: dict[str, StoredLayer] = {}
+        bad: set[str] = set()
+        for layer in catalogue.parents:
+            tally.layers += 1
+            try:
+                opened[layer] = self._repository.layer(layer)
+                self._check_packs(opened[layer], packs)
+            except SnapchainError as error:
+                bad.add(layer)
+                tally.note(error, catalogue, affected.get(layer, ()))
+        for point in catalogue.points:
+            try:
+                chain = catalogue.chain(point.layer)
+                top = opened.get(point.layer)
+                if top is not None and (top.size, top.header.content_id) != (point.size, point.content_id):
+                    raise Corrupt("the point and its layer disagree about the content id", subject=catalogue.disk)
+            except SnapchainError as error:
+                tally.note(error, catalogue, (point.point,))
+                bad.add(point.layer)
+                continue
+            bad.update(layer for layer in chain if layer not in opened)
+        for layer in opened:
+            chain_ids = catalogue.chain(layer) if layer not in bad else ()
+            if not chain_ids or bad.intersection(chain_ids):
+                continue
+            try:
+                _check_sum([opened[each] for each in chain_ids])
+                if self._share is not None:
+                    self._check_data([opened[each] for each in chain_ids], catalogue, affected, tally, on_bytes)
+            except SnapchainError as error:
+                tally.note(error, catalogue, affected.get(layer, ()))
+
+    def _check_packs(self, layer: StoredLayer, packs: dict[str, int]) -> None:
+        """Every page can be read, and every blob that it names lies inside a pack that is there."""
+        for row in layer.table:
+            _check_inside(packs, bytes(row["pack"]).hex(), int(row["offset"]) + int(row["stored"]))
+            (page,) = layer.pages(int(row["first"]), int(row["stop"]))
+            data = page.runs[page.runs["stored"] != 0]
+            reach = np.zeros(len(page.packs), np.int64)
+            np.maximum.at(reach, data["pack"], data["offset"].astype(np.int64) + data["stored"])
+            for pack, end in zip(page.packs, reach.tolist(), strict=True):
+                _check_inside(packs, pack, end)
+
+    def _check_data(
+        self,
+        chain: Sequence[StoredLayer],
+        catalogue: Catalogue,
+        affected: dict[str, tuple[int, ...]],
+        tally: _Tally,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        layer = chain[-1]
+        view = ChainView(chain, self._repository.blobs)
+        share = self._share or 0.0
+        replay = Replay(view, layer.extents()).on(chain[:-1])
+        read, bad = replay.find_bad(keep=lambda _: share >= 1 or self._draw.random() < share, on_bytes=on_bytes)
+        tally.checked_bytes += read
+        for each in bad:
+            where = f"guest bytes {each.start} to {each.stop}: "
+            tally.note(each.error, catalogue, affected.get(layer.id, ()), where)
+
+
+def _check_sum(chain: Sequence[StoredLayer]) -> None:
+    """The recorded leaves of a layer, put on those of the chain below, give its recorded content sum."""
+    layer, below = chain[-1], chain[:-1]
+    total = below[-1].header.sum().copy() if below else empty_sum()
+    if below and layer.size < below[-1].size:
+        total -= sum_beyond(below, layer.size)
+    for row in layer.table:
+        first, stop = int(row["first"]), min(int(row["stop"]), layer.size)
+        (page,) = layer.pages(first, stop)
+        touched = rounded(page.extents(layer.size), LEAF_BYTES)
+        held = touched.val == DATA
+        total += change_of(below, touched.at[held], touched.ends[held], page.leaves)
+    if not np.array_equal(total, layer.header.sum()):
+        raise Corrupt("its leaves do not add up to the content id that was recorded", subject=layer_name(layer.id))
+
+
+def _check_inside(packs: dict[str, int], pack: str, end: int) -> None:
+    name = pack_name(pack)
+    if name not in packs:
+        raise Corrupt("the pack is missing from the store", subject=name)
+    if packs[name] < end:
+        raise Corrupt(f"the pack has {packs[name]} bytes, and a record names byte {end}", subject=name)
+
+
+def _points_on(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
+    """layer -> the points whose chains it is part of."""
+    found: dict[str, list[int]] = {}
+    for point in catalogue.points:
+        try:
+            chain = catalogue.chain(point.layer)
+        except SnapchainError:
+            continue  # `_check_disk` reports the broken chain itself
+        for layer in chain:
+            found.setdefault(layer, []).append(point.point)
+    return {layer: tuple(points) for layer, points in found.items()}
+

@@ -1,0 +1,237 @@
+"""Merges neighbouring layers inside the repository: a change of records that moves no guest data.
+
+The pages of the layers are swept in guest order.  A page that no other layer touches goes into the new record as it is,
+unread; where pages of several layers meet, their runs are composed in windows and written as new pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from snapchain.model.content import LEAF_BYTES, Leaves, leaves_over
+from snapchain.model.extents import ABSENT, DATA, Extents, over
+from snapchain.repository import layers as records
+from snapchain.errors import Corrupt
+from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id, layer_name
+from snapchain.repository.index import BlobIndex
+from snapchain.repository.intake import store_page
+from snapchain.repository.layers import LayerHeader, StoredLayer, leaves_shown
+from snapchain.repository.packer import Packer
+from snapchain.repository.pages import PAGE_LEAVES, PAGE_RUNS, PageBuilder, Rows, extents_of
+from snapchain.repository.repository import Repository
+
+WINDOW = PAGE_LEAVES * LEAF_BYTES
+_SLICE = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Guest bytes [first, stop) whose pages must be composed; `page` instead where one layer alone speaks of it."""
+
+    first: int
+    stop: int
+    page: np.void | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What some lower layers together say of a window: runs, their pack table, leaves; offsets from its start."""
+
+    extents: Extents
+    runs: Rows
+    packs: list[str]
+    leaves: Leaves
+
+
+def merge_layers(
+    repository: Repository, group: Sequence[StoredLayer], packer: Packer, index: BlobIndex, *, root: bool
+) -> StoredLayer:
+    """One layer instead of `group` (neighbours, lower first); it shows what the uppermost one shows.
+
+    root: nothing lies below the group, so zeroes need not be said.  Durable and complete on return.
+    """
+    top = group[-1]
+    builder = PageBuilder()
+    table: list[Rows] = [np.empty(0, PAGE_ROW)]
+
+    def flush() -> None:
+        table.append(store_page(builder, keys=repository.keys, index=index, packer=packer))
+
+    for stretch in _stretches(group):
+        if stretch.page is not None:
+            flush()
+            table.append(np.array([stretch.page], PAGE_ROW))
+            continue
+        for first in range(stretch.first, stretch.stop, WINDOW):
+            stop = min(first + WINDOW, stretch.stop)
+            piece = _composed(group, first, stop, root=root)
+            _prove(group, piece, first, stop)
+            for runs, leaves in _page_loads(piece, first):
+                builder.add(runs, piece.packs, leaves)
+                if builder.is_full:
+                    flush()
+    flush()
+    packer.flush()
+    pages = np.concatenate(table)
+    header = LayerHeader(
+        id=fresh_id(),
+        size=top.size,
+        time=datetime.now(UTC),
+        name=top.header.name,
+        image_format=group[0].header.image_format if root else "qcow2",
+        cluster_size=min(layer.header.cluster_size for layer in group),
+        sources=tuple(source for layer in group for source in layer.header.sources),
+        replaces=tuple(layer.id for layer in group),
+        data_bytes=int(pages["data"].sum()),
+        zero_bytes=int(pages["zero"].sum()),
+        content_sum=top.header.content_sum,
+        content_id=top.header.content_id,
+    )
+    records.write(repository.store, repository.keys, header, pages)
+    return repository.layer(header.id)
+
+
+def _stretches(group: Sequence[StoredLayer]) -> Iterator[_Stretch]:
+    """The group's pages in guest order, those that overlap taken together."""
+    size = group[-1].size
+    end = -(-size // LEAF_BYTES) * LEAF_BYTES
+    spans: list[tuple[int, int, np.void | None]] = []
+    for layer in group:
+        rows = layer.table
+        spans += [(int(row["first"]), int(row["stop"]), row) for row in rows]
+        if layer.size < size:
+            # Past the end of a shorter layer nothing of the lower ones shows (the size law), page or no page.
+            spans.append((layer.size // LEAF_BYTES * LEAF_BYTES, end, None))
+    spans.sort(key=lambda span: span[:2])
+    at = 0
+    while at < len(spans):
+        first, stop, page = spans[at]
+        alone, after = True, at + 1
+        while after < len(spans) and spans[after][0] < stop:
+            stop, alone, after = max(stop, spans[after][1]), False, after + 1
+        if first < end:
+            stays = alone and stop <= end
+            yield _Stretch(first, min(stop, end), page if stays else None)
+        at = after
+
+
+def _composed(group: Sequence[StoredLayer], first: int, stop: int, *, root: bool) -> _Piece:
+    piece = _piece(group[0], first, stop)
+    for layer in group[1:]:
+        piece = _over(piece, _piece(layer, first, stop))
+    if root:
+        stay = piece.runs["stored"] != 0
+        piece = _Piece(piece.extents, piece.runs[stay], piece.packs, piece.leaves)
+    return piece
+
+
+def _piece(layer: StoredLayer, first: int, stop: int) -> _Piece:
+    """One layer's part of a window; runs cut at its edges."""
+    size = max(0, min(stop, layer.size) - first)
+    runs: list[Rows] = [np.empty(0, RUN_ROW)]
+    leaves: list[Rows] = [np.empty(0, LEAF_ROW)]
+    packs: list[str] = []
+    for page in layer.pages(first, first + size) if size else ():
+        rows = page.between(first, first + size).copy()
+        rows["pack"] += len(packs)
+        packs += page.packs
+        runs.append(rows)
+        index = page.leaves["index"].astype(np.int64) * LEAF_BYTES
+        leaves.append(page.leaves[(index >= first) & (index < first + size)])
+    cut = _shifted(_cut(np.concatenate(runs), first, first + size), first)
+    extents = extents_of(cut, size)
+    rows = np.concatenate(leaves)
+    index = rows["index"].astype(np.int64) - first // LEAF_BYTES
+    return _Piece(extents, cut, packs, Leaves.of(extents, index, np.ascontiguousarray(rows["hash"])))
+
+
+def _over(lower: _Piece, upper: _Piece) -> _Piece:
+    """Both together: every run that shows, cut to where it shows."""
+    places = len(lower.runs)
+    view = over(_named(lower.runs, lower.extents.size, 0), _named(upper.runs, upper.extents.size, places))
+    shown = view.val != ABSENT
+    start, length, val = view.at[shown], view.lengths[shown], view.val[shown]
+    moved = upper.runs.copy()
+    moved["pack"] += len(lower.packs)
+    both = np.concatenate([lower.runs, moved])
+    rows = np.zeros(len(start), RUN_ROW)
+    data = val >= DATA
+    rows[data] = both[val[data]]
+    rows["skip"][data] += (start[data] - both["start"][val[data]].astype(np.int64)).astype(np.uint32)
+    zero_row = data.copy()
+    zero_row[data] = both["stored"][val[data]] == 0
+    rows["skip"][zero_row] = 0
+    rows["start"], rows["length"] = start, length
+    return _Piece(
+        extents_of(rows, upper.extents.size), rows, lower.packs + upper.packs, leaves_over(lower.leaves, upper.leaves)
+    )
+
+
+def _named(runs: Rows, size: int, base: int) -> Extents:
+    """A map whose values are the places of the runs, so that composing tells which run shows; zero runs included."""
+    if not size:
+        return Extents.absent(0)
+    start = runs["start"].astype(np.int64)
+    length = runs["length"].astype(np.int64)
+    count = len(runs)
+    at = np.empty(2 * count + 1, np.int64)
+    val = np.empty(2 * count + 1, np.int64)
+    at[0], val[0] = 0, ABSENT
+    at[1::2], at[2::2] = start, start + length
+    val[1::2] = np.arange(base, base + count)
+    val[2::2] = ABSENT
+    real = np.append(np.diff(at) > 0, at[-1] < size)
+    return Extents.from_starts(size, at[real], val[real])
+
+
+def _cut(runs: Rows, first: int, stop: int) -> Rows:
+    """Runs cut to [first, stop)."""
+    start = runs["start"].astype(np.int64)
+    end = start + runs["length"].astype(np.int64)
+    begin = np.maximum(start, first)
+    cut = runs.copy()
+    cut["skip"] += np.where(runs["stored"] != 0, begin - start, 0).astype(np.uint32)
+    cut["start"], cut["length"] = begin, np.minimum(end, stop) - begin
+    return cut
+
+
+def _shifted(runs: Rows, first: int) -> Rows:
+    moved = runs.copy()
+    moved["start"] -= np.uint64(first)
+    return moved
+
+
+def _prove(group: Sequence[StoredLayer], piece: _Piece, first: int, stop: int) -> None:
+    """Raises Corrupt unless the composed window shows, leaf by leaf, what walking the layers shows."""
+    index, hashes = leaves_shown(group, first, stop)
+    found = piece.leaves
+    if not (np.array_equal(found.index + first // LEAF_BYTES, index) and np.array_equal(found.hashes, hashes)):
+        raise Corrupt(
+            f"the merged layer would not show what the layers show between {first} and {stop}; nothing was changed",
+            subject=layer_name(group[-1].id),
+            hint="snapchain verify tells whether the layers are sound; if they are, this is a bug",
+        )
+
+
+def _page_loads(piece: _Piece, first: int) -> Iterator[tuple[Rows, Rows]]:
+    """The window's runs and leaves with guest offsets; in slices, cut between leaves, where one page is too small."""
+    runs = piece.runs.copy()
+    runs["start"] += np.uint64(first)
+    leaves = np.zeros(len(piece.leaves.index), LEAF_ROW)
+    leaves["index"] = piece.leaves.index + first // LEAF_BYTES
+    leaves["hash"] = piece.leaves.hashes
+    if len(runs) <= PAGE_RUNS:
+        if len(runs):
+            yield runs, leaves
+        return
+    begin = runs["start"].astype(np.int64)
+    end = begin + runs["length"].astype(np.int64)
+    index = leaves["index"].astype(np.int64) * LEAF_BYTES
+    for at in range(first, first + WINDOW, _SLICE):
+        inside = runs[(end > at) & (begin < at + _SLICE)]
+        if len(inside):
+            yield _cut(inside, at, at + _SLICE), leaves[(index >= at) & (index < at + _SLICE)]
