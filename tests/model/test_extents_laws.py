@@ -12,7 +12,6 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold, over, pai
 from snapchain.testing.reference import assert_canonical, bytewise, reads, walk
 from snapchain.testing.strategies import extents, stacks
 
-
 WHOLE_BLOCK = module._BLOCK
 
 
