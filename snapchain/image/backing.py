@@ -28,8 +28,8 @@ class Place:
     def of(path: str | os.PathLike[str]) -> Place:
         """Of a path relative to the working directory."""
         # No normpath: `link/..` is not the directory that holds `link`.
-        whole = os.path.join(os.getcwd(), os.fspath(path))
-        return Place(Path(whole), Path(os.path.realpath(whole)))
+        whole = Path.cwd() / path
+        return Place(whole, Path(os.path.realpath(whole)))
 
 
 class Allowed:
@@ -50,7 +50,7 @@ class Allowed:
                 subject=overlay,
                 hint="`qemu-img rebase -u -b PATH -F FORMAT` records a plain path",
             )
-        found = Place.of(os.path.join(overlay.parent, name))
+        found = Place.of(overlay.parent / name)
         if not any(found.real.is_relative_to(directory) for directory in self._directories):
             raise Unsupported(
                 f"the backing file {_shown(name)} lies outside the directories that you named",

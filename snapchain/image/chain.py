@@ -38,7 +38,7 @@ class ImageChain:
         """The composed map; DATA is the number of the owning file."""
         if upto is None or upto == len(self.files) - 1:
             return self._resolved
-        return self.at(upto)._resolved
+        return self.at(upto).resolve()
 
     @cached_property
     def _resolved(self) -> Extents:

@@ -49,19 +49,22 @@ class ImageFile:
             self.fingerprint: Fingerprint = settle(fd)
             status = os.fstat(fd)
             self.device: tuple[int, int] = (status.st_dev, status.st_ino)
-            file_size = file_bytes(fd)
-            budget.grant(file_size if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512)
-            if format == "raw":
-                self.physical: Physical = map_raw(fd, budget=budget, subject=self.path)
-            else:
-                self.header = read_header(fd, subject=self.path)
-                image = ImageFd(fd, file_size, self.header, self.path)
-                self.physical = map_image(image, budget=budget)
-            if self.changed():
-                raise Busy("the file changes while it is read", subject=self.path, hint="stop its user first")
+            self.physical: Physical = self._map(status, budget)
         except BaseException:
             self.close()
             raise
+
+    def _map(self, status: os.stat_result, budget: RunBudget) -> Physical:
+        file_size = file_bytes(self._fd)
+        budget.grant(file_size if stat.S_ISBLK(status.st_mode) else status.st_blocks * 512)
+        if self.format == "raw":
+            physical = map_raw(self._fd, budget=budget, subject=self.path)
+        else:
+            self.header = read_header(self._fd, subject=self.path)
+            physical = map_image(ImageFd(self._fd, file_size, self.header, self.path), budget=budget)
+        if self.changed():
+            raise Busy("the file changes while it is read", subject=self.path, hint="stop its user first")
+        return physical
 
     @property
     def size(self) -> int:
@@ -99,7 +102,7 @@ class ImageFile:
         if not Fingerprint.of(opened).same_content_as(self.fingerprint):
             return True
         try:
-            named = os.stat(self.real_path, follow_symlinks=False)
+            named = self.real_path.lstat()
         except OSError:
             return True
         return (named.st_dev, named.st_ino) != self.device

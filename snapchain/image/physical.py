@@ -105,7 +105,7 @@ class RunBudget:
     one run more: two for every 512-byte cluster.
     """
 
-    FREE = 3 << 20
+    FREE = 2 << 20
     BYTES_PER_RUN = 256
 
     def __init__(self, runs: int = FREE) -> None:

@@ -23,7 +23,7 @@ def pread_into(fd: int, buffer: memoryview, *, offset: int, subject: object) -> 
             ) from error
         if count == 0:
             raise Corrupt(
-                f"the file ends at offset {offset + done}, in the middle of {len(buffer)} bytes to be read from {offset}",
+                f"the file ends at offset {offset + done}, in the middle of {len(buffer)} bytes from {offset}",
                 subject=subject,
             )
         done += count

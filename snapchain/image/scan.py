@@ -12,7 +12,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.image.backing import Allowed, Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import Format, ImageFile
@@ -50,10 +50,7 @@ def scan(
         fd = open_image(top.real, subject=top.path)
         files.append(ImageFile(top, fd, format=_top_format(fd, top, format), budget=budget))
         while backing := files[-1].backing:
-            overlay = files[-1].path
-            if len(files) >= MAX_DEPTH:
-                raise Unsupported(f"more than {MAX_DEPTH} files deep", subject=top.path)
-            files.append(_open_backing(backing, overlay, allowed, files, budget))
+            files.append(_open_backing(backing, files, allowed, budget))
     except BaseException:
         ImageChain(files).close()
         raise
@@ -72,15 +69,16 @@ def _top_format(fd: int, top: Place, asked: str | None) -> Format:
                 subject=top.path,
                 hint="say which it is: --format qcow2 or --format raw (a guest can write any header into a raw disk)",
             )
-    except SnapchainError:
+    except BaseException:
         os.close(fd)
         raise
     return "raw"
 
 
-def _open_backing(
-    backing: Backing, overlay: Path, allowed: Allowed, above: Sequence[ImageFile], budget: RunBudget
-) -> ImageFile:
+def _open_backing(backing: Backing, above: Sequence[ImageFile], allowed: Allowed, budget: RunBudget) -> ImageFile:
+    overlay = above[-1].path
+    if len(above) >= MAX_DEPTH:
+        raise Unsupported(f"the backing chain is more than {MAX_DEPTH} files deep", subject=above[0].path)
     place = allowed.place(backing, overlay=overlay)
     recorded = _recorded_format(backing, overlay)
     try:
@@ -88,19 +86,23 @@ def _open_backing(
     except NotFound as error:
         raise NotFound("the backing file is missing", subject=place.path, hint=f"{overlay} is based on it") from error
     try:
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) in {file.device for file in above}:
-            raise Corrupt(f"the backing chain loops: {place.path} is part of it already", subject=overlay)
-        if is_qcow2(fd, subject=place.path) and recorded == "raw":
-            raise Unsupported(
-                f"{overlay} records it as raw, but its contents begin like qcow2",
-                subject=place.path,
-                hint=f"`qemu-img rebase -u -b {backing.name} -F qcow2 {overlay}` if it is qcow2",
-            )
+        _check_backing(fd, place, recorded, above)
     except BaseException:
         os.close(fd)
         raise
     return ImageFile(place, fd, format=recorded, budget=budget)
+
+
+def _check_backing(fd: int, place: Place, recorded: Format, above: Sequence[ImageFile]) -> None:
+    overlay, status = above[-1].path, os.fstat(fd)
+    if (status.st_dev, status.st_ino) in {file.device for file in above}:
+        raise Corrupt(f"the backing chain loops: {place.path} is part of it already", subject=overlay)
+    if recorded == "raw" and is_qcow2(fd, subject=place.path):
+        raise Unsupported(
+            f"{overlay} records it as raw, but its contents begin like qcow2",
+            subject=place.path,
+            hint=f"`qemu-img rebase -u -b {place.path} -F qcow2 {overlay}` if it is qcow2",
+        )
 
 
 def _recorded_format(backing: Backing, overlay: Path) -> Format:

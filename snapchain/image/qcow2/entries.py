@@ -25,10 +25,15 @@ _ABSENT_KEY = np.int64(-(1 << 62) + 1)
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One batch of L2 tables: ZERO and DATA runs, and the host offsets of allocated plain clusters in guest order."""
+    """One batch of L2 tables.
+
+    runs: ZERO and DATA; clusters: host offsets of allocated plain clusters in guest order
+    misread: see `subclusters.misread_bitmaps`; None where that has been ruled out
+    """
 
     runs: Runs
     clusters: Int64s
+    misread: Int64s | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from snapchain.errors import Corrupt
-from snapchain.image.physical import Physical, PhysicalBuilder, RunBudget, Runs
+from snapchain.image.physical import Int64s, Physical, PhysicalBuilder, RunBudget, Runs
 from snapchain.image.qcow2.entries import decode_standard
 from snapchain.image.qcow2.format import SNAPSHOT_ENTRY_BYTES
 from snapchain.image.qcow2.overlap import Claims, check_compressed_starts
 from snapchain.image.qcow2.subclusters import decode_extended
-from snapchain.image.qcow2.tables import BATCH_BYTES, ImageFd, l2_batches, read_l1, read_refcount_blocks
+from snapchain.image.qcow2.tables import ImageFd, l2_batches, read_l1, read_refcount_blocks
 from snapchain.model.extents import DATA
 
 
@@ -29,8 +29,9 @@ def map_image(image: ImageFd, *, budget: RunBudget) -> Physical:
     # Before the tables are read: a pointer to the wrong table would only be seen as strange entries.
     claims.check()
     builder = PhysicalBuilder(header.size, budget=budget, subject=image.subject)
+    misread: list[Int64s] | None = []
     decode = decode_extended if header.extended_l2 else decode_standard
-    for guest, tables in l2_batches(image, index, offset, batch_bytes=BATCH_BYTES):
+    for guest, tables in l2_batches(image, index, offset):
         if not tables.any():
             continue
         decoded = decode(image, guest, tables)
@@ -41,13 +42,25 @@ def map_image(image: ImageFd, *, budget: RunBudget) -> Physical:
             claims.compressed(runs[squeezed])
         _check_ends(image, runs)
         builder.add(runs)
+        misread = None if misread is None or decoded.misread is None else [*misread, decoded.misread]
+    # Freed before the columns are joined: with millions of runs each of these is tens of MiB.
     del index, offset
     claims.check()
+    if misread and header.extended_l2:
+        _check_misread(image, claims, np.concatenate(misread))
     del claims
     physical = builder.finish()
     if physical.stored.any():
         check_compressed_starts(physical.host[physical.stored > 0], subject=image.subject)
     return physical
+
+
+def _check_misread(image: ImageFd, claims: Claims, offsets: Int64s) -> None:
+    if len(offsets) and not claims.owned(offsets).any():
+        raise Corrupt(
+            "the extended L2 bit is set, but the tables hold standard entries: their bitmaps are clusters of the file",
+            subject=image.subject,
+        )
 
 
 def _metadata(image: ImageFd) -> Claims:
@@ -79,6 +92,6 @@ def _check_ends(image: ImageFd, runs: Runs) -> None:
     if missing.any():
         at = int(np.flatnonzero(missing)[0])
         raise Corrupt(
-            f"the file is cut off at {image.size} bytes: data of guest offset {int(runs.start[at])} lies behind its end",
+            f"the file is cut off at {image.size} bytes, before the data of guest offset {int(runs.start[at])}",
             subject=image.subject,
         )

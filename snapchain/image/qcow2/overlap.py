@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from snapchain.errors import Corrupt
-from snapchain.image.physical import Int64s, Runs
+from snapchain.image.physical import Int64s, Mask, Runs
 
-DATA_CLUSTER = "data cluster"
+DATA_CLUSTER = "a data cluster"
 COMPRESSED_DATA = "compressed data"
 
 
@@ -40,6 +40,7 @@ class Claims:
         self._subject = subject
         self._claims: list[_Claim] = []
         self._touched: list[Int64s] = []
+        self._checked = 0
 
     def table(self, owner: str, offset: int, length: int) -> None:
         """One contiguous table; its last cluster is its own to the end."""
@@ -68,6 +69,9 @@ class Claims:
     def check(self) -> None:
         """Raises Corrupt naming the owners of the first bytes that two claim."""
         claims = [*self._claims, *self._packed()]
+        if len(claims) == self._checked:
+            return
+        self._checked = len(claims)
         start = np.concatenate([claim.start for claim in claims])
         start.sort()
         end = np.concatenate([claim.ends for claim in claims])
@@ -76,6 +80,14 @@ class Claims:
         if meets.any():
             at = int(start[1:][np.flatnonzero(meets)[0]])
             raise Corrupt(self._contested(claims, at), subject=self._subject)
+
+    def owned(self, offsets: Int64s) -> Mask:
+        """Which of these bytes of the file have an owner; after `check`."""
+        claims = [*self._claims, *self._packed()]
+        start = np.sort(np.concatenate([claim.start for claim in claims]))
+        end = np.sort(np.concatenate([claim.ends for claim in claims]))
+        # The header owns offset 0, so every offset has a claim that starts at or before it.
+        return offsets < end[start.searchsorted(offsets, side="right") - 1]
 
     def _packed(self) -> list[_Claim]:
         if not self._touched:
@@ -91,7 +103,7 @@ class Claims:
             owners += [claim.owner] * count
         if owners[0] == owners[-1] and owners[0] == DATA_CLUSTER:
             return f"the host cluster at offset {at} is referenced twice"
-        return f"tables overlap: offset {at} of the file is part of {' and of '.join(owners[:2])}"
+        return f"overlap: offset {at} of the file is part of {' and of '.join(owners[:2])}"
 
 
 def check_compressed_starts(host: Int64s, *, subject: object) -> None:

@@ -1,7 +1,7 @@
 """Extended L2 entries: a standard descriptor, then a bit for each of 32 subclusters "allocated" and "reads as zeroes".
 
-Entries whose subclusters are all alike are treated as whole clusters; only mixed ones are spread out into 32 cells,
-a bounded number at a time.  Source: docs/interop/qcow2.txt, "Extended L2 Entries".
+Entries whose subclusters are all alike are treated as whole clusters; only mixed ones are spread out into 32 cells.
+`l2_batches` hands over a bounded number at a time.  Source: docs/interop/qcow2.txt, "Extended L2 Entries".
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from snapchain.image.qcow2.entries import (
     in_guest_order,
     place,
 )
-from snapchain.image.qcow2.format import L2_RESERVED, SUBCLUSTERS, ZERO_FLAG
+from snapchain.image.qcow2.format import COMPRESSED, COPIED, L2_RESERVED, OFFSET_MASK, SUBCLUSTERS, ZERO_FLAG
 from snapchain.image.qcow2.tables import ImageFd, UInt64s
 from snapchain.model.extents import ABSENT, DATA, ZERO
 
 _ALL = (1 << SUBCLUSTERS) - 1
-_SPREAD = 16384
 
 
 def decode_extended(image: ImageFd, guest: Int64s, tables: UInt64s) -> Decoded:
@@ -53,20 +52,28 @@ def decode_extended(image: ImageFd, guest: Int64s, tables: UInt64s) -> Decoded:
         row, column = np.nonzero(mixed)
         start = guest[row] + column * image.header.cluster_size
         parts.append(_spread(image, start, host[row, column], bitmap[row, column]))
-    return Decoded(in_guest_order(*parts), host[host != 0])
+    return Decoded(in_guest_order(*parts), host[host != 0], misread_bitmaps(image, bitmap[bitmap != 0]))
+
+
+def misread_bitmaps(image: ImageFd, bitmaps: UInt64s) -> Int64s | None:
+    """Where bitmaps would point, were they standard L2 entries; None when one of them cannot be such an entry.
+
+    An image whose extended L2 bit is set by mistake or malice has an entry in the place of every second bitmap. QEMU
+    would show other bytes than were written and call the rest leaked; a true bitmap hardly ever looks like that.
+    """
+    host = (bitmaps & np.uint64(OFFSET_MASK)).view(np.int64)
+    alike = (bitmaps & np.uint64(L2_RESERVED | ZERO_FLAG | COMPRESSED)) == 0
+    alike &= (bitmaps & np.uint64(COPIED)) != 0
+    alike &= (host != 0) & (host < image.size) & ((host & (image.header.cluster_size - 1)) == 0)
+    return host if alike.all() else None
 
 
 def _spread(image: ImageFd, start: Int64s, host: Int64s, bitmap: UInt64s) -> Runs:
     """The subclusters of these clusters."""
     unit = image.header.grain
     bit = np.arange(SUBCLUSTERS, dtype=np.uint64)
-    parts: list[Runs] = []
-    for first in range(0, len(start), _SPREAD):
-        chosen = slice(first, first + _SPREAD)
-        bits = bitmap[chosen, None] >> bit
-        kind = np.full(bits.shape, ABSENT, np.int8)
-        kind[(bits & np.uint64(1)) != 0] = DATA
-        kind[(bits >> np.uint64(SUBCLUSTERS) & np.uint64(1)) != 0] = ZERO
-        places = host[chosen, None] + bit.view(np.int64) * unit
-        parts.append(Cells(kind, places, start[chosen], unit).runs())
-    return Runs.concatenated(*parts)
+    bits = bitmap[:, None] >> bit
+    kind = np.full(bits.shape, ABSENT, np.int8)
+    kind[(bits & np.uint64(1)) != 0] = DATA
+    kind[(bits >> np.uint64(SUBCLUSTERS) & np.uint64(1)) != 0] = ZERO
+    return Cells(kind, host[:, None] + bit.view(np.int64) * unit, start, unit).runs()

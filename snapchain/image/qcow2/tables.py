@@ -6,6 +6,7 @@ that a sparse file with millions of tables costs no more than its L1 table.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.errors import Corrupt
-from snapchain.image.physical import Int64s
+from snapchain.errors import Corrupt, Unavailable
+from snapchain.image.physical import Int64s, Mask
 from snapchain.image.pread import pread_into
 from snapchain.image.qcow2.format import L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
 from snapchain.image.qcow2.header import Qcow2Header
 
 UInt64s = npt.NDArray[np.uint64]
 BATCH_BYTES = 2 << 20
+BATCH_CLUSTERS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +84,34 @@ def read_refcount_blocks(image: ImageFd) -> Int64s:
     return blocks
 
 
-def l2_batches(
-    image: ImageFd, index: npt.NDArray[np.int32], offset: Int64s, *, batch_bytes: int = BATCH_BYTES
-) -> Iterator[tuple[Int64s, UInt64s]]:
-    """(guest offset of each table, tables as uint64[count, words]) in guest order."""
+def l2_batches(image: ImageFd, index: npt.NDArray[np.int32], offset: Int64s) -> Iterator[tuple[Int64s, UInt64s]]:
+    """(guest offset of each row, rows as uint64[count, words]) in guest order; rows are tables or parts of them.
+
+    A batch holds BATCH_CLUSTERS clusters where they may fall apart into subclusters, else BATCH_BYTES of tables.
+    """
     size = image.header.cluster_size
     if len(offset) * size > os.fstat(image.fd).st_blocks * 512:
         held = _outside_holes(image, offset)
         index, offset = index[held], offset[held]
-    step = max(1, batch_bytes // size)
+    step = max(1, BATCH_BYTES // size)
     for first in range(0, len(offset), step):
         guest = index[first : first + step].astype(np.int64) * image.header.guest_bytes_per_l2
-        yield guest, _read_clusters(image, offset[first : first + step])
+        tables = _read_clusters(image, offset[first : first + step])
+        if image.header.extended_l2:
+            yield from _cut(guest, tables, size)
+        else:
+            yield guest, tables
+
+
+def _cut(guest: Int64s, tables: UInt64s, cluster_size: int) -> Iterator[tuple[Int64s, UInt64s]]:
+    """Extended tables in smaller batches: each entry may become 32 runs."""
+    width = min(tables.shape[1] // 2, BATCH_CLUSTERS)
+    parts = np.arange(0, tables.shape[1] // 2, width, dtype=np.int64)
+    starts = (guest[:, None] + parts * cluster_size).ravel()
+    rows = tables.reshape(-1, 2 * width)
+    step = BATCH_CLUSTERS // width
+    for first in range(0, len(rows), step):
+        yield starts[first : first + step], rows[first : first + step]
 
 
 def _read_clusters(image: ImageFd, offset: Int64s) -> UInt64s:
@@ -101,7 +119,7 @@ def _read_clusters(image: ImageFd, offset: Int64s) -> UInt64s:
     size = image.header.cluster_size
     tables = np.empty((len(offset), size // 8), np.uint64)
     buffer = tables.data.cast("B")
-    order = np.argsort(offset, kind="stable")
+    order = np.argsort(offset)
     placed = offset[order]
     breaks = np.flatnonzero(np.diff(placed) != size) + 1
     firsts = np.concatenate([[0], breaks])
@@ -116,23 +134,24 @@ def _read_clusters(image: ImageFd, offset: Int64s) -> UInt64s:
     return sorted_back
 
 
-def _outside_holes(image: ImageFd, offset: Int64s) -> npt.NDArray[np.bool_]:
+def _outside_holes(image: ImageFd, offset: Int64s) -> Mask:
     """Which clusters hold anything but a hole of the file (a hole reads as zeroes: a table that maps nothing)."""
     size = image.header.cluster_size
-    order = np.argsort(offset, kind="stable").astype(np.int32)
-    placed = offset[order]
-    held = np.zeros(len(offset), np.bool_)
+    placed = np.sort(offset)
+    # Where clusters that may hold data begin, and where they end again: the file's extents that tables lie in.
+    edges: list[int] = []
     at = 0
     while at < len(placed):
         try:
             data = os.lseek(image.fd, int(placed[at]), os.SEEK_DATA)
-        except OSError:
-            # ENXIO: nothing but a hole up to the end of the file.
+            hole = os.lseek(image.fd, data, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise Unavailable(f"cannot look for holes: {error.strerror}", subject=image.subject) from error
+            # Nothing but a hole up to the end of the file.
             break
-        hole = os.lseek(image.fd, data, os.SEEK_HOLE)
-        # The first table that reaches into the data, and the first one behind it.
-        at = max(at, int(placed.searchsorted(data - size, side="right")))
-        stop = int(placed.searchsorted(hole, side="left"))
-        held[order[at:stop]] = True
-        at = max(at, stop)
+        # A cluster that begins before the data may reach into it. Two extents may share a cluster.
+        edges += [max(data - size + 1, edges[-1] if edges else 0), hole]
+        at = int(placed.searchsorted(hole, side="left"))
+    held: Mask = np.searchsorted(np.array(edges, np.int64), offset, side="right") % 2 == 1
     return held
