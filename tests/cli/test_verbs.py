@@ -1,0 +1,192 @@
+"""The main job by its commands: what they print, which fields their JSON has, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import MiB, Run, qemu_img, spawned, write
+
+DISK = "repo::web1/vda"
+
+
+def test_the_main_job(run: Run, disk: Path, tmp_path: Path) -> None:
+    assert run("init", "repo").status == 0
+    first = run("ship", str(disk), DISK, "--json").json
+    assert first["disk"] == "web1/vda"
+    assert first["point"] == 1
+    assert first["layers_sent"] == 1
+    assert first["bytes_read"] == 3 * MiB
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", disk, tmp_path / "first.raw")
+
+    assert run("snapshot", str(disk)).status == 0
+    write(disk, "write -P 3 1M 1M", "write -z 8M 64k")
+    second = run("ship", str(disk), DISK, "--label", "changed", "--json").json
+    assert (second["point"], second["layers_sent"]) == (2, 1)
+    assert second["bytes_read"] == MiB
+    assert second["content_id"] != first["content_id"]
+
+    newest = run("restore", DISK, "newest.qcow2", "--json").json
+    assert newest["content_id"] == second["content_id"]
+    assert run("restore", f"{DISK}@1", "old.raw").status == 0
+    qemu_img("compare", "-f", "qcow2", "-F", "qcow2", "newest.qcow2", disk)
+    qemu_img("compare", "-f", "raw", "-F", "raw", "old.raw", "first.raw")
+
+
+def test_shipping_again_sends_nothing(run: Run, disk: Path) -> None:
+    run("init", "repo")
+    run("ship", str(disk), DISK)
+    again = run("ship", str(disk), DISK, "--json").json
+    assert (again["layers_sent"], again["bytes_read"], again["bytes_stored"]) == (0, 0, 0)
+
+
+def test_a_dry_run_shows_the_plan_and_does_nothing(run: Run, disk: Path) -> None:
+    assert run("init", "repo", "--dry-run").status == 0
+    assert not Path("repo").exists()
+    run("init", "repo")
+    plan = run("ship", str(disk), DISK, "--dry-run", "--json").json
+    assert plan["dry_run"] is True
+    assert plan["plan"]["bytes_to_read"] == 3 * MiB
+    before = disk.stat().st_ino
+    assert run("snapshot", str(disk), "--dry-run").status == 0
+    assert disk.stat().st_ino == before
+    assert run("restore", DISK, "out.raw").status == 3, "nothing was shipped, so there is no such disk"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "kind"),
+    [
+        (["ship"], 2, "invalid-input"),
+        (["ship", "web1.qcow2", "repo"], 2, "invalid-input"),
+        (["ship", "web1.qcow2", "nowhere::vda"], 3, "not-found"),
+        (["ship", "gone.qcow2", "repo::vda"], 3, "not-found"),
+        (["ship", "web1.qcow2", "repo::vda", "--format", "vmdk"], 2, "invalid-input"),
+        (["ship", "web1.qcow2", "repo::vda", "--label", "7"], 2, "invalid-input"),
+        (["ship", "web1.qcow2", "repo::vda", "--limit-rate", "fast"], 2, "invalid-input"),
+        (["init", "repo"], 4, "conflict"),
+        (["init", "other", "--cipher", "rot13"], 2, "invalid-input"),
+        (["restore", "repo::vda", "out.raw"], 3, "not-found"),
+        (["restore", "repo", "out.raw"], 2, "invalid-input"),
+    ],
+)
+def test_what_is_wrong_has_a_kind_and_a_code(run: Run, disk: Path, words: list[str], status: int, kind: str) -> None:
+    run("init", "repo")
+    said = run(*words, "--json")
+    assert said.status == status
+    error = said.json["error"]
+    assert (error["kind"], error["exit_code"]) == (kind, status)
+    assert said.err == ""
+    plainly = run(*words)
+    assert (plainly.status, plainly.out) == (status, "")
+    assert plainly.err.startswith("snapchain: error: ")
+    assert "Traceback" not in plainly.err
+
+
+def test_the_passphrase_has_three_sources(
+    run: Run, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("init", "repo")
+    monkeypatch.delenv("SNAPCHAIN_PASSWORD")
+    (tmp_path / "pass").write_text("secret\nnot this line\n")
+    assert run("ship", str(disk), DISK).status == 2
+    assert run("ship", str(disk), DISK, "--password-file", "pass").status == 0
+    assert run("ship", str(disk), DISK, "--password-command", "cat pass").status == 0
+    assert run("ship", str(disk), DISK, "--password-command", "echo wrong").status == 2
+    assert run("ship", str(disk), DISK, "--password-command", "false").status == 8
+    assert run("ship", str(disk), DISK, "--password-file", "gone").status == 2
+    assert run("ship", str(disk), DISK, "--password-file", "pass", "--password-command", "cat pass").status == 2
+
+
+def test_an_unencrypted_repository_asks_for_no_passphrase(
+    run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SNAPCHAIN_PASSWORD")
+    assert run("init", "repo", "--no-encryption").status == 0
+    assert run("ship", str(disk), DISK).status == 0
+
+
+def test_a_backing_file_elsewhere_must_be_allowed(
+    run: Run, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("init", "repo")
+    here = tmp_path / "here"
+    here.mkdir()
+    top = here / "top.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", disk, "-F", "qcow2", top)
+    refused = run("ship", str(top), DISK)
+    assert refused.status == 6
+    assert "--image-dir" in refused.err
+    assert run("ship", str(top), DISK, "--image-dir", str(tmp_path)).status == 0
+    monkeypatch.setenv("SNAPCHAIN_IMAGE_DIRS", f"/nowhere:{tmp_path}")
+    assert run("ship", str(top), DISK).status == 0
+
+
+def test_quiet_says_nothing_and_progress_speaks_json(run: Run, disk: Path) -> None:
+    run("init", "repo")
+    said = run("ship", str(disk), DISK, "--quiet")
+    assert (said.status, said.out, said.err) == (0, "", "")
+    write(disk, "write -P 9 4M 1M")
+    said = run("ship", str(disk), DISK, "--progress", "json", "--json")
+    last = json.loads(said.err.splitlines()[-1])
+    assert (last["event"], last["done"]) == ("progress", last["total"])
+    assert said.json["point"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_all_points_and_says_how_to_go_on(
+    run: Run, disk: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run("init", "repo")
+    run("ship", str(disk), DISK)
+    noise = tmp_path / "noise"
+    noise.write_bytes(os.urandom(4 * MiB))
+    write(disk, f"write -s {noise} 4M 4M")
+    words = ["ship", str(disk), DISK, "--limit-rate", "100K", "--progress", "json"]
+    with spawned(words, tmp_path) as slow:
+        assert slow.stderr is not None
+        while '"progress"' not in slow.stderr.readline():
+            assert slow.poll() is None
+        slow.send_signal(number)
+        _, err = slow.communicate(timeout=30)
+    assert slow.returncode == 130
+    assert "snapchain: interrupted" in err
+    assert "snapchain: hint: every earlier point is whole; run it again to finish" in err
+    assert "Traceback" not in err
+    assert run("restore", f"{DISK}@1", "old.raw").status == 0
+    assert run("ship", str(disk), DISK, "--json").json["point"] == 2
+
+
+def test_a_reader_that_goes_away_is_no_error(run: Run, disk: Path, tmp_path: Path) -> None:
+    run("init", "repo")
+    run("ship", str(disk), DISK)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with spawned(["ship", str(disk), DISK, "--json"], tmp_path, stdout=writing) as child:
+        os.close(writing)
+        _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (141, "")
+
+
+def test_no_words_show_the_help(run: Run) -> None:
+    assert run().status == 2
+    assert run("--help").status == 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_can_complete(shell: str, tmp_path: Path) -> None:
+    """What `snapchain --install-completion` installs: the shell asks the program itself."""
+    words = "snapchain re"
+    asking = {"_SNAPCHAIN_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words}  # zsh and fish
+    asking |= {"COMP_WORDS": words, "COMP_CWORD": "1", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # bash, fish
+    with spawned([], tmp_path, env={**os.environ, **asking}) as child:
+        out, _ = child.communicate(timeout=60)
+    assert "restore" in out
+
+
+def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
+    with spawned(["--version"], tmp_path) as child:
+        assert child.communicate(timeout=60)[0].startswith("snapchain ")
