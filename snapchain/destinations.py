@@ -28,7 +28,9 @@ def create_destination(
     url: str, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
 ) -> Repository:
     """A new, empty repository at `url`. Raises Conflict when there is one."""
-    return Repository.create(_store(url, make=True), passphrase=passphrase, encryption=encryption, block_size=block_size)
+    return Repository.create(
+        _store(url, make=True), passphrase=passphrase, encryption=encryption, block_size=block_size
+    )
 
 
 def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:

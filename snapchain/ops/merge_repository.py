@@ -147,4 +147,3 @@ class RepositoryMerge:
         points = tuple(point.model_copy(update={"layer": renamed[point.layer]}) for point in self._kept)
         self._disk.advance(self._current, time=datetime.now(UTC), points=points, parents=parents)
         return before - after
-

@@ -308,4 +308,6 @@ def _source(file: ImageFile) -> Source:
 def _same(mine: object, theirs: object) -> bool:
     if not isinstance(mine, Source) or not isinstance(theirs, Source):
         return False
+    if not mine.size:
+        return False  # a block device: its node says nothing of what was written to it
     return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))

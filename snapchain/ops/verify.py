@@ -78,23 +78,18 @@ class _Tally:
 
 
 class Verification:
-    """A repository, or one disk of it, and how much of it to read.
+    """A repository, or one disk of it, and how much of its data to read. share: 0 to 1, which part is drawn anew."""
 
-    sample: the share of the data to read, above 0 and up to 1; which part is drawn anew each time
-    """
-
-    def __init__(
-        self, repository: Repository, disk: str | None = None, *, read_data: bool = False, sample: float | None = None
-    ) -> None:
-        if sample is not None and not 0 < sample <= 1:
-            raise InvalidInput(f"a sample of {sample:.0%}", hint="more than 0 and at most 100%")
+    def __init__(self, repository: Repository, disk: str | None, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise InvalidInput(f"a share of {share:.0%} of the data", hint="0% to 100%")
         self._repository = repository
         self._disk = disk
-        self._share = 1.0 if read_data else sample
+        self._share = share
         self._draw = random.Random()  # noqa: S311 -- chooses what to read, keeps no secret
 
     def run(self, *, on_event: OnEvent = ignore) -> VerifyReport:
-        """Look at everything; findings are values, not errors. Raises only when the repository cannot be read at all."""
+        """Look at everything; findings are values, not errors. Raises only when nothing can be read."""
         tally = _Tally()
         found = list(self._catalogues(tally))
         packs = {info.name: info.size for info in self._repository.store.list("packs/")}
@@ -114,7 +109,7 @@ class Verification:
             disks=len(found),
             points=sum(len(catalogue.points) for catalogue in found),
             layers=tally.layers,
-            data_read=self._share is not None,
+            data_read=self._share > 0,
             checked_bytes=tally.checked_bytes,
             findings=tuple(tally.findings),
         )
@@ -140,7 +135,7 @@ class Verification:
                 total += self._repository.layer(layer).header.data_bytes
             except SnapchainError:
                 continue  # counted for the progress bar only; `_check_disk` reports it
-        return int(total * (self._share or 0))
+        return int(total * self._share)
 
     def _check_disk(
         self, catalogue: Catalogue, packs: dict[str, int], tally: _Tally, on_bytes: Callable[[int], None]
@@ -173,7 +168,7 @@ class Verification:
                 continue
             try:
                 _check_sum([opened[each] for each in chain_ids])
-                if self._share is not None:
+                if self._share:
                     self._check_data([opened[each] for each in chain_ids], catalogue, affected, tally, on_bytes)
             except SnapchainError as error:
                 tally.note(error, catalogue, affected.get(layer, ()))
@@ -199,13 +194,20 @@ class Verification:
     ) -> None:
         layer = chain[-1]
         view = ChainView(chain, self._repository.blobs)
-        share = self._share or 0.0
+        share = self._share
         replay = Replay(view, layer.extents()).on(chain[:-1])
         read, bad = replay.find_bad(keep=lambda _: share >= 1 or self._draw.random() < share, on_bytes=on_bytes)
         tally.checked_bytes += read
         for each in bad:
             where = f"guest bytes {each.start} to {each.stop}: "
             tally.note(each.error, catalogue, affected.get(layer.id, ()), where)
+
+
+def verify(
+    repository: Repository, *, disk: str | None = None, share: float = 0.0, on_event: OnEvent = ignore
+) -> VerifyReport:
+    """Check all disks or one: every record, and a share of the data (1.0 for all of it)."""
+    return Verification(repository, disk, share).run(on_event=on_event)
 
 
 def _check_sum(chain: Sequence[StoredLayer]) -> None:
@@ -243,4 +245,3 @@ def _points_on(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
         for layer in chain:
             found.setdefault(layer, []).append(point.point)
     return {layer: tuple(points) for layer, points in found.items()}
-

@@ -35,6 +35,7 @@ from snapchain.repository.worklist import (
     Task,
     hot_leaves,
     pieces,
+    spans,
     tasks,
     with_last_leaf,
     without_zeroes,
@@ -94,9 +95,7 @@ class Intake:
         self._workers = workers or max(2, os.cpu_count() or 1)
         self._local = threading.local()
 
-    def take(
-        self, source: LayerSource, below: Sequence[StoredLayer], on_bytes: Callable[[int], None]
-    ) -> Taken:
+    def take(self, source: LayerSource, below: Sequence[StoredLayer], on_bytes: Callable[[int], None]) -> Taken:
         """Take in one layer that lies on the chain `below` (root first, may be empty).
 
         on_bytes: told, in the calling thread, how many guest bytes were read since it was last told.

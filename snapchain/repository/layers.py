@@ -24,8 +24,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from snapchain.errors import Corrupt, NotFound
-from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Hashes, Sum, content_id
-from snapchain.model.extents import ABSENT, Extents, Int64s, over
+from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
+from snapchain.model.extents import ABSENT, Extents, over
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
@@ -210,7 +210,7 @@ def leaves_shown(
     layers: root first; first: a multiple of the leaf size.  Reads only pages of that range.
     """
     base = first // LEAF_BYTES
-    count = -(-stop // LEAF_BYTES) - base
+    count = max(0, -(-stop // LEAF_BYTES) - base)
     open_ = np.ones(count, np.bool_)
     index: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     hashes: list[npt.NDArray[np.uint8]] = [np.empty((0, 32), np.uint8)]

@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from snapchain.errors import Corrupt
 from snapchain.model.content import LEAF_BYTES, Leaves, leaves_over
 from snapchain.model.extents import ABSENT, DATA, Extents, over
 from snapchain.repository import layers as records
-from snapchain.errors import Corrupt
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id, layer_name
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.intake import store_page

@@ -100,9 +100,7 @@ class Replay:
             raise Corrupt("what was read has not the content id that was recorded", subject=layer_name(self._layer.id))
         return bytes_read
 
-    def find_bad(
-        self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None]
-    ) -> tuple[int, list[Bad]]:
+    def find_bad(self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None]) -> tuple[int, list[Bad]]:
         """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""
         chosen = (task for at, task in enumerate(tasks(self._extents, hot_leaves(self._extents))) if keep(at))
         bytes_read, bad = 0, list[Bad]()
