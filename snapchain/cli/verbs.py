@@ -2,8 +2,8 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, restore
+from snapchain.cli import init, snapshot, ship, log, restore, verify, inspect, diff
 
 # isort: on
 
-__all__ = ["app", "init", "restore", "ship", "snapshot"]
+__all__ = ["app", "diff", "init", "inspect", "log", "restore", "ship", "snapshot", "verify"]

@@ -1,0 +1,74 @@
+"""`snapchain inspect ADDRESS`: what each layer of a chain holds, drawn to scale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.quantities import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.inspect import InspectReport
+
+
+@verb(
+    examples="""
+    snapchain inspect /images/web1.qcow2
+    snapchain inspect /backup::web1/vda@7
+    snapchain inspect web1.qcow2 --json | jq '.layers[] | {path, shadowed_bytes}'
+    """,
+    when_interrupted="nothing was being changed",
+)
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT] in a repository.")],
+    *,
+    image_format: options.Format = None,
+    image_dir: options.ImageDir = None,
+    password_file: options.PasswordFile = None,
+    password_command: options.PasswordCommand = None,
+    json: options.Json = False,
+) -> None:
+    """Show a chain: what each layer holds, and how much of that is hidden by layers above.
+
+    Hidden data is what a merge frees. Reads headers and tables only, never data.
+    """
+    from snapchain.ops import inspect as ops
+    from snapchain.ops.address import ImageAddress, parse_address
+
+    address = parse_address(target)
+    with Output(as_json=json) as out:
+        if isinstance(address, ImageAddress):
+            report = ops.inspect_image(
+                address.path,
+                format=options.format_of(image_format),
+                image_dirs=options.image_dirs(image_dir),
+                on_event=out.on_event,
+            )
+        else:
+            repository = options.repository(
+                address.dest, out, password_file=password_file, password_command=password_command
+            )
+            report = ops.inspect_point(repository, address.disk, point=address.point)
+        out.report(report, _draw)
+
+
+def _draw(console: Console, report: InspectReport) -> None:
+    layers = len(report.layers)
+    render.headline(
+        console, f"{report.address}: {size(report.virtual_size)} in {layers} layer{'s' if layers != 1 else ''}"
+    )
+    render.picture(
+        console,
+        [
+            render.LayerRow(layer.path.rpartition("/")[2], layer.strip, layer.data_bytes, layer.shadowed_bytes)
+            for layer in report.layers
+        ],
+    )
+    for finding in report.findings:
+        console.print(f"note: {finding}", style="yellow", markup=False)

@@ -1,0 +1,68 @@
+"""`snapchain log DEST[::DISK]`: which points there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, quantities, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.log import LogReport
+
+
+@verb(
+    examples="""
+    snapchain log /backup
+    snapchain log s3://bucket/prefix::web1/vda
+    snapchain log /backup --json | jq '.disks[].points[-1].time'
+    """,
+    when_interrupted="nothing was being changed",
+)
+def log(
+    target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    *,
+    password_file: options.PasswordFile = None,
+    password_command: options.PasswordCommand = None,
+    json: options.Json = False,
+) -> None:
+    """List the points of all disks of a destination, or of one: number, time, labels, size, layers.
+
+    Points of one content id have the same bytes.
+    """
+    from snapchain.ops import log as ops
+    from snapchain.ops.address import parse_destination
+
+    address = parse_destination(target)
+    with Output(as_json=json) as out:
+        repository = options.repository(
+            address.dest, out, password_file=password_file, password_command=password_command
+        )
+        out.report(ops.log(repository, disk=options.disk_of(address)), _draw)
+
+
+def _draw(console: Console, report: LogReport) -> None:
+    if not report.disks:
+        render.headline(console, "no disk has been shipped here yet")
+    for disk in report.disks:
+        render.headline(console, disk.name)
+        render.table(
+            console,
+            ["point>", "time", "size>", "layers>", "content", "labels"],
+            [
+                (
+                    str(point.point),
+                    point.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+                    quantities.size(point.virtual_size),
+                    str(point.layers),
+                    point.content_id[:12],
+                    ", ".join(point.labels),
+                )
+                for point in disk.points
+            ],
+        )

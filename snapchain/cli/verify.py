@@ -1,0 +1,78 @@
+"""`snapchain verify DEST[::DISK]`: is what is stored whole and true?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, quantities, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.errors import Corrupt, InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.verify import VerifyReport
+
+
+@verb(
+    examples="""
+    snapchain verify /backup
+    snapchain verify /backup::web1/vda --read-data
+    snapchain verify s3://bucket/prefix --sample 5%
+    """,
+    when_interrupted="nothing was being changed",
+)
+def verify(
+    target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    *,
+    read_data: Annotated[
+        bool, typer.Option("--read-data", help="Read all data too, and compare the bytes with what was shipped.")
+    ] = False,
+    sample: Annotated[
+        str | None, typer.Option(metavar="SHARE", help="Read this share of the data, chosen anew each time: 5%.")
+    ] = None,
+    limit_rate: options.LimitRate = None,
+    password_file: options.PasswordFile = None,
+    password_command: options.PasswordCommand = None,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check what is stored: every record, and that all that it names is there; on request the data as well.
+
+    Ends with exit code 5 when anything is damaged or missing, and says which points it concerns.
+    """
+    from snapchain.ops import verify as ops
+    from snapchain.ops.address import parse_destination
+
+    if read_data and sample is not None:
+        raise InvalidInput("--read-data and --sample are both given", hint="--read-data reads everything")
+    share = quantities.parse_share(sample) if sample is not None else float(read_data)
+    address = parse_destination(target)
+    with Output(as_json=json, progress=progress, quiet=quiet) as out:
+        repository = options.repository(
+            address.dest,
+            out,
+            password_file=password_file,
+            password_command=password_command,
+            limit_rate=limit_rate,
+        )
+        report = ops.verify(repository, disk=options.disk_of(address), share=share, on_event=out.on_event)
+        out.report(report, _draw)
+    if not report.ok:
+        raise typer.Exit(Corrupt.exit_code)
+
+
+def _draw(console: Console, report: VerifyReport) -> None:
+    render.headline(console, "all is well" if report.ok else f"damaged: {len(report.findings)} findings")
+    how = "records and data" if report.data_read else "records; --read-data reads the data too"
+    checked = f"{report.disks} disks, {report.points} points, {report.layers} layers"
+    render.facts(console, [("checked", checked), ("read", f"{quantities.size(report.checked_bytes)} ({how})")])
+    for finding in report.findings:
+        points = ", ".join(map(str, finding.points))
+        of = f" (disk {finding.disk}, points {points})" if finding.disk and points else ""
+        console.print(f"  {finding.kind}: {finding.subject}: {finding.message}{of}", style="red", markup=False)
