@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,7 +58,7 @@ def _draw(console: Console, report: LogReport) -> None:
             [
                 (
                     str(point.point),
-                    point.time.astimezone().strftime("%Y-%m-%d %H:%M:%S"),
+                    _moment(point.time),
                     quantities.size(point.virtual_size),
                     str(point.layers),
                     point.content_id[:12],
@@ -66,3 +67,8 @@ def _draw(console: Console, report: LogReport) -> None:
                 for point in disk.points
             ],
         )
+
+
+def _moment(time: datetime) -> str:
+    """Local time with its zone, to be pasted after an '@': rounded up, or it would name the point before."""
+    return (time + timedelta(microseconds=999_999)).astimezone().isoformat(timespec="seconds")
