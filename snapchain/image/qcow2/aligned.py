@@ -26,11 +26,10 @@ def aligned(extents: Extents, resolved: Extents, *, cluster_size: int) -> Extent
     if not (kinds.at % cluster_size).any():
         return kinds
     zero = _touched(kinds, kinds.val == ZERO, cluster_size)
-    absent = _touched(kinds, kinds.val == ABSENT, cluster_size)
     data = _touched(kinds, kinds.val == DATA, cluster_size)
     not_zero = _touched(resolved, resolved.val >= DATA, cluster_size)
-    hidden = where(where(not_zero, zero), absent)
-    return fold((zero.mapped(np.where(zero.val == DATA, ZERO, ABSENT)), hidden, data))
+    mixed = where(not_zero, zero)  # where all is ZERO, nothing shines through
+    return fold((zero.mapped(np.where(zero.val == DATA, ZERO, ABSENT)), mixed, data))
 
 
 def _touched(extents: Extents, mask: npt.NDArray[np.bool_], grain: int) -> Extents:
