@@ -17,7 +17,7 @@ help:  ## this list
 
 demo:  ## the main job on a real Linux disk image, in under two minutes
 	@.ci/setup demo
-	@$(PY) docs/demo/demo.py $(ARGS)
+	@$(PY) -m docs.demo
 
 test:  ## all tests
 	@.ci/setup test

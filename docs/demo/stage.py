@@ -37,9 +37,12 @@ class Stage:
         self._run([str(self._program), *shlex.split(words)], capture=False)
         console.print(f"  [dim]{time.monotonic() - began:.1f} s[/]")
 
-    def ask(self, words: str) -> Any:
-        """Run one command with --json, off stage, and return its object."""
-        return json.loads(self._run([str(self._program), *shlex.split(words), "--json"], capture=True))
+    def snapchain_json(self, words: str) -> Any:
+        """Run one command, show it, and return the object that --json prints."""
+        self._prompt(f"snapchain {words} --json")
+        said = self._run([str(self._program), *shlex.split(words), "--json"], capture=True)
+        console.print(f"  {said.strip()}", soft_wrap=True, markup=False, style="dim")
+        return json.loads(said)
 
     def prove(self, words: str) -> None:
         """Run a stock tool whose exit status is the proof."""

@@ -71,12 +71,12 @@ def init(
 
 
 def _draw_plan(console: Console, plan: InitPlan) -> None:
-    render.headline(console, f"would make a repository at {plan.destination}")
+    render.headline(console, f"would make a repository at {render.place(plan.destination)}")
     render.facts(console, [("encryption", plan.encryption), ("blocks", quantities.size(plan.block_size))])
 
 
 def _draw_report(console: Console, report: InitReport) -> None:
-    render.headline(console, f"made a repository at {report.destination}")
+    render.headline(console, f"made a repository at {render.place(report.destination)}")
     writers = "many at a time" if report.conditional_put else "one at a time: this store ignores conditional writes"
     render.facts(
         console,

@@ -84,13 +84,18 @@ def ship(
 
 
 def _draw_plan(console: Console, plan: ShipPlan) -> None:
-    render.headline(console, f"would ship {plan.image} to {plan.destination}::{plan.disk}")
+    render.headline(console, f"would ship {render.place(plan.image)} to {render.place(plan.destination)}::{plan.disk}")
     render.facts(console, [("layers there", str(plan.layers_present)), ("to read", size(plan.bytes_to_read))])
     render.table(
         console,
         ["new layer of", "read>", "virtual size>", "point"],
         [
-            (" + ".join(layer.files), size(layer.bytes_to_read), size(layer.virtual_size), _mark(layer.publishes))
+            (
+                " + ".join(map(render.place, layer.files)),
+                size(layer.bytes_to_read),
+                size(layer.virtual_size),
+                _mark(layer.publishes),
+            )
             for layer in plan.layers
         ],
     )

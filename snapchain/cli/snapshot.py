@@ -77,5 +77,8 @@ def _draw_report(console: Console, report: SnapshotReport) -> None:
 def _draw_files(console: Console, which: SnapshotPlan | SnapshotReport) -> None:
     render.facts(
         console,
-        [("sealed", f"{which.sealed} (as it was)"), ("top", f"{which.overlay} (fresh; what the guest opens)")],
+        [
+            ("sealed", f"{render.place(which.sealed)} (as it was)"),
+            ("top", f"{render.place(which.overlay)} (fresh; what the guest opens)"),
+        ],
     )
