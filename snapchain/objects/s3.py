@@ -161,20 +161,6 @@ class S3Store:
     def close(self) -> None:
         self._client.close()
 
-    # ---- what a probe looks at
-
-    def server_time(self) -> float | None:
-        """Seconds since 1970 by the server's clock, to the second; None when it does not say."""
-        from email.utils import parsedate_to_datetime
-
-        with s3_errors(self.url):
-            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
-        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        try:
-            return parsedate_to_datetime(date).timestamp() if date else None
-        except ValueError:
-            return None
-
     def refuses_damage(self, name: str) -> bool:
         """Whether a PUT whose Content-MD5 is of other bytes is refused; when not, the object is there afterwards."""
         from botocore.exceptions import ClientError

@@ -100,7 +100,7 @@ _CONFIGURATION = Meaning(InvalidInput, "the AWS configuration cannot be used", "
 _REQUEST = Meaning(InvalidInput, "S3 does not take this request")
 _NO_ANSWER = Meaning(Unavailable, "the server does not answer", "look at the endpoint, the network and the firewall")
 _BROKEN_OFF = Meaning(Unavailable, "the connection broke off", "run the command again")
-_TLS = Meaning(Refused, "TLS failed", "set AWS_CA_BUNDLE to the server's certificate authority")
+_TLS = Meaning(Refused, "TLS failed", "https or http? For a private authority set AWS_CA_BUNDLE")
 _STRANGE = Meaning(Unsupported, "the server does not speak S3", "look at the endpoint: host, port, http or https")
 
 EXCEPTIONS: dict[str, Meaning] = {
@@ -134,6 +134,7 @@ EXCEPTIONS: dict[str, Meaning] = {
     "ChecksumError": _BROKEN_OFF,
     "ResponseParserError": _STRANGE,
     "UnauthorizedSSOTokenError": _EXPIRED,
+    "RecursionError": _ELSEWHERE,  # botocore follows a redirect that leads to itself until the stack ends
 }
 """By class name along the method resolution order; BotoCoreErrors that are not here are taken for configuration."""
 
@@ -147,7 +148,7 @@ def s3_errors(subject: str) -> Iterator[None]:
 
     try:
         yield
-    except (ClientError, BotoCoreError, ResponseParserError, HTTPError) as error:
+    except (ClientError, BotoCoreError, ResponseParserError, HTTPError, RecursionError) as error:
         raise from_s3_error(error, subject) from error
 
 

@@ -1,0 +1,453 @@
+"""What an S3 server can do to us, from a server that does it: ambiguous creates, cut bodies, every error code."""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.objects import open_store
+from snapchain.objects.s3 import CONFLICT_ATTEMPTS, READ_ATTEMPTS, S3Store
+from snapchain.objects.s3_client import TOTAL_ATTEMPTS, new_client, warnings_about
+from snapchain.objects.s3_errors import CODES, EXCEPTIONS, STATUSES, from_s3_error
+from snapchain.objects.store import ObjectInfo, Refused
+from tests.objects.scripted import DROP, MISSING, Reply, Script, content, error, scripted_server, stored
+from tests.servers import S3Server, free_port
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+BODY = b"bytes of mine, nonce 4711"
+BUSY = error(503, "SlowDown")
+
+
+@cache
+def shared_client(endpoint: str) -> S3Client:
+    """One for all tests: making a client takes a tenth of a second."""
+    return new_client(endpoint, read_timeout=0.5)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in S3Server("", "none", None).environment.items():  # type: ignore[arg-type]
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))
+    # A client retries less while its failures outweigh its successes; these tests count attempts.
+    monkeypatch.setattr("botocore.retries.quota.RetryQuota.acquire", lambda *_: True)
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Script]:
+    with scripted_server() as script:
+        yield script
+
+
+@pytest.fixture
+def store(script: Script) -> S3Store:
+    store = S3Store("bucket", "some/prefix", client=shared_client(script.endpoint), sleep=lambda _: None)
+    store.properties = replace(store.properties, conditional_put=True)
+    return store
+
+
+# ---- what is sent
+
+
+def test_a_put_carries_its_md5_and_no_trailer(store: S3Store, script: Script) -> None:
+    script.says(stored(BODY))
+    store.put("a/b", [BODY[:5], BODY[5:]])
+    (request,) = script.requests
+    assert (request.method, request.path) == ("PUT", "/bucket/some/prefix/a/b")
+    headers = {name.lower(): value for name, value in request.headers.items()}
+    assert headers["content-md5"] == b64encode(hashlib.md5(BODY).digest()).decode()
+    assert request.body == BODY
+    assert "if-none-match" not in headers
+    assert not [name for name in headers if "checksum" in name or "trailer" in name or name == "content-encoding"]
+
+
+def test_a_create_carries_its_condition(store: S3Store, script: Script) -> None:
+    script.says(stored(BODY))
+    assert store.create("a", BODY) is True
+    (request,) = script.requests
+    assert request.headers["If-None-Match"] == "*"
+
+
+def test_an_unproven_store_is_asked_first(store: S3Store, script: Script) -> None:
+    for known in (None, False):
+        store.properties = replace(store.properties, conditional_put=known)
+        script.says(content(b"old"))
+        assert store.create("a", BODY) is False
+        assert script.methods == ["HEAD"]
+        script.says(Reply(404), stored(BODY))
+        assert store.create("a", BODY) is True
+        assert script.methods == ["HEAD", "PUT"]
+
+
+def test_amazon_itself_also_gets_a_sha256(monkeypatch: pytest.MonkeyPatch, store: S3Store, script: Script) -> None:
+    script.says(stored(BODY))
+    store.endpoint = "https://s3.eu-central-1.amazonaws.com"
+    store.put("a", BODY)
+    headers = {name.lower(): value for name, value in script.requests[0].headers.items()}
+    assert headers["x-amz-checksum-sha256"] == b64encode(hashlib.sha256(BODY).digest()).decode()
+
+
+# ---- create, when the answer leaves doubt
+
+
+def test_a_plain_412_is_no(store: S3Store, script: Script) -> None:
+    script.says(error(412, "PreconditionFailed"))
+    assert store.create("a", BODY) is False
+    assert script.methods == ["PUT"]
+
+
+@pytest.mark.parametrize("first", [BUSY, DROP, error(500, "InternalError")])
+def test_a_412_after_a_retry_may_be_about_our_own_write(store: S3Store, script: Script, first: Reply) -> None:
+    script.says(first, error(412, "PreconditionFailed"), content(BODY))
+    assert store.create("a", BODY) is True
+    assert script.methods == ["PUT", "PUT", "GET"]
+    script.says(first, error(412, "PreconditionFailed"), content(b"bytes of theirs"))
+    assert store.create("a", BODY) is False
+
+
+@pytest.mark.parametrize("failure", [BUSY, DROP, Reply(hang=0.7)])
+def test_a_create_without_an_answer_is_settled_by_reading(store: S3Store, script: Script, failure: Reply) -> None:
+    attempts = [failure] * TOTAL_ATTEMPTS
+    script.says(*attempts, content(BODY))
+    assert store.create("a", BODY) is True
+    assert script.methods == ["PUT"] * TOTAL_ATTEMPTS + ["GET"]
+    if failure.hang:
+        return
+    script.says(*attempts, content(b"bytes of theirs"))
+    assert store.create("a", BODY) is False
+    script.says(*attempts, MISSING)
+    with pytest.raises(Unavailable):
+        store.create("a", BODY)
+    script.says(*attempts, BUSY)
+    with pytest.raises(Unavailable):
+        store.create("a", BODY)
+
+
+def test_a_409_is_tried_again(store: S3Store, script: Script) -> None:
+    busy = error(409, "ConditionalRequestConflict")
+    script.says(busy, busy, stored(BODY))
+    assert store.create("a", BODY) is True
+    script.says(busy, error(412, "PreconditionFailed"))
+    assert store.create("a", BODY) is False
+    script.says(busy)
+    with pytest.raises(Conflict, match="same time"):
+        store.create("a", BODY)
+    assert len(script.requests) == CONFLICT_ATTEMPTS
+
+
+def test_a_server_without_conditions_is_unsupported(store: S3Store, script: Script) -> None:
+    script.says(error(501, "NotImplemented"))
+    with pytest.raises(Unsupported, match="does not implement"):
+        store.create("a", BODY)
+
+
+# ---- what was stored
+
+
+def test_an_etag_of_other_bytes_is_corrupt(store: S3Store, script: Script) -> None:
+    script.says(stored(b"other bytes"))
+    for write in (store.put, store.create):
+        with pytest.raises(Corrupt, match="stored other bytes"):
+            write("a", BODY)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"ETag": '"0123"'},
+        {"ETag": f'"{"0" * 32}-2"'},
+        {"ETag": f'"{"z" * 32}"'},
+        {"ETag": f'"{"0" * 32}"', "x-amz-server-side-encryption": "aws:kms"},
+        {"ETag": f'"{"0" * 32}"', "x-amz-server-side-encryption-customer-algorithm": "AES256"},
+        {},
+    ],
+)
+def test_an_etag_that_is_no_md5_says_nothing(store: S3Store, script: Script, headers: dict[str, str]) -> None:
+    script.says(Reply(200, b"", headers))
+    store.put("a", BODY)
+    script.says(Reply(200, BODY, headers))
+    assert store.get("a") == BODY
+    assert len(script.requests) == 1
+
+
+# ---- get, when the body is not what it should be
+
+
+def test_a_cut_body_is_read_again(store: S3Store, script: Script) -> None:
+    script.says(replace(content(BODY), cut=7), content(BODY))
+    assert store.get("a") == BODY
+    part = Reply(206, BODY[2:9], {"Content-Range": f"bytes 2-8/{len(BODY)}"})
+    script.says(replace(part, cut=1), part)
+    assert store.get("a", offset=2, length=7) == BODY[2:9]
+
+
+def test_a_body_that_is_always_cut_is_unavailable(store: S3Store, script: Script) -> None:
+    script.says(replace(content(BODY), cut=7))
+    with pytest.raises(Unavailable, match="broke off"):
+        store.get("a")
+    assert len(script.requests) == READ_ATTEMPTS
+
+
+def test_a_body_that_contradicts_its_etag_is_read_again(store: S3Store, script: Script) -> None:
+    torn = replace(content(BODY), body=b"torn between two objects!")
+    script.says(torn, content(BODY))
+    assert store.get("a") == BODY
+    script.says(torn)
+    assert store.get("a") == torn.body, "twice the same: then this server's ETags are no MD5s"
+    assert len(script.requests) == 2
+    script.says(*[replace(torn, body=b"torn %d" % number) for number in range(10)])
+    with pytest.raises(Corrupt, match="from one read to the next"):
+        store.get("a")
+
+
+def test_a_server_may_ignore_ranges(store: S3Store, script: Script) -> None:
+    script.says(content(BODY))
+    assert store.get("a", offset=3, length=5) == BODY[3:8]
+    assert store.get("a", offset=3) == BODY[3:]
+    with pytest.raises(Corrupt):
+        store.get("a", offset=3, length=100)
+
+
+def test_another_range_is_refused(store: S3Store, script: Script) -> None:
+    script.says(Reply(206, BODY[:5], {"Content-Range": f"bytes 0-4/{len(BODY)}"}))
+    with pytest.raises(Unsupported, match="bytes 0-4"):
+        store.get("a", offset=3, length=5)
+
+
+def test_a_short_range_is_corrupt(store: S3Store, script: Script) -> None:
+    script.says(Reply(206, BODY[3:5], {"Content-Range": f"bytes 3-4/{len(BODY)}"}))
+    with pytest.raises(Corrupt, match="ends 3 bytes before 8"):
+        store.get("a", offset=3, length=5)
+
+
+# ---- listings
+
+
+def page(names: list[str], token: str | None = None) -> Reply:
+    entries = "".join(
+        f"<Contents><Key>{name}</Key><Size>1</Size><LastModified>2026-01-02T03:04:05Z</LastModified></Contents>"
+        for name in names
+    )
+    more = "<IsTruncated>false</IsTruncated>"
+    if token is not None:
+        more = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>"
+    body = f"<?xml version='1.0'?><ListBucketResult>{more}{entries}</ListBucketResult>"
+    return Reply(200, body.encode(), {"Content-Type": "application/xml"})
+
+
+def test_pages_follow_each_other(store: S3Store, script: Script) -> None:
+    script.says(page(["some/prefix/a"], "t1"), page(["some/prefix/b", "some/prefix/not ours"], "t2"), page([]))
+    assert list(store.list("")) == [ObjectInfo("a", 1, 1767323045.0), ObjectInfo("b", 1, 1767323045.0)]
+    assert [request.path.count("continuation-token") for request in script.requests] == [0, 1, 1]
+
+
+def test_a_listing_out_of_order_is_refused(store: S3Store, script: Script) -> None:
+    script.says(page(["some/prefix/b"], "t1"), page(["some/prefix/a"]))
+    with pytest.raises(Unsupported, match="order"):
+        list(store.list(""))
+
+
+def test_a_listing_that_turns_in_circles_is_refused(store: S3Store, script: Script) -> None:
+    script.says(page(["some/prefix/b"], "t1"))
+    with pytest.raises(Unsupported, match="get on"):
+        list(store.list(""))
+
+
+# ---- errors
+
+
+def test_passing_errors_are_outlasted(store: S3Store, script: Script) -> None:
+    script.says(BUSY, DROP, BUSY, stored(BODY))
+    store.put("a", BODY)
+    assert len(script.requests) == 4
+
+
+def test_a_server_that_stays_busy_is_unavailable(store: S3Store, script: Script) -> None:
+    script.says(BUSY)
+    for call in (lambda: store.put("a", BODY), lambda: list(store.list("")), lambda: store.delete("a")):
+        script.requests.clear()
+        with pytest.raises(Unavailable, match="SlowDown: said the server") as caught:
+            call()
+        assert len(script.requests) == TOTAL_ATTEMPTS
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_every_code_of_the_table(store: S3Store, script: Script, code: str) -> None:
+    meaning = CODES[code]
+    status = 503 if meaning.error is Unavailable else 400
+    script.says(error(status, code))
+    for call in (lambda: store.put("a", b""), lambda: list(store.list("")), lambda: list(store.list_dirs(""))):
+        with pytest.raises(meaning.error, match=f"{code}: said the server") as caught:
+            call()
+        assert type(caught.value) is meaning.error
+        assert str(caught.value).startswith("s3://bucket/some/prefix/")
+
+
+@pytest.mark.parametrize("status", [400, 418, *sorted(STATUSES), 500, 502, 599])
+def test_every_status_without_a_code(store: S3Store, script: Script, status: int) -> None:
+    script.says(Reply(status))
+    if status == 404:
+        assert store.size("a") is None
+        return
+    with pytest.raises(SnapchainError) as caught:
+        store.size("a")
+    if status in STATUSES:
+        assert type(caught.value) is STATUSES[status].error
+    else:
+        assert type(caught.value) is (Unavailable if status >= 500 else Unsupported)
+
+
+def test_a_key_service_that_refuses(store: S3Store, script: Script) -> None:
+    script.says(error(400, "KMS.DisabledException"))
+    with pytest.raises(Refused, match="key service"):
+        store.put("a", b"")
+
+
+@pytest.mark.parametrize("body", [b"<html>Welcome to nginx", b"<Error><Code>", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("status", [200, 404])
+def test_what_is_no_s3_at_all(store: S3Store, script: Script, body: bytes, status: int) -> None:
+    script.says(Reply(status, body))
+    with pytest.raises(SnapchainError) as caught:
+        list(store.list(""))
+    assert type(caught.value) in {Unsupported, NotFound, Unavailable}
+
+
+def test_every_exception_of_botocore_is_meant() -> None:
+    """The table names classes; a name that botocore does not have would never match."""
+    import botocore.exceptions
+    import botocore.parsers
+
+    for name in EXCEPTIONS.keys() - {"RecursionError"}:
+        assert hasattr(botocore.exceptions, name) or hasattr(botocore.parsers, name), name
+    for name, cls in vars(botocore.exceptions).items():
+        if isinstance(cls, type) and issubclass(cls, botocore.exceptions.BotoCoreError):
+            assert isinstance(from_s3_error(cls.__new__(cls), "s3://b"), SnapchainError), name
+
+
+# ---- the way to the server
+
+
+def test_nobody_listens() -> None:
+    store = open_store("s3://bucket/x", endpoint=f"http://127.0.0.1:{free_port()}")
+    for call in (lambda: store.get("a"), lambda: store.put("a", b""), lambda: list(store.list(""))):
+        with pytest.raises(Unavailable, match="does not answer") as caught:
+            call()
+        assert caught.value.hint
+    store.properties = replace(store.properties, conditional_put=True)
+    with pytest.raises(Unavailable):
+        store.create("a", b"")
+    store.close()
+
+
+def test_no_tls_on_the_other_side(script: Script) -> None:
+    store = open_store("s3://bucket", endpoint=script.endpoint.replace("http:", "https:"))
+    with pytest.raises(Refused, match="TLS"):
+        store.put("a", b"")
+    store.close()
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    store = open_store("s3://bucket", endpoint=script.endpoint)
+    store.properties = replace(store.properties, conditional_put=True)
+    for write in (store.put, store.create):
+        with pytest.raises(Refused, match="no usable credentials") as caught:
+            write("a", b"")
+        assert "AWS_ACCESS_KEY_ID" in (caught.value.hint or "")
+    store.close()
+
+
+def test_half_credentials(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(Refused, match="no usable credentials"):
+        open_store("s3://bucket", endpoint=script.endpoint).put("a", b"")
+
+
+def test_configuration_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for endpoint in ["nonsense", "ftp//x", ""]:
+        with pytest.raises(InvalidInput) as caught:
+            open_store("s3://bucket", endpoint=endpoint)
+        assert caught.value.hint
+    with pytest.raises(InvalidInput):
+        open_store("s3://")
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    with pytest.raises(InvalidInput, match="no-such-profile"):
+        open_store("s3://bucket")
+    monkeypatch.delenv("AWS_PROFILE")
+    store = open_store("s3://Not A Bucket", endpoint="http://127.0.0.1:1")
+    with pytest.raises(InvalidInput, match="does not take"):
+        store.put("a", b"")
+    store.close()
+
+
+def test_a_way_without_tls_is_said() -> None:
+    assert warnings_about("https://minio.example:9000") == ()
+    for loopback in ["http://127.0.0.1:9000", "http://localhost", "http://[::1]:80", "http://127.9.9.9"]:
+        assert warnings_about(loopback) == ()
+    for plain in ["http://minio.example:9000", "http://10.0.0.1", "http://[fe80::1]:80"]:
+        (warning,) = warnings_about(plain)
+        assert "without TLS" in warning
+    store = open_store("s3://bucket", endpoint="http://minio.example:9000")
+    assert store.warnings == warnings_about("http://minio.example:9000")
+    store.close()
+
+
+def test_addresses_are_path_style_except_at_amazon() -> None:
+    for endpoint, style in [(None, "auto"), ("http://127.0.0.1:9000", "path"), ("https://minio.example", "path")]:
+        client = new_client(endpoint)
+        settings: dict[str, str] = getattr(client.meta.config, "s3", {})
+        assert settings["addressing_style"] == style
+        client.close()
+
+
+def test_the_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://10.1.2.3:9000")
+    store = open_store("s3://bucket/x")
+    assert "http://10.1.2.3:9000" in store.properties.description
+    assert store.warnings
+    store.close()
+
+
+# ---- real servers
+
+
+@pytest.mark.parametrize("kind", ["moto", "rclone"])
+def test_a_missing_bucket(kind: str, request: pytest.FixtureRequest) -> None:
+    server: S3Server = request.getfixturevalue(kind)
+    store = open_store("s3://no-such-bucket/x", endpoint=server.endpoint)
+    for call in (lambda: store.get("a"), lambda: store.put("a", b""), lambda: list(store.list(""))):
+        with pytest.raises(NotFound, match="no such bucket") as caught:
+            call()
+        assert caught.value.hint
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_a_wrong_key(name: str, rclone: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "something-else")
+    store = open_store(f"s3://{rclone.new_bucket()}", endpoint=rclone.endpoint)
+    calls = (
+        lambda: store.get("a"),
+        lambda: store.put("a", b""),
+        lambda: store.size("a"),
+        lambda: list(store.list("")),
+        lambda: store.delete("a"),
+    )
+    for call in calls:
+        with pytest.raises(Refused) as caught:
+            call()
+        assert caught.value.hint
+    store.close()
