@@ -23,7 +23,7 @@ from snapchain.cli.quantities import duration, size
 FOLDER = Path("demo-work")
 DISK = "repo::web1/vda"
 PASSWORD = "correct horse battery staple"
-OLD = 3
+OLD = 5
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ def week(files: Path) -> Iterator[Day]:
     )
     yield Day(
         "takes its first orders into an SQLite database, and gets a new motd",
-        {"/var/lib/app/orders.db": database(files, 1), "/etc/motd": text(files, "motd", "day 2: the shop is open\n")},
+        {"/var/lib/app/orders.db": database(files, 1), "/etc/motd": text(files, "motd", "day 3: the shop is open\n")},
     )
     yield Day(
         "has a good day: the database is written anew, twice as large",
-        {"/var/lib/app/orders.db": database(files, 2), "/etc/motd": text(files, "motd", "day 3: business as usual\n")},
+        {"/var/lib/app/orders.db": database(files, 2), "/etc/motd": text(files, "motd", "day 4: business as usual\n")},
     )
     yield Day(
         "is upgraded: numpy's files come, rich's go, the database grows",
@@ -141,7 +141,7 @@ def main() -> None:
     stage.snapchain("inspect images/web1.qcow2")
     stage.prove("qemu-img compare -f qcow2 -F raw images/web1.qcow2 truth/now.raw")
 
-    stage.tell(f"What did the intruder touch? Then get point {OLD} back, and the newest")
+    stage.tell(f"What did the intruder touch? Then get the day before back, and the newest")
     stage.snapchain(f"diff {DISK}@{last - 1} {DISK}@{last}")
     stage.snapchain(f"restore {DISK}@{OLD} old.qcow2")
     stage.prove(f"qemu-img compare -f qcow2 -F raw old.qcow2 truth/{OLD}.raw")
