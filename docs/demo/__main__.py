@@ -141,7 +141,7 @@ def main() -> None:
     stage.snapchain("inspect images/web1.qcow2")
     stage.prove("qemu-img compare -f qcow2 -F raw images/web1.qcow2 truth/now.raw")
 
-    stage.tell(f"What did the intruder touch? Then get the day before back, and the newest")
+    stage.tell("What did the intruder touch? Then get the day before back, and the newest")
     stage.snapchain(f"diff {DISK}@{last - 1} {DISK}@{last}")
     stage.snapchain(f"restore {DISK}@{OLD} old.qcow2")
     stage.prove(f"qemu-img compare -f qcow2 -F raw old.qcow2 truth/{OLD}.raw")

@@ -190,3 +190,141 @@ def test_shells_can_complete(shell: str, tmp_path: Path) -> None:
 def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
     with spawned(["--version"], tmp_path) as child:
         assert child.communicate(timeout=60)[0].startswith("snapchain ")
+
+
+@pytest.fixture
+def week(run: Run, disk: Path) -> list[str]:
+    """Five points of one disk, each of a changed block; their content ids. No passphrase: Argon2id takes its time."""
+    run("init", "repo", "--no-encryption")
+    ids = [run("ship", str(disk), DISK, "--label", "first", "--json").json["content_id"]]
+    for day in range(2, 6):
+        run("snapshot", str(disk))
+        write(disk, f"write -P {day} 0 1M", f"write -P {day} {day}M 64k")
+        ids.append(run("ship", str(disk), DISK, "--json").json["content_id"])
+    return ids
+
+
+def test_log_lists_all_points(run: Run, week: list[str]) -> None:
+    log = run("log", "repo", "--json").json
+    (disk,) = log["disks"]
+    assert disk["name"] == "web1/vda"
+    assert [point["content_id"] for point in disk["points"]] == week
+    assert [point["point"] for point in disk["points"]] == [1, 2, 3, 4, 5]
+    assert [point["layers"] for point in disk["points"]] == [1, 2, 3, 4, 5]
+    assert disk["points"][0]["labels"] == ["first"]
+    assert {point["virtual_size"] for point in disk["points"]} == {16 * MiB}
+    assert all(point["time"].endswith("Z") for point in disk["points"])
+    shown = run("log", DISK).out
+    assert "first" in shown
+    assert run("log", "repo::nobody").status == 3
+    assert run("log", f"{DISK}@1").status == 2
+
+
+def test_a_time_as_log_shows_it_names_no_earlier_point(run: Run, week: list[str]) -> None:
+    for line, point in zip(run("log", DISK).out.splitlines()[2:], range(1, 6), strict=True):
+        restored = run("restore", f"{DISK}@{line.split()[1]}", f"{point}.raw", "--json").json
+        assert restored["point"] >= point
+
+
+def test_inspect_draws_the_chain(run: Run, disk: Path, week: list[str]) -> None:
+    report = run("inspect", str(disk), "--json").json
+    assert report["virtual_size"] == 16 * MiB
+    assert [layer["data_bytes"] for layer in report["layers"]] == [3 * MiB, *[MiB + 65536] * 4]
+    assert [layer["shadowed_bytes"] for layer in report["layers"]] == [MiB, MiB, MiB, MiB, 0]
+    assert {layer["format"] for layer in report["layers"]} == {"qcow2"}
+    assert {layer["virtual_size"] for layer in report["layers"]} == {16 * MiB}
+    assert [layer["zero_bytes"] for layer in report["layers"]] == [0] * 5
+    assert report["layers"][-1]["path"] == str(disk)
+    shown = run("inspect", str(disk)).out.splitlines()
+    assert shown[1].startswith("● web1.qcow2")
+    assert shown[9].startswith("◉ web1.1.qcow2")
+    assert "1.0 MiB hidden" in shown[9]
+    stored = run("inspect", f"{DISK}@3", "--json").json
+    assert (len(stored["layers"]), stored["content_id"]) == (3, week[2])
+
+
+def test_diff_names_the_ranges(run: Run, disk: Path, week: list[str]) -> None:
+    found = run("diff", f"{DISK}@2", f"{DISK}@3", "--json").json
+    assert found["ranges"] == [{"offset": 0, "length": MiB}, {"offset": 3 * MiB, "length": 65536}]
+    assert found["changed_bytes"] == MiB + 65536
+    assert run("diff", DISK, str(disk)).out == "no difference\n"
+    assert "differ in 2 ranges" in run("diff", f"{DISK}@4", DISK).out
+
+
+def test_verify_says_what_is_damaged_and_ends_with_5(run: Run, week: list[str], tmp_path: Path) -> None:
+    whole = run("verify", "repo", "--read-data", "--json")
+    assert (whole.status, whole.json["ok"], whole.json["findings"]) == (0, True, [])
+    assert whole.json["checked_bytes"] > 3 * MiB
+    assert run("verify", DISK, "--sample", "50%").status == 0
+    pack = max((tmp_path / "repo").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    pack.chmod(0o600)
+    with pack.open("r+b") as file:
+        file.seek(100)
+        file.write(b"damage")
+    found = run("verify", "repo", "--read-data", "--json")
+    assert (found.status, found.json["ok"]) == (5, False)
+    assert found.json["findings"]
+    assert run("verify", "repo", "--read-data").out.startswith("damaged: ")
+    assert run("verify", "repo", "--read-data", "--sample", "5%").status == 2
+
+
+def test_merge_makes_one_overlay_under_the_same_path(run: Run, disk: Path, week: list[str], tmp_path: Path) -> None:
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", disk, tmp_path / "truth.raw")
+    plan = run("merge", str(disk), "--dry-run", "--json").json["plan"]
+    assert (plan["layers_before"], plan["layers_after"]) == (5, 2)
+    done = run("merge", str(disk), "--json").json
+    assert (done["layers_before"], done["layers_after"], done["strategy"]) == (5, 2, "rebase")
+    assert done["bytes_moved"] == MiB + 4 * 65536
+    assert done["bytes_freed"] > 0
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", tmp_path / "truth.raw", disk)
+    assert run("ship", str(disk), DISK, "--json").json["content_id"] == week[-1]
+    assert "there was nothing to merge" in run("merge", str(disk)).out
+    assert run("merge", str(disk), "--flatten", "--json").json["layers_after"] == 1
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", tmp_path / "truth.raw", disk)
+
+
+def test_merge_of_a_range_keeps_the_rest(run: Run, disk: Path, week: list[str], tmp_path: Path) -> None:
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", disk, tmp_path / "truth.raw")
+    done = run("merge", str(disk), "--from", "web1.2.qcow2", "--to", "web1.3.qcow2", "--json").json
+    assert done["layers_after"] == 4
+    qemu_img("compare", "-f", "raw", "-F", "qcow2", tmp_path / "truth.raw", disk)
+
+
+def test_merge_in_the_repository_keeps_what_the_rules_name(run: Run, week: list[str]) -> None:
+    rules = ["--keep-last", "2", "--keep-label", "first"]
+    plan = run("merge", DISK, *rules, "--dry-run", "--json").json["plan"]
+    assert [point["point"] for point in plan["points"] if point["kept"]] == [1, 4, 5]
+    assert len(run("log", "repo", "--json").json["disks"][0]["points"]) == 5
+    assert "keep" in run("merge", DISK, *rules, "--dry-run").out
+    done = run("merge", DISK, *rules, "--json").json
+    assert (done["layers_before"], done["layers_after"], done["bytes_moved"]) == (5, 3, 0)
+    for point in (1, 4, 5):
+        assert run("restore", f"{DISK}@{point}", f"{point}.raw", "--json").json["content_id"] == week[point - 1]
+    assert run("restore", f"{DISK}@3", "3.raw").status == 3
+    assert run("verify", "repo", "--read-data").status == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [DISK],
+        [DISK, "--flatten", "--keep-last", "2"],
+        [DISK, "--keep-last", "-2"],
+        [DISK, "--keep-within", "soon"],
+        [f"{DISK}@2", "--keep-last", "2"],
+        ["web1.qcow2", "--keep-last", "2"],
+        ["web1.qcow2", "--flatten", "--from", "web1.1.qcow2"],
+    ],
+)
+def test_a_merge_that_makes_no_sense_is_refused(run: Run, week: list[str], words: list[str]) -> None:
+    assert run("merge", *words).status == 2
+
+
+def test_a_chain_is_restored_as_its_layers(run: Run, disk: Path, week: list[str], tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    back.mkdir()
+    report = run("restore", DISK, str(back / "web1.qcow2"), "--chain", "--json").json
+    assert len(report["files"]) == 5
+    qemu_img("compare", "-f", "qcow2", "-F", "qcow2", disk, back / "web1.qcow2")
+    assert run("restore", DISK, str(back / "web1.qcow2")).status == 4, "an existing file is not overwritten"
+    assert run("restore", DISK, str(back / "web1.qcow2"), "--force").status == 0
