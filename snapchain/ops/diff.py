@@ -54,8 +54,11 @@ class DiffReport(BaseModel):
 class Side(Protocol):
     """One disk of a comparison. parts: (identity, map) of its layers, root first."""
 
-    name: str
-    size: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
 
     def parts(self) -> Sequence[tuple[object, Extents]]: ...
 
