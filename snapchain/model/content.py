@@ -3,9 +3,11 @@
 A disk is cut into leaves of 64 KiB (the last one is filled up with zeroes).  Each leaf that is not all zero
 adds one element to a sum; the id is the hash of the size and the sum.
 
-    element(index, leaf)  BLAKE3-XOF(index as u64 little endian | BLAKE3(leaf)), read as 1024 u16 lanes
+    element(index, leaf)  keyed BLAKE3-XOF(index as u64 little endian | BLAKE3(leaf)), read as 1024 u16 lanes
     sum                   lane by lane, modulo 2**16                                  (2048 bytes: LtHash16)
-    content id            BLAKE3(size as u64 little endian | sum)
+    content id            keyed BLAKE3(size as u64 little endian | sum)
+
+The two keys are the BLAKE3 hashes of the names below: they separate the uses and hide nothing.
 
 So layering, cluster sizes, compression and the way zeroes are stored cannot change it.  A sum can be kept up:
 subtract the old element of each changed leaf and add the new one, in any order and on any number of threads.
@@ -22,14 +24,14 @@ import blake3
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.model.extents import ABSENT, DATA, Extents, Int64s, rounded
+from snapchain.model.extents import ABSENT, DATA, Extents, Int64s, pairwise, rounded
 
 LEAF_BYTES = 64 * 1024
 HASH_BYTES = 32
 SUM_BYTES = 2048
 _LANES = SUM_BYTES // 2
-_ELEMENT = "snapchain 2026 content element"
-_CONTENT_ID = "snapchain 2026 content id"
+_ELEMENT_KEY = blake3.blake3(b"snapchain content element").digest()
+_CONTENT_ID_KEY = blake3.blake3(b"snapchain content id").digest()
 
 Sum = npt.NDArray[np.uint16]
 Hashes = npt.NDArray[np.uint8]
@@ -60,7 +62,7 @@ def sum_of(index: Int64s, hashes: Hashes) -> Sum:
     head[:, :8] = index.astype("<u8").view(np.uint8).reshape(-1, 8)
     head[:, 8:] = hashes
     for row in head:
-        element = blake3.blake3(row.tobytes(), derive_key_context=_ELEMENT).digest(length=SUM_BYTES)
+        element = blake3.blake3(row.tobytes(), key=_ELEMENT_KEY).digest(length=SUM_BYTES)
         total += np.frombuffer(element, "<u2")
     return total
 
@@ -68,7 +70,7 @@ def sum_of(index: Int64s, hashes: Hashes) -> Sum:
 def content_id(size: int, total: Sum) -> str:
     """64 hex digits that name the guest-visible content."""
     body = size.to_bytes(8, "little") + total.astype("<u2").tobytes()
-    return blake3.blake3(body, derive_key_context=_CONTENT_ID).hexdigest()
+    return blake3.blake3(body, key=_CONTENT_ID_KEY).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +104,8 @@ class Leaves:
 
     def covers(self, index: Int64s) -> npt.NDArray[np.bool_]:
         """Which of the leaf numbers, all inside the map, are touched."""
-        return self.touched.values_at(index * LEAF_BYTES) == DATA
+        held: npt.NDArray[np.bool_] = self.touched.values_at(index * LEAF_BYTES) == DATA
+        return held
 
 
 def leaves_over(lower: Leaves, upper: Leaves) -> Leaves:
@@ -125,7 +128,5 @@ def leaves_over(lower: Leaves, upper: Leaves) -> Leaves:
 
 
 def _either(left: Extents, right: Extents) -> Extents:
-    from snapchain.model.extents import pairwise
-
     at, one, other = pairwise(left, right)
     return Extents.from_starts(left.size, at, np.maximum(one, other))

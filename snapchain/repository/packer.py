@@ -40,7 +40,9 @@ class Packer:
 
     def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex) -> None:
         self._store, self._keys, self._index = store, keys, index
-        self._lock = threading.Lock()
+        # Filling blocks, with its lock held, while too many packs are in flight; what the uploads note needs another.
+        self._filling = threading.Lock()
+        self._noting = threading.Lock()
         self._open: dict[Stream, OpenPack] = {}
         self._pool = ThreadPoolExecutor(UPLOADS, "upload")
         self._slots = threading.BoundedSemaphore(UPLOADS + 1)
@@ -62,7 +64,7 @@ class Packer:
 
         Raises what an earlier upload raised.
         """
-        with self._lock:
+        with self._filling:
             if self._failed is not None:
                 raise self._failed
             known = self._index.find(blob)
@@ -80,14 +82,14 @@ class Packer:
 
     def flush(self) -> None:
         """Close the open packs, wait until all are durable, and list them in an index."""
-        with self._lock:
+        with self._filling:
             for pack in self._open.values():
                 self._upload(pack.close())
             self._open = {}
             pending, self._uploads = self._uploads, []
         for upload in pending:
             upload.result()
-        with self._lock:
+        with self._noting:
             listed, self._durable = self._durable, []
         if listed:
             indexes.write(self._store, self._keys, listed)
@@ -102,7 +104,7 @@ class Packer:
         try:
             self._store.put(pack_name(pack.pack), pack.parts)
             listed: list[IndexedPack] = []
-            with self._lock:
+            with self._noting:
                 self._durable.append(IndexedPack(pack.pack, pack.size, pack.ids, pack.rows))
                 if len(self._durable) >= INDEX_EVERY:
                     listed, self._durable = self._durable, []
