@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,10 @@ from snapchain.host.os_errors import os_errors
 
 # Extended attributes that belong to a file's place, not to its bytes: labels, access lists, what a user noted.
 _KEPT_ATTRIBUTES = ("security.selinux", "system.posix_acl_access", "user.")
+NEW = "new"
+"""The purpose in the temporary names of `write_atomically`."""
+
+_RANDOM_BYTES = 4
 _NO_ATTRIBUTES = {errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES}
 
 
@@ -32,9 +37,24 @@ def open_new(path: Path, *, mode: int = 0o600) -> int:
 
 def temporary_beside(path: Path, *, purpose: str) -> Path:
     """A name in the directory of `path` that nobody uses: `.NAME.PURPOSE-<random>`, cut to 255 bytes."""
-    tail = f".{purpose}-{secrets.token_hex(4)}"
-    name = path.name.encode()[: 254 - len(tail)].decode(errors="ignore")
-    return path.with_name(f".{name}{tail}")
+    return path.with_name(_temporary_prefix(path, purpose) + secrets.token_hex(_RANDOM_BYTES))
+
+
+def remove_temporaries(path: Path, *, purpose: str) -> None:
+    """Remove what killed runs have left under names of `temporary_beside`. Only while nobody else is at work there."""
+    prefix = _temporary_prefix(path, purpose)
+    with os_errors(path.parent):
+        entries = list(path.parent.iterdir())
+    for entry in entries:
+        random = entry.name.removeprefix(prefix)
+        if entry.name.startswith(prefix) and re.fullmatch(f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}", random):
+            remove(entry)
+
+
+def _temporary_prefix(path: Path, purpose: str) -> str:
+    tail = f".{purpose}-"
+    name = path.name.encode()[: 254 - len(tail) - 2 * _RANDOM_BYTES].decode(errors="ignore")
+    return f".{name}{tail}"
 
 
 def fsync_file(path: Path) -> None:
@@ -86,7 +106,7 @@ def remove(path: Path) -> None:
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a small file's bytes: a reader, or a crash, sees the old ones or the new ones."""
-    temporary = temporary_beside(path, purpose="new")
+    temporary = temporary_beside(path, purpose=NEW)
     fd = open_new(temporary, mode=mode)
     try:
         with os_errors(path), os.fdopen(fd, "wb") as file:

@@ -208,12 +208,18 @@ def convert(
 def rebase(path: Path, backing: BackingLink, *, on_progress: Fraction | None = None) -> None:
     """Put a qcow2 overlay on another backing file, copying into it what would read otherwise (safe mode).
 
+    Zeroes become zero clusters (`detect-zeroes`); left alone, qemu-img writes them out as data.
+
     The header is rewritten before the tables that it needs are on the disk: after a crash the file may read
-    wrong and yet check clean.  Only for a file that nobody relies on until it has been synced and compared.
+    wrong and yet check clean.  So only for a file that nobody relies on until it has been synced and compared;
+    nothing is flushed here.
     """
+    file = {"driver": "file", "filename": _named(path)}
+    node = {"driver": "qcow2", "detect-zeroes": "unmap", "discard": "unmap", "file": file}
     progress = ("-p",) if on_progress else ()
     link = ("-b", backing.argument(), "-F", backing.format)
-    _qemu_img("rebase", *progress, "-f", "qcow2", *link, _named(path), on_stdout=_listener(on_progress))
+    argv = ("rebase", *progress, "-t", "unsafe", *link, "json:" + json.dumps(node))
+    _qemu_img(*argv, on_stdout=_listener(on_progress))
 
 
 T = TypeVar("T")
@@ -222,11 +228,11 @@ T = TypeVar("T")
 def _qemu_img(
     *arguments: str,
     ok: tuple[int, ...] = (0,),
-    limits: Limits = LIMITS,
+    limits: Limits | None = None,
     on_stdout: Callable[[bytes], None] | None = None,
 ) -> Completed:
     try:
-        return run(["qemu-img", *arguments], ok=ok, limits=limits, on_stdout=on_stdout)
+        return run(["qemu-img", *arguments], ok=ok, limits=limits or LIMITS, on_stdout=on_stdout)
     except ToolFailed as error:
         if "Failed to get" in error.stderr and "lock" in error.stderr:
             raise Busy("somebody has one of its files open", subject=arguments[-1], hint=_STOP_THEM) from error

@@ -125,7 +125,8 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
                 Notice(f"{planned.source}: its filesystem has no locks; only this host's processes were looked at")
             )
         _check_unchanged(planned)
-        _remove_leftovers(planned.overlay)
+        # Of runs that were killed: nobody else is at work here, we hold the lock.
+        files.remove_temporaries(planned.overlay, purpose=_PURPOSE)
         temporary = files.temporary_beside(planned.overlay, purpose=_PURPOSE)
         try:
             _make_overlay(planned, temporary)
@@ -240,14 +241,6 @@ def _check_unchanged(planned: SnapshotPlan) -> None:
     )
     if now != planned:
         raise Conflict("it was changed after the snapshot was planned", subject=planned.image, hint="run it again")
-
-
-def _remove_leftovers(overlay: Path) -> None:
-    """Temporary files of runs that were killed; nobody else is at work here, we hold the lock."""
-    pattern = re.compile(re.escape(f".{overlay.name}.{_PURPOSE}-") + r"[0-9a-f]{8}")
-    for entry in list(overlay.parent.iterdir()):
-        if pattern.fullmatch(entry.name):
-            files.remove(entry)
 
 
 def _make_overlay(planned: SnapshotPlan, temporary: Path) -> None:
