@@ -5,13 +5,14 @@ Nothing heavy is imported here or at the top of a verb's file, so that `snapchai
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
 from snapchain.cli import exits
-from snapchain.errors import Interrupted
+from snapchain.errors import Interrupted, Unsupported
 
 __all__ = ["main"]
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError:  # called from a thread that is not the main one: signals are somebody else's
         before = None
     try:
+        _check_words(words)
+        _print_what_can_be_printed()
         from snapchain.cli.verbs import app  # inside: a Ctrl-C while it loads gets a clean end too
 
         status = app(words, prog_name="snapchain", standalone_mode=False)
@@ -34,6 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Names are stored and shown as text; a name that is none would fail somewhere half-way."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            raise Unsupported("not UTF-8 text", subject=shown, hint="rename the file, or make a link to it") from None
+
+
+def _print_what_can_be_printed() -> None:
+    """A terminal without UTF-8 gets '?' for what it lacks, not an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,9 @@ def picture(console: Console, layers: Sequence[LayerRow]) -> None:
         line.append("◉ " if place == 0 else "● ", "bold")
         line.append(f"{layer.name:<{width}}  ")
         line.append(f"{_rank(place, len(layers)):<4}  ", "dim")
-        for cell in layer.strip:
-            line.append(*_CELLS[cell])
+        for cell, run in groupby(layer.strip):
+            glyph, style = _CELLS[cell]
+            line.append(glyph * len(list(run)), style)
         line.append(f"  {quantities.size(layer.data_bytes):>10}")
         if layer.shadowed_bytes:
             line.append(f"  {quantities.size(layer.shadowed_bytes)} hidden", "yellow")

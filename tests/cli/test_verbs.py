@@ -328,3 +328,17 @@ def test_a_chain_is_restored_as_its_layers(run: Run, disk: Path, week: list[str]
     qemu_img("compare", "-f", "qcow2", "-F", "qcow2", disk, back / "web1.qcow2")
     assert run("restore", DISK, str(back / "web1.qcow2")).status == 4, "an existing file is not overwritten"
     assert run("restore", DISK, str(back / "web1.qcow2"), "--force").status == 0
+
+
+def test_a_name_that_is_no_text_is_refused(run: Run) -> None:
+    said = run("ship", os.fsdecode(b"web\xff.qcow2"), DISK)
+    assert said.status == 6
+    assert r"web\xff.qcow2: not UTF-8 text" in said.err
+
+
+def test_a_terminal_without_utf8_still_gets_its_picture(disk: Path, tmp_path: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    with spawned(["inspect", str(disk)], tmp_path, env={**os.environ, **plain}) as child:
+        out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert "web1.qcow2" in out
