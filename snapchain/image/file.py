@@ -37,7 +37,7 @@ class ImageFile:
     fingerprint: of the moment before its tables were read; see `changed`
     """
 
-    def __init__(self, place: Place, fd: int, *, format: Format, budget: RunBudget) -> None:  # noqa: A002
+    def __init__(self, place: Place, fd: int, *, format: Format, budget: RunBudget) -> None:
         """Read the header and the map of `fd`, which the object owns from here on, even when this raises."""
         self.path: Path = place.path
         self.real_path: Path = place.real

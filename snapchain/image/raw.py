@@ -5,13 +5,11 @@ Like QEMU, the size is rounded up to 512 bytes and the rest of the last sector r
 
 from __future__ import annotations
 
-import errno
-import os
-
 import numpy as np
 
-from snapchain.errors import Unavailable, Unsupported
-from snapchain.image.physical import Physical, PhysicalBuilder, RunBudget, Runs
+from snapchain.errors import Unsupported
+from snapchain.image.holes import stored_range
+from snapchain.image.physical import Int64s, Physical, PhysicalBuilder, RunBudget, Runs
 from snapchain.image.pread import file_bytes
 from snapchain.model.extents import DATA, ZERO
 
@@ -34,19 +32,20 @@ def map_raw(fd: int, *, budget: RunBudget, subject: object) -> Physical:
         last: list[int] = []
         start = at
         while at < stored and len(first) < _BATCH:
-            data = _seek(fd, at, os.SEEK_DATA, stored, subject)
-            hole = _seek(fd, data, os.SEEK_HOLE, stored, subject) if data < stored else stored
-            if data < hole:
-                first.append(data)
-                last.append(hole)
-            at = hole
+            found = stored_range(fd, at, size=stored, subject=subject)
+            if found is None:
+                at = stored
+                break
+            first.append(found[0])
+            last.append(found[1])
+            at = found[1]
         builder.add(_with_holes(start, at, np.array(first, np.int64), np.array(last, np.int64)))
     if stored < size:
         builder.add(Runs.plain(np.array([stored]), np.array([size]), kind=ZERO, host=-1))
     return builder.finish()
 
 
-def _with_holes(start: int, stop: int, first: np.ndarray, last: np.ndarray) -> Runs:
+def _with_holes(start: int, stop: int, first: Int64s, last: Int64s) -> Runs:
     """DATA on [first, last), ZERO between, over [start, stop)."""
     edges = np.empty(2 * len(first) + 2, np.int64)
     edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = start, first, last, stop
@@ -56,12 +55,3 @@ def _with_holes(start: int, stop: int, first: np.ndarray, last: np.ndarray) -> R
     begin = edges[:-1][held]
     host = np.where(kind[held] == DATA, begin, -1)
     return Runs(begin, edges[1:][held], kind[held], host, np.zeros(len(begin), np.int32))
-
-
-def _seek(fd: int, offset: int, whence: int, stored: int, subject: object) -> int:
-    try:
-        return min(os.lseek(fd, offset, whence), stored)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            return stored
-        raise Unavailable(f"cannot look for holes at offset {offset}: {error.strerror}", subject=subject) from error

@@ -27,7 +27,7 @@ _QCOW2_SUFFIXES = {".qcow2", ".qcow"}
 def scan(
     path: str | os.PathLike[str],
     *,
-    format: str | None = None,  # noqa: A002
+    format: str | None = None,
     image_dirs: Sequence[Path] = (),
 ) -> ImageChain:
     """Open an image and everything below it.
@@ -61,17 +61,22 @@ def _top_format(fd: int, top: Place, asked: str | None) -> Format:
     if asked is not None:
         return "qcow2" if asked == "qcow2" else "raw"
     try:
-        if not stat.S_ISBLK(os.fstat(fd).st_mode) and top.path.suffix.lower() in _QCOW2_SUFFIXES:
-            return "qcow2"
-        if is_qcow2(fd, subject=top.path):
-            raise InvalidInput(
-                "the name does not say qcow2, but the contents begin like qcow2",
-                subject=top.path,
-                hint="say which it is: --format qcow2 or --format raw (a guest can write any header into a raw disk)",
-            )
+        return _told_format(fd, top)
     except BaseException:
         os.close(fd)
         raise
+
+
+def _told_format(fd: int, top: Place) -> Format:
+    """By the suffix; contents that contradict it are refused."""
+    if not stat.S_ISBLK(os.fstat(fd).st_mode) and top.path.suffix.lower() in _QCOW2_SUFFIXES:
+        return "qcow2"
+    if is_qcow2(fd, subject=top.path):
+        raise InvalidInput(
+            "the name does not say qcow2, but the contents begin like qcow2",
+            subject=top.path,
+            hint="say which it is: --format qcow2 or --format raw (a guest can write any header into a raw disk)",
+        )
     return "raw"
 
 

@@ -163,5 +163,5 @@ def in_guest_order(*parts: Runs) -> Runs:
 
 def place(guest: Int64s, wrong: Mask, image: ImageFd) -> str:
     """Where the first wrong entry maps, for messages."""
-    row, column = divmod(int(np.flatnonzero(wrong)[0]), wrong.shape[1])
+    row, column = divmod(int(wrong.argmax()), wrong.shape[1])
     return f"at guest offset {int(guest[row]) + column * image.header.cluster_size}"

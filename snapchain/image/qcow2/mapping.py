@@ -90,7 +90,7 @@ def _check_ends(image: ImageFd, runs: Runs) -> None:
     plain = (runs.kind == DATA) & (runs.stored == 0)
     missing = plain & (runs.host + (runs.end - runs.start) > image.size)
     if missing.any():
-        at = int(np.flatnonzero(missing)[0])
+        at = int(missing.argmax())
         raise Corrupt(
             f"the file is cut off at {image.size} bytes, before the data of guest offset {int(runs.start[at])}",
             subject=image.subject,

@@ -31,6 +31,11 @@ class _Claim:
     def ends(self) -> Int64s:
         return self.start + self.end if isinstance(self.end, int) else self.end
 
+    def holders(self, at: int) -> int:
+        """How many of the claims hold this byte."""
+        ended = self.start <= at - self.end if isinstance(self.end, int) else self.end <= at
+        return int((self.start <= at).sum()) - int(ended.sum())
+
 
 class Claims:
     """Who owns which bytes of one file."""
@@ -78,7 +83,7 @@ class Claims:
         end.sort()
         meets = end[:-1] > start[1:]
         if meets.any():
-            at = int(start[1:][np.flatnonzero(meets)[0]])
+            at = int(start[1 + int(meets.argmax())])
             raise Corrupt(self._contested(claims, at), subject=self._subject)
 
     def owned(self, offsets: Int64s) -> Mask:
@@ -99,8 +104,7 @@ class Claims:
     def _contested(claims: list[_Claim], at: int) -> str:
         owners: list[str] = []
         for claim in claims:
-            count = int(((claim.start <= at) & (at < claim.ends)).sum())
-            owners += [claim.owner] * count
+            owners += [claim.owner] * min(claim.holders(at), 2)
         if owners[0] == owners[-1] and owners[0] == DATA_CLUSTER:
             return f"the host cluster at offset {at} is referenced twice"
         return f"overlap: offset {at} of the file is part of {' and of '.join(owners[:2])}"
@@ -111,5 +115,5 @@ def check_compressed_starts(host: Int64s, *, subject: object) -> None:
     ordered = np.sort(host)
     twice = ordered[1:] == ordered[:-1]
     if twice.any():
-        at = int(ordered[1:][np.flatnonzero(twice)[0]])
+        at = int(ordered[1 + int(twice.argmax())])
         raise Corrupt(f"the compressed cluster at offset {at} is referenced twice", subject=subject)

@@ -6,7 +6,6 @@ that a sparse file with millions of tables costs no more than its L1 table.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.errors import Corrupt, Unavailable
+from snapchain.errors import Corrupt
+from snapchain.image.holes import stored_range
 from snapchain.image.physical import Int64s, Mask
 from snapchain.image.pread import pread_into
 from snapchain.image.qcow2.format import L1_RESERVED, OFFSET_MASK, REFCOUNT_TABLE_RESERVED
@@ -46,7 +46,7 @@ class ImageFd:
         unaligned = (offsets & (size - 1)) != 0
         if unaligned.any():
             raise Corrupt(
-                f"{what} at offset {int(offsets[unaligned][0])} is not aligned to a cluster", subject=self.subject
+                f"{what} at offset {int(offsets[unaligned.argmax()])} is not aligned to a cluster", subject=self.subject
             )
         if len(offsets) and int(offsets.max()) + size > self.size:
             raise Corrupt(
@@ -60,7 +60,7 @@ def read_l1(image: ImageFd) -> tuple[npt.NDArray[np.int32], Int64s]:
     table = image.entries(image.header.fields.l1_table_offset, image.header.l1_entries)
     reserved = np.bitwise_or.reduce(table, initial=np.uint64(0)) & np.uint64(L1_RESERVED)
     if reserved:
-        wrong = int(np.flatnonzero(table & np.uint64(L1_RESERVED))[0])
+        wrong = int(((table & np.uint64(L1_RESERVED)) != 0).argmax())
         raise Corrupt(f"L1 entry {wrong} ({int(table[wrong]):#x}) has reserved bits set", subject=image.subject)
     table &= np.uint64(OFFSET_MASK)
     index = np.flatnonzero(table).astype(np.int32)
@@ -142,14 +142,10 @@ def _outside_holes(image: ImageFd, offset: Int64s) -> Mask:
     edges: list[int] = []
     at = 0
     while at < len(placed):
-        try:
-            data = os.lseek(image.fd, int(placed[at]), os.SEEK_DATA)
-            hole = os.lseek(image.fd, data, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise Unavailable(f"cannot look for holes: {error.strerror}", subject=image.subject) from error
-            # Nothing but a hole up to the end of the file.
+        found = stored_range(image.fd, int(placed[at]), size=image.size, subject=image.subject)
+        if found is None:
             break
+        data, hole = found
         # A cluster that begins before the data may reach into it. Two extents may share a cluster.
         edges += [max(data - size + 1, edges[-1] if edges else 0), hole]
         at = int(placed.searchsorted(hole, side="left"))
