@@ -1,0 +1,107 @@
+"""Which images stand on a file, and whether two chains read the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from snapchain.image import scan
+from snapchain.image.difference import doubtful, doubtful_bytes, first_difference
+from snapchain.image.references import children
+
+MiB = 1 << 20
+
+
+def create(path: Path, backing: str | None = None, *, size: int = 4 * MiB) -> Path:
+    link = ["-u", "-b", backing, "-F", "qcow2"] if backing else []
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *link, str(path), str(size)], check=True)
+    return path
+
+
+def write(path: Path, *commands: str) -> None:
+    given = [part for command in commands for part in ("-c", command)]
+    subprocess.run(["qemu-io", "-t", "unsafe", "-f", "qcow2", *given, str(path)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        "base.qcow2",
+        "./base.qcow2",
+        "../images/base.qcow2",
+        "{directory}/base.qcow2",
+        "alias.qcow2",
+        "json:{{base.qcow2}}",
+    ],
+)
+def test_a_child_is_found_however_it_names_its_base(recorded: str, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    base = create(images / "base.qcow2")
+    (images / "alias.qcow2").symlink_to(base)
+    create(images / "other.qcow2")
+    top = create(images / "top.qcow2", recorded.format(directory=images))
+    assert children([images], of=[base]) == {base: [top]}
+
+
+def test_who_is_no_child(tmp_path: Path) -> None:
+    base = create(tmp_path / "base.qcow2")
+    top = create(tmp_path / "top.qcow2", "base.qcow2")
+    (tmp_path / "raw").write_bytes(b"base.qcow2" * 100)
+    (tmp_path / "short").write_bytes(b"QFI\xfb")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    create(tmp_path / "stranger.qcow2", "/elsewhere/base.qcow2")
+    status = top.stat()
+    assert children([tmp_path], of=[base]) == {base: [top]}
+    assert children([tmp_path], of=[base], besides=[(status.st_dev, status.st_ino)]) == {}
+    assert children([tmp_path], of=[top]) == {}
+
+
+def test_difference_looks_only_where_two_chains_could_differ(tmp_path: Path) -> None:
+    base = create(tmp_path / "base.qcow2")
+    write(base, "write -P 1 0 4M")
+    one = create(tmp_path / "one.qcow2", "base.qcow2")
+    write(one, "write -P 2 1M 64k", "write -z 2M 64k")
+    other = create(tmp_path / "other.qcow2", "base.qcow2")
+    write(other, "write -P 2 1M 64k", "write -P 0 2M 64k", "write -P 1 3M 64k")
+    with scan(one) as old, scan(other) as new:
+        # What only one of them holds is compared with what the base has there.
+        assert list(doubtful(old, new, shared=1)) == [
+            (MiB, MiB + 65536),
+            (2 * MiB, 2 * MiB + 65536),
+            (3 * MiB, 3 * MiB + 65536),
+        ]
+        seen: list[int] = []
+        assert first_difference(old, new, shared=1, on_bytes=seen.append) is None
+        assert sum(seen) == doubtful_bytes(old, new, shared=1) == 3 * 65536
+        # Nothing shared: everything is read.
+        assert doubtful_bytes(old, new, shared=0) == 4 * MiB
+        assert first_difference(old, new, shared=0) is None
+
+
+@pytest.mark.parametrize("at", [0, MiB + 511, 3 * MiB + 17, 4 * MiB - 1])
+def test_the_first_difference_is_found_to_the_byte(at: int, tmp_path: Path) -> None:
+    one, other = create(tmp_path / "one.qcow2"), create(tmp_path / "other.qcow2")
+    for path in (one, other):
+        write(path, "write -P 5 0 4M")
+    write(other, f"write -P 6 {at} 1", "write -P 6 4194303 1")
+    with scan(one) as old, scan(other) as new:
+        assert first_difference(old, new, shared=0) == at
+
+
+def test_a_difference_in_size_counts(tmp_path: Path) -> None:
+    one, other = create(tmp_path / "one.qcow2"), create(tmp_path / "other.qcow2", size=5 * MiB)
+    with scan(one) as old, scan(other) as new:
+        assert first_difference(old, new, shared=0) == 4 * MiB
+
+
+def test_zeroes_that_are_stored_otherwise_are_equal(tmp_path: Path) -> None:
+    one, other = create(tmp_path / "one.qcow2"), create(tmp_path / "other.qcow2")
+    write(one, "write -z 0 1M")
+    write(other, "write -P 0 512k 1M")
+    with scan(one) as old, scan(other) as new:
+        assert first_difference(old, new, shared=0) is None

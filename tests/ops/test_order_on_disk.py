@@ -1,0 +1,72 @@
+"""What survives a power loss is decided by the order of fsync, link, rename and unlink: read off the system calls."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.ops.stacks import Layer, build
+
+TRACED = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
+
+
+def calls(work: Path, image: Path, operation: str) -> list[str]:
+    """`fsync NAME`, `rename A B`, ... by our own process, in order; temporary names as `tmp`."""
+    script = (
+        "from pathlib import Path\n"
+        f"from snapchain.ops import {operation} as op\n"
+        f"op.run(op.plan(Path({str(image)!r})))\n"
+    )
+    trace = work / "trace"
+    subprocess.run(["strace", "-f", "-y", "-o", trace, "-e", TRACED, sys.executable, "-c", script], check=True)
+    lines = trace.read_text().splitlines()
+    own = next(line for line in lines if "rename(" in line).split()[0]
+    found = []
+    for line in lines:
+        number, _, call = line.partition(" ")
+        if number != own or str(image.parent) not in call or " = 0" not in call:
+            continue
+        verb = re.sub(r"at2?$", "", call.strip().split("(")[0])
+        paths = re.findall(rf'[<"]({re.escape(str(image.parent))}[^>"]*)[>"]', call)
+        found.append(" ".join([verb, *(plain(path, image) for path in paths)]))
+    return found
+
+
+def plain(path: str, image: Path) -> str:
+    name = "." if path == str(image.parent) else Path(path).name
+    if name.startswith("..snapchain-merge-"):
+        return "journal-tmp"
+    if name.startswith(".snapchain-merge-"):
+        return "journal"
+    return "tmp" if name.startswith(".") and name != "." else name
+
+
+def test_snapshot(tmp_path: Path) -> None:
+    image = build(tmp_path / "vm", [Layer(writes=["write -P 1 0 64k"])], names=["disk.qcow2"])[0]
+    assert calls(tmp_path, image, "snapshot") == [
+        "fsync tmp",
+        "link disk.qcow2 disk.1.qcow2",
+        "fsync .",
+        "rename tmp disk.qcow2",
+        "fsync .",
+    ]
+
+
+def test_merge(tmp_path: Path) -> None:
+    image = build(tmp_path / "vm", [Layer(), *[Layer(writes=["write -P 1 0 64k"])] * 3])[-1]
+    journal = ["fsync journal-tmp", "rename journal-tmp journal", "fsync ."]
+    assert calls(tmp_path, image, "merge_image") == [
+        *journal,
+        "fsync tmp",
+        *journal,
+        "rename tmp disk.qcow2",
+        "fsync .",
+        "unlink 2.qcow2",
+        "fsync .",
+        "unlink 1.qcow2",
+        "fsync .",
+        "unlink journal",
+        "fsync .",
+    ]
