@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import blake3
+
 from snapchain.errors import InvalidInput
 from snapchain.objects import open_store
+from snapchain.objects.cache import CachedStore
 from snapchain.objects.store import ObjectStore
 from snapchain.objects.throttle import ThrottledStore
+from snapchain.repository import known
 from snapchain.repository.crypto import AES
+from snapchain.repository.known import Known
 from snapchain.repository.repository import BLOCK_BYTES, Passphrase, Repository
 
 _REPLICAS = ("ssh://", "dir:")
@@ -21,16 +26,29 @@ def open_destination(
     limit_rate: bytes per second to and from the store.
     Raises NotFound when there is none, and what its store raises.
     """
-    return Repository.open(_store(url, limit_rate=limit_rate), passphrase=passphrase, writing=writing)
+    opened = Repository.open(_store(url, limit_rate=limit_rate), passphrase=passphrase, writing=writing)
+    known.check(_seen(opened))
+    return opened
 
 
 def create_destination(
     url: str, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
 ) -> Repository:
     """A new, empty repository at `url`. Raises Conflict when there is one."""
-    return Repository.create(
+    made = Repository.create(
         _store(url, make=True), passphrase=passphrase, encryption=encryption, block_size=block_size
     )
+    known.remember(_seen(made))
+    return made
+
+
+def _seen(repository: Repository) -> Known:
+    return Known(place=_place(repository.store), id=repository.config.id, encryption=repository.config.encryption)
+
+
+def _place(store: ObjectStore) -> str:
+    """The URL, and the endpoint that it was found at: one bucket name may be several buckets."""
+    return f"{store.url} ({store.properties.description})"
 
 
 def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:
@@ -41,4 +59,7 @@ def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> Ob
             hint="use a repository: a directory, or s3://bucket/prefix",
         )
     store = open_store(url, make=make)
+    if url.startswith("s3:"):
+        kept = blake3.blake3(_place(store).encode()).hexdigest(length=16)
+        store = CachedStore(store, known.cache_dir() / kept / "index", prefix="index/")
     return store if limit_rate is None else ThrottledStore(store, upload=limit_rate, download=limit_rate)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh
 from snapchain.repository.packs import Location
 
 KIND = b"I"
+_READERS = 8
 _COUNTS = struct.Struct("<II")
 _PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
 
@@ -169,7 +171,9 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, R
 def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
     """The index of the whole repository."""
     index = BlobIndex()
-    for info in store.list("index/"):
-        packs, ids, rows = parse(keys, info.name, store.get(info.name))
-        index.load(ids, rows, list(packs))
+    with ThreadPoolExecutor(_READERS, "index") as pool:
+        names = [info.name for info in store.list("index/")]
+        for name, data in zip(names, pool.map(store.get, names), strict=True):
+            packs, ids, rows = parse(keys, name, data)
+            index.load(ids, rows, list(packs))
     return index

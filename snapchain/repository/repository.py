@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -22,6 +23,7 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import PageCache, StoredLayer
 
 CONFIG = "config"
+_READERS = 8
 _WITNESS = "witness"
 _WITNESS_BODY = b"snapchain creates this object once; a store that lets it be created again ignores conditions\n"
 BLOCK_BYTES = 256 * 1024
@@ -145,7 +147,11 @@ class Repository:
 
     def chain(self, catalogue: Catalogue, layer: str) -> list[StoredLayer]:
         """The layers that end in `layer`, root first."""
-        return [self.layer(each) for each in catalogue.chain(layer)]
+        ids = catalogue.chain(layer)
+        if len(ids) < 2:
+            return [self.layer(each) for each in ids]
+        with ThreadPoolExecutor(min(len(ids), _READERS), "layers") as pool:
+            return list(pool.map(self.layer, ids))
 
     def index(self) -> BlobIndex:
         """All blobs of the repository."""
