@@ -12,19 +12,17 @@ too) and fills what lies between with ABSENT.  How many runs an image may cost i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from snapchain.errors import Unsupported
+from snapchain.image.column import Column
 from snapchain.model.extents import ABSENT, DATA, Extents
 
 Int64s = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 Int8s = npt.NDArray[np.int8]
-_T = TypeVar("_T", bound=np.generic)
-
 Mask = npt.NDArray[np.bool_]
 
 
@@ -135,10 +133,10 @@ class PhysicalBuilder:
         self._subject = subject
         self._done = 0
         self._last = Runs.none()
-        self._start: list[Int64s] = []
-        self._kind: list[Int8s] = []
-        self._host: list[Int64s] = []
-        self._stored: list[Int32s] = []
+        self._start = Column(np.int64)
+        self._kind = Column(np.int8)
+        self._host = Column(np.int64)
+        self._stored = Column(np.int32)
 
     def add(self, runs: Runs) -> None:
         """The next runs, all behind the ones before and inside [0, size)."""
@@ -155,19 +153,17 @@ class PhysicalBuilder:
         if self._done < self._size:
             tail = np.array([self._done], np.int64)
             self._keep(tail, np.array([ABSENT], np.int8), np.array([-1], np.int64), np.zeros(1, np.int32))
-        return Physical(
-            self._size,
-            _drained(self._start, np.int64),
-            _drained(self._kind, np.int8),
-            _drained(self._host, np.int64),
-            _drained(self._stored, np.int32),
-        )
+        return Physical(self._size, self._start.take(), self._kind.take(), self._host.take(), self._stored.take())
 
     def _emit(self, runs: Runs) -> None:
         if not len(runs):
             return
         before = np.concatenate([np.array([self._done], np.int64), runs.end[:-1]])
         gap = runs.start > before
+        self._done = int(runs.end[-1])
+        if not gap.any():
+            self._keep(runs.start, runs.kind, runs.host, runs.stored)
+            return
         at = np.arange(len(runs)) + np.cumsum(gap)
         count = int(at[-1]) + 1
         start = np.empty(count, np.int64)
@@ -177,7 +173,6 @@ class PhysicalBuilder:
         start[at[gap] - 1] = before[gap]
         start[at], kind[at], host[at], stored[at] = runs.start, runs.kind, runs.host, runs.stored
         self._keep(start, kind, host, stored)
-        self._done = int(runs.end[-1])
 
     def _keep(self, start: Int64s, kind: Int8s, host: Int64s, stored: Int32s) -> None:
         self._budget.spend(len(start), subject=self._subject)
@@ -198,10 +193,3 @@ def _joined(runs: Runs) -> Runs:
     first = np.append(True, ~same)
     last = np.append(~same, True)
     return Runs(runs.start[first], runs.end[last], runs.kind[first], runs.host[first], runs.stored[first])
-
-
-def _drained(chunks: list[npt.NDArray[_T]], kind: type[_T]) -> npt.NDArray[_T]:
-    """All chunks as one array; the list is emptied, so that only one column exists twice at a time."""
-    whole = np.concatenate(chunks) if chunks else np.empty(0, kind)
-    chunks.clear()
-    return whole

@@ -50,6 +50,8 @@ class Cells:
 
     def runs(self) -> Runs:
         """ZERO and DATA cells; DATA joined where contiguous in guest and host."""
+        if (self.kind == ABSENT).all():
+            return Runs.none()
         width = self.kind.shape[1]
         row_bytes = width * self.unit
         key = self.host - (np.arange(width, dtype=np.int64) * self.unit + self.guest[:, None])
@@ -135,9 +137,9 @@ def compressed_runs(image: ImageFd, guest: Int64s, tables: UInt64s, compressed: 
     """One run for each compressed cluster, checked to lie in the file."""
     size = image.header.cluster_size
     bits = compressed_offset_bits(image.header.cluster_bits)
-    row, column = np.nonzero(compressed)
-    entry = tables[row, column].view(np.int64) & np.int64(COMPRESSED - 1)
-    start = guest[row] + column * size
+    cell = np.flatnonzero(compressed)
+    entry = tables.ravel()[cell].view(np.int64) & np.int64(COMPRESSED - 1)
+    start = guest[cell // tables.shape[1]] + cell % tables.shape[1] * size
     host = entry & np.int64((1 << bits) - 1)
     end = ((host >> 9) + (entry >> bits) + 1) << 9
     # QEMU ends the file where the data of the last one ends; its last sector may be partly missing.

@@ -214,7 +214,7 @@ def _check_tables(fields: HeaderFields, file_size: int, subject: object) -> None
         ("refcount table", fields.refcount_table_offset, table_bytes),
         ("snapshot table", fields.snapshots_offset, fields.nb_snapshots * 40),
     ):
-        if not length:
+        if not length and not offset:
             continue
         if offset % cluster or not offset:
             raise Corrupt(f"the {name} is at offset {offset}, which is no cluster's of its own", subject=subject)
@@ -227,6 +227,8 @@ def _check_tables(fields: HeaderFields, file_size: int, subject: object) -> None
 
 def _backing(head: bytes, fields: HeaderFields, extensions: Extensions, subject: object) -> Backing | None:
     start, length = fields.backing_file_offset, fields.backing_file_size
+    if start > 1 << fields.cluster_bits:
+        raise Corrupt(f"the backing file name is at offset {start}, outside the first cluster", subject=subject)
     if not start or not length:
         return None
     if length > MAX_BACKING_NAME_BYTES:

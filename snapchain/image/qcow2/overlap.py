@@ -9,32 +9,14 @@ nobody else; so they claim the host clusters that they touch, each once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from snapchain.errors import Corrupt
+from snapchain.image.column import Column
 from snapchain.image.physical import Int64s, Mask, Runs
 
 DATA_CLUSTER = "a data cluster"
 COMPRESSED_DATA = "compressed data"
-
-
-@dataclass(frozen=True, slots=True)
-class _Claim:
-    owner: str
-    start: Int64s
-    end: Int64s | int
-    """One past each claim's last byte, or the length of every one of them."""
-
-    @property
-    def ends(self) -> Int64s:
-        return self.start + self.end if isinstance(self.end, int) else self.end
-
-    def holders(self, at: int) -> int:
-        """How many of the claims hold this byte."""
-        ended = self.start <= at - self.end if isinstance(self.end, int) else self.end <= at
-        return int((self.start <= at).sum()) - int(ended.sum())
 
 
 class Claims:
@@ -43,9 +25,12 @@ class Claims:
     def __init__(self, cluster_bits: int, *, subject: object) -> None:
         self._bits = cluster_bits
         self._subject = subject
-        self._claims: list[_Claim] = []
-        self._touched: list[Int64s] = []
+        self._start = Column(np.int64)
+        self._end = Column(np.int64)
         self._checked = 0
+        # Owner, starts, ends (or the length of each): for messages. What they leave over are data clusters.
+        self._named: list[tuple[str, Int64s, Int64s | int]] = []
+        self._packed: list[tuple[Int64s, Int64s]] = []
 
     def table(self, owner: str, offset: int, length: int) -> None:
         """One contiguous table; its last cluster is its own to the end."""
@@ -54,7 +39,8 @@ class Claims:
 
     def tables(self, owner: str, offsets: Int64s, length: int) -> None:
         """Many tables of one length."""
-        self._claims.append(_Claim(owner, offsets, length))
+        self._claim(offsets, offsets + length)
+        self._named.append((owner, offsets, length))
 
     def data(self, offsets: Int64s) -> None:
         """Data clusters, at these offsets in guest order; neighbours that are contiguous are kept as one claim."""
@@ -62,58 +48,69 @@ class Claims:
             size = 1 << self._bits
             joined = np.diff(offsets) == size
             start, last = offsets[np.append(True, ~joined)], offsets[np.append(~joined, True)]
-            self._claims.append(_Claim(DATA_CLUSTER, start, last + size))
+            self._claim(start, last + size)
 
     def compressed(self, runs: Runs) -> None:
         """Compressed clusters, by the bytes that they may occupy."""
-        first = runs.host >> self._bits
-        last = (runs.host + runs.stored - 1) >> self._bits
-        # At most twice the size of a cluster: three host clusters.
-        self._touched.append(np.unique(np.concatenate([first, np.minimum(first + 1, last), last])))
+        first = runs.host >> self._bits << self._bits
+        last = (runs.host + runs.stored - 1) >> self._bits << self._bits
+        self._packed.append(_union(first, last + (1 << self._bits)))
 
     def check(self) -> None:
         """Raises Corrupt naming the owners of the first bytes that two claim."""
-        claims = [*self._claims, *self._packed()]
-        if len(claims) == self._checked:
+        if self._packed:
+            start, end = _union(*(np.concatenate(ends) for ends in zip(*self._packed, strict=True)))
+            self._packed.clear()
+            self._claim(start, end)
+            self._named.append((COMPRESSED_DATA, start, end))
+        if len(self._start) == self._checked:
             return
-        self._checked = len(claims)
-        start = np.concatenate([claim.start for claim in claims])
-        start.sort()
-        end = np.concatenate([claim.ends for claim in claims])
-        end.sort()
-        meets = end[:-1] > start[1:]
+        self._checked = len(self._start)
+        starts, ends = self._start.sort(), self._end.sort()
+        meets = ends[:-1] > starts[1:]
         if meets.any():
-            at = int(start[1 + int(meets.argmax())])
-            raise Corrupt(self._contested(claims, at), subject=self._subject)
+            raise Corrupt(self._contested(int(starts[1 + int(meets.argmax())])), subject=self._subject)
 
     def owned(self, offsets: Int64s) -> Mask:
         """Which of these bytes of the file have an owner; after `check`."""
-        claims = [*self._claims, *self._packed()]
-        start = np.sort(np.concatenate([claim.start for claim in claims]))
-        end = np.sort(np.concatenate([claim.ends for claim in claims]))
+        starts, ends = self._start.sort(), self._end.sort()
         # The header owns offset 0, so every offset has a claim that starts at or before it.
-        return offsets < end[start.searchsorted(offsets, side="right") - 1]
+        return offsets < ends[starts.searchsorted(offsets, side="right") - 1]
 
-    def _packed(self) -> list[_Claim]:
-        if not self._touched:
-            return []
-        touched = np.unique(np.concatenate(self._touched))
-        return [_Claim(COMPRESSED_DATA, touched << self._bits, 1 << self._bits)]
+    def _claim(self, start: Int64s, end: Int64s) -> None:
+        self._start.append(start)
+        self._end.append(end)
 
-    @staticmethod
-    def _contested(claims: list[_Claim], at: int) -> str:
+    def _contested(self, at: int) -> str:
         owners: list[str] = []
-        for claim in claims:
-            owners += [claim.owner] * min(claim.holders(at), 2)
-        if owners[0] == owners[-1] and owners[0] == DATA_CLUSTER:
+        for owner, start, end in self._named:
+            owners += [owner] * min(_holders(at, start, end), 2)
+        owners += [DATA_CLUSTER] * 2
+        if owners[0] == DATA_CLUSTER:
             return f"the host cluster at offset {at} is referenced twice"
-        return f"overlap: offset {at} of the file is part of {' and of '.join(owners[:2])}"
+        return f"overlap: offset {at} of the file is part of {owners[0]} and of {owners[1]}"
+
+
+def _holders(at: int, start: Int64s, end: Int64s | int) -> int:
+    """How many of the intervals hold this byte; starts and ends need not be in one order."""
+    ended = start <= at - end if isinstance(end, int) else end <= at
+    return int((start <= at).sum()) - int(ended.sum())
+
+
+def _union(start: Int64s, end: Int64s) -> tuple[Int64s, Int64s]:
+    """The bytes of overlapping intervals as disjoint ones."""
+    if (start[1:] < start[:-1]).any():
+        order = np.argsort(start)
+        start, end = start[order], end[order]
+    reach = np.maximum.accumulate(end)
+    apart = start[1:] > reach[:-1]
+    return start[np.append(True, apart)], reach[np.append(apart, True)]
 
 
 def check_compressed_starts(host: Int64s, *, subject: object) -> None:
-    """Raises Corrupt when two compressed clusters begin at the same byte."""
-    ordered = np.sort(host)
-    twice = ordered[1:] == ordered[:-1]
+    """Raises Corrupt when two compressed clusters begin at the same byte. Sorts `host` in place."""
+    host.sort()
+    twice = host[1:] == host[:-1]
     if twice.any():
-        at = int(ordered[1 + int(twice.argmax())])
+        at = int(host[1 + int(twice.argmax())])
         raise Corrupt(f"the compressed cluster at offset {at} is referenced twice", subject=subject)

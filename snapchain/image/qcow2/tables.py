@@ -23,6 +23,7 @@ from snapchain.image.qcow2.header import Qcow2Header
 UInt64s = npt.NDArray[np.uint64]
 BATCH_BYTES = 2 << 20
 BATCH_CLUSTERS = 16384
+_SLICE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,5 +150,11 @@ def _outside_holes(image: ImageFd, offset: Int64s) -> Mask:
         # A cluster that begins before the data may reach into it. Two extents may share a cluster.
         edges += [max(data - size + 1, edges[-1] if edges else 0), hole]
         at = int(placed.searchsorted(hole, side="left"))
-    held: Mask = np.searchsorted(np.array(edges, np.int64), offset, side="right") % 2 == 1
+    del placed
+    held = np.zeros(len(offset), np.bool_)
+    if edges:
+        bounds = np.array(edges, np.int64)
+        for first in range(0, len(offset), _SLICE):
+            part = slice(first, first + _SLICE)
+            held[part] = np.searchsorted(bounds, offset[part], side="right") % 2 == 1
     return held
