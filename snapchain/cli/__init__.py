@@ -6,15 +6,17 @@ Nothing heavy is imported here or at the top of a verb's file, so that `snapchai
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 from snapchain.cli import exits
 from snapchain.errors import Interrupted, Unsupported
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+def program() -> NoReturn:
+    """The console script. Leaves at once after a Ctrl-C, whatever its threads still wait for."""
+    status = main()
+    if status == exits.INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _check_words(words: Sequence[str]) -> None:

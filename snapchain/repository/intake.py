@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -108,32 +109,34 @@ class Intake:
         builder, rows = PageBuilder(), np.empty(0, PAGE_ROW)
         table: list[Rows] = [rows]
         data_bytes = zero_bytes = bytes_read = 0
-        for result in self._results(source, extents, below):
-            zero = result.runs["stored"] == 0
-            zero_bytes += int(result.runs["length"][zero].sum())
-            data_bytes += int(result.runs["length"][~zero].sum())
-            bytes_read += result.bytes_read
-            total += result.change
-            builder.add(result.runs, result.packs, result.leaves)
-            if builder.is_full:
-                table.append(self._store_page(builder))
-            on_bytes(result.bytes_read)
+        with closing(self._results(source, extents, below)) as results:
+            for result in results:
+                zero = result.runs["stored"] == 0
+                zero_bytes += int(result.runs["length"][zero].sum())
+                data_bytes += int(result.runs["length"][~zero].sum())
+                bytes_read += result.bytes_read
+                total += result.change
+                builder.add(result.runs, result.packs, result.leaves)
+                if builder.is_full:
+                    table.append(self._store_page(builder))
+                on_bytes(result.bytes_read)
         table.append(self._store_page(builder))
         return Taken(np.concatenate(table), total, data_bytes, zero_bytes, bytes_read)
 
-    def _results(self, source: LayerSource, extents: Extents, below: Sequence[StoredLayer]) -> Iterator[_Result]:
+    def _results(self, source: LayerSource, extents: Extents, below: Sequence[StoredLayer]) -> Generator[_Result]:
         """The workers' results in the order of the tasks."""
-        with ThreadPoolExecutor(self._workers, "intake") as pool:
-            under_way: deque[Future[_Result]] = deque()
-            try:
-                for task in tasks(extents, hot_leaves(extents)):
-                    under_way.append(pool.submit(self._work, source, extents, below, task))
-                    if len(under_way) > self._workers * _UNDER_WAY:
-                        yield under_way.popleft().result()
-                while under_way:
+        pool = ThreadPoolExecutor(self._workers, "intake")
+        under_way: deque[Future[_Result]] = deque()
+        try:
+            for task in tasks(extents, hot_leaves(extents)):
+                under_way.append(pool.submit(self._work, source, extents, below, task))
+                if len(under_way) > self._workers * _UNDER_WAY:
                     yield under_way.popleft().result()
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            # A worker may wait for a slow upload; after a Ctrl-C nobody waits for the worker.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, source: LayerSource, extents: Extents, below: Sequence[StoredLayer], task: Task) -> _Result:
         start: list[int] = []

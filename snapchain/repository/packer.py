@@ -57,7 +57,8 @@ class Packer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        # After an error or a Ctrl-C nobody needs what is in flight: a slow upload must not hold up the end.
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
     def add(self, blob: bytes, payload: bytes, raw: int, *, stream: Stream = Stream.DATA) -> Location:
         """Store a blob unless it is there already. Blocks while too many packs are in flight.

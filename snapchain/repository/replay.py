@@ -5,11 +5,14 @@ Restoring is a replay with a sink that writes; verifying is one without.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from types import TracebackType
 
 import numpy as np
 
@@ -58,6 +61,38 @@ class _Done:
     bad: tuple[Bad, ...]
 
 
+class _Gate:
+    """Lets writes through until it is shut, and is shut only between writes.
+
+    After an error nobody waits for workers that wait for a slow store, but none of them may write any more: the
+    output is about to be closed, and its descriptor's number will be another file's.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._writing = 0
+        self._shut = False
+
+    def __enter__(self) -> bool:
+        """True when the caller may write."""
+        with self._changed:
+            self._writing += 1
+            return not self._shut
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._writing -= 1
+            self._changed.notify_all()
+
+    def shut(self) -> None:
+        """Wait for the writes under way, and allow no more."""
+        with self._changed:
+            self._shut = True
+            self._changed.wait_for(lambda: self._writing <= 0)
+
+
 class Replay:
     """One layer, seen through the chain below it.
 
@@ -69,6 +104,7 @@ class Replay:
         self._view, self._extents, self._sink = view, extents, sink
         self._below: Sequence[StoredLayer] = ()
         self._layer = view.layers[-1]
+        self._gate = _Gate()
 
     def on(self, below: Sequence[StoredLayer]) -> Replay:
         """Count the content sum from that of the chain `below`, which was replayed already."""
@@ -84,18 +120,20 @@ class Replay:
         if self._below and self._layer.size < self._below[-1].size:
             total -= sum_beyond(self._below, self._layer.size)
         bytes_read = 0
-        for done in self._results(tasks(self._extents, hot_leaves(self._extents))):
-            if done.bad:
-                first = done.bad[0]
-                error = first.error
-                raise Corrupt(
-                    f"guest bytes {first.start} to {first.stop} are lost: {error.message}",
-                    subject=error.subject,
-                    hint="snapchain verify --read-data tells which points are affected",
-                ) from error
-            total += done.change
-            bytes_read += done.bytes_read
-            on_bytes(done.bytes_read)
+        # Closed at once when something is raised: its exception would keep the workers' generator alive.
+        with closing(self._results(tasks(self._extents, hot_leaves(self._extents)))) as results:
+            for done in results:
+                if done.bad:
+                    first = done.bad[0]
+                    error = first.error
+                    raise Corrupt(
+                        f"guest bytes {first.start} to {first.stop} are lost: {error.message}",
+                        subject=error.subject,
+                        hint="snapchain verify --read-data tells which points are affected",
+                    ) from error
+                total += done.change
+                bytes_read += done.bytes_read
+                on_bytes(done.bytes_read)
         if not np.array_equal(total, self._layer.header.sum()):
             raise Corrupt("what was read has not the content id that was recorded", subject=layer_name(self._layer.id))
         return bytes_read
@@ -104,22 +142,24 @@ class Replay:
         """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""
         chosen = (task for at, task in enumerate(tasks(self._extents, hot_leaves(self._extents))) if keep(at))
         bytes_read, bad = 0, list[Bad]()
-        for done in self._results(chosen):
-            bytes_read += done.bytes_read
-            bad.extend(done.bad)
-            on_bytes(done.bytes_read)
+        with closing(self._results(chosen)) as results:
+            for done in results:
+                bytes_read += done.bytes_read
+                bad.extend(done.bad)
+                on_bytes(done.bytes_read)
         return bytes_read, bad
 
-    def _results(self, work: Iterator[Task]) -> Iterator[_Done]:
-        with ThreadPoolExecutor(WORKERS, "replay") as pool:
-            under_way: deque[Future[_Done]] = deque()
-            try:
-                under_way.extend(pool.submit(self._work, task) for task in islice(work, 2 * WORKERS))
-                while under_way:
-                    yield under_way.popleft().result()
-                    under_way.extend(pool.submit(self._work, task) for task in islice(work, 1))
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+    def _results(self, work: Iterator[Task]) -> Generator[_Done]:
+        pool = ThreadPoolExecutor(WORKERS, "replay")
+        under_way: deque[Future[_Done]] = deque()
+        try:
+            under_way.extend(pool.submit(self._work, task) for task in islice(work, 2 * WORKERS))
+            while under_way:
+                yield under_way.popleft().result()
+                under_way.extend(pool.submit(self._work, task) for task in islice(work, 1))
+        finally:
+            self._gate.shut()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, task: Task) -> _Done:
         numbers: list[int] = []
@@ -142,7 +182,9 @@ class Replay:
                     numbers.append(item.start // LEAF_BYTES + at)
                     hashes.append(digest)
             if self._sink is not None:
-                self._write(item, view, leaves, self._sink)
+                with self._gate as is_open:
+                    if is_open:
+                        self._write(item, view, leaves, self._sink)
         fresh = np.zeros(len(numbers), LEAF_ROW)
         fresh["index"] = numbers
         fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
