@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from snapchain.errors import Busy, Conflict, InvalidInput
-from snapchain.host.openers import Opener, openers
+from snapchain.host.openers import Opener, OpenFiles
 from snapchain.host.os_errors import os_errors
 
 PERMISSION_BASE = 100
@@ -62,10 +62,11 @@ class ImageLock:
     enforced: False where the filesystem has no such locks; then only /proc was asked.
     """
 
-    def __init__(self, path: Path, mode: LockMode) -> None:
+    def __init__(self, path: Path, mode: LockMode, *, open_files: OpenFiles | None = None) -> None:
         """Take it at once or raise Busy. Conflict when the name was given to another file meanwhile.
 
         Symbolic links are followed, as QEMU does: the lock is on the file behind the name.
+        open_files: a look at /proc that was taken just now, for who locks many files; else one is taken.
         """
         self.path = path
         self.mode: LockMode | None = None
@@ -75,19 +76,19 @@ class ImageLock:
         try:
             self._file = os.fstat(self._fd)
             self._check_kind()
-            self.change(mode)
+            self.change(mode, open_files=open_files)
             self._check_name()
         except BaseException:
             self.release()
             raise
 
-    def change(self, mode: LockMode) -> None:
+    def change(self, mode: LockMode, *, open_files: OpenFiles | None = None) -> None:
         """Turn a READ lock into a WRITE lock or back, without a gap. On Busy the old mode stays."""
         had = self.mode.held() if self.mode else frozenset[int]()
         wanted = mode.held()
         try:
             self._set(wanted - had, fcntl.F_RDLCK)
-            self._test(mode)
+            self._test(mode, open_files)
         except BaseException:
             self._set(wanted - had, fcntl.F_UNLCK)
             raise
@@ -134,18 +135,19 @@ class ImageLock:
                     raise self._busy("has it locked") from error
                 raise
 
-    def _test(self, mode: LockMode) -> None:
+    def _test(self, mode: LockMode, open_files: OpenFiles | None) -> None:
         for offset, doing in mode.conflicting().items() if self.enforced else ():
             answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0))
             if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
                 raise self._busy(f"has it open for {doing}" if offset < UNSHARED_BASE else f"has it open {doing}")
-        if mode is LockMode.WRITE or not self.enforced:
+        grows = self.mode is not LockMode.WRITE and mode is LockMode.WRITE
+        if grows or not self.enforced:
             # Without locks every other user is suspect; with them only who can write and did not lock.
-            for opener in openers(self._file):
+            for opener in (open_files or OpenFiles()).openers(self._file):
                 if opener.writing or (mode is LockMode.WRITE and not self.enforced):
                     raise self._busy("has it open", opener)
 
     def _busy(self, doing: str, who: Opener | None = None) -> Busy:
-        known = [who] if who else list(openers(self._file))
+        known = [who] if who else OpenFiles().openers(self._file)
         names = ", ".join(map(str, known)) or "somebody (another user's process, or one in this program)"
         return Busy(f"{names} {doing}", subject=self.path, hint="stop it, or shut the guest down, then run it again")

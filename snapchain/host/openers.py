@@ -2,24 +2,26 @@
 
 Locks are a promise among programs that take them.  A process that has the file open for writing without a
 lock (`file.locking=off`, `dd`, a loop device's owner) is seen here alone.  Processes of other users are
-visible to root only, other hosts and other mount namespaces' files by device and inode alone.
+visible to root only, other hosts not at all.
+
+One look costs a stat for each descriptor of each process: who asks about many files takes one `OpenFiles`.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_File = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Opener:
-    """A process that has the file open. writing: through a descriptor that can write."""
+    """A process that has a file open. writing: through a descriptor that can write."""
 
     pid: int
     command: str
@@ -29,39 +31,45 @@ class Opener:
         return f"{self.command} (pid {self.pid})"
 
 
-def openers(file: os.stat_result) -> Iterator[Opener]:
-    """Every other process with a descriptor of this file (told by device and inode, or by device number)."""
-    for name in (entry.name for entry in _PROC.iterdir()):
-        if name.isdigit() and int(name) != os.getpid():
-            # A process may end, or hide its descriptors from us, at any moment.
-            with suppress(OSError):
-                yield from _of_process(int(name), file)
+class OpenFiles:
+    """All files that other processes have open, as of its making."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[_File, list[tuple[int, str]]] = {}
+        own = str(os.getpid())
+        for name in (entry.name for entry in _PROC.iterdir()):
+            if name.isdigit() and name != own:
+                # A process may end, or hide its descriptors from us, at any moment.
+                with suppress(OSError):
+                    self._note(name)
+
+    def openers(self, file: os.stat_result) -> list[Opener]:
+        """Who has this file open, told by device and inode (a block device by its number)."""
+        writing: dict[int, bool] = {}
+        for pid, descriptor in self._descriptors.get(_identity(file), ()):
+            writing[pid] = writing.get(pid, False) or _can_write(pid, descriptor)
+        return [Opener(pid, _command(pid), can_write) for pid, can_write in writing.items()]
+
+    def _note(self, pid: str) -> None:
+        with os.scandir(_PROC / pid / "fd") as descriptors:
+            for descriptor in descriptors:
+                with suppress(OSError):
+                    status = descriptor.stat()
+                    if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+                        self._descriptors.setdefault(_identity(status), []).append((int(pid), descriptor.name))
 
 
-def _of_process(pid: int, file: os.stat_result) -> Iterator[Opener]:
-    directory = _PROC / str(pid) / "fd"
-    found = False
-    writing = False
-    with os.scandir(directory) as descriptors:
-        for descriptor in descriptors:
-            with suppress(OSError):
-                if _same(descriptor.stat(), file):
-                    found = True
-                    writing = writing or _can_write(pid, descriptor.name)
-    if found:
-        yield Opener(pid, _command(pid), writing)
-
-
-def _same(one: os.stat_result, other: os.stat_result) -> bool:
-    if stat.S_ISBLK(other.st_mode):
-        return stat.S_ISBLK(one.st_mode) and one.st_rdev == other.st_rdev
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+def _identity(status: os.stat_result) -> _File:
+    if stat.S_ISBLK(status.st_mode):
+        return (1, status.st_rdev, 0)
+    return (0, status.st_dev, status.st_ino)
 
 
 def _can_write(pid: int, descriptor: str) -> bool:
-    for line in (_PROC / str(pid) / "fdinfo" / descriptor).read_text().splitlines():
-        if line.startswith("flags:"):
-            return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
+    with suppress(OSError):
+        for line in (_PROC / str(pid) / "fdinfo" / descriptor).read_text().splitlines():
+            if line.startswith("flags:"):
+                return int(line.split()[1], 8) & os.O_ACCMODE != os.O_RDONLY
     return False
 
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.openers import OpenFiles
 from snapchain.image import ImageChain, qemu_img, scan
 from snapchain.image.difference import doubtful_bytes, first_difference
 from snapchain.image.qemu_img import Qcow2Options
@@ -79,8 +80,9 @@ def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
             moved = _prove(planned, old, journal.temporary, on_event)
             files.copy_standing(planned.result, journal.temporary)
             files.fsync_file(journal.temporary)
+            open_files = OpenFiles()
             for lock in inputs:
-                lock.change(LockMode.WRITE)
+                lock.change(LockMode.WRITE, open_files=open_files)
             _check_unchanged(old)
             journal = journal.model_copy(
                 update={
@@ -123,9 +125,12 @@ def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
     """All files locked against writers, the inputs once found free of anybody; gives the inputs' locks."""
     with ExitStack() as stack:
         inputs: list[ImageLock] = []
+        open_files = OpenFiles()
         for number, path in enumerate(planned.chain):
             is_input = planned.first <= number <= planned.last
-            lock = stack.enter_context(ImageLock(path, LockMode.WRITE if is_input else LockMode.READ))
+            lock = stack.enter_context(
+                ImageLock(path, LockMode.WRITE if is_input else LockMode.READ, open_files=open_files)
+            )
             if is_input:
                 lock.change(LockMode.READ)  # qemu-img must read it until the switch
                 inputs.append(lock)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.image.references import children
 
@@ -84,9 +85,10 @@ class MergeJournal(BaseModel):
         removed: list[Path] = []
         if self.switched:
             needed = _needed(self.remove, self.search)
+            open_files = OpenFiles()
             for input_file in self.remove:
                 if input_file.still() and input_file.path not in needed:
-                    with ImageLock(input_file.path, LockMode.WRITE):
+                    with ImageLock(input_file.path, LockMode.WRITE, open_files=open_files):
                         files.remove(input_file.path)
                     removed.append(input_file.path)
         else:

@@ -132,7 +132,7 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
             _make_overlay(planned, temporary)
             if planned.overlay == planned.source:
                 _give_second_name(planned.source, planned.sealed)
-            _check_overlay(planned, temporary)
+            cluster_size = _check_overlay(planned, temporary)
             if planned.overlay == planned.source:
                 files.rename(temporary, planned.overlay)
             else:
@@ -148,7 +148,7 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
         sealed=planned.sealed,
         overlay=planned.overlay,
         virtual_size=planned.virtual_size,
-        cluster_size=qemu_img.info(planned.overlay, "qcow2").cluster_size or 0,
+        cluster_size=cluster_size,
         layers=planned.layers,
     )
 
@@ -268,12 +268,13 @@ def _give_second_name(source: Path, sealed: Path) -> None:
         raise
 
 
-def _check_overlay(planned: SnapshotPlan, temporary: Path) -> None:
-    """Read the finished overlay back with our own parser: it must be the old view, and nothing else."""
+def _check_overlay(planned: SnapshotPlan, temporary: Path) -> int:
+    """Read the overlay back with our own parser: it must be the old view, and nothing else. Its cluster size."""
     with scan(temporary, format="qcow2", image_dirs=(*planned.image_dirs, planned.sealed.parent)) as chain:
         below = chain.files[-2] if len(chain.files) > 1 else None
         if below is None or not _same_inode(planned.source, below.path.stat()) or not _is_empty(chain):
             raise Conflict("the new overlay does not stand on the sealed file", subject=planned.source)
+        return chain.top.cluster_size
 
 
 def _is_empty(chain: ImageChain) -> bool:
