@@ -1,4 +1,4 @@
-"""Bytes of an image's metadata overwritten at random: it is read, or refused by an error of ours; nothing else happens."""
+"""Bytes of metadata overwritten at random: the image is read, or refused by an error of ours; nothing else happens."""
 
 from __future__ import annotations
 
@@ -55,13 +55,17 @@ def test_any_metadata_is_read_or_refused(image: Path, changes: list[tuple[int, b
         data[place : place + len(word)] = word
     path.write_bytes(data[:cut])
     os.utime(path, ns=(1, 1_000_000_001))  # old: no wait for the clock
+    error = read_through(path)
+    assert error is None or isinstance(error, (Corrupt, Unsupported)) or "backing" in str(error)
+    assert error is None or str(path.parent) in str(error)
+
+
+def read_through(path: Path) -> SnapchainError | None:
     try:
         with scan(path) as chain:
             extents = chain.top.extents
             assert extents.from_starts(chain.size, extents.at, extents.val) == extents
-            buffer = memoryview(bytearray(min(chain.size, 4 * MiB)))
-            chain.read_into(0, buffer)
-    except (Corrupt, Unsupported) as error:
-        assert error.subject == str(path)
+            chain.read_into(0, memoryview(bytearray(min(chain.size, 4 * MiB))))
     except SnapchainError as error:
-        assert "backing" in str(error)  # noqa: PT017
+        return error
+    return None
