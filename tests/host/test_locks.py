@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -44,17 +45,28 @@ def qemu_io(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
 @contextmanager
 def qemu_nbd(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """A qemu-nbd that exports the image on a socket beside it."""
-    socket = image.with_name("nbd.sock")
-    process = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "-k", socket, "-t", *options, image])
-    end = time.monotonic() + 10
-    while not socket.exists():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    path = image.with_name("nbd.sock")
+    process = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "-k", path, "-t", "-e", "2", *options, image])
     try:
+        end = time.monotonic() + 20
+        while not _greets(path):
+            assert time.monotonic() < end
+            time.sleep(0.01)
         yield process
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(20)
+
+
+def _greets(path: Path) -> bool:
+    """The socket is there before the image is open; the server speaks when it has opened it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.settimeout(20)
+            client.connect(str(path))
+            return client.recv(8) == b"NBDMAGIC"
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
 
 
 def qemu_can(image: Path, *, write: bool) -> bool:
