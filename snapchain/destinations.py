@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import blake3
+import hashlib
 
 from snapchain.errors import InvalidInput
 from snapchain.objects import open_store
@@ -60,6 +60,6 @@ def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> Ob
         )
     store = open_store(url, make=make)
     if url.startswith("s3:"):
-        kept = blake3.blake3(_place(store).encode()).hexdigest(length=16)
+        kept = hashlib.sha256(_place(store).encode()).hexdigest()[:32]
         store = CachedStore(store, known.cache_dir() / kept / "index", prefix="index/")
     return store if limit_rate is None else ThrottledStore(store, upload=limit_rate, download=limit_rate)

@@ -2,8 +2,8 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, inspect, diff
+from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, gc, inspect, diff
 
 # isort: on
 
-__all__ = ["app", "diff", "init", "inspect", "log", "merge", "restore", "ship", "snapshot", "verify"]
+__all__ = ["app", "diff", "gc", "init", "inspect", "log", "merge", "restore", "ship", "snapshot", "verify"]

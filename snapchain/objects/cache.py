@@ -7,12 +7,11 @@ A cache that cannot be written is no error: the store is asked instead.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-
-import blake3
 
 from snapchain.errors import SnapchainError
 from snapchain.host.files import read_small, write_atomically
@@ -42,11 +41,11 @@ class CachedStore(StoreWrapper):
         path = self._path(name)
         with suppress(SnapchainError):
             kept = read_small(path, cap=LARGEST)
-            if blake3.blake3(kept[_HASH:]).digest() == kept[:_HASH]:
+            if _digest(kept[_HASH:]) == kept[:_HASH]:
                 return kept[_HASH:]
         data = self.inner.get(name)
         with suppress(SnapchainError, OSError):
-            write_atomically(path, blake3.blake3(data).digest() + data)
+            write_atomically(path, _digest(data) + data)
         return data
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -65,3 +64,7 @@ class CachedStore(StoreWrapper):
 
     def _path(self, name: str) -> Path:
         return self._directory / name.removeprefix(self._prefix).replace("/", "_")
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

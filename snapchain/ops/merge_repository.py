@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.retention import Policy, decide
-from snapchain.ops.events import OnEvent, Progress, ignore
+from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.repository.catalogue import Catalogue, Point
 from snapchain.repository.layers import StoredLayer
+from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.merging import merge_layers
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
@@ -110,7 +111,10 @@ class RepositoryMerge:
         dropped = tuple(point.point for point in self._catalogue.points if point.point not in kept)
         bytes_dropped = 0
         if plan.merges or dropped:
-            bytes_dropped = self._merge(on_event)
+            work = f"merge {self._catalogue.disk}"
+            lease = self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)))
+            with lease:
+                bytes_dropped = self._merge(lease, on_event)
         return RepositoryMergeReport(
             destination=plan.destination,
             disk=plan.disk,
@@ -124,7 +128,7 @@ class RepositoryMerge:
             strategy="records" if plan.merges or dropped else "none",
         )
 
-    def _merge(self, on_event: OnEvent) -> int:
+    def _merge(self, lease: Lease, on_event: OnEvent) -> int:
         """Merge the groups, publish; guest bytes that are named no more."""
         repository = self._repository
         renamed: dict[str, str] = {}
@@ -137,7 +141,7 @@ class RepositoryMerge:
                 layers: Sequence[StoredLayer] = [repository.layer(layer) for layer in group.members]
                 made = layers[0]
                 if group.is_merge:
-                    made = merge_layers(repository, layers, packer, index, root=group.is_root)
+                    made = merge_layers(repository, layers, packer, root=group.is_root)
                 renamed[group.top] = made.id
                 after += made.header.data_bytes
         on_event(Progress("merge", len(self._groups), len(self._groups)))
@@ -145,5 +149,6 @@ class RepositoryMerge:
             renamed[group.top]: None if group.parent is None else renamed[group.parent] for group in self._groups
         }
         points = tuple(point.model_copy(update={"layer": renamed[point.layer]}) for point in self._kept)
+        lease.check()
         self._disk.advance(self._current, time=datetime.now(UTC), points=points, parents=parents)
         return before - after

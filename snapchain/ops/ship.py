@@ -27,9 +27,12 @@ from snapchain.ops.source import check_unchanged, locked_chain
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.deposit import Deposit, Origin
 from snapchain.repository.layers import Source, StoredLayer
+from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
 
 _ATTEMPTS = 8
+_LATEST = 32_503_680_000.0
+"""The year 3000, in seconds since 1970."""
 _RAW_CLUSTER = 64 * 1024
 """The cluster size noted for a raw file, for the day when it is restored as qcow2."""
 
@@ -162,12 +165,13 @@ class Shipment:
         if not self._groups:
             points.append(self._publish(chain, self._time_of(len(self._chain.files))))
         else:
-            with Deposit(self._repository) as deposit:
+            with self._lease(on_event) as lease, Deposit(self._repository) as deposit:
                 on_bytes(0)
                 for group in self._groups:
                     if self._adds(group, chain):
                         chain.append(self._add(group, chain, deposit, on_bytes))
                     if group.publishes:
+                        lease.check()
                         points.append(self._publish(chain, self._time_of(group.stop)))
                 stored, bytes_read = deposit.bytes_stored, deposit.bytes_read
         last = points[-1]
@@ -182,6 +186,10 @@ class Shipment:
             virtual_size=last.size,
             content_id=last.content_id,
         )
+
+    def _lease(self, on_event: OnEvent) -> Lease:
+        work = f"ship {self._disk.name}"
+        return self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)))
 
     def _stored(self) -> list[StoredLayer]:
         if self._current is None or self._current[0].latest is None:
@@ -206,7 +214,9 @@ class Shipment:
         """Now for the image as given; for a sealed file below it, when it was last written to."""
         if stop == len(self._chain.files):
             return datetime.now(UTC)
-        return datetime.fromtimestamp(self._chain.files[stop - 1].fingerprint.mtime_ns / 1e9, UTC)
+        seconds = self._chain.files[stop - 1].fingerprint.mtime_ns / 1e9
+        # Some filesystems hold times of years that no calendar here knows.
+        return datetime.fromtimestamp(min(max(seconds, 0.0), _LATEST), UTC)
 
     def _adds(self, group: _Group, below: Sequence[StoredLayer]) -> bool:
         """False for fresh overlays, which say nothing: their point is that of the layer below."""

@@ -28,7 +28,7 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.packer import Packer, Stream
 from snapchain.repository.packs import Location, packed
-from snapchain.repository.pages import PageBuilder, Rows, run_rows
+from snapchain.repository.pages import Page, PageBuilder, Rows, run_rows
 from snapchain.repository.worklist import (
     COLD_PIECE,
     WINDOW,
@@ -193,7 +193,7 @@ class Intake:
         return blob, known
 
     def _store_page(self, builder: PageBuilder) -> Rows:
-        return store_page(builder, keys=self._keys, index=self._index, packer=self._packer)
+        return store_page(builder, keys=self._keys, packer=self._packer)
 
     def _buffer(self) -> memoryview:
         buffer: memoryview | None = getattr(self._local, "buffer", None)
@@ -208,18 +208,19 @@ class Intake:
         return compressor
 
 
-def store_page(builder: PageBuilder, *, keys: Keyring, index: BlobIndex, packer: Packer) -> Rows:
+def store_page(builder: PageBuilder, *, keys: Keyring, packer: Packer) -> Rows:
     """Put what the builder holds into a pack; its PAGE_ROW, or none when it holds nothing."""
     taken = builder.take()
-    if taken is None:
-        return np.empty(0, PAGE_ROW)
-    first, stop, page = taken
+    return np.empty(0, PAGE_ROW) if taken is None else store_page_body(*taken, keys=keys, packer=packer)
+
+
+def store_page_body(first: int, stop: int, page: Page, *, keys: Keyring, packer: Packer) -> Rows:
+    """Put a page that speaks of [first, stop) into a pack, unless it is there; its PAGE_ROW."""
     body = page.encode()
     blob = keys.blob_id(b"".join(_hashes(memoryview(body))))
-    where = index.find(blob)
-    if where is None:
-        compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
-        where = packer.add(blob, packed(compressor, body), len(body), stream=Stream.PAGES)
+    where = packer.add(
+        blob, packed(zstandard.ZstdCompressor(level=COMPRESSION_LEVEL), body), len(body), stream=Stream.PAGES
+    )
     row = np.zeros(1, PAGE_ROW)
     row["first"], row["stop"] = first, stop
     row["id"] = np.frombuffer(blob, np.uint8)

@@ -17,7 +17,6 @@ from snapchain.model.content import LEAF_BYTES, Leaves, leaves_over
 from snapchain.model.extents import ABSENT, DATA, Extents, over
 from snapchain.repository import layers as records
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id, layer_name
-from snapchain.repository.index import BlobIndex
 from snapchain.repository.intake import store_page
 from snapchain.repository.layers import LayerHeader, StoredLayer, leaves_shown
 from snapchain.repository.packer import Packer
@@ -47,9 +46,7 @@ class _Piece:
     leaves: Leaves
 
 
-def merge_layers(
-    repository: Repository, group: Sequence[StoredLayer], packer: Packer, index: BlobIndex, *, root: bool
-) -> StoredLayer:
+def merge_layers(repository: Repository, group: Sequence[StoredLayer], packer: Packer, *, root: bool) -> StoredLayer:
     """One layer instead of `group` (neighbours, lower first); it shows what the uppermost one shows.
 
     root: nothing lies below the group, so zeroes need not be said.  Durable and complete on return.
@@ -59,7 +56,7 @@ def merge_layers(
     table: list[Rows] = [np.empty(0, PAGE_ROW)]
 
     def flush() -> None:
-        table.append(store_page(builder, keys=repository.keys, index=index, packer=packer))
+        table.append(store_page(builder, keys=repository.keys, packer=packer))
 
     for stretch in _stretches(group):
         if stretch.page is not None:

@@ -117,14 +117,18 @@ class PackReader:
     def blob(self, blob: bytes, offset: int, raw: int, text: bytes | memoryview) -> bytes:
         """The plain bytes of a blob, checked. text: what is stored of it. Raises Corrupt naming pack and offset."""
         subject = f"{pack_name(self.pack)} at {offset}"
-        if raw > LARGEST_BLOB or len(text) > raw + TAG_BYTES:
-            raise Corrupt(f"a blob of {raw} bytes cannot be stored in {len(text)}", subject=subject)
-        bound = _bound(self._keys, self.pack, blob, raw)
-        payload = decrypt(self._cipher, _nonce(offset), text, bound, subject=subject)
+        payload = self.payload(blob, offset, raw, text)
         plain = payload if len(payload) == raw else decompress(payload, LARGEST_BLOB, subject=subject)
         if len(plain) != raw:
             raise Corrupt(f"a blob of {raw} bytes unpacked to {len(plain)}", subject=subject)
         return plain
+
+    def payload(self, blob: bytes, offset: int, raw: int, text: bytes | memoryview) -> bytes:
+        """What `OpenPack.add` was given: the plain bytes, or a zstd frame of them. Raises as `blob`."""
+        subject = f"{pack_name(self.pack)} at {offset}"
+        if raw > LARGEST_BLOB or len(text) > raw + TAG_BYTES:
+            raise Corrupt(f"a blob of {raw} bytes cannot be stored in {len(text)}", subject=subject)
+        return decrypt(self._cipher, _nonce(offset), text, _bound(self._keys, self.pack, blob, raw), subject=subject)
 
     def directory(self, offset: int, count: int, text: bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.void]]:
         """ids (uint8[n, 32]) and BLOB_ROWs (column `pack` is 0) of the blobs in the pack."""

@@ -21,9 +21,13 @@ from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
 from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import PageCache, StoredLayer
+from snapchain.repository.leases import Lease, Mode
 
 CONFIG = "config"
 _READERS = 8
+_MOST_SLOTS = 64
+"""Each costs 0.1 s to try: a hostile store shall not keep us busy for ever."""
+PATIENCE = 600.0
 _WITNESS = "witness"
 _WITNESS_BODY = b"snapchain creates this object once; a store that lets it be created again ignores conditions\n"
 BLOCK_BYTES = 256 * 1024
@@ -39,7 +43,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
-    id: str = Field(pattern=r"[0-9a-f]{32}")
+    id: str = Field(pattern=r"^[0-9a-f]{32}$")
     created: datetime
     encryption: str
     block_size: int = Field(ge=MIN_BLOCK_BYTES, le=MAX_BLOCK_BYTES)
@@ -127,6 +131,13 @@ class Repository:
             )
         return opened
 
+    def lease(self, mode: Mode, work: str, *, on_wait: Callable[[str], None], patience: float = PATIENCE) -> Lease:
+        """The right to write (beside other writers) or to collect (alone), for the length of a `with` block.
+
+        work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once
+        """
+        return Lease(self.store, self.keys, mode, work=work, patience=patience, on_wait=on_wait)
+
     def disk(self, name: str) -> Disk:
         """The catalogue of a disk, whether or not it exists yet. Raises InvalidInput for a bad name."""
         check_disk_name(name)
@@ -206,9 +217,14 @@ def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
     names: Sequence[str] = [info.name for info in store.list("keys/")]
     if not names:
         raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
-    for name in names:
-        slot = slots.parse(store.get(name), subject=name)
-        master = slots.unwrap(slot, secret, config, subject=name)
+    damaged: Corrupt | None = None
+    for name in names[:_MOST_SLOTS]:
+        try:
+            slot = slots.parse(store.get(name), subject=name)
+            master = slots.unwrap(slot, secret, config, subject=name)
+        except Corrupt as error:
+            damaged = error  # another slot may hold the same key
+            continue
         if master is not None:
             return master
-    raise slots.wrong_passphrase(store.url)
+    raise damaged or slots.wrong_passphrase(store.url)

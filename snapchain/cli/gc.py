@@ -1,0 +1,81 @@
+"""`snapchain gc DEST`: give back the space of what no point needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.gc import GcPlan, GcReport
+
+
+@verb(
+    examples="""
+    snapchain gc /backup
+    snapchain gc /backup --dry-run
+    snapchain gc s3://bucket/prefix --json | jq .bytes_freed
+    """,
+    when_interrupted="nothing that a point needs was touched; run it again to finish",
+)
+def gc(
+    target: Annotated[str, typer.Argument(metavar="DEST", help="A repository.")],
+    *,
+    limit_rate: options.LimitRate = None,
+    password_file: options.PasswordFile = None,
+    password_command: options.PasswordCommand = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Delete what no point of any disk needs: after points were dropped, and after runs that were cut off.
+
+    Packs of which more than a quarter is waste are written anew without it. Works alone: it waits up to ten minutes
+    for those who ship or merge, and they wait for it. Collects nothing from a repository in which a record that is in
+    use is missing or damaged.
+    """
+    from snapchain.ops import gc as ops
+
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        repository = options.repository(
+            target,
+            out,
+            password_file=password_file,
+            password_command=password_command,
+            writing=not dry_run,
+            limit_rate=limit_rate,
+        )
+        if not (dry_run and out.plan(ops.plan(repository), _draw_plan)):
+            out.report(ops.run(repository, on_event=out.on_event), _draw_report)
+
+
+def _draw_plan(console: Console, plan: GcPlan) -> None:
+    render.headline(console, f"would free about {size(plan.bytes_freed)} of {plan.destination}")
+    render.facts(
+        console,
+        [
+            ("delete", f"{plan.objects_deleted} objects, {plan.packs_deleted} of them packs"),
+            ("move", f"{size(plan.bytes_moved)} out of {plan.packs_moved} packs that are mostly waste"),
+            ("in use", size(plan.bytes_in_use)),
+        ],
+    )
+
+
+def _draw_report(console: Console, report: GcReport) -> None:
+    render.headline(console, f"freed {size(report.bytes_freed)} of {report.destination}")
+    render.facts(
+        console,
+        [
+            ("deleted", f"{report.objects_deleted} objects, {report.packs_deleted} of them packs"),
+            ("moved", f"{size(report.bytes_moved)} out of {report.packs_moved} packs"),
+        ],
+    )

@@ -1,0 +1,233 @@
+"""gc: packs that are mostly waste are rewritten, and what nobody needs is deleted.
+
+    move     blobs in use leave the wasteful packs for new ones; the layer records that name them are written anew and
+             the catalogues switched to them, each by its next generation
+    sweep    old generations; one new index for all old ones; layers; packs
+
+Deletion runs against the order of writing: nothing that is left ever names what is gone, wherever a run is cut off.
+Running again finishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from snapchain.repository import index as indexes, layers as records
+from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
+from snapchain.repository.format import PAGE_ROW, fresh_id, pack_name
+from snapchain.repository.index import BlobIndex, IndexedPack
+from snapchain.repository.intake import store_page_body
+from snapchain.repository.layers import StoredLayer
+from snapchain.repository.packer import Packer
+from snapchain.repository.packs import Location, PackReader, read_directory
+from snapchain.repository.pages import Page, Rows
+from snapchain.repository.repository import Repository
+
+WASTE = 0.25
+"""The share of a pack that may be waste. Below it, moving costs more requests than the space is worth."""
+
+_INDEX_BLOBS = 500_000
+
+Moves = dict[tuple[str, int], Location]
+
+
+@dataclass(slots=True)
+class Swept:
+    """What gc did, or would do, in stored bytes.
+
+    bytes_freed: less than before, new records counted; bytes_moved: blobs copied into new packs
+    """
+
+    bytes_freed: int = 0
+    bytes_moved: int = 0
+    objects_deleted: int = 0
+    packs_deleted: int = 0
+    packs_moved: int = 0
+    layers_rewritten: int = 0
+
+
+def estimate(marked: Marked) -> Swept:
+    """What `sweep` would do, without the new records that moving costs."""
+    wasted, empty = wasteful(marked.usage, WASTE), unused(marked.usage)
+    moved = sum(pack.used_bytes for pack in wasted)
+    freed = sum(pack.size for pack in (*wasted, *empty)) - moved
+    records_gone = {**marked.dead_generations, **marked.dead_layers}
+    return Swept(
+        bytes_freed=freed + sum(records_gone.values()),
+        bytes_moved=moved,
+        objects_deleted=len(records_gone) + len(wasted) + len(empty),
+        packs_deleted=len(wasted) + len(empty),
+        packs_moved=len(wasted),
+    )
+
+
+def sweep(repository: Repository, marked: Marked, *, check: Callable[[], None], on_object: Callable[[], None]) -> Swept:
+    """Collect what `marked` says. check: raises when this run is no longer alone; on_object: told of each deletion."""
+    store = repository.store
+    done = Swept()
+    held = _stored_bytes(repository)
+    before = {info.name: info.size for info in store.list("index/")}
+    wasted = wasteful(marked.usage, WASTE)
+    if wasted:
+        _move(repository, marked, wasted, done, check)
+        check()
+        marked = mark(repository)
+    gone = {pack.pack: pack.size for pack in unused(marked.usage)}
+    check()
+
+    def delete(objects: Iterable[str]) -> None:
+        for name in objects:
+            store.delete(name)
+            done.objects_deleted += 1
+            on_object()
+
+    delete(marked.dead_generations)
+    if gone or len(before) > 1:
+        _write_index(repository, list(before), gone)
+        delete(before)
+    delete(marked.dead_layers)
+    delete([pack_name(pack) for pack in gone])
+    done.packs_deleted = len(gone)
+    done.bytes_freed = held - _stored_bytes(repository)
+    return done
+
+
+def _stored_bytes(repository: Repository) -> int:
+    """Bytes of all objects that gc may touch."""
+    prefixes = ("disks/", "index/", "layers/", "packs/")
+    return sum(info.size for prefix in prefixes for info in repository.store.list(prefix))
+
+
+def _write_index(repository: Repository, names: Sequence[str], gone: Mapping[str, int]) -> None:
+    """One index of the packs that stay, instead of `names`."""
+    store, keys = repository.store, repository.keys
+    pending: list[IndexedPack] = []
+    seen: set[str] = set()
+    blobs = 0
+
+    def flush() -> None:
+        nonlocal blobs
+        if pending:
+            indexes.write(store, keys, pending)
+            pending.clear()
+            blobs = 0
+
+    for name in names:
+        packs, ids, rows = indexes.parse(keys, name, store.get(name))
+        order = np.argsort(rows["pack"], kind="stable")
+        edges = np.searchsorted(rows["pack"][order], np.arange(len(packs) + 1))
+        for place, (pack, size) in enumerate(packs.items()):
+            if pack in gone or pack in seen:
+                continue
+            seen.add(pack)
+            mine = order[edges[place] : edges[place + 1]]
+            pending.append(IndexedPack(pack, size, ids[mine], rows[mine]))
+            blobs += len(mine)
+            if blobs >= _INDEX_BLOBS:
+                flush()
+    flush()
+
+
+def _move(
+    repository: Repository, marked: Marked, wasted: Sequence[Usage], done: Swept, check: Callable[[], None]
+) -> None:
+    """Copy the blobs in use out of the wasted packs, and let all records name the copies."""
+    # Its index knows nothing, so that what is moved is stored although the old packs have it.
+    with Packer(repository.store, repository.keys, BlobIndex()) as packer:
+        moves: Moves = {}
+        for usage in wasted:
+            for offset, location in _copied(repository, usage, packer):
+                moves[usage.pack, offset] = location
+            done.bytes_moved += usage.used_bytes
+            done.packs_moved += 1
+        packs = {usage.pack for usage in wasted}
+        renamed: dict[str, str] = {}
+        for layer in {layer for catalogue in marked.catalogues for layer in catalogue.parents}:
+            table = _moved_table(repository.layer(layer), packs, moves, packer, repository)
+            if table is None:
+                continue
+            packer.flush()
+            header = repository.layer(layer).header.model_copy(update={"id": fresh_id()})
+            records.write(repository.store, repository.keys, header, table)
+            renamed[layer] = header.id
+            done.layers_rewritten += 1
+        packer.flush()
+    for catalogue in marked.catalogues:
+        if renamed.keys() & catalogue.parents.keys():
+            check()
+            _switch(repository, catalogue, renamed)
+
+
+def _copied(repository: Repository, usage: Usage, packer: Packer) -> Iterator[tuple[int, Location]]:
+    """(old offset, new place) of each blob in use of a pack, which is read once, as a whole."""
+    store = repository.store
+    reader, ids, rows = read_directory(store, repository.keys, usage.pack, usage.size)
+    data = memoryview(store.get(pack_name(usage.pack)))
+    used = set(usage.offsets.tolist())
+    for blob, (_, offset, stored, raw) in zip(ids, rows.tolist(), strict=True):
+        if offset in used:
+            yield offset, _copy(reader, bytes(blob), Location(usage.pack, offset, stored, raw), data, packer)
+
+
+def _copy(reader: PackReader, blob: bytes, where: Location, data: memoryview, packer: Packer) -> Location:
+    text = data[where.offset : where.offset + where.stored]
+    reader.blob(blob, where.offset, where.raw, text)  # what is damaged is not passed on as if it were sound
+    return packer.add(blob, reader.payload(blob, where.offset, where.raw, text), where.raw)
+
+
+def _moved_table(
+    layer: StoredLayer, packs: set[str], moves: Moves, packer: Packer, repository: Repository
+) -> Rows | None:
+    """The layer's page table with all moved blobs at their new places; None when nothing of it moved."""
+    rows: list[Rows] = []
+    changed = False
+    for row in layer.table:
+        (page,) = layer.pages(int(row["first"]), min(int(row["stop"]), layer.size))
+        moved = _moved_page(page, packs, moves)
+        if moved is not None or bytes(row["pack"]).hex() in packs:
+            row = store_page_body(  # noqa: PLW2901
+                int(row["first"]), int(row["stop"]), moved or page, keys=repository.keys, packer=packer
+            )[0]
+            changed = True
+        rows.append(np.array([row], PAGE_ROW))
+    return np.concatenate(rows) if changed else None
+
+
+def _moved_page(page: Page, packs: set[str], moves: Moves) -> Page | None:
+    hit = np.isin(page.runs["pack"], [place for place, pack in enumerate(page.packs) if pack in packs])
+    hit &= page.runs["stored"] != 0
+    if not hit.any():
+        return None
+    runs = page.runs.copy()
+    table = {pack: place for place, pack in enumerate(page.packs)}
+    for at in np.flatnonzero(hit).tolist():
+        new = moves[page.packs[int(runs["pack"][at])], int(runs["offset"][at])]
+        runs["pack"][at] = table.setdefault(new.pack, len(table))
+        runs["offset"][at], runs["stored"][at] = new.offset, new.stored
+    used = sorted({int(place) for place in runs["pack"][runs["stored"] != 0]})
+    names = list(table)
+    places = np.zeros(len(names), np.uint32)
+    places[used] = np.arange(len(used), dtype=np.uint32)
+    runs["pack"] = np.where(runs["stored"] != 0, places[runs["pack"]], 0)
+    return Page(runs, page.leaves, [names[place] for place in used])
+
+
+def _switch(repository: Repository, catalogue: Catalogue, renamed: Mapping[str, str]) -> None:
+    """Publish the catalogue's next generation, which names the new records. Raises Conflict when it has one already."""
+    disk = repository.disk(catalogue.disk)
+    current = disk.existing()
+
+    def new(layer: str) -> str:
+        return renamed.get(layer, layer)
+
+    disk.advance(
+        current,
+        time=datetime.now(UTC),
+        points=tuple(point.model_copy(update={"layer": new(point.layer)}) for point in current[0].points),
+        parents={new(layer): None if below is None else new(below) for layer, below in current[0].parents.items()},
+    )
