@@ -133,23 +133,25 @@ class PageCache:
     def __init__(self, reader: BlobReader, limit: int = 48 * 1024 * 1024) -> None:
         self._reader, self._limit = reader, limit
         self._lock = threading.Lock()
-        self._pages: OrderedDict[tuple[bytes, int], tuple[Page, int]] = OrderedDict()
+        self._pages: OrderedDict[tuple[bytes, int, int], tuple[Page, int]] = OrderedDict()
         self._bytes = 0
 
     def get(self, row: np.void, size: int, *, subject: str) -> Page:
         """The page of a PAGE_ROW of a layer of `size` bytes."""
-        blob, stop = bytes(row["id"]), min(int(row["stop"]), -(-size // LEAF_BYTES) * LEAF_BYTES)
+        blob, first, stop = bytes(row["id"]), int(row["first"]), min(int(row["stop"]), size)
+        # What a page may say depends on where it stands, so that is part of its key: it is checked for each.
+        key = blob, first, stop
         with self._lock:
-            found = self._pages.get((blob, stop))
+            found = self._pages.get(key)
             if found is not None:
-                self._pages.move_to_end((blob, stop))
+                self._pages.move_to_end(key)
                 return found[0]
         where = Location(bytes(row["pack"]).hex(), int(row["offset"]), int(row["stored"]), int(row["raw"]))
         body = self._reader.read(blob, where)
-        page = Page.decode(body, int(row["first"]), stop, subject=subject)
+        page = Page.decode(body, first, stop, subject=subject)
         with self._lock:
-            if (blob, stop) not in self._pages:
-                self._pages[blob, stop] = page, len(body)
+            if key not in self._pages:
+                self._pages[key] = page, len(body)
                 self._bytes += len(body)
                 while self._bytes > self._limit and len(self._pages) > 1:
                     self._bytes -= self._pages.popitem(last=False)[1][1]
@@ -211,6 +213,7 @@ def leaves_shown(
     """
     base = first // LEAF_BYTES
     count = max(0, -(-stop // LEAF_BYTES) - base)
+    stop = (base + count) * LEAF_BYTES  # a page that begins past `stop`, in its leaf, speaks of that leaf
     open_ = np.ones(count, np.bool_)
     index: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     hashes: list[npt.NDArray[np.uint8]] = [np.empty((0, 32), np.uint8)]

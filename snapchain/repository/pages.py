@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from snapchain.errors import Corrupt
 from snapchain.model.content import LEAF_BYTES, Leaves
-from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s
 from snapchain.repository.crypto import TAG_BYTES
 from snapchain.repository.format import LEAF_ROW, PACK_ID_BYTES, RUN_ROW
 from snapchain.repository.packs import LARGEST_BLOB, Location
@@ -47,7 +47,9 @@ class Page:
 
     @staticmethod
     def decode(body: bytes, first: int, stop: int, *, subject: str) -> Page:
-        """Raises Corrupt unless every number is plausible for a page that speaks of [first, stop)."""
+        """Raises Corrupt unless every number is plausible for a page that speaks of [first, stop), which ends at the
+        disk's end at the latest.
+        """
         if len(body) < _COUNTS.size:
             raise Corrupt("a page of the layer record is too short", subject=subject)
         packs, runs, leaves, _ = _COUNTS.unpack_from(body)
@@ -63,10 +65,15 @@ class Page:
         return page
 
     def _check(self, first: int, stop: int, subject: str) -> None:
-        runs, index = self.runs, self.leaves["index"]
-        # Unsigned sums can wrap: bound the parts first.
-        bounded = bool((runs["start"] < stop).all()) and bool((runs["length"] <= stop).all())
+        runs = self.runs
+        # Unsigned sums can wrap, and unsigned numbers turn negative: bound the parts first.
+        bounded = (
+            bool((runs["start"] < stop).all())
+            and bool((runs["length"] <= stop).all())
+            and bool((self.leaves["index"] <= stop // LEAF_BYTES).all())
+        )
         start, length = runs["start"].astype(np.int64), runs["length"].astype(np.int64)
+        index = self.leaves["index"].astype(np.int64)
         data = runs[runs["stored"] != 0]
         sound = (
             bounded
@@ -77,8 +84,8 @@ class Page:
             and bool((data["raw"] <= LARGEST_BLOB).all())
             and bool((data["stored"] <= data["raw"] + TAG_BYTES).all())
             and bool((data["skip"].astype(np.uint64) + data["length"] <= data["raw"]).all())
-            and bool((np.diff(index.astype(np.int64)) > 0).all())
-            and (not len(index) or (int(index[0]) >= first // LEAF_BYTES and int(index[-1]) * LEAF_BYTES < stop))
+            and bool((np.diff(index) > 0).all())
+            and _all_touched(index, start, start + length)
         )
         if not sound:
             raise Corrupt("a page of the layer record contradicts itself", subject=subject)
@@ -100,6 +107,14 @@ class Page:
     def extents(self, size: int) -> Extents:
         """The page's runs as a map of the whole disk: DATA, ZERO, and ABSENT between them."""
         return extents_of(self.runs, size)
+
+
+def _all_touched(index: Int64s, start: Int64s, stop: Int64s) -> bool:
+    """Whether some run reaches into each of these leaves."""
+    after = np.searchsorted(stop, index * LEAF_BYTES, side="right")
+    if not len(index):
+        return True
+    return int(after[-1]) < len(start) and bool((start[after] < (index + 1) * LEAF_BYTES).all())
 
 
 def extents_of(runs: Rows, size: int) -> Extents:
