@@ -10,10 +10,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, Self
 
 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from snapchain.errors import Conflict, Corrupt, NotFound
 from snapchain.objects.exclusive import create_exclusively
@@ -31,7 +32,7 @@ class Point(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     point: int = Field(ge=1)
-    time: datetime
+    time: AwareDatetime
     labels: tuple[str, ...] = ()
     layer: str
     size: int = Field(ge=0)
@@ -53,18 +54,25 @@ class Catalogue(BaseModel):
     generation: int = Field(ge=1)
     previous: str
     nonce: str
-    time: datetime
+    time: AwareDatetime
     epoch: int = Field(ge=1)
     next_point: int = Field(ge=1)
     points: tuple[Point, ...]
     parents: Mapping[str, str | None]
+
+    @model_validator(mode="after")
+    def _ascends(self) -> Self:
+        numbers = [*(point.point for point in self.points), self.next_point]
+        if any(upper <= lower for lower, upper in pairwise(numbers)):
+            raise ValueError("its points do not ascend")
+        return self
 
     def chain(self, layer: str) -> tuple[str, ...]:
         """The layers that end in `layer`, root first. Raises Corrupt when a link is missing or goes in circles."""
         chain: list[str] = []
         at: str | None = layer
         while at is not None:
-            if at not in self.parents or len(chain) > len(self.parents):
+            if at not in self.parents or len(chain) == len(self.parents):
                 raise Corrupt(f"the chain of layer {layer} is broken at {at}", subject=self.disk)
             chain.append(at)
             at = self.parents[at]
@@ -142,7 +150,7 @@ def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
     newest = None
     for info in store.list(f"disks/{disk_key}/"):
         number = info.name.rpartition("/")[2]
-        if number.isdecimal():
+        if number.isdecimal() and info.name == generation_name(disk_key, int(number)):
             newest = int(number)
     return newest
 

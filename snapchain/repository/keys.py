@@ -62,7 +62,7 @@ def unwrap(slot: KeySlot, passphrase: str, config: bytes, *, subject: str) -> by
         return ChaCha20Poly1305(slot.wrapping_key(passphrase)).decrypt(_NONCE, text, _bound(config))
     except InvalidTag:
         return None
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise Corrupt(f"the key slot is damaged: {error}", subject=subject) from error
 
 
