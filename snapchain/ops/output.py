@@ -28,15 +28,38 @@ class OutputFile:
 
     def __enter__(self) -> Self:
         with os_errors(self._temporary):
-            self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            while not self._took():
+                # Another run gave the file its final name, or removed it, between our open and our lock: what we
+                # have locked is no longer ours to overwrite.
+                os.close(self.fd)
+                self.fd = -1
+        return self
+
+    def _took(self) -> bool:
+        """Open, lock and empty the file of the temporary name; False when that is another file by now."""
+        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self._is_named():
+                return False
+            os.ftruncate(self.fd, 0)
         except BlockingIOError as error:
             os.close(self.fd)
+            self.fd = -1
             raise Busy("another snapchain is writing it", subject=self.path, hint="wait for it") from error
-        with os_errors(self._temporary):
-            os.ftruncate(self.fd, 0)
-        return self
+        except OSError:
+            os.close(self.fd)
+            self.fd = -1
+            raise
+        return True
+
+    def _is_named(self) -> bool:
+        mine = os.fstat(self.fd)
+        try:
+            named = self._temporary.lstat()
+        except FileNotFoundError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -24,11 +24,12 @@ def find_point(catalogue: Catalogue, wanted: str | None) -> Point:
         return latest
     assert wanted is not None
     if wanted.isascii() and wanted.isdecimal():
+        number = wanted.lstrip("0")  # as text: there is no end to what a user may type
         for point in catalogue.points:
-            if point.point == int(wanted):
+            if str(point.point) == number:
                 return point
         numbers = f"{catalogue.points[0].point} to {latest.point}"
-        raise NotFound(f"the disk has no point {wanted}", subject=where, hint=f"its points lie in {numbers}")
+        raise NotFound(f"the disk has no point {wanted[:40]}", subject=where, hint=f"its points lie in {numbers}")
     labelled = [point for point in catalogue.points if wanted in point.labels]
     if labelled:
         return labelled[-1]
