@@ -252,12 +252,18 @@ class S3Store:
         return b""
 
     def _listed(self, prefix: str) -> Iterator[ObjectInfo]:
-        last = ""
+        last: str | None = None
         for page in self._pages(prefix):
-            for entry in page.get("Contents", []):
+            # Sorted again: rclone sorts before it sees that an upload got its final name.
+            entries = sorted(page.get("Contents", []), key=lambda entry: entry["Key"])
+            for entry in entries:
                 name = entry["Key"].removeprefix(self._prefix)
-                if name < last:
-                    raise Unsupported("the server does not list in the order of names", subject=self.url)
+                if last is not None and name <= last:
+                    raise Unavailable(
+                        "the server's listing is not in the order of names",
+                        subject=self.url,
+                        hint="run it again; a bucket that never sorts (S3 Express) cannot hold a repository",
+                    )
                 last = name
                 if _is_ours(name):  # another program may keep objects of its own below our prefix
                     yield ObjectInfo(name, entry["Size"], entry["LastModified"].timestamp())

@@ -97,6 +97,9 @@ def race(store: ObjectStore, rounds: int, racers: int) -> None:
                 )
             except Conflict:
                 said.append(None)
+            except BaseException:
+                start.abort()  # the others need not wait
+                raise
         return said
 
     with ThreadPoolExecutor(racers) as pool:
