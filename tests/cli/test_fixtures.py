@@ -93,6 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(ROOT),
         "HOME": str(work),
+        "XDG_STATE_HOME": str(work / "state"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     subprocess.run([*trace, *driver], check=True, env=environment, cwd=work)
@@ -167,7 +168,7 @@ def test_the_trace_tells_the_truth(runs: Runs) -> None:
 def test_bad_images(fixture: Fixture, verb: str, runs: Runs) -> None:
     seen = runs.seen[fixture.name, verb]
     _check_bounds(seen)
-    assert _strangers(seen, runs.directory / fixture.name, runs.repository) == []
+    assert _strangers(seen, runs.directory / fixture.name, runs.repository, runs.repository.with_name("state")) == []
     stderr = seen.result["stderr"]
     if fixture.expect.stage is Stage.READ and verb == "inspect":
         assert seen.result["exit_code"] == 0, stderr
