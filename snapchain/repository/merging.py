@@ -23,17 +23,50 @@ from snapchain.repository.packer import Packer
 from snapchain.repository.pages import PAGE_LEAVES, PAGE_RUNS, PageBuilder, Rows, extents_of
 from snapchain.repository.repository import Repository
 
-WINDOW = PAGE_LEAVES * LEAF_BYTES
-_SLICE = 4 * 1024 * 1024
+_WINDOW = 1024 * 1024
+"""Bytes of pages that are composed at a time."""
+_WIDEST = 16 * 1024 * 1024 * 1024
+"""Guest bytes that are composed at a time, however little is said of them: leaves are laid out in memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Guest bytes [first, stop) whose pages must be composed; `page` instead where one layer alone speaks of it."""
+class _Span:
+    """Whole leaves [first, stop) of which a layer has something to say, in `page` unless it is its end."""
 
     first: int
     stop: int
     page: np.void | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Whole leaves [first, stop), and the spans that meet there, by where they begin."""
+
+    first: int
+    stop: int
+    spans: Sequence[_Span]
+
+    @property
+    def page(self) -> np.void | None:
+        """The page that can stay as it is: one layer alone speaks of this stretch, and of nothing beyond it."""
+        first = self.spans[0]
+        return first.page if len(self.spans) == 1 and first.stop == self.stop else None
+
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """The stretch in parts that are worth composing at once: cut by what is said there, not by their width."""
+        begin, weight = self.first, 0
+        for span in self.spans:
+            more = 0 if span.page is None else int(span.page["raw"])
+            if weight + more > _WINDOW and span.first > begin:
+                yield from _parts(begin, span.first)
+                begin, weight = span.first, 0
+            weight += more
+        yield from _parts(begin, self.stop)
+
+
+def _parts(begin: int, stop: int) -> Iterator[tuple[int, int]]:
+    for at in range(begin, stop, _WIDEST):
+        yield at, min(at + _WIDEST, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +96,7 @@ def merge_layers(repository: Repository, group: Sequence[StoredLayer], packer: P
             flush()
             table.append(np.array([stretch.page], PAGE_ROW))
             continue
-        for first in range(stretch.first, stretch.stop, WINDOW):
-            stop = min(first + WINDOW, stretch.stop)
+        for first, stop in stretch.windows():
             piece = _composed(group, first, stop, root=root)
             _prove(group, piece, first, stop)
             for runs, leaves in _page_loads(piece, first):
@@ -93,26 +125,24 @@ def merge_layers(repository: Repository, group: Sequence[StoredLayer], packer: P
 
 
 def _stretches(group: Sequence[StoredLayer]) -> Iterator[_Stretch]:
-    """The group's pages in guest order, those that overlap taken together."""
+    """The group's pages in guest order, those that share a leaf taken together."""
     size = group[-1].size
     end = -(-size // LEAF_BYTES) * LEAF_BYTES
-    spans: list[tuple[int, int, np.void | None]] = []
+    spans: list[_Span] = []
     for layer in group:
-        rows = layer.table
-        spans += [(int(row["first"]), int(row["stop"]), row) for row in rows]
+        for row in layer.table:
+            first = int(row["first"]) // LEAF_BYTES * LEAF_BYTES
+            spans.append(_Span(first, -(-int(row["stop"]) // LEAF_BYTES) * LEAF_BYTES, row))
         if layer.size < size:
             # Past the end of a shorter layer nothing of the lower ones shows (the size law), page or no page.
-            spans.append((layer.size // LEAF_BYTES * LEAF_BYTES, end, None))
-    spans.sort(key=lambda span: span[:2])
+            spans.append(_Span(layer.size // LEAF_BYTES * LEAF_BYTES, end, None))
+    spans.sort(key=lambda span: (span.first, span.stop))
     at = 0
-    while at < len(spans):
-        first, stop, page = spans[at]
-        alone, after = True, at + 1
-        while after < len(spans) and spans[after][0] < stop:
-            stop, alone, after = max(stop, spans[after][1]), False, after + 1
-        if first < end:
-            stays = alone and stop <= end
-            yield _Stretch(first, min(stop, end), page if stays else None)
+    while at < len(spans) and spans[at].first < end:
+        stop, after = spans[at].stop, at + 1
+        while after < len(spans) and spans[after].first < stop:
+            stop, after = max(stop, spans[after].stop), after + 1
+        yield _Stretch(spans[at].first, min(stop, end), spans[at:after])
         at = after
 
 
@@ -215,20 +245,17 @@ def _prove(group: Sequence[StoredLayer], piece: _Piece, first: int, stop: int) -
 
 
 def _page_loads(piece: _Piece, first: int) -> Iterator[tuple[Rows, Rows]]:
-    """The window's runs and leaves with guest offsets; in slices, cut between leaves, where one page is too small."""
+    """The window's runs and leaves with guest offsets; cut between leaves into no more than a page takes."""
     runs = piece.runs.copy()
     runs["start"] += np.uint64(first)
     leaves = np.zeros(len(piece.leaves.index), LEAF_ROW)
     leaves["index"] = piece.leaves.index + first // LEAF_BYTES
     leaves["hash"] = piece.leaves.hashes
-    if len(runs) <= PAGE_RUNS:
-        if len(runs):
-            yield runs, leaves
-        return
     begin = runs["start"].astype(np.int64)
     end = begin + runs["length"].astype(np.int64)
     index = leaves["index"].astype(np.int64) * LEAF_BYTES
-    for at in range(first, first + WINDOW, _SLICE):
-        inside = runs[(end > at) & (begin < at + _SLICE)]
-        if len(inside):
-            yield _cut(inside, at, at + _SLICE), leaves[(index >= at) & (index < at + _SLICE)]
+    cuts = np.union1d(begin[::PAGE_RUNS] // LEAF_BYTES * LEAF_BYTES, index[::PAGE_LEAVES])
+    stops = np.append(cuts[1:], end[-1:])
+    for at, stop in zip(cuts.tolist(), stops.tolist(), strict=True):
+        inside = runs[np.searchsorted(end, at, side="right") : np.searchsorted(begin, stop)]
+        yield _cut(inside, at, stop), leaves[np.searchsorted(index, at) : np.searchsorted(index, stop)]

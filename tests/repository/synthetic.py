@@ -1,6 +1,6 @@
 """Layers made of numbers, and what they read as, byte by byte: the reference that stored layers are held against.
 
-A layer is drawn as a size and some runs (start, length, what) in units; what is shown is made by plain slicing of bytes, without
+A layer is drawn as a size and some runs (start, length, what); what is shown is made by plain slicing of bytes, without
 any of the code that is judged.
 """
 

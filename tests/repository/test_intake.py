@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+
 import blake3
 import numpy as np
 import pytest
@@ -47,9 +48,7 @@ def leaves_of(content: bytes) -> dict[int, bytes]:
 
 @SOME
 @given(stack=stacks(), suite=st.sampled_from([AES, CHACHA, NONE]), block=st.sampled_from([LEAF, 4 * LEAF]))
-def test_every_layer_reads_back_and_has_the_content_id_of_its_bytes(
-    stack: list[Drawn], suite: str, block: int
-) -> None:
+def test_every_layer_reads_back_and_has_the_content_id_of_its_bytes(stack: list[Drawn], suite: str, block: int) -> None:
     shipped = ship(stack, repository(suite=suite, block_size=block))
     for number, layer in enumerate(stack):
         chain = shipped.layers[: number + 1]
@@ -204,7 +203,7 @@ def test_a_leaf_that_turned_to_zero_leaves_the_sum() -> None:
 def test_nothing_is_read_for_zeroes_that_cover_whole_leaves() -> None:
     class Unreadable(Drawn):
         def read_into(self, offset: int, buffer: memoryview) -> None:
-            raise AssertionError("read")
+            raise AssertionError(offset, len(buffer))
 
     size = 1 << 44  # 16 TiB
     layer = Unreadable(Extents.from_starts(size, [0, LEAF, size - LEAF], [-2, ZERO, -2]), b"")
