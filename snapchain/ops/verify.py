@@ -1,8 +1,8 @@
 """verify: is every point of a repository (or of one disk) still what was shipped?
 
-Records always: catalogues, layer records, pages; every pack named is there and long enough; every layer's
+Records always: catalogues, layer records, pages, indexes; every pack named is there and long enough; every layer's
 leaves add up to the content id that was recorded.  Data with `read_data` or a `sample`: every blob is read, decrypted,
-and the leaves that it gives compared with the record.
+and the leaves that it gives compared with the record; and of packs also what no point names.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
-from snapchain.model.extents import DATA, rounded
+from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.ops.events import OnEvent, Progress, ignore
 from snapchain.repository import catalogue as catalogues
 from snapchain.repository.catalogue import Catalogue
-from snapchain.repository.format import layer_name, pack_name
+from snapchain.repository.format import is_id, layer_name, pack_name
 from snapchain.repository.intake import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
+from snapchain.repository.soundness import check_history, check_indexes, check_pack
 from snapchain.repository.view import ChainView
 
 
@@ -63,6 +65,11 @@ class _Tally:
     findings: list[Finding] = field(default_factory=list)
     checked_bytes: int = 0
     layers: int = 0
+    read: dict[str, list[Int64s]] = field(default_factory=dict)
+
+    def note_read(self, pack: str, offsets: npt.NDArray[np.uint32]) -> None:
+        """These blobs are read with the layers that name them."""
+        self.read.setdefault(pack, []).append(np.unique(offsets).astype(np.int64))
 
     def note(self, error: SnapchainError, catalogue: Catalogue | None, points: Sequence[int], where: str = "") -> None:
         """Turn an error into a finding; the same one twice is one."""
@@ -92,6 +99,8 @@ class Verification:
         """Look at everything; findings are values, not errors. Raises only when nothing can be read."""
         tally = _Tally()
         found = list(self._catalogues(tally))
+        # In this order: what a shipment adds meanwhile is named by nothing that was read before.
+        listed = [info.name for info in self._repository.store.list("index/")]
         packs = {info.name: info.size for info in self._repository.store.list("packs/")}
         total = sum(self._repository_bytes(catalogue) for catalogue in found) if self._share else None
         done = 0
@@ -103,6 +112,8 @@ class Verification:
 
         for catalogue in found:
             self._check_disk(catalogue, packs, tally, on_bytes)
+        if self._disk is None:
+            self._check_rest(listed, packs, tally)
         return VerifyReport(
             ok=not tally.findings,
             destination=self._repository.store.url,
@@ -117,7 +128,10 @@ class Verification:
     def _catalogues(self, tally: _Tally) -> Iterator[Catalogue]:
         repository = self._repository
         if self._disk is not None:
-            yield repository.catalogue(self._disk)
+            try:
+                yield repository.catalogue(self._disk)
+            except Corrupt as error:
+                tally.note(error, None, ())
             return
         for key in repository.store.list_dirs("disks/"):
             try:
@@ -147,7 +161,7 @@ class Verification:
             tally.layers += 1
             try:
                 opened[layer] = self._repository.layer(layer)
-                self._check_packs(opened[layer], packs)
+                self._check_packs(opened[layer], packs, tally)
             except SnapchainError as error:
                 bad.add(layer)
                 tally.note(error, catalogue, affected.get(layer, ()))
@@ -163,26 +177,48 @@ class Verification:
                 continue
             bad.update(layer for layer in chain if layer not in opened)
         for layer in opened:
-            chain_ids = catalogue.chain(layer) if layer not in bad else ()
-            if not chain_ids or bad.intersection(chain_ids):
-                continue
             try:
+                chain_ids = catalogue.chain(layer)
+                if bad.intersection(chain_ids):
+                    continue
                 _check_sum([opened[each] for each in chain_ids])
                 if self._share:
                     self._check_data([opened[each] for each in chain_ids], catalogue, affected, tally, on_bytes)
             except SnapchainError as error:
                 tally.note(error, catalogue, affected.get(layer, ()))
 
-    def _check_packs(self, layer: StoredLayer, packs: dict[str, int]) -> None:
+    def _check_rest(self, indexes: list[str], packs: dict[str, int], tally: _Tally) -> None:
+        """What no point needs, and the next shipment relies on."""
+        repository = self._repository
+        for error in check_indexes(repository, indexes, packs):
+            tally.note(error, None, ())
+        if self._share >= 1:
+            for key in repository.store.list_dirs("disks/"):
+                for error in check_history(repository, key):
+                    tally.note(error, None, ())
+        for name, size in packs.items():
+            pack = name.rpartition("/")[2]
+            if not is_id(pack) or not self._is_drawn():
+                continue
+            read = np.concatenate([np.empty(0, np.int64), *tally.read.pop(pack, ())])
+            for error in check_pack(repository, pack, size, read):
+                tally.note(error, None, ())
+
+    def _is_drawn(self) -> bool:
+        return self._share >= 1 or self._draw.random() < self._share
+
+    def _check_packs(self, layer: StoredLayer, packs: dict[str, int], tally: _Tally) -> None:
         """Every page can be read, and every blob that it names lies inside a pack that is there."""
         for row in layer.table:
             _check_inside(packs, bytes(row["pack"]).hex(), int(row["offset"]) + int(row["stored"]))
+            tally.note_read(bytes(row["pack"]).hex(), row["offset"][np.newaxis])
             (page,) = layer.pages(int(row["first"]), int(row["stop"]))
             data = page.runs[page.runs["stored"] != 0]
             reach = np.zeros(len(page.packs), np.int64)
             np.maximum.at(reach, data["pack"], data["offset"].astype(np.int64) + data["stored"])
-            for pack, end in zip(page.packs, reach.tolist(), strict=True):
+            for place, (pack, end) in enumerate(zip(page.packs, reach.tolist(), strict=True)):
                 _check_inside(packs, pack, end)
+                tally.note_read(pack, data["offset"][data["pack"] == place])
 
     def _check_data(
         self,
@@ -194,9 +230,8 @@ class Verification:
     ) -> None:
         layer = chain[-1]
         view = ChainView(chain, self._repository.blobs)
-        share = self._share
         replay = Replay(view, layer.extents()).on(chain[:-1])
-        read, bad = replay.find_bad(keep=lambda _: share >= 1 or self._draw.random() < share, on_bytes=on_bytes)
+        read, bad = replay.find_bad(keep=lambda _: self._is_drawn(), on_bytes=on_bytes)
         tally.checked_bytes += read
         for each in bad:
             where = f"guest bytes {each.start} to {each.stop}: "

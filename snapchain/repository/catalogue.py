@@ -8,7 +8,7 @@ succeed, and the generations before are the history that a repair can go back to
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from itertools import pairwise
 from typing import Literal, Self
@@ -148,11 +148,20 @@ class Disk:
 def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
     """The highest generation stored of a disk."""
     newest = None
-    for info in store.list(f"disks/{disk_key}/"):
-        number = info.name.rpartition("/")[2]
-        if number.isdecimal() and info.name == generation_name(disk_key, int(number)):
-            newest = int(number)
+    for name in generation_names(store, disk_key):
+        newest = int(name.rpartition("/")[2])
     return newest
+
+
+def generation_names(store: ObjectStore, disk_key: str) -> Iterator[str]:
+    """The generations stored of a disk, ascending."""
+    return (info.name for info in store.list(f"disks/{disk_key}/") if is_generation(info.name))
+
+
+def is_generation(name: str) -> bool:
+    """Whether an object below disks/ is a catalogue; there may be claims beside them (objects/exclusive.py)."""
+    folder, _, number = name.rpartition("/")
+    return number.isdecimal() and name == generation_name(folder.removeprefix("disks/"), int(number))
 
 
 def read_any(store: ObjectStore, keys: Keyring, disk_key: str) -> Catalogue | None:

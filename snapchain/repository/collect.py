@@ -55,13 +55,12 @@ def mark(repository: Repository) -> Marked:
     store = repository.store
     found = Marked()
     newest: dict[str, str] = {}
-    generations = list(store.list("disks/"))
-    for info in generations:
-        newest[info.name.split("/")[1]] = info.name  # ascending: the last one of each disk stays
-    for info in generations:
-        if info.name not in newest.values():
+    for info in store.list("disks/"):
+        if catalogues.is_generation(info.name):
+            newest[info.name.split("/")[1]] = info.name  # ascending: the last one of each disk stays
             found.dead_generations[info.name] = info.size
     for name in newest.values():
+        del found.dead_generations[name]
         found.catalogues.append(catalogues.parse(repository.keys, name, store.get(name))[0])
     alive = {layer for catalogue in found.catalogues for layer in catalogue.parents}
     for info in store.list("layers/"):

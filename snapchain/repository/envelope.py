@@ -40,6 +40,8 @@ def check_head(data: bytes, kind: bytes, *, subject: str) -> None:
         raise Corrupt("this is not the snapchain object that its name says", subject=subject)
     if data[7] != FORMAT:
         raise Unsupported(f"stored in format {data[7]}; this snapchain reads format {FORMAT}", subject=subject)
+    if data[:HEAD_BYTES] != head(kind):
+        raise Unsupported("stored in a way that this snapchain does not know", subject=subject)
 
 
 def seal(keys: Keyring, kind: bytes, name: str, body: bytes) -> bytes:

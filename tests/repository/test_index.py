@@ -1,0 +1,118 @@
+"""The index: a dict that costs 56 bytes an entry."""
+
+from __future__ import annotations
+
+import random
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from snapchain.errors import Corrupt, Unsupported
+from snapchain.objects.memory import MemoryStore
+from snapchain.repository import index as indexes
+from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import seal
+from snapchain.repository.format import BLOB_ROW
+from snapchain.repository.index import BlobIndex, IndexedPack
+from snapchain.repository.packs import Location
+
+KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))
+
+
+def blob(number: int) -> bytes:
+    """Ids of which many share their first 8 bytes, which alone are looked up fast."""
+    return (number % 7).to_bytes(8, "big") + number.to_bytes(24, "big")
+
+
+def place(number: int) -> Location:
+    return Location(f"{number % 5:032x}", number * 3, number + 16, number)
+
+
+def listed(pack: int, numbers: list[int]) -> IndexedPack:
+    ids = np.frombuffer(b"".join(map(blob, numbers)), np.uint8).reshape(-1, 32)
+    rows = np.array([(99, number * 3, number + 16, number) for number in numbers], BLOB_ROW)
+    return IndexedPack(f"{pack:032x}", 1000 + pack, ids, rows)
+
+
+@settings(max_examples=60)
+@given(
+    steps=st.lists(
+        st.lists(st.integers(0, 400), max_size=40) | st.tuples(st.integers(0, 4), st.lists(st.integers(0, 400))),
+        max_size=12,
+    )
+)
+def test_it_finds_what_a_dict_finds(steps: list[list[int] | tuple[int, list[int]]]) -> None:
+    index = BlobIndex()
+    index._FRESH = 16
+    known: dict[bytes, set[Location]] = {}
+    for step in steps:
+        if isinstance(step, tuple):
+            pack, numbers = step
+            if numbers:
+                part = listed(pack, numbers)
+                rows = part.rows.copy()
+                rows["pack"] = 0
+                index.load(part.ids, rows, [part.pack])
+            for number in numbers:
+                where = Location(f"{pack:032x}", number * 3, number + 16, number)
+                known.setdefault(blob(number), set()).add(where)
+        else:
+            for number in step:
+                index.add(blob(number), place(number))
+                known.setdefault(blob(number), set()).add(place(number))
+        for number in range(0, 401, 13):
+            found = index.find(blob(number))
+            assert (found in known[blob(number)]) if blob(number) in known else (found is None)
+    for number in range(401):
+        assert (index.find(blob(number)) is None) == (blob(number) not in known)
+
+
+def test_segments_stay_few() -> None:
+    index = BlobIndex()
+    shuffle = random.Random(1)
+    for pack in range(300):
+        part = listed(pack, [shuffle.randrange(10**9) for _ in range(50)])
+        index.load(part.ids, np.zeros(len(part.rows), BLOB_ROW), [part.pack])
+    assert len(index._segments) < 12
+
+
+@settings(max_examples=40)
+@given(parts=st.lists(st.lists(st.integers(0, 1000), min_size=1, max_size=20), min_size=1, max_size=5))
+def test_what_is_written_is_loaded(parts: list[list[int]]) -> None:
+    store = MemoryStore()
+    for at in range(0, len(parts), 2):
+        indexes.write(store, KEYS, [listed(pack, parts[pack]) for pack in range(at, min(at + 2, len(parts)))])
+    index = indexes.load(store, KEYS)
+    for pack, numbers in enumerate(parts):
+        for number in numbers:
+            found = index.find(blob(number))
+            assert found is not None
+            assert found.pack in {f"{other:032x}" for other in range(len(parts)) if number in parts[other]}
+            assert (found.offset, found.stored, found.raw) == (number * 3, number + 16, number), pack
+    assert index.find(blob(2000)) is None
+
+
+def test_every_altered_byte_is_noticed() -> None:
+    store = MemoryStore()
+    name = indexes.write(store, KEYS, [listed(1, [1, 2, 3])])
+    data = store.get(name)
+    for at in range(len(data)):
+        with pytest.raises((Corrupt, Unsupported)):
+            indexes.parse(KEYS, name, data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+
+
+@settings(max_examples=150)
+@given(body=st.binary(max_size=200), counts=st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)))
+def test_hostile_bodies_are_corrupt(body: bytes, counts: tuple[int, int]) -> None:
+    for text in (body, counts[0].to_bytes(4, "little") + counts[1].to_bytes(4, "little") + body):
+        with suppress(Corrupt):
+            indexes.parse(KEYS, "index/x", seal(KEYS, b"I", "index/x", text))
+
+
+def test_an_index_that_names_a_pack_it_does_not_list_is_corrupt() -> None:
+    part = listed(1, [1])
+    body = b"\1\0\0\0\1\0\0\0" + bytes(16) + bytes(8) + part.ids.tobytes() + part.rows.tobytes()
+    with pytest.raises(Corrupt, match="does not list"):
+        indexes.parse(KEYS, "index/x", seal(KEYS, b"I", "index/x", body))

@@ -1,0 +1,249 @@
+"""Opening a repository: passphrases, key slots, and stores that alter them."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.objects.memory import MemoryStore
+from snapchain.repository import keys as slots
+from snapchain.repository.crypto import NONE
+from snapchain.repository.repository import Repository, check_disk_name, parse_config
+
+
+def secret() -> str:
+    return "correct horse"
+
+
+@pytest.fixture
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that cost a millisecond to try."""
+    made = slots.KeySlot
+
+    def cheap_slot(**fields: object) -> slots.KeySlot:
+        return made.model_validate({"memory_kib": 8, "iterations": 1, "lanes": 1, **fields})
+
+    monkeypatch.setattr(slots, "KeySlot", cheap_slot)
+    monkeypatch.setattr(slots, "parse", lambda data, *, subject: _parse(made, data, subject))
+
+
+def _parse(made: type[slots.KeySlot], data: bytes, subject: str) -> slots.KeySlot:
+    try:
+        return made.model_validate_json(data)
+    except ValueError as error:
+        raise Corrupt("the key slot is damaged", subject=subject) from error
+
+
+def slot_of(store: MemoryStore) -> str:
+    (info,) = store.list("keys/")
+    return info.name
+
+
+def test_what_was_made_opens_with_the_passphrase_and_nothing_else() -> None:
+    store = MemoryStore()
+    made = Repository.create(store, passphrase=secret)
+    opened = Repository.open(store, passphrase=secret)
+    assert opened.keys.disk_key("a") == made.keys.disk_key("a")
+    for wrong in ("", None, "Correct horse", "correct horse ", "correct horse\n"):
+        with pytest.raises(InvalidInput, match="passphrase"):
+            Repository.open(store, passphrase=lambda wrong=wrong: wrong)  # type: ignore[misc]
+
+
+def test_passphrases_of_any_letters() -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=lambda: "pässwörd \N{SNOWMAN} \0")
+    Repository.open(store, passphrase=lambda: "pässwörd \N{SNOWMAN} \0")
+
+
+def test_the_slot_costs_what_it_should() -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    slot = json.loads(store.get(slot_of(store)))
+    assert (slot["kdf"], slot["memory_kib"], slot["iterations"], slot["lanes"]) == ("argon2id", 65536, 3, 4)
+    assert len(base64.b64decode(slot["salt"])) == 32
+    assert len(base64.b64decode(slot["wrapped"])) == 48
+
+
+@pytest.mark.usefixtures("cheap")
+def test_every_altered_byte_of_config_and_slot_is_noticed() -> None:
+    """Or changes nothing: the last letter of a base64 text has bits that nobody reads."""
+    store = MemoryStore()
+    made = Repository.create(store, passphrase=secret)
+    for name in ("config", slot_of(store)):
+        text = store.get(name)
+        for at in range(len(text)):
+            for flip in (0x01, 0x20, 0x80):
+                store.put(name, text[:at] + bytes([text[at] ^ flip]) + text[at + 1 :])
+                try:
+                    opened = Repository.open(store, passphrase=secret)
+                except SnapchainError as error:
+                    assert isinstance(error, InvalidInput | Corrupt | Unsupported)  # noqa: PT017
+                else:
+                    assert name != "config"
+                    assert opened.keys.disk_key("x") == made.keys.disk_key("x")
+        store.put(name, text)
+    Repository.open(store, passphrase=secret)
+
+
+def test_turning_encryption_off_in_the_config_gives_no_key_that_opens_anything() -> None:
+    store = MemoryStore()
+    made = Repository.create(store, passphrase=secret)
+    made.disk("a").advance(None, time=made.config.created)
+    config = json.loads(store.get("config")) | {"encryption": NONE}
+    store.put("config", json.dumps(config).encode())
+    opened = Repository.open(store, passphrase=secret)
+    with pytest.raises(Corrupt):
+        opened.catalogues()
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        {"memory_kib": 1024 * 1024 + 1},
+        {"memory_kib": 2**40},
+        {"memory_kib": 0},
+        {"iterations": 17},
+        {"iterations": 0},
+        {"lanes": 17},
+        {"lanes": 0},
+        {"memory_kib": 8, "lanes": 16},
+        {"kdf": "md5"},
+        {"format": 2},
+        {"salt": ""},
+        {"salt": "AAAA"},
+        {"salt": "not base64!"},
+        {"wrapped": "not base64!"},
+        {"wrapped": ""},
+        {"more": 1},
+    ],
+)
+def test_hostile_slots_are_refused_at_once(costs: dict[str, object]) -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    name = slot_of(store)
+    store.put(name, json.dumps(json.loads(store.get(name)) | costs).encode())
+    with pytest.raises((Corrupt, InvalidInput)):
+        Repository.open(store, passphrase=secret)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_damaged_slot_does_not_shut_out_the_others() -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    good = slot_of(store)
+    for name, body in [("keys/0", b"damaged"), ("keys/zz", b"{}"), ("keys/00", store.get(good)[:-20])]:
+        store.put(name, body)
+    Repository.open(store, passphrase=secret)
+    store.delete(good)
+    with pytest.raises(Corrupt, match="damaged"):
+        Repository.open(store, passphrase=secret)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_slot_of_another_repository_does_not_open_this_one() -> None:
+    mine, other = MemoryStore(), MemoryStore()
+    Repository.create(mine, passphrase=secret)
+    Repository.create(other, passphrase=secret)
+    mine.put(slot_of(mine), other.get(slot_of(other)))
+    with pytest.raises(InvalidInput, match="wrong passphrase"):
+        Repository.open(mine, passphrase=secret)
+
+
+@pytest.mark.usefixtures("cheap")
+def test_thousands_of_slots_do_not_keep_us_busy() -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    slot = store.get(slot_of(store))
+    asked: list[str] = []
+
+    class Asked(MemoryStore):
+        def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+            asked.append(name)
+            return super().get(name, offset=offset, length=length)
+
+    many = Asked()
+    many.put("config", store.get("config"))
+    for number in range(1000):
+        many.put(f"keys/{number:04}", slot)
+    with pytest.raises(InvalidInput):
+        Repository.open(many, passphrase=lambda: "wrong")
+    assert len(asked) < 100
+
+
+def test_a_repository_without_a_slot_says_that_its_key_is_lost() -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    store.delete(slot_of(store))
+    with pytest.raises(Corrupt, match="no key slot"):
+        Repository.open(store, passphrase=secret)
+
+
+def test_no_passphrase_no_encrypted_repository() -> None:
+    store = MemoryStore()
+    for nothing in ("", None):
+        with pytest.raises(InvalidInput, match="needs a passphrase"):
+            Repository.create(store, passphrase=lambda nothing=nothing: nothing)  # type: ignore[misc]
+    assert list(store.list("")) == []
+
+
+def test_one_place_holds_one_repository() -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    with pytest.raises(Conflict, match="already"):
+        Repository.create(store, passphrase=secret)
+    Repository.open(store, passphrase=secret)
+
+
+def test_nothing_there() -> None:
+    with pytest.raises(NotFound, match="no snapchain repository"):
+        Repository.open(MemoryStore(), passphrase=secret)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65535, 65536 * 3, 2 * 1024 * 1024, -65536])
+def test_block_sizes_are_powers_of_two_within_bounds(size: int) -> None:
+    with pytest.raises(InvalidInput, match="block size"):
+        Repository.create(MemoryStore(), passphrase=secret, block_size=size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"format": "1"},
+        {"id": "x" * 32},
+        {"id": "0" * 31},
+        {"id": "zz" + "0" * 32},
+        {"id": "0" * 32 + "zz"},
+        {"id": "A" * 32},
+        {"block_size": 1},
+        {"block_size": 2**30},
+        {"created": "yesterday"},
+        {"conditional_put": "perhaps"},
+        {"more": 1},
+    ],
+)
+def test_hostile_configs(change: dict[str, object]) -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret, encryption=NONE)
+    text = json.dumps(json.loads(store.get("config")) | change).encode()
+    with pytest.raises((Corrupt, Unsupported)):
+        parse_config(text, subject="here")
+    for broken in (b"", b"{", b"[]", b"null", b"\xff\xfe"):
+        with pytest.raises(Corrupt):
+            parse_config(broken, subject="here")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " a", "a ", "a:b", "a@b", "a//b", "/a", "a/", "a\nb", "a\0", "x" * 201, "é" * 101]
+)
+def test_names_that_no_disk_may_have(name: str) -> None:
+    with pytest.raises(InvalidInput, match="cannot name a disk"):
+        check_disk_name(name)
+
+
+def test_names_that_a_disk_may_have() -> None:
+    for name in ("vda", "web1/vda", "a b", "Übung/ä", "x" * 200, ".", "..", "a/../b"):
+        assert check_disk_name(name) == name
