@@ -97,9 +97,14 @@ class Packer:
 
     def _upload(self, pack: ClosedPack) -> None:
         self._slots.acquire()
+        try:
+            upload = self._pool.submit(self._put, pack)
+        except RuntimeError:  # given up: the next one who waits for a slot shall learn it as well
+            self._slots.release()
+            raise
         self.bytes_stored += pack.size
         self._uploads = [upload for upload in self._uploads if not upload.done() or upload.exception()]
-        self._uploads.append(self._pool.submit(self._put, pack))
+        self._uploads.append(upload)
 
     def _put(self, pack: ClosedPack) -> None:
         try:
