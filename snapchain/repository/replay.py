@@ -124,13 +124,7 @@ class Replay:
         with closing(self._results(tasks(self._extents, hot_leaves(self._extents)))) as results:
             for done in results:
                 if done.bad:
-                    first = done.bad[0]
-                    error = first.error
-                    raise Corrupt(
-                        f"guest bytes {first.start} to {first.stop} are lost: {error.message}",
-                        subject=error.subject,
-                        hint="snapchain verify --read-data tells which points are affected",
-                    ) from error
+                    raise _lost(done.bad[0]) from done.bad[0].error
                 total += done.change
                 bytes_read += done.bytes_read
                 on_bytes(done.bytes_read)
@@ -172,6 +166,9 @@ class Replay:
             view = memoryview(bytearray(item.stop - item.start))
             try:
                 self._view.read_into(item.start, view)
+            except Corrupt:
+                bad.extend(self._narrowed(item))
+                continue
             except SnapchainError as error:
                 bad.append(Bad(item.start, item.stop, error))
                 continue
@@ -192,6 +189,23 @@ class Replay:
             bad.extend(self._unlike(task, fresh))
         return _Done(empty_sum() if bad else change_of(self._below, *spans(task), fresh), bytes_read, tuple(bad))
 
+    def _narrowed(self, item: Item) -> Iterator[Bad]:
+        """Which leaves of an item that cannot be read as a whole it is that cannot be read."""
+        found: Bad | None = None
+        for at in range(item.start, item.stop, LEAF_BYTES):
+            stop = min(at + LEAF_BYTES, item.stop)
+            try:
+                self._view.read_into(at, memoryview(bytearray(stop - at)))
+            except SnapchainError as error:
+                if found is not None and found.stop == at and str(found.error) == str(error):
+                    found = Bad(found.start, stop, found.error)
+                    continue
+                if found is not None:
+                    yield found
+                found = Bad(at, stop, error)
+        if found is not None:
+            yield found
+
     def _write(self, item: Item, view: memoryview, leaves: Sequence[bytes], sink: Sink) -> None:
         for begin, stop, val in pieces(self._extents, item, WINDOW):
             for first, end, zero in without_zeroes(begin, stop, item, leaves) if val >= DATA else ():
@@ -210,3 +224,14 @@ class Replay:
                 if known.get(leaf) != found.get(leaf):
                     wrong = Corrupt("the bytes are not those that were shipped", subject=layer_name(self._layer.id))
                     yield Bad(leaf * LEAF_BYTES, min((leaf + 1) * LEAF_BYTES, item.stop), wrong)
+
+
+def _lost(bad: Bad) -> SnapchainError:
+    """The error of who needs the bytes. A store that does not answer has lost nothing: then it is the store's own."""
+    if not isinstance(bad.error, Corrupt):
+        return bad.error
+    return Corrupt(
+        f"guest bytes {bad.start} to {bad.stop} are lost: {bad.error.message}",
+        subject=bad.error.subject,
+        hint="snapchain verify --read-data tells which points are affected",
+    )
