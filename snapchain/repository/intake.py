@@ -27,8 +27,9 @@ from snapchain.repository.format import LEAF_ROW, PAGE_ROW
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.packer import Packer, Stream
-from snapchain.repository.packs import Location, packed
-from snapchain.repository.pages import Page, PageBuilder, Rows, run_rows
+from snapchain.repository.packs import packed
+from snapchain.repository.pages import Page, PageBuilder, Rows
+from snapchain.repository.runs import SCRAP_BYTES, Blob, RunList
 from snapchain.repository.worklist import (
     COLD_PIECE,
     WINDOW,
@@ -139,26 +140,13 @@ class Intake:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, source: LayerSource, extents: Extents, below: Sequence[StoredLayer], task: Task) -> _Result:
-        start: list[int] = []
-        length: list[int] = []
-        ids: list[bytes | None] = []
-        where: list[Location | None] = []
+        runs = RunList(self._block, self._store)
         numbers: list[int] = []
         hashes: list[bytes] = []
-
-        def add(begin: int, stop: int, blob: bytes | None, location: Location | None) -> None:
-            if blob is None and ids and ids[-1] is None and start[-1] + length[-1] == begin:
-                length[-1] += stop - begin
-                return
-            start.append(begin)
-            length.append(stop - begin)
-            ids.append(blob)
-            where.append(location)
-
         bytes_read = 0
         for item in task:
             if not item.hot:
-                add(item.start, item.stop, None, None)
+                runs.zero(item.start, item.stop)
                 continue
             view = self._buffer()[: item.stop - item.start]
             source.read_into(item.start, view)
@@ -170,23 +158,25 @@ class Intake:
                     hashes.append(digest)
             for begin, stop, val in pieces(extents, item, self._block):
                 if val < DATA:
-                    add(begin, stop, None, None)
+                    runs.zero(begin, stop)
                     continue
                 for first, end, zero in without_zeroes(begin, stop, item, leaves):
+                    data = view[first - item.start : end - item.start]
                     if zero:
-                        add(first, end, None, None)
+                        runs.zero(first, end)
+                    elif len(data) < SCRAP_BYTES:
+                        runs.scrap(first, end, data)
                     else:
-                        data = view[first - item.start : end - item.start]
-                        add(first, end, *self._store(data, _piece_hashes(first, end, item, leaves, data)))
-        runs, packs = run_rows(start, length, ids, where)
+                        runs.data(first, end, self._store(data, _piece_hashes(first, item, leaves, data)))
+        rows, packs = runs.rows()
         fresh = np.zeros(len(numbers), LEAF_ROW)
         fresh["index"] = numbers
         fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
-        return _Result(runs, packs, fresh, change_of(below, *spans(task), fresh), bytes_read)
+        return _Result(rows, packs, fresh, change_of(below, *spans(task), fresh), bytes_read)
 
-    def _store(self, data: memoryview, piece_hashes: bytes) -> tuple[bytes, Location]:
+    def _store(self, data: memoryview, piece_hashes: bytes | None = None) -> Blob:
         """Where these bytes lie in the repository, after they were put there if they were not."""
-        blob = self._keys.blob_id(piece_hashes)
+        blob = self._keys.blob_id(b"".join(_hashes(data)) if piece_hashes is None else piece_hashes)
         known = self._index.find(blob)
         if known is None:
             known = self._packer.add(blob, packed(self._compressor(), data), len(data))
@@ -230,15 +220,12 @@ def store_page_body(first: int, stop: int, page: Page, *, keys: Keyring, packer:
     return row
 
 
-def _piece_hashes(first: int, end: int, item: Item, leaves: Sequence[bytes], data: memoryview) -> bytes:
-    """The hashes that make a blob's id: those of its leaves where it consists of whole ones, else its own."""
-    if first % LEAF_BYTES == 0:
-        begin = (first - item.start) // LEAF_BYTES
-        whole = (end - first) // LEAF_BYTES
-        found = leaves[begin : begin + whole]
-        rest = data[whole * LEAF_BYTES :]
-        return b"".join([*found, *_hashes(rest)])
-    return b"".join(_hashes(data))
+def _piece_hashes(first: int, item: Item, leaves: Sequence[bytes], data: memoryview) -> bytes | None:
+    """The hashes that make the id of the blob at `first`, where those of its leaves are among them."""
+    if first % LEAF_BYTES:
+        return None
+    begin, whole = (first - item.start) // LEAF_BYTES, len(data) // LEAF_BYTES
+    return b"".join([*leaves[begin : begin + whole], *_hashes(data[whole * LEAF_BYTES :])])
 
 
 def _hashes(data: memoryview) -> Iterator[bytes]:

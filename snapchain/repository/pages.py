@@ -12,7 +12,7 @@ ranges that it asks for, and a new layer that reuses old data costs what it touc
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +23,7 @@ from snapchain.model.content import LEAF_BYTES, Leaves
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s
 from snapchain.repository.crypto import TAG_BYTES
 from snapchain.repository.format import LEAF_ROW, PACK_ID_BYTES, RUN_ROW
-from snapchain.repository.packs import LARGEST_BLOB, Location
+from snapchain.repository.packs import LARGEST_BLOB
 
 _COUNTS = struct.Struct("<IIII")
 PAGE_LEAVES = 1024
@@ -185,19 +185,3 @@ class PageBuilder:
         self._runs, self._leaves, self._packs = [], [], {}
         self._run_count = self._leaf_count = 0
         return first, stop, page
-
-
-def run_rows(
-    start: Iterable[int], length: Iterable[int], ids: Sequence[bytes | None], where: Sequence[Location | None]
-) -> tuple[Rows, list[str]]:
-    """RUN_ROWs and their pack table from plain values; an id of None is a ZERO run."""
-    packs: dict[str, int] = {}
-    rows = np.zeros(len(ids), RUN_ROW)
-    rows["start"], rows["length"] = list(start), list(length)
-    for at, (blob, location) in enumerate(zip(ids, where, strict=True)):
-        if blob is not None and location is not None:
-            row = rows[at]
-            row["id"] = np.frombuffer(blob, np.uint8)
-            row["pack"] = packs.setdefault(location.pack, len(packs))
-            row["offset"], row["stored"], row["raw"] = location.offset, location.stored, location.raw
-    return rows, list(packs)
