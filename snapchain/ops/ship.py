@@ -3,7 +3,8 @@
     scan + lock -> missing(have, want) -> plan: which files make which new layers -> run: take in, write, publish
 
 The root of a chain becomes a layer of its own; pending overlays are composed into one, so that redundant
-overwrites are neither stored nor sent.  With `each_layer` every file becomes a layer and a point.
+overwrites are neither stored nor sent; the top stays apart where that makes the next shipment cheaper.
+With `each_layer` every file becomes a layer and a point.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from snapchain.errors import Conflict, InvalidInput
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
-from snapchain.model.extents import Extents, fold, rounded
+from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.source import check_unchanged, locked_chain
@@ -204,8 +205,25 @@ class Shipment:
         if first == 0 and count > 1:
             yield _Group(0, 1, publishes=False)
             first = 1
+        top = count - 1
+        if first < top and not self._top_joins(first, top):
+            yield _Group(first, top, publishes=False)
+            first = top
         if first < count:
             yield _Group(first, count, publishes=True)
+
+    def _top_joins(self, first: int, top: int) -> bool:
+        """Whether the top becomes one layer with the pending sealed files below it, though it will be written to.
+
+        It does when it hides at least half of their data: then both show at most twice what the top holds, and that is
+        what reading them again costs when it has changed.  Otherwise the sealed ones are a layer of their own, which
+        the next shipment knows without reading it.
+        """
+        above = self._chain.files[top].extents
+        sealed = fold(file.extents for file in self._chain.files[first:top])
+        seen = over(sealed.owned_by(0), above.owned_by(1))
+        shown = seen.bytes_where(seen.val == 0)
+        return above != Extents.absent(above.size) and 2 * shown <= sealed.data_bytes
 
     def _extents(self, group: _Group) -> Extents:
         return fold(file.extents for file in self._chain.files[group.first : group.stop])
