@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
-from snapchain.model.extents import DATA, Extents
+import numpy as np
+
+from snapchain.model.extents import DATA, Extents, Int64s
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.layers import StoredLayer, resolve
 from snapchain.repository.packs import Location
+from snapchain.repository.pages import Page
+
+_Copies = list[tuple[int, int, int]]
+"""(offset in the buffer, offset in the blob, length) of each piece that is copied."""
 
 
 class ChainView:
@@ -31,35 +38,50 @@ class ChainView:
 
         Raises Corrupt naming the pack when a blob is missing or damaged.
         """
-        stop = offset + len(buffer)
-        window = self.extents.window(offset, stop)
-        wanted: dict[bytes, Location] = {}
-        copies: dict[bytes, list[tuple[int, int, int]]] = {}
-        for start, length, owner in window.runs():
-            if owner < DATA:
-                buffer[start : start + length] = bytes(length)
-                continue
-            self._collect(owner, offset + start, offset + start + length, offset, wanted, copies)
-        blobs = list(wanted.items())
-        for at, plain in self._blobs.read_all(blobs):
-            for begin, skip, length in copies[blobs[at][0]]:
-                buffer[begin : begin + length] = plain[skip : skip + length]
+        window = self.extents.window(offset, offset + len(buffer))
+        ends = window.ends
+        empty = window.val < DATA
+        for start, stop in zip(window.at[empty].tolist(), ends[empty].tolist(), strict=True):
+            buffer[start:stop] = bytes(stop - start)
+        copies: dict[Location, tuple[bytes, _Copies]] = {}
+        for owner in np.unique(window.val[~empty]).tolist():
+            mine = window.val == owner
+            first, stop = window.at[mine] + offset, ends[mine] + offset
+            for page in self.layers[owner].pages(int(first[0]), int(stop[-1])):
+                for blob, where, found in _pieces(page, first, stop, offset):
+                    copies.setdefault(where, (blob, []))[1].extend(found)
+        wanted = [(blob, where) for where, (blob, _) in copies.items()]
+        for at, plain in self._blobs.read_all(wanted):
+            view = memoryview(plain)
+            for begin, skip, length in copies[wanted[at][1]][1]:
+                buffer[begin : begin + length] = view[skip : skip + length]
 
-    def _collect(
-        self,
-        owner: int,
-        first: int,
-        stop: int,
-        base: int,
-        wanted: dict[bytes, Location],
-        copies: dict[bytes, list[tuple[int, int, int]]],
-    ) -> None:
-        """Note which blobs give [first, stop) of one layer, and where in the buffer their bytes go."""
-        for page in self.layers[owner].pages(first, stop):
-            rows = page.between(first, stop)
-            for row in rows[rows["stored"] != 0].tolist():
-                start, length, blob_list, pack, at, stored, raw, skip = row
-                blob = bytes(blob_list)
-                begin, end = max(start, first), min(start + length, stop)
-                wanted.setdefault(blob, Location(page.packs[pack], at, stored, raw))
-                copies.setdefault(blob, []).append((begin - base, skip + begin - start, end - begin))
+
+def _pieces(page: Page, first: Int64s, stop: Int64s, base: int) -> Iterator[tuple[bytes, Location, _Copies]]:
+    """What a page's blobs give to some guest ranges, and where in a buffer that begins at `base` it goes.
+
+    first, stop: int64[n], ascending, apart.  A blob comes once for each stretch of neighbouring runs that are of it.
+    """
+    rows = page.between(int(first[0]), int(stop[-1]))
+    rows = rows[rows["stored"] != 0]
+    start = rows["start"].astype(np.int64)
+    end = start + rows["length"].astype(np.int64)
+    # Every pair of a run and a range that meet: each run meets `count` ranges, from number `lowest` on.
+    lowest = np.searchsorted(stop, start, side="right")
+    count = np.maximum(np.searchsorted(first, end, side="left") - lowest, 0)
+    if not count.any():
+        return
+    run = np.repeat(np.arange(len(rows)), count)
+    place = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count) + lowest[run]
+    begin = np.maximum(start[run], first[place])
+    length = np.minimum(end[run], stop[place]) - begin
+    skip = begin - start[run] + rows["skip"][run]
+    begin -= base
+    pack, blob = rows["pack"][run], rows["offset"][run]
+    fresh = (pack[1:] != pack[:-1]) | (blob[1:] != blob[:-1])
+    cuts = [0, *(np.flatnonzero(fresh) + 1).tolist(), len(run)]
+    pieces: _Copies = list(zip(begin.tolist(), skip.tolist(), length.tolist(), strict=True))
+    for cut, following in pairwise(cuts):
+        row = rows[run[cut]]
+        where = Location(page.packs[int(row["pack"])], int(row["offset"]), int(row["stored"]), int(row["raw"]))
+        yield row["id"].tobytes(), where, pieces[cut:following]
