@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from enum import Enum
 from types import TracebackType
 from typing import Self
@@ -71,6 +72,11 @@ class RawWriter:
         self._check(offset, memoryview(data).nbytes)
         with os_errors(self._subject):
             write_all(self._fd, data, offset)
+
+    def write_pieces(self, pieces: Sequence[tuple[int, Buffer]]) -> None:
+        """As `write` for many (offset, bytes)."""
+        for offset, data in pieces:
+            self.write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
         """Make a range read as zeroes; it must not have been written in this run. Raises as `write`."""

@@ -186,10 +186,10 @@ class Restoration:
             for job, output in outputs:
                 if job.format == "qcow2":
                     with Qcow2Writer(output.fd, job.layout(), subject=job.path) as writer:
-                        _replay(job, Sink(writer.write), on_bytes)
+                        _replay(job, Sink(writer.write_pieces), on_bytes)
                 else:
                     with RawWriter(output.fd, _sectors(job.view.size), subject=job.path) as raw:
-                        _replay(job, Sink(raw.write), on_bytes)
+                        _replay(job, Sink(raw.write_pieces), on_bytes)
             # Lower files first: whoever sees OUT can open it.  A lower file is named after its sealed layer, so one
             # that is there already is what a run cut off here has published.
             for job, output in outputs:
@@ -202,7 +202,7 @@ class Restoration:
                 for start, length, val in job.extents.runs():
                     if val < DATA:
                         raw.zero(start, length)
-                _replay(job, Sink(raw.write, raw.zero), on_bytes)
+                _replay(job, Sink(raw.write_pieces, raw.zero), on_bytes)
         finally:
             os.close(fd)
 

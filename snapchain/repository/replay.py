@@ -38,10 +38,11 @@ def _leave(offset: int, length: int) -> None:
 class Sink:
     """Where DATA goes; called from several threads, in any order.
 
-    write: guest bytes at an offset; zero: (offset, length) of whole leaves among the DATA that are all zero
+    write: (offset, guest bytes) of some pieces, ascending
+    zero: (offset, length) of whole leaves among the DATA that are all zero
     """
 
-    write: Callable[[int, memoryview], None]
+    write: Callable[[Sequence[tuple[int, memoryview]]], None]
     zero: Callable[[int, int], None] = _leave
 
 
@@ -207,12 +208,14 @@ class Replay:
             yield found
 
     def _write(self, item: Item, view: memoryview, leaves: Sequence[bytes], sink: Sink) -> None:
+        found: list[tuple[int, memoryview]] = []
         for begin, stop, val in pieces(self._extents, item, WINDOW):
             for first, end, zero in without_zeroes(begin, stop, item, leaves) if val >= DATA else ():
                 if zero:
                     sink.zero(first, end - first)
                 else:
-                    sink.write(first, view[first - item.start : end - item.start])
+                    found.append((first, view[first - item.start : end - item.start]))
+        sink.write(found)
 
     def _unlike(self, task: Task, fresh: Rows) -> Iterator[Bad]:
         """Leaves whose hash is not the recorded one."""

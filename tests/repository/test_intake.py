@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import blake3
 import numpy as np
@@ -141,8 +142,12 @@ def test_a_replay_writes_every_byte_that_is_not_zero(stack: list[Drawn]) -> None
     shipped = ship(stack)
     view = ChainView(shipped.layers, again(shipped.repository).blobs)
     out = bytearray(view.size)
-    sink = Sink(write=lambda offset, data: out.__setitem__(slice(offset, offset + len(data)), bytes(data)))
-    Replay(view, view.extents.owned_by(0), sink).run(nothing)
+
+    def put(pieces: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, data in pieces:
+            out[offset : offset + len(data)] = data
+
+    Replay(view, view.extents.owned_by(0), Sink(put)).run(nothing)
     assert bytes(out) == stack[-1].shown
 
 
@@ -154,14 +159,18 @@ def test_a_replay_on_a_used_device_also_zeroes(stack: list[Drawn]) -> None:
     view = ChainView(shipped.layers, again(shipped.repository).blobs)
     out = bytearray(b"\xee" * view.size)
 
-    def put(offset: int, data: bytes | memoryview) -> None:
-        out[offset : offset + len(data)] = bytes(data)
+    def put(pieces: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, data in pieces:
+            out[offset : offset + len(data)] = data
+
+    def zero(offset: int, length: int) -> None:
+        out[offset : offset + length] = bytes(length)
 
     extents = view.extents.owned_by(0)
     for start, length, val in extents.runs():
         if val < DATA:
-            put(start, bytes(length))
-    Replay(view, extents, Sink(put, lambda offset, length: put(offset, bytes(length)))).run(nothing)
+            zero(start, length)
+    Replay(view, extents, Sink(put, zero)).run(nothing)
     assert bytes(out) == stack[-1].shown
 
 
