@@ -1,0 +1,167 @@
+"""merge DEST::DISK: kept points restore as before, dropped ones are gone, and no guest data moves."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Conflict, InvalidInput, NotFound
+from snapchain.model.retention import Policy
+from snapchain.objects.memory import MemoryStore
+from snapchain.ops.merge_repository import RepositoryMerge
+from snapchain.ops.verify import verify
+from snapchain.repository.repository import Repository
+from tests.ops.shipping import DISK, MiB, Stack, random_stack, restore, same_bytes, ship
+from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write
+from tests.repository.counting import CountingStore
+from tests.repository.synthetic import again, repository
+
+
+def shipped(tmp_path: Path, seed: int, *, layers: int = 6) -> tuple[Repository, Stack]:
+    """Every layer a point; the even ones labelled."""
+    repo = repository(MemoryStore(), block_size=256 * 1024)
+    numbers = iter(range(1, 99))
+
+    def grown(path: Path) -> None:
+        number = next(numbers)
+        ship(path, repo, labels=["even"] if number % 2 == 0 else [f"odd{number}"])
+
+    return repo, random_stack(tmp_path / "stack", seed, layers=layers, grown=grown)
+
+
+@pytest.mark.parametrize("seed", range(80, 88))
+def test_kept_points_restore_and_keep_their_content_ids(tmp_path: Path, seed: int) -> None:
+    repo, stack = shipped(tmp_path, seed)
+    before = {point.point: point.content_id for point in repo.catalogue(DISK).points}
+    draw = random.Random(seed)
+    while len(repo.catalogue(DISK).points) > 1:
+        policy = draw.choice(
+            [Policy(last=draw.randrange(1, 5)), Policy(labels=frozenset({draw.choice(["even", "odd3"])}))]
+        )
+        store = CountingStore(repo.store)
+        report = RepositoryMerge(again(repo, store), DISK, policy).run()
+        assert (report.bytes_moved, report.bytes_freed) == (0, 0)
+        points = repo.catalogue(DISK).points
+        assert tuple(point.point for point in points) == report.points_kept
+        for point in points:
+            assert point.content_id == before[point.point]
+            out = tmp_path / f"{point.point}.{draw.choice(['raw', 'qcow2'])}"
+            out.unlink(missing_ok=True)
+            restore(repo, out, point.point)
+            shown = stack.shown[point.point - 1]
+            assert same_bytes(out, shown) if out.suffix == ".raw" else same(out, shown)
+        assert len(repo.catalogue(DISK).parents) == report.layers_after
+        assert verify(again(repo), share=1.0).ok
+        if len(points) == len(report.points_kept) and len(points) <= 2:
+            break
+    final = RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
+    assert final.layers_after == 1
+    (tmp_path / "chain").mkdir()
+    chain = restore(repo, tmp_path / "chain" / "top.qcow2", chain=True)
+    assert len(chain.files) == 1
+    assert same(tmp_path / "chain" / "top.qcow2", stack.shown[-1], image_format=_format(Path(chain.files[-1])))
+
+
+def _format(path: Path) -> str:
+    return "qcow2" if path.read_bytes()[:4] == b"QFI\xfb" else "raw"
+
+
+def test_no_data_pack_is_read_or_written(tmp_path: Path) -> None:
+    repo = repository(MemoryStore())
+    files = build(
+        tmp_path / "c",
+        [Layer(16 * MiB, ["write -P 1 0 8M"])] + [Layer(16 * MiB, [f"write -P {n} {n}M 2M"]) for n in range(2, 7)],
+    )
+    for path in files:
+        ship(path, repo)
+    data = {
+        f"packs/{pack[:2]}/{pack}"
+        for layer in repo.catalogue(DISK).parents
+        for page in repo.layer(layer).pages(0, 16 * MiB)
+        for pack in page.packs
+    }
+    store = CountingStore(repo.store)
+    report = RepositoryMerge(again(repo, store), DISK, Policy(last=2)).run()
+    assert report.layers_after == 2
+    assert not data & {each.name for each in store.asked}
+    assert store.bytes_of("put") + store.bytes_of("create") < 30_000
+    assert store.of("list", "packs/") == []
+    kept = {
+        pack
+        for layer in repo.catalogue(DISK).parents
+        for page in repo.layer(layer).pages(0, 16 * MiB)
+        for pack in page.packs
+    }
+    assert {f"packs/{pack[:2]}/{pack}" for pack in kept} <= data
+
+
+def test_a_plan_writes_nothing_and_says_why(tmp_path: Path) -> None:
+    repo, _ = shipped(tmp_path, 90, layers=3)
+    store = CountingStore(repo.store)
+    plan = RepositoryMerge(again(repo, store), DISK, Policy(last=1)).plan()
+    assert store.of("put") == store.of("create") == store.of("delete") == []
+    assert [decision.kept for decision in plan.points] == [False, False, True]
+    assert all(decision.reasons for decision in plan.points if decision.kept)
+    assert (plan.layers_before, plan.layers_after) == (len(repo.catalogue(DISK).parents), 1)
+
+
+def test_nothing_to_do_changes_nothing(tmp_path: Path) -> None:
+    repo, _ = shipped(tmp_path, 91, layers=2)
+    before = repo.disk(DISK).existing()
+    report = RepositoryMerge(again(repo), DISK, Policy(last=99)).run()
+    assert report.strategy == "none"
+    assert repo.disk(DISK).existing() == before
+
+
+def test_branches_stay_apart(tmp_path: Path) -> None:
+    """Two points that went separate ways on one root: the root stays, shared."""
+    repo = repository(MemoryStore())
+    files = build(tmp_path / "c", [Layer(4 * MiB, ["write -P 1 0 1M"]), Layer(4 * MiB, ["write -P 2 0 64k"])])
+    other = files[0].with_name("other.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", files[0].name, "-F", "qcow2", other)
+    write(other, "write -P 3 0 64k")
+    for path in (files[1], other):
+        ship(path, repo)
+    report = RepositoryMerge(again(repo), DISK, Policy(last=2)).run()
+    assert (report.layers_before, report.layers_after) == (3, 3)
+    report = RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
+    assert report.layers_after == 1
+    restore(repo, tmp_path / "out.qcow2")
+    assert same(tmp_path / "out.qcow2", flat(other, tmp_path / "flat"))
+    assert clean(tmp_path / "out.qcow2")
+
+
+def test_a_disk_that_changed_meanwhile_is_a_conflict_and_loses_nothing(tmp_path: Path) -> None:
+    repo, stack = shipped(tmp_path, 92, layers=3)
+    work = RepositoryMerge(again(repo), DISK, Policy(last=1))
+    ship(stack.files[-1], repo)
+    with pytest.raises(Conflict):
+        work.run()
+    assert [point.point for point in repo.catalogue(DISK).points] == [1, 2, 3, 4]
+    assert verify(again(repo), share=1.0).ok
+    assert list(repo.store.list("leases/")) == []
+
+
+def test_time_rules_use_the_points_times(tmp_path: Path) -> None:
+    repo, _ = shipped(tmp_path, 93, layers=3)
+    disk = repo.disk(DISK)
+    current = disk.existing()
+    day = datetime(2026, 1, 10, 12, tzinfo=UTC)
+    times = [day, day + timedelta(hours=1), day + timedelta(days=1)]
+    points = tuple(
+        point.model_copy(update={"time": time}) for point, time in zip(current[0].points, times, strict=True)
+    )
+    disk.advance(current, time=day, points=points)
+    report = RepositoryMerge(again(repo), DISK, Policy(daily=7), now=day + timedelta(days=2)).run()
+    assert report.points_kept == (2, 3)
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    repo = repository(MemoryStore())
+    with pytest.raises(NotFound):
+        RepositoryMerge(repo, "none", Policy(last=1))
+    with pytest.raises(InvalidInput):
+        Policy(last=-2)
