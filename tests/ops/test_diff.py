@@ -99,10 +99,15 @@ def test_an_image_and_the_point_it_was_shipped_as_are_identical(tmp_path: Path) 
 def test_an_image_that_changes_meanwhile_is_a_conflict(tmp_path: Path) -> None:
     files = build(tmp_path / "c", [Layer(4 * MiB, ["write -P 1 0 1M"])])
     other = flat(files[0], tmp_path / "flat.raw")
-    with pytest.raises(Conflict), image_side(files[0]) as old, image_side(other) as new, other.open("r+b") as file:
-        file.write(b"changed")
-        file.flush()
-        diff(old, new)
+
+    def compare() -> None:
+        with image_side(files[0]) as old, image_side(other) as new:
+            with other.open("r+b") as file:
+                file.write(b"changed")
+            diff(old, new)
+
+    with pytest.raises(Conflict):
+        compare()
 
 
 def test_sides_that_are_not_there(tmp_path: Path) -> None:
