@@ -15,6 +15,7 @@ store can neither alter a record nor put one in another's place.
 from __future__ import annotations
 
 import secrets
+import threading
 
 import zstandard
 
@@ -68,6 +69,17 @@ def decompress(packed: bytes, limit: int, *, subject: str) -> bytes:
         size = zstandard.frame_content_size(packed)
         if not 0 <= size <= limit:
             raise Corrupt(f"compressed data claim {size} bytes; at most {limit} are plausible", subject=subject)
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=limit) if size else b""
+        return _decompressor().decompress(packed, max_output_size=limit) if size else b""
     except zstandard.ZstdError as error:
         raise Corrupt(f"compressed data are damaged: {error}", subject=subject) from error
+
+
+_local = threading.local()
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's: making one costs as much as unpacking some KiB, and two threads may not share one."""
+    found: zstandard.ZstdDecompressor | None = getattr(_local, "decompressor", None)
+    if found is None:
+        found = _local.decompressor = zstandard.ZstdDecompressor()
+    return found

@@ -159,36 +159,49 @@ class Replay:
     def _work(self, task: Task) -> _Done:
         numbers: list[int] = []
         hashes: list[bytes] = []
-        bad: list[Bad] = []
         bytes_read = 0
-        for item in task:
-            if not item.hot:
-                continue
-            view = memoryview(bytearray(item.stop - item.start))
-            try:
-                self._view.read_into(item.start, view)
-            except Corrupt:
-                bad.extend(self._narrowed(item))
-                continue
-            except SnapchainError as error:
-                bad.append(Bad(item.start, item.stop, error))
-                continue
+        views, bad = self._read([item for item in task if item.hot])
+        found: list[tuple[int, memoryview]] = []
+        zeroes: list[tuple[int, int]] = []
+        for item, view in views:
             bytes_read += len(view)
             leaves = [leaf_hash(view[at : at + LEAF_BYTES]) for at in range(0, len(view), LEAF_BYTES)]
             for at, digest in enumerate(leaves):
                 if digest != ZERO_LEAF:
                     numbers.append(item.start // LEAF_BYTES + at)
                     hashes.append(digest)
-            if self._sink is not None:
-                with self._gate as is_open:
-                    if is_open:
-                        self._write(item, view, leaves, self._sink)
+            for begin, stop, val in pieces(self._extents, item, WINDOW) if self._sink else ():
+                for first, end, zero in without_zeroes(begin, stop, item, leaves) if val >= DATA else ():
+                    if zero:
+                        zeroes.append((first, end - first))
+                    else:
+                        found.append((first, view[first - item.start : end - item.start]))
+        if self._sink:
+            with self._gate as is_open:
+                if is_open:
+                    self._sink.write(found)
+                    for offset, length in zeroes:
+                        self._sink.zero(offset, length)
         fresh = np.zeros(len(numbers), LEAF_ROW)
         fresh["index"] = numbers
         fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
         if not bad:
             bad.extend(self._unlike(task, fresh))
         return _Done(empty_sum() if bad else change_of(self._below, *spans(task), fresh), bytes_read, tuple(bad))
+
+    def _read(self, items: Sequence[Item]) -> tuple[list[tuple[Item, memoryview]], list[Bad]]:
+        """The items that can be read, with their bytes, and the ranges that cannot."""
+        views = [(item, memoryview(bytearray(item.stop - item.start))) for item in items]
+        try:
+            self._view.read_pieces([(item.start, view) for item, view in views])
+        except Corrupt as error:
+            if len(items) == 1:
+                return [], list(self._narrowed(items[0])) or [Bad(items[0].start, items[0].stop, error)]
+            parts = [self._read([item]) for item in items]
+            return [view for good, _ in parts for view in good], [bad for _, bads in parts for bad in bads]
+        except SnapchainError as error:
+            return [], [Bad(item.start, item.stop, error) for item in items]
+        return views, []
 
     def _narrowed(self, item: Item) -> Iterator[Bad]:
         """Which leaves of an item that cannot be read as a whole it is that cannot be read."""
@@ -206,16 +219,6 @@ class Replay:
                 found = Bad(at, stop, error)
         if found is not None:
             yield found
-
-    def _write(self, item: Item, view: memoryview, leaves: Sequence[bytes], sink: Sink) -> None:
-        found: list[tuple[int, memoryview]] = []
-        for begin, stop, val in pieces(self._extents, item, WINDOW):
-            for first, end, zero in without_zeroes(begin, stop, item, leaves) if val >= DATA else ():
-                if zero:
-                    sink.zero(first, end - first)
-                else:
-                    found.append((first, view[first - item.start : end - item.start]))
-        sink.write(found)
 
     def _unlike(self, task: Task, fresh: Rows) -> Iterator[Bad]:
         """Leaves whose hash is not the recorded one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from snapchain.repository.layers import StoredLayer, resolve
 from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
 
-_Copies = list[tuple[int, int, int]]
-"""(offset in the buffer, offset in the blob, length) of each piece that is copied."""
+_Target = tuple[int, int, int, int]
+"""Number of a buffer, offset in it, offset in the blob, length."""
 
 
 class ChainView:
@@ -38,50 +39,69 @@ class ChainView:
 
         Raises Corrupt naming the pack when a blob is missing or damaged.
         """
-        window = self.extents.window(offset, offset + len(buffer))
-        ends = window.ends
-        empty = window.val < DATA
-        for start, stop in zip(window.at[empty].tolist(), ends[empty].tolist(), strict=True):
-            buffer[start:stop] = bytes(stop - start)
-        copies: dict[Location, tuple[bytes, _Copies]] = {}
-        for owner in np.unique(window.val[~empty]).tolist():
-            mine = window.val == owner
-            first, stop = window.at[mine] + offset, ends[mine] + offset
-            for page in self.layers[owner].pages(int(first[0]), int(stop[-1])):
-                for blob, where, found in _pieces(page, first, stop, offset):
-                    copies.setdefault(where, (blob, []))[1].extend(found)
-        wanted = [(blob, where) for where, (blob, _) in copies.items()]
-        for at, plain in self._blobs.read_all(wanted):
+        self.read_pieces([(offset, buffer)])
+
+    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """As `read_into` for several (offset, buffer), ascending and apart.
+
+        What lies together in a pack is asked for together, and a page is looked at once.
+        """
+        first = np.array([offset for offset, _ in pieces], np.int64)
+        stop = first + np.array([len(buffer) for _, buffer in pieces], np.int64)
+        if not len(first):
+            return
+        window = self.extents.window(int(first[0]), int(stop[-1]))
+        run, piece, begin, end = _meeting(window.at + first[0], window.ends + first[0], first, stop)
+        owner = window.val[run]
+        empty = owner < DATA
+        for place, at, length in _lists(piece[empty], (begin - first[piece])[empty], (end - begin)[empty]):
+            pieces[place][1][at : at + length] = bytes(length)
+        targets: dict[Location, tuple[bytes, list[_Target]]] = {}
+        for number in np.unique(owner[~empty]).tolist():
+            mine = owner == number
+            for page in self.layers[number].pages(int(begin[mine][0]), int(end[mine][-1])):
+                for blob, where, found in _parts(page, begin[mine], end[mine], piece[mine], first):
+                    targets.setdefault(where, (blob, []))[1].extend(found)
+        wanted = [(blob, where) for where, (blob, _) in targets.items()]
+        for number, plain in self._blobs.read_all(wanted):
             view = memoryview(plain)
-            for begin, skip, length in copies[wanted[at][1]][1]:
-                buffer[begin : begin + length] = view[skip : skip + length]
+            for place, at, skip, length in targets[wanted[number][1]][1]:
+                pieces[place][1][at : at + length] = view[skip : skip + length]
 
 
-def _pieces(page: Page, first: Int64s, stop: Int64s, base: int) -> Iterator[tuple[bytes, Location, _Copies]]:
-    """What a page's blobs give to some guest ranges, and where in a buffer that begins at `base` it goes.
+def _parts(
+    page: Page, first: Int64s, stop: Int64s, piece: Int64s, base: Int64s
+) -> Iterator[tuple[bytes, Location, list[_Target]]]:
+    """What a page's blobs give to some guest ranges.
 
-    first, stop: int64[n], ascending, apart.  A blob comes once for each stretch of neighbouring runs that are of it.
+    first, stop: int64[n], the ranges, ascending, apart; piece: which buffer each is of; base: where buffers begin.
+    A blob comes once for each stretch of neighbouring runs that are of it.
     """
     rows = page.between(int(first[0]), int(stop[-1]))
     rows = rows[rows["stored"] != 0]
     start = rows["start"].astype(np.int64)
-    end = start + rows["length"].astype(np.int64)
-    # Every pair of a run and a range that meet: each run meets `count` ranges, from number `lowest` on.
-    lowest = np.searchsorted(stop, start, side="right")
-    count = np.maximum(np.searchsorted(first, end, side="left") - lowest, 0)
-    if not count.any():
+    run, place, begin, end = _meeting(start, start + rows["length"].astype(np.int64), first, stop)
+    if not len(run):
         return
-    run = np.repeat(np.arange(len(rows)), count)
-    place = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count) + lowest[run]
-    begin = np.maximum(start[run], first[place])
-    length = np.minimum(end[run], stop[place]) - begin
-    skip = begin - start[run] + rows["skip"][run]
-    begin -= base
-    pack, blob = rows["pack"][run], rows["offset"][run]
-    fresh = (pack[1:] != pack[:-1]) | (blob[1:] != blob[:-1])
+    rows = rows[run]
+    skip = begin - start[run] + rows["skip"]
+    fresh = (rows["pack"][1:] != rows["pack"][:-1]) | (rows["offset"][1:] != rows["offset"][:-1])
+    targets: list[_Target] = list(_lists(piece[place], begin - base[piece[place]], skip, end - begin))
     cuts = [0, *(np.flatnonzero(fresh) + 1).tolist(), len(run)]
-    pieces: _Copies = list(zip(begin.tolist(), skip.tolist(), length.tolist(), strict=True))
     for cut, following in pairwise(cuts):
-        row = rows[run[cut]]
+        row = rows[cut]
         where = Location(page.packs[int(row["pack"])], int(row["offset"]), int(row["stored"]), int(row["raw"]))
-        yield row["id"].tobytes(), where, pieces[cut:following]
+        yield row["id"].tobytes(), where, targets[cut:following]
+
+
+def _meeting(at: Int64s, end: Int64s, first: Int64s, stop: Int64s) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+    """Where two lists of ranges, each ascending and apart, meet: (place in one, in the other, start, stop) of each."""
+    lowest = np.searchsorted(stop, at, side="right")
+    count = np.maximum(np.searchsorted(first, end, side="left") - lowest, 0)
+    one = np.repeat(np.arange(len(at)), count)
+    other = np.arange(len(one)) - np.repeat(np.cumsum(count) - count, count) + lowest[one]
+    return one, other, np.maximum(at[one], first[other]), np.minimum(end[one], stop[other])
+
+
+def _lists(*columns: Int64s) -> Iterator[Any]:
+    return zip(*(column.tolist() for column in columns), strict=True)
