@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import secrets
+import threading
 from typing import Annotated, Literal
 
 import blake3
@@ -20,6 +21,8 @@ from snapchain.errors import Corrupt, InvalidInput
 from snapchain.repository.crypto import KEY_BYTES, SALT_BYTES
 
 _NONCE = bytes(12)
+_deriving = threading.Lock()
+"""OpenSSL's own threads, one a lane, wait for each other for ever when two derivations of one process overlap."""
 
 
 class KeySlot(BaseModel):
@@ -42,9 +45,11 @@ class KeySlot(BaseModel):
     def wrapping_key(self, passphrase: str) -> bytes:
         """The key that wraps the master key; 0.1 s on purpose."""
         salt = base64.b64decode(self.salt, validate=True)
-        return Argon2id(
+        derivation = Argon2id(
             salt=salt, length=KEY_BYTES, iterations=self.iterations, lanes=self.lanes, memory_cost=self.memory_kib
-        ).derive(passphrase.encode())
+        )
+        with _deriving:
+            return derivation.derive(passphrase.encode())
 
 
 def wrap(master: bytes, passphrase: str, config: bytes) -> KeySlot:

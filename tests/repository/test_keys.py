@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -56,6 +57,16 @@ def test_passphrases_of_any_letters() -> None:
     store = MemoryStore()
     Repository.create(store, passphrase=lambda: "pässwörd \N{SNOWMAN} \0")
     Repository.open(store, passphrase=lambda: "pässwörd \N{SNOWMAN} \0")
+
+
+@pytest.mark.timeout(30)
+def test_many_threads_open_repositories_at_once() -> None:
+    """Two derivations that overlap in OpenSSL never end."""
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda _: Repository.open(store, passphrase=secret).keys.disk_key("a"), range(12)))
+    assert len(set(opened)) == 1
 
 
 def test_the_slot_costs_what_it_should() -> None:
