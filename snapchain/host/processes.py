@@ -134,6 +134,7 @@ def run(
         status = child.wait().exit_code
     except sh.TimeoutException:
         status, timed_out = -signal.SIGKILL, True
+        _end_group(child.process)
     except BaseException:
         _end(child.process)
         raise
@@ -225,7 +226,14 @@ def _end(process: Any) -> None:
     """Kill and reap the child of an interrupted run()."""
     with suppress(ProcessLookupError):
         process.kill()
+    _end_group(process)
     process.wait()
+
+
+def _end_group(process: Any) -> None:
+    """What the child itself has started: it leads a session of its own, so its group holds nobody else."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _how_it_ended(status: int, stderr: str) -> str:

@@ -104,6 +104,13 @@ def test_a_timeout_kills(tmp_path: Path) -> None:
     assert gone(int((tmp_path / "pid").read_text()))
 
 
+def test_a_timeout_kills_what_the_program_has_started(tmp_path: Path) -> None:
+    with pytest.raises(ToolFailed, match=r"0\.3 seconds"):
+        run(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; wait; true"], timeout=0.3)
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_until(lambda: gone(pid))
+
+
 def test_output_is_bounded() -> None:
     with pytest.raises(ToolFailed, match="more than 100000 bytes"):
         run(["yes"], output_cap=100_000)
