@@ -211,6 +211,13 @@ def leaves_shown(
 
     layers: root first; first: a multiple of the leaf size.  Reads only pages of that range.
     """
+    return leaves_said(layers, first, stop)[:2]
+
+
+def leaves_said(
+    layers: Sequence[StoredLayer], first: int, stop: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """As `leaves_shown`, and for each leaf of the range whether the layers leave it to what lies below them."""
     base = first // LEAF_BYTES
     count = max(0, -(-stop // LEAF_BYTES) - base)
     stop = (base + count) * LEAF_BYTES  # a page that begins past `stop`, in its leaf, speaks of that leaf
@@ -236,7 +243,7 @@ def leaves_shown(
         open_ &= np.cumsum(touched[:count]) == 0
     numbers = np.concatenate(index)
     order = np.argsort(numbers, kind="stable")
-    return numbers[order], np.concatenate(hashes)[order]
+    return numbers[order], np.concatenate(hashes)[order], open_
 
 
 def resolve(layers: Sequence[StoredLayer]) -> Extents:

@@ -14,11 +14,11 @@ import numpy as np
 
 from snapchain.errors import Corrupt
 from snapchain.model.content import LEAF_BYTES, Leaves, leaves_over
-from snapchain.model.extents import ABSENT, DATA, Extents, over
+from snapchain.model.extents import ABSENT, DATA, Extents, over, rounded
 from snapchain.repository import layers as records
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id, layer_name
 from snapchain.repository.intake import store_page
-from snapchain.repository.layers import LayerHeader, StoredLayer, leaves_shown
+from snapchain.repository.layers import LayerHeader, StoredLayer, leaves_said
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import PAGE_LEAVES, PAGE_RUNS, PageBuilder, Rows, extents_of
 from snapchain.repository.repository import Repository
@@ -98,7 +98,7 @@ def merge_layers(repository: Repository, group: Sequence[StoredLayer], packer: P
             continue
         for first, stop in stretch.windows():
             piece = _composed(group, first, stop, root=root)
-            _prove(group, piece, first, stop)
+            _prove(group, piece, first, stop, root=root)
             for runs, leaves in _page_loads(piece, first):
                 builder.add(runs, piece.packs, leaves)
                 if builder.is_full:
@@ -178,8 +178,13 @@ def _piece(layer: StoredLayer, first: int, stop: int) -> _Piece:
 
 def _over(lower: _Piece, upper: _Piece) -> _Piece:
     """Both together: every run that shows, cut to where it shows."""
-    places = len(lower.runs)
-    view = over(_named(lower.runs, lower.extents.size, 0), _named(upper.runs, upper.extents.size, places))
+    places, size = len(lower.runs), upper.extents.size
+    below = _named(lower.runs, lower.extents.size, 0)
+    if lower.extents.size < size and not _ends_touched(lower, upper):
+        # Nobody here knows the leaf in which the lower piece ends.  It ends where what is below the group ends, or
+        # above that; so past its end in that leaf nothing shows anyway, and saying ZERO there would claim the leaf.
+        below = below.resized(min(-(-lower.extents.size // LEAF_BYTES) * LEAF_BYTES, size), ABSENT)
+    view = over(below, _named(upper.runs, size, places))
     shown = view.val != ABSENT
     start, length, val = view.at[shown], view.lengths[shown], view.val[shown]
     moved = upper.runs.copy()
@@ -196,6 +201,14 @@ def _over(lower: _Piece, upper: _Piece) -> _Piece:
     return _Piece(
         extents_of(rows, upper.extents.size), rows, lower.packs + upper.packs, leaves_over(lower.leaves, upper.leaves)
     )
+
+
+def _ends_touched(lower: _Piece, upper: _Piece) -> bool:
+    """Whether one of them speaks of the leaf inside which the lower one ends; true where it ends with a leaf."""
+    first = lower.extents.size // LEAF_BYTES * LEAF_BYTES
+    stop = min(first + LEAF_BYTES, upper.extents.size)
+    parts = lower.extents.window(first, lower.extents.size), upper.extents.window(first, stop)
+    return first == lower.extents.size or any(bool((part.val != ABSENT).any()) for part in parts)
 
 
 def _named(runs: Rows, size: int, base: int) -> Extents:
@@ -232,11 +245,21 @@ def _shifted(runs: Rows, first: int) -> Rows:
     return moved
 
 
-def _prove(group: Sequence[StoredLayer], piece: _Piece, first: int, stop: int) -> None:
-    """Raises Corrupt unless the composed window shows, leaf by leaf, what walking the layers shows."""
-    index, hashes = leaves_shown(group, first, stop)
+def _prove(group: Sequence[StoredLayer], piece: _Piece, first: int, stop: int, *, root: bool) -> None:
+    """Raises Corrupt unless the composed window shows, leaf by leaf, what walking the layers shows.
+
+    And unless it leaves the same leaves to what is below; below a root there is nothing.
+    """
+    index, hashes, left = leaves_said(group, first, stop)
     found = piece.leaves
-    if not (np.array_equal(found.index + first // LEAF_BYTES, index) and np.array_equal(found.hashes, hashes)):
+    at = np.arange(first, first + piece.extents.size, LEAF_BYTES) - first
+    said = rounded(piece.extents, LEAF_BYTES).values_at(at) == DATA if len(at) else np.empty(0, np.bool_)
+    same = (
+        np.array_equal(found.index + first // LEAF_BYTES, index)
+        and np.array_equal(found.hashes, hashes)
+        and (root or np.array_equal(said, ~left[: len(at)]))
+    )
+    if not same:
         raise Corrupt(
             f"the merged layer would not show what the layers show between {first} and {stop}; nothing was changed",
             subject=layer_name(group[-1].id),

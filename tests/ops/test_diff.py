@@ -18,12 +18,15 @@ from tests.repository.synthetic import LEAF, again, repository
 
 
 def differing(old: bytes, new: bytes) -> list[tuple[int, int]]:
-    """(offset, length) of neighbouring leaves that differ, cut at the shorter end; what only one has differs."""
+    """(offset, length) of neighbouring leaves that differ, cut at the shorter end; what only one has differs.
+
+    The leaf in which the shorter one ends counts as filled up with zeroes.
+    """
     common = min(len(old), len(new))
     marked = [
         (at, min(at + LEAF, common))
         for at in range(0, common, LEAF)
-        if old[at : min(at + LEAF, common)] != new[at : min(at + LEAF, common)]
+        if old[at : at + LEAF].ljust(LEAF, b"\0") != new[at : at + LEAF].ljust(LEAF, b"\0")
     ]
     if len(old) != len(new):
         marked.append((common, max(len(old), len(new))))

@@ -194,3 +194,27 @@ def test_a_wide_gap_costs_by_what_is_there_and_not_by_its_width() -> None:
     assert after[1].size == size
     assert after[1].extents().zero_bytes > size // 2
     assert after[1].header.content_id == top.header.content_id
+
+
+@pytest.mark.parametrize("sizes", [(LEAF + 100, 3 * LEAF), (LEAF + 100, LEAF + 300), (100, 3 * LEAF), (LEAF, 3 * LEAF)])
+@pytest.mark.parametrize("below", [LEAF // 2, LEAF + 100, LEAF + 50, 3 * LEAF])
+@pytest.mark.parametrize("between", [None, LEAF // 2, LEAF + 60])
+def test_a_group_that_grows_from_inside_a_leaf_that_only_the_chain_below_knows(
+    sizes: tuple[int, int], below: int, between: int | None
+) -> None:
+    """The merged layer may neither claim that leaf as zero nor let what a shorter layer hid come back."""
+    stack = [drawn(below, [Run(0, below, 7)], b"")]
+    for size in (*(() if between is None else (between,)), *sizes):
+        stack.append(drawn(size, [], stack[-1].shown))
+    shipped = ship(stack)
+    for kept in ({0, len(stack) - 1}, {0, 1, len(stack) - 1}):
+        chain = merged(shipped.repository, shipped.layers, kept)[len(stack) - 1]
+        assert shipped.shows(chain) == stack[-1].shown
+        view = ChainView(
+            [again(shipped.repository).layer(layer.id) for layer in chain], again(shipped.repository).blobs
+        )
+        Replay(view, view.extents.owned_by(0)).run(nothing)
+        for top in range(1, len(chain) + 1):
+            Replay(ChainView(chain[:top], shipped.repository.blobs), chain[top - 1].extents()).on(chain[: top - 1]).run(
+                nothing
+            )
