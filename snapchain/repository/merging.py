@@ -149,7 +149,10 @@ def _stretches(group: Sequence[StoredLayer]) -> Iterator[_Stretch]:
 def _composed(group: Sequence[StoredLayer], first: int, stop: int, *, root: bool) -> _Piece:
     piece = _piece(group[0], first, stop)
     for layer in group[1:]:
-        piece = _over(piece, _piece(layer, first, stop))
+        upper = _piece(layer, first, stop)
+        # Most of many small layers say nothing in a window; of one size, they change nothing either.
+        if len(upper.runs) or upper.extents.size != piece.extents.size:
+            piece = _over(piece, upper)
     if root:
         stay = piece.runs["stored"] != 0
         piece = _Piece(piece.extents, piece.runs[stay], piece.packs, piece.leaves)
