@@ -229,18 +229,20 @@ def leaves_said(
         open_[max(0, -(-layer.size // LEAF_BYTES) - base) :] = False
         if not open_.any():
             break
-        touched = np.zeros(count + 1, np.int32)
+        touched = np.zeros(count + 1, np.int64)
         for page in layer.pages(first, min(stop, layer.size)):
-            number = page.leaves["index"].astype(np.int64) - base
-            shown = (number >= 0) & (number < count)
-            shown[shown] = open_[number[shown]]
-            index.append(number[shown] + base)
-            hashes.append(page.leaves["hash"][shown])
-            begin = page.runs["start"].astype(np.int64)
-            end = begin + page.runs["length"].astype(np.int64)
-            np.add.at(touched, np.clip(begin // LEAF_BYTES - base, 0, count), 1)
-            np.add.at(touched, np.clip(-(-end // LEAF_BYTES) - base, 0, count), -1)
-        open_ &= np.cumsum(touched[:count]) == 0
+            begin, end = page.index.searchsorted((base, base + count)).tolist()
+            if begin < end:
+                number = page.index[begin:end]
+                shown = open_[number - base]
+                index.append(number[shown])
+                hashes.append(page.leaves["hash"][begin:end][shown])
+            runs = page.places(first, stop)
+            if runs.start < runs.stop:
+                enters = np.maximum(page.start[runs] // LEAF_BYTES - base, 0)
+                leaves = np.minimum(-(-page.stop[runs] // LEAF_BYTES) - base, count)
+                touched += np.bincount(enters, minlength=count + 1) - np.bincount(leaves, minlength=count + 1)
+        open_ &= touched[:count].cumsum() == 0
     numbers = np.concatenate(index)
     order = np.argsort(numbers, kind="stable")
     return numbers[order], np.concatenate(hashes)[order], open_

@@ -34,11 +34,25 @@ Rows = npt.NDArray[np.void]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Page:
-    """A decoded page. runs: RUN_ROW[n]; leaves: LEAF_ROW[m]; packs: their table, by place."""
+    """A decoded page.
+
+    runs: RUN_ROW[n]; leaves: LEAF_ROW[m]; packs: their table, by place.
+    start, stop: int64[n], the guest bytes of the runs; index: int64[m], leaf numbers; to be searched, which a column
+    of a row is too slow for.
+    """
 
     runs: Rows
     leaves: Rows
     packs: Sequence[str]
+    start: Int64s = field(init=False)
+    stop: Int64s = field(init=False)
+    index: Int64s = field(init=False)
+
+    def __post_init__(self) -> None:
+        start = self.runs["start"].astype(np.int64)
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "stop", start + self.runs["length"].astype(np.int64))
+        object.__setattr__(self, "index", self.leaves["index"].astype(np.int64))
 
     def encode(self) -> bytes:
         """The page as stored."""
@@ -72,20 +86,19 @@ class Page:
             and bool((runs["length"] <= stop).all())
             and bool((self.leaves["index"] <= stop // LEAF_BYTES).all())
         )
-        start, length = runs["start"].astype(np.int64), runs["length"].astype(np.int64)
-        index = self.leaves["index"].astype(np.int64)
+        begin, end = self.start, self.stop
         data = runs[runs["stored"] != 0]
         sound = (
             bounded
-            and bool((length > 0).all())
-            and (not len(runs) or (start[0] >= first and start[-1] + length[-1] <= stop))
-            and bool((start[1:] >= start[:-1] + length[:-1]).all())
+            and bool((end > begin).all())
+            and (not len(runs) or (begin[0] >= first and end[-1] <= stop))
+            and bool((begin[1:] >= end[:-1]).all())
             and bool((data["pack"] < len(self.packs)).all())
             and bool((data["raw"] <= LARGEST_BLOB).all())
             and bool((data["stored"] <= data["raw"] + TAG_BYTES).all())
             and bool((data["skip"].astype(np.uint64) + data["length"] <= data["raw"]).all())
-            and bool((np.diff(index) > 0).all())
-            and _all_touched(index, start, start + length)
+            and bool((np.diff(self.index) > 0).all())
+            and _all_touched(self.index, begin, end)
         )
         if not sound:
             raise Corrupt("a page of the layer record contradicts itself", subject=subject)
@@ -100,9 +113,11 @@ class Page:
 
     def between(self, first: int, stop: int) -> Rows:
         """The runs that reach into [first, stop); they may reach beyond it."""
-        start = self.runs["start"].astype(np.int64)
-        begin = int(np.searchsorted(start + self.runs["length"].astype(np.int64), first, side="right"))
-        return self.runs[begin : int(np.searchsorted(start, stop, side="left"))]
+        return self.runs[self.places(first, stop)]
+
+    def places(self, first: int, stop: int) -> slice:
+        """Where the runs of `between` stand."""
+        return slice(int(self.stop.searchsorted(first, side="right")), int(self.start.searchsorted(stop, side="left")))
 
     def extents(self, size: int) -> Extents:
         """The page's runs as a map of the whole disk: DATA, ZERO, and ABSENT between them."""
@@ -157,6 +172,7 @@ class PageBuilder:
         """Append RUN_ROWs (column `pack` indexes `packs`) and LEAF_ROWs that lie above all earlier ones."""
         moved = runs.copy()
         data = moved["stored"] != 0
+        moved["pack"][~data] = 0
         if data.any():
             places = np.array([self.place(pack) for pack in packs], np.uint32)
             moved["pack"][data] = places[moved["pack"][data]]

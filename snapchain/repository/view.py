@@ -77,14 +77,12 @@ def _parts(
     first, stop: int64[n], the ranges, ascending, apart; piece: which buffer each is of; base: where buffers begin.
     A blob comes once for each stretch of neighbouring runs that are of it.
     """
-    rows = page.between(int(first[0]), int(stop[-1]))
-    rows = rows[rows["stored"] != 0]
-    start = rows["start"].astype(np.int64)
-    run, place, begin, end = _meeting(start, start + rows["length"].astype(np.int64), first, stop)
+    near = page.places(int(first[0]), int(stop[-1]))
+    run, place, begin, end = _meeting(page.start[near], page.stop[near], first, stop)
     if not len(run):
         return
-    rows = rows[run]
-    skip = begin - start[run] + rows["skip"]
+    rows = page.runs[near][run]
+    skip = begin - page.start[near][run] + rows["skip"]
     fresh = (rows["pack"][1:] != rows["pack"][:-1]) | (rows["offset"][1:] != rows["offset"][:-1])
     targets: list[_Target] = list(_lists(piece[place], begin - base[piece[place]], skip, end - begin))
     cuts = [0, *(np.flatnonzero(fresh) + 1).tolist(), len(run)]
