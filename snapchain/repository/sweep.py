@@ -213,7 +213,8 @@ def _moved_page(page: Page, packs: set[str], moves: Moves) -> Page | None:
     names = list(table)
     places = np.zeros(len(names), np.uint32)
     places[used] = np.arange(len(used), dtype=np.uint32)
-    runs["pack"] = np.where(runs["stored"] != 0, places[runs["pack"]], 0)
+    data = runs["stored"] != 0
+    runs["pack"] = places[np.where(data, runs["pack"], 0)] * data
     return Page(runs, page.leaves, [names[place] for place in used])
 
 

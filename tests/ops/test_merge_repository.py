@@ -11,6 +11,7 @@ import pytest
 from snapchain.errors import Conflict, InvalidInput, NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
+from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.verify import verify
 from snapchain.repository.repository import Repository
@@ -55,10 +56,21 @@ def test_kept_points_restore_and_keep_their_content_ids(tmp_path: Path, seed: in
             assert same_bytes(out, shown) if out.suffix == ".raw" else same(out, shown)
         assert len(repo.catalogue(DISK).parents) == report.layers_after
         assert verify(again(repo), share=1.0).ok
+        if draw.random() < 0.5:
+            gc.run(again(repo))
+            assert verify(again(repo), share=1.0).ok
         if len(points) == len(report.points_kept) and len(points) <= 2:
             break
     final = RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
     assert final.layers_after == 1
+    gc.run(again(repo))
+    collected = sum(info.size for info in repo.store.list("packs/"))
+    ship(stack.files[-1], repo, disk="again", each_layer=True)
+    for number, shown in enumerate(stack.shown, start=1):
+        (tmp_path / "again.raw").unlink(missing_ok=True)
+        restore(repo, tmp_path / "again.raw", number, disk="again")
+        assert same_bytes(tmp_path / "again.raw", shown)
+    assert collected > 0 or not any(stack.shown[-1].read_bytes())
     (tmp_path / "chain").mkdir()
     chain = restore(repo, tmp_path / "chain" / "top.qcow2", chain=True)
     assert len(chain.files) == 1
