@@ -15,6 +15,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
+from snapchain.ops import gc
 from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.ship import check_label, shipment
@@ -434,6 +435,22 @@ def test_layers_merged_away_meanwhile_are_a_conflict(repo: Repository, chain: li
             work.run()
     report = ship(chain[2], repo)
     assert (report.layers_present, report.bytes_read) == (2, 64 * 1024), "the merged layer is known by its sources"
+
+
+def test_layers_collected_meanwhile_are_a_conflict_and_no_damage(repo: Repository, tmp_path: Path) -> None:
+    """Merged away, and then deleted with their packs, before this shipment had its lease."""
+    layers = [[f"write -P {n + 1} {n}M 512k" for n in range(8)], ["write -P 200 1M 6M"], ["write -P 3 2M 64k"]]
+    files = build(tmp_path / "c", [Layer(16 * MiB, commands) for commands in layers])
+    ship(files[0], repo)
+    ship(files[1], repo)
+    with shipment(files[2], again(repo), DISK) as work:
+        RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
+        assert gc.run(again(repo)).packs_deleted > 0
+        with pytest.raises(Conflict, match="merged away meanwhile"):
+            work.run()
+    assert ship(files[2], repo).point == 3
+    restore(repo, tmp_path / "out.raw")
+    assert same_bytes(tmp_path / "out.raw", flat(files[2], tmp_path / "flat"))
 
 
 # ---- labels and names
