@@ -106,7 +106,14 @@ class Shipment:
     """An image and a repository, both open. Make it by `shipment`."""
 
     def __init__(
-        self, chain: ImageChain, repository: Repository, disk: str, *, labels: Sequence[str], each_layer: bool
+        self,
+        chain: ImageChain,
+        repository: Repository,
+        disk: str,
+        *,
+        labels: Sequence[str],
+        each_layer: bool,
+        lineage: Sequence[Wanted] = (),
     ) -> None:
         self._chain, self._repository = chain, repository
         self._disk: Disk = repository.disk(disk)
@@ -116,7 +123,7 @@ class Shipment:
         have = self._stored()
         found = missing(
             [Held(layer.id, layer.header.sources) for layer in have],
-            [Wanted(_source(file)) for file in chain.files],
+            [_wanted(file, lineage) for file in chain.files],
             same=_same,
         )
         count = len(chain.files)
@@ -167,6 +174,7 @@ class Shipment:
             points.append(self._publish(chain, self._time_of(len(self._chain.files))))
         else:
             with self._lease(on_event) as lease, Deposit(self._repository) as deposit:
+                self._look_again()
                 on_bytes(0)
                 for group in self._groups:
                     if self._adds(group, chain):
@@ -187,6 +195,12 @@ class Shipment:
             virtual_size=last.size,
             content_id=last.content_id,
         )
+
+    def _look_again(self) -> None:
+        """Raises Conflict when what this builds on was merged away, and perhaps collected, before it had its lease."""
+        self._current = self._disk.read()
+        if self._current is not None:
+            _check_base(self._current[0], [layer.id for layer in self._base], _links(self._base))
 
     def _lease(self, on_event: OnEvent) -> Lease:
         work = f"ship {self._disk.name}"
@@ -250,7 +264,7 @@ class Shipment:
             name=top.path.name,
             image_format=top.format,
             cluster_size=max(512, min(file.cluster_size or _RAW_CLUSTER for file in files)),
-            sources=tuple(map(_source, files)),
+            sources=tuple(map(source_of, files)),
         )
         composed = _Composed(self._extents(group), self._chain.at(group.stop - 1))
         return deposit.add(composed, below, origin, on_bytes=on_bytes, confirm=lambda: check_unchanged(self._chain))
@@ -258,7 +272,7 @@ class Shipment:
     def _publish(self, chain: Sequence[StoredLayer], time: datetime) -> Point:
         """Make the next point of the disk name this chain. Raises Conflict when its base was merged away meanwhile."""
         top = chain[-1].header
-        links = {upper.id: lower.id if lower else None for lower, upper in zip([None, *chain], chain, strict=False)}
+        links = _links(chain)
         for attempt in range(_ATTEMPTS):
             catalogue = self._current[0] if self._current else None
             if catalogue is not None:
@@ -292,6 +306,7 @@ def shipment(
     *,
     labels: Sequence[str] = (),
     each_layer: bool = False,
+    lineage: Sequence[Wanted] = (),
     format: str | None = None,
     image_dirs: Sequence[Path] = (),
     on_event: OnEvent = ignore,
@@ -299,12 +314,13 @@ def shipment(
     """Open an image, locked against writers, to be shipped to `repository` as `disk`.
 
     labels: given to the points; each_layer: every file of the chain becomes a layer and a point of its own
+    lineage: files that local merges have made, each with what it replaces: the destination knows those parts
     Raises what `scan` raises for an image that is broken or refused, and Busy when somebody writes to it.
     """
     for label in labels:
         check_label(label)
     with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
-        yield Shipment(chain, repository, disk, labels=labels, each_layer=each_layer)
+        yield Shipment(chain, repository, disk, labels=labels, each_layer=each_layer, lineage=lineage)
 
 
 def check_label(label: str) -> str:
@@ -318,6 +334,11 @@ def check_label(label: str) -> str:
     return label
 
 
+def _links(chain: Sequence[StoredLayer]) -> dict[str, str | None]:
+    """layer -> the one below it."""
+    return {upper.id: lower.id if lower else None for lower, upper in zip([None, *chain], chain, strict=False)}
+
+
 def _check_base(catalogue: Catalogue, base: Sequence[str], links: dict[str, str | None]) -> None:
     for layer in base:
         if layer not in catalogue.parents or catalogue.parents[layer] != links[layer]:
@@ -328,7 +349,13 @@ def _check_base(catalogue: Catalogue, base: Sequence[str], links: dict[str, str 
             )
 
 
-def _source(file: ImageFile) -> Source:
+def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
+    source = source_of(file)
+    return next((known for known in lineage if _same(source, known.source)), Wanted(source))
+
+
+def source_of(file: ImageFile) -> Source:
+    """The key by which a destination knows a file again."""
     mark = file.fingerprint
     return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
 
