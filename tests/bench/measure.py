@@ -11,15 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One run of a program. seconds: wall clock; peak: bytes resident at most, of it and the children it waited for."""
+    """One run of a program, and the children that it waited for.
+
+    seconds: wall clock; cpu: seconds of all processors; peak: bytes resident at most
+    """
 
     seconds: float
+    cpu: float
     peak: int
     out: str
 
@@ -42,7 +47,7 @@ def run(argv: Sequence[str | Path], folder: Path, **environment: str) -> Cost:
     seconds = time.monotonic() - began
     text = said.read_text(errors="replace")
     assert child.returncode == 0, f"{argv}: {text}"
-    return Cost(seconds, usage.ru_maxrss * 1024, text)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text)
 
 
 def snapchain(folder: Path, *words: str | Path) -> Cost:
@@ -52,6 +57,12 @@ def snapchain(folder: Path, *words: str | Path) -> Cost:
 
 def qemu_img(*words: str | Path) -> None:
     subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True)
+
+
+def qemu_io(image: Path, words: Sequence[str]) -> None:
+    """Have QEMU carry out some commands on a qcow2 image, as a guest would write."""
+    argv = ["qemu-io", "-f", "qcow2", "-t", "writeback", str(image)]
+    subprocess.run(argv, input="\n".join(words), text=True, check=True, capture_output=True)
 
 
 def mixed(path: Path, size: int, *, seed: int = 1) -> None:
