@@ -17,6 +17,7 @@ from snapchain.model.content import content_id
 from snapchain.model.extents import DATA, ZERO, Extents
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
+from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.repository import keys as slots
 from snapchain.repository.catalogue import Point
@@ -115,6 +116,8 @@ def check(reader: Reader, shipped: Shipped, *, points: Sequence[int] | None = No
         assert point["content_id"] == second_reader.content_id(want)
         assert second_reader.leaves_shown(layers) == second_reader.leaves_of(want)
         assert {tuple(point["labels"])} == {("x",)}
+        zero = [run for layer in layers for run in layer.runs if run.where is None]
+        assert all((run.blob, run.skip) == (bytes(32), 0) for run in zero)
 
 
 @pytest.fixture(params=SUITES)
@@ -157,6 +160,14 @@ def test_merged_layers(tmp_path: Path, suite: str) -> None:
     (layer,) = reader.chain("web1/vda", 6)
     assert layer.header["replaces"] == [each.id for each in disk.layers]
     assert all(run.where for run in layer.runs)  # at the root nothing need be said about zeroes
+    before = set(reader.directories())
+    gc.run(repository)
+    reader = read(tmp_path, suite)
+    check(reader, disk, points=[6])
+    assert len(reader.generations("web1/vda")) == 1
+    there = set(reader.directories())
+    assert set(reader.indexed()) == there
+    assert len(there) < len(before)
 
 
 def test_a_merge_in_the_middle_keeps_zeroes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The known answers of docs/format.md, section 14, made with the package from fixed keys, ids and salts.
+"""The known answers of docs/format.md, section 15, made with the package from fixed keys, ids and salts.
 
 `python -m tests.repository.vectors` writes them into the document.
 """
