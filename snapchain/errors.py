@@ -9,7 +9,8 @@
     ├── Unsupported                  6   a valid thing that snapchain refuses to handle
     ├── Unavailable                  7   a server, disk or network failed: retrying may help
     ├── ToolFailed                   8   an external program failed
-    └── Busy                         9   somebody has it open: wait, or stop them
+    ├── Busy                         9   somebody has it open: wait, or stop them
+    └── PartialFailure              10   of many things some were not done: the report says which
 
 The number is the exit code of the command line.  `Interrupted` (130) is not an error of this tree: it
 derives from KeyboardInterrupt, so that no handler of errors swallows a Ctrl-C.
@@ -114,6 +115,13 @@ class Busy(SnapchainError):
 
     exit_code = 9
     kind = "busy"
+
+
+class PartialFailure(SnapchainError):
+    """Of many disks or destinations some failed or were not reached; the others are done."""
+
+    exit_code = 10
+    kind = "partial-failure"
 
 
 class Interrupted(KeyboardInterrupt):

@@ -19,6 +19,7 @@ TREE = {
     "Unavailable": ("SnapchainError", "unavailable", 7),
     "ToolFailed": ("SnapchainError", "tool-failed", 8),
     "Busy": ("SnapchainError", "busy", 9),
+    "PartialFailure": ("SnapchainError", "partial-failure", 10),
 }
 
 

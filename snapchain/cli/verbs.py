@@ -2,8 +2,8 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, gc, inspect, diff
+from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, gc, nightly, inspect, diff
 
 # isort: on
 
-__all__ = ["app", "diff", "gc", "init", "inspect", "log", "merge", "restore", "ship", "snapshot", "verify"]
+__all__ = ["app", "diff", "gc", "init", "inspect", "log", "merge", "nightly", "restore", "ship", "snapshot", "verify"]

@@ -1,0 +1,175 @@
+"""`snapchain nightly CONFIG`: snapshot, ship, merge, collect and verify all that a configuration names."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import duration, size
+from snapchain.errors import InvalidInput, PartialFailure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.nightly.preview import DiskPreview, NightlyPlan
+    from snapchain.ops.nightly.report import DiskReport, NightlyReport
+    from snapchain.ops.nightly.systemd import Units
+
+
+@verb(
+    examples="""
+    snapchain nightly /etc/snapchain/nightly.toml
+    snapchain nightly nightly.toml --dry-run
+    snapchain nightly nightly.toml --any-time --wait 1h
+    snapchain nightly nightly.toml --print-systemd
+    """,
+    when_interrupted="every point that was reported is whole; the next run begins with what was not reached",
+)
+def nightly(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML file; see the README.")],
+    *,
+    any_time: Annotated[bool, typer.Option("--any-time", help="Pay no heed to the window.")] = False,
+    wait: Annotated[
+        str, typer.Option("--wait", metavar="TIME", help="Wait so long for another run to end: 90s, 10min, 2h.")
+    ] = "0s",
+    print_systemd: Annotated[
+        bool,
+        typer.Option("--print-systemd", help="Print a service and a timer for this configuration, and do nothing."),
+    ] = False,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run every night's work: for each disk snapshot, ship, merge; for each destination merge by its rules, collect,
+    verify a sample.
+
+    What is wrong with one disk or one destination stops no other. Nothing new is begun after the window has closed;
+    the next run begins with the disks that were not reached. Ends with exit code 10 when something failed or was left.
+    """
+    from snapchain.ops.nightly import run as ops
+    from snapchain.ops.nightly.document import load
+
+    loaded = load(config)
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        if print_systemd:
+            from snapchain.ops.nightly.systemd import units
+
+            out.report(units(loaded, config, program=_program()), _draw_units)
+            return
+        if dry_run:
+            from snapchain.ops.nightly.preview import preview
+
+            out.plan(preview(loaded, config, any_time=any_time, on_event=out.on_event), _draw_plan)
+            return
+        report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
+        out.report(report, _draw_report)
+    if not report.complete:
+        raise typer.Exit(PartialFailure.exit_code)
+
+
+def _seconds(text: str) -> float:
+    from snapchain.ops.nightly.units import to_seconds
+
+    try:
+        seconds = to_seconds(text)
+    except ValueError as error:
+        raise InvalidInput(str(error), subject="--wait") from error
+    assert isinstance(seconds, float)
+    return seconds
+
+
+def _program() -> list[str]:
+    """How a service starts this very snapchain."""
+    beside = Path(sys.executable).with_name("snapchain")
+    found = str(beside) if beside.exists() else shutil.which("snapchain")
+    return [found] if found else [sys.executable, "-m", "snapchain"]
+
+
+def _draw_units(console: Console, units: Units) -> None:
+    for path, text in ((units.service_path, units.service), (units.timer_path, units.timer)):
+        console.print(f"# {path}\n{text}", markup=False, soft_wrap=True)
+
+
+def _draw_plan(console: Console, plan: NightlyPlan) -> None:
+    closes = f", until {_moment(plan.closes)}" if plan.closes else ""
+    render.headline(console, f"would run {plan.name}{closes}")
+    for reason in plan.left:
+        console.print(f"  nothing would be begun now: {reason}", style="yellow", markup=False)
+    render.table(
+        console,
+        ["disk", "seals", "files>", "ships", "merges", "drops"],
+        [_plan_row(disk) for disk in plan.disks],
+    )
+    for each in plan.destinations:
+        verify = f"verify {', '.join(each.verify)}" if each.verify else ""
+        words = ", ".join(filter(None, ["gc" if each.gc else "", verify]))
+        console.print(f"  {each.destination}: {words or 'nothing more'}", markup=False)
+    _draw_left_out(console, plan.layers_left_out)
+    _draw_faults(console, [("", map(str, plan.faults)), *((disk.disk, map(str, disk.faults)) for disk in plan.disks)])
+
+
+def _plan_row(disk: DiskPreview) -> list[str]:
+    ships = [f"{each.destination} {size(each.bytes_to_read)}" for each in disk.destinations]
+    drops = [f"{each.destination} {len(each.points_dropped)}" for each in disk.destinations if each.points_dropped]
+    files = str(disk.chain_length or "")
+    merges = f"{len(disk.merge)} files" if disk.merge else ""
+    return [disk.disk, disk.sealed.name if disk.sealed else "", files, ", ".join(ships), merges, ", ".join(drops)]
+
+
+def _draw_report(console: Console, report: NightlyReport) -> None:
+    told = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items()) or "no disks"
+    render.headline(console, f"{report.name}: {report.outcome.value} ({told}) in {duration(report.seconds)}")
+    render.table(
+        console,
+        ["disk", "outcome", "snapshot", "files>", "hidden>", "shipped", "merged", "time>"],
+        [_report_row(disk) for disk in report.disks],
+    )
+    for each in report.destinations:
+        facts = [f"gc freed {size(each.gc.bytes_freed)}"] if each.gc else []
+        facts += [f"verified {size(result.checked_bytes)} of {result.disk}" for result in each.verified]
+        words = ", ".join(facts)
+        console.print(f"  {each.destination}: {each.outcome.value}{f', {words}' if words else ''}", markup=False)
+    _draw_left_out(console, report.layers_left_out)
+    _draw_faults(console, [("", map(str, report.faults))])
+    for disk in report.disks:
+        _draw_faults(console, [(disk.disk, [*map(str, disk.faults), *(f"left: {words}" for words in disk.left)])])
+    for each in report.destinations:
+        faults = [*map(str, each.faults), *(f"left: {words}" for words in each.left)]
+        _draw_faults(console, [(each.destination, faults)])
+
+
+def _report_row(disk: DiskReport) -> list[str]:
+    shipped = [
+        f"{each.destination} {size(each.bytes_read)}" for each in disk.destinations if each.outcome.value == "ok"
+    ]
+    merged = f"{disk.merge.layers_before} to {disk.merge.layers_after}" if disk.merge else ""
+    files = str(disk.chain_length or "")
+    hidden = "" if disk.shadowed_bytes is None else size(disk.shadowed_bytes)
+    made = "" if disk.snapshot == "none" else disk.snapshot
+    return [disk.disk, disk.outcome.value, made, files, hidden, ", ".join(shipped), merged, duration(disk.seconds)]
+
+
+def _draw_left_out(console: Console, layers: Sequence[Path]) -> None:
+    if layers:
+        console.print(f"  {len(layers)} files matched that others stand on: layers, no disks", markup=False)
+
+
+def _draw_faults(console: Console, faults: Sequence[tuple[str, Iterable[str]]]) -> None:
+    for name, lines in faults:
+        for line in lines:
+            console.print(f"  {name}: {line}" if name else f"  {line}", style="red", markup=False)
+
+
+def _moment(time: datetime) -> str:
+    return time.astimezone().isoformat(timespec="minutes")

@@ -1,0 +1,212 @@
+"""What may stand in the configuration of a nightly run. Relative paths begin at the configuration's directory.
+
+    time_zone = "Europe/Berlin"        [[disks]]                        [[destinations]]
+    window = "22:00-06:00"             glob = "/images/*.qcow2"         name = "vault"
+                                       name = "{stem}/vda"              url = "s3://bucket/prefix"
+    [keep]                             merge_above = 8                  password_file = "/etc/snapchain/vault"
+    daily = 14
+
+Every field is said here, with its default; `document.py` turns mistakes into lines of the file.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, tzinfo
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from snapchain.model.retention import Policy, parse_duration
+from snapchain.ops.nightly.naming import check_template
+from snapchain.ops.nightly.units import Bytes, Seconds, Share
+from snapchain.ops.nightly.window import Window
+from snapchain.ops.ship import check_label
+
+Text = Annotated[str, Field(min_length=1)]
+Argv = Annotated[tuple[Text, ...], Field(min_length=1)]
+Label = Annotated[str, AfterValidator(check_label)]
+Count = Annotated[int, Field(ge=-1)]
+
+
+def _window(value: object) -> object:
+    return Window.parse(value) if isinstance(value, str) else value
+
+
+def _zone(name: str) -> str:
+    zone_of(name)
+    return name
+
+
+def _within(text: str | None) -> str | None:
+    if text is not None:
+        parse_duration(text)
+    return text
+
+
+def zone_of(name: str) -> tzinfo:
+    """The time zone of this name. Raises ValueError."""
+    if name == "UTC":
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise ValueError(
+            f'"{name}" is no time zone that this machine knows, such as "Europe/Berlin" or "UTC"'
+        ) from error
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Keep(_Part):
+    """Which points stay at a destination, as the options `--keep-*` of `merge`; -1: all."""
+
+    last: Count = 0
+    hourly: Count = 0
+    daily: Count = 0
+    weekly: Count = 0
+    monthly: Count = 0
+    yearly: Count = 0
+    within: Annotated[str | None, AfterValidator(_within)] = None
+    labels: tuple[Label, ...] = ()
+
+    @property
+    def policy(self) -> Policy:
+        """As rules."""
+        return Policy(
+            last=self.last,
+            hourly=self.hourly,
+            daily=self.daily,
+            weekly=self.weekly,
+            monthly=self.monthly,
+            yearly=self.yearly,
+            within=None if self.within is None else parse_duration(self.within),
+            labels=frozenset(self.labels),
+        )
+
+
+class Hooks(_Part):
+    """Programs, each an argument list; no shell.
+
+    before: first of all; after: last of all, whenever `before` was begun; on_failure: before `after`, when something
+    failed; timeout: seconds for each; failing: whether a hook that fails is a failure or a note
+    """
+
+    before: Argv | None = None
+    after: Argv | None = None
+    on_failure: Argv | None = None
+    timeout: Annotated[Seconds, Field(gt=0)] = 300.0
+    failing: Literal["failure", "note"] = "failure"
+
+
+class DiskHooks(Hooks):
+    """Hooks around one disk. after_snapshot: as soon as the image may be written to again, snapshot made or not."""
+
+    after_snapshot: Argv | None = None
+
+
+class Disks(_Part):
+    """One image (`path`), or all that a pattern finds (`glob`, less `exclude`; layers below others are left out).
+
+    name: of the disk at the destinations, with {stem}, {name}, {parent} of the image's path and {host};
+    snapshot: false ships the image as it is, which stays locked meanwhile; merge_above: local chains of more files
+    have sealed layers merged; hold: patterns of file names that are never merged; when_busy: whether an image that
+    somebody has open is left out, or a failure; destinations: names, all by default
+    """
+
+    path: Path | None = None
+    glob: Text | None = None
+    exclude: tuple[Text, ...] = ()
+    name: Annotated[str, AfterValidator(check_template)] = "{stem}"
+    format: Literal["qcow2", "raw"] | None = None
+    image_dirs: tuple[Path, ...] = ()
+    labels: tuple[Label, ...] = ()
+    snapshot: bool = True
+    merge_above: Annotated[int, Field(ge=4, le=150)] | None = None
+    hold: tuple[Text, ...] = ()
+    when_busy: Literal["skip", "failure"] = "skip"
+    destinations: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    hooks: DiskHooks = DiskHooks()
+
+    @model_validator(mode="after")
+    def _names_images(self) -> Self:
+        if (self.path is None) == (self.glob is None):
+            raise ValueError("name either one image (path) or a pattern (glob)")
+        if self.exclude and self.glob is None:
+            raise ValueError("exclude belongs to a glob")
+        return self
+
+
+class Verify(_Part):
+    """A sample each night. disks: how many, by turns; share: of their data; records are checked in any case."""
+
+    disks: Annotated[int, Field(ge=1)] = 1
+    share: Annotated[Share, Field(ge=0, le=1)] = 0.05
+
+
+class Destination(_Part):
+    """A repository. Its passphrase comes from a file, a program or a variable, SNAPCHAIN_PASSWORD by default.
+
+    concurrency: disks that ship to it at once; keep: instead of the common one
+    """
+
+    name: Text
+    url: Text
+    password_file: Path | None = None
+    password_command: Argv | None = None
+    password_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    limit_rate: Annotated[Bytes, Field(gt=0)] | None = None
+    concurrency: Annotated[int, Field(ge=1, le=16)] = 1
+    keep: Keep | None = None
+    gc: bool = True
+    verify: Verify | None = Verify()
+
+    @model_validator(mode="after")
+    def _one_passphrase(self) -> Self:
+        if sum(each is not None for each in (self.password_file, self.password_command, self.password_env)) > 1:
+            raise ValueError("name one source of the passphrase: password_file, password_command or password_env")
+        return self
+
+
+class Budget(_Part):
+    """What one run may use.
+
+    ship: guest bytes read to be shipped; merge: bytes that local merges move; time: until nothing new is begun
+    """
+
+    ship: Annotated[Bytes, Field(gt=0)] | None = None
+    merge: Annotated[Bytes, Field(gt=0)] | None = None
+    time: Annotated[Seconds, Field(gt=0)] | None = None
+
+
+class Nightly(_Part):
+    """The whole. name: of metrics and messages, by default the file's; concurrency: disks at work at once."""
+
+    time_zone: Annotated[str, AfterValidator(_zone)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "nightly"
+    window: Annotated[Window, BeforeValidator(_window), PlainSerializer(str)] | None = None
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 1
+    state: Path | None = None
+    metrics: Path | None = None
+    budget: Budget = Budget()
+    keep: Keep = Keep()
+    hooks: Hooks = Hooks()
+    disks: Annotated[tuple[Disks, ...], Field(min_length=1)]
+    destinations: Annotated[tuple[Destination, ...], Field(min_length=1)]
+
+    @property
+    def zone(self) -> tzinfo:
+        """Whose wall clock the window and the calendar rules go by."""
+        return zone_of(self.time_zone)
+
+    def destinations_of(self, disks: Disks) -> tuple[Destination, ...]:
+        """Where these disks go."""
+        wanted = disks.destinations
+        return tuple(each for each in self.destinations if wanted is None or each.name in wanted)
+
+    def keep_of(self, destination: Destination) -> Policy:
+        """The rules of a destination: its own or the common ones."""
+        return (self.keep if destination.keep is None else destination.keep).policy

@@ -1,0 +1,272 @@
+"""One disk's night: snapshot, ship to every destination, merge locally, merge at the destinations.
+
+The order is the safety: a local layer is merged only when every destination is found to hold it, and points go at a
+destination only after a new one has come.  What is shipped is the sealed file, so the image itself is locked for the
+length of the snapshot alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from snapchain.errors import Busy, SnapchainError
+from snapchain.model.inventory import Wanted
+from snapchain.ops import snapshot
+from snapchain.ops.events import Event, Notice, OnEvent, Progress
+from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeReport
+from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.hooks import HookRunner
+from snapchain.ops.nightly.local_merge import Sealed
+from snapchain.ops.nightly.look import ImageFacts, look
+from snapchain.ops.nightly.place import Place
+from snapchain.ops.nightly.plan import Limits
+from snapchain.ops.nightly.report import DiskReport, Outcome, ShipResult
+from snapchain.ops.nightly.selection import SelectedDisk
+from snapchain.ops.nightly.state import Reached, StateFile
+from snapchain.ops.nightly.steps import Steps
+from snapchain.ops.ship import ShipReport, shipment
+
+_TRIES = 2
+"""Of a step that lost a race with another snapchain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Night:
+    """What all disks of a run share. facts: for the hooks."""
+
+    config: Nightly
+    places: dict[str, Place]
+    state: StateFile
+    limits: Limits
+    clock: Callable[[], datetime]
+    on_event: OnEvent
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """What is to be shipped. facts: of its chain; moment: when nothing could write to it; how: see DiskReport."""
+
+    sealed: Sealed
+    facts: ImageFacts
+    moment: datetime
+    how: str
+
+
+class DiskRun:
+    """One disk in one run. `run` does not raise for what is wrong with the disk: it reports."""
+
+    def __init__(self, night: Night, disk: SelectedDisk) -> None:
+        self._night, self._disk, self._settings = night, disk, disk.settings
+        self._places = [night.places[each.name] for each in night.config.destinations_of(disk.settings)]
+        self._dirs = (*disk.settings.image_dirs, disk.image.parent)
+        self._state = night.state.disk(disk.name, disk.image)
+        self._lineage: tuple[Wanted, ...] = ()
+        self._steps = Steps()
+        self._report = DiskReport(disk=disk.name, image=disk.image, outcome=Outcome.OK)
+        facts = {**night.facts, "disk": disk.name, "image": disk.image}
+        self._hooks = HookRunner(disk.settings.hooks, facts, on_notice=lambda words: self._on_event(Notice(words)))
+
+    def run(self) -> DiskReport:
+        """Do what there is time for; the state is on disk when it returns."""
+        began = time.monotonic()
+        if self._steps.attempt("selection", self._check_selection).outcome is Outcome.OK and (
+            self._steps.attempt("all of it", self._night.limits.check).outcome is Outcome.OK
+        ):
+            self._with_hooks()
+        steps, seconds = self._steps, round(time.monotonic() - began, 3)
+        self._show(outcome=steps.outcome, faults=tuple(steps.faults), left=tuple(steps.left), seconds=seconds)
+        report = self._report
+        self._keep(outcome=report.outcome.value, seconds=seconds)
+        if report.outcome is not Outcome.LEFT:
+            self._keep(reached=self._night.clock())
+        return report
+
+    def _check_selection(self) -> None:
+        if self._disk.fault is not None:
+            raise self._disk.fault
+
+    def _with_hooks(self) -> None:
+        steps = self._steps
+        try:
+            if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
+                self._work()
+        finally:
+            outcome, sealed = steps.outcome, self._report.sealed
+            if outcome is Outcome.FAILED:
+                error = str(steps.faults[0])
+                steps.attempt(
+                    "on_failure hook",
+                    lambda: self._hooks.run("on_failure", outcome=outcome, sealed=sealed, error=error),
+                )
+            steps.attempt("after hook", lambda: self._hooks.run("after", outcome=outcome, sealed=sealed))
+
+    def _work(self) -> None:
+        in_use = Outcome.FAILED if self._settings.when_busy == "failure" else Outcome.BUSY
+        try:
+            captured = self._steps.attempt("snapshot", self._capture, tries=_TRIES, busy=in_use).value
+        finally:
+            how = self._report.snapshot
+            self._steps.attempt("after_snapshot hook", lambda: self._hooks.run("after_snapshot", snapshot=how))
+        if captured is None:
+            return
+        results = [self._ship(place, captured) for place in self._places]
+        self._show(destinations=tuple(results))
+        if self._settings.merge_above is not None:
+            if all(each.outcome is Outcome.OK for each in results):
+                self._steps.attempt("local merge", lambda: self._merge(captured), tries=_TRIES)
+            else:
+                self._show(why_not_merged="not every destination holds it")
+        self._show(destinations=tuple(map(self._retain, self._places, results)))
+
+    def _capture(self) -> _Captured:
+        """Seal what was written since the last time."""
+        settings, image = self._settings, self._disk.image
+        facts = look(image, format=settings.format, image_dirs=self._dirs, on_event=self._on_event)
+        self._lineage = self._state.lineage([file.source for file in facts.files])
+        self._show_chain(facts, beyond=0)
+        self._check_anybody_there()
+        moment = self._night.clock()
+        if not settings.snapshot:
+            self._show(snapshot="off", sealed=image)
+            return _Captured(Sealed(image, settings.format, beyond=0), facts, moment, "off")
+        if facts.fresh:
+            below = facts.files[-2]
+            self._show(snapshot="unchanged", sealed=below.path)
+            return self._captured(Sealed(below.path, below.format, beyond=1), moment, "unchanged")
+        planned = snapshot.plan(image, image_format=settings.format, image_dirs=self._dirs)
+        made = snapshot.run(planned, on_event=self._on_event)
+        self._show(snapshot="made", sealed=made.sealed)
+        return self._captured(Sealed(made.sealed, planned.sealed_format, beyond=1), moment, "made")
+
+    def _captured(self, sealed: Sealed, moment: datetime, how: str) -> _Captured:
+        facts = look(sealed.path, format=sealed.format, image_dirs=self._dirs, on_event=self._on_event)
+        self._show_chain(facts, beyond=sealed.beyond)
+        return _Captured(sealed, facts, moment, how)
+
+    def _check_anybody_there(self) -> None:
+        """Without any destination a snapshot would only make the chain longer. Raises what the last of them raised."""
+        for number, place in enumerate(self._places, start=1):
+            try:
+                place.open()
+            except SnapchainError:
+                if number == len(self._places):
+                    raise
+            else:
+                return
+
+    def _ship(self, place: Place, captured: _Captured) -> ShipResult:
+        step = f"ship to {place.name}"
+        done = self._steps.attempt(step, lambda: self._shipped(place, captured), tries=_TRIES)
+        if done.value is None:
+            return ShipResult(destination=place.name, outcome=done.outcome)
+        report = done.value
+        return ShipResult(
+            destination=place.name,
+            outcome=Outcome.OK,
+            point=report.point,
+            layers_sent=report.layers_sent,
+            bytes_read=report.bytes_read,
+            bytes_stored=report.bytes_stored,
+            content_id=report.content_id,
+        )
+
+    def _shipped(self, place: Place, captured: _Captured) -> ShipReport:
+        sealed = captured.sealed
+        with place.turn() as repository:
+            self._night.limits.check()  # the turn may have been long in coming
+            with shipment(
+                sealed.path,
+                repository,
+                self._disk.name,
+                labels=self._settings.labels,
+                lineage=self._lineage,
+                format=sealed.format,
+                image_dirs=self._dirs,
+                on_event=self._on_event,
+            ) as work:
+                self._night.limits.take("ship", work.plan().bytes_to_read)
+                report = work.run(on_event=self._on_event)
+            catalogue = repository.catalogue(self._disk.name)
+        reached = Reached(
+            captured=captured.moment,
+            point=report.point,
+            points=len(catalogue.points),
+            layers=len(catalogue.parents),
+            shipped_bytes=report.bytes_read,
+            stored_bytes=report.bytes_stored,
+        )
+        self._keep(destinations={**self._state.destinations, place.name: reached})
+        return report
+
+    def _merge(self, captured: _Captured) -> None:
+        sealed, facts, limits = captured.sealed, captured.facts, self._night.limits
+        assert self._settings.merge_above is not None
+        limits.check()
+        if len(facts.files) + sealed.beyond <= self._settings.merge_above:
+            return
+        present = [
+            local_merge.present_at(place, self._disk.name, sealed, lineage=self._lineage, image_dirs=self._dirs)
+            for place in self._places
+        ]
+        chosen = local_merge.choose(facts, self._settings, present=present, beyond=sealed.beyond)
+        if isinstance(chosen, str):
+            self._show(why_not_merged=chosen)
+            return
+        planned = local_merge.plan(self._disk.image, self._settings, facts, chosen)
+        if isinstance(planned, str):
+            self._show(why_not_merged=planned)
+            return
+        limits.take("merge", planned.bytes_to_move)
+        try:
+            report, state, now = local_merge.run(planned, facts, chosen, self._state, sealed, on_event=self._on_event)
+        except Busy as error:  # the guest was started again, as it may: merging under it is the live path
+            self._show(why_not_merged=str(error))
+            return
+        self._keep(merged=state.merged, merge_freed_bytes=report.bytes_freed)
+        self._show(merge=report)
+        self._show_chain(now, beyond=sealed.beyond)
+
+    def _retain(self, place: Place, result: ShipResult) -> ShipResult:
+        """Let points go by the rules, where a new one has come."""
+        if result.outcome is not Outcome.OK or place.policy.is_empty:
+            return result
+        done = self._steps.attempt(f"merge at {place.name}", lambda: self._retained(place), tries=_TRIES)
+        if done.value is None:
+            return result.model_copy(update={"outcome": done.outcome})
+        kept = {"points": len(done.value.points_kept), "layers": done.value.layers_after}
+        reached = self._state.destinations[place.name].model_copy(update=kept)
+        self._keep(destinations={**self._state.destinations, place.name: reached})
+        return result.model_copy(update={"retention": done.value, **kept})
+
+    def _retained(self, place: Place) -> RepositoryMergeReport:
+        with place.turn() as repository:
+            self._night.limits.check()
+            zone, now = self._night.config.zone, self._night.clock()
+            work = RepositoryMerge(repository, self._disk.name, place.policy, zone=zone, now=now)
+            return work.run(on_event=self._on_event)
+
+    def _show(self, **values: Any) -> None:
+        self._report = self._report.model_copy(update=values)
+
+    def _show_chain(self, facts: ImageFacts, *, beyond: int) -> None:
+        """facts: of the image, or of the chain below its fresh top, which hides nothing (beyond: 1)."""
+        chain = {"chain_length": len(facts.files) + beyond, "shadowed_bytes": facts.shadowed_bytes}
+        self._show(**chain)
+        self._keep(**chain)
+
+    def _keep(self, **values: Any) -> None:
+        self._state = self._state.model_copy(update=values)
+        self._night.state.put_disk(self._disk.name, self._state)
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case Notice(message):
+                self._night.on_event(Notice(f"{self._disk.name}: {message}"))
+            case Progress(phase, done, total):
+                self._night.on_event(Progress(f"{phase} {self._disk.name}", done, total))

@@ -1,0 +1,172 @@
+"""From a file to a checked configuration: every mistake with the file, its line and its field, all at once."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from snapchain.errors import InvalidInput
+from snapchain.host.files import read_small
+from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.toml_lines import Place, lines_of
+
+_AT_LINE = re.compile(r"\(at line (\d+), column \d+\)|\(at end of document\)")
+_SECRET = {"password", "passphrase", "secret"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Mistake:
+    place: Place
+    message: str
+
+
+def load(path: Path) -> Nightly:
+    """The configuration in this file, its paths made absolute.
+
+    Raises InvalidInput, one message for all mistakes; NotFound.
+    """
+    whole = path.absolute()
+    # Links are followed: /etc may be managed by them.
+    data = read_small(whole.resolve())
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidInput("not UTF-8 text", subject=path) from error
+    return parse(text, path=whole)
+
+
+def parse(text: str, *, path: Path) -> Nightly:
+    """The configuration that the text of `path` says. Raises InvalidInput."""
+    try:
+        said = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        match = _AT_LINE.search(str(error))
+        line = int(match[1]) if match and match[1] else text.count("\n") + 1
+        message = _AT_LINE.sub("", str(error)).strip()
+        raise InvalidInput(f"not TOML: {message}", subject=f"{path}:{line}") from error
+    said.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem) or "nightly")
+    try:
+        config = Nightly.model_validate(said)
+    except ValidationError as error:
+        mistakes = [_mistake(each["loc"], each["type"], each["msg"]) for each in error.errors()]
+        raise _refusal(mistakes, text, path) from error
+    mistakes = list(_contradictions(config))
+    if mistakes:
+        raise _refusal(mistakes, text, path)
+    return _absolute(config, path.parent)
+
+
+def _mistake(place: Place, kind: str, said: str) -> _Mistake:
+    if kind == "extra_forbidden":
+        return _Mistake(place, _unknown(place))
+    if kind == "missing":
+        return _Mistake(place, "is missing")
+    message = said.removeprefix("Value error, ")
+    return _Mistake(place, message[:1].lower() + message[1:] if message[1:2].islower() else message)
+
+
+def _unknown(place: Place) -> str:
+    name = str(place[-1])
+    if name in _SECRET:
+        return (
+            "a passphrase does not stand in a configuration: name its password_file, password_command or password_env"
+        )
+    known = _fields_at(place[:-1])
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"is unknown here; did you mean {near[0]}?" if near else f"is unknown here; known are {', '.join(known)}"
+
+
+def _fields_at(place: Place) -> list[str]:
+    """The names that may stand in the table at `place`."""
+    model: type[BaseModel] = Nightly
+    for step in place:
+        if isinstance(step, str):
+            model = _model_in(model.model_fields[step].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _contradictions(config: Nightly) -> Iterator[_Mistake]:
+    """What no field can know by itself."""
+    names = Counter(each.name for each in config.destinations)
+    urls = Counter(each.url for each in config.destinations)
+    for number, destination in enumerate(config.destinations):
+        if names[destination.name] > 1:
+            yield _Mistake(("destinations", number, "name"), f'"{destination.name}" names two destinations')
+        if urls[destination.url] > 1:
+            yield _Mistake(("destinations", number, "url"), "two destinations have this address")
+    paths = Counter(each.path for each in config.disks if each.path is not None)
+    for number, disks in enumerate(config.disks):
+        if disks.path is not None and paths[disks.path] > 1:
+            yield _Mistake(("disks", number, "path"), "this image is named twice")
+        for place, name in enumerate(disks.destinations or ()):
+            if name not in names:
+                known = ", ".join(names)
+                message = f'"{name}" is none of the destinations, which are {known}'
+                yield _Mistake(("disks", number, "destinations", place), message)
+
+
+def _refusal(mistakes: list[_Mistake], text: str, path: Path) -> InvalidInput:
+    lines = lines_of(text)
+    told = sorted({(_line(each.place, lines), f"{_field(each.place)}: {each.message}") for each in mistakes})
+    if len(told) == 1:
+        line, message = told[0]
+        return InvalidInput(message, subject=f"{path}:{line}")
+    rows = "".join(f"\n    {path.name}:{line}: {message}" for line, message in told)
+    return InvalidInput(f"{len(told)} mistakes{rows}", subject=path)
+
+
+def _line(place: Place, lines: dict[Place, int]) -> int:
+    """Of what is at `place`, or of the nearest thing around it that is there."""
+    while place and place not in lines:
+        place = place[:-1]
+    return lines.get(place, 1)
+
+
+def _field(place: Place) -> str:
+    """disks[0].hooks.before"""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return text.removeprefix(".") or "the whole"
+
+
+def _absolute(config: Nightly, directory: Path) -> Nightly:
+    def path(given: Path | None) -> Path | None:
+        return None if given is None else directory / given.expanduser()
+
+    inside = Path(glob.escape(str(directory)))
+    disks = tuple(
+        each.model_copy(
+            update={
+                "path": path(each.path),
+                "glob": None if each.glob is None else str(inside / Path(each.glob).expanduser()),
+                "exclude": tuple(str(inside / Path(pattern).expanduser()) for pattern in each.exclude),
+                "image_dirs": tuple(directory / each_dir.expanduser() for each_dir in each.image_dirs),
+            }
+        )
+        for each in config.disks
+    )
+    destinations = tuple(
+        each.model_copy(
+            update={
+                "url": each.url if "://" in each.url or each.url.startswith("dir:") else str(directory / each.url),
+                "password_file": path(each.password_file),
+            }
+        )
+        for each in config.destinations
+    )
+    more = {"disks": disks, "destinations": destinations, "state": path(config.state), "metrics": path(config.metrics)}
+    return config.model_copy(update=more)

@@ -1,0 +1,217 @@
+"""What a run would do now, without any effect: nothing is written, no hook runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import NotFound
+from snapchain.host import files
+from snapchain.ops import snapshot
+from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.merge_repository import RepositoryMerge
+from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.local_merge import Sealed
+from snapchain.ops.nightly.look import ImageFacts, look
+from snapchain.ops.nightly.place import Place
+from snapchain.ops.nightly.plan import limits_of, order
+from snapchain.ops.nightly.report import Fault
+from snapchain.ops.nightly.run import directory_of, known_images, now_utc
+from snapchain.ops.nightly.selection import SelectedDisk, select
+from snapchain.ops.nightly.state import State
+from snapchain.ops.nightly.steps import Steps
+from snapchain.ops.nightly.upkeep import turns
+from snapchain.ops.ship import shipment
+
+
+class _Shown(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class ShipPreview(_Shown):
+    """bytes_to_read: guest bytes; points_dropped: by the rules, were the new point there already."""
+
+    destination: str
+    layers_present: int | None = None
+    bytes_to_read: int | None = None
+    points_dropped: tuple[int, ...] = ()
+
+
+class DiskPreview(_Shown):
+    """sealed: the file that would be sealed now; None when nothing was written. merge: files that would become one."""
+
+    disk: str
+    image: Path
+    sealed: Path | None = None
+    destinations: tuple[ShipPreview, ...] = ()
+    merge: tuple[str, ...] = ()
+    why_not_merged: str | None = None
+    chain_length: int | None = None
+    faults: tuple[Fault, ...] = ()
+
+
+class UpkeepPreview(_Shown):
+    """verify: disks whose sample would be read."""
+
+    destination: str
+    gc: bool
+    verify: tuple[str, ...]
+
+
+class NightlyPlan(_Shown):
+    """disks: in the order in which they would be worked on. left: why nothing would be begun now."""
+
+    name: str
+    closes: datetime | None
+    left: tuple[str, ...]
+    disks: tuple[DiskPreview, ...]
+    destinations: tuple[UpkeepPreview, ...]
+    faults: tuple[Fault, ...]
+    layers_left_out: tuple[Path, ...]
+
+
+def preview(
+    config: Nightly,
+    path: Path,
+    *,
+    any_time: bool = False,
+    clock: Callable[[], datetime] = now_utc,
+    on_event: OnEvent = ignore,
+) -> NightlyPlan:
+    """Look at everything. What is wrong with disks and destinations is in the plan."""
+    state = _state(directory_of(config, path) / "state.json")
+    steps = Steps()
+    found = select(config, known=known_images(state))
+    now = clock()
+    limits = limits_of(
+        now=now,
+        clock=lambda: now,
+        window=None if any_time else config.window,
+        zone=config.zone,
+        seconds=config.budget.time,
+        ship=config.budget.ship,
+        merge=config.budget.merge,
+    )
+    steps.attempt("all of it", limits.check)
+    places = {
+        each.name: Place(each, config.keep_of(each), writing=False, on_notice=lambda words: on_event(Notice(words)))
+        for each in config.destinations
+    }
+    reached = {name: disk.reached for name, disk in state.disks.items() if disk.reached}
+    ordered = order(found.disks, lambda disk: disk.name, reached)
+    return NightlyPlan(
+        name=config.name,
+        closes=limits.closes,
+        left=tuple(steps.left),
+        disks=tuple(_Look(config, places, state, disk, now).disk() for disk in ordered),
+        destinations=tuple(_upkeep(config, place, state, found.disks) for place in places.values()),
+        faults=tuple(Fault.of("selection", fault) for fault in found.faults),
+        layers_left_out=found.layers,
+    )
+
+
+def _state(path: Path) -> State:
+    try:
+        return State.model_validate_json(files.read_small(path, cap=64 << 20))
+    except (NotFound, ValueError):
+        return State()  # a run says so when it is damaged
+
+
+class _Look:
+    def __init__(
+        self, config: Nightly, places: dict[str, Place], state: State, disk: SelectedDisk, now: datetime
+    ) -> None:
+        self._config, self._disk, self._now = config, disk, now
+        self._places = [places[each.name] for each in config.destinations_of(disk.settings)]
+        self._known = state.disks.get(disk.name)
+        self._steps = Steps()
+        self._dirs = (*disk.settings.image_dirs, disk.image.parent)
+
+    def disk(self) -> DiskPreview:
+        shown = DiskPreview(disk=self._disk.name, image=self._disk.image)
+        seen = self._steps.attempt("snapshot", self._seen).value
+        if seen is not None:
+            facts, sealed = seen
+            made = int(sealed is not None)
+            shipped = Sealed(self._disk.image, self._disk.settings.format, beyond=0)
+            results = [self._ship(place, shipped, facts) for place in self._places]
+            merge, why = self._merge(facts, made, results)
+            shown = shown.model_copy(
+                update={
+                    "sealed": sealed,
+                    "destinations": tuple(results),
+                    "merge": merge,
+                    "why_not_merged": why,
+                    "chain_length": len(facts.files) + made,
+                }
+            )
+        return shown.model_copy(update={"faults": tuple(self._steps.faults)})
+
+    def _seen(self) -> tuple[ImageFacts, Path | None]:
+        if self._disk.fault is not None:
+            raise self._disk.fault
+        settings, image = self._disk.settings, self._disk.image
+        facts = look(image, format=settings.format, image_dirs=self._dirs)
+        if not settings.snapshot or facts.fresh:
+            return facts, None
+        return facts, snapshot.plan(image, image_format=settings.format, image_dirs=self._dirs).sealed
+
+    def _ship(self, place: Place, sealed: Sealed, facts: ImageFacts) -> ShipPreview:
+        shown = ShipPreview(destination=place.name)
+        lineage = self._known.lineage([file.source for file in facts.files]) if self._known else ()
+
+        def look_there() -> ShipPreview:
+            with (
+                place.turn() as repository,
+                shipment(
+                    sealed.path,
+                    repository,
+                    self._disk.name,
+                    lineage=lineage,
+                    format=sealed.format,
+                    image_dirs=self._dirs,
+                ) as work,
+            ):
+                plan = work.plan()
+                update = {"layers_present": plan.layers_present, "bytes_to_read": plan.bytes_to_read}
+                return shown.model_copy(update=update)
+
+        def dropped() -> tuple[int, ...]:
+            try:
+                merge = RepositoryMerge(
+                    place.open(), self._disk.name, place.policy, zone=self._config.zone, now=self._now
+                )
+            except NotFound:  # its first point is yet to come
+                return ()
+            return tuple(each.point for each in merge.plan().points if not each.kept)
+
+        done = self._steps.attempt(f"ship to {place.name}", look_there)
+        if done.value is None or place.policy.is_empty:
+            return done.value or shown
+        points = self._steps.attempt(f"merge at {place.name}", dropped).value or ()
+        return done.value.model_copy(update={"points_dropped": points})
+
+    def _merge(self, facts: ImageFacts, made: int, results: list[ShipPreview]) -> tuple[tuple[str, ...], str | None]:
+        if self._disk.settings.merge_above is None:
+            return (), None
+        if any(each.bytes_to_read is None for each in results):
+            return (), "not every destination can hold it"
+        # By then every destination has what is sealed: all files here, or all but the fresh top.
+        sealed = len(facts.files) if made or not self._disk.settings.snapshot else len(facts.files) - 1
+        chosen = local_merge.choose(facts, self._disk.settings, present=[sealed] * len(results), beyond=made)
+        if isinstance(chosen, str):
+            return (), chosen
+        return tuple(file.path.name for file in facts.files[chosen.first : chosen.last + 1]), None
+
+
+def _upkeep(config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...]) -> UpkeepPreview:
+    wanted = place.config.verify
+    there = [
+        disk.name for disk in disks if place.config in config.destinations_of(disk.settings) and disk.fault is None
+    ]
+    verified = turns(there, state.verified.get(place.name, {}), wanted.disks) if wanted else []
+    return UpkeepPreview(destination=place.name, gc=place.config.gc, verify=tuple(verified))

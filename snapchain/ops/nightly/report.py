@@ -1,0 +1,140 @@
+"""What a run did, as values: the table, the JSON and the metrics are drawn from the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import SnapchainError
+from snapchain.ops.gc import GcReport
+from snapchain.ops.merge_image import MergeReport
+from snapchain.ops.merge_repository import RepositoryMergeReport
+
+
+class Outcome(StrEnum):
+    """How it ended with a disk, a destination or the whole run; the later ones outweigh those before.
+
+    ok       all that was to be done is done
+    busy     left out: somebody has the image open
+    left     begun or not, and not finished: the window, the time or a budget came to its end
+    failed   something went wrong
+    """
+
+    OK = "ok"
+    BUSY = "busy"
+    LEFT = "left"
+    FAILED = "failed"
+
+    @classmethod
+    def worst(cls, outcomes: Sequence[Outcome]) -> Outcome:
+        """The weightiest; ok for none."""
+        return max(outcomes, key=list(cls).index, default=cls.OK)
+
+
+class _Shown(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Fault(_Shown):
+    """Something that went wrong, while doing what (`step`); the fields of an error."""
+
+    step: str
+    kind: str
+    message: str
+    subject: str | None
+    hint: str | None
+
+    @classmethod
+    def of(cls, step: str, error: Exception) -> Self:
+        """From an error; one that nobody has foreseen is a bug, and says so."""
+        if isinstance(error, SnapchainError):
+            return cls(step=step, kind=error.kind, message=error.message, subject=error.subject, hint=error.hint)
+        message = f"this is a bug in snapchain: {type(error).__name__}: {error}"
+        return cls(step=step, kind="bug", message=message, subject=None, hint=None)
+
+    def __str__(self) -> str:
+        return f"{self.step}: {self.subject}: {self.message}" if self.subject else f"{self.step}: {self.message}"
+
+
+class ShipResult(_Shown):
+    """A disk at one destination. point: None when nothing was shipped; bytes: guest bytes read, stored bytes."""
+
+    destination: str
+    outcome: Outcome
+    point: int | None = None
+    layers_sent: int = 0
+    bytes_read: int = 0
+    bytes_stored: int = 0
+    content_id: str | None = None
+    retention: RepositoryMergeReport | None = None
+    points: int | None = None
+    layers: int | None = None
+
+
+class DiskReport(_Shown):
+    """One disk.
+
+    snapshot: made, unchanged (nothing was written since the last one), off, or none; sealed: the file that was shipped;
+    merge: of local layers, else why_not_merged; left: steps that were not begun, and why; chain_length: files
+    """
+
+    disk: str
+    image: Path
+    outcome: Outcome
+    snapshot: str = "none"
+    sealed: Path | None = None
+    destinations: tuple[ShipResult, ...] = ()
+    merge: MergeReport | None = None
+    why_not_merged: str | None = None
+    chain_length: int | None = None
+    shadowed_bytes: int | None = None
+    faults: tuple[Fault, ...] = ()
+    left: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+class VerifyResult(_Shown):
+    """The sample of one disk. checked_bytes: guest bytes read and compared."""
+
+    disk: str
+    checked_bytes: int
+    findings: tuple[str, ...]
+
+
+class DestinationReport(_Shown):
+    """What a destination got after all disks."""
+
+    destination: str
+    outcome: Outcome
+    gc: GcReport | None = None
+    verified: tuple[VerifyResult, ...] = ()
+    faults: tuple[Fault, ...] = ()
+    left: tuple[str, ...] = ()
+
+
+class NightlyReport(_Shown):
+    """A whole run. faults: of the run itself; counts: disks by outcome; layers_left_out: matched, but no disks."""
+
+    name: str
+    config: Path
+    outcome: Outcome
+    started: datetime
+    finished: datetime
+    seconds: float
+    closes: datetime | None
+    counts: dict[Outcome, int]
+    disks: tuple[DiskReport, ...]
+    destinations: tuple[DestinationReport, ...]
+    faults: tuple[Fault, ...]
+    layers_left_out: tuple[Path, ...]
+    interrupted: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was done; images in use that the configuration lets be do not count."""
+        return self.outcome in (Outcome.OK, Outcome.BUSY) and not self.interrupted

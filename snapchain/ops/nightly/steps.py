@@ -1,0 +1,57 @@
+"""One step after the other, each of which may fail or find that there is no time left, without ending the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from snapchain.errors import Busy, Conflict, Diverged
+from snapchain.ops.nightly.plan import CutOffError
+from snapchain.ops.nightly.report import Fault, Outcome
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt(Generic[T]):
+    """How a step ended; value: what it gave, only when all went well."""
+
+    outcome: Outcome
+    value: T | None = None
+
+
+class Steps:
+    """Collects what went wrong and what was left."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+        self.left: list[str] = []
+        self._outcomes: list[Outcome] = []
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of all steps together."""
+        return Outcome.worst(self._outcomes)
+
+    def attempt(
+        self, step: str, action: Callable[[], T], *, tries: int = 1, busy: Outcome = Outcome.FAILED
+    ) -> Attempt[T]:
+        """Do it. tries: in all, when another snapchain was faster; busy: what a Busy counts as."""
+        done = self._attempt(step, action, tries, busy)
+        self._outcomes.append(done.outcome)
+        return done
+
+    def _attempt(self, step: str, action: Callable[[], T], tries: int, busy: Outcome) -> Attempt[T]:
+        for number in range(1, tries + 1):
+            try:
+                return Attempt(Outcome.OK, action())
+            except CutOffError as error:
+                self.left.append(f"{step}: {error}")
+                return Attempt(Outcome.LEFT)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong here, the other steps and disks have their turn
+                if isinstance(error, Conflict) and not isinstance(error, Diverged) and number < tries:
+                    continue
+                self.faults.append(Fault.of(step, error))
+                return Attempt(busy if isinstance(error, Busy) else Outcome.FAILED)
+        raise AssertionError("the loop returns")

@@ -1,0 +1,161 @@
+"""A systemd service and its timer for a configuration, hardened as far as its paths and its hooks allow.
+
+The service runs as root: images belong to the users that guests run as, and a merged file takes their owner over.
+What root may do is cut down to that.  See systemd.exec(5), systemd.timer(5).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.ops.nightly.config import Nightly
+
+_STATE, _CACHE = "/var/lib", "/var/cache"
+_DEFAULT_START = "02:00"
+
+# Files of any owner are read, replaced and given their owner back; processes of others show whether they have an
+# image open.
+_CAPABILITIES = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_SYS_PTRACE"
+
+
+class Units(BaseModel):
+    """Both files, and where they belong."""
+
+    model_config = ConfigDict(frozen=True)
+
+    service_path: Path
+    service: str
+    timer_path: Path
+    timer: str
+
+
+def units(config: Nightly, path: Path, *, program: Sequence[str]) -> Units:
+    """For the configuration in the file `path`. program: the command that is snapchain here."""
+    name = f"snapchain-{config.name}"
+    directory = Path("/etc/systemd/system")
+    return Units(
+        service_path=directory / f"{name}.service",
+        service="\n".join(_service(config, path.absolute(), program)) + "\n",
+        timer_path=directory / f"{name}.timer",
+        timer="\n".join(_timer(config, name)) + "\n",
+    )
+
+
+def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[str]:
+    command = " ".join(_word(word) for word in [*program, "nightly", str(path)])
+    yield from (
+        "[Unit]",
+        f"Description=snapchain: nightly run of {_plain(str(path))}",
+        "Documentation=man:systemd.exec(5)",
+        "Wants=network-online.target",
+        "After=network-online.target",
+        "",
+        "[Service]",
+        "Type=oneshot",
+        f"ExecStart={command}",
+        "# A window ends a run, not a time-out. SIGTERM ends what was begun in good order, and the after hooks run.",
+        "TimeoutStartSec=infinity",
+        "TimeoutStopSec=15min",
+        "Nice=10",
+        "IOSchedulingClass=best-effort",
+        "IOSchedulingPriority=7",
+        f"Environment=XDG_STATE_HOME={_STATE} XDG_CACHE_HOME={_CACHE}",
+        "StateDirectory=snapchain",
+        "CacheDirectory=snapchain",
+        "StateDirectoryMode=0700",
+        "CacheDirectoryMode=0700",
+        "UMask=0077",
+    )
+    if any(each.password_file is None and each.password_command is None for each in config.destinations):
+        yield "# SNAPCHAIN_PASSWORD=... or the variables of password_env; mode 0600"
+        yield f"EnvironmentFile=-/etc/snapchain/{config.name}.env"
+    yield from (
+        "",
+        "# What it writes to: images, local repositories, metrics. A new image directory has to be added here.",
+        "ProtectSystem=strict",
+        *(f"ReadWritePaths={_word(str(place))}" for place in _writable(config)),
+        "PrivateTmp=yes",
+        "ProtectHome=read-only",
+        "",
+        f"CapabilityBoundingSet={_CAPABILITIES}",
+        "NoNewPrivileges=yes",
+        "ProtectKernelTunables=yes",
+        "ProtectKernelModules=yes",
+        "ProtectKernelLogs=yes",
+        "ProtectControlGroups=yes",
+        "ProtectClock=yes",
+        "ProtectHostname=yes",
+        "RestrictNamespaces=yes",
+        "RestrictRealtime=yes",
+        "RestrictSUIDSGID=yes",
+        "LockPersonality=yes",
+        "RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6",
+        "SystemCallArchitectures=native",
+        "SystemCallFilter=@system-service",
+        "SystemCallErrorNumber=EPERM",
+    )
+    if _hooks(config):
+        yield "# The hooks live under these limits, too: what they need beyond them has to be allowed here."
+
+
+def _timer(config: Nightly, name: str) -> Iterator[str]:
+    start = f"{config.window.start:%H:%M}" if config.window is not None else _DEFAULT_START
+    yield from (
+        "[Unit]",
+        f"Description=snapchain: every night, {name}.service",
+        "",
+        "[Timer]",
+        f"OnCalendar=*-*-* {start}:00 {config.time_zone}",
+        "# A night that the machine slept through is made up for; outside of its window the run only says so.",
+        "Persistent=yes",
+        "AccuracySec=1min",
+        "",
+        "[Install]",
+        "WantedBy=timers.target",
+    )
+
+
+def _writable(config: Nightly) -> list[Path]:
+    """Directories that a run writes to, without those that lie below another one."""
+    wanted: set[Path] = set()
+    for disks in config.disks:
+        images = [disks.path] if disks.path is not None else [Path(_fixed(disks.glob or ""))]
+        # Sealed files lie beside the file behind a link.
+        wanted.update(place for image in images for place in {image.parent, Path(os.path.realpath(image)).parent})
+        wanted.update(disks.image_dirs)
+    for destination in config.destinations:
+        if destination.url.startswith("file://"):
+            wanted.add(Path(destination.url.removeprefix("file://")))
+        elif "://" not in destination.url:
+            wanted.add(Path(destination.url))
+    wanted.update(
+        place.parent if place == config.metrics else place for place in (config.metrics, config.state) if place
+    )
+    return sorted(each for each in wanted if not any(other in each.parents for other in wanted))
+
+
+def _fixed(pattern: str) -> str:
+    """The part of a pattern before its first wild card, down to a directory, with a name put after it."""
+    parts = Path(pattern).parts
+    count = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+    return str(Path(*parts[:count], "x"))
+
+
+def _hooks(config: Nightly) -> bool:
+    every = [config.hooks, *(disks.hooks for disks in config.disks)]
+    return any(hooks.before or hooks.after or hooks.on_failure for hooks in every)
+
+
+def _word(text: str) -> str:
+    """One word of a directive: systemd.syntax(7) and its specifiers."""
+    plain = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return f'"{plain}"' if plain != text or not text.isascii() or set(text) & set(" \t'#;") else text
+
+
+def _plain(text: str) -> str:
+    return text.replace("%", "%%")
