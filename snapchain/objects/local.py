@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from snapchain.errors import Corrupt, NotFound, Unsupported
+from snapchain.host.batches import batches, rest
 from snapchain.objects.disk_errors import from_os_error
 from snapchain.objects.link_once import link_once
 from snapchain.objects.rooted import Rooted
@@ -33,8 +34,6 @@ from snapchain.objects.store import (
 FILE_MODE = 0o600
 TEMPORARY_LIFE = 86400.0
 """Seconds after which an unfinished file is held to be left behind by a dead writer."""
-MOST_BUFFERS = 1024
-"""IOV_MAX of Linux."""
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -191,14 +190,10 @@ class LocalStore:
 
 def _write_all(fd: int, views: list[memoryview]) -> None:
     """Write all views by writev, without joining them; goes on after short writes."""
-    first = 0
-    while first < len(views):
-        done = os.writev(fd, views[first : first + MOST_BUFFERS])
-        while first < len(views) and done >= views[first].nbytes:
-            done -= views[first].nbytes
-            first += 1
-        if done:
-            views[first] = views[first][done:]
+    for batch in batches(views):
+        left = batch
+        while left:
+            left = rest(left, os.writev(fd, left))
 
 
 def _read_exactly(fd: int, length: int, offset: int) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import InvalidInput
+from snapchain.host.batches import MOST_BUFFERS, MOST_BYTES, batches, rest
 from snapchain.image.positioned import write_vector
 from snapchain.image.qcow2.layout import Layout, plan
 from snapchain.image.qcow2.write import Qcow2Writer
@@ -62,7 +63,7 @@ def test_a_short_write_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     parts = [os.urandom(length) for length in (3, 1, 700, 20, 5)]
     whole = b"".join(parts)
     real = os.pwritev
-    for short in range(len(whole)):
+    for short in range(1, len(whole)):
         monkeypatch.setattr(
             os, "pwritev", lambda fd, batch, offset, short=short: real(fd, [b"".join(batch)[:short]], offset)
         )
@@ -70,3 +71,12 @@ def test_a_short_write_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with path.open("w+b") as file:
             write_vector(file.fileno(), parts, 7)
         assert path.read_bytes() == bytes(7) + whole
+
+
+def test_batches_are_bounded_and_whole() -> None:
+    parts = [os.urandom(length) for length in (0, MOST_BYTES * 2 + 5, 1, MOST_BYTES - 6, 3)] + [b"x"] * 3000
+    found = list(batches(parts))
+    assert b"".join(b"".join(batch) for batch in found) == b"".join(parts)
+    assert all(0 < len(batch) <= MOST_BUFFERS and sum(map(len, batch)) <= MOST_BYTES for batch in found)
+    for done in range(9):
+        assert b"".join(rest([memoryview(b"abc"), memoryview(b"defgh")], done)) == b"abcdefgh"[done:]
