@@ -12,7 +12,6 @@ the records weigh, and what shipping and restoring cost. The disks, made once in
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import subprocess
@@ -28,7 +27,7 @@ from docs.demo.guest import Guest, linux_image
 from snapchain.destinations import open_destination
 from snapchain.repository.index import parse
 from snapchain.repository.repository import Repository
-from tests.bench.measure import Cost, KiB, MiB, mixed, qemu_img, qemu_io, snapchain, warm
+from tests.bench.measure import Cost, KiB, MiB, mixed, qemu_img, qemu_io, real_files, snapchain, warm
 
 BLOCKS = (64 * KiB, 256 * KiB, 1024 * KiB)
 ROUNDS = 2
@@ -216,25 +215,6 @@ def filesystem(place: Path, disk: Path, paths: Sequence[Path]) -> None:
     disk.unlink(missing_ok=True)
     subprocess.run(["mkfs.ext4", "-q", "-F", "-d", tree, disk, DISK], check=True, capture_output=True)
     shutil.rmtree(tree)
-
-
-def real_files(size: int, *, seed: int) -> list[Path]:
-    """Some of the files under /usr, `size` bytes in all."""
-    found: list[Path] = []
-    for root in ("/usr/bin", "/usr/lib", "/usr/share", sys.prefix, sys.base_prefix):
-        for folder, _, names in os.walk(root):
-            found += [Path(folder, name) for name in names]
-    found = sorted(path for path in set(found) if not path.is_symlink() and path.is_file())
-    random.Random(seed).shuffle(found)
-    chosen: list[Path] = []
-    for path in found:
-        length = path.stat().st_size
-        if 0 < length < 64 * MiB and os.access(path, os.R_OK):
-            chosen.append(path)
-            size -= length
-        if size <= 0:
-            return chosen
-    return chosen
 
 
 def copy(source: Path, target: Path) -> None:
