@@ -122,9 +122,9 @@ def _missing(pack: str) -> Corrupt:
     )
 
 
-def wasteful(usage: Sequence[Usage], limit: float) -> list[Usage]:
-    """The packs in use of which more than `limit` (0 to 1) is not."""
-    return [pack for pack in usage if len(pack.offsets) and pack.size - pack.used_bytes > limit * pack.size]
+def wasteful(usage: Sequence[Usage], limit: float, *, least: int) -> list[Usage]:
+    """The packs in use of which more than `limit` (0 to 1) is not, and more than `least` bytes."""
+    return [pack for pack in usage if len(pack.offsets) and pack.size - pack.used_bytes > max(limit * pack.size, least)]
 
 
 def unused(usage: Sequence[Usage]) -> list[Usage]:

@@ -4,8 +4,9 @@ A writer (ship, merge) puts `leases/w-NONCE`, the collector `leases/g-NONCE`, an
 kind takes its own away again and waits.  Both put first and look afterwards, so however the two interleave, at
 least one of them sees the other (listings are strongly consistent on S3 and in directories).
 
-A lease is refreshed every few minutes; one that was not for half an hour is dead and is removed.  Ages are measured
-by the store's own clock.  A writer that stood still for that long must not publish: `check` says so.
+A lease is refreshed every few minutes; one that was not for half an hour is dead and is removed, and so is one whose
+process was killed on this machine.  Ages are measured by the store's own clock.  A writer that stood still for that
+long must not publish: `check` says so.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import Busy, Conflict, SnapchainError
+from snapchain.host.identity import machine, started
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
@@ -43,14 +45,24 @@ class Mode(Enum):
 
 
 class Holder(BaseModel):
-    """What a lease says of who holds it; sealed, since a store need not know host names."""
+    """What a lease says of who holds it; sealed, since a store need not know host names.
+
+    machine, started: see host/identity.py; with them a killed process of this machine is known to be gone
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     host: str
+    machine: str = ""
     pid: int
+    started: int = 0
     work: str
     since: datetime
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was a process of this machine that no longer runs."""
+        return bool(self.machine) and self.machine == machine() and started(self.pid) != self.started
 
     def __str__(self) -> str:
         return f"{self.work} on {self.host} (pid {self.pid}, since {self.since:%Y-%m-%d %H:%M:%S} UTC)"
@@ -76,7 +88,15 @@ class Lease:
         self._store, self._keys, self._mode = store, keys, mode
         self._name = f"leases/{mode.value}-{secrets.token_hex(16)}"
         self._patience, self._on_wait = patience, on_wait
-        holder = Holder(host=socket.gethostname(), pid=os.getpid(), work=work, since=datetime.now(UTC))
+        pid = os.getpid()
+        holder = Holder(
+            host=socket.gethostname(),
+            machine=machine(),
+            pid=pid,
+            started=started(pid),
+            work=work,
+            since=datetime.now(UTC),
+        )
         self._body = seal(keys, KIND, self._name, holder.model_dump_json().encode())
         self._refreshed = 0.0
         self._lost = False
@@ -148,13 +168,20 @@ class Lease:
                 self._store.delete(info.name)
                 continue
             writer = info.name.startswith(f"leases/{Mode.WRITE.value}-")
-            if not (writer and self._mode is Mode.WRITE):
-                return info
+            if writer and self._mode is Mode.WRITE:
+                continue
+            holder = self._holder(info)
+            if holder is not None and holder.is_gone:
+                self._store.delete(info.name)
+                continue
+            return info
         return None
 
     def _describe(self, info: ObjectInfo) -> str:
+        return str(self._holder(info) or "another snapchain")
+
+    def _holder(self, info: ObjectInfo) -> Holder | None:
         try:
-            body = unseal(self._keys, KIND, info.name, self._store.get(info.name))
-            return str(Holder.model_validate_json(body))
+            return Holder.model_validate_json(unseal(self._keys, KIND, info.name, self._store.get(info.name)))
         except (SnapchainError, ValidationError):
-            return "another snapchain"
+            return None  # gone meanwhile, or sealed by nobody we know: its age decides

@@ -31,6 +31,9 @@ from snapchain.repository.repository import Repository
 WASTE = 0.25
 """The share of a pack that may be waste. Below it, moving costs more requests than the space is worth."""
 
+LEAST_WASTE = 64 * 1024
+"""Bytes. Head and directory make up much of a small pack; moved for their sake, it would be moved by every gc."""
+
 _INDEX_BLOBS = 500_000
 
 Moves = dict[tuple[str, int], Location]
@@ -53,7 +56,7 @@ class Swept:
 
 def estimate(marked: Marked) -> Swept:
     """What `sweep` would do, without the new records that moving costs."""
-    wasted, empty = wasteful(marked.usage, WASTE), unused(marked.usage)
+    wasted, empty = wasteful(marked.usage, WASTE, least=LEAST_WASTE), unused(marked.usage)
     moved = sum(pack.used_bytes for pack in wasted)
     freed = sum(pack.size for pack in (*wasted, *empty)) - moved
     records_gone = {**marked.dead_generations, **marked.dead_layers}
@@ -72,7 +75,7 @@ def sweep(repository: Repository, marked: Marked, *, check: Callable[[], None], 
     done = Swept()
     held = _stored_bytes(repository)
     before = {info.name: info.size for info in store.list("index/")}
-    wasted = wasteful(marked.usage, WASTE)
+    wasted = wasteful(marked.usage, WASTE, least=LEAST_WASTE)
     if wasted:
         _move(repository, marked, wasted, done, check)
         check()

@@ -1,0 +1,203 @@
+"""gc: nothing that a point needs goes, everything else does, and a crash at any moment changes neither."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Busy, Conflict, Corrupt
+from snapchain.model.retention import Policy
+from snapchain.objects.memory import MemoryStore
+from snapchain.ops import gc
+from snapchain.ops.merge_repository import RepositoryMerge
+from snapchain.repository import packs, sweep
+from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.repository import Repository
+from snapchain.testing.faults import crash_points
+from tests.ops.shipping import DISK, MiB, ship
+from tests.ops.stacks import Layer, build, flat
+from tests.ops.test_crash import copied, sound
+from tests.repository.synthetic import again, repository
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Four files that overwrite half of each other."""
+    layers = [
+        Layer(2 * MiB, [f"write -P {9 * n + at + 1} {(2 * n + at) * 64}k 64k" for at in range(4)]) for n in range(4)
+    ]
+    return build(tmp_path_factory.mktemp("gc") / "chain", layers)
+
+
+@pytest.fixture(scope="module")
+def shown(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    directory = tmp_path_factory.mktemp("shown")
+    return [flat(path, directory / path.name).read_bytes() for path in files]
+
+
+@pytest.fixture(autouse=True)
+def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs of a few blobs, so that some are wasted in part."""
+    monkeypatch.setattr(packs, "PACK_BYTES", 400)
+    monkeypatch.setattr(sweep, "LEAST_WASTE", 250)
+
+
+def full(files: list[Path]) -> Repository:
+    repo = repository(MemoryStore(), block_size=64 * 1024)
+    for path in files:
+        ship(path, repo)
+    return repo
+
+
+def keep(repo: Repository, last: int) -> Repository:
+    RepositoryMerge(repo, DISK, Policy(last=last)).run()
+    return again(repo)
+
+
+def stored(repo: Repository) -> int:
+    return sum(info.size for info in repo.store.list(""))
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_kept_points_stay_and_the_space_of_the_others_comes_back(
+    files: list[Path], shown: list[bytes], last: int
+) -> None:
+    repo = keep(full(files), last)
+    before = stored(repo)
+    report = gc.run(repo)
+    sound(again(repo), {point: shown[point - 1] for point in range(5 - last, 5)})
+    assert before - stored(repo) == report.bytes_freed
+    if last < 4:
+        assert report.bytes_freed > 0
+
+
+def test_a_dry_run_deletes_nothing(files: list[Path]) -> None:
+    repo = keep(full(files), 1)
+    before = {info.name for info in repo.store.list("")}
+    plan = gc.plan(repo)
+    assert plan.objects_deleted > 0
+    assert {info.name for info in repo.store.list("")} == before
+
+
+def test_a_second_run_finds_nothing(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "LEAST_WASTE", 64 * 1024)
+    repo = keep(full(files), 2)
+    gc.run(repo)
+    names = {info.name for info in repo.store.list("")}
+    report = gc.run(again(repo))
+    assert (report.packs_deleted, report.bytes_moved) == (0, 0)
+    assert len(names) == len(list(repo.store.list("")))
+
+
+def test_what_crashed_shipments_left_goes(files: list[Path], shown: list[bytes]) -> None:
+    repo = full(files)
+    gc.run(repo)
+    repo.store.put("packs/aa/" + "a" * 32, b"half a pack")
+    repo.store.put("layers/" + "b" * 32, b"half a layer")
+    gc.run(again(repo))
+    assert "packs/aa/" + "a" * 32 not in {info.name for info in repo.store.list("packs/")}
+    assert "layers/" + "b" * 32 not in {info.name for info in repo.store.list("layers/")}
+    sound(again(repo), dict(enumerate(shown, 1)))
+
+
+def test_a_blob_that_another_disk_uses_stays(files: list[Path], shown: list[bytes]) -> None:
+    repo = full(files)
+    from snapchain.ops.ship import shipment
+
+    with shipment(files[0], repo, "other") as work:
+        work.run()
+    repo = keep(again(repo), 1)
+    gc.run(repo)
+    sound(again(repo), {4: shown[3]})
+
+
+@pytest.mark.parametrize("prefix", ["layers/", "packs/", "disks/"])
+def test_nothing_is_collected_from_a_damaged_repository(files: list[Path], prefix: str) -> None:
+    repo = keep(full(files), 2)
+    needed = {
+        "layers/": f"layers/{repo.catalogue(DISK).points[-1].layer}",
+        "packs/": next(iter(repo.store.list("packs/"))).name,
+        "disks/": max(info.name for info in repo.store.list("disks/")),
+    }[prefix]
+    if prefix == "disks/":
+        repo.store.put(needed, b"rot" + repo.store.get(needed)[3:])
+    elif prefix == "layers/":
+        repo.store.delete(needed)
+    else:
+        for info in list(repo.store.list("packs/")):
+            repo.store.delete(info.name)
+    before = {info.name for info in repo.store.list("")}
+    with pytest.raises(Corrupt):
+        gc.run(again(repo))
+    assert {info.name for info in repo.store.list("")} == before
+
+
+def test_a_crash_at_every_moment(files: list[Path], shown: list[bytes]) -> None:
+    before = keep(full(files), 2)
+    expected = {3: shown[2], 4: shown[3]}
+    clean = again(before, copied(before))
+    gc.run(clean)
+    moments = 0
+    for moment, store in crash_points(lambda: copied(before), lambda store: gc.run(again(before, store))):
+        moments = moment + 1
+        for info in list(store.list("leases/")):  # half an hour passes
+            store.delete(info.name)
+        left = again(before, store)
+        sound(left, expected)
+        gc.run(again(before, store))
+        done = again(before, store)
+        sound(done, expected)
+        assert len(list(store.list("packs/"))) == len(list(clean.store.list("packs/")))
+    assert moments > 10
+
+
+def lease(repo: Repository, mode: Mode, *, patience: float = 0) -> Lease:
+    return repo.lease(mode, "a test", patience=patience, on_wait=print)
+
+
+def test_writers_work_side_by_side_and_a_collector_alone(files: list[Path]) -> None:
+    repo = full(files[:1])
+    with (
+        lease(repo, Mode.WRITE),
+        lease(repo, Mode.WRITE),
+        pytest.raises(Busy, match="a test on"),
+        lease(repo, Mode.COLLECT),
+    ):
+        pass
+    with lease(repo, Mode.COLLECT):
+        for mode in Mode:
+            with pytest.raises(Busy), lease(repo, mode):
+                pass
+    assert list(repo.store.list("leases/")) == []
+
+
+def test_a_writer_whose_lease_was_taken_for_dead_must_not_publish(files: list[Path]) -> None:
+    repo = full(files[:1])
+    with lease(repo, Mode.WRITE) as mine:
+        mine.check()
+        for info in list(repo.store.list("leases/")):
+            repo.store.delete(info.name)
+        with pytest.raises(Conflict, match="stood still"):
+            mine.check()
+
+
+def test_a_killed_process_of_this_machine_holds_up_nobody(tmp_path: Path) -> None:
+    place = tmp_path / "repo"
+    program = (
+        "import os, sys; from snapchain.destinations import create_destination as make;"
+        "from snapchain.repository.leases import Mode;"
+        "repo = make(sys.argv[1], passphrase=lambda: None, encryption='none');"
+        "repo.lease(Mode.COLLECT, 'gc', on_wait=print).__enter__(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(place)], check=False, env=dict(os.environ), timeout=60)
+    assert list((place / "leases").iterdir())
+    from snapchain.destinations import open_destination
+
+    repo = open_destination(str(place), passphrase=lambda: None, writing=True)
+    with lease(repo, Mode.WRITE):
+        pass
+    gc.run(repo)
