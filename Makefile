@@ -26,6 +26,7 @@ test:  ## all tests
 check:  ## ruff, mypy --strict, the architecture test
 	@.ci/setup lint
 	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@$(PY) -m pytest -q tests/test_architecture.py tests/test_errors.py
 

@@ -7,6 +7,7 @@ README's tour is taken from what it prints. No server, no network, no KVM, no ro
 from __future__ import annotations
 
 import importlib.util
+import random
 import shutil
 import sqlite3
 import time
@@ -51,7 +52,8 @@ def week(files: Path) -> Iterator[Day]:
     )
     yield Day(
         "is upgraded: numpy's files come, rich's go, the database grows",
-        sources("numpy", "/srv/app") | {"/var/lib/app/orders.db": database(files, 3)},
+        sources("numpy", "/srv/app")
+        | {"/var/lib/app/orders.db": database(files, 3), "/etc/motd": text(files, "motd", "day 5: new and shiny\n")},
         [f"/srv/app/rich/{name}" for name in sorted(path.name for path in folder_of("rich").glob("*.py"))],
     )
     yield Day(
@@ -69,12 +71,10 @@ def database(files: Path, day: int) -> Path:
     with sqlite3.connect(path) as connection:
         connection.execute("create table orders (id integer primary key, day integer, item text, note blob)")
         for past in range(1, day + 1):
+            draw = random.Random(past)
             connection.executemany(
                 "insert into orders (day, item, note) values (?, ?, ?)",
-                (
-                    (past, f"item {number * past % 977}", bytes((number * past + k) % 251 for k in range(200)))
-                    for number in range(20_000)
-                ),
+                ((past, f"item {number * past % 977}", draw.randbytes(200)) for number in range(20_000)),
             )
     connection.close()
     return path
@@ -148,13 +148,14 @@ def main() -> None:
     stage.snapchain(f"restore {DISK}@latest newest.raw")
     stage.prove(f"qemu-img compare -f raw -F raw newest.raw truth/{last}.raw")
 
-    stage.tell("Merge in the repository: keep the first point and the last three; no data moves")
-    stage.snapchain(f"merge {DISK} --keep-last 3 --keep-label installed")
+    stage.tell("Merge in the repository: keep the first point and the last two; records change, no data moves")
+    stage.snapchain(f"merge {DISK} --keep-last 2 --keep-label installed")
+    stage.snapchain("gc repo")
     stage.snapchain("log repo")
     stage.snapchain("verify repo --read-data")
-    stage.snapchain(f"restore {DISK}@day-4 four.raw")
-    stage.prove("qemu-img compare -f raw -F raw four.raw truth/4.raw")
-    console.print(f"  the motd of that day: [green]{guest.read('/etc/motd', disk=FOLDER / 'four.raw').strip()}[/]")
+    stage.snapchain(f"restore {DISK}@day-{OLD} again.raw")
+    stage.prove(f"qemu-img compare -f raw -F raw again.raw truth/{OLD}.raw")
+    console.print(f"  the motd of that day: [green]{guest.read('/etc/motd', disk=FOLDER / 'again.raw').strip()}[/]")
 
     spent = time.monotonic() - began
     console.print(

@@ -59,7 +59,7 @@ def gc(
 
 
 def _draw_plan(console: Console, plan: GcPlan) -> None:
-    render.headline(console, f"would free about {size(plan.bytes_freed)} of {plan.destination}")
+    render.headline(console, f"would free about {size(plan.bytes_freed)} of {render.place(plan.destination)}")
     render.facts(
         console,
         [
@@ -71,7 +71,7 @@ def _draw_plan(console: Console, plan: GcPlan) -> None:
 
 
 def _draw_report(console: Console, report: GcReport) -> None:
-    render.headline(console, f"freed {size(report.bytes_freed)} of {report.destination}")
+    render.headline(console, f"freed {size(report.bytes_freed)} of {render.place(report.destination)}")
     render.facts(
         console,
         [
