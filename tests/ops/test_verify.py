@@ -12,6 +12,7 @@ import pytest
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
+from snapchain.ops import gc
 from snapchain.ops.events import Event, Progress
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.verify import VerifyReport, verify
@@ -91,6 +92,16 @@ def test_records_are_checked_without_reading_data(repo: Repository) -> None:
     }
     assert not data.intersection(each.name for each in store.of("get"))
     assert store.of("put") == store.of("create") == store.of("delete") == []
+
+
+def test_a_pack_whose_blobs_a_merge_has_dropped_may_be_gone(tmp_path: Path) -> None:
+    repo = repository(MemoryStore(), block_size=64 * 1024)
+    layers = [Layer(2 * MiB, ["write -P 7 0 256k"]), Layer(2 * MiB, ["write -P 8 0 256k"])]
+    for path in build(tmp_path / "chain", layers):
+        ship(path, repo)
+    RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
+    assert gc.run(again(repo)).packs_deleted > 0
+    assert checked(repo).findings == ()
 
 
 def test_progress_and_share(repo: Repository) -> None:
