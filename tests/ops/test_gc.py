@@ -201,3 +201,13 @@ def test_a_killed_process_of_this_machine_holds_up_nobody(tmp_path: Path) -> Non
     with lease(repo, Mode.WRITE):
         pass
     gc.run(repo)
+
+
+def test_a_layer_that_another_hides_wholly_leaves_no_trace_that_verify_misses(tmp_path: Path) -> None:
+    chain = build(tmp_path / "chain", [Layer(MiB, ["write -P 1 0 256k"]), Layer(MiB, ["write -P 2 0 256k"])])
+    repo = repository(MemoryStore(), block_size=64 * 1024)
+    for path in chain:
+        ship(path, repo)
+    repo = keep(repo, 1)
+    gc.run(repo)
+    sound(again(repo), {2: flat(chain[-1], tmp_path / "flat").read_bytes()})
