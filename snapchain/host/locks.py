@@ -19,6 +19,7 @@ import fcntl
 import os
 import stat
 import struct
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,8 @@ PERMISSION_BASE = 100
 UNSHARED_BASE = 200
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = range(4)
 _NAMES = {CONSISTENT_READ: "reading", WRITE: "writing", WRITE_UNCHANGED: "writing", RESIZE: "resizing"}
+
+_OFFSETS = frozenset(base + p for base in (PERMISSION_BASE, UNSHARED_BASE) for p in range(4))
 
 # struct flock: l_type, l_whence, l_start, l_len, l_pid (0, as the kernel demands of OFD locks).
 _FLOCK = struct.Struct("hhqqi4x")
@@ -98,6 +101,10 @@ class ImageLock:
     def release(self) -> None:
         """Let it go; fine when it is gone already."""
         if self._fd >= 0:
+            # Said, not left to the close: a child that another thread has just forked may still have a copy of the
+            # descriptor, and would keep the lock up to its exec.
+            with suppress(OSError):
+                self._set(_OFFSETS, fcntl.F_UNLCK)
             os.close(self._fd)
             self._fd = -1
 

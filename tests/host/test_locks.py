@@ -197,3 +197,13 @@ def test_no_descriptor_is_left_behind(image: Path) -> None:
             with pytest.raises(Busy):
                 ImageLock(image, LockMode.READ)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_released_lock_is_gone_though_a_forked_child_has_the_descriptor_still(image: Path) -> None:
+    lock = ImageLock(image, LockMode.READ)
+    copy = os.dup(lock._fd)  # what a fork in another thread makes, until its exec
+    try:
+        lock.release()
+        ImageLock(image, LockMode.WRITE).release()
+    finally:
+        os.close(copy)
