@@ -141,7 +141,11 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         words = ", ".join(facts)
         console.print(f"  {each.destination}: {each.outcome.value}{f', {words}' if words else ''}", markup=False)
     _draw_left_out(console, report.layers_left_out)
-    _draw_faults(console, [("", map(str, report.faults))])
+    if report.no_longer_selected:
+        console.print(
+            f"  shipped earlier, and no longer selected: {', '.join(report.no_longer_selected)}", markup=False
+        )
+    _draw_faults(console, [("", [*map(str, report.faults), *(f"left: {words}" for words in report.left)])])
     for disk in report.disks:
         _draw_faults(console, [(disk.disk, [*map(str, disk.faults), *(f"left: {words}" for words in disk.left)])])
     for each in report.destinations:

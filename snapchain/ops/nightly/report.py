@@ -118,7 +118,11 @@ class DestinationReport(_Shown):
 
 
 class NightlyReport(_Shown):
-    """A whole run. faults: of the run itself; counts: disks by outcome; layers_left_out: matched, but no disks."""
+    """A whole run.
+
+    faults, left: of the run itself; disks: in the order of work; counts: of them by outcome;
+    no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
+    """
 
     name: str
     config: Path
@@ -131,6 +135,8 @@ class NightlyReport(_Shown):
     disks: tuple[DiskReport, ...]
     destinations: tuple[DestinationReport, ...]
     faults: tuple[Fault, ...]
+    left: tuple[str, ...]
+    no_longer_selected: tuple[str, ...]
     layers_left_out: tuple[Path, ...]
     interrupted: bool = False
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
@@ -125,10 +126,14 @@ class _Run:
         found = selected.value or Selection((), (), ())
         steps.faults += [Fault.of("selection", fault) for fault in found.faults]
         reached = {name: disk.reached for name, disk in self._night.state.now.disks.items() if disk.reached}
-        disks = order(found.disks, lambda disk: disk.name, reached)
+        found = replace(found, disks=tuple(order(found.disks, lambda disk: disk.name, reached)))
+        if steps.attempt("all of it", self._night.limits.check).outcome is not Outcome.OK:
+            report = self._report(found)
+            self._save(report)
+            return report
         try:
             if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
-                self._work(disks)
+                self._work(found.disks)
                 self._keep_up(found.disks)
         except KeyboardInterrupt:
             self._interrupted = True
@@ -184,7 +189,8 @@ class _Run:
     def _report(self, found: Selection) -> NightlyReport:
         rows = [self._reports.get(disk.name) or _untouched(disk) for disk in found.disks]
         outcomes = [*(row.outcome for row in rows), *(each.outcome for each in self._destinations)]
-        outcomes += [Outcome.FAILED] * bool(self._steps.faults)
+        outcomes += [self._steps.outcome, *[Outcome.FAILED] * bool(self._steps.faults)]
+        names = {row.disk for row in rows}
         finished = self._night.clock()
         return NightlyReport(
             name=self._config.name,
@@ -198,6 +204,10 @@ class _Run:
             disks=tuple(rows),
             destinations=tuple(self._destinations),
             faults=tuple(self._steps.faults),
+            left=tuple(self._steps.left),
+            no_longer_selected=tuple(
+                name for name, disk in self._night.state.now.disks.items() if disk.destinations and name not in names
+            ),
             layers_left_out=found.layers,
             interrupted=self._interrupted,
         )

@@ -1,0 +1,356 @@
+"""Whole runs on real images and real repositories."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Busy, Interrupted
+from snapchain.ops.events import Event
+from snapchain.ops.nightly.lock import only_run
+from snapchain.ops.nightly.report import Outcome
+from snapchain.ops.restore import Restoration
+from tests.ops.nightly.night import EVENING, Clock, Host, MiB, in_use, row
+from tests.ops.stacks import flat, names, same, write
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    made = Host(tmp_path)
+    made.repository()
+    return made
+
+
+def test_a_week_of_nights_ships_each_change_once_and_every_point_restores(host: Host, tmp_path: Path) -> None:
+    image = host.disk("web1")
+    text = "[keep]\nlast = 3\n[[disks]]\npath = 'images/web1.qcow2'\nname = '{stem}/vda'\nmerge_above = 4\n"
+    clock = Clock(step=timedelta(seconds=1))
+    for night in range(7):
+        flat(image, tmp_path / f"{night}.raw")
+        report = host.run(text, clock=clock)
+        disk = row(report, "web1/vda")
+        assert (report.outcome, disk.faults, disk.left) == (Outcome.OK, (), ())
+        assert disk.snapshot == "made"
+        (shipped,) = disk.destinations
+        # Merged files are known again: never more is read than what the guest has written since the night before.
+        assert shipped.bytes_read == 256 << 10, night
+        assert disk.chain_length == min(night + 2, 4)
+        assert (disk.merge is not None) == (night > 2)
+        write(image, f"write -P {100 + night} {night * 256}k 256k", "write -P 99 3M 0k")
+    assert len(names(host.images)) == 4
+    points = host.repository().catalogue("web1/vda").points
+    assert [point.point for point in points] == [5, 6, 7]
+    for point in points:
+        out = tmp_path / f"restored-{point.point}.raw"
+        Restoration(host.repository(), "web1/vda", out, point=str(point.point)).run()
+        assert out.read_bytes() == (tmp_path / f"{point.point - 1}.raw").read_bytes()
+    assert host.metric("chain_length", disk="web1/vda") == 4
+    assert host.metric("points", disk="web1/vda", destination="vault") == 3
+    assert host.metric("shipped_bytes", disk="web1/vda", destination="vault") == 256 << 10
+
+
+def test_a_disk_that_nobody_wrote_to_gets_a_point_and_no_layer(host: Host) -> None:
+    host.disk("web1")
+    host.run("")
+    before = names(host.images)
+    again = row(host.run(""), "web1")
+    assert (again.snapshot, again.outcome) == ("unchanged", Outcome.OK)
+    assert names(host.images) == before
+    catalogue = host.repository().catalogue("web1")
+    assert [point.point for point in catalogue.points] == [1, 2]
+    assert len(catalogue.parents) == 1
+
+
+def test_twenty_disks_three_of_them_broken_and_a_window_too_short(host: Host) -> None:
+    for number in range(20):
+        host.disk(f"d{number:02}")
+    with (host.images / "d03.qcow2").open("r+b") as broken:
+        broken.seek(40)
+        broken.write(b"\x00\xff" * 4)  # where its L1 table is said to be
+    base = host.disk("base")
+    gone = host.images / "d07.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", gone], check=True)
+    base.unlink()
+    text = 'window = "22:00-06:00"\n'
+    with in_use(host.images / "d11.qcow2"):
+        # Each look at the clock costs eight minutes: eight hours do not suffice.
+        first = host.run(text, clock=Clock(EVENING, timedelta(minutes=8)))
+        outcomes = {disk.disk: disk.outcome for disk in first.disks}
+        left = {name for name, outcome in outcomes.items() if outcome is Outcome.LEFT}
+        assert outcomes["d03"] is Outcome.FAILED
+        assert outcomes["d07"] is Outcome.FAILED
+        assert outcomes["d11"] is Outcome.BUSY
+        assert "qemu-io" in row(first, "d11").faults[0].message
+        assert row(first, "d03").faults[0].kind == "corrupt"
+        assert row(first, "d07").faults[0].kind == "not-found"
+        assert 0 < len(left) < 15
+        assert sum(first.counts.values()) == 20
+        assert first.counts[Outcome.OK] == 17 - len(left)
+        assert not first.complete
+        assert first.destinations[0].outcome is Outcome.LEFT
+        assert host.metric("last_run_success") == 0
+        assert host.metric("disks", outcome="left") == len(left)
+        assert host.metric("disk_success", disk="d00") == 1
+        assert host.metric("disk_success", disk="d03") == 0
+        shipped = {each.disk for each in host.repository().catalogues()}
+        assert shipped == {name for name, outcome in outcomes.items() if outcome is Outcome.OK}
+
+        second = host.run(text, clock=Clock(EVENING + timedelta(days=1), timedelta(seconds=1)))
+        order = [disk.disk for disk in second.disks]
+        assert set(order[: len(left)]) == left
+        assert second.counts == {Outcome.OK: 17, Outcome.FAILED: 2, Outcome.BUSY: 1}
+    third = host.run(text, clock=Clock(EVENING + timedelta(days=2), timedelta(seconds=1)))
+    assert row(third, "d11").outcome is Outcome.OK
+    assert host.metric("disks", outcome="left") == 0
+    assert host.metric("rpo_lag_seconds", disk="d11", destination="vault") < 3600
+
+
+def test_an_image_in_use_can_be_a_failure(host: Host) -> None:
+    image = host.disk("web1")
+    with in_use(image):
+        skipped = host.run("")
+        assert skipped.complete
+        assert skipped.outcome is Outcome.BUSY
+        told = host.run("[[disks]]\npath = 'images/web1.qcow2'\nwhen_busy = 'failure'\n")
+        assert told.outcome is Outcome.FAILED
+
+
+def test_outside_of_its_window_nothing_is_begun(host: Host, tmp_path: Path) -> None:
+    host.disk("web1")
+    text = f'window = "22:00-06:00"\n[hooks]\nbefore = ["touch", "{tmp_path}/began"]\n'
+    noon = Clock(EVENING.replace(hour=12))
+    report = host.run(text, clock=noon)
+    assert report.outcome is Outcome.LEFT
+    assert "outside of the window 22:00-06:00" in report.left[0]
+    assert names(host.images) == ["web1.qcow2"]
+    assert not (tmp_path / "began").exists()
+    assert host.run(text, clock=noon, any_time=True).outcome is Outcome.OK
+
+
+def test_a_destination_that_is_down_keeps_local_layers_and_stops_no_other(host: Host) -> None:
+    image = host.disk("web1")
+    text = (
+        "[[disks]]\nglob = 'images/*.qcow2'\nmerge_above = 4\n"
+        "[[destinations]]\nname = 'vault'\nurl = 'repo'\n[[destinations]]\nname = 'away'\nurl = 'away'\n"
+    )
+    for night in range(5):
+        report = host.run(text)
+        disk = row(report, "web1")
+        assert report.outcome is disk.outcome is Outcome.FAILED
+        assert [each.outcome for each in disk.destinations] == [Outcome.OK, Outcome.FAILED]
+        assert disk.merge is None
+        assert disk.why_not_merged == "not every destination holds it"
+        assert disk.chain_length == night + 2
+        write(image, f"write -P {night + 50} {night * 128}k 128k")
+    assert [each.outcome for each in report.destinations] == [Outcome.OK, Outcome.FAILED]
+    host.repository("away")
+    back = row(host.run(text), "web1")
+    assert back.outcome is Outcome.OK
+    assert back.destinations[1].layers_sent == 3, "the root, all that came since, composed, and the newest"
+    assert back.merge is not None
+    assert back.chain_length == 4
+    assert {each.name for each in host.images.iterdir()} >= {"web1.1.qcow2", "web1.6.qcow2", "web1.qcow2"}
+
+
+def test_with_no_destination_at_all_no_snapshot_is_made(host: Host) -> None:
+    host.disk("web1")
+    report = host.run("[[destinations]]\nname = 'away'\nurl = 'away'\n")
+    assert row(report, "web1").faults[0].kind == "not-found"
+    assert names(host.images) == ["web1.qcow2"]
+
+
+def test_what_another_destination_lacks_is_never_merged_even_when_both_ships_went_well_once(host: Host) -> None:
+    """A destination that was put back to an older state lacks layers: told from its catalogue, not from our memory."""
+    image = host.disk("web1")
+    text = (
+        "[[disks]]\nglob = 'images/*.qcow2'\nmerge_above = {cap}\n"
+        "[[destinations]]\nname = 'vault'\nurl = 'repo'\n[[destinations]]\nname = 'two'\nurl = 'two'\n"
+    )
+    host.repository("two")
+    for night in range(3):
+        host.run(text.format(cap=9))
+        write(image, f"write -P {night + 50} {night * 128}k 128k")
+        if night == 0:
+            shutil.copytree(host.directory / "two", host.directory / "older")
+    shutil.rmtree(host.directory / "two")
+    (host.directory / "older").rename(host.directory / "two")
+    report = row(host.run(text.format(cap=4)), "web1")
+    assert [each.bytes_read for each in report.destinations] == [128 << 10, 3 * 128 << 10]
+    assert report.outcome is Outcome.OK
+    assert report.merge is not None, "by now both hold everything"
+
+
+def test_layers_on_hold_stay(host: Host) -> None:
+    image = host.disk("web1")
+    text = "[[disks]]\npath = 'images/web1.qcow2'\nmerge_above = 4\nhold = ['web1.3.*']\n"
+    for night in range(6):
+        report = row(host.run(text), "web1")
+        write(image, f"write -P {night + 50} {night * 128}k 128k")
+    assert report.outcome is Outcome.OK
+    assert "web1.3.qcow2" in names(host.images)
+
+
+def test_budgets_end_a_kind_of_work_and_the_next_run_goes_on(host: Host) -> None:
+    for number in range(4):
+        host.disk(f"d{number}")
+    text = '[budget]\nship = "600K"\n'
+    first = host.run(text)
+    assert [disk.outcome for disk in first.disks] == [Outcome.OK, Outcome.OK, Outcome.LEFT, Outcome.LEFT]
+    assert "budget" in row(first, "d2").left[0]
+    second = host.run(text, clock=Clock(EVENING + timedelta(days=1)))
+    assert [disk.disk for disk in second.disks] == ["d2", "d3", "d0", "d1"]
+    assert second.outcome is Outcome.OK
+    greedy = host.disk("huge")
+    write(greedy, "write -P 9 1M 2M")
+    third = host.run(text, clock=Clock(EVENING + timedelta(days=2)))
+    assert third.disks[0].disk == "huge"
+    assert third.outcome is Outcome.OK, "what is larger than the whole budget is done when its turn comes"
+
+
+def test_several_disks_at_once_give_the_same_result(host: Host) -> None:
+    for number in range(6):
+        host.disk(f"d{number}")
+    report = host.run("concurrency = 3\n[[destinations]]\nname = 'vault'\nurl = 'repo'\nconcurrency = 2\n")
+    assert report.counts == {Outcome.OK: 6}
+    assert [disk.disk for disk in report.disks] == [f"d{number}" for number in range(6)]
+    assert len(host.repository().catalogues()) == 6
+
+
+def test_the_sample_turns(host: Host) -> None:
+    for number in range(3):
+        host.disk(f"d{number}")
+    seen = []
+    for night in range(4):
+        report = host.run(
+            "[[destinations]]\nname='vault'\nurl='repo'\nverify = {disks = 1, share = '100%'}\n",
+            clock=Clock(EVENING + timedelta(days=night), timedelta(seconds=1)),
+        )
+        (verified,) = report.destinations[0].verified
+        assert verified.checked_bytes == 256 << 10
+        seen.append(verified.disk)
+    assert seen == ["d0", "d1", "d2", "d0"]
+
+
+def test_damage_that_the_sample_finds_is_a_failure(host: Host) -> None:
+    host.disk("web1")
+    host.run("")
+    for pack in (host.directory / "repo" / "packs").rglob("*"):
+        if pack.is_file():
+            pack.unlink()
+    report = host.run("[[destinations]]\nname='vault'\nurl='repo'\ngc = false\n")
+    assert report.destinations[0].outcome is Outcome.FAILED
+    assert report.destinations[0].verified[0].findings
+    assert host.metric("verify_findings", destination="vault") >= 1
+    assert host.metric("destination_success", destination="vault") == 0
+
+
+def test_one_run_at_a_time(host: Host) -> None:
+    host.disk("web1")
+    host.run("")
+    with only_run(host.directory / "state" / "lock", wait=0, on_wait=print), pytest.raises(Busy, match="another run"):
+        host.run("")
+
+
+def test_an_interrupt_leaves_a_report_and_the_next_run_begins_with_the_rest(host: Host) -> None:
+    for number in range(4):
+        host.disk(f"d{number}")
+    host.run("")
+    for number in range(4):
+        write(host.images / f"d{number}.qcow2", "write -P 7 1M 1M")
+
+    def interrupting(event: Event) -> None:
+        if getattr(event, "phase", "") == "ship d2":
+            raise KeyboardInterrupt
+
+    day = Clock(EVENING + timedelta(days=1), timedelta(seconds=1))
+    with pytest.raises(Interrupted):
+        host.run("", clock=day, on_event=interrupting)
+    assert host.metric("disk_success", disk="d0") == 1
+    assert host.metric("disk_success", disk="d3") == 0
+    assert host.metric("last_run_success") == 0
+    again = host.run("", clock=Clock(EVENING + timedelta(days=2), timedelta(seconds=1)))
+    assert [disk.disk for disk in again.disks] == ["d2", "d3", "d0", "d1"]
+    assert again.outcome is Outcome.OK
+    assert row(again, "d2").destinations[0].bytes_read == MiB
+
+
+def test_an_interrupt_ends_all_workers(host: Host) -> None:
+    for number in range(4):
+        host.disk(f"d{number}")
+
+    def interrupting(event: Event) -> None:
+        if getattr(event, "phase", "").startswith("ship"):
+            raise Interrupted("SIGTERM")
+
+    with pytest.raises(Interrupted):
+        host.run("concurrency = 2\n", on_event=interrupting)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("disk")]
+
+
+def test_two_images_of_one_name_hurt_nobody_else(host: Host) -> None:
+    host.disk("web1")
+    other = host.images / "other"
+    other.mkdir()
+    (other / "web2.qcow2").write_bytes(host.disk("web2").read_bytes())
+    report = host.run("[[disks]]\nglob = 'images/**/*.qcow2'\n")
+    assert row(report, "web1").outcome is Outcome.OK
+    assert {disk.disk for disk in report.disks if disk.outcome is Outcome.FAILED} == {
+        str(host.images / "web2.qcow2"),
+        str(other / "web2.qcow2"),
+    }
+    assert "web2" not in {each.disk for each in host.repository().catalogues()}
+
+
+def test_a_pattern_that_finds_nothing_is_a_failure(host: Host) -> None:
+    host.disk("web1")
+    report = host.run("[[disks]]\nglob = 'images/*.qcow2'\n[[disks]]\nglob = 'imagse/*.qcow2'\n")
+    assert row(report, "web1").outcome is Outcome.OK
+    assert report.outcome is Outcome.FAILED
+    assert "finds no image" in report.faults[0].message
+
+
+def test_a_shipped_disk_on_which_another_image_was_put_is_not_dropped_in_silence(host: Host) -> None:
+    image = host.disk("web1")
+    host.run("")
+    clone = host.images / "clone.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", clone], check=True)
+    report = host.run("")
+    assert row(report, "web1").outcome is Outcome.FAILED
+    assert "clone.qcow2 stands on it" in row(report, "web1").faults[0].message
+    assert row(report, "clone").outcome is Outcome.OK
+
+
+def test_a_disk_that_is_gone_is_told(host: Host) -> None:
+    host.disk("web1")
+    host.disk("web2")
+    host.run("")
+    for file in host.images.glob("web2*"):
+        file.unlink()
+    report = host.run("")
+    assert report.no_longer_selected == ("web2",)
+    assert host.metric("rpo_lag_seconds", disk="web2", destination="vault") >= 0
+
+
+def test_an_image_shipped_as_it_is(host: Host, tmp_path: Path) -> None:
+    image = host.disk("web1")
+    report = host.run("[[disks]]\npath = 'images/web1.qcow2'\nsnapshot = false\nlabels = ['cold']\n")
+    assert row(report, "web1").snapshot == "off"
+    assert names(host.images) == ["web1.qcow2"]
+    Restoration(host.repository(), "web1", tmp_path / "out.raw", point="cold").run()
+    assert same(image, tmp_path / "out.raw")
+
+
+def test_a_damaged_state_is_put_aside(host: Host) -> None:
+    host.disk("web1")
+    host.run("")
+    (host.directory / "state" / "state.json").write_text("{")
+    told: list[Event] = []
+    report = host.run("", on_event=told.append)
+    assert report.outcome is Outcome.OK
+    assert any("damaged" in str(event) for event in told)
+    assert (host.directory / "state" / "state.json.broken").exists()
