@@ -151,8 +151,8 @@ class PageCache:
         page = Page.decode(body, first, stop, subject=subject)
         with self._lock:
             if key not in self._pages:
-                self._pages[key] = page, len(body)
-                self._bytes += len(body)
+                self._pages[key] = page, page.memory()
+                self._bytes += page.memory()
                 while self._bytes > self._limit and len(self._pages) > 1:
                     self._bytes -= self._pages.popitem(last=False)[1][1]
         return page

@@ -103,6 +103,10 @@ class Page:
         if not sound:
             raise Corrupt("a page of the layer record contradicts itself", subject=subject)
 
+    def memory(self) -> int:
+        """Bytes that keeping the page takes."""
+        return sum(column.nbytes for column in (self.runs, self.leaves, self.start, self.stop, self.index))
+
     def data_bytes(self) -> int:
         """Guest bytes that are DATA."""
         return int(self.runs["length"][self.runs["stored"] != 0].sum())

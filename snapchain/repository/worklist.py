@@ -20,6 +20,7 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, coverin
 WINDOW = 4 * 1024 * 1024
 SPAN = 256 * 1024 * 1024
 COLD_PIECE = 16 * 1024 * 1024 * 1024
+_RUNS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +50,25 @@ def with_last_leaf(extents: Extents) -> Extents:
 
 def hot_leaves(extents: Extents) -> Extents:
     """DATA on every leaf that must be read to know its new hash."""
-    size = extents.size
     first: list[Int64s] = []
     stop: list[Int64s] = []
-    data = extents.val >= DATA
-    first.append(extents.at[data] // LEAF_BYTES * LEAF_BYTES)
-    stop.append(extents.ends[data])
-    zero = extents.val == ZERO
-    for edge in (extents.at[zero], extents.ends[zero]):
+    # Leaf by leaf there is much less to say than run by run: a piece at a time, so that only the result is large.
+    for begin in range(0, len(extents), _RUNS):
+        leaves = _hot(extents, slice(begin, begin + _RUNS))
+        held = leaves.val == DATA
+        first.append(leaves.at[held])
+        stop.append(leaves.ends[held])
+    return covering(extents.size, np.concatenate(first), np.concatenate(stop)) if first else Extents.absent(0)
+
+
+def _hot(extents: Extents, some: slice) -> Extents:
+    """`hot_leaves` of some of the runs."""
+    size = extents.size
+    at, val = extents.at[some], extents.val[some]
+    ends = np.append(at[1:], extents.at[some.stop] if some.stop < len(extents) else size)
+    data, zero = val >= DATA, val == ZERO
+    first, stop = [at[data] // LEAF_BYTES * LEAF_BYTES], [ends[data]]
+    for edge in (at[zero], ends[zero]):
         partial = edge[(edge % LEAF_BYTES != 0) & (edge < size)]
         first.append(partial // LEAF_BYTES * LEAF_BYTES)
         stop.append(partial)
