@@ -57,7 +57,11 @@ def parse(text: str, *, path: Path) -> Nightly:
     try:
         config = Nightly.model_validate(said)
     except ValidationError as error:
-        mistakes = [_mistake(each["loc"], each["type"], each["msg"]) for each in error.errors()]
+        found = error.errors()
+        # A list whose only entry is wrong counts as empty, too.
+        inside = {each["loc"][:-1] for each in found} | {each["loc"][:1] for each in found if len(each["loc"]) > 1}
+        said_twice = [each for each in found if each["type"] == "too_short" and each["loc"] in inside]
+        mistakes = [_mistake(each["loc"], each["type"], each["msg"]) for each in found if each not in said_twice]
         raise _refusal(mistakes, text, path) from error
     mistakes = list(_contradictions(config))
     if mistakes:
@@ -70,6 +74,9 @@ def _mistake(place: Place, kind: str, said: str) -> _Mistake:
         return _Mistake(place, _unknown(place))
     if kind == "missing":
         return _Mistake(place, "is missing")
+    if kind == "tuple_type":
+        table = f", as a table [[{place[0]}]]" if place in {("disks",), ("destinations",)} else ", in brackets"
+        return _Mistake(place, f"is a list{table}")
     message = said.removeprefix("Value error, ")
     return _Mistake(place, message[:1].lower() + message[1:] if message[1:2].islower() else message)
 

@@ -1,0 +1,333 @@
+"""What stands around a run: hooks, the state, the lock, the metrics, the units for systemd."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import threading
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Busy, ToolFailed
+from snapchain.model.inventory import Wanted
+from snapchain.ops.nightly import metrics
+from snapchain.ops.nightly.config import Hooks
+from snapchain.ops.nightly.document import parse
+from snapchain.ops.nightly.hooks import HookRunner
+from snapchain.ops.nightly.lock import only_run
+from snapchain.ops.nightly.report import Outcome
+from snapchain.ops.nightly.state import DiskState, MergedFile, StateFile
+from snapchain.ops.nightly.systemd import units
+from snapchain.repository.layers import Source
+from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
+from tests.ops.stacks import write
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    made = Host(tmp_path)
+    made.repository()
+    return made
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_hooks_see_the_facts_in_the_order_of_the_night(host: Host, tmp_path: Path) -> None:
+    image = host.disk("web1")
+    note = script(
+        tmp_path / "note",
+        f'echo "$SNAPCHAIN_HOOK disk=$SNAPCHAIN_DISK image=$SNAPCHAIN_IMAGE sealed=$SNAPCHAIN_SEALED '
+        f'outcome=$SNAPCHAIN_OUTCOME snapshot=$SNAPCHAIN_SNAPSHOT ok=$SNAPCHAIN_DISKS_OK" >> {tmp_path}/log',
+    )
+    every = "".join(f'{name} = ["{note}"]\n' for name in ("before", "after", "on_failure"))
+    report = host.run(
+        f'[hooks]\n{every}[[disks]]\nglob = "images/*.qcow2"\n[disks.hooks]\n{every}after_snapshot = ["{note}"]\n'
+    )
+    assert report.outcome is Outcome.OK
+    sealed = host.images / "web1.1.qcow2"
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "before disk= image= sealed= outcome= snapshot= ok=",
+        f"before disk=web1 image={image} sealed= outcome= snapshot= ok=",
+        f"after_snapshot disk=web1 image={image} sealed= outcome= snapshot=made ok=",
+        f"after disk=web1 image={image} sealed={sealed} outcome=ok snapshot= ok=",
+        "after disk= image= sealed= outcome=ok snapshot= ok=1",
+    ]
+
+
+def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path: Path) -> None:
+    for name in ("fails", "hangs", "sound"):
+        host.disk(name)
+    after = f'after = ["touch", "{tmp_path}/guest-started"]\n'
+    hangs = script(tmp_path / "hangs", f"sleep 60 & echo $! > {tmp_path}/pid; wait; true")
+    text = (
+        f'[[disks]]\npath = "images/fails.qcow2"\n[disks.hooks]\nbefore = ["false"]\n{after}'
+        f'on_failure = ["sh", "-c", "echo $SNAPCHAIN_ERROR > {tmp_path}/error"]\n'
+        f'[[disks]]\npath = "images/hangs.qcow2"\n[disks.hooks]\nbefore = ["{hangs}"]\ntimeout = 0.5\n'
+        '[[disks]]\npath = "images/sound.qcow2"\n'
+    )
+    report = host.run(text)
+    assert {disk.disk: disk.outcome for disk in report.disks} == {
+        "fails": Outcome.FAILED,
+        "hangs": Outcome.FAILED,
+        "sound": Outcome.OK,
+    }
+    assert row(report, "fails").snapshot == "none"
+    assert (tmp_path / "guest-started").exists(), "what `before` has stopped is started again"
+    assert "exit status 1" in (tmp_path / "error").read_text()
+    assert "0.5 seconds" in row(report, "hangs").faults[0].message
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}/status").exists() and "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "what the hook has started goes on"
+        time.sleep(0.02)
+
+
+def test_a_hook_may_be_a_note_only(tmp_path: Path) -> None:
+    told: list[str] = []
+    HookRunner(Hooks(after=("false",), failing="note"), {}, on_notice=told.append).run("after")
+    assert "the after hook ended with exit status 1" in told[0]
+    with pytest.raises(ToolFailed, match="not installed"):
+        HookRunner(Hooks(after=("no-such-program",)), {}, on_notice=told.append).run("after")
+
+
+def test_when_the_first_hook_of_a_run_fails_nothing_is_begun(host: Host, tmp_path: Path) -> None:
+    host.disk("web1")
+    report = host.run(f'[hooks]\nbefore = ["false"]\nafter = ["touch", "{tmp_path}/after"]\n')
+    assert report.outcome is Outcome.FAILED
+    assert row(report, "web1").outcome is Outcome.LEFT
+    assert (tmp_path / "after").exists()
+    assert host.repository().catalogues() == []
+
+
+def test_a_guest_started_after_the_snapshot_is_not_waited_for(host: Host) -> None:
+    """The image is free again as soon as it is sealed: the sealed files alone are shipped and, when free, merged."""
+    image = host.disk("web1")
+    for night in range(4):
+        host.run("")
+        write(image, f"write -P {night + 50} {night * 128}k 128k")
+    text = "[[disks]]\nglob = 'images/*.qcow2'\nmerge_above = 4\n"
+
+    started: list[object] = []
+
+    def guest(event: object) -> None:
+        if getattr(event, "phase", "") == "ship web1" and not started:
+            started.append(event)
+            guests.enter_context(in_use(image))
+
+    with ExitStack() as guests:
+        report = row(host.run(text, on_event=guest), "web1")
+    assert report.outcome is Outcome.OK
+    assert report.destinations[0].outcome is Outcome.OK
+    assert report.merge is None
+    assert report.why_not_merged is not None
+    assert "qemu-io" in report.why_not_merged
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+
+
+def source(number: int, *, ctime: int = 5, mtime: int = 1) -> Source:
+    return Source(inode=number, size=100, mtime_ns=mtime, ctime_ns=ctime)
+
+
+def test_merged_files_are_known_by_what_they_were_made_of_however_deep() -> None:
+    state = DiskState(image=Path("/x"))
+    state = state.with_merge(source(10), [source(1), source(2)], present=[source(0), source(10), source(3)])
+    # libvirt has changed the owner in between: the ctime is another one.
+    state = state.with_merge(source(11), [source(10, ctime=9), source(3)], present=[source(0), source(11)])
+    (known,) = state.lineage([source(0), source(11, ctime=77)])
+    assert known.replaces[0].source == source(10, ctime=9)
+    assert known.replaces[0].replaces == (Wanted(source(1)), Wanted(source(2)))
+    assert known.replaces[1] == Wanted(source(3))
+    assert state.lineage([source(11, mtime=2)]) == ()
+    gone = state.with_merge(source(20), [source(0), source(7)], present=[source(20)])
+    assert [each.made for each in gone.merged] == [source(20)], "what no file of the chain needs is forgotten"
+
+
+def test_years_of_nightly_merges_do_not_overflow_the_stack() -> None:
+    nights = range(3000)
+    merged = [MergedFile(made=source(10_001 + night), of=(source(10_000 + night), source(night))) for night in nights]
+    (known,) = DiskState(image=Path("/x"), merged=tuple(merged)).lineage([source(13_000)])
+    depth = 0
+    while known.replaces:
+        known = known.replaces[0]
+        depth += 1
+    assert depth == 3000
+
+
+def test_the_state_of_another_image_under_the_same_name_starts_anew(tmp_path: Path) -> None:
+    file = StateFile.open(tmp_path / "state.json", on_notice=print)
+    merged = DiskState(image=Path("/a")).with_merge(source(3), [source(1), source(2)], present=[source(3)])
+    file.put_disk("web1", merged)
+    again = StateFile.open(tmp_path / "state.json", on_notice=print)
+    assert again.disk("web1", Path("/a")).merged
+    assert not again.disk("web1", Path("/b")).merged
+
+
+# -- lock --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_waits_or_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    told: list[str] = []
+    with only_run(path, wait=0, on_wait=told.append):
+        with pytest.raises(Busy, match=f"pid {os.getpid()}"), only_run(path, wait=0, on_wait=told.append):
+            raise AssertionError
+        assert told == []
+        began = time.monotonic()
+        with pytest.raises(Busy), only_run(path, wait=0.3, on_wait=told.append):
+            raise AssertionError
+        assert time.monotonic() - began > 0.25
+        assert len(told) == 1
+    held = only_run(path, wait=0, on_wait=told.append)
+    held.__enter__()
+    threading.Timer(0.2, lambda: held.__exit__(None, None, None)).start()
+    with only_run(path, wait=10, on_wait=told.append):
+        assert len(told) == 2
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+_SERIES = re.compile(rf'({_NAME})\{{((?:{_NAME}="(?:[^"\\\n]|\\[\\"n])*",?)*)\}} (\S+)')
+
+
+def families(text: str) -> dict[str, list[tuple[str, float]]]:
+    """By the rules of the text format: each family once, HELP and TYPE first, series unique."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    current = ""
+    lines = text.splitlines()
+    assert text.endswith("\n")
+    for number, line in enumerate(lines):
+        if line.startswith("# HELP "):
+            current = line.split()[2]
+            assert current not in found
+            found[current] = []
+            assert lines[number + 1] == f"# TYPE {current} gauge"
+        elif not line.startswith("#"):
+            match = _SERIES.fullmatch(line)
+            assert match, line
+            assert match[1] == current
+            assert match[2] not in {labels for labels, _ in found[current]}
+            found[current].append((match[2], float(match[3])))
+    return found
+
+
+def test_metrics_keep_to_the_format_whatever_disks_are_called(host: Host) -> None:
+    host.disk('we"ird\\x')
+    host.disk("web1")
+    report = host.run("", clock=Clock(step=timedelta(seconds=1)))
+    path = host.directory / "snapchain.prom"
+    found = families(path.read_text())
+    assert any(r'disk="we\"ird\\x"' in labels for labels, _ in found["snapchain_points"])
+    assert {
+        "snapchain_last_success_timestamp_seconds", "snapchain_last_run_timestamp_seconds",
+        "snapchain_last_run_success", "snapchain_chain_length", "snapchain_shadowed_bytes", "snapchain_shipped_bytes",
+        "snapchain_stored_bytes",        "snapchain_rpo_lag_seconds", "snapchain_points", "snapchain_duration_seconds",
+    } <= set(found)  # fmt: skip
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert found["snapchain_last_run_timestamp_seconds"][0][1] == report.finished.timestamp()
+    shipped = host.metric("last_success_timestamp_seconds", disk="web1", destination="vault")
+    assert EVENING.timestamp() <= shipped <= report.finished.timestamp()
+    assert host.metric("rpo_lag_seconds", disk="web1") == report.finished.timestamp() - shipped
+
+
+def test_metrics_are_replaced_whole_and_leave_nothing_behind(host: Host) -> None:
+    host.disk("web1")
+    path = host.directory / "snapchain.prom"
+    (host.directory / ".snapchain.prom.new-01234567").write_text("of a killed run")
+    path.write_text("old")
+    with path.open() as reader:
+        host.run("")
+        assert reader.read() == "old"
+    assert [each.name for each in host.directory.iterdir() if "prom" in each.name] == ["snapchain.prom"]
+
+
+def test_metrics_that_cannot_be_written_are_a_failure_and_no_more(host: Host) -> None:
+    host.disk("web1")
+    (host.directory / "snapchain.prom").mkdir()
+    report = host.run("")
+    assert report.outcome is Outcome.FAILED
+    assert report.faults[0].step == "metrics"
+    assert row(report, "web1").outcome is Outcome.OK
+
+
+def test_label_values_are_escaped() -> None:
+    assert metrics._escaped('a"b\\c\nd', quote=True) == 'a\\"b\\\\c\\nd'
+
+
+# -- systemd -----------------------------------------------------------------------------------------------------------
+
+CONFIG = """
+time_zone = "Europe/Berlin"
+window = "22:30-06:00"
+name = "web"
+metrics = "/var/lib/node-exporter/snapchain.prom"
+[[disks]]
+glob = "/images/*/*.qcow2"
+[[disks]]
+path = "/images/web1/disk.qcow2"
+[[disks]]
+path = "/srv/my images/100%.qcow2"
+[[destinations]]
+name = "here"
+url = "/backup"
+[[destinations]]
+name = "there"
+url = "s3://bucket/prefix"
+"""
+
+
+def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
+    made = units(
+        parse(CONFIG, path=Path("/etc/snapchain/web 1.toml")), Path("/etc/snapchain/web 1.toml"), program=["/bin/true"]
+    )
+    assert made.service_path.name == "snapchain-web.service"
+    service = made.service.splitlines()
+    assert 'ExecStart=/bin/true nightly "/etc/snapchain/web 1.toml"' in service
+    assert [line for line in service if line.startswith("ReadWritePaths=")] == [
+        "ReadWritePaths=/backup",
+        "ReadWritePaths=/images",
+        'ReadWritePaths="/srv/my images"',
+        "ReadWritePaths=/var/lib/node-exporter",
+    ]
+    assert "OnCalendar=*-*-* 22:30:00 Europe/Berlin" in made.timer.splitlines()
+    for directive in ("ProtectSystem=strict", "NoNewPrivileges=yes", "SystemCallFilter=@system-service", "UMask=0077"):
+        assert directive in service
+    for text in (made.service, made.timer):
+        known = re.compile(r"\[[A-Z][a-z]+\]|[A-Z][A-Za-z0-9]+=.+|#.*|")
+        assert all(known.fullmatch(line) for line in text.splitlines())
+    analyze = shutil.which("systemd-analyze")
+    if analyze is not None:
+        files = [tmp_path / made.service_path.name, tmp_path / made.timer_path.name]
+        files[0].write_text(made.service)
+        files[1].write_text(made.timer)
+        done = subprocess.run([analyze, "verify", *files], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_a_window_the_timer_has_an_hour_and_secrets_in_files_need_no_environment() -> None:
+    text = CONFIG.replace('window = "22:30-06:00"\n', "").replace('url = "', 'password_file = "/etc/p"\nurl = "')
+    made = units(parse(text, path=Path("/etc/x.toml")), Path("/etc/x.toml"), program=["/usr/bin/snapchain"])
+    assert "OnCalendar=*-*-* 02:00:00 Europe/Berlin" in made.timer
+    assert "EnvironmentFile" not in made.service
+
+
+def test_now_has_a_zone() -> None:
+    from snapchain.ops.nightly.run import now_utc
+
+    assert now_utc().tzinfo is UTC
+    assert abs(now_utc() - datetime.now(UTC)) < timedelta(minutes=1)
