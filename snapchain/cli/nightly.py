@@ -16,7 +16,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import duration, size
-from snapchain.errors import InvalidInput, PartialFailure
+from snapchain.errors import Interrupted, InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,10 +70,15 @@ def nightly(
         if dry_run:
             from snapchain.ops.nightly.preview import preview
 
-            out.plan(preview(loaded, config, any_time=any_time, on_event=out.on_event), _draw_plan)
+            plan = preview(loaded, config, any_time=any_time, on_event=out.on_event)
+            out.plan(plan, _draw_plan)
+            if not plan.sound:
+                raise typer.Exit(PartialFailure.exit_code)
             return
         report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
         out.report(report, _draw_report)
+    if report.interrupted:
+        raise typer.Exit(Interrupted.exit_code)
     if not report.complete:
         raise typer.Exit(PartialFailure.exit_code)
 
@@ -128,7 +133,7 @@ def _plan_row(disk: DiskPreview) -> list[str]:
 
 
 def _draw_report(console: Console, report: NightlyReport) -> None:
-    told = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items()) or "no disks"
+    told = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
     render.headline(console, f"{report.name}: {report.outcome.value} ({told}) in {duration(report.seconds)}")
     render.table(
         console,

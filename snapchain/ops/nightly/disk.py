@@ -58,6 +58,19 @@ class _Captured:
     how: str
 
 
+def untouched(config: Nightly, disk: SelectedDisk) -> DiskReport:
+    """The report on a disk of which nothing was begun."""
+    return DiskReport(
+        disk=disk.name,
+        image=disk.image,
+        outcome=Outcome.LEFT,
+        destinations=tuple(
+            ShipResult(destination=each.name, outcome=Outcome.LEFT) for each in config.destinations_of(disk.settings)
+        ),
+        left=("all of it: the run ended before its turn",),
+    )
+
+
 class DiskRun:
     """One disk in one run. `run` does not raise for what is wrong with the disk: it reports."""
 
@@ -67,25 +80,41 @@ class DiskRun:
         self._dirs = (*disk.settings.image_dirs, disk.image.parent)
         self._state = night.state.disk(disk.name, disk.image)
         self._lineage: tuple[Wanted, ...] = ()
-        self._steps = Steps()
-        self._report = DiskReport(disk=disk.name, image=disk.image, outcome=Outcome.OK)
+        self._steps, self._began = Steps(), time.monotonic()
+        self._report, self._shipping = untouched(night.config, disk), False
         facts = {**night.facts, "disk": disk.name, "image": disk.image}
         self._hooks = HookRunner(disk.settings.hooks, facts, on_notice=lambda words: self._on_event(Notice(words)))
 
-    def run(self) -> DiskReport:
-        """Do what there is time for; the state is on disk when it returns."""
-        began = time.monotonic()
+    def run(self) -> None:
+        """Do what there is time for. An interrupt passes, and `report` has what was done before it."""
+        self._began = time.monotonic()
         if self._steps.attempt("selection", self._check_selection).outcome is Outcome.OK and (
             self._steps.attempt("all of it", self._night.limits.check).outcome is Outcome.OK
         ):
-            self._with_hooks()
-        steps, seconds = self._steps, round(time.monotonic() - began, 3)
-        self._show(outcome=steps.outcome, faults=tuple(steps.faults), left=tuple(steps.left), seconds=seconds)
-        report = self._report
-        self._keep(outcome=report.outcome.value, seconds=seconds)
+            self._keep(begun=self._night.clock())
+            try:
+                self._with_hooks()
+            finally:
+                self._keep(begun=None)
+        report = self.report
+        self._keep(outcome=report.outcome.value, seconds=report.seconds)
         if report.outcome is not Outcome.LEFT:
             self._keep(reached=self._night.clock())
-        return report
+
+    def fail(self, error: Exception) -> None:
+        """`run` has raised what it should not."""
+        self._steps.note("all of it", error)
+
+    @property
+    def report(self) -> DiskReport:
+        """As far as it has come."""
+        steps, seconds = self._steps, round(time.monotonic() - self._began, 3)
+        values: dict[str, Any] = {"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
+        if not self._shipping:  # nothing came to be shipped, for the same reason everywhere
+            values["destinations"] = tuple(
+                each.model_copy(update={"outcome": steps.outcome}) for each in self._report.destinations
+            )
+        return self._report.model_copy(update={**values, "seconds": seconds})
 
     def _check_selection(self) -> None:
         if self._disk.fault is not None:
@@ -107,7 +136,7 @@ class DiskRun:
             steps.attempt("after hook", lambda: self._hooks.run("after", outcome=outcome, sealed=sealed))
 
     def _work(self) -> None:
-        in_use = Outcome.FAILED if self._settings.when_busy == "failure" else Outcome.BUSY
+        in_use = Outcome.BUSY if self._settings.when_busy == "skip" else Outcome.FAILED
         try:
             captured = self._steps.attempt("snapshot", self._capture, tries=_TRIES, busy=in_use).value
         finally:
@@ -115,14 +144,16 @@ class DiskRun:
             self._steps.attempt("after_snapshot hook", lambda: self._hooks.run("after_snapshot", snapshot=how))
         if captured is None:
             return
-        results = [self._ship(place, captured) for place in self._places]
-        self._show(destinations=tuple(results))
+        self._shipping = True
+        for place in self._places:
+            self._show_result(self._ship(place, captured))
         if self._settings.merge_above is not None:
-            if all(each.outcome is Outcome.OK for each in results):
+            if all(each.outcome is Outcome.OK for each in self._report.destinations):
                 self._steps.attempt("local merge", lambda: self._merge(captured), tries=_TRIES)
             else:
                 self._show(why_not_merged="not every destination holds it")
-        self._show(destinations=tuple(map(self._retain, self._places, results)))
+        for place, result in zip(self._places, self._report.destinations, strict=True):
+            self._show_result(self._retain(place, result))
 
     def _capture(self) -> _Captured:
         """Seal what was written since the last time."""
@@ -191,7 +222,7 @@ class DiskRun:
                 on_event=self._on_event,
             ) as work:
                 self._night.limits.take("ship", work.plan().bytes_to_read)
-                report = work.run(on_event=self._on_event)
+                report = work.run(on_event=self._while_there_is_time)
             catalogue = repository.catalogue(self._disk.name)
         reached = Reached(
             captured=captured.moment,
@@ -203,6 +234,11 @@ class DiskRun:
         )
         self._keep(destinations={**self._state.destinations, place.name: reached})
         return report
+
+    def _while_there_is_time(self, event: Event) -> None:
+        """Shipping may end in the middle: what was sent is not sent again. A first shipment can take several nights."""
+        self._on_event(event)
+        self._night.limits.check()
 
     def _merge(self, captured: _Captured) -> None:
         sealed, facts, limits = captured.sealed, captured.facts, self._night.limits
@@ -254,11 +290,16 @@ class DiskRun:
     def _show(self, **values: Any) -> None:
         self._report = self._report.model_copy(update=values)
 
+    def _show_result(self, result: ShipResult) -> None:
+        known = self._report.destinations
+        self._show(destinations=tuple(result if each.destination == result.destination else each for each in known))
+
     def _show_chain(self, facts: ImageFacts, *, beyond: int) -> None:
         """facts: of the image, or of the chain below its fresh top, which hides nothing (beyond: 1)."""
         chain = {"chain_length": len(facts.files) + beyond, "shadowed_bytes": facts.shadowed_bytes}
         self._show(**chain)
-        self._keep(**chain)
+        below = facts.files if beyond else facts.files[:-1]
+        self._keep(**chain, layers=tuple(file.real_path for file in below))
 
     def _keep(self, **values: Any) -> None:
         self._state = self._state.model_copy(update=values)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import NotFound
-from snapchain.host import files
+from snapchain.errors import NotFound, SnapchainError
 from snapchain.ops import snapshot
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.merge_repository import RepositoryMerge
@@ -18,11 +17,12 @@ from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.local_merge import Sealed
 from snapchain.ops.nightly.look import ImageFacts, look
 from snapchain.ops.nightly.place import Place
-from snapchain.ops.nightly.plan import limits_of, order
+from snapchain.ops.nightly.plan import limits_of
 from snapchain.ops.nightly.report import Fault
-from snapchain.ops.nightly.run import directory_of, known_images, now_utc
-from snapchain.ops.nightly.selection import SelectedDisk, select
-from snapchain.ops.nightly.state import State
+from snapchain.ops.nightly.roster import roster
+from snapchain.ops.nightly.run import directory_of, now_utc
+from snapchain.ops.nightly.selection import SelectedDisk
+from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.nightly.upkeep import turns
 from snapchain.ops.ship import shipment
@@ -73,6 +73,11 @@ class NightlyPlan(_Shown):
     faults: tuple[Fault, ...]
     layers_left_out: tuple[Path, ...]
 
+    @property
+    def sound(self) -> bool:
+        """Whether nothing stands against a whole run, but for the hour."""
+        return not self.faults and not any(disk.faults for disk in self.disks)
+
 
 def preview(
     config: Nightly,
@@ -85,7 +90,7 @@ def preview(
     """Look at everything. What is wrong with disks and destinations is in the plan."""
     state = _state(directory_of(config, path) / "state.json")
     steps = Steps()
-    found = select(config, known=known_images(state))
+    found = roster(config, state)
     now = clock()
     limits = limits_of(
         now=now,
@@ -101,13 +106,11 @@ def preview(
         each.name: Place(each, config.keep_of(each), writing=False, on_notice=lambda words: on_event(Notice(words)))
         for each in config.destinations
     }
-    reached = {name: disk.reached for name, disk in state.disks.items() if disk.reached}
-    ordered = order(found.disks, lambda disk: disk.name, reached)
     return NightlyPlan(
         name=config.name,
         closes=limits.closes,
         left=tuple(steps.left),
-        disks=tuple(_Look(config, places, state, disk, now).disk() for disk in ordered),
+        disks=tuple(_Look(config, places, state, disk, now).disk() for disk in found.disks),
         destinations=tuple(_upkeep(config, place, state, found.disks) for place in places.values()),
         faults=tuple(Fault.of("selection", fault) for fault in found.faults),
         layers_left_out=found.layers,
@@ -116,9 +119,9 @@ def preview(
 
 def _state(path: Path) -> State:
     try:
-        return State.model_validate_json(files.read_small(path, cap=64 << 20))
-    except (NotFound, ValueError):
-        return State()  # a run says so when it is damaged
+        return read_state(path) or State()
+    except SnapchainError:
+        return State()  # a run says so
 
 
 class _Look:
@@ -213,5 +216,6 @@ def _upkeep(config: Nightly, place: Place, state: State, disks: tuple[SelectedDi
     there = [
         disk.name for disk in disks if place.config in config.destinations_of(disk.settings) and disk.fault is None
     ]
-    verified = turns(there, state.verified.get(place.name, {}), wanted.disks) if wanted else []
+    known = state.destinations.get(place.name, DestinationState())
+    verified = turns(there, known.verified, wanted.disks, damaged=known.damaged) if wanted else []
     return UpkeepPreview(destination=place.name, gc=place.config.gc, verify=tuple(verified))

@@ -79,8 +79,9 @@ class ShipResult(_Shown):
 class DiskReport(_Shown):
     """One disk.
 
-    snapshot: made, unchanged (nothing was written since the last one), off, or none; sealed: the file that was shipped;
-    merge: of local layers, else why_not_merged; left: steps that were not begun, and why; chain_length: files
+    destinations: each that it is to go to; snapshot: made, unchanged (nothing was written since the last one), off, or
+    none; sealed: the file that was shipped; merge: of local layers, else why_not_merged; left: steps that were not
+    begun or not finished, and why; chain_length: files
     """
 
     disk: str
@@ -120,7 +121,7 @@ class DestinationReport(_Shown):
 class NightlyReport(_Shown):
     """A whole run.
 
-    faults, left: of the run itself; disks: in the order of work; counts: of them by outcome;
+    faults, left: of the run itself; disks: in the order of work; counts: of them by outcome, also the zeros;
     no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
     """
 

@@ -1,8 +1,9 @@
 """What runs have reached, kept in one small file between them.
 
-It decides the order of the next run, turns the verified sample, feeds the metrics of disks that were not reached, and
+It decides the order of the next run, turns the verified sample, feeds the metrics of what was not reached, and
 remembers which local files were made by merging which others, so that the next shipment knows them again.  Losing it
-costs a night's order and one reading of the merged layers; nothing that is stored depends on it.
+costs a night's order and one reading of the merged layers; nothing that is stored depends on it, so that no work is
+left undone because it cannot be read or written: that is a fault of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
-from snapchain.errors import NotFound
+from snapchain.errors import NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
 from snapchain.model.inventory import Wanted
@@ -59,17 +61,28 @@ def _content(source: Source) -> _Content:
 
 
 class DiskState(_Part):
-    """reached: when a run last came to its end with it, well or ill; outcome, seconds: of that run."""
+    """One disk.
+
+    reached: when a run last came to its end with it, well or ill; outcome, seconds: of that run; begun: by a run that
+    has not come to its end with it; layers: files below the image, as they were last seen
+    """
 
     image: Path
     reached: AwareDatetime | None = None
+    begun: AwareDatetime | None = None
     outcome: str | None = None
     seconds: float = 0.0
     chain_length: int | None = None
     shadowed_bytes: int | None = None
     merge_freed_bytes: int = 0
     destinations: dict[str, Reached] = {}
+    layers: tuple[Path, ...] = ()
     merged: tuple[MergedFile, ...] = ()
+
+    @property
+    def turn(self) -> datetime | None:
+        """When it had its last turn. A run that was killed in the middle of it counts: it may have been the cause."""
+        return max((each for each in (self.reached, self.begun) if each is not None), default=None)
 
     def lineage(self, present: Sequence[Source]) -> tuple[Wanted, ...]:
         """The merged files among those of a chain, each with what it was made of, as deep as is known."""
@@ -102,36 +115,69 @@ class DiskState(_Part):
         )
 
 
+class DestinationState(_Part):
+    """What runs have done for a destination as a whole.
+
+    verified: disk -> when it was last looked at; damaged: disk -> findings, until it is read whole and none are left;
+    gc_freed_bytes: of the last gc; checked_bytes: of the last sample
+    """
+
+    verified: dict[str, AwareDatetime] = {}
+    damaged: dict[str, int] = {}
+    gc_at: AwareDatetime | None = None
+    gc_freed_bytes: int = 0
+    checked_bytes: int = 0
+
+
 class State(_Part):
-    """verified: destination -> disk -> when its sample was last read; gc, findings: of the last time."""
+    """All of it, by name."""
 
     version: int = 1
     disks: dict[str, DiskState] = {}
-    verified: dict[str, dict[str, AwareDatetime]] = {}
+    destinations: dict[str, DestinationState] = {}
+
+
+def read_state(path: Path) -> State | None:
+    """What is there; None for a file that cannot be understood. Raises what keeps it from being read."""
+    try:
+        return State.model_validate_json(files.read_small(path, cap=_CAP))
+    except NotFound:
+        return State()
+    except ValidationError:
+        return None
 
 
 class StateFile:
-    """The state, on disk after every change; thread-safe."""
+    """The state, on disk after every change, or in memory alone where that cannot be; thread-safe.
+
+    fault: the first thing that kept it from being read or written
+    """
 
     def __init__(self, path: Path, state: State) -> None:
         self._path = path
         self._state = state
         self._lock = threading.Lock()
+        self._writable = True
+        self.fault: SnapchainError | None = None
 
     @classmethod
     def open(cls, path: Path, *, on_notice: Callable[[str], None]) -> StateFile:
         """What is there; a file that cannot be understood is put aside, and all begins anew."""
+        made = cls(path, State())
         try:
-            state = State.model_validate_json(files.read_small(path, cap=_CAP))
-        except NotFound:
-            state = State()
-        except ValidationError:
-            aside = path.with_name(path.name + _BROKEN)
-            on_notice(f"{path} is damaged: it is kept as {aside.name}, and what the last runs reached is forgotten")
-            with os_errors(path):
-                path.replace(aside)
-            state = State()
-        return cls(path, state)
+            files.remove_temporaries(path, purpose=files.NEW)
+            found = read_state(path)
+            if found is None:
+                aside = path.with_name(path.name + _BROKEN)
+                on_notice(f"{path} is damaged: it is kept as {aside.name}, and what the last runs reached is forgotten")
+                with os_errors(path):
+                    path.replace(aside)
+            else:
+                made._state = found
+        except SnapchainError as error:
+            made.fault = error
+            made._writable = False  # what is there may be sound, and must not be replaced by a beginning
+        return made
 
     @property
     def now(self) -> State:
@@ -145,17 +191,30 @@ class StateFile:
             return DiskState(image=image)
         return known if known.image == image else known.model_copy(update={"image": image, "merged": ()})
 
+    def destination(self, name: str) -> DestinationState:
+        """Of one destination, which may be new."""
+        return self._state.destinations.get(name, DestinationState())
+
     def put_disk(self, name: str, disk: DiskState) -> None:
         """Keep it."""
         with self._lock:
             self._save(self._state.model_copy(update={"disks": {**self._state.disks, name: disk}}))
 
-    def put_verified(self, destination: str, disk: str, when: datetime) -> None:
-        """A disk's sample was read."""
+    def put_destination(self, name: str, **values: Any) -> None:
+        """Keep these values of a destination; of `verified` and `damaged` only the disks that they name."""
         with self._lock:
-            turns = {**self._state.verified.get(destination, {}), disk: when}
-            self._save(self._state.model_copy(update={"verified": {**self._state.verified, destination: turns}}))
+            known = self.destination(name)
+            verified = {**known.verified, **values.pop("verified", {})}
+            damaged = {**known.damaged, **values.pop("damaged", {})}
+            values |= {"verified": verified, "damaged": {disk: count for disk, count in damaged.items() if count}}
+            now = {**self._state.destinations, name: known.model_copy(update=values)}
+            self._save(self._state.model_copy(update={"destinations": now}))
 
     def _save(self, state: State) -> None:
-        files.write_atomically(self._path, state.model_dump_json(indent=1).encode())
         self._state = state
+        if not self._writable:
+            return
+        try:
+            files.write_atomically(self._path, state.model_dump_json(indent=1).encode())
+        except SnapchainError as error:
+            self.fault = self.fault or error

@@ -331,3 +331,30 @@ def test_now_has_a_zone() -> None:
 
     assert now_utc().tzinfo is UTC
     assert abs(now_utc() - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+def test_a_state_that_cannot_be_read_is_not_written_over_and_hinders_no_work(host: Host) -> None:
+    host.disk("web1")
+    host.run("")
+    path = host.directory / "state" / "state.json"
+    path.rename(host.directory / "kept.json")
+    path.symlink_to(host.directory / "kept.json")  # which is refused, as what only root could have made
+    before = (host.directory / "kept.json").read_bytes()
+    report = host.run("")
+    assert row(report, "web1").outcome is Outcome.OK
+    assert (report.outcome, report.faults[0].step) == (Outcome.FAILED, "state")
+    assert path.is_symlink()
+    assert (host.directory / "kept.json").read_bytes() == before
+
+
+def test_a_report_and_a_state_that_cannot_be_written_are_faults_and_the_work_is_done(host: Host) -> None:
+    host.disk("web1")
+    state = host.directory / "state"
+    for name in ("state.json", "last-report.json"):
+        (state / name / "in the way").mkdir(parents=True)
+    report = host.run("")
+    assert row(report, "web1").outcome is Outcome.OK
+    assert {fault.step for fault in report.faults} == {"state", "report"}
+    assert len(host.repository().catalogue("web1").points) == 1
+    assert host.metric("last_run_success") == 0
+    assert host.metric("points", disk="web1", destination="vault") == 1
