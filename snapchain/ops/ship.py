@@ -17,13 +17,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, InvalidInput
+from snapchain.errors import Conflict, InvalidInput, SnapchainError
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.lineage import lineage as lineage_of, source_of
+from snapchain.ops.notes import Notes
 from snapchain.ops.source import check_unchanged, locked_chain
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.deposit import Deposit, Origin
@@ -314,13 +316,28 @@ def shipment(
     """Open an image, locked against writers, to be shipped to `repository` as `disk`.
 
     labels: given to the points; each_layer: every file of the chain becomes a layer and a point of its own
-    lineage: files that local merges have made, each with what it replaces: the destination knows those parts
+    lineage: files that local merges have made, each with what it replaces, beside what their own notes say: the
+    destination knows those parts
     Raises what `scan` raises for an image that is broken or refused, and Busy when somebody writes to it.
     """
     for label in labels:
         check_label(label)
     with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
-        yield Shipment(chain, repository, disk, labels=labels, each_layer=each_layer, lineage=lineage)
+        noted = _noted(chain, on_event)
+        yield Shipment(chain, repository, disk, labels=labels, each_layer=each_layer, lineage=(*lineage, *noted))
+
+
+def _noted(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
+    """What the files' notes say of merges; a note that cannot be read costs no more than reading a file again."""
+    notes = Notes()
+    try:
+        known = lineage_of(chain, notes)
+        faults = notes.faults(file.real_path for file in chain.files)
+    except SnapchainError as error:
+        known, faults = (), [error]
+    for fault in faults:
+        on_event(Notice(str(fault)))
+    return known
 
 
 def check_label(label: str) -> str:
@@ -354,15 +371,12 @@ def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
     return next((known for known in lineage if _same(source, known.source)), Wanted(source))
 
 
-def source_of(file: ImageFile) -> Source:
-    """The key by which a destination knows a file again."""
-    mark = file.fingerprint
-    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
-
-
 def _same(mine: object, theirs: object) -> bool:
     if not isinstance(mine, Source) or not isinstance(theirs, Source):
         return False
     if not mine.size:
         return False  # a block device: its node says nothing of what was written to it
     return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
+
+
+__all__ = ["LayerPlan", "ShipPlan", "ShipReport", "Shipment", "check_label", "shipment", "source_of"]

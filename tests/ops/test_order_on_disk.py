@@ -40,6 +40,10 @@ def plain(path: str, image: Path) -> str:
         return "journal-tmp"
     if name.startswith(".snapchain-merge-"):
         return "journal"
+    if name.startswith("..snapchain-layer-"):
+        return "note-tmp"
+    if name.startswith(".snapchain-layer-"):
+        return "note"
     return "tmp" if name.startswith(".") and name != "." else name
 
 
@@ -48,6 +52,9 @@ def test_snapshot(tmp_path: Path) -> None:
     assert calls(tmp_path, image, "snapshot") == [
         "fsync tmp",
         "link disk.qcow2 disk.1.qcow2",
+        "fsync .",
+        "fsync note-tmp",
+        "rename note-tmp note",
         "fsync .",
         "rename tmp disk.qcow2",
         "fsync .",
