@@ -25,6 +25,7 @@ from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.state import DiskState, MergedFile, StateFile
 from snapchain.ops.nightly.systemd import units
 from snapchain.repository.layers import Source
+from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
 from tests.ops.stacks import write
 
@@ -201,45 +202,23 @@ def test_a_second_run_waits_or_leaves(tmp_path: Path) -> None:
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
-_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
-_SERIES = re.compile(rf'({_NAME})\{{((?:{_NAME}="(?:[^"\\\n]|\\[\\"n])*",?)*)\}} (\S+)')
-
-
-def families(text: str) -> dict[str, list[tuple[str, float]]]:
-    """By the rules of the text format: each family once, HELP and TYPE first, series unique."""
-    found: dict[str, list[tuple[str, float]]] = {}
-    current = ""
-    lines = text.splitlines()
-    assert text.endswith("\n")
-    for number, line in enumerate(lines):
-        if line.startswith("# HELP "):
-            current = line.split()[2]
-            assert current not in found
-            found[current] = []
-            assert lines[number + 1] == f"# TYPE {current} gauge"
-        elif not line.startswith("#"):
-            match = _SERIES.fullmatch(line)
-            assert match, line
-            assert match[1] == current
-            assert match[2] not in {labels for labels, _ in found[current]}
-            found[current].append((match[2], float(match[3])))
-    return found
-
 
 def test_metrics_keep_to_the_format_whatever_disks_are_called(host: Host) -> None:
-    host.disk('we"ird\\x')
+    odd = 'we"ird\\x,{y}=" ä'
+    host.disk(odd)
     host.disk("web1")
     report = host.run("", clock=Clock(step=timedelta(seconds=1)))
     path = host.directory / "snapchain.prom"
-    found = families(path.read_text())
-    assert any(r'disk="we\"ird\\x"' in labels for labels, _ in found["snapchain_points"])
+    found = exposition.read(path.read_text())
+    assert exposition.value(found, "points", disk=odd, destination="vault") == 1
+    assert all(family.kind == "gauge" for family in found.values())
     assert {
         "snapchain_last_success_timestamp_seconds", "snapchain_last_run_timestamp_seconds",
         "snapchain_last_run_success", "snapchain_chain_length", "snapchain_shadowed_bytes", "snapchain_shipped_bytes",
         "snapchain_stored_bytes",        "snapchain_rpo_lag_seconds", "snapchain_points", "snapchain_duration_seconds",
     } <= set(found)  # fmt: skip
     assert path.stat().st_mode & 0o777 == 0o644
-    assert found["snapchain_last_run_timestamp_seconds"][0][1] == report.finished.timestamp()
+    assert exposition.value(found, "last_run_timestamp_seconds", nightly="nightly") == report.finished.timestamp()
     shipped = host.metric("last_success_timestamp_seconds", disk="web1", destination="vault")
     assert EVENING.timestamp() <= shipped <= report.finished.timestamp()
     assert host.metric("rpo_lag_seconds", disk="web1") == report.finished.timestamp() - shipped
