@@ -14,6 +14,7 @@ from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.retention import Policy, decide
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.repository.catalogue import Catalogue, Point
+from snapchain.repository.holds import reasons
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.merging import merge_layers
@@ -77,7 +78,7 @@ class RepositoryMerge:
         self._disk = repository.disk(disk)
         self._current = self._disk.existing()
         self._catalogue: Catalogue = self._current[0]
-        decided = decide(self._catalogue.points, policy, zone=zone, now=now)
+        decided = decide(self._catalogue.points, policy, zone=zone, now=now, holds=reasons)
         self._decisions = decided
         self._kept: tuple[Point, ...] = tuple(each.point for each in decided if each.kept)
         self._groups: tuple[Group, ...] = collapse_tree(

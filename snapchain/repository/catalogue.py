@@ -8,13 +8,14 @@ succeed, and the generations before are the history that a repair can go back to
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from enum import StrEnum
 from itertools import pairwise
 from typing import Literal, Self
 
 import blake3
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from snapchain.errors import Conflict, Corrupt, NotFound
 from snapchain.objects.exclusive import create_exclusively
@@ -22,12 +23,48 @@ from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import generation_name
+from snapchain.repository.stored import made_by, parse as parse_stored
 
 KIND = b"C"
+ATTEMPTS = 8
+"""How often a change is tried when others are faster each time."""
+
+
+class Consistency(StrEnum):
+    """How the guest stood when the point was taken: what a restore of it must expect.
+
+    OFFLINE       nobody had the disk open: as good as after a shutdown
+    APPLICATION   programs of the guest had brought their data into order (hooks of the guest agent, VSS writers)
+    FILESYSTEM    the guest's filesystems were frozen: mounts without repair; databases recover
+    CRASH         one instant of a running guest, as after a power cut: journals are replayed
+
+    The words are those of backup products.  None says that nobody knows, which is not the same as CRASH: a copy of a
+    file that was written meanwhile is worse.
+    """
+
+    OFFLINE = "offline"
+    APPLICATION = "application"
+    FILESYSTEM = "filesystem"
+    CRASH = "crash"
+
+
+class Hold(BaseModel):
+    """A reason to keep a point whatever the rules of retention say. tag: names it, once a point; reason: for people."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tag: str
+    since: AwareDatetime
+    reason: str = ""
 
 
 class Point(BaseModel):
-    """A restorable moment of a disk. layer: the top of the chain that gives it; size: virtual, bytes."""
+    """A restorable moment of a disk.
+
+    layer: the top of the chain that gives it; size: virtual, bytes
+    instant: the VM point, one for all disks of a guest that were taken at this moment; 32 hex digits
+    made_by: the program that published it, None until it is published
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,6 +74,16 @@ class Point(BaseModel):
     layer: str
     size: int = Field(ge=0)
     content_id: str
+    holds: tuple[Hold, ...] = ()
+    instant: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
+    consistency: Consistency | None = None
+    made_by: str | None = None
+
+    @model_validator(mode="after")
+    def _names_holds_once(self) -> Self:
+        if len({hold.tag for hold in self.holds}) != len(self.holds):
+            raise ValueError("two of its holds have one tag")
+        return self
 
 
 class Catalogue(BaseModel):
@@ -44,7 +91,8 @@ class Catalogue(BaseModel):
 
     previous: BLAKE3 of the object of the generation before, "" at the first
     parents: layer -> the layer below it, None at a root
-    epoch: who may write the disk, grows at each failover; nonce: tells our own write from another's
+    epoch, owner: who may write the disk; 0 and None until it was failed over, then the epoch grows each time
+    nonce: tells our own write from another's
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,7 +103,8 @@ class Catalogue(BaseModel):
     previous: str
     nonce: str
     time: AwareDatetime
-    epoch: int = Field(ge=1)
+    epoch: int = Field(default=0, ge=0)
+    owner: str | None = None
     next_point: int = Field(ge=1)
     points: tuple[Point, ...]
     parents: Mapping[str, str | None]
@@ -123,12 +172,11 @@ class Disk:
         Raises Conflict when somebody else published it first: read again and decide anew.
         """
         base: dict[str, object] = (
-            {"disk": self.name, "epoch": 1, "next_point": 1, "points": (), "parents": {}, "generation": 0}
-            if current is None
-            else dict(current[0])
+            {"disk": self.name, "next_point": 1, "points": (), "parents": {}} if current is None else dict(current[0])
         )
         generation = 1 if current is None else current[0].generation + 1
         base.update(change)
+        base["points"] = _signed(base["points"], 1 if current is None else current[0].next_point)
         base.update(
             generation=generation,
             previous="" if current is None else current[1],
@@ -143,6 +191,41 @@ class Disk:
                 "another snapchain changed this disk at the same time", subject=self.name, hint="run the command again"
             )
         return catalogue, blake3.blake3(sealed).hexdigest()
+
+    def update(
+        self,
+        change: Callable[[Catalogue], Mapping[str, object] | None],
+        *,
+        time: datetime,
+        check: Callable[[], None],
+    ) -> Catalogue:
+        """Change the newest generation, whoever else changes it meanwhile; the one that is newest afterwards.
+
+        change: fields of Catalogue to replace, None to leave all as it is; called anew for each generation that others
+        publish first.  check: called before each attempt (Lease.check).
+        Raises NotFound for a disk without a catalogue, Conflict when others were faster time and again.
+        """
+        for attempt in range(ATTEMPTS):
+            current = self.existing()
+            fields = change(current[0])
+            if fields is None:
+                return current[0]
+            check()
+            try:
+                return self.advance(current, time=time, **fields)[0]
+            except Conflict:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("the loop returns or raises")
+
+
+def _signed(points: object, first: int) -> tuple[Point, ...]:
+    """The points, those that are new (numbered `first` or more) with the name of this program."""
+    assert isinstance(points, tuple)
+    return tuple(
+        point.model_copy(update={"made_by": made_by()}) if point.point >= first and point.made_by is None else point
+        for point in points
+    )
 
 
 def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
@@ -177,10 +260,6 @@ def read_any(store: ObjectStore, keys: Keyring, disk_key: str) -> Catalogue | No
 
 
 def parse(keys: Keyring, name: str, data: bytes) -> tuple[Catalogue, str]:
-    """A catalogue as stored, and the hash of its object. Raises Corrupt."""
+    """A catalogue as stored, and the hash of its object. Raises Corrupt, or Unsupported for a newer one."""
     body = unseal(keys, KIND, name, data)
-    try:
-        return Catalogue.model_validate_json(body), blake3.blake3(data).hexdigest()
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Corrupt(f"the catalogue is unsound: {first['loc']}: {first['msg']}", subject=name) from error
+    return parse_stored(Catalogue, body, what="the catalogue", subject=name), blake3.blake3(data).hexdigest()

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Corrupt, NotFound
 from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
@@ -33,6 +33,7 @@ from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
 from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
+from snapchain.repository.stored import made_by, parse as parse_stored
 
 KIND = b"L"
 _LENGTH = struct.Struct("<I")
@@ -59,6 +60,7 @@ class LayerHeader(BaseModel):
     size: virtual size, bytes; name, image_format, cluster_size, compressed: of the file that it was read from;
     sources: the files that were composed into it, lower first; replaces: layers that were merged into it;
     content_sum: base64 of the LtHash16 sum of what the chain up to here shows; content_id follows from it and size
+    made_by: the program that wrote it
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +78,7 @@ class LayerHeader(BaseModel):
     zero_bytes: int = Field(ge=0)
     content_sum: str
     content_id: str
+    made_by: str | None = None
 
     def sum(self) -> Sum:
         """uint16[1024]"""
@@ -92,13 +95,13 @@ PageTable = npt.NDArray[np.void]
 
 def write(store: ObjectStore, keys: Keyring, header: LayerHeader, pages: PageTable) -> None:
     """Store a layer record; its pages are durable already."""
-    text = header.model_dump_json().encode()
+    text = header.model_copy(update={"made_by": made_by()}).model_dump_json().encode()
     name = layer_name(header.id)
     store.put(name, seal(keys, KIND, name, _LENGTH.pack(len(text)) + text + pages.tobytes()))
 
 
 def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, PageTable]:
-    """A layer record, checked. Raises Corrupt when it is missing or unsound."""
+    """A layer record, checked. Raises Corrupt when it is missing or unsound, Unsupported when it is newer."""
     name = layer_name(layer)
     if not is_id(layer):
         raise Corrupt("this is no layer id", subject=name)
@@ -108,10 +111,11 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
         raise Corrupt("the layer record is missing from the store", subject=name) from error
     try:
         (length,) = _LENGTH.unpack_from(body)
-        header = LayerHeader.model_validate_json(body[_LENGTH.size : _LENGTH.size + length])
+        text = body[_LENGTH.size : _LENGTH.size + length]
+        header = parse_stored(LayerHeader, text, what="the layer record", subject=name)
         pages = np.frombuffer(body, PAGE_ROW, offset=_LENGTH.size + length)
         sums = base64.b64decode(header.content_sum, validate=True)
-    except (ValueError, struct.error, ValidationError) as error:
+    except (ValueError, struct.error) as error:
         raise Corrupt(f"the layer record is unsound: {error}", subject=name) from error
     stop = -(-header.size // LEAF_BYTES) * LEAF_BYTES
     sound = (

@@ -6,22 +6,24 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.store import ObjectStore
-from snapchain.repository import catalogue as catalogues, index as indexes, keys as slots, layers
+from snapchain.repository import catalogue as catalogues, holds, index as indexes, keys as slots, layers
 from snapchain.repository.blobs import BlobReader
-from snapchain.repository.catalogue import Catalogue, Disk
+from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
 from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import PageCache, StoredLayer
 from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.stored import newer, parse as parse_stored
 
 CONFIG = "config"
 _READERS = 8
@@ -35,6 +37,10 @@ BLOCK_BYTES = 256 * 1024
 
 Passphrase = Callable[[], str | None]
 """Asked only when a passphrase is needed, since asking may run a command."""
+
+
+def _unheard(_: str) -> None:
+    """Nobody listens."""
 
 
 class Config(BaseModel):
@@ -143,6 +149,39 @@ class Repository:
         check_disk_name(name)
         return Disk(self.store, self.keys, name, conditional=self.conditional)
 
+    def hold(
+        self, disk: str, point: int, tag: str, *, reason: str = "", on_wait: Callable[[str], None] = _unheard
+    ) -> Point:
+        """Keep a point whatever the rules of retention say, until it is released; the point as it is now.
+
+        tag: names the hold; one that is there already gets this reason and keeps its date.  on_wait: as in `lease`.
+        Raises NotFound for a disk or point that is not there, InvalidInput for a bad tag.
+        """
+        change = partial(holds.held, point=point, tag=holds.check_tag(tag), reason=reason, now=datetime.now(UTC))
+        return self._change(disk, point, change, f"hold {disk}", on_wait)
+
+    def release(self, disk: str, point: int, tag: str, *, on_wait: Callable[[str], None] = _unheard) -> Point:
+        """Take a hold off a point; the point as it is now. Raises NotFound when disk, point or hold is not there."""
+        return self._change(disk, point, partial(holds.released, point=point, tag=tag), f"release {disk}", on_wait)
+
+    def _change(
+        self,
+        disk: str,
+        point: int,
+        change: Callable[[Catalogue], Sequence[Point] | None],
+        work: str,
+        on_wait: Callable[[str], None],
+    ) -> Point:
+        """Give a disk other points, by its next generation; one of them."""
+
+        def fields(catalogue: Catalogue) -> dict[str, object] | None:
+            points = change(catalogue)
+            return None if points is None else {"points": tuple(points)}
+
+        with self.lease(Mode.WRITE, work, on_wait=on_wait) as lease:
+            catalogue = self.disk(disk).update(fields, time=datetime.now(UTC), check=lease.check)
+        return next(each for each in catalogue.points if each.point == point)
+
     def catalogue(self, name: str) -> Catalogue:
         """The newest catalogue of a disk. Raises NotFound."""
         return self.disk(name).existing()[0]
@@ -170,18 +209,11 @@ class Repository:
 
 
 def parse_config(text: bytes, *, subject: str) -> Config:
-    """The object `config`. Raises Corrupt, or Unsupported for a newer format."""
-    try:
-        return Config.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"] == ("format",):
-            raise Unsupported(
-                "the repository has a format that this snapchain does not know",
-                subject=subject,
-                hint="use a newer snapchain",
-            ) from error
-        raise Corrupt(f"the repository's config is damaged: {first['loc']}: {first['msg']}", subject=subject) from error
+    """The object `config`. Raises Corrupt, or Unsupported for a newer one."""
+    found = parse_stored(Config, text, what="the repository", subject=subject)
+    if found.encryption not in SUITES:
+        raise newer("the repository", subject)
+    return found
 
 
 def check_disk_name(name: str) -> str:
@@ -217,12 +249,12 @@ def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
     names: Sequence[str] = [info.name for info in store.list("keys/")]
     if not names:
         raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
-    damaged: Corrupt | None = None
+    damaged: Corrupt | Unsupported | None = None
     for name in names[:_MOST_SLOTS]:
         try:
             slot = slots.parse(store.get(name), subject=name)
             master = slots.unwrap(slot, secret, config, subject=name)
-        except Corrupt as error:
+        except (Corrupt, Unsupported) as error:
             damaged = error  # another slot may hold the same key
             continue
         if master is not None:
