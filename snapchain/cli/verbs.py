@@ -2,8 +2,11 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, gc, nightly, inspect, diff
+from snapchain.cli import init, snapshot, ship, log, restore, merge, hold, release, verify, gc, nightly, inspect, diff
 
 # isort: on
 
-__all__ = ["app", "diff", "gc", "init", "inspect", "log", "merge", "nightly", "restore", "ship", "snapshot", "verify"]
+__all__ = [
+    "app", "diff", "gc", "hold", "init", "inspect", "log", "merge", "nightly", "release", "restore", "ship", "snapshot",
+    "verify",
+]  # fmt: skip

@@ -180,8 +180,12 @@ def _note_path(path: Path, inode: int) -> Path:
 
 def _read(directory: Path) -> _Directory:
     there = _Directory({}, {}, [], [])
-    with os_errors(directory), os.scandir(directory) as entries:
-        found = [(entry.name, entry.inode()) for entry in entries]
+    try:
+        with os_errors(directory), os.scandir(directory) as entries:
+            found = [(entry.name, entry.inode()) for entry in entries]
+    except SnapchainError as fault:
+        there.faults.append(fault)
+        return there
     for name, inode in found:
         if _BEGUN.fullmatch(name):
             there.begun.append(directory / name)
