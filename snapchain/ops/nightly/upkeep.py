@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.ops import gc
 from snapchain.ops.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.gc import GcReport
@@ -16,6 +16,7 @@ from snapchain.ops.nightly.place import Place
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.verify import verify
+from snapchain.repository.repository import Repository
 
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
@@ -68,10 +69,8 @@ class Upkeep:
         assert config is not None
         self._night.limits.check()
         with self._place.turn() as repository:
-            there = {catalogue.disk for catalogue in repository.catalogues()}
-        wanted = turns(
-            [each for each in self._disks if each in there], known.verified, config.disks, damaged=known.damaged
-        )
+            there = [disk for disk in self._disks if _is_there(repository, disk)]
+        wanted = turns(there, known.verified, config.disks, damaged=known.damaged)
         for disk in wanted:
             self._steps.attempt(f"verify {disk}", partial(self._look_at, disk, 1.0 if disk in known.damaged else None))
         checked = sum(result.checked_bytes for result in self._report.verified)
@@ -116,3 +115,14 @@ class Upkeep:
                 on_event(Notice(f"{self._place.name}: {message}"))
             case Progress(phase, done, total):
                 on_event(Progress(f"{phase} {self._place.name}", done, total))
+
+
+def _is_there(repository: Repository, disk: str) -> bool:
+    """Also for one whose catalogue is damaged, which its own look tells; the others are looked at all the same."""
+    try:
+        repository.catalogue(disk)
+    except NotFound:
+        return False
+    except SnapchainError:
+        return True
+    return True
