@@ -20,7 +20,7 @@ from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint, settle
 from snapchain.model.inventory import Wanted
 from snapchain.ops.notes import LayerNote, MergedFile, Notes, Sealed
-from snapchain.repository.layers import Source
+from snapchain.repository.source import Source
 
 _LATEST = 32_503_680_000.0
 """The year 3000, in seconds since 1970."""

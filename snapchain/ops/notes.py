@@ -28,7 +28,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
-from snapchain.repository.layers import Source
+from snapchain.repository.source import Source
 
 _PREFIX, _SUFFIX = ".snapchain-layer-", ".json"
 _BEGUN = re.compile(rf"\.{re.escape(_PREFIX)}.*\.{files.NEW}-[0-9a-f]+")

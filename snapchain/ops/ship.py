@@ -29,9 +29,10 @@ from snapchain.ops.notes import Notes
 from snapchain.ops.source import check_unchanged, locked_chain
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.deposit import Deposit, Origin
-from snapchain.repository.layers import Source, StoredLayer
+from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
+from snapchain.repository.source import Source
 
 _ATTEMPTS = 8
 _LATEST = 32_503_680_000.0

@@ -33,23 +33,13 @@ from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
 from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
+from snapchain.repository.source import Source
 from snapchain.repository.stored import made_by, parse as parse_stored
 
 KIND = b"L"
 _LENGTH = struct.Struct("<I")
 LARGEST_DISK = 1 << 56
 """Bytes. qcow2 with clusters of 2 MiB ends at 8 EiB; no signed offset may overflow with two of these added."""
-
-
-class Source(BaseModel):
-    """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
 
 
 class LayerHeader(BaseModel):

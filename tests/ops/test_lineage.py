@@ -13,8 +13,8 @@ from snapchain.ops import merge_image, snapshot
 from snapchain.ops.lineage import record, wanted
 from snapchain.ops.notes import MergedFile, Notes
 from snapchain.ops.ship import source_of
-from snapchain.repository.layers import Source
 from snapchain.repository.repository import Repository
+from snapchain.repository.source import Source
 from tests.ops.shipping import restore, same_bytes, ship
 from tests.ops.stacks import Layer, MiB, build, flat, write
 from tests.repository.synthetic import repository

@@ -15,7 +15,7 @@ from snapchain.model.layer import Layer
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.ship import source_of
 from snapchain.ops.source import locked_chain
-from snapchain.repository.layers import Source
+from snapchain.repository.source import Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from snapchain.errors import NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
 from snapchain.model.inventory import Wanted
-from snapchain.repository.layers import Source
+from snapchain.repository.source import Source
 
 _CAP = 64 << 20
 _BROKEN = ".broken"

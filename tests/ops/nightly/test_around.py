@@ -24,7 +24,7 @@ from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.state import DiskState, MergedFile, StateFile
 from snapchain.ops.nightly.systemd import units
-from snapchain.repository.layers import Source
+from snapchain.repository.source import Source
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
 from tests.ops.stacks import write
