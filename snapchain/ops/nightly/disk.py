@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from snapchain.errors import Busy, SnapchainError
+from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.model.inventory import Wanted
 from snapchain.ops import snapshot
 from snapchain.ops.events import Event, Notice, OnEvent, Progress
@@ -241,6 +241,18 @@ class DiskRun:
         self._night.limits.check()
 
     def _merge(self, captured: _Captured) -> None:
+        try:
+            self._merge_some(captured)
+        except (Conflict, NotFound):
+            # Another snapchain may have merged here meanwhile; an image that is broken is told by looking at it.
+            now = look(self._disk.image, format=self._settings.format, image_dirs=self._dirs)
+            then = [file.source for file in captured.facts.files]
+            if [file.source for file in now.files][: len(then)] == then:
+                raise
+            self._show(why_not_merged="its chain was changed meanwhile: another snapchain is at work on it")
+            self._show_chain(now, beyond=0)
+
+    def _merge_some(self, captured: _Captured) -> None:
         sealed, facts, limits = captured.sealed, captured.facts, self._night.limits
         assert self._settings.merge_above is not None
         limits.check()

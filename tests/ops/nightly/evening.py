@@ -16,6 +16,7 @@ from typing import Any
 from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, NotFound
 from snapchain.ops.restore import Restoration
+from snapchain.ops.verify import verify
 from tests.ops.nightly import exposition
 from tests.ops.stacks import flat, qemu_img, same, write
 
@@ -97,6 +98,10 @@ class House:
         out.unlink(missing_ok=True)
         Restoration(open_destination(str(self.folder / repository), passphrase=lambda: None), disk, out).run()
         return out.read_bytes() == (self.truths / f"{disk}.raw").read_bytes()
+
+    def is_sound(self, repository: str = "vault") -> bool:
+        """Whether everything there can be read and is what was recorded."""
+        return verify(open_destination(str(self.folder / repository), passphrase=lambda: None), share=1.0).ok
 
     def reads_as_remembered(self, disk: str) -> bool:
         return same(self.image(disk), self.truths / f"{disk}.raw")
