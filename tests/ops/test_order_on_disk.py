@@ -26,7 +26,10 @@ def calls(work: Path, image: Path, operation: str) -> list[str]:
     found = []
     for line in lines:
         number, _, call = line.partition(" ")
-        if number != own or str(image.parent) not in call or " = 0" not in call:
+        # (The flush of a merge's result is done by another thread.)
+        if number != own and ".merge-" not in call:
+            continue
+        if str(image.parent) not in call or " = 0" not in call:
             continue
         verb = re.sub(r"at2?$", "", call.strip().split("(")[0])
         paths = re.findall(rf'[<"]({re.escape(str(image.parent))}[^>"]*)[>"]', call)
@@ -63,17 +66,19 @@ def test_snapshot(tmp_path: Path) -> None:
 
 def test_merge(tmp_path: Path) -> None:
     image = build(tmp_path / "vm", [Layer(), *[Layer(writes=["write -P 1 0 64k"])] * 3])[-1]
-    journal = ["fsync journal-tmp", "rename journal-tmp journal", "fsync ."]
+    # The journal and the result get their names in one directory, in this order: one flush makes both last.
     assert calls(tmp_path, image, "merge_image") == [
-        *journal,
         "fsync tmp",
-        *journal,
+        "fsync journal-tmp",
+        "rename journal-tmp journal",
         "rename tmp disk.qcow2",
         "fsync .",
+        # What it was made of, while the journal brings back whoever is killed here.
+        "fsync note-tmp",
+        "rename note-tmp note",
+        "fsync .",
         "unlink 2.qcow2",
-        "fsync .",
         "unlink 1.qcow2",
-        "fsync .",
         "unlink journal",
         "fsync .",
     ]
