@@ -6,6 +6,7 @@ kill the next run finds in the state what was reached.  What cannot be written i
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -36,6 +37,7 @@ from snapchain.ops.nightly.upkeep import Upkeep
 from snapchain.repository.known import state_dir
 
 LAST_REPORT = "last-report.json"
+SYSTEM_STATE = Path("/var/lib/snapchain")
 
 
 def now_utc() -> datetime:
@@ -44,11 +46,15 @@ def now_utc() -> datetime:
 
 
 def directory_of(config: Nightly, path: Path) -> Path:
-    """Where the state of the configuration in the file `path` lies: as it says, or below the user's state directory."""
+    """Where the state of the configuration in the file `path` lies: as it says, or below the user's state directory.
+
+    Root's is where the service keeps it, so that a run by hand knows of the service's, and waits for it.
+    """
     if config.state is not None:
         return config.state
     mark = sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    return state_dir() / "nightly" / f"{config.name}-{mark}"
+    system = os.geteuid() == 0 and not os.environ.get("XDG_STATE_HOME")
+    return (SYSTEM_STATE if system else state_dir()) / "nightly" / f"{config.name}-{mark}"
 
 
 def run(

@@ -22,6 +22,7 @@ from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.report import Outcome
+from snapchain.ops.nightly.run import directory_of
 from snapchain.ops.nightly.state import DiskState, MergedFile, StateFile
 from snapchain.ops.nightly.systemd import units
 from snapchain.repository.source import Source
@@ -270,6 +271,55 @@ url = "s3://bucket/prefix"
 """
 
 
+_YES = r"yes|no"
+_TIME = r"infinity|\d+(?:s|min|h)"
+_WORDS = r"(?:[A-Z]+_[A-Z_]+ ?)+"
+_PATH = r"-?/[^\s\"%]*|\"-?/(?:[^\"%]|%%)*\""
+DIRECTIVES = {
+    "Unit": {"Description": r".+", "Documentation": r"man:\S+", "Wants": r"\S+\.target", "After": r"\S+\.target"},
+    "Service": {
+        "Type": "oneshot", "ExecStart": r"/\S+( .+)?", "TimeoutStartSec": _TIME, "TimeoutStopSec": _TIME,
+        "KillMode": "mixed", "Nice": r"-?\d+", "IOSchedulingClass": "best-effort|idle", "IOSchedulingPriority": "[0-7]",
+        "Environment": r"(?:[A-Z_]+=\S+ ?)+", "EnvironmentFile": rf"{_PATH}", "StateDirectory": r"[a-z]+",
+        "CacheDirectory": r"[a-z]+", "StateDirectoryMode": "0700", "CacheDirectoryMode": "0700", "UMask": "0077",
+        "ProtectSystem": "strict", "ReadWritePaths": _PATH, "PrivateTmp": _YES, "ProtectHome": f"{_YES}|read-only",
+        "DevicePolicy": "closed", "DeviceAllow": r"(?:block|char)-\S+ [rwm]+", "CapabilityBoundingSet": _WORDS,
+        "NoNewPrivileges": _YES, "ProtectKernelTunables": _YES, "ProtectKernelModules": _YES, "ProtectKernelLogs": _YES,
+        "ProtectControlGroups": _YES, "ProtectClock": _YES, "ProtectHostname": _YES, "RestrictNamespaces": _YES,
+        "RestrictRealtime": _YES, "RestrictSUIDSGID": _YES, "LockPersonality": _YES,
+        "RestrictAddressFamilies": _WORDS.replace("A-Z_", "A-Z0-9_"), "SystemCallArchitectures": "native",
+        "SystemCallFilter": r"@system-service", "SystemCallErrorNumber": "EPERM",
+    },
+    "Timer": {
+        "OnCalendar": r"\*-\*-\* \d\d:\d\d:\d\d \S+", "Persistent": _YES, "AccuracySec": _TIME,
+    },
+    "Install": {"WantedBy": r"timers\.target"},
+}  # fmt: skip
+"""What may stand where, from systemd.unit(5), .service(5), .exec(5), .resource-control(5), .timer(5), .syntax(7)."""
+_SEVERAL = {"ReadWritePaths", "DeviceAllow"}
+
+
+def sections(text: str) -> dict[str, dict[str, list[str]]]:
+    """A unit file, as strictly as the manual pages allow. systemd itself only warns of what it does not know."""
+    found: dict[str, dict[str, list[str]]] = {}
+    current = ""
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("["):
+            current = line.strip("[]")
+            assert current in DIRECTIVES
+            assert current not in found
+            found[current] = {}
+            continue
+        name, equals, value = line.partition("=")
+        assert equals, line
+        assert re.fullmatch(DIRECTIVES[current][name], value), line
+        found[current].setdefault(name, []).append(value)
+        assert name in _SEVERAL or len(found[current][name]) == 1, line
+    return found
+
+
 def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
     made = units(
         parse(CONFIG, path=Path("/etc/snapchain/web 1.toml")), Path("/etc/snapchain/web 1.toml"), program=["/bin/true"]
@@ -278,17 +328,16 @@ def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
     service = made.service.splitlines()
     assert 'ExecStart=/bin/true nightly "/etc/snapchain/web 1.toml"' in service
     assert [line for line in service if line.startswith("ReadWritePaths=")] == [
-        "ReadWritePaths=/backup",
-        "ReadWritePaths=/images",
-        'ReadWritePaths="/srv/my images"',
-        "ReadWritePaths=/var/lib/node-exporter",
+        "ReadWritePaths=-/backup",
+        "ReadWritePaths=-/images",
+        'ReadWritePaths="-/srv/my images"',
+        "ReadWritePaths=-/var/lib/node-exporter",
     ]
     assert "OnCalendar=*-*-* 22:30:00 Europe/Berlin" in made.timer.splitlines()
     for directive in ("ProtectSystem=strict", "NoNewPrivileges=yes", "SystemCallFilter=@system-service", "UMask=0077"):
         assert directive in service
-    for text in (made.service, made.timer):
-        known = re.compile(r"\[[A-Z][a-z]+\]|[A-Z][A-Za-z0-9]+=.+|#.*|")
-        assert all(known.fullmatch(line) for line in text.splitlines())
+    assert set(sections(made.service)) == {"Unit", "Service"}
+    assert set(sections(made.timer)) == {"Unit", "Timer", "Install"}
     analyze = shutil.which("systemd-analyze")
     if analyze is not None:
         files = [tmp_path / made.service_path.name, tmp_path / made.timer_path.name]
@@ -337,3 +386,16 @@ def test_a_report_and_a_state_that_cannot_be_written_are_faults_and_the_work_is_
     assert len(host.repository().catalogue("web1").points) == 1
     assert host.metric("last_run_success") == 0
     assert host.metric("points", disk="web1", destination="vault") == 1
+
+
+def test_root_by_hand_and_the_service_share_state_and_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("/etc/snapchain/web.toml")
+    config = parse(CONFIG, path=path)
+    environment = sections(units(config, path, program=["/bin/true"]).service)["Service"]["Environment"][0]
+    (home,) = [word.partition("=")[2] for word in environment.split() if word.startswith("XDG_STATE_HOME=")]
+    monkeypatch.setenv("XDG_STATE_HOME", home)
+    by_service = directory_of(config, path)
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert directory_of(config, path) == by_service
+    assert by_service.parent == Path("/var/lib/snapchain/nightly")
