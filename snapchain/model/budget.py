@@ -17,12 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from snapchain.model.choice import MergeRange
 from snapchain.model.extents import Int64s
 
+Float64s = npt.NDArray[np.float64]
+
 FRONT = 10_000
 """Sets kept for all places of a chain together; a chain of 8 layers has 64 at most."""
+_WHOLE = 1 << 30
 _NEVER = np.iinfo(np.int64).max // 4
 
 
@@ -77,6 +81,19 @@ def _walked_back(steps: Sequence[tuple[dict[int, Int64s], MergeRange]], removes:
             removes -= place - 1 - first
             place = first
     return tuple(reversed(chosen))
+
+
+def combined(costs: Sequence[tuple[Float64s, float]]) -> tuple[Int64s, int]:
+    """One table of costs, and its budget, for several kinds of cost that each have a budget of their own.
+
+    Whoever keeps to it keeps to each of them, since a sum of maxima is no less than the maximum of sums; where two are
+    nearly used up at once, a little of both may be left.
+    """
+    if len(costs) == 1:
+        table, budget = costs[0]
+        return np.ceil(table).astype(np.int64), int(budget)
+    shares = [np.ceil(table * (_WHOLE / max(budget, 1e-9))) for table, budget in costs]
+    return np.minimum(np.maximum.reduce(shares), _NEVER).astype(np.int64), _WHOLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,12 @@ class RangeGains:
 
 def range_gains(chain: Chain) -> RangeGains:
     """`gain` of all ranges, for a planner that chooses among them; without the peaks."""
-    hidden = hidden_by(chain)
-    count = len(chain)
+    return gains_of(hidden_by(chain))
+
+
+def gains_of(hidden: Int64s) -> RangeGains:
+    """`range_gains` of a chain whose `hidden_by` is known."""
+    count = len(hidden)
     # survivors[k, last]: DATA of k that no layer up to `last` hides.
     survivors = np.cumsum(hidden[:, ::-1], axis=1)[:, ::-1][:, 1:]
     held = hidden.sum(axis=1)

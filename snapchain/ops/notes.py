@@ -149,7 +149,8 @@ class Notes:
             present = set(there.inodes.values())
             for where, note in there.notes.values():
                 if note.inode not in present and not note.holds:
-                    files.remove(where)
+                    with os_errors(where):
+                        where.unlink(missing_ok=True)  # not made durable: one that comes back goes the next time
 
     @contextmanager
     def _alone_in(self, directory: Path) -> Iterator[_Directory]:
