@@ -123,8 +123,9 @@ class DiskRun:
     def _with_hooks(self) -> None:
         steps = self._steps
         try:
-            if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
-                self._work()
+            captured = self._sealed_between_hooks()
+            if captured is not None:
+                self._deliver(captured)
         finally:
             outcome, sealed = steps.outcome, self._report.sealed
             if outcome is Outcome.FAILED:
@@ -135,15 +136,22 @@ class DiskRun:
                 )
             steps.attempt("after hook", lambda: self._hooks.run("after", outcome=outcome, sealed=sealed))
 
-    def _work(self) -> None:
+    def _sealed_between_hooks(self) -> _Captured | None:
+        """What `before` may have stopped is started again in any case, as soon as can be."""
         in_use = Outcome.BUSY if self._settings.when_busy == "skip" else Outcome.FAILED
+        steps = self._steps
         try:
-            captured = self._steps.attempt("snapshot", self._capture, tries=_TRIES, busy=in_use).value
+            if (
+                steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK
+                and steps.attempt("open", self._check_anybody_there).outcome is Outcome.OK
+            ):
+                return steps.attempt("snapshot", self._capture, tries=_TRIES, busy=in_use).value
+            return None
         finally:
             how = self._report.snapshot
-            self._steps.attempt("after_snapshot hook", lambda: self._hooks.run("after_snapshot", snapshot=how))
-        if captured is None:
-            return
+            steps.attempt("after_snapshot hook", lambda: self._hooks.run("after_snapshot", snapshot=how))
+
+    def _deliver(self, captured: _Captured) -> None:
         self._shipping = True
         for place in self._places:
             self._show_result(self._ship(place, captured))
@@ -158,11 +166,10 @@ class DiskRun:
     def _capture(self) -> _Captured:
         """Seal what was written since the last time."""
         settings, image = self._settings, self._disk.image
+        moment = self._night.clock()  # before the look: whatever was written until now is in what is shipped
         facts = look(image, format=settings.format, image_dirs=self._dirs, on_event=self._on_event)
         self._lineage = self._state.lineage([file.source for file in facts.files])
         self._show_chain(facts, beyond=0)
-        self._check_anybody_there()
-        moment = self._night.clock()
         if not settings.snapshot:
             self._show(snapshot="off", sealed=image)
             return _Captured(Sealed(image, settings.format, beyond=0), facts, moment, "off")

@@ -14,6 +14,7 @@ from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.hooks import missing_programs
 from snapchain.ops.nightly.local_merge import Sealed
 from snapchain.ops.nightly.look import ImageFacts, look
 from snapchain.ops.nightly.place import Place
@@ -112,7 +113,10 @@ def preview(
         left=tuple(steps.left),
         disks=tuple(_Look(config, places, state, disk, now).disk() for disk in found.disks),
         destinations=tuple(_upkeep(config, place, state, found.disks) for place in places.values()),
-        faults=tuple(Fault.of("selection", fault) for fault in found.faults),
+        faults=(
+            *(Fault.of("selection", fault) for fault in found.faults),
+            *(Fault.of("hooks", fault) for fault in missing_programs(config.hooks)),
+        ),
         layers_left_out=found.layers,
     )
 
@@ -152,6 +156,8 @@ class _Look:
                     "chain_length": len(facts.files) + made,
                 }
             )
+        for fault in missing_programs(self._disk.settings.hooks):
+            self._steps.note("hooks", fault)
         return shown.model_copy(update={"faults": tuple(self._steps.faults)})
 
     def _seen(self) -> tuple[ImageFacts, Path | None]:

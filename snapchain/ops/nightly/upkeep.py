@@ -18,6 +18,8 @@ from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.verify import verify
 from snapchain.repository.repository import Repository
 
+_LEAST_SAMPLE = 64 << 20
+"""Guest bytes."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
@@ -87,7 +89,8 @@ class Upkeep:
             self._night.limits.check()
 
         with self._place.turn() as repository:
-            found = verify(repository, disk=disk, share=config.share if share is None else share, on_event=heard)
+            share = _of_some_size(repository, disk, config.share) if share is None else share
+            found = verify(repository, disk=disk, share=share, on_event=heard)
         findings = tuple(f"{each.subject}: {each.message}" for each in found.findings)
         self._show(
             verified=(
@@ -115,6 +118,18 @@ class Upkeep:
                 on_event(Notice(f"{self._place.name}: {message}"))
             case Progress(phase, done, total):
                 on_event(Progress(f"{phase} {self._place.name}", done, total))
+
+
+def _of_some_size(repository: Repository, disk: str, share: float) -> float:
+    """Five per cent of a small disk may be nothing at all: a share that is worth to be called a sample."""
+    try:
+        catalogue = repository.catalogue(disk)
+        latest = catalogue.latest
+        layers = repository.chain(catalogue, latest.layer) if latest else []
+    except SnapchainError:
+        return share  # the look itself tells
+    data = sum(layer.header.data_bytes for layer in layers)
+    return min(max(share, _LEAST_SAMPLE / data), 1.0) if share and data else share
 
 
 def _is_there(repository: Repository, disk: str) -> bool:

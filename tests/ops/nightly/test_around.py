@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.destinations import create_destination
 from snapchain.errors import Busy, ToolFailed
 from snapchain.model.inventory import Wanted
 from snapchain.ops.nightly import metrics
@@ -21,6 +22,7 @@ from snapchain.ops.nightly.config import Hooks
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.lock import only_run
+from snapchain.ops.nightly.preview import preview
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.run import directory_of
 from snapchain.ops.nightly.state import DiskState, MergedFile, StateFile
@@ -72,7 +74,7 @@ def test_hooks_see_the_facts_in_the_order_of_the_night(host: Host, tmp_path: Pat
 def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path: Path) -> None:
     for name in ("fails", "hangs", "sound"):
         host.disk(name)
-    after = f'after = ["touch", "{tmp_path}/guest-started"]\n'
+    after = f'after_snapshot = ["touch", "{tmp_path}/guest-started"]\nafter = ["touch", "{tmp_path}/ended"]\n'
     hangs = script(tmp_path / "hangs", f"sleep 60 & echo $! > {tmp_path}/pid; wait; true")
     text = (
         f'[[disks]]\npath = "images/fails.qcow2"\n[disks.hooks]\nbefore = ["false"]\n{after}'
@@ -88,6 +90,7 @@ def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path
     }
     assert row(report, "fails").snapshot == "none"
     assert (tmp_path / "guest-started").exists(), "what `before` has stopped is started again"
+    assert (tmp_path / "ended").exists()
     assert "exit status 1" in (tmp_path / "error").read_text()
     assert "0.5 seconds" in row(report, "hangs").faults[0].message
     pid = int((tmp_path / "pid").read_text())
@@ -100,7 +103,7 @@ def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path
 def test_a_hook_may_be_a_note_only(tmp_path: Path) -> None:
     told: list[str] = []
     HookRunner(Hooks(after=("false",), failing="note"), {}, on_notice=told.append).run("after")
-    assert "the after hook ended with exit status 1" in told[0]
+    assert "the after hook: ended with exit status 1" in told[0]
     with pytest.raises(ToolFailed, match="not installed"):
         HookRunner(Hooks(after=("no-such-program",)), {}, on_notice=told.append).run("after")
 
@@ -399,3 +402,31 @@ def test_root_by_hand_and_the_service_share_state_and_lock(monkeypatch: pytest.M
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert directory_of(config, path) == by_service
     assert by_service.parent == Path("/var/lib/snapchain/nightly")
+
+
+def test_a_dry_run_finds_hooks_whose_program_is_not_there(host: Host) -> None:
+    host.disk("web1")
+    text = '[hooks]\nafter = ["no-such-program"]\n[[disks]]\nglob = "images/*.qcow2"\n'
+    host.path.write_text(host.whole(f'{text}[disks.hooks]\nbefore = ["neither", "this"]\nafter = ["true"]\n'))
+    plan = preview(parse(host.path.read_text(), path=host.path), host.path, clock=Clock())
+    assert [(fault.subject, fault.message) for fault in plan.faults] == [
+        ("no-such-program", "the after hook: not installed")
+    ]
+    assert [fault.subject for fault in plan.disks[0].faults] == ["neither"]
+    assert not plan.sound
+
+
+def test_an_encrypted_destination_without_a_passphrase_says_which_variable_is_meant(host: Host) -> None:
+    host.disk("web1")
+    create_destination(str(host.directory / "locked"), passphrase=lambda: "secret")
+    report = host.run('[[destinations]]\nname = "vault"\nurl = "locked"\npassword_env = "MY_SECRET"\n')
+    (fault,) = row(report, "web1").faults
+    assert (fault.step, "MY_SECRET" in fault.message) == ("open", True)
+
+
+def test_even_a_small_share_of_a_small_disk_is_a_sample(host: Host) -> None:
+    host.disk("web1")
+    report = host.run('[[destinations]]\nname = "vault"\nurl = "repo"\nverify = { share = "1%" }\n')
+    assert report.destinations[0].verified[0].checked_bytes == 256 << 10
+    records = host.run('[[destinations]]\nname = "vault"\nurl = "repo"\nverify = { share = "0%" }\n')
+    assert records.destinations[0].verified[0].checked_bytes == 0
