@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -197,11 +197,15 @@ class Repository:
 
     def chain(self, catalogue: Catalogue, layer: str) -> list[StoredLayer]:
         """The layers that end in `layer`, root first."""
-        ids = catalogue.chain(layer)
-        if len(ids) < 2:
-            return [self.layer(each) for each in ids]
-        with ThreadPoolExecutor(min(len(ids), _READERS), "layers") as pool:
-            return list(pool.map(self.layer, ids))
+        return list(self.layers(catalogue.chain(layer)).values())
+
+    def layers(self, ids: Iterable[str]) -> dict[str, StoredLayer]:
+        """Several layers at once, in the order given. Raises as `layer`."""
+        names = list(ids)
+        if len(names) < 2:
+            return {each: self.layer(each) for each in names}
+        with ThreadPoolExecutor(min(len(names), _READERS), "layers") as pool:
+            return dict(zip(names, pool.map(self.layer, names), strict=True))
 
     def index(self) -> BlobIndex:
         """All blobs of the repository."""

@@ -139,6 +139,5 @@ def test_a_merge_that_was_planned_before_somebody_held_a_point_does_not_drop_it(
     assert isinstance(repo.store, MemoryStore)
     planned = RepositoryMerge(again(repo), DISK, Policy(last=1))
     repo.hold(DISK, 2, "audit")
-    with pytest.raises(Conflict):
-        planned.run()
+    assert planned.run().points_kept == (2, 4)
     assert tags(repo.catalogue(DISK), 2) == ["audit"]

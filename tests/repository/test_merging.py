@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Corrupt
 from snapchain.model.collapse import collapse_tree
-from snapchain.model.content import Leaves
 from snapchain.model.extents import ABSENT, DATA, ZERO
 from snapchain.repository import merging, pages, worklist
+from snapchain.repository.composing import Part, Piece, compose
 from snapchain.repository.deposit import Deposit
 from snapchain.repository.format import pack_name
 from snapchain.repository.layers import StoredLayer
@@ -142,10 +142,10 @@ def test_a_merge_is_proved_before_it_is_believed(monkeypatch: pytest.MonkeyPatch
     shipped = ship([root, top])
     before = [info.name for info in shipped.repository.store.list("layers/")]
 
-    def wrong(lower: Leaves, upper: Leaves) -> Leaves:
-        return lower
+    def wrong(layers: Sequence[Part], first: int, stop: int, *, root: bool) -> Piece:
+        return compose(layers[:1], first, stop, root=root)
 
-    monkeypatch.setattr(merging, "leaves_over", wrong)
+    monkeypatch.setattr(merging, "compose", wrong)
     with pytest.raises(Corrupt, match="would not show what the layers show"):
         merged(shipped.repository, shipped.layers, {1})
     assert [info.name for info in shipped.repository.store.list("layers/")] == before
