@@ -119,13 +119,13 @@ class RepositoryMerge:
     def run(self, *, on_event: OnEvent = ignore) -> RepositoryMergeReport:
         """Merge and publish the new catalogue. Raises Conflict when others change the disk time and again."""
         bytes_dropped, changed = 0, False
-        if self._changes_something:
+        if self._changes_something():
             work = f"merge {self._disk.name}"
             with self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words))) as lease:
                 for attempt in range(ATTEMPTS):
                     # What was read before the lease was held may have been merged away and collected since.
                     self._settle(self._disk.existing())
-                    changed = self._changes_something
+                    changed = self._changes_something()
                     try:
                         bytes_dropped = self._merge(lease, on_event) if changed else 0
                         break
@@ -147,7 +147,6 @@ class RepositoryMerge:
             strategy="records" if changed else "none",
         )
 
-    @property
     def _changes_something(self) -> bool:
         catalogue = self._current[0]
         return len(self._kept) < len(catalogue.points) or len(self._groups) < len(catalogue.parents)

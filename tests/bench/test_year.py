@@ -72,6 +72,6 @@ def test_on_s3(year: Path, tmp_path: Path, server: S3Server) -> None:
     shutil.copytree(year, place)
     before = ids(year)
     program = Path(sys.executable).with_name("snapchain")
-    words = [program, "merge", f"s3://{bucket}/repo::year", "--keep-monthly", "12", "--json"]
+    words: list[str | Path] = [program, "merge", f"s3://{bucket}/repo::year", "--keep-monthly", "12", "--json"]
     cost = run(words, tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"), **server.environment)
     judge("the same over rclone serve s3", cost, before, ids(place))
