@@ -3,10 +3,11 @@
 # isort: off
 from snapchain.cli.app import app
 from snapchain.cli import init, snapshot, ship, log, restore, merge, hold, release, verify, gc, nightly, inspect, diff
+from snapchain.cli import doctor
 
 # isort: on
 
 __all__ = [
-    "app", "diff", "gc", "hold", "init", "inspect", "log", "merge", "nightly", "release", "restore", "ship", "snapshot",
-    "verify",
+    "app", "diff", "doctor", "gc", "hold", "init", "inspect", "log", "merge", "nightly", "release", "restore", "ship",
+    "snapshot", "verify",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ The inputs are only read until then, and anybody else may read them too.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Sequence
@@ -37,8 +38,11 @@ def make(
     sweep(planned.result)
     temporary = files.temporary_beside(planned.result, purpose=TEMPORARY)
     journal: OpenJournal | None = None
+    fd = files.open_new(temporary)
     try:
-        _write(planned, way, old, temporary, on_event)
+        with os_errors(temporary):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the doctor leaves it alone
+        _write(planned, way, old, (temporary, fd), on_event)
         open_files = OpenFiles()
         for lock in locks:
             lock.change(LockMode.WRITE, open_files=open_files)
@@ -54,6 +58,8 @@ def make(
             raise  # it failed past the switch: the next run finishes by the journal
         _undo(planned, temporary, journal)
         raise
+    finally:
+        os.close(fd)
     return journal
 
 
@@ -83,8 +89,9 @@ def _record(planned: MergePlan, old: ImageChain, temporary: Path) -> MergeJourna
     )
 
 
-def _write(planned: MergePlan, way: Way, old: ImageChain, temporary: Path, on_event: OnEvent) -> None:
+def _write(planned: MergePlan, way: Way, old: ImageChain, target: tuple[Path, int], on_event: OnEvent) -> None:
     """The new file, proven and on the disk."""
+    temporary, fd = target
     total, done = way.bytes_moved, 0
 
     def on_bytes(count: int) -> None:
@@ -93,26 +100,21 @@ def _write(planned: MergePlan, way: Way, old: ImageChain, temporary: Path, on_ev
         on_event(Progress("merge", done, total))
 
     on_event(Progress("merge", 0, total))
-    fd = files.open_new(temporary)
+    assemble(way.work, fd, subject=planned.result, on_bytes=on_bytes)
+    files.copy_standing(planned.result, temporary)
+    with os_errors(planned.result):
+        # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
+        written = os.fstat(fd).st_mtime_ns - _TICKS
+        os.utime(fd, ns=(written, written))
+    flush = _Flush(fd)
     try:
-        assemble(way.work, fd, subject=planned.result, on_bytes=on_bytes)
-        files.copy_standing(planned.result, temporary)
-        with os_errors(planned.result):
-            # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
-            written = os.fstat(fd).st_mtime_ns - _TICKS
-            os.utime(fd, ns=(written, written))
-        flush = _Flush(fd)
-        try:
-            with reread(temporary, old.files[: planned.first]) as new:
-                _check_as_planned(planned, new)
-                view = old.at(planned.last)
-                prove(view, new, shared=planned.first, subject=planned.result, on_event=on_event)
-        finally:
-            flush.join()
-        with os_errors(planned.result):
-            flush.check()
+        with reread(temporary, old.files[: planned.first]) as new:
+            _check_as_planned(planned, new)
+            prove(old.at(planned.last), new, shared=planned.first, subject=planned.result, on_event=on_event)
     finally:
-        os.close(fd)
+        flush.join()
+    with os_errors(planned.result):
+        flush.check()
 
 
 def _check_as_planned(planned: MergePlan, new: ImageChain) -> None:
