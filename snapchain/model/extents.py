@@ -190,7 +190,8 @@ def blocks(left: Extents, right: Extents) -> Iterator[tuple[Int64s, Int64s, Int6
     """
     if left.size != right.size:
         raise ValueError(f"maps of {left.size} and {right.size} bytes cannot be laid side by side")
-    cuts = np.union1d(left.at[::_BLOCK], right.at[::_BLOCK])
+    # Not by np.union1d, which imports numpy.ma: 30 ms of each command.
+    cuts = np.array(sorted({*left.at[::_BLOCK].tolist(), *right.at[::_BLOCK].tolist()}), np.int64)
     left_cuts = [*np.searchsorted(left.at, cuts).tolist(), len(left.at)]
     right_cuts = [*np.searchsorted(right.at, cuts).tolist(), len(right.at)]
     one = np.uint64(1)

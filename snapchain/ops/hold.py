@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
@@ -19,10 +20,11 @@ from snapchain.image import ImageChain
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import note_of
 from snapchain.ops.notes import Hold, LayerNote, Notes
-from snapchain.ops.points import find_point
-from snapchain.repository.catalogue import Hold as PointHold
-from snapchain.repository.holds import check_tag
-from snapchain.repository.repository import Repository
+
+# A merge of files asks here for holds, and needs nothing of a repository.
+if TYPE_CHECKING:
+    from snapchain.repository.catalogue import Catalogue, Hold as PointHold
+    from snapchain.repository.repository import Repository
 
 
 class HoldReport(BaseModel):
@@ -39,6 +41,8 @@ def hold_image(path: Path, tag: str, *, reason: str = "") -> HoldReport:
 
     Raises NotFound, InvalidInput for a bad tag, Unsupported for what is no regular file.
     """
+    from snapchain.repository.holds import check_tag
+
     check_tag(tag)
     file = _file(path)
 
@@ -81,7 +85,7 @@ def hold_point(
     on_event: OnEvent = ignore,
 ) -> HoldReport:
     """Keep a point whatever the rules say. point: as after the '@' of an address. Raises NotFound, InvalidInput."""
-    number = find_point(repository.catalogue(disk), _named(point, disk)).point
+    number = _number(repository.catalogue(disk), point)
     held = repository.hold(disk, number, tag, reason=reason, on_wait=lambda words: on_event(Notice(words)))
     return _of_point(repository, disk, number, held.holds)
 
@@ -90,7 +94,7 @@ def release_point(
     repository: Repository, disk: str, tag: str, *, point: str | None, on_event: OnEvent = ignore
 ) -> HoldReport:
     """Take a hold off a point. Raises NotFound when it has none of this tag."""
-    number = find_point(repository.catalogue(disk), _named(point, disk)).point
+    number = _number(repository.catalogue(disk), point)
     left = repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
     return _of_point(repository, disk, number, left.holds)
 
@@ -114,12 +118,15 @@ def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple
             )
 
 
-def _named(point: str | None, disk: str) -> str:
+def _number(catalogue: Catalogue, point: str | None) -> int:
+    from snapchain.ops.points import find_point
+
     if point is None:
+        disk = catalogue.disk
         raise InvalidInput(
             "a hold is on one point, and none is named", subject=disk, hint=f"such as {disk}@latest or {disk}@7"
         )
-    return point
+    return find_point(catalogue, point).point
 
 
 def _of_point(repository: Repository, disk: str, number: int, holds: tuple[PointHold, ...]) -> HoldReport:

@@ -6,7 +6,6 @@ point in plain text.  A machine that has seen the repository encrypted refuses t
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.host.files import read_small, write_atomically
+from snapchain.host.places import cache_dir, state_dir
 from snapchain.repository.crypto import NONE
 
 
@@ -26,16 +26,6 @@ class Known(BaseModel):
     place: str
     id: str
     encryption: str
-
-
-def state_dir() -> Path:
-    """$XDG_STATE_HOME/snapchain, by default ~/.local/state/snapchain."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "snapchain"
-
-
-def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/snapchain, by default ~/.cache/snapchain."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snapchain"
 
 
 def check(seen: Known) -> None:
@@ -72,3 +62,6 @@ def _read(path: Path) -> Known | None:
     with suppress(SnapchainError, ValidationError, OSError, RuntimeError):
         return Known.model_validate_json(read_small(path))
     return None
+
+
+__all__ = ["Known", "cache_dir", "check", "remember", "state_dir"]

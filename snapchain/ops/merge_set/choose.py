@@ -27,7 +27,7 @@ from snapchain.ops.merge.journal import leftovers
 from snapchain.ops.merge.plan import MergePlan
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import shares_extents
-from snapchain.ops.merge_set.rates import FIXED_SECONDS, Rates
+from snapchain.ops.merge_set.rates import FIXED_SECONDS, Rates, seconds_of
 from snapchain.ops.merge_set.request import Request
 from snapchain.ops.merge_set.stack import Stack
 
@@ -205,11 +205,6 @@ class _Costs:
         return all(
             sum(float(table[each.first, each.last]) for each in ranges) <= whole for table, whole in self.tables()
         )
-
-
-def seconds_of(plan: MergePlan, rates: Rates) -> float:
-    """How long one merge will take."""
-    return rates.seconds(plan.result.parent, plan.strategy.value, moved=plan.bytes_to_move, shared=plan.shares_extents)
 
 
 def _place_of(stack: Stack, subject: str | None) -> int | None:

@@ -16,8 +16,7 @@ from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
 from snapchain.ops.merge.layers import numbers
 from snapchain.ops.merge.plan import Asked, MergePlan, decide
-from snapchain.ops.merge_set.choose import choose, seconds_of
-from snapchain.ops.merge_set.rates import Rates
+from snapchain.ops.merge_set.rates import Rates, seconds_of
 from snapchain.ops.merge_set.request import Request
 from snapchain.ops.merge_set.stack import Stack, look
 from snapchain.ops.notes import Hold
@@ -125,6 +124,8 @@ def plan(request: Request) -> MergeSetPlan:
         stack = look(chain, request.at)
         planner = _Planner(chain, request)
         if request.chooses:
+            from snapchain.ops.merge_set.choose import choose
+
             chosen = choose(stack, request, rates, planner.plan)
             ranges, stays, notices = chosen.ranges, chosen.stays, chosen.notices
         else:

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import SnapchainError
 from snapchain.host.files import read_small, write_atomically
-from snapchain.repository.known import state_dir
+from snapchain.host.places import state_dir
+from snapchain.ops.merge.plan import MergePlan
 
 COPIED = 200_000_000
 """Bytes a second, copied and compared with what they were."""
@@ -50,6 +51,11 @@ class Rates(BaseModel):
     def seconds(self, directory: Path, way: str, *, moved: int, shared: bool) -> float:
         """How long a merge of so many bytes will take."""
         return FIXED_SECONDS + moved / self.rate(directory, way, shared=shared)
+
+
+def seconds_of(plan: MergePlan, rates: Rates) -> float:
+    """How long one merge will take."""
+    return rates.seconds(plan.result.parent, plan.strategy.value, moved=plan.bytes_to_move, shared=plan.shares_extents)
 
 
 def remember(directory: Path, way: str, *, moved: int, seconds: float, shared: bool) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snapchain.errors import InvalidInput
 from snapchain.model.retention import Policy
 from snapchain.ops.merge.strategy import Strategy
-from snapchain.repository.repository import Repository
+
+if TYPE_CHECKING:
+    from snapchain.repository.repository import Repository
 
 _NO_RULE = Policy()
 

@@ -15,7 +15,6 @@ from snapchain.ops.hold import held_layers
 from snapchain.ops.lineage import lineage, note_of, sealed_at
 from snapchain.ops.merge_set.request import At
 from snapchain.ops.notes import Hold, Notes
-from snapchain.ops.ship import Shipment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +75,8 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
 
 def _present(chain: ImageChain, notes: Notes, at: At) -> int:
     """How many files, from the root on, the destination holds: told from its catalogue, without reading any data."""
+    from snapchain.ops.ship import Shipment
+
     try:
         shipment = Shipment(chain, at.repository, at.disk, labels=(), each_layer=False, lineage=lineage(chain, notes))
     except NotFound:
