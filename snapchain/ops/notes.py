@@ -6,10 +6,11 @@ holds    who wants the file to stay as it is, and why
 sealed   when it was sealed, and under which labels: a local layer is a point of its disk, too
 merged   what it was made of, so that a shipment knows the parts again that a destination has
 
-A note belongs to the file of its inode, whatever that is called by now; only where no file of the directory has that
-inode (a copy of the whole directory), a hold stands for the file of its name.  Devices are not compared: their numbers
-change at a reboot, and the names of one directory are of one filesystem.  Losing a note costs a hold, a label, or one
-reading of a merged file; a note that somebody else could have written is believed in nothing but its holds.
+A note belongs to the file of its inode, whatever that is called by now; to the file of its name where no file of the
+directory has that inode, or where only that one looks as the noted file did: the directory was copied, and numbers of
+inodes are used again.  Devices are not compared: they change at a reboot, and the names of one directory are of one
+filesystem.  Losing a note costs a hold, a label, or one reading of a merged file; a note that somebody else could have
+written is believed in nothing but its holds.
 """
 
 from __future__ import annotations
@@ -67,11 +68,16 @@ class MergedFile(_Part):
 
 
 class LayerNote(_Part):
-    """merged: how this file was made, how its parts were made, and so on; a flat list, however deep that goes."""
+    """name, inode, size, mtime_ns: of the file, when the note was written
+
+    merged: how this file was made, how its parts were made, and so on; a flat list, however deep that goes
+    """
 
     version: Literal[1] = 1
     name: str
     inode: int
+    size: int = -1
+    mtime_ns: int = -1
     holds: tuple[Hold, ...] = ()
     sealed: Sealed | None = None
     merged: tuple[MergedFile, ...] = ()
@@ -82,14 +88,28 @@ class LayerNote(_Part):
         return not (self.holds or self.sealed or self.merged)
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A note where it lies, and the name of the file that it belongs to, None where that is gone."""
+
+    path: Path
+    note: LayerNote
+    owner: str | None
+
+
 @dataclass(slots=True)
 class _Directory:
-    """notes: by inode, each with its path; inodes: name -> inode, of all other entries; begun: notes half written."""
+    """inodes: name -> inode, of all entries but notes; begun: notes half written; faults: what could not be read."""
 
-    notes: dict[int, tuple[Path, LayerNote]]
+    notes: list[_Found]
     inodes: dict[str, int]
     begun: list[Path]
     faults: list[SnapchainError]
+
+    def of(self, name: str) -> list[_Found]:
+        """The notes of a file; of one that is gone, those that bear its name."""
+        gone = name not in self.inodes
+        return [each for each in self.notes if (each.owner or (each.note.name if gone else None)) == name]
 
 
 class Notes:
@@ -104,15 +124,16 @@ class Notes:
         inode: of a file that was opened under this path and may have lost its name since
         """
         there = self._in(path.parent)
-        inode = there.inodes.get(path.name, -1) if inode is None else inode
-        found = there.notes.get(inode)
-        holds = tuple(found[1].holds) if found else ()
-        present = set(there.inodes.values())
-        for _, note in there.notes.values():
-            if note.name == path.name and note.inode not in present:
-                holds += tuple(hold for hold in note.holds if hold.tag not in {each.tag for each in holds})
-        note = found[1] if found else LayerNote(name=path.name, inode=inode)
-        return note.model_copy(update={"holds": holds})
+        present = there.inodes.get(path.name)
+        if inode is None or inode == present:
+            found = [each.note for each in there.of(path.name)]
+        else:
+            found = [each.note for each in there.notes if each.note.inode == inode]
+        wanted = present if inode is None else inode
+        found.sort(key=lambda note: note.inode != wanted)
+        holds = {hold.tag: hold for note in reversed(found) for hold in note.holds}
+        note = found[0] if found else LayerNote(name=path.name, inode=-1 if wanted is None else wanted)
+        return note.model_copy(update={"holds": tuple(sorted(holds.values(), key=lambda hold: hold.since))})
 
     def faults(self, paths: Iterable[Path]) -> list[SnapchainError]:
         """What could not be read in the directories of these files: there may be holds that nobody knows of."""
@@ -124,17 +145,12 @@ class Notes:
         A file that is gone may still have a note, by its name. Raises NotFound where there is neither.
         """
         with self._alone_in(path.parent) as there:
-            inode = there.inodes.get(path.name)
-            if inode is None and not self.of(path).holds:
+            before = self.of(path)
+            if path.name not in there.inodes and not before.holds:
                 raise NotFound("no such file", subject=path)
-            note = change(self.of(path)).model_copy(update={"name": path.name, "inode": -1 if inode is None else inode})
-            # The note of this inode, under whatever name, and those that stood for this name: in this one now.
-            present = set(there.inodes.values())
-            old = {
-                where
-                for where, each in there.notes.values()
-                if each.inode == inode or (each.name == path.name and each.inode not in present)
-            }
+            note = change(before).model_copy(update=_look(path))
+            # The notes that were this file's, under whatever name: in this one now.
+            old = {each.path for each in there.of(path.name)}
             own = _note_path(path, note.inode)
             if not note.is_empty:
                 files.write_atomically(own, note.model_dump_json(indent=1).encode(), mode=_MODE)
@@ -146,11 +162,10 @@ class Notes:
     def sweep(self, directory: Path) -> None:
         """Remove the notes of files that are gone, but for holds: these wait for their file, or for their release."""
         with self._alone_in(directory) as there:
-            present = set(there.inodes.values())
-            for where, note in there.notes.values():
-                if note.inode not in present and not note.holds:
-                    with os_errors(where):
-                        where.unlink(missing_ok=True)  # not made durable: one that comes back goes the next time
+            for each in there.notes:
+                if each.owner is None and not each.note.holds:
+                    with os_errors(each.path):
+                        each.path.unlink(missing_ok=True)  # not made durable: one that comes back goes the next time
 
     @contextmanager
     def _alone_in(self, directory: Path) -> Iterator[_Directory]:
@@ -179,22 +194,32 @@ def _note_path(path: Path, inode: int) -> Path:
     return path.with_name(f"{_PREFIX}{name}-{max(inode, 0)}{_SUFFIX}")
 
 
+def _look(path: Path) -> dict[str, object]:
+    """What a note says of its file, which may be gone."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return {"name": path.name, "inode": -1, "size": -1, "mtime_ns": -1}
+    return {"name": path.name, "inode": status.st_ino, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
 def _read(directory: Path) -> _Directory:
-    there = _Directory({}, {}, [], [])
+    there = _Directory([], {}, [], [])
+    notes: list[Path] = []
     try:
         with os_errors(directory), os.scandir(directory) as entries:
-            found = [(entry.name, entry.inode()) for entry in entries]
+            for entry in entries:
+                if _BEGUN.fullmatch(entry.name):
+                    there.begun.append(directory / entry.name)
+                elif entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX):
+                    notes.append(directory / entry.name)
+                else:
+                    there.inodes[entry.name] = entry.inode()
     except SnapchainError as fault:
         there.faults.append(fault)
         return there
-    for name, inode in found:
-        if _BEGUN.fullmatch(name):
-            there.begun.append(directory / name)
-            continue
-        if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
-            there.inodes[name] = inode
-            continue
-        path = directory / name
+    names = {inode: name for name, inode in there.inodes.items()}
+    for path in notes:
         try:
             note = _read_note(path)
         except NotFound:  # removed meanwhile
@@ -202,8 +227,20 @@ def _read(directory: Path) -> _Directory:
         except SnapchainError as fault:
             there.faults.append(fault)
             continue
-        there.notes[note.inode] = path, note
+        there.notes.append(_Found(path, note, _owner(note, directory, there.inodes, names)))
     return there
+
+
+def _owner(note: LayerNote, directory: Path, inodes: dict[str, int], names: dict[int, str]) -> str | None:
+    """The name of the file that a note belongs to now."""
+    if inodes.get(note.name) == note.inode:
+        return note.name
+    renamed = names.get(note.inode)
+    if note.name not in inodes or renamed is None:
+        return renamed if note.name not in inodes else note.name
+    mark = {"size": note.size, "mtime_ns": note.mtime_ns}
+    same = {name: mark.items() <= _look(directory / name).items() for name in (note.name, renamed)}
+    return note.name if same[note.name] and not same[renamed] else renamed
 
 
 def _read_note(path: Path) -> LayerNote:

@@ -69,6 +69,25 @@ def test_a_copied_directory_keeps_its_holds(file: Path, tmp_path: Path) -> None:
     assert len(notes_in(other)) == 1
 
 
+def test_a_copied_directory_with_the_same_numbers_keeps_its_holds_where_they_were(tmp_path: Path) -> None:
+    """Numbers of inodes are used again: here two files have changed theirs."""
+    one, two = tmp_path / "1.qcow2", tmp_path / "2.qcow2"
+    one.write_bytes(b"one")
+    two.write_bytes(b"two, longer")
+    hold(one)
+    old = one.stat()
+    one.rename(tmp_path / "x")
+    two.rename(one)
+    (tmp_path / "x").rename(two)
+    one.write_bytes(b"one")
+    os.utime(one, ns=(old.st_atime_ns, old.st_mtime_ns))
+    two.write_bytes(b"two, longer")
+    assert (tags(one), tags(two)) == (["audit"], [])
+    hold(one, "more")
+    assert (tags(one), tags(two)) == (["audit", "more"], [])
+    assert len(notes_in(tmp_path)) == 1
+
+
 def test_notes_of_files_that_are_gone_are_swept_but_for_holds(file: Path) -> None:
     gone = file.with_name("gone.qcow2")
     gone.write_bytes(b"y")
