@@ -271,6 +271,7 @@ def _draw_repository_plan(console: Console, plan: RepositoryMergePlan) -> None:
             for each in plan.points
         ],
     )
+    render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
 
 
 def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> None:

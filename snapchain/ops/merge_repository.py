@@ -36,7 +36,11 @@ class PointDecision(BaseModel):
 
 
 class RepositoryMergePlan(BaseModel):
-    """What a merge in a repository would do. merges: the layers that become one, lower first, each."""
+    """What a merge in a repository would do.
+
+    merges: the layers that become one, lower first, each; requests: objects written, at least: the lease, for each
+    merge a pack of map pages, its index and a layer record, and the catalogue
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,6 +50,7 @@ class RepositoryMergePlan(BaseModel):
     merges: tuple[tuple[str, ...], ...]
     layers_before: int
     layers_after: int
+    requests: int
 
 
 class RepositoryMergeReport(BaseModel):
@@ -98,6 +103,7 @@ class RepositoryMerge:
     def plan(self) -> RepositoryMergePlan:
         """What `run` will do."""
         catalogue = self._current[0]
+        merges = tuple(group.members for group in self._groups if group.is_merge)
         return RepositoryMergePlan(
             destination=self._repository.store.url,
             disk=catalogue.disk,
@@ -111,9 +117,10 @@ class RepositoryMerge:
                 )
                 for each in self._decisions
             ),
-            merges=tuple(group.members for group in self._groups if group.is_merge),
+            merges=merges,
             layers_before=len(catalogue.parents),
             layers_after=len(self._groups),
+            requests=3 * len(merges) + 2 * self._changes_something(),
         )
 
     def run(self, *, on_event: OnEvent = ignore) -> RepositoryMergeReport:
