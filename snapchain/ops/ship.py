@@ -164,7 +164,7 @@ class Shipment:
         plan = self.plan()
         if self._note:
             on_event(Notice(self._note))
-        done = stored = bytes_read = 0
+        done = 0
         chain = list(self._base)
         points: list[Point] = []
 
@@ -173,19 +173,23 @@ class Shipment:
             done += count
             on_event(Progress("ship", done, plan.bytes_to_read))
 
-        if not self._groups:
-            points.append(self._publish(chain, self._time_of(len(self._chain.files))))
-        else:
-            with self._lease(on_event) as lease, Deposit(self._repository) as deposit:
-                self._look_again()
+        with self._lease(on_event) as lease:
+            self._look_again()
+            if not self._groups:
+                points.append(self._publish(chain, self._time_of(len(self._chain.files)), lease.check))
+                return self._report(points, chain, bytes_read=0, bytes_stored=0)
+            with Deposit(self._repository) as deposit:
                 on_bytes(0)
                 for group in self._groups:
                     if self._adds(group, chain):
                         chain.append(self._add(group, chain, deposit, on_bytes))
                     if group.publishes:
-                        lease.check()
-                        points.append(self._publish(chain, self._time_of(group.stop)))
-                stored, bytes_read = deposit.bytes_stored, deposit.bytes_read
+                        points.append(self._publish(chain, self._time_of(group.stop), lease.check))
+                return self._report(points, chain, bytes_read=deposit.bytes_read, bytes_stored=deposit.bytes_stored)
+
+    def _report(
+        self, points: Sequence[Point], chain: Sequence[StoredLayer], *, bytes_read: int, bytes_stored: int
+    ) -> ShipReport:
         last = points[-1]
         return ShipReport(
             disk=self._disk.name,
@@ -194,7 +198,7 @@ class Shipment:
             layers_sent=len(chain) - len(self._base),
             layers_present=self._first,
             bytes_read=bytes_read,
-            bytes_stored=stored,
+            bytes_stored=bytes_stored,
             virtual_size=last.size,
             content_id=last.content_id,
         )
@@ -207,7 +211,9 @@ class Shipment:
 
     def _lease(self, on_event: OnEvent) -> Lease:
         work = f"ship {self._disk.name}"
-        return self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)))
+        return self._repository.lease(
+            Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)), disks=[self._disk.name]
+        )
 
     def _stored(self) -> list[StoredLayer]:
         if self._current is None or self._current[0].latest is None:
@@ -272,8 +278,11 @@ class Shipment:
         composed = _Composed(self._extents(group), self._chain.at(group.stop - 1))
         return deposit.add(composed, below, origin, on_bytes=on_bytes, confirm=lambda: check_unchanged(self._chain))
 
-    def _publish(self, chain: Sequence[StoredLayer], time: datetime) -> Point:
-        """Make the next point of the disk name this chain. Raises Conflict when its base was merged away meanwhile."""
+    def _publish(self, chain: Sequence[StoredLayer], time: datetime, check: Callable[[], None]) -> Point:
+        """Make the next point of the disk name this chain. Raises Conflict when its base was merged away meanwhile.
+
+        check: called before each attempt: who overtook us may have been a collector that took us for dead.
+        """
         top = chain[-1].header
         links = _links(chain)
         for attempt in range(_ATTEMPTS):
@@ -284,6 +293,7 @@ class Shipment:
             point = Point(
                 point=number, time=time, labels=self._labels, layer=top.id, size=top.size, content_id=top.content_id
             )
+            check()
             try:
                 self._current = self._disk.advance(
                     self._current,

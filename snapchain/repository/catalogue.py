@@ -186,11 +186,31 @@ class Disk:
         catalogue = Catalogue.model_validate(base)
         name = generation_name(self._key, generation)
         sealed = seal(self._keys, KIND, name, catalogue.model_dump_json().encode())
+        digest = blake3.blake3(sealed).hexdigest()
         if not create_exclusively(self._store, name, sealed, conditional=self._conditional):
-            raise Conflict(
-                "another snapchain changed this disk at the same time", subject=self.name, hint="run the command again"
-            )
-        return catalogue, blake3.blake3(sealed).hexdigest()
+            raise self._overtaken()
+        if not self._is_followed(generation, digest):
+            self._store.delete(name)
+            raise self._overtaken()
+        return catalogue, digest
+
+    def _is_followed(self, generation: int, digest: str) -> bool:
+        """Whether a generation that was just made is the newest, or its successor was made from it.
+
+        If neither, its number had been taken, and was collected since: we stood still for longer than generations stay.
+        """
+        newest = newest_generation(self._store, self._key)
+        if newest is None or newest == generation:
+            return newest is not None
+        try:
+            return self._load(generation + 1)[0].previous == digest
+        except NotFound:
+            return False
+
+    def _overtaken(self) -> Conflict:
+        return Conflict(
+            "another snapchain changed this disk at the same time", subject=self.name, hint="run the command again"
+        )
 
     def update(
         self,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.store import ObjectStore
@@ -19,7 +20,7 @@ from snapchain.repository import catalogue as catalogues, holds, index as indexe
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
-from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id
+from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id, layer_name
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import PageCache, StoredLayer
 from snapchain.repository.leases import Lease, Mode
@@ -30,6 +31,8 @@ _READERS = 8
 _MOST_SLOTS = 64
 """Each costs 0.1 s to try: a hostile store shall not keep us busy for ever."""
 PATIENCE = 600.0
+READERS_PATIENCE = 60.0
+"""Seconds that a restore waits for a collector: it is wanted more."""
 _WITNESS = "witness"
 _WITNESS_BODY = b"snapchain creates this object once; a store that lets it be created again ignores conditions\n"
 BLOCK_BYTES = 256 * 1024
@@ -137,12 +140,51 @@ class Repository:
             )
         return opened
 
-    def lease(self, mode: Mode, work: str, *, on_wait: Callable[[str], None], patience: float = PATIENCE) -> Lease:
+    def lease(
+        self,
+        mode: Mode,
+        work: str,
+        *,
+        on_wait: Callable[[str], None],
+        patience: float = PATIENCE,
+        disks: Sequence[str] = (),
+    ) -> Lease:
         """The right to write (beside other writers) or to collect (alone), for the length of a `with` block.
 
-        work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once
+        work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once;
+        disks: those that may be made, which nobody else would know of
         """
-        return Lease(self.store, self.keys, mode, work=work, patience=patience, on_wait=on_wait)
+        return Lease(self.store, self.keys, mode, work=work, patience=patience, on_wait=on_wait, disks=disks)
+
+    @contextmanager
+    def reading(
+        self, layers: Mapping[str, Collection[str]], work: str, *, on_wait: Callable[[str], None] = _unheard
+    ) -> Iterator[None]:
+        """For the length of a `with` block no collector takes away what these layers need.
+
+        layers: disk -> layers that are read; work, on_wait: as in `lease`.
+        Where nothing can be written, or a collector is at work for long, reading goes on without, and on_wait is told.
+        Raises Conflict when some of the layers were merged away and collected before the block began.
+        """
+        chosen = [layer for some in layers.values() for layer in some]
+        lease = Lease(
+            self.store, self.keys, Mode.READ, work=work, patience=READERS_PATIENCE, on_wait=on_wait, layers=chosen
+        )
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lease)
+            except (Busy, Unavailable) as error:
+                on_wait(f"reading without a lease: what a gc takes away meanwhile is missed ({error.message})")
+            for disk, some in layers.items():
+                current = self.disk(disk).read()
+                for layer in set(some) - set(current[0].parents if current else ()):
+                    if self.store.size(layer_name(layer)) is None:
+                        raise Conflict(
+                            "layers were merged away and collected before they could be read",
+                            subject=disk,
+                            hint="run it again",
+                        )
+            yield
 
     def disk(self, name: str) -> Disk:
         """The catalogue of a disk, whether or not it exists yet. Raises InvalidInput for a bad name."""
