@@ -113,7 +113,7 @@ class Disks(_Part):
 
     name: of the disk at the destinations, with {stem}, {name}, {parent} of the image's path and {host};
     snapshot: false ships the image as it is, which stays locked meanwhile; merge_above: local chains of more files
-    have sealed layers merged; hold: patterns of file names that are never merged; when_busy: whether an image that
+    have sealed layers merged, but for what `snapchain hold` holds; when_busy: whether an image that
     somebody has open is a failure, as any night without a new point is, or left out; destinations: names, or all
     """
 
@@ -126,7 +126,6 @@ class Disks(_Part):
     labels: tuple[Label, ...] = ()
     snapshot: bool = True
     merge_above: Annotated[int, Field(ge=4, le=150)] | None = None
-    hold: tuple[Text, ...] = ()
     when_busy: Literal["failure", "skip"] = "failure"
     destinations: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     hooks: DiskHooks = DiskHooks()

@@ -14,18 +14,19 @@ from datetime import datetime
 from typing import Any
 
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
-from snapchain.model.inventory import Wanted
 from snapchain.ops import snapshot
 from snapchain.ops.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeReport
+from snapchain.ops.merge_set import run as merge_set
+from snapchain.ops.merge_set.request import At
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.local_merge import Sealed
 from snapchain.ops.nightly.look import ImageFacts, look
 from snapchain.ops.nightly.place import Place
-from snapchain.ops.nightly.plan import Limits
-from snapchain.ops.nightly.report import DiskReport, Outcome, ShipResult
+from snapchain.ops.nightly.plan import CutOffError, Limits
+from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
@@ -79,7 +80,6 @@ class DiskRun:
         self._places = [night.places[each.name] for each in night.config.destinations_of(disk.settings)]
         self._dirs = (*disk.settings.image_dirs, disk.image.parent)
         self._state = night.state.disk(disk.name, disk.image)
-        self._lineage: tuple[Wanted, ...] = ()
         self._steps, self._began = Steps(), time.monotonic()
         self._report, self._shipping = untouched(night.config, disk), False
         facts = {**night.facts, "disk": disk.name, "image": disk.image}
@@ -168,7 +168,6 @@ class DiskRun:
         settings, image = self._settings, self._disk.image
         moment = self._night.clock()  # before the look: whatever was written until now is in what is shipped
         facts = look(image, format=settings.format, image_dirs=self._dirs, on_event=self._on_event)
-        self._lineage = self._state.lineage([file.source for file in facts.files])
         self._show_chain(facts, beyond=0)
         if not settings.snapshot:
             self._show(snapshot="off", sealed=image)
@@ -223,7 +222,6 @@ class DiskRun:
                 repository,
                 self._disk.name,
                 labels=self._settings.labels,
-                lineage=self._lineage,
                 format=sealed.format,
                 image_dirs=self._dirs,
                 on_event=self._on_event,
@@ -260,32 +258,39 @@ class DiskRun:
             self._show_chain(now, beyond=0)
 
     def _merge_some(self, captured: _Captured) -> None:
-        sealed, facts, limits = captured.sealed, captured.facts, self._night.limits
-        assert self._settings.merge_above is not None
+        sealed, limits, settings, image = captured.sealed, self._night.limits, self._settings, self._disk.image
         limits.check()
-        if len(facts.files) + sealed.beyond <= self._settings.merge_above:
+        cap = settings.merge_above
+        assert cap is not None
+        if len(captured.facts.files) + sealed.beyond <= cap:
             return
-        present = [
-            local_merge.present_at(place, self._disk.name, sealed, lineage=self._lineage, image_dirs=self._dirs)
-            for place in self._places
-        ]
-        chosen = local_merge.choose(facts, self._settings, present=present, beyond=sealed.beyond)
-        if isinstance(chosen, str):
-            self._show(why_not_merged=chosen)
-            return
-        planned = local_merge.plan(self._disk.image, self._settings, facts, chosen)
-        if isinstance(planned, str):
-            self._show(why_not_merged=planned)
-            return
-        limits.take("merge", planned.bytes_to_move)
-        try:
-            report, state, now = local_merge.run(planned, facts, chosen, self._state, sealed, on_event=self._on_event)
-        except Busy as error:  # the guest was started again, as it may: merging under it is the live path
-            self._show(why_not_merged=str(error))
-            return
-        self._keep(merged=state.merged, merge_freed_bytes=report.bytes_freed)
-        self._show(merge=report)
-        self._show_chain(now, beyond=sealed.beyond)
+        at = [At(place.name, place.open(), self._disk.name) for place in self._places]
+        planned, cut = local_merge.plan(image, settings, at=at, budget=None), None
+        left = limits.left("merge")
+        if left is not None and local_merge.moved(planned) > left:
+            smaller = local_merge.plan(image, settings, at=at, budget=left)
+            cut = f"the budget of bytes to merge has {left} left, and this needs {local_merge.moved(planned)}"
+            # What is larger than a whole budget would else never be done.
+            planned = smaller if smaller.plans or limits.has_begun("merge") else planned
+        for notice in planned.notices:
+            self._on_event(Notice(notice))
+        self._show(why_not_merged=cut or local_merge.why_longer(planned, settings))
+        if planned.plans:
+            limits.take("merge", local_merge.moved(planned))
+            try:
+                report = merge_set.run(planned, on_event=self._on_event)
+            except Busy as error:  # the guest was started again, as it may: merging under it is the live path
+                self._show(why_not_merged=str(error))
+                return
+            self._keep(merge_freed_bytes=report.bytes_freed)
+            self._show(merge=report)
+            for fault in report.failed:
+                told = {"kind": fault.kind, "message": fault.message, "subject": str(image), "hint": None}
+                self._steps.add(Fault(step="local merge", **told))
+            now = look(sealed.path, format=sealed.format, image_dirs=self._dirs, on_event=self._on_event)
+            self._show_chain(now, beyond=sealed.beyond)
+        if cut is not None and (self._report.chain_length or 0) > cap:
+            raise CutOffError(cut)
 
     def _retain(self, place: Place, result: ShipResult) -> ShipResult:
         """Let points go by the rules, where a new one has come."""

@@ -111,7 +111,7 @@ def preview(
         name=config.name,
         closes=limits.closes,
         left=tuple(steps.left),
-        disks=tuple(_Look(config, places, state, disk, now).disk() for disk in found.disks),
+        disks=tuple(_Look(config, places, disk, now).disk() for disk in found.disks),
         destinations=tuple(_upkeep(config, place, state, found.disks) for place in places.values()),
         faults=(
             *(Fault.of("selection", fault) for fault in found.faults),
@@ -129,12 +129,9 @@ def _state(path: Path) -> State:
 
 
 class _Look:
-    def __init__(
-        self, config: Nightly, places: dict[str, Place], state: State, disk: SelectedDisk, now: datetime
-    ) -> None:
+    def __init__(self, config: Nightly, places: dict[str, Place], disk: SelectedDisk, now: datetime) -> None:
         self._config, self._disk, self._now = config, disk, now
         self._places = [places[each.name] for each in config.destinations_of(disk.settings)]
-        self._known = state.disks.get(disk.name)
         self._steps = Steps()
         self._dirs = (*disk.settings.image_dirs, disk.image.parent)
 
@@ -145,7 +142,7 @@ class _Look:
             facts, sealed = seen
             made = int(sealed is not None)
             shipped = Sealed(self._disk.image, self._disk.settings.format, beyond=0)
-            results = [self._ship(place, shipped, facts) for place in self._places]
+            results = [self._ship(place, shipped) for place in self._places]
             merge, why = self._merge(facts, made, results)
             shown = shown.model_copy(
                 update={
@@ -169,9 +166,8 @@ class _Look:
             return facts, None
         return facts, snapshot.plan(image, image_format=settings.format, image_dirs=self._dirs).sealed
 
-    def _ship(self, place: Place, sealed: Sealed, facts: ImageFacts) -> ShipPreview:
+    def _ship(self, place: Place, sealed: Sealed) -> ShipPreview:
         shown = ShipPreview(destination=place.name)
-        lineage = self._known.lineage([file.source for file in facts.files]) if self._known else ()
 
         def look_there() -> ShipPreview:
             with (
@@ -180,7 +176,6 @@ class _Look:
                     sealed.path,
                     repository,
                     self._disk.name,
-                    lineage=lineage,
                     format=sealed.format,
                     image_dirs=self._dirs,
                 ) as work,
@@ -209,12 +204,18 @@ class _Look:
             return (), None
         if any(each.bytes_to_read is None for each in results):
             return (), "not every destination can hold it"
+        if len(facts.files) + made <= self._disk.settings.merge_above:
+            return (), None
         # By then every destination has what is sealed: all files here, or all but the fresh top.
         sealed = len(facts.files) if made or not self._disk.settings.snapshot else len(facts.files) - 1
-        chosen = local_merge.choose(facts, self._disk.settings, present=[sealed] * len(results), beyond=made)
-        if isinstance(chosen, str):
-            return (), chosen
-        return tuple(file.path.name for file in facts.files[chosen.first : chosen.last + 1]), None
+        present = {place.name: sealed for place in self._places}
+        found = self._steps.attempt(
+            "local merge",
+            lambda: local_merge.outlook(self._disk.image, self._disk.settings, present=present, more=made),
+        ).value
+        if not found:
+            return (), "no neighbouring layers are free to be merged"
+        return tuple(path.name for files in found for path in files), None
 
 
 def _upkeep(config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...]) -> UpkeepPreview:

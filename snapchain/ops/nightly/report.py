@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
 from snapchain.ops.gc import GcReport
-from snapchain.ops.merge_image import MergeReport
 from snapchain.ops.merge_repository import RepositoryMergeReport
+from snapchain.ops.merge_set.run import MergeSetReport
 
 
 class Outcome(StrEnum):
@@ -80,7 +80,8 @@ class DiskReport(_Shown):
     """One disk.
 
     destinations: each that it is to go to; snapshot: made, unchanged (nothing was written since the last one), off, or
-    none; sealed: the file that was shipped; merge: of local layers, else why_not_merged; left: steps that were not
+    none; sealed: the file that was shipped; merge: of local layers; why_not_merged: why
+    there are still more files than there should be; left: steps that were not
     begun or not finished, and why; chain_length: files
     """
 
@@ -90,7 +91,7 @@ class DiskReport(_Shown):
     snapshot: str = "none"
     sealed: Path | None = None
     destinations: tuple[ShipResult, ...] = ()
-    merge: MergeReport | None = None
+    merge: MergeSetReport | None = None
     why_not_merged: str | None = None
     chain_length: int | None = None
     shadowed_bytes: int | None = None

@@ -1,15 +1,14 @@
 """What runs have reached, kept in one small file between them.
 
-It decides the order of the next run, turns the verified sample, feeds the metrics of what was not reached, and
-remembers which local files were made by merging which others, so that the next shipment knows them again.  Losing it
-costs a night's order and one reading of the merged layers; nothing that is stored depends on it, so that no work is
-left undone because it cannot be read or written: that is a fault of its own.
+It decides the order of the next run, turns the verified sample, and feeds the metrics of what was not reached.  Losing
+it costs a night's order; nothing that is stored depends on it, so that no work is left undone because it cannot be read
+or written: that is a fault of its own.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
-from snapchain.model.inventory import Wanted
-from snapchain.repository.source import Source
 
 _CAP = 64 << 20
 _BROKEN = ".broken"
@@ -41,25 +38,6 @@ class Reached(_Part):
     stored_bytes: int
 
 
-class MergedFile(_Part):
-    """A local file that a merge has made, and the files that it was made of, lowest first."""
-
-    made: Source
-    of: tuple[Source, ...]
-
-
-_Content = tuple[int, int, int, int]
-
-
-def _content(source: Source) -> _Content:
-    """Equal for two looks at a file between which nothing was written to it (image/fingerprint.py).
-
-    libvirt changes the owner, and so the ctime, at every start of a guest.
-    """
-    coarse = source.mtime_ns % 1_000_000_000 == 0
-    return (source.inode, source.size, source.mtime_ns, source.ctime_ns if coarse else 0)
-
-
 class DiskState(_Part):
     """One disk.
 
@@ -77,42 +55,11 @@ class DiskState(_Part):
     merge_freed_bytes: int = 0
     destinations: dict[str, Reached] = {}
     layers: tuple[Path, ...] = ()
-    merged: tuple[MergedFile, ...] = ()
 
     @property
     def turn(self) -> datetime | None:
         """When it had its last turn. A run that was killed in the middle of it counts: it may have been the cause."""
         return max((each for each in (self.reached, self.begun) if each is not None), default=None)
-
-    def lineage(self, present: Sequence[Source]) -> tuple[Wanted, ...]:
-        """The merged files among those of a chain, each with what it was made of, as deep as is known."""
-        known = {_content(each.made): each.of for each in self.merged}
-
-        def wanted(source: Source) -> Wanted:
-            # Not recursive: a file that a nightly merge has grown for years is nested as deep. A file is part of one
-            # other at most, so each comes after the one that it is part of.
-            order = [source]
-            for each in order:
-                order += known.get(_content(each), ())
-            built: dict[_Content, Wanted] = {}
-            for each in reversed(order):
-                parts = known.get(_content(each), ())
-                built[_content(each)] = Wanted(each, tuple(built[_content(part)] for part in parts))
-            return built[_content(source)]
-
-        return tuple(wanted(source) for source in present if _content(source) in known)
-
-    def with_merge(self, made: Source, of: Sequence[Source], *, present: Sequence[Source]) -> DiskState:
-        """After a merge. present: the files of the chain now; what none of them was made of is forgotten."""
-        known = {_content(each.made): each for each in self.merged}
-        known[_content(made)] = MergedFile(made=made, of=tuple(of))
-        needed = list(present)
-        for each in needed:
-            if _content(each) in known:
-                needed += known[_content(each)].of
-        return self.model_copy(
-            update={"merged": tuple(known[_content(each)] for each in needed if _content(each) in known)}
-        )
 
 
 class DestinationState(_Part):
@@ -189,7 +136,7 @@ class StateFile:
         known = self._state.disks.get(name)
         if known is None:
             return DiskState(image=image)
-        return known if known.image == image else known.model_copy(update={"image": image, "merged": ()})
+        return known if known.image == image else known.model_copy(update={"image": image, "layers": ()})
 
     def destination(self, name: str) -> DestinationState:
         """Of one destination, which may be new."""

@@ -37,7 +37,10 @@ class Steps:
 
     def note(self, step: str, error: Exception) -> None:
         """Something went wrong that no attempt has met. Said again, it is the same fault."""
-        fault = Fault.of(step, error)
+        self.add(Fault.of(step, error))
+
+    def add(self, fault: Fault) -> None:
+        """The same of what is a fault already."""
         if fault not in self.faults:
             self.faults.append(fault)
             self._outcomes.append(Outcome.FAILED)

@@ -16,7 +16,6 @@ import pytest
 
 from snapchain.destinations import create_destination
 from snapchain.errors import Busy, ToolFailed
-from snapchain.model.inventory import Wanted
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Hooks
 from snapchain.ops.nightly.document import parse
@@ -25,9 +24,8 @@ from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.preview import preview
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.run import directory_of
-from snapchain.ops.nightly.state import DiskState, MergedFile, StateFile
+from snapchain.ops.nightly.state import DiskState, StateFile
 from snapchain.ops.nightly.systemd import units
-from snapchain.repository.source import Source
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
 from tests.ops.stacks import write
@@ -144,42 +142,12 @@ def test_a_guest_started_after_the_snapshot_is_not_waited_for(host: Host) -> Non
 # -- state -------------------------------------------------------------------------------------------------------------
 
 
-def source(number: int, *, ctime: int = 5, mtime: int = 1) -> Source:
-    return Source(inode=number, size=100, mtime_ns=mtime, ctime_ns=ctime)
-
-
-def test_merged_files_are_known_by_what_they_were_made_of_however_deep() -> None:
-    state = DiskState(image=Path("/x"))
-    state = state.with_merge(source(10), [source(1), source(2)], present=[source(0), source(10), source(3)])
-    # libvirt has changed the owner in between: the ctime is another one.
-    state = state.with_merge(source(11), [source(10, ctime=9), source(3)], present=[source(0), source(11)])
-    (known,) = state.lineage([source(0), source(11, ctime=77)])
-    assert known.replaces[0].source == source(10, ctime=9)
-    assert known.replaces[0].replaces == (Wanted(source(1)), Wanted(source(2)))
-    assert known.replaces[1] == Wanted(source(3))
-    assert state.lineage([source(11, mtime=2)]) == ()
-    gone = state.with_merge(source(20), [source(0), source(7)], present=[source(20)])
-    assert [each.made for each in gone.merged] == [source(20)], "what no file of the chain needs is forgotten"
-
-
-def test_years_of_nightly_merges_do_not_overflow_the_stack() -> None:
-    nights = range(3000)
-    merged = [MergedFile(made=source(10_001 + night), of=(source(10_000 + night), source(night))) for night in nights]
-    (known,) = DiskState(image=Path("/x"), merged=tuple(merged)).lineage([source(13_000)])
-    depth = 0
-    while known.replaces:
-        known = known.replaces[0]
-        depth += 1
-    assert depth == 3000
-
-
-def test_the_state_of_another_image_under_the_same_name_starts_anew(tmp_path: Path) -> None:
+def test_the_state_of_another_image_under_the_same_name_knows_none_of_its_layers(tmp_path: Path) -> None:
     file = StateFile.open(tmp_path / "state.json", on_notice=print)
-    merged = DiskState(image=Path("/a")).with_merge(source(3), [source(1), source(2)], present=[source(3)])
-    file.put_disk("web1", merged)
+    file.put_disk("web1", DiskState(image=Path("/a"), layers=(Path("/a.1"),), chain_length=2))
     again = StateFile.open(tmp_path / "state.json", on_notice=print)
-    assert again.disk("web1", Path("/a")).merged
-    assert not again.disk("web1", Path("/b")).merged
+    assert again.disk("web1", Path("/a")).layers
+    assert not again.disk("web1", Path("/b")).layers
 
 
 # -- lock --------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
+from pydantic import BaseModel
 
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.ops.nightly.config import Budget, Destination, DiskHooks, Disks, Hooks, Keep, Nightly, Verify
@@ -229,7 +230,7 @@ def test_the_configuration_of_the_readme_is_one() -> None:
 
 
 def test_the_readme_names_every_field_and_no_other() -> None:
-    models = {
+    models: dict[str, list[type[BaseModel]]] = {
         "top": [Nightly], "`[keep]`": [Keep], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
         "`[[disks]]`": [Disks, DiskHooks], "`[[destinations]]`": [Destination, Verify],
     }  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 
 from snapchain.errors import Busy, Interrupted, Unavailable
 from snapchain.ops.events import Event
+from snapchain.ops.hold import hold_image, release_image
 from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.restore import Restoration
@@ -152,12 +153,42 @@ def test_what_another_destination_lacks_is_never_merged_even_when_both_ships_wen
 
 def test_layers_on_hold_stay(host: Host) -> None:
     image = host.disk("web1")
-    text = "[[disks]]\npath = 'images/web1.qcow2'\nmerge_above = 4\nhold = ['web1.3.*']\n"
+    text = "[[disks]]\npath = 'images/web1.qcow2'\nmerge_above = 4\n"
     for night in range(6):
         report = row(host.run(text), "web1")
         write(image, f"write -P {night + 50} {night * 128}k 128k")
+        if night == 2:
+            hold_image(host.images / "web1.3.qcow2", "golden")
     assert report.outcome is Outcome.OK
     assert "web1.3.qcow2" in names(host.images)
+    assert report.chain_length == 6, "root, 2, what is held, 4 and 5, what the next shipment builds on, top"
+    assert report.why_not_merged is not None
+    assert "web1.3.qcow2 (held: golden)" in report.why_not_merged
+    release_image(host.images / "web1.3.qcow2", "golden")
+    released = row(host.run(text), "web1")
+    assert (released.chain_length, released.why_not_merged) == (4, None)
+    assert released.destinations[0].bytes_read == 128 << 10
+
+
+def test_a_budget_of_merging_is_spent_on_what_it_suffices_for(host: Host) -> None:
+    for name in ("a", "b"):
+        image = host.disk(name)
+        for night in range(4):
+            host.run("")
+            write(image, f"write -P {night + 50} {night * 256}k 256k")
+    text = '[budget]\nmerge = 1000\n[[disks]]\nglob = "images/*.qcow2"\nmerge_above = 4\n'
+    first = host.run(text, clock=Clock(EVENING + timedelta(days=1), timedelta(seconds=1)))
+    done, left = first.disks
+    if done.merge is not None and done.merge.bytes_moved == 0:
+        assert left.outcome is Outcome.OK, "where blocks are shared nothing is moved"
+        return
+    assert (done.outcome, done.chain_length) == (Outcome.OK, 4), "what is larger than a whole budget has its turn"
+    assert left.outcome is Outcome.LEFT
+    assert "the budget of bytes to merge" in left.left[0]
+    assert left.destinations[0].outcome is Outcome.OK
+    second = host.run(text, clock=Clock(EVENING + timedelta(days=2), timedelta(seconds=1)))
+    assert [disk.disk for disk in second.disks] == [left.disk, done.disk]
+    assert second.outcome is Outcome.OK
 
 
 def test_budgets_end_a_kind_of_work_and_the_next_run_goes_on(host: Host) -> None:
