@@ -15,6 +15,7 @@ from snapchain.errors import NotFound
 from snapchain.ops import doctor, merge_image, snapshot
 from snapchain.ops.doctor import DoctorReport, Kind
 from snapchain.ops.merge.journal import journal_path
+from snapchain.ops.merge.strategy import Strategy
 from tests.ops.faulty_calls import Fault, met
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same
 
@@ -30,7 +31,7 @@ def killed_at(image: Path, wanted: str, nth: int = 1) -> None:
     """A merge of the image that dies before its n-th call of this name."""
     seen = 0
     pristine = {path: path.read_bytes() for path in image.parent.iterdir()}
-    for where, _ in met(lambda: merge_image.run(merge_image.plan(image)), Fault.KILL):
+    for where, _ in met(lambda: merge_image.run(merge_image.plan(image, strategy=Strategy.NEW)), Fault.KILL):
         seen += where.endswith(f": {wanted}")
         if seen == nth:
             return

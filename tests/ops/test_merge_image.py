@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host import files
@@ -17,7 +16,7 @@ from snapchain.image.assemble import Assembly, run as assemble_run
 from snapchain.ops import merge_image
 from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge import journal as merge_journal, new_file, settle
-from snapchain.ops.merge_image import MergeReport, Strategy
+from snapchain.ops.merge_image import MergePlan, MergeReport, Strategy
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same, write
 
@@ -29,8 +28,13 @@ STACK = (
 )
 
 
+def plan(image: Path, **options: object) -> MergePlan:
+    """Into a new file unless something else is said; what is chosen else: test_merge_strategy.py."""
+    return merge_image.plan(image, **{"strategy": Strategy.NEW, **options})  # type: ignore[arg-type]
+
+
 def merge(image: Path, **options: object) -> MergeReport:
-    return merge_image.run(merge_image.plan(image, **options))  # type: ignore[arg-type]
+    return merge_image.run(plan(image, **options))
 
 
 @pytest.fixture
@@ -105,7 +109,7 @@ def test_nothing_to_merge(stack: list[Path]) -> None:
 
 def test_planning_changes_nothing(stack: list[Path]) -> None:
     before = {entry: entry.stat() for entry in stack[0].parent.iterdir()}
-    planned = merge_image.plan(stack[-1])
+    planned = plan(stack[-1])
     assert {entry: entry.stat() for entry in stack[0].parent.iterdir()} == before
     said = planned.model_dump(mode="json")
     assert said["strategy"] == "new-file"
@@ -128,57 +132,7 @@ def test_ranges_that_are_none(options: dict[str, object], stack: list[Path]) -> 
         merge(stack[-1], **options)
 
 
-# -- every kind of stack ------------------------------------------------------------------------------------------
-
-_SIZES = st.sampled_from([2 * MiB, 4 * MiB, 4 * MiB + 512, 5 * MiB - 1536, 1 * MiB])
-_OPTIONS = st.sampled_from(
-    ["", "cluster_size=512", "cluster_size=4096", "cluster_size=2M", "extended_l2=on", "compat=0.10"]
-)
-
-
-@st.composite
-def layers(draw: st.DrawFn) -> list[Layer]:
-    found: list[Layer] = []
-    for number in range(draw(st.integers(2, 5))):
-        size = draw(_SIZES)
-        writes = []
-        for fill in range(draw(st.integers(0, 5))):
-            start = draw(st.integers(0, size // 512 - 1)) * 512
-            length = min(draw(st.sampled_from([512, 4096, 65536, 300 * 1024, MiB])), size - start)
-            verb = draw(
-                st.sampled_from([f"write -P {1 + number * 8 + fill}", "write -P 0", "write -z", "write -zu", "discard"])
-            )
-            writes.append(f"{verb} {start} {length}")
-        raw = number == 0 and draw(st.booleans())
-        compress = not raw and draw(st.integers(0, 3)) == 0
-        options = "" if raw else draw(_OPTIONS)
-        found.append(
-            Layer(
-                size,
-                [] if raw and size % 512 else writes,
-                options,
-                "raw" if raw else "qcow2",
-                compress and "0.10" not in options,
-            )
-        )
-    return found
-
-
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(layers=layers(), data=st.data())
-def test_random_stacks_judged_by_qemu(layers: list[Layer], data: st.DataObject, tmp_path: Path) -> None:
-    directory = tmp_path / "random"
-    shutil.rmtree(directory, ignore_errors=True)
-    paths = build(directory, [*layers[:-1], Layer(**{**vars(layers[-1]), "image_format": "qcow2"})])
-    last = data.draw(st.integers(1, len(paths) - 1), label="last")
-    first = data.draw(st.integers(0, last), label="first")
-    views = {path: flat(path, tmp_path / f"view{number}") for number, path in enumerate(paths) if number >= last}
-    report = merge(paths[-1], from_layer=str(paths[first]), to_layer=str(paths[last]))
-    assert report.layers_after == len(paths) - (last - first)
-    assert names(directory) == sorted(path.name for n, path in enumerate(paths) if not first <= n < last)
-    for path, view in views.items():
-        assert same(path, view), path.name
-        assert clean(path)
+# -- kinds of stacks (random ones: test_merge_random.py) ---------------------------------------------------------
 
 
 def test_a_short_middle_layer_hides_for_ever(tmp_path: Path) -> None:
@@ -251,7 +205,7 @@ def test_a_linked_clone_keeps_what_it_stands_on(stack: list[Path], reference: Pa
     other = clone(stack[1], "clone.qcow2")
     write(other, "write -P 99 0 64k")
     before = flat(other, tmp_path / "clone.raw")
-    planned = merge_image.plan(stack[-1])
+    planned = plan(stack[-1])
     assert planned.remove == (stack[2],)
     assert [kept.path for kept in planned.keep] == [stack[1]]
     assert "clone.qcow2" in planned.keep[0].reason
@@ -313,19 +267,19 @@ def test_keep_inputs_leaves_a_way_back(stack: list[Path], reference: Path) -> No
 def test_hard_links_are_refused(stack: list[Path], tmp_path: Path) -> None:
     os.link(stack[1], tmp_path / "other.qcow2")
     with pytest.raises(Unsupported, match="hard link"):
-        merge_image.plan(stack[-1])
+        plan(stack[-1])
 
 
 def test_bitmaps_and_internal_snapshots_are_not_lost_silently(stack: list[Path], reference: Path) -> None:
     subprocess.run(["qemu-img", "bitmap", "-f", "qcow2", "--add", stack[2], "daily"], check=True)
     with pytest.raises(Unsupported, match="daily") as caught:
-        merge_image.plan(stack[-1])
+        plan(stack[-1])
     assert "--drop-bitmaps" in (caught.value.hint or "")
     merge(stack[-1], drop_bitmaps=True, from_layer="1.qcow2", to_layer="2.qcow2")
     assert same(stack[-1], reference)
     subprocess.run(["qemu-img", "snapshot", "-c", "s", stack[2]], check=True)
     with pytest.raises(Unsupported, match="internal snapshot"):
-        merge_image.plan(stack[-1])
+        plan(stack[-1])
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -403,7 +357,7 @@ def test_a_killed_merge_keeps_a_clone_made_since(stack: list[Path], reference: P
     other = clone(stack[1], "clone.qcow2")
     before = flat(other, tmp_path / "clone.raw")
     events: list[Event] = []
-    report = merge_image.run(merge_image.plan(stack[-1]), on_event=events.append)
+    report = merge_image.run(plan(stack[-1]), on_event=events.append)
     assert report.strategy is Strategy.NOTHING
     assert report.finished == (stack[-1],)
     assert any(isinstance(event, Notice) and "finished" in event.message for event in events)
@@ -514,7 +468,7 @@ def test_a_wrong_result_is_never_believed(
 
 
 def test_changed_since_the_plan(stack: list[Path]) -> None:
-    planned = merge_image.plan(stack[-1])
+    planned = plan(stack[-1])
     clone(stack[1], "clone.qcow2")
     with pytest.raises(Conflict):
         merge_image.run(planned)
@@ -535,11 +489,11 @@ def test_a_planted_journal_is_not_believed(stack: list[Path], tmp_path: Path) ->
     path.write_text(journal.model_dump_json())
     path.chmod(0o666)
     with pytest.raises(InvalidInput, match="journal"):
-        merge_image.plan(stack[-1])
+        plan(stack[-1])
     path.chmod(0o600)
     path.write_text("{}")
     with pytest.raises(Corrupt):
-        merge_image.plan(stack[-1])
+        plan(stack[-1])
     assert victim.exists()
 
 
@@ -549,7 +503,7 @@ def test_standing_is_kept_and_progress_told(stack: list[Path]) -> None:
         os.chown(stack[-1], 64055, 994)
     before = stack[-1].stat()
     events: list[Event] = []
-    planned = merge_image.plan(stack[-1])
+    planned = plan(stack[-1])
     merge_image.run(planned, on_event=events.append)
     after = stack[-1].stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
@@ -567,7 +521,7 @@ def test_the_room_estimate_holds(tmp_path: Path) -> None:
             directory, [Layer(64 * MiB), Layer(64 * MiB, writes), Layer(64 * MiB, ["write -z 1M 1M"], options)]
         )
         write(paths[0], "write -P 5 0 32M")
-        planned = merge_image.plan(paths[-1], keep_inputs=True)
+        planned = plan(paths[-1], keep_inputs=True)
         merge_image.run(planned)
         assert paths[-1].stat().st_blocks * 512 <= planned.needs_bytes, options
         shutil.rmtree(directory)

@@ -18,21 +18,20 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain
-from snapchain.image.assemble import run as assemble
+from snapchain.image.assemble import Assembly, run as assemble
 from snapchain.image.reread import check_link, reread
 from snapchain.ops.events import OnEvent, Progress
 from snapchain.ops.merge.inputs import search_directories
 from snapchain.ops.merge.journal import TEMPORARY, FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.plan import MergePlan
 from snapchain.ops.merge.prove import check_unchanged, prove
-from snapchain.ops.merge.ways import Way
 
 _TICKS = 50_000_000
 """Nanoseconds; see image/fingerprint.py."""
 
 
 def make(
-    planned: MergePlan, way: Way, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent
+    planned: MergePlan, work: Assembly, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent
 ) -> OpenJournal:
     """Write, prove and switch; what is left to do is in the journal. Before the switch nothing was changed."""
     sweep(planned.result)
@@ -42,7 +41,7 @@ def make(
     try:
         with os_errors(temporary):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the doctor leaves it alone
-        _write(planned, way, old, (temporary, fd), on_event)
+        _write(planned, work, old, (temporary, fd), on_event)
         open_files = OpenFiles()
         for lock in locks:
             lock.change(LockMode.WRITE, open_files=open_files)
@@ -89,10 +88,10 @@ def _record(planned: MergePlan, old: ImageChain, temporary: Path) -> MergeJourna
     )
 
 
-def _write(planned: MergePlan, way: Way, old: ImageChain, target: tuple[Path, int], on_event: OnEvent) -> None:
+def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Path, int], on_event: OnEvent) -> None:
     """The new file, proven and on the disk."""
     temporary, fd = target
-    total, done = way.bytes_moved, 0
+    total, done = work.bytes_moved, 0
 
     def on_bytes(count: int) -> None:
         nonlocal done
@@ -100,7 +99,7 @@ def _write(planned: MergePlan, way: Way, old: ImageChain, target: tuple[Path, in
         on_event(Progress("merge", done, total))
 
     on_event(Progress("merge", 0, total))
-    assemble(way.work, fd, subject=planned.result, on_bytes=on_bytes)
+    assemble(work, fd, subject=planned.result, on_bytes=on_bytes)
     files.copy_standing(planned.result, temporary)
     with os_errors(planned.result):
         # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.

@@ -26,7 +26,7 @@ from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
 from snapchain.ops.merge.layers import numbers
 from snapchain.ops.merge.strategy import Strategy
-from snapchain.ops.merge.ways import Way, ways
+from snapchain.ops.merge.ways import Terms, Way, choose
 
 
 class MergePlan(BaseModel):
@@ -143,17 +143,21 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
     link = _link(chain, first, upper)
     remove, keep = inputs.fate(chain, first, last, keep_inputs=asked.keep_inputs, image_dirs=asked.image_dirs)
     free = free_bytes(upper.real_path.parent)
-    way = None
+    way, shadowed = None, 0
     if len(files) > 1:
+        # Before the work is planned: with millions of extents the maps of both are hundreds of MiB.
+        shadowed = _shadowed(files)
         inputs.check(files, journals, keep_inputs=asked.keep_inputs)
         inputs.check_holds(chain, first, last)
-        way = ways(
-            chain.at(last),
-            first,
-            backing=link,
+        terms = Terms(
+            asked=asked.strategy,
             cluster_size=asked.cluster_size,
+            keep_inputs=asked.keep_inputs,
             drop_bitmaps=asked.drop_bitmaps,
+            exclusive=not keep,
+            free=free,
         )
+        way = choose(chain.at(last), first, backing=link, terms=terms)
     plan = MergePlan(
         image=asked.image,
         image_format=asked.image_format,
@@ -173,7 +177,7 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
         shares_extents=way is not None and way.shares_extents,
         needs_bytes=way.bytes_needed if way else 0,
         free_bytes=free,
-        shadowed_bytes=_shadowed(files) if way else 0,
+        shadowed_bytes=shadowed,
         remove=remove,
         keep=keep,
         kept_as=inputs.second_name(upper.real_path, journals) if way and asked.keep_inputs else None,

@@ -11,13 +11,16 @@ from snapchain.image.reread import check_refcounts
 from snapchain.ops.events import OnEvent, Progress
 
 
-def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_event: OnEvent) -> None:
+def prove(
+    old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_event: OnEvent, leaks: bool = False
+) -> None:
     """Compare every guest byte that could differ, and the size.
 
-    old: what was; new: the result, as it was read again; shared: how many of the lowest files are the same in both.
+    old: what was; new: the result, as it was read again; shared: how many of the lowest files are the same in both;
+    leaks: the result may still have some clusters that nothing uses.
     Raises Corrupt with the range that differs.
     """
-    check_refcounts(new.top)
+    check_refcounts(new.top, leaks=leaks)
     if old.size != new.size:
         raise Corrupt(f"the merged file has {new.size} bytes, not {old.size}", subject=subject)
     found = doubts(old, new, shared=shared)
@@ -34,8 +37,11 @@ def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_ev
         raise Corrupt(f"the merged file reads differently in bytes {differs.start} to {differs.stop}", subject=subject)
 
 
-def check_unchanged(old: ImageChain) -> None:
-    """Raises Conflict where somebody has written to a file since it was scanned, whatever locks say."""
-    changed = old.changed()
+def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
+    """Raises Conflict where somebody has written to a file since it was scanned, whatever locks say.
+
+    but: number of the file that we write to ourselves
+    """
+    changed = [file for number, file in enumerate(old.files) if number != but and file.changed()]
     if changed:
         raise Conflict("it was written to while it was merged; nothing was changed", subject=changed[0].path)

@@ -18,11 +18,12 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.image import ImageChain, scan
+from snapchain.image.inplace import Amendment
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import record
-from snapchain.ops.merge import new_file, settle
+from snapchain.ops.merge import in_place, new_file, settle
 from snapchain.ops.merge.inputs import KeptFile
-from snapchain.ops.merge.journal import unsettled
+from snapchain.ops.merge.journal import MergeJournal, unsettled
 from snapchain.ops.merge.plan import Asked, MergePlan, decide
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import Way
@@ -62,9 +63,14 @@ def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
     with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
         _check_room(planned)
         before = sum(_allocated(path) for path in [planned.result, *planned.remove])
-        journal = new_file.make(planned, way, old, locks=locks, on_event=on_event)
+        if isinstance(way.work, Amendment):
+            journal = in_place.make(planned, way.work, old, locks=locks, on_event=on_event)
+        else:
+            journal = new_file.make(planned, way.work, old, locks=locks, on_event=on_event)
         _note(planned, old, on_event)
         removed = settle.finish(journal)
+        if planned.strategy is Strategy.COMMIT:
+            removed.append(journal.journal.lowest)
     return _report(
         planned,
         moved=way.bytes_moved,
@@ -86,10 +92,24 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
     """Finish or undo what killed merges have left in this chain."""
     removed: list[Path] = []
     for journal in unsettled(Path(os.path.realpath(path)) for path in planned.chain):
+        _check_goes_on(planned, journal)
         done = "finished" if settle.switched(journal) else "undone"
         removed += settle.settle(journal)
         on_event(Notice(f"{journal.replaced.path}: an interrupted merge was {done}"))
     return removed
+
+
+def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
+    """Raises Conflict where a killed commit must be done to its end first: its lowest input alone reads wrong."""
+    if journal.stage != "committing" or settle.switched(journal):
+        return
+    paths = [Path(os.path.realpath(path)) for path in planned.chain[planned.first : planned.last + 1]]
+    if journal.lowest not in paths or journal.replaced.path not in paths:
+        raise Conflict(
+            f"a merge from {journal.lowest.name} to it was killed, and comes first",
+            subject=journal.replaced.path,
+            hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
+        )
 
 
 @contextmanager
@@ -127,7 +147,7 @@ def _chain(planned: MergePlan) -> Iterator[tuple[ImageChain, Way]]:
         image_dirs=planned.image_dirs,
     )
     # What room there is, and what killed merges had left, may be otherwise now.
-    passing: dict[str, object] = {"free_bytes": 0, "unfinished": (), "kept_as": None}
+    passing: dict[str, object] = {"free_bytes": 0, "needs_bytes": 0, "unfinished": (), "kept_as": None}
     with scan(planned.image, format=planned.image_format, image_dirs=planned.image_dirs) as chain:
         decision = decide(chain, asked)
         if decision.plan.model_copy(update=passing) != planned.model_copy(update=passing):

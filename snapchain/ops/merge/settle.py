@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
+from snapchain.image import inplace
 from snapchain.image.references import children
 from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep, taken
+from snapchain.ops.merge.linked import linked
 from snapchain.ops.notes import Notes
 
 
@@ -25,12 +28,17 @@ def finish(journal: OpenJournal) -> list[Path]:
 def settle(journal: MergeJournal) -> list[Path]:
     """Finish a killed merge whose switch was done, else undo it; the inputs that were removed now.
 
-    Inputs that another image has come to need stay. Raises Busy when somebody has an input open, or merges it.
+    Inputs that another image has come to need stay. Undoing a commit leaves the lowest input as far as it had come:
+    the chain reads as before, that file alone does not. Raises Busy when somebody has an input open, or merges it.
     """
     with taken(journal):
-        if switched(journal):
+        if journal.stage == "absorbing":
+            removed = _settle_absorbing(journal)
+        elif switched(journal):
             removed = _remove_unneeded(journal)
         else:
+            if journal.stage == "committing" and journal.result.still():
+                _make_exact(journal.result.path)
             if journal.kept_as is not None and journal.replaced.still() and journal.replaced.still(journal.kept_as):
                 files.remove(journal.kept_as)
             removed = _remove(journal, [])
@@ -41,7 +49,35 @@ def settle(journal: MergeJournal) -> list[Path]:
 
 def switched(journal: MergeJournal) -> bool:
     """Whether the result has taken its place."""
-    return journal.result.still(journal.replaced.path)
+    if not journal.result.still(journal.replaced.path):
+        return False
+    if journal.stage != "absorbing":
+        return True
+    with os_errors(journal.replaced.path):
+        fd = os.open(journal.replaced.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return linked(fd, journal.link, subject=journal.replaced.path)
+    finally:
+        os.close(fd)
+
+
+def _settle_absorbing(journal: MergeJournal) -> list[Path]:
+    if not journal.replaced.still():
+        return _remove(journal, [])  # somebody has put another file there: this merge is nobody's any more
+    done = switched(journal)
+    _make_exact(journal.replaced.path)
+    return _remove_unneeded(journal) if done else _remove(journal, [])
+
+
+def _make_exact(path: Path) -> None:
+    """The reference counts of an image that a merge was adding to."""
+    with ImageLock(path, LockMode.WRITE):
+        with os_errors(path):
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            inplace.settle(fd, subject=path)
+        finally:
+            os.close(fd)
 
 
 def _remove_unneeded(journal: MergeJournal) -> list[Path]:

@@ -10,9 +10,10 @@ from snapchain.errors import Unsupported
 from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, plan as assemble
 from snapchain.image.assemble.kernel import share_range
+from snapchain.image.inplace import Amendment, plan_absorb, plan_commit
 from snapchain.image.qcow2.header import Backing
 from snapchain.ops.merge.inputs import bitmaps
-from snapchain.ops.merge.strategy import Strategy
+from snapchain.ops.merge.strategy import Strategy, cheapest
 
 _SPARE = 1 << 20
 """For what the filesystem itself needs to note."""
@@ -23,7 +24,7 @@ class Way:
     """One way to make the result. Sizes in bytes. shares_extents: what moves is shared, not copied."""
 
     strategy: Strategy
-    work: Assembly
+    work: Assembly | Amendment
     shares_extents: bool
 
     @property
@@ -34,39 +35,109 @@ class Way:
     @property
     def bytes_needed(self) -> int:
         """Room that it takes while the inputs are still there."""
-        needed = self.work.layout.metadata_bytes if self.shares_extents else self.work.bytes_needed
-        return needed + _SPARE
+        if isinstance(self.work, Assembly) and self.shares_extents:
+            return self.work.layout.metadata_bytes + _SPARE
+        return self.work.bytes_needed + _SPARE
 
     @property
     def cluster_size(self) -> int:
         """Of the result."""
-        return self.work.geometry.cluster_size
+        return self.work.geometry.cluster_size if isinstance(self.work, Assembly) else self.work.cluster_size
 
     @property
     def extended_l2(self) -> bool:
         """Of the result."""
-        return self.work.geometry.extended_l2
+        return isinstance(self.work, Assembly) and self.work.geometry.extended_l2
 
 
-def ways(
-    view: ImageChain,
-    first: int,
-    *,
-    backing: Backing | None,
-    cluster_size: int | None,
-    drop_bitmaps: bool,
-) -> Way:
-    """view: up to the uppermost input. Raises Unsupported, with the reason, where what is asked for does not fit."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What bounds the choice.
+
+    asked: the strategy, unless the best one is wanted; exclusive: nobody else stands on the lower inputs
+    free: room in the result's directory
+    """
+
+    asked: Strategy | None
+    cluster_size: int | None
+    keep_inputs: bool
+    drop_bitmaps: bool
+    exclusive: bool
+    free: int
+
+
+def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Terms) -> Way:
+    """The strategy that is asked for, or the best one. view: up to the uppermost input.
+
+    Raises Unsupported, with the reason, where what is asked for does not fit.
+    """
+    asked = terms.asked
+    if not terms.drop_bitmaps:
+        asked = _keeping_bitmaps(view, first, terms)
+    if asked is not None:
+        return _way(asked, view, first, backing=backing, terms=terms)
+    new = _way(Strategy.NEW, view, first, backing=backing, terms=terms)
+    if new.shares_extents or terms.keep_inputs or terms.cluster_size is not None:
+        return new
+    ways = {Strategy.NEW: new}
+    for strategy in (Strategy.ABSORB, Strategy.COMMIT):
+        try:
+            way = _way(strategy, view, first, backing=backing, terms=terms)
+        except Unsupported:
+            continue
+        # What is compressed stays so, if need be in a new file.
+        if isinstance(way.work, Amendment) and not way.work.bytes_unpacked:
+            ways[strategy] = way
+    moved = {strategy: way.bytes_moved for strategy, way in ways.items()}
+    needed = {strategy: way.bytes_needed for strategy, way in ways.items()}
+    return ways[cheapest(moved, needed, free=terms.free)]
+
+
+def _keeping_bitmaps(view: ImageChain, first: int, terms: Terms) -> Strategy | None:
+    """Those of the uppermost input stay true in its own file; those of the others would not in any."""
     held = bitmaps(view.files[first:])
-    if held and not drop_bitmaps:
-        file, names = held[0]
+    if not held:
+        return terms.asked
+    top_alone = len(held) == 1 and held[0][0] is view.top
+    if top_alone and terms.asked in {None, Strategy.ABSORB} and not (terms.keep_inputs or terms.cluster_size):
+        return Strategy.ABSORB
+    file, names = held[0]
+    raise Unsupported(
+        f"it holds persistent bitmaps ({names}), which would be wrong after a merge",
+        subject=file.path,
+        hint="--drop-bitmaps merges without them; the next incremental backup must then read everything",
+    )
+
+
+def _way(strategy: Strategy, view: ImageChain, first: int, *, backing: Backing | None, terms: Terms) -> Way:
+    if strategy is Strategy.NEW:
+        work = assemble(view, first, backing=backing, cluster_size=terms.cluster_size)
+        return Way(strategy, work, shares_extents(view, first))
+    if terms.keep_inputs:
         raise Unsupported(
-            f"it holds persistent bitmaps ({names}), which would be wrong after a merge",
-            subject=file.path,
-            hint="--drop-bitmaps merges without them; the next incremental backup must then read everything",
+            f"strategy {strategy.value} writes to an input", subject=view.top.path, hint="new-file does not"
         )
-    work = assemble(view, first, backing=backing, cluster_size=cluster_size)
-    return Way(Strategy.NEW, work, shares_extents(view, first))
+    if terms.cluster_size not in {None, view.files[first if strategy is Strategy.COMMIT else -1].cluster_size}:
+        raise Unsupported(
+            f"strategy {strategy.value} cannot change the cluster size", subject=view.top.path, hint="new-file can"
+        )
+    shared = shares_extents(view, first)
+    if strategy is Strategy.ABSORB:
+        return Way(strategy, plan_absorb(view, first, backing=backing), shared)
+    _check_commit(view, first, exclusive=terms.exclusive)
+    return Way(strategy, plan_commit(view, first, backing=backing), shared)
+
+
+def _check_commit(view: ImageChain, first: int, *, exclusive: bool) -> None:
+    lowest = view.files[first]
+    if not exclusive:
+        raise Unsupported("another image stands on an input, whose view a commit would change", subject=lowest.path)
+    if lowest.real_path.parent != view.top.real_path.parent:
+        raise Unsupported("the lowest input lies in another directory than the uppermost", subject=lowest.path)
+    if not lowest.real_path.is_file():
+        raise Unsupported("it is a device", subject=lowest.path)
+    if lowest.header is not None and lowest.header.bitmaps:
+        raise Unsupported("its persistent bitmaps would be wrong", subject=lowest.path)
 
 
 def shares_extents(view: ImageChain, first: int) -> bool:
