@@ -117,11 +117,13 @@ class Shipment:
         labels: Sequence[str],
         each_layer: bool,
         lineage: Sequence[Wanted] = (),
+        time: datetime | None = None,
     ) -> None:
         self._chain, self._repository = chain, repository
         self._disk: Disk = repository.disk(disk)
         self._labels = tuple(labels)
         self._each_layer = each_layer
+        self._time = time
         self._current = self._disk.read()
         have = self._stored()
         found = missing(
@@ -252,9 +254,9 @@ class Shipment:
         return fold(file.extents for file in self._chain.files[group.first : group.stop])
 
     def _time_of(self, stop: int) -> datetime:
-        """Now for the image as given; for a sealed file below it, when it was last written to."""
+        """Now for the image as given, unless somebody knows better; for a sealed file below it, its last write."""
         if stop == len(self._chain.files):
-            return datetime.now(UTC)
+            return self._time or datetime.now(UTC)
         seconds = self._chain.files[stop - 1].fingerprint.mtime_ns / 1e9
         # Some filesystems hold times of years that no calendar here knows.
         return datetime.fromtimestamp(min(max(seconds, 0.0), _LATEST), UTC)
@@ -320,6 +322,7 @@ def shipment(
     labels: Sequence[str] = (),
     each_layer: bool = False,
     lineage: Sequence[Wanted] = (),
+    time: datetime | None = None,
     format: str | None = None,
     image_dirs: Sequence[Path] = (),
     on_event: OnEvent = ignore,
@@ -329,13 +332,16 @@ def shipment(
     labels: given to the points; each_layer: every file of the chain becomes a layer and a point of its own
     lineage: files that local merges have made, each with what it replaces, beside what their own notes say: the
     destination knows those parts
+    time: of the point, for an image that was sealed before now
     Raises what `scan` raises for an image that is broken or refused, and Busy when somebody writes to it.
     """
     for label in labels:
         check_label(label)
     with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
         noted = _noted(chain, on_event)
-        yield Shipment(chain, repository, disk, labels=labels, each_layer=each_layer, lineage=(*lineage, *noted))
+        yield Shipment(
+            chain, repository, disk, labels=labels, each_layer=each_layer, lineage=(*lineage, *noted), time=time
+        )
 
 
 def _noted(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:

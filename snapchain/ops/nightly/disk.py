@@ -222,6 +222,7 @@ class DiskRun:
                 repository,
                 self._disk.name,
                 labels=self._settings.labels,
+                time=None if captured.how == "off" else captured.moment,
                 format=sealed.format,
                 image_dirs=self._dirs,
                 on_event=self._on_event,

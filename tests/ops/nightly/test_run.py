@@ -48,6 +48,7 @@ def test_a_week_of_nights_ships_each_change_once_and_every_point_restores(host: 
     assert len(names(host.images)) == 4
     points = host.repository().catalogue("web1/vda").points
     assert [point.point for point in points] == [5, 6, 7]
+    assert all(EVENING < point.time < clock.now for point in points), "when it was sealed, not when it had arrived"
     for point in points:
         out = tmp_path / f"restored-{point.point}.raw"
         Restoration(host.repository(), "web1/vda", out, point=str(point.point)).run()
