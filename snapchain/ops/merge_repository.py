@@ -15,7 +15,7 @@ from snapchain.model.retention import Policy, decide
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
 from snapchain.repository.holds import reasons
-from snapchain.repository.index import BlobIndex
+from snapchain.repository.index import BlobIndex, newest
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.merging import merge_layers
@@ -165,7 +165,7 @@ class RepositoryMerge:
         stored = repository.layers(self._current[0].parents)
         before = sum(layer.header.data_bytes for layer in stored.values())
         after = 0
-        with Packer(repository.store, repository.keys, BlobIndex()) as packer:
+        with Packer(repository.store, repository.keys, BlobIndex(newest(repository.store)[0])) as packer:
             for done, group in enumerate(self._groups):
                 on_event(Progress("merge", done, len(self._groups)))
                 layers = [stored.pop(layer) for layer in group.members]

@@ -132,10 +132,11 @@ class Restoration:
         self._device = output.is_block_device()
         self._force = force
         self._check_output()
-        if whole_chain:
-            self._jobs = tuple(self._chain_jobs(format))
-        else:
-            self._jobs = (self._flat_job("raw" if self._device else _format_of(output, format)),)
+        with repository.as_of(catalogue):
+            if whole_chain:
+                self._jobs = tuple(self._chain_jobs(format))
+            else:
+                self._jobs = (self._flat_job("raw" if self._device else _format_of(output, format)),)
         if self._device and (format == "qcow2" or whole_chain):
             raise InvalidInput("a block device takes a flat raw disk", subject=output)
 

@@ -23,6 +23,7 @@ from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.repository import catalogue as catalogues
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.format import is_id, layer_name, pack_name
+from snapchain.repository.index import newest
 from snapchain.repository.intake import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.replay import Replay
@@ -118,7 +119,7 @@ class Verification:
 
     def _checked(self, found: Sequence[Catalogue], tally: _Tally, on_event: OnEvent) -> VerifyReport:
         # In this order: what a shipment adds meanwhile is named by nothing that was read before.
-        listed = [info.name for info in self._repository.store.list("index/")]
+        listed = [info.name for info in newest(self._repository.store)[1]]
         packs = {info.name: info.size for info in self._repository.store.list("packs/")}
         total = sum(self._repository_bytes(catalogue) for catalogue in found) if self._share else None
         done = 0

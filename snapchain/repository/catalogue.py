@@ -146,8 +146,14 @@ class Disk:
 
     def read(self) -> tuple[Catalogue, str] | None:
         """The newest generation and the hash of its object; None when the disk has none."""
-        newest = newest_generation(self._store, self._key)
-        return None if newest is None else self._load(newest)
+        for attempt in range(ATTEMPTS):
+            newest = newest_generation(self._store, self._key)
+            try:
+                return None if newest is None else self._load(newest)
+            except NotFound as error:  # many were made since it was listed, and old ones collected
+                if attempt == ATTEMPTS - 1:
+                    raise _vanished(generation_name(self._key, newest or 0)) from error
+        raise AssertionError("the loop returns or raises")
 
     def existing(self) -> tuple[Catalogue, str]:
         """Like `read`. Raises NotFound when the disk has no catalogue."""
@@ -269,14 +275,21 @@ def is_generation(name: str) -> bool:
 
 def read_any(store: ObjectStore, keys: Keyring, disk_key: str) -> Catalogue | None:
     """The newest catalogue in a disk's folder, whatever the disk's name."""
-    newest = newest_generation(store, disk_key)
-    if newest is None:
-        return None
-    name = generation_name(disk_key, newest)
-    try:
-        return parse(keys, name, store.get(name))[0]
-    except NotFound as error:
-        raise Corrupt("the catalogue vanished while it was read", subject=name) from error
+    for attempt in range(ATTEMPTS):
+        newest = newest_generation(store, disk_key)
+        if newest is None:
+            return None
+        name = generation_name(disk_key, newest)
+        try:
+            return parse(keys, name, store.get(name))[0]
+        except NotFound as error:
+            if attempt == ATTEMPTS - 1:
+                raise _vanished(name) from error
+    raise AssertionError("the loop returns or raises")
+
+
+def _vanished(name: str) -> Corrupt:
+    return Corrupt("the store lists the catalogue and does not have it", subject=name)
 
 
 def parse(keys: Keyring, name: str, data: bytes) -> tuple[Catalogue, str]:

@@ -27,7 +27,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from snapchain.errors import Busy, Conflict, SnapchainError
+from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.host.identity import machine, started
 from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, ObjectStore
@@ -151,6 +151,8 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
+        if isinstance(error, Corrupt | NotFound):
+            self.check()  # who slept through a collection misses what is not needed: that is no damage
         try:
             self._store.delete(self._name)
         except SnapchainError:

@@ -146,7 +146,7 @@ class Repository:
         work: str,
         *,
         on_wait: Callable[[str], None],
-        patience: float = PATIENCE,
+        patience: float | None = None,
         disks: Sequence[str] = (),
     ) -> Lease:
         """The right to write (beside other writers) or to collect (alone), for the length of a `with` block.
@@ -154,7 +154,8 @@ class Repository:
         work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once;
         disks: those that may be made, which nobody else would know of
         """
-        return Lease(self.store, self.keys, mode, work=work, patience=patience, on_wait=on_wait, disks=disks)
+        seconds = PATIENCE if patience is None else patience
+        return Lease(self.store, self.keys, mode, work=work, patience=seconds, on_wait=on_wait, disks=disks)
 
     @contextmanager
     def reading(
@@ -175,16 +176,24 @@ class Repository:
                 stack.enter_context(lease)
             except (Busy, Unavailable) as error:
                 on_wait(f"reading without a lease: what a gc takes away meanwhile is missed ({error.message})")
-            for disk, some in layers.items():
-                current = self.disk(disk).read()
-                for layer in set(some) - set(current[0].parents if current else ()):
-                    if self.store.size(layer_name(layer)) is None:
-                        raise Conflict(
-                            "layers were merged away and collected before they could be read",
-                            subject=disk,
-                            hint="run it again",
-                        )
-            yield
+            self._check_there(layers)
+            try:
+                yield
+            except Corrupt:
+                self._check_there(layers)
+                raise
+
+    def _check_there(self, layers: Mapping[str, Collection[str]]) -> None:
+        """Raises Conflict when some of these layers, by disk, were collected."""
+        for disk, some in layers.items():
+            current = self.disk(disk).read()
+            for layer in set(some) - set(current[0].parents if current else ()):
+                if self.store.size(layer_name(layer)) is None:
+                    raise Conflict(
+                        "layers were merged away and collected before they were read",
+                        subject=disk,
+                        hint="run it again",
+                    )
 
     def disk(self, name: str) -> Disk:
         """The catalogue of a disk, whether or not it exists yet. Raises InvalidInput for a bad name."""
@@ -239,7 +248,26 @@ class Repository:
 
     def chain(self, catalogue: Catalogue, layer: str) -> list[StoredLayer]:
         """The layers that end in `layer`, root first."""
-        return list(self.layers(catalogue.chain(layer)).values())
+        with self.as_of(catalogue):
+            return list(self.layers(catalogue.chain(layer)).values())
+
+    @contextmanager
+    def as_of(self, catalogue: Catalogue) -> Iterator[None]:
+        """Reads what a catalogue names without a lease: what misses because there is a newer one is no damage.
+
+        Raises Conflict instead of Corrupt when the disk has another generation by now.
+        """
+        try:
+            yield
+        except Corrupt as error:
+            current = self.disk(catalogue.disk).read()
+            if current is None or current[0].generation == catalogue.generation:
+                raise
+            raise Conflict(
+                "the disk was changed, and old data collected, while it was looked at",
+                subject=catalogue.disk,
+                hint="run it again",
+            ) from error
 
     def layers(self, ids: Iterable[str]) -> dict[str, StoredLayer]:
         """Several layers at once, in the order given. Raises as `layer`."""

@@ -26,7 +26,7 @@ from snapchain.repository import index as indexes, layers as records
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
 from snapchain.repository.fence import fence
-from snapchain.repository.format import PAGE_ROW, fresh_id, pack_name
+from snapchain.repository.format import PAGE_ROW, fresh_id, index_era, pack_name
 from snapchain.repository.index import BlobIndex, IndexedPack
 from snapchain.repository.intake import store_page_body
 from snapchain.repository.layers import StoredLayer
@@ -85,7 +85,6 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     store = repository.store
     done = Swept()
     held = _stored_bytes(repository)
-    before = {info.name: info.size for info in store.list("index/")}
     marked = _marked_and_fenced(repository, lease)
     if marked is None:
         return done
@@ -105,8 +104,9 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
 
     delete(marked.dead_generations)
     delete(marked.dead_claims)
+    before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
     if gone or len(before) > 1:
-        _write_index(repository, list(before), stay)
+        _write_index(repository, before, stay)
         delete(before)
         lease.check()
     delete(marked.dead_layers)
@@ -142,8 +142,12 @@ def _stored_bytes(repository: Repository) -> int:
 
 
 def _write_index(repository: Repository, names: Sequence[str], stay: Collection[str]) -> None:
-    """One index of the packs that stay, instead of `names`. A pack that is missing from the store is none of them."""
+    """A new era: one index of the packs that stay, instead of `names`. A pack that the store has lost is none of them.
+
+    Raises Conflict when another collector has begun that era.
+    """
     store, keys = repository.store, repository.keys
+    era = indexes.begin_era(store, keys, names, conditional=repository.conditional)
     pending: list[IndexedPack] = []
     seen: set[str] = set()
     blobs = 0
@@ -151,7 +155,7 @@ def _write_index(repository: Repository, names: Sequence[str], stay: Collection[
     def flush() -> None:
         nonlocal blobs
         if pending:
-            indexes.write(store, keys, pending)
+            indexes.write(store, keys, pending, era=era)
             pending.clear()
             blobs = 0
 
@@ -176,7 +180,7 @@ def _move(
 ) -> None:
     """Copy the blobs in use out of the wasted packs, and let all records name the copies."""
     # Its index knows nothing, so that what is moved is stored although the old packs have it.
-    with Packer(repository.store, repository.keys, BlobIndex()) as packer:
+    with Packer(repository.store, repository.keys, BlobIndex(indexes.newest(repository.store)[0])) as packer:
         moves: Moves = {}
         for usage in wasted:
             for offset, location in _copied(repository, usage, packer):

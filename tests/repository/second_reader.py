@@ -7,6 +7,7 @@ disk is held in memory, and there is no Python below the level of a run or a lea
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ POINT_FIELDS = {
 }  # fmt: skip
 HOLD_FIELDS = {"tag", "since", "reason"}
 WORDS = {"offline", "application", "filesystem", "crash", None}
+INDEX_NAME = "[0-9]{10}-[0-9a-f]{32}"
 MAY_BE_MISSING = {"epoch", "owner", "holds", "instant", "consistency", "made_by"}
 
 
@@ -279,7 +281,8 @@ class Reader:
 
     def indexed(self) -> Iterator[tuple[bytes, Location]]:
         """Every blob that an index lists."""
-        for path in sorted((self._root / "index").iterdir()):
+        found = sorted(path for path in (self._root / "index").iterdir() if re.fullmatch(INDEX_NAME, path.name))
+        for path in (path for path in found if path.name[:10] == found[-1].name[:10]):
             body = self.keys.unseal(b"I", f"index/{path.name}", path.read_bytes())
             packs, blobs = struct.unpack_from("<II", body)
             table = [struct.unpack_from("<16sQ", body, 8 + 24 * n) for n in range(packs)]

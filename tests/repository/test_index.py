@@ -83,7 +83,7 @@ def test_segments_stay_few() -> None:
 def test_what_is_written_is_loaded(parts: list[list[int]]) -> None:
     store = MemoryStore()
     for at in range(0, len(parts), 2):
-        indexes.write(store, KEYS, [listed(pack, parts[pack]) for pack in range(at, min(at + 2, len(parts)))])
+        indexes.write(store, KEYS, [listed(pack, parts[pack]) for pack in range(at, min(at + 2, len(parts)))], era=0)
     index = indexes.load(store, KEYS)
     for pack, numbers in enumerate(parts):
         for number in numbers:
@@ -96,7 +96,7 @@ def test_what_is_written_is_loaded(parts: list[list[int]]) -> None:
 
 def test_every_altered_byte_is_noticed() -> None:
     store = MemoryStore()
-    name = indexes.write(store, KEYS, [listed(1, [1, 2, 3])])
+    name = indexes.write(store, KEYS, [listed(1, [1, 2, 3])], era=0)
     data = store.get(name)
     for at in range(len(data)):
         with pytest.raises((Corrupt, Unsupported)):
