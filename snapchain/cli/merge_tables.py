@@ -58,23 +58,17 @@ def _rows(plan: MergeSetPlan) -> list[stack_picture.Row]:
 
 
 def _draw_layers(console: Console, layers: Sequence[LayerUse]) -> None:
-    told = [layer for layer in layers if layer.stays or layer.holds or layer.labels or layer.at]
-    if not told:
-        return
-    render.table(
-        console,
-        ["layer", "held>", "hidden>", "sealed", "stays because"],
-        [
-            (
-                layer.path.name,
-                size(layer.data_bytes),
-                size(layer.shadowed_bytes),
-                f"{layer.sealed.astimezone():%Y-%m-%d %H:%M}" if layer.sealed else "",
-                "; ".join(layer.stays or [f"held: {hold.tag}" for hold in layer.holds]),
-            )
-            for layer in reversed(layers)
-        ],
-    )
+    columns = {
+        "layer": [layer.path.name for layer in layers],
+        "held>": [size(layer.data_bytes) for layer in layers],
+        "hidden>": [size(layer.shadowed_bytes) for layer in layers],
+        "sealed": [f"{layer.sealed.astimezone():%Y-%m-%d %H:%M}" if layer.sealed else "" for layer in layers],
+        "labels": [", ".join(layer.labels) for layer in layers],
+        "is at": [", ".join(layer.at) for layer in layers],
+        "stays because": ["; ".join(layer.stays or [f"held: {hold.tag}" for hold in layer.holds]) for layer in layers],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    render.table(console, list(shown), reversed(list(zip(*shown.values(), strict=True))))
 
 
 def _draw_merges(console: Console, merges: Sequence[PlannedMerge]) -> None:
