@@ -4,7 +4,8 @@
     commit   the target is the lowest input: what the upper ones hold is written into it; the caller then renames it
 
     amendment = plan_absorb(chain.at(last), first, backing=Backing("root.qcow2", "qcow2"))    # reads, never writes
-    fill(amendment, fd)       the file now reads the same on its old backing file and on the new one
+    fill(amendment, fd)       the file now reads the same on its old backing file and on the new one; after a commit
+                              it has the view's size
     ...                       the caller may prove that here
     relink(amendment, fd)     the backing link, by one write of one sector; nothing to do for commit
     settle(fd)                refcounts made exact, free clusters at the end cut off; also alone, after a crash

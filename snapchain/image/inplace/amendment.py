@@ -20,7 +20,8 @@ class Amendment:
     backing: the link that it then records; end: of the file now, rounded up to clusters: where new clusters begin
     copies:  bytes to copy as they are; unpack_*: ranges of compressed clusters to store plain; zero_*: to overwrite
              with zeroes; all targets are offsets in the changed file
-    cluster, entry: the L2 entries that change: number of the guest cluster, ascending, and what its entry becomes
+    cluster, entry, bitmap: the L2 entries that change: number of the guest cluster, ascending, and what its entry and
+             its bitmap of subclusters (None where there are none) become
     new_clusters: data clusters that come at `end`; surviving: guest bytes of DATA that the inputs hold together
     """
 
@@ -37,6 +38,7 @@ class Amendment:
     zero_length: Int64s
     cluster: Int64s
     entry: UInt64s
+    bitmap: UInt64s | None
     new_clusters: int
     surviving: int
 
@@ -65,12 +67,17 @@ class Amendment:
         """Room that the file may grow by: data, tables, and all reference counts anew."""
         size = self.cluster_size
         tables = self.new_tables_at_most * size
-        clusters = (self.end + self.new_clusters * size + tables) // size
-        return self.new_clusters * size + tables + clusters * 8 + 8 * size
+        l1 = -(-self.view.size // self._guest_bytes_per_l2) * 8 + size if self.view.size > self.file.size else 0
+        clusters = (self.end + self.new_clusters * size + tables + l1) // size
+        return self.new_clusters * size + tables + l1 + clusters * 8 + 8 * size
 
     @property
     def new_tables_at_most(self) -> int:
         """L2 tables of the clusters whose entries change."""
-        per_table = self.cluster_size // 8
-        numbers = self.cluster // per_table
+        numbers = self.cluster // (self._guest_bytes_per_l2 // self.cluster_size)
         return int((numbers[1:] != numbers[:-1]).sum()) + min(len(numbers), 1)
+
+    @property
+    def _guest_bytes_per_l2(self) -> int:
+        assert self.file.header is not None
+        return self.file.header.guest_bytes_per_l2

@@ -3,7 +3,8 @@
 1  data into new clusters (and, for commit, over what is hidden), new L2 tables, their reference counts
 2  where the counts do not fit into the old blocks: the header points to new ones, by one write of one sector
 3  entries in L2 tables that were there, then those of the L1 table
-4  the backing link (`relink`)
+4  for a commit onto a disk of another size: size and L1 table, by one write of one sector
+5  the backing link (`relink`)
 """
 
 from __future__ import annotations
@@ -12,27 +13,24 @@ import struct
 import threading
 from collections.abc import Iterator
 
-import numpy as np
-
-from snapchain.errors import Corrupt
 from snapchain.host.os_errors import os_errors
 from snapchain.image.assemble.move import Moved, Mover, OnBytes
 from snapchain.image.assemble.threads import spread
 from snapchain.image.inplace.amendment import Amendment
 from snapchain.image.inplace.counting import NewCounts, count_new
 from snapchain.image.inplace.disk import Disk
-from snapchain.image.inplace.link import relink as new_link
-from snapchain.image.physical import Int64s
+from snapchain.image.inplace.link import header_head, relink as new_link
+from snapchain.image.inplace.tables import Tables
 from snapchain.image.positioned import write_all
-from snapchain.image.pread import pread
-from snapchain.image.qcow2.format import COPIED, SECTOR
-from snapchain.image.qcow2.references import host_offsets, whole_l1
-from snapchain.image.qcow2.tables import ImageFd, UInt64s
+from snapchain.image.qcow2.format import CryptMethod
+from snapchain.image.qcow2.references import whole_l1
 
 _STEP = 1 << 20
 _REFCOUNT_TABLE = struct.Struct(">QI")
 _REFCOUNT_TABLE_AT = 48
-_HEAD_AT_MOST = 64 << 10
+_SIZE_AND_L1 = struct.Struct(">QIIQ")
+_SIZE_AT = 24
+"""size, crypt_method, l1_size, l1_table_offset: all in the first sector."""
 
 
 def fill(amendment: Amendment, fd: int, *, subject: object = None, on_bytes: OnBytes = lambda _count: None) -> Moved:
@@ -45,10 +43,8 @@ def fill(amendment: Amendment, fd: int, *, subject: object = None, on_bytes: OnB
     """
     disk = Disk(fd, subject=subject)
     image = disk.image()
-    l1 = whole_l1(image)
-    tables = _Tables(amendment, l1)
-    new_end = amendment.end + amendment.new_clusters * amendment.cluster_size + tables.new_bytes
-    counts = count_new(image, start=amendment.end, end=new_end)
+    tables = Tables(amendment, image, whole_l1(image))
+    counts = count_new(image, start=amendment.end, end=tables.end)
     disk.truncate(max(counts.end, disk.size))
     mover = Mover(amendment.view.files, fd, subject=subject, on_bytes=on_bytes)
     mover.run(amendment.copies)
@@ -62,21 +58,20 @@ def fill(amendment: Amendment, fd: int, *, subject: object = None, on_bytes: OnB
         disk.write(block, offset)
     disk.sync()
     _switch_counts(disk, counts)
-    for offset, piece in tables.changed(image):
+    for offset, piece in tables.changed():
         disk.write(piece, offset)
     disk.sync()
-    for offset, piece in tables.l1_entries(image):
+    for offset, piece in tables.l1_entries():
         disk.write(piece, offset)
     disk.sync()
+    _switch_size(disk, amendment, tables)
     return mover.moved
 
 
 def relink(amendment: Amendment, fd: int, *, subject: object = None) -> None:
     """Let the file stand on its new backing file; on the disk when this returns. Raises Unsupported without room."""
     disk = Disk(fd, subject=subject)
-    header = disk.image().header
-    size = min(header.cluster_size, _HEAD_AT_MOST)
-    link = new_link(pread(fd, size, offset=0, subject=subject), amendment.backing, subject=subject)
+    link = new_link(header_head(fd, subject=subject), amendment.backing, subject=subject)
     if link.text:
         disk.write(link.text, link.text_offset)
         disk.sync()
@@ -88,6 +83,17 @@ def _switch_counts(disk: Disk, counts: NewCounts) -> None:
     if counts.table_offset is not None:
         sector = disk.first_sector()
         _REFCOUNT_TABLE.pack_into(sector, _REFCOUNT_TABLE_AT, counts.table_offset, counts.table_clusters)
+        disk.write(sector, 0)
+        disk.sync()
+
+
+def _switch_size(disk: Disk, amendment: Amendment, tables: Tables) -> None:
+    """Only a commit changes it. What is behind the old end, or the new one, is hidden by the files above."""
+    assert amendment.file.header is not None
+    if amendment.view.size != amendment.file.header.size:
+        sector = disk.first_sector()
+        values = (amendment.view.size, CryptMethod.NONE, tables.l1_size, tables.l1_offset)
+        _SIZE_AND_L1.pack_into(sector, _SIZE_AT, *values)
         disk.write(sector, 0)
         disk.sync()
 
@@ -117,58 +123,3 @@ def _unpack_jobs(amendment: Amendment) -> Iterator[tuple[int, int, int, int]]:
     for number, guest, target, length in zip(*(column.tolist() for column in columns), strict=True):
         for done in range(0, length, _STEP):
             yield number, guest + done, target + done, min(_STEP, length - done)
-
-
-class _Tables:
-    """The L2 tables that change, and those that come; each is a cluster of entries."""
-
-    def __init__(self, amendment: Amendment, l1: UInt64s) -> None:
-        self._size = amendment.cluster_size
-        self._per_table = self._size // 8
-        number = amendment.cluster // self._per_table
-        self._cuts = [*np.flatnonzero(np.diff(number, prepend=-1)).tolist(), len(number)]
-        self._number = number
-        self._within = amendment.cluster % self._per_table
-        self._entry = amendment.entry
-        used = number[self._cuts[:-1]] if len(number) else number
-        if len(used) and int(used[-1]) >= len(l1):
-            raise Corrupt("the L1 table is shorter than the disk", subject=amendment.file.path)
-        old = host_offsets(l1[used])
-        # A table that would only say that nothing is here need not be made.
-        needed = np.array([bool(self._rows(part)[1].any()) for part in range(len(used))], np.bool_)
-        self._new = (old == 0) & needed
-        begin = amendment.end + amendment.new_clusters * self._size
-        self._offset: Int64s = np.where(self._new, begin + (np.cumsum(self._new) - 1) * self._size, old)
-        self._used = used
-        self.new_bytes = int(self._new.sum()) * self._size
-
-    def _rows(self, part: int) -> tuple[Int64s, UInt64s]:
-        rows = slice(self._cuts[part], self._cuts[part + 1])
-        return self._within[rows], self._entry[rows]
-
-    def fresh(self) -> Iterator[tuple[int, bytes]]:
-        """(file offset, bytes) of new tables, which nothing points to yet."""
-        for part in np.flatnonzero(self._new).tolist():
-            table = np.zeros(self._per_table, ">u8")
-            within, entry = self._rows(part)
-            table[within] = entry
-            yield int(self._offset[part]), table.tobytes()
-
-    def changed(self, image: ImageFd) -> Iterator[tuple[int, bytes]]:
-        """(file offset, bytes): the sectors of old tables in which entries change."""
-        for part in np.flatnonzero(~self._new & (self._offset != 0)).tolist():
-            within, entry = self._rows(part)
-            first = int(within[0]) * 8 // SECTOR * SECTOR
-            stop = -(-(int(within[-1]) + 1) * 8 // SECTOR) * SECTOR
-            offset = int(self._offset[part])
-            old = pread(image.fd, stop - first, offset=offset + first, subject=image.subject)
-            table = np.frombuffer(old, ">u8").copy()
-            table[within - first // 8] = entry
-            yield offset + first, table.tobytes()
-
-    def l1_entries(self, image: ImageFd) -> Iterator[tuple[int, bytes]]:
-        """(file offset, bytes) of the entries that point to new tables."""
-        base = image.header.fields.l1_table_offset
-        for part in np.flatnonzero(self._new).tolist():
-            entry = int(self._offset[part]) | COPIED
-            yield base + int(self._used[part]) * 8, entry.to_bytes(8, "big")

@@ -12,6 +12,7 @@ import struct
 from dataclasses import dataclass
 
 from snapchain.errors import Unsupported
+from snapchain.image.pread import pread
 from snapchain.image.qcow2.encode import backing_name
 from snapchain.image.qcow2.format import EXTENSION, SECTOR, V2_HEADER_BYTES, ExtensionType, pack_extension
 from snapchain.image.qcow2.header import Backing
@@ -20,6 +21,7 @@ _LINK = struct.Struct(">QI")
 _LINK_AT = 8
 _HEADER_LENGTH = struct.Struct(">I")
 _HEADER_LENGTH_AT = 100
+_HEAD_AT_MOST = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,12 @@ class Relink:
     sector: bytes
     text: bytes = b""
     text_offset: int = 0
+
+
+def header_head(fd: int, *, subject: object) -> bytes:
+    """The header cluster of an open image that was judged, or its first 64 KiB."""
+    size = 1 << int.from_bytes(pread(fd, 4, offset=20, subject=subject), "big")
+    return pread(fd, min(size, _HEAD_AT_MOST), offset=0, subject=subject)
 
 
 def relink(head: bytes, backing: Backing | None, *, subject: object) -> Relink:
