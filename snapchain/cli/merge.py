@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +12,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
+from snapchain.cli.time_zone import zone_of
 from snapchain.errors import InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
@@ -82,6 +82,15 @@ def merge(
     keep_label: Annotated[
         list[str] | None,
         typer.Option(metavar="LABEL", help="All points with this label. May be repeated.", rich_help_panel=_KEEP),
+    ] = None,
+    zone_name: Annotated[
+        str | None,
+        typer.Option(
+            "--time-zone",
+            metavar="ZONE",
+            help="Whose calendar says what a day is: Europe/Berlin. By default this machine's.",
+            rich_help_panel=_KEEP,
+        ),
     ] = None,
     max_layers: Annotated[
         int | None,
@@ -169,7 +178,7 @@ def merge(
         within=None if keep_within is None else parse_duration(keep_within),
         labels=frozenset(keep_label or ()),
     )
-    zone = datetime.now().astimezone().tzinfo or UTC
+    zone = zone_of(zone_name)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
