@@ -66,6 +66,8 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
 
     on_event(Progress("merge", 0, total))
     inplace.fill(work, fd, subject=planned.result, on_bytes=on_bytes)
+    if planned.strategy is Strategy.COMMIT:
+        inplace.relink(work, fd, subject=planned.result)
     with reread(work.file.real_path, old.files[: planned.first]) as new:
         view = old.at(planned.last)
         prove(view, new, shared=planned.first, subject=planned.result, on_event=on_event, leaks=True)
