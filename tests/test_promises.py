@@ -24,6 +24,7 @@ from snapchain.ops.restore import Restoration
 from snapchain.ops.ship import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import merging
+from snapchain.repository.composing import compose
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Crash, FaultStore, crash_points
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
@@ -107,7 +108,7 @@ def test_promise_3_a_merge_that_does_not_show_the_same_is_not_committed(
     before = repo.disk(DISK).existing()
     kept = before[0].points[-1].content_id
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "leaves_over", lambda lower, upper: lower)  # noqa: ARG005
+        patch.setattr(merging, "compose", lambda layers, *window, root: compose(layers[:1], *window, root=root))
         with pytest.raises(Corrupt, match="nothing was changed"):
             RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
     assert repo.disk(DISK).existing() == before

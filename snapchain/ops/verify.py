@@ -20,7 +20,6 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
-from snapchain.repository import catalogue as catalogues
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.format import is_id, layer_name, pack_name
 from snapchain.repository.index import newest
@@ -154,7 +153,7 @@ class Verification:
             return
         for key in repository.store.list_dirs("disks/"):
             try:
-                catalogue = catalogues.read_any(repository.store, repository.keys, key)
+                catalogue = repository.catalogue_of(key)
             except SnapchainError as error:
                 tally.note(error, None, ())
             else:

@@ -23,6 +23,7 @@ from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import generation_name
+from snapchain.repository.known import Memory
 from snapchain.repository.stored import made_by, parse as parse_stored
 
 KIND = b"C"
@@ -137,17 +138,22 @@ class Disk:
     """Reads and advances the catalogue of one disk.
 
     conditional: whether the store's create-if-absent can be trusted; if not, see objects/exclusive.py
+    memory: how far the disk was seen before; then reading raises Corrupt when it no longer is
     """
 
-    def __init__(self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool) -> None:
+    def __init__(
+        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: Memory | None = None
+    ) -> None:
         self.name = name
-        self._store, self._keys, self._conditional = store, keys, conditional
+        self._store, self._keys, self._conditional, self._memory = store, keys, conditional, memory
         self._key = keys.disk_key(name)
 
     def read(self) -> tuple[Catalogue, str] | None:
         """The newest generation and the hash of its object; None when the disk has none."""
         for attempt in range(ATTEMPTS):
-            newest = newest_generation(self._store, self._key)
+            newest = newest_known(self._store, self._key, self._memory)
+            if self._memory is not None:
+                self._memory.flush()
             try:
                 return None if newest is None else self._load(newest)
             except NotFound as error:  # many were made since it was listed, and old ones collected
@@ -198,6 +204,9 @@ class Disk:
         if not self._is_followed(generation, digest):
             self._store.delete(name)
             raise self._overtaken()
+        if self._memory is not None:
+            self._memory.note(self._key, generation, 0)
+            self._memory.flush()
         return catalogue, digest
 
     def _is_followed(self, generation: int, digest: str) -> bool:
@@ -262,6 +271,16 @@ def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
     return newest
 
 
+def newest_known(store: ObjectStore, disk_key: str, memory: Memory | None) -> int | None:
+    """As `newest_generation`. Raises Corrupt when this machine has seen a newer one."""
+    if memory is None:
+        return newest_generation(store, disk_key)
+    floor = memory.floor(disk_key)
+    newest = newest_generation(store, disk_key)
+    memory.note(disk_key, newest or 0, floor)
+    return newest
+
+
 def generation_names(store: ObjectStore, disk_key: str) -> Iterator[str]:
     """The generations stored of a disk, ascending."""
     return (info.name for info in store.list(f"disks/{disk_key}/") if is_generation(info.name))
@@ -273,10 +292,10 @@ def is_generation(name: str) -> bool:
     return number.isdecimal() and name == generation_name(folder.removeprefix("disks/"), int(number))
 
 
-def read_any(store: ObjectStore, keys: Keyring, disk_key: str) -> Catalogue | None:
+def read_any(store: ObjectStore, keys: Keyring, disk_key: str, memory: Memory | None = None) -> Catalogue | None:
     """The newest catalogue in a disk's folder, whatever the disk's name."""
     for attempt in range(ATTEMPTS):
-        newest = newest_generation(store, disk_key)
+        newest = newest_known(store, disk_key, memory)
         if newest is None:
             return None
         name = generation_name(disk_key, newest)

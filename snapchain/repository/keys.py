@@ -1,7 +1,8 @@
 """Key slots: the master key, wrapped by a key that Argon2id makes from a passphrase.
 
-Several slots may wrap the same master key.  The hash of `config` is bound to each, so that a store that alters
-one byte of the configuration (say, turns encryption off) makes every passphrase fail instead of being believed.
+Several slots may wrap the same master key.  The hash of `config` is bound to each, so that a store that alters one byte
+of the configuration (say, the suite or the repository's id) makes every passphrase fail instead of being believed.  One
+that says there is no encryption has no slot to fail: Repository.open and known.py see to that.
 """
 
 from __future__ import annotations

@@ -22,12 +22,15 @@ from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
 from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id, layer_name
 from snapchain.repository.index import BlobIndex
+from snapchain.repository.known import Memory
 from snapchain.repository.layers import PageCache, StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.stored import newer, parse as parse_stored
 
 CONFIG = "config"
 _READERS = 8
+_LARGEST_TEXT = 64 * 1024
+"""Bytes of `config` and of a key slot."""
 _MOST_SLOTS = 64
 """Each costs 0.1 s to try: a hostile store shall not keep us busy for ever."""
 PATIENCE = 600.0
@@ -60,7 +63,7 @@ class Config(BaseModel):
 
 
 class Repository:
-    """An open repository. Thread-safe for reading."""
+    """An open repository. Thread-safe for reading. memory: how far its disks were seen before (known.py), if known."""
 
     def __init__(self, store: ObjectStore, config: Config, keys: Keyring, *, conditional: bool) -> None:
         self.store = store
@@ -68,6 +71,7 @@ class Repository:
         self.keys = keys
         self.conditional = conditional
         self.notices: list[str] = list(store.warnings)
+        self.memory: Memory | None = None
         self.blobs = BlobReader(store, keys)
         self._pages = PageCache(self.blobs)
 
@@ -115,22 +119,32 @@ class Repository:
         return made
 
     @classmethod
-    def open(cls, store: ObjectStore, *, passphrase: Passphrase, writing: bool = False) -> Repository:
+    def open(
+        cls, store: ObjectStore, *, passphrase: Passphrase, writing: bool = False, known: bool = False
+    ) -> Repository:
         """Open an existing repository.
 
         writing: find out (with one request) whether the store still honours create-if-absent.
-        Raises NotFound, InvalidInput (passphrase), Corrupt, Unsupported (a newer format).
+        known: whether it was seen before, so that the caller can tell whether it has always been without encryption.
+        Raises NotFound, InvalidInput (passphrase), Corrupt (no longer encrypted), Unsupported (a newer format).
         """
-        try:
-            text = store.get(CONFIG)
-        except NotFound as error:
+        size = store.size(CONFIG)
+        if size is None:
             raise NotFound(
                 "there is no snapchain repository here", subject=store.url, hint=f"snapchain init {store.url}"
-            ) from error
+            )
+        _check_small(CONFIG, size)
+        text = store.get(CONFIG)
         config = parse_config(text, subject=store.url)
         master = Keyring.public_master(config.id)
         if config.encryption != NONE:
             master = _unlock(store, passphrase, text)
+        elif not known and _is_given(passphrase):
+            raise Corrupt(
+                "a passphrase is given, and the repository says that it is not encrypted: it may have been changed",
+                subject=store.url,
+                hint="if it was made with --no-encryption, give no passphrase once (SNAPCHAIN_PASSWORD, --password-..)",
+            )
         conditional = config.conditional_put
         opened = cls(store, config, Keyring(config.encryption, config.id, master), conditional=conditional)
         if writing and conditional and not still_conditional(store, _WITNESS, _WITNESS_BODY):
@@ -198,7 +212,7 @@ class Repository:
     def disk(self, name: str) -> Disk:
         """The catalogue of a disk, whether or not it exists yet. Raises InvalidInput for a bad name."""
         check_disk_name(name)
-        return Disk(self.store, self.keys, name, conditional=self.conditional)
+        return Disk(self.store, self.keys, name, conditional=self.conditional, memory=self.memory)
 
     def hold(
         self, disk: str, point: int, tag: str, *, reason: str = "", on_wait: Callable[[str], None] = _unheard
@@ -239,8 +253,14 @@ class Repository:
 
     def catalogues(self) -> list[Catalogue]:
         """The newest catalogues of all disks, by name."""
-        found = (catalogues.read_any(self.store, self.keys, key) for key in self.store.list_dirs("disks/"))
+        found = [self.catalogue_of(key) for key in self.store.list_dirs("disks/")]
+        if self.memory is not None:
+            self.memory.flush()
         return sorted((catalogue for catalogue in found if catalogue is not None), key=lambda each: each.disk)
+
+    def catalogue_of(self, key: str) -> Catalogue | None:
+        """The newest catalogue in a disk's folder, None when there is none."""
+        return catalogues.read_any(self.store, self.keys, key, self.memory)
 
     def layer(self, layer: str) -> StoredLayer:
         """One layer. Raises Corrupt when it is missing or unsound."""
@@ -312,6 +332,18 @@ def check_disk_name(name: str) -> str:
     return name
 
 
+def _is_given(passphrase: Passphrase) -> bool:
+    try:
+        return bool(passphrase())
+    except InvalidInput:  # nobody has set one
+        return False
+
+
+def _check_small(name: str, size: int) -> None:
+    if size > _LARGEST_TEXT:
+        raise Corrupt(f"it has {size} bytes; at most {_LARGEST_TEXT} are plausible", subject=name)
+
+
 def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
     secret = passphrase()
     if not secret:
@@ -320,8 +352,9 @@ def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
             subject=store.url,
             hint="set SNAPCHAIN_PASSWORD, --password-file or --password-command",
         )
-    names: Sequence[str] = [info.name for info in store.list("keys/")]
-    if not names:
+    found = list(store.list("keys/"))
+    names: Sequence[str] = [info.name for info in found if info.size <= _LARGEST_TEXT]
+    if not found:
         raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
     damaged: Corrupt | Unsupported | None = None
     for name in names[:_MOST_SLOTS]:
