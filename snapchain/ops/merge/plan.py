@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.host.files import free_bytes
 from snapchain.image import ImageChain, ImageFile, scan
+from snapchain.image.assemble.geometry import surviving_bytes
+from snapchain.image.assemble.plan import merged_extents
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE
-from snapchain.model.extents import fold
 from snapchain.ops.merge import inputs
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
@@ -145,8 +146,8 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
     free = free_bytes(upper.real_path.parent)
     way, shadowed = None, 0
     if len(files) > 1:
-        # Before the work is planned: with millions of extents the maps of both are hundreds of MiB.
-        shadowed = _shadowed(files)
+        shares = surviving_bytes(merged_extents(chain.at(last), first), last + 1)
+        shadowed = sum(file.extents.data_bytes for file in files) - int(shares.sum())
         inputs.check(files, journals, keep_inputs=asked.keep_inputs)
         inputs.check_holds(chain, first, last)
         terms = Terms(
@@ -157,7 +158,7 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
             exclusive=not keep,
             free=free,
         )
-        way = choose(chain.at(last), first, backing=link, terms=terms)
+        way = choose(chain.at(last), first, backing=link, terms=terms, shares=shares)
     plan = MergePlan(
         image=asked.image,
         image_format=asked.image_format,
@@ -186,10 +187,6 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
         unfinished=tuple(journal.replaced.path for journal in journals),
     )
     return Decision(plan, way)
-
-
-def _shadowed(files: Sequence[ImageFile]) -> int:
-    return sum(file.extents.data_bytes for file in files) - fold(file.extents for file in files).data_bytes
 
 
 def _link(chain: ImageChain, first: int, upper: ImageFile) -> Backing | None:

@@ -11,6 +11,7 @@ from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, plan as assemble
 from snapchain.image.assemble.kernel import share_range
 from snapchain.image.inplace import Amendment, plan_absorb, plan_commit
+from snapchain.image.physical import Int64s
 from snapchain.image.qcow2.header import Backing
 from snapchain.ops.merge.inputs import bitmaps
 from snapchain.ops.merge.strategy import Strategy, cheapest
@@ -66,8 +67,11 @@ class Terms:
     free: int
 
 
-def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Terms) -> Way:
+def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Terms, shares: Int64s) -> Way:
     """The strategy that is asked for, or the best one. view: up to the uppermost input.
+
+    shares: guest bytes that each file of the view gives to the result. They tell what each way moves nearly to the
+    byte, so that only the best one has to be planned: with millions of extents a plan is hundreds of MiB.
 
     Raises Unsupported, with the reason, where what is asked for does not fit.
     """
@@ -76,21 +80,33 @@ def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Term
         asked = _keeping_bitmaps(view, first, terms)
     if asked is not None:
         return _way(asked, view, first, backing=backing, terms=terms)
-    new = _way(Strategy.NEW, view, first, backing=backing, terms=terms)
-    if new.shares_extents or terms.keep_inputs or terms.cluster_size is not None:
-        return new
-    ways = {Strategy.NEW: new}
-    for strategy in (Strategy.ABSORB, Strategy.COMMIT):
+    if terms.keep_inputs or terms.cluster_size is not None or shares_extents(view, first):
+        return _way(Strategy.NEW, view, first, backing=backing, terms=terms)
+    total = int(shares.sum())
+    moved = {
+        Strategy.NEW: total,
+        Strategy.ABSORB: total - int(shares[len(view.files) - 1]),
+        Strategy.COMMIT: total - int(shares[first]),
+    }
+    needed = {strategy: count + _SPARE for strategy, count in moved.items()}
+    planned: set[Strategy] = set()
+    while True:
+        strategy = cheapest(moved, needed, free=terms.free)
         try:
             way = _way(strategy, view, first, backing=backing, terms=terms)
         except Unsupported:
-            continue
+            if strategy is Strategy.NEW:
+                raise
+            way = None
         # What is compressed stays so, if need be in a new file.
-        if isinstance(way.work, Amendment) and not way.work.bytes_unpacked:
-            ways[strategy] = way
-    moved = {strategy: way.bytes_moved for strategy, way in ways.items()}
-    needed = {strategy: way.bytes_needed for strategy, way in ways.items()}
-    return ways[cheapest(moved, needed, free=terms.free)]
+        if way is None or (isinstance(way.work, Amendment) and way.work.bytes_unpacked):
+            del moved[strategy], needed[strategy]
+            continue
+        moved[strategy], needed[strategy] = way.bytes_moved, way.bytes_needed
+        if strategy in planned or cheapest(moved, needed, free=terms.free) is strategy:
+            return way
+        planned.add(strategy)
+        del way  # before the next one is planned
 
 
 def _keeping_bitmaps(view: ImageChain, first: int, terms: Terms) -> Strategy | None:
