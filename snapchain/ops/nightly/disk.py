@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
@@ -310,7 +311,7 @@ class DiskRun:
             self._night.limits.check()
             zone, now = self._night.config.zone, self._night.clock()
             work = RepositoryMerge(repository, self._disk.name, place.policy, zone=zone, now=now)
-            return work.run(on_event=self._on_event)
+            return work.run(on_event=partial(self._on_event, where=f" at {place.name}"))
 
     def _show(self, **values: Any) -> None:
         self._report = self._report.model_copy(update=values)
@@ -330,9 +331,9 @@ class DiskRun:
         self._state = self._state.model_copy(update=values)
         self._night.state.put_disk(self._disk.name, self._state)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event, *, where: str = "") -> None:
         match event:
             case Notice(message):
                 self._night.on_event(Notice(f"{self._disk.name}: {message}"))
             case Progress(phase, done, total):
-                self._night.on_event(Progress(f"{phase} {self._disk.name}", done, total))
+                self._night.on_event(Progress(f"{phase} {self._disk.name}{where}", done, total))

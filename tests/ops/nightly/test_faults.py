@@ -22,7 +22,7 @@ from tests.servers import ACCESS_KEY, SECRET_KEY, free_port
 
 CONFIG = """
 [keep]
-last = 2
+last = 1
 [[disks]]
 glob = "images/*.qcow2"
 exclude = ["*-base.qcow2", "*-middle.qcow2"]
@@ -33,8 +33,7 @@ name = "vault"
 url = "vault"
 verify = {{ disks = 1, share = "100%" }}
 """
-HANGING = '[disks.hooks]\n{which} = ["sh", "-c", "touch hanging; sleep 60"]\n'
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 @pytest.fixture
@@ -73,26 +72,42 @@ def wait_for(seen: Callable[[], object], child: subprocess.Popen[str]) -> None:
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
-def _moments(house: House) -> list[tuple[str, Callable[[], object]]]:
-    """What shows that a run has come to a certain step of its second disk."""
-    images, vault = house.images, house.folder / "vault"
-
-    def there(folder: Path, pattern: str) -> Callable[[], object]:
-        before = set(folder.rglob(pattern))
-        return lambda: set(folder.rglob(pattern)) - before
-
-    return [
-        ("a snapshot is begun", there(images, ".b.qcow2.snapshot-*")),
-        ("the sealed file has its name", there(images, "b.[0-9]*.qcow2")),
-        ("a shipment is begun", there(vault, "leases/w-*")),
-        ("data has come", there(vault, "packs/*/*")),
-        ("a local merge is begun", there(images, ".*merge*")),
-        ("it is being collected", there(vault, "leases/g-*")),
-    ]
+def killed_at(house: House, phase: str) -> None:
+    """As soon as it says that it is in this phase."""
+    with running(house, "--progress", "json") as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            told = json.loads(line)
+            if told.get("phase") == phase:
+                child.kill()
+                break
+        else:
+            pytest.fail(f"it never came to {phase}: {child.communicate()}")
 
 
-@pytest.mark.parametrize("number", range(6))
-def test_killed_in_the_middle_the_next_run_ends_as_if_nothing_had_happened(house: House, number: int) -> None:
+def killed_by_hook(house: House, hook: str) -> None:
+    """When the hook of the second disk runs."""
+    before = house.config.read_text()
+    kill = f'[disks.hooks]\n{hook} = ["sh", "-c", "test $SNAPCHAIN_DISK != b || kill -9 $PPID"]\n'
+    house.configure(CONFIG.format(hooks=kill))
+    assert house.nightly().status == -signal.SIGKILL
+    house.config.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        (killed_by_hook, "after_snapshot"),
+        (killed_at, "ship b"),
+        (killed_at, "merge b"),
+        (killed_by_hook, "after"),
+        (killed_at, "merge a at vault"),
+        (killed_at, "gc vault"),
+    ],
+)
+def test_killed_in_the_middle_the_next_run_ends_as_if_nothing_had_happened(
+    house: House, how: Callable[[House, str], None], what: str
+) -> None:
     disks = ("a", "b")
     for seed, disk in enumerate(disks):
         house.disk(disk, seed=seed)
@@ -100,12 +115,7 @@ def test_killed_in_the_middle_the_next_run_ends_as_if_nothing_had_happened(house
     for at, disk in enumerate(disks):
         house.guest_writes(disk, at + 1, at)
         house.remember(disk)
-    what, seen = _moments(house)[number]
-    with running(house) as child:
-        try:
-            wait_for(seen, child)
-        finally:
-            child.kill()
+    how(house, what)
     for disk in disks:
         assert house.reads_as_remembered(disk), what
     said = house.nightly("--json")
@@ -263,19 +273,21 @@ def test_a_server_that_is_down_beside_a_repository_that_works(house: House, monk
 
 def test_a_second_run_leaves_with_its_own_code_or_waits(house: House) -> None:
     house.disk("a", seed=1)
-    house.configure(CONFIG.format(hooks=HANGING.format(which="before").replace("sleep 60", "sleep 1")))
+    hook = 'before = ["sh", "-c", "touch hanging; until test -e go; do sleep 0.02; done"]'
+    house.configure(CONFIG.format(hooks=f"[disks.hooks]\n{hook}\n"))
     with running(house, "--json") as first:
         wait_for((house.folder / "hanging").exists, first)
         second = house.nightly("--json")
         assert (second.status, second.json["error"]["kind"]) == (9, "busy")
         assert f"pid {first.pid}" in second.json["error"]["message"]
-        waiting = house.nightly("--wait", "60s")
-        assert waiting.status == 0
-        assert "waiting for another run" in waiting.err
-        out, _ = first.communicate(timeout=PATIENCE)
-    assert first.returncode == 0
-    assert rows(json.loads(out))["a"]["outcome"] == "ok"
-    assert house.points("a") == {"a": [1, 2]}
+        with running(house, "--json", "--wait", "60s") as waiting:
+            assert waiting.stderr is not None
+            assert f"waiting for another run (pid {first.pid}" in waiting.stderr.readline()
+            assert waiting.poll() is None
+            (house.folder / "go").touch()
+            reports = [_json(child.communicate(timeout=PATIENCE)) for child in (first, waiting)]
+    assert [child.returncode for child in (first, waiting)] == [0, 0]
+    assert [rows(report)["a"]["destinations"][0]["point"] for report in reports] == [1, 2]
 
 
 def test_two_configurations_that_share_disks_at_the_same_time_hurt_nothing(house: House) -> None:
