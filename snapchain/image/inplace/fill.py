@@ -47,7 +47,10 @@ def fill(amendment: Amendment, fd: int, *, subject: object = None, on_bytes: OnB
     counts = count_new(image, start=amendment.end, end=tables.end)
     disk.truncate(max(counts.end, disk.size))
     mover = Mover(amendment.view.files, fd, subject=subject, on_bytes=on_bytes)
-    mover.run(amendment.copies)
+    # Clusters that the file already has hold something: there a source's hole is zeroes to be written.
+    new = amendment.copies.target >= amendment.end
+    mover.run(amendment.copies[new])
+    mover.run(amendment.copies[~new], onto_zeroes=False)
     _unpack(amendment, mover, fd)
     for at, length in zip(amendment.zero_target.tolist(), amendment.zero_length.tolist(), strict=True):
         for done in range(0, length, _STEP):
