@@ -146,8 +146,13 @@ def test_what_another_destination_lacks_is_never_merged_even_when_both_ships_wen
             shutil.copytree(host.directory / "two", host.directory / "older")
     shutil.rmtree(host.directory / "two")
     (host.directory / "older").rename(host.directory / "two")
+    refused = row(host.run(text.format(cap=4)), "web1")
+    assert [each.outcome for each in refused.destinations] == [Outcome.OK, Outcome.FAILED]
+    assert refused.merge is None
+    for known in (Path(os.environ["XDG_STATE_HOME"]) / "snapchain" / "repositories").glob("*.generations"):
+        known.unlink()  # as the refusal says, for one that was put back on purpose
     report = row(host.run(text.format(cap=4)), "web1")
-    assert [each.bytes_read for each in report.destinations] == [128 << 10, 3 * 128 << 10]
+    assert [each.bytes_read for each in report.destinations] == [0, 3 * 128 << 10]
     assert report.outcome is Outcome.OK
     assert report.merge is not None, "by now both hold everything"
 
