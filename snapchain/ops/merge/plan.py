@@ -146,7 +146,9 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
     free = free_bytes(upper.real_path.parent)
     way, shadowed = None, 0
     if len(files) > 1:
-        shares = surviving_bytes(merged_extents(chain.at(last), first), last + 1)
+        merged = merged_extents(chain.at(last), first)
+        shares, runs = surviving_bytes(merged, last + 1), len(merged)
+        del merged
         shadowed = sum(file.extents.data_bytes for file in files) - int(shares.sum())
         inputs.check(files, journals, keep_inputs=asked.keep_inputs)
         inputs.check_holds(chain, first, last)
@@ -158,7 +160,7 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
             exclusive=not keep,
             free=free,
         )
-        way = choose(chain.at(last), first, backing=link, terms=terms, shares=shares)
+        way = choose(chain.at(last), first, backing=link, terms=terms, shares=shares, runs=runs)
     plan = MergePlan(
         image=asked.image,
         image_format=asked.image_format,

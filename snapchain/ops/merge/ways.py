@@ -18,6 +18,9 @@ from snapchain.ops.merge.strategy import Strategy, cheapest
 
 _SPARE = 1 << 20
 """For what the filesystem itself needs to note."""
+_MOST_RUNS = 1 << 19
+"""In place, a plan takes some 300 bytes of memory for each run of the result, and each changes an L2 entry of its own.
+With more runs a new file is better, which lays them in order, too, unless only the others find room."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,11 +70,12 @@ class Terms:
     free: int
 
 
-def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Terms, shares: Int64s) -> Way:
+def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Terms, shares: Int64s, runs: int) -> Way:
     """The strategy that is asked for, or the best one. view: up to the uppermost input.
 
     shares: guest bytes that each file of the view gives to the result. They tell what each way moves nearly to the
     byte, so that only the best one has to be planned: with millions of extents a plan is hundreds of MiB.
+    runs: of the result's map
 
     Raises Unsupported, with the reason, where what is asked for does not fit.
     """
@@ -89,6 +93,9 @@ def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Term
         Strategy.COMMIT: total - int(shares[first]),
     }
     needed = {strategy: count + _SPARE for strategy, count in moved.items()}
+    fits = {strategy for strategy, count in needed.items() if count <= terms.free}
+    if runs > _MOST_RUNS and (Strategy.NEW in fits or not fits):
+        return _way(Strategy.NEW, view, first, backing=backing, terms=terms)
     planned: set[Strategy] = set()
     while True:
         strategy = cheapest(moved, needed, free=terms.free)
@@ -137,6 +144,9 @@ def _way(strategy: Strategy, view: ImageChain, first: int, *, backing: Backing |
         raise Unsupported(
             f"strategy {strategy.value} cannot change the cluster size", subject=view.top.path, hint="new-file can"
         )
+    target = view.files[first if strategy is Strategy.COMMIT else -1]
+    if not os.access(target.real_path, os.W_OK):
+        raise Unsupported(f"strategy {strategy.value} writes to it, which is not allowed", subject=target.path)
     shared = shares_extents(view, first)
     if strategy is Strategy.ABSORB:
         return Way(strategy, plan_absorb(view, first, backing=backing), shared)
