@@ -147,6 +147,7 @@ class Disk:
         self.name = name
         self._store, self._keys, self._conditional, self._memory = store, keys, conditional, memory
         self._key = keys.disk_key(name)
+        self._last: tuple[Catalogue, str] | None = None
 
     def read(self) -> tuple[Catalogue, str] | None:
         """The newest generation and the hash of its object; None when the disk has none."""
@@ -170,11 +171,14 @@ class Disk:
         return found
 
     def _load(self, generation: int) -> tuple[Catalogue, str]:
+        if self._last is not None and self._last[0].generation == generation:
+            return self._last  # generations are never changed
         name = generation_name(self._key, generation)
         catalogue, digest = parse(self._keys, name, self._store.get(name))
         if catalogue.disk != self.name or catalogue.generation != generation:
             raise Corrupt("the catalogue belongs to another disk or generation", subject=name)
-        return catalogue, digest
+        self._last = catalogue, digest
+        return self._last
 
     def advance(
         self, current: tuple[Catalogue, str] | None, *, time: datetime, **change: object

@@ -126,7 +126,7 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
 class PageCache:
     """Decoded pages by blob id, least recently used out first. Thread-safe. limit: bytes."""
 
-    def __init__(self, reader: BlobReader, limit: int = 96 * 1024 * 1024) -> None:
+    def __init__(self, reader: BlobReader, limit: int = 64 * 1024 * 1024) -> None:
         self._reader, self._limit = reader, limit
         self._lock = threading.Lock()
         self._pages: OrderedDict[tuple[bytes, int, int], tuple[Page, int]] = OrderedDict()

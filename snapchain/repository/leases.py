@@ -151,13 +151,15 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._done.set()
-        if isinstance(error, Corrupt | NotFound):
-            self.check()  # who slept through a collection misses what is not needed: that is no damage
         try:
-            self._store.delete(self._name)
-        except SnapchainError:
-            if error is None:
-                raise
+            if isinstance(error, Corrupt | NotFound):
+                self.check()  # who slept through a collection misses what is not needed: that is no damage
+        finally:
+            try:
+                self._store.delete(self._name)
+            except SnapchainError:
+                if error is None:
+                    raise
 
     def check(self) -> None:
         """Raises Conflict when the lease may be held dead by others: what was relied on may be gone."""

@@ -42,6 +42,9 @@ WASTE = 0.25
 LEAST_WASTE = 64 * 1024
 """Bytes. Head and directory make up much of a small pack; moved for their sake, it would be moved by every gc."""
 
+MOST_INDEXES = 32
+"""Objects; more are put together, for the sake of whoever reads them without a cache."""
+
 _INDEX_BLOBS = 500_000
 
 Moves = dict[tuple[str, int], Location]
@@ -105,7 +108,7 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     delete(marked.dead_generations)
     delete(marked.dead_claims)
     before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
-    if gone or len(before) > 1:
+    if gone or len(before) > MOST_INDEXES:
         _write_index(repository, before, stay)
         delete(before)
         lease.check()
@@ -122,7 +125,7 @@ def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked | None:
     for attempt in range(ATTEMPTS):
         marked = mark(repository, lease.spared)
         would = estimate(marked)
-        if not (would.objects_deleted or lease.dead):
+        if not (would.objects_deleted or lease.dead or len(indexes.newest(repository.store)[1]) > MOST_INDEXES):
             return None
         try:
             fence(repository, marked, dead_disks, lease.check)

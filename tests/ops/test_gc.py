@@ -20,8 +20,9 @@ from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.verify import verify
 from snapchain.repository import packs, sweep
 from snapchain.repository.catalogue import is_generation
-from snapchain.repository.collect import KEPT_GENERATIONS, mark
+from snapchain.repository.collect import KEPT_GENERATIONS, mark, wasteful
 from snapchain.repository.format import pack_name
+from snapchain.repository.index import newest
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import crash_points
@@ -215,6 +216,35 @@ def test_nothing_is_collected_when_an_index_is_damaged(files: list[Path], shown:
         gc.run(again(repo))
     assert before <= {info.name for info in repo.store.list("packs/")}
     assert {point: reads(again(repo), point) for point in (3, 4)} == {3: shown[2], 4: shown[3]}
+
+
+def test_many_indexes_become_one(files: list[Path], shown: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = full(files)
+    gc.run(again(repo))
+    many = newest(repo.store)
+    assert len(many[1]) > 1
+    monkeypatch.setattr(sweep, "MOST_INDEXES", 1)
+    gc.run(again(repo))
+    assert newest(repo.store)[0] == many[0] + 1
+    assert len(list(repo.store.list("index/"))) == 2  # one, and the one that begins the era
+    for path in files:
+        assert ship(path, repo, disk="again").bytes_stored < 4000, "what is there is known to be there"
+    assert verify(again(repo), share=1.0).ok
+
+
+def test_rot_in_a_pack_that_would_be_moved_is_not_passed_on(files: list[Path], shown: list[bytes]) -> None:
+    repo = keep(full(files), 2)
+    (usage, *_) = wasteful(mark(repo).usage, sweep.WASTE, least=sweep.LEAST_WASTE)
+    name, at = pack_name(usage.pack), int(usage.offsets[0]) + 5
+    body = repo.store.get(name)
+    repo.store.put(name, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :])
+    before = {info.name for info in repo.store.list("packs/")}
+    with pytest.raises(Corrupt, match=usage.pack):
+        gc.run(again(repo))
+    assert before <= {info.name for info in repo.store.list("packs/")}
+    repo.store.put(name, body)
+    gc.run(again(repo))
+    sound(again(repo), {3: shown[2], 4: shown[3]})
 
 
 def test_a_store_that_takes_no_lease_of_a_reader_is_read_all_the_same(files: list[Path], shown: list[bytes]) -> None:

@@ -83,8 +83,11 @@ def test_every_kept_point_shows_the_same_bytes_and_no_data_moves(stack: list[Dra
         assert after[place][-1].header.content_id == content_id_of(stack[place].shown)
         fresh = again(shipped.repository)
         chain = [fresh.layer(layer.id) for layer in after[place]]
-        for rows in (page.runs for layer in chain for page in layer.pages(0, layer.size)):
+        for page in (page for layer in chain for page in layer.pages(0, layer.size)):
+            rows = page.runs
             zero = rows[rows["stored"] == 0]
+            used = set(rows["pack"][rows["stored"] != 0].tolist())
+            assert used == set(range(len(page.packs))), "no pack is named for nothing"
             assert not any(zero[name].any() for name in ("id", "pack", "offset", "raw", "skip")), "docs/format.md"
         view = ChainView(chain, fresh.blobs)
         Replay(view, view.extents.owned_by(0)).run(nothing)
