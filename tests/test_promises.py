@@ -355,7 +355,8 @@ def test_promise_10_merging_and_restoring_list_nothing_and_move_what_they_need(
     store = CountingStore(repo.store)
     Restoration(again(repo, store), DISK, tmp_path / "out.qcow2").run()
     assert {each.name for each in store.asked if each.operation.startswith("list")} <= {
-        f"disks/{repo.keys.disk_key(DISK)}/"
+        f"disks/{repo.keys.disk_key(DISK)}/",
+        "leases/",
     }
     assert (tmp_path / "out.qcow2").stat().st_size < 110 * MiB
     qemu_img("compare", "-s", "-f", "qcow2", "-F", "qcow2", tmp_path / "out.qcow2", large)
