@@ -63,7 +63,9 @@ class Assembly:
 
 def merged_extents(view: ImageChain, first: int) -> Extents:
     """The composition of files[first:] alone; DATA is the number of the owner in the chain."""
-    return fold(file.extents.owned_by(number) for number, file in enumerate(view.files) if number >= first)
+    # Not by file.extents, which a file keeps: with millions of extents tens of MiB.
+    maps = (file.physical.extents().owned_by(number) for number, file in enumerate(view.files) if number >= first)
+    return fold(maps)
 
 
 def plan(
@@ -92,6 +94,7 @@ def plan(
     target = aligned(merged, shown, cluster_size=geometry.grain)
     del merged
     pieces = pieces_of(target, shown, view.files)
+    del shown
     kept, method = kept_compressed(pieces, view.files, size=view.size, cluster_size=geometry.cluster_size)
     packed, squeezed = pack(pieces[kept], method)
     layout = lay_out(
@@ -102,7 +105,7 @@ def plan(
         packed=packed,
     )
     # With millions of extents each of these is tens of MiB.
-    del target, shown
+    del target
     unpack = pieces[(pieces.stored > 0) & ~kept]
     if pieces.stored.any():
         pieces = pieces[pieces.stored == 0]

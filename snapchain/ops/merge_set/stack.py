@@ -61,8 +61,10 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
     if faults:
         raise faults[0]
     places = range(len(chain.files))
-    layers = [Layer(str(at), chain.files[at].extents, str(at - 1) if at else None) for at in places]
+    # Not by file.extents, which a file keeps as long as it is open.
+    layers = [Layer(str(at), chain.files[at].physical.extents(), str(at - 1) if at else None) for at in places]
     hidden = hidden_by(Chain(layers))
+    del layers
     return Stack(
         chain=chain,
         hidden=hidden,
