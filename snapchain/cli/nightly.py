@@ -154,9 +154,9 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
     parts += [(each.destination, each.faults, each.left) for each in report.destinations]
     _draw_faults(console, parts)
     longer: dict[str, list[str]] = {}
-    for each in report.disks:
-        if each.why_not_merged:
-            longer.setdefault(each.why_not_merged, []).append(each.disk)
+    for disk in report.disks:
+        if disk.why_not_merged:
+            longer.setdefault(disk.why_not_merged, []).append(disk.disk)
     for words, names in longer.items():
         console.print(f"  {_whose(names)}not merged further: {words}", markup=False)
 
