@@ -39,11 +39,16 @@ def stacks(draw: st.DrawFn) -> tuple[list[Layer], str, int, int]:
     if draw(st.integers(0, 3)):
         # As disks mostly are; commit needs it.
         size = max(layer.size + layer.grown for layer in found)
-        found = [replace(layer, size=size, grown=0) for layer in found]
+        found = [replace(layer, size=size, grown=0, squeezed=whole(layer)) for layer in found]
     root = draw(st.sampled_from(["none", "none", "raw", "compressed"]))
     count = len(found) + (root != "none")
     last = draw(st.integers(1, count - 1))
     return found, root, draw(st.integers(0, last - 1)), last
+
+
+def whole(layer: Layer) -> list[str]:
+    """Its compressed clusters but one that the end cuts: elsewhere QEMU only takes whole ones."""
+    return [command for command in layer.squeezed if command.split()[-1] == layer.options["cluster_size"]]
 
 
 def merged_by_every_strategy(

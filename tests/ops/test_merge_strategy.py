@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Conflict, Unsupported
+from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.image import scan
+from snapchain.image.assemble import Assembly, Moved
+from snapchain.image.assemble.copies import Copies
+from snapchain.image.assemble.move import Mover
 from snapchain.ops import doctor, merge_image
+from snapchain.ops.merge import new_file
 from snapchain.ops.merge.journal import journal_path
 from snapchain.ops.merge.strategy import Strategy, cheapest
 from snapchain.ops.merge_image import MergePlan, MergeReport
@@ -82,6 +86,30 @@ def test_where_extents_are_shared_a_new_file_costs_nothing(kind: str, tmp_path: 
         assert names(place / "vm") == ["0.qcow2", "1.qcow2", "disk.qcow2"]
         merge_image.run(planned)
         assert same(paths[-1], reference)
+
+
+@pytest.mark.root
+@pytest.mark.serial
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_a_wrong_byte_is_found_though_extents_are_shared(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof reads nothing of what is one piece of disk; what was written to since is none any more."""
+    real = vars(new_file)["assemble"]
+
+    def assemble(assembly: Assembly, fd: int, **named: object) -> object:
+        done: Moved = real(assembly, fd, **named)
+        assert done.shared == assembly.bytes_moved
+        write(Path(f"/proc/self/fd/{fd}").readlink(), "write -P 77 1234k 1")
+        return done
+
+    with mounted(kind, tmp_path) as place:
+        paths = build(place / "vm", [Layer(), Layer(writes=["write -P 2 0 3M"]), Layer(writes=["write -P 3 1M 64k"])])
+        os.sync()
+        monkeypatch.setattr(new_file, "assemble", assemble)
+        with pytest.raises(Corrupt, match=f"bytes {1234 * 1024} to {1234 * 1024 + 1}$"):
+            merge(paths[-1])
+        assert names(place / "vm") == ["0.qcow2", "1.qcow2", "disk.qcow2"]
 
 
 @pytest.fixture
@@ -217,6 +245,34 @@ def test_a_guest_that_ran_after_a_killed_absorb_loses_nothing(memory: Path) -> N
         for path, data in pristine.items():
             path.write_bytes(data)
     assert deaths > 10
+
+
+@pytest.mark.parametrize("strategy", [ABSORB, COMMIT])
+def test_a_wrong_result_in_place_is_not_believed(
+    strategy: Strategy, stack: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = flat(stack[-1], tmp_path / "flat")
+    before = names(stack[0].parent)
+    real = Mover.run
+
+    def copied(mover: Mover, copies: Copies, **named: object) -> None:
+        """Loses what it should bring, as a fault of the disk may."""
+        real(mover, copies, **named)  # type: ignore[arg-type]
+        if len(copies):
+            os.pwrite(mover._fd, b"?", int(copies.target[0]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "run", copied)
+        with pytest.raises(Corrupt, match="reads differently"):
+            merge(stack[-1], strategy=strategy)
+    assert same(stack[-1], reference)
+    if strategy is ABSORB:
+        assert names(stack[0].parent) == before
+    else:
+        assert journal_path(stack[-1]).exists()
+    merge(stack[-1], strategy=strategy)
+    assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
+    assert same(stack[-1], reference)
 
 
 def test_the_command_takes_a_strategy(stack: list[Path]) -> None:

@@ -21,5 +21,6 @@ from snapchain.image.inplace.amendment import Amendment
 from snapchain.image.inplace.fill import fill, relink
 from snapchain.image.inplace.plan import plan_absorb, plan_commit
 from snapchain.image.inplace.settle import settle
+from snapchain.image.inplace.shadow import Pending, same_map, shadow
 
-__all__ = ["Amendment", "fill", "plan_absorb", "plan_commit", "relink", "settle"]
+__all__ = ["Amendment", "Pending", "fill", "plan_absorb", "plan_commit", "relink", "same_map", "settle", "shadow"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from snapchain.host.os_errors import os_errors
 from snapchain.image.assemble.move import Moved, Mover, OnBytes
@@ -20,6 +20,7 @@ from snapchain.image.inplace.amendment import Amendment
 from snapchain.image.inplace.counting import NewCounts, count_new
 from snapchain.image.inplace.disk import Disk
 from snapchain.image.inplace.link import header_head, relink as new_link
+from snapchain.image.inplace.shadow import Pending
 from snapchain.image.inplace.tables import Tables
 from snapchain.image.positioned import write_all
 from snapchain.image.qcow2.format import CryptMethod
@@ -32,12 +33,22 @@ _SIZE_AND_L1 = struct.Struct(">QIIQ")
 _SIZE_AT = 24
 """size, crypt_method, l1_size, l1_table_offset: all in the first sector."""
 
+Prove = Callable[[Pending], None]
 
-def fill(amendment: Amendment, fd: int, *, subject: object = None, on_bytes: OnBytes = lambda _count: None) -> Moved:
+
+def fill(
+    amendment: Amendment,
+    fd: int,
+    *,
+    subject: object = None,
+    on_bytes: OnBytes = lambda _count: None,
+    prove: Prove = lambda _pending: None,
+) -> Moved:
     """Add what the file lacks; it is on the disk when this returns.
 
     fd: the target, open for reading and writing, locked against all others; it stays the caller's. on_bytes: told of
-    bytes of `amendment.bytes_moved` as they are done, one call at a time.
+    bytes of `amendment.bytes_moved` as they are done, one call at a time. prove: called when all data are there and
+    nothing points to them, with what is still to be written; what it raises ends this, and only leaks are left.
 
     Raises Unavailable (disk full or failing), Corrupt (a source's data); the view is the same then.
     """
@@ -60,14 +71,21 @@ def fill(amendment: Amendment, fd: int, *, subject: object = None, on_bytes: OnB
     for offset, block in counts.writes:
         disk.write(block, offset)
     disk.sync()
-    _switch_counts(disk, counts)
-    for offset, piece in tables.changed():
-        disk.write(piece, offset)
-    disk.sync()
-    for offset, piece in tables.l1_entries():
-        disk.write(piece, offset)
-    disk.sync()
-    _switch_size(disk, amendment, tables)
+    sector = bytes(disk.first_sector())
+    with_counts = _with_counts(sector, counts)
+    with_size = _with_size(with_counts, amendment, tables)
+    steps = (
+        [(0, with_counts)] if with_counts != sector else [],
+        list(tables.changed()),
+        list(tables.l1_entries()),
+        [(0, with_size)] if with_size != with_counts else [],
+    )
+    prove([write for step in steps for write in step])
+    for step in steps:
+        for offset, piece in step:
+            disk.write(piece, offset)
+        if step:
+            disk.sync()
     return mover.moved
 
 
@@ -82,23 +100,23 @@ def relink(amendment: Amendment, fd: int, *, subject: object = None) -> None:
     disk.sync()
 
 
-def _switch_counts(disk: Disk, counts: NewCounts) -> None:
-    if counts.table_offset is not None:
-        sector = disk.first_sector()
-        _REFCOUNT_TABLE.pack_into(sector, _REFCOUNT_TABLE_AT, counts.table_offset, counts.table_clusters)
-        disk.write(sector, 0)
-        disk.sync()
+def _with_counts(sector: bytes, counts: NewCounts) -> bytes:
+    """The first sector, pointing to new reference counts where there are such."""
+    if counts.table_offset is None:
+        return sector
+    changed = bytearray(sector)
+    _REFCOUNT_TABLE.pack_into(changed, _REFCOUNT_TABLE_AT, counts.table_offset, counts.table_clusters)
+    return bytes(changed)
 
 
-def _switch_size(disk: Disk, amendment: Amendment, tables: Tables) -> None:
+def _with_size(sector: bytes, amendment: Amendment, tables: Tables) -> bytes:
     """Only a commit changes it. What is behind the old end, or the new one, is hidden by the files above."""
     assert amendment.file.header is not None
-    if amendment.view.size != amendment.file.header.size:
-        sector = disk.first_sector()
-        values = (amendment.view.size, CryptMethod.NONE, tables.l1_size, tables.l1_offset)
-        _SIZE_AND_L1.pack_into(sector, _SIZE_AT, *values)
-        disk.write(sector, 0)
-        disk.sync()
+    if amendment.view.size == amendment.file.header.size:
+        return sector
+    changed = bytearray(sector)
+    _SIZE_AND_L1.pack_into(changed, _SIZE_AT, amendment.view.size, CryptMethod.NONE, tables.l1_size, tables.l1_offset)
+    return bytes(changed)
 
 
 def _unpack(amendment: Amendment, mover: Mover, fd: int) -> None:

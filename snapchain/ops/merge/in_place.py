@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from snapchain.errors import Conflict, SnapchainError
+from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
@@ -65,13 +65,21 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
         on_event(Progress("merge", done, total))
 
     on_event(Progress("merge", 0, total))
-    inplace.fill(work, fd, subject=planned.result, on_bytes=on_bytes)
+    below, view = old.files[: planned.first], old.at(planned.last)
+
+    def check(pending: inplace.Pending) -> None:
+        with inplace.shadow(work.file, fd, pending, below=below) as new:
+            prove(view, new, shared=planned.first, subject=planned.result, on_event=on_event)
+            shown.append(new.top)
+        check_unchanged(old, but=work.target)
+
+    shown: list[ImageFile] = []
+    inplace.fill(work, fd, subject=planned.result, on_bytes=on_bytes, prove=check)
     if planned.strategy is Strategy.COMMIT:
         inplace.relink(work, fd, subject=planned.result)
-    with reread(work.file.real_path, old.files[: planned.first]) as new:
-        view = old.at(planned.last)
-        prove(view, new, shared=planned.first, subject=planned.result, on_event=on_event, leaks=True)
-    check_unchanged(old, but=work.target)
+    with reread(work.file.real_path, below) as new:
+        if not inplace.same_map(new.top, shown[0]):
+            raise Corrupt("the tables on the disk are not those that were proven", subject=planned.result)
 
 
 def _take_place(planned: MergePlan, lowest: Path) -> None:

@@ -19,7 +19,7 @@ from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, run as assemble
-from snapchain.image.reread import check_link, reread
+from snapchain.image.reread import check_link, check_refcounts, reread
 from snapchain.ops.events import OnEvent, Progress
 from snapchain.ops.merge.inputs import search_directories
 from snapchain.ops.merge.journal import TEMPORARY, FileId, MergeJournal, OpenJournal, sweep
@@ -109,6 +109,7 @@ def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Pa
     try:
         with reread(temporary, old.files[: planned.first]) as new:
             _check_as_planned(planned, new)
+            check_refcounts(new.top)
             prove(old.at(planned.last), new, shared=planned.first, subject=planned.result, on_event=on_event)
     finally:
         flush.join()

@@ -7,20 +7,15 @@ from pathlib import Path
 from snapchain.errors import Conflict, Corrupt
 from snapchain.image import ImageChain
 from snapchain.image.difference import doubts, first_difference
-from snapchain.image.reread import check_refcounts
 from snapchain.ops.events import OnEvent, Progress
 
 
-def prove(
-    old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_event: OnEvent, leaks: bool = False
-) -> None:
+def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_event: OnEvent) -> None:
     """Compare every guest byte that could differ, and the size.
 
-    old: what was; new: the result, as it was read again; shared: how many of the lowest files are the same in both;
-    leaks: the result may still have some clusters that nothing uses.
+    old: what was; new: the result, as it was read again; shared: how many of the lowest files are the same in both.
     Raises Corrupt with the range that differs.
     """
-    check_refcounts(new.top, leaks=leaks)
     if old.size != new.size:
         raise Corrupt(f"the merged file has {new.size} bytes, not {old.size}", subject=subject)
     found = doubts(old, new, shared=shared)
