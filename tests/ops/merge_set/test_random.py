@@ -26,21 +26,20 @@ def test_random_chains_by_random_rules(tmp_path: Path, seed: int) -> None:
         raw.rename(tmp_path / raw.name)
     repo = repository(MemoryStore(), block_size=256 * 1024)
     shipped = draw.randrange(len(stack.files))
-    at = ()
+    at: tuple[At, ...] = ()
     if draw.random() < 0.7:
         ship(stack.files[shipped], repo)
         at = (At("repo::disk", again(repo), DISK),)
     held = {path: path.read_bytes() for path in stack.files[1:] if draw.random() < 0.2}
     for path in held:
         hold.hold_image(path, "test")
-    limits = draw.choice(
-        [
-            {"policy": Policy(last=draw.randrange(1, 4))},
-            {"max_layers": draw.randrange(1, len(stack.files))},
-            {"budget_bytes": draw.randrange(8 << 20)},
-            {"policy": Policy(last=1), "max_layers": 3, "budget_bytes": draw.randrange(8 << 20)},
-        ]
-    )
+    choices: list[dict[str, object]] = [
+        {"policy": Policy(last=draw.randrange(1, 4))},
+        {"max_layers": draw.randrange(1, len(stack.files))},
+        {"budget_bytes": draw.randrange(8 << 20)},
+        {"policy": Policy(last=1), "max_layers": 3, "budget_bytes": draw.randrange(8 << 20)},
+    ]
+    limits = draw.choice(choices)
     request = Request(image=stack.files[-1], flatten=draw.random() < 0.3, at=at, **limits)  # type: ignore[arg-type]
     planned = planning.plan(request)
     running.run(planned)
