@@ -70,7 +70,7 @@ PAGE_ROW = np.dtype(
 )
 """A page of a layer record: the guest range it speaks of, the blob that holds it, its DATA and ZERO bytes."""
 
-_INDEX = re.compile(r"index/([0-9]{10,18})-[0-9a-f]{32}")
+_INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
 _HEX16 = re.compile(r"[0-9a-f]{32}")
 
 

@@ -36,6 +36,7 @@ from snapchain.repository.packs import Location
 KIND = b"I"
 NOTHING = "0" * 32
 """Name of the index that takes an era's number."""
+_LAST_ERA = 10**10 - 1
 _READERS = 8
 _COUNTS = struct.Struct("<II")
 _PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
@@ -164,6 +165,8 @@ def begin_era(store: ObjectStore, keys: Keyring, before: Iterable[str], *, condi
     conditional: as in objects/exclusive.py.  Raises Conflict when another collector has it: it woke up, or we did.
     """
     era = max((index_era(name) or 0 for name in before), default=0) + 1
+    if era > _LAST_ERA:
+        raise Corrupt("its indexes have an era that no collection can have reached", subject=store.url)
     name = index_name(era, NOTHING)
     body = seal(keys, KIND, name, _COUNTS.pack(0, 0))
     if not create_exclusively(store, name, body, conditional=conditional):
