@@ -297,6 +297,21 @@ def test_raw_below(tmp_path: Path) -> None:
         assert len(new.files) == 1
 
 
+def test_the_last_sector_of_a_raw_file_over_what_a_cluster_held_before(tmp_path: Path) -> None:
+    """A cluster that QEMU has used again holds old bytes where no subcluster shows them."""
+    paths = [noise(tmp_path, MiB + 100, 5), tmp_path / "1.qcow2", tmp_path / "2.qcow2"]
+    size = str(MiB + 8 * KiB)
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", paths[0].name, "-F", "raw", paths[1], size)
+    options = ["-o", "extended_l2=on,cluster_size=64k"]
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", *options, "-b", paths[1].name, "-F", "qcow2", paths[2], size)
+    # What is freed is not discarded on the disk, so it keeps its bytes.
+    opened = f"driver=qcow2,discard=unmap,pass-discard-request=off,file.driver=file,file.filename={paths[2]}"
+    for command in ("write -P 7 0 64k", "discard 0 64k", f"write -P 8 {MiB + 4 * KiB} 2k"):
+        qemu("qemu-io", "--image-opts", "-c", command, opened)
+    assert b"\7" * 2048 in paths[2].read_bytes()
+    assert_merged("absorb", paths, 0, 2)
+
+
 def test_wrong_requests(tmp_path: Path) -> None:
     paths = chain_of(tmp_path, ("", []), ("", ["write -P 1 0 64k"]))
     with scan(paths[-1]) as chain:

@@ -47,6 +47,7 @@ def cells(view: ImageChain, target: int, merged: Extents, *, rooted: bool) -> Ce
     foreign = merged.mapped(np.where((merged.val == ABSENT) | (merged.val == target), ABSENT, DATA))
     wanted = where(aligned(merged, view.resolve(), cluster_size=file.grain), rounded(foreign, size))
     at, want, has = pairwise(wanted, _held(file, view.size))
+    del wanted
     stop = np.append(at[1:], np.int64(view.size))[: len(at)]
     data, zero = want >= DATA, want == ZERO
     if file.header.version == 2 and not rooted:

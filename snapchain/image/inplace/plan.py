@@ -90,15 +90,18 @@ def _amendment(view: ImageChain, first: int, target: int, backing: Backing | Non
         _zeroes(change.fresh, shown, (placed.runs[0][used], placed.runs[1][used], placed.runs[2][used])),
         _zeroes(change.over, shown, held),
     ]
-    pieces = [(new, place), (over, over_place)]
-    unpack_file, unpack_guest, unpack_target, unpack_length = _unpacked(pieces)
     entry, bitmap = _entries(image, change, placed, rooted=backing is None)
+    del change, shown, held
+    pieces = [(new, place), (over, over_place)]
+    del new, place, over, over_place
+    copies = Copies.concatenated(*(_plain(*part) for part in pieces))
+    unpack_file, unpack_guest, unpack_target, unpack_length = _unpacked(pieces)
     return Amendment(
         view,
         target,
         backing,
         placed.end,
-        Copies.concatenated(*(_plain(*part) for part in pieces)),
+        copies,
         unpack_file,
         unpack_guest,
         unpack_target,

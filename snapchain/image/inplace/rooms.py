@@ -63,22 +63,30 @@ def rooms(image: ImageFd, change: Cells, *, size: int) -> Rooms:
     end = -(-image.size // step) * step
     count = int(new.sum())
     host[new] = end + np.arange(count) * step
-    guest = cluster[needs] * step
-    row, length = joined_runs(
-        [host[needs] - guest, new[needs].astype(np.int64)], guest, np.full(len(guest), step, np.int64)
-    )
+    runs, used_before = _runs(cluster[needs] * step, host[needs], new[needs], step)
+    gone = np.concatenate(stale) if stale else np.empty(0, np.int64)
+    gone = gone[~_among(gone, cluster)]
+    dropped = np.zeros(len(cluster), np.bool_)
+    if len(gone):
+        order = np.argsort(np.concatenate([cluster, gone]), kind="stable")
+        cluster = np.concatenate([cluster, gone])[order]
+        host = np.concatenate([host, np.zeros(len(gone), np.int64)])[order]
+        dropped = np.concatenate([dropped, np.ones(len(gone), np.bool_)])[order]
+    return Rooms(cluster, host, dropped, runs, used_before, end, count)
+
+
+def _runs(guest: Int64s, host: Int64s, new: Mask, step: int) -> tuple[tuple[Int64s, Int64s, Int64s], Mask]:
+    """Clusters that go on in guest and file as one, with those that are not new told."""
+    row, length = joined_runs([host - guest, new.astype(np.int32)], guest, np.full(len(guest), step, np.int64))
     begins = guest[row]
-    gone = np.setdiff1d(np.concatenate(stale), cluster) if stale else np.empty(0, np.int64)
-    order = np.argsort(np.concatenate([cluster, gone]), kind="stable")
-    return Rooms(
-        np.concatenate([cluster, gone])[order],
-        np.concatenate([host, np.zeros(len(gone), np.int64)])[order],
-        np.concatenate([np.zeros(len(cluster), np.bool_), np.ones(len(gone), np.bool_)])[order],
-        (begins, begins + length, host[needs][row]),
-        ~new[needs][row],
-        end,
-        count,
-    )
+    return (begins, begins + length, host[row]), ~new[row]
+
+
+def _among(some: Int64s, ascending: Int64s) -> Mask:
+    if not len(ascending):
+        return np.zeros(len(some), np.bool_)
+    found: Mask = ascending[np.minimum(np.searchsorted(ascending, some), len(ascending) - 1)] == some
+    return found
 
 
 def _data(content: Extents) -> Extents:
