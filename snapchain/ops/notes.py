@@ -107,9 +107,11 @@ class _Directory:
     faults: list[SnapchainError]
 
     def of(self, name: str) -> list[_Found]:
-        """The notes of a file; of one that is gone, those that bear its name."""
-        gone = name not in self.inodes
-        return [each for each in self.notes if (each.owner or (each.note.name if gone else None)) == name]
+        """The notes of a file, by whichever of its names; of one that is gone, those that bear its name."""
+        inode = self.inodes.get(name)
+        if inode is None:
+            return [each for each in self.notes if name == (each.owner or each.note.name)]
+        return [each for each in self.notes if each.owner is not None and self.inodes[each.owner] == inode]
 
 
 class Notes:
@@ -133,7 +135,14 @@ class Notes:
         found.sort(key=lambda note: note.inode != wanted)
         holds = {hold.tag: hold for note in reversed(found) for hold in note.holds}
         note = found[0] if found else LayerNote(name=path.name, inode=-1 if wanted is None else wanted)
-        return note.model_copy(update={"holds": tuple(sorted(holds.values(), key=lambda hold: hold.since))})
+        # There is one note as a rule; where a killed run has left two, what either says is true.
+        return note.model_copy(
+            update={
+                "holds": tuple(sorted(holds.values(), key=lambda hold: hold.since)),
+                "sealed": next((each.sealed for each in found if each.sealed), None),
+                "merged": tuple(merge for each in found for merge in each.merged),
+            }
+        )
 
     def faults(self, paths: Iterable[Path]) -> list[SnapchainError]:
         """What could not be read in the directories of these files: there may be holds that nobody knows of."""

@@ -11,6 +11,7 @@ from snapchain.model.inventory import Wanted
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import merge_image, snapshot
 from snapchain.ops.lineage import wanted
+from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.notes import MergedFile, Notes
 from snapchain.ops.ship import source_of
 from snapchain.repository.repository import Repository
@@ -34,17 +35,22 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def merged(image: Path, *, last: int | None = None) -> None:
+def merged(image: Path, *, last: int | None = None, strategy: Strategy | None = None) -> None:
     with scan(image) as chain:
         upto = len(chain.files) - 1 if last is None else last
-        plan = merge_image.plan(image, from_layer=str(chain.files[1].path), to_layer=str(chain.files[upto].path))
+        lowest, uppermost = str(chain.files[1].path), str(chain.files[upto].path)
+        plan = merge_image.plan(image, from_layer=lowest, to_layer=uppermost, strategy=strategy)
     merge_image.run(plan)
 
 
-def test_a_merged_chain_is_known_again(tmp_path: Path, image: Path, repo: Repository) -> None:
+@pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])
+@pytest.mark.parametrize("last", [None, 2])
+def test_a_merged_chain_is_known_again(
+    tmp_path: Path, image: Path, repo: Repository, strategy: Strategy, last: int | None
+) -> None:
     first = flat(image, tmp_path / "first.raw")
     ship(image, repo)
-    merged(image)
+    merged(image, last=last, strategy=strategy)
     assert ship(image, repo).bytes_read == 0
     snapshot.run(snapshot.plan(image))
     write(image, "write -P 9 3M 64k")

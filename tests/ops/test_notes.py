@@ -49,6 +49,21 @@ def test_a_note_follows_its_file_through_a_rename(file: Path) -> None:
     assert len(notes_in(file.parent)) == 2
 
 
+def test_one_note_for_all_names_of_a_file(file: Path) -> None:
+    """While it is sealed, a file has its old name and its new one."""
+    hold(file)
+    other = file.with_name("web1.1.qcow2")
+    os.link(file, other)
+    assert tags(other) == tags(file) == ["audit"]
+    seal(other, labels=("a",), time=NOW)
+    assert len(notes_in(file.parent)) == 1
+    assert tags(other) == tags(file) == ["audit"]
+    file.unlink()
+    file.write_bytes(b"the next one")
+    sealed = Notes().of(other)
+    assert (tags(other), tags(file), sealed.sealed and sealed.sealed.labels) == (["audit"], [], ("a",))
+
+
 def test_a_note_that_says_nothing_is_no_file(file: Path) -> None:
     hold(file)
     assert len(notes_in(file.parent)) == 1
