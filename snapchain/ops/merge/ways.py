@@ -51,7 +51,9 @@ class Way:
     @property
     def extended_l2(self) -> bool:
         """Of the result."""
-        return isinstance(self.work, Assembly) and self.work.geometry.extended_l2
+        if isinstance(self.work, Assembly):
+            return self.work.geometry.extended_l2
+        return self.work.file.header is not None and self.work.file.header.extended_l2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
