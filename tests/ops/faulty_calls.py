@@ -13,6 +13,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from snapchain.errors import SnapchainError
@@ -163,4 +164,6 @@ def _changes(name: str, arguments: tuple[Any, ...]) -> bool:
         # A file without a name (O_TMPFILE, of which O_DIRECTORY is a part) changes nothing that anybody sees.
         flags = arguments[1]
         return bool(flags & os.O_CREAT) and not flags & os.O_DIRECTORY
+    if isinstance(arguments[0], int) and str(Path(f"/proc/self/fd/{arguments[0]}").readlink()).startswith("/memfd:"):
+        return False
     return name != "ioctl" or arguments[1] == FICLONERANGE

@@ -24,7 +24,7 @@ from tests.image.test_scan_random import Layer, layers
 from tests.ops.stacks import clean, flat, names, same
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
-EXAMPLES = 200
+EXAMPLES = 175
 WAYS = (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)
 merges: Counter[Strategy] = Counter()
 

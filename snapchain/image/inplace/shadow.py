@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from snapchain.host.os_errors import os_errors
 from snapchain.image.backing import Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
@@ -45,9 +46,10 @@ def shadow(file: ImageFile, fd: int, pending: Pending, *, below: Sequence[ImageF
     """
     memory = os.memfd_create("snapchain-shadow")
     try:
-        _copy_tables(fd, memory, pending, subject=file.path)
-        long_ago = time.time_ns() - _OLD
-        os.utime(memory, ns=(long_ago, long_ago))
+        with os_errors(file.path):
+            _copy_tables(fd, memory, pending, subject=file.path)
+            long_ago = time.time_ns() - _OLD
+            os.utime(memory, ns=(long_ago, long_ago))
     except BaseException:
         os.close(memory)
         raise
