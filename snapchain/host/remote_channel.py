@@ -1,7 +1,8 @@
-"""A stream of bytes in each direction, over two descriptors: a pipe to ssh, or the standard streams that ssh gave us.
+"""A stream of bytes in each direction, over descriptors: a pipe to ssh, or the standard streams that ssh gave us.
 
-    channel.write(frame)            all of it, or an error of the tree
-    channel.read(65536)             what is there, at least a byte; b"" is the end
+    channel.write([head, body])       all of it, or an error of the tree
+    channel.read_into(buffer)         fills it; fewer bytes only at the end of the stream
+    channel.read(65536)               what is there, at least a byte; b"" at the end
 
 One thread may read while another writes, neither waits for the other, and nothing is held back in between: a write
 returns when the bytes are in the kernel's hands.  A wait in which nothing moves ends after `patience` seconds, so a
@@ -12,18 +13,21 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from snapchain.errors import Unavailable
+from snapchain.host.batches import Buffer, batches, rest
 
 PACED_PIECE = 32 << 10
 """Bytes written at once under a rate limit: small, so that a slow stream still moves all the time."""
-
-_Buffer = bytes | bytearray | memoryview
+_READ_AHEAD = 64 << 10
+_AGAIN = "run it again: it goes on where it stopped"
 
 
 class Bell:
@@ -49,10 +53,12 @@ class Bell:
 
 
 class Channel:
-    """Two descriptors, which it closes at the end. name: the other side, for messages.
+    """Owns its descriptors, which are pipes, sockets, terminals or files; a context manager.
 
-    patience: seconds without a byte moved that a read or a write bears, None for ever; pace: is told of each piece
-    before it is written and waits as long as it likes, such as the `take` of a token bucket.
+    reader, writer: either may be -1 where nothing is read or written; they may be one socket
+    peer: names the other side in errors
+    patience: seconds without a byte moved that a read or a write bears, None for ever
+    pace: is told of each piece before it is written and waits as long as it likes, as a token bucket's `take` does
     """
 
     def __init__(
@@ -60,23 +66,24 @@ class Channel:
         reader: int,
         writer: int,
         *,
-        name: str,
+        peer: str,
         patience: float | None = None,
         pace: Callable[[int], None] | None = None,
     ) -> None:
-        self.name = name
+        self.peer = peer
+        self.patience = patience
         self.bytes_read = 0
         self.bytes_written = 0
-        self._reader: int | None = reader
-        self._writer: int | None = writer
-        self._patience = patience
+        self._reader, self._writer = reader, writer
         self._pace = pace
+        self._ahead = memoryview(bytearray(_READ_AHEAD))
+        self._first = self._stop = 0
         self._reading = threading.Lock()
         self._writing = threading.Lock()
         self._aborted = threading.Event()
         self._wake = Bell()
-        self._blocking = [(fd, os.get_blocking(fd)) for fd in (reader, writer)]
-        for fd in (reader, writer):
+        self._blocking = {fd: os.get_blocking(fd) for fd in (reader, writer) if fd >= 0}
+        for fd in self._blocking:
             os.set_blocking(fd, False)
 
     # ---- bytes
@@ -87,67 +94,98 @@ class Channel:
         Raises Unavailable when nothing comes for `patience` seconds (by default the channel's), after `abort`, and
         whatever the end of the other side's program means.
         """
+        buffer = memoryview(bytearray(size))
         with self._reading:
-            while self._reader is not None:
-                self._check()
-                try:
-                    piece = os.read(self._reader, size)
-                except BlockingIOError:
-                    self._wait(self._reader, select.POLLIN, patience)
-                    continue
-                except OSError as error:
-                    raise self._lost() from error
-                if not piece:
-                    break
-                self.bytes_read += len(piece)
-                return piece
-        self._check()
-        self._ended()
-        return b""
+            return bytes(buffer[: self._some(buffer, patience)])
 
-    def write(self, data: _Buffer) -> None:
-        """Hand over all of it.
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill the buffer; fewer bytes only when the other side has ended in good order. Raises as `read` does."""
+        done = 0
+        with self._reading:
+            while done < len(buffer):
+                count = self._some(buffer[done:], None)
+                if not count:
+                    break
+                done += count
+        return done
+
+    def _some(self, buffer: memoryview, patience: float | None) -> int:
+        """Of what was read ahead, or of what comes; small pieces are not worth a system call each."""
+        if self._first == self._stop:
+            if len(buffer) >= _READ_AHEAD:
+                return self._receive(buffer, patience)
+            self._first, self._stop = 0, self._receive(self._ahead, patience)
+        count = min(len(buffer), self._stop - self._first)
+        buffer[:count] = self._ahead[self._first : self._first + count]
+        self._first += count
+        return count
+
+    def _receive(self, buffer: memoryview, patience: float | None) -> int:
+        while True:
+            self._check()
+            if self._reader < 0:
+                raise Unavailable("the connection is closed for reading", subject=self.peer)
+            try:
+                count = os.readv(self._reader, [buffer])
+            except BlockingIOError:
+                self._wait(self._reader, select.POLLIN, patience)
+                continue
+            except OSError as error:
+                raise self._lost() from error
+            if not count:
+                self._ended()
+            self.bytes_read += count
+            return count
+
+    def write(self, data: Buffer | Sequence[Buffer]) -> None:
+        """Hand over all of it, several buffers one behind the other.
 
         Raises Unavailable when nothing can be handed over for `patience` seconds, after `abort`, and whatever the
         end of the other side's program means; it may have said more before, to be read.
         """
-        view = memoryview(data).cast("B")
+        parts = [data] if isinstance(data, bytes | bytearray | memoryview) else data
         with self._writing:
             if self._pace is None:
-                self._write(view)
+                self._write(parts)
                 return
-            for start in range(0, len(view), PACED_PIECE):
-                piece = view[start : start + PACED_PIECE]
-                self._pace(len(piece))
-                self._write(piece)
+            for part in parts:
+                view = memoryview(part).cast("B")
+                for start in range(0, len(view), PACED_PIECE):
+                    piece = view[start : start + PACED_PIECE]
+                    self._pace(len(piece))
+                    self._write([piece])
 
-    def _write(self, view: memoryview) -> None:
-        while view:
-            self._check()
-            if self._writer is None:
-                raise Unavailable("the connection is closed for writing", subject=self.name)
-            try:
-                written = os.write(self._writer, view)
-            except BlockingIOError:
-                self._wait(self._writer, select.POLLOUT, None)
-                continue
-            except OSError as error:
-                raise self._lost() from error
-            self.bytes_written += written
-            view = view[written:]
+    def _write(self, parts: Sequence[Buffer]) -> None:
+        for batch in batches(parts):
+            left = batch
+            while left:
+                self._check()
+                if self._writer < 0:
+                    raise Unavailable("the connection is closed for writing", subject=self.peer)
+                try:
+                    count = os.writev(self._writer, left)
+                except BlockingIOError:
+                    self._wait(self._writer, select.POLLOUT, None)
+                    continue
+                except OSError as error:
+                    raise self._lost() from error
+                self.bytes_written += count
+                left = rest(left, count)
 
     def finish_writing(self) -> None:
         """The other side reads the end of the stream; reading goes on."""
         with self._writing:
-            writer, self._writer = self._writer, None
-            if writer is not None:
+            writer, self._writer = self._writer, -1
+            if writer == self._reader and writer >= 0:
+                with suppress(OSError), socket.socket(fileno=os.dup(writer)) as both:
+                    both.shutdown(socket.SHUT_WR)
+            else:
                 self._release(writer)
 
     # ---- the end
 
     def close(self) -> None:
-        """End in good order. Raises what the end of the other side's program means, if that was no good one."""
-        self.finish_writing()
+        """End in good order, once. Raises what the end of the other side's program means, if that was no good one."""
         self._close_descriptors()
 
     def abort(self) -> None:
@@ -170,22 +208,20 @@ class Channel:
     def _close_descriptors(self) -> None:
         self.finish_writing()
         with self._reading, self._writing:
-            reader, self._reader = self._reader, None
-            if reader is not None:
-                self._release(reader)
-                self._wake.close()
+            reader, self._reader = self._reader, -1
+            self._release(reader)
+            self._wake.close()
 
     def _release(self, descriptor: int) -> None:
-        for fd, blocking in self._blocking:
-            if fd == descriptor:
-                os.set_blocking(fd, blocking)  # standard streams may be shared with others
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.set_blocking(descriptor, self._blocking[descriptor])  # it may be shared: a shell gets it back as it was
+            os.close(descriptor)
 
     # ---- what a channel to a program knows better
 
     def _lost(self) -> Exception:
         """Why the other side takes or gives no more."""
-        return Unavailable("the connection was closed by the other side", subject=self.name)
+        return Unavailable("the connection was closed by the other side", subject=self.peer, hint=_AGAIN)
 
     def _ended(self) -> None:
         """The other side has ended its stream: raise, unless that is in order."""
@@ -194,11 +230,11 @@ class Channel:
 
     def _check(self) -> None:
         if self._aborted.is_set():
-            raise Unavailable("the connection was ended here", subject=self.name)
+            raise Unavailable("the connection was ended here", subject=self.peer)
 
     def _wait(self, descriptor: int, event: int, patience: float | None) -> None:
         """Until the descriptor is ready, `abort`, or the end of patience."""
-        bearable = self._patience if patience is None else patience
+        bearable = self.patience if patience is None else patience
         poll = select.poll()
         poll.register(descriptor, event)
         poll.register(self._wake, select.POLLIN)
@@ -208,9 +244,9 @@ class Channel:
             if poll.poll(None if left is None else left * 1000):
                 return
             if left == 0.0:
-                doing = "came" if event == select.POLLIN else "was taken"
+                doing = "came from it" if event == select.POLLIN else "was taken by it"
                 raise Unavailable(
                     f"nothing {doing} for {bearable:g} seconds",
-                    subject=self.name,
-                    hint="the host or the way to it is down or overloaded; the same command goes on from here",
+                    subject=self.peer,
+                    hint=f"look at the link and at the other host, then {_AGAIN}",
                 )

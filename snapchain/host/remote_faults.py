@@ -15,7 +15,7 @@ from snapchain.errors import NotFound, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.remote_address import RemoteAddress
 
 _OF_SSH = 255
-_GO_ON = "the same command goes on from here"
+_GO_ON = "run it again: it goes on where it stopped"
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class ProcessChannel(Channel):
         self,
         argv: Sequence[str],
         *,
-        name: str,
+        peer: str,
         diagnose: Diagnose,
         env: Mapping[str, str],
         patience: float | None = None,
@@ -60,7 +60,7 @@ class ProcessChannel(Channel):
             os.close(its_in)
             os.close(its_out)
         self._diagnose = diagnose
-        super().__init__(reader, writer, name=name, patience=patience, pace=pace)
+        super().__init__(reader, writer, peer=peer, patience=patience, pace=pace)
 
     @property
     def pid(self) -> int:
@@ -80,7 +80,7 @@ class ProcessChannel(Channel):
             while self.read(1 << 16, patience=max(0.0, until - time.monotonic())):
                 continue  # what it still had to say would hold up its end
             if not self._child.wait(max(0.0, until - time.monotonic())):
-                raise Unavailable(f"did not end within {patience:g} seconds", subject=self.name)
+                raise Unavailable(f"did not end within {patience:g} seconds", subject=self.peer)
             self._ended()
         finally:
             self.abort()

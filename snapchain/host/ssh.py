@@ -89,7 +89,7 @@ def open_ssh(
     terminal = _at_a_terminal()
     return ProcessChannel(
         command_line(address, program=program, ask=terminal),
-        name=address.login,
+        peer=address.login,
         diagnose=lambda status, stderr: diagnosis(address, program.ssh, status, stderr),
         env=_environment(os.environ),
         patience=patience,

@@ -34,7 +34,7 @@ def ended(status: int, stderr: str) -> SnapchainError:
 
 
 def program(*argv: str, patience: float | None = 20.0, pace: Callable[[int], None] | None = None) -> ProcessChannel:
-    return ProcessChannel(argv, name="there", diagnose=ended, env=dict(os.environ), patience=patience, pace=pace)
+    return ProcessChannel(argv, peer="there", diagnose=ended, env=dict(os.environ), patience=patience, pace=pace)
 
 
 def descriptors() -> set[Path]:
@@ -49,9 +49,9 @@ def everything(channel: Channel) -> bytes:
 def pair() -> Iterator[tuple[Channel, socket.socket]]:
     """A channel and the other side of it."""
     ours, theirs = socket.socketpair()
-    reader = ours.detach()
+    both = ours.detach()
     with theirs:
-        channel = Channel(reader, os.dup(reader), name="there", patience=20)
+        channel = Channel(both, both, peer="there", patience=20)
         try:
             yield channel, theirs
         finally:
@@ -91,7 +91,7 @@ def test_any_buffer_is_written(pair: tuple[Channel, socket.socket], data: bytes)
 
 def test_little_is_held_between_the_ends() -> None:
     channel = program("sleep", "60", patience=0.3)
-    with pytest.raises(Unavailable, match=r"nothing was taken for 0\.3 seconds"):
+    with pytest.raises(Unavailable, match=r"nothing was taken by it for 0\.3 seconds"):
         channel.write(bytes(64 * MiB))
     assert channel.bytes_written <= PIPE_SIZE
     channel.abort()
@@ -103,10 +103,10 @@ def test_little_is_held_between_the_ends() -> None:
 def test_patience_ends_a_silent_read(pair: tuple[Channel, socket.socket]) -> None:
     channel, _ = pair
     start = time.monotonic()
-    with pytest.raises(Unavailable, match=r"there: nothing came for 0\.2 seconds") as caught:
+    with pytest.raises(Unavailable, match=r"there: nothing came from it for 0\.2 seconds") as caught:
         channel.read(1, patience=0.2)
     assert 0.2 <= time.monotonic() - start < 2
-    assert "goes on" in (caught.value.hint or "")
+    assert "run it again" in (caught.value.hint or "")
 
 
 def test_patience_is_for_each_byte_and_not_for_all(pair: tuple[Channel, socket.socket]) -> None:
@@ -146,7 +146,7 @@ def test_descriptors_are_closed_and_left_as_they_were() -> None:
     before = descriptors()
     reader, writer = os.pipe()
     kept = os.dup(writer)
-    with Channel(reader, writer, name="there") as channel:
+    with Channel(reader, writer, peer="there") as channel:
         channel.write(b"abc")
         assert not os.get_blocking(kept)
         assert channel.read(3) == b"abc"
@@ -246,7 +246,7 @@ def test_the_child_dies_with_us(sent: signal.Signals) -> None:
     script = textwrap.dedent("""
         import os, time
         from snapchain.host.remote_process import ProcessChannel
-        channel = ProcessChannel(["sleep", "60"], name="", diagnose=None, env=dict(os.environ))
+        channel = ProcessChannel(["sleep", "60"], peer="", diagnose=None, env=dict(os.environ))
         print(channel.pid, flush=True)
         time.sleep(60)
     """)
@@ -262,7 +262,7 @@ def test_a_program_that_is_left_open_does_not_keep_python_from_ending() -> None:
     script = textwrap.dedent("""
         import os
         from snapchain.host.remote_process import ProcessChannel
-        channel = ProcessChannel(["sleep", "60"], name="", diagnose=None, env=dict(os.environ))
+        channel = ProcessChannel(["sleep", "60"], peer="", diagnose=None, env=dict(os.environ))
     """)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=20)
 
@@ -292,3 +292,46 @@ def test_many_at_once() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(through_cat, range(24)))
+
+
+def test_a_buffer_is_filled_from_many_small_writes(pair: tuple[Channel, socket.socket]) -> None:
+    channel, other = pair
+    sent = os.urandom(300_000)
+
+    def trickle() -> None:
+        for start in range(0, len(sent), 7000):
+            other.sendall(sent[start : start + 7000])
+        other.shutdown(socket.SHUT_WR)
+
+    with ThreadPoolExecutor(1) as writer:
+        writer.submit(trickle)
+        got = bytearray()
+        for size in (1, 24, 100_000, 3, 199_900, 1000):
+            buffer = memoryview(bytearray(size))
+            count = channel.read_into(buffer)
+            got += buffer[:count]
+            assert count == size or len(got) == len(sent)
+    assert got == sent
+    assert channel.read_into(memoryview(bytearray(1))) == 0
+
+
+def test_buffers_go_one_behind_the_other(pair: tuple[Channel, socket.socket]) -> None:
+    channel, other = pair
+    channel.write([b"ab", b"", bytearray(b"c"), memoryview(b"de").cast("H")])
+    assert other.recv(10) == b"abcde"
+    channel.finish_writing()
+    assert other.recv(10) == b""
+    other.sendall(b"x")
+    assert channel.read(1) == b"x"
+    with pytest.raises(Unavailable, match="closed for writing"):
+        channel.write(b"x")
+
+
+def test_files_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    with Channel(-1, os.open(path, os.O_WRONLY | os.O_CREAT), peer="a file") as channel:
+        channel.write([bytes(MiB), b"end"])
+        with pytest.raises(Unavailable, match="closed for reading"):
+            channel.read(1)
+    with Channel(os.open(path, os.O_RDONLY), -1, peer="a file") as channel:
+        assert everything(channel) == bytes(MiB) + b"end"

@@ -176,7 +176,7 @@ def test_a_connection_that_breaks(there: SshHost, victim: str) -> None:
 
 def test_a_silent_program_ends_patience(there: SshHost) -> None:
     channel = opened(there, "sh -c 'exec sleep 60'", patience=1.0)
-    with pytest.raises(Unavailable, match="there: nothing came for 1 seconds"):
+    with pytest.raises(Unavailable, match="there: nothing came from it for 1 seconds"):
         channel.read(1)
     channel.abort()
     assert wait_until(lambda: gone(channel.pid))
