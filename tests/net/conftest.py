@@ -19,9 +19,9 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshHost]:
 
 
 @pytest.fixture
-def hosts() -> Iterator[tuple[Host, Host, Cable]]:
-    """Two hosts with a perfect cable between them. For tests marked root."""
-    with two_hosts() as both:
+def hosts(request: pytest.FixtureRequest) -> Iterator[tuple[Host, Host, Cable]]:
+    """Two hosts with a perfect cable between them. For tests marked root; a parameter is the cable's MTU."""
+    with two_hosts(mtu=getattr(request, "param", 1500)) as both:
         yield both
 
 
