@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -24,8 +24,8 @@ from typing import Self
 from snapchain.errors import Unavailable
 from snapchain.host.batches import Buffer, batches, rest
 
-PACED_PIECE = 32 << 10
-"""Bytes written at once under a rate limit: small, so that a slow stream still moves all the time."""
+PATIENCE = 300.0
+"""Seconds. A link that is cut for half a minute comes back: TCP sends again what was lost."""
 _READ_AHEAD = 64 << 10
 _AGAIN = "run it again: it goes on where it stopped"
 
@@ -57,25 +57,15 @@ class Channel:
 
     reader, writer: either may be -1 where nothing is read or written; they may be one socket
     peer: names the other side in errors
-    patience: seconds without a byte moved that a read or a write bears, None for ever
-    pace: is told of each piece before it is written and waits as long as it likes, as a token bucket's `take` does
+    patience: seconds without a byte moved that a read or a write bears
     """
 
-    def __init__(
-        self,
-        reader: int,
-        writer: int,
-        *,
-        peer: str,
-        patience: float | None = None,
-        pace: Callable[[int], None] | None = None,
-    ) -> None:
+    def __init__(self, reader: int, writer: int, *, peer: str, patience: float = PATIENCE) -> None:
         self.peer = peer
         self.patience = patience
         self.bytes_read = 0
         self.bytes_written = 0
         self._reader, self._writer = reader, writer
-        self._pace = pace
         self._ahead = memoryview(bytearray(_READ_AHEAD))
         self._first = self._stop = 0
         self._reading = threading.Lock()
@@ -145,32 +135,25 @@ class Channel:
         """
         parts = [data] if isinstance(data, bytes | bytearray | memoryview) else data
         with self._writing:
-            if self._pace is None:
-                self._write(parts)
-                return
-            for part in parts:
-                view = memoryview(part).cast("B")
-                for start in range(0, len(view), PACED_PIECE):
-                    piece = view[start : start + PACED_PIECE]
-                    self._pace(len(piece))
-                    self._write([piece])
+            for batch in batches(parts):
+                left = batch
+                while left:
+                    left = rest(left, self._give(left))
 
-    def _write(self, parts: Sequence[Buffer]) -> None:
-        for batch in batches(parts):
-            left = batch
-            while left:
-                self._check()
-                if self._writer < 0:
-                    raise Unavailable("the connection is closed for writing", subject=self.peer)
-                try:
-                    count = os.writev(self._writer, left)
-                except BlockingIOError:
-                    self._wait(self._writer, select.POLLOUT, None)
-                    continue
-                except OSError as error:
-                    raise self._lost() from error
-                self.bytes_written += count
-                left = rest(left, count)
+    def _give(self, batch: Sequence[Buffer]) -> int:
+        while True:
+            self._check()
+            if self._writer < 0:
+                raise Unavailable("the connection is closed for writing", subject=self.peer)
+            try:
+                count = os.writev(self._writer, batch)
+            except BlockingIOError:
+                self._wait(self._writer, select.POLLOUT, None)
+                continue
+            except OSError as error:
+                raise self._lost() from error
+            self.bytes_written += count
+            return count
 
     def finish_writing(self) -> None:
         """The other side reads the end of the stream; reading goes on."""
@@ -185,7 +168,10 @@ class Channel:
     # ---- the end
 
     def close(self) -> None:
-        """End in good order, once. Raises what the end of the other side's program means, if that was no good one."""
+        """End in good order. Raises what the end of the other side's program means, if that was no good one.
+
+        Harmless when repeated.
+        """
         self._close_descriptors()
 
     def abort(self) -> None:
@@ -238,10 +224,10 @@ class Channel:
         poll = select.poll()
         poll.register(descriptor, event)
         poll.register(self._wake, select.POLLIN)
-        until = None if bearable is None else time.monotonic() + bearable
+        until = time.monotonic() + bearable
         while True:
-            left = None if until is None else max(0.0, until - time.monotonic())
-            if poll.poll(None if left is None else left * 1000):
+            left = max(0.0, until - time.monotonic())
+            if poll.poll(left * 1000):
                 return
             if left == 0.0:
                 doing = "came from it" if event == select.POLLIN else "was taken by it"

@@ -21,7 +21,7 @@ from typing import Any
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
 from snapchain.host.processes import STDERR_CAP, die_with_parent, find_program
-from snapchain.host.remote_channel import Bell, Channel
+from snapchain.host.remote_channel import PATIENCE, Bell, Channel
 
 PIPE_SIZE = 1 << 20
 """Bytes that the kernel holds in each direction: the most that an unprivileged process may ask for."""
@@ -42,8 +42,7 @@ class ProcessChannel(Channel):
         peer: str,
         diagnose: Diagnose,
         env: Mapping[str, str],
-        patience: float | None = None,
-        pace: Callable[[int], None] | None = None,
+        patience: float = PATIENCE,
         terminal: bool = False,
     ) -> None:
         """Start it. Raises ToolFailed when the program is missing or cannot be started."""
@@ -60,7 +59,7 @@ class ProcessChannel(Channel):
             os.close(its_in)
             os.close(its_out)
         self._diagnose = diagnose
-        super().__init__(reader, writer, peer=peer, patience=patience, pace=pace)
+        super().__init__(reader, writer, peer=peer, patience=patience)
 
     @property
     def pid(self) -> int:
@@ -74,6 +73,8 @@ class ProcessChannel(Channel):
 
     def close(self, *, patience: float = 30.0) -> None:
         """End the stream, let the child end, which has `patience` seconds, and raise what its end means."""
+        if self._reader < 0:
+            return
         self.finish_writing()
         try:
             until = time.monotonic() + patience

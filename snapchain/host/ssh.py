@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from snapchain.errors import InvalidInput
@@ -76,12 +76,11 @@ def open_ssh(
     address: RemoteAddress,
     *,
     program: SshProgram | None = None,
-    patience: float | None = PATIENCE,
-    pace: Callable[[int], None] | None = None,
+    patience: float = PATIENCE,
 ) -> ProcessChannel:
     """Start snapchain over there and return the channel to it, at once: a failure comes with the first bytes.
 
-    program: by default what the environment says; patience, pace: as of a Channel.  The errors of the channel say
+    program: by default what the environment says; patience: as of a Channel.  The errors of the channel say
     what is wrong with host, login or installation (`diagnosis`).  With a terminal, ssh may ask there for a passphrase
     or whether to trust a new host.
     """
@@ -93,7 +92,6 @@ def open_ssh(
         diagnose=lambda status, stderr: diagnosis(address, program.ssh, status, stderr),
         env=_environment(os.environ),
         patience=patience,
-        pace=pace,
         terminal=terminal,
     )
 
