@@ -1,11 +1,12 @@
 """Go on after a connection was lost: again and again, for a bounded time, telling each time.
 
-    result = persist(lambda: transfer(), policy=Persistence(), moved=lambda: channel_bytes, told=notice)
+    result = persist(transfer, policy=Persistence(), moved=lambda: durable, told=notice)
 
 A transfer that resumes where it stopped may simply be called again.  How long it pays to do so depends on whether it
 gets anywhere: time counts from the last moment at which an attempt had moved something, so a long transfer over a bad
 link goes on for as long as it moves, and a host that stays away is given up in good time.  Only Unavailable is tried
-again; a refused login or a diverged chain will not go away by asking once more.
+again; a refused login or a diverged chain will not go away by asking once more.  After it, Busy is too: who holds the
+disk over there may be our own last attempt, which has not noticed yet that nobody is at the other end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from snapchain.errors import Unavailable
+from snapchain.errors import Busy, Unavailable
 
 Result = TypeVar("Result")
 _INSTANT = 0.01
@@ -44,7 +45,7 @@ class Persistence:
 class Retry:
     """What is told before each pause. failures: in a row; pause, left: seconds."""
 
-    error: Unavailable
+    error: Unavailable | Busy
     failures: int
     pause: float
     left: float
@@ -62,17 +63,20 @@ def persist(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Call `attempt` until it returns; raise its last Unavailable when nothing has moved for `give_up_after` seconds.
+    """Call `attempt` until it returns; raise its last error when nothing has moved for `give_up_after` seconds.
 
     moved: a count that grows as long as attempts get anywhere, such as durable bytes over there; not bytes sent,
     which a link may swallow again and again
     """
-    failures, seen, since = 0, moved(), clock()
+    failures, seen, since, lost = 0, moved(), clock(), False
     while True:
         started = clock()
         try:
             return attempt()
-        except Unavailable as error:
+        except (Unavailable, Busy) as error:
+            if isinstance(error, Busy) and not lost:
+                raise
+            lost = True
             now, count = clock(), moved()
             if count != seen:
                 # It got somewhere, at a moment that nobody noted; its end is what is known.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, strategies as st
 
-from snapchain.errors import Diverged, ToolFailed, Unavailable
+from snapchain.errors import Busy, Diverged, ToolFailed, Unavailable
 from snapchain.host.remote_retry import Persistence, Retry, persist
 
 
@@ -101,6 +101,18 @@ def test_what_will_not_pass_is_not_tried_again(error: Exception) -> None:
     with pytest.raises(type(error)):
         world.run()
     assert world.called == 2
+
+
+def busy(_world: World) -> str:
+    raise Busy("another transfer to this disk is under way", subject="kvm2")
+
+
+def test_busy_may_be_our_own_ghost_but_not_at_first() -> None:
+    world = World(lost(), busy, busy, done)
+    assert world.run() == "done"
+    assert isinstance(world.told[1].error, Busy)
+    with pytest.raises(Busy):
+        World(busy, done).run()
 
 
 @given(st.integers(1, 10_000))
