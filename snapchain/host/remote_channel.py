@@ -86,21 +86,22 @@ class Channel:
         """
         buffer = memoryview(bytearray(size))
         with self._reading:
-            return bytes(buffer[: self._some(buffer, patience)])
+            return bytes(buffer[: self.receive(buffer, patience)])
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill the buffer; fewer bytes only when the other side has ended in good order. Raises as `read` does."""
         done = 0
         with self._reading:
             while done < len(buffer):
-                count = self._some(buffer[done:], None)
+                count = self.receive(buffer[done:])
                 if not count:
                     break
                 done += count
         return done
 
-    def _some(self, buffer: memoryview, patience: float | None) -> int:
-        """Of what was read ahead, or of what comes; small pieces are not worth a system call each."""
+    def receive(self, buffer: memoryview, patience: float | None = None) -> int:
+        """Of what was read ahead, or of what comes; 0 at the end. For who alone reads from the channel."""
+        # Small pieces are not worth a system call each.
         if self._first == self._stop:
             if len(buffer) >= _READ_AHEAD:
                 return self._receive(buffer, patience)
@@ -110,7 +111,8 @@ class Channel:
         self._first += count
         return count
 
-    def _receive(self, buffer: memoryview, patience: float | None) -> int:
+    def _receive(self, buffer: memoryview, patience: float | None = None) -> int:
+        """What one system call brings."""
         while True:
             self._check()
             if self._reader < 0:
@@ -127,6 +129,19 @@ class Channel:
             self.bytes_read += count
             return count
 
+    def starts_with(self, magic: bytes) -> bool:
+        """Whether the next bytes are these; they are still to be read. Waits for as many as it takes to tell."""
+        with self._reading:
+            while True:
+                ahead = bytes(self._ahead[self._first : self._stop])[: len(magic)]
+                if ahead == magic or not magic.startswith(ahead):
+                    return ahead == magic
+                self._ahead[: len(ahead)] = ahead
+                count = self._receive(self._ahead[len(ahead) :])
+                self._first, self._stop = 0, len(ahead) + count
+                if not count:
+                    return False
+
     def write(self, data: Buffer | Sequence[Buffer]) -> None:
         """Hand over all of it, several buffers one behind the other.
 
@@ -138,9 +153,10 @@ class Channel:
             for batch in batches(parts):
                 left = batch
                 while left:
-                    left = rest(left, self._give(left))
+                    left = rest(left, self.give(left))
 
-    def _give(self, batch: Sequence[Buffer]) -> int:
+    def give(self, batch: Sequence[Buffer]) -> int:
+        """How much of it one system call took. For who alone writes to the channel."""
         while True:
             self._check()
             if self._writer < 0:
@@ -164,6 +180,15 @@ class Channel:
                     both.shutdown(socket.SHUT_WR)
             else:
                 self._release(writer)
+
+    def detach(self) -> tuple[int, int]:
+        """Give the descriptors, reader and writer, to the caller; the channel is closed. Nothing may be read ahead."""
+        with self._reading, self._writing:
+            assert self._first == self._stop, "bytes would be lost"
+            descriptors = self._reader, self._writer
+            self._reader = self._writer = -1
+            self._wake.close()
+        return descriptors
 
     # ---- the end
 

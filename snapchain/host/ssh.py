@@ -22,7 +22,9 @@ from dataclasses import dataclass
 
 from snapchain.errors import InvalidInput
 from snapchain.host.remote_address import RemoteAddress
+from snapchain.host.remote_channel import Channel
 from snapchain.host.remote_faults import diagnosis
+from snapchain.host.remote_lanes import join_lanes
 from snapchain.host.remote_process import ProcessChannel
 
 SERVE = "serve-replica --stdio"
@@ -85,7 +87,31 @@ def open_ssh(
     or whether to trust a new host.
     """
     program = program or SshProgram.from_environment(os.environ)
+    return _opened(address, program=program, patience=patience, terminal=_at_a_terminal())
+
+
+def open_ssh_lanes(
+    address: RemoteAddress, connections: int, *, program: SshProgram | None = None, patience: float = PATIENCE
+) -> Channel:
+    """As `open_ssh`, over several connections at once, for links on which one is too slow; see remote_lanes.
+
+    Waits for the other side, which must `accept_lanes`, and does with those connections that come.  Only the first of
+    them may ask at a terminal: the others log in by an agent, a key or a ControlMaster, or do not come.
+    """
+    program = program or SshProgram.from_environment(os.environ)
     terminal = _at_a_terminal()
+    channels: list[Channel] = [_opened(address, program=program, patience=patience, terminal=terminal)]
+    try:
+        for _ in range(connections - 1):
+            channels.append(_opened(address, program=program, patience=patience, terminal=False))  # noqa: PERF401
+    except BaseException:
+        for channel in channels:
+            channel.abort()
+        raise
+    return join_lanes(channels, peer=address.login, patience=patience)
+
+
+def _opened(address: RemoteAddress, *, program: SshProgram, patience: float, terminal: bool) -> ProcessChannel:
     return ProcessChannel(
         command_line(address, program=program, ask=terminal),
         peer=address.login,
