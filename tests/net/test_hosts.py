@@ -196,7 +196,7 @@ def test_ssh_from_host_to_host(far: tuple[SshHost, Cable]) -> None:
 
 
 @pytest.mark.root
-def test_hosts_are_gone_afterwards(tmp_path: Path) -> None:
+def test_hosts_are_gone_afterwards() -> None:
     with two_hosts() as (near, far, _):
         sleeper = subprocess.Popen([*far.inside, "sleep", "60"])
         assert {near.namespace, far.namespace} <= set(namespaces())
@@ -205,7 +205,7 @@ def test_hosts_are_gone_afterwards(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_what_a_killed_test_run_left_is_swept_away(tmp_path: Path) -> None:
+def test_what_a_killed_test_run_left_is_swept_away(hosts: Hosts) -> None:
     script = textwrap.dedent("""
         import subprocess, time
         from tests.net.namespaces import two_hosts
