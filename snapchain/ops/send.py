@@ -1,0 +1,341 @@
+"""send: bring what a replica lacks of an image, as qcow2 layers that are ready to run, and publish a point.
+
+    scan + lock -> the replica's inventory -> missing(have, want) -> groups of files, each one layer -> stream
+
+What to send is decided from both inventories; where the two sides have gone different ways nothing is sent at all.
+Pending overlays become one layer, so that redundant overwrites never cross the wire; the root stays a layer of its
+own, and so does the top.  With `Files.EACH` every file becomes a layer under its own name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Diverged
+from snapchain.host.remote_channel import Channel
+from snapchain.image import ImageChain, ImageFile
+from snapchain.image.fingerprint import Fingerprint
+from snapchain.image.qcow2.aligned import aligned
+from snapchain.image.qcow2.format import MIN_EXTENDED_L2_CLUSTER_BITS, SUBCLUSTERS
+from snapchain.model import inventory as model
+from snapchain.model.content import Sum, content_id, empty_sum
+from snapchain.model.extents import Extents, fold
+from snapchain.model.inventory import Collapse, Held, Send, UpToDate, Wanted, missing
+from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.ship import check_label
+from snapchain.ops.source import check_unchanged, locked_chain
+from snapchain.replica.catalogue import decode_sum
+from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.levels import Link
+from snapchain.replica.names import check_disk_name, offered_name
+from snapchain.replica.outgoing import OutgoingLayer
+from snapchain.replica.sender import Sender
+from snapchain.replica.stream.messages import Inventory, Open, Source
+
+_RAW_CLUSTER = 64 * 1024
+
+
+class Files(Enum):
+    """How the files of a chain become layers."""
+
+    COMPOSED = "composed"
+    """Pending overlays as one."""
+    EACH = "each"
+    """Every file under its own name."""
+
+
+class Scope(Enum):
+    """How much of a chain is sent."""
+
+    ALL = "all"
+    SEALED = "sealed"
+    """All but the top, which a guest will go on writing to."""
+
+
+class SendReport(BaseModel):
+    """What `send` did.
+
+    point: its number, None where a stream was saved and nobody has given one; layers_present: known by the replica
+    bytes_sent: on the wire; data_bytes: of the layers' maps; carried_bytes: those of them that travelled, before
+    compression: the rest was zero, or at the replica already
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    disk: str
+    destination: str
+    point: int | None
+    layers_sent: int
+    layers_present: int
+    bytes_sent: int
+    data_bytes: int
+    carried_bytes: int
+    resumed: bool
+    virtual_size: int
+    content_id: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What new layers lie on. files: how many of the source's it stands for; total: its content sum."""
+
+    files: int
+    parent: str | None
+    size: int
+    total: Sum
+    lower_total: Sum
+    same: bool
+
+
+def send_to_replica(
+    image: Path,
+    endpoint: Endpoint,
+    disk: str,
+    *,
+    labels: Sequence[str] = (),
+    files: Files = Files.COMPOSED,
+    scope: Scope = Scope.ALL,
+    lineage: Sequence[Wanted] = (),
+    format: str | None = None,
+    image_dirs: Sequence[Path] = (),
+    limit_rate: int | None = None,
+    on_event: OnEvent = ignore,
+) -> SendReport:
+    """Send what the replica lacks of `image` as `disk`, and publish a point with `labels`.
+
+    lineage: files that local merges have made, each with what it replaces; limit_rate: bytes a second on the wire
+    Raises Diverged when the replica holds what the image never was, Busy when somebody writes to the image or the
+    replica's disk, Unavailable when the link breaks: then the next run goes on at what is durable.
+    """
+    for label in labels:
+        check_label(label)
+    check_disk_name(disk)
+    with (
+        locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain,
+        endpoint.connect() as channel,
+        Sender(channel, link=endpoint.link, limit_rate=limit_rate) as sender,
+    ):
+        held = sender.open(Open(disk=disk, replica=endpoint.replica))
+        run = _Run(chain, sender, disk, endpoint.url, files, on_event)
+        count = len(chain.files) - (scope is Scope.SEALED)
+        return run.send(run.base(held, lineage, count), count, labels)
+
+
+def send_blindly(
+    image: Path,
+    channel: Channel,
+    disk: str,
+    *,
+    labels: Sequence[str] = (),
+    files: Files = Files.COMPOSED,
+    format: str | None = None,
+    image_dirs: Sequence[Path] = (),
+    limit_rate: int | None = None,
+    on_event: OnEvent = ignore,
+) -> SendReport:
+    """Write a whole image as a stream that nobody answers: to be saved, or piped to `snapchain receive`.
+
+    The channel is closed at the end. Raises as `send_to_replica`.
+    """
+    for label in labels:
+        check_label(label)
+    check_disk_name(disk)
+    with (
+        channel,
+        locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain,
+        Sender(channel, link=Link.NETWORK, answers=False, limit_rate=limit_rate) as sender,
+    ):
+        sender.open_blindly(Open(disk=disk))
+        run = _Run(chain, sender, disk, channel.peer, files, on_event)
+        base = _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
+        return run.send(base, len(chain.files), labels)
+
+
+class _Run:
+    def __init__(
+        self, chain: ImageChain, sender: Sender, disk: str, destination: str, files: Files, on_event: OnEvent
+    ) -> None:
+        self._chain, self._sender, self._disk, self._destination = chain, sender, disk, destination
+        self._files, self._on_event = files, on_event
+
+    def base(self, held: Inventory, lineage: Sequence[Wanted], count: int) -> _Base:
+        """Where the new layers begin. Raises Diverged."""
+        if not held.layers:
+            return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
+        found = missing(
+            [Held(layer.id, layer.sources) for layer in held.layers],
+            [_wanted(file, lineage) for file in self._chain.files[:count]],
+            same=_same,
+        )
+        tip = held.layers[-1]
+        total = decode_sum(tip.content_sum)
+        match found:
+            case UpToDate():
+                return _Base(count, tip.id, tip.size, total, total, same=True)
+            case Send() | Collapse():
+                if isinstance(found, Collapse):
+                    self._on_event(
+                        Notice(f"the replica holds {len(found.merges)} merged layers apart still; it reads the same")
+                    )
+                # Where the tip is a part of what was merged into the next layer, that layer still counts from the
+                # layers which lie wholly below it; what the tip shows no file here knows any more.
+                lower = found.base_count - found.repeated
+                lower_total = decode_sum(held.layers[lower - 1].content_sum) if lower else empty_sum()
+                return _Base(found.first, tip.id, tip.size, total, lower_total, same=not found.repeated)
+            case model.Diverged():
+                raise self._diverged(found, held)
+
+    def _diverged(self, found: model.Diverged, held: Inventory) -> Diverged:
+        files = {layer.id: layer.file for layer in held.layers}
+        theirs = _listed([files[layer] for layer in found.theirs])
+        ours = _listed([file.path.name for file in self._chain.files[found.first :]])
+        if found.is_ahead:
+            what = f"the replica is ahead: it holds {theirs} on top of all that the image has"
+        elif found.is_related:
+            common = held.layers[found.base_count - 1].file
+            what = f"both sides have gone on from {common}: here {ours}, at the replica {theirs}"
+        else:
+            what = f"the replica holds another disk under this name: {theirs}; nothing of {ours} is known there"
+        return Diverged(
+            what,
+            subject=f"{self._destination}::{self._disk}",
+            hint="send under another disk name; or, if what the replica has beyond may go, cut it off there "
+            "(--cut-replica)",
+        )
+
+    def send(self, base: _Base, count: int, labels: Sequence[str]) -> SendReport:
+        """Send the files [base.files, count), publish, and wait until all is durable."""
+        begun = time.monotonic()
+        groups = self._groups(base, count)
+        layers = [self._outgoing(group, base if at == 0 else None) for at, group in enumerate(groups)]
+        whole = sum(layer.extents.data_bytes for layer in layers)
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            self._on_event(Progress("send", done, whole))
+
+        on_bytes(0)
+        parent, size, total, resumed = base.parent, base.size, base.total, False
+        for at, layer in enumerate(layers):
+            sent = self._sender.send_layer(
+                layer if at == 0 else _on(layer, total),
+                parent,
+                confirm=lambda: check_unchanged(self._chain),
+                on_bytes=on_bytes,
+            )
+            parent, size, total, resumed = sent.layer, sent.size, sent.total, resumed or sent.resumed_at > 0
+        shown = content_id(size, total)
+        self._sender.send_point(time=datetime.now(UTC), labels=labels, size=size, shown=shown)
+        finished = self._sender.finish()
+        return SendReport(
+            disk=self._disk,
+            destination=self._destination,
+            point=finished.points[-1] if finished is not None and finished.points else None,
+            layers_sent=len(layers),
+            layers_present=base.files,
+            bytes_sent=self._sender.bytes_sent,
+            data_bytes=self._sender.traffic.data,
+            carried_bytes=self._sender.traffic.carried,
+            resumed=resumed,
+            virtual_size=size,
+            content_id=shown,
+            seconds=time.monotonic() - begun,
+        )
+
+    def _grouped(self, first: int, count: int) -> Iterator[range]:
+        if self._files is Files.EACH:
+            yield from (range(at, at + 1) for at in range(first, count))
+            return
+        if first == 0 and count > 1:
+            yield range(1)
+            first = 1
+        if first < count - 1:
+            yield range(first, count - 1)
+            first = count - 1
+        if first < count:
+            yield range(first, count)
+
+    def _groups(self, base: _Base, count: int) -> list[range]:
+        """Those that say something. A fresh overlay goes with the layer above it, so that it is known there too."""
+        groups: list[range] = []
+        silent: int | None = None
+        for group in self._grouped(base.files, count):
+            if not self._adds(group, base):
+                silent = group.start if silent is None else silent
+                continue
+            groups.append(range(group.start if silent is None else silent, group.stop))
+            silent = None
+        return groups
+
+    def _adds(self, group: range, base: _Base) -> bool:
+        """False for fresh overlays, which say nothing."""
+        if group.start == 0 or self._files is Files.EACH:
+            return True
+        below = base.size if group.start == base.files else self._chain.files[group.start - 1].size
+        return self._extents(group) != Extents.absent(below)
+
+    def _extents(self, group: range) -> Extents:
+        return fold(self._chain.files[at].extents for at in group)
+
+    def _outgoing(self, group: range, base: _Base | None) -> OutgoingLayer:
+        files = [self._chain.files[at] for at in group]
+        view = self._chain.at(group.stop - 1)
+        below = self._chain.at(group.start - 1) if group.start else None
+        cluster_size, grain = _geometry(files)
+        shown = view.resolve().owned_by(0)
+        return OutgoingLayer(
+            name=offered_name(files[-1].path.name),
+            cluster_size=cluster_size,
+            extended_l2=grain < cluster_size,
+            sources=tuple(source_of(file) for file in files),
+            extents=aligned(self._extents(group), shown, cluster_size=grain),
+            view=view,
+            below=below,
+            below_sum=base.lower_total if base else empty_sum(),
+            same_below=base.same if base else True,
+        )
+
+
+def _on(layer: OutgoingLayer, total: Sum) -> OutgoingLayer:
+    return replace(layer, below_sum=total)
+
+
+def _geometry(files: Sequence[ImageFile]) -> tuple[int, int]:
+    """(cluster size, grain) of the file that will hold these: as fine as the finest of them, and no finer."""
+    grain = min(file.grain if file.header else _RAW_CLUSTER for file in files)
+    cluster = min(file.cluster_size or _RAW_CLUSTER for file in files)
+    if grain < cluster and grain * SUBCLUSTERS >= 1 << MIN_EXTENDED_L2_CLUSTER_BITS:
+        return grain * SUBCLUSTERS, grain
+    return grain, grain
+
+
+def source_of(file: ImageFile) -> Source:
+    """The key by which a replica knows a file again."""
+    mark = file.fingerprint
+    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
+
+
+def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
+    source = source_of(file)
+    return next((known for known in lineage if _same(source, known.source)), Wanted(source))
+
+
+def _same(mine: object, theirs: object) -> bool:
+    if not isinstance(mine, Source) or not isinstance(theirs, Source) or not mine.size:
+        return False
+    return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(ascii(name)[1:-1] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
