@@ -51,6 +51,14 @@ class Files(Enum):
     """Every file under its own name."""
 
 
+class Divergence(Enum):
+    """What to do when the replica holds layers that the image never had."""
+
+    REFUSE = "refuse"
+    CUT_REPLICA = "cut-replica"
+    """Drop them there, and the points that they give."""
+
+
 class Scope(Enum):
     """How much of a chain is sent."""
 
@@ -103,6 +111,7 @@ def send_to_replica(
     labels: Sequence[str] = (),
     files: Files = Files.COMPOSED,
     scope: Scope = Scope.ALL,
+    divergence: Divergence = Divergence.REFUSE,
     lineage: Sequence[Wanted] = (),
     format: str | None = None,
     image_dirs: Sequence[Path] = (),
@@ -126,7 +135,7 @@ def send_to_replica(
         held = sender.open(Open(disk=disk, replica=endpoint.replica))
         run = _Run(chain, sender, disk, endpoint.url, files, on_event)
         count = len(chain.files) - (scope is Scope.SEALED)
-        return run.send(run.base(held, lineage, count), count, labels)
+        return run.send(run.base(held, lineage, count, divergence), count, labels)
 
 
 def send_blindly(
@@ -166,7 +175,7 @@ class _Run:
         self._chain, self._sender, self._disk, self._destination = chain, sender, disk, destination
         self._files, self._on_event = files, on_event
 
-    def base(self, held: Inventory, lineage: Sequence[Wanted], count: int) -> _Base:
+    def base(self, held: Inventory, lineage: Sequence[Wanted], count: int, divergence: Divergence) -> _Base:
         """Where the new layers begin. Raises Diverged."""
         if not held.layers:
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
@@ -191,7 +200,19 @@ class _Run:
                 lower_total = decode_sum(held.layers[lower - 1].content_sum) if lower else empty_sum()
                 return _Base(found.first, tip.id, tip.size, total, lower_total, same=not found.repeated)
             case model.Diverged():
-                raise self._diverged(found, held)
+                if divergence is Divergence.REFUSE:
+                    raise self._diverged(found, held)
+                return self._after_cut(found, held)
+
+    def _after_cut(self, found: model.Diverged, held: Inventory) -> _Base:
+        self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))
+        if not found.base_count:
+            self._sender.cut(None)
+            return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
+        keep = held.layers[found.base_count - 1]
+        self._sender.cut(keep.id)
+        total = decode_sum(keep.content_sum)
+        return _Base(found.first, keep.id, keep.size, total, total, same=True)
 
     def _diverged(self, found: model.Diverged, held: Inventory) -> Diverged:
         files = {layer.id: layer.file for layer in held.layers}

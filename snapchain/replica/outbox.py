@@ -106,12 +106,12 @@ class Outbox:
         with self._state:
             told = self._failure is None and self._done is None
             self._failure = self._failure or error
-        if told:
-            with suppress(queue.Full):
-                self._queue.put((Kind.FAIL, (encode(failures.told(error)),)), timeout=_GRACE)
+        if not told:
+            return
         with suppress(queue.Full):
+            self._queue.put((Kind.FAIL, (encode(failures.told(error)),)), timeout=_GRACE)
             self._queue.put(None, timeout=_GRACE)
-        self._threads[0].join(_GRACE)
+            self._threads[0].join(_GRACE)
 
     def check(self) -> None:
         """Raise what has gone wrong, if anything."""

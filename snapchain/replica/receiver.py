@@ -1,6 +1,6 @@
 """The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
 
-    HELLO OPEN (LAYER MAP* (DATA | MARK)* END | POINT)* STOP
+    HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
 
 Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
 nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
@@ -24,6 +24,7 @@ from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
 from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import Catalogue, Point
+from snapchain.replica.cutting import cut
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream import failures, opening
@@ -32,6 +33,7 @@ from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Fra
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    Cut,
     Done,
     Failure,
     HeldLayer,
@@ -143,7 +145,8 @@ class _Reception:
         except SnapchainError:
             # It may well listen: it is told what is spoken here.
             self._voice.heard = True
-            self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
+            with suppress(SnapchainError):
+                self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
             raise
         self._voice.heard = said.answers
         self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
@@ -167,6 +170,8 @@ class _Reception:
                 return
             if frame.kind is Kind.LAYER:
                 catalogue, shown = self._take_layer(disk, catalogue, frame)
+            elif frame.kind is Kind.CUT:
+                catalogue = cut(disk, catalogue, decode(Cut, frame.body, subject=self._channel.peer).keep)
             elif frame.kind is Kind.POINT:
                 catalogue = self._publish(disk, catalogue, frame, shown)
             else:

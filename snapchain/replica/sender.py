@@ -25,6 +25,7 @@ from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.maps import layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
+    Cut,
     Done,
     Failure,
     Inventory,
@@ -62,7 +63,7 @@ class Traffic:
 
 
 class Sender:
-    """A context manager around one stream; the channel stays the caller's. Leaving by an exception tells the other side.
+    """A context manager around one stream; the channel stays the caller's. An exception is told to the other side.
 
     answers: whether the other side speaks; a stream that is saved has none, and begins with `open_blindly`
     """
@@ -101,6 +102,11 @@ class Sender:
         self._partial = found.partial
         self._outbox = Outbox(self._channel, self._frames, self._answers, limit_rate=self._limit_rate)
         return found
+
+    def cut(self, keep: str | None) -> None:
+        """Have the other side drop all layers above `keep` (None: all there are), and the points that they give."""
+        self._partial = None
+        self._opened().put(Kind.CUT, encode(Cut(keep=keep)))
 
     def open_blindly(self, asked: Open) -> None:
         """Begin a stream that nobody answers."""

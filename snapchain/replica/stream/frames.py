@@ -42,6 +42,7 @@ class Kind(IntEnum):
     STOP = 9
     BEAT = 10
     FAIL = 11
+    CUT = 12
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -60,6 +61,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.END: 32,
     Kind.POINT: 64 * KiB,
     Kind.STOP: 0,
+    Kind.CUT: 4 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
@@ -151,6 +153,8 @@ class FrameReader:
         found = self._channel.read_into(first)
         if not found:
             raise gone(self._channel.peer)
+        if found < len(MAGIC) and MAGIC.startswith(first[:found]):
+            raise self._cut_off()
         if first != MAGIC:
             raise Corrupt(
                 f"this is no snapchain stream: it begins with {ascii(bytes(first[:found]))[1:]}",

@@ -74,6 +74,12 @@ class LayerOffer(_Said):
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
 
+class Cut(_Said):
+    """The layers above `keep` are to be dropped, all of them where that is None."""
+
+    keep: LayerId | None
+
+
 class PointOffer(_Said):
     """A point to publish: what the chain shows that is there now."""
 
