@@ -66,8 +66,10 @@ def verb(
                 status = exits.tell(error, as_json=as_json, left_behind=when_interrupted)
                 raise typer.Exit(status) from error
 
-        told = {"help": _help(function), "epilog": _example_lines(examples)}
-        app.command(name or function.__name__, hidden=hidden, **told)(guarded)
+        joined = app.command(
+            name or function.__name__, help=_help(function), epilog=_example_lines(examples), hidden=hidden
+        )
+        joined(guarded)
         return guarded
 
     return register
