@@ -3,7 +3,22 @@
 # isort: off
 from snapchain.cli.app import app
 from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, gc, nightly, inspect, diff
+from snapchain.cli import serve_replica
 
 # isort: on
 
-__all__ = ["app", "diff", "gc", "init", "inspect", "log", "merge", "nightly", "restore", "ship", "snapshot", "verify"]
+__all__ = [
+    "app",
+    "diff",
+    "gc",
+    "init",
+    "inspect",
+    "log",
+    "merge",
+    "nightly",
+    "restore",
+    "serve_replica",
+    "ship",
+    "snapshot",
+    "verify",
+]

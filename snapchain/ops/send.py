@@ -10,16 +10,13 @@ own, and so does the top.  With `Files.EACH` every file becomes a layer under it
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from enum import Enum
-from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Diverged
 from snapchain.host.remote_channel import Channel
+from snapchain.host.remote_retry import Persistence, persist
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.image.qcow2.aligned import aligned
@@ -29,66 +26,17 @@ from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents, fold
 from snapchain.model.inventory import Collapse, Held, Send, UpToDate, Wanted, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
-from snapchain.ops.ship import check_label
-from snapchain.ops.source import check_unchanged, locked_chain
+from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
+from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
-from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.endpoint import Endpoint, open_endpoint
 from snapchain.replica.levels import Link
-from snapchain.replica.names import check_disk_name, offered_name
+from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import Inventory, Open, Source
 
 _RAW_CLUSTER = 64 * 1024
-
-
-class Files(Enum):
-    """How the files of a chain become layers."""
-
-    COMPOSED = "composed"
-    """Pending overlays as one."""
-    EACH = "each"
-    """Every file under its own name."""
-
-
-class Divergence(Enum):
-    """What to do when the replica holds layers that the image never had."""
-
-    REFUSE = "refuse"
-    CUT_REPLICA = "cut-replica"
-    """Drop them there, and the points that they give."""
-
-
-class Scope(Enum):
-    """How much of a chain is sent."""
-
-    ALL = "all"
-    SEALED = "sealed"
-    """All but the top, which a guest will go on writing to."""
-
-
-class SendReport(BaseModel):
-    """What `send` did.
-
-    point: its number, None where a stream was saved and nobody has given one; layers_present: known by the replica
-    bytes_sent: on the wire; data_bytes: of the layers' maps; carried_bytes: those of them that travelled, before
-    compression: the rest was zero, or at the replica already
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    disk: str
-    destination: str
-    point: int | None
-    layers_sent: int
-    layers_present: int
-    bytes_sent: int
-    data_bytes: int
-    carried_bytes: int
-    resumed: bool
-    virtual_size: int
-    content_id: str
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,85 +51,108 @@ class _Base:
     same: bool
 
 
-def send_to_replica(
-    image: Path,
-    endpoint: Endpoint,
-    disk: str,
-    *,
-    labels: Sequence[str] = (),
-    files: Files = Files.COMPOSED,
-    scope: Scope = Scope.ALL,
-    divergence: Divergence = Divergence.REFUSE,
-    lineage: Sequence[Wanted] = (),
-    format: str | None = None,
-    image_dirs: Sequence[Path] = (),
-    limit_rate: int | None = None,
-    on_event: OnEvent = ignore,
-) -> SendReport:
-    """Send what the replica lacks of `image` as `disk`, and publish a point with `labels`.
+def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
+    """The replica that an address names. connections: of ssh. Touches nothing. Raises InvalidInput."""
+    return open_endpoint(dest, connections=connections)
 
-    lineage: files that local merges have made, each with what it replaces; limit_rate: bytes a second on the wire
+
+def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendPlan:
+    """What `send_to_replica` would do; changes nothing on either side. Raises as that does."""
+    request.check()
+    with (
+        request.chain(on_event) as chain,
+        endpoint.connect() as channel,
+        Sender(channel, link=endpoint.link) as sender,
+    ):
+        held = sender.open(Open(disk=request.disk, replica=endpoint.replica, look=True))
+        run = _Run(chain, sender, request, endpoint.url, on_event)
+        base = run.base(held, cut=lambda _keep: None)
+        layers = tuple(run.planned(base, request.count(chain)))
+        sender.finish()
+    return SendPlan(
+        image=str(request.image),
+        destination=endpoint.url,
+        disk=request.disk,
+        layers_present=base.files,
+        layers=layers,
+        data_bytes=sum(layer.data_bytes for layer in layers),
+        labels=tuple(request.labels),
+    )
+
+
+def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
+    """Send what the replica lacks of an image, and publish a point.
+
     Raises Diverged when the replica holds what the image never was, Busy when somebody writes to the image or the
     replica's disk, Unavailable when the link breaks: then the next run goes on at what is durable.
     """
-    for label in labels:
-        check_label(label)
-    check_disk_name(disk)
-    with (
-        locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain,
-        endpoint.connect() as channel,
-        Sender(channel, link=endpoint.link, limit_rate=limit_rate) as sender,
-    ):
-        held = sender.open(Open(disk=disk, replica=endpoint.replica))
-        run = _Run(chain, sender, disk, endpoint.url, files, on_event)
-        count = len(chain.files) - (scope is Scope.SEALED)
-        return run.send(run.base(held, lineage, count, divergence), count, labels)
+    return _attempt(request, endpoint, on_event, lambda _count: None)
 
 
-def send_blindly(
-    image: Path,
-    channel: Channel,
-    disk: str,
-    *,
-    labels: Sequence[str] = (),
-    files: Files = Files.COMPOSED,
-    format: str | None = None,
-    image_dirs: Sequence[Path] = (),
-    limit_rate: int | None = None,
-    on_event: OnEvent = ignore,
+def send_persistently(
+    request: Request, endpoint: Endpoint, *, policy: Persistence, on_event: OnEvent = ignore
 ) -> SendReport:
+    """As `send_to_replica`, again and again while the link breaks and something still becomes durable over there."""
+    durable = 0
+
+    def moved(count: int) -> None:
+        nonlocal durable
+        durable += count
+
+    return persist(
+        lambda: _attempt(request, endpoint, on_event, moved),
+        policy=policy,
+        moved=lambda: durable,
+        told=lambda retry: on_event(Notice(str(retry))),
+    )
+
+
+def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Callable[[int], None]) -> SendReport:
+    request.check()
+    with (
+        request.chain(on_event) as chain,
+        endpoint.connect() as channel,
+        Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
+    ):
+        try:
+            held = sender.open(Open(disk=request.disk, replica=endpoint.replica))
+            run = _Run(chain, sender, request, endpoint.url, on_event)
+            return run.send(run.base(held, cut=sender.cut), request.count(chain))
+        finally:
+            moved(sender.confirmations)
+
+
+def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = ignore) -> SendReport:
     """Write a whole image as a stream that nobody answers: to be saved, or piped to `snapchain receive`.
 
     The channel is closed at the end. Raises as `send_to_replica`.
     """
-    for label in labels:
-        check_label(label)
-    check_disk_name(disk)
+    request.check()
     with (
         channel,
-        locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain,
-        Sender(channel, link=Link.NETWORK, answers=False, limit_rate=limit_rate) as sender,
+        request.chain(on_event) as chain,
+        Sender(channel, link=Link.NETWORK, answers=False, limit_rate=request.limit_rate) as sender,
     ):
-        sender.open_blindly(Open(disk=disk))
-        run = _Run(chain, sender, disk, channel.peer, files, on_event)
-        base = _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
-        return run.send(base, len(chain.files), labels)
+        sender.open_blindly(Open(disk=request.disk))
+        run = _Run(chain, sender, request, channel.peer, on_event)
+        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), request.count(chain))
 
 
 class _Run:
     def __init__(
-        self, chain: ImageChain, sender: Sender, disk: str, destination: str, files: Files, on_event: OnEvent
+        self, chain: ImageChain, sender: Sender, request: Request, destination: str, on_event: OnEvent
     ) -> None:
-        self._chain, self._sender, self._disk, self._destination = chain, sender, disk, destination
-        self._files, self._on_event = files, on_event
+        self._chain, self._sender, self._destination = chain, sender, destination
+        self._request, self._on_event = request, on_event
 
-    def base(self, held: Inventory, lineage: Sequence[Wanted], count: int, divergence: Divergence) -> _Base:
-        """Where the new layers begin. Raises Diverged."""
+    def base(self, held: Inventory, *, cut: Callable[[str | None], None]) -> _Base:
+        """Where the new layers begin. cut: drops the replica's layers above the one named. Raises Diverged."""
+        count = self._request.count(self._chain)
         if not held.layers:
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
         found = missing(
             [Held(layer.id, layer.sources) for layer in held.layers],
-            [_wanted(file, lineage) for file in self._chain.files[:count]],
+            [_wanted(file, self._request.lineage) for file in self._chain.files[:count]],
             same=_same,
         )
         tip = held.layers[-1]
@@ -200,17 +171,17 @@ class _Run:
                 lower_total = decode_sum(held.layers[lower - 1].content_sum) if lower else empty_sum()
                 return _Base(found.first, tip.id, tip.size, total, lower_total, same=not found.repeated)
             case model.Diverged():
-                if divergence is Divergence.REFUSE:
+                if self._request.divergence is Divergence.REFUSE:
                     raise self._diverged(found, held)
-                return self._after_cut(found, held)
+                return self._after_cut(found, held, cut)
 
-    def _after_cut(self, found: model.Diverged, held: Inventory) -> _Base:
+    def _after_cut(self, found: model.Diverged, held: Inventory, cut: Callable[[str | None], None]) -> _Base:
         self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))
         if not found.base_count:
-            self._sender.cut(None)
+            cut(None)
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
         keep = held.layers[found.base_count - 1]
-        self._sender.cut(keep.id)
+        cut(keep.id)
         total = decode_sum(keep.content_sum)
         return _Base(found.first, keep.id, keep.size, total, total, same=True)
 
@@ -227,12 +198,19 @@ class _Run:
             what = f"the replica holds another disk under this name: {theirs}; nothing of {ours} is known there"
         return Diverged(
             what,
-            subject=f"{self._destination}::{self._disk}",
+            subject=f"{self._destination}::{self._request.disk}",
             hint="send under another disk name; or, if what the replica has beyond may go, cut it off there "
             "(--cut-replica)",
         )
 
-    def send(self, base: _Base, count: int, labels: Sequence[str]) -> SendReport:
+    def planned(self, base: _Base, count: int) -> Iterator[LayerPlan]:
+        """The layers that `send` would make."""
+        for at, group in enumerate(self._groups(base, count)):
+            layer = self._outgoing(group, base if at == 0 else None)
+            files = tuple(str(self._chain.files[at].path) for at in group)
+            yield LayerPlan(files=files, virtual_size=layer.extents.size, data_bytes=layer.extents.data_bytes)
+
+    def send(self, base: _Base, count: int) -> SendReport:
         """Send the files [base.files, count), publish, and wait until all is durable."""
         begun = time.monotonic()
         groups = self._groups(base, count)
@@ -256,10 +234,10 @@ class _Run:
             )
             parent, size, total, resumed = sent.layer, sent.size, sent.total, resumed or sent.resumed_at > 0
         shown = content_id(size, total)
-        self._sender.send_point(time=datetime.now(UTC), labels=labels, size=size, shown=shown)
+        self._sender.send_point(time=datetime.now(UTC), labels=self._request.labels, size=size, shown=shown)
         finished = self._sender.finish()
         return SendReport(
-            disk=self._disk,
+            disk=self._request.disk,
             destination=self._destination,
             point=finished.points[-1] if finished is not None and finished.points else None,
             layers_sent=len(layers),
@@ -274,7 +252,7 @@ class _Run:
         )
 
     def _grouped(self, first: int, count: int) -> Iterator[range]:
-        if self._files is Files.EACH:
+        if self._request.files is Files.EACH:
             yield from (range(at, at + 1) for at in range(first, count))
             return
         if first == 0 and count > 1:
@@ -300,7 +278,7 @@ class _Run:
 
     def _adds(self, group: range, base: _Base) -> bool:
         """False for fresh overlays, which say nothing."""
-        if group.start == 0 or self._files is Files.EACH:
+        if group.start == 0 or self._request.files is Files.EACH:
             return True
         below = base.size if group.start == base.files else self._chain.files[group.start - 1].size
         return self._extents(group) != Extents.absent(below)
@@ -360,3 +338,20 @@ def _same(mine: object, theirs: object) -> bool:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(ascii(name)[1:-1] for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+__all__ = [
+    "Divergence",
+    "Files",
+    "LayerPlan",
+    "Request",
+    "Scope",
+    "SendPlan",
+    "SendReport",
+    "plan_send",
+    "replica_at",
+    "send_blindly",
+    "send_persistently",
+    "send_to_replica",
+    "source_of",
+]

@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from snapchain.errors import SnapchainError
+from snapchain.errors import InvalidInput, SnapchainError
+from snapchain.host.remote_address import is_remote, parse_remote_address
 from snapchain.host.remote_channel import PATIENCE, Channel
 from snapchain.replica.levels import Link
 from snapchain.replica.receiver import receive
+from snapchain.replica.ssh_endpoint import SshEndpoint
 
 _PIPE_BYTES = 1 << 20
 
@@ -85,6 +87,18 @@ class DirectoryEndpoint:
             thread.join()
             if broken:
                 raise broken[0]
+
+
+def open_endpoint(url: str, *, connections: int = 1) -> Endpoint:
+    """The replica at ssh://[user@]host/path or dir:/path. Touches nothing. Raises InvalidInput."""
+    if is_remote(url):
+        return SshEndpoint(parse_remote_address(url), connections=connections)
+    scheme, _, path = url.partition(":")
+    if scheme != "dir" or not path.startswith("/"):
+        raise InvalidInput(
+            "not an address of a replica", subject=url, hint="write dir:/path, or ssh://[user@]host/path"
+        )
+    return DirectoryEndpoint(Path(path))
 
 
 def _pair(url: str, patience: float) -> tuple[Channel, Channel]:

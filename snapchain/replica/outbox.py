@@ -59,6 +59,11 @@ class Outbox:
         """Of the queue, from 0 to 1."""
         return self._queue.qsize() / QUEUE
 
+    @property
+    def confirmations(self) -> int:
+        """How often the other side has said that something is durable."""
+        return self._confirmed_count + len(self._stored)
+
     def put(self, kind: Kind, *body: Buffer) -> int:
         """Give a frame; its bytes on the wire. Waits while the queue or the window is full. Raises what went wrong."""
         size = FRAME_BYTES + sum(len(part) for part in body)

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.errors import Corrupt, InvalidInput, SnapchainError
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
 from snapchain.replica.arrival import Arrival
-from snapchain.replica.catalogue import Catalogue, Point
+from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
 from snapchain.replica.cutting import cut
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, open_replica
@@ -123,9 +123,13 @@ class _Reception:
     def run(self) -> Received:
         hello = self._hello()
         asked = decode(Open, self._expect(Kind.OPEN).body, subject=self._channel.peer)
-        replica = open_replica(self._chosen(asked), make=True)
-        disk = replica.disk(asked.disk)
         self._received.disk = asked.disk
+        if asked.look:
+            self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
+            self._expect(Kind.STOP)
+            self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+            return self._received
+        disk = open_replica(self._chosen(asked), make=True).disk(asked.disk)
         with disk.locked(make=True):
             catalogue = settle(disk)
             if hello:
@@ -160,6 +164,13 @@ class _Reception:
         if asked.replica is None or not asked.replica.startswith("/") or "\0" in asked.replica:
             raise InvalidInput("the replica's directory must be named, from the root on", subject=ascii(asked.replica))
         return Path(asked.replica)
+
+    def _looked(self, asked: Open) -> Inventory:
+        try:
+            disk = open_replica(self._chosen(asked)).disk(asked.disk)
+        except NotFound:
+            return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
+        return inventory(disk, disk.read() or empty_catalogue(disk.name))
 
     def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
         # A sender may offer each layer that a chain can have, and publish a point at each; no more.

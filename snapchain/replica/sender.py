@@ -84,6 +84,11 @@ class Sender:
         """On the wire."""
         return self._channel.bytes_written
 
+    @property
+    def confirmations(self) -> int:
+        """How often the other side has said that something is durable."""
+        return 0 if self._outbox is None else self._outbox.confirmations
+
     def open(self, asked: Open) -> Inventory:
         """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with."""
         assert self._answers is not None

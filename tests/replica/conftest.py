@@ -15,12 +15,16 @@ import pytest
 
 from snapchain.errors import SnapchainError
 from snapchain.host.remote_channel import Channel
-from snapchain.ops.send import SendReport, send_to_replica
-from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.ops.send import Request, SendReport, send_to_replica
+from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.receiver import receive
 from tests.ops.stacks import clean, same
 
 DISK = "web1/vda"
+
+
+def send(image: Path, endpoint: Endpoint, disk: str = DISK, **options: Any) -> SendReport:
+    return send_to_replica(Request(image=image, disk=disk, **options), endpoint)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Place:
     root: Path
 
     def send(self, image: Path, **options: Any) -> SendReport:
-        return send_to_replica(image, DirectoryEndpoint(self.root), options.pop("disk", DISK), **options)
+        return send(image, DirectoryEndpoint(self.root), **options)
 
     @property
     def directory(self) -> Path:

@@ -15,12 +15,12 @@ import pytest
 
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
 from snapchain.host.remote_channel import Channel
-from snapchain.ops.send import send_blindly, send_to_replica
+from snapchain.ops.send import Request, send_blindly
 from snapchain.replica import sender
 from snapchain.replica.receiver import Received, receive
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, write
-from tests.replica.conftest import DISK, BentEndpoint, Place
+from tests.replica.conftest import DISK, BentEndpoint, Place, send
 
 SIZE = 24 * MiB
 
@@ -50,7 +50,7 @@ def test_a_cut_line(place: Place, noisy: tuple[list[Path], list[Path]], cut_at: 
     paths, shown = noisy
     cut = BentEndpoint(place, there=lambda at, data: data if at < cut_at else None)
     with pytest.raises(Unavailable):
-        send_to_replica(paths[-1], cut, DISK)
+        send(paths[-1], cut, DISK)
     assert isinstance(cut.error, Unavailable)
     again = place.send(paths[-1])
     whole = 32 * MiB
@@ -66,7 +66,7 @@ def test_many_cuts_in_one_transfer(place: Place, noisy: tuple[list[Path], list[P
     for _ in range(40):
         cut = BentEndpoint(place, there=lambda at, data: data if at < 9 * MiB else None)
         try:
-            send_to_replica(paths[-1], cut, DISK)
+            send(paths[-1], cut, DISK)
         except Unavailable:
             continue
         break
@@ -89,7 +89,7 @@ def test_a_flipped_bit(place: Place, noisy: tuple[list[Path], list[Path]], at: i
 
     bent = BentEndpoint(place, **{direction: flip})
     try:
-        send_to_replica(paths[-1], bent, DISK)
+        send(paths[-1], bent, DISK)
     except SnapchainError as error:
         assert isinstance(error, Corrupt | Unavailable)  # noqa: PT017
     else:
@@ -134,7 +134,7 @@ def test_what_is_no_stream(tmp_path: Path, place: Place) -> None:
 
 def save(image: Path, saved: Path) -> None:
     target = os.open(saved, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    report = send_blindly(image, Channel(-1, target, peer="the file"), DISK)
+    report = send_blindly(Request(image=image, disk=DISK), Channel(-1, target, peer="the file"))
     assert report.point is None
 
 

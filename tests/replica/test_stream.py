@@ -22,7 +22,6 @@ from snapchain.errors import Corrupt, InvalidInput, SnapchainError, Unavailable,
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import content_id, leaf_hash, sum_of
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
-from snapchain.ops.send import send_to_replica
 from snapchain.replica.levels import Link
 from snapchain.replica.receiver import receive
 from snapchain.replica.stream.data import DataRuns, Part, decode_data, encode_data
@@ -31,7 +30,7 @@ from snapchain.replica.stream.maps import MapReader, map_frames, words_of
 from snapchain.replica.stream.messages import Hello, Inventory, LayerOffer, Open, PointOffer, Stored, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, write
-from tests.replica.conftest import DISK, Place
+from tests.replica.conftest import DISK, Place, send
 
 GRAIN = 65536
 SUM = bytes(2048)
@@ -115,7 +114,7 @@ def take(place: Place, raw: bytes, *, patience: float = 20.0) -> Any:
 
 
 def test_a_stream_made_by_hand(place: Place, tmp_path: Path) -> None:
-    point = (8, encode(PointOffer(time="2026-01-01T00:00:00Z", size=4 * GRAIN, content_id=end()[1].hex())))  # type: ignore[arg-type]
+    point = (8, encode(PointOffer(time="2026-01-01T00:00:00Z", size=4 * GRAIN, content_id=end()[1].hex())))
     packed = zstandard.ZstdCompressor().compress(BLOB[GRAIN:])
     small = data(GRAIN, 4 * GRAIN, packed, codec=1, parts=(2 * GRAIN * 4,))
     mark = (6, struct.pack("<Q", GRAIN) + SUM)
@@ -337,7 +336,7 @@ def test_a_hostile_receiver(tmp_path: Path, name: str) -> None:
             pass
 
     with puppet(answer) as endpoint, pytest.raises(SnapchainError) as caught:
-        send_to_replica(image, endpoint, DISK)
+        send(image, endpoint, DISK)
     assert str(caught.value).isprintable()
     assert not isinstance(caught.value, InvalidInput)
 
@@ -357,7 +356,7 @@ def test_a_receiver_that_reads_no_more(tmp_path: Path) -> None:
     begun = time.monotonic()
     with puppet(answer) as endpoint:
         with pytest.raises(Unavailable):
-            send_to_replica(image, endpoint, DISK)
+            send(image, endpoint, DISK)
         over.set()
     assert time.monotonic() - begun < 15
 
@@ -371,7 +370,7 @@ def test_a_receiver_that_goes_on_about_its_layers(tmp_path: Path) -> None:
             pass
 
     with puppet(answer) as endpoint, pytest.raises(Corrupt):
-        send_to_replica(image, endpoint, DISK)
+        send(image, endpoint, DISK)
 
 
 def test_kinds_go_one_way() -> None:

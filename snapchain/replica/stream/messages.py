@@ -42,10 +42,14 @@ class Hello(_Said):
 
 
 class Open(_Said):
-    """Which disk, in which replica; no replica where the receiver was told by its own user."""
+    """Which disk, in which replica; no replica where the receiver was told by its own user.
+
+    look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
+    """
 
     disk: str = Field(min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
+    look: bool = False
 
 
 class Source(_Said):
