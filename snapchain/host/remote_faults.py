@@ -135,7 +135,7 @@ def _last_words(stderr: str) -> str:
     if not told:
         return ""
     harmless = "".join(letter if letter.isprintable() else " " for letter in told[-1])
-    return f": {' '.join(harmless.split())[:_SAID_CAP]}"
+    return f": {' '.join(harmless.split())[:_SAID_CAP].rstrip('.')}"
 
 
 def _signal_name(number: int) -> str:

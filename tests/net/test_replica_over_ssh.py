@@ -75,13 +75,38 @@ def test_a_chain_arrives(there: SshHost, place: Place, noisy: tuple[list[Path], 
     assert first.destination == f"ssh://there{place.root}"
 
 
+def command(host: SshHost, image: Path, place: Place, *options: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "snapchain", "send", str(image), f"ssh://there{place.root}::{DISK}", *options]
+    environment = {**os.environ, "SNAPCHAIN_SSH": shlex.join(host.ssh), "SNAPCHAIN_REMOTE": remote()}
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_on_the_command_line(there: SshHost, place: Place, noisy: tuple[list[Path], list[Path]]) -> None:
-    target = f"ssh://there{place.root}::{DISK}"
-    argv = [sys.executable, "-m", "snapchain", "send", str(noisy[0][1]), target, "--json"]
-    environment = {**os.environ, "SNAPCHAIN_SSH": shlex.join(there.ssh), "SNAPCHAIN_REMOTE": remote()}
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=True, timeout=60)
-    assert json.loads(done.stdout)["point"] == 1
+    with command(there, noisy[0][1], place, "--json") as sender:
+        out, err = sender.communicate(timeout=60)
+    assert sender.returncode == 0, err
+    assert json.loads(out)["point"] == 1
     place.check(noisy[1][1])
+
+
+def test_after_a_lost_connection_it_goes_on_by_itself(
+    there: SshHost, place: Place, noisy: tuple[list[Path], list[Path]]
+) -> None:
+    known = set(there.sessions())
+    with command(there, noisy[0][1], place, "--limit-rate", "5M", "--json") as sender:
+        assert wait_until(lambda: arrived(place) > 8 * MiB, 30)
+        for session in set(there.sessions()) - known:
+            os.kill(session, signal.SIGKILL)
+        out, err = sender.communicate(timeout=60)
+    assert sender.returncode == 0, err
+    assert "the connection was lost: Connection to 127.0.0.1 closed by remote host; trying again in" in err
+    assert json.loads(out)["point"] == 1
+    place.check(noisy[1][1])
+
+
+def arrived(place: Place) -> int:
+    """Bytes that the files over there take up."""
+    return sum(file.stat().st_blocks * 512 for file in place.root.rglob("*") if file.is_file())
 
 
 def test_nothing_to_send(there: SshHost, place: Place, noisy: tuple[list[Path], list[Path]]) -> None:
