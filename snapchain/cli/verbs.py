@@ -2,7 +2,7 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, log, restore, merge, verify, gc, nightly, inspect, diff
+from snapchain.cli import init, snapshot, ship, send, receive, log, restore, merge, verify, gc, nightly, inspect, diff
 from snapchain.cli import serve_replica
 
 # isort: on
@@ -16,7 +16,9 @@ __all__ = [
     "log",
     "merge",
     "nightly",
+    "receive",
     "restore",
+    "send",
     "serve_replica",
     "ship",
     "snapshot",
