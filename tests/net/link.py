@@ -136,6 +136,7 @@ def main() -> None:
     one, its, other, others = said["ends"]
     a = device(f"{said['name']}a", one, its.split(","), said["mtu"])
     b = device(f"{said['name']}b", other, others.split(","), said["mtu"])
+    os.nice(-15)  # a cable does not get slower when the machine is busy
     chance = random.Random(said["seed"])
     carry([Direction(a, b, settings, chance), Direction(b, a, settings, chance)], settings)
 

@@ -56,12 +56,16 @@ def plain_rate(host: SshHost) -> float:
 @pytest.mark.root
 def test_80_ms_cost_less_than_a_tenth_at_100_mbit(far: tuple[SshHost, Cable]) -> None:
     host, cable = far
-    cable.set(rate=100e6 / 8)
-    near_by = plain_rate(host)
-    cable.set(delay=0.04)
-    far_off = plain_rate(host)
-    assert near_by > 0.8 * 12.5e6
-    assert far_off > 0.9 * near_by
+    tried = []
+    for _ in range(3):  # a machine that is busy with other things makes either slower
+        cable.set(rate=100e6 / 8, delay=0.0)
+        near_by = plain_rate(host)
+        cable.set(delay=0.04)
+        far_off = plain_rate(host)
+        if near_by > 0.8 * 12.5e6 and far_off > 0.9 * near_by:
+            return
+        tried.append((near_by, far_off))
+    raise AssertionError(f"bytes a second near by and far off: {tried}")
 
 
 @pytest.mark.root
