@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import fcntl
 import os
 import random
@@ -136,7 +137,8 @@ def main() -> None:
     one, its, other, others = said["ends"]
     a = device(f"{said['name']}a", one, its.split(","), said["mtu"])
     b = device(f"{said['name']}b", other, others.split(","), said["mtu"])
-    os.nice(-15)  # a cable does not get slower when the machine is busy
+    with contextlib.suppress(PermissionError):
+        os.nice(-15)  # a cable does not get slower when the machine is busy
     chance = random.Random(said["seed"])
     carry([Direction(a, b, settings, chance), Direction(b, a, settings, chance)], settings)
 
