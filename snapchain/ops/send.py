@@ -26,6 +26,7 @@ from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents, fold
 from snapchain.model.inventory import Collapse, Held, Send, UpToDate, Wanted, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.send_recognise import recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
@@ -171,9 +172,26 @@ class _Run:
                 lower_total = decode_sum(held.layers[lower - 1].content_sum) if lower else empty_sum()
                 return _Base(found.first, tip.id, tip.size, total, lower_total, same=not found.repeated)
             case model.Diverged():
+                known = None if found.is_ahead else self._recognised(found, held, count)
+                if known is not None:
+                    return _Base(known, tip.id, tip.size, total, total, same=True)
                 if self._request.divergence is Divergence.REFUSE:
                     raise self._diverged(found, held)
                 return self._after_cut(found, held, cut)
+
+    def _recognised(self, found: model.Diverged, held: Inventory, count: int) -> int | None:
+        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
+        self._on_event(
+            Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
+        )
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            self._on_event(Progress("recognise", done, max(done, whole)))
+
+        return recognised(self._chain, count, found, held, on_bytes=on_bytes)
 
     def _after_cut(self, found: model.Diverged, held: Inventory, cut: Callable[[str | None], None]) -> _Base:
         self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))

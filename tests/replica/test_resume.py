@@ -175,3 +175,31 @@ def test_killed_again_and_again(place: Place, noisy: tuple[list[Path], list[Path
     for leftover in place.directory.glob("..incoming.json.new-*"):
         leftover.unlink()
     place.check(shown[-1])
+
+
+@pytest.mark.timeout(300)
+def test_kill_nine_at_every_system_call(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "tests.replica.kill_nine", str(tmp_path)]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) >= 30
+
+
+@pytest.mark.root
+def test_a_full_disk_over_there(tmp_path: Path, noisy: tuple[list[Path], list[Path]], often: None) -> None:
+    paths, shown = noisy
+    share = tmp_path / "share"
+    share.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", share], check=True)
+    try:
+        place = Place(share / "replica")
+        with pytest.raises(Unavailable, match="no space left") as caught:
+            place.send(paths[-1])
+        assert "free some space" in str(caught.value.hint)
+        assert [file.name for file in place.files()] == ["0.qcow2"]
+        subprocess.run(["mount", "-o", "remount,size=64m", share], check=True)
+        report = place.send(paths[-1])
+        assert (report.layers_sent, report.resumed) == (1, True)
+        place.check(shown[-1])
+    finally:
+        subprocess.run(["umount", share], check=True)

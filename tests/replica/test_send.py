@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,22 @@ def test_the_replica_holds_a_part_of_what_was_merged(tmp_path: Path, place: Plac
     place.check(flat(paths[-1], tmp_path / "flat"))
 
 
+def test_files_with_new_identities_are_known_by_what_they_show(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, [f"write -P {n} {n * 64}k 128k"]) for n in range(1, 5)])
+    for path in paths[:3]:
+        place.send(path)
+    qemu_img("rebase", "-q", "-f", "qcow2", "-b", paths[0].name, "-F", "qcow2", paths[2])
+    qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", paths[2].name, "-F", "qcow2", paths[3])
+    paths[1].unlink()
+    report = place.send(paths[-1])
+    assert (report.layers_present, report.layers_sent) == (2, 1)
+    place.check(flat(paths[-1], tmp_path / "flat"))
+    copies = tmp_path / "copies"
+    shutil.copytree(tmp_path / "c", copies)
+    report = place.send(copies / paths[-1].name)
+    assert (report.layers_sent, report.data_bytes) == (0, 0)
+
+
 def test_two_ways_are_told_and_nothing_is_overwritten(tmp_path: Path, place: Place) -> None:
     base = [Layer(MiB, ["write -P 1 0 1M"]), Layer(MiB, ["write -P 2 0 64k"])]
     paths = build(tmp_path / "c", base, names=["base.qcow2", "left.qcow2"])
@@ -139,7 +156,7 @@ def test_the_replica_is_ahead(tmp_path: Path, place: Place) -> None:
 
 
 def test_what_is_in_use_is_not_cut_off(tmp_path: Path, place: Place) -> None:
-    one, other = (build(tmp_path / name, [Layer(MiB, ["write -P 1 0 1M"])])[0] for name in ("a", "b"))
+    one, other = (build(tmp_path / name, [Layer(MiB, [f"write -P {ord(name)} 0 1M"])])[0] for name in "ab")
     place.send(one)
     with ImageLock(place.files()[0], LockMode.READ), pytest.raises(Busy):
         place.send(other, divergence=Divergence.CUT_REPLICA)
