@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "image": FLOOR,
     "vm": FLOOR,
     "repository": FLOOR | {"objects"},
-    "replica": FLOOR | {"objects"},
+    # A replica is a chain of images: it writes them, and reads them back to prove them.
+    "replica": FLOOR | {"objects", "image"},
     # Opens what a URL names, so it is the one place above the kinds of destination and below the use cases.
     "destinations": FLOOR | {"objects", "repository", "replica"},
     "ops": FLOOR | {"objects", "image", "vm", "repository", "replica", "destinations"},

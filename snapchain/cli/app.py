@@ -47,9 +47,12 @@ def root(
 
 
 def verb(
-    *, examples: str, when_interrupted: str, name: str | None = None
+    *, examples: str, when_interrupted: str, name: str | None = None, hidden: bool = False
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Register a verb: its docstring is its help, `examples` ends it, `when_interrupted` is the hint after a Ctrl-C."""
+    """Register a verb: its docstring is its help, `examples` ends it, `when_interrupted` is the hint after a Ctrl-C.
+
+    hidden: not for people, and not in the list of --help
+    """
 
     def register(function: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(function)
@@ -63,7 +66,10 @@ def verb(
                 status = exits.tell(error, as_json=as_json, left_behind=when_interrupted)
                 raise typer.Exit(status) from error
 
-        app.command(name or function.__name__, help=_help(function), epilog=_example_lines(examples))(guarded)
+        joined = app.command(
+            name or function.__name__, help=_help(function), epilog=_example_lines(examples), hidden=hidden
+        )
+        joined(guarded)
         return guarded
 
     return register

@@ -2,12 +2,12 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, log, restore, merge, hold, release, verify, gc, nightly, inspect, diff
-from snapchain.cli import doctor
+from snapchain.cli import init, snapshot, ship, send, receive, log, restore, merge, hold, release, verify, gc, nightly
+from snapchain.cli import inspect, diff, doctor, serve_replica
 
 # isort: on
 
 __all__ = [
-    "app", "diff", "doctor", "gc", "hold", "init", "inspect", "log", "merge", "nightly", "release", "restore", "ship",
-    "snapshot", "verify",
+    "app", "diff", "doctor", "gc", "hold", "init", "inspect", "log", "merge", "nightly", "receive", "release",
+    "restore", "send", "serve_replica", "ship", "snapshot", "verify",
 ]  # fmt: skip

@@ -125,7 +125,7 @@ def run(
                 _ok_code=tuple(range(-128, 256)),
                 _timeout=timeout,
                 _new_session=True,  # a Ctrl-C at the terminal reaches us alone: we end the child in good order
-                _preexec_fn=_die_with_parent,
+                _preexec_fn=die_with_parent,
                 _bg=True,
                 _bg_exc=False,
                 _return_cmd=True,
@@ -193,9 +193,9 @@ def _commandline(argv: Sequence[str], limits: Limits | None) -> list[str]:
     for argument in argv:
         if "\0" in argument or _unencodable(argument):
             raise InvalidInput("a program cannot be given this name", subject=repr(argument))
-    program = _find(argv[0], argv)
+    program = find_program(argv[0], argv)
     bounds = (limits or Limits(open_files=None)).arguments()
-    return [_find("prlimit", argv), *bounds, "--", program, *argv[1:]]
+    return [find_program("prlimit", argv), *bounds, "--", program, *argv[1:]]
 
 
 def _unencodable(argument: str) -> bool:
@@ -206,7 +206,8 @@ def _unencodable(argument: str) -> bool:
     return False
 
 
-def _find(program: str, argv: Sequence[str]) -> str:
+def find_program(program: str, argv: Sequence[str]) -> str:
+    """The path of a program on PATH. Raises ToolFailed, which names its package."""
     found = shutil.which(program)
     if found is None:
         package = _PACKAGES.get(program)
@@ -220,7 +221,7 @@ def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
     return {**inherited, "LC_ALL": "C", **(extra or {})}
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child, before exec: a killed snapchain must not leave a writer behind that holds locks."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 

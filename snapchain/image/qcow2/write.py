@@ -67,6 +67,16 @@ class Qcow2Writer:
             os.ftruncate(self._fd, self.layout.file_bytes)
         self._state = _State.OPEN
 
+    def resume(self) -> None:
+        """Go on with a file that an earlier run began by the same layout and did not finish.
+
+        Raises InvalidInput for a file of another size, or one that has its header already.
+        """
+        with os_errors(self._subject):
+            if os.fstat(self._fd).st_size != self.layout.file_bytes or any(os.pread(self._fd, 4, 0)):
+                raise InvalidInput("this is no unfinished file of this layout", subject=self._subject)
+        self._state = _State.OPEN
+
     def write(self, offset: int, data: Buffer) -> None:
         """Store guest bytes, all of which must lie within one or more DATA runs that touch.
 

@@ -1,0 +1,63 @@
+"""`snapchain receive DIR`: take in a stream from stdin."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import size
+from snapchain.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.receive import ReceiveReport
+
+
+@verb(
+    examples="""
+    snapchain send web1.qcow2 --disk web1/vda | ssh kvm2 snapchain receive /srv/replica
+    snapchain receive /srv/replica < web1.stream
+    """,
+    when_interrupted="what is durable stays; receive the same stream again to go on from there",
+)
+def receive(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The replica; made where there is nothing yet.")],
+    *,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Take in a stream from stdin: as it comes out of `snapchain send`, or as it was saved then.
+
+    Every frame is checked as it comes, every layer is read back and proven before it becomes part of the chain. Layers
+    that are there already are passed over, so a stream may be received again.
+    """
+    from snapchain.host.remote_channel import Channel
+    from snapchain.ops.receive import receive_stream
+
+    with Output(as_json=json, progress=Mode.NONE, quiet=quiet) as out:
+        if sys.stdin.isatty():
+            raise InvalidInput("a stream does not come from a terminal", hint="pipe it, or redirect a saved one")
+        with Channel(os.dup(0), -1, peer="stdin") as channel:
+            report = receive_stream(channel, directory)
+        out.report(report, _draw_report)
+
+
+def _draw_report(console: Console, report: ReceiveReport) -> None:
+    render.headline(console, f"received {report.disk} into {render.place(report.destination)}")
+    render.facts(
+        console,
+        [
+            ("layers", f"{len(report.layers)} new, {report.layers_present} there already"),
+            ("points", ", ".join(map(str, report.points)) or "none new"),
+            ("read", size(report.bytes_received)),
+        ],
+    )

@@ -1,0 +1,153 @@
+"""`snapchain send IMAGE [DEST::DISK]`: bring what a replica lacks of an image, or write a stream to stdout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, quantities, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import size
+from snapchain.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.send import Request, SendPlan, SendReport
+
+
+@verb(
+    examples="""
+    snapchain send /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda
+    snapchain send web1.qcow2 dir:/mnt/share/replica::web1/vda --label before-upgrade
+    snapchain send web1.qcow2 ssh://kvm2/srv/replica::web1/vda --limit-rate 50M --dry-run
+    snapchain send web1.qcow2 --disk web1/vda | ssh kvm2 snapchain receive /srv/replica
+    """,
+    when_interrupted="what is durable at the replica stays; run it again to go on from there",
+)
+def send(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, or any single disk image.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="[DEST::DISK]", help="A replica; without it a stream goes to stdout.")
+    ] = None,
+    *,
+    disk: Annotated[str | None, typer.Option("--disk", help="The disk's name in a stream that goes to stdout.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")
+    ] = None,
+    each_layer: Annotated[
+        bool, typer.Option("--each-layer", help="Make every file of the chain a layer of its own, under its own name.")
+    ] = False,
+    sealed: Annotated[
+        bool, typer.Option("--sealed", help="Leave out the top, which a guest will go on writing to.")
+    ] = False,
+    cut_replica: Annotated[
+        bool,
+        typer.Option(
+            "--cut-replica", help="Where both sides have gone on: drop the replica's layers and points beyond the base."
+        ),
+    ] = False,
+    connections: Annotated[
+        int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
+    ] = 1,
+    image_format: options.Format = None,
+    image_dir: options.ImageDir = None,
+    limit_rate: options.LimitRate = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Bring what a replica lacks of an image, as qcow2 files that are ready to run, and publish a point of it.
+
+    DEST is ssh://[user@]host/path, where snapchain must be installed too, or dir:/path. A replica holds one chain a
+    disk: where it has layers that the image never had, nothing is sent, and the error says what each side has. Over
+    ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
+    """
+    from snapchain.host.remote_retry import Persistence
+    from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, replica_at, send_persistently
+
+    dest, name = _named(target, disk, dry_run=dry_run)
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        request = Request(
+            image=image,
+            disk=name,
+            labels=label or (),
+            files=Files.EACH if each_layer else Files.COMPOSED,
+            scope=Scope.SEALED if sealed else Scope.ALL,
+            divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+            format=options.format_of(image_format),
+            image_dirs=options.image_dirs(image_dir),
+            limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        )
+        if dest is None:
+            _to_stdout(request, out)
+            return
+        endpoint = replica_at(dest, connections=connections)
+        if dry_run:
+            out.plan(plan_send(request, endpoint, on_event=out.on_event), _draw_plan)
+        else:
+            report = send_persistently(request, endpoint, policy=Persistence(), on_event=out.on_event)
+            out.report(report, _draw_report)
+
+
+def _named(target: str | None, disk: str | None, *, dry_run: bool) -> tuple[str | None, str]:
+    """The replica, None for stdout, and the disk."""
+    from snapchain.ops.address import parse_disk_address
+
+    if target is not None:
+        if disk is not None:
+            raise InvalidInput("the disk is named twice", subject=target, hint="leave out --disk")
+        address = parse_disk_address(target)
+        return address.dest, address.disk
+    if disk is None:
+        raise InvalidInput("no disk is named", hint="name a replica, DEST::DISK, or say --disk for a stream to stdout")
+    if dry_run:
+        raise InvalidInput("--dry-run needs a replica to look at", hint="name it: DEST::DISK")
+    if sys.stdout.isatty():
+        raise InvalidInput("a stream does not go to a terminal", hint="pipe it, redirect it, or name a replica")
+    return None, disk
+
+
+def _to_stdout(request: Request, out: Output) -> None:
+    """The stream gets stdout for itself; what else is said there goes to stderr."""
+    from snapchain.host.remote_channel import Channel
+    from snapchain.ops.send import send_blindly
+
+    sys.stdout.flush()
+    writer = os.dup(1)
+    os.dup2(2, 1)
+    out.report(send_blindly(request, Channel(-1, writer, peer="stdout"), on_event=out.on_event), _draw_report)
+
+
+def _draw_plan(console: Console, plan: SendPlan) -> None:
+    render.headline(console, f"would send {render.place(plan.image)} to {render.place(plan.destination)}::{plan.disk}")
+    render.facts(console, [("layers there", str(plan.layers_present)), ("data", size(plan.data_bytes))])
+    render.table(
+        console,
+        ["new layer of", "data>", "virtual size>"],
+        [
+            (" + ".join(map(render.place, layer.files)), size(layer.data_bytes), size(layer.virtual_size))
+            for layer in plan.layers
+        ],
+    )
+
+
+def _draw_report(console: Console, report: SendReport) -> None:
+    point = "" if report.point is None else f" as point {report.point}"
+    render.headline(console, f"sent {report.disk} to {render.place(report.destination)}{point}")
+    render.facts(
+        console,
+        [
+            ("layers", f"{report.layers_sent} sent, {report.layers_present} there already"),
+            ("data", f"{size(report.data_bytes)}, {size(report.carried_bytes)} of it new to the replica"),
+            ("on the wire", size(report.bytes_sent)),
+            ("content", report.content_id),
+        ],
+    )

@@ -1,0 +1,375 @@
+"""send: bring what a replica lacks of an image, as qcow2 layers that are ready to run, and publish a point.
+
+    scan + lock -> the replica's inventory -> missing(have, want) -> groups of files, each one layer -> stream
+
+What to send is decided from both inventories; where the two sides have gone different ways nothing is sent at all.
+Pending overlays become one layer, so that redundant overwrites never cross the wire; the root stays a layer of its
+own, and so does the top.  With `Files.EACH` every file becomes a layer under its own name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from snapchain.errors import Diverged
+from snapchain.host.remote_channel import Channel
+from snapchain.host.remote_retry import Persistence, persist
+from snapchain.image import ImageChain, ImageFile
+from snapchain.image.fingerprint import Fingerprint
+from snapchain.image.qcow2.aligned import aligned
+from snapchain.image.qcow2.format import MIN_EXTENDED_L2_CLUSTER_BITS, SUBCLUSTERS
+from snapchain.model import inventory as model
+from snapchain.model.content import Sum, content_id, empty_sum
+from snapchain.model.extents import Extents, fold
+from snapchain.model.inventory import Collapse, Held, Send, UpToDate, Wanted, missing
+from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.send_recognise import recognised
+from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
+from snapchain.ops.source import check_unchanged
+from snapchain.replica.catalogue import decode_sum
+from snapchain.replica.endpoint import Endpoint, open_endpoint
+from snapchain.replica.levels import Link
+from snapchain.replica.names import offered_name
+from snapchain.replica.outgoing import OutgoingLayer
+from snapchain.replica.sender import Sender
+from snapchain.replica.stream.messages import Inventory, Open, Source
+
+_RAW_CLUSTER = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What new layers lie on. files: how many of the source's it stands for; total: its content sum."""
+
+    files: int
+    parent: str | None
+    size: int
+    total: Sum
+    lower_total: Sum
+    same: bool
+
+
+def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
+    """The replica that an address names. connections: of ssh. Touches nothing. Raises InvalidInput."""
+    return open_endpoint(dest, connections=connections)
+
+
+def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendPlan:
+    """What `send_to_replica` would do; changes nothing on either side. Raises as that does."""
+    request.check()
+    with (
+        request.chain(on_event) as chain,
+        endpoint.connect() as channel,
+        Sender(channel, link=endpoint.link) as sender,
+    ):
+        held = sender.open(Open(disk=request.disk, replica=endpoint.replica, look=True))
+        run = _Run(chain, sender, request, endpoint.url, on_event)
+        base = run.base(held, cut=lambda _keep: None)
+        layers = tuple(run.planned(base, request.count(chain)))
+        sender.finish()
+    return SendPlan(
+        image=str(request.image),
+        destination=endpoint.url,
+        disk=request.disk,
+        layers_present=base.files,
+        layers=layers,
+        data_bytes=sum(layer.data_bytes for layer in layers),
+        labels=tuple(request.labels),
+    )
+
+
+def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
+    """Send what the replica lacks of an image, and publish a point.
+
+    Raises Diverged when the replica holds what the image never was, Busy when somebody writes to the image or the
+    replica's disk, Unavailable when the link breaks: then the next run goes on at what is durable.
+    """
+    return _attempt(request, endpoint, on_event, lambda _count: None)
+
+
+def send_persistently(
+    request: Request, endpoint: Endpoint, *, policy: Persistence, on_event: OnEvent = ignore
+) -> SendReport:
+    """As `send_to_replica`, again and again while the link breaks and something still becomes durable over there."""
+    durable = 0
+
+    def moved(count: int) -> None:
+        nonlocal durable
+        durable += count
+
+    return persist(
+        lambda: _attempt(request, endpoint, on_event, moved),
+        policy=policy,
+        moved=lambda: durable,
+        told=lambda retry: on_event(Notice(str(retry))),
+    )
+
+
+def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Callable[[int], None]) -> SendReport:
+    request.check()
+    with (
+        request.chain(on_event) as chain,
+        endpoint.connect() as channel,
+        Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
+    ):
+        try:
+            held = sender.open(Open(disk=request.disk, replica=endpoint.replica))
+            run = _Run(chain, sender, request, endpoint.url, on_event)
+            return run.send(run.base(held, cut=sender.cut), request.count(chain))
+        finally:
+            moved(sender.confirmations)
+
+
+def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = ignore) -> SendReport:
+    """Write a whole image as a stream that nobody answers: to be saved, or piped to `snapchain receive`.
+
+    The channel is closed at the end. Raises as `send_to_replica`.
+    """
+    request.check()
+    with (
+        channel,
+        request.chain(on_event) as chain,
+        Sender(channel, link=Link.NETWORK, answers=False, limit_rate=request.limit_rate) as sender,
+    ):
+        sender.open_blindly(Open(disk=request.disk))
+        run = _Run(chain, sender, request, channel.peer, on_event)
+        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), request.count(chain))
+
+
+class _Run:
+    def __init__(
+        self, chain: ImageChain, sender: Sender, request: Request, destination: str, on_event: OnEvent
+    ) -> None:
+        self._chain, self._sender, self._destination = chain, sender, destination
+        self._request, self._on_event = request, on_event
+
+    def base(self, held: Inventory, *, cut: Callable[[str | None], None]) -> _Base:
+        """Where the new layers begin. cut: drops the replica's layers above the one named. Raises Diverged."""
+        count = self._request.count(self._chain)
+        if not held.layers:
+            return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
+        found = missing(
+            [Held(layer.id, layer.sources) for layer in held.layers],
+            [_wanted(file, self._request.lineage) for file in self._chain.files[:count]],
+            same=_same,
+        )
+        tip = held.layers[-1]
+        total = decode_sum(tip.content_sum)
+        match found:
+            case UpToDate():
+                return _Base(count, tip.id, tip.size, total, total, same=True)
+            case Send() | Collapse():
+                if isinstance(found, Collapse):
+                    self._on_event(
+                        Notice(f"the replica holds {len(found.merges)} merged layers apart still; it reads the same")
+                    )
+                # Where the tip is a part of what was merged into the next layer, that layer still counts from the
+                # layers which lie wholly below it; what the tip shows no file here knows any more.
+                lower = found.base_count - found.repeated
+                lower_total = decode_sum(held.layers[lower - 1].content_sum) if lower else empty_sum()
+                return _Base(found.first, tip.id, tip.size, total, lower_total, same=not found.repeated)
+            case model.Diverged():
+                known = None if found.is_ahead else self._recognised(found, held, count)
+                if known is not None:
+                    return _Base(known, tip.id, tip.size, total, total, same=True)
+                if self._request.divergence is Divergence.REFUSE:
+                    raise self._diverged(found, held)
+                return self._after_cut(found, held, cut)
+
+    def _recognised(self, found: model.Diverged, held: Inventory, count: int) -> int | None:
+        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
+        self._on_event(
+            Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
+        )
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            self._on_event(Progress("recognise", done, max(done, whole)))
+
+        return recognised(self._chain, count, found, held, on_bytes=on_bytes)
+
+    def _after_cut(self, found: model.Diverged, held: Inventory, cut: Callable[[str | None], None]) -> _Base:
+        self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))
+        if not found.base_count:
+            cut(None)
+            return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
+        keep = held.layers[found.base_count - 1]
+        cut(keep.id)
+        total = decode_sum(keep.content_sum)
+        return _Base(found.first, keep.id, keep.size, total, total, same=True)
+
+    def _diverged(self, found: model.Diverged, held: Inventory) -> Diverged:
+        files = {layer.id: layer.file for layer in held.layers}
+        theirs = _listed([files[layer] for layer in found.theirs])
+        ours = _listed([file.path.name for file in self._chain.files[found.first :]])
+        if found.is_ahead:
+            what = f"the replica is ahead: it holds {theirs} on top of all that the image has"
+        elif found.is_related:
+            common = held.layers[found.base_count - 1].file
+            what = f"both sides have gone on from {common}: here {ours}, at the replica {theirs}"
+        else:
+            what = f"the replica holds another disk under this name: {theirs}; nothing of {ours} is known there"
+        return Diverged(
+            what,
+            subject=f"{self._destination}::{self._request.disk}",
+            hint="send under another disk name; or, if what the replica has beyond may go, cut it off there "
+            "(--cut-replica)",
+        )
+
+    def planned(self, base: _Base, count: int) -> Iterator[LayerPlan]:
+        """The layers that `send` would make."""
+        for at, group in enumerate(self._groups(base, count)):
+            layer = self._outgoing(group, base if at == 0 else None)
+            files = tuple(str(self._chain.files[at].path) for at in group)
+            yield LayerPlan(files=files, virtual_size=layer.extents.size, data_bytes=layer.extents.data_bytes)
+
+    def send(self, base: _Base, count: int) -> SendReport:
+        """Send the files [base.files, count), publish, and wait until all is durable."""
+        begun = time.monotonic()
+        groups = self._groups(base, count)
+        layers = [self._outgoing(group, base if at == 0 else None) for at, group in enumerate(groups)]
+        whole = sum(layer.extents.data_bytes for layer in layers)
+        done = 0
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            self._on_event(Progress("send", done, whole))
+
+        on_bytes(0)
+        parent, size, total, resumed = base.parent, base.size, base.total, False
+        for at, layer in enumerate(layers):
+            sent = self._sender.send_layer(
+                layer if at == 0 else _on(layer, total),
+                parent,
+                confirm=lambda: check_unchanged(self._chain),
+                on_bytes=on_bytes,
+            )
+            parent, size, total, resumed = sent.layer, sent.size, sent.total, resumed or sent.resumed_at > 0
+        shown = content_id(size, total)
+        self._sender.send_point(time=datetime.now(UTC), labels=self._request.labels, size=size, shown=shown)
+        finished = self._sender.finish()
+        return SendReport(
+            disk=self._request.disk,
+            destination=self._destination,
+            point=finished.points[-1] if finished is not None and finished.points else None,
+            layers_sent=len(layers),
+            layers_present=base.files,
+            bytes_sent=self._sender.bytes_sent,
+            data_bytes=self._sender.traffic.data,
+            carried_bytes=self._sender.traffic.carried,
+            resumed=resumed,
+            virtual_size=size,
+            content_id=shown,
+            seconds=time.monotonic() - begun,
+        )
+
+    def _grouped(self, first: int, count: int) -> Iterator[range]:
+        if self._request.files is Files.EACH:
+            yield from (range(at, at + 1) for at in range(first, count))
+            return
+        if first == 0 and count > 1:
+            yield range(1)
+            first = 1
+        if first < count - 1:
+            yield range(first, count - 1)
+            first = count - 1
+        if first < count:
+            yield range(first, count)
+
+    def _groups(self, base: _Base, count: int) -> list[range]:
+        """Those that say something. A fresh overlay goes with the layer above it, so that it is known there too."""
+        groups: list[range] = []
+        silent: int | None = None
+        for group in self._grouped(base.files, count):
+            if not self._adds(group, base):
+                silent = group.start if silent is None else silent
+                continue
+            groups.append(range(group.start if silent is None else silent, group.stop))
+            silent = None
+        return groups
+
+    def _adds(self, group: range, base: _Base) -> bool:
+        """False for fresh overlays, which say nothing."""
+        if group.start == 0 or self._request.files is Files.EACH:
+            return True
+        below = base.size if group.start == base.files else self._chain.files[group.start - 1].size
+        return self._extents(group) != Extents.absent(below)
+
+    def _extents(self, group: range) -> Extents:
+        return fold(self._chain.files[at].extents for at in group)
+
+    def _outgoing(self, group: range, base: _Base | None) -> OutgoingLayer:
+        files = [self._chain.files[at] for at in group]
+        view = self._chain.at(group.stop - 1)
+        below = self._chain.at(group.start - 1) if group.start else None
+        cluster_size, grain = _geometry(files)
+        shown = view.resolve().owned_by(0)
+        return OutgoingLayer(
+            name=offered_name(files[-1].path.name),
+            cluster_size=cluster_size,
+            extended_l2=grain < cluster_size,
+            sources=tuple(source_of(file) for file in files),
+            extents=aligned(self._extents(group), shown, cluster_size=grain),
+            view=view,
+            below=below,
+            below_sum=base.lower_total if base else empty_sum(),
+            same_below=base.same if base else True,
+        )
+
+
+def _on(layer: OutgoingLayer, total: Sum) -> OutgoingLayer:
+    return replace(layer, below_sum=total)
+
+
+def _geometry(files: Sequence[ImageFile]) -> tuple[int, int]:
+    """(cluster size, grain) of the file that will hold these: as fine as the finest of them, and no finer."""
+    grain = min(file.grain if file.header else _RAW_CLUSTER for file in files)
+    cluster = min(file.cluster_size or _RAW_CLUSTER for file in files)
+    if grain < cluster and grain * SUBCLUSTERS >= 1 << MIN_EXTENDED_L2_CLUSTER_BITS:
+        return grain * SUBCLUSTERS, grain
+    return grain, grain
+
+
+def source_of(file: ImageFile) -> Source:
+    """The key by which a replica knows a file again."""
+    mark = file.fingerprint
+    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
+
+
+def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
+    source = source_of(file)
+    return next((known for known in lineage if _same(source, known.source)), Wanted(source))
+
+
+def _same(mine: object, theirs: object) -> bool:
+    if not isinstance(mine, Source) or not isinstance(theirs, Source) or not mine.size:
+        return False
+    return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(ascii(name)[1:-1] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+__all__ = [
+    "Divergence",
+    "Files",
+    "LayerPlan",
+    "Request",
+    "Scope",
+    "SendPlan",
+    "SendReport",
+    "plan_send",
+    "replica_at",
+    "send_blindly",
+    "send_persistently",
+    "send_to_replica",
+    "source_of",
+]

@@ -1,0 +1,35 @@
+"""Whether files that a replica does not know show what it holds: told by reading them, and nothing crosses the wire.
+
+A local merge, a copy or a restore gives files new identities; the content id of a view stays.  So where the inventories
+say that the ways part, the views of the unknown files are counted from the common base up, and one that shows what the
+replica's newest layer shows is where the rest goes on: the replica is behind by a merge, or not behind at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from snapchain.image import ImageChain
+from snapchain.model.content import content_id, empty_sum
+from snapchain.model.inventory import Diverged
+from snapchain.replica.catalogue import decode_sum
+from snapchain.replica.leaves import counted
+from snapchain.replica.stream.messages import Inventory
+
+
+def recognised(
+    chain: ImageChain, count: int, found: Diverged, held: Inventory, *, on_bytes: Callable[[int], None]
+) -> int | None:
+    """How many of the lowest files together show what the replica's newest layer shows; None when no number does.
+
+    count: files that are to be sent; found: what the inventories say; on_bytes: told what is read
+    Reads what the files above the common base hold, and what it hides. Errors as ImageChain.read_into.
+    """
+    tip = held.layers[-1]
+    total = decode_sum(held.layers[found.base_count - 1].content_sum) if found.base_count else empty_sum()
+    for number in range(found.first, count):
+        view, below = chain.at(number), chain.at(number - 1) if number else None
+        total = counted(view.top.extents, view, below, total, on_bytes=on_bytes)
+        if view.size == tip.size and content_id(view.size, total) == tip.content_id:
+            return number + 1
+    return None

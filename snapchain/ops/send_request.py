@@ -1,0 +1,125 @@
+"""What may be asked of `send`, and what it says: values only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.image import ImageChain
+from snapchain.model.inventory import Wanted
+from snapchain.ops.events import OnEvent
+from snapchain.ops.ship import check_label
+from snapchain.ops.source import locked_chain
+from snapchain.replica.names import check_disk_name
+
+
+class Files(Enum):
+    """How the files of a chain become layers."""
+
+    COMPOSED = "composed"
+    """Pending overlays as one."""
+    EACH = "each"
+    """Every file under its own name."""
+
+
+class Divergence(Enum):
+    """What to do when the replica holds layers that the image never had."""
+
+    REFUSE = "refuse"
+    CUT_REPLICA = "cut-replica"
+    """Drop them there, and the points that they give."""
+
+
+class Scope(Enum):
+    """How much of a chain is sent."""
+
+    ALL = "all"
+    SEALED = "sealed"
+    """All but the top, which a guest will go on writing to."""
+
+
+class LayerPlan(BaseModel):
+    """A layer that would be sent. files: that make it, lower first; data_bytes: of its map."""
+
+    model_config = ConfigDict(frozen=True)
+
+    files: tuple[str, ...]
+    virtual_size: int
+    data_bytes: int
+
+
+class SendPlan(BaseModel):
+    """What `send` would do. layers_present: of the image's files, known by the replica."""
+
+    model_config = ConfigDict(frozen=True)
+
+    image: str
+    destination: str
+    disk: str
+    layers_present: int
+    layers: tuple[LayerPlan, ...]
+    data_bytes: int
+    labels: tuple[str, ...]
+
+
+class SendReport(BaseModel):
+    """What `send` did.
+
+    point: its number, None where a stream was saved and nobody has given one; layers_present: known by the replica
+    bytes_sent: on the wire; data_bytes: of the layers' maps; carried_bytes: those of them that travelled, before
+    compression: the rest was zero, or at the replica already
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    disk: str
+    destination: str
+    point: int | None
+    layers_sent: int
+    layers_present: int
+    bytes_sent: int
+    data_bytes: int
+    carried_bytes: int
+    resumed: bool
+    virtual_size: int
+    content_id: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be sent where.
+
+    labels: for the point; lineage: files that local merges have made, each with what it replaces
+    limit_rate: bytes a second on the wire; format, image_dirs: as `scan` takes them
+    """
+
+    image: Path
+    disk: str
+    labels: Sequence[str] = ()
+    files: Files = Files.COMPOSED
+    scope: Scope = Scope.ALL
+    divergence: Divergence = Divergence.REFUSE
+    lineage: Sequence[Wanted] = ()
+    format: str | None = None
+    image_dirs: Sequence[Path] = ()
+    limit_rate: int | None = None
+
+    def check(self) -> None:
+        """Raises InvalidInput for labels and names that cannot be."""
+        for label in self.labels:
+            check_label(label)
+        check_disk_name(self.disk)
+
+    def chain(self, on_event: OnEvent) -> AbstractContextManager[ImageChain]:
+        """The image, locked."""
+        return locked_chain(self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event)
+
+    def count(self, chain: ImageChain) -> int:
+        """How many of the files are meant."""
+        return len(chain.files) - (self.scope is Scope.SEALED)

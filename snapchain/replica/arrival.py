@@ -1,0 +1,240 @@
+"""One layer arriving at a replica: data into a file that has no header yet, then the proof, then its name.
+
+begin     place every cluster by the map alone, so that a second run finds the same places
+take      write what a judged frame brings; zeroes are holes, the rest may come from the layers below
+mark      what was written so far becomes durable, on another thread
+finish    tables and header, then read the file back: its chain must show the content id that was announced
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from snapchain.errors import Conflict, Corrupt, Diverged, SnapchainError, Unavailable, Unsupported
+from snapchain.host.files import free_bytes, fsync_file
+from snapchain.host.os_errors import os_errors
+from snapchain.image import Backing, ImageChain, scan
+from snapchain.image.positioned import write_all
+from snapchain.image.qcow2.layout import plan as lay_out
+from snapchain.image.qcow2.write import Qcow2Writer
+from snapchain.model.content import Sum, content_id, empty_sum
+from snapchain.model.extents import Extents
+from snapchain.replica import names
+from snapchain.replica.catalogue import Catalogue, Layer, encode_sum
+from snapchain.replica.leaves import counted
+from snapchain.replica.progress import Durability, Progress, forget, publish, read_progress, write_progress
+from snapchain.replica.store import ReplicaDisk
+from snapchain.replica.stream.data import Arrived, DataRuns, Part
+from snapchain.replica.stream.messages import MAX_LAYERS, LayerOffer, Partial
+
+_READ_ONLY = 0o444
+
+
+class Arrival:
+    """A layer that comes on top of `catalogue`'s chain. The disk is locked for its lifetime.
+
+    on_durable: told how many marks are durable, from another thread
+    """
+
+    def __init__(
+        self,
+        disk: ReplicaDisk,
+        catalogue: Catalogue,
+        offer: LayerOffer,
+        extents: Extents,
+        *,
+        layer: str,
+        subject: str,
+        on_durable: Callable[[int], None],
+    ) -> None:
+        """Raises Conflict when it does not belong on this chain, Unavailable when there is no room for it."""
+        self.layer = layer
+        self.runs = DataRuns(extents)
+        self._disk, self._catalogue, self._offer, self._extents = disk, catalogue, offer, extents
+        self._subject, self._on_durable = subject, on_durable
+        names.check_offered(offer.name, subject=subject)
+        tip = catalogue.tip
+        if (tip.id if tip else None) != offer.parent:
+            raise Diverged(
+                "the layer that is offered does not lie on the newest one here",
+                subject=disk.directory,
+                hint="another transfer was faster, or the two sides went their own ways: look again",
+            )
+        if len(catalogue.layers) == MAX_LAYERS:
+            raise Unsupported(f"the chain has {MAX_LAYERS} layers, and QEMU opens no more", subject=disk.directory)
+        self._below = None if tip is None else _opened_tip(disk, catalogue, tip)
+        self._fd = -1
+        self._durability: Durability | None = None
+        try:
+            backing = Backing(tip.file, "qcow2") if tip else None
+            try:
+                layout = lay_out(
+                    extents, cluster_size=offer.cluster_size, backing=backing, extended_l2=offer.extended_l2
+                )
+            except SnapchainError as error:
+                raise Corrupt(f"a layer is offered that cannot be: {error.message}", subject=subject) from error
+            _check_room(disk, layout.metadata_bytes)
+            self.resumes_at = self._open_file(layout.file_bytes)
+            self._writer = Qcow2Writer(self._fd, layout, subject=disk.path(names.INCOMING))
+            if self.resumes_at:
+                self._writer.resume()
+            else:
+                self._writer.begin()
+            self._durability = Durability(disk, layer, on_durable)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def on_base(self) -> bool:
+        """Whether data may come from layers below."""
+        return self._below is not None
+
+    def _open_file(self, file_bytes: int) -> int:
+        """Where the data go on: what an earlier run made durable of this very layer, else 0 in an empty file."""
+        offer, path = self._offer, self._disk.path(names.INCOMING)
+        progress = read_progress(self._disk)
+        known = progress is not None and progress.partial.layer == self.layer
+        durable = progress.partial.durable if known and progress is not None else 0
+        if offer.resume_at > durable:
+            raise Conflict(
+                f"the data go on at guest byte {offer.resume_at}, but only {durable} are here",
+                subject=self._subject,
+                hint="run it again",
+            )
+        if not durable:
+            forget(self._disk)
+        with os_errors(path):
+            if durable:
+                # A run that was killed in its last steps has made it read-only, and begun its header.
+                path.chmod(0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            if durable and os.fstat(self._fd).st_size != file_bytes:
+                raise Corrupt("the file of the layer that is arriving was changed", subject=path, hint="remove it")
+            if durable:
+                write_all(self._fd, bytes(4), 0)
+        return durable
+
+    def take(self, frame: Arrived) -> None:
+        """Write what a frame brings. Raises Unavailable when the disk fails or is full."""
+        if frame.stop <= self.resumes_at:
+            return
+        pieces = self.runs.pieces(frame.start, frame.stop)
+        if len(frame.parts) == 1 and frame.parts[0][1] is Part.CARRIED:
+            self._writer.write_pieces([(p.offset, frame.carried[p.at : p.at + p.length]) for p in pieces])
+            return
+        writes: list[tuple[int, memoryview]] = []
+        carried = at = piece = 0
+        for length, kind in frame.parts:
+            stop = at + length
+            while at < stop:
+                found = pieces[piece]
+                count = min(stop, found.at + found.length) - at
+                offset = found.offset + at - found.at
+                if kind is Part.CARRIED:
+                    writes.append((offset, frame.carried[carried : carried + count]))
+                    carried += count
+                elif kind is Part.BELOW:
+                    writes.append((offset, self._from_below(offset, count)))
+                at += count
+                piece += at == found.at + found.length
+        self._writer.write_pieces(writes)
+
+    def _from_below(self, offset: int, count: int) -> memoryview:
+        buffer = memoryview(bytearray(count))
+        assert self._below is not None
+        inside = max(0, min(offset + count, self._below.size) - offset)
+        if inside:
+            self._below.read_into(offset, buffer[:inside])
+        return buffer
+
+    def mark(self, offset: int, total: Sum, count: int) -> None:
+        """The sender's mark number `count`: it had counted `total` when all data below `offset` were sent."""
+        if offset <= self.resumes_at:
+            self._on_durable(count)
+        else:
+            assert self._durability is not None
+            self._durability.mark(offset, total, count)
+
+    def finish(self, announced: str) -> Catalogue:
+        """Prove the layer, and make it part of the chain; the catalogue with it.
+
+        Raises Corrupt when the chain does not show the announced content id; then nothing is left of the layer.
+        """
+        assert self._durability is not None
+        self._durability.close()
+        path = self._disk.path(names.INCOMING)
+        self._writer.finish()
+        with os_errors(path):
+            os.fchmod(self._fd, _READ_ONLY)
+        fsync_file(path)
+        total = self._proven(announced)
+        offer = self._offer
+        taken = {entry.name for entry in self._disk.directory.iterdir()}
+        layer = Layer(
+            id=self.layer,
+            file=names.free_name(offer.name, self.layer, taken),
+            size=offer.size,
+            content_id=announced,
+            content_sum=encode_sum(total),
+            sources=offer.sources,
+            time=datetime.now(UTC),
+            cluster_size=offer.cluster_size,
+            data_bytes=self._extents.data_bytes,
+        )
+        partial = Partial(layer=self.layer, durable=offer.size, content_sum=layer.content_sum)
+        write_progress(self._disk, Progress(partial=partial, finished=layer))
+        return publish(self._disk, self._catalogue, layer)
+
+    def _proven(self, announced: str) -> Sum:
+        tip = self._catalogue.tip
+        below_sum = tip.sum() if tip else empty_sum()
+        with scan(self._disk.path(names.INCOMING), format="qcow2") as view:
+            total = counted(view.top.extents, view, self._below, below_sum, on_bytes=_unheard)
+            shown = content_id(view.size, total)
+        if shown != announced:
+            forget(self._disk)
+            raise Corrupt(
+                f"what arrived shows the content {shown}, announced was {announced}; it was thrown away",
+                subject=self._subject,
+                hint="run it again; if it persists, verify the source and the layers that are here",
+            )
+        return total
+
+    def close(self) -> None:
+        """Give up what is open. What is durable stays, for the next run."""
+        if self._durability is not None:
+            self._durability.stop()
+        if self._below is not None:
+            self._below.close()
+            self._below = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _check_room(disk: ReplicaDisk, table_bytes: int) -> None:
+    """Data may turn out to be zeroes, which need no room; tables are written in full."""
+    if table_bytes > free_bytes(disk.directory):
+        raise Unavailable(f"the layer needs {table_bytes} bytes for its tables alone", subject=disk.directory)
+
+
+def _opened_tip(disk: ReplicaDisk, catalogue: Catalogue, tip: Layer) -> ImageChain:
+    """The chain that is here. Raises Corrupt when it is not what the catalogue says."""
+    chain = scan(disk.path(tip.file), format="qcow2")
+    found = [(file.path.name, file.size, file.format) for file in chain.files]
+    wanted = [(layer.file, layer.size, "qcow2") for layer in catalogue.layers]
+    if found == wanted and all(file.path.parent == chain.top.path.parent for file in chain.files):
+        return chain
+    chain.close()
+    raise Corrupt(
+        "the files of this disk are not the chain that its catalogue names",
+        subject=disk.directory,
+        hint="somebody has rebased, resized or replaced them",
+    )
+
+
+def _unheard(count: int) -> None:
+    """Nobody listens to the progress of a proof."""

@@ -1,0 +1,154 @@
+"""The catalogue of a disk at a replica: its chain, its points, and who may write it; one small JSON file.
+
+Each change is the next generation, put in the place of the one before by a rename: a reader, or a crash, sees one or
+the other.  Files that it does not name are not part of the disk.
+"""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar
+
+import numpy as np
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from snapchain.errors import Corrupt, InvalidInput, NotFound
+from snapchain.host.files import read_small, write_atomically
+from snapchain.model.content import SUM_BYTES, Sum, content_id
+from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, Source, SumText
+
+LARGEST_FILE = 16 << 20
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Layer(HeldLayer):
+    """A layer in place. time: when it came; cluster_size: of its file, bytes; data_bytes: DATA of its map."""
+
+    time: AwareDatetime
+    cluster_size: int
+    data_bytes: int
+
+    def sum(self) -> Sum:
+        """uint16[1024]: of the chain up to here."""
+        return decode_sum(self.content_sum)
+
+
+class Point(BaseModel):
+    """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    point: int = Field(ge=1)
+    time: AwareDatetime
+    labels: tuple[Label, ...] = ()
+    layer: LayerId
+    size: int = Field(ge=0)
+    content_id: Digest
+
+
+class Catalogue(BaseModel):
+    """One generation.
+
+    layers: root first, each lying on the one before; epoch: who may write the disk, grows at each failover
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    disk: Annotated[str, StringConstraints(min_length=1, max_length=250)]
+    generation: int = Field(ge=1)
+    time: AwareDatetime
+    epoch: int = Field(ge=1)
+    next_point: int = Field(ge=1)
+    layers: tuple[Layer, ...] = Field(default=(), max_length=MAX_LAYERS)
+    points: tuple[Point, ...] = ()
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        numbers = [*(point.point for point in self.points), self.next_point]
+        if any(upper <= lower for lower, upper in pairwise(numbers)):
+            raise ValueError("its points do not ascend")
+        known = {layer.id: layer for layer in self.layers}
+        if len(known) < len(self.layers) or len({layer.file for layer in self.layers}) < len(self.layers):
+            raise ValueError("two of its layers have one name")
+        for point in self.points:
+            layer = known.get(point.layer)
+            if layer is None or (layer.size, layer.content_id) != (point.size, point.content_id):
+                raise ValueError(f"its point {point.point} is not what its layer shows")
+        for layer in self.layers:
+            if content_id(layer.size, layer.sum()) != layer.content_id:
+                raise ValueError(f"layer {layer.file} contradicts itself")
+        return self
+
+    @property
+    def tip(self) -> Layer | None:
+        """The uppermost layer."""
+        return self.layers[-1] if self.layers else None
+
+    @property
+    def latest(self) -> Point | None:
+        """The newest point."""
+        return self.points[-1] if self.points else None
+
+    def after(self, **change: object) -> Catalogue:
+        """The next generation, with some fields changed."""
+        fields: dict[str, object] = dict(self)
+        fields.update(change)
+        fields.update(generation=self.generation + 1, time=datetime.now(UTC))
+        return Catalogue.model_validate(fields)
+
+
+def empty_catalogue(disk: str) -> Catalogue:
+    """Of a disk that has nothing yet."""
+    return Catalogue(disk=disk, generation=1, time=datetime.now(UTC), epoch=1, next_point=1)
+
+
+def encode_sum(total: Sum) -> str:
+    """The base64 form of a content sum."""
+    return base64.b64encode(total.astype("<u2").tobytes()).decode()
+
+
+def decode_sum(text: str) -> Sum:
+    """uint16[1024]. `text` has the form of SumText."""
+    raw = base64.b64decode(text)
+    if len(raw) != SUM_BYTES:
+        raise ValueError("not a content sum")
+    return np.frombuffer(raw, "<u2").astype(np.uint16)
+
+
+def read_record(shape: type[M], path: Path) -> M | None:
+    """A small JSON file of snapchain's own; None when it is not there. Raises Corrupt."""
+    try:
+        text = read_small(path, cap=LARGEST_FILE)
+    except NotFound:
+        return None
+    except InvalidInput as error:
+        raise Corrupt(error.message, subject=path) from error
+    try:
+        return shape.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise Corrupt(f"it is unsound: {first['loc']}: {first['msg']}", subject=path) from error
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Replace such a file, durably."""
+    write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n", mode=0o644)
+
+
+__all__ = [
+    "Catalogue",
+    "Layer",
+    "Point",
+    "Source",
+    "SumText",
+    "decode_sum",
+    "empty_catalogue",
+    "encode_sum",
+    "read_record",
+    "write_record",
+]

@@ -1,0 +1,107 @@
+"""What a layer changes of a chain's content sum, counted from the bytes of both sides of the change.
+
+Sender and receiver count it alike, each from its own files; that the results agree is the proof of a transfer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from snapchain.image import ImageChain
+from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Sum, empty_sum, leaf_hash, sum_of
+from snapchain.model.extents import Extents
+from snapchain.replica.windows import Window, hidden_leaves, hot_leaves, windows
+
+Words = npt.NDArray[np.uint64]
+WORKERS = max(2, min(4, os.cpu_count() or 1))
+_UNDER_WAY = 4
+
+
+def read_window(chain: ImageChain | None, window: Window) -> memoryview:
+    """The window's bytes as a chain shows them, its last leaf filled up with zeroes; zeroes beyond the chain's end."""
+    whole = -(-window.length // LEAF_BYTES) * LEAF_BYTES
+    buffer = memoryview(bytearray(whole))
+    if chain is None:
+        return buffer
+    at = 0
+    for start, stop in window.ranges:
+        inside = max(0, min(stop, chain.size) - start)
+        if inside:
+            chain.read_into(start, buffer[at : at + inside])
+        at += stop - start
+    return buffer
+
+
+def change(window: Window, mine: memoryview, theirs: memoryview | None) -> Sum:
+    """What `mine` in place of `theirs` adds to the content sum. theirs: None where everything below is zero."""
+    new = np.frombuffer(mine, np.uint64).reshape(-1, LEAF_BYTES // 8)
+    if theirs is None:
+        return _sum(window, mine, np.asarray(new.any(axis=1)))
+    old = np.frombuffer(theirs, np.uint64).reshape(-1, LEAF_BYTES // 8)
+    differs = np.fromiter((not np.array_equal(one, other) for one, other in zip(new, old, strict=True)), np.bool_)
+    return _sum(window, mine, differs & new.any(axis=1)) - _sum(window, theirs, differs & old.any(axis=1))
+
+
+def _sum(window: Window, data: memoryview, chosen: npt.NDArray[np.bool_]) -> Sum:
+    if not chosen.any():
+        return empty_sum()
+    places = np.flatnonzero(chosen)
+    hashes = b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in (places * LEAF_BYTES).tolist())
+    numbers = _numbers(window)[places]
+    return sum_of(numbers, np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES))
+
+
+def _numbers(window: Window) -> npt.NDArray[np.int64]:
+    parts = [np.arange(start // LEAF_BYTES, -(-stop // LEAF_BYTES)) for start, stop in window.ranges]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def hidden(size: int, below: ImageChain | None) -> Sum:
+    """The sum of what a layer of `size` bytes cuts off the chain below it."""
+    total = empty_sum()
+    if below is None or below.size <= size:
+        return total
+    for window in windows(hidden_leaves(size, below)):
+        total += change(window, read_window(below, window), None)
+    return total
+
+
+def counted(
+    extents: Extents, view: ImageChain, below: ImageChain | None, below_sum: Sum, *, on_bytes: Callable[[int], None]
+) -> Sum:
+    """The content sum of a view, from that of the chain below it and the leaves that its top layer touches.
+
+    extents: the top layer's map; on_bytes: told, in the calling thread, how much was read since it was last told
+    Errors as ImageChain.read_into.
+    """
+    hot = hot_leaves(extents, view, below)
+
+    def count(window: Window) -> tuple[Sum, int]:
+        theirs = None if below is None else read_window(below, window)
+        return change(window, read_window(view, window), theirs), window.length
+
+    total = below_sum - hidden(extents.size, below)
+    for delta, length in _in_order(count, windows(hot)):
+        total += delta
+        on_bytes(length)
+    return total
+
+
+def _in_order(work: Callable[[Window], tuple[Sum, int]], portions: Iterator[Window]) -> Iterator[tuple[Sum, int]]:
+    under_way: deque[Future[tuple[Sum, int]]] = deque()
+    pool = ThreadPoolExecutor(WORKERS, "leaves")
+    try:
+        for window in portions:
+            under_way.append(pool.submit(work, window))
+            if len(under_way) > WORKERS * _UNDER_WAY:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

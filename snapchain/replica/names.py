@@ -1,0 +1,76 @@
+"""Names that come from outside, as names of files here: the same on every host, and never a way out of a directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from snapchain.errors import Corrupt, InvalidInput
+
+MARKER = "snapchain-replica.json"
+CATALOGUE = "catalogue.json"
+LOCK = ".lock"
+INCOMING = ".incoming.qcow2"
+PROGRESS = ".incoming.json"
+SUFFIX = ".qcow2"
+_LONGEST = 200
+_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.+")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.qcow2", re.ASCII)
+
+
+def check_disk_name(name: str) -> str:
+    """Raises InvalidInput for a name that an address could not hold, as for a repository."""
+    if (
+        not name
+        or len(name.encode(errors="replace")) > _LONGEST
+        or not name.isprintable()
+        or name != name.strip()
+        or any(mark in name for mark in (":", "@", "//"))
+        or name.startswith("/")
+        or name.endswith("/")
+    ):
+        raise InvalidInput(
+            f"{name[:250]!a} cannot be a disk's name",
+            hint=f"printable text of at most {_LONGEST} bytes, without ':' and '@', such as web1/vda",
+        )
+    return name
+
+
+def directory_of(disk: str) -> str:
+    """The directory of a disk: its name, with all but the plainest characters as %XX.
+
+    web1/vda -> web1%2Fvda; a colon or a leading dot or dash would mean something to QEMU or to a shell.
+    Raises InvalidInput as `check_disk_name`, and where the result is too long for a file name.
+    """
+    raw = check_disk_name(disk).encode()
+    coded = "".join(
+        chr(byte) if byte in _PLAIN and not (at == 0 and byte in b".-") else f"%{byte:02X}"
+        for at, byte in enumerate(raw)
+    )
+    if len(coded) > 255:
+        raise InvalidInput("the disk's name is too long for a directory", subject=disk)
+    return coded
+
+
+def offered_name(file_name: str) -> str:
+    """The name under which a replica should hold a source file: the same wherever it can be."""
+    stem = file_name.removesuffix(SUFFIX)
+    plain = "".join(chr(byte) if byte in _PLAIN else "_" for byte in stem.encode(errors="replace")) or "layer"
+    if plain[0] in ".-+":
+        plain = "_" + plain[1:]
+    return plain[: _LONGEST - len(SUFFIX)] + SUFFIX
+
+
+def check_offered(name: str, *, subject: str) -> str:
+    """Raises Corrupt for a layer's name that `offered_name` would never make."""
+    if len(name) > _LONGEST or not _FILE.fullmatch(name):
+        raise Corrupt(f"a layer cannot be named {name!a}", subject=subject)
+    return name
+
+
+def free_name(offered: str, layer: str, taken: Collection[str]) -> str:
+    """The file name for a layer: as offered, or with the layer's id where another file has that name."""
+    if offered not in taken:
+        return offered
+    stem = offered.removesuffix(SUFFIX)[: _LONGEST - len(SUFFIX) - 33]
+    return f"{stem}-{layer[:8]}{SUFFIX}" if f"{stem}-{layer[:8]}{SUFFIX}" not in taken else f"{stem}-{layer}{SUFFIX}"

@@ -1,0 +1,211 @@
+"""The sender's two threads at the channel: one writes what waits in a short queue, one reads what comes back.
+
+So neither latency nor a slow disk over there stops the reading here, until a window of bytes is not yet confirmed.
+The first failure of either thread ends both, and is raised where the next frame is given.
+"""
+
+from __future__ import annotations
+
+import queue
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from snapchain.errors import Corrupt, Unavailable
+from snapchain.host.batches import Buffer
+from snapchain.host.remote_channel import Channel
+from snapchain.objects.throttle import TokenBucket
+from snapchain.replica.stream import failures
+from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.messages import Done, Failure, Stored, decode, encode
+
+WINDOW = 256 << 20
+"""Bytes that may be on their way or not yet durable: a second of 2 Gbit/s, 25 times what 80 ms of 1 Gbit/s hold."""
+QUEUE = 8
+BEAT_SECONDS = 10.0
+_COUNT = struct.Struct("<Q")
+_GRACE = 2.0
+"""Seconds in which the other side's last words may still arrive after it closed its ear."""
+
+
+class Outbox:
+    """Frames given here are sent in order. `frames`: after HELLO and OPEN; `answers`: None where nobody speaks."""
+
+    def __init__(
+        self, channel: Channel, frames: FrameWriter, answers: FrameReader | None, *, limit_rate: int | None = None
+    ) -> None:
+        self._channel, self._frames, self._answers = channel, frames, answers
+        self._bucket = None if limit_rate is None else TokenBucket(limit_rate)
+        self._queue: queue.Queue[tuple[Kind, tuple[Buffer, ...]] | None] = queue.Queue(QUEUE)
+        self._state = threading.Condition()
+        self._failure: BaseException | None = None
+        self._given = 0
+        self._marks: list[int] = []  # bytes given up to each mark that is not yet confirmed
+        self._mark_count = self._confirmed_count = self._confirmed = 0
+        self._stored: list[Stored] = []
+        self._expected: list[str] = []
+        self._stopping = False
+        self._done: Done | None = None
+        self._threads = [threading.Thread(target=self._write, name="outbox", daemon=True)]
+        if answers is not None:
+            self._threads.append(threading.Thread(target=self._listen, name="answers", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def fullness(self) -> float:
+        """Of the queue, from 0 to 1."""
+        return self._queue.qsize() / QUEUE
+
+    @property
+    def confirmations(self) -> int:
+        """How often the other side has said that something is durable."""
+        return self._confirmed_count + len(self._stored)
+
+    def put(self, kind: Kind, *body: Buffer) -> int:
+        """Give a frame; its bytes on the wire. Waits while the queue or the window is full. Raises what went wrong."""
+        size = FRAME_BYTES + sum(len(part) for part in body)
+        if self._answers is not None:
+            self._wait_for_window()
+        while True:
+            self.check()
+            try:
+                self._queue.put((kind, body), timeout=0.5)
+            except queue.Full:
+                continue
+            self._given += size
+            return size
+
+    def mark(self, *body: Buffer) -> None:
+        """Give a MARK frame, which will be confirmed."""
+        with self._state:
+            self._mark_count += 1
+            self._marks.append(self._given)
+        self.put(Kind.MARK, *body)
+
+    def end_layer(self, layer: str, body: bytes) -> None:
+        """Give an END frame; the layer will be said to be stored."""
+        with self._state:
+            self._expected.append(layer)
+        self.put(Kind.END, body)
+
+    def stop(self) -> Done | None:
+        """Give STOP, and wait until the other side has everything; what it says at last, None from one that is mute."""
+        with self._state:
+            self._stopping = True
+        self.put(Kind.STOP)
+        self._queue.put(None)
+        if self._answers is None:
+            self._threads[0].join()
+            self.check()
+            return None
+        with self._state:
+            self._state.wait_for(lambda: self._done is not None or self._failure is not None)
+        self.check()
+        return self._done
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other side why nothing more comes, as far as it still listens."""
+        with self._state:
+            told = self._failure is None and self._done is None
+            self._failure = self._failure or error
+        if not told:
+            return
+        with suppress(queue.Full):
+            self._queue.put((Kind.FAIL, (encode(failures.told(error)),)), timeout=_GRACE)
+            self._queue.put(None, timeout=_GRACE)
+            self._threads[0].join(_GRACE)
+
+    def check(self) -> None:
+        """Raise what has gone wrong, if anything."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait_for_window(self) -> None:
+        deadline = None
+        with self._state:
+            while self._failure is None and self._marks and self._given - self._confirmed > WINDOW:
+                deadline = deadline or time.monotonic() + 4 * self._channel.patience
+                if not self._state.wait(max(0.0, deadline - time.monotonic())):
+                    raise Unavailable(
+                        f"it has confirmed nothing for {4 * self._channel.patience:.0f} seconds",
+                        subject=self._channel.peer,
+                        hint="look at the disk of the other host",
+                    )
+
+    def _write(self) -> None:
+        try:
+            while True:
+                try:
+                    item = self._queue.get(timeout=BEAT_SECONDS)
+                except queue.Empty:
+                    self._frames.send(Kind.BEAT)
+                    continue
+                if item is None:
+                    return
+                kind, body = item
+                if self._bucket is not None:
+                    self._bucket.take(FRAME_BYTES + sum(len(part) for part in body))
+                self._frames.send(kind, *body)
+        except BaseException as error:  # noqa: BLE001 -- raised again where the next frame is given
+            # A side that gave up said why before it closed: that is the better error.
+            if self._answers is not None:
+                self._threads[1].join(_GRACE)
+            self._fail(error)
+
+    def _listen(self) -> None:
+        assert self._answers is not None
+        try:
+            while self._done is None:
+                self._hear(self._answers.read())
+        except BaseException as error:  # noqa: BLE001 -- raised again where the next frame is given
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._state:
+            if self._failure is None and self._done is None:
+                self._failure = error
+            self._state.notify_all()
+
+    def _hear(self, frame: Frame) -> None:
+        peer = self._channel.peer
+        if frame.kind is Kind.FAIL:
+            raise failures.raised(decode(Failure, frame.body, subject=peer), peer=peer)
+        hear: dict[Kind, Callable[[Frame], None]] = {
+            Kind.ACK: self._hear_ack,
+            Kind.STORED: self._hear_stored,
+            Kind.DONE: self._hear_done,
+            Kind.BEAT: lambda _frame: None,
+        }
+        if frame.kind not in hear:
+            raise Corrupt(f"{frame.kind.name} has no place here in the stream", subject=peer)
+        with self._state:
+            hear[frame.kind](frame)
+            self._state.notify_all()
+
+    def _hear_ack(self, frame: Frame) -> None:
+        if len(frame.body) != _COUNT.size:
+            raise Corrupt("a confirmation is cut off", subject=self._channel.peer)
+        (count,) = _COUNT.unpack(frame.body)
+        if not self._confirmed_count < count <= self._mark_count:
+            raise Corrupt(
+                f"mark {count} is confirmed, but {self._confirmed_count} of {self._mark_count} were before",
+                subject=self._channel.peer,
+            )
+        for _ in range(count - self._confirmed_count):
+            self._confirmed = self._marks.pop(0)
+        self._confirmed_count = count
+
+    def _hear_stored(self, frame: Frame) -> None:
+        stored = decode(Stored, frame.body, subject=self._channel.peer)
+        if not self._expected or self._expected[0] != stored.layer:
+            raise Corrupt("a layer is said to be stored that was not sent", subject=self._channel.peer)
+        self._expected.pop(0)
+        self._stored.append(stored)
+
+    def _hear_done(self, frame: Frame) -> None:
+        if not self._stopping or self._expected:
+            raise Corrupt("the end is announced before everything was sent", subject=self._channel.peer)
+        self._done = decode(Done, frame.body, subject=self._channel.peer)

@@ -1,0 +1,158 @@
+"""A layer on its way out: which leaves it changes, and what of its data has to travel.
+
+    read the leaves of a window, above and below  ->  count the content sum  ->  gather the DATA of the map
+    ->  cut it into carried, zero and same-as-below  ->  compress what is carried
+
+Each window is one task of a pool of threads; what comes out is put in guest order by the caller.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from snapchain.host.batches import Buffer
+from snapchain.image import ImageChain
+from snapchain.model.content import Sum
+from snapchain.model.extents import Extents
+from snapchain.replica.leaves import WORKERS, change, hidden, read_window
+from snapchain.replica.stream.data import DataRuns, Part, Piece, encode_data
+from snapchain.replica.stream.messages import Source
+from snapchain.replica.windows import Window, hot_leaves, windows
+
+_UNDER_WAY = 4
+"""Windows in flight a worker: enough behind one slow read, some 30 MiB of buffers."""
+BLOCK = 4096
+"""The grain in which zeroes, and bytes that are below already, are told from others."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingLayer:
+    """One layer as a sender has it.
+
+    extents: its map, aligned to the grain of the file to be made; DATA are the bytes that `view` shows there
+    below:   what it lies on, None for a root; below_sum: the content sum of that
+    same_below: whether the receiver's chain shows the same as `below`, so that bytes may be taken from there
+    """
+
+    name: str
+    cluster_size: int
+    extended_l2: bool
+    sources: tuple[Source, ...]
+    extents: Extents
+    view: ImageChain
+    below: ImageChain | None
+    below_sum: Sum
+    same_below: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """What a window gives. stop: where it ends; delta: for the content sum; frame: parts of a DATA body, or none.
+
+    data: DATA bytes of the map; carried: those of them that travel
+    """
+
+    stop: int
+    delta: Sum
+    frame: tuple[Buffer, ...]
+    data: int
+    carried: int
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """A layer being read. level: of compression for the next window, asked anew for each; None for none."""
+
+    layer: OutgoingLayer
+    level: Callable[[], int | None]
+    runs: DataRuns = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.runs = DataRuns(self.layer.extents)
+
+    def first_sum(self) -> Sum:
+        """The content sum before any window: that of the chain below, less what this layer cuts off."""
+        return self.layer.below_sum - hidden(self.layer.extents.size, self.layer.below)
+
+    def portions(self, *, since: int = 0) -> Iterator[Portion]:
+        """All windows behind guest offset `since`, ascending. Errors as ImageChain.read_into."""
+        layer = self.layer
+        hot = hot_leaves(layer.extents, layer.view, layer.below)
+        under_way: deque[Future[Portion]] = deque()
+        pool = ThreadPoolExecutor(WORKERS, "outgoing")
+        try:
+            for window in windows(hot, since=since):
+                under_way.append(pool.submit(self._read, window))
+                if len(under_way) > WORKERS * _UNDER_WAY:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, window: Window) -> Portion:
+        layer = self.layer
+        mine = read_window(layer.view, window)
+        theirs = None if layer.below is None else read_window(layer.below, window)
+        delta = change(window, mine, theirs)
+        pieces = self.runs.pieces(window.start, window.stop)
+        if not pieces:
+            return Portion(window.stop, delta, (), 0, 0)
+        plain = gathered(mine, window, pieces)
+        same = None if theirs is None or not layer.same_below else gathered(theirs, window, pieces)
+        parts, carried = cut(plain, same)
+        head, payload = encode_data(window.start, window.stop, parts, carried, level=self.level())
+        return Portion(window.stop, delta, (head, payload), len(plain), len(carried))
+
+
+def gathered(data: memoryview, window: Window, pieces: Sequence[Piece]) -> memoryview:
+    """The pieces' bytes one behind the other, out of those of a window."""
+    starts = np.array([start for start, _ in window.ranges], np.int64)
+    lengths = np.array([stop - start for start, stop in window.ranges], np.int64)
+    before = np.cumsum(lengths) - lengths
+    offsets = np.array([piece.offset for piece in pieces], np.int64)
+    owner = np.searchsorted(starts, offsets, side="right") - 1
+    places = (before[owner] + offsets - starts[owner]).tolist()
+    # What lies together in the window stays together: one slice where nothing is left out.
+    joined: list[list[int]] = []
+    for place, piece in zip(places, pieces, strict=True):
+        if joined and joined[-1][1] == place:
+            joined[-1][1] += piece.length
+        else:
+            joined.append([place, place + piece.length])
+    if len(joined) == 1:
+        return data[joined[0][0] : joined[0][1]]
+    return memoryview(b"".join(data[first:stop] for first, stop in joined))
+
+
+def cut(plain: memoryview, below: memoryview | None) -> tuple[list[tuple[int, Part]], Buffer]:
+    """(lengths and kinds of parts, the bytes that are carried), block by block.
+
+    below: the bytes that the receiver can take from below in their place
+    """
+    length = len(plain)
+    mine = _blocks(plain)
+    kinds = np.where(mine.any(axis=1), np.int64(Part.CARRIED), np.int64(Part.ZERO))
+    if below is not None:
+        equal = (mine == _blocks(below)).all(axis=1)
+        kinds[equal & (kinds == Part.CARRIED)] = Part.BELOW
+    starts = np.flatnonzero(np.concatenate([[True], kinds[1:] != kinds[:-1]]))
+    stops = np.append(starts[1:], len(kinds)) * BLOCK
+    edges = [(int(first) * BLOCK, min(int(stop), length)) for first, stop in zip(starts, stops, strict=True)]
+    parts = [(stop - first, Part(int(kinds[place]))) for (first, stop), place in zip(edges, starts, strict=True)]
+    slices = [plain[first:stop] for (first, stop), (_, kind) in zip(edges, parts, strict=True) if kind is Part.CARRIED]
+    if len(slices) == 1:
+        return parts, slices[0]
+    return parts, b"".join(slices)
+
+
+def _blocks(data: memoryview) -> npt.NDArray[np.uint64]:
+    rest = -len(data) % BLOCK
+    whole: Buffer = data if not rest else b"".join([data, bytes(rest)])
+    return np.frombuffer(whole, np.uint64).reshape(-1, BLOCK // 8)

@@ -1,0 +1,326 @@
+"""The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
+
+    HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
+
+Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
+nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
+clear error, and the loss of its own layer.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
+from snapchain.host.remote_channel import Channel
+from snapchain.model.content import SUM_BYTES, Sum
+from snapchain.model.extents import Extents
+from snapchain.replica.arrival import Arrival
+from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
+from snapchain.replica.cutting import cut
+from snapchain.replica.progress import read_progress, settle
+from snapchain.replica.store import ReplicaDisk, open_replica
+from snapchain.replica.stream import failures, opening
+from snapchain.replica.stream.data import DataRuns, decode_data
+from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.maps import MapReader, layer_id
+from snapchain.replica.stream.messages import (
+    MAX_LAYERS,
+    Cut,
+    Done,
+    Failure,
+    HeldLayer,
+    Inventory,
+    LayerOffer,
+    Open,
+    PointOffer,
+    Stored,
+    decode,
+    encode,
+)
+
+BEAT_SECONDS = 10.0
+_OFFSET = struct.Struct("<Q")
+_COUNT = struct.Struct("<Q")
+
+OnLayer = Callable[[str, str], None]
+
+
+@dataclass(slots=True)
+class Received:
+    """What a stream brought. layers: files that came; known: how many of its layers were here already."""
+
+    disk: str = ""
+    layers: list[str] = field(default_factory=list)
+    known: int = 0
+    points: list[Point] = field(default_factory=list)
+    bytes_read: int = 0
+
+
+class Voice:
+    """What this side says; several threads may. Nothing at all to a sender that does not listen."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._frames = FrameWriter(channel)
+        self._lock = threading.Lock()
+        self.heard = False
+
+    def say(self, kind: Kind, body: bytes = b"") -> None:
+        """Raises what Channel.write raises."""
+        if self.heard:
+            with self._lock:
+                self._frames.send(kind, body)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Say now and then that this side is alive."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(BEAT_SECONDS):
+                with suppress(SnapchainError):
+                    self.say(Kind.BEAT)
+
+        thread = threading.Thread(target=beat, name="beat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def receive(channel: Channel, root: Path | None = None) -> Received:
+    """Take one stream in, to its end; tells the sender what went wrong before raising it here.
+
+    root: the replica; None lets the sender name it, who is then trusted as far as this process's user is
+    Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
+    """
+    voice = Voice(channel)
+    try:
+        with voice.beating():
+            return _Reception(channel, voice, root).run()
+    except BaseException as error:
+        with suppress(SnapchainError):
+            voice.say(Kind.FAIL, encode(failures.told(error)))
+        raise
+
+
+class _Reception:
+    def __init__(self, channel: Channel, voice: Voice, root: Path | None) -> None:
+        self._channel, self._voice, self._root = channel, voice, root
+        self._frames = FrameReader(channel, FROM_SENDER)
+        self._received = Received()
+        self._marks = 0
+
+    def run(self) -> Received:
+        hello = self._hello()
+        asked = decode(Open, self._expect(Kind.OPEN).body, subject=self._channel.peer)
+        self._received.disk = asked.disk
+        if asked.look:
+            self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
+            self._expect(Kind.STOP)
+            self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+            return self._received
+        disk = open_replica(self._chosen(asked), make=True).disk(asked.disk)
+        with disk.locked(make=True):
+            catalogue = settle(disk)
+            if hello:
+                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue)))
+            self._take_all(disk, catalogue)
+        received = self._received
+        received.bytes_read = self._channel.bytes_read
+        numbers = tuple(point.point for point in received.points)
+        self._voice.say(Kind.DONE, encode(Done(points=numbers, layers=len(received.layers))))
+        return received
+
+    def _hello(self) -> bool:
+        """Whether the other side listens."""
+        frame = self._frames.read()
+        try:
+            said = opening.agree(frame, peer=self._channel.peer)
+        except SnapchainError:
+            # It may well listen: it is told what is spoken here.
+            self._voice.heard = True
+            with suppress(SnapchainError):
+                self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
+            raise
+        self._voice.heard = said.answers
+        self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
+        return said.answers
+
+    def _chosen(self, asked: Open) -> Path:
+        if self._root is not None:
+            if asked.replica is not None and Path(asked.replica) != self._root:
+                raise InvalidInput("only the replica of this server may be named", subject=ascii(asked.replica))
+            return self._root
+        if asked.replica is None or not asked.replica.startswith("/") or "\0" in asked.replica:
+            raise InvalidInput("the replica's directory must be named, from the root on", subject=ascii(asked.replica))
+        return Path(asked.replica)
+
+    def _looked(self, asked: Open) -> Inventory:
+        try:
+            disk = open_replica(self._chosen(asked)).disk(asked.disk)
+        except NotFound:
+            return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
+        return inventory(disk, disk.read() or empty_catalogue(disk.name))
+
+    def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
+        # A sender may offer each layer that a chain can have, and publish a point at each; no more.
+        shown: tuple[int, str] | None = None
+        for _ in range(2 * MAX_LAYERS + 1):
+            frame = self._next()
+            if frame.kind is Kind.STOP:
+                return
+            if frame.kind is Kind.LAYER:
+                catalogue, shown = self._take_layer(disk, catalogue, frame)
+            elif frame.kind is Kind.CUT:
+                catalogue = cut(disk, catalogue, decode(Cut, frame.body, subject=self._channel.peer).keep)
+            elif frame.kind is Kind.POINT:
+                catalogue = self._publish(disk, catalogue, frame, shown)
+            else:
+                raise self._unexpected(frame)
+        raise Corrupt("the stream has more layers than a chain can have", subject=self._channel.peer)
+
+    def _take_layer(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> tuple[Catalogue, tuple[int, str]]:
+        offer = decode(LayerOffer, frame.body, subject=self._channel.peer)
+        reader = MapReader(offer, subject=self._channel.peer)
+        while not reader.complete:
+            reader.add(self._expect(Kind.MAP).body)
+        layer, extents = layer_id(offer, reader.words()), reader.extents()
+        known = next((held for held in catalogue.layers if held.id == layer), None)
+        with ExitStack() as stack:
+            arrival = None
+            if known is None:
+                arrival = Arrival(
+                    disk,
+                    catalogue,
+                    offer,
+                    extents,
+                    layer=layer,
+                    subject=self._channel.peer,
+                    on_durable=self._acknowledge,
+                )
+                stack.callback(arrival.close)
+            announced = self._take_data(extents, arrival, on_base=offer.parent is not None, since=offer.resume_at)
+            if arrival is not None:
+                catalogue = arrival.finish(announced)
+                file = catalogue.layers[-1].file
+                self._received.layers.append(file)
+            elif known is not None:
+                if known.content_id != announced:
+                    raise Corrupt("a layer that is here already is announced with other content", subject=known.file)
+                file = known.file
+                self._received.known += 1
+        self._voice.say(Kind.STORED, encode(Stored(layer=layer, file=file)))
+        return catalogue, (offer.size, announced)
+
+    def _take_data(self, extents: Extents, arrival: Arrival | None, *, on_base: bool, since: int) -> str:
+        """Take DATA and MARK frames up to END; the content id that it announces."""
+        runs = DataRuns(extents) if arrival is None else arrival.runs
+        position = since
+        while True:
+            frame = self._next()
+            if frame.kind is Kind.DATA:
+                found = decode_data(frame.body, runs, position, on_base=on_base, subject=self._channel.peer)
+                if arrival is not None:
+                    arrival.take(found)
+                position = found.stop
+            elif frame.kind is Kind.MARK:
+                offset, total = self._mark(frame, runs, position)
+                position = offset
+                self._marks += 1
+                if arrival is None:
+                    self._acknowledge(self._marks)
+                else:
+                    arrival.mark(offset, total, self._marks)
+            elif frame.kind is Kind.END:
+                if len(frame.body) != 32:
+                    raise Corrupt("the end of a layer names no content", subject=self._channel.peer)
+                if runs.below(position) != runs.total:
+                    raise Corrupt(
+                        f"the layer ends with {runs.total - runs.below(position)} bytes of data left out",
+                        subject=self._channel.peer,
+                    )
+                return bytes(frame.body).hex()
+            else:
+                raise self._unexpected(frame)
+
+    def _mark(self, frame: Frame, runs: DataRuns, position: int) -> tuple[int, Sum]:
+        if len(frame.body) != _OFFSET.size + SUM_BYTES:
+            raise Corrupt("a mark is cut off", subject=self._channel.peer)
+        (offset,) = _OFFSET.unpack_from(frame.body)
+        if not position <= offset <= runs.size or runs.below(offset) != runs.below(position):
+            raise Corrupt(
+                f"a mark at guest byte {offset} does not follow data up to {position}", subject=self._channel.peer
+            )
+        return offset, np.frombuffer(frame.body, "<u2", offset=_OFFSET.size).astype(np.uint16)
+
+    def _publish(
+        self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame, shown: tuple[int, str] | None
+    ) -> Catalogue:
+        offer = decode(PointOffer, frame.body, subject=self._channel.peer)
+        tip = catalogue.tip
+        if shown is not None and tip is not None and shown != (tip.size, tip.content_id):
+            # A saved stream of an older state than the chain has by now: its points are history here.
+            return catalogue
+        if tip is None or (tip.size, tip.content_id) != (offer.size, offer.content_id):
+            raise Corrupt("a point is announced that is not what the chain shows", subject=self._channel.peer)
+        if any((point.time, point.content_id) == (offer.time, offer.content_id) for point in catalogue.points):
+            return catalogue  # the same stream, received again
+        if not all(label.isprintable() for label in offer.labels):
+            raise Corrupt("a label holds control characters", subject=self._channel.peer)
+        point = Point(
+            point=catalogue.next_point,
+            time=offer.time,
+            labels=offer.labels,
+            layer=tip.id,
+            size=offer.size,
+            content_id=offer.content_id,
+        )
+        catalogue = catalogue.after(points=(*catalogue.points, point), next_point=point.point + 1)
+        disk.write(catalogue)
+        self._received.points.append(point)
+        return catalogue
+
+    def _acknowledge(self, count: int) -> None:
+        self._voice.say(Kind.ACK, _COUNT.pack(count))
+
+    def _next(self) -> Frame:
+        """The next frame that says something."""
+        while True:
+            frame = self._frames.read()
+            if frame.kind is Kind.FAIL:
+                raise failures.raised(decode(Failure, frame.body, subject=self._channel.peer), peer=self._channel.peer)
+            if frame.kind is not Kind.BEAT:
+                return frame
+
+    def _expect(self, kind: Kind) -> Frame:
+        frame = self._next()
+        if frame.kind is not kind:
+            raise self._unexpected(frame)
+        return frame
+
+    def _unexpected(self, frame: Frame) -> Corrupt:
+        return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=self._channel.peer)
+
+
+def inventory(disk: ReplicaDisk, catalogue: Catalogue) -> Inventory:
+    """What a sender is told of a disk."""
+    progress = read_progress(disk)
+    partial = progress.partial if progress is not None and progress.finished is None else None
+    layers = tuple(HeldLayer(**layer.model_dump(include=set(HeldLayer.model_fields))) for layer in catalogue.layers)
+    return Inventory(
+        disk=disk.name,
+        epoch=catalogue.epoch,
+        layers=layers,
+        last_point=catalogue.points[-1].point if catalogue.points else 0,
+        partial=partial,
+    )

@@ -1,0 +1,201 @@
+"""The sending side of a stream: layers in order, each from where its transfer once stopped, then points.
+
+Everything that decides what is sent is known after the inventory: no frame waits for an answer, so latency costs one
+round trip for a whole chain.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Self
+
+from snapchain.errors import Corrupt
+from snapchain.host.remote_channel import Channel
+from snapchain.model.content import Sum, content_id
+from snapchain.replica.catalogue import decode_sum
+from snapchain.replica.levels import Levels, Link
+from snapchain.replica.outbox import Outbox
+from snapchain.replica.outgoing import Outgoing, OutgoingLayer
+from snapchain.replica.stream import failures, opening
+from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.maps import layer_id, map_frames, words_of
+from snapchain.replica.stream.messages import (
+    Cut,
+    Done,
+    Failure,
+    Inventory,
+    LayerOffer,
+    Open,
+    Partial,
+    PointOffer,
+    decode,
+    encode,
+)
+
+MARK_BYTES = 32 << 20
+"""Bytes on the wire between two marks: what is sent twice at most after a crash."""
+MARK_SECONDS = 2.0
+_OFFSET = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A layer that was given to the stream. total and content_id: of the chain up to it."""
+
+    layer: str
+    size: int
+    total: Sum
+    content_id: str
+    resumed_at: int
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes so far. data: DATA of the maps sent; carried: those of them that travelled, before compression."""
+
+    data: int = 0
+    carried: int = 0
+
+
+class Sender:
+    """A context manager around one stream; the channel stays the caller's. An exception is told to the other side.
+
+    answers: whether the other side speaks; a stream that is saved has none, and begins with `open_blindly`
+    """
+
+    def __init__(self, channel: Channel, *, link: Link, answers: bool = True, limit_rate: int | None = None) -> None:
+        self.traffic = Traffic()
+        self._channel = channel
+        self._frames = FrameWriter(channel)
+        self._answers = FrameReader(channel, FROM_RECEIVER) if answers else None
+        self._limit_rate = limit_rate
+        self._levels = Levels(link)
+        self._outbox: Outbox | None = None
+        self._partial: Partial | None = None
+        self._marked_bytes, self._marked_at = 0, time.monotonic()
+
+    @property
+    def bytes_sent(self) -> int:
+        """On the wire."""
+        return self._channel.bytes_written
+
+    @property
+    def confirmations(self) -> int:
+        """How often the other side has said that something is durable."""
+        return 0 if self._outbox is None else self._outbox.confirmations
+
+    def open(self, asked: Open) -> Inventory:
+        """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with."""
+        assert self._answers is not None
+        self._frames.send(Kind.HELLO, encode(opening.hello(answers=True)))
+        opening.agree(self._answer(), peer=self._channel.peer)
+        self._frames.send(Kind.OPEN, encode(asked))
+        frame = self._answer()
+        if frame.kind is not Kind.INVENTORY:
+            raise Corrupt(f"it answered with {frame.kind.name}, not with INVENTORY", subject=self._channel.peer)
+        found = decode(Inventory, frame.body, subject=self._channel.peer)
+        if found.disk != asked.disk:
+            raise Corrupt("it tells of another disk than the one asked for", subject=self._channel.peer)
+        for layer in found.layers:
+            if content_id(layer.size, decode_sum(layer.content_sum)) != layer.content_id:
+                raise Corrupt(f"its layer {layer.file!a} contradicts itself", subject=self._channel.peer)
+        self._partial = found.partial
+        self._outbox = Outbox(self._channel, self._frames, self._answers, limit_rate=self._limit_rate)
+        return found
+
+    def cut(self, keep: str | None) -> None:
+        """Have the other side drop all layers above `keep` (None: all there are), and the points that they give."""
+        self._partial = None
+        self._opened().put(Kind.CUT, encode(Cut(keep=keep)))
+
+    def open_blindly(self, asked: Open) -> None:
+        """Begin a stream that nobody answers."""
+        self._frames.send(Kind.HELLO, encode(opening.hello(answers=False)))
+        self._frames.send(Kind.OPEN, encode(asked))
+        self._outbox = Outbox(self._channel, self._frames, None, limit_rate=self._limit_rate)
+
+    def send_layer(
+        self, layer: OutgoingLayer, parent: str | None, *, confirm: Callable[[], None], on_bytes: Callable[[int], None]
+    ) -> Sent:
+        """Send one layer, from where an earlier run made it durable.
+
+        parent: the id of the layer that it lies on; confirm: called when all is read, raises when the source changed
+        on_bytes: told of DATA bytes of the map that are dealt with, those of an earlier run included
+        """
+        outbox = self._opened()
+        outgoing = Outgoing(layer, lambda: self._levels.level)
+        words = words_of(layer.extents, layer.cluster_size // 32 if layer.extended_l2 else layer.cluster_size)
+        offer = LayerOffer(
+            name=layer.name,
+            size=layer.extents.size,
+            cluster_size=layer.cluster_size,
+            extended_l2=layer.extended_l2,
+            parent=parent,
+            sources=layer.sources,
+            runs=len(words),
+        )
+        name = layer_id(offer, words)
+        total, since = self._start(outgoing, name)
+        outbox.put(Kind.LAYER, encode(offer.model_copy(update={"resume_at": since})))
+        for body in map_frames(words):
+            outbox.put(Kind.MAP, body)
+        on_bytes(outgoing.runs.below(since))
+        for portion in outgoing.portions(since=since):
+            total = total + portion.delta
+            if portion.frame:
+                self._levels.queue_seen(outbox.fullness)
+                self._marked_bytes += outbox.put(Kind.DATA, *portion.frame)
+            self.traffic.data += portion.data
+            self.traffic.carried += portion.carried
+            on_bytes(portion.data)
+            if self._marked_bytes >= MARK_BYTES or time.monotonic() - self._marked_at >= MARK_SECONDS:
+                outbox.mark(_OFFSET.pack(portion.stop), total.astype("<u2").tobytes())
+                self._marked_bytes, self._marked_at = 0, time.monotonic()
+        confirm()
+        shown = content_id(offer.size, total)
+        outbox.end_layer(name, bytes.fromhex(shown))
+        return Sent(name, offer.size, total, shown, since)
+
+    def _start(self, outgoing: Outgoing, name: str) -> tuple[Sum, int]:
+        """The content sum counted so far, and the guest offset from which on data are sent."""
+        partial = self._partial
+        if partial is not None and partial.layer == name and partial.durable <= outgoing.layer.extents.size:
+            return decode_sum(partial.content_sum), partial.durable
+        return outgoing.first_sum(), 0
+
+    def send_point(self, *, time: datetime, labels: Sequence[str], size: int, shown: str) -> None:
+        """Publish a point of what the chain shows that is there by now."""
+        offer = PointOffer(time=time, labels=tuple(labels), size=size, content_id=shown)
+        self._opened().put(Kind.POINT, encode(offer))
+
+    def finish(self) -> Done | None:
+        """Wait until all is durable over there. Raises what went wrong."""
+        return self._opened().stop()
+
+    def _opened(self) -> Outbox:
+        assert self._outbox is not None, "open it first"
+        return self._outbox
+
+    def _answer(self) -> Frame:
+        assert self._answers is not None
+        while True:
+            frame = self._answers.read()
+            if frame.kind is Kind.FAIL:
+                said = decode(Failure, frame.body, subject=self._channel.peer)
+                raise failures.raised(said, peer=self._channel.peer)
+            if frame.kind is not Kind.BEAT:
+                return frame
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self._outbox is not None:
+            self._outbox.fail(error)

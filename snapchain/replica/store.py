@@ -1,0 +1,126 @@
+"""A replica on disk: a directory, in it one for each disk, in that plain qcow2 files.
+
+ROOT/snapchain-replica.json          what makes it a replica
+ROOT/web1%2Fvda/catalogue.json       points, layers, epoch
+ROOT/web1%2Fvda/base.qcow2 ...       layers, read-only; each names the one below it by its name alone
+ROOT/web1%2Fvda/.lock                held by who changes the disk
+ROOT/web1%2Fvda/.incoming.*          a layer that is arriving, and how much of it is durable
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
+from snapchain.host.files import fsync_dir
+from snapchain.host.os_errors import os_errors
+from snapchain.replica import names
+from snapchain.replica.catalogue import Catalogue, read_record, write_record
+
+
+class Marker(BaseModel):
+    """What ROOT/snapchain-replica.json says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    kind: Literal["snapchain replica"] = "snapchain replica"
+
+
+class ReplicaDisk:
+    """One disk's directory. What changes it happens inside `locked`."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        """Touches nothing. Raises InvalidInput for a bad name."""
+        self.name = name
+        self.directory = root / names.directory_of(name)
+
+    def path(self, file: str) -> Path:
+        """Of one of its files."""
+        return self.directory / file
+
+    def read(self) -> Catalogue | None:
+        """The newest generation; None when the disk has none. Raises Corrupt."""
+        found = read_record(Catalogue, self.path(names.CATALOGUE))
+        if found is not None and found.disk != self.name:
+            raise Conflict(f"this is the disk {found.disk!r}, not {self.name!r}", subject=self.directory)
+        return found
+
+    def write(self, catalogue: Catalogue) -> None:
+        """Put a generation in place, durably. Only under the lock."""
+        write_record(self.path(names.CATALOGUE), catalogue)
+
+    @contextmanager
+    def locked(self, *, make: bool) -> Iterator[None]:
+        """Hold the disk against other writers. make: the directory too. Raises Busy at once, NotFound."""
+        with os_errors(self.directory):
+            if make and not self.directory.is_dir():
+                with suppress(FileExistsError):
+                    self.directory.mkdir(mode=0o755)
+                fsync_dir(self.directory.parent)
+            fd = os.open(self.path(names.LOCK), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Busy(
+                    "another snapchain is changing this disk", subject=self.directory, hint="wait for it to end"
+                ) from error
+            yield
+        finally:
+            # Said, not left to the close: a child that was just forked may have a copy of the descriptor.
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+            os.close(fd)
+
+
+class Replica:
+    """A directory of disks."""
+
+    def __init__(self, root: Path) -> None:
+        """Use `open_replica`."""
+        self.root = root
+
+    def disk(self, name: str) -> ReplicaDisk:
+        """A disk, whether or not it exists. Raises InvalidInput for a bad name."""
+        return ReplicaDisk(self.root, name)
+
+    def catalogues(self) -> list[Catalogue]:
+        """Of all disks, by name."""
+        with os_errors(self.root):
+            places = sorted(entry for entry in self.root.iterdir() if entry.is_dir())
+        found = (read_record(Catalogue, place / names.CATALOGUE) for place in places)
+        return sorted((catalogue for catalogue in found if catalogue is not None), key=lambda each: each.disk)
+
+
+def open_replica(root: Path, *, make: bool = False) -> Replica:
+    """The replica in a directory. make: where there is nothing yet, begin one.
+
+    Raises NotFound, and InvalidInput for a directory that holds other things.
+    """
+    root = root.absolute()
+    marker = root / names.MARKER
+    if read_record(Marker, marker) is not None:
+        return Replica(root)
+    if not make:
+        raise NotFound("there is no replica here", subject=root)
+    with os_errors(root):
+        with suppress(FileExistsError):
+            root.mkdir()
+        strange = [entry.name for entry in root.iterdir() if not entry.name.startswith(f".{names.MARKER}")]
+    if strange and not marker.exists():
+        raise InvalidInput(
+            "this directory holds other things and is no replica",
+            subject=root,
+            hint="name a directory that is empty or does not exist yet",
+        )
+    write_record(marker, Marker())
+    fsync_dir(root.parent)
+    return Replica(root)

@@ -1,0 +1,169 @@
+"""What the JSON frames say, judged as they are read: every field has a type and an end."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from snapchain.errors import Corrupt
+
+VERSION = 1
+"""The one version of the stream that this program speaks."""
+LARGEST_DISK = 1 << 56
+"""Bytes; see docs/format.md: no signed offset may overflow with two of these added."""
+MAX_LAYERS = 200
+"""QEMU opens chains of 200 files and no deeper."""
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
+"""The base64 form of a content sum: 2048 bytes, u16 little endian a lane."""
+
+
+class _Said(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Hello(_Said):
+    """first, last: the versions of the stream that the side speaks; answers: whether it listens to the other side.
+
+    A later version may say more here: it is what decides about the version.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    first: int = Field(ge=1, le=65535)
+    last: int = Field(ge=1, le=65535)
+    software: str = Field(max_length=100)
+    features: tuple[Annotated[str, StringConstraints(max_length=40)], ...] = Field(default=(), max_length=32)
+    answers: bool
+
+
+class Open(_Said):
+    """Which disk, in which replica; no replica where the receiver was told by its own user.
+
+    look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+    look: bool = False
+
+
+class Source(_Said):
+    """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
+
+    inode: int = Field(ge=0, lt=1 << 64)
+    size: int = Field(ge=0, lt=1 << 63)
+    mtime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
+    ctime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
+
+
+class LayerOffer(_Said):
+    """A layer that is about to come.
+
+    name: that the file should have; size: virtual, bytes; runs: of its map; parent: the layer that it lies on
+    resume_at: guest offset from which on its data come, since what lies before is durable there
+    """
+
+    name: str = Field(min_length=1, max_length=255)
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
+    extended_l2: bool
+    parent: LayerId | None
+    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    runs: int = Field(ge=0, le=1 << 23)
+    resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
+
+
+class Cut(_Said):
+    """The layers above `keep` are to be dropped, all of them where that is None."""
+
+    keep: LayerId | None
+
+
+class PointOffer(_Said):
+    """A point to publish: what the chain shows that is there now."""
+
+    time: AwareDatetime
+    labels: tuple[Label, ...] = Field(default=(), max_length=100)
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    content_id: Digest
+
+
+class HeldLayer(_Said):
+    """A layer that is there."""
+
+    id: LayerId
+    file: str = Field(min_length=1, max_length=255)
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    content_id: Digest
+    content_sum: SumText
+    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+
+
+class Partial(_Said):
+    """A layer whose transfer was cut off: its data below guest offset `durable` are there.
+
+    content_sum: what the sender had counted there, given back to it
+    """
+
+    layer: LayerId
+    durable: int = Field(ge=0, le=LARGEST_DISK)
+    content_sum: SumText
+
+
+class Inventory(_Said):
+    """What a replica holds of a disk: layers root first."""
+
+    disk: str = Field(max_length=250)
+    epoch: int = Field(ge=1)
+    layers: tuple[HeldLayer, ...] = Field(max_length=MAX_LAYERS)
+    last_point: int = Field(ge=0)
+    partial: Partial | None
+
+
+class Stored(_Said):
+    """A layer is whole, proven, and part of the chain."""
+
+    layer: LayerId
+    file: str = Field(min_length=1, max_length=255)
+
+
+class Done(_Said):
+    """All is durable. points: numbers of those that were published, ascending; layers: how many came."""
+
+    points: tuple[int, ...] = Field(max_length=4 * MAX_LAYERS)
+    layers: int = Field(ge=0)
+
+
+class Failure(_Said):
+    """An error, as far as it may cross: kind as in errors.py."""
+
+    kind: Annotated[str, StringConstraints(max_length=40)]
+    message: str = Field(max_length=4000)
+    subject: str | None = Field(default=None, max_length=1000)
+    hint: str | None = Field(default=None, max_length=1000)
+
+
+M = TypeVar("M", bound=_Said)
+
+
+def encode(message: _Said) -> bytes:
+    """The body of its frame."""
+    return message.model_dump_json().encode()
+
+
+def decode(shape: type[M], body: bytes | memoryview, *, subject: str) -> M:
+    """What a body says. Raises Corrupt for anything that does not fit the shape."""
+    try:
+        return shape.model_validate_json(bytes(body))
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise Corrupt(
+            f"what it says of {shape.__name__.lower()} is unsound: {ascii(place)[1:-1]}: {first['msg']}",
+            subject=subject,
+        ) from error

@@ -1,0 +1,36 @@
+"""How two sides begin: each says which versions and features it speaks, before anything that depends on them."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from snapchain.errors import Corrupt, Unsupported
+from snapchain.replica.stream.frames import Frame, Kind
+from snapchain.replica.stream.messages import VERSION, Hello, decode
+
+FEATURES: tuple[str, ...] = ()
+"""Names of what was added to version 1 since; none yet. Names that a side does not know mean nothing to it."""
+
+
+def hello(*, answers: bool) -> Hello:
+    """What this side says first. answers: False where nobody listens, as in a stream that is saved."""
+    return Hello(first=VERSION, last=VERSION, software=version("snapchain"), features=FEATURES, answers=answers)
+
+
+def agree(frame: Frame, *, peer: str) -> Hello:
+    """The other side's hello, when there is a version that both speak.
+
+    Raises Unsupported when there is none, Corrupt when it said something else.
+    """
+    if frame.kind is not Kind.HELLO:
+        raise Corrupt(f"it began with {frame.kind.name}, not with HELLO", subject=peer)
+    said = decode(Hello, frame.body, subject=peer)
+    if not said.first <= VERSION <= said.last:
+        older, newer = ("this", "the other") if said.first > VERSION else ("the other", "this")
+        software = ascii(said.software)[1:-1]
+        raise Unsupported(
+            f"no common version of the stream: here {VERSION}, there {said.first} to {said.last} ({software})",
+            subject=peer,
+            hint=f"{older} side is older than {newer}: bring it up to date",
+        )
+    return said

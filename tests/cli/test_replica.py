@@ -1,0 +1,98 @@
+"""send and receive, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import MiB, Run
+from tests.ops.stacks import Layer, build, flat
+from tests.replica.conftest import Place
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[Path]:
+    return build(tmp_path / "c", [Layer(4 * MiB, ["write -P 1 0 2M"]), Layer(4 * MiB, ["write -P 2 1M 64k"])])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path / "replica")
+
+
+def test_a_plan_changes_nothing(run: Run, chain: list[Path], place: Place) -> None:
+    said = run("send", str(chain[-1]), f"dir:{place.root}::web1/vda", "--dry-run", "--json")
+    plan = said.json["plan"]
+    assert (plan["layers_present"], plan["data_bytes"]) == (0, 2 * MiB + 65536)
+    assert [layer["files"] for layer in plan["layers"]] == [[str(path)] for path in chain]
+    assert not place.root.exists()
+
+
+def test_send_reports_what_it_did(run: Run, chain: list[Path], place: Place, tmp_path: Path) -> None:
+    said = run("send", str(chain[-1]), f"dir:{place.root}::web1/vda", "--label", "first", "--json")
+    assert said.status == 0
+    assert (said.json["disk"], said.json["point"], said.json["layers_sent"]) == ("web1/vda", 1, 2)
+    place.check(flat(chain[-1], tmp_path / "flat"))
+    plainly = run("send", str(chain[-1]), f"dir:{place.root}::web1/vda")
+    assert "sent web1/vda" in plainly.out
+    assert "0 sent, 2 there already" in plainly.out
+
+
+def test_progress_ends_with_the_whole(run: Run, chain: list[Path], place: Place) -> None:
+    said = run("send", str(chain[-1]), f"dir:{place.root}::web1/vda", "--progress", "json", "--json")
+    last = json.loads(said.err.splitlines()[-1])
+    assert (last["event"], last["done"], last["total"]) == ("progress", 2 * MiB + 65536, 2 * MiB + 65536)
+
+
+def test_a_stream_goes_through_a_pipe_and_a_file(chain: list[Path], place: Place, tmp_path: Path) -> None:
+    snapchain = [sys.executable, "-m", "snapchain"]
+    saved = tmp_path / "saved"
+    with saved.open("wb") as stream:
+        said = subprocess.run(
+            [*snapchain, "send", chain[-1], "--disk", "web1/vda", "--json"],
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            check=True,
+        )
+    assert json.loads(said.stderr)["layers_sent"] == 2
+    for new, present in ((2, 0), (0, 2)):
+        with saved.open("rb") as stream:
+            done = subprocess.run(
+                [*snapchain, "receive", place.root, "--json"], stdin=stream, capture_output=True, check=True
+            )
+        report = json.loads(done.stdout)
+        assert (len(report["layers"]), report["layers_present"]) == (new, present)
+    place.check(flat(chain[-1], tmp_path / "flat"))
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "kind"),
+    [
+        ([], 2, "invalid-input"),
+        (["dir:/r"], 2, "invalid-input"),
+        (["dir:relative::vda"], 2, "invalid-input"),
+        (["/repository::vda"], 2, "invalid-input"),
+        (["ssh://h::vda"], 2, "invalid-input"),
+        (["ssh://-oProxyCommand=x/p::vda"], 2, "invalid-input"),
+        (["dir:/r::vda", "--disk", "vda"], 2, "invalid-input"),
+        (["dir:/r::vda", "--label", "7"], 2, "invalid-input"),
+        (["--disk", "vda", "--dry-run"], 2, "invalid-input"),
+        (["dir:/nowhere/at/all::vda"], 3, "not-found"),
+    ],
+)
+def test_what_is_wrong_is_said(run: Run, chain: list[Path], words: list[str], status: int, kind: str) -> None:
+    said = run("send", str(chain[-1]), *words, "--json")
+    assert (said.status, said.json["error"]["kind"]) == (status, kind)
+
+
+def test_diverged_has_its_own_kind(run: Run, chain: list[Path], place: Place, tmp_path: Path) -> None:
+    run("send", str(chain[-1]), f"dir:{place.root}::web1/vda")
+    other = build(tmp_path / "other", [Layer(MiB)])[0]
+    said = run("send", str(other), f"dir:{place.root}::web1/vda", "--json")
+    assert (said.status, said.json["error"]["kind"]) == (4, "diverged")
+    assert "--cut-replica" in said.json["error"]["hint"]
+    assert run("send", str(other), f"dir:{place.root}::web1/vda", "--cut-replica").status == 0

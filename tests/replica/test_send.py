@@ -1,0 +1,214 @@
+"""What arrives at a replica is the chain, whatever the chain is, and whatever is there already."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from snapchain.errors import Busy, Diverged, InvalidInput
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.image import scan
+from snapchain.model.inventory import Wanted
+from snapchain.ops.send import Divergence, Files, Scope, source_of
+from tests.ops.shipping import MiB, random_stack
+from tests.ops.stacks import Layer, build, flat, qemu_img, write
+from tests.replica.conftest import Place
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32), files=st.sampled_from(Files), one_by_one=st.booleans())
+def test_random_stacks_arrive(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, files: Files, one_by_one: bool
+) -> None:
+    directory = tmp_path_factory.mktemp("stack")
+    stack = random_stack(directory / "source", seed)
+    place = Place(directory / "replica")
+    for file, shown in zip(stack.files, stack.shown, strict=True):
+        if one_by_one or file == stack.files[-1]:
+            place.send(file, files=files)
+            place.check(shown)
+
+
+def test_each_file_keeps_its_name_and_its_link(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"]), Layer(MiB), Layer(2 * MiB, ["write -P 2 64k 4k"])])
+    report = place.send(paths[-1], files=Files.EACH, labels=["first"])
+    assert [file.name for file in place.files()] == ["0.qcow2", "1.qcow2", "disk.qcow2"]
+    with scan(place.files()[-1]) as chain:
+        assert [file.backing.name if file.backing else None for file in chain.files] == [None, "0.qcow2", "1.qcow2"]
+        assert [file.backing.format if file.backing else None for file in chain.files] == [None, "qcow2", "qcow2"]
+        assert [file.size for file in chain.files] == [MiB, MiB, 2 * MiB]
+    (point,) = place.catalogue()["points"]
+    assert (point["labels"], point["content_id"], point["point"]) == (["first"], report.content_id, report.point)
+
+
+def test_pending_overlays_travel_as_one_layer_without_what_they_overwrote(tmp_path: Path, place: Place) -> None:
+    layers = [Layer(4 * MiB, [f"write -P {n} 0 2M"]) for n in range(1, 6)]
+    paths = build(tmp_path / "c", layers)
+    report = place.send(paths[-1])
+    assert (report.layers_sent, report.data_bytes) == (3, 3 * 2 * MiB)
+    place.check(flat(paths[-1], tmp_path / "flat"))
+
+
+def test_bytes_that_were_written_again_do_not_travel(tmp_path: Path, place: Place) -> None:
+    noise = tmp_path / "noise"
+    noise.write_bytes(random.Random(1).randbytes(2 * MiB))
+    paths = build(tmp_path / "c", [Layer(4 * MiB), Layer(4 * MiB)])
+    write(paths[0], f"write -s {noise} 0 2M")
+    place.send(paths[0])
+    write(paths[1], f"write -s {noise} 0 2M", "write -P 7 1M 4k", "write -P 0 3M 64k", "write -P 9 192k 512")
+    report = place.send(paths[1])
+    assert report.data_bytes == 2 * MiB + 65536
+    assert report.carried_bytes == 2 * 4096
+    assert report.bytes_sent < 10_000
+    place.check(flat(paths[1], tmp_path / "flat"))
+
+
+def test_a_second_run_sends_nothing(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 1M"]), Layer(MiB, ["write -P 2 0 64k"]), Layer(MiB)])
+    place.send(paths[-1])
+    report = place.send(paths[-1])
+    assert (report.layers_sent, report.data_bytes, report.point) == (0, 0, 2)
+    assert report.bytes_sent < 2000
+
+
+def test_the_sealed_part_alone(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 1M"]), Layer(MiB, ["write -P 2 0 64k"])])
+    shown = flat(paths[0], tmp_path / "flat")
+    place.send(paths[-1], scope=Scope.SEALED)
+    place.check(shown)
+    write(paths[-1], "write -P 3 0 4k")
+    assert place.send(paths[-1], scope=Scope.SEALED).layers_sent == 0
+
+
+def test_behind_by_a_merge(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, [f"write -P {n} {n * 64}k 128k"]) for n in range(1, 5)])
+    for path in paths[:3]:
+        place.send(path)
+    with scan(paths[-1]) as chain:
+        old = [Wanted(source_of(file)) for file in chain.files]
+    qemu_img("rebase", "-q", "-f", "qcow2", "-b", paths[0].name, "-F", "qcow2", paths[2])
+    qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", paths[2].name, "-F", "qcow2", paths[3])
+    with scan(paths[-1]) as chain:
+        merged, top = chain.files[1:]
+        lineage = [Wanted(source_of(merged), tuple(old[1:3])), Wanted(source_of(top), (old[3],))]
+    report = place.send(paths[-1], lineage=lineage)
+    assert (report.layers_present, report.layers_sent) == (2, 1)
+    place.check(flat(paths[-1], tmp_path / "flat"))
+    assert [point["point"] for point in place.catalogue()["points"]] == [1, 2, 3, 4]
+
+
+def test_the_replica_holds_a_part_of_what_was_merged(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, [f"write -P {n} {n * 64}k 128k"]) for n in range(1, 4)])
+    place.send(paths[1])
+    with scan(paths[-1]) as chain:
+        old = [Wanted(source_of(file)) for file in chain.files]
+    qemu_img("rebase", "-q", "-f", "qcow2", "-b", paths[0].name, "-F", "qcow2", paths[2])
+    with scan(paths[-1]) as chain:
+        lineage = [Wanted(source_of(chain.files[1]), tuple(old[1:]))]
+    assert place.send(paths[-1], lineage=lineage).layers_sent == 1
+    place.check(flat(paths[-1], tmp_path / "flat"))
+
+
+def test_files_with_new_identities_are_known_by_what_they_show(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, [f"write -P {n} {n * 64}k 128k"]) for n in range(1, 5)])
+    for path in paths[:3]:
+        place.send(path)
+    qemu_img("rebase", "-q", "-f", "qcow2", "-b", paths[0].name, "-F", "qcow2", paths[2])
+    qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", paths[2].name, "-F", "qcow2", paths[3])
+    paths[1].unlink()
+    report = place.send(paths[-1])
+    assert (report.layers_present, report.layers_sent) == (2, 1)
+    place.check(flat(paths[-1], tmp_path / "flat"))
+    copies = tmp_path / "copies"
+    shutil.copytree(tmp_path / "c", copies)
+    report = place.send(copies / paths[-1].name)
+    assert (report.layers_sent, report.data_bytes) == (0, 0)
+
+
+def test_two_ways_are_told_and_nothing_is_overwritten(tmp_path: Path, place: Place) -> None:
+    base = [Layer(MiB, ["write -P 1 0 1M"]), Layer(MiB, ["write -P 2 0 64k"])]
+    paths = build(tmp_path / "c", base, names=["base.qcow2", "left.qcow2"])
+    place.send(paths[-1])
+    before = place.catalogue()
+    right = tmp_path / "c" / "right.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", right)
+    write(right, "write -P 3 0 64k")
+    with pytest.raises(Diverged) as caught:
+        place.send(right)
+    assert "base.qcow2: here right.qcow2, at the replica left.qcow2" in caught.value.message
+    assert place.catalogue() == before
+    place.send(right, disk="web1/right")
+    place.send(right, divergence=Divergence.CUT_REPLICA)
+    place.check(flat(right, tmp_path / "flat"))
+    assert [file.name for file in place.files()] == ["base.qcow2", "right.qcow2"]
+    assert [point["point"] for point in place.catalogue()["points"]] == [2]
+
+
+def test_the_replica_is_ahead(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 1M"]), Layer(MiB, ["write -P 2 0 64k"])])
+    place.send(paths[-1])
+    with pytest.raises(Diverged, match=r"the replica is ahead: it holds disk\.qcow2"):
+        place.send(paths[0])
+
+
+def test_what_is_in_use_is_not_cut_off(tmp_path: Path, place: Place) -> None:
+    one, other = (build(tmp_path / name, [Layer(MiB, [f"write -P {ord(name)} 0 1M"])])[0] for name in "ab")
+    place.send(one)
+    with ImageLock(place.files()[0], LockMode.READ), pytest.raises(Busy):
+        place.send(other, divergence=Divergence.CUT_REPLICA)
+    guest = place.directory / "guest.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", place.files()[0].name, "-F", "qcow2", guest)
+    with pytest.raises(Exception, match=r"guest\.qcow2 stands on it"):
+        place.send(other, divergence=Divergence.CUT_REPLICA)
+    guest.unlink()
+    place.check(flat(one, tmp_path / "flat"))
+
+
+def test_names_are_made_safe_and_unique(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"]), Layer(MiB)], names=["r+ ot é.qcow2", "top.qcow2"])
+    place.send(paths[0])
+    (place.directory / "top.qcow2").write_bytes(b"somebody's")
+    write(paths[1], "write -P 2 0 64k")
+    place.send(paths[1])
+    first, second = (file.name for file in place.files())
+    assert first == "r+_ot___.qcow2"
+    assert second.startswith("top-")
+    assert (place.directory / "top.qcow2").read_bytes() == b"somebody's"
+
+
+def test_a_directory_of_other_things_is_no_replica(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "thesis.tex").write_text("")
+    image = build(tmp_path / "c", [Layer(MiB)])[0]
+    with pytest.raises(InvalidInput, match="holds other things"):
+        Place(tmp_path / "r").send(image)
+
+
+@pytest.mark.parametrize("disk", ["", "a@b", "a::b", "/a", "a/", "a//b", "a\n", "x" * 201])
+def test_names_that_no_disk_has(tmp_path: Path, place: Place, disk: str) -> None:
+    image = build(tmp_path / "c", [Layer(MiB)])[0]
+    with pytest.raises(InvalidInput):
+        place.send(image, disk=disk)
+
+
+@pytest.mark.parametrize("disk", ["..", ".", "../../etc", "-rf", "a b", "ä/%2F", "con.qcow2"])
+def test_no_name_leaves_the_directory(tmp_path: Path, place: Place, disk: str) -> None:
+    image = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"])])[0]
+    place.send(image, disk=disk)
+    inside = [entry for entry in place.root.iterdir() if entry.is_dir()]
+    assert len(inside) == 1
+    assert (inside[0] / "catalogue.json").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c", "replica"]
+
+
+def test_two_senders_of_one_disk(tmp_path: Path, place: Place) -> None:
+    from snapchain.replica.store import open_replica
+
+    image = build(tmp_path / "c", [Layer(MiB)])[0]
+    with open_replica(place.root, make=True).disk("web1/vda").locked(make=True), pytest.raises(Busy):
+        place.send(image)
+    place.send(image)
