@@ -8,17 +8,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.image import scan
+from snapchain.image import ImageChain, scan
 from snapchain.image.assemble import Assembly, Moved
 from snapchain.image.assemble.copies import Copies
 from snapchain.image.assemble.move import Mover
+from snapchain.image.inplace import Amendment
 from snapchain.ops import doctor, merge_image
-from snapchain.ops.merge import new_file
+from snapchain.ops.merge import new_file, ways
 from snapchain.ops.merge.journal import journal_path
 from snapchain.ops.merge.strategy import Strategy, cheapest
 from snapchain.ops.merge_image import MergePlan, MergeReport
@@ -272,6 +275,28 @@ def test_a_wrong_result_in_place_is_not_believed(
         assert journal_path(stack[-1]).exists()
     merge(stack[-1], strategy=strategy)
     assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
+    assert same(stack[-1], reference)
+
+
+@pytest.mark.parametrize("strategy", [ABSORB, COMMIT])
+def test_what_is_seen_is_never_overwritten(
+    strategy: Strategy, stack: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = flat(stack[-1], tmp_path / "flat")
+    name = f"plan_{strategy.value}"
+    real = vars(ways)[name]
+
+    def wrong(view: ImageChain, first: int, **named: object) -> Amendment:
+        """A place is written to from which the guest reads, as a fault of the planner would."""
+        found: Amendment = real(view, first, **named)
+        file = found.file
+        seen = view.resolve().val == found.target
+        host = file.physical.host[np.searchsorted(file.physical.start, view.resolve().at[seen][-1:], side="right") - 1]
+        return replace(found, zero_target=host + 512, zero_length=np.array([1], np.int64))
+
+    monkeypatch.setattr(ways, name, wrong)
+    with pytest.raises(Corrupt, match="would overwrite what is seen"):
+        merge(stack[-1], strategy=strategy)
     assert same(stack[-1], reference)
 
 

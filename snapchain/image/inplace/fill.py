@@ -19,6 +19,7 @@ from snapchain.image.assemble.threads import spread
 from snapchain.image.inplace.amendment import Amendment
 from snapchain.image.inplace.counting import NewCounts, count_new
 from snapchain.image.inplace.disk import Disk
+from snapchain.image.inplace.harmless import check_harmless
 from snapchain.image.inplace.link import header_head, relink as new_link
 from snapchain.image.inplace.shadow import Pending
 from snapchain.image.inplace.tables import Tables
@@ -52,6 +53,7 @@ def fill(
 
     Raises Unavailable (disk full or failing), Corrupt (a source's data); the view is the same then.
     """
+    check_harmless(amendment)
     disk = Disk(fd, subject=subject)
     image = disk.image()
     tables = Tables(amendment, image, whole_l1(image))
