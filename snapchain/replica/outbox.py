@@ -69,14 +69,19 @@ class Outbox:
         size = FRAME_BYTES + sum(len(part) for part in body)
         if self._answers is not None:
             self._wait_for_window()
+        self._give((kind, body))
+        self._given += size
+        return size
+
+    def _give(self, item: tuple[Kind, tuple[Buffer, ...]] | None) -> None:
+        """Put it into the queue, unless the thread that empties it has failed."""
         while True:
             self.check()
             try:
-                self._queue.put((kind, body), timeout=0.5)
+                self._queue.put(item, timeout=0.5)
             except queue.Full:
                 continue
-            self._given += size
-            return size
+            return
 
     def mark(self, *body: Buffer) -> None:
         """Give a MARK frame, which will be confirmed."""
@@ -96,7 +101,7 @@ class Outbox:
         with self._state:
             self._stopping = True
         self.put(Kind.STOP)
-        self._queue.put(None)
+        self._give(None)
         if self._answers is None:
             self._threads[0].join()
             self.check()
