@@ -23,7 +23,8 @@ from snapchain.replica.stream.messages import Done, Failure, Stored, decode, enc
 
 WINDOW = 256 << 20
 """Bytes that may be on their way or not yet durable: a second of 2 Gbit/s, 25 times what 80 ms of 1 Gbit/s hold."""
-QUEUE = 8
+QUEUE = 4
+"""Frames. What waits here is sent again after a crash, so on a slow link it should not be much."""
 BEAT_SECONDS = 10.0
 _COUNT = struct.Struct("<Q")
 _GRACE = 2.0

@@ -24,8 +24,8 @@ class Finding:
 def verify_disk(disk: ReplicaDisk, *, on_bytes: Callable[[int], None]) -> list[Finding]:
     """Read all layers, and compare what the chain shows at each with the catalogue; what is wrong, root first.
 
-    A layer is counted from the sum recorded for the one below it: the lowest of the findings has a fault, those above it
-    may only lie on it.
+    A layer is counted from the sum recorded for the one below it: the lowest of the findings has a fault, those above
+    it may only lie on it.
     on_bytes: told how much was read since it was last told
     Raises Corrupt when files are missing, replaced, or linked otherwise, or one cannot be read.
     """
