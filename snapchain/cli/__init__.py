@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_words(words)
         _print_what_can_be_printed()
-        from snapchain.cli.verbs import app  # inside: a Ctrl-C while it loads gets a clean end too
+        from snapchain.cli.verbs import load  # inside: a Ctrl-C while it loads gets a clean end too
 
-        status = app(words, prog_name="snapchain", standalone_mode=False)
+        status = load(words)(words, prog_name="snapchain", standalone_mode=False)
         sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
         return int(status or 0)
     except BaseException as error:  # noqa: BLE001 - the last handler: everything becomes words and an exit code
