@@ -14,7 +14,7 @@ from snapchain.ops.merge import in_place, inputs, plan, run
 from snapchain.ops.merge.journal import journal_path
 from snapchain.ops.merge.strategy import Strategy
 from tests.ops.killing import killed_at_every_step
-from tests.ops.stacks import Layer, build, clean, flat, names, same
+from tests.ops.stacks import Layer, build, clean, flat, names, qemu_img, same, write
 
 STACK = [
     Layer(writes=["write -P 1 0 1M"]),
@@ -81,3 +81,22 @@ def flat_of(layer: Path, root: Path, target: Path) -> Path:
     again = build(target.with_name("again"), STACK)
     assert (again[0].name, again[1].name) == (root.name, layer.name)
     return flat(again[1], target)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB])
+def test_an_image_that_is_opened_by_a_link_in_another_directory(strategy: Strategy, tmp_path: Path) -> None:
+    """QEMU looks for a relative backing file from where the link lies, not from where the file does."""
+    below = tmp_path / "below"
+    _, lower = build(below, STACK[:2])
+    there = tmp_path / "far" / "off"
+    there.mkdir(parents=True)
+    link = tmp_path / "vm" / "disk.qcow2"
+    link.parent.mkdir()
+    link.symlink_to(there / "disk.qcow2")
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", f"../below/{lower.name}", "-F", "qcow2", link.resolve(), "1M")
+    write(link, "write -P 3 512k 256k")
+    before = flat(link, tmp_path / "before")
+    run.run(plan.plan(link, strategy=strategy, image_dirs=[below, there]))
+    assert same(link, before)
+    assert same(link.resolve(), before)
+    assert not lower.exists()

@@ -198,8 +198,12 @@ def _link(chain: ImageChain, first: int, upper: ImageFile) -> Backing | None:
     lowest, below = chain.files[first], chain.files[first - 1]
     assert lowest.backing is not None
     name = lowest.backing.name
-    if not name.startswith("/") and lowest.path.parent != upper.path.parent:
-        name = os.path.relpath(below.real_path, upper.real_path.parent)
+    if not name.startswith("/"):
+        if Path(os.path.realpath(upper.path.parent)) != upper.real_path.parent:
+            # QEMU looks from the directory of the link by which it opened the file: only a whole path suits that, too.
+            name = str(below.real_path)
+        elif lowest.path.parent != upper.path.parent:
+            name = os.path.relpath(below.real_path, upper.real_path.parent)
     # As QEMU reads it, a colon before the first slash ends the name of a protocol.
     if ":" in name.split("/", 1)[0]:
         name = f"./{name}"
