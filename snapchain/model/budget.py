@@ -151,7 +151,7 @@ def best(
 def _undominated(sets: list[_Set], *, by_layers: bool) -> list[_Set]:
     """The sets than which none is at least as good in everything; cheapest first.
 
-    by_layers: layers removed count for themselves, else only among sets that free as much
+    by_layers: how many layers are removed counts for itself, else only among sets that free as much
     """
     sets.sort(key=lambda each: (each.cost, -each.freed, -each.removed))
     kept: list[_Set] = []
@@ -162,15 +162,12 @@ def _undominated(sets: list[_Set], *, by_layers: bool) -> list[_Set]:
                 top = (each.freed, each.removed)
                 kept.append(each)
         return kept
-    # most[n]: the most bytes freed by a kept set that removes n layers or more; falls with n.
+    # Not to be gone beyond: one that removes fewer leaves room for another merge, so only equal ones are compared.
     most = [-1] * (max(each.removed for each in sets) + 1)
     for each in sets:
         if each.freed > most[each.removed]:
             kept.append(each)
-            at = each.removed
-            while at >= 0 and most[at] < each.freed:
-                most[at] = each.freed
-                at -= 1
+            most[each.removed] = each.freed
     return kept
 
 

@@ -78,6 +78,16 @@ def test_the_best_within_a_budget(drawn: tuple[tuple[MergeRange, ...], Int64s, I
     assert worth(found) == max(map(worth, within))
 
 
+def test_fewer_layers_removed_at_first_may_free_more_in_the_end() -> None:
+    allowed = (MergeRange(0, 5),)
+    freed = np.array(
+        [[1, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 0, 0], [1, 0, 1, 1, 1, 0], [0] * 6]
+    )
+    cost = np.array([[0] * 6, [1] * 6, [1, 0, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0]])
+    found = best(allowed, freed=freed, cost=cost, budget=0, removes=2)
+    assert (removed(found), total(freed, found)) == (2, 1)
+
+
 @given(choices(), st.data())
 @settings(max_examples=150)
 def test_down_to_a_cap_within_a_budget(
