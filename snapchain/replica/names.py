@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from urllib.parse import unquote
 
 from snapchain.errors import Corrupt, InvalidInput
 
@@ -50,6 +51,15 @@ def directory_of(disk: str) -> str:
     if len(coded) > 255:
         raise InvalidInput("the disk's name is too long for a directory", subject=disk)
     return coded
+
+
+def disk_of(directory: str) -> str | None:
+    """The disk whose directory has this name; None where it is no disk's."""
+    name = unquote(directory, errors="replace")
+    try:
+        return name if directory_of(name) == directory else None
+    except InvalidInput:
+        return None
 
 
 def offered_name(file_name: str) -> str:

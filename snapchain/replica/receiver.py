@@ -1,6 +1,7 @@
 """The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
 
     HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
+    HELLO ASK
 
 Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
 nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
@@ -18,12 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
+from snapchain.replica.answering import answer
 from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
+from snapchain.replica.confinement import chosen
 from snapchain.replica.cutting import cut
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, open_replica
@@ -33,6 +36,7 @@ from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Fra
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    Ask,
     Cut,
     Done,
     Failure,
@@ -97,16 +101,16 @@ class Voice:
             thread.join()
 
 
-def receive(channel: Channel, root: Path | None = None) -> Received:
-    """Take one stream in, to its end; tells the sender what went wrong before raising it here.
+def receive(channel: Channel, root: Path | None = None, *, within: Path | None = None) -> Received:
+    """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
 
-    root: the replica; None lets the sender name it, who is then trusted as far as this process's user is
+    root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     voice = Voice(channel)
     try:
         with voice.beating():
-            return _Reception(channel, voice, root).run()
+            return _Reception(channel, voice, root, within).run()
     except BaseException as error:
         with suppress(SnapchainError):
             voice.say(Kind.FAIL, encode(failures.told(error)))
@@ -114,22 +118,28 @@ def receive(channel: Channel, root: Path | None = None) -> Received:
 
 
 class _Reception:
-    def __init__(self, channel: Channel, voice: Voice, root: Path | None) -> None:
-        self._channel, self._voice, self._root = channel, voice, root
+    def __init__(self, channel: Channel, voice: Voice, root: Path | None, within: Path | None) -> None:
+        self._channel, self._voice, self._root, self._within = channel, voice, root, within
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
         self._marks = 0
 
     def run(self) -> Received:
         hello = self._hello()
-        asked = decode(Open, self._expect(Kind.OPEN).body, subject=self._channel.peer)
+        frame = self._next()
+        if frame.kind is Kind.ASK and hello:
+            self._answer(decode(Ask, frame.body, subject=self._channel.peer))
+            return self._received
+        if frame.kind is not Kind.OPEN:
+            raise self._unexpected(frame)
+        asked = decode(Open, frame.body, subject=self._channel.peer)
         self._received.disk = asked.disk
         if asked.look:
             self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
             self._expect(Kind.STOP)
             self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
             return self._received
-        disk = open_replica(self._chosen(asked), make=True).disk(asked.disk)
+        disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
         with disk.locked(make=True):
             catalogue = settle(disk)
             if hello:
@@ -156,18 +166,16 @@ class _Reception:
         self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
         return said.answers
 
-    def _chosen(self, asked: Open) -> Path:
-        if self._root is not None:
-            if asked.replica is not None and Path(asked.replica) != self._root:
-                raise InvalidInput("only the replica of this server may be named", subject=ascii(asked.replica))
-            return self._root
-        if asked.replica is None or not asked.replica.startswith("/") or "\0" in asked.replica:
-            raise InvalidInput("the replica's directory must be named, from the root on", subject=ascii(asked.replica))
-        return Path(asked.replica)
+    def _chosen(self, named: str | None) -> Path:
+        return chosen(named, only=self._root, within=self._within)
+
+    def _answer(self, asked: Ask) -> None:
+        answer(asked, self._chosen(asked.replica), self._voice.say)
+        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:
         try:
-            disk = open_replica(self._chosen(asked)).disk(asked.disk)
+            disk = open_replica(self._chosen(asked.replica)).disk(asked.disk)
         except NotFound:
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
         return inventory(disk, disk.read() or empty_catalogue(disk.name))

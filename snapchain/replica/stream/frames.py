@@ -43,10 +43,15 @@ class Kind(IntEnum):
     BEAT = 10
     FAIL = 11
     CUT = 12
+    ASK = 13
     INVENTORY = 32
     ACK = 33
     STORED = 34
     DONE = 35
+    DISK = 36
+    VERDICT = 37
+    FINDING = 38
+    PROGRESS = 39
 
 
 KiB = 1024
@@ -62,6 +67,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.POINT: 64 * KiB,
     Kind.STOP: 0,
     Kind.CUT: 4 * KiB,
+    Kind.ASK: 16 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
@@ -70,6 +76,10 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.ACK: 8,
     Kind.STORED: 4 * KiB,
     Kind.DONE: 16 * KiB,
+    Kind.DISK: 16 * KiB * KiB,
+    Kind.VERDICT: 4 * KiB,
+    Kind.FINDING: KiB * KiB,
+    Kind.PROGRESS: 16,
 }
 """The same for a receiver."""
 

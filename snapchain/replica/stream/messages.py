@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -14,6 +14,9 @@ LARGEST_DISK = 1 << 56
 """Bytes; see docs/format.md: no signed offset may overflow with two of these added."""
 MAX_LAYERS = 200
 """QEMU opens chains of 200 files and no deeper."""
+
+POINTS_AT_ONCE = 256
+"""In one DISK frame; each may have a hundred labels of a hundred characters."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -137,6 +140,56 @@ class Done(_Said):
 
     points: tuple[int, ...] = Field(max_length=4 * MAX_LAYERS)
     layers: int = Field(ge=0)
+
+
+class Ask(_Said):
+    """A question in the place of OPEN; nothing is made, locked or changed over there.
+
+    want: the points of disks; whether what is recorded of them is sound; whether the data are, too
+    disk: None for all; replica: as in Open
+    """
+
+    want: Literal["points", "records", "data"]
+    disk: str | None = Field(default=None, min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+
+
+class HeldPoint(_Said):
+    """A point of a disk. layers: length of the chain that gives it."""
+
+    point: int = Field(ge=1)
+    time: AwareDatetime
+    labels: tuple[Label, ...] = Field(default=(), max_length=100)
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    content_id: Digest
+    layers: int = Field(ge=1, le=MAX_LAYERS)
+
+
+class HeldDisk(_Said):
+    """A disk and some of its points, ascending; those that follow come in the next such frame of the same disk."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    epoch: int = Field(ge=1)
+    points: tuple[HeldPoint, ...] = Field(max_length=POINTS_AT_ONCE)
+
+
+class Verdict(_Said):
+    """A disk was looked at. checked_bytes: of data that were read; its findings came before."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    points: int = Field(ge=0)
+    layers: int = Field(ge=0, le=MAX_LAYERS)
+    checked_bytes: int = Field(ge=0, le=MAX_LAYERS * LARGEST_DISK)
+
+
+class Finding(_Said):
+    """Something wrong with a disk. kind: as in errors.py; subject: its file; points: those that it affects."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    kind: Annotated[str, StringConstraints(max_length=40)]
+    subject: str | None = Field(default=None, max_length=1000)
+    message: str = Field(max_length=4000)
+    points: tuple[int, ...] = Field(default=(), max_length=100_000)
 
 
 class Failure(_Said):
