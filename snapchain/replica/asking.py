@@ -88,7 +88,7 @@ def _answers(channel: Channel, asked: Ask) -> Iterator[Frame]:
     writer, reader = FrameWriter(channel), FrameReader(channel, FROM_RECEIVER)
     writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
     there = opening.agree(_next(reader, channel), peer=channel.peer)
-    if opening.ASK not in there.features:
+    if opening.ASK_FEATURE not in there.features:
         raise Unsupported(
             "the snapchain there cannot be asked", subject=channel.peer, hint="bring it up to date over there"
         )

@@ -150,7 +150,7 @@ def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pyte
 
 
 def asked(**fields: Any) -> tuple[int, bytes]:
-    return 13, json.dumps(fields).encode()
+    return 14, json.dumps(fields).encode()
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,11 @@ POINT = {"time": "2026-01-01T00:00:00Z", "labels": ["a"], "size": 1, "content_id
 
 def disk_said(name: str = DISK, *numbers: int, **change: Any) -> tuple[int, bytes]:
     points = [{"point": number, **POINT, **change} for number in numbers]
-    return 36, json.dumps({"disk": name, "epoch": 1, "points": points}).encode()
+    return 37, json.dumps({"disk": name, "epoch": 1, "points": points}).encode()
 
 
-VERDICT = (37, encode(Verdict(disk=DISK, points=1, layers=1, checked_bytes=1)))
-FINDING = (38, encode(Finding(disk=DISK, kind="corrupt", message="\x1b[31mbad", points=(1,))))
+VERDICT = (38, encode(Verdict(disk=DISK, points=1, layers=1, checked_bytes=1)))
+FINDING = (39, encode(Finding(disk=DISK, kind="corrupt", message="\x1b[31mbad", points=(1,))))
 LIES: dict[str, tuple[tuple[int, bytes], ...]] = {
     "an old one": (OLD,),
     "another disk": (ANSWER, disk_said("db"), DONE),
@@ -243,12 +243,12 @@ def test_a_hostile_replica_tells_of_points(name: str) -> None:
     [
         (FINDING, DONE),
         (VERDICT, VERDICT, DONE),
-        (VERDICT, (39, bytes(3)), DONE),
+        (VERDICT, (40, bytes(3)), DONE),
         (disk_said(DISK, 1), VERDICT, DONE),
         (DONE,),
         (VERDICT,),
-        ((37, VERDICT[1].replace(b"web1", b"web2")), DONE),
-        ((38, b'{"disk":"web1/vda","kind":"x","subject":null,"message":"m","points":["x"]}'), VERDICT, DONE),
+        ((38, VERDICT[1].replace(b"web1", b"web2")), DONE),
+        ((39, b'{"disk":"web1/vda","kind":"x","subject":null,"message":"m","points":["x"]}'), VERDICT, DONE),
     ],
 )
 def test_a_hostile_replica_tells_of_findings(said: tuple[tuple[int, bytes], ...]) -> None:
@@ -258,7 +258,7 @@ def test_a_hostile_replica_tells_of_findings(said: tuple[tuple[int, bytes], ...]
 
 
 def test_a_finding_cannot_colour_the_terminal() -> None:
-    with puppet(answering(ANSWER, (39, struct.pack("<QQ", 1, 2)), FINDING, VERDICT, DONE)) as endpoint:
+    with puppet(answering(ANSWER, (40, struct.pack("<QQ", 1, 2)), FINDING, VERDICT, DONE)) as endpoint:
         found = verify_replica(endpoint, DISK, read_data=True)
     assert (found.ok, found.findings[0].message, found.checked_bytes) == (False, "?[31mbad", 1)
 

@@ -43,15 +43,15 @@ class Kind(IntEnum):
     BEAT = 10
     FAIL = 11
     CUT = 12
-    ASK = 13
+    ASK = 14
     INVENTORY = 32
     ACK = 33
     STORED = 34
     DONE = 35
-    DISK = 36
-    VERDICT = 37
-    FINDING = 38
-    PROGRESS = 39
+    DISK = 37
+    VERDICT = 38
+    FINDING = 39
+    PROGRESS = 40
 
 
 KiB = 1024

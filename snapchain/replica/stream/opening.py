@@ -8,9 +8,9 @@ from snapchain.errors import Corrupt, Unsupported
 from snapchain.replica.stream.frames import Frame, Kind
 from snapchain.replica.stream.messages import VERSION, Hello, decode
 
-ASK = "ask"
-"""That this side answers ASK."""
-FEATURES: tuple[str, ...] = (ASK,)
+ASK_FEATURE = "ask"
+"""A receiver that answers ASK."""
+FEATURES: tuple[str, ...] = (ASK_FEATURE,)
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
