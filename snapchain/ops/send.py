@@ -65,7 +65,7 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         endpoint.connect() as channel,
         Sender(channel, link=endpoint.link) as sender,
     ):
-        held = sender.open(Open(disk=request.disk, replica=endpoint.replica, look=True))
+        held = sender.open(Open(disk=request.disk, replica=endpoint.replica, look=True, epoch=request.epoch))
         run = _Run(chain, sender, request, endpoint.url, on_event)
         base = run.base(held, cut=lambda _keep: None)
         layers = tuple(run.planned(base, request.count(chain)))
@@ -84,8 +84,9 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
 def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
     """Send what the replica lacks of an image, and publish a point.
 
-    Raises Diverged when the replica holds what the image never was, Busy when somebody writes to the image or the
-    replica's disk, Unavailable when the link breaks: then the next run goes on at what is durable.
+    Raises Diverged when the replica holds what the image never was, Conflict when its epoch is newer, Busy when
+    somebody writes to the image or the replica's disk, Unavailable when the link breaks: then the next run goes on at
+    what is durable.
     """
     return _attempt(request, endpoint, on_event, lambda _count: None)
 
@@ -116,7 +117,7 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
     ):
         try:
-            held = sender.open(Open(disk=request.disk, replica=endpoint.replica))
+            held = sender.open(Open(disk=request.disk, replica=endpoint.replica, epoch=request.epoch))
             run = _Run(chain, sender, request, endpoint.url, on_event)
             return run.send(run.base(held, cut=sender.cut), request.count(chain))
         finally:
@@ -134,7 +135,7 @@ def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = igno
         request.chain(on_event) as chain,
         Sender(channel, link=Link.NETWORK, answers=False, limit_rate=request.limit_rate) as sender,
     ):
-        sender.open_blindly(Open(disk=request.disk))
+        sender.open_blindly(Open(disk=request.disk, epoch=request.epoch))
         run = _Run(chain, sender, request, channel.peer, on_event)
         return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), request.count(chain))
 

@@ -28,6 +28,7 @@ from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
 from snapchain.replica.cutting import cut
+from snapchain.replica.epochs import check_epoch, enter_epoch
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream import failures, opening
@@ -141,7 +142,7 @@ class _Reception:
             return self._received
         disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
         with disk.locked(make=True):
-            catalogue = settle(disk)
+            catalogue = enter_epoch(disk, settle(disk), asked.epoch)
             if hello:
                 self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue)))
             self._take_all(disk, catalogue)
@@ -178,7 +179,9 @@ class _Reception:
             disk = open_replica(self._chosen(asked.replica)).disk(asked.disk)
         except NotFound:
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
-        return inventory(disk, disk.read() or empty_catalogue(disk.name))
+        catalogue = disk.read() or empty_catalogue(disk.name)
+        check_epoch(disk, catalogue, asked.epoch)
+        return inventory(disk, catalogue)
 
     def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
         # A sender may offer each layer that a chain can have, and publish a point at each; no more.

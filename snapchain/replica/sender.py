@@ -14,7 +14,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, Unsupported
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import LEAF_BYTES, Sum, content_id
 from snapchain.replica.catalogue import decode_sum
@@ -93,7 +93,11 @@ class Sender:
         """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with."""
         assert self._answers is not None
         self._frames.send(Kind.HELLO, encode(opening.hello(answers=True)))
-        opening.agree(self._answer(), peer=self._channel.peer)
+        there = opening.agree(self._answer(), peer=self._channel.peer)
+        if asked.epoch > 1 and opening.EPOCH_FEATURE not in there.features:
+            raise Unsupported(
+                "the snapchain there heeds no epochs", subject=self._channel.peer, hint="bring it up to date over there"
+            )
         self._frames.send(Kind.OPEN, encode(asked))
         frame = self._answer()
         if frame.kind is not Kind.INVENTORY:

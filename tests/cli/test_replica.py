@@ -136,3 +136,13 @@ def test_what_is_wrong_with_a_replica_is_said(run: Run, words: list[str], status
     said = run(*words, *([] if words[0] == "serve-replica" else ["--json"]))
     assert said.status == status
     assert words[0] == "serve-replica" or said.json["error"]["kind"] == kind
+
+
+def test_an_epoch_shuts_the_old_writer_out(run: Run, chain: list[Path], place: Place) -> None:
+    address = f"dir:{place.root}::web1/vda"
+    assert run("send", str(chain[0]), address, "--epoch", "2").status == 0
+    assert run("log", address, "--json").json["disks"][0]["epoch"] == 2
+    said = run("send", str(chain[1]), address, "--json")
+    assert (said.status, said.json["error"]["kind"]) == (4, "conflict")
+    assert "epoch 1, and here it is in epoch 2" in said.json["error"]["message"]
+    assert run("send", str(chain[1]), address, "--epoch", "2").status == 0

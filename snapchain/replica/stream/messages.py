@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 
 from snapchain.errors import Corrupt
 
@@ -15,6 +24,7 @@ LARGEST_DISK = 1 << 56
 MAX_LAYERS = 200
 """QEMU opens chains of 200 files and no deeper."""
 
+LARGEST_EPOCH = 1 << 31
 POINTS_AT_ONCE = 256
 """In one DISK frame; each may have a hundred labels of a hundred characters."""
 
@@ -48,11 +58,21 @@ class Open(_Said):
     """Which disk, in which replica; no replica where the receiver was told by its own user.
 
     look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
+    epoch: in which the sender writes the disk; 1 goes without saying
     """
 
     disk: str = Field(min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     look: bool = False
+    epoch: int = Field(default=1, ge=1, le=LARGEST_EPOCH)
+
+    @model_serializer(mode="wrap")
+    def _without_the_first_epoch(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature knows no such field.
+        said: dict[str, Any] = handler(self)
+        if said.get("epoch") == 1:
+            del said["epoch"]
+        return said
 
 
 class Source(_Said):

@@ -10,7 +10,9 @@ from snapchain.replica.stream.messages import VERSION, Hello, decode
 
 ASK_FEATURE = "ask"
 """A receiver that answers ASK."""
-FEATURES: tuple[str, ...] = (ASK_FEATURE,)
+EPOCH_FEATURE = "epoch"
+"""A receiver that heeds the epoch in OPEN."""
+FEATURES: tuple[str, ...] = (ASK_FEATURE, EPOCH_FEATURE)
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
