@@ -14,7 +14,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, Unsupported
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import Sum, content_id
 from snapchain.replica.catalogue import decode_sum
@@ -25,6 +25,7 @@ from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.maps import layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
+    Active,
     Cut,
     Done,
     Failure,
@@ -33,6 +34,7 @@ from snapchain.replica.stream.messages import (
     Open,
     Partial,
     PointOffer,
+    Readiness,
     decode,
     encode,
 )
@@ -77,7 +79,13 @@ class Sender:
         self._levels = Levels(link)
         self._outbox: Outbox | None = None
         self._partial: Partial | None = None
+        self._features: frozenset[str] = frozenset()
         self._marked_bytes, self._marked_at = 0, time.monotonic()
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end, for messages."""
+        return self._channel.peer
 
     @property
     def bytes_sent(self) -> int:
@@ -93,7 +101,7 @@ class Sender:
         """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with."""
         assert self._answers is not None
         self._frames.send(Kind.HELLO, encode(opening.hello(answers=True)))
-        opening.agree(self._answer(), peer=self._channel.peer)
+        self._features = frozenset(opening.agree(self._answer(), peer=self._channel.peer).features)
         self._frames.send(Kind.OPEN, encode(asked))
         frame = self._answer()
         if frame.kind is not Kind.INVENTORY:
@@ -172,6 +180,23 @@ class Sender:
         """Publish a point of what the chain shows that is there by now."""
         offer = PointOffer(time=time, labels=tuple(labels), size=size, content_id=shown)
         self._opened().put(Kind.POINT, encode(offer))
+
+    def ask_for_active(self, active: Active) -> Readiness:
+        """Have the empty overlay for the active top looked at, or made, and end the stream.
+
+        Raises Unsupported when the other side is too old for it, and what it refuses with.
+        """
+        if opening.ACTIVE_FEATURE not in self._features:
+            raise Unsupported(
+                "the snapchain over there cannot prepare a live migration yet",
+                subject=self._channel.peer,
+                hint="bring it up to date",
+            )
+        outbox = self._opened()
+        outbox.ask(encode(active))
+        outbox.stop()
+        assert outbox.readiness is not None, "DONE is judged against what was asked"
+        return outbox.readiness
 
     def finish(self) -> Done | None:
         """Wait until all is durable over there. Raises what went wrong."""

@@ -43,10 +43,12 @@ class Kind(IntEnum):
     BEAT = 10
     FAIL = 11
     CUT = 12
+    ACTIVE = 13
     INVENTORY = 32
     ACK = 33
     STORED = 34
     DONE = 35
+    READINESS = 36
 
 
 KiB = 1024
@@ -62,6 +64,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.POINT: 64 * KiB,
     Kind.STOP: 0,
     Kind.CUT: 4 * KiB,
+    Kind.ACTIVE: 4 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
@@ -70,6 +73,7 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.ACK: 8,
     Kind.STORED: 4 * KiB,
     Kind.DONE: 16 * KiB,
+    Kind.READINESS: 16 * KiB,
 }
 """The same for a receiver."""
 

@@ -8,8 +8,10 @@ from snapchain.errors import Corrupt, Unsupported
 from snapchain.replica.stream.frames import Frame, Kind
 from snapchain.replica.stream.messages import VERSION, Hello, decode
 
-FEATURES: tuple[str, ...] = ()
-"""Names of what was added to version 1 since; none yet. Names that a side does not know mean nothing to it."""
+ACTIVE_FEATURE = "active"
+"""A receiver that understands ACTIVE, and answers it with READINESS."""
+FEATURES: tuple[str, ...] = (ACTIVE_FEATURE,)
+"""Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
 def hello(*, answers: bool) -> Hello:
