@@ -2,7 +2,22 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, send, receive, log, restore, merge, verify, gc, nightly, inspect, diff
+from snapchain.cli import (
+    init,
+    snapshot,
+    ship,
+    send,
+    sync,
+    receive,
+    log,
+    restore,
+    merge,
+    verify,
+    gc,
+    nightly,
+    inspect,
+    diff,
+)
 from snapchain.cli import serve_replica
 
 # isort: on
@@ -22,5 +37,6 @@ __all__ = [
     "serve_replica",
     "ship",
     "snapshot",
+    "sync",
     "verify",
 ]

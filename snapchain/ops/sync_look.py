@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Diverged
-from snapchain.image import ImageChain, scan
+from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.model.content import content_id, empty_sum
 from snapchain.ops.events import OnEvent, Progress
 from snapchain.ops.send import Divergence, LayerPlan, Request, layers_lacking, same_source, source_of
@@ -21,7 +21,7 @@ from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.leaves import counted
 from snapchain.replica.names import offered_name
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import Active, ActiveState, Inventory, Open, Readiness
+from snapchain.replica.stream.messages import Active, ActiveState, HeldLayer, Inventory, Open, Readiness
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class _Look:
         return self._told(missing, lacking, held, chain, said)
 
     def _prove(self, chain: ImageChain, held: Inventory) -> None:
-        """Read the sealed files here: together they must show what the newest layer there shows."""
+        """Read the sealed files here: each must show, with those below it, what its layer there shows."""
         total, done = empty_sum(), 0
 
         def on_bytes(count: int) -> None:
@@ -138,16 +138,18 @@ class _Look:
             done += count
             self._on_event(Progress("prove", done, None))
 
-        for number in range(len(chain.files)):
+        known = {id(file): layer for layer in held.layers if (file := _single(layer, chain)) is not None}
+        known[id(chain.top)] = held.layers[-1]
+        for number, file in enumerate(chain.files):
             view, below = chain.at(number), chain.at(number - 1) if number else None
-            total = counted(view.top.extents, view, below, total, on_bytes=on_bytes)
-        tip = held.layers[-1]
-        if (chain.size, content_id(chain.size, total)) != (tip.size, tip.content_id):
-            raise Corrupt(
-                f"its sealed files show other content than {tip.file} at the replica",
-                subject=self._send.image,
-                hint="one of them was changed without a trace: verify both sides before anything else",
-            )
+            total = counted(file.extents, view, below, total, on_bytes=on_bytes)
+            layer = known.get(id(file))
+            if layer and (view.size, content_id(view.size, total)) != (layer.size, layer.content_id):
+                raise Corrupt(
+                    f"with what it stands on it shows other content than {layer.file} at the replica",
+                    subject=file.path,
+                    hint="one of these files was changed without a trace: verify both sides before anything else",
+                )
 
     def _told(
         self,
@@ -161,12 +163,8 @@ class _Look:
         layers = []
         paths: dict[str, str] = {}
         for layer in held.layers:
-            files = [
-                str(file.path)
-                for file in chain.files
-                if any(same_source(source_of(file), source) for source in layer.sources)
-            ]
-            whole = files[0] if len(files) == 1 and len(layer.sources) == 1 else None
+            file = _single(layer, chain)
+            whole = None if file is None else str(file.path)
             there = f"{base}{layer.file}"
             layers.append(LayerThere(path=there, source=whole, virtual_size=layer.size, content_id=layer.content_id))
             if whole is not None:
@@ -193,6 +191,13 @@ class _Look:
             proof=self._request.proof,
             commands=commands,
         )
+
+
+def _single(layer: HeldLayer, chain: ImageChain) -> ImageFile | None:
+    """The file that a layer is, where it is one file and not several in one."""
+    if len(layer.sources) != 1:
+        return None
+    return next((file for file in chain.files if same_source(source_of(file), layer.sources[0])), None)
 
 
 _OVERLAY = {
