@@ -64,7 +64,7 @@ class Arrival:
             )
         if len(catalogue.layers) == MAX_LAYERS:
             raise Unsupported(f"the chain has {MAX_LAYERS} layers, and QEMU opens no more", subject=disk.directory)
-        self._below = None if tip is None else _opened_tip(disk, catalogue, tip)
+        self._below = None if tip is None else opened_chain(disk, catalogue, tip)
         self._fd = -1
         self._durability: Durability | None = None
         try:
@@ -221,7 +221,7 @@ def _check_room(disk: ReplicaDisk, table_bytes: int) -> None:
         raise Unavailable(f"the layer needs {table_bytes} bytes for its tables alone", subject=disk.directory)
 
 
-def _opened_tip(disk: ReplicaDisk, catalogue: Catalogue, tip: Layer) -> ImageChain:
+def opened_chain(disk: ReplicaDisk, catalogue: Catalogue, tip: Layer) -> ImageChain:
     """The chain that is here. Raises Corrupt when it is not what the catalogue says."""
     chain = scan(disk.path(tip.file), format="qcow2")
     found = [(file.path.name, file.size, file.format) for file in chain.files]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-LADDER = (3, 4, 5, 6, 7, 9)
-"""Levels of zstd. Above 9 each percent saved costs more time than any link takes for it."""
+LADDER = (5, 6, 7, 9, 12)
+"""Levels of zstd. Above 12 each percent saved costs more time than any link takes for it."""
 _STEADY = 8
 """Frames in a row that must say the same before the level changes."""
 
@@ -27,7 +27,7 @@ class Levels:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._rung = 1
+        self._rung = 0
         self._seen = 0
 
     @property

@@ -23,7 +23,8 @@ from snapchain.replica.stream.messages import Done, Failure, Readiness, Stored, 
 
 WINDOW = 256 << 20
 """Bytes that may be on their way or not yet durable: a second of 2 Gbit/s, 25 times what 80 ms of 1 Gbit/s hold."""
-QUEUE = 8
+QUEUE = 4
+"""Frames. What waits here is sent again after a crash, so on a slow link it should not be much."""
 BEAT_SECONDS = 10.0
 _COUNT = struct.Struct("<Q")
 _GRACE = 2.0
@@ -71,14 +72,19 @@ class Outbox:
         size = FRAME_BYTES + sum(len(part) for part in body)
         if self._answers is not None:
             self._wait_for_window()
+        self._give((kind, body))
+        self._given += size
+        return size
+
+    def _give(self, item: tuple[Kind, tuple[Buffer, ...]] | None) -> None:
+        """Put it into the queue, unless the thread that empties it has failed."""
         while True:
             self.check()
             try:
-                self._queue.put((kind, body), timeout=0.5)
+                self._queue.put(item, timeout=0.5)
             except queue.Full:
                 continue
-            self._given += size
-            return size
+            return
 
     def mark(self, *body: Buffer) -> None:
         """Give a MARK frame, which will be confirmed."""
@@ -104,7 +110,7 @@ class Outbox:
         with self._state:
             self._stopping = True
         self.put(Kind.STOP)
-        self._queue.put(None)
+        self._give(None)
         if self._answers is None:
             self._threads[0].join()
             self.check()

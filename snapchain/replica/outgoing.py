@@ -26,7 +26,7 @@ from snapchain.replica.stream.messages import Source
 from snapchain.replica.windows import Window, hot_leaves, windows
 
 _UNDER_WAY = 4
-"""Windows in flight a worker: enough behind one slow read, some 30 MiB of buffers."""
+"""Windows in flight a worker: enough behind one slow read, some 60 MiB of buffers."""
 BLOCK = 4096
 """The grain in which zeroes, and bytes that are below already, are told from others."""
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.host.files import fsync_file, remove, rename
+from snapchain.host.files import NEW, fsync_file, remove, remove_temporaries, rename
 from snapchain.model.content import Sum
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue, encode_sum, read_record, write_record
@@ -53,6 +53,8 @@ def forget(disk: ReplicaDisk) -> None:
 
 def settle(disk: ReplicaDisk) -> Catalogue:
     """Finish what a killed run had finished but for the catalogue; the catalogue as it is then. Under the lock."""
+    for record in (names.CATALOGUE, names.PROGRESS):
+        remove_temporaries(disk.path(record), purpose=NEW)
     catalogue = disk.read() or empty_catalogue(disk.name)
     progress = read_progress(disk)
     if progress is None or progress.finished is None:

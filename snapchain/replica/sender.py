@@ -16,7 +16,7 @@ from typing import Self
 
 from snapchain.errors import Corrupt, Unsupported
 from snapchain.host.remote_channel import Channel
-from snapchain.model.content import Sum, content_id
+from snapchain.model.content import LEAF_BYTES, Sum, content_id
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.levels import Levels, Link
 from snapchain.replica.outbox import Outbox
@@ -172,9 +172,12 @@ class Sender:
     def _start(self, outgoing: Outgoing, name: str) -> tuple[Sum, int]:
         """The content sum counted so far, and the guest offset from which on data are sent."""
         partial = self._partial
-        if partial is not None and partial.layer == name and partial.durable <= outgoing.layer.extents.size:
-            return decode_sum(partial.content_sum), partial.durable
-        return outgoing.first_sum(), 0
+        size = outgoing.layer.extents.size
+        if partial is None or partial.layer != name or partial.durable > size:
+            return outgoing.first_sum(), 0
+        if partial.durable % LEAF_BYTES and partial.durable != size:
+            return outgoing.first_sum(), 0  # no mark of ours lies inside a leaf
+        return decode_sum(partial.content_sum), partial.durable
 
     def send_point(self, *, time: datetime, labels: Sequence[str], size: int, shown: str) -> None:
         """Publish a point of what the chain shows that is there by now."""

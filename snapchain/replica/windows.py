@@ -16,7 +16,7 @@ from snapchain.image import ImageChain
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import ABSENT, DATA, Extents, covering, over, rounded, where
 
-WINDOW = 1 << 20
+WINDOW = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from snapchain.image import scan
 from snapchain.model.inventory import Wanted
 from snapchain.ops.send import Divergence, Files, Scope, source_of
 from tests.ops.shipping import MiB, random_stack
-from tests.ops.stacks import Layer, build, flat, qemu_img, write
+from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import Place
 
 
@@ -212,3 +213,24 @@ def test_two_senders_of_one_disk(tmp_path: Path, place: Place) -> None:
     with open_replica(place.root, make=True).disk("web1/vda").locked(make=True), pytest.raises(Busy):
         place.send(image)
     place.send(image)
+
+
+def test_four_disks_at_once(tmp_path: Path, place: Place) -> None:
+    chains = [build(tmp_path / str(n), [Layer(8 * MiB, [f"write -P {n + 1} 0 8M"]), Layer(8 * MiB)]) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        runs = [pool.submit(place.send, paths[-1], disk=f"web/{n}") for n, paths in enumerate(chains)]
+        assert [run.result().layers_sent for run in runs] == [1] * 4
+    for n, paths in enumerate(chains):
+        file = place.root / f"web%2F{n}" / "0.qcow2"
+        assert same(file, flat(paths[0], tmp_path / "flat"))
+
+
+def test_a_limited_rate(tmp_path: Path, place: Place) -> None:
+    noise = tmp_path / "noise"
+    noise.write_bytes(random.Random(1).randbytes(4 * MiB))
+    paths = build(tmp_path / "c", [Layer(4 * MiB)])
+    write(paths[0], f"write -s {noise} 0 4M")
+    report = place.send(paths[0], limit_rate=4 * MiB)
+    # A quarter of a second's worth is saved up, and the last frame is waited for by nobody.
+    assert 0.2 < report.seconds < 10
+    place.check(flat(paths[0], tmp_path / "flat"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import random
 import struct
@@ -24,9 +26,10 @@ from snapchain.model.content import content_id, leaf_hash, sum_of
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from snapchain.replica.levels import Link
 from snapchain.replica.receiver import receive
+from snapchain.replica.stream import zstd
 from snapchain.replica.stream.data import DataRuns, Part, decode_data, encode_data
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, MAGIC, FrameReader, Kind
-from snapchain.replica.stream.maps import MapReader, map_frames, words_of
+from snapchain.replica.stream.maps import MapReader, layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import Hello, Inventory, LayerOffer, Open, PointOffer, Stored, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, write
@@ -339,6 +342,43 @@ def test_a_hostile_receiver(tmp_path: Path, name: str) -> None:
         send(image, endpoint, DISK)
     assert str(caught.value).isprintable()
     assert not isinstance(caught.value, InvalidInput)
+
+
+@pytest.mark.parametrize("durable", [1, 5000, GRAIN, 8 * MiB, 8 * MiB + 1])
+def test_a_receiver_that_lies_about_what_is_durable(tmp_path: Path, durable: int) -> None:
+    """The sender goes on where it is told to, or begins again, and announces what it counted; it never breaks."""
+    image = build(tmp_path / "c", [Layer(8 * MiB, ["write -P 1 0 8M"])])[0]
+    offered: list[dict[str, Any]] = []
+
+    def answer(frames: FrameReader, say: Callable[[bytes], None]) -> None:
+        say(stream(ANSWER, inventory_of(offered, durable)))
+        while (frame := frames.read_or_end()) is not None:
+            if frame.kind is Kind.LAYER:
+                offered.append(json.loads(bytes(frame.body)))
+            if frame.kind is Kind.MAP:
+                plain = zstd.unpacked(frame.body[8:], 8, subject="") if frame.body[4] else bytes(frame.body[8:])
+                words = np.frombuffer(plain, "<u8").astype(np.uint64)
+                offered[-1]["id"] = layer_id(LayerOffer(**without_id(offered[-1])), words)
+            if frame.kind is Kind.STOP:
+                return
+
+    for _ in range(2):
+        with puppet(answer) as endpoint, pytest.raises(SnapchainError):
+            send(image, endpoint, DISK)
+    fits = durable % GRAIN == 0 and durable <= 8 * MiB
+    assert [each["resume_at"] for each in offered] == [0, durable if fits else 0]
+
+
+def without_id(offer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in offer.items() if name != "id"}
+
+
+def inventory_of(offered: list[dict[str, Any]], durable: int) -> tuple[int, bytes]:
+    said = json.loads(EMPTY[1])
+    if offered:
+        zeroes = base64.b64encode(SUM).decode()
+        said["partial"] = {"layer": offered[0]["id"], "durable": durable, "content_sum": zeroes}
+    return 32, json.dumps(said).encode()
 
 
 def test_a_receiver_that_reads_no_more(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from snapchain.host.batches import Buffer
 from snapchain.model.extents import DATA, Extents
 from snapchain.replica.stream.zstd import packed, unpacked
 
-LARGEST_DATA = 1 << 20
+LARGEST_DATA = 2 << 20
 """Most DATA bytes of one frame, carried or not."""
 MOST_PARTS = 4096
 _HEAD = struct.Struct("<QQBBH")

@@ -58,7 +58,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.OPEN: 16 * KiB,
     Kind.LAYER: 256 * KiB,
     Kind.MAP: 520 * KiB,
-    Kind.DATA: 1096 * KiB,
+    Kind.DATA: 2120 * KiB,
     Kind.MARK: 8 + 2048,
     Kind.END: 32,
     Kind.POINT: 64 * KiB,

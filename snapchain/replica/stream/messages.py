@@ -75,7 +75,7 @@ class LayerOffer(_Said):
     extended_l2: bool
     parent: LayerId | None
     sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
-    runs: int = Field(ge=0, le=1 << 23)
+    runs: int = Field(ge=0, le=1 << 22)
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
 

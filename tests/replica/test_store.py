@@ -1,0 +1,161 @@
+"""What lies on a replica's disk is judged before anything builds on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
+from snapchain.replica.catalogue import Catalogue
+from snapchain.replica.names import check_offered, directory_of, free_name, offered_name
+from snapchain.replica.store import open_replica
+from snapchain.replica.verifying import verify_disk
+from tests.ops.shipping import MiB
+from tests.ops.stacks import Layer, build, qemu_img
+from tests.replica.conftest import DISK, Place
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[Path]:
+    return build(tmp_path / "c", [Layer(MiB, [f"write -P {n} {n * 64}k 128k"]) for n in range(1, 4)])
+
+
+def nobody(_count: int) -> None: ...
+
+
+def test_a_sound_disk_has_no_findings(place: Place, chain: list[Path]) -> None:
+    for path in chain:
+        place.send(path)
+    read: list[int] = []
+    assert verify_disk(open_replica(place.root).disk(DISK), on_bytes=read.append) == []
+    assert sum(read) >= 3 * 128 * 1024
+
+
+def test_a_changed_byte_is_told_of_its_layer(place: Place, chain: list[Path]) -> None:
+    for path in chain:
+        place.send(path)
+    victim = place.files()[1]
+    victim.chmod(0o644)
+    raw = bytearray(victim.read_bytes())
+    raw[-1] ^= 1
+    victim.write_bytes(raw)
+    found = verify_disk(open_replica(place.root).disk(DISK), on_bytes=nobody)
+    assert found[0].file == victim.name
+    assert found[0].recorded == place.catalogue()["layers"][1]["content_id"]
+
+
+def _resized(place: Place) -> None:
+    place.files()[-1].chmod(0o644)
+    qemu_img("resize", "-q", "-f", "qcow2", place.files()[-1], "8M")
+
+
+def _removed(place: Place) -> None:
+    place.files()[0].unlink()
+
+
+def _relinked(place: Place) -> None:
+    place.files()[-1].chmod(0o644)
+    qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", "", place.files()[-1])
+
+
+@pytest.mark.parametrize("harm", [_resized, _removed, _relinked])
+def test_nothing_is_built_on_files_that_are_not_the_chain(
+    place: Place, chain: list[Path], harm: Callable[[Place], None]
+) -> None:
+    place.send(chain[1])
+    harm(place)
+    before = place.catalogue()
+    with pytest.raises(SnapchainError):
+        place.send(chain[2])
+    with pytest.raises(SnapchainError):
+        verify_disk(open_replica(place.root).disk(DISK), on_bytes=nobody)
+    assert place.catalogue() == before
+
+
+def _loop(record: dict[str, Any]) -> None:
+    record["layers"].append(record["layers"][0])
+
+
+def _point_of_nothing(record: dict[str, Any]) -> None:
+    record["points"][0]["layer"] = "0" * 32
+
+
+def _other_sum(record: dict[str, Any]) -> None:
+    record["layers"][0]["content_sum"] = "A" * 2731 + "="
+
+
+def _back(record: dict[str, Any]) -> None:
+    record["next_point"] = 1
+
+
+def _newer(record: dict[str, Any]) -> None:
+    record["format"] = 2
+
+
+@pytest.mark.parametrize("harm", [_loop, _point_of_nothing, _other_sum, _back, _newer])
+def test_an_unsound_catalogue_is_refused(
+    place: Place, chain: list[Path], harm: Callable[[dict[str, Any]], None]
+) -> None:
+    place.send(chain[0])
+    record = place.catalogue()
+    harm(record)
+    (place.directory / "catalogue.json").write_text(json.dumps(record))
+    with pytest.raises(Corrupt):
+        open_replica(place.root).disk(DISK).read()
+    with pytest.raises(Corrupt):
+        place.send(chain[1])
+
+
+def test_a_directory_of_another_disk(place: Place, chain: list[Path]) -> None:
+    place.send(chain[0])
+    place.directory.rename(place.root / "b")
+    with pytest.raises(Conflict):
+        open_replica(place.root).disk("b").read()
+
+
+def test_all_disks_by_name(place: Place, chain: list[Path]) -> None:
+    for disk in ("web2/vda", "web1/vda"):
+        place.send(chain[0], disk=disk)
+    assert [each.disk for each in open_replica(place.root).catalogues()] == ["web1/vda", "web2/vda"]
+
+
+def test_generations_count_every_change(place: Place, chain: list[Path]) -> None:
+    place.send(chain[0])
+    first = Catalogue.model_validate(place.catalogue()).generation
+    place.send(chain[1])
+    assert Catalogue.model_validate(place.catalogue()).generation == first + 2
+
+
+@pytest.mark.parametrize(
+    ("disk", "directory"),
+    [
+        ("web1/vda", "web1%2Fvda"),
+        ("..", "%2E."),
+        ("-rf", "%2Drf"),
+        ("a b%", "a%20b%25"),
+        ("ä", "%C3%A4"),
+    ],
+)
+def test_directories_of_disks(disk: str, directory: str) -> None:
+    assert directory_of(disk) == directory
+
+
+def test_a_name_that_grows_too_long() -> None:
+    with pytest.raises(InvalidInput):
+        directory_of("ä" * 100)
+
+
+@pytest.mark.parametrize("name", ["a.qcow2", "disk.raw", "../x", "", ".hidden", "-f", "ä:b.qcow2", "x" * 300])
+def test_what_a_sender_offers_a_receiver_takes(name: str) -> None:
+    assert check_offered(offered_name(name), subject="test")
+
+
+def test_taken_names_give_way() -> None:
+    layer = "0123456789abcdef" * 2
+    assert free_name("a.qcow2", layer, set()) == "a.qcow2"
+    assert free_name("a.qcow2", layer, {"a.qcow2"}) == "a-01234567.qcow2"
+    assert free_name("a.qcow2", layer, {"a.qcow2", "a-01234567.qcow2"}) == f"a-{layer}.qcow2"
