@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.remote_retry import Persistence
 from snapchain.model.convergence import Verdict, judge
-from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.ops.sealer import OfflineSealer, Sealer
 from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, replica_at, send_persistently
 from snapchain.ops.sync_look import ActiveTop, look_at_top, not_ready, stand
@@ -122,7 +123,7 @@ class _Run:
     def round(self, sealed: Path | None) -> int:
         """Ship what is sealed, and measure; the bytes that are left."""
         begun = time.monotonic()
-        moved, wire, layers = self._ship()
+        moved, wire, layers = self._ship(self._told)
         seconds = time.monotonic() - begun
         rate = moved / seconds if moved else None
         if rate is not None and moved >= self._measured_bytes:
@@ -147,14 +148,20 @@ class _Run:
         self._on_event(Notice(f"round {done.number}: {moved} bytes shipped, {done.bytes_left} left: {told}"))
         return done.bytes_left
 
-    def _ship(self) -> tuple[int, int, int]:
+    def _told(self, event: Event) -> None:
+        """Each round has a rate and an end of its own."""
+        if isinstance(event, Progress) and self._rounds:
+            event = replace(event, phase=f"{event.phase} {len(self._rounds)}")
+        self._on_event(event)
+
+    def _ship(self, on_event: OnEvent) -> tuple[int, int, int]:
         send = self._request.send
-        planned = plan_send(send, self._endpoint, on_event=self._on_event)
+        planned = plan_send(send, self._endpoint, on_event=on_event)
         if self._present is None:
             self._present = planned.layers_present
         if not planned.layers:
             return 0, 0, 0
-        sent = send_persistently(send, self._endpoint, policy=Persistence(), on_event=self._on_event)
+        sent = send_persistently(send, self._endpoint, policy=Persistence(), on_event=on_event)
         self._point = sent.point
         return sent.data_bytes, sent.bytes_sent, sent.layers_sent
 

@@ -19,7 +19,7 @@ from snapchain.ops.sync_request import Destination, LayerThere, Proof, SyncReque
 from snapchain.ops.sync_virsh import migrate_commands
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.leaves import counted
-from snapchain.replica.names import offered_name
+from snapchain.replica.names import check_offered, offered_name
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import Active, ActiveState, HeldLayer, Inventory, Open, Readiness
 
@@ -165,7 +165,7 @@ class _Look:
         for layer in held.layers:
             file = _single(layer, chain)
             whole = None if file is None else str(file.path)
-            there = f"{base}{layer.file}"
+            there = f"{base}{check_offered(layer.file, subject=self._endpoint.url)}"
             layers.append(LayerThere(path=there, source=whole, virtual_size=layer.size, content_id=layer.content_id))
             if whole is not None:
                 paths[whole] = there

@@ -13,18 +13,17 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, qemu_img, scan
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
-from snapchain.model.content import content_id, empty_sum
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
-from snapchain.replica.leaves import counted
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Active, ActiveState, Readiness
+from snapchain.replica.verifying import verify_disk
 
 _PURPOSE = "active"
 _SECTOR = 512
@@ -36,8 +35,11 @@ def look_at_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Re
     Raises Corrupt for a name that no sender of ours would ask for.
     """
     path = _path(disk, asked)
+    directory = str(disk.directory.resolve())
+    if not directory.isprintable():
+        raise Unsupported("its path has characters that no command can be given", subject=ascii(directory))
     return Readiness(
-        directory=str(disk.directory.resolve()),
+        directory=directory,
         file=f"{names.ACTIVE}/{path.name}",
         state=_state(disk, catalogue, asked, path),
         proven=asked.prove,
@@ -137,20 +139,8 @@ def _judged(disk: ReplicaDisk, catalogue: Catalogue, asked: Active, chain: Image
 
 
 def _broken(disk: ReplicaDisk, catalogue: Catalogue) -> list[str]:
-    """Files of the layers from the first on that does not show its content id any more."""
-    tip = catalogue.tip
-    if tip is None:
-        return []
+    """Files of the layers that do not show what they should; of all, where the chain cannot even be read."""
     try:
-        with scan(disk.path(tip.file), format="qcow2") as chain:
-            if [file.path.name for file in chain.files] != [layer.file for layer in catalogue.layers]:
-                return [layer.file for layer in catalogue.layers]
-            total = empty_sum()
-            for number, layer in enumerate(catalogue.layers):
-                view, below = chain.at(number), chain.at(number - 1) if number else None
-                total = counted(view.top.extents, view, below, total, on_bytes=lambda _count: None)
-                if (view.size, content_id(view.size, total)) != (layer.size, layer.content_id):
-                    return [each.file for each in catalogue.layers[number:]]
+        return [finding.file for finding in verify_disk(disk, on_bytes=lambda _count: None)]
     except SnapchainError:
         return [layer.file for layer in catalogue.layers]
-    return []

@@ -19,6 +19,7 @@ from snapchain.host.remote_channel import Channel
 from snapchain.model.content import LEAF_BYTES, Sum, content_id
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.levels import Levels, Link
+from snapchain.replica.names import ACTIVE
 from snapchain.replica.outbox import Outbox
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.stream import failures, opening
@@ -26,6 +27,7 @@ from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, F
 from snapchain.replica.stream.maps import layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
     Active,
+    ActiveState,
     Cut,
     Done,
     Failure,
@@ -80,6 +82,7 @@ class Sender:
         self._outbox: Outbox | None = None
         self._partial: Partial | None = None
         self._features: frozenset[str] = frozenset()
+        self._files: frozenset[str] = frozenset()
         self._marked_bytes, self._marked_at = 0, time.monotonic()
 
     @property
@@ -113,6 +116,7 @@ class Sender:
             if content_id(layer.size, decode_sum(layer.content_sum)) != layer.content_id:
                 raise Corrupt(f"its layer {layer.file!a} contradicts itself", subject=self._channel.peer)
         self._partial = found.partial
+        self._files = frozenset(layer.file for layer in found.layers)
         self._outbox = Outbox(self._channel, self._frames, self._answers, limit_rate=self._limit_rate)
         return found
 
@@ -198,8 +202,16 @@ class Sender:
         outbox = self._opened()
         outbox.ask(encode(active))
         outbox.stop()
-        assert outbox.readiness is not None, "DONE is judged against what was asked"
-        return outbox.readiness
+        said = outbox.readiness
+        assert said is not None, "DONE is judged against what was asked"
+        # These words go to a terminal, and into commands that a user will run.
+        if not said.directory.startswith("/") or not said.directory.isprintable():
+            raise Corrupt("it names a directory that cannot be", subject=self._channel.peer)
+        if said.file != f"{ACTIVE}/{active.name}" or not set(said.broken) <= self._files:
+            raise Corrupt("it tells of other files than those asked for", subject=self._channel.peer)
+        if said.proven is not active.prove or (active.make and said.state is not ActiveState.READY):
+            raise Corrupt("it has not done what it was asked for", subject=self._channel.peer)
+        return said
 
     def finish(self) -> Done | None:
         """Wait until all is durable over there. Raises what went wrong."""
