@@ -19,7 +19,7 @@ from snapchain.host.remote_retry import Persistence
 from snapchain.model.convergence import Verdict, judge
 from snapchain.ops.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.ops.sealer import OfflineSealer, Sealer
-from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, replica_at, send_persistently
+from snapchain.ops.send import Divergence, Files, Request, Scope, SendReport, plan_send, replica_at, send_persistently
 from snapchain.ops.sync_look import ActiveTop, look_at_top, not_ready, stand
 from snapchain.ops.sync_request import Destination, Proof, Round, SyncReport, SyncRequest
 from snapchain.ops.sync_virsh import Guest, guest_of
@@ -123,20 +123,22 @@ class _Run:
     def round(self, sealed: Path | None) -> int:
         """Ship what is sealed, and measure; the bytes that are left."""
         begun = time.monotonic()
-        moved, wire, layers = self._ship(self._told)
+        sent = self._ship(self._told, known_to_lack=sealed is not None)
         seconds = time.monotonic() - begun
-        rate = moved / seconds if moved else None
+        moved = 0 if sent is None else sent.data_bytes
+        # Without the start of the other side: what is left will not wait for that.
+        rate = sent.data_bytes / sent.seconds if sent is not None and moved else None
         if rate is not None and moved >= self._measured_bytes:
-            # The longest run says most about the link: a short one is all opening and closing.
+            # The longest run says most about the link: a short one is all closing.
             self._measured_bytes, self._rate = moved, rate
         top = look_at_top(self._request.send)
         predicted = _seconds(top.data_bytes, self._rate)
         done = Round(
             number=len(self._rounds) if sealed is None or self._rounds else 1,
             sealed=None if sealed is None else str(sealed),
-            layers_sent=layers,
+            layers_sent=0 if sent is None else sent.layers_sent,
             data_bytes=moved,
-            bytes_sent=wire,
+            bytes_sent=0 if sent is None else sent.bytes_sent,
             seconds=seconds,
             rate=rate,
             bytes_left=top.data_bytes,
@@ -154,16 +156,19 @@ class _Run:
             event = replace(event, phase=f"{event.phase} {len(self._rounds)}")
         self._on_event(event)
 
-    def _ship(self, on_event: OnEvent) -> tuple[int, int, int]:
+    def _ship(self, on_event: OnEvent, *, known_to_lack: bool) -> SendReport | None:
+        """Send what the replica lacks; None when that is nothing, and no point is needed of it."""
         send = self._request.send
-        planned = plan_send(send, self._endpoint, on_event=on_event)
-        if self._present is None:
+        if not known_to_lack:
+            planned = plan_send(send, self._endpoint, on_event=on_event)
             self._present = planned.layers_present
-        if not planned.layers:
-            return 0, 0, 0
+            if not planned.layers:
+                return None
         sent = send_persistently(send, self._endpoint, policy=Persistence(), on_event=on_event)
         self._point = sent.point
-        return sent.data_bytes, sent.bytes_sent, sent.layers_sent
+        if self._present is None:
+            self._present = sent.layers_present
+        return sent
 
     def report(self, stands: Destination, outcome: Verdict | None, *, seconds: float) -> SyncReport:
         """What came of it all."""

@@ -99,7 +99,8 @@ class Destination(BaseModel):
 class Round(BaseModel):
     """One round of seal and ship; number 0 ships what was sealed before.
 
-    sealed: the file; data_bytes: of the maps that were sent; bytes_sent: on the wire; rate: data_bytes a second
+    sealed: the file; data_bytes: of the maps that were sent; bytes_sent: on the wire; seconds: of all of it
+    rate: data bytes a second while they went over, None where none did
     bytes_left: in the active top, after it; dirty_rate: bytes a second that came into the top meanwhile
     """
 

@@ -61,6 +61,8 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
             subject=disk.directory,
             hint="another transfer was faster: run it again",
         )
+    if path.parent.is_dir():
+        files.remove_temporaries(path, purpose=_PURPOSE)  # of runs that were killed: we hold the lock
     found = look_at_active(disk, catalogue, asked)
     if found.broken:
         raise Corrupt(
@@ -94,7 +96,6 @@ def _make(backing: Path, asked: Active, path: Path) -> None:
     with os_errors(path.parent), suppress(FileExistsError):
         path.parent.mkdir(mode=0o755)
     files.fsync_dir(path.parent.parent)
-    files.remove_temporaries(path, purpose=_PURPOSE)
     temporary = files.temporary_beside(path, purpose=_PURPOSE)
     try:
         os.close(files.open_new(temporary))

@@ -18,6 +18,7 @@ from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
 from snapchain.host.remote_address import parse_remote_address
 from snapchain.model.convergence import Verdict
 from snapchain.ops.sealer import OfflineSealer
+from snapchain.ops.send import send_to_replica
 from snapchain.ops.sync import (
     Destination,
     Divergence,
@@ -32,6 +33,7 @@ from snapchain.ops.sync import (
 )
 from snapchain.ops.sync_virsh import migrate_commands
 from snapchain.replica.endpoint import DirectoryEndpoint
+from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place
 
@@ -364,6 +366,27 @@ def test_a_layer_with_an_overlay_on_it_is_not_cut_off(chain: list[Path], place: 
     with pytest.raises(Conflict, match="stands on it"):
         run(other[-1], place, divergence=Divergence.CUT_REPLICA)
     assert look(chain[-1], place).ready
+
+
+def test_kill_nine_while_the_overlay_is_made(chain: list[Path], place: Place, tmp_path: Path) -> None:
+    run(chain[1], place)  # leaves an overlay that the next one replaces
+    stale = place.directory / "active" / "1.qcow2"
+    stale.rename(stale.with_name("disk.qcow2"))
+    send_to_replica(request(chain[-1]).send, DirectoryEndpoint(place.root))
+    before = tmp_path / "before"
+    shutil.copytree(place.root, before)
+    deaths = 0
+    for where in killed_at_every_step(lambda: run(chain[-1], place)):
+        deaths += 1
+        assert place.files()[-1].name == "2.qcow2"
+        for overlay in stale.parent.glob("[!.]*"):
+            assert clean(overlay), where
+        report = run(chain[-1], place)
+        assert report.ready, where
+        assert [entry.name for entry in stale.parent.iterdir()] == ["disk.qcow2"], where
+        shutil.rmtree(place.root)
+        shutil.copytree(before, place.root)
+    assert deaths > 5
 
 
 # proof
