@@ -34,7 +34,7 @@ _MIGRATE = "For the migration"
 )
 def sync(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, which a guest may be writing.")],
-    target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="A replica: ssh://[user@]host/path, dir:/path.")],
+    target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="A replica: ssh://\\[user@]host/path, dir:/path.")],
     *,
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, help="Seal the top and ship it, at most so many times.")
@@ -82,7 +82,7 @@ def sync(
         typer.Option(
             "--dest-uri",
             metavar="URI",
-            help="The destination's libvirt, by default qemu+ssh://[user@]host/system.",
+            help="The destination's libvirt, by default qemu+ssh://\\[user@]host/system.",
             rich_help_panel=_MIGRATE,
         ),
     ] = None,
