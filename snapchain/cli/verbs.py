@@ -2,12 +2,12 @@
 
 # isort: off
 from snapchain.cli.app import app
-from snapchain.cli import init, snapshot, ship, send, receive, log, restore, merge, hold, release, verify, gc, nightly
-from snapchain.cli import inspect, diff, doctor, serve_replica
+from snapchain.cli import init, snapshot, ship, send, sync, receive, log, restore, merge, hold, release, verify, gc
+from snapchain.cli import nightly, inspect, diff, doctor, serve_replica
 
 # isort: on
 
 __all__ = [
     "app", "diff", "doctor", "gc", "hold", "init", "inspect", "log", "merge", "nightly", "receive", "release",
-    "restore", "send", "serve_replica", "ship", "snapshot", "verify",
+    "restore", "send", "serve_replica", "ship", "snapshot", "sync", "verify",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from snapchain.image import ImageChain
 from snapchain.model.inventory import Wanted
 from snapchain.ops.events import OnEvent
 from snapchain.ops.ship import check_label
-from snapchain.ops.source import locked_chain
+from snapchain.ops.source import locked_chain, sealed_chain
 from snapchain.replica.names import check_disk_name
 from snapchain.replica.stream.messages import LARGEST_EPOCH
 
@@ -123,9 +123,6 @@ class Request:
             raise InvalidInput(f"{self.epoch} is no epoch", hint=f"a number from 1 to {LARGEST_EPOCH}")
 
     def chain(self, on_event: OnEvent) -> AbstractContextManager[ImageChain]:
-        """The image, locked."""
-        return locked_chain(self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event)
-
-    def count(self, chain: ImageChain) -> int:
-        """How many of the files are meant."""
-        return len(chain.files) - (self.scope is Scope.SEALED)
+        """What is to be sent of the image, locked; the top is no part of it where only what is sealed is meant."""
+        opened = sealed_chain if self.scope is Scope.SEALED else locked_chain
+        return opened(self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event)

@@ -14,6 +14,8 @@ LOCK = ".lock"
 INCOMING = ".incoming.qcow2"
 PROGRESS = ".incoming.json"
 SUFFIX = ".qcow2"
+ACTIVE = "active"
+"""The directory of overlays for guests, in a disk's: there their names are in no layer's way."""
 _LONGEST = 200
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.+")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.qcow2", re.ASCII)

@@ -23,6 +23,7 @@ from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
+from snapchain.replica.active import look_at_active, make_active
 from snapchain.replica.answering import answer
 from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
@@ -37,6 +38,7 @@ from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Fra
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    Active,
     Ask,
     Cut,
     Done,
@@ -137,7 +139,11 @@ class _Reception:
         self._received.disk = asked.disk
         if asked.look:
             self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
-            self._expect(Kind.STOP)
+            if (frame := self._next()).kind is Kind.ACTIVE:
+                self._tell_of_active(open_replica(self._chosen(asked.replica)).disk(asked.disk), frame)
+                frame = self._next()
+            if frame.kind is not Kind.STOP:
+                raise self._unexpected(frame)
             self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
             return self._received
         disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
@@ -194,11 +200,23 @@ class _Reception:
                 catalogue, shown = self._take_layer(disk, catalogue, frame)
             elif frame.kind is Kind.CUT:
                 catalogue = cut(disk, catalogue, decode(Cut, frame.body, subject=self._channel.peer).keep)
+            elif frame.kind is Kind.ACTIVE:
+                self._make_active(disk, catalogue, frame)
             elif frame.kind is Kind.POINT:
                 catalogue = self._publish(disk, catalogue, frame, shown)
             else:
                 raise self._unexpected(frame)
         raise Corrupt("the stream has more layers than a chain can have", subject=self._channel.peer)
+
+    def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
+        offer = decode(Active, frame.body, subject=self._channel.peer)
+        catalogue = disk.read() or empty_catalogue(disk.name)
+        self._voice.say(Kind.READINESS, encode(look_at_active(disk, catalogue, offer)))
+
+    def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
+        offer = decode(Active, frame.body, subject=self._channel.peer)
+        done = make_active if offer.make else look_at_active
+        self._voice.say(Kind.READINESS, encode(done(disk, catalogue, offer)))
 
     def _take_layer(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> tuple[Catalogue, tuple[int, str]]:
         offer = decode(LayerOffer, frame.body, subject=self._channel.peer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -160,6 +161,48 @@ class Done(_Said):
 
     points: tuple[int, ...] = Field(max_length=4 * MAX_LAYERS)
     layers: int = Field(ge=0)
+
+
+class Active(_Said):
+    """An empty overlay on the newest layer, in which a live migration can put what a guest has not yet sealed.
+
+    name: that its file should have; size: virtual, bytes; on: the layer that must be the newest there
+    make: whether it is to be made, or only looked for; prove: whether all layers are to be read again
+    """
+
+    name: str = Field(min_length=1, max_length=255)
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
+    extended_l2: bool
+    on: LayerId
+    make: bool
+    prove: bool
+
+
+class ActiveState(StrEnum):
+    """What stands where the overlay should."""
+
+    ABSENT = "absent"
+    READY = "ready"
+    """The empty overlay that was asked for."""
+    STALE = "stale"
+    """An empty overlay on a layer of this disk, but not the one that was asked for: it may be replaced."""
+    FOREIGN = "foreign"
+    """Something else, such as an overlay that a guest has written to."""
+
+
+class Readiness(_Said):
+    """The answer to Active.
+
+    directory: of the disk, absolute; file: the overlay's, from there; state: as it is now, after it was made
+    proven: whether all layers were read again and show what the catalogue says; broken: files that do not
+    """
+
+    directory: str = Field(min_length=1, max_length=4096)
+    file: str = Field(min_length=1, max_length=300)
+    state: ActiveState
+    proven: bool
+    broken: tuple[Annotated[str, StringConstraints(max_length=255)], ...] = Field(default=(), max_length=MAX_LAYERS)
 
 
 class Ask(_Said):

@@ -8,11 +8,13 @@ from snapchain.errors import Corrupt, Unsupported
 from snapchain.replica.stream.frames import Frame, Kind
 from snapchain.replica.stream.messages import VERSION, Hello, decode
 
+ACTIVE_FEATURE = "active"
+"""A receiver that understands ACTIVE, and answers it with READINESS."""
 ASK_FEATURE = "ask"
 """A receiver that answers ASK."""
 EPOCH_FEATURE = "epoch"
 """A receiver that heeds the epoch in OPEN."""
-FEATURES: tuple[str, ...] = (ASK_FEATURE, EPOCH_FEATURE)
+FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE)
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
