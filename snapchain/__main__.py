@@ -1,7 +1,5 @@
 """`python -m snapchain`: the same as the `snapchain` command."""
 
-import sys
+from snapchain.cli import program
 
-from snapchain.cli import main
-
-sys.exit(main())
+program()

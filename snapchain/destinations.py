@@ -26,8 +26,11 @@ def open_destination(
     limit_rate: bytes per second to and from the store.
     Raises NotFound when there is none, and what its store raises.
     """
-    opened = Repository.open(_store(url, limit_rate=limit_rate), passphrase=passphrase, writing=writing)
+    store = _store(url, limit_rate=limit_rate)
+    seen = known.recall(_place(store)) is not None
+    opened = Repository.open(store, passphrase=passphrase, writing=writing, known=seen)
     known.check(_seen(opened))
+    opened.memory = known.Memory(_seen(opened))
     return opened
 
 
@@ -39,6 +42,7 @@ def create_destination(
         _store(url, make=True), passphrase=passphrase, encryption=encryption, block_size=block_size
     )
     known.remember(_seen(made))
+    made.memory = known.Memory(_seen(made))
     return made
 
 

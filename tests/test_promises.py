@@ -24,6 +24,7 @@ from snapchain.ops.restore import Restoration
 from snapchain.ops.ship import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import merging
+from snapchain.repository.composing import compose
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Crash, FaultStore, crash_points
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
@@ -107,7 +108,7 @@ def test_promise_3_a_merge_that_does_not_show_the_same_is_not_committed(
     before = repo.disk(DISK).existing()
     kept = before[0].points[-1].content_id
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "leaves_over", lambda lower, upper: lower)  # noqa: ARG005
+        patch.setattr(merging, "compose", lambda layers, *window, root: compose(layers[:1], *window, root=root))
         with pytest.raises(Corrupt, match="nothing was changed"):
             RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
     assert repo.disk(DISK).existing() == before
@@ -354,7 +355,8 @@ def test_promise_10_merging_and_restoring_list_nothing_and_move_what_they_need(
     store = CountingStore(repo.store)
     Restoration(again(repo, store), DISK, tmp_path / "out.qcow2").run()
     assert {each.name for each in store.asked if each.operation.startswith("list")} <= {
-        f"disks/{repo.keys.disk_key(DISK)}/"
+        f"disks/{repo.keys.disk_key(DISK)}/",
+        "leases/",
     }
     assert (tmp_path / "out.qcow2").stat().st_size < 110 * MiB
     qemu_img("compare", "-s", "-f", "qcow2", "-F", "qcow2", tmp_path / "out.qcow2", large)

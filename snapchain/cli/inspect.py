@@ -70,5 +70,9 @@ def _draw(console: Console, report: InspectReport) -> None:
             for layer in report.layers
         ],
     )
+    for layer in report.layers:
+        for hold in layer.holds:
+            why = f": {hold.reason}" if hold.reason else ""
+            console.print(f"{layer.path.rpartition('/')[2]} is held under {hold.tag}{why}", style="cyan", markup=False)
     for finding in report.findings:
         console.print(f"note: {finding}", style="yellow", markup=False)

@@ -54,7 +54,7 @@ def _draw(console: Console, report: LogReport) -> None:
         render.headline(console, disk.name)
         render.table(
             console,
-            ["point>", "time", "size>", "layers>", "content", "labels"],
+            ["point>", "time", "size>", "layers>", "content", "labels", "held"],
             [
                 (
                     str(point.point),
@@ -63,6 +63,7 @@ def _draw(console: Console, report: LogReport) -> None:
                     str(point.layers),
                     point.content_id[:12],
                     ", ".join(point.labels),
+                    ", ".join(hold.tag for hold in point.holds),
                 )
                 for point in disk.points
             ],

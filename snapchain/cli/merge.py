@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render
+from snapchain.cli import merge_tables, options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
-from snapchain.errors import InvalidInput
+from snapchain.cli.time_zone import zone_of
+from snapchain.errors import InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
     from snapchain.model.retention import Policy
-    from snapchain.ops.merge_image import MergePlan, MergeReport
+    from snapchain.ops.merge.strategy import Strategy
     from snapchain.ops.merge_repository import RepositoryMergePlan, RepositoryMergeReport
+    from snapchain.ops.merge_set.request import At
 
 _RANGE = "Which layers of an image"
-_KEEP = "Which points of a disk to keep"
+_KEEP = "Which points of a disk, or sealed layers of an image, to keep"
+_LIMIT = "How much to merge of an image"
+_HOW = "How to merge an image"
 
 _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)]
 
@@ -32,6 +38,8 @@ _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)
     snapchain merge /images/web1.qcow2
     snapchain merge /images/web1.qcow2 --flatten --dry-run
     snapchain merge /images/web1.qcow2 --from web1.2.qcow2 --to web1.5.qcow2
+    snapchain merge /images/web1.qcow2 --keep-daily 7 --keep-label golden --at /backup::web1/vda
+    snapchain merge /images/web1.qcow2 --max-layers 8 --budget-bytes 20G --budget-seconds 600
     snapchain merge /backup::web1/vda --keep-last 7 --keep-weekly 4 --keep-label release
     """,
     when_interrupted="the chain is as it was, or merged, and reads the same either way; run it again to finish",
@@ -40,7 +48,10 @@ def merge(
     target: Annotated[str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK in a repository.")],
     *,
     flatten: Annotated[
-        bool, typer.Option("--flatten", help="Merge the root too: one file is left.", rich_help_panel=_RANGE)
+        bool,
+        typer.Option(
+            "--flatten", help="The root may be merged too; without rules one file is left.", rich_help_panel=_RANGE
+        ),
     ] = False,
     first: Annotated[
         str | None, typer.Option("--from", metavar="LAYER", help="The lowest layer.", rich_help_panel=_RANGE)
@@ -48,15 +59,16 @@ def merge(
     last: Annotated[
         str | None, typer.Option("--to", metavar="LAYER", help="The highest layer.", rich_help_panel=_RANGE)
     ] = None,
-    keep_inputs: Annotated[
-        bool, typer.Option("--keep-inputs", help="Remove no file that was merged.", rich_help_panel=_RANGE)
-    ] = False,
-    drop_bitmaps: Annotated[
-        bool,
-        typer.Option("--drop-bitmaps", help="Merge layers with persistent bitmaps; these go.", rich_help_panel=_RANGE),
-    ] = False,
-    image_format: options.Format = None,
-    image_dir: options.ImageDir = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--at",
+            metavar="DEST::DISK",
+            help="The image is shipped there: rules go round what it lacks, and round the layer that its next "
+            "shipment builds on. May be repeated.",
+            rich_help_panel=_RANGE,
+        ),
+    ] = None,
     keep_last: _Count = 0,
     keep_hourly: _Count = 0,
     keep_daily: _Count = 0,
@@ -71,6 +83,66 @@ def merge(
         list[str] | None,
         typer.Option(metavar="LABEL", help="All points with this label. May be repeated.", rich_help_panel=_KEEP),
     ] = None,
+    zone_name: Annotated[
+        str | None,
+        typer.Option(
+            "--time-zone",
+            metavar="ZONE",
+            help="Whose calendar says what a day is: Europe/Berlin. By default this machine's.",
+            rich_help_panel=_KEEP,
+        ),
+    ] = None,
+    max_layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Merge no more than it takes to have a chain of N files; what is kept stays, even so.",
+            rich_help_panel=_LIMIT,
+        ),
+    ] = None,
+    budget_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Move at most so much: merge what frees the most within it. 20G; shared blocks do not count.",
+            rich_help_panel=_LIMIT,
+        ),
+    ] = None,
+    budget_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Take at most so long, by the rate of earlier merges on this filesystem.",
+            rich_help_panel=_LIMIT,
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="new-file|absorb|commit",
+            help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    cluster_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Of a new file: 512 to 2M. By default that of the layer that gives most.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    keep_inputs: Annotated[
+        bool, typer.Option("--keep-inputs", help="Remove no file that was merged.", rich_help_panel=_HOW)
+    ] = False,
+    drop_bitmaps: Annotated[
+        bool,
+        typer.Option("--drop-bitmaps", help="Merge layers with persistent bitmaps; these go.", rich_help_panel=_HOW),
+    ] = False,
+    image_format: options.Format = None,
+    image_dir: options.ImageDir = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
     dry_run: options.DryRun = False,
@@ -80,11 +152,18 @@ def merge(
 ) -> None:
     """Make one layer of several neighbours; what was overwritten is dropped.
 
-    An IMAGE: everything above the root becomes one overlay, under the same path. What the merge must not change,
-    the bytes that a guest reads, is compared before the switch; until then the inputs are valid.
+    An IMAGE, without rules: everything above the root becomes one overlay, under the same path; or the layers that
+    --from and --to name. What the merge must not change, the bytes that a guest reads, is compared before the switch;
+    until then the inputs are valid.
 
-    DEST::DISK: keeps the points that the rules name, and always the newest one; layers that no kept point needs are
-    merged into the next one that stays. Only records change: no data is moved. -1 means all.
+    An IMAGE with rules: each sealed layer is a point of its disk, at the time and under the labels that
+    `snapchain snapshot` noted, and stays as a view if a rule names it; the others are merged into the next one that
+    stays. With --max-layers only as many go as it takes, the cheapest first; with a budget those that free the most
+    within it. Never touched by rules: the root (without --flatten), what is held (`snapchain hold`), what other images
+    stand on, and what --at protects. --dry-run shows it all, layer by layer.
+
+    DEST::DISK: keeps the points that the rules name, those that are held, and always the newest one; layers that no
+    kept point needs are merged into the next one that stays. Only records change: no data is moved. -1 means all.
     """
     from snapchain.model.retention import Policy, parse_duration
     from snapchain.ops.address import ImageAddress, parse_address, parse_disk_address
@@ -99,91 +178,96 @@ def merge(
         within=None if keep_within is None else parse_duration(keep_within),
         labels=frozenset(keep_label or ()),
     )
-    files_only = flatten or first is not None or last is not None or keep_inputs or drop_bitmaps
+    zone = zone_of(zone_name)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            _refuse_rules(policy, target)
-            from snapchain.ops import merge_image
+            from snapchain.ops.events import Notice
+            from snapchain.ops.merge_set import plan as planning, run as running
+            from snapchain.ops.merge_set.request import Request
 
-            plan = merge_image.plan(
-                address.path,
+            request = Request(
+                image=address.path,
                 flatten=flatten,
                 from_layer=first,
                 to_layer=last,
+                strategy=_strategy(strategy),
+                cluster_size=None if cluster_size is None else quantities.parse_size(cluster_size),
                 keep_inputs=keep_inputs,
                 drop_bitmaps=drop_bitmaps,
                 image_format=options.format_of(image_format),
-                image_dirs=options.image_dirs(image_dir),
+                image_dirs=tuple(options.image_dirs(image_dir)),
+                policy=policy,
+                zone=zone,
+                max_layers=max_layers,
+                budget_bytes=None if budget_bytes is None else quantities.parse_size(budget_bytes),
+                budget_seconds=budget_seconds,
+                at=_at(at or (), out, password_file=password_file, password_command=password_command),
             )
-            if not out.plan(plan, _draw_plan):
-                out.report(merge_image.run(plan, on_event=out.on_event), _draw_report)
+            plan = planning.plan(request)
+            if out.plan(plan, merge_tables.draw_plan):
+                return
+            for notice in plan.notices:
+                out.on_event(Notice(notice))
+            report = running.run(plan, on_event=out.on_event)
+            out.report(report, merge_tables.draw_report)
+            if report.failed:
+                raise typer.Exit(PartialFailure.exit_code)
             return
-        _refuse_no_rule(policy, target, files_only=files_only)
+        _refuse_no_rule(
+            policy,
+            target,
+            files_only=flatten
+            or keep_inputs
+            or drop_bitmaps
+            or any(
+                given is not None
+                for given in (first, last, at, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
+            ),
+        )
         from snapchain.ops.merge_repository import RepositoryMerge
 
         disk = parse_disk_address(target).disk
         repository = options.repository(
             address.dest, out, password_file=password_file, password_command=password_command, writing=not dry_run
         )
-        work = RepositoryMerge(repository, disk, policy, zone=datetime.now().astimezone().tzinfo or UTC)
+        work = RepositoryMerge(repository, disk, policy, zone=zone)
         if not out.plan(work.plan(), _draw_repository_plan):
             out.report(work.run(on_event=out.on_event), _draw_repository_report)
 
 
-def _refuse_rules(policy: Policy, target: str) -> None:
-    if not policy.is_empty:
-        raise InvalidInput(
-            "files of an image have no points to keep",
-            subject=target,
-            hint="name the layers with --from and --to, or merge DEST::DISK",
-        )
+def _strategy(text: str | None) -> Strategy | None:
+    from snapchain.ops.merge.strategy import Strategy
+
+    ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
+    if text is not None and text not in ways:
+        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(ways))
+    return None if text is None else ways[text]
+
+
+def _at(
+    names: Sequence[str], out: Output, *, password_file: Path | None, password_command: str | None
+) -> tuple[At, ...]:
+    from snapchain.ops.address import parse_disk_address
+    from snapchain.ops.merge_set.request import At
+
+    found = []
+    for name in names:
+        address = parse_disk_address(name)
+        opened = options.repository(address.dest, out, password_file=password_file, password_command=password_command)
+        found.append(At(name, opened, address.disk))
+    return tuple(found)
 
 
 def _refuse_no_rule(policy: Policy, target: str, *, files_only: bool) -> None:
     if files_only:
         raise InvalidInput(
-            "--flatten, --from, --to, --keep-inputs and --drop-bitmaps are for images",
+            "only --keep-... and the passphrase are for a disk in a repository; the other options are for images",
             subject=target,
             hint="say which points to keep: --keep-last 7",
         )
     if policy.is_empty:
         raise InvalidInput("no rule says which points to keep", subject=target, hint="such as --keep-last 7")
-
-
-def _draw_plan(console: Console, plan: MergePlan) -> None:
-    if plan.strategy.value == "nothing":
-        render.headline(console, f"{plan.image}: there is nothing to merge")
-        return
-    render.headline(console, f"would merge {plan.last - plan.first + 1} layers into {render.place(plan.result)}")
-    render.facts(
-        console,
-        [
-            ("layers", f"{plan.layers_before} now, {plan.layers_after} then"),
-            ("to move", f"{size(plan.bytes_to_move)} by qemu-img {plan.strategy.value}"),
-            ("drops", f"{size(plan.shadowed_bytes)} that layers above hide"),
-            ("room", f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"),
-            ("removes", ", ".join(map(render.place, plan.remove))),
-            *((("keeps", f"{render.place(kept.path)}: {kept.reason}")) for kept in plan.keep),
-        ],
-    )
-
-
-def _draw_report(console: Console, report: MergeReport) -> None:
-    if report.strategy.value == "nothing":
-        render.headline(console, f"{report.image}: there was nothing to merge")
-    else:
-        layers = f"{report.layers_before} layers became {report.layers_after}"
-        render.headline(console, f"merged into {render.place(report.result)}: {layers}, and it reads as before")
-    render.facts(
-        console,
-        [
-            ("moved", size(report.bytes_moved)),
-            ("freed", size(report.bytes_freed)),
-            ("removed", ", ".join(map(render.place, report.removed))),
-            *((("kept", f"{render.place(kept.path)}: {kept.reason}")) for kept in report.kept),
-        ],
-    )
 
 
 def _draw_repository_plan(console: Console, plan: RepositoryMergePlan) -> None:
@@ -196,6 +280,7 @@ def _draw_repository_plan(console: Console, plan: RepositoryMergePlan) -> None:
             for each in plan.points
         ],
     )
+    render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
 
 
 def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> None:

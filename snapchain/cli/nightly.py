@@ -16,14 +16,17 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import duration, size
-from snapchain.errors import InvalidInput, PartialFailure
+from snapchain.errors import Interrupted, InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.ops.nightly.preview import DiskPreview, NightlyPlan
-    from snapchain.ops.nightly.report import DiskReport, NightlyReport
+    from snapchain.ops.nightly.report import DiskReport, Fault, NightlyReport
     from snapchain.ops.nightly.systemd import Units
+
+_NAMES = 4
+"""So many disks are named one by one where the same befell more."""
 
 
 @verb(
@@ -70,10 +73,15 @@ def nightly(
         if dry_run:
             from snapchain.ops.nightly.preview import preview
 
-            out.plan(preview(loaded, config, any_time=any_time, on_event=out.on_event), _draw_plan)
+            plan = preview(loaded, config, any_time=any_time, on_event=out.on_event)
+            out.plan(plan, _draw_plan)
+            if not plan.sound:
+                raise typer.Exit(PartialFailure.exit_code)
             return
         report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
         out.report(report, _draw_report)
+    if report.interrupted:
+        raise typer.Exit(Interrupted.exit_code)
     if not report.complete:
         raise typer.Exit(PartialFailure.exit_code)
 
@@ -116,7 +124,7 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
         words = ", ".join(filter(None, ["gc" if each.gc else "", verify]))
         console.print(f"  {each.destination}: {words or 'nothing more'}", markup=False)
     _draw_left_out(console, plan.layers_left_out)
-    _draw_faults(console, [("", map(str, plan.faults)), *((disk.disk, map(str, disk.faults)) for disk in plan.disks)])
+    _draw_faults(console, [("", plan.faults, ()), *((disk.disk, disk.faults, ()) for disk in plan.disks)])
 
 
 def _plan_row(disk: DiskPreview) -> list[str]:
@@ -128,7 +136,7 @@ def _plan_row(disk: DiskPreview) -> list[str]:
 
 
 def _draw_report(console: Console, report: NightlyReport) -> None:
-    told = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items()) or "no disks"
+    told = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
     render.headline(console, f"{report.name}: {report.outcome.value} ({told}) in {duration(report.seconds)}")
     render.table(
         console,
@@ -141,21 +149,22 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         words = ", ".join(facts)
         console.print(f"  {each.destination}: {each.outcome.value}{f', {words}' if words else ''}", markup=False)
     _draw_left_out(console, report.layers_left_out)
-    if report.no_longer_selected:
-        console.print(
-            f"  shipped earlier, and no longer selected: {', '.join(report.no_longer_selected)}", markup=False
-        )
-    _draw_faults(console, [("", [*map(str, report.faults), *(f"left: {words}" for words in report.left)])])
+    parts = [("", report.faults, report.left)]
+    parts += [(each.disk, each.faults, each.left) for each in report.disks]
+    parts += [(each.destination, each.faults, each.left) for each in report.destinations]
+    _draw_faults(console, parts)
+    longer: dict[str, list[str]] = {}
     for disk in report.disks:
-        _draw_faults(console, [(disk.disk, [*map(str, disk.faults), *(f"left: {words}" for words in disk.left)])])
-    for each in report.destinations:
-        faults = [*map(str, each.faults), *(f"left: {words}" for words in each.left)]
-        _draw_faults(console, [(each.destination, faults)])
+        if disk.why_not_merged:
+            longer.setdefault(disk.why_not_merged, []).append(disk.disk)
+    for words, names in longer.items():
+        console.print(f"  {_whose(names)}not merged further: {words}", markup=False)
 
 
 def _report_row(disk: DiskReport) -> list[str]:
     shipped = [
-        f"{each.destination} {size(each.bytes_read)}" for each in disk.destinations if each.outcome.value == "ok"
+        f"{each.destination} {size(each.bytes_read) if each.point is not None else each.outcome.value}"
+        for each in disk.destinations
     ]
     merged = f"{disk.merge.layers_before} to {disk.merge.layers_after}" if disk.merge else ""
     files = str(disk.chain_length or "")
@@ -169,10 +178,29 @@ def _draw_left_out(console: Console, layers: Sequence[Path]) -> None:
         console.print(f"  {len(layers)} files matched that others stand on: layers, no disks", markup=False)
 
 
-def _draw_faults(console: Console, faults: Sequence[tuple[str, Iterable[str]]]) -> None:
-    for name, lines in faults:
-        for line in lines:
-            console.print(f"  {name}: {line}" if name else f"  {line}", style="red", markup=False)
+def _draw_faults(console: Console, parts: Iterable[tuple[str, Sequence[Fault], Sequence[str]]]) -> None:
+    """What went wrong and what was left, each once, with all that it befell."""
+    faults: dict[tuple[str, str | None], list[str]] = {}
+    left: dict[str, list[str]] = {}
+    for name, mine, not_done in parts:
+        for fault in mine:
+            faults.setdefault((str(fault), fault.hint), []).append(name)
+        for words in not_done:
+            left.setdefault(words, []).append(name)
+    for (message, hint), names in faults.items():
+        console.print(f"  {_whose(names)}{message}", style="red", markup=False)
+        if hint:
+            console.print(f"      hint: {hint}", markup=False)
+    for words, names in left.items():
+        console.print(f"  {_whose(names)}left: {words}", style="yellow", markup=False)
+
+
+def _whose(names: Sequence[str]) -> str:
+    """`web1, web2 and 18 more: `"""
+    known = [name for name in names if name]
+    shown = ", ".join(known[:_NAMES])
+    more = f" and {len(known) - _NAMES} more" if len(known) > _NAMES else ""
+    return f"{shown}{more}: " if known else ""
 
 
 def _moment(time: datetime) -> str:

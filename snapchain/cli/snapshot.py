@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @verb(
     examples="""
     snapchain snapshot /images/web1.qcow2
+    snapchain snapshot /images/web1.qcow2 --label before-upgrade
     snapchain snapshot /images/web1.qcow2 --sealed-name web1.monday.qcow2
     snapchain snapshot /images/disk.raw --format raw --overlay disk.qcow2
     """,
@@ -38,6 +39,10 @@ def snapshot(
             metavar="FILE", help="Leave IMAGE where it is, sealed, and make the overlay here: for raw images."
         ),
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", help="A name for the sealed file's moment. May be repeated."),
+    ] = None,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     dry_run: options.DryRun = False,
@@ -49,6 +54,8 @@ def snapshot(
 
     The virtual machine's definition stays as it is; the sealed file gets a new name beside it. One rename makes the
     switch, so the path always names a whole image. An image that somebody has open is refused.
+
+    A small hidden file beside the sealed one notes the time and the labels, by which `merge IMAGE --keep-...` goes.
     """
     from snapchain.ops import snapshot as ops
 
@@ -57,6 +64,7 @@ def snapshot(
             image,
             sealed_name=sealed_name,
             overlay=overlay,
+            labels=label or (),
             image_format=options.format_of(image_format),
             image_dirs=options.image_dirs(image_dir),
         )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.errors import InvalidInput, ToolFailed
+from snapchain.host.interrupts import held_back
 
 MiB = 1 << 20
 DEFAULT_OUTPUT_CAP = 64 * MiB
@@ -108,35 +109,37 @@ def run(
     out = _Sink(output_cap, on_stdout)
     err = _Sink(None, None)
     streams: dict[str, Any] = {"_in": stdin or b"", "_out": out, "_err": err}
-    try:
-        child = sh.Command(command[0])(
-            *command[1:],
-            **streams,
-            _out_bufsize=64 << 10,
-            _err_bufsize=64 << 10,
-            _tty_in=False,
-            _tty_out=False,
-            _encoding="utf-8",
-            _env=_environment(env),
-            _ok_code=tuple(range(-128, 256)),
-            _timeout=timeout,
-            _new_session=True,  # a Ctrl-C at the terminal reaches us alone: we end the child in good order
-            _preexec_fn=die_with_parent,
-            _bg=True,
-            _bg_exc=False,
-            _return_cmd=True,
-        )
-    except (sh.ForkException, OSError) as error:
-        raise _failure("could not be started", argv, 126, str(error)) from error
-    out.kill = child.process.kill
+    child: Any = None
     timed_out = False
     try:
+        with held_back():
+            child = sh.Command(command[0])(
+                *command[1:],
+                **streams,
+                _out_bufsize=64 << 10,
+                _err_bufsize=64 << 10,
+                _tty_in=False,
+                _tty_out=False,
+                _encoding="utf-8",
+                _env=_environment(env),
+                _ok_code=tuple(range(-128, 256)),
+                _timeout=timeout,
+                _new_session=True,  # a Ctrl-C at the terminal reaches us alone: we end the child in good order
+                _preexec_fn=die_with_parent,
+                _bg=True,
+                _bg_exc=False,
+                _return_cmd=True,
+            )
+        out.kill = child.process.kill
         status = child.wait().exit_code
     except sh.TimeoutException:
         status, timed_out = -signal.SIGKILL, True
         _end_group(child.process)
-    except BaseException:
-        _end(child.process)
+    except BaseException as error:
+        if child is not None:
+            _end(child.process)
+        elif isinstance(error, (sh.ForkException, OSError)):
+            raise _failure("could not be started", argv, 126, str(error)) from error
         raise
     stderr = bytes(err.data).decode("utf-8", "replace")
     if out.error is not None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from snapchain.errors import InvalidInput
 from snapchain.model.chain import Chain
-from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, fold, over, pairwise
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, blocks, fold, over, pairwise
 
 
 class Into(Enum):
@@ -80,8 +80,12 @@ class RangeGains:
 
 def range_gains(chain: Chain) -> RangeGains:
     """`gain` of all ranges, for a planner that chooses among them; without the peaks."""
-    hidden = hidden_by(chain)
-    count = len(chain)
+    return gains_of(hidden_by(chain))
+
+
+def gains_of(hidden: Int64s) -> RangeGains:
+    """`range_gains` of a chain whose `hidden_by` is known."""
+    count = len(hidden)
     # survivors[k, last]: DATA of k that no layer up to `last` hides.
     survivors = np.cumsum(hidden[:, ::-1], axis=1)[:, ::-1][:, 1:]
     held = hidden.sum(axis=1)
@@ -107,26 +111,62 @@ def hidden_by(chain: Chain) -> Int64s:
 
     Halves of the chain are joined in pairs, so an extent is touched log(n) times: a half is known by what is
     uppermost in it (which DATA can still be hidden) and by what is lowest (which layer would hide what is below).
+    Only the halves on the way to the current layer are held, and of them only what the next join asks for.
     """
     count = len(chain)
     size = max(layer.size for layer in chain.layers)
     hidden = np.zeros((count, count + 1), np.int64)
-    row: list[tuple[Extents, Extents]] = []
-    for place, layer in enumerate(chain.layers):
-        reach = layer.extents.owned_by(place).resized(size, ZERO)
-        row.append((reach, reach.mapped(np.where(reach.val == ABSENT, np.int64(ABSENT), np.int64(place)))))
-    while len(row) > 1:
-        joined = []
-        for (uppermost, lowest), (above_uppermost, above_lowest) in zip(row[0::2], row[1::2], strict=False):
-            _count(hidden, uppermost, above_lowest)
-            joined.append((over(uppermost, above_uppermost), over(above_lowest, lowest)))
-        row = joined + row[2 * len(joined) :]
-    _count(hidden, row[0][0], Extents.constant(size, count))
+    _join(chain, 0, count, size, hidden, uppermost=False, lowest=False)
+    hidden[:, -1] = chain.held().data - hidden[:, :-1].sum(axis=1)
     return hidden
 
 
+def _join(
+    chain: Chain, first: int, stop: int, size: int, hidden: Int64s, *, uppermost: bool, lowest: bool
+) -> tuple[Extents | None, Extents | None]:
+    """Count what layers [first, stop) hide of each other; what is uppermost and lowest in them, where asked for."""
+    if stop - first == 1:
+        own = chain.layers[first].extents.owned_by(first).resized(size, ZERO)
+        if not lowest:
+            return own, None
+        covers = own.mapped(np.where(own.val == ABSENT, np.int64(ABSENT), np.int64(first)))
+        return (own if uppermost else None), covers
+    middle = (first + stop) // 2
+    lower_top, lower_bottom = _join(chain, first, middle, size, hidden, uppermost=True, lowest=lowest)
+    upper_top, upper_bottom = _join(chain, middle, stop, size, hidden, uppermost=uppermost, lowest=True)
+    assert lower_top is not None
+    assert upper_bottom is not None
+    _count(hidden, lower_top, upper_bottom)
+    joined_top = joined_bottom = None
+    if uppermost:
+        assert upper_top is not None
+        joined_top = over(lower_top, upper_top)
+    if lowest:
+        assert lower_bottom is not None
+        joined_bottom = over(upper_bottom, lower_bottom)
+    return joined_top, joined_bottom
+
+
 def _count(hidden: Int64s, owner: Extents, hider: Extents) -> None:
-    at, owners, hiders = pairwise(owner, hider)
-    both = (owners >= DATA) & (hiders >= DATA)
-    lengths = np.diff(at, append=owner.size)
-    np.add.at(hidden, (owners[both], hiders[both]), lengths[both])
+    """Add the bytes at which both maps name a layer. Block by block: the maps side by side may be larger than both."""
+    columns = hidden.shape[1]
+    flat = hidden.reshape(-1)
+    end = owner.size
+    before: tuple[int, int] | None = None  # the last run of the block before: its end is the start of this block
+    for at, owners, hiders in blocks(owner, hider):
+        if before is not None:
+            start, cell = before
+            if cell >= 0:
+                flat[cell] += int(at[0]) - start
+        both = (owners >= DATA) & (hiders >= DATA)
+        cells = np.where(both, owners * columns + hiders, -1)
+        lengths = np.diff(at)
+        inside = both[:-1]
+        # bincount adds floats: halves of 32 bits stay exact.
+        for shift in (0, 32):
+            part = (lengths[inside] >> shift) & 0xFFFFFFFF
+            added = np.bincount(cells[:-1][inside], weights=part, minlength=0)
+            flat[: len(added)] += added.astype(np.int64) << shift
+        before = int(at[-1]), int(cells[-1])
+    if before is not None and before[1] >= 0:
+        flat[before[1]] += end - before[0]

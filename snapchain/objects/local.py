@@ -29,6 +29,7 @@ from snapchain.objects.store import (
     valid_name,
     valid_prefix,
     valid_range,
+    valid_size,
 )
 
 FILE_MODE = 0o600
@@ -69,7 +70,7 @@ class LocalStore:
         valid_name(name)
         valid_range(name, offset, length)
         with self._reading(name) as (fd, size):
-            wanted = max(0, size - offset) if length is None else length
+            wanted = valid_size(str(self._rooted.path(name)), max(0, size - offset)) if length is None else length
             if offset + wanted > size:
                 raise Corrupt(
                     f"object has {size} bytes, bytes {offset} to {offset + wanted} were asked for",

@@ -27,6 +27,7 @@ from snapchain.objects.store import (
     valid_name,
     valid_prefix,
     valid_range,
+    valid_size,
 )
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ class S3Store:
             raise
         stream = answer["Body"]
         try:
+            valid_size(self._subject(name), answer["ContentLength"])
             body = stream.read()
         finally:
             stream.close()

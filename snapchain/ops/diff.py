@@ -7,7 +7,7 @@ changed between them; points answer from their records, images are read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -62,6 +62,10 @@ class Side(Protocol):
 
     def parts(self) -> Sequence[tuple[object, Extents]]: ...
 
+    def kept(self) -> AbstractContextManager[None]:
+        """Nothing that is compared goes away for the length of the `with` block."""
+        ...
+
     def leaves(self, first: int, stop: int) -> tuple[Int64s, Hashes]:
         """Numbers and hashes of the leaves of [first, stop) that are not all zero, ascending."""
         ...
@@ -72,11 +76,16 @@ class PointSide:
     """A point, answered from records."""
 
     name: str
+    repository: Repository
+    disk: str
     layers: Sequence[StoredLayer]
 
     @property
     def size(self) -> int:
         return self.layers[-1].size
+
+    def kept(self) -> AbstractContextManager[None]:
+        return self.repository.reading({self.disk: [layer.id for layer in self.layers]}, f"diff {self.disk}")
 
     def parts(self) -> Sequence[tuple[object, Extents]]:
         return [(layer.id, layer.extents()) for layer in self.layers]
@@ -95,6 +104,9 @@ class ImageSide:
     @property
     def size(self) -> int:
         return self.chain.size
+
+    def kept(self) -> AbstractContextManager[None]:
+        return nullcontext()  # it is locked
 
     def parts(self) -> Sequence[tuple[object, Extents]]:
         return [((file.device, file.fingerprint), file.extents) for file in self.chain.files]
@@ -120,7 +132,8 @@ def point_side(repository: Repository, disk: str, point: str | None) -> PointSid
     """A point as one side of a comparison. Raises NotFound."""
     catalogue = repository.catalogue(disk)
     found = find_point(catalogue, point)
-    return PointSide(f"{repository.store.url}::{disk}@{found.point}", repository.chain(catalogue, found.layer))
+    layers = repository.chain(catalogue, found.layer)
+    return PointSide(f"{repository.store.url}::{disk}@{found.point}", repository, disk, layers)
 
 
 @contextmanager
@@ -139,6 +152,11 @@ def image_side(
 
 def diff(old: Side, new: Side) -> DiffReport:
     """Compare two disks."""
+    with old.kept(), new.kept():
+        return _compared(old, new)
+
+
+def _compared(old: Side, new: Side) -> DiffReport:
     ranges: list[tuple[int, int]] = []
     common = min(old.size, new.size)
     for first, stop in _windows(_candidates(old, new), common):

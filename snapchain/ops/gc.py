@@ -56,7 +56,7 @@ def plan(repository: Repository) -> GcPlan:
 def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
     """Collect, alone: waits for writers, and makes them wait. Raises Busy when they take too long.
 
-    Marks again under its lease: what a plan saw earlier is not relied on.
+    Readers go on: what they read is left for another time.  What a plan saw earlier is not relied on.
     """
     deleted = 0
 
@@ -66,7 +66,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         on_event(Progress("gc", deleted, None))
 
     with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words))) as lease:
-        done = sweep(repository, mark(repository), check=lease.check, on_object=on_object)
+        done = sweep(repository, lease, on_object=on_object)
     return GcReport(
         destination=repository.store.url,
         bytes_freed=done.bytes_freed,

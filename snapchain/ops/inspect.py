@@ -15,6 +15,8 @@ from snapchain.model.extents import Extents
 from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
 from snapchain.ops.events import OnEvent, ignore
+from snapchain.ops.lineage import note_of
+from snapchain.ops.notes import Hold, Notes
 from snapchain.ops.points import find_point
 from snapchain.repository.repository import Repository
 
@@ -25,6 +27,7 @@ class LayerReport(BaseModel):
     """One layer, in guest bytes. shadowed_bytes: its DATA that layers above hide; strip: see model/strip.py.
 
     file_bytes: what the file occupies (None in a repository); snapshots, bitmaps: inside the file
+    holds: why it is not merged away
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +43,7 @@ class LayerReport(BaseModel):
     shadowed_zero_bytes: int
     snapshots: int
     bitmaps: tuple[str, ...]
+    holds: tuple[Hold, ...] = ()
     strip: str
 
 
@@ -67,6 +71,7 @@ def inspect_image(
     with scan(path, format=format, image_dirs=image_dirs) as chain:
         names = [str(number) for number in range(len(chain.files))]
         usage = _chain(names, [file.extents for file in chain.files]).usage()
+        notes = Notes()
         drawn = strips([file.extents for file in chain.files], STRIP_CELLS)
         layers = tuple(
             LayerReport(
@@ -81,6 +86,7 @@ def inspect_image(
                 shadowed_zero_bytes=use.shadowed_zero_bytes,
                 snapshots=file.header.snapshots if file.header else 0,
                 bitmaps=tuple(bitmap.name for bitmap in file.header.bitmaps) if file.header else (),
+                holds=note_of(file, notes).holds,
                 strip=strip,
             )
             for file, use, strip in zip(chain.files, usage, drawn, strict=True)
@@ -90,7 +96,7 @@ def inspect_image(
             virtual_size=chain.size,
             content_id=None,
             layers=layers,
-            findings=tuple(_findings(chain)),
+            findings=(*_findings(chain), *map(str, notes.faults(file.real_path for file in chain.files))),
         )
 
 

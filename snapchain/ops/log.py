@@ -6,12 +6,12 @@ from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.catalogue import Catalogue, Hold
 from snapchain.repository.repository import Repository
 
 
 class PointReport(BaseModel):
-    """A point. layers: length of the chain that gives it."""
+    """A point. layers: length of the chain that gives it; holds: why it stays whatever the rules say."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -21,6 +21,7 @@ class PointReport(BaseModel):
     virtual_size: int
     content_id: str
     layers: int
+    holds: tuple[Hold, ...] = ()
 
 
 class DiskReport(BaseModel):
@@ -62,6 +63,7 @@ def _disk(catalogue: Catalogue) -> DiskReport:
             virtual_size=point.size,
             content_id=point.content_id,
             layers=len(catalogue.chain(point.layer)),
+            holds=point.holds,
         )
         for point in catalogue.points
     )

@@ -5,15 +5,17 @@ Only records change; the data that nobody needs any more stays in the store unti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import UTC, datetime, tzinfo
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.errors import Conflict
 from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.retention import Policy, decide
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
-from snapchain.repository.catalogue import Catalogue, Point
+from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
+from snapchain.repository.holds import reasons
+from snapchain.repository.index import BlobIndex, newest
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.merging import merge_layers
@@ -34,7 +36,11 @@ class PointDecision(BaseModel):
 
 
 class RepositoryMergePlan(BaseModel):
-    """What a merge in a repository would do. merges: the layers that become one, lower first, each."""
+    """What a merge in a repository would do.
+
+    merges: the layers that become one, lower first, each; requests: objects written, at least: the lease, for each
+    merge a pack of map pages, its index and a layer record, and the catalogue
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,6 +50,7 @@ class RepositoryMergePlan(BaseModel):
     merges: tuple[tuple[str, ...], ...]
     layers_before: int
     layers_after: int
+    requests: int
 
 
 class RepositoryMergeReport(BaseModel):
@@ -68,27 +75,38 @@ class RepositoryMergeReport(BaseModel):
 
 
 class RepositoryMerge:
-    """A disk of a repository and the points of it that stay."""
+    """A disk of a repository and the points of it that stay.
+
+    What others do meanwhile is kept: points that are published or held after the plan was made are not dropped.
+    """
 
     def __init__(
         self, repository: Repository, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> None:
         self._repository = repository
         self._disk = repository.disk(disk)
-        self._current = self._disk.existing()
-        self._catalogue: Catalogue = self._current[0]
-        decided = decide(self._catalogue.points, policy, zone=zone, now=now)
-        self._decisions = decided
-        self._kept: tuple[Point, ...] = tuple(each.point for each in decided if each.kept)
-        self._groups: tuple[Group, ...] = collapse_tree(
-            dict(self._catalogue.parents), {point.layer for point in self._kept}
+        current = self._disk.existing()
+        self._decisions = decide(current[0].points, policy, zone=zone, now=now, holds=reasons)
+        self._drop = frozenset(each.point.point for each in self._decisions if not each.kept)
+        self._merged: dict[tuple[str, ...], StoredLayer] = {}
+        self._settle(current)
+
+    def _settle(self, current: tuple[Catalogue, str]) -> None:
+        """Apply the decisions to a catalogue."""
+        catalogue = current[0]
+        self._current = current
+        self._kept: tuple[Point, ...] = tuple(
+            point for point in catalogue.points if point.point not in self._drop or point.holds
         )
+        self._groups: tuple[Group, ...] = collapse_tree(dict(catalogue.parents), {point.layer for point in self._kept})
 
     def plan(self) -> RepositoryMergePlan:
         """What `run` will do."""
+        catalogue = self._current[0]
+        merges = tuple(group.members for group in self._groups if group.is_merge)
         return RepositoryMergePlan(
             destination=self._repository.store.url,
-            disk=self._catalogue.disk,
+            disk=catalogue.disk,
             points=tuple(
                 PointDecision(
                     point=each.point.point,
@@ -99,49 +117,62 @@ class RepositoryMerge:
                 )
                 for each in self._decisions
             ),
-            merges=tuple(group.members for group in self._groups if group.is_merge),
-            layers_before=len(self._catalogue.parents),
+            merges=merges,
+            layers_before=len(catalogue.parents),
             layers_after=len(self._groups),
+            requests=3 * len(merges) + 2 * self._changes_something(),
         )
 
     def run(self, *, on_event: OnEvent = ignore) -> RepositoryMergeReport:
-        """Merge and publish the new catalogue. Raises Conflict when the disk was changed meanwhile."""
-        plan = self.plan()
-        kept = {point.point for point in self._kept}
-        dropped = tuple(point.point for point in self._catalogue.points if point.point not in kept)
-        bytes_dropped = 0
-        if plan.merges or dropped:
-            work = f"merge {self._catalogue.disk}"
-            lease = self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)))
-            with lease:
-                bytes_dropped = self._merge(lease, on_event)
+        """Merge and publish the new catalogue. Raises Conflict when others change the disk time and again."""
+        bytes_dropped, changed = 0, False
+        if self._changes_something():
+            work = f"merge {self._disk.name}"
+            with self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words))) as lease:
+                for attempt in range(ATTEMPTS):
+                    # What was read before the lease was held may have been merged away and collected since.
+                    self._settle(self._disk.existing())
+                    changed = self._changes_something()
+                    try:
+                        bytes_dropped = self._merge(lease, on_event) if changed else 0
+                        break
+                    except Conflict:
+                        if attempt == ATTEMPTS - 1:
+                            raise
+        catalogue = self._current[0]
+        kept = tuple(point.point for point in self._kept)
         return RepositoryMergeReport(
-            destination=plan.destination,
-            disk=plan.disk,
-            points_kept=tuple(sorted(kept)),
-            points_dropped=dropped,
-            layers_before=plan.layers_before,
-            layers_after=plan.layers_after,
+            destination=self._repository.store.url,
+            disk=catalogue.disk,
+            points_kept=kept,
+            points_dropped=tuple(point.point for point in catalogue.points if point.point not in kept),
+            layers_before=len(catalogue.parents),
+            layers_after=len(self._groups),
             bytes_moved=0,
             bytes_freed=0,
             bytes_dropped=bytes_dropped,
-            strategy="records" if plan.merges or dropped else "none",
+            strategy="records" if changed else "none",
         )
+
+    def _changes_something(self) -> bool:
+        catalogue = self._current[0]
+        return len(self._kept) < len(catalogue.points) or len(self._groups) < len(catalogue.parents)
 
     def _merge(self, lease: Lease, on_event: OnEvent) -> int:
         """Merge the groups, publish; guest bytes that are named no more."""
         repository = self._repository
         renamed: dict[str, str] = {}
-        before = sum(repository.layer(layer).header.data_bytes for layer in self._catalogue.parents)
+        stored = repository.layers(self._current[0].parents)
+        before = sum(layer.header.data_bytes for layer in stored.values())
         after = 0
-        index = repository.index()
-        with Packer(repository.store, repository.keys, index) as packer:
+        with Packer(repository.store, repository.keys, BlobIndex(newest(repository.store)[0])) as packer:
             for done, group in enumerate(self._groups):
                 on_event(Progress("merge", done, len(self._groups)))
-                layers: Sequence[StoredLayer] = [repository.layer(layer) for layer in group.members]
-                made = layers[0]
-                if group.is_merge:
+                layers = [stored.pop(layer) for layer in group.members]
+                made = self._merged.get(group.members, layers[0])
+                if group.is_merge and made is layers[0]:
                     made = merge_layers(repository, layers, packer, root=group.is_root)
+                    self._merged[group.members] = made
                 renamed[group.top] = made.id
                 after += made.header.data_bytes
         on_event(Progress("merge", len(self._groups), len(self._groups)))

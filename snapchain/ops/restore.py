@@ -6,6 +6,7 @@ the output gets its name.  Nothing but the repository and the passphrase is need
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import InvalidInput, NotFound, Unavailable
 from snapchain.host.files import free_bytes
+from snapchain.host.os_errors import os_errors
 from snapchain.image.block_device import open_device
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.header import Backing
@@ -24,7 +26,7 @@ from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw_write import RawWriter
 from snapchain.model.extents import DATA, Extents
-from snapchain.ops.events import OnEvent, Progress, ignore
+from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.output import OutputFile, exists
 from snapchain.ops.points import find_point
 from snapchain.repository.catalogue import Point
@@ -130,10 +132,11 @@ class Restoration:
         self._device = output.is_block_device()
         self._force = force
         self._check_output()
-        if whole_chain:
-            self._jobs = tuple(self._chain_jobs(format))
-        else:
-            self._jobs = (self._flat_job("raw" if self._device else _format_of(output, format)),)
+        with repository.as_of(catalogue):
+            if whole_chain:
+                self._jobs = tuple(self._chain_jobs(format))
+            else:
+                self._jobs = (self._flat_job("raw" if self._device else _format_of(output, format)),)
         if self._device and (format == "qcow2" or whole_chain):
             raise InvalidInput("a block device takes a flat raw disk", subject=output)
 
@@ -165,11 +168,16 @@ class Restoration:
             on_event(Progress("restore", done, max(done, plan.bytes_to_write)))
 
         on_bytes(0)
-        if self._device:
-            self._write_device(self._jobs[0], on_bytes)
-        else:
-            self._check_space(plan)
-            self._write_files(on_bytes)
+        with self._repository.reading(
+            {self._disk: [layer.id for layer in self._layers]},
+            f"restore {self._disk}",
+            on_wait=lambda words: on_event(Notice(words)),
+        ):
+            if self._device:
+                self._write_device(self._jobs[0], on_bytes)
+            else:
+                self._check_space(plan)
+                self._write_files(on_bytes)
         return RestoreReport(
             disk=self._disk,
             point=self._point.point,
@@ -190,10 +198,20 @@ class Restoration:
                 else:
                     with RawWriter(output.fd, _sectors(job.view.size), subject=job.path) as raw:
                         _replay(job, Sink(raw.write_pieces), on_bytes)
-            # Lower files first: whoever sees OUT can open it.  A lower file is named after its sealed layer, so one
-            # that is there already is what a run cut off here has published.
-            for job, output in outputs:
-                output.publish(replace=self._force or job.path != self._output)
+            # Lower files first: whoever sees OUT can open it.  A lower file is named after its sealed layer: one that
+            # is there already is what another restore has left, and stays, if it has the same bytes.
+            fresh = [output for job, output in outputs if not self._is_there(job, output)]
+            for output in fresh:
+                output.publish(replace=self._force)
+
+    def _is_there(self, job: _Job, output: OutputFile) -> bool:
+        """Whether a lower file need not be written. Raises Conflict when another one has its name."""
+        if self._force or job.path == self._output or not os.path.lexists(job.path):
+            return False
+        with os_errors(job.path):
+            if not job.path.is_file() or not filecmp.cmp(f"/proc/self/fd/{output.fd}", job.path, shallow=False):
+                raise exists(job.path)
+        return True
 
     def _write_device(self, job: _Job, on_bytes: Callable[[int], None]) -> None:
         fd = open_device(self._output)

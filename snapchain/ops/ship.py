@@ -17,19 +17,22 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, InvalidInput
+from snapchain.errors import Conflict, InvalidInput, SnapchainError
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.lineage import lineage as lineage_of, source_of
+from snapchain.ops.notes import Notes
 from snapchain.ops.source import check_unchanged, locked_chain
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.deposit import Deposit, Origin
-from snapchain.repository.layers import Source, StoredLayer
+from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
+from snapchain.repository.source import Source
 
 _ATTEMPTS = 8
 _LATEST = 32_503_680_000.0
@@ -114,11 +117,13 @@ class Shipment:
         labels: Sequence[str],
         each_layer: bool,
         lineage: Sequence[Wanted] = (),
+        time: datetime | None = None,
     ) -> None:
         self._chain, self._repository = chain, repository
         self._disk: Disk = repository.disk(disk)
         self._labels = tuple(labels)
         self._each_layer = each_layer
+        self._time = time
         self._current = self._disk.read()
         have = self._stored()
         found = missing(
@@ -161,7 +166,7 @@ class Shipment:
         plan = self.plan()
         if self._note:
             on_event(Notice(self._note))
-        done = stored = bytes_read = 0
+        done = 0
         chain = list(self._base)
         points: list[Point] = []
 
@@ -170,19 +175,23 @@ class Shipment:
             done += count
             on_event(Progress("ship", done, plan.bytes_to_read))
 
-        if not self._groups:
-            points.append(self._publish(chain, self._time_of(len(self._chain.files))))
-        else:
-            with self._lease(on_event) as lease, Deposit(self._repository) as deposit:
-                self._look_again()
+        with self._lease(on_event) as lease:
+            self._look_again()
+            if not self._groups:
+                points.append(self._publish(chain, self._time_of(len(self._chain.files)), lease.check))
+                return self._report(points, chain, bytes_read=0, bytes_stored=0)
+            with Deposit(self._repository) as deposit:
                 on_bytes(0)
                 for group in self._groups:
                     if self._adds(group, chain):
                         chain.append(self._add(group, chain, deposit, on_bytes))
                     if group.publishes:
-                        lease.check()
-                        points.append(self._publish(chain, self._time_of(group.stop)))
-                stored, bytes_read = deposit.bytes_stored, deposit.bytes_read
+                        points.append(self._publish(chain, self._time_of(group.stop), lease.check))
+                return self._report(points, chain, bytes_read=deposit.bytes_read, bytes_stored=deposit.bytes_stored)
+
+    def _report(
+        self, points: Sequence[Point], chain: Sequence[StoredLayer], *, bytes_read: int, bytes_stored: int
+    ) -> ShipReport:
         last = points[-1]
         return ShipReport(
             disk=self._disk.name,
@@ -191,7 +200,7 @@ class Shipment:
             layers_sent=len(chain) - len(self._base),
             layers_present=self._first,
             bytes_read=bytes_read,
-            bytes_stored=stored,
+            bytes_stored=bytes_stored,
             virtual_size=last.size,
             content_id=last.content_id,
         )
@@ -204,7 +213,9 @@ class Shipment:
 
     def _lease(self, on_event: OnEvent) -> Lease:
         work = f"ship {self._disk.name}"
-        return self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)))
+        return self._repository.lease(
+            Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)), disks=[self._disk.name]
+        )
 
     def _stored(self) -> list[StoredLayer]:
         if self._current is None or self._current[0].latest is None:
@@ -243,9 +254,9 @@ class Shipment:
         return fold(file.extents for file in self._chain.files[group.first : group.stop])
 
     def _time_of(self, stop: int) -> datetime:
-        """Now for the image as given; for a sealed file below it, when it was last written to."""
+        """Now for the image as given, unless somebody knows better; for a sealed file below it, its last write."""
         if stop == len(self._chain.files):
-            return datetime.now(UTC)
+            return self._time or datetime.now(UTC)
         seconds = self._chain.files[stop - 1].fingerprint.mtime_ns / 1e9
         # Some filesystems hold times of years that no calendar here knows.
         return datetime.fromtimestamp(min(max(seconds, 0.0), _LATEST), UTC)
@@ -269,8 +280,11 @@ class Shipment:
         composed = _Composed(self._extents(group), self._chain.at(group.stop - 1))
         return deposit.add(composed, below, origin, on_bytes=on_bytes, confirm=lambda: check_unchanged(self._chain))
 
-    def _publish(self, chain: Sequence[StoredLayer], time: datetime) -> Point:
-        """Make the next point of the disk name this chain. Raises Conflict when its base was merged away meanwhile."""
+    def _publish(self, chain: Sequence[StoredLayer], time: datetime, check: Callable[[], None]) -> Point:
+        """Make the next point of the disk name this chain. Raises Conflict when its base was merged away meanwhile.
+
+        check: called before each attempt: who overtook us may have been a collector that took us for dead.
+        """
         top = chain[-1].header
         links = _links(chain)
         for attempt in range(_ATTEMPTS):
@@ -281,6 +295,7 @@ class Shipment:
             point = Point(
                 point=number, time=time, labels=self._labels, layer=top.id, size=top.size, content_id=top.content_id
             )
+            check()
             try:
                 self._current = self._disk.advance(
                     self._current,
@@ -307,6 +322,7 @@ def shipment(
     labels: Sequence[str] = (),
     each_layer: bool = False,
     lineage: Sequence[Wanted] = (),
+    time: datetime | None = None,
     format: str | None = None,
     image_dirs: Sequence[Path] = (),
     on_event: OnEvent = ignore,
@@ -314,13 +330,31 @@ def shipment(
     """Open an image, locked against writers, to be shipped to `repository` as `disk`.
 
     labels: given to the points; each_layer: every file of the chain becomes a layer and a point of its own
-    lineage: files that local merges have made, each with what it replaces: the destination knows those parts
+    lineage: files that local merges have made, each with what it replaces, beside what their own notes say: the
+    destination knows those parts
+    time: of the point, for an image that was sealed before now
     Raises what `scan` raises for an image that is broken or refused, and Busy when somebody writes to it.
     """
     for label in labels:
         check_label(label)
     with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
-        yield Shipment(chain, repository, disk, labels=labels, each_layer=each_layer, lineage=lineage)
+        noted = _noted(chain, on_event)
+        yield Shipment(
+            chain, repository, disk, labels=labels, each_layer=each_layer, lineage=(*lineage, *noted), time=time
+        )
+
+
+def _noted(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
+    """What the files' notes say of merges; a note that cannot be read costs no more than reading a file again."""
+    notes = Notes()
+    try:
+        known = lineage_of(chain, notes)
+        faults = notes.faults(file.real_path for file in chain.files)
+    except SnapchainError as error:
+        known, faults = (), [error]
+    for fault in faults:
+        on_event(Notice(str(fault)))
+    return known
 
 
 def check_label(label: str) -> str:
@@ -354,15 +388,12 @@ def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
     return next((known for known in lineage if _same(source, known.source)), Wanted(source))
 
 
-def source_of(file: ImageFile) -> Source:
-    """The key by which a destination knows a file again."""
-    mark = file.fingerprint
-    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
-
-
 def _same(mine: object, theirs: object) -> bool:
     if not isinstance(mine, Source) or not isinstance(theirs, Source):
         return False
     if not mine.size:
         return False  # a block device: its node says nothing of what was written to it
     return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
+
+
+__all__ = ["LayerPlan", "ShipPlan", "ShipReport", "Shipment", "check_label", "shipment", "source_of"]

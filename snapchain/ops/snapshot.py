@@ -17,17 +17,20 @@ import re
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile, qemu_img, scan
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
 from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.lineage import seal
+from snapchain.ops.ship import check_label
 
 _SECTOR = 512
 _PURPOSE = "snapshot"
@@ -37,7 +40,8 @@ class SnapshotPlan(BaseModel):
     """What `run` will do. Sizes in bytes.
 
     image: as named; source: the file behind it; sealed: what it will be called (its own path with --overlay);
-    overlay: where the new overlay comes; backing: the link that the overlay records; layers: of the new chain
+    overlay: where the new overlay comes; backing: the link that the overlay records; layers: of the new chain;
+    labels: that the sealed file will bear as a point of its disk
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,6 +57,7 @@ class SnapshotPlan(BaseModel):
     extended_l2: bool
     layers: int
     bitmaps: tuple[str, ...]
+    labels: tuple[str, ...]
     image_format: str | None
     image_dirs: tuple[Path, ...]
 
@@ -75,17 +80,21 @@ def plan(
     *,
     sealed_name: str | None = None,
     overlay: Path | None = None,
+    labels: Sequence[str] = (),
     image_format: str | None = None,
     image_dirs: Sequence[Path] = (),
 ) -> SnapshotPlan:
     """Look at the image and decide; changes nothing.
 
     sealed_name: what the old file is to be called, in its directory, instead of NAME.<n>.SUFFIX;
-    overlay: leave the image where it is, sealed, and make the overlay there (what a raw image needs).
+    overlay: leave the image where it is, sealed, and make the overlay there (what a raw image needs);
+    labels: for `merge --keep-label`, noted beside the sealed file.
 
     Raises Unsupported for block devices, for raw images without `overlay`, and for images with further hard
     links; what `scan` raises for images that are broken or refused.
     """
+    for label in labels:
+        check_label(label)
     with os_errors(image):
         source = image.resolve(strict=True)
         status = source.stat()
@@ -112,6 +121,7 @@ def plan(
             extended_l2=bool(header and header.extended_l2),
             layers=len(chain.files) + 1,
             bitmaps=tuple(bitmap.name for bitmap in header.bitmaps) if header else (),
+            labels=tuple(labels),
             image_format=image_format,
             image_dirs=tuple(image_dirs),
         )
@@ -133,6 +143,7 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
             if planned.overlay == planned.source:
                 _give_second_name(planned.source, planned.sealed)
             cluster_size = _check_overlay(planned, temporary)
+            _note(planned, on_event)
             if planned.overlay == planned.source:
                 files.rename(temporary, planned.overlay)
             else:
@@ -151,6 +162,16 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
         cluster_size=cluster_size,
         layers=planned.layers,
     )
+
+
+def _note(planned: SnapshotPlan, on_event: OnEvent) -> None:
+    """Note when it was sealed, which its mtime need not tell; worth a failure only where labels were asked for."""
+    try:
+        seal(planned.sealed, labels=planned.labels, time=datetime.now(UTC))
+    except SnapchainError as error:
+        if planned.labels:
+            raise
+        on_event(Notice(f"the time of the snapshot is not noted: {error}"))
 
 
 def _check_kind(source: Path, status: os.stat_result) -> None:
@@ -236,6 +257,7 @@ def _check_unchanged(planned: SnapshotPlan) -> None:
         planned.image,
         sealed_name=planned.sealed.name if in_place else None,
         overlay=None if in_place else planned.overlay,
+        labels=planned.labels,
         image_format=planned.image_format,
         image_dirs=planned.image_dirs,
     )

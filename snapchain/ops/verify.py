@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Corrupt, InvalidInput, SnapchainError
+from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.extents import DATA, Int64s, rounded
-from snapchain.ops.events import OnEvent, Progress, ignore
-from snapchain.repository import catalogue as catalogues
-from snapchain.repository.catalogue import Catalogue
+from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.format import is_id, layer_name, pack_name
+from snapchain.repository.index import newest
 from snapchain.repository.intake import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.replay import Replay
@@ -97,10 +98,27 @@ class Verification:
 
     def run(self, *, on_event: OnEvent = ignore) -> VerifyReport:
         """Look at everything; findings are values, not errors. Raises only when nothing can be read."""
-        tally = _Tally()
-        found = list(self._catalogues(tally))
+        for attempt in range(ATTEMPTS):
+            tally = _Tally()
+            found = list(self._catalogues(tally))
+            with ExitStack() as stack:
+                try:
+                    stack.enter_context(
+                        self._repository.reading(
+                            {catalogue.disk: tuple(catalogue.parents) for catalogue in found},
+                            "verify",
+                            on_wait=lambda words: on_event(Notice(words)),
+                        )
+                    )
+                except Conflict:  # or a layer is missing: then it is among the findings
+                    if attempt < ATTEMPTS - 1 and found != list(self._catalogues(_Tally())):
+                        continue
+                return self._checked(found, tally, on_event)
+        raise AssertionError("the loop returns or raises")
+
+    def _checked(self, found: Sequence[Catalogue], tally: _Tally, on_event: OnEvent) -> VerifyReport:
         # In this order: what a shipment adds meanwhile is named by nothing that was read before.
-        listed = [info.name for info in self._repository.store.list("index/")]
+        listed = [info.name for info in newest(self._repository.store)[1]]
         packs = {info.name: info.size for info in self._repository.store.list("packs/")}
         total = sum(self._repository_bytes(catalogue) for catalogue in found) if self._share else None
         done = 0
@@ -135,7 +153,7 @@ class Verification:
             return
         for key in repository.store.list_dirs("disks/"):
             try:
-                catalogue = catalogues.read_any(repository.store, repository.keys, key)
+                catalogue = repository.catalogue_of(key)
             except SnapchainError as error:
                 tally.note(error, None, ())
             else:

@@ -8,13 +8,14 @@ succeed, and the generations before are the history that a repair can go back to
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from enum import StrEnum
 from itertools import pairwise
 from typing import Literal, Self
 
 import blake3
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from snapchain.errors import Conflict, Corrupt, NotFound
 from snapchain.objects.exclusive import create_exclusively
@@ -22,12 +23,49 @@ from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import generation_name
+from snapchain.repository.known import Memory
+from snapchain.repository.stored import made_by, parse as parse_stored
 
 KIND = b"C"
+ATTEMPTS = 8
+"""How often a change is tried when others are faster each time."""
+
+
+class Consistency(StrEnum):
+    """How the guest stood when the point was taken: what a restore of it must expect.
+
+    OFFLINE       nobody had the disk open: as good as after a shutdown
+    APPLICATION   programs of the guest had brought their data into order (hooks of the guest agent, VSS writers)
+    FILESYSTEM    the guest's filesystems were frozen: mounts without repair; databases recover
+    CRASH         one instant of a running guest, as after a power cut: journals are replayed
+
+    The words are those of backup products.  None says that nobody knows, which is not the same as CRASH: a copy of a
+    file that was written meanwhile is worse.
+    """
+
+    OFFLINE = "offline"
+    APPLICATION = "application"
+    FILESYSTEM = "filesystem"
+    CRASH = "crash"
+
+
+class Hold(BaseModel):
+    """A reason to keep a point whatever the rules of retention say. tag: names it, once a point; reason: for people."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tag: str
+    since: AwareDatetime
+    reason: str = ""
 
 
 class Point(BaseModel):
-    """A restorable moment of a disk. layer: the top of the chain that gives it; size: virtual, bytes."""
+    """A restorable moment of a disk.
+
+    layer: the top of the chain that gives it; size: virtual, bytes
+    instant: the VM point, one for all disks of a guest that were taken at this moment; 32 hex digits
+    made_by: the program that published it, None until it is published
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,6 +75,16 @@ class Point(BaseModel):
     layer: str
     size: int = Field(ge=0)
     content_id: str
+    holds: tuple[Hold, ...] = ()
+    instant: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
+    consistency: Consistency | None = None
+    made_by: str | None = None
+
+    @model_validator(mode="after")
+    def _names_holds_once(self) -> Self:
+        if len({hold.tag for hold in self.holds}) != len(self.holds):
+            raise ValueError("two of its holds have one tag")
+        return self
 
 
 class Catalogue(BaseModel):
@@ -44,7 +92,8 @@ class Catalogue(BaseModel):
 
     previous: BLAKE3 of the object of the generation before, "" at the first
     parents: layer -> the layer below it, None at a root
-    epoch: who may write the disk, grows at each failover; nonce: tells our own write from another's
+    epoch, owner: who may write the disk; 0 and None until it was failed over, then the epoch grows each time
+    nonce: tells our own write from another's
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,7 +104,8 @@ class Catalogue(BaseModel):
     previous: str
     nonce: str
     time: AwareDatetime
-    epoch: int = Field(ge=1)
+    epoch: int = Field(default=0, ge=0)
+    owner: str | None = None
     next_point: int = Field(ge=1)
     points: tuple[Point, ...]
     parents: Mapping[str, str | None]
@@ -88,17 +138,29 @@ class Disk:
     """Reads and advances the catalogue of one disk.
 
     conditional: whether the store's create-if-absent can be trusted; if not, see objects/exclusive.py
+    memory: how far the disk was seen before; then reading raises Corrupt when it no longer is
     """
 
-    def __init__(self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool) -> None:
+    def __init__(
+        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: Memory | None = None
+    ) -> None:
         self.name = name
-        self._store, self._keys, self._conditional = store, keys, conditional
+        self._store, self._keys, self._conditional, self._memory = store, keys, conditional, memory
         self._key = keys.disk_key(name)
+        self._last: tuple[Catalogue, str] | None = None
 
     def read(self) -> tuple[Catalogue, str] | None:
         """The newest generation and the hash of its object; None when the disk has none."""
-        newest = newest_generation(self._store, self._key)
-        return None if newest is None else self._load(newest)
+        for attempt in range(ATTEMPTS):
+            newest = newest_known(self._store, self._key, self._memory)
+            if self._memory is not None:
+                self._memory.flush()
+            try:
+                return None if newest is None else self._load(newest)
+            except NotFound as error:  # many were made since it was listed, and old ones collected
+                if attempt == ATTEMPTS - 1:
+                    raise _vanished(generation_name(self._key, newest or 0)) from error
+        raise AssertionError("the loop returns or raises")
 
     def existing(self) -> tuple[Catalogue, str]:
         """Like `read`. Raises NotFound when the disk has no catalogue."""
@@ -109,11 +171,14 @@ class Disk:
         return found
 
     def _load(self, generation: int) -> tuple[Catalogue, str]:
+        if self._last is not None and self._last[0].generation == generation:
+            return self._last  # generations are never changed
         name = generation_name(self._key, generation)
         catalogue, digest = parse(self._keys, name, self._store.get(name))
         if catalogue.disk != self.name or catalogue.generation != generation:
             raise Corrupt("the catalogue belongs to another disk or generation", subject=name)
-        return catalogue, digest
+        self._last = catalogue, digest
+        return self._last
 
     def advance(
         self, current: tuple[Catalogue, str] | None, *, time: datetime, **change: object
@@ -123,12 +188,11 @@ class Disk:
         Raises Conflict when somebody else published it first: read again and decide anew.
         """
         base: dict[str, object] = (
-            {"disk": self.name, "epoch": 1, "next_point": 1, "points": (), "parents": {}, "generation": 0}
-            if current is None
-            else dict(current[0])
+            {"disk": self.name, "next_point": 1, "points": (), "parents": {}} if current is None else dict(current[0])
         )
         generation = 1 if current is None else current[0].generation + 1
         base.update(change)
+        base["points"] = _signed(base["points"], 1 if current is None else current[0].next_point)
         base.update(
             generation=generation,
             previous="" if current is None else current[1],
@@ -138,11 +202,69 @@ class Disk:
         catalogue = Catalogue.model_validate(base)
         name = generation_name(self._key, generation)
         sealed = seal(self._keys, KIND, name, catalogue.model_dump_json().encode())
+        digest = blake3.blake3(sealed).hexdigest()
         if not create_exclusively(self._store, name, sealed, conditional=self._conditional):
-            raise Conflict(
-                "another snapchain changed this disk at the same time", subject=self.name, hint="run the command again"
-            )
-        return catalogue, blake3.blake3(sealed).hexdigest()
+            raise self._overtaken()
+        if not self._is_followed(generation, digest):
+            self._store.delete(name)
+            raise self._overtaken()
+        if self._memory is not None:
+            self._memory.note(self._key, generation, 0)
+            self._memory.flush()
+        return catalogue, digest
+
+    def _is_followed(self, generation: int, digest: str) -> bool:
+        """Whether a generation that was just made is the newest, or its successor was made from it.
+
+        If neither, its number had been taken, and was collected since: we stood still for longer than generations stay.
+        """
+        newest = newest_generation(self._store, self._key)
+        if newest is None or newest == generation:
+            return newest is not None
+        try:
+            return self._load(generation + 1)[0].previous == digest
+        except NotFound:
+            return False
+
+    def _overtaken(self) -> Conflict:
+        return Conflict(
+            "another snapchain changed this disk at the same time", subject=self.name, hint="run the command again"
+        )
+
+    def update(
+        self,
+        change: Callable[[Catalogue], Mapping[str, object] | None],
+        *,
+        time: datetime,
+        check: Callable[[], None],
+    ) -> Catalogue:
+        """Change the newest generation, whoever else changes it meanwhile; the one that is newest afterwards.
+
+        change: fields of Catalogue to replace, None to leave all as it is; called anew for each generation that others
+        publish first.  check: called before each attempt (Lease.check).
+        Raises NotFound for a disk without a catalogue, Conflict when others were faster time and again.
+        """
+        for attempt in range(ATTEMPTS):
+            current = self.existing()
+            fields = change(current[0])
+            if fields is None:
+                return current[0]
+            check()
+            try:
+                return self.advance(current, time=time, **fields)[0]
+            except Conflict:
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("the loop returns or raises")
+
+
+def _signed(points: object, first: int) -> tuple[Point, ...]:
+    """The points, those that are new (numbered `first` or more) with the name of this program."""
+    assert isinstance(points, tuple)
+    return tuple(
+        point.model_copy(update={"made_by": made_by()}) if point.point >= first and point.made_by is None else point
+        for point in points
+    )
 
 
 def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
@@ -150,6 +272,16 @@ def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
     newest = None
     for name in generation_names(store, disk_key):
         newest = int(name.rpartition("/")[2])
+    return newest
+
+
+def newest_known(store: ObjectStore, disk_key: str, memory: Memory | None) -> int | None:
+    """As `newest_generation`. Raises Corrupt when this machine has seen a newer one."""
+    if memory is None:
+        return newest_generation(store, disk_key)
+    floor = memory.floor(disk_key)
+    newest = newest_generation(store, disk_key)
+    memory.note(disk_key, newest or 0, floor)
     return newest
 
 
@@ -164,23 +296,26 @@ def is_generation(name: str) -> bool:
     return number.isdecimal() and name == generation_name(folder.removeprefix("disks/"), int(number))
 
 
-def read_any(store: ObjectStore, keys: Keyring, disk_key: str) -> Catalogue | None:
+def read_any(store: ObjectStore, keys: Keyring, disk_key: str, memory: Memory | None = None) -> Catalogue | None:
     """The newest catalogue in a disk's folder, whatever the disk's name."""
-    newest = newest_generation(store, disk_key)
-    if newest is None:
-        return None
-    name = generation_name(disk_key, newest)
-    try:
-        return parse(keys, name, store.get(name))[0]
-    except NotFound as error:
-        raise Corrupt("the catalogue vanished while it was read", subject=name) from error
+    for attempt in range(ATTEMPTS):
+        newest = newest_known(store, disk_key, memory)
+        if newest is None:
+            return None
+        name = generation_name(disk_key, newest)
+        try:
+            return parse(keys, name, store.get(name))[0]
+        except NotFound as error:
+            if attempt == ATTEMPTS - 1:
+                raise _vanished(name) from error
+    raise AssertionError("the loop returns or raises")
+
+
+def _vanished(name: str) -> Corrupt:
+    return Corrupt("the store lists the catalogue and does not have it", subject=name)
 
 
 def parse(keys: Keyring, name: str, data: bytes) -> tuple[Catalogue, str]:
-    """A catalogue as stored, and the hash of its object. Raises Corrupt."""
+    """A catalogue as stored, and the hash of its object. Raises Corrupt, or Unsupported for a newer one."""
     body = unseal(keys, KIND, name, data)
-    try:
-        return Catalogue.model_validate_json(body), blake3.blake3(data).hexdigest()
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Corrupt(f"the catalogue is unsound: {first['loc']}: {first['msg']}", subject=name) from error
+    return parse_stored(Catalogue, body, what="the catalogue", subject=name), blake3.blake3(data).hexdigest()

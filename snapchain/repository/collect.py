@@ -2,33 +2,44 @@
 
     the newest catalogue of each disk -> its layers -> their pages -> blobs, by place in packs
 
-Everything else is garbage, once nobody else is at work (leases.py).  What is done about it: sweep.py.
+and so are the layers that somebody reads right now, whatever catalogue they are of.  Everything else is garbage, once
+nobody else is at work (leases.py).  What is done about it: sweep.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from snapchain.errors import Corrupt
 from snapchain.model.extents import Int64s
+from snapchain.objects.exclusive import CLAIM_LIFE, is_claim
+from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import catalogue as catalogues
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.format import is_id, pack_name
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.repository import Repository
 
+KEPT_GENERATIONS = 30
+"""Of each disk, the newest: docs/decisions/0015-what-gc-may-delete.md."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Usage:
-    """One pack. size: bytes of the object; offsets, stored: int64[n], its blobs in use, ascending, each once."""
+    """One pack.
+
+    size: bytes of the object; offsets, stored: int64[n], its blobs in use, ascending, each once
+    is_read: whether a layer that somebody reads names it: then it stays where it is
+    """
 
     pack: str
     size: int
     offsets: Int64s
     stored: Int64s
+    is_read: bool
 
     @property
     def used_bytes(self) -> int:
@@ -40,59 +51,84 @@ class Usage:
 class Marked:
     """What a mark phase found.
 
-    catalogues: the newest of each disk; dead_generations, dead_layers: objects nobody needs, name -> bytes
+    newest: the newest catalogue of each disk and the hash of its object
+    dead_generations, dead_claims, dead_layers: objects nobody needs, name -> bytes
     usage: every pack in the store, used or not
     """
 
-    catalogues: list[Catalogue] = field(default_factory=list)
+    newest: list[tuple[Catalogue, str]] = field(default_factory=list)
     dead_generations: dict[str, int] = field(default_factory=dict)
+    dead_claims: dict[str, int] = field(default_factory=dict)
     dead_layers: dict[str, int] = field(default_factory=dict)
     usage: list[Usage] = field(default_factory=list)
 
+    @property
+    def catalogues(self) -> list[Catalogue]:
+        """The newest of each disk."""
+        return [catalogue for catalogue, _ in self.newest]
 
-def mark(repository: Repository) -> Marked:
-    """Find what is in use. Raises Corrupt, and so collects nothing, when any record in use is missing or unsound."""
+
+def mark(repository: Repository, spared: Collection[str] = ()) -> Marked:
+    """Find what is in use. spared: layers that somebody reads.
+
+    Raises Corrupt, and so collects nothing, when any record in use is missing or unsound.
+    """
     store = repository.store
     found = Marked()
-    newest: dict[str, str] = {}
+    generations: dict[str, list[ObjectInfo]] = {}
     for info in store.list("disks/"):
         if catalogues.is_generation(info.name):
-            newest[info.name.split("/")[1]] = info.name  # ascending: the last one of each disk stays
-            found.dead_generations[info.name] = info.size
-    for name in newest.values():
-        del found.dead_generations[name]
-        found.catalogues.append(catalogues.parse(repository.keys, name, store.get(name))[0])
+            generations.setdefault(info.name.split("/")[1], []).append(info)  # ascending
+    for history in generations.values():
+        found.dead_generations.update((info.name, info.size) for info in history[:-KEPT_GENERATIONS])
+        name = history[-1].name
+        found.newest.append(catalogues.parse(repository.keys, name, store.get(name)))
+    found.dead_claims.update((info.name, info.size) for info in _dead_claims(store))
     alive = {layer for catalogue in found.catalogues for layer in catalogue.parents}
+    read = set()
     for info in store.list("layers/"):
-        if info.name.rpartition("/")[2] not in alive:
+        layer = info.name.rpartition("/")[2]
+        if layer in spared:
+            read.add(layer)  # one that is gone was gone before its reader had its lease
+        elif layer not in alive:
             found.dead_layers[info.name] = info.size
     places = _Places()
-    for layer in sorted(alive):
-        places.add(repository.layer(layer))
+    for layer in sorted(alive | read):
+        places.add(repository.layer(layer), is_read=layer in read)
     used = places.by_pack()
     nothing = np.empty(0, np.int64)
     for info in store.list("packs/"):
         pack = info.name.rpartition("/")[2]
         if is_id(pack):
             offsets, stored = used.pop(pack, (nothing, nothing))
-            found.usage.append(Usage(pack, info.size, offsets, stored))
+            found.usage.append(Usage(pack, info.size, offsets, stored, is_read=pack in places.read))
     if used:
         raise _missing(next(iter(used)))
     return found
+
+
+def _dead_claims(store: ObjectStore) -> list[ObjectInfo]:
+    """Claims (objects/exclusive.py) of writers that died, by the store's clock: as old as the youngest lease, ours."""
+    now = max((info.modified for info in store.list("leases/") if info.modified is not None), default=None)
+    claims = [info for prefix in ("config.", "disks/") for info in store.list(prefix) if is_claim(info.name)]
+    return [info for info in claims if now and info.modified and now - info.modified > CLAIM_LIFE]
 
 
 class _Places:
     """Blobs in use, as numbers: pack number, offset, stored bytes."""
 
     def __init__(self) -> None:
+        self.read: set[str] = set()
         self._packs: dict[str, int] = {}
         self._columns: list[Int64s] = []
 
-    def add(self, layer: StoredLayer) -> None:
+    def add(self, layer: StoredLayer, *, is_read: bool) -> None:
         """All blobs that a layer names, its own pages among them."""
         for row in layer.table:
             self._note([bytes(row["pack"]).hex()], np.zeros(1, np.int64), row["offset"], row["stored"])
             (page,) = layer.pages(int(row["first"]), min(int(row["stop"]), layer.size))
+            if is_read:
+                self.read.update([bytes(row["pack"]).hex()], page.packs)
             data = page.runs[page.runs["stored"] != 0]
             self._note(page.packs, data["pack"], data["offset"], data["stored"])
 
@@ -123,8 +159,12 @@ def _missing(pack: str) -> Corrupt:
 
 
 def wasteful(usage: Sequence[Usage], limit: float, *, least: int) -> list[Usage]:
-    """The packs in use of which more than `limit` (0 to 1) is not, and more than `least` bytes."""
-    return [pack for pack in usage if len(pack.offsets) and pack.size - pack.used_bytes > max(limit * pack.size, least)]
+    """The packs in use that nobody reads, of which more than `limit` (0 to 1) is not, and more than `least` bytes."""
+    return [
+        pack
+        for pack in usage
+        if len(pack.offsets) and not pack.is_read and pack.size - pack.used_bytes > max(limit * pack.size, least)
+    ]
 
 
 def unused(usage: Sequence[Usage]) -> list[Usage]:

@@ -7,8 +7,9 @@ One random master key, from it by HKDF-SHA256 a key for each use:
     pack      with the pack's random salt: the key of its blobs; nonce = the blob's offset in the pack
     record    with the record's random salt: the key of one index, layer record or catalogue; used once
 
-A key for each object makes nonces unique by construction: no counter to persist, no birthday bound of random
-96-bit nonces, nothing that a cloned VM could repeat.
+A key for each object makes nonces unique by construction: no counter to persist, no birthday bound of random 96-bit
+nonces.  It rests on random names and salts that do not come twice: a machine that is cloned in the middle of filling a
+pack has two of one name (docs/decisions/0014).
 
 Without encryption the same container is used with suite `none`: keys come from the repository's public id, and
 a 16-byte BLAKE3 tag finds every accidental change.  It protects from rot, not from people.

@@ -12,9 +12,10 @@ from snapchain.model.content import content_id
 from snapchain.repository import layers as records
 from snapchain.repository.format import fresh_id
 from snapchain.repository.intake import Intake, LayerSource
-from snapchain.repository.layers import LayerHeader, Source, StoredLayer, encode_sum
+from snapchain.repository.layers import LayerHeader, StoredLayer, encode_sum
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
+from snapchain.repository.source import Source
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,9 @@
-"""Sealed records: an index, a layer record or a catalogue as one object.
+"""Sealed records: an index, a layer record, a catalogue or a lease as one object.
 
     0   6   "SNAPCH"
-    6   1   kind: I index, L layer, C catalogue          (P begins a pack, see packs.py)
+    6   1   kind: I index, L layer, C catalogue, E lease     (P begins a pack, see packs.py)
     7   1   format, 1
-    8   4   key generation, 0
-    12  4   zero
+    8   8   zero
     16  32  salt
     48      cipher text of (zstd frame), and its tag; nonce zero, since the salt gives the key one use
 

@@ -3,12 +3,15 @@
     config                        what the repository is; plain JSON, bound to every key slot
     keys/SLOT                     a wrapped master key; JSON
     packs/AA/PACK                 blobs: guest data, or pages of layer records
-    index/NAME                    which blob lies where
+    index/ERA-NAME                which blob lies where
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
+    leases/MODE-NAME              who is at work; put again as long as he is
+    witness                       made once: a store that lets it be made again ignores conditions
+    NAME.claim.NONCE              a writer's claim on NAME, on stores that ignore them
 
-Everything but `config` and `keys/` is sealed.  Everything is written once under a fresh name and never
-changed; a disk changes by one create-if-absent of its next catalogue generation.
+Everything but `config`, `keys/`, `witness` and claims is sealed.  Everything but leases is written once under a fresh
+name and never changed; a disk changes by one create-if-absent of its next catalogue generation.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ PAGE_ROW = np.dtype(
 )
 """A page of a layer record: the guest range it speaks of, the blob that holds it, its DATA and ZERO bytes."""
 
+_INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
 _HEX16 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -83,6 +87,17 @@ def is_id(text: str) -> bool:
 def pack_name(pack: str) -> str:
     """Object name of a pack; 256 folders keep directories of local repositories small."""
     return f"packs/{pack[:2]}/{pack}"
+
+
+def index_name(era: int, name: str) -> str:
+    """Object name of an index."""
+    return f"index/{era:010d}-{name}"
+
+
+def index_era(name: str) -> int | None:
+    """The era of an index object; None for a name that is none's."""
+    found = _INDEX.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def layer_name(layer: str) -> str:

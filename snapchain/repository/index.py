@@ -4,8 +4,12 @@ An index object (kind I) lists some packs and the blobs in them, once they are d
 
     u32     packs       u32   blobs
     packs * (16 bytes pack id, u64 object size)
-    blobs * 32 bytes id, ascending
+    blobs * 32 bytes id, ascending by their first 8 bytes
     blobs * BLOB_ROW, in the same order
+
+A collection that deletes packs begins a new era: it writes the indexes of what stays under the next number, and only
+those of the highest number count.  So an index that a writer stored who had slept through the collection, and that
+lists what is gone, misleads nobody.
 
 Only shipping needs it, to know what is there already.  Restoring does not: layer records say where their blobs are.
 """
@@ -14,21 +18,25 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.errors import Corrupt
-from snapchain.objects.store import ObjectStore
+from snapchain.errors import Conflict, Corrupt
+from snapchain.objects.exclusive import create_exclusively
+from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
-from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh_id
+from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh_id, index_era, index_name
 from snapchain.repository.packs import Location
 
 KIND = b"I"
+NOTHING = "0" * 32
+"""Name of the index that takes an era's number."""
+_LAST_ERA = 10**10 - 1
 _READERS = 8
 _COUNTS = struct.Struct("<II")
 _PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
@@ -70,7 +78,8 @@ class BlobIndex:
 
     _FRESH = 4096
 
-    def __init__(self) -> None:
+    def __init__(self, era: int = 0) -> None:
+        self.era = era
         self._lock = threading.Lock()
         self._segments: list[_Segment] = []
         self._fresh: dict[bytes, Location] = {}
@@ -135,19 +144,34 @@ class IndexedPack:
     rows: Rows
 
 
-def write(store: ObjectStore, keys: Keyring, listed: Sequence[IndexedPack]) -> str:
+def write(store: ObjectStore, keys: Keyring, listed: Sequence[IndexedPack], *, era: int) -> str:
     """Store an index object for these durable packs; its name."""
     ids = np.concatenate([pack.ids for pack in listed])
     rows = np.concatenate([pack.rows for pack in listed])
-    rows["pack"] = np.repeat(np.arange(len(listed), dtype=np.uint32), [len(pack.rows) for pack in listed])
+    rows["pack"] = np.repeat(np.arange(len(listed)), [len(pack.rows) for pack in listed])
     segment = _Segment(ids, rows, [])
     table = np.array([(list(bytes.fromhex(pack.pack)), pack.size) for pack in listed], _PACK_ROW)
     body = b"".join(
         (_COUNTS.pack(len(listed), len(rows)), table.tobytes(), segment.ids.tobytes(), segment.rows.tobytes())
     )
-    name = f"index/{fresh_id()}"
+    name = index_name(era, fresh_id())
     store.put(name, seal(keys, KIND, name, body))
     return name
+
+
+def begin_era(store: ObjectStore, keys: Keyring, before: Iterable[str], *, conditional: bool) -> int:
+    """Take the number after those of the index objects `before`, by an index of nothing; it.
+
+    conditional: as in objects/exclusive.py.  Raises Conflict when another collector has it: it woke up, or we did.
+    """
+    era = max((index_era(name) or 0 for name in before), default=0) + 1
+    if era > _LAST_ERA:
+        raise Corrupt("its indexes have an era that no collection can have reached", subject=store.url)
+    name = index_name(era, NOTHING)
+    body = seal(keys, KIND, name, _COUNTS.pack(0, 0))
+    if not create_exclusively(store, name, body, conditional=conditional):
+        raise Conflict("another snapchain collects at the same time", subject=store.url, hint="run gc again")
+    return era
 
 
 def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, Rows]:
@@ -168,11 +192,19 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, R
     return {bytes(row["pack"]).hex(): int(row["size"]) for row in table}, ids, rows
 
 
+def newest(store: ObjectStore) -> tuple[int, list[ObjectInfo]]:
+    """The era that counts, 0 in a new repository, and its index objects."""
+    found = [(index_era(info.name), info) for info in store.list("index/")]
+    era = max((number for number, _ in found if number is not None), default=0)
+    return era, [info for number, info in found if number == era]
+
+
 def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
     """The index of the whole repository."""
-    index = BlobIndex()
+    era, found = newest(store)
+    index = BlobIndex(era)
     with ThreadPoolExecutor(_READERS, "index") as pool:
-        names = [info.name for info in store.list("index/")]
+        names = [info.name for info in found]
         for name, data in zip(names, pool.map(store.get, names), strict=True):
             packs, ids, rows = parse(keys, name, data)
             index.load(ids, rows, list(packs))

@@ -1,7 +1,8 @@
 """Key slots: the master key, wrapped by a key that Argon2id makes from a passphrase.
 
-Several slots may wrap the same master key.  The hash of `config` is bound to each, so that a store that alters
-one byte of the configuration (say, turns encryption off) makes every passphrase fail instead of being believed.
+Several slots may wrap the same master key.  The hash of `config` is bound to each, so that a store that alters one byte
+of the configuration (say, the suite or the repository's id) makes every passphrase fail instead of being believed.  One
+that says there is no encryption has no slot to fail: Repository.open and known.py see to that.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import blake3
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.repository.crypto import KEY_BYTES, SALT_BYTES
+from snapchain.repository.stored import parse as parse_stored
 
 _NONCE = bytes(12)
 _deriving = threading.Lock()
@@ -72,11 +74,8 @@ def unwrap(slot: KeySlot, passphrase: str, config: bytes, *, subject: str) -> by
 
 
 def parse(data: bytes, *, subject: str) -> KeySlot:
-    """A slot as stored. Raises Corrupt."""
-    try:
-        return KeySlot.model_validate_json(data)
-    except ValidationError as error:
-        raise Corrupt(f"the key slot is damaged: {error.errors()[0]['msg']}", subject=subject) from error
+    """A slot as stored. Raises Corrupt, or Unsupported for one that a newer snapchain made."""
+    return parse_stored(KeySlot, data, what="the key slot", subject=subject)
 
 
 def wrong_passphrase(url: str) -> InvalidInput:

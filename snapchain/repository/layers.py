@@ -17,15 +17,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Corrupt, NotFound
 from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
-from snapchain.model.extents import ABSENT, Extents, over
+from snapchain.model.extents import ABSENT, Extents, Int64s, over
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
@@ -33,22 +33,15 @@ from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
 from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
+from snapchain.repository.source import Source
+from snapchain.repository.stored import made_by, parse as parse_stored
 
 KIND = b"L"
 _LENGTH = struct.Struct("<I")
+_WIDE_RANGE = 64
+"""Leaves. Longer ranges of flags are set one by one, shorter ones all at once."""
 LARGEST_DISK = 1 << 56
 """Bytes. qcow2 with clusters of 2 MiB ends at 8 EiB; no signed offset may overflow with two of these added."""
-
-
-class Source(BaseModel):
-    """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    inode: int
-    size: int
-    mtime_ns: int
-    ctime_ns: int
 
 
 class LayerHeader(BaseModel):
@@ -59,6 +52,7 @@ class LayerHeader(BaseModel):
     size: virtual size, bytes; name, image_format, cluster_size, compressed: of the file that it was read from;
     sources: the files that were composed into it, lower first; replaces: layers that were merged into it;
     content_sum: base64 of the LtHash16 sum of what the chain up to here shows; content_id follows from it and size
+    made_by: the program that wrote it
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +70,7 @@ class LayerHeader(BaseModel):
     zero_bytes: int = Field(ge=0)
     content_sum: str
     content_id: str
+    made_by: str | None = None
 
     def sum(self) -> Sum:
         """uint16[1024]"""
@@ -92,13 +87,13 @@ PageTable = npt.NDArray[np.void]
 
 def write(store: ObjectStore, keys: Keyring, header: LayerHeader, pages: PageTable) -> None:
     """Store a layer record; its pages are durable already."""
-    text = header.model_dump_json().encode()
+    text = header.model_copy(update={"made_by": made_by()}).model_dump_json().encode()
     name = layer_name(header.id)
     store.put(name, seal(keys, KIND, name, _LENGTH.pack(len(text)) + text + pages.tobytes()))
 
 
 def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, PageTable]:
-    """A layer record, checked. Raises Corrupt when it is missing or unsound."""
+    """A layer record, checked. Raises Corrupt when it is missing or unsound, Unsupported when it is newer."""
     name = layer_name(layer)
     if not is_id(layer):
         raise Corrupt("this is no layer id", subject=name)
@@ -108,10 +103,11 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
         raise Corrupt("the layer record is missing from the store", subject=name) from error
     try:
         (length,) = _LENGTH.unpack_from(body)
-        header = LayerHeader.model_validate_json(body[_LENGTH.size : _LENGTH.size + length])
+        text = body[_LENGTH.size : _LENGTH.size + length]
+        header = parse_stored(LayerHeader, text, what="the layer record", subject=name)
         pages = np.frombuffer(body, PAGE_ROW, offset=_LENGTH.size + length)
         sums = base64.b64decode(header.content_sum, validate=True)
-    except (ValueError, struct.error, ValidationError) as error:
+    except (ValueError, struct.error) as error:
         raise Corrupt(f"the layer record is unsound: {error}", subject=name) from error
     stop = -(-header.size // LEAF_BYTES) * LEAF_BYTES
     sound = (
@@ -130,32 +126,41 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
 class PageCache:
     """Decoded pages by blob id, least recently used out first. Thread-safe. limit: bytes."""
 
-    def __init__(self, reader: BlobReader, limit: int = 48 * 1024 * 1024) -> None:
+    def __init__(self, reader: BlobReader, limit: int = 64 * 1024 * 1024) -> None:
         self._reader, self._limit = reader, limit
         self._lock = threading.Lock()
         self._pages: OrderedDict[tuple[bytes, int, int], tuple[Page, int]] = OrderedDict()
         self._bytes = 0
 
-    def get(self, row: np.void, size: int, *, subject: str) -> Page:
-        """The page of a PAGE_ROW of a layer of `size` bytes."""
-        blob, first, stop = bytes(row["id"]), int(row["first"]), min(int(row["stop"]), size)
+    def get(self, rows: PageTable, size: int, *, subject: str) -> list[Page]:
+        """The pages of some PAGE_ROWs of a layer of `size` bytes; neighbours in a pack are read together."""
         # What a page may say depends on where it stands, so that is part of its key: it is checked for each.
-        key = blob, first, stop
+        keys = [(bytes(row["id"]), int(row["first"]), min(int(row["stop"]), size)) for row in rows]
+        found: dict[int, Page] = {}
         with self._lock:
-            found = self._pages.get(key)
-            if found is not None:
-                self._pages.move_to_end(key)
-                return found[0]
-        where = Location(bytes(row["pack"]).hex(), int(row["offset"]), int(row["stored"]), int(row["raw"]))
-        body = self._reader.read(blob, where)
-        page = Page.decode(body, first, stop, subject=subject)
+            for at, key in enumerate(keys):
+                kept = self._pages.get(key)
+                if kept is not None:
+                    self._pages.move_to_end(key)
+                    found[at] = kept[0]
+        missing = [at for at in range(len(keys)) if at not in found]
+        for number, body in self._reader.read_all([(keys[at][0], _location(rows[at])) for at in missing]):
+            at = missing[number]
+            found[at] = Page.decode(body, *keys[at][1:], subject=subject)
+            self._keep(keys[at], found[at])
+        return [found[at] for at in range(len(keys))]
+
+    def _keep(self, key: tuple[bytes, int, int], page: Page) -> None:
         with self._lock:
             if key not in self._pages:
                 self._pages[key] = page, page.memory()
                 self._bytes += page.memory()
                 while self._bytes > self._limit and len(self._pages) > 1:
                     self._bytes -= self._pages.popitem(last=False)[1][1]
-        return page
+
+
+def _location(row: np.void) -> Location:
+    return Location(bytes(row["pack"]).hex(), int(row["offset"]), int(row["stored"]), int(row["raw"]))
 
 
 class StoredLayer:
@@ -181,7 +186,7 @@ class StoredLayer:
         begin = int(np.searchsorted(self._stop, first, side="right"))
         end = int(np.searchsorted(self._first, stop, side="left"))
         subject = layer_name(self.id)
-        return [self._cache.get(self.table[at], self.size, subject=subject) for at in range(begin, end)]
+        return self._cache.get(self.table[begin:end], self.size, subject=subject)
 
     def extents(self) -> Extents:
         """The whole map: DATA, ZERO, ABSENT. Reads all pages, keeps none."""
@@ -190,7 +195,7 @@ class StoredLayer:
         if not self.size:
             return Extents.absent(0)
         for place in range(len(self.table)):
-            page = self._cache.get(self.table[place], self.size, subject=layer_name(self.id))
+            (page,) = self._cache.get(self.table[place : place + 1], self.size, subject=layer_name(self.id))
             first, stop = int(self._first[place]), min(int(self._stop[place]), self.size)
             piece = page.extents(self.size).window(first, stop)
             at.append(piece.at + first)
@@ -204,6 +209,15 @@ class StoredLayer:
         return Extents.from_starts(self.size, starts[last], values[last])
 
 
+class Speaks(Protocol):
+    """A layer, or what matters of it to a range."""
+
+    @property
+    def size(self) -> int: ...
+
+    def pages(self, first: int, stop: int, /) -> Sequence[Page]: ...
+
+
 def leaves_shown(
     layers: Sequence[StoredLayer], first: int, stop: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
@@ -215,7 +229,7 @@ def leaves_shown(
 
 
 def leaves_said(
-    layers: Sequence[StoredLayer], first: int, stop: int
+    layers: Sequence[Speaks], first: int, stop: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """As `leaves_shown`, and for each leaf of the range whether the layers leave it to what lies below them."""
     base = first // LEAF_BYTES
@@ -229,7 +243,7 @@ def leaves_said(
         open_[max(0, -(-layer.size // LEAF_BYTES) - base) :] = False
         if not open_.any():
             break
-        touched = np.zeros(count + 1, np.int64)
+        touched: list[tuple[Int64s, Int64s]] = []
         for page in layer.pages(first, min(stop, layer.size)):
             begin, end = page.index.searchsorted((base, base + count)).tolist()
             if begin < end:
@@ -241,11 +255,24 @@ def leaves_said(
             if runs.start < runs.stop:
                 enters = np.maximum(page.start[runs] // LEAF_BYTES - base, 0)
                 leaves = np.minimum(-(-page.stop[runs] // LEAF_BYTES) - base, count)
-                touched += np.bincount(enters, minlength=count + 1) - np.bincount(leaves, minlength=count + 1)
-        open_ &= touched[:count].cumsum() == 0
+                touched.append((enters, leaves))
+        # After all pages: one leaf may be touched by two of them.
+        for enters, leaves in touched:
+            put_ranges(open_, enters, leaves, value=False)
     numbers = np.concatenate(index)
     order = np.argsort(numbers, kind="stable")
     return numbers[order], np.concatenate(hashes)[order], open_
+
+
+def put_ranges(flags: npt.NDArray[np.bool_], first: Int64s, stop: Int64s, *, value: bool) -> None:
+    """Set the flags of some ranges; costs what they hold, not what they span."""
+    length = stop - first
+    wide = length > _WIDE_RANGE
+    for low, high in zip(first[wide].tolist(), stop[wide].tolist(), strict=True):
+        flags[low:high] = value
+    first, length = first[~wide], length[~wide]
+    begin = np.cumsum(length) - length
+    flags[np.repeat(first - begin, length) + np.arange(int(length.sum()))] = value
 
 
 def resolve(layers: Sequence[StoredLayer]) -> Extents:

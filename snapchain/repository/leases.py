@@ -1,12 +1,14 @@
-"""Leases: writers work side by side, a collector works alone.
+"""Leases: writers work side by side, a collector works alone, and leaves what readers read.
 
-A writer (ship, merge) puts `leases/w-NONCE`, the collector `leases/g-NONCE`, and then lists them.  Who finds the other
-kind takes its own away again and waits.  Both put first and look afterwards, so however the two interleave, at
-least one of them sees the other (listings are strongly consistent on S3 and in directories).
+A writer (ship, merge) puts `leases/w-NONCE`, the collector `leases/g-NONCE`, a reader `leases/r-NONCE`, and then lists
+them.  A writer and a collector that find each other, or two collectors, take their own away again and wait; a reader
+that finds a collector waits a little, and a collector that finds a reader spares the layers that the reader's lease
+names.  All put first and look afterwards, so however two of them interleave, at least one sees the other (listings are
+strongly consistent on S3 and in directories).
 
-A lease is refreshed every few minutes; one that was not for half an hour is dead and is removed, and so is one whose
-process was killed on this machine.  Ages are measured by the store's own clock.  A writer that stood still for that
-long must not publish: `check` says so.
+A lease is refreshed every few minutes; one that was not for half an hour is dead, and so is one whose process was
+killed on this machine.  Ages are measured by the store's own clock.  A writer that stood still for that long must not
+publish: `check` says so, and where it stands still after its last check, the collector's fence does (fence.py).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from enum import Enum
 from types import TracebackType
@@ -25,8 +27,9 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from snapchain.errors import Busy, Conflict, SnapchainError
+from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.host.identity import machine, started
+from snapchain.objects.exclusive import boot_time
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
@@ -34,20 +37,29 @@ from snapchain.repository.envelope import seal, unseal
 KIND = b"E"
 REFRESH_SECONDS = 300.0
 DEAD_SECONDS = 1800.0
+LARGEST_LEASE = 16 * 1024 * 1024
+"""Bytes of the object: a reader of a million layers."""
 _POLL_SECONDS = 1.0
 
 
 class Mode(Enum):
-    """Who may work at the same time: writers with writers, a collector with nobody."""
+    """Who may work at the same time: writers and readers with each other, a collector with readers alone."""
 
     WRITE = "w"
     COLLECT = "g"
+    READ = "r"
+
+    @property
+    def prefix(self) -> str:
+        """How the names of such leases begin."""
+        return f"leases/{self.value}-"
 
 
 class Holder(BaseModel):
     """What a lease says of who holds it; sealed, since a store need not know host names.
 
     machine, started: see host/identity.py; with them a killed process of this machine is known to be gone
+    disks: names of those that it may publish to; layers: what a reader reads
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -58,6 +70,8 @@ class Holder(BaseModel):
     started: int = 0
     work: str
     since: datetime
+    disks: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
 
     @property
     def is_gone(self) -> bool:
@@ -72,7 +86,11 @@ class Lease:
     """Held from entry to exit of the `with` block.
 
     work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind before Busy; on_wait: told
-    once, with words, when there is something to wait for
+    once, with words, when there is something to wait for; disks, layers: see Holder
+
+    After entry, of a collector: `spared`, layers that readers read; `dead`, leases that nobody keeps up any more, with
+    who held them.  They are the collector's to remove (`bury`), and nobody else's: what their holders may still do when
+    they wake up must be made impossible first.
     """
 
     def __init__(
@@ -84,9 +102,13 @@ class Lease:
         work: str,
         patience: float,
         on_wait: Callable[[str], None],
+        disks: Sequence[str] = (),
+        layers: Sequence[str] = (),
     ) -> None:
+        self.spared: frozenset[str] = frozenset()
+        self.dead: dict[str, Holder | None] = {}
         self._store, self._keys, self._mode = store, keys, mode
-        self._name = f"leases/{mode.value}-{secrets.token_hex(16)}"
+        self._name = f"{mode.prefix}{secrets.token_hex(16)}"
         self._patience, self._on_wait = patience, on_wait
         pid = os.getpid()
         holder = Holder(
@@ -96,6 +118,8 @@ class Lease:
             started=started(pid),
             work=work,
             since=datetime.now(UTC),
+            disks=tuple(disks),
+            layers=tuple(layers),
         )
         self._body = seal(keys, KIND, self._name, holder.model_dump_json().encode())
         self._refreshed = 0.0
@@ -104,7 +128,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        deadline = time.monotonic() + self._patience
+        deadline = boot_time() + self._patience
         told = False
         while True:
             self._put()
@@ -113,7 +137,7 @@ class Lease:
                 break
             self._store.delete(self._name)
             who = self._describe(other)
-            if time.monotonic() >= deadline:
+            if boot_time() >= deadline:
                 raise Busy(f"{who} is at work", subject=self._store.url, hint="wait for it, and run this again")
             if not told:
                 self._on_wait(f"waiting for {who}")
@@ -128,14 +152,18 @@ class Lease:
     ) -> None:
         self._done.set()
         try:
-            self._store.delete(self._name)
-        except SnapchainError:
-            if error is None:
-                raise
+            if isinstance(error, Corrupt | NotFound):
+                self.check()  # who slept through a collection misses what is not needed: that is no damage
+        finally:
+            try:
+                self._store.delete(self._name)
+            except SnapchainError:
+                if error is None:
+                    raise
 
     def check(self) -> None:
         """Raises Conflict when the lease may be held dead by others: what was relied on may be gone."""
-        if self._lost or time.monotonic() - self._refreshed > DEAD_SECONDS / 2 or self._store.size(self._name) is None:
+        if self._lost or boot_time() - self._refreshed > DEAD_SECONDS / 2 or self._store.size(self._name) is None:
             raise Conflict(
                 "this run stood still for so long that others took it for dead",
                 subject=self._store.url,
@@ -144,7 +172,7 @@ class Lease:
 
     def _put(self) -> None:
         self._store.put(self._name, self._body)
-        self._refreshed = time.monotonic()
+        self._refreshed = boot_time()
 
     def _refresh(self) -> None:
         while not self._done.wait(REFRESH_SECONDS):
@@ -157,30 +185,41 @@ class Lease:
             except SnapchainError:
                 continue  # the next round may succeed; `check` counts the seconds
 
+    def bury(self) -> None:
+        """Remove the dead leases; of a collector, once their holders can do no harm any more."""
+        for name in self.dead:
+            self._store.delete(name)
+
     def _other(self) -> ObjectInfo | None:
-        """A live lease that excludes ours; dead ones are removed on the way."""
+        """A live lease that excludes ours."""
         found = list(self._store.list("leases/"))
         now = next((info.modified for info in found if info.name == self._name), None)
+        collects = self._mode is Mode.COLLECT
+        spared: set[str] = set()
+        self.dead = {}
         for info in found:
-            if info.name == self._name:
-                continue
-            if now is not None and info.modified is not None and now - info.modified > DEAD_SECONDS:
-                self._store.delete(info.name)
-                continue
-            writer = info.name.startswith(f"leases/{Mode.WRITE.value}-")
-            if writer and self._mode is Mode.WRITE:
+            if info.name == self._name or not (collects or info.name.startswith(Mode.COLLECT.prefix)):
                 continue
             holder = self._holder(info)
-            if holder is not None and holder.is_gone:
-                self._store.delete(info.name)
-                continue
-            return info
+            expired = now is not None and info.modified is not None and now - info.modified > DEAD_SECONDS
+            if expired or (holder is not None and holder.is_gone):
+                if collects:
+                    self.dead[info.name] = holder
+                else:
+                    self._store.delete(info.name)  # so that its own `check` fails
+            elif info.name.startswith(Mode.READ.prefix) and holder is not None:
+                spared.update(holder.layers)
+            else:
+                return info
+        self.spared = frozenset(spared)
         return None
 
     def _describe(self, info: ObjectInfo) -> str:
         return str(self._holder(info) or "another snapchain")
 
     def _holder(self, info: ObjectInfo) -> Holder | None:
+        if info.size > LARGEST_LEASE:
+            return None
         try:
             return Holder.model_validate_json(unseal(self._keys, KIND, info.name, self._store.get(info.name)))
         except (SnapchainError, ValidationError):

@@ -93,7 +93,7 @@ class Packer:
         with self._noting:
             listed, self._durable = self._durable, []
         if listed:
-            indexes.write(self._store, self._keys, listed)
+            indexes.write(self._store, self._keys, listed, era=self._index.era)
 
     def _upload(self, pack: ClosedPack) -> None:
         self._slots.acquire()
@@ -115,7 +115,7 @@ class Packer:
                 if len(self._durable) >= INDEX_EVERY:
                     listed, self._durable = self._durable, []
             if listed:
-                indexes.write(self._store, self._keys, listed)
+                indexes.write(self._store, self._keys, listed, era=self._index.era)
         except BaseException as error:
             self._failed = self._failed or error
             raise

@@ -4,7 +4,7 @@
     16      blobs, one after the other: cipher text and tag; nonce = the blob's offset as u96 little endian
     ...     directory: cipher text and tag of (zstd of ids and BLOB_ROWs); nonce = its offset
     -16 4   stored bytes of the directory, u32 little endian
-    -12 4   zero
+    -12 4   how many blobs, u32
     -8  8   "SNAPEND1"
 
 The pack's 16 random bytes of name are the salt of its key: a reader needs nothing from a pack but the blob.

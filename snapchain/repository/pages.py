@@ -178,8 +178,9 @@ class PageBuilder:
         data = moved["stored"] != 0
         moved["pack"][~data] = 0
         if data.any():
-            places = np.array([self.place(pack) for pack in packs], np.uint32)
-            moved["pack"][data] = places[moved["pack"][data]]
+            used, place = np.unique(moved["pack"][data], return_inverse=True)
+            places = np.array([self.place(packs[pack]) for pack in used.tolist()], np.uint32)
+            moved["pack"][data] = places[place]
         self._runs.append(moved)
         self._leaves.append(leaves)
         self._run_count += len(runs)

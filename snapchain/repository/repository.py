@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.store import ObjectStore
-from snapchain.repository import catalogue as catalogues, index as indexes, keys as slots, layers
+from snapchain.repository import catalogue as catalogues, holds, index as indexes, keys as slots, layers
 from snapchain.repository.blobs import BlobReader
-from snapchain.repository.catalogue import Catalogue, Disk
+from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
-from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id
+from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id, layer_name
 from snapchain.repository.index import BlobIndex
+from snapchain.repository.known import Memory
 from snapchain.repository.layers import PageCache, StoredLayer
 from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.stored import newer, parse as parse_stored
 
 CONFIG = "config"
 _READERS = 8
+_LARGEST_TEXT = 64 * 1024
+"""Bytes of `config` and of a key slot."""
 _MOST_SLOTS = 64
 """Each costs 0.1 s to try: a hostile store shall not keep us busy for ever."""
 PATIENCE = 600.0
+READERS_PATIENCE = 60.0
+"""Seconds that a restore waits for a collector: it is wanted more."""
 _WITNESS = "witness"
 _WITNESS_BODY = b"snapchain creates this object once; a store that lets it be created again ignores conditions\n"
 BLOCK_BYTES = 256 * 1024
@@ -35,6 +43,10 @@ BLOCK_BYTES = 256 * 1024
 
 Passphrase = Callable[[], str | None]
 """Asked only when a passphrase is needed, since asking may run a command."""
+
+
+def _unheard(_: str) -> None:
+    """Nobody listens."""
 
 
 class Config(BaseModel):
@@ -51,7 +63,7 @@ class Config(BaseModel):
 
 
 class Repository:
-    """An open repository. Thread-safe for reading."""
+    """An open repository. Thread-safe for reading. memory: how far its disks were seen before (known.py), if known."""
 
     def __init__(self, store: ObjectStore, config: Config, keys: Keyring, *, conditional: bool) -> None:
         self.store = store
@@ -59,6 +71,7 @@ class Repository:
         self.keys = keys
         self.conditional = conditional
         self.notices: list[str] = list(store.warnings)
+        self.memory: Memory | None = None
         self.blobs = BlobReader(store, keys)
         self._pages = PageCache(self.blobs)
 
@@ -106,22 +119,32 @@ class Repository:
         return made
 
     @classmethod
-    def open(cls, store: ObjectStore, *, passphrase: Passphrase, writing: bool = False) -> Repository:
+    def open(
+        cls, store: ObjectStore, *, passphrase: Passphrase, writing: bool = False, known: bool = False
+    ) -> Repository:
         """Open an existing repository.
 
         writing: find out (with one request) whether the store still honours create-if-absent.
-        Raises NotFound, InvalidInput (passphrase), Corrupt, Unsupported (a newer format).
+        known: whether it was seen before, so that the caller can tell whether it has always been without encryption.
+        Raises NotFound, InvalidInput (passphrase), Corrupt (no longer encrypted), Unsupported (a newer format).
         """
-        try:
-            text = store.get(CONFIG)
-        except NotFound as error:
+        size = store.size(CONFIG)
+        if size is None:
             raise NotFound(
                 "there is no snapchain repository here", subject=store.url, hint=f"snapchain init {store.url}"
-            ) from error
+            )
+        _check_small(CONFIG, size)
+        text = store.get(CONFIG)
         config = parse_config(text, subject=store.url)
         master = Keyring.public_master(config.id)
         if config.encryption != NONE:
             master = _unlock(store, passphrase, text)
+        elif not known and _is_given(passphrase):
+            raise Corrupt(
+                "a passphrase is given, and the repository says that it is not encrypted: it may have been changed",
+                subject=store.url,
+                hint="if it was made with --no-encryption, give no passphrase once (SNAPCHAIN_PASSWORD, --password-..)",
+            )
         conditional = config.conditional_put
         opened = cls(store, config, Keyring(config.encryption, config.id, master), conditional=conditional)
         if writing and conditional and not still_conditional(store, _WITNESS, _WITNESS_BODY):
@@ -131,17 +154,98 @@ class Repository:
             )
         return opened
 
-    def lease(self, mode: Mode, work: str, *, on_wait: Callable[[str], None], patience: float = PATIENCE) -> Lease:
+    def lease(
+        self,
+        mode: Mode,
+        work: str,
+        *,
+        on_wait: Callable[[str], None],
+        patience: float | None = None,
+        disks: Sequence[str] = (),
+    ) -> Lease:
         """The right to write (beside other writers) or to collect (alone), for the length of a `with` block.
 
-        work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once
+        work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once;
+        disks: those that may be made, which nobody else would know of
         """
-        return Lease(self.store, self.keys, mode, work=work, patience=patience, on_wait=on_wait)
+        seconds = PATIENCE if patience is None else patience
+        return Lease(self.store, self.keys, mode, work=work, patience=seconds, on_wait=on_wait, disks=disks)
+
+    @contextmanager
+    def reading(
+        self, layers: Mapping[str, Collection[str]], work: str, *, on_wait: Callable[[str], None] = _unheard
+    ) -> Iterator[None]:
+        """For the length of a `with` block no collector takes away what these layers need.
+
+        layers: disk -> layers that are read; work, on_wait: as in `lease`.
+        Where nothing can be written, or a collector is at work for long, reading goes on without, and on_wait is told.
+        Raises Conflict when some of the layers were merged away and collected before the block began.
+        """
+        chosen = [layer for some in layers.values() for layer in some]
+        lease = Lease(
+            self.store, self.keys, Mode.READ, work=work, patience=READERS_PATIENCE, on_wait=on_wait, layers=chosen
+        )
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lease)
+            except (Busy, Unavailable) as error:
+                on_wait(f"reading without a lease: what a gc takes away meanwhile is missed ({error.message})")
+            self._check_there(layers)
+            try:
+                yield
+            except Corrupt:
+                self._check_there(layers)
+                raise
+
+    def _check_there(self, layers: Mapping[str, Collection[str]]) -> None:
+        """Raises Conflict when some of these layers, by disk, were collected."""
+        for disk, some in layers.items():
+            current = self.disk(disk).read()
+            for layer in set(some) - set(current[0].parents if current else ()):
+                if self.store.size(layer_name(layer)) is None:
+                    raise Conflict(
+                        "layers were merged away and collected before they were read",
+                        subject=disk,
+                        hint="run it again",
+                    )
 
     def disk(self, name: str) -> Disk:
         """The catalogue of a disk, whether or not it exists yet. Raises InvalidInput for a bad name."""
         check_disk_name(name)
-        return Disk(self.store, self.keys, name, conditional=self.conditional)
+        return Disk(self.store, self.keys, name, conditional=self.conditional, memory=self.memory)
+
+    def hold(
+        self, disk: str, point: int, tag: str, *, reason: str = "", on_wait: Callable[[str], None] = _unheard
+    ) -> Point:
+        """Keep a point whatever the rules of retention say, until it is released; the point as it is now.
+
+        tag: names the hold; one that is there already gets this reason and keeps its date.  on_wait: as in `lease`.
+        Raises NotFound for a disk or point that is not there, InvalidInput for a bad tag.
+        """
+        change = partial(holds.held, point=point, tag=holds.check_tag(tag), reason=reason, now=datetime.now(UTC))
+        return self._change(disk, point, change, f"hold {disk}", on_wait)
+
+    def release(self, disk: str, point: int, tag: str, *, on_wait: Callable[[str], None] = _unheard) -> Point:
+        """Take a hold off a point; the point as it is now. Raises NotFound when disk, point or hold is not there."""
+        return self._change(disk, point, partial(holds.released, point=point, tag=tag), f"release {disk}", on_wait)
+
+    def _change(
+        self,
+        disk: str,
+        point: int,
+        change: Callable[[Catalogue], Sequence[Point] | None],
+        work: str,
+        on_wait: Callable[[str], None],
+    ) -> Point:
+        """Give a disk other points, by its next generation; one of them."""
+
+        def fields(catalogue: Catalogue) -> dict[str, object] | None:
+            points = change(catalogue)
+            return None if points is None else {"points": tuple(points)}
+
+        with self.lease(Mode.WRITE, work, on_wait=on_wait) as lease:
+            catalogue = self.disk(disk).update(fields, time=datetime.now(UTC), check=lease.check)
+        return next(each for each in catalogue.points if each.point == point)
 
     def catalogue(self, name: str) -> Catalogue:
         """The newest catalogue of a disk. Raises NotFound."""
@@ -149,8 +253,14 @@ class Repository:
 
     def catalogues(self) -> list[Catalogue]:
         """The newest catalogues of all disks, by name."""
-        found = (catalogues.read_any(self.store, self.keys, key) for key in self.store.list_dirs("disks/"))
+        found = [self.catalogue_of(key) for key in self.store.list_dirs("disks/")]
+        if self.memory is not None:
+            self.memory.flush()
         return sorted((catalogue for catalogue in found if catalogue is not None), key=lambda each: each.disk)
+
+    def catalogue_of(self, key: str) -> Catalogue | None:
+        """The newest catalogue in a disk's folder, None when there is none."""
+        return catalogues.read_any(self.store, self.keys, key, self.memory)
 
     def layer(self, layer: str) -> StoredLayer:
         """One layer. Raises Corrupt when it is missing or unsound."""
@@ -158,11 +268,34 @@ class Repository:
 
     def chain(self, catalogue: Catalogue, layer: str) -> list[StoredLayer]:
         """The layers that end in `layer`, root first."""
-        ids = catalogue.chain(layer)
-        if len(ids) < 2:
-            return [self.layer(each) for each in ids]
-        with ThreadPoolExecutor(min(len(ids), _READERS), "layers") as pool:
-            return list(pool.map(self.layer, ids))
+        with self.as_of(catalogue):
+            return list(self.layers(catalogue.chain(layer)).values())
+
+    @contextmanager
+    def as_of(self, catalogue: Catalogue) -> Iterator[None]:
+        """Reads what a catalogue names without a lease: what misses because there is a newer one is no damage.
+
+        Raises Conflict instead of Corrupt when the disk has another generation by now.
+        """
+        try:
+            yield
+        except Corrupt as error:
+            current = self.disk(catalogue.disk).read()
+            if current is None or current[0].generation == catalogue.generation:
+                raise
+            raise Conflict(
+                "the disk was changed, and old data collected, while it was looked at",
+                subject=catalogue.disk,
+                hint="run it again",
+            ) from error
+
+    def layers(self, ids: Iterable[str]) -> dict[str, StoredLayer]:
+        """Several layers at once, in the order given. Raises as `layer`."""
+        names = list(ids)
+        if len(names) < 2:
+            return {each: self.layer(each) for each in names}
+        with ThreadPoolExecutor(min(len(names), _READERS), "layers") as pool:
+            return dict(zip(names, pool.map(self.layer, names), strict=True))
 
     def index(self) -> BlobIndex:
         """All blobs of the repository."""
@@ -170,18 +303,11 @@ class Repository:
 
 
 def parse_config(text: bytes, *, subject: str) -> Config:
-    """The object `config`. Raises Corrupt, or Unsupported for a newer format."""
-    try:
-        return Config.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"] == ("format",):
-            raise Unsupported(
-                "the repository has a format that this snapchain does not know",
-                subject=subject,
-                hint="use a newer snapchain",
-            ) from error
-        raise Corrupt(f"the repository's config is damaged: {first['loc']}: {first['msg']}", subject=subject) from error
+    """The object `config`. Raises Corrupt, or Unsupported for a newer one."""
+    found = parse_stored(Config, text, what="the repository", subject=subject)
+    if found.encryption not in SUITES:
+        raise newer("the repository", subject)
+    return found
 
 
 def check_disk_name(name: str) -> str:
@@ -206,6 +332,18 @@ def check_disk_name(name: str) -> str:
     return name
 
 
+def _is_given(passphrase: Passphrase) -> bool:
+    try:
+        return bool(passphrase())
+    except InvalidInput:  # nobody has set one
+        return False
+
+
+def _check_small(name: str, size: int) -> None:
+    if size > _LARGEST_TEXT:
+        raise Corrupt(f"it has {size} bytes; at most {_LARGEST_TEXT} are plausible", subject=name)
+
+
 def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
     secret = passphrase()
     if not secret:
@@ -214,15 +352,16 @@ def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
             subject=store.url,
             hint="set SNAPCHAIN_PASSWORD, --password-file or --password-command",
         )
-    names: Sequence[str] = [info.name for info in store.list("keys/")]
-    if not names:
+    found = list(store.list("keys/"))
+    names: Sequence[str] = [info.name for info in found if info.size <= _LARGEST_TEXT]
+    if not found:
         raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
-    damaged: Corrupt | None = None
+    damaged: Corrupt | Unsupported | None = None
     for name in names[:_MOST_SLOTS]:
         try:
             slot = slots.parse(store.get(name), subject=name)
             master = slots.unwrap(slot, secret, config, subject=name)
-        except Corrupt as error:
+        except (Corrupt, Unsupported) as error:
             damaged = error  # another slot may hold the same key
             continue
         if master is not None:

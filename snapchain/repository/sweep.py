@@ -1,8 +1,13 @@
 """gc: packs that are mostly waste are rewritten, and what nobody needs is deleted.
 
+    mark     what is in use, or being read (collect.py)
+    fence    from here on nobody publishes who began before (fence.py)
     move     blobs in use leave the wasteful packs for new ones; the layer records that name them are written anew and
              the catalogues switched to them, each by its next generation
-    sweep    old generations; one new index for all old ones; layers; packs
+    sweep    old generations; one new index for all old ones; a last look whether we are still alone; layers; packs
+
+Until the last look a writer that takes us for dead may read an old index, and rely on a pack that is about to go; after
+it nobody can, since the old indexes are gone: so deletions may come however late.
 
 Deletion runs against the order of writing: nothing that is left ever names what is gone, wherever a run is cut off.
 Running again finishes.
@@ -10,19 +15,22 @@ Running again finishes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
 
+from snapchain.errors import Conflict
 from snapchain.repository import index as indexes, layers as records
-from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
-from snapchain.repository.format import PAGE_ROW, fresh_id, pack_name
+from snapchain.repository.fence import fence
+from snapchain.repository.format import PAGE_ROW, fresh_id, index_era, pack_name
 from snapchain.repository.index import BlobIndex, IndexedPack
 from snapchain.repository.intake import store_page_body
 from snapchain.repository.layers import StoredLayer
+from snapchain.repository.leases import Lease
 from snapchain.repository.packer import Packer
 from snapchain.repository.packs import Location, PackReader, read_directory
 from snapchain.repository.pages import Page, Rows
@@ -33,6 +41,9 @@ WASTE = 0.25
 
 LEAST_WASTE = 64 * 1024
 """Bytes. Head and directory make up much of a small pack; moved for their sake, it would be moved by every gc."""
+
+MOST_INDEXES = 32
+"""Objects; more are put together, for the sake of whoever reads them without a cache."""
 
 _INDEX_BLOBS = 500_000
 
@@ -59,7 +70,7 @@ def estimate(marked: Marked) -> Swept:
     wasted, empty = wasteful(marked.usage, WASTE, least=LEAST_WASTE), unused(marked.usage)
     moved = sum(pack.used_bytes for pack in wasted)
     freed = sum(pack.size for pack in (*wasted, *empty)) - moved
-    records_gone = {**marked.dead_generations, **marked.dead_layers}
+    records_gone = marked.dead_generations | marked.dead_claims | marked.dead_layers
     return Swept(
         bytes_freed=freed + sum(records_gone.values()),
         bytes_moved=moved,
@@ -69,19 +80,24 @@ def estimate(marked: Marked) -> Swept:
     )
 
 
-def sweep(repository: Repository, marked: Marked, *, check: Callable[[], None], on_object: Callable[[], None]) -> Swept:
-    """Collect what `marked` says. check: raises when this run is no longer alone; on_object: told of each deletion."""
+def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]) -> Swept:
+    """Mark and collect under a collector's lease. on_object: told of each deletion.
+
+    Raises Conflict when others took this run for dead; then what was deleted is what nobody needs all the same.
+    """
     store = repository.store
     done = Swept()
     held = _stored_bytes(repository)
-    before = {info.name: info.size for info in store.list("index/")}
+    marked = _marked_and_fenced(repository, lease)
+    if marked is None:
+        return done
     wasted = wasteful(marked.usage, WASTE, least=LEAST_WASTE)
     if wasted:
-        _move(repository, marked, wasted, done, check)
-        check()
-        marked = mark(repository)
+        _move(repository, marked, wasted, done, lease.check)
+        marked = mark(repository, lease.spared)
+    stay = {pack.pack for pack in marked.usage if len(pack.offsets)}
     gone = {pack.pack: pack.size for pack in unused(marked.usage)}
-    check()
+    lease.check()
 
     def delete(objects: Iterable[str]) -> None:
         for name in objects:
@@ -90,14 +106,36 @@ def sweep(repository: Repository, marked: Marked, *, check: Callable[[], None], 
             on_object()
 
     delete(marked.dead_generations)
-    if gone or len(before) > 1:
-        _write_index(repository, list(before), gone)
+    delete(marked.dead_claims)
+    before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
+    if gone or len(before) > MOST_INDEXES:
+        _write_index(repository, before, stay)
         delete(before)
+        lease.check()
     delete(marked.dead_layers)
     delete([pack_name(pack) for pack in gone])
     done.packs_deleted = len(gone)
     done.bytes_freed = held - _stored_bytes(repository)
     return done
+
+
+def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked | None:
+    """What is in use, and will be the same until we are done; None when there is nothing to do."""
+    dead_disks = {disk for holder in lease.dead.values() if holder is not None for disk in holder.disks}
+    for attempt in range(ATTEMPTS):
+        marked = mark(repository, lease.spared)
+        would = estimate(marked)
+        if not (would.objects_deleted or lease.dead or len(indexes.newest(repository.store)[1]) > MOST_INDEXES):
+            return None
+        try:
+            fence(repository, marked, dead_disks, lease.check)
+        except Conflict:  # somebody's last act arrived in between
+            if attempt == ATTEMPTS - 1:
+                raise
+        else:
+            lease.bury()
+            return marked
+    raise AssertionError("the loop returns or raises")
 
 
 def _stored_bytes(repository: Repository) -> int:
@@ -106,9 +144,13 @@ def _stored_bytes(repository: Repository) -> int:
     return sum(info.size for prefix in prefixes for info in repository.store.list(prefix))
 
 
-def _write_index(repository: Repository, names: Sequence[str], gone: Mapping[str, int]) -> None:
-    """One index of the packs that stay, instead of `names`."""
+def _write_index(repository: Repository, names: Sequence[str], stay: Collection[str]) -> None:
+    """A new era: one index of the packs that stay, instead of `names`. A pack that the store has lost is none of them.
+
+    Raises Conflict when another collector has begun that era.
+    """
     store, keys = repository.store, repository.keys
+    era = indexes.begin_era(store, keys, names, conditional=repository.conditional)
     pending: list[IndexedPack] = []
     seen: set[str] = set()
     blobs = 0
@@ -116,7 +158,7 @@ def _write_index(repository: Repository, names: Sequence[str], gone: Mapping[str
     def flush() -> None:
         nonlocal blobs
         if pending:
-            indexes.write(store, keys, pending)
+            indexes.write(store, keys, pending, era=era)
             pending.clear()
             blobs = 0
 
@@ -125,7 +167,7 @@ def _write_index(repository: Repository, names: Sequence[str], gone: Mapping[str
         order = np.argsort(rows["pack"], kind="stable")
         edges = np.searchsorted(rows["pack"][order], np.arange(len(packs) + 1))
         for place, (pack, size) in enumerate(packs.items()):
-            if pack in gone or pack in seen:
+            if pack not in stay or pack in seen:
                 continue
             seen.add(pack)
             mine = order[edges[place] : edges[place + 1]]
@@ -141,7 +183,7 @@ def _move(
 ) -> None:
     """Copy the blobs in use out of the wasted packs, and let all records name the copies."""
     # Its index knows nothing, so that what is moved is stored although the old packs have it.
-    with Packer(repository.store, repository.keys, BlobIndex()) as packer:
+    with Packer(repository.store, repository.keys, BlobIndex(indexes.newest(repository.store)[0])) as packer:
         moves: Moves = {}
         for usage in wasted:
             for offset, location in _copied(repository, usage, packer):
@@ -160,10 +202,10 @@ def _move(
             renamed[layer] = header.id
             done.layers_rewritten += 1
         packer.flush()
-    for catalogue in marked.catalogues:
-        if renamed.keys() & catalogue.parents.keys():
+    for current in marked.newest:
+        if renamed.keys() & current[0].parents.keys():
             check()
-            _switch(repository, catalogue, renamed)
+            _switch(repository, current, renamed)
 
 
 def _copied(repository: Repository, usage: Usage, packer: Packer) -> Iterator[tuple[int, Location]]:
@@ -221,17 +263,16 @@ def _moved_page(page: Page, packs: set[str], moves: Moves) -> Page | None:
     return Page(runs, page.leaves, [names[place] for place in used])
 
 
-def _switch(repository: Repository, catalogue: Catalogue, renamed: Mapping[str, str]) -> None:
+def _switch(repository: Repository, current: tuple[Catalogue, str], renamed: Mapping[str, str]) -> None:
     """Publish the catalogue's next generation, which names the new records. Raises Conflict when it has one already."""
-    disk = repository.disk(catalogue.disk)
-    current = disk.existing()
+    catalogue = current[0]
 
     def new(layer: str) -> str:
         return renamed.get(layer, layer)
 
-    disk.advance(
+    repository.disk(catalogue.disk).advance(
         current,
         time=datetime.now(UTC),
-        points=tuple(point.model_copy(update={"layer": new(point.layer)}) for point in current[0].points),
-        parents={new(layer): None if below is None else new(below) for layer, below in current[0].parents.items()},
+        points=tuple(point.model_copy(update={"layer": new(point.layer)}) for point in catalogue.points),
+        parents={new(layer): None if below is None else new(below) for layer, below in catalogue.parents.items()},
     )

@@ -181,3 +181,29 @@ def test_the_child_dies_with_us(sent: signal.Signals, tmp_path: Path) -> None:
     child = int((tmp_path / "pid").read_text())
     assert wait_until(lambda: gone(child))
     assert parent.returncode == -sent, stderr.decode()
+
+
+_interrupt_at_fork = False
+
+
+def _interrupting() -> None:
+    global _interrupt_at_fork  # noqa: PLW0603 - such callbacks cannot be taken back
+    if _interrupt_at_fork:
+        _interrupt_at_fork = False
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+os.register_at_fork(after_in_parent=_interrupting)
+
+
+def test_an_interrupt_while_a_program_is_being_started_is_neither_lost_nor_leaves_it_behind(tmp_path: Path) -> None:
+    """Raised in a callback of fork, it would be printed and forgotten."""
+    global _interrupt_at_fork  # noqa: PLW0603
+    _interrupt_at_fork = True
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"])
+    assert time.monotonic() - began < 5
+    pid = tmp_path / "pid"
+    assert not pid.exists() or wait_until(lambda: gone(int(pid.read_text() or 0)))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

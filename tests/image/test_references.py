@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.image import scan
-from snapchain.image.difference import doubtful, doubtful_bytes, first_difference
+from snapchain.image.chain import ImageChain
+from snapchain.image.difference import Difference, doubts, first_difference
 from snapchain.image.references import children
 
 MiB = 1 << 20
@@ -70,33 +71,56 @@ def test_difference_looks_only_where_two_chains_could_differ(tmp_path: Path) -> 
     write(other, "write -P 2 1M 64k", "write -P 0 2M 64k", "write -P 1 3M 64k")
     with scan(one) as old, scan(other) as new:
         # What only one of them holds is compared with what the base has there.
-        assert list(doubtful(old, new, shared=1)) == [
-            (MiB, MiB + 65536),
-            (2 * MiB, 2 * MiB + 65536),
-            (3 * MiB, 3 * MiB + 65536),
-        ]
+        found = doubts(old, new, shared=1)
+        assert found.plain.guest.tolist() == [MiB, 3 * MiB]
+        assert (found.start.tolist(), found.stop.tolist()) == ([2 * MiB], [2 * MiB + 65536])
         seen: list[int] = []
-        assert first_difference(old, new, shared=1, on_bytes=seen.append) is None
-        assert sum(seen) == doubtful_bytes(old, new, shared=1) == 3 * 65536
-        # Nothing shared: everything is read.
-        assert doubtful_bytes(old, new, shared=0) == 4 * MiB
-        assert first_difference(old, new, shared=0) is None
+        assert first_difference(old, new, found, on_bytes=seen.append) is None
+        assert sum(seen) == found.bytes == 3 * 65536
+        # The base is one file in both, though nobody said so: only what lies elsewhere is read.
+        assert doubts(old, new, shared=0).bytes == 3 * 65536
+        assert doubts(old, new, shared=0, trust_place=False).bytes == 4 * MiB
+        assert first_difference(old, new, doubts(old, new, shared=0, trust_place=False)) is None
+
+
+def compared(old: ImageChain, new: ImageChain) -> Difference | None:
+    if old.size != new.size:
+        return first_difference(old, new, doubts(old, old, shared=1))
+    return first_difference(old, new, doubts(old, new, shared=0))
 
 
 @pytest.mark.parametrize("at", [0, MiB + 511, 3 * MiB + 17, 4 * MiB - 1])
-def test_the_first_difference_is_found_to_the_byte(at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["plain", "compressed", "against zeroes"])
+def test_the_first_difference_is_found_to_the_byte(at: int, stored: str, tmp_path: Path) -> None:
     one, other = create(tmp_path / "one.qcow2"), create(tmp_path / "other.qcow2")
+    flag = "-c " if stored == "compressed" else ""
     for path in (one, other):
-        write(path, "write -P 5 0 4M")
+        pattern = 0 if stored == "against zeroes" else 5
+        if not (pattern == 0 and path == one):
+            write(path, *(f"write {flag}-P {pattern} {n * 65536} 65536" for n in range(64)))
     write(other, f"write -P 6 {at} 1", "write -P 6 4194303 1")
     with scan(one) as old, scan(other) as new:
-        assert first_difference(old, new, shared=0) == at
+        found = compared(old, new)
+        assert found is not None
+        assert found.start == at
+        assert at < found.stop <= 4 * MiB
+
+
+@pytest.mark.parametrize("how", ["", "extended_l2=on", "cluster_size=4096", "compression_type=zstd"])
+def test_compressed_clusters_that_are_stored_otherwise_are_equal(how: str, tmp_path: Path) -> None:
+    one, other = create(tmp_path / "one.qcow2"), tmp_path / "other.qcow2"
+    write(one, *(f"write -c -P {n + 1} {n * 65536} 65536" for n in range(20)))
+    option = ["-o", how] if how else []
+    subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", *option, one, other], check=True)
+    with scan(one) as old, scan(other) as new:
+        assert doubts(old, new, shared=0).bytes == (0 if how in {"", "extended_l2=on"} else 20 * 65536)
+        assert compared(old, new) is None
 
 
 def test_a_difference_in_size_counts(tmp_path: Path) -> None:
     one, other = create(tmp_path / "one.qcow2"), create(tmp_path / "other.qcow2", size=5 * MiB)
     with scan(one) as old, scan(other) as new:
-        assert first_difference(old, new, shared=0) == 4 * MiB
+        assert compared(old, new) == Difference(4 * MiB, 5 * MiB)
 
 
 def test_zeroes_that_are_stored_otherwise_are_equal(tmp_path: Path) -> None:
@@ -104,4 +128,4 @@ def test_zeroes_that_are_stored_otherwise_are_equal(tmp_path: Path) -> None:
     write(one, "write -z 0 1M")
     write(other, "write -P 0 512k 1M")
     with scan(one) as old, scan(other) as new:
-        assert first_difference(old, new, shared=0) is None
+        assert compared(old, new) is None

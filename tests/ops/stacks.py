@@ -76,4 +76,5 @@ def clean(path: Path) -> bool:
 
 
 def names(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in directory.iterdir())
+    """Without the notes of layers, which are no images (ops/notes.py)."""
+    return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith(".snapchain-layer-"))

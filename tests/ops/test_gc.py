@@ -11,16 +11,24 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt
 from snapchain.model.retention import Policy
+from snapchain.objects.exclusive import CLAIM_LIFE
 from snapchain.objects.memory import MemoryStore
+from snapchain.objects.store import Data, Refused
+from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
+from snapchain.ops.verify import verify
 from snapchain.repository import packs, sweep
+from snapchain.repository.catalogue import is_generation
+from snapchain.repository.collect import KEPT_GENERATIONS, mark, wasteful
+from snapchain.repository.format import pack_name
+from snapchain.repository.index import newest
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import crash_points
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
-from tests.ops.test_crash import copied, sound
+from tests.ops.test_crash import copied, reads, sound
 from tests.repository.synthetic import again, repository
 
 
@@ -153,6 +161,107 @@ def test_a_crash_at_every_moment(files: list[Path], shown: list[bytes]) -> None:
         sound(done, expected)
         assert len(list(store.list("packs/"))) == len(list(clean.store.list("packs/")))
     assert moments > 10
+
+
+def test_history_is_kept_for_a_while(files: list[Path]) -> None:
+    repo = full(files)
+    for _ in range(KEPT_GENERATIONS):
+        repo.hold(DISK, 1, "x")
+        repo.release(DISK, 1, "x")
+    gc.run(again(repo))
+    left = [int(info.name[-20:]) for info in repo.store.list("disks/") if is_generation(info.name)]
+    assert len(left) == KEPT_GENERATIONS + 1  # the collector's own is one more
+    assert left == list(range(left[0], left[0] + len(left)))
+    assert left[-1] == repo.catalogue(DISK).generation
+    assert verify(again(repo), share=1.0).ok
+
+
+def test_claims_of_dead_writers_go_and_those_of_living_ones_stay(files: list[Path]) -> None:
+    now = [1e9]
+    repo = full(files[:2])
+    store = MemoryStore(clock=lambda: now[0])
+    for info in repo.store.list(""):
+        store.put(info.name, repo.store.get(info.name))
+    folder = next(iter(store.list("disks/"))).name
+    dead, living = f"{folder}.claim.{'0' * 16}", f"{folder}.claim.{'1' * 16}"
+    for name in (dead, f"config.claim.{'0' * 16}"):
+        store.put(name, b"")
+    now[0] += CLAIM_LIFE + 1
+    store.put(living, b"")
+    gc.run(again(repo, store))
+    assert [info.name for info in store.list("") if ".claim." in info.name] == [living]
+    assert verify(again(repo, store)).ok
+
+
+def test_an_index_that_names_a_lost_pack_is_cured(files: list[Path], shown: list[bytes]) -> None:
+    """A pack that no point needs is lost: what an index says of it would be believed by the next shipment."""
+    repo = keep(full(files), 1)
+    used = {name for usage in mark(repo).usage if len(usage.offsets) for name in [pack_name(usage.pack)]}
+    lost = next(info.name for info in repo.store.list("packs/") if info.name not in used)
+    repo.store.delete(lost)
+    assert not verify(again(repo)).ok
+    gc.run(again(repo))
+    sound(again(repo), {4: shown[3]})
+    for path in files:
+        ship(path, repo, disk="again")
+    assert verify(again(repo), share=1.0).ok
+
+
+def test_nothing_is_collected_when_an_index_is_damaged(files: list[Path], shown: list[bytes]) -> None:
+    repo = keep(full(files), 2)
+    name = next(iter(repo.store.list("index/"))).name
+    repo.store.put(name, repo.store.get(name)[:-3] + b"rot")
+    before = {info.name for info in repo.store.list("packs/")}
+    with pytest.raises(Corrupt):
+        gc.run(again(repo))
+    assert before <= {info.name for info in repo.store.list("packs/")}
+    assert {point: reads(again(repo), point) for point in (3, 4)} == {3: shown[2], 4: shown[3]}
+
+
+def test_many_indexes_become_one(files: list[Path], shown: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = full(files)
+    gc.run(again(repo))
+    many = newest(repo.store)
+    assert len(many[1]) > 1
+    monkeypatch.setattr(sweep, "MOST_INDEXES", 1)
+    gc.run(again(repo))
+    assert newest(repo.store)[0] == many[0] + 1
+    assert len(list(repo.store.list("index/"))) == 2  # one, and the one that begins the era
+    for path in files:
+        assert ship(path, repo, disk="again").bytes_stored < 4000, "what is there is known to be there"
+    assert verify(again(repo), share=1.0).ok
+
+
+def test_rot_in_a_pack_that_would_be_moved_is_not_passed_on(files: list[Path], shown: list[bytes]) -> None:
+    repo = keep(full(files), 2)
+    (usage, *_) = wasteful(mark(repo).usage, sweep.WASTE, least=sweep.LEAST_WASTE)
+    name, at = pack_name(usage.pack), int(usage.offsets[0]) + 5
+    body = repo.store.get(name)
+    repo.store.put(name, body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :])
+    before = {info.name for info in repo.store.list("packs/")}
+    with pytest.raises(Corrupt, match=usage.pack):
+        gc.run(again(repo))
+    assert before <= {info.name for info in repo.store.list("packs/")}
+    repo.store.put(name, body)
+    gc.run(again(repo))
+    sound(again(repo), {3: shown[2], 4: shown[3]})
+
+
+def test_a_store_that_takes_no_lease_of_a_reader_is_read_all_the_same(files: list[Path], shown: list[bytes]) -> None:
+    class ReadOnly(StoreWrapper):
+        def put(self, name: str, data: Data) -> None:  # noqa: ARG002
+            raise Refused("this store is read only", subject=name)
+
+        def delete(self, name: str) -> None:
+            raise Refused("this store is read only", subject=name)
+
+    repo = full(files)
+    watched = again(repo, ReadOnly(repo.store))
+    said: list[str] = []
+    point = watched.catalogue(DISK).points[0]
+    with watched.reading({DISK: [point.layer]}, "a test", on_wait=said.append):
+        assert reads(watched, 1) == shown[0]
+    assert "without a lease" in said[0]
 
 
 def lease(repo: Repository, mode: Mode, *, patience: float = 0) -> Lease:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
+from snapchain.objects.store import Data, ObjectStore
+from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.verify import verify
+from snapchain.repository.layers import leaves_shown
 from snapchain.repository.repository import Repository
+from tests.bench.days import record
 from tests.ops.shipping import DISK, MiB, Stack, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write
 from tests.repository.counting import CountingStore
@@ -146,15 +152,74 @@ def test_branches_stay_apart(tmp_path: Path) -> None:
     assert clean(tmp_path / "out.qcow2")
 
 
-def test_a_disk_that_changed_meanwhile_is_a_conflict_and_loses_nothing(tmp_path: Path) -> None:
+def test_what_is_shipped_after_the_plan_was_made_stays(tmp_path: Path) -> None:
     repo, stack = shipped(tmp_path, 92, layers=3)
     work = RepositoryMerge(again(repo), DISK, Policy(last=1))
     ship(stack.files[-1], repo)
-    with pytest.raises(Conflict):
-        work.run()
-    assert [point.point for point in repo.catalogue(DISK).points] == [1, 2, 3, 4]
+    report = work.run()
+    assert report.points_kept == (3, 4)
+    assert report.points_dropped == (1, 2)
+    assert [point.point for point in repo.catalogue(DISK).points] == [3, 4]
     assert verify(again(repo), share=1.0).ok
     assert list(repo.store.list("leases/")) == []
+
+
+class Meanwhile(StoreWrapper):
+    """Something happens right before each catalogue generation is created."""
+
+    def __init__(self, inner: ObjectStore, happens: Callable[[], object]) -> None:
+        super().__init__(inner)
+        self._happens = happens
+
+    def create(self, name: str, data: Data) -> bool:
+        if name.startswith("disks/"):
+            self._happens()
+        return super().create(name, data)
+
+
+def test_what_is_shipped_while_a_merge_runs_stays_and_nothing_is_merged_twice(tmp_path: Path) -> None:
+    repo, stack = shipped(tmp_path, 94, layers=4)
+    left = iter(range(2))
+    store = CountingStore(Meanwhile(repo.store, lambda: next(left, None) is not None and ship(stack.files[-1], repo)))
+    before = {point.point: point.content_id for point in repo.catalogue(DISK).points}
+    report = RepositoryMerge(again(repo, store), DISK, Policy(last=1)).run()
+    assert report.points_kept == (4, 5, 6)
+    assert repo.catalogue(DISK).points[0].content_id == before[4]
+    assert len(store.of("put", "layers/")) <= 2  # what is below point 4, and perhaps what point 5 added
+    assert verify(again(repo), share=1.0).ok
+
+
+def test_a_merge_that_is_overtaken_for_ever_is_a_conflict_and_loses_nothing(tmp_path: Path) -> None:
+    repo, stack = shipped(tmp_path, 95, layers=2)
+    store = Meanwhile(repo.store, lambda: ship(stack.files[-1], repo))
+    with pytest.raises(Conflict):
+        RepositoryMerge(again(repo, store), DISK, Policy(last=1)).run()
+    assert {1, 2} <= {point.point for point in repo.catalogue(DISK).points}
+    assert verify(again(repo), share=1.0).ok
+    assert list(repo.store.list("leases/")) == []
+
+
+def test_a_terabyte_of_days_is_merged_by_records_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest data that its records name do not even exist; `make bench` does this at full size."""
+    repo = repository(MemoryStore(), block_size=256 * 1024)
+    record(repo, DISK, 1 << 40, 40, used=4 << 30, writes=200)
+    pages = {info.name for info in repo.store.list("packs/")}
+    before = repo.catalogue(DISK)
+    shown = {point.point: leaves_shown(repo.chain(before, point.layer), 0, 1 << 40) for point in before.points[9::10]}
+    store = CountingStore(repo.store)
+    report = RepositoryMerge(again(repo, store), DISK, Policy(weekly=4)).run()
+    assert (report.layers_before, report.layers_after, report.bytes_moved) == (40, 4, 0)
+    assert {each.name for each in store.of("get", "packs/")} <= pages
+    after = again(repo).catalogue(DISK)
+    contents = {point.point: point.content_id for point in before.points}
+    assert {point.point: point.content_id for point in after.points} == {
+        point: contents[point] for point in report.points_kept
+    }
+    for point in after.points:
+        if point.point in shown:
+            found = leaves_shown(again(repo).chain(after, point.layer), 0, 1 << 40)
+            assert np.array_equal(found[0], shown[point.point][0])
+            assert np.array_equal(found[1], shown[point.point][1])
 
 
 def test_time_rules_use_the_points_times(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from snapchain.image.qemu_img import Qcow2Options
 from snapchain.ops import snapshot
 from snapchain.ops.events import Event, Notice
 from tests.ops.killing import killed_at_every_step
+from tests.ops.stacks import names
 
 MiB = 1 << 20
 
@@ -22,10 +23,6 @@ MiB = 1 << 20
 def write(path: Path, *commands: str, image_format: str = "qcow2") -> None:
     given = [part for command in commands for part in ("-c", command)]
     subprocess.run(["qemu-io", "-f", image_format, *given, path], check=True, capture_output=True)
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in directory.iterdir())
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,19 @@ class Location:
     raw: int
 
 
-def load_json(text: bytes, fields: set[str]) -> Json:
+def load_json(text: bytes, fields: set[str], optional: AbstractSet[str] = frozenset()) -> Json:
     found = json.loads(text)
-    if found["format"] != 1 or set(found) - fields:
-        raise Newer("json")
-    if fields - set(found):
-        raise Damaged("json")
+    if found["format"] > 1:
+        raise Newer("format")
+    check_fields(found, fields, optional)
     return dict(found)
+
+
+def check_fields(found: Json, fields: set[str], optional: AbstractSet[str] = frozenset()) -> None:
+    if fields - set(found) - optional:
+        raise Damaged("json")
+    if set(found) - fields:
+        raise Newer("json")
 
 
 # 4. Key slots

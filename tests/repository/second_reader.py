@@ -7,6 +7,7 @@ disk is held in memory, and there is no Python below the level of a run or a lea
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,17 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from tests.repository.second_keys import Damaged, Json, Keys, Location, Newer, load_json, master_key, public_master
+from tests.repository.second_keys import (
+    Damaged,
+    Json,
+    Keys,
+    Location,
+    Newer,
+    check_fields,
+    load_json,
+    master_key,
+    public_master,
+)
 
 LEAF = 65536
 
@@ -23,12 +34,18 @@ LEAF = 65536
 CONFIG_FIELDS = {"format", "id", "created", "encryption", "block_size", "conditional_put"}
 LAYER_FIELDS = {
     "format", "id", "size", "time", "name", "image_format", "cluster_size", "sources", "replaces",
-    "data_bytes", "zero_bytes", "content_sum", "content_id",
+    "data_bytes", "zero_bytes", "content_sum", "content_id", "made_by",
 }  # fmt: skip
 CATALOGUE_FIELDS = {
-    "format", "disk", "generation", "previous", "nonce", "time", "epoch", "next_point", "points", "parents",
+    "format", "disk", "generation", "previous", "nonce", "time", "epoch", "owner", "next_point", "points", "parents",
 }  # fmt: skip
-POINT_FIELDS = {"point", "time", "labels", "layer", "size", "content_id"}
+POINT_FIELDS = {
+    "point", "time", "labels", "layer", "size", "content_id", "holds", "instant", "consistency", "made_by",
+}  # fmt: skip
+HOLD_FIELDS = {"tag", "since", "reason"}
+WORDS = {"offline", "application", "filesystem", "crash", None}
+INDEX_NAME = "[0-9]{10}-[0-9a-f]{32}"
+MAY_BE_MISSING = {"epoch", "owner", "holds", "instant", "consistency", "made_by"}
 
 
 @dataclass(frozen=True)
@@ -173,12 +190,15 @@ class Reader:
 
     def _catalogue(self, folder: str, number: str) -> Json:
         name = f"disks/{folder}/{number}"
-        found = load_json(self.keys.unseal(b"C", name, self._get(name)), CATALOGUE_FIELDS)
+        found = load_json(self.keys.unseal(b"C", name, self._get(name)), CATALOGUE_FIELDS, MAY_BE_MISSING)
         if found["generation"] != int(number) or self.keys.folder(found["disk"]) != folder:
             raise Damaged("generation")
         for point in found["points"]:
-            if set(point) != POINT_FIELDS:
-                raise Newer("point")
+            check_fields(point, POINT_FIELDS, MAY_BE_MISSING)
+            if point.get("consistency") not in WORDS:
+                raise Newer("consistency")
+            for hold in point.get("holds", ()):
+                check_fields(hold, HOLD_FIELDS)
         return found
 
     # 8. Layers
@@ -187,7 +207,7 @@ class Reader:
         name = f"layers/{layer}"
         body = self.keys.unseal(b"L", name, self._get(name))
         (length,) = struct.unpack_from("<I", body)
-        header = load_json(body[4 : 4 + length], LAYER_FIELDS)
+        header = load_json(body[4 : 4 + length], LAYER_FIELDS, MAY_BE_MISSING)
         total = struct.unpack("<1024H", base64.b64decode(header["content_sum"]))
         if header["id"] != layer or content_id_of(header["size"], total) != header["content_id"]:
             raise Damaged("header")
@@ -261,7 +281,8 @@ class Reader:
 
     def indexed(self) -> Iterator[tuple[bytes, Location]]:
         """Every blob that an index lists."""
-        for path in sorted((self._root / "index").iterdir()):
+        found = sorted(path for path in (self._root / "index").iterdir() if re.fullmatch(INDEX_NAME, path.name))
+        for path in (path for path in found if path.name[:10] == found[-1].name[:10]):
             body = self.keys.unseal(b"I", f"index/{path.name}", path.read_bytes())
             packs, blobs = struct.unpack_from("<II", body)
             table = [struct.unpack_from("<16sQ", body, 8 + 24 * n) for n in range(packs)]

@@ -20,8 +20,9 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import AES, Keyring
 from snapchain.repository.deposit import Deposit, Origin
-from snapchain.repository.layers import Source, StoredLayer
+from snapchain.repository.layers import StoredLayer
 from snapchain.repository.repository import Config, Repository
+from snapchain.repository.source import Source
 from snapchain.repository.view import ChainView
 
 LEAF = 64 * 1024

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from snapchain.errors import Corrupt, Unsupported
+from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import index as indexes
 from snapchain.repository.crypto import Keyring
@@ -83,7 +83,7 @@ def test_segments_stay_few() -> None:
 def test_what_is_written_is_loaded(parts: list[list[int]]) -> None:
     store = MemoryStore()
     for at in range(0, len(parts), 2):
-        indexes.write(store, KEYS, [listed(pack, parts[pack]) for pack in range(at, min(at + 2, len(parts)))])
+        indexes.write(store, KEYS, [listed(pack, parts[pack]) for pack in range(at, min(at + 2, len(parts)))], era=0)
     index = indexes.load(store, KEYS)
     for pack, numbers in enumerate(parts):
         for number in numbers:
@@ -96,7 +96,7 @@ def test_what_is_written_is_loaded(parts: list[list[int]]) -> None:
 
 def test_every_altered_byte_is_noticed() -> None:
     store = MemoryStore()
-    name = indexes.write(store, KEYS, [listed(1, [1, 2, 3])])
+    name = indexes.write(store, KEYS, [listed(1, [1, 2, 3])], era=0)
     data = store.get(name)
     for at in range(len(data)):
         with pytest.raises((Corrupt, Unsupported)):
@@ -116,3 +116,26 @@ def test_an_index_that_names_a_pack_it_does_not_list_is_corrupt() -> None:
     body = b"\1\0\0\0\1\0\0\0" + bytes(16) + bytes(8) + part.ids.tobytes() + part.rows.tobytes()
     with pytest.raises(Corrupt, match="does not list"):
         indexes.parse(KEYS, "index/x", seal(KEYS, b"I", "index/x", body))
+
+
+def test_only_the_newest_era_counts() -> None:
+    """What a writer stored that slept through a collection is not believed."""
+    store = MemoryStore()
+    indexes.write(store, KEYS, [listed(1, [1])], era=0)
+    era = indexes.begin_era(store, KEYS, [info.name for info in store.list("index/")], conditional=True)
+    assert era == 1
+    indexes.write(store, KEYS, [listed(2, [2])], era=era)
+    indexes.write(store, KEYS, [listed(3, [3])], era=0)
+    store.put("index/no-index", b"")
+    index = indexes.load(store, KEYS)
+    assert index.era == 1
+    assert [index.find(blob(number)) is not None for number in (1, 2, 3)] == [False, True, False]
+
+
+def test_an_era_is_begun_once() -> None:
+    store = MemoryStore()
+    indexes.begin_era(store, KEYS, [], conditional=True)
+    with pytest.raises(Conflict, match="another snapchain collects"):
+        indexes.begin_era(store, KEYS, [], conditional=True)
+    with pytest.raises(Corrupt, match="no collection can have reached"):
+        indexes.begin_era(store, KEYS, [f"index/{10**10 - 1}-{'0' * 32}"], conditional=True)

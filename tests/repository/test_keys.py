@@ -105,9 +105,22 @@ def test_turning_encryption_off_in_the_config_gives_no_key_that_opens_anything()
     made.disk("a").advance(None, time=made.config.created)
     config = json.loads(store.get("config")) | {"encryption": NONE}
     store.put("config", json.dumps(config).encode())
-    opened = Repository.open(store, passphrase=secret)
+    with pytest.raises(Corrupt, match="says that it is not encrypted"):
+        Repository.open(store, passphrase=secret)
+    opened = Repository.open(store, passphrase=lambda: None)
     with pytest.raises(Corrupt):
         opened.catalogues()
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("name", ["config", "slot"])
+def test_what_is_implausibly_large_is_not_even_read(name: str) -> None:
+    store = MemoryStore()
+    Repository.create(store, passphrase=secret)
+    where = "config" if name == "config" else slot_of(store)
+    store.put(where, store.get(where) + b" " * 70_000)
+    with pytest.raises((Corrupt, InvalidInput)):
+        Repository.open(store, passphrase=secret)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +149,7 @@ def test_hostile_slots_are_refused_at_once(costs: dict[str, object]) -> None:
     Repository.create(store, passphrase=secret)
     name = slot_of(store)
     store.put(name, json.dumps(json.loads(store.get(name)) | costs).encode())
-    with pytest.raises((Corrupt, InvalidInput)):
+    with pytest.raises((Corrupt, InvalidInput, Unsupported)):
         Repository.open(store, passphrase=secret)
 
 

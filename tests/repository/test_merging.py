@@ -10,9 +10,9 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Corrupt
 from snapchain.model.collapse import collapse_tree
-from snapchain.model.content import Leaves
 from snapchain.model.extents import ABSENT, DATA, ZERO
 from snapchain.repository import merging, pages, worklist
+from snapchain.repository.composing import Part, Piece, compose
 from snapchain.repository.deposit import Deposit
 from snapchain.repository.format import pack_name
 from snapchain.repository.layers import StoredLayer
@@ -83,8 +83,11 @@ def test_every_kept_point_shows_the_same_bytes_and_no_data_moves(stack: list[Dra
         assert after[place][-1].header.content_id == content_id_of(stack[place].shown)
         fresh = again(shipped.repository)
         chain = [fresh.layer(layer.id) for layer in after[place]]
-        for rows in (page.runs for layer in chain for page in layer.pages(0, layer.size)):
+        for page in (page for layer in chain for page in layer.pages(0, layer.size)):
+            rows = page.runs
             zero = rows[rows["stored"] == 0]
+            used = set(rows["pack"][rows["stored"] != 0].tolist())
+            assert used == set(range(len(page.packs))), "no pack is named for nothing"
             assert not any(zero[name].any() for name in ("id", "pack", "offset", "raw", "skip")), "docs/format.md"
         view = ChainView(chain, fresh.blobs)
         Replay(view, view.extents.owned_by(0)).run(nothing)
@@ -142,10 +145,10 @@ def test_a_merge_is_proved_before_it_is_believed(monkeypatch: pytest.MonkeyPatch
     shipped = ship([root, top])
     before = [info.name for info in shipped.repository.store.list("layers/")]
 
-    def wrong(lower: Leaves, upper: Leaves) -> Leaves:
-        return lower
+    def wrong(layers: Sequence[Part], first: int, stop: int, *, root: bool) -> Piece:
+        return compose(layers[:1], first, stop, root=root)
 
-    monkeypatch.setattr(merging, "leaves_over", wrong)
+    monkeypatch.setattr(merging, "compose", wrong)
     with pytest.raises(Corrupt, match="would not show what the layers show"):
         merged(shipped.repository, shipped.layers, {1})
     assert [info.name for info in shipped.repository.store.list("layers/")] == before

@@ -260,9 +260,9 @@ def test_a_page_in_the_cache_is_checked_again_for_another_place(monkeypatch: pyt
         row = layer.table[0].copy()
         row["first"], row["stop"] = first, stop
         with pytest.raises(Corrupt):
-            shipped.repository._pages.get(row, 4 * LEAF, subject="x")
+            shipped.repository._pages.get(np.array([row]), 4 * LEAF, subject="x")
     with pytest.raises(Corrupt):
-        shipped.repository._pages.get(layer.table[0], LEAF + 512, subject="x")
+        shipped.repository._pages.get(layer.table[:1], LEAF + 512, subject="x")
 
 
 def test_a_small_cache_reads_again_and_says_the_same() -> None:

@@ -2,6 +2,8 @@
 
     assembly = plan(chain.at(last), first, backing=Backing("root.qcow2", "qcow2"))
     moved = run(assembly, fd)
+
+The caller flushes the file, and proves it, before it gives it a name that anybody relies on.
 """
 
 from __future__ import annotations

@@ -57,10 +57,15 @@ class Mover:
         self._block = os.fstatvfs(fd).f_bsize
         self._ends = [file_bytes(file.fileno()) for file in files]
         self._sparse = [_sparse(file.fileno()) for file in files]
+        self._skip_holes = True
         self.moved = Moved()
 
-    def run(self, copies: Copies) -> None:
-        """Do all of them. Raises Unavailable (disk), Corrupt (a source ends early); then the target is not complete."""
+    def run(self, copies: Copies, *, onto_zeroes: bool = True) -> None:
+        """Do all of them. Raises Unavailable (disk), Corrupt (a source ends early); then the target is not complete.
+
+        onto_zeroes: the targets read as zeroes now, so holes of a source need not be copied.
+        """
+        self._skip_holes = onto_zeroes
         copies = self._inside(copies)
         with os_errors(self._subject):
             rest = self._share(copies)
@@ -138,7 +143,7 @@ class Mover:
 
     def _stored(self, number: int, source: int, length: int) -> Iterator[tuple[int, int]]:
         """The parts of a range that are no holes of the file: (bytes before it, bytes)."""
-        if not self._sparse[number]:
+        if not (self._skip_holes and self._sparse[number]):
             yield 0, length
             return
         file = self._files[number]

@@ -63,7 +63,9 @@ class Assembly:
 
 def merged_extents(view: ImageChain, first: int) -> Extents:
     """The composition of files[first:] alone; DATA is the number of the owner in the chain."""
-    return fold(file.extents.owned_by(number) for number, file in enumerate(view.files) if number >= first)
+    # Not by file.extents, which a file keeps: with millions of extents tens of MiB.
+    maps = (file.physical.extents().owned_by(number) for number, file in enumerate(view.files) if number >= first)
+    return fold(maps)
 
 
 def plan(
@@ -86,11 +88,13 @@ def plan(
     if (backing is None) != (first == 0):
         raise InvalidInput("a merged file has a backing file exactly when the root is not among its inputs")
     merged = merged_extents(view, first)
-    shown = view.resolve()
+    # Not by view.resolve(), which keeps it as long as the view.
+    shown = merged_extents(view, 0) if first else merged
     geometry = choose(view.files, first, merged, cluster_size=cluster_size, extended_l2=extended_l2)
     target = aligned(merged, shown, cluster_size=geometry.grain)
     del merged
     pieces = pieces_of(target, shown, view.files)
+    del shown
     kept, method = kept_compressed(pieces, view.files, size=view.size, cluster_size=geometry.cluster_size)
     packed, squeezed = pack(pieces[kept], method)
     layout = lay_out(
@@ -100,13 +104,17 @@ def plan(
         extended_l2=geometry.extended_l2,
         packed=packed,
     )
+    # With millions of extents each of these is tens of MiB.
+    del target
     unpack = pieces[(pieces.stored > 0) & ~kept]
+    if pieces.stored.any():
+        pieces = pieces[pieces.stored == 0]
     first_row, length = joined_runs([unpack.file], unpack.guest, unpack.length)
     return Assembly(
         view,
         first,
         layout,
-        _plain(pieces[pieces.stored == 0], layout),
+        _plain(pieces, layout),
         squeezed.moved(layout.packed_offset),
         unpack.guest[first_row],
         length,

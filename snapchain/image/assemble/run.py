@@ -1,4 +1,7 @@
-"""Making the file that `plan` has laid out: data first, then the tables, then the header that makes it an image."""
+"""Making the file that `plan` has laid out: data first, then the tables, then the header that makes it an image.
+
+Nothing is flushed between: until the whole file is, it has a temporary name that nobody takes for an image.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +10,63 @@ import threading
 from collections.abc import Iterator
 
 from snapchain.errors import InvalidInput
+from snapchain.host.os_errors import os_errors
 from snapchain.image.assemble.move import JOB, Moved, Mover, OnBytes
 from snapchain.image.assemble.plan import Assembly
 from snapchain.image.assemble.threads import spread
-from snapchain.image.qcow2.write import Qcow2Writer
+from snapchain.image.positioned import write_all
+from snapchain.image.qcow2 import encode
 
 _STEP = 1 << 20
 
 
 def run(assembly: Assembly, fd: int, *, subject: object = None, on_bytes: OnBytes = lambda _count: None) -> Moved:
-    """Write a new file; it is on the disk when this returns.
+    """Write a new file; the caller flushes it before anybody relies on it.
 
     fd: a new empty file, open for reading and writing; it stays the caller's. on_bytes: told of bytes of
     `assembly.bytes_moved` as they are done, from several threads, one at a time.
 
     Raises Unavailable (disk full or failing), Corrupt (a source's data); then the file has no header yet.
     """
+    header = encode.header(assembly.layout)
     if os.lseek(fd, 0, os.SEEK_END):
         raise InvalidInput("a new image is only written to an empty file", subject=subject)
-    with Qcow2Writer(fd, assembly.layout, subject=subject) as writer:
-        mover = Mover(assembly.view.files, fd, subject=subject, on_bytes=on_bytes)
-        mover.run(assembly.plain)
-        mover.run(assembly.squeezed)
-        _unpack(assembly, writer, mover)
+    with os_errors(subject):
+        os.ftruncate(fd, assembly.layout.file_bytes)
+    mover = Mover(assembly.view.files, fd, subject=subject, on_bytes=on_bytes)
+    mover.run(assembly.plain)
+    mover.run(assembly.squeezed)
+    _unpack(assembly, fd, mover, subject=subject)
+    with os_errors(subject):
+        for offset, table in encode.metadata(assembly.layout):
+            write_all(fd, table, offset)
+        write_all(fd, header, 0)
     return mover.moved
 
 
-def _unpack(assembly: Assembly, writer: Qcow2Writer, mover: Mover) -> None:
+def _unpack(assembly: Assembly, fd: int, mover: Mover, *, subject: object) -> None:
     """Read parts of compressed clusters as a guest would, and store them plain."""
     local = threading.local()
 
-    def unpack(job: tuple[int, int, int]) -> None:
-        number, guest, length = job
+    def unpack(job: tuple[int, int, int, int]) -> None:
+        number, guest, host, length = job
         buffer = getattr(local, "buffer", None)
         if buffer is None:
             buffer = local.buffer = memoryview(bytearray(_STEP))
-        for at in range(guest, guest + length, _STEP):
-            part = buffer[: min(_STEP, guest + length - at)]
-            assembly.view.files[number].read_into(at, part)
-            writer.write(at, part)
+        for done in range(0, length, _STEP):
+            part = buffer[: min(_STEP, length - done)]
+            assembly.view.files[number].read_into(guest + done, part)
+            with os_errors(subject):
+                write_all(fd, part, host + done)
             mover.count(copied=len(part))
 
     spread(_unpack_jobs(assembly), unpack)
 
 
-def _unpack_jobs(assembly: Assembly) -> Iterator[tuple[int, int, int]]:
-    for number, guest, length in zip(
-        assembly.unpack_file.tolist(), assembly.unpack_guest.tolist(), assembly.unpack_length.tolist(), strict=True
-    ):
-        for at in range(guest, guest + length, JOB):
-            yield number, at, min(JOB, guest + length - at)
+def _unpack_jobs(assembly: Assembly) -> Iterator[tuple[int, int, int, int]]:
+    """(file, guest, where in the new file, bytes). A range lies within one DATA run of the result."""
+    host = assembly.layout.host_of(assembly.unpack_guest)
+    columns = (assembly.unpack_file, assembly.unpack_guest, host, assembly.unpack_length)
+    for number, guest, target, length in zip(*(column.tolist() for column in columns), strict=True):
+        for done in range(0, length, JOB):
+            yield number, guest + done, target + done, min(JOB, length - done)

@@ -44,7 +44,7 @@ def header(layout: Layout) -> bytes:
     if layout.backing is not None:
         if not layout.backing.format:
             raise InvalidInput("a backing link without a format would be probed", subject=ascii(layout.backing.name))
-        name = _backing_name(layout.backing.name)
+        name = backing_name(layout.backing.name)
         extensions = pack_extension(ExtensionType.BACKING_FORMAT, layout.backing.format.encode())
     extensions += pack_extension(ExtensionType.END, b"")
     name_offset = V3_HEADER_BYTES + len(extensions)
@@ -135,12 +135,12 @@ def l2_tables(layout: Layout, first: int, count: int) -> Uint64s:
     guest = (tables[:, None] * (per_table * size) + np.arange(per_table, dtype=np.int64) * size).reshape(-1)
     entries = _placed(guest, layout)
     if not layout.extended_l2:
-        kinds = _values(guest, layout.extents)
+        kinds = values_of(guest, layout.extents)
         entries[kinds == ZERO] |= np.uint64(ZERO_FLAG)
         _add_packed(entries, tables, layout)
         return entries
     both = np.zeros(2 * len(entries), np.uint64)
-    both[1::2] = _bitmaps(guest, layout)
+    both[1::2] = subcluster_bitmaps(guest, layout.extents, layout.cluster_size)
     _add_packed(entries, tables, layout, bitmaps=both[1::2])
     both[0::2] = entries
     return both
@@ -148,7 +148,7 @@ def l2_tables(layout: Layout, first: int, count: int) -> Uint64s:
 
 def _placed(guest: Int64s, layout: Layout) -> Uint64s:
     """The entries of plain clusters; 0 for all others."""
-    run = _run_of(guest, layout.cluster_guest)
+    run = run_of(guest, layout.cluster_guest)
     entries = np.zeros(len(guest), np.uint64)
     if len(layout.cluster_guest):
         held = (run >= 0) & (guest < layout.cluster_stop[run])
@@ -158,12 +158,12 @@ def _placed(guest: Int64s, layout: Layout) -> Uint64s:
     return entries
 
 
-def _values(guest: Int64s, extents: Extents) -> Int64s:
+def values_of(guest: Int64s, extents: Extents) -> Int64s:
     """The map on ascending offsets, which may run past its end (ABSENT there)."""
-    return np.where(guest < extents.size, extents.val[_run_of(guest, extents.at)], ABSENT)
+    return np.where(guest < extents.size, extents.val[run_of(guest, extents.at)], ABSENT)
 
 
-def _run_of(offsets: Int64s, starts: Int64s) -> Int64s:
+def run_of(offsets: Int64s, starts: Int64s) -> Int64s:
     """For ascending offsets the last start that is not above each, else -1."""
     low = int(np.searchsorted(starts, offsets[0], side="right"))
     high = int(np.searchsorted(starts, offsets[-1], side="right"))
@@ -190,13 +190,12 @@ def _add_packed(entries: Uint64s, tables: Int64s, layout: Layout, *, bitmaps: Ui
         bitmaps[index] = 0
 
 
-def _bitmaps(guest: Int64s, layout: Layout) -> Uint64s:
+def subcluster_bitmaps(guest: Int64s, extents: Extents, size: int) -> Uint64s:
     """The subcluster bitmaps of these clusters: low half allocated, high half reads as zeroes.
 
     A run gives whole clusters between its ends, found by counting; and at most two cut ones, added one by one.
     Bits of different runs never meet, so adding is the same as or-ing.
     """
-    extents, size = layout.extents, layout.cluster_size
     low = int(np.searchsorted(extents.at, guest[0], side="right")) - 1
     high = int(np.searchsorted(extents.at, guest[-1] + size - 1, side="right"))
     at, stop, val = extents.at[low:high], extents.ends[low:high], extents.val[low:high]
@@ -232,7 +231,7 @@ def _cut(at: Int64s, stop: Int64s, size: int) -> Iterator[tuple[Int64s, Uint64s,
         yield cells, ((start - cells) // grain).astype(np.uint64), (-(-(end - cells) // grain)).astype(np.uint64)
 
 
-def _backing_name(name: str) -> bytes:
+def backing_name(name: str) -> bytes:
     """As QEMU stores it. A colon before the first slash would name a protocol, not a file."""
     try:
         raw = name.encode()

@@ -19,6 +19,8 @@ from snapchain.image.qcow2.format import COMPRESSED, COPIED, L2_RESERVED, OFFSET
 from snapchain.image.qcow2.tables import ImageFd, UInt64s
 from snapchain.model.extents import ABSENT, DATA, ZERO
 
+_THIN = 8
+"""Tables of which less than one entry in so many is used are decoded entry by entry."""
 _ZERO_KEY = np.int64(-(1 << 62))
 _ABSENT_KEY = np.int64(-(1 << 62) + 1)
 
@@ -78,6 +80,7 @@ class Cells:
 
 def decode_standard(image: ImageFd, guest: Int64s, tables: UInt64s) -> Decoded:
     """Tables of 8-byte entries, one a row. Raises Corrupt for entries that break the format."""
+    guest, tables = _without_gaps(guest, tables, image.header.cluster_size)
     compressed = compressed_entries(image, guest, tables)
     zero = (tables & np.uint64(ZERO_FLAG)) != 0
     if compressed is not None:
@@ -91,6 +94,15 @@ def decode_standard(image: ImageFd, guest: Int64s, tables: UInt64s) -> Decoded:
     if compressed is not None:
         runs = in_guest_order(runs, compressed_runs(image, guest, tables, compressed))
     return Decoded(runs, host[host != 0])
+
+
+def _without_gaps(guest: Int64s, tables: UInt64s, cluster_size: int) -> tuple[Int64s, UInt64s]:
+    """Thinly filled tables as rows of one entry each, without the empty ones: cost follows what is mapped."""
+    width = tables.shape[1]
+    cell = np.flatnonzero(tables)
+    if len(cell) * _THIN > tables.size:
+        return guest, tables
+    return guest[cell // width] + cell % width * cluster_size, tables.reshape(-1)[cell][:, None]
 
 
 def compressed_entries(image: ImageFd, guest: Int64s, tables: UInt64s) -> Mask | None:

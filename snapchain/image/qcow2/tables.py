@@ -97,7 +97,7 @@ def l2_batches(image: ImageFd, index: npt.NDArray[np.int32], offset: Int64s) -> 
     step = max(1, BATCH_BYTES // size)
     for first in range(0, len(offset), step):
         guest = index[first : first + step].astype(np.int64) * image.header.guest_bytes_per_l2
-        tables = _read_clusters(image, offset[first : first + step])
+        tables = read_clusters(image, offset[first : first + step])
         if image.header.extended_l2:
             yield from _cut(guest, tables, size)
         else:
@@ -115,7 +115,7 @@ def _cut(guest: Int64s, tables: UInt64s, cluster_size: int) -> Iterator[tuple[In
         yield starts[first : first + step], rows[first : first + step]
 
 
-def _read_clusters(image: ImageFd, offset: Int64s) -> UInt64s:
+def read_clusters(image: ImageFd, offset: Int64s) -> UInt64s:
     """These clusters, one a row; neighbours in the file are read at one go."""
     size = image.header.cluster_size
     tables = np.empty((len(offset), size // 8), np.uint64)

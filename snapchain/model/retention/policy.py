@@ -5,13 +5,14 @@ day and week and counts for all three, as in restic.  Proxmox Backup Server diff
 rule starts where the finer ones end, so the same numbers keep more.  restic's habit, since 0.16, of also keeping
 the oldest point while a count is not used up is not followed.
 
-Whatever the rules say, two points stay: the newest by time, and the last one shipped, which is another one when
-the source's clock was set back.  Without any rule everything stays.
+Whatever the rules say, these stay: the newest by time; the last one shipped, which is another one when the source's
+clock was set back; and those that somebody holds.  A held point counts for the rules as any other: it is the newest of
+its day, or it is not.  Without any rule everything stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, tzinfo
 from typing import Generic, TypeVar
@@ -79,14 +80,24 @@ class Decision(Generic[P]):
     reasons: tuple[str, ...]
 
 
+def _unheld(_: object) -> Sequence[str]:
+    return ()
+
+
 def decide(
-    points: Sequence[P], policy: Policy, *, zone: tzinfo, now: datetime | None = None
+    points: Sequence[P],
+    policy: Policy,
+    *,
+    zone: tzinfo,
+    now: datetime | None = None,
+    holds: Callable[[P], Sequence[str]] = _unheld,
 ) -> tuple[Decision[P], ...]:
     """A decision for every point, in the order given.
 
     points: in the order in which they were shipped; of equal times the later shipped one is the newer
     zone:   whose calendar says what an hour, a day and so on is
     now:    lets `within` leave out points of the future; None trusts all times
+    holds:  why a point stays whatever the rules say, one text for each reason
 
     Raises InvalidInput for a point whose time has no zone.
     """
@@ -105,6 +116,7 @@ def decide(
             reasons.insert(0, "newest")
         elif place == len(points) - 1:
             reasons.insert(0, "last shipped")
+        reasons = [*holds(points[place]), *reasons]
         kept = bool(reasons)
         decisions[place] = Decision(points[place], kept, tuple(reasons or [opinion.reason for opinion in heard]))
     return tuple(decisions[place] for place in range(len(points)))

@@ -113,8 +113,8 @@ class Disks(_Part):
 
     name: of the disk at the destinations, with {stem}, {name}, {parent} of the image's path and {host};
     snapshot: false ships the image as it is, which stays locked meanwhile; merge_above: local chains of more files
-    have sealed layers merged; hold: patterns of file names that are never merged; when_busy: whether an image that
-    somebody has open is left out, or a failure; destinations: names, all by default
+    have sealed layers merged, but for what `snapchain hold` holds; when_busy: whether an image that
+    somebody has open is a failure, as any night without a new point is, or left out; destinations: names, or all
     """
 
     path: Path | None = None
@@ -126,8 +126,7 @@ class Disks(_Part):
     labels: tuple[Label, ...] = ()
     snapshot: bool = True
     merge_above: Annotated[int, Field(ge=4, le=150)] | None = None
-    hold: tuple[Text, ...] = ()
-    when_busy: Literal["skip", "failure"] = "skip"
+    when_busy: Literal["failure", "skip"] = "failure"
     destinations: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
     hooks: DiskHooks = DiskHooks()
 
@@ -183,7 +182,11 @@ class Budget(_Part):
 
 
 class Nightly(_Part):
-    """The whole. name: of metrics and messages, by default the file's; concurrency: disks at work at once."""
+    """The whole.
+
+    name: of metrics and messages, by default the file's; concurrency: disks at work at once; retired: patterns of the
+    names of disks that may be gone: any other that was shipped once and is not there any more is a failure
+    """
 
     time_zone: Annotated[str, AfterValidator(_zone)]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")] = "nightly"
@@ -191,6 +194,7 @@ class Nightly(_Part):
     concurrency: Annotated[int, Field(ge=1, le=64)] = 1
     state: Path | None = None
     metrics: Path | None = None
+    retired: tuple[Text, ...] = ()
     budget: Budget = Budget()
     keep: Keep = Keep()
     hooks: Hooks = Hooks()

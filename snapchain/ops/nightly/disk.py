@@ -11,21 +11,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
-from snapchain.errors import Busy, SnapchainError
-from snapchain.model.inventory import Wanted
+from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.ops import snapshot
 from snapchain.ops.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeReport
+from snapchain.ops.merge_set import run as merge_set
+from snapchain.ops.merge_set.request import At
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.local_merge import Sealed
 from snapchain.ops.nightly.look import ImageFacts, look
 from snapchain.ops.nightly.place import Place
-from snapchain.ops.nightly.plan import Limits
-from snapchain.ops.nightly.report import DiskReport, Outcome, ShipResult
+from snapchain.ops.nightly.plan import CutOffError, Limits
+from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
@@ -58,6 +60,19 @@ class _Captured:
     how: str
 
 
+def untouched(config: Nightly, disk: SelectedDisk) -> DiskReport:
+    """The report on a disk of which nothing was begun."""
+    return DiskReport(
+        disk=disk.name,
+        image=disk.image,
+        outcome=Outcome.LEFT,
+        destinations=tuple(
+            ShipResult(destination=each.name, outcome=Outcome.LEFT) for each in config.destinations_of(disk.settings)
+        ),
+        left=("all of it: the run ended before its turn",),
+    )
+
+
 class DiskRun:
     """One disk in one run. `run` does not raise for what is wrong with the disk: it reports."""
 
@@ -66,26 +81,41 @@ class DiskRun:
         self._places = [night.places[each.name] for each in night.config.destinations_of(disk.settings)]
         self._dirs = (*disk.settings.image_dirs, disk.image.parent)
         self._state = night.state.disk(disk.name, disk.image)
-        self._lineage: tuple[Wanted, ...] = ()
-        self._steps = Steps()
-        self._report = DiskReport(disk=disk.name, image=disk.image, outcome=Outcome.OK)
+        self._steps, self._began = Steps(), time.monotonic()
+        self._report, self._shipping = untouched(night.config, disk), False
         facts = {**night.facts, "disk": disk.name, "image": disk.image}
         self._hooks = HookRunner(disk.settings.hooks, facts, on_notice=lambda words: self._on_event(Notice(words)))
 
-    def run(self) -> DiskReport:
-        """Do what there is time for; the state is on disk when it returns."""
-        began = time.monotonic()
+    def run(self) -> None:
+        """Do what there is time for. An interrupt passes, and `report` has what was done before it."""
+        self._began = time.monotonic()
         if self._steps.attempt("selection", self._check_selection).outcome is Outcome.OK and (
             self._steps.attempt("all of it", self._night.limits.check).outcome is Outcome.OK
         ):
-            self._with_hooks()
-        steps, seconds = self._steps, round(time.monotonic() - began, 3)
-        self._show(outcome=steps.outcome, faults=tuple(steps.faults), left=tuple(steps.left), seconds=seconds)
-        report = self._report
-        self._keep(outcome=report.outcome.value, seconds=seconds)
+            self._keep(begun=self._night.clock())
+            try:
+                self._with_hooks()
+            finally:
+                self._keep(begun=None)
+        report = self.report
+        self._keep(outcome=report.outcome.value, seconds=report.seconds)
         if report.outcome is not Outcome.LEFT:
             self._keep(reached=self._night.clock())
-        return report
+
+    def fail(self, error: Exception) -> None:
+        """`run` has raised what it should not."""
+        self._steps.note("all of it", error)
+
+    @property
+    def report(self) -> DiskReport:
+        """As far as it has come."""
+        steps, seconds = self._steps, round(time.monotonic() - self._began, 3)
+        values: dict[str, Any] = {"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
+        if not self._shipping:  # nothing came to be shipped, for the same reason everywhere
+            values["destinations"] = tuple(
+                each.model_copy(update={"outcome": steps.outcome}) for each in self._report.destinations
+            )
+        return self._report.model_copy(update={**values, "seconds": seconds})
 
     def _check_selection(self) -> None:
         if self._disk.fault is not None:
@@ -94,8 +124,9 @@ class DiskRun:
     def _with_hooks(self) -> None:
         steps = self._steps
         try:
-            if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
-                self._work()
+            captured = self._sealed_between_hooks()
+            if captured is not None:
+                self._deliver(captured)
         finally:
             outcome, sealed = steps.outcome, self._report.sealed
             if outcome is Outcome.FAILED:
@@ -106,32 +137,39 @@ class DiskRun:
                 )
             steps.attempt("after hook", lambda: self._hooks.run("after", outcome=outcome, sealed=sealed))
 
-    def _work(self) -> None:
-        in_use = Outcome.FAILED if self._settings.when_busy == "failure" else Outcome.BUSY
+    def _sealed_between_hooks(self) -> _Captured | None:
+        """What `before` may have stopped is started again in any case, as soon as can be."""
+        in_use = Outcome.BUSY if self._settings.when_busy == "skip" else Outcome.FAILED
+        steps = self._steps
         try:
-            captured = self._steps.attempt("snapshot", self._capture, tries=_TRIES, busy=in_use).value
+            if (
+                steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK
+                and steps.attempt("open", self._check_anybody_there).outcome is Outcome.OK
+            ):
+                return steps.attempt("snapshot", self._capture, tries=_TRIES, busy=in_use).value
+            return None
         finally:
             how = self._report.snapshot
-            self._steps.attempt("after_snapshot hook", lambda: self._hooks.run("after_snapshot", snapshot=how))
-        if captured is None:
-            return
-        results = [self._ship(place, captured) for place in self._places]
-        self._show(destinations=tuple(results))
+            steps.attempt("after_snapshot hook", lambda: self._hooks.run("after_snapshot", snapshot=how))
+
+    def _deliver(self, captured: _Captured) -> None:
+        self._shipping = True
+        for place in self._places:
+            self._show_result(self._ship(place, captured))
         if self._settings.merge_above is not None:
-            if all(each.outcome is Outcome.OK for each in results):
+            if all(each.outcome is Outcome.OK for each in self._report.destinations):
                 self._steps.attempt("local merge", lambda: self._merge(captured), tries=_TRIES)
             else:
                 self._show(why_not_merged="not every destination holds it")
-        self._show(destinations=tuple(map(self._retain, self._places, results)))
+        for place, result in zip(self._places, self._report.destinations, strict=True):
+            self._show_result(self._retain(place, result))
 
     def _capture(self) -> _Captured:
         """Seal what was written since the last time."""
         settings, image = self._settings, self._disk.image
+        moment = self._night.clock()  # before the look: whatever was written until now is in what is shipped
         facts = look(image, format=settings.format, image_dirs=self._dirs, on_event=self._on_event)
-        self._lineage = self._state.lineage([file.source for file in facts.files])
         self._show_chain(facts, beyond=0)
-        self._check_anybody_there()
-        moment = self._night.clock()
         if not settings.snapshot:
             self._show(snapshot="off", sealed=image)
             return _Captured(Sealed(image, settings.format, beyond=0), facts, moment, "off")
@@ -185,13 +223,13 @@ class DiskRun:
                 repository,
                 self._disk.name,
                 labels=self._settings.labels,
-                lineage=self._lineage,
+                time=None if captured.how == "off" else captured.moment,
                 format=sealed.format,
                 image_dirs=self._dirs,
                 on_event=self._on_event,
             ) as work:
                 self._night.limits.take("ship", work.plan().bytes_to_read)
-                report = work.run(on_event=self._on_event)
+                report = work.run(on_event=self._while_there_is_time)
             catalogue = repository.catalogue(self._disk.name)
         reached = Reached(
             captured=captured.moment,
@@ -204,33 +242,57 @@ class DiskRun:
         self._keep(destinations={**self._state.destinations, place.name: reached})
         return report
 
+    def _while_there_is_time(self, event: Event) -> None:
+        """Shipping may end in the middle: what was sent is not sent again. A first shipment can take several nights."""
+        self._on_event(event)
+        self._night.limits.check()
+
     def _merge(self, captured: _Captured) -> None:
-        sealed, facts, limits = captured.sealed, captured.facts, self._night.limits
-        assert self._settings.merge_above is not None
-        limits.check()
-        if len(facts.files) + sealed.beyond <= self._settings.merge_above:
-            return
-        present = [
-            local_merge.present_at(place, self._disk.name, sealed, lineage=self._lineage, image_dirs=self._dirs)
-            for place in self._places
-        ]
-        chosen = local_merge.choose(facts, self._settings, present=present, beyond=sealed.beyond)
-        if isinstance(chosen, str):
-            self._show(why_not_merged=chosen)
-            return
-        planned = local_merge.plan(self._disk.image, self._settings, facts, chosen)
-        if isinstance(planned, str):
-            self._show(why_not_merged=planned)
-            return
-        limits.take("merge", planned.bytes_to_move)
         try:
-            report, state, now = local_merge.run(planned, facts, chosen, self._state, sealed, on_event=self._on_event)
-        except Busy as error:  # the guest was started again, as it may: merging under it is the live path
-            self._show(why_not_merged=str(error))
+            self._merge_some(captured)
+        except (Conflict, NotFound):
+            # Another snapchain may have merged here meanwhile; an image that is broken is told by looking at it.
+            now = look(self._disk.image, format=self._settings.format, image_dirs=self._dirs)
+            then = [file.source for file in captured.facts.files]
+            if [file.source for file in now.files][: len(then)] == then:
+                raise
+            self._show(why_not_merged="its chain was changed meanwhile: another snapchain is at work on it")
+            self._show_chain(now, beyond=0)
+
+    def _merge_some(self, captured: _Captured) -> None:
+        sealed, limits, settings, image = captured.sealed, self._night.limits, self._settings, self._disk.image
+        limits.check()
+        cap = settings.merge_above
+        assert cap is not None
+        if len(captured.facts.files) + sealed.beyond <= cap:
             return
-        self._keep(merged=state.merged, merge_freed_bytes=report.bytes_freed)
-        self._show(merge=report)
-        self._show_chain(now, beyond=sealed.beyond)
+        at = [At(place.name, place.open(), self._disk.name) for place in self._places]
+        planned, cut = local_merge.plan(image, settings, at=at, budget=None), None
+        left = limits.left("merge")
+        if left is not None and local_merge.moved(planned) > left:
+            smaller = local_merge.plan(image, settings, at=at, budget=left)
+            cut = f"the budget of bytes to merge has {left} left, and this needs {local_merge.moved(planned)}"
+            # What is larger than a whole budget would else never be done.
+            planned = smaller if smaller.plans or limits.has_begun("merge") else planned
+        for notice in planned.notices:
+            self._on_event(Notice(notice))
+        self._show(why_not_merged=cut or local_merge.why_longer(planned, settings))
+        if planned.plans:
+            limits.take("merge", local_merge.moved(planned))
+            try:
+                report = merge_set.run(planned, on_event=self._on_event)
+            except Busy as error:  # the guest was started again, as it may: merging under it is the live path
+                self._show(why_not_merged=str(error))
+                return
+            self._keep(merge_freed_bytes=report.bytes_freed)
+            self._show(merge=report)
+            for fault in report.failed:
+                told = {"kind": fault.kind, "message": fault.message, "subject": str(image), "hint": None}
+                self._steps.add(Fault(step="local merge", **told))
+            now = look(sealed.path, format=sealed.format, image_dirs=self._dirs, on_event=self._on_event)
+            self._show_chain(now, beyond=sealed.beyond)
+        if cut is not None and (self._report.chain_length or 0) > cap:
+            raise CutOffError(cut)
 
     def _retain(self, place: Place, result: ShipResult) -> ShipResult:
         """Let points go by the rules, where a new one has come."""
@@ -249,24 +311,29 @@ class DiskRun:
             self._night.limits.check()
             zone, now = self._night.config.zone, self._night.clock()
             work = RepositoryMerge(repository, self._disk.name, place.policy, zone=zone, now=now)
-            return work.run(on_event=self._on_event)
+            return work.run(on_event=partial(self._on_event, where=f" at {place.name}"))
 
     def _show(self, **values: Any) -> None:
         self._report = self._report.model_copy(update=values)
+
+    def _show_result(self, result: ShipResult) -> None:
+        known = self._report.destinations
+        self._show(destinations=tuple(result if each.destination == result.destination else each for each in known))
 
     def _show_chain(self, facts: ImageFacts, *, beyond: int) -> None:
         """facts: of the image, or of the chain below its fresh top, which hides nothing (beyond: 1)."""
         chain = {"chain_length": len(facts.files) + beyond, "shadowed_bytes": facts.shadowed_bytes}
         self._show(**chain)
-        self._keep(**chain)
+        below = facts.files if beyond else facts.files[:-1]
+        self._keep(**chain, layers=tuple(file.real_path for file in below))
 
     def _keep(self, **values: Any) -> None:
         self._state = self._state.model_copy(update=values)
         self._night.state.put_disk(self._disk.name, self._state)
 
-    def _on_event(self, event: Event) -> None:
+    def _on_event(self, event: Event, *, where: str = "") -> None:
         match event:
             case Notice(message):
                 self._night.on_event(Notice(f"{self._disk.name}: {message}"))
             case Progress(phase, done, total):
-                self._night.on_event(Progress(f"{phase} {self._disk.name}", done, total))
+                self._night.on_event(Progress(f"{phase} {self._disk.name}{where}", done, total))

@@ -7,7 +7,8 @@ An argument list, no shell. What a hook that takes too long has started is ended
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 
 from snapchain.errors import ToolFailed
 from snapchain.host.processes import run
@@ -15,6 +16,14 @@ from snapchain.ops.nightly.config import Hooks
 
 _PREFIX = "SNAPCHAIN_"
 _CAP = 64 << 10
+
+
+def missing_programs(hooks: Hooks) -> Iterator[ToolFailed]:
+    """Hooks whose program is not there, found out before it is needed."""
+    for which in type(hooks).model_fields:
+        argv = getattr(hooks, which)
+        if isinstance(argv, tuple) and shutil.which(argv[0]) is None:
+            yield ToolFailed(f"the {which} hook: not installed", argv=argv, status=127, stderr="", subject=argv[0])
 
 
 class HookRunner:
@@ -37,7 +46,7 @@ class HookRunner:
             run(argv, timeout=self._hooks.timeout, env=env, output_cap=_CAP)
         except ToolFailed as error:
             failed = ToolFailed(
-                f"the {which} hook {error.message}",
+                f"the {which} hook: {error.message}",
                 argv=error.argv,
                 status=error.status,
                 stderr=error.stderr,

@@ -1,23 +1,27 @@
-"""Keeps a local chain short: merges sealed layers that every destination is found to hold."""
+"""Keeps a local chain short: of the layers that every destination is found to hold, what gains most within the budget.
+
+What may be merged, and what it brings, `merge IMAGE --max-layers --at` knows as well (ops/merge_set): a night is that
+command for each disk, with what is left of the night's budget.
+"""
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from snapchain.errors import Conflict
-from snapchain.model.inventory import Wanted
-from snapchain.ops import merge_image
-from snapchain.ops.events import OnEvent
-from snapchain.ops.merge_image import MergePlan, MergeReport
+from snapchain.image import scan
+from snapchain.ops.merge.plan import decide
+from snapchain.ops.merge_set import plan as planning
+from snapchain.ops.merge_set.choose import choose
+from snapchain.ops.merge_set.plan import MergeSetPlan, asked
+from snapchain.ops.merge_set.rates import Rates
+from snapchain.ops.merge_set.request import At, Request
+from snapchain.ops.merge_set.stack import look
 from snapchain.ops.nightly.config import Disks
-from snapchain.ops.nightly.look import ImageFacts, look
-from snapchain.ops.nightly.place import Place
-from snapchain.ops.nightly.plan import MergeRange, to_merge
-from snapchain.ops.nightly.state import DiskState
-from snapchain.ops.ship import shipment
+
+_REASONS = 4
+"""So many layers are told with why they stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,53 +33,48 @@ class Sealed:
     beyond: int
 
 
-def present_at(
-    place: Place, disk: str, sealed: Sealed, *, lineage: Sequence[Wanted], image_dirs: Sequence[Path]
-) -> int:
-    """How many files of the sealed chain, from the root on, the destination holds: told from its catalogue."""
-    with (
-        place.turn() as repository,
-        shipment(sealed.path, repository, disk, lineage=lineage, format=sealed.format, image_dirs=image_dirs) as work,
-    ):
-        return work.plan().layers_present
+def plan(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> MergeSetPlan:
+    """What brings the chain down to `merge_above` files, or nearest to that within `budget` bytes to be moved."""
+    return planning.plan(_request(image, settings, at=at, budget=budget))
 
 
-def choose(facts: ImageFacts, settings: Disks, *, present: Sequence[int], beyond: int) -> MergeRange | str:
-    """Which layers to merge, or why none. facts: of the sealed chain; present: what each destination holds of it."""
+def moved(planned: MergeSetPlan) -> int:
+    """Bytes of the merges that the filesystem does not share."""
+    return sum(0 if each.shares_extents else each.bytes_to_move for each in planned.plans)
+
+
+def why_longer(planned: MergeSetPlan, settings: Disks) -> str | None:
+    """Why the chain will have more files than it should."""
     assert settings.merge_above is not None
-    held = {
-        place
-        for place, file in enumerate(facts.files)
-        if any(fnmatch.fnmatch(file.path.name, pattern) for pattern in settings.hold)
-    }
-    count = len(facts.files) + beyond
-    return to_merge(count=count, cap=settings.merge_above, present=present, held=held, gains=facts.gains)
+    if planned.layers_after <= settings.merge_above:
+        return None
+    reasons = [f"{layer.path.name} ({', '.join(layer.stays)})" for layer in planned.layers[1:] if layer.stays]
+    more = f" and {len(reasons) - _REASONS} more" if len(reasons) > _REASONS else ""
+    stay = f": what stays is {'; '.join(reasons[:_REASONS])}{more}" if reasons else ""
+    return f"{planned.layers_after} files are as few as can be{stay}"
 
 
-def plan(image: Path, settings: Disks, facts: ImageFacts, chosen: MergeRange) -> MergePlan | str:
-    """The merge of these layers, or why it is not worth it. Raises Conflict when the chain is another one by now."""
-    first, last = facts.files[chosen.first], facts.files[chosen.last]
-    planned = merge_image.plan(
-        image,
-        from_layer=str(first.real_path),
-        to_layer=str(last.real_path),
+def outlook(image: Path, settings: Disks, *, present: dict[str, int], more: int) -> list[tuple[Path, ...]]:
+    """The files of each merge that a run would do.
+
+    present: what the destinations will hold by then of the files that are there now; more: files that the chain will
+    have by then beside these
+    """
+    assert settings.merge_above is not None
+    request = replace(_request(image, settings, at=(), budget=None), max_layers=max(settings.merge_above - more, 1))
+    with scan(image, format=request.image_format, image_dirs=request.image_dirs) as chain:
+        paths = [file.real_path for file in chain.files]
+        stack = replace(look(chain), present=present)
+        found = choose(stack, request, Rates.remembered(), lambda each: decide(chain, asked(request, paths, each)).plan)
+        return [tuple(paths[each.first : each.last + 1]) for each in found.ranges]
+
+
+def _request(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> Request:
+    return Request(
+        image=image,
         image_format=settings.format,
         image_dirs=(*settings.image_dirs, image.parent),
+        max_layers=settings.merge_above,
+        budget_bytes=budget,
+        at=tuple(at),
     )
-    wanted = [file.real_path for file in facts.files[chosen.first : chosen.last + 1]]
-    if [path.resolve() for path in planned.chain[planned.first : planned.last + 1]] != wanted:
-        raise Conflict("its chain was changed meanwhile", subject=image, hint="the next run merges it")
-    if planned.keep:
-        return f"{planned.keep[0].path.name} would stay: {planned.keep[0].reason}"
-    return planned
-
-
-def run(
-    planned: MergePlan, facts: ImageFacts, chosen: MergeRange, state: DiskState, sealed: Sealed, *, on_event: OnEvent
-) -> tuple[MergeReport, DiskState, ImageFacts]:
-    """Merge. Gives the report, the state that knows what the new file was made of, and the sealed chain as it is."""
-    report = merge_image.run(planned, on_event=on_event)
-    now = look(sealed.path, format=sealed.format, image_dirs=planned.image_dirs, on_event=on_event)
-    made = now.files[chosen.first].source
-    parts = [file.source for file in facts.files[chosen.first : chosen.last + 1]]
-    return report, state.with_merge(made, parts, present=[file.source for file in now.files]), now

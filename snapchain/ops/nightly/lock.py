@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,11 +26,12 @@ def only_run(path: Path, *, wait: float, on_wait: Callable[[str], None]) -> Iter
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         _take(fd, path, wait=wait, on_wait=on_wait)
-        with os_errors(path):
+        with suppress(OSError):  # for people only: a full disk must not end the run before it has begun
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC".encode(), 0)
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing would not do while a child forked just now has a copy
         os.close(fd)
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from snapchain.image import ImageChain
 from snapchain.image.file import Format
 from snapchain.model.chain import Chain
-from snapchain.model.economics import RangeGains, range_gains
 from snapchain.model.extents import Extents
 from snapchain.model.layer import Layer
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.ship import source_of
 from snapchain.ops.source import locked_chain
-from snapchain.repository.layers import Source
+from snapchain.repository.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +30,12 @@ class FileFacts:
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFacts:
     """A chain, root first. fresh: its top says nothing that is not below it; shadowed_bytes: data hidden by layers
-    above; gains: of local merges
+    above
     """
 
     files: tuple[FileFacts, ...]
     fresh: bool
     shadowed_bytes: int
-    gains: RangeGains
 
 
 def look(
@@ -53,7 +51,6 @@ def look(
             ),
             fresh=_is_fresh(chain),
             shadowed_bytes=int(layers.shadowed().data.sum()),
-            gains=range_gains(layers),
         )
 
 

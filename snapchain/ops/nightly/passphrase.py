@@ -15,8 +15,8 @@ _CAP = 64 << 10
 _DEFAULT = "SNAPCHAIN_PASSWORD"
 
 
-def source(destination: Destination) -> Callable[[], str | None]:
-    """A function that gives the passphrase when asked; None where nobody has set one."""
+def source(destination: Destination) -> Callable[[], str]:
+    """A function that gives the passphrase when asked. It raises InvalidInput where nobody has set one."""
     if (path := destination.password_file) is not None:
         # Secrets are often links: systemd's credentials, Kubernetes' mounts.
         return lambda: _first_line(read_small(path.resolve(), cap=_CAP), subject=str(path))
@@ -24,7 +24,17 @@ def source(destination: Destination) -> Callable[[], str | None]:
         # The whole environment: a password manager finds its agent and its home there.
         return lambda: _first_line(run(argv, timeout=_SECONDS, env=dict(os.environ)).stdout, subject=argv[0])
     name = destination.password_env or _DEFAULT
-    return lambda: os.environ.get(name) or None
+    return lambda: _variable(name)
+
+
+def _variable(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise InvalidInput(
+            f"the repository is encrypted, and the variable {name} with its passphrase is not set",
+            hint="set it, or let the destination name its password_file, password_command or password_env",
+        )
+    return value
 
 
 def _first_line(text: bytes, *, subject: str) -> str:

@@ -11,7 +11,7 @@ from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.ops.nightly import passphrase
 from snapchain.ops.nightly.config import Destination
-from snapchain.repository.repository import Repository
+from snapchain.repository.repository import CONFIG, Repository
 
 _PATIENCE = 2
 """So many shipments in a row find it unavailable, and the other disks do not try it: each has retried for minutes."""
@@ -66,7 +66,16 @@ class Place:
             except Unavailable as error:
                 with self._lock:
                     self._in_a_row += 1
-                    if self._in_a_row >= _PATIENCE:
+                    if self._in_a_row >= _PATIENCE and not _answers(opened):
                         self._fault = error
                 raise
             self._in_a_row = 0
+
+
+def _answers(repository: Repository) -> bool:
+    """Whether it was an image that could not be read, and the destination is sound."""
+    try:
+        repository.store.get(CONFIG)
+    except SnapchainError:
+        return False
+    return True

@@ -2,18 +2,15 @@
 
 order     disks that the last runs did not reach come first, then by how long ago they were
 Limits    nothing is begun after the window or the time has gone; a budget ends the kind of work that it is for
-to_merge  which local layers become one
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TypeVar
 
-from snapchain.model.economics import Into, RangeGains
 from snapchain.ops.nightly.window import Window
 
 D = TypeVar("D")
@@ -63,6 +60,14 @@ class Limits:
         if self._closes is not None and self._clock() >= self._closes:
             raise CutOffError(self._why)
 
+    def left(self, kind: str) -> int | None:
+        """Bytes of the budget that no piece of work has taken; None: no limit."""
+        return self._left[kind]
+
+    def has_begun(self, kind: str) -> bool:
+        """Whether some piece of work has taken of it."""
+        return kind in self._began
+
     def take(self, kind: str, count: int) -> None:
         """Bytes that a piece of work will use. Raises CutOffError when they are more than is left.
 
@@ -99,49 +104,3 @@ def limits_of(
         ends.append((now + timedelta(seconds=seconds), f"the time of {seconds:g} seconds is over"))
     closes_at, why = min(ends, default=(None, ""))
     return Limits(clock=clock, closes=closes_at, why=why, ship=ship, merge=merge)
-
-
-@dataclass(frozen=True, slots=True)
-class MergeRange:
-    """Local layers `first` to `last`, both included, counted from the root, are to become one."""
-
-    first: int
-    last: int
-
-
-def to_merge(
-    *,
-    count: int,
-    cap: int,
-    present: Collection[int],
-    held: Collection[int],
-    gains: RangeGains,
-) -> MergeRange | str:
-    """Which sealed layers bring a local chain down to its cap; else why none do.
-
-    count: files of the chain, root and top included; present: for each destination how many files, from the root on,
-    it holds; held: places that stay as they are.
-
-    Never merged: the root, the top, what some destination lacks, the newest layer that a destination shares with this
-    chain (the next shipment builds on it), what is held.  Of all ranges that suffice, the one that costs least: bytes
-    moved less bytes freed.
-    """
-    if count <= cap:
-        return f"{count} files are no more than {cap}"
-    common = {there - 1 for there in present}
-    free = [place for place in range(1, min([*present, count - 1])) if place not in common and place not in held]
-    wanted = count - cap + 1
-    ranges = [
-        MergeRange(first, first + length - 1)
-        for length in range(wanted, 1, -1)
-        for first in free
-        if set(range(first, first + length)) <= set(free)
-    ]
-    if not ranges:
-        return "no neighbouring layers are at every destination and free to be merged"
-    longest = max(each.last - each.first for each in ranges)
-    moved, freed = gains.moved[Into.NEW], gains.freed
-    return min(
-        (each for each in ranges if each.last - each.first == longest),
-        key=lambda each: (int(moved[each.first, each.last]) - int(freed[each.first, each.last]), each.first),
-    )

@@ -8,21 +8,22 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import NotFound
-from snapchain.host import files
+from snapchain.errors import NotFound, SnapchainError
 from snapchain.ops import snapshot
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.hooks import missing_programs
 from snapchain.ops.nightly.local_merge import Sealed
 from snapchain.ops.nightly.look import ImageFacts, look
 from snapchain.ops.nightly.place import Place
-from snapchain.ops.nightly.plan import limits_of, order
+from snapchain.ops.nightly.plan import limits_of
 from snapchain.ops.nightly.report import Fault
-from snapchain.ops.nightly.run import directory_of, known_images, now_utc
-from snapchain.ops.nightly.selection import SelectedDisk, select
-from snapchain.ops.nightly.state import State
+from snapchain.ops.nightly.roster import roster
+from snapchain.ops.nightly.run import directory_of, now_utc
+from snapchain.ops.nightly.selection import SelectedDisk
+from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.nightly.upkeep import turns
 from snapchain.ops.ship import shipment
@@ -73,6 +74,11 @@ class NightlyPlan(_Shown):
     faults: tuple[Fault, ...]
     layers_left_out: tuple[Path, ...]
 
+    @property
+    def sound(self) -> bool:
+        """Whether nothing stands against a whole run, but for the hour."""
+        return not self.faults and not any(disk.faults for disk in self.disks)
+
 
 def preview(
     config: Nightly,
@@ -85,7 +91,7 @@ def preview(
     """Look at everything. What is wrong with disks and destinations is in the plan."""
     state = _state(directory_of(config, path) / "state.json")
     steps = Steps()
-    found = select(config, known=known_images(state))
+    found = roster(config, state)
     now = clock()
     limits = limits_of(
         now=now,
@@ -101,33 +107,31 @@ def preview(
         each.name: Place(each, config.keep_of(each), writing=False, on_notice=lambda words: on_event(Notice(words)))
         for each in config.destinations
     }
-    reached = {name: disk.reached for name, disk in state.disks.items() if disk.reached}
-    ordered = order(found.disks, lambda disk: disk.name, reached)
     return NightlyPlan(
         name=config.name,
         closes=limits.closes,
         left=tuple(steps.left),
-        disks=tuple(_Look(config, places, state, disk, now).disk() for disk in ordered),
+        disks=tuple(_Look(config, places, disk, now).disk() for disk in found.disks),
         destinations=tuple(_upkeep(config, place, state, found.disks) for place in places.values()),
-        faults=tuple(Fault.of("selection", fault) for fault in found.faults),
+        faults=(
+            *(Fault.of("selection", fault) for fault in found.faults),
+            *(Fault.of("hooks", fault) for fault in missing_programs(config.hooks)),
+        ),
         layers_left_out=found.layers,
     )
 
 
 def _state(path: Path) -> State:
     try:
-        return State.model_validate_json(files.read_small(path, cap=64 << 20))
-    except (NotFound, ValueError):
-        return State()  # a run says so when it is damaged
+        return read_state(path) or State()
+    except SnapchainError:
+        return State()  # a run says so
 
 
 class _Look:
-    def __init__(
-        self, config: Nightly, places: dict[str, Place], state: State, disk: SelectedDisk, now: datetime
-    ) -> None:
+    def __init__(self, config: Nightly, places: dict[str, Place], disk: SelectedDisk, now: datetime) -> None:
         self._config, self._disk, self._now = config, disk, now
         self._places = [places[each.name] for each in config.destinations_of(disk.settings)]
-        self._known = state.disks.get(disk.name)
         self._steps = Steps()
         self._dirs = (*disk.settings.image_dirs, disk.image.parent)
 
@@ -138,7 +142,7 @@ class _Look:
             facts, sealed = seen
             made = int(sealed is not None)
             shipped = Sealed(self._disk.image, self._disk.settings.format, beyond=0)
-            results = [self._ship(place, shipped, facts) for place in self._places]
+            results = [self._ship(place, shipped) for place in self._places]
             merge, why = self._merge(facts, made, results)
             shown = shown.model_copy(
                 update={
@@ -149,6 +153,8 @@ class _Look:
                     "chain_length": len(facts.files) + made,
                 }
             )
+        for fault in missing_programs(self._disk.settings.hooks):
+            self._steps.note("hooks", fault)
         return shown.model_copy(update={"faults": tuple(self._steps.faults)})
 
     def _seen(self) -> tuple[ImageFacts, Path | None]:
@@ -160,9 +166,8 @@ class _Look:
             return facts, None
         return facts, snapshot.plan(image, image_format=settings.format, image_dirs=self._dirs).sealed
 
-    def _ship(self, place: Place, sealed: Sealed, facts: ImageFacts) -> ShipPreview:
+    def _ship(self, place: Place, sealed: Sealed) -> ShipPreview:
         shown = ShipPreview(destination=place.name)
-        lineage = self._known.lineage([file.source for file in facts.files]) if self._known else ()
 
         def look_there() -> ShipPreview:
             with (
@@ -171,7 +176,6 @@ class _Look:
                     sealed.path,
                     repository,
                     self._disk.name,
-                    lineage=lineage,
                     format=sealed.format,
                     image_dirs=self._dirs,
                 ) as work,
@@ -200,12 +204,18 @@ class _Look:
             return (), None
         if any(each.bytes_to_read is None for each in results):
             return (), "not every destination can hold it"
+        if len(facts.files) + made <= self._disk.settings.merge_above:
+            return (), None
         # By then every destination has what is sealed: all files here, or all but the fresh top.
         sealed = len(facts.files) if made or not self._disk.settings.snapshot else len(facts.files) - 1
-        chosen = local_merge.choose(facts, self._disk.settings, present=[sealed] * len(results), beyond=made)
-        if isinstance(chosen, str):
-            return (), chosen
-        return tuple(file.path.name for file in facts.files[chosen.first : chosen.last + 1]), None
+        present = {place.name: sealed for place in self._places}
+        found = self._steps.attempt(
+            "local merge",
+            lambda: local_merge.outlook(self._disk.image, self._disk.settings, present=present, more=made),
+        ).value
+        if not found:
+            return (), "no neighbouring layers are free to be merged"
+        return tuple(path.name for files in found for path in files), None
 
 
 def _upkeep(config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...]) -> UpkeepPreview:
@@ -213,5 +223,6 @@ def _upkeep(config: Nightly, place: Place, state: State, disks: tuple[SelectedDi
     there = [
         disk.name for disk in disks if place.config in config.destinations_of(disk.settings) and disk.fault is None
     ]
-    verified = turns(there, state.verified.get(place.name, {}), wanted.disks) if wanted else []
+    known = state.destinations.get(place.name, DestinationState())
+    verified = turns(there, known.verified, wanted.disks, damaged=known.damaged) if wanted else []
     return UpkeepPreview(destination=place.name, gc=place.config.gc, verify=tuple(verified))

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
 from snapchain.ops.gc import GcReport
-from snapchain.ops.merge_image import MergeReport
 from snapchain.ops.merge_repository import RepositoryMergeReport
+from snapchain.ops.merge_set.run import MergeSetReport
 
 
 class Outcome(StrEnum):
@@ -79,8 +79,10 @@ class ShipResult(_Shown):
 class DiskReport(_Shown):
     """One disk.
 
-    snapshot: made, unchanged (nothing was written since the last one), off, or none; sealed: the file that was shipped;
-    merge: of local layers, else why_not_merged; left: steps that were not begun, and why; chain_length: files
+    destinations: each that it is to go to; snapshot: made, unchanged (nothing was written since the last one), off, or
+    none; sealed: the file that was shipped; merge: of local layers; why_not_merged: why
+    there are still more files than there should be; left: steps that were not
+    begun or not finished, and why; chain_length: files
     """
 
     disk: str
@@ -89,7 +91,7 @@ class DiskReport(_Shown):
     snapshot: str = "none"
     sealed: Path | None = None
     destinations: tuple[ShipResult, ...] = ()
-    merge: MergeReport | None = None
+    merge: MergeSetReport | None = None
     why_not_merged: str | None = None
     chain_length: int | None = None
     shadowed_bytes: int | None = None
@@ -120,7 +122,7 @@ class DestinationReport(_Shown):
 class NightlyReport(_Shown):
     """A whole run.
 
-    faults, left: of the run itself; disks: in the order of work; counts: of them by outcome;
+    faults, left: of the run itself; disks: in the order of work; counts: of them by outcome, also the zeros;
     no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
     """
 

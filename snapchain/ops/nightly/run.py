@@ -1,40 +1,43 @@
 """The runner of a whole night: the disks, several at once where that is wanted, then the destinations.
 
 Whatever ends it (its window, Ctrl-C, a disk's fault) the state, the metrics and the report are written; after a
-kill the next run finds in the state what was reached.
+kill the next run finds in the state what was reached.  What cannot be written is a fault like others.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
+from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from snapchain.errors import Interrupted
+from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.disk import DiskRun, Night
+from snapchain.ops.nightly.disk import DiskRun, Night, untouched
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.place import Place
-from snapchain.ops.nightly.plan import limits_of, order
-from snapchain.ops.nightly.report import DestinationReport, DiskReport, Fault, NightlyReport, Outcome
-from snapchain.ops.nightly.selection import SelectedDisk, Selection, select
-from snapchain.ops.nightly.state import State, StateFile
+from snapchain.ops.nightly.plan import limits_of
+from snapchain.ops.nightly.report import DestinationReport, DiskReport, NightlyReport, Outcome
+from snapchain.ops.nightly.roster import Roster, roster
+from snapchain.ops.nightly.selection import SelectedDisk
+from snapchain.ops.nightly.state import StateFile
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.nightly.upkeep import Upkeep
 from snapchain.repository.known import state_dir
 
 LAST_REPORT = "last-report.json"
+SYSTEM_STATE = Path("/var/lib/snapchain")
 
 
 def now_utc() -> datetime:
@@ -43,16 +46,15 @@ def now_utc() -> datetime:
 
 
 def directory_of(config: Nightly, path: Path) -> Path:
-    """Where the state of the configuration in the file `path` lies: as it says, or below the user's state directory."""
+    """Where the state of the configuration in the file `path` lies: as it says, or below the user's state directory.
+
+    Root's is where the service keeps it, so that a run by hand knows of the service's, and waits for it.
+    """
     if config.state is not None:
         return config.state
     mark = sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    return state_dir() / "nightly" / f"{config.name}-{mark}"
-
-
-def known_images(state: State) -> set[Path]:
-    """Images that earlier runs have brought to some destination."""
-    return {disk.image for disk in state.disks.values() if disk.destinations}
+    system = os.geteuid() == 0 and not os.environ.get("XDG_STATE_HOME")
+    return (SYSTEM_STATE if system else state_dir()) / "nightly" / f"{config.name}-{mark}"
 
 
 def run(
@@ -66,8 +68,8 @@ def run(
 ) -> NightlyReport:
     """Run it. wait_seconds: for another run of this configuration; any_time: pay no heed to the window.
 
-    Raises Busy when another run is at work; faults of disks and destinations are in the report. After an interrupt
-    Interrupted is raised once all is written.
+    Raises Busy when another run is at work, and what keeps it from finding that out. Everything else is in the report:
+    faults, and that it was interrupted.
     """
     directory = directory_of(config, path)
     with os_errors(directory):
@@ -78,10 +80,7 @@ def run(
 
     with only_run(directory / "lock", wait=wait_seconds, on_wait=on_notice):
         state = StateFile.open(directory / "state.json", on_notice=on_notice)
-        report = _Run(config, path, directory, state, any_time=any_time, clock=clock, on_event=on_event).run()
-    if report.interrupted:
-        raise Interrupted("the run was interrupted")
-    return report
+        return _Run(config, path, directory, state, any_time=any_time, clock=clock, on_event=on_event).run()
 
 
 class _Run:
@@ -101,7 +100,8 @@ class _Run:
         self._started, self._began = clock(), time.monotonic()
         self._steps = Steps()
         self._reports: dict[str, DiskReport] = {}
-        self._destinations: list[DestinationReport] = []
+        self._destinations: dict[str, DestinationReport] = {}
+        self._roster = Roster()
         limits = limits_of(
             now=self._started,
             clock=clock,
@@ -120,30 +120,33 @@ class _Run:
         self._hooks = HookRunner(config.hooks, facts, on_notice=self._notice)
 
     def run(self) -> NightlyReport:
-        """Never raises but for what it cannot write."""
-        steps = self._steps
-        selected = steps.attempt("selection", lambda: select(self._config, known=known_images(self._night.state.now)))
-        found = selected.value or Selection((), (), ())
-        steps.faults += [Fault.of("selection", fault) for fault in found.faults]
-        reached = {name: disk.reached for name, disk in self._night.state.now.disks.items() if disk.reached}
-        found = replace(found, disks=tuple(order(found.disks, lambda disk: disk.name, reached)))
-        if steps.attempt("all of it", self._night.limits.check).outcome is not Outcome.OK:
-            report = self._report(found)
-            self._save(report)
-            return report
+        """All of it."""
+        steps, begun = self._steps, False
         try:
-            if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
-                self._work(found.disks)
-                self._keep_up(found.disks)
+            self._roster = steps.attempt("selection", self._call_the_roll).value or self._roster
+            if steps.attempt("all of it", self._night.limits.check).outcome is Outcome.OK:
+                begun = True
+                if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
+                    self._work(self._roster.disks)
+                    self._keep_up(self._roster.disks)
         except KeyboardInterrupt:
             self._interrupted = True
-        report = self._report(found)
-        self._save(report)
-        self._end_hooks(report)
-        if len(steps.faults) > len(report.faults):
-            report = self._report(found)
-            self._save(report)
-        return report
+        report = self._saved()
+        if not begun:
+            return report
+        try:
+            self._end_hooks(report)
+        except KeyboardInterrupt:
+            self._interrupted = True
+        again = self._report()
+        same = (again.faults, again.left, again.interrupted) == (report.faults, report.left, report.interrupted)
+        return report if same else self._saved()
+
+    def _call_the_roll(self) -> Roster:
+        found = roster(self._config, self._night.state.now)
+        for fault in found.faults:
+            self._steps.note("selection", fault)
+        return found
 
     def _work(self, disks: Sequence[SelectedDisk]) -> None:
         queue = deque(disks)
@@ -154,7 +157,7 @@ class _Run:
                     disk = queue.popleft()
                 except IndexError:
                     return
-                self._reports[disk.name] = DiskRun(self._night, disk).run()
+                self._run_disk(disk)
 
         workers = min(self._config.concurrency, len(disks))
         if workers <= 1:
@@ -170,6 +173,15 @@ class _Run:
         for each in running:
             each.result()
 
+    def _run_disk(self, disk: SelectedDisk) -> None:
+        run = DiskRun(self._night, disk)
+        try:
+            run.run()
+        except Exception as error:  # noqa: BLE001 - a bug of ours: the other disks have their turn all the same
+            run.fail(error)
+        finally:
+            self._reports[disk.name] = run.report
+
     def _keep_up(self, disks: Sequence[SelectedDisk]) -> None:
         for place in self._night.places.values():
             there = [
@@ -177,7 +189,11 @@ class _Run:
                 for disk in disks
                 if place.config in self._config.destinations_of(disk.settings) and disk.fault is None
             ]
-            self._destinations.append(Upkeep(self._night, place, there).run())
+            upkeep = Upkeep(self._night, place, there)
+            try:
+                upkeep.run()
+            finally:
+                self._destinations[place.name] = upkeep.report
 
     def _end_hooks(self, report: NightlyReport) -> None:
         counts = {f"disks_{outcome.value}": count for outcome, count in report.counts.items()}
@@ -186,36 +202,55 @@ class _Run:
             self._steps.attempt("on_failure hook", lambda: self._hooks.run("on_failure", **facts))
         self._steps.attempt("after hook", lambda: self._hooks.run("after", **facts))
 
-    def _report(self, found: Selection) -> NightlyReport:
-        rows = [self._reports.get(disk.name) or _untouched(disk) for disk in found.disks]
-        outcomes = [*(row.outcome for row in rows), *(each.outcome for each in self._destinations)]
-        outcomes += [self._steps.outcome, *[Outcome.FAILED] * bool(self._steps.faults)]
-        names = {row.disk for row in rows}
-        finished = self._night.clock()
+    def _report(self) -> NightlyReport:
+        found, state = self._roster, self._night.state
+        if state.fault is not None:
+            self._steps.note("state", state.fault)
+        rows = [self._reports.get(disk.name) or untouched(self._config, disk) for disk in found.disks]
+        places = [self._destinations.get(name) or _unused(name) for name in self._night.places]
+        outcomes = [*(row.outcome for row in rows), *(place.outcome for place in places)]
+        if self._interrupted:
+            outcomes.append(Outcome.LEFT)
         return NightlyReport(
             name=self._config.name,
             config=self._path.absolute(),
-            outcome=Outcome.worst(outcomes),
+            outcome=Outcome.worst([*outcomes, self._steps.outcome]),
             started=self._started,
-            finished=finished,
+            finished=self._night.clock(),
             seconds=round(time.monotonic() - self._began, 3),
             closes=self._night.limits.closes,
-            counts=dict(Counter(row.outcome for row in rows)),
+            counts={each: sum(row.outcome is each for row in rows) for each in Outcome},
             disks=tuple(rows),
-            destinations=tuple(self._destinations),
+            destinations=tuple(places),
             faults=tuple(self._steps.faults),
             left=tuple(self._steps.left),
-            no_longer_selected=tuple(
-                name for name, disk in self._night.state.now.disks.items() if disk.destinations and name not in names
-            ),
+            no_longer_selected=found.gone,
             layers_left_out=found.layers,
             interrupted=self._interrupted,
         )
 
-    def _save(self, report: NightlyReport) -> None:
-        files.write_atomically(self._directory / LAST_REPORT, report.model_dump_json(indent=1).encode())
+    def _saved(self) -> NightlyReport:
+        """The report, also on disk and as metrics; that one of them could not be written is in it."""
+        report = self._report()
+        attempts = [self._steps.attempt("report", lambda: self._write(report))]
         if (path := self._config.metrics) is not None:
-            self._steps.attempt("metrics", lambda: metrics.write(path, report, self._night.state.now))
+            attempts.append(self._steps.attempt("metrics", lambda: self._write_metrics(path, report)))
+        if all(each.outcome is Outcome.OK for each in attempts):
+            return report
+        report = self._report()
+        # Each of them again, so that the one that can be written tells of the other.
+        with suppress(SnapchainError):
+            self._write(report)
+        with suppress(SnapchainError):
+            if path is not None:
+                self._write_metrics(path, report)
+        return report
+
+    def _write(self, report: NightlyReport) -> None:
+        files.write_atomically(self._directory / LAST_REPORT, report.model_dump_json(indent=1).encode())
+
+    def _write_metrics(self, path: Path, report: NightlyReport) -> None:
+        metrics.write(path, report, self._config, self._night.state.now, former=self._roster.former)
 
     def _notice(self, words: str) -> None:
         self._on_event(Notice(words))
@@ -227,6 +262,7 @@ class _Run:
         self._on_event(event)
 
 
-def _untouched(disk: SelectedDisk) -> DiskReport:
-    left = ("all of it: the run ended before its turn",)
-    return DiskReport(disk=disk.name, image=disk.image, outcome=Outcome.LEFT, left=left)
+def _unused(destination: str) -> DestinationReport:
+    return DestinationReport(
+        destination=destination, outcome=Outcome.LEFT, left=("all of it: the run ended before its turn",)
+    )

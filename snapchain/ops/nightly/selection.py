@@ -1,20 +1,22 @@
 """Which images are disks, and what they are called.
 
-A pattern finds layers as well: a file on which another image stands is no disk, unless it was one before.  What cannot
-be sorted out stays in the list with its fault, so that it is reported and no other disk suffers.
+A pattern finds layers as well: a file on which another image stands is no disk, unless it was one before; nor is one
+that was a layer when it was last seen, whatever has become of the image above it.  What cannot be sorted out stays in
+the list with its fault, so that it is reported and no other disk suffers.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.image.references import children
 from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.naming import disk_name
@@ -39,27 +41,35 @@ class Selection:
     faults: tuple[SnapchainError, ...]
 
 
-def select(config: Nightly, *, known: Collection[Path] = ()) -> Selection:
-    """Look which images there are. known: images that earlier runs have worked on as disks."""
+def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[Path] = ()) -> Selection:
+    """Look which images there are.
+
+    known: images that earlier runs have worked on as disks; sealed: real paths of files that they have seen below them
+    """
     named = {os.path.realpath(each.path) for each in config.disks if each.path is not None}
     found: list[SelectedDisk] = []
     layers: list[Path] = []
     faults: list[SnapchainError] = []
-    taken: set[str] = set()
+    taken: dict[str, str] = {}
     for settings in config.disks:
-        images = [settings.path] if settings.path is not None else list(_matches(settings, named | taken))
+        images = (
+            [settings.path] if settings.path is not None else list(_matches(settings, named | taken.keys(), faults))
+        )
         if not images and settings.path is None:
             faults.append(
                 NotFound("the pattern finds no image", subject=settings.glob, hint="is the directory mounted?")
             )
-        under = _under_others(images)
+        under = _under_others(images, faults)
         for image in images:
-            taken.add(os.path.realpath(image))
-            others = under.get(image)
-            if others and settings.glob is not None and image not in known:
+            others, real = under.get(image), os.path.realpath(image)
+            if settings.glob is not None and image not in known and (others or Path(real) in sealed):
                 layers.append(image)
                 continue
-            found.append(_disk(image, settings, others))
+            if settings.glob is not None and real in taken:  # a link beside the image itself
+                continue
+            disk = _disk(image, settings, others)
+            found.append(_twice(disk, taken[real]) if real in taken else disk)
+            taken.setdefault(real, disk.name)
     counts = Counter(disk.name for disk in found)
     return Selection(
         disks=tuple(_ambiguous(disk) if counts[disk.name] > 1 else disk for disk in found),
@@ -68,17 +78,40 @@ def select(config: Nightly, *, known: Collection[Path] = ()) -> Selection:
     )
 
 
-def _matches(settings: Disks, elsewhere: Collection[str]) -> Iterator[Path]:
+def _matches(settings: Disks, elsewhere: Collection[str], faults: list[SnapchainError]) -> Iterator[Path]:
     assert settings.glob is not None
     for match in sorted(glob.glob(settings.glob, recursive=True)):  # noqa: PTH207 -- the pattern is absolute
-        excluded = any(fnmatch(match, pattern) for pattern in settings.exclude)
-        if not excluded and Path(match).is_file() and os.path.realpath(match) not in elsewhere:
+        if any(fnmatch(match, pattern) for pattern in settings.exclude) or os.path.realpath(match) in elsewhere:
+            continue
+        if not match.isprintable():  # bytes that are no UTF-8, or a line feed: no report could name it
+            shown = os.fsencode(match).decode("utf-8", "backslashreplace")
+            shown = shown if shown.isprintable() else repr(shown)
+            hint = "rename it, or leave it out by `exclude`"
+            faults.append(Unsupported("its path is not printable text", subject=shown, hint=hint))
+        elif _may_be_image(match):
             yield Path(match)
 
 
-def _under_others(images: Collection[Path]) -> dict[Path, list[Path]]:
+def _may_be_image(path: str) -> bool:
+    """Not a directory or a socket. A link that leads nowhere is an image that is gone: its turn will say so."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
+    except OSError:
+        return True
+
+
+def _under_others(images: Collection[Path], faults: list[SnapchainError]) -> dict[Path, list[Path]]:
     directories = {Path(os.path.realpath(image)).parent for image in images} | {image.parent for image in images}
-    return children([each for each in sorted(directories) if each.is_dir()], of=images)
+    found: dict[Path, list[Path]] = {}
+    for directory in sorted(directories):
+        if not directory.is_dir():
+            continue
+        try:
+            for image, others in children([directory], of=images).items():
+                found.setdefault(image, []).extend(other for other in others if other not in found[image])
+        except SnapchainError as error:  # a directory that cannot be listed: the images elsewhere are sound
+            faults.append(error)
+    return found
 
 
 def _disk(image: Path, settings: Disks, others: list[Path] | None) -> SelectedDisk:
@@ -96,6 +129,11 @@ def _disk(image: Path, settings: Disks, others: list[Path] | None) -> SelectedDi
             hint="name the upper image; or snapshot = false ships this one as it is",
         )
     return SelectedDisk(name, image, settings, fault)
+
+
+def _twice(disk: SelectedDisk, other: str) -> SelectedDisk:
+    message = f"this image is disk {other} already"
+    return replace(disk, name=str(disk.image), fault=InvalidInput(message, subject=disk.image, hint="name it once"))
 
 
 def _ambiguous(disk: SelectedDisk) -> SelectedDisk:

@@ -28,11 +28,22 @@ class Steps:
         self.faults: list[Fault] = []
         self.left: list[str] = []
         self._outcomes: list[Outcome] = []
+        self._interrupted = False
 
     @property
     def outcome(self) -> Outcome:
         """Of all steps together."""
         return Outcome.worst(self._outcomes)
+
+    def note(self, step: str, error: Exception) -> None:
+        """Something went wrong that no attempt has met. Said again, it is the same fault."""
+        self.add(Fault.of(step, error))
+
+    def add(self, fault: Fault) -> None:
+        """The same of what is a fault already."""
+        if fault not in self.faults:
+            self.faults.append(fault)
+            self._outcomes.append(Outcome.FAILED)
 
     def attempt(
         self, step: str, action: Callable[[], T], *, tries: int = 1, busy: Outcome = Outcome.FAILED
@@ -49,6 +60,12 @@ class Steps:
             except CutOffError as error:
                 self.left.append(f"{step}: {error}")
                 return Attempt(Outcome.LEFT)
+            except KeyboardInterrupt:
+                if not self._interrupted:  # the innermost step tells most
+                    self.left.append(f"{step}: the run was interrupted in the middle of it")
+                    self._outcomes.append(Outcome.LEFT)
+                self._interrupted = True
+                raise
             except Exception as error:  # noqa: BLE001 - whatever is wrong here, the other steps and disks have their turn
                 if isinstance(error, Conflict) and not isinstance(error, Diverged) and number < tries:
                     continue

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.ops import gc
 from snapchain.ops.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.gc import GcReport
@@ -16,13 +16,22 @@ from snapchain.ops.nightly.place import Place
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.verify import verify
+from snapchain.repository.repository import Repository
 
+_LEAST_SAMPLE = 64 << 20
+"""Guest bytes."""
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-def turns(disks: Sequence[str], verified: Mapping[str, datetime], count: int) -> list[str]:
-    """The next `count` disks to be verified: those that were not for longest, new ones first."""
-    return sorted(disks, key=lambda disk: verified.get(disk, _NEVER))[:count]
+def turns(
+    disks: Sequence[str], verified: Mapping[str, datetime], count: int, *, damaged: Collection[str] = ()
+) -> list[str]:
+    """The disks to be verified: the damaged ones, and `count` that were not for longest, new ones first.
+
+    A sample that happens to miss the damage must not make it forgotten.
+    """
+    others = sorted((disk for disk in disks if disk not in damaged), key=lambda disk: verified.get(disk, _NEVER))
+    return [*(disk for disk in disks if disk in damaged), *others[:count]]
 
 
 class Upkeep:
@@ -34,38 +43,70 @@ class Upkeep:
         self._steps = Steps()
         self._report = DestinationReport(destination=place.name, outcome=Outcome.OK)
 
-    def run(self) -> DestinationReport:
-        """Collect, then verify, as configured."""
+    def run(self) -> None:
+        """Collect, then verify, as configured. An interrupt passes, and `report` has what was done before it."""
         steps, config = self._steps, self._place.config
         if steps.attempt("open", self._place.open).outcome is Outcome.OK:
             if config.gc:
                 self._show(gc=steps.attempt("gc", self._collect).value)
             if config.verify is not None:
                 steps.attempt("verify", self._verify)
-        return self._report.model_copy(
-            update={"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
-        )
+
+    @property
+    def report(self) -> DestinationReport:
+        """As far as it has come."""
+        steps = self._steps
+        values = {"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
+        return self._report.model_copy(update=values)
 
     def _collect(self) -> GcReport:
         self._night.limits.check()
         with self._place.turn() as repository:
-            return gc.run(repository, on_event=self._on_event)
+            done = gc.run(repository, on_event=self._on_event)
+        self._night.state.put_destination(self._place.name, gc_at=self._night.clock(), gc_freed_bytes=done.bytes_freed)
+        return done
 
     def _verify(self) -> None:
+        config, known = self._place.config.verify, self._night.state.destination(self._place.name)
+        assert config is not None
+        self._night.limits.check()
+        with self._place.turn() as repository:
+            there = [disk for disk in self._disks if _is_there(repository, disk)]
+        wanted = turns(there, known.verified, config.disks, damaged=known.damaged)
+        for disk in wanted:
+            self._steps.attempt(f"verify {disk}", partial(self._look_at, disk, 1.0 if disk in known.damaged else None))
+        checked = sum(result.checked_bytes for result in self._report.verified)
+        self._night.state.put_destination(self._place.name, checked_bytes=checked)
+
+    def _look_at(self, disk: str, share: float | None) -> None:
+        """Raises Corrupt for damage, which is remembered until the disk was read whole without any."""
         config = self._place.config.verify
         assert config is not None
+        self._night.limits.check()
+
+        def heard(event: Event) -> None:
+            self._on_event(event)
+            self._night.limits.check()
+
         with self._place.turn() as repository:
-            there = {catalogue.disk for catalogue in repository.catalogues()}
-            known = self._night.state.now.verified.get(self._place.name, {})
-            for disk in turns([each for each in self._disks if each in there], known, config.disks):
-                self._night.limits.check()
-                found = verify(repository, disk=disk, share=config.share, on_event=self._on_event)
-                findings = tuple(f"{each.subject}: {each.message}" for each in found.findings)
-                result = VerifyResult(disk=disk, checked_bytes=found.checked_bytes, findings=findings)
-                self._show(verified=(*self._report.verified, result))
-                self._night.state.put_verified(self._place.name, disk, self._night.clock())
-                if findings:
-                    self._steps.attempt(f"verify {disk}", partial(_refuse, result))
+            share = _of_some_size(repository, disk, config.share) if share is None else share
+            found = verify(repository, disk=disk, share=share, on_event=heard)
+        findings = tuple(f"{each.subject}: {each.message}" for each in found.findings)
+        self._show(
+            verified=(
+                *self._report.verified,
+                VerifyResult(disk=disk, checked_bytes=found.checked_bytes, findings=findings),
+            )
+        )
+        self._night.state.put_destination(
+            self._place.name, verified={disk: self._night.clock()}, damaged={disk: len(findings)}
+        )
+        if findings:
+            raise Corrupt(
+                f"{len(findings)} findings, the first: {findings[0]}",
+                subject=disk,
+                hint="snapchain verify shows them all; the next runs read this disk whole until there are none",
+            )
 
     def _show(self, **values: Any) -> None:
         self._report = self._report.model_copy(update=values)
@@ -79,10 +120,24 @@ class Upkeep:
                 on_event(Progress(f"{phase} {self._place.name}", done, total))
 
 
-def _refuse(result: VerifyResult) -> None:
-    count = len(result.findings)
-    raise Corrupt(
-        f"{count} findings, the first: {result.findings[0]}",
-        subject=result.disk,
-        hint="snapchain verify shows them all",
-    )
+def _of_some_size(repository: Repository, disk: str, share: float) -> float:
+    """Five per cent of a small disk may be nothing at all: a share that is worth to be called a sample."""
+    try:
+        catalogue = repository.catalogue(disk)
+        latest = catalogue.latest
+        layers = repository.chain(catalogue, latest.layer) if latest else []
+    except SnapchainError:
+        return share  # the look itself tells
+    data = sum(layer.header.data_bytes for layer in layers)
+    return min(max(share, _LEAST_SAMPLE / data), 1.0) if share and data else share
+
+
+def _is_there(repository: Repository, disk: str) -> bool:
+    """Also for one whose catalogue is damaged, which its own look tells; the others are looked at all the same."""
+    try:
+        repository.catalogue(disk)
+    except NotFound:
+        return False
+    except SnapchainError:
+        return True
+    return True

@@ -14,17 +14,19 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.destinations import create_destination
 from snapchain.errors import Busy, ToolFailed
-from snapchain.model.inventory import Wanted
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Hooks
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.lock import only_run
+from snapchain.ops.nightly.preview import preview
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.nightly.state import DiskState, MergedFile, StateFile
+from snapchain.ops.nightly.run import directory_of
+from snapchain.ops.nightly.state import DiskState, StateFile
 from snapchain.ops.nightly.systemd import units
-from snapchain.repository.layers import Source
+from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
 from tests.ops.stacks import write
 
@@ -70,7 +72,7 @@ def test_hooks_see_the_facts_in_the_order_of_the_night(host: Host, tmp_path: Pat
 def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path: Path) -> None:
     for name in ("fails", "hangs", "sound"):
         host.disk(name)
-    after = f'after = ["touch", "{tmp_path}/guest-started"]\n'
+    after = f'after_snapshot = ["touch", "{tmp_path}/guest-started"]\nafter = ["touch", "{tmp_path}/ended"]\n'
     hangs = script(tmp_path / "hangs", f"sleep 60 & echo $! > {tmp_path}/pid; wait; true")
     text = (
         f'[[disks]]\npath = "images/fails.qcow2"\n[disks.hooks]\nbefore = ["false"]\n{after}'
@@ -86,6 +88,7 @@ def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path
     }
     assert row(report, "fails").snapshot == "none"
     assert (tmp_path / "guest-started").exists(), "what `before` has stopped is started again"
+    assert (tmp_path / "ended").exists()
     assert "exit status 1" in (tmp_path / "error").read_text()
     assert "0.5 seconds" in row(report, "hangs").faults[0].message
     pid = int((tmp_path / "pid").read_text())
@@ -98,7 +101,7 @@ def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path
 def test_a_hook_may_be_a_note_only(tmp_path: Path) -> None:
     told: list[str] = []
     HookRunner(Hooks(after=("false",), failing="note"), {}, on_notice=told.append).run("after")
-    assert "the after hook ended with exit status 1" in told[0]
+    assert "the after hook: ended with exit status 1" in told[0]
     with pytest.raises(ToolFailed, match="not installed"):
         HookRunner(Hooks(after=("no-such-program",)), {}, on_notice=told.append).run("after")
 
@@ -139,42 +142,12 @@ def test_a_guest_started_after_the_snapshot_is_not_waited_for(host: Host) -> Non
 # -- state -------------------------------------------------------------------------------------------------------------
 
 
-def source(number: int, *, ctime: int = 5, mtime: int = 1) -> Source:
-    return Source(inode=number, size=100, mtime_ns=mtime, ctime_ns=ctime)
-
-
-def test_merged_files_are_known_by_what_they_were_made_of_however_deep() -> None:
-    state = DiskState(image=Path("/x"))
-    state = state.with_merge(source(10), [source(1), source(2)], present=[source(0), source(10), source(3)])
-    # libvirt has changed the owner in between: the ctime is another one.
-    state = state.with_merge(source(11), [source(10, ctime=9), source(3)], present=[source(0), source(11)])
-    (known,) = state.lineage([source(0), source(11, ctime=77)])
-    assert known.replaces[0].source == source(10, ctime=9)
-    assert known.replaces[0].replaces == (Wanted(source(1)), Wanted(source(2)))
-    assert known.replaces[1] == Wanted(source(3))
-    assert state.lineage([source(11, mtime=2)]) == ()
-    gone = state.with_merge(source(20), [source(0), source(7)], present=[source(20)])
-    assert [each.made for each in gone.merged] == [source(20)], "what no file of the chain needs is forgotten"
-
-
-def test_years_of_nightly_merges_do_not_overflow_the_stack() -> None:
-    nights = range(3000)
-    merged = [MergedFile(made=source(10_001 + night), of=(source(10_000 + night), source(night))) for night in nights]
-    (known,) = DiskState(image=Path("/x"), merged=tuple(merged)).lineage([source(13_000)])
-    depth = 0
-    while known.replaces:
-        known = known.replaces[0]
-        depth += 1
-    assert depth == 3000
-
-
-def test_the_state_of_another_image_under_the_same_name_starts_anew(tmp_path: Path) -> None:
+def test_the_state_of_another_image_under_the_same_name_knows_none_of_its_layers(tmp_path: Path) -> None:
     file = StateFile.open(tmp_path / "state.json", on_notice=print)
-    merged = DiskState(image=Path("/a")).with_merge(source(3), [source(1), source(2)], present=[source(3)])
-    file.put_disk("web1", merged)
+    file.put_disk("web1", DiskState(image=Path("/a"), layers=(Path("/a.1"),), chain_length=2))
     again = StateFile.open(tmp_path / "state.json", on_notice=print)
-    assert again.disk("web1", Path("/a")).merged
-    assert not again.disk("web1", Path("/b")).merged
+    assert again.disk("web1", Path("/a")).layers
+    assert not again.disk("web1", Path("/b")).layers
 
 
 # -- lock --------------------------------------------------------------------------------------------------------------
@@ -201,45 +174,23 @@ def test_a_second_run_waits_or_leaves(tmp_path: Path) -> None:
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
-_NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
-_SERIES = re.compile(rf'({_NAME})\{{((?:{_NAME}="(?:[^"\\\n]|\\[\\"n])*",?)*)\}} (\S+)')
-
-
-def families(text: str) -> dict[str, list[tuple[str, float]]]:
-    """By the rules of the text format: each family once, HELP and TYPE first, series unique."""
-    found: dict[str, list[tuple[str, float]]] = {}
-    current = ""
-    lines = text.splitlines()
-    assert text.endswith("\n")
-    for number, line in enumerate(lines):
-        if line.startswith("# HELP "):
-            current = line.split()[2]
-            assert current not in found
-            found[current] = []
-            assert lines[number + 1] == f"# TYPE {current} gauge"
-        elif not line.startswith("#"):
-            match = _SERIES.fullmatch(line)
-            assert match, line
-            assert match[1] == current
-            assert match[2] not in {labels for labels, _ in found[current]}
-            found[current].append((match[2], float(match[3])))
-    return found
-
 
 def test_metrics_keep_to_the_format_whatever_disks_are_called(host: Host) -> None:
-    host.disk('we"ird\\x')
+    odd = 'we"ird\\x,{y}=" ä'
+    host.disk(odd)
     host.disk("web1")
     report = host.run("", clock=Clock(step=timedelta(seconds=1)))
     path = host.directory / "snapchain.prom"
-    found = families(path.read_text())
-    assert any(r'disk="we\"ird\\x"' in labels for labels, _ in found["snapchain_points"])
+    found = exposition.read(path.read_text())
+    assert exposition.value(found, "points", disk=odd, destination="vault") == 1
+    assert all(family.kind == "gauge" for family in found.values())
     assert {
         "snapchain_last_success_timestamp_seconds", "snapchain_last_run_timestamp_seconds",
         "snapchain_last_run_success", "snapchain_chain_length", "snapchain_shadowed_bytes", "snapchain_shipped_bytes",
         "snapchain_stored_bytes",        "snapchain_rpo_lag_seconds", "snapchain_points", "snapchain_duration_seconds",
     } <= set(found)  # fmt: skip
     assert path.stat().st_mode & 0o777 == 0o644
-    assert found["snapchain_last_run_timestamp_seconds"][0][1] == report.finished.timestamp()
+    assert exposition.value(found, "last_run_timestamp_seconds", nightly="nightly") == report.finished.timestamp()
     shipped = host.metric("last_success_timestamp_seconds", disk="web1", destination="vault")
     assert EVENING.timestamp() <= shipped <= report.finished.timestamp()
     assert host.metric("rpo_lag_seconds", disk="web1") == report.finished.timestamp() - shipped
@@ -291,6 +242,55 @@ url = "s3://bucket/prefix"
 """
 
 
+_YES = r"yes|no"
+_TIME = r"infinity|\d+(?:s|min|h)"
+_WORDS = r"(?:[A-Z]+_[A-Z_]+ ?)+"
+_PATH = r"-?/[^\s\"%]*|\"-?/(?:[^\"%]|%%)*\""
+DIRECTIVES = {
+    "Unit": {"Description": r".+", "Documentation": r"man:\S+", "Wants": r"\S+\.target", "After": r"\S+\.target"},
+    "Service": {
+        "Type": "oneshot", "ExecStart": r"/\S+( .+)?", "TimeoutStartSec": _TIME, "TimeoutStopSec": _TIME,
+        "KillMode": "mixed", "Nice": r"-?\d+", "IOSchedulingClass": "best-effort|idle", "IOSchedulingPriority": "[0-7]",
+        "Environment": r"(?:[A-Z_]+=\S+ ?)+", "EnvironmentFile": rf"{_PATH}", "StateDirectory": r"[a-z]+",
+        "CacheDirectory": r"[a-z]+", "StateDirectoryMode": "0700", "CacheDirectoryMode": "0700", "UMask": "0077",
+        "ProtectSystem": "strict", "ReadWritePaths": _PATH, "PrivateTmp": _YES, "ProtectHome": f"{_YES}|read-only",
+        "DevicePolicy": "closed", "DeviceAllow": r"(?:block|char)-\S+ [rwm]+", "CapabilityBoundingSet": _WORDS,
+        "NoNewPrivileges": _YES, "ProtectKernelTunables": _YES, "ProtectKernelModules": _YES, "ProtectKernelLogs": _YES,
+        "ProtectControlGroups": _YES, "ProtectClock": _YES, "ProtectHostname": _YES, "RestrictNamespaces": _YES,
+        "RestrictRealtime": _YES, "RestrictSUIDSGID": _YES, "LockPersonality": _YES,
+        "RestrictAddressFamilies": _WORDS.replace("A-Z_", "A-Z0-9_"), "SystemCallArchitectures": "native",
+        "SystemCallFilter": r"@system-service", "SystemCallErrorNumber": "EPERM",
+    },
+    "Timer": {
+        "OnCalendar": r"\*-\*-\* \d\d:\d\d:\d\d \S+", "Persistent": _YES, "AccuracySec": _TIME,
+    },
+    "Install": {"WantedBy": r"timers\.target"},
+}  # fmt: skip
+"""What may stand where, from systemd.unit(5), .service(5), .exec(5), .resource-control(5), .timer(5), .syntax(7)."""
+_SEVERAL = {"ReadWritePaths", "DeviceAllow"}
+
+
+def sections(text: str) -> dict[str, dict[str, list[str]]]:
+    """A unit file, as strictly as the manual pages allow. systemd itself only warns of what it does not know."""
+    found: dict[str, dict[str, list[str]]] = {}
+    current = ""
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("["):
+            current = line.strip("[]")
+            assert current in DIRECTIVES
+            assert current not in found
+            found[current] = {}
+            continue
+        name, equals, value = line.partition("=")
+        assert equals, line
+        assert re.fullmatch(DIRECTIVES[current][name], value), line
+        found[current].setdefault(name, []).append(value)
+        assert name in _SEVERAL or len(found[current][name]) == 1, line
+    return found
+
+
 def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
     made = units(
         parse(CONFIG, path=Path("/etc/snapchain/web 1.toml")), Path("/etc/snapchain/web 1.toml"), program=["/bin/true"]
@@ -299,17 +299,16 @@ def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
     service = made.service.splitlines()
     assert 'ExecStart=/bin/true nightly "/etc/snapchain/web 1.toml"' in service
     assert [line for line in service if line.startswith("ReadWritePaths=")] == [
-        "ReadWritePaths=/backup",
-        "ReadWritePaths=/images",
-        'ReadWritePaths="/srv/my images"',
-        "ReadWritePaths=/var/lib/node-exporter",
+        "ReadWritePaths=-/backup",
+        "ReadWritePaths=-/images",
+        'ReadWritePaths="-/srv/my images"',
+        "ReadWritePaths=-/var/lib/node-exporter",
     ]
     assert "OnCalendar=*-*-* 22:30:00 Europe/Berlin" in made.timer.splitlines()
     for directive in ("ProtectSystem=strict", "NoNewPrivileges=yes", "SystemCallFilter=@system-service", "UMask=0077"):
         assert directive in service
-    for text in (made.service, made.timer):
-        known = re.compile(r"\[[A-Z][a-z]+\]|[A-Z][A-Za-z0-9]+=.+|#.*|")
-        assert all(known.fullmatch(line) for line in text.splitlines())
+    assert set(sections(made.service)) == {"Unit", "Service"}
+    assert set(sections(made.timer)) == {"Unit", "Timer", "Install"}
     analyze = shutil.which("systemd-analyze")
     if analyze is not None:
         files = [tmp_path / made.service_path.name, tmp_path / made.timer_path.name]
@@ -331,3 +330,71 @@ def test_now_has_a_zone() -> None:
 
     assert now_utc().tzinfo is UTC
     assert abs(now_utc() - datetime.now(UTC)) < timedelta(minutes=1)
+
+
+def test_a_state_that_cannot_be_read_is_not_written_over_and_hinders_no_work(host: Host) -> None:
+    host.disk("web1")
+    host.run("")
+    path = host.directory / "state" / "state.json"
+    path.rename(host.directory / "kept.json")
+    path.symlink_to(host.directory / "kept.json")  # which is refused, as what only root could have made
+    before = (host.directory / "kept.json").read_bytes()
+    report = host.run("")
+    assert row(report, "web1").outcome is Outcome.OK
+    assert (report.outcome, report.faults[0].step) == (Outcome.FAILED, "state")
+    assert path.is_symlink()
+    assert (host.directory / "kept.json").read_bytes() == before
+
+
+def test_a_report_and_a_state_that_cannot_be_written_are_faults_and_the_work_is_done(host: Host) -> None:
+    host.disk("web1")
+    state = host.directory / "state"
+    for name in ("state.json", "last-report.json"):
+        (state / name / "in the way").mkdir(parents=True)
+    report = host.run("")
+    assert row(report, "web1").outcome is Outcome.OK
+    assert {fault.step for fault in report.faults} == {"state", "report"}
+    assert len(host.repository().catalogue("web1").points) == 1
+    assert host.metric("last_run_success") == 0
+    assert host.metric("points", disk="web1", destination="vault") == 1
+
+
+def test_root_by_hand_and_the_service_share_state_and_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path("/etc/snapchain/web.toml")
+    config = parse(CONFIG, path=path)
+    environment = sections(units(config, path, program=["/bin/true"]).service)["Service"]["Environment"][0]
+    (home,) = [word.partition("=")[2] for word in environment.split() if word.startswith("XDG_STATE_HOME=")]
+    monkeypatch.setenv("XDG_STATE_HOME", home)
+    by_service = directory_of(config, path)
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert directory_of(config, path) == by_service
+    assert by_service.parent == Path("/var/lib/snapchain/nightly")
+
+
+def test_a_dry_run_finds_hooks_whose_program_is_not_there(host: Host) -> None:
+    host.disk("web1")
+    text = '[hooks]\nafter = ["no-such-program"]\n[[disks]]\nglob = "images/*.qcow2"\n'
+    host.path.write_text(host.whole(f'{text}[disks.hooks]\nbefore = ["neither", "this"]\nafter = ["true"]\n'))
+    plan = preview(parse(host.path.read_text(), path=host.path), host.path, clock=Clock())
+    assert [(fault.subject, fault.message) for fault in plan.faults] == [
+        ("no-such-program", "the after hook: not installed")
+    ]
+    assert [fault.subject for fault in plan.disks[0].faults] == ["neither"]
+    assert not plan.sound
+
+
+def test_an_encrypted_destination_without_a_passphrase_says_which_variable_is_meant(host: Host) -> None:
+    host.disk("web1")
+    create_destination(str(host.directory / "locked"), passphrase=lambda: "secret")
+    report = host.run('[[destinations]]\nname = "vault"\nurl = "locked"\npassword_env = "MY_SECRET"\n')
+    (fault,) = row(report, "web1").faults
+    assert (fault.step, "MY_SECRET" in fault.message) == ("open", True)
+
+
+def test_even_a_small_share_of_a_small_disk_is_a_sample(host: Host) -> None:
+    host.disk("web1")
+    report = host.run('[[destinations]]\nname = "vault"\nurl = "repo"\nverify = { share = "1%" }\n')
+    assert report.destinations[0].verified[0].checked_bytes == 256 << 10
+    records = host.run('[[destinations]]\nname = "vault"\nurl = "repo"\nverify = { share = "0%" }\n')
+    assert records.destinations[0].verified[0].checked_bytes == 0

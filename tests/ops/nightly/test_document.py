@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
+from pydantic import BaseModel
 
 from snapchain.errors import InvalidInput, NotFound
-from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.config import Budget, Destination, DiskHooks, Disks, Hooks, Keep, Nightly, Verify
 from snapchain.ops.nightly.document import load, parse
 from snapchain.ops.nightly.toml_lines import lines_of
+from tests.ops.nightly.night import Host
 
 PATH = Path("/etc/snapchain/nightly.toml")
 LEAST = """\
@@ -214,3 +217,39 @@ def test_lines_of_dotted_keys_and_nested_tables() -> None:
     assert told['["z", "w", 0, "k"]'] == 8
     assert told['["z", "w", 1, "k"]'] == 11
     assert told['["z", "w", 1, "v", "k"]'] == 13
+
+
+README = (Path(__file__).resolve().parents[3] / "README.md").read_text().partition("\n## Every night\n")[2]
+
+
+def test_the_configuration_of_the_readme_is_one() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    config = parse(example, path=Path("/etc/snapchain/web.toml"))
+    assert len(config.destinations) == 2
+    assert config.keep_of(config.destinations[1]).monthly == 24
+
+
+def test_the_readme_names_every_field_and_no_other() -> None:
+    models: dict[str, list[type[BaseModel]]] = {
+        "top": [Nightly], "`[keep]`": [Keep], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
+        "`[[disks]]`": [Disks, DiskHooks], "`[[destinations]]`": [Destination, Verify],
+    }  # fmt: skip
+    told = {
+        where: set(re.findall(r"`([a-z_]+)`", words))
+        for where, words in re.findall(r"^\| (\S+) \| (.*) \|$", README, re.MULTILINE)
+    }
+    parts = {"keep", "budget", "hooks", "disks", "destinations"}
+    for where, kinds in models.items():
+        fields = {name for kind in kinds for name in kind.model_fields}
+        common = set(Hooks.model_fields) if where == "`[[disks]]`" else set()
+        assert told[where] - fields == set(), where
+        assert fields - told[where] - common - (parts if where == "top" else set()) == set(), where
+
+
+def test_the_readme_names_every_metric_and_no_other(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.repository()
+    host.disk("web1")
+    host.run("")
+    there = set(re.findall(r"^# TYPE (\S+)", (tmp_path / "snapchain.prom").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`(snapchain_[a-z_]+)", README)) == there

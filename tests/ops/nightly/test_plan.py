@@ -5,12 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
-import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from snapchain.model.economics import Into, RangeGains
-from snapchain.ops.nightly.plan import CutOffError, Limits, MergeRange, limits_of, order, to_merge
+from snapchain.ops.nightly.plan import CutOffError, Limits, limits_of, order
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.upkeep import turns
 from snapchain.ops.nightly.window import Window
@@ -113,48 +111,6 @@ def test_a_budget_lets_the_first_piece_go_and_then_only_what_fits() -> None:
     big.take("ship", 5000)
     with pytest.raises(CutOffError):
         big.take("ship", 1)
-
-
-def gains(count: int, *, cheap: tuple[int, int] | None = None) -> RangeGains:
-    moved = np.full((count, count), 100, np.int64)
-    if cheap is not None:
-        moved[cheap] = 1
-    return RangeGains(freed=np.zeros((count, count), np.int64), moved=dict.fromkeys(Into, moved))
-
-
-def test_only_what_every_destination_holds_is_merged() -> None:
-    # root 1 2 3 4 5 top: both hold 0..5, so 5 is their common base.
-    found = to_merge(count=7, cap=6, present=[6, 6], held=(), gains=gains(7, cheap=(3, 4)))
-    assert found == MergeRange(3, 4)
-    found = to_merge(count=7, cap=4, present=[6, 6], held=(), gains=gains(7))
-    assert found == MergeRange(1, 4)
-    # One lacks 4 and 5: 3 is its common base.
-    assert to_merge(count=7, cap=4, present=[6, 4], held=(), gains=gains(7)) == MergeRange(1, 2)
-    assert isinstance(to_merge(count=7, cap=4, present=[6, 0], held=(), gains=gains(7)), str)
-    assert to_merge(count=7, cap=4, present=[6], held={2}, gains=gains(7)) == MergeRange(3, 4)
-    assert isinstance(to_merge(count=4, cap=4, present=[3], held=(), gains=gains(4)), str)
-
-
-@given(
-    st.integers(1, 14),
-    st.integers(4, 8),
-    st.lists(st.integers(0, 14), min_size=1, max_size=3),
-    st.sets(st.integers(0, 13), max_size=4),
-)
-def test_what_must_not_be_merged_never_is(count: int, cap: int, there: list[int], held: set[int]) -> None:
-    present = [min(each, count) for each in there]
-    found = to_merge(count=count, cap=cap, present=present, held=held, gains=gains(count))
-    if isinstance(found, str):
-        return
-    merged = set(range(found.first, found.last + 1))
-    assert len(merged) >= 2
-    assert count > cap
-    assert count - len(merged) + 1 >= cap, "no more than the cap asks for"
-    assert 0 not in merged, "the root"
-    assert count - 1 not in merged, "the top"
-    assert max(merged) < min(present), "what some destination lacks"
-    assert not merged & {each - 1 for each in present}, "a common base"
-    assert not merged & held
 
 
 def test_the_worst_outcome_wins() -> None:

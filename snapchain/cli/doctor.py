@@ -1,0 +1,83 @@
+"""`snapchain doctor [PATH...]`: finish or undo what killed runs have left beside images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.errors import PartialFailure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.doctor import DoctorPlan, DoctorReport
+
+
+@verb(
+    examples="""
+    snapchain doctor /images
+    snapchain doctor /images/web1.qcow2 --dry-run
+    """,
+    when_interrupted="the images read as before; run it again",
+)
+def doctor(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="PATH", help="Images, or directories of images; this directory by default."),
+    ] = None,
+    *,
+    image_dir: options.ImageDir = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find interrupted merges and snapshots, say what each is, and finish or undo it.
+
+    What somebody is at work on is left alone. Ends with exit code 10 when something could not be treated.
+    """
+    from snapchain.ops import doctor as ops
+
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        plan = ops.plan(paths or [Path()], image_dirs=options.image_dirs(image_dir))
+        if out.plan(plan, _draw_plan):
+            return
+        report = ops.run(plan, on_event=out.on_event)
+        out.report(report, _draw_report)
+    if not report.well:
+        raise typer.Exit(PartialFailure.exit_code)
+
+
+def _draw_plan(console: Console, plan: DoctorPlan) -> None:
+    count = len(plan.findings)
+    render.headline(console, f"{count} to treat" if count else "nothing was left behind")
+    for finding in plan.findings:
+        render.facts(
+            console,
+            [
+                (finding.kind.value, render.place(finding.path)),
+                ("is", finding.says),
+                ("the doctor", finding.remedy),
+            ],
+        )
+
+
+def _draw_report(console: Console, report: DoctorReport) -> None:
+    done = sum(each.done for each in report.treated)
+    if not report.treated:
+        render.headline(console, "nothing was left behind")
+        return
+    render.headline(console, f"treated {done} of {len(report.treated)}")
+    for each in report.treated:
+        rows = [(each.finding.kind.value, render.place(each.finding.path)), ("was", each.finding.says)]
+        if each.error is not None:
+            rows.append(("left, since", each.error))
+        rows += [("hint", each.hint)] if each.hint else []
+        rows += [("removed", ", ".join(map(render.place, each.removed)))] if each.removed else []
+        render.facts(console, rows)

@@ -1,0 +1,113 @@
+"""What a merge of an image would do and what it did, for a terminal: the stack, its layers, the merges, the room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from snapchain.cli import render, stack_picture
+from snapchain.cli.quantities import duration, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.merge_set.plan import LayerUse, MergeSetPlan, PlannedMerge
+    from snapchain.ops.merge_set.run import MergeSetReport
+
+
+def draw_plan(console: Console, plan: MergeSetPlan) -> None:
+    """What would be done."""
+    if plan.merges:
+        times = "" if len(plan.merges) == 1 else f" in {len(plan.merges)} merges"
+        render.headline(
+            console, f"would make {plan.layers_after} layers of {plan.layers_before} of {plan.image}{times}"
+        )
+    else:
+        render.headline(console, f"{plan.image}: there is nothing to merge")
+    stack_picture.draw(console, _rows(plan))
+    _draw_layers(console, plan.layers)
+    if plan.merges:
+        _draw_merges(console, plan.merges)
+        render.facts(
+            console,
+            [
+                ("room", f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"),
+                ("time", f"about {duration(plan.seconds)}"),
+                ("removes", ", ".join(render.place(path) for each in plan.merges[::-1] for path in each.remove)),
+                *(
+                    (("keeps", f"{render.place(kept.path)}: {kept.reason}"))
+                    for each in plan.merges
+                    for kept in each.keep
+                ),
+            ],
+        )
+    for notice in plan.notices:
+        console.print(f"note: {notice}", style="yellow", markup=False)
+
+
+def _rows(plan: MergeSetPlan) -> list[stack_picture.Row]:
+    rows = []
+    for place, layer in enumerate(plan.layers):
+        now = stack_picture.Held(layer.data_bytes, layer.shadowed_bytes)
+        then: stack_picture.Held | None = now
+        if layer.merge is not None:
+            made = plan.merges[layer.merge]
+            then = stack_picture.Held(made.held_bytes, made.shadowed_bytes) if place == made.last else None
+        rows.append(stack_picture.Row(layer.path.name, now, then, layer.merge))
+    return rows
+
+
+def _draw_layers(console: Console, layers: Sequence[LayerUse]) -> None:
+    columns = {
+        "layer": [layer.path.name for layer in layers],
+        "held>": [size(layer.data_bytes) for layer in layers],
+        "hidden>": [size(layer.shadowed_bytes) for layer in layers],
+        "sealed": [f"{layer.sealed.astimezone():%Y-%m-%d %H:%M}" if layer.sealed else "" for layer in layers],
+        "labels": [", ".join(layer.labels) for layer in layers],
+        "is at": [", ".join(layer.at) for layer in layers],
+        "stays because": ["; ".join(layer.stays or [f"held: {hold.tag}" for hold in layer.holds]) for layer in layers],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    render.table(console, list(shown), reversed(list(zip(*shown.values(), strict=True))))
+
+
+def _draw_merges(console: Console, merges: Sequence[PlannedMerge]) -> None:
+    render.table(
+        console,
+        ["merge into", "layers>", "by", "moves>", "drops>", "room>", "time>"],
+        [
+            (
+                each.result.name,
+                str(len(each.layers)),
+                each.strategy,
+                f"{size(each.bytes_to_move)}{' shared' if each.shares_extents else ''}",
+                size(each.bytes_to_free),
+                size(each.needs_bytes),
+                duration(each.seconds),
+            )
+            for each in reversed(merges)
+        ],
+    )
+
+
+def draw_report(console: Console, report: MergeSetReport) -> None:
+    """What was done."""
+    layers = f"{report.layers_before} layers became {report.layers_after}"
+    if report.result is not None:
+        render.headline(console, f"merged into {render.place(report.result)}: {layers}, and it reads as before")
+    elif report.merges:
+        render.headline(console, f"merged {report.image}: {layers}, and it reads as before")
+    else:
+        render.headline(console, f"{report.image}: there was nothing to merge")
+    render.facts(
+        console,
+        [
+            ("moved", f"{size(report.bytes_moved)} by {report.strategy}" if report.merges else ""),
+            ("freed", size(report.bytes_freed) if report.merges else ""),
+            ("removed", ", ".join(map(render.place, report.removed))),
+            *((("kept", f"{render.place(kept.path)}: {kept.reason}")) for kept in report.kept),
+        ],
+    )
+    for fault in report.failed:
+        names = ", ".join(path.name for path in fault.layers)
+        console.print(f"not merged: {names}: {fault.message}", style="red", markup=False)

@@ -1,0 +1,121 @@
+"""A chain before and after a merge, side by side, to the scale of what its layers hold.
+
+                      now                       then
+top   web1.qcow2      ████░░          12.0 MiB      ████░░          12.0 MiB
+      web1.3.qcow2    ██████░         20.5 MiB ─┐   ████████        24.0 MiB
+      web1.2.qcow2    ██░░            10.5 MiB ─┤
+      web1.1.qcow2    █░               4.5 MiB ─┘
+root  base.qcow2      ██████████████ 812.0 MiB      ██████████████ 812.0 MiB
+      █ data seen   ░ data hidden by layers above
+
+A merged layer stands where its uppermost file was, whose name it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from snapchain.cli import quantities
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+_BAR = 14
+_NAME = 19
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one layer holds, in bytes; hidden: by layers above, a part of it."""
+
+    data: int
+    hidden: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One file of the chain. then: what stands in its place afterwards, None where nothing does.
+
+    merge: number of the merge that takes the file, if one does
+    """
+
+    name: str
+    now: Held
+    then: Held | None
+    merge: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Glyphs:
+    seen: str
+    hidden: str
+    first: str
+    inner: str
+    last: str
+    cut: str
+
+
+_LINES = _Glyphs("█", "░", "─┐", "─┤", "─┘", "…")
+_ASCII = _Glyphs("#", "+", "-.", "-|", "-'", "~")
+
+
+def draw(console: Console, rows: Sequence[Row]) -> None:
+    """rows: root first."""
+    from rich.text import Text
+
+    glyphs = _LINES if "utf" in (console.encoding or "").lower() else _ASCII
+    scale = max((held.data for row in rows for held in (row.now, row.then) if held), default=0)
+    width = min(_NAME, max((len(row.name) for row in rows), default=0))
+    console.print(Text(f"{'':6}{'':{width}}  {'now':<{_BAR + 15}}then", "dim"), no_wrap=True, crop=False)
+    for place, row in reversed(list(enumerate(rows))):
+        line = Text()
+        line.append(f"{_rank(place, len(rows)):<6}", "dim")
+        line.append(f"{_cut(row.name, width, glyphs):<{width}}  ")
+        _bar(line, row.now, scale, glyphs)
+        line.append(f" {_tie(rows, place, glyphs):<3} ", "bold")
+        if row.then is not None:
+            _bar(line, row.then, scale, glyphs)
+        line.rstrip()
+        console.print(line, no_wrap=True, crop=False, overflow="ignore")
+    legend = Text("      ").append(glyphs.seen, "green").append(" data seen   ")
+    console.print(legend.append(glyphs.hidden, "yellow").append(" data hidden by layers above"))
+
+
+def _bar(line: Text, held: Held, scale: int, glyphs: _Glyphs) -> None:
+    whole, hidden = _cells(held.data, scale), _cells(held.hidden, scale)
+    if held.data > held.hidden and whole == hidden:
+        # A layer of which something is seen never looks as if it were hidden whole.
+        whole, hidden = (whole, hidden - 1) if whole > 1 else (2, 1)
+    line.append(glyphs.seen * (whole - hidden), "green")
+    line.append(glyphs.hidden * hidden, "yellow")
+    line.append(f"{'':{_BAR - whole}} {quantities.size(held.data):>9}")
+
+
+def _cells(count: int, scale: int) -> int:
+    """Anything beats nothing: a layer of one cluster is seen beside one of a terabyte."""
+    return min(_BAR, max(1, round(_BAR * count / scale))) if count else 0
+
+
+def _tie(rows: Sequence[Row], place: int, glyphs: _Glyphs) -> str:
+    merge = rows[place].merge
+    if merge is None:
+        return ""
+    above = place + 1 < len(rows) and rows[place + 1].merge == merge
+    below = place > 0 and rows[place - 1].merge == merge
+    if above and below:
+        return glyphs.inner
+    return glyphs.last if above else glyphs.first
+
+
+def _rank(place: int, count: int) -> str:
+    if place == 0:
+        return "root"
+    return "top" if place == count - 1 else ""
+
+
+def _cut(name: str, width: int, glyphs: _Glyphs) -> str:
+    """The end of a name tells more than its beginning."""
+    return name if len(name) <= width else glyphs.cut + name[len(name) - width + 1 :]

@@ -1,0 +1,40 @@
+"""The calendar by which points are kept: a time zone by name, or this machine's with its summer time."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime, tzinfo
+from pathlib import Path
+
+from snapchain.errors import InvalidInput
+
+_LOCALTIME = Path("/etc/localtime")
+
+
+def zone_of(name: str | None) -> tzinfo:
+    """The zone of this name, by default the machine's. Raises InvalidInput for one that is not known here."""
+    from zoneinfo import ZoneInfo
+
+    if name is None:
+        return _local()
+    if name == "UTC":  # also where there is no database of zones
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (OSError, ValueError, LookupError) as error:
+        raise InvalidInput(
+            f"{name!r} is no time zone that this machine knows", hint="such as Europe/Berlin, or UTC"
+        ) from error
+
+
+def _local() -> tzinfo:
+    """With its rules, where they are found: the offset of today is not that of a point of last winter."""
+    from zoneinfo import ZoneInfo
+
+    try:
+        if name := os.environ.get("TZ", "").removeprefix(":"):
+            return ZoneInfo(name)
+        with _LOCALTIME.open("rb") as rules:
+            return ZoneInfo.from_file(rules, key=None)
+    except (OSError, ValueError, LookupError):  # TZ may also say "CET-1CEST", which ZoneInfo does not read
+        return datetime.now().astimezone().tzinfo or UTC

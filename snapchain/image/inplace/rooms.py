@@ -1,0 +1,134 @@
+"""A place for every changed cluster that stores anything: the host cluster that it has already, else a new one.
+
+A cluster has a place though nothing shows it where it was made beforehand, reads as zeroes, or holds data in some of
+its subclusters only.  New ones come at the end of the file, in guest order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from snapchain.image.assemble.pieces import joined_runs
+from snapchain.image.inplace.cells import Cells
+from snapchain.image.physical import Int64s, Mask
+from snapchain.image.qcow2.format import COMPRESSED
+from snapchain.image.qcow2.references import host_offsets, whole_l1
+from snapchain.image.qcow2.tables import ImageFd, UInt64s, read_clusters
+from snapchain.model.distinct import distinct
+from snapchain.model.extents import DATA, Extents, covering, rounded, where
+
+_TABLES_BYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rooms:
+    """cluster: int64[n], guest clusters whose entries change, ascending; host: the place of each, 0 for none.
+
+    dropped: bool[n], entries behind the end of the old or the new disk, which must go
+    runs: (guest start, guest stop, place) of what has a place, in runs; used_before: bool, the place is no new one
+    end: of the file, rounded up to clusters; there new_clusters begin
+    """
+
+    cluster: Int64s
+    host: Int64s
+    dropped: Mask
+    runs: tuple[Int64s, Int64s, Int64s]
+    used_before: Mask
+    end: int
+    new_clusters: int
+
+
+def rooms(image: ImageFd, change: Cells, *, size: int) -> Rooms:
+    """size: virtual, of the result."""
+    step = image.header.cluster_size
+    cluster = _numbers(change.changed, step)
+    stores = where(change.changed, rounded(_data(change.content), step))
+    needs = np.zeros(len(cluster), np.bool_)
+    needs[np.searchsorted(cluster, _numbers(stores, step))] = True
+    l1 = whole_l1(image)
+    old_end = -(-image.header.size // step)
+    host = np.zeros(len(cluster), np.int64)
+    stale: list[Int64s] = []
+    for first, stop, entries in _tables(image, l1, _wanted_tables(image, l1, cluster, size)):
+        low, high = np.searchsorted(cluster, [first, stop])
+        here = entries[cluster[low:high] - first]
+        plain = ((here & np.uint64(COMPRESSED)) == 0) & (cluster[low:high] < old_end)
+        host[low:high] = np.where(plain, host_offsets(here), 0)
+        beyond = max(min(old_end, -(-size // step)) - first, 0)
+        stale.append(np.flatnonzero(entries[beyond:]) + beyond + first)
+    host[~needs] = 0
+    new = needs & (host == 0)
+    end = -(-image.size // step) * step
+    count = int(new.sum())
+    host[new] = end + np.arange(count) * step
+    runs, used_before = _runs(cluster[needs] * step, host[needs], new[needs], step)
+    gone = np.concatenate(stale) if stale else np.empty(0, np.int64)
+    gone = gone[~_among(gone, cluster)]
+    dropped = np.zeros(len(cluster), np.bool_)
+    if len(gone):
+        order = np.argsort(np.concatenate([cluster, gone]), kind="stable")
+        cluster = np.concatenate([cluster, gone])[order]
+        host = np.concatenate([host, np.zeros(len(gone), np.int64)])[order]
+        dropped = np.concatenate([dropped, np.ones(len(gone), np.bool_)])[order]
+    return Rooms(cluster, host, dropped, runs, used_before, end, count)
+
+
+def _runs(guest: Int64s, host: Int64s, new: Mask, step: int) -> tuple[tuple[Int64s, Int64s, Int64s], Mask]:
+    """Clusters that go on in guest and file as one, with those that are not new told."""
+    row, length = joined_runs([host - guest, new.astype(np.int32)], guest, np.full(len(guest), step, np.int64))
+    begins = guest[row]
+    return (begins, begins + length, host[row]), ~new[row]
+
+
+def _among(some: Int64s, ascending: Int64s) -> Mask:
+    if not len(ascending):
+        return np.zeros(len(some), np.bool_)
+    found: Mask = ascending[np.minimum(np.searchsorted(ascending, some), len(ascending) - 1)] == some
+    return found
+
+
+def _data(content: Extents) -> Extents:
+    held = content.val >= DATA
+    return covering(content.size, content.at[held], content.ends[held])
+
+
+def _numbers(chosen: Extents, step: int) -> Int64s:
+    """The clusters of whole ones, ascending."""
+    held = chosen.val >= DATA
+    first = chosen.at[held] // step
+    count = -(-chosen.ends[held] // step) - first
+    run = np.repeat(np.arange(len(first)), count)
+    numbers: Int64s = first[run] + np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
+    return numbers
+
+
+def _wanted_tables(image: ImageFd, l1: UInt64s, cluster: Int64s, size: int) -> Int64s:
+    """The L1 entries whose tables matter: of changed clusters, and all behind the old or the new end."""
+    per_table = image.header.guest_bytes_per_l2 // image.header.cluster_size
+    number = cluster // per_table
+    touched = number[np.append(True, number[1:] != number[:-1])] if len(number) else number
+    if size != image.header.size:
+        behind = min(size, image.header.size) // image.header.guest_bytes_per_l2
+        touched = distinct(touched, np.arange(behind, len(l1)))
+    within = touched[touched < len(l1)]
+    there: Int64s = within[l1[within] != 0]
+    return there
+
+
+def _tables(image: ImageFd, l1: UInt64s, wanted: Int64s) -> Iterator[tuple[int, int, UInt64s]]:
+    """(first cluster, one past the last, entries) of each wanted L2 table; with subclusters a non-empty bitmap of an
+    entry without a place counts as an entry.
+    """
+    size = image.header.cluster_size
+    per_table = image.header.guest_bytes_per_l2 // size
+    batch = max(1, _TABLES_BYTES // size)
+    for begin in range(0, len(wanted), batch):
+        part = wanted[begin : begin + batch]
+        for number, table in zip(part.tolist(), read_clusters(image, host_offsets(l1[part])), strict=True):
+            entries = table
+            if image.header.extended_l2:
+                entries = table[0::2] | (table[1::2] != 0).astype(np.uint64)
+            yield number * per_table, (number + 1) * per_table, entries

@@ -1,0 +1,144 @@
+"""hold and release: what stays whatever a rule says, until whoever wanted it so lets it go.
+
+an image's layer   its file stays byte for byte: no merge takes it, neither to write to it nor to replace it
+a point            retention never drops it
+
+A hold bears a tag, so that several people or programs may each have their reason, and release only their own.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.host.os_errors import os_errors
+from snapchain.image import ImageChain
+from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.lineage import note_of
+from snapchain.ops.notes import Hold, LayerNote, Notes
+
+# A merge of files asks here for holds, and needs nothing of a repository.
+if TYPE_CHECKING:
+    from snapchain.repository.catalogue import Catalogue, Hold as PointHold
+    from snapchain.repository.repository import Repository
+
+
+class HoldReport(BaseModel):
+    """What is held now. address: the file or the point; holds: all that it has."""
+
+    model_config = ConfigDict(frozen=True)
+
+    address: str
+    holds: tuple[Hold, ...]
+
+
+def hold_image(path: Path, tag: str, *, reason: str = "") -> HoldReport:
+    """Leave a layer's file as it is until it is released; a tag that it has already gets this reason.
+
+    Raises NotFound, InvalidInput for a bad tag, Unsupported for what is no regular file.
+    """
+    from snapchain.repository.holds import check_tag
+
+    check_tag(tag)
+    file = _file(path)
+
+    def held(note: LayerNote) -> LayerNote:
+        before = next((each for each in note.holds if each.tag == tag), None)
+        hold = Hold(tag=tag, since=before.since if before else datetime.now(UTC), reason=reason)
+        return note.model_copy(update={"holds": (*(each for each in note.holds if each.tag != tag), hold)})
+
+    return HoldReport(address=str(file), holds=Notes().change(file, held).holds)
+
+
+def release_image(path: Path, tag: str) -> HoldReport:
+    """Take a hold off a layer's file. Raises NotFound when it has none of this tag.
+
+    A file that is gone may have left its holds behind; they are released by its name.
+    """
+    file = path.parent.resolve() / path.name if not path.exists() else _file(path)
+
+    def released(note: LayerNote) -> LayerNote:
+        left = tuple(each for each in note.holds if each.tag != tag)
+        if len(left) == len(note.holds):
+            tags = ", ".join(each.tag for each in note.holds)
+            raise NotFound(
+                f"it is not held under {tag!r}",
+                subject=file,
+                hint=f"its holds: {tags}" if tags else "it is not held at all",
+            )
+        return note.model_copy(update={"holds": left})
+
+    return HoldReport(address=str(file), holds=Notes().change(file, released).holds)
+
+
+def hold_point(
+    repository: Repository,
+    disk: str,
+    tag: str,
+    *,
+    point: str | None,
+    reason: str = "",
+    on_event: OnEvent = ignore,
+) -> HoldReport:
+    """Keep a point whatever the rules say. point: as after the '@' of an address. Raises NotFound, InvalidInput."""
+    number = _number(repository.catalogue(disk), point)
+    held = repository.hold(disk, number, tag, reason=reason, on_wait=lambda words: on_event(Notice(words)))
+    return _of_point(repository, disk, number, held.holds)
+
+
+def release_point(
+    repository: Repository, disk: str, tag: str, *, point: str | None, on_event: OnEvent = ignore
+) -> HoldReport:
+    """Take a hold off a point. Raises NotFound when it has none of this tag."""
+    number = _number(repository.catalogue(disk), point)
+    left = repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
+    return _of_point(repository, disk, number, left.holds)
+
+
+def held_layers(chain: ImageChain, notes: Notes) -> dict[int, tuple[Hold, ...]]:
+    """The places of a chain, 0 for the root, whose files are held, with their holds."""
+    found = ((place, note_of(file, notes).holds) for place, file in enumerate(chain.files))
+    return {place: holds for place, holds in found if holds}
+
+
+def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple[Hold, ...]]) -> None:
+    """Raises Conflict when a merge of layers `first` to `last` would take a file that is held."""
+    for place in range(first, last + 1):
+        if place in holds:
+            hold, path = holds[place][0], chain.files[place].path
+            why = f" ({hold.reason})" if hold.reason else ""
+            raise Conflict(
+                f"it is held under {hold.tag!r} since {hold.since:%Y-%m-%d}{why}, so it cannot be merged",
+                subject=path,
+                hint=f"snapchain release {path} --tag {hold.tag}, or merge layers on one side of it (--from, --to)",
+            )
+
+
+def _number(catalogue: Catalogue, point: str | None) -> int:
+    from snapchain.ops.points import find_point
+
+    if point is None:
+        disk = catalogue.disk
+        raise InvalidInput(
+            "a hold is on one point, and none is named", subject=disk, hint=f"such as {disk}@latest or {disk}@7"
+        )
+    return find_point(catalogue, point).point
+
+
+def _of_point(repository: Repository, disk: str, number: int, holds: tuple[PointHold, ...]) -> HoldReport:
+    shown = tuple(Hold(tag=each.tag, since=each.since, reason=each.reason) for each in holds)
+    return HoldReport(address=f"{repository.store.url}::{disk}@{number}", holds=shown)
+
+
+def _file(path: Path) -> Path:
+    with os_errors(path):
+        found = path.resolve(strict=True)
+    if not found.is_file():
+        raise Unsupported(
+            "only a layer that is a regular file can be held", subject=path, hint="a device is never merged away"
+        )
+    return found

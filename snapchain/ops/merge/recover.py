@@ -1,0 +1,46 @@
+"""What a killed merge had come to, in words, and the rest of it: for the doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snapchain.ops.events import OnEvent
+from snapchain.ops.merge.journal import MergeJournal
+from snapchain.ops.merge.plan import plan
+from snapchain.ops.merge.run import run
+from snapchain.ops.merge.settle import settle, switched
+from snapchain.ops.merge.strategy import Strategy
+
+
+def described(journal: MergeJournal) -> tuple[str, str]:
+    """(what happened, what `recover` does)."""
+    count = len(journal.remove)
+    if switched(journal):
+        return (
+            f"a merge ({journal.stage}) whose result is in place; {count} merged files are still there",
+            f"removes {', '.join(entry.path.name for entry in journal.remove) or 'nothing but the journal'}",
+        )
+    if journal.stage == "committing":
+        return (
+            f"a merge into {journal.lowest.name} that was killed; the chain reads as before, that file alone does not",
+            "merges again, to the end",
+        )
+    return (
+        f"a merge ({journal.stage}) that was killed before its result took its place; the image reads as before",
+        "undoes it",
+    )
+
+
+def recover(journal: MergeJournal, *, on_event: OnEvent) -> list[Path]:
+    """Finish the merge, or undo it; the inputs that were removed now. Errors as `settle` and `merge_image.run`."""
+    if journal.stage != "committing" or switched(journal):
+        return settle(journal)
+    planned = plan(
+        journal.replaced.path,
+        from_layer=str(journal.lowest),
+        strategy=Strategy.COMMIT,
+        drop_bitmaps=True,
+        image_format="qcow2",
+        image_dirs=journal.search,
+    )
+    return list(run(planned, on_event=on_event).removed)

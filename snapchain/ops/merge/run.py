@@ -1,0 +1,210 @@
+"""Carrying out a merge: settle what killed ones have left, lock, look again, work by the strategy, remove the inputs.
+
+Nobody can start a guest on any of the files meanwhile (QEMU's own locks).  Killed at any moment: the image reads as
+before, and the next run finishes or undoes by the journal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Conflict, SnapchainError, Unavailable
+from snapchain.host import files
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.openers import OpenFiles
+from snapchain.image import ImageChain, scan
+from snapchain.image.inplace import Amendment
+from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.lineage import record
+from snapchain.ops.merge import in_place, new_file, settle
+from snapchain.ops.merge.inputs import KeptFile
+from snapchain.ops.merge.journal import MergeJournal, unsettled
+from snapchain.ops.merge.plan import Asked, MergePlan, decide
+from snapchain.ops.merge.strategy import Strategy
+from snapchain.ops.merge.ways import Way
+
+
+class MergeReport(BaseModel):
+    """What `run` did. Sizes in bytes.
+
+    bytes_moved: shared with or copied into the result's file; bytes_freed: allocated by the inputs that went, less what
+    the result allocates (below 0 when inputs were kept); removed, kept: the inputs; finished: results of earlier,
+    killed merges
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    image: Path
+    result: Path
+    strategy: Strategy
+    layers_before: int
+    layers_after: int
+    bytes_moved: int
+    bytes_freed: int
+    removed: tuple[Path, ...]
+    kept: tuple[KeptFile, ...]
+    finished: tuple[Path, ...]
+
+
+def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
+    """Do it.
+
+    Raises Busy when somebody has a file of the chain open, Conflict when it is no longer as planned, Unavailable when
+    room would not suffice, Corrupt when the result is not the same as the inputs: then nothing was changed.
+    """
+    leftovers = _settle(planned, on_event)
+    if planned.strategy is Strategy.NOTHING:
+        return _report(planned, removed=leftovers)
+    with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
+        _check_room(planned)
+        # The uppermost input goes, too, unless it gets a second name.
+        gone = [*planned.remove, *([] if planned.kept_as else [planned.result])]
+        before = sum(_allocated(path) for path in gone)
+        if isinstance(way.work, Amendment):
+            journal = in_place.make(planned, way.work, old, locks=locks, on_event=on_event)
+        else:
+            journal = new_file.make(planned, way.work, old, locks=locks, on_event=on_event)
+        _note(planned, old, on_event)
+        removed = settle.finish(journal)
+        if planned.strategy is Strategy.COMMIT:
+            removed.append(journal.journal.lowest)
+    return _report(
+        planned,
+        moved=way.bytes_moved,
+        freed=before - sum(_allocated(path) for path in [planned.result, *planned.remove]),
+        removed=[*leftovers, *removed],
+    )
+
+
+def _note(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
+    """So that a shipment knows the inputs again in the result. The merge is done, with this or without."""
+    try:
+        is_top = planned.last == len(old.files) - 1
+        record(old.files[planned.first : planned.last + 1], planned.result, is_top=is_top)
+    except SnapchainError as error:
+        on_event(Notice(f"{planned.result}: cannot note what it was made of, so it is shipped as a whole: {error}"))
+
+
+def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
+    """Finish or undo what killed merges have left in this chain."""
+    removed: list[Path] = []
+    for journal in unsettled(Path(os.path.realpath(path)) for path in planned.chain):
+        _check_goes_on(planned, journal)
+        if _goes_on(planned, journal):
+            settle.take_up(journal)
+            on_event(Notice(f"{journal.replaced.path}: an interrupted merge is taken up again"))
+            continue
+        done = "finished" if settle.switched(journal) else "undone"
+        removed += settle.settle(journal)
+        on_event(Notice(f"{journal.replaced.path}: an interrupted merge was {done}"))
+    return removed
+
+
+def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
+    """Raises Conflict where a killed commit must be done to its end first: its lowest input alone reads wrong."""
+    if journal.stage != "committing" or settle.switched(journal):
+        return
+    paths = [Path(os.path.realpath(path)) for path in planned.chain[planned.first : planned.last + 1]]
+    if journal.lowest not in paths or journal.replaced.path not in paths:
+        raise Conflict(
+            f"a merge from {journal.lowest.name} to it was killed, and comes first",
+            subject=journal.replaced.path,
+            hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
+        )
+
+
+def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:
+    """Whether it is the same commit, killed before its switch."""
+    return (
+        planned.strategy is Strategy.COMMIT
+        and journal.stage == "committing"
+        and not settle.switched(journal)
+        and journal.replaced.path == planned.result
+        and journal.lowest == Path(os.path.realpath(planned.chain[planned.first]))
+    )
+
+
+@contextmanager
+def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
+    """All files locked against writers, the inputs once found free of anybody; gives the inputs' locks."""
+    with ExitStack() as stack:
+        inputs: list[ImageLock] = []
+        open_files = OpenFiles()
+        for number, path in enumerate(planned.chain):
+            is_input = planned.first <= number <= planned.last
+            lock = stack.enter_context(
+                ImageLock(path, LockMode.WRITE if is_input else LockMode.READ, open_files=open_files)
+            )
+            if is_input:
+                lock.change(LockMode.READ)  # others may read it until the switch
+                inputs.append(lock)
+            if not lock.enforced:
+                on_event(Notice(f"{path}: this filesystem has no locks; make sure that no guest uses it"))
+        yield inputs
+
+
+@contextmanager
+def _chain(planned: MergePlan) -> Iterator[tuple[ImageChain, Way]]:
+    """The chain, scanned under the locks and still as planned."""
+    asked = Asked(
+        image=planned.image,
+        flatten=False,
+        from_layer=str(planned.chain[planned.first]),
+        to_layer=str(planned.chain[planned.last]),
+        strategy=planned.strategy,
+        cluster_size=planned.cluster_size if planned.strategy is Strategy.NEW else None,
+        keep_inputs=planned.keep_inputs,
+        drop_bitmaps=planned.drop_bitmaps,
+        image_format=planned.image_format,
+        image_dirs=planned.image_dirs,
+    )
+    # What room there is, and what killed merges had left, may be otherwise now.
+    passing: dict[str, object] = {"free_bytes": 0, "needs_bytes": 0, "unfinished": (), "kept_as": None}
+    with scan(planned.image, format=planned.image_format, image_dirs=planned.image_dirs) as chain:
+        decision = decide(chain, asked)
+        if decision.plan.model_copy(update=passing) != planned.model_copy(update=passing):
+            raise Conflict("it was changed after the merge was planned", subject=planned.image, hint="run it again")
+        assert decision.way is not None
+        yield chain, decision.way
+
+
+def _check_room(planned: MergePlan) -> None:
+    room = files.free_bytes(planned.result.parent)
+    if planned.needs_bytes > room:
+        raise Unavailable(
+            f"the merged file needs {planned.needs_bytes} bytes beside its inputs, and {room} are free",
+            subject=planned.result.parent,
+            hint=f"free {planned.needs_bytes - room} bytes more, or merge fewer layers at a time (--from, --to)",
+        )
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _report(planned: MergePlan, *, removed: list[Path], moved: int = 0, freed: int = 0) -> MergeReport:
+    kept = planned.keep
+    if planned.kept_as is not None:
+        kept = (KeptFile(path=planned.kept_as, reason=f"what {planned.result.name} was"), *kept)
+    gone = set(removed)
+    stayed = tuple(KeptFile(path=path, reason="needed since") for path in planned.remove if path not in gone)
+    return MergeReport(
+        image=planned.image,
+        result=planned.result,
+        strategy=planned.strategy,
+        layers_before=planned.layers_before,
+        layers_after=planned.layers_after,
+        bytes_moved=moved,
+        bytes_freed=freed,
+        removed=tuple(removed),
+        kept=(*kept, *stayed),
+        finished=planned.unfinished,
+    )

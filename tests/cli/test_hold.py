@@ -1,0 +1,27 @@
+"""snapchain hold and release, as a user says them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cli.conftest import Run
+
+
+def test_a_layer(run: Run, disk: Path) -> None:
+    said = run("hold", str(disk), "--tag", "audit", "--reason", "until May")
+    assert (said.status, "is held" in said.out, "until May" in said.out) == (0, True, True)
+    assert "held under audit: until May" in run("inspect", str(disk)).out
+    assert run("inspect", str(disk), "--json").json["layers"][0]["holds"][0]["tag"] == "audit"
+    assert run("release", str(disk), "-t", "other").status == 3
+    assert run("release", str(disk), "-t", "audit", "--json").json == {"address": str(disk), "holds": []}
+
+
+def test_a_point(run: Run, disk: Path) -> None:
+    assert run("init", "repo").status == 0
+    assert run("ship", str(disk), "repo::web1").status == 0
+    assert run("hold", "repo::web1", "--tag", "audit").status == 2
+    assert run("hold", "repo::web1@9", "--tag", "audit").status == 3
+    assert [each["tag"] for each in run("hold", "repo::web1@1", "-t", "audit", "--json").json["holds"]] == ["audit"]
+    assert "audit" in run("log", "repo").out
+    assert run("log", "repo", "--json").json["disks"][0]["points"][0]["holds"][0]["tag"] == "audit"
+    assert "not held any more" in run("release", "repo::web1@latest", "-t", "audit").out

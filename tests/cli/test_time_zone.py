@@ -1,0 +1,47 @@
+"""Which calendar a merge keeps points by."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from snapchain.cli import time_zone
+from snapchain.cli.time_zone import zone_of
+from snapchain.errors import InvalidInput
+from tests.cli.conftest import Run
+
+SUMMER, WINTER = (datetime(2026, month, 1, 12, tzinfo=UTC) for month in (7, 1))
+BERLIN = [timedelta(hours=2), timedelta(hours=1)]
+
+
+def offsets(name: str | None) -> list[timedelta | None]:
+    return [moment.astimezone(zone_of(name)).utcoffset() for moment in (SUMMER, WINTER)]
+
+
+def test_by_name() -> None:
+    assert offsets("Europe/Berlin") == BERLIN
+    assert offsets("UTC") == [timedelta(0)] * 2
+
+
+@pytest.mark.parametrize("name", ["Mars/Base", "", "/etc/passwd", "../x", "Europe"])
+def test_no_zone(name: str) -> None:
+    with pytest.raises(InvalidInput, match="no time zone"):
+        zone_of(name)
+
+
+def test_the_machines_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    assert offsets(None) == BERLIN
+    monkeypatch.delenv("TZ")
+    monkeypatch.setattr(time_zone, "_LOCALTIME", Path("/usr/share/zoneinfo/Europe/Berlin"))
+    if time_zone._LOCALTIME.exists():
+        assert offsets(None) == BERLIN
+    monkeypatch.setattr(time_zone, "_LOCALTIME", tmp_path / "nothing")
+    assert zone_of(None).utcoffset(SUMMER) is not None
+
+
+def test_a_merge_says_what_it_does_not_know(run: Run, disk: Path) -> None:
+    assert run("merge", str(disk), "--keep-last", "1", "--time-zone", "Mars/Base").status == 2
+    assert run("merge", str(disk), "--keep-last", "1", "--time-zone", "Europe/Berlin", "--dry-run").status == 0

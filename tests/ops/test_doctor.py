@@ -1,0 +1,174 @@
+"""What killed runs leave behind: found, named, finished or undone; and what is nobody's leftover is left alone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import NotFound
+from snapchain.ops import doctor, merge_image, snapshot
+from snapchain.ops.doctor import DoctorReport, Kind
+from snapchain.ops.merge.journal import journal_path
+from snapchain.ops.merge.strategy import Strategy
+from tests.ops.faulty_calls import Fault, met
+from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same
+
+STACK = [Layer(MiB, [f"write -P {n + 1} {n * 64}k 128k"]) for n in range(4)]
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> list[Path]:
+    return build(tmp_path / "vm", STACK)
+
+
+def killed_at(image: Path, wanted: str, nth: int = 1) -> None:
+    """A merge of the image that dies before its n-th call of this name."""
+    seen = 0
+    pristine = {path: path.read_bytes() for path in image.parent.iterdir()}
+    for where, _ in met(lambda: merge_image.run(merge_image.plan(image, strategy=Strategy.NEW)), Fault.KILL):
+        seen += where.endswith(f": {wanted}")
+        if seen == nth:
+            return
+        for path in image.parent.iterdir():
+            path.unlink()
+        for path, data in pristine.items():
+            path.write_bytes(data)
+    raise AssertionError(f"no call {wanted}")
+
+
+def treat(*paths: Path) -> DoctorReport:
+    return doctor.run(doctor.plan(paths))
+
+
+def test_nothing_to_find(stack: list[Path]) -> None:
+    assert treat(stack[-1]).treated == treat(stack[0].parent).treated == ()
+    with pytest.raises(NotFound):
+        doctor.plan([stack[0].with_name("nowhere")])
+
+
+def test_a_merge_killed_early_is_undone(stack: list[Path], tmp_path: Path) -> None:
+    reference = flat(stack[-1], tmp_path / "reference")
+    before = names(stack[0].parent)
+    killed_at(stack[-1], "replace")
+    planned = doctor.plan([stack[-1]])
+    assert {finding.kind for finding in planned.findings} == {Kind.NEW_FILE}
+    assert names(stack[0].parent) != before, "planning changes nothing"
+    report = doctor.run(planned)
+    assert report.well
+    assert names(stack[0].parent) == before
+    assert same(stack[-1], reference)
+
+
+def test_a_merge_killed_past_its_switch_is_finished(stack: list[Path], tmp_path: Path) -> None:
+    reference = flat(stack[-1], tmp_path / "reference")
+    killed_at(stack[-1], "unlink", 2)
+    (finding,) = doctor.plan([stack[0].parent]).findings
+    assert (finding.kind, finding.image) == (Kind.MERGE, stack[-1])
+    report = treat(stack[0].parent)
+    assert report.treated[0].removed == (stack[1],)
+    assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
+    assert same(stack[-1], reference)
+    assert clean(stack[-1])
+    assert treat(stack[0].parent).treated == ()
+
+
+def test_what_has_come_to_stand_on_an_input_keeps_it(stack: list[Path]) -> None:
+    killed_at(stack[-1], "unlink")
+    clone = stack[0].with_name("clone.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", "1.qcow2", "-F", "qcow2", clone], check=True)
+    assert treat(stack[0].parent).treated[0].removed == (stack[2],)
+    assert names(stack[0].parent) == ["0.qcow2", "1.qcow2", "clone.qcow2", "disk.qcow2"]
+
+
+def test_what_somebody_is_at_work_on_is_left_alone(stack: list[Path]) -> None:
+    killed_at(stack[-1], "unlink")
+    left = names(stack[0].parent)
+    with journal_path(stack[-1]).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        report = treat(stack[0].parent)
+    assert not report.well
+    assert "another merge" in (report.treated[0].error or "")
+    assert names(stack[0].parent) == left
+    assert treat(stack[0].parent).well
+
+
+def test_a_live_new_file_is_left_alone(stack: list[Path]) -> None:
+    new = stack[-1].with_name(".disk.qcow2.merge-0123abcd")
+    with new.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert not treat(stack[-1]).well
+        assert new.exists()
+    assert treat(stack[-1]).well
+    assert not new.exists()
+
+
+def test_leftovers_of_snapshots(stack: list[Path]) -> None:
+    directory = stack[0].parent
+    left = directory / ".disk.qcow2.snapshot-0123abcd"
+    left.write_bytes(b"")
+    os.link(stack[-1], directory / "disk.1.qcow2")
+    assert {finding.kind for finding in doctor.plan([directory]).findings} == {Kind.NEW_FILE, Kind.SECOND_NAME}
+    assert treat(directory).well
+    assert names(directory) == ["0.qcow2", "1.qcow2", "2.qcow2", "disk.qcow2"]
+
+
+def test_names_that_are_nobodys_leftovers(stack: list[Path]) -> None:
+    directory = stack[0].parent
+    snapshot.run(snapshot.plan(stack[-1]))
+    os.link(directory / "0.qcow2", directory / "backup-of-0.qcow2")
+    for name in (".disk.qcow2.merge-xyz", ".disk.qcow2.swp", "disk.2.qcow2", ".snapchain-merge-disk.qcow2"):
+        (directory / name).write_bytes(b"mine")
+    before = names(directory)
+    assert treat(directory).treated == ()
+    assert names(directory) == before
+
+
+def test_a_second_name_on_which_something_stands_stays(stack: list[Path]) -> None:
+    directory = stack[0].parent
+    os.link(stack[-1], directory / "disk.1.qcow2")
+    argv = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        "disk.1.qcow2",
+        "-F",
+        "qcow2",
+        str(directory / "new.qcow2"),
+    ]
+    subprocess.run(argv, check=True)
+    report = treat(directory)
+    assert "new.qcow2 stands on this name" in (report.treated[0].error or "")
+    assert (directory / "disk.1.qcow2").exists()
+
+
+def test_a_journal_that_nobody_can_believe(stack: list[Path]) -> None:
+    killed_at(stack[-1], "unlink")
+    path = journal_path(stack[-1])
+    path.chmod(0o666)
+    report = treat(stack[0].parent)
+    assert [each.finding.kind for each in report.treated] == [Kind.UNREADABLE]
+    assert not report.well
+    assert path.exists()
+    assert stack[1].exists()
+
+
+def test_the_command(stack: list[Path]) -> None:
+    killed_at(stack[-1], "unlink")
+    program = [str(Path(sys.executable).with_name("snapchain")), "doctor", str(stack[-1]), "--json"]
+    said = json.loads(subprocess.run([*program, "--dry-run"], check=True, capture_output=True).stdout)
+    assert [finding["kind"] for finding in said["plan"]["findings"]] == ["interrupted-merge"]
+    assert stack[1].exists()
+    done = json.loads(subprocess.run(program, check=True, capture_output=True).stdout)
+    assert done["treated"][0]["done"] is True
+    assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
+    journal_path(stack[-1]).write_text("{}")
+    assert subprocess.run(program, check=False, capture_output=True).returncode == 10
