@@ -10,7 +10,6 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Annotated, ParamSpec
 
 import typer
@@ -39,6 +38,8 @@ def root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if show_version:
+        from importlib.metadata import version  # inside: it brings an e-mail parser
+
         sys.stdout.write(f"snapchain {version('snapchain')}\n")
         raise typer.Exit
     if context.invoked_subcommand is None:

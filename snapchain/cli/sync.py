@@ -34,7 +34,9 @@ _MIGRATE = "For the migration"
 )
 def sync(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, which a guest may be writing.")],
-    target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="A replica: ssh://\\[user@]host/path, dir:/path.")],
+    target: Annotated[
+        str, typer.Argument(metavar="DEST::DISK", help="ssh://\\[user@]host/path or dir:/path, ::, a name.")
+    ],
     *,
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, help="Seal the top and ship it, at most so many times.")

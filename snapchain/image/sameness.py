@@ -17,6 +17,7 @@ from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
 from snapchain.image.physical import Int32s, Int64s, Mask
 from snapchain.image.pread import file_bytes, pread
+from snapchain.model.distinct import distinct
 from snapchain.model.extents import Extents
 
 
@@ -95,7 +96,7 @@ def pairs_of(wanted: Extents, one: ImageChain, other: ImageChain) -> Pairs:
     """What both chains have behind the DATA of `wanted`, where both answer DATA."""
     left = pieces_of(wanted, one.resolve(), one.files)
     right = pieces_of(wanted, other.resolve(), other.files)
-    guest = np.union1d(left.guest, right.guest)
+    guest = distinct(left.guest, right.guest)
     if not len(guest):
         none = np.empty(0, np.int64)
         less = none.astype(np.int32)
@@ -129,9 +130,9 @@ def same_place(pairs: Pairs, one: ImageChain, other: ImageChain) -> Mask:
     alike = (pairs.one_stored == pairs.other_stored) & ((pairs.one_stored == 0) | pairs.whole)
     proven = np.zeros(len(pairs), np.bool_)
     maps: dict[tuple[int, int], DiskMap | None] = {}
-    for number in np.unique(pairs.one).tolist():
+    for number in distinct(pairs.one).tolist():
         of_one = alike & (pairs.one == number)
-        for other_number in np.unique(pairs.other[of_one]).tolist():
+        for other_number in distinct(pairs.other[of_one]).tolist():
             rows = np.flatnonzero(of_one & (pairs.other == other_number))
             file, other_file = one.files[number], other.files[other_number]
             if not _one_reading(file, other_file, squeezed=bool(pairs.one_stored[rows].any())):

@@ -18,11 +18,13 @@ from typing import Any
 
 def warm() -> None:
     """Import what the verbs import, so that children do not."""
-    import snapchain.cli.verbs
     import snapchain.ops.address
     import snapchain.ops.init
     import snapchain.ops.inspect
     import snapchain.ops.ship  # noqa: F401
+    from snapchain.cli.verbs import load
+
+    load()
 
 
 def child(words: list[str], out: int, err: int) -> None:

@@ -31,7 +31,8 @@ def calls(work: Path, image: Path, operation: str, options: str = "") -> list[st
         # (The flush of a merge's result is done by another thread.)
         if number != own and ".merge-" not in call:
             continue
-        if str(image.parent) not in call or " = 0" not in call:
+        # (A call during which another thread made one is told in two lines, of which the first names the file.)
+        if str(image.parent) not in call or not (" = 0" in call or "<unfinished" in call):
             continue
         verb = re.sub(r"at2?$", "", call.strip().split("(")[0])
         paths = re.findall(rf'[<"]({re.escape(str(image.parent))}[^>"]*)[>"]', call)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snapchain.image.physical import Int64s, Mask
+from snapchain.model.distinct import distinct
 
 _FIEMAP = 0xC020660B
 _HEAD = struct.Struct("=QQIIII")
@@ -58,7 +59,7 @@ class DiskMap:
     @property
     def edges(self) -> Int64s:
         """Every offset at which something begins or ends, ascending."""
-        return np.union1d(self.start, self.stop)
+        return distinct(self.start, self.stop)
 
 
 def disk_map(fd: int, *, size: int) -> DiskMap | None:

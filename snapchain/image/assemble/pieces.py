@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from snapchain.image.file import ImageFile
 from snapchain.image.physical import Int32s, Int64s, Mask, Physical
+from snapchain.model.distinct import distinct
 from snapchain.model.extents import DATA, Extents, pairwise
 
 
@@ -57,7 +58,7 @@ def pieces_of(wanted: Extents, view: Extents, files: Sequence[ImageFile]) -> Pie
     del at, want, chosen
     parts = [
         _of_file(files[number].physical, start[mine], stop[mine], number)
-        for number in np.unique(owner).tolist()
+        for number in distinct(owner).tolist()
         if len(mine := np.flatnonzero(owner == number))
     ]
     if not parts:

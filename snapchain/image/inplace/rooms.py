@@ -17,6 +17,7 @@ from snapchain.image.physical import Int64s, Mask
 from snapchain.image.qcow2.format import COMPRESSED
 from snapchain.image.qcow2.references import host_offsets, whole_l1
 from snapchain.image.qcow2.tables import ImageFd, UInt64s, read_clusters
+from snapchain.model.distinct import distinct
 from snapchain.model.extents import DATA, Extents, covering, rounded, where
 
 _TABLES_BYTES = 2 << 20
@@ -111,7 +112,7 @@ def _wanted_tables(image: ImageFd, l1: UInt64s, cluster: Int64s, size: int) -> I
     touched = number[np.append(True, number[1:] != number[:-1])] if len(number) else number
     if size != image.header.size:
         behind = min(size, image.header.size) // image.header.guest_bytes_per_l2
-        touched = np.union1d(touched, np.arange(behind, len(l1)))
+        touched = distinct(touched, np.arange(behind, len(l1)))
     within = touched[touched < len(l1)]
     there: Int64s = within[l1[within] != 0]
     return there

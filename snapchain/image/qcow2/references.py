@@ -22,6 +22,7 @@ from snapchain.image.qcow2.format import (
     compressed_offset_bits,
 )
 from snapchain.image.qcow2.tables import ImageFd, UInt64s, l2_batches, read_refcount_blocks
+from snapchain.model.distinct import counted
 
 UInt32s = npt.NDArray[np.uint32]
 
@@ -106,7 +107,7 @@ class _Count:
     def _add(self, clusters: Int64s) -> None:
         if not len(clusters):
             return
-        places, times = np.unique(clusters, return_counts=True)
+        places, times = counted(clusters)
         if int(places[-1]) >= len(self._counts):
             raise Corrupt(
                 f"cluster {int(places[-1])} is used, but the file has {len(self._counts)}", subject=self._image.subject

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Unsupported
+from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.references import children
 from snapchain.ops.merge.journal import MergeJournal, leftovers
@@ -35,7 +36,8 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
                 subject=file.path,
                 hint="`qemu-img snapshot -l` lists them, `-d` deletes one",
             )
-        status = file.real_path.stat()
+        with os_errors(file.path):  # another merge may just have removed it
+            status = file.real_path.stat()
         # A second name that a killed merge gave goes when that is settled.
         ours = sum(
             journal.replaced.path == file.real_path

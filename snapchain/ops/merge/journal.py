@@ -92,7 +92,7 @@ class OpenJournal:
     def __init__(self, journal: MergeJournal, *, durable: bool = True) -> None:
         """Write it. durable: its name too is on the disk when this returns; else with the next flush of the directory.
 
-        Raises Conflict when there is one already.
+        It takes the place of an older one.
         """
         self.journal = journal
         self._fd = -1

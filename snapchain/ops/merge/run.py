@@ -62,7 +62,9 @@ def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
         return _report(planned, removed=leftovers)
     with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
         _check_room(planned)
-        before = sum(_allocated(path) for path in [planned.result, *planned.remove])
+        # The uppermost input goes, too, unless it gets a second name.
+        gone = [*planned.remove, *([] if planned.kept_as else [planned.result])]
+        before = sum(_allocated(path) for path in gone)
         if isinstance(way.work, Amendment):
             journal = in_place.make(planned, way.work, old, locks=locks, on_event=on_event)
         else:
@@ -93,6 +95,10 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
     removed: list[Path] = []
     for journal in unsettled(Path(os.path.realpath(path)) for path in planned.chain):
         _check_goes_on(planned, journal)
+        if _goes_on(planned, journal):
+            settle.take_up(journal)
+            on_event(Notice(f"{journal.replaced.path}: an interrupted merge is taken up again"))
+            continue
         done = "finished" if settle.switched(journal) else "undone"
         removed += settle.settle(journal)
         on_event(Notice(f"{journal.replaced.path}: an interrupted merge was {done}"))
@@ -110,6 +116,17 @@ def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
             subject=journal.replaced.path,
             hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
         )
+
+
+def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:
+    """Whether it is the same commit, killed before its switch."""
+    return (
+        planned.strategy is Strategy.COMMIT
+        and journal.stage == "committing"
+        and not settle.switched(journal)
+        and journal.replaced.path == planned.result
+        and journal.lowest == Path(os.path.realpath(planned.chain[planned.first]))
+    )
 
 
 @contextmanager

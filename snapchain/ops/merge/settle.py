@@ -20,6 +20,9 @@ def finish(journal: OpenJournal) -> list[Path]:
     """Remove the inputs, which the caller has locked since it saw that nobody needs them, and then the journal."""
     with journal:
         removed = _remove(journal.journal, [entry.path for entry in journal.journal.remove])
+    renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
+    for path in (*removed, *renamed):
+        sweep(path)  # what killed merges into it have left
     for directory in {path.parent for path in removed}:
         Notes().sweep(directory)
     return removed
@@ -45,6 +48,17 @@ def settle(journal: MergeJournal) -> list[Path]:
         sweep(journal.replaced.path)
     Notes().sweep(journal.replaced.path.parent)
     return removed
+
+
+def take_up(journal: MergeJournal) -> None:
+    """Before a killed commit is done again: reference counts made exact. Errors as `settle`.
+
+    The record stays until that of the new run takes its place: killed in between, nothing else would tell that the
+    lowest input alone reads wrong.
+    """
+    with taken(journal):
+        if journal.result.still():
+            _make_exact(journal.result.path)
 
 
 def switched(journal: MergeJournal) -> bool:

@@ -1,0 +1,83 @@
+"""Merges of files between others that were killed, that still run, or that are asked to keep what they merge."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import NotFound
+from snapchain.image import scan
+from snapchain.ops.merge import in_place, inputs, plan, run
+from snapchain.ops.merge.journal import journal_path
+from snapchain.ops.merge.strategy import Strategy
+from tests.ops.killing import killed_at_every_step
+from tests.ops.stacks import Layer, build, clean, flat, names, same
+
+STACK = [
+    Layer(writes=["write -P 1 0 1M"]),
+    Layer(writes=["write -P 2 256k 256k"]),
+    Layer(writes=["write -P 3 512k 256k"]),
+]
+
+
+def test_what_is_kept_is_not_told_as_freed(tmp_path: Path) -> None:
+    *_, top = build(tmp_path / "vm", STACK)
+    report = run.run(plan.plan(top, flatten=True, keep_inputs=True))
+    assert report.bytes_freed == -top.stat().st_blocks * 512
+
+
+def test_an_input_that_goes_while_the_merge_is_planned(tmp_path: Path) -> None:
+    _, lower, top = build(tmp_path / "vm", STACK)
+    with scan(top, format="qcow2") as chain:
+        lower.unlink()
+        with pytest.raises(NotFound):
+            inputs.check(chain.files[1:], [], keep_inputs=False)
+
+
+@pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])
+def test_what_killed_merges_into_an_input_have_left_goes_with_it(strategy: Strategy, tmp_path: Path) -> None:
+    _, lower, top = build(tmp_path / "vm", STACK)
+    lower.with_name(f".{lower.name}.merge-0123abcd").touch()
+    run.run(plan.plan(top, strategy=strategy))
+    assert names(tmp_path / "vm") == ["0.qcow2", top.name]
+
+
+def test_a_commit_that_is_killed_again_is_still_known_as_one(tmp_path: Path) -> None:
+    """Else nothing would tell that the lowest input alone reads wrong."""
+    vm = tmp_path / "vm"
+    root, lowest, top = (vm / name for name in ("0.qcow2", "1.qcow2", "disk.qcow2"))
+
+    def killed_once() -> None:
+        for entry in vm.iterdir() if vm.exists() else ():
+            entry.unlink()
+        build(vm, STACK)
+        pid = os.fork()
+        if pid == 0:
+            vars(in_place)["_take_place"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            merge()
+            os._exit(1)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+    def merge() -> None:
+        run.run(plan.plan(top, strategy=Strategy.COMMIT))
+
+    killed_once()
+    point, view = flat_of(lowest, root, tmp_path / "point"), flat(top, tmp_path / "view")
+    assert not same(lowest, point)
+    for _ in killed_at_every_step(merge):
+        assert same(top, view)
+        assert not lowest.exists() or journal_path(top).exists()
+        killed_once()
+    assert same(top, view)
+    assert clean(top)
+    assert names(vm) == ["0.qcow2", "disk.qcow2"]
+
+
+def flat_of(layer: Path, root: Path, target: Path) -> Path:
+    """What the lowest input read before anything was merged into it."""
+    again = build(target.with_name("again"), STACK)
+    assert (again[0].name, again[1].name) == (root.name, layer.name)
+    return flat(again[1], target)
