@@ -35,7 +35,7 @@ _MIGRATE = "For the migration"
 def sync(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, which a guest may be writing.")],
     target: Annotated[
-        str, typer.Argument(metavar="DEST::DISK", help="ssh://\\[user@]host/path or dir:/path, ::, a name.")
+        str, typer.Argument(metavar="DEST::DISK", help="Replica: ssh://\\[user@]host/path or dir:/path.")
     ],
     *,
     rounds: Annotated[
