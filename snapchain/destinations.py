@@ -58,9 +58,9 @@ def _place(store: ObjectStore) -> str:
 def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:
     if url.startswith(_REPLICAS):
         raise InvalidInput(
-            "replicas are not part of this version",
+            "this command takes a repository, and that is a replica",
             subject=url,
-            hint="use a repository: a directory, or s3://bucket/prefix",
+            hint="name a repository: a directory, or s3://bucket/prefix; replicas are for send, log and verify",
         )
     store = open_store(url, make=make)
     if url.startswith("s3:"):

@@ -126,6 +126,12 @@ def repository(
     return opened
 
 
+def no_passphrase(dest: str, password_file: Path | None, password_command: str | None) -> None:
+    """Raises InvalidInput where one is given for a replica."""
+    if password_file is not None or password_command is not None:
+        raise InvalidInput("a replica is not encrypted, and has no passphrase", subject=dest)
+
+
 def disk_of(address: DestinationAddress | PointAddress) -> str | None:
     """The disk where a command takes a whole destination or one disk. Raises InvalidInput for a point."""
     from snapchain.ops.address import PointAddress as Point, parse_disk_address

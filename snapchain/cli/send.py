@@ -56,6 +56,15 @@ def send(
     connections: Annotated[
         int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
     ] = 1,
+    epoch: Annotated[
+        int,
+        typer.Option(
+            "--epoch",
+            min=1,
+            metavar="N",
+            help="In which this host writes the disk. A replica in a later one refuses; an earlier one becomes this.",
+        ),
+    ] = 1,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
@@ -81,6 +90,7 @@ def send(
             labels=label or (),
             files=Files.EACH if each_layer else Files.COMPOSED,
             scope=Scope.SEALED if sealed else Scope.ALL,
+            epoch=epoch,
             divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
             format=options.format_of(image_format),
             image_dirs=options.image_dirs(image_dir),

@@ -1,7 +1,8 @@
-"""`snapchain serve-replica --stdio`: what the ssh of a sender runs on the replica's host."""
+"""`snapchain serve-replica --stdio [--root DIR]`: what the ssh of a sender runs on the replica's host."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from snapchain.cli.app import verb
     name="serve-replica",
     examples="""
     ssh kvm2 snapchain serve-replica --stdio
+    restrict,command="snapchain serve-replica --stdio --root /srv/replica" ssh-ed25519 AAAA...
     """,
     when_interrupted="what is durable stays; the sender goes on there",
     hidden=True,
@@ -20,11 +22,19 @@ from snapchain.cli.app import verb
 def serve_replica(
     *,
     stdio: Annotated[bool, typer.Option("--stdio", help="Speak with the sender over stdin and stdout.")],
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Let it name no replica but DIR and what lies in it.")
+    ] = None,
 ) -> None:
-    """Take what a sender on another host sends. It is started by that sender's ssh, and is of no use at a terminal."""
+    """Take what a sender on another host sends. It is started by that sender's ssh, and is of no use at a terminal.
+
+    Without --root the sender may name any directory that the user may write to who logs in. As the command= of a key in
+    authorized_keys (second example), with --root, that key can do nothing here but what send (--cut-replica too), log
+    and verify do to the replicas in DIR: links and '..' are followed before a directory is judged. DIR must exist.
+    """
     from snapchain.errors import InvalidInput
     from snapchain.ops.serve_replica import serve_stdio
 
     if not stdio:
         raise InvalidInput("a sender speaks over the standard streams", hint="say --stdio")
-    serve_stdio()
+    serve_stdio(root=root)

@@ -1,6 +1,6 @@
 """All verbs by name, in the order of --help. Importing a verb's file registers it.
 
-A command needs its own verb only; the parser of the other seventeen would be a tenth of its time.
+A command needs its own verb only; the parser of the other eighteen would be a tenth of its time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import typer
 
 VERBS = (
-    "init", "snapshot", "ship", "send", "receive", "log", "restore", "merge", "hold", "release", "verify", "gc",
+    "init", "snapshot", "ship", "send", "sync", "receive", "log", "restore", "merge", "hold", "release", "verify", "gc",
     "nightly", "inspect", "diff", "doctor", "serve-replica",
 )  # fmt: skip
 

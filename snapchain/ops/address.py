@@ -89,6 +89,11 @@ def parse_destination(text: str) -> DestinationAddress | PointAddress:
     return address if isinstance(address, PointAddress) else DestinationAddress(text)
 
 
+def is_replica(dest: str) -> bool:
+    """Whether a destination is meant as a replica, right or wrong: ssh://... or dir:..."""
+    return dest.lower().startswith(("ssh://", "dir:"))
+
+
 def located(dest: str) -> str:
     """The destination as a store wants it: a path from the current directory becomes absolute, a URL stays."""
     if "://" in dest or dest.startswith("dir:"):

@@ -65,10 +65,10 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         endpoint.connect() as channel,
         Sender(channel, link=endpoint.link) as sender,
     ):
-        held = sender.open(Open(disk=request.disk, replica=endpoint.replica, look=True))
+        held = sender.open(Open(disk=request.disk, replica=endpoint.replica, look=True, epoch=request.epoch))
         run = _Run(chain, sender, request, endpoint.url, on_event)
         base = run.base(held, cut=lambda _keep: None)
-        layers = tuple(run.planned(base, request.count(chain)))
+        layers = tuple(run.planned(base, len(chain.files)))
         sender.finish()
     return SendPlan(
         image=str(request.image),
@@ -81,11 +81,24 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
     )
 
 
+def layers_lacking(
+    request: Request, chain: ImageChain, sender: Sender, held: Inventory, *, on_event: OnEvent = ignore
+) -> tuple[LayerPlan, ...]:
+    """The layers that `send` would make of those files of a chain that a replica does not show.
+
+    held: what it said to `sender`. Sends nothing. Raises Diverged.
+    """
+    run = _Run(chain, sender, request, sender.peer, on_event)
+    base = run.base(held, cut=lambda _keep: None)
+    return tuple(run.planned(base, len(chain.files)))
+
+
 def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
     """Send what the replica lacks of an image, and publish a point.
 
-    Raises Diverged when the replica holds what the image never was, Busy when somebody writes to the image or the
-    replica's disk, Unavailable when the link breaks: then the next run goes on at what is durable.
+    Raises Diverged when the replica holds what the image never was, Conflict when its epoch is newer, Busy when
+    somebody writes to the image or the replica's disk, Unavailable when the link breaks: then the next run goes on at
+    what is durable.
     """
     return _attempt(request, endpoint, on_event, lambda _count: None)
 
@@ -116,9 +129,9 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
     ):
         try:
-            held = sender.open(Open(disk=request.disk, replica=endpoint.replica))
+            held = sender.open(Open(disk=request.disk, replica=endpoint.replica, epoch=request.epoch))
             run = _Run(chain, sender, request, endpoint.url, on_event)
-            return run.send(run.base(held, cut=sender.cut), request.count(chain))
+            return run.send(run.base(held, cut=sender.cut), len(chain.files))
         finally:
             moved(sender.confirmations)
 
@@ -134,9 +147,9 @@ def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = igno
         request.chain(on_event) as chain,
         Sender(channel, link=Link.NETWORK, answers=False, limit_rate=request.limit_rate) as sender,
     ):
-        sender.open_blindly(Open(disk=request.disk))
+        sender.open_blindly(Open(disk=request.disk, epoch=request.epoch))
         run = _Run(chain, sender, request, channel.peer, on_event)
-        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), request.count(chain))
+        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), len(chain.files))
 
 
 class _Run:
@@ -148,13 +161,13 @@ class _Run:
 
     def base(self, held: Inventory, *, cut: Callable[[str | None], None]) -> _Base:
         """Where the new layers begin. cut: drops the replica's layers above the one named. Raises Diverged."""
-        count = self._request.count(self._chain)
+        count = len(self._chain.files)
         if not held.layers:
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
         found = missing(
             [Held(layer.id, layer.sources) for layer in held.layers],
             [_wanted(file, self._request.lineage) for file in self._chain.files[:count]],
-            same=_same,
+            same=same_source,
         )
         tip = held.layers[-1]
         total = decode_sum(tip.content_sum)
@@ -344,10 +357,11 @@ def source_of(file: ImageFile) -> Source:
 
 def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
     source = source_of(file)
-    return next((known for known in lineage if _same(source, known.source)), Wanted(source))
+    return next((known for known in lineage if same_source(source, known.source)), Wanted(source))
 
 
-def _same(mine: object, theirs: object) -> bool:
+def same_source(mine: object, theirs: object) -> bool:
+    """Whether two Sources are of one file, which nobody has written to in between."""
     if not isinstance(mine, Source) or not isinstance(theirs, Source) or not mine.size:
         return False
     return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
@@ -366,8 +380,10 @@ __all__ = [
     "Scope",
     "SendPlan",
     "SendReport",
+    "layers_lacking",
     "plan_send",
     "replica_at",
+    "same_source",
     "send_blindly",
     "send_persistently",
     "send_to_replica",

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.errors import InvalidInput
 from snapchain.image import ImageChain
 from snapchain.model.inventory import Wanted
 from snapchain.ops.events import OnEvent
 from snapchain.ops.ship import check_label
-from snapchain.ops.source import locked_chain
+from snapchain.ops.source import locked_chain, sealed_chain
 from snapchain.replica.names import check_disk_name
+from snapchain.replica.stream.messages import LARGEST_EPOCH
 
 
 class Files(Enum):
@@ -96,6 +98,7 @@ class Request:
     """What is to be sent where.
 
     labels: for the point; lineage: files that local merges have made, each with what it replaces
+    epoch: in which this host writes the disk: older than the replica's is refused, newer makes it the replica's
     limit_rate: bytes a second on the wire; format, image_dirs: as `scan` takes them
     """
 
@@ -109,17 +112,17 @@ class Request:
     format: str | None = None
     image_dirs: Sequence[Path] = ()
     limit_rate: int | None = None
+    epoch: int = 1
 
     def check(self) -> None:
         """Raises InvalidInput for labels and names that cannot be."""
         for label in self.labels:
             check_label(label)
         check_disk_name(self.disk)
+        if not 1 <= self.epoch <= LARGEST_EPOCH:
+            raise InvalidInput(f"{self.epoch} is no epoch", hint=f"a number from 1 to {LARGEST_EPOCH}")
 
     def chain(self, on_event: OnEvent) -> AbstractContextManager[ImageChain]:
-        """The image, locked."""
-        return locked_chain(self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event)
-
-    def count(self, chain: ImageChain) -> int:
-        """How many of the files are meant."""
-        return len(chain.files) - (self.scope is Scope.SEALED)
+        """What is to be sent of the image, locked; the top is no part of it where only what is sealed is meant."""
+        opened = sealed_chain if self.scope is Scope.SEALED else locked_chain
+        return opened(self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event)

@@ -1,11 +1,15 @@
 """serve_replica: the other end of ssh://, started there by the sender's ssh, and by nobody else.
 
 The sender names the replica's directory and is trusted as far as the user is who logged in: it could as well have run
-anything else.  Everything else that it says is judged.
+anything else.  Where it could not, because sshd runs this command and no other (`command=` in authorized_keys), a root
+confines it.  Everything else that it says is judged.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from snapchain.errors import NotFound
 from snapchain.host.remote_lanes import accept_lanes
 from snapchain.host.remote_stdio import stdio_channel
 from snapchain.replica.receiver import receive
@@ -15,9 +19,14 @@ PATIENCE = 60.0
 link, after 75, and it comes again, this process must not hold the disk's lock any more."""
 
 
-def serve_stdio() -> None:
-    """Receive one stream from the standard streams. What goes wrong is told to the sender, and raised."""
+def serve_stdio(*, root: Path | None = None) -> None:
+    """Receive one stream from the standard streams. What goes wrong is told to the sender, and raised.
+
+    root: replicas outside of it may not be named. Raises NotFound when that is no directory.
+    """
+    if root is not None and not root.is_dir():
+        raise NotFound("no such directory", subject=root, hint="make it, or name another --root")
     channel = accept_lanes(stdio_channel(patience=PATIENCE))
     if channel is not None:  # else this process was a lane of another's
         with channel:
-            receive(channel)
+            receive(channel, within=root)

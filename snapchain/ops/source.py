@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, InvalidInput
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain, scan
 from snapchain.ops.events import Notice, OnEvent, ignore
+
+
+@contextmanager
+def sealed_chain(
+    path: Path, *, format: str | None = None, image_dirs: Sequence[Path] = (), on_event: OnEvent = ignore
+) -> Iterator[ImageChain]:
+    """All of a chain but its top, locked as by `locked_chain`; a guest may write to the top meanwhile.
+
+    Raises InvalidInput when there is nothing below the top.
+    """
+    with ExitStack() as stack:
+        chain = stack.enter_context(scan(path, format=format, image_dirs=image_dirs))
+        if len(chain.files) < 2:
+            raise InvalidInput(
+                "nothing of it is sealed: it is one file, which a guest will go on writing to",
+                subject=path,
+                hint=f"seal it first: snapchain snapshot {shlex.quote(str(path))}",
+            )
+        sealed = chain.at(len(chain.files) - 2)
+        _lock(sealed, stack, on_event)
+        yield sealed
 
 
 @contextmanager
@@ -22,12 +44,16 @@ def locked_chain(
     """
     with ExitStack() as stack:
         chain = stack.enter_context(scan(path, format=format, image_dirs=image_dirs))
-        for file in chain.files:
-            lock = stack.enter_context(ImageLock(file.path, LockMode.READ))
-            if not lock.enforced:
-                on_event(Notice(f"{file.path}: this filesystem has no locks; make sure that no guest uses it"))
-        check_unchanged(chain)
+        _lock(chain, stack, on_event)
         yield chain
+
+
+def _lock(chain: ImageChain, stack: ExitStack, on_event: OnEvent) -> None:
+    for file in chain.files:
+        lock = stack.enter_context(ImageLock(file.path, LockMode.READ))
+        if not lock.enforced:
+            on_event(Notice(f"{file.path}: this filesystem has no locks; make sure that no guest uses it"))
+    check_unchanged(chain)
 
 
 def check_unchanged(chain: ImageChain) -> None:

@@ -7,11 +7,13 @@ before anything is changed.  The catalogue goes first, then the files: a crash l
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 from snapchain.errors import Conflict, NotFound
 from snapchain.host.files import remove
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image.references import children
+from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.progress import forget
 from snapchain.replica.store import ReplicaDisk
@@ -35,7 +37,7 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         for path in paths:
             stack.enter_context(ImageLock(path, LockMode.WRITE))
         ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
-        for lower, standing in children([disk.directory], of=paths, besides=ours).items():
+        for lower, standing in children(_where(disk), of=paths, besides=ours).items():
             raise Conflict(
                 f"{standing[0].name} stands on it",
                 subject=lower,
@@ -48,3 +50,9 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         for path in reversed(paths):
             remove(path)
     return catalogue
+
+
+def _where(disk: ReplicaDisk) -> list[Path]:
+    """Directories in which images may stand on layers."""
+    active = disk.path(names.ACTIVE)
+    return [disk.directory, active] if active.is_dir() else [disk.directory]

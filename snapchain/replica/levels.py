@@ -2,7 +2,7 @@
 
 Frames wait in a short queue for the link.  While it is full, the link is the bottleneck and processors have time: the
 level rises.  While it is empty, the processors are: it falls, but never so far that more bytes would travel than
-`rsync -z` sends.  Where both ends are one machine there is no link to save.
+`zstd -3` makes of the same data.  Where both ends are one machine there is no link to save.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from enum import Enum
 
 LADDER = (5, 6, 7, 9, 12)
 """Levels of zstd. Above 12 each percent saved costs more time than any link takes for it."""
-_STEADY = 8
-"""Frames in a row that must say the same before the level changes."""
+_FIRST = LADDER.index(9)
+_UP, _DOWN = 2, 4
+"""Frames in a row that must find the queue full, or empty, before the level changes. It begins high and rises soon:
+what went over a slow link at a low level cannot be had back, and a fast link loses some tenths of a second.
+"""
 
 
 class Link(Enum):
@@ -27,7 +30,7 @@ class Levels:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._rung = 0
+        self._rung = _FIRST
         self._seen = 0
 
     @property
@@ -41,6 +44,6 @@ class Levels:
         self._seen = self._seen + step if step * self._seen >= 0 else step
         if not step:
             self._seen = 0
-        if abs(self._seen) >= _STEADY:
+        if self._seen >= _UP or self._seen <= -_DOWN:
             self._rung = max(0, min(len(LADDER) - 1, self._rung + step))
             self._seen = 0

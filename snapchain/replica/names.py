@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from urllib.parse import unquote
 
 from snapchain.errors import Corrupt, InvalidInput
 
@@ -13,6 +14,8 @@ LOCK = ".lock"
 INCOMING = ".incoming.qcow2"
 PROGRESS = ".incoming.json"
 SUFFIX = ".qcow2"
+ACTIVE = "active"
+"""The directory of overlays for guests, in a disk's: there their names are in no layer's way."""
 _LONGEST = 200
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.+")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.qcow2", re.ASCII)
@@ -50,6 +53,15 @@ def directory_of(disk: str) -> str:
     if len(coded) > 255:
         raise InvalidInput("the disk's name is too long for a directory", subject=disk)
     return coded
+
+
+def disk_of(directory: str) -> str | None:
+    """The disk whose directory has this name; None where it is no disk's."""
+    name = unquote(directory, errors="replace")
+    try:
+        return name if directory_of(name) == directory else None
+    except InvalidInput:
+        return None
 
 
 def offered_name(file_name: str) -> str:

@@ -19,7 +19,7 @@ from snapchain.host.remote_channel import Channel
 from snapchain.objects.throttle import TokenBucket
 from snapchain.replica.stream import failures
 from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameReader, FrameWriter, Kind
-from snapchain.replica.stream.messages import Done, Failure, Stored, decode, encode
+from snapchain.replica.stream.messages import Done, Failure, Readiness, Stored, decode, encode
 
 WINDOW = 256 << 20
 """Bytes that may be on their way or not yet durable: a second of 2 Gbit/s, 25 times what 80 ms of 1 Gbit/s hold."""
@@ -49,6 +49,8 @@ class Outbox:
         self._expected: list[str] = []
         self._stopping = False
         self._done: Done | None = None
+        self._asked = 0
+        self.readiness: Readiness | None = None
         self._threads = [threading.Thread(target=self._write, name="outbox", daemon=True)]
         if answers is not None:
             self._threads.append(threading.Thread(target=self._listen, name="answers", daemon=True))
@@ -96,6 +98,12 @@ class Outbox:
         with self._state:
             self._expected.append(layer)
         self.put(Kind.END, body)
+
+    def ask(self, body: bytes) -> None:
+        """Give an ACTIVE frame; what is answered is in `readiness` after `stop`."""
+        with self._state:
+            self._asked += 1
+        self.put(Kind.ACTIVE, body)
 
     def stop(self) -> Done | None:
         """Give STOP, and wait until the other side has everything; what it says at last, None from one that is mute."""
@@ -183,6 +191,7 @@ class Outbox:
             Kind.ACK: self._hear_ack,
             Kind.STORED: self._hear_stored,
             Kind.DONE: self._hear_done,
+            Kind.READINESS: self._hear_readiness,
             Kind.BEAT: lambda _frame: None,
         }
         if frame.kind not in hear:
@@ -211,7 +220,13 @@ class Outbox:
         self._expected.pop(0)
         self._stored.append(stored)
 
+    def _hear_readiness(self, frame: Frame) -> None:
+        if not self._asked:
+            raise Corrupt("it tells of an overlay that nobody asked for", subject=self._channel.peer)
+        self._asked -= 1
+        self.readiness = decode(Readiness, frame.body, subject=self._channel.peer)
+
     def _hear_done(self, frame: Frame) -> None:
-        if not self._stopping or self._expected:
+        if not self._stopping or self._expected or self._asked:
             raise Corrupt("the end is announced before everything was sent", subject=self._channel.peer)
         self._done = decode(Done, frame.body, subject=self._channel.peer)

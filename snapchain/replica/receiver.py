@@ -1,6 +1,7 @@
 """The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
 
     HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
+    HELLO ASK
 
 Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
 nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
@@ -18,13 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
+from snapchain.replica.active import look_at_active, make_active
+from snapchain.replica.answering import answer
 from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
+from snapchain.replica.confinement import chosen
 from snapchain.replica.cutting import cut
+from snapchain.replica.epochs import check_epoch, enter_epoch
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream import failures, opening
@@ -33,6 +38,8 @@ from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Fra
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    Active,
+    Ask,
     Cut,
     Done,
     Failure,
@@ -97,16 +104,16 @@ class Voice:
             thread.join()
 
 
-def receive(channel: Channel, root: Path | None = None) -> Received:
-    """Take one stream in, to its end; tells the sender what went wrong before raising it here.
+def receive(channel: Channel, root: Path | None = None, *, within: Path | None = None) -> Received:
+    """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
 
-    root: the replica; None lets the sender name it, who is then trusted as far as this process's user is
+    root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     voice = Voice(channel)
     try:
         with voice.beating():
-            return _Reception(channel, voice, root).run()
+            return _Reception(channel, voice, root, within).run()
     except BaseException as error:
         with suppress(SnapchainError):
             voice.say(Kind.FAIL, encode(failures.told(error)))
@@ -114,24 +121,34 @@ def receive(channel: Channel, root: Path | None = None) -> Received:
 
 
 class _Reception:
-    def __init__(self, channel: Channel, voice: Voice, root: Path | None) -> None:
-        self._channel, self._voice, self._root = channel, voice, root
+    def __init__(self, channel: Channel, voice: Voice, root: Path | None, within: Path | None) -> None:
+        self._channel, self._voice, self._root, self._within = channel, voice, root, within
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
         self._marks = 0
 
     def run(self) -> Received:
         hello = self._hello()
-        asked = decode(Open, self._expect(Kind.OPEN).body, subject=self._channel.peer)
+        frame = self._next()
+        if frame.kind is Kind.ASK and hello:
+            self._answer(decode(Ask, frame.body, subject=self._channel.peer))
+            return self._received
+        if frame.kind is not Kind.OPEN:
+            raise self._unexpected(frame)
+        asked = decode(Open, frame.body, subject=self._channel.peer)
         self._received.disk = asked.disk
         if asked.look:
             self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
-            self._expect(Kind.STOP)
+            if (frame := self._next()).kind is Kind.ACTIVE:
+                self._tell_of_active(open_replica(self._chosen(asked.replica)).disk(asked.disk), frame)
+                frame = self._next()
+            if frame.kind is not Kind.STOP:
+                raise self._unexpected(frame)
             self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
             return self._received
-        disk = open_replica(self._chosen(asked), make=True).disk(asked.disk)
+        disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
         with disk.locked(make=True):
-            catalogue = settle(disk)
+            catalogue = enter_epoch(disk, settle(disk), asked.epoch)
             if hello:
                 self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue)))
             self._take_all(disk, catalogue)
@@ -156,21 +173,21 @@ class _Reception:
         self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
         return said.answers
 
-    def _chosen(self, asked: Open) -> Path:
-        if self._root is not None:
-            if asked.replica is not None and Path(asked.replica) != self._root:
-                raise InvalidInput("only the replica of this server may be named", subject=ascii(asked.replica))
-            return self._root
-        if asked.replica is None or not asked.replica.startswith("/") or "\0" in asked.replica:
-            raise InvalidInput("the replica's directory must be named, from the root on", subject=ascii(asked.replica))
-        return Path(asked.replica)
+    def _chosen(self, named: str | None) -> Path:
+        return chosen(named, only=self._root, within=self._within)
+
+    def _answer(self, asked: Ask) -> None:
+        answer(asked, self._chosen(asked.replica), self._voice.say)
+        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:
         try:
-            disk = open_replica(self._chosen(asked)).disk(asked.disk)
+            disk = open_replica(self._chosen(asked.replica)).disk(asked.disk)
         except NotFound:
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
-        return inventory(disk, disk.read() or empty_catalogue(disk.name))
+        catalogue = disk.read() or empty_catalogue(disk.name)
+        check_epoch(disk, catalogue, asked.epoch)
+        return inventory(disk, catalogue)
 
     def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
         # A sender may offer each layer that a chain can have, and publish a point at each; no more.
@@ -183,11 +200,23 @@ class _Reception:
                 catalogue, shown = self._take_layer(disk, catalogue, frame)
             elif frame.kind is Kind.CUT:
                 catalogue = cut(disk, catalogue, decode(Cut, frame.body, subject=self._channel.peer).keep)
+            elif frame.kind is Kind.ACTIVE:
+                self._make_active(disk, catalogue, frame)
             elif frame.kind is Kind.POINT:
                 catalogue = self._publish(disk, catalogue, frame, shown)
             else:
                 raise self._unexpected(frame)
         raise Corrupt("the stream has more layers than a chain can have", subject=self._channel.peer)
+
+    def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
+        offer = decode(Active, frame.body, subject=self._channel.peer)
+        catalogue = disk.read() or empty_catalogue(disk.name)
+        self._voice.say(Kind.READINESS, encode(look_at_active(disk, catalogue, offer)))
+
+    def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
+        offer = decode(Active, frame.body, subject=self._channel.peer)
+        done = make_active if offer.make else look_at_active
+        self._voice.say(Kind.READINESS, encode(done(disk, catalogue, offer)))
 
     def _take_layer(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> tuple[Catalogue, tuple[int, str]]:
         offer = decode(LayerOffer, frame.body, subject=self._channel.peer)

@@ -14,17 +14,20 @@ from datetime import datetime
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, Unsupported
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import LEAF_BYTES, Sum, content_id
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.levels import Levels, Link
+from snapchain.replica.names import ACTIVE
 from snapchain.replica.outbox import Outbox
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.maps import layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
+    Active,
+    ActiveState,
     Cut,
     Done,
     Failure,
@@ -33,6 +36,7 @@ from snapchain.replica.stream.messages import (
     Open,
     Partial,
     PointOffer,
+    Readiness,
     decode,
     encode,
 )
@@ -77,7 +81,14 @@ class Sender:
         self._levels = Levels(link)
         self._outbox: Outbox | None = None
         self._partial: Partial | None = None
+        self._features: frozenset[str] = frozenset()
+        self._files: frozenset[str] = frozenset()
         self._marked_bytes, self._marked_at = 0, time.monotonic()
+
+    @property
+    def peer(self) -> str:
+        """Who is at the other end, for messages."""
+        return self._channel.peer
 
     @property
     def bytes_sent(self) -> int:
@@ -93,7 +104,11 @@ class Sender:
         """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with."""
         assert self._answers is not None
         self._frames.send(Kind.HELLO, encode(opening.hello(answers=True)))
-        opening.agree(self._answer(), peer=self._channel.peer)
+        self._features = frozenset(opening.agree(self._answer(), peer=self._channel.peer).features)
+        if asked.epoch > 1 and opening.EPOCH_FEATURE not in self._features:
+            raise Unsupported(
+                "the snapchain there heeds no epochs", subject=self._channel.peer, hint="bring it up to date over there"
+            )
         self._frames.send(Kind.OPEN, encode(asked))
         frame = self._answer()
         if frame.kind is not Kind.INVENTORY:
@@ -105,6 +120,7 @@ class Sender:
             if content_id(layer.size, decode_sum(layer.content_sum)) != layer.content_id:
                 raise Corrupt(f"its layer {layer.file!a} contradicts itself", subject=self._channel.peer)
         self._partial = found.partial
+        self._files = frozenset(layer.file for layer in found.layers)
         self._outbox = Outbox(self._channel, self._frames, self._answers, limit_rate=self._limit_rate)
         return found
 
@@ -175,6 +191,31 @@ class Sender:
         """Publish a point of what the chain shows that is there by now."""
         offer = PointOffer(time=time, labels=tuple(labels), size=size, content_id=shown)
         self._opened().put(Kind.POINT, encode(offer))
+
+    def ask_for_active(self, active: Active) -> Readiness:
+        """Have the empty overlay for the active top looked at, or made, and end the stream.
+
+        Raises Unsupported when the other side is too old for it, and what it refuses with.
+        """
+        if opening.ACTIVE_FEATURE not in self._features:
+            raise Unsupported(
+                "the snapchain over there cannot prepare a live migration yet",
+                subject=self._channel.peer,
+                hint="bring it up to date",
+            )
+        outbox = self._opened()
+        outbox.ask(encode(active))
+        outbox.stop()
+        said = outbox.readiness
+        assert said is not None, "DONE is judged against what was asked"
+        # These words go to a terminal, and into commands that a user will run.
+        if not said.directory.startswith("/") or not said.directory.isprintable():
+            raise Corrupt("it names a directory that cannot be", subject=self._channel.peer)
+        if said.file != f"{ACTIVE}/{active.name}" or not set(said.broken) <= self._files:
+            raise Corrupt("it tells of other files than those asked for", subject=self._channel.peer)
+        if said.proven is not active.prove or (active.make and said.state is not ActiveState.READY):
+            raise Corrupt("it has not done what it was asked for", subject=self._channel.peer)
+        return said
 
     def finish(self) -> Done | None:
         """Wait until all is durable over there. Raises what went wrong."""

@@ -92,12 +92,12 @@ class Replica:
         """A disk, whether or not it exists. Raises InvalidInput for a bad name."""
         return ReplicaDisk(self.root, name)
 
-    def catalogues(self) -> list[Catalogue]:
-        """Of all disks, by name."""
+    def disks(self) -> list[ReplicaDisk]:
+        """All that have a catalogue, sound or not, by name."""
         with os_errors(self.root):
-            places = sorted(entry for entry in self.root.iterdir() if entry.is_dir())
-        found = (read_record(Catalogue, place / names.CATALOGUE) for place in places)
-        return sorted((catalogue for catalogue in found if catalogue is not None), key=lambda each: each.disk)
+            places = [entry.name for entry in self.root.iterdir() if (entry / names.CATALOGUE).exists()]
+        found = (names.disk_of(place) for place in places)
+        return [ReplicaDisk(self.root, name) for name in sorted(name for name in found if name is not None)]
 
 
 def open_replica(root: Path, *, make: bool = False) -> Replica:

@@ -96,3 +96,53 @@ def test_diverged_has_its_own_kind(run: Run, chain: list[Path], place: Place, tm
     assert (said.status, said.json["error"]["kind"]) == (4, "diverged")
     assert "--cut-replica" in said.json["error"]["hint"]
     assert run("send", str(other), f"dir:{place.root}::web1/vda", "--cut-replica").status == 0
+
+
+def test_log_and_verify_of_a_replica(run: Run, chain: list[Path], place: Place) -> None:
+    run("send", str(chain[-1]), f"dir:{place.root}::web1/vda", "--label", "first")
+    for address in (f"dir:{place.root}", f"dir:{place.root}::web1/vda"):
+        (disk,) = run("log", address, "--json").json["disks"]
+        (point,) = disk["points"]
+        assert (disk["name"], point["point"], point["labels"], point["layers"]) == ("web1/vda", 1, ["first"], 2)
+        assert point["virtual_size"] == 4 * MiB
+        assert "first" in run("log", address).out
+        said = run("verify", address, "--read-data", "--json")
+        assert (said.status, said.json["ok"], said.json["findings"]) == (0, True, [])
+        assert said.json["checked_bytes"] >= 2 * MiB + 65536
+        assert "all is well" in run("verify", address).out
+    victim = place.files()[0]
+    victim.unlink()
+    said = run("verify", f"dir:{place.root}", "--json")
+    assert (said.status, said.json["ok"]) == (5, False)
+    assert (said.json["findings"][0]["disk"], said.json["findings"][0]["points"]) == ("web1/vda", [1])
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "kind"),
+    [
+        (["log", "dir:/nowhere/at/all"], 3, "not-found"),
+        (["log", "dir:relative"], 2, "invalid-input"),
+        (["log", "ssh://h"], 2, "invalid-input"),
+        (["log", "dir:/r::vda@1"], 2, "invalid-input"),
+        (["log", "dir:/r", "--password-file", "x"], 2, "invalid-input"),
+        (["verify", "dir:/nowhere/at/all"], 3, "not-found"),
+        (["verify", "dir:/r", "--sample", "5%"], 2, "invalid-input"),
+        (["verify", "dir:/r", "--limit-rate", "5M"], 2, "invalid-input"),
+        (["gc", "dir:/r"], 2, "invalid-input"),
+        (["serve-replica", "--stdio", "--root", "/nowhere/at/all"], 3, "not-found"),
+    ],
+)
+def test_what_is_wrong_with_a_replica_is_said(run: Run, words: list[str], status: int, kind: str) -> None:
+    said = run(*words, *([] if words[0] == "serve-replica" else ["--json"]))
+    assert said.status == status
+    assert words[0] == "serve-replica" or said.json["error"]["kind"] == kind
+
+
+def test_an_epoch_shuts_the_old_writer_out(run: Run, chain: list[Path], place: Place) -> None:
+    address = f"dir:{place.root}::web1/vda"
+    assert run("send", str(chain[0]), address, "--epoch", "2").status == 0
+    assert run("log", address, "--json").json["disks"][0]["epoch"] == 2
+    said = run("send", str(chain[1]), address, "--json")
+    assert (said.status, said.json["error"]["kind"]) == (4, "conflict")
+    assert "epoch 1, and here it is in epoch 2" in said.json["error"]["message"]
+    assert run("send", str(chain[1]), address, "--epoch", "2").status == 0

@@ -120,7 +120,7 @@ def test_a_directory_of_another_disk(place: Place, chain: list[Path]) -> None:
 def test_all_disks_by_name(place: Place, chain: list[Path]) -> None:
     for disk in ("web2/vda", "web1/vda"):
         place.send(chain[0], disk=disk)
-    assert [each.disk for each in open_replica(place.root).catalogues()] == ["web1/vda", "web2/vda"]
+    assert [each.name for each in open_replica(place.root).disks()] == ["web1/vda", "web2/vda"]
 
 
 def test_generations_count_every_change(place: Place, chain: list[Path]) -> None:

@@ -37,10 +37,11 @@ def told(error: BaseException) -> Failure:
 def raised(failure: Failure, *, peer: str) -> SnapchainError:
     """The error here for one that the other side told; its words never reach a terminal as control characters."""
     kind = _KINDS.get(failure.kind, Unavailable)
-    subject = peer if failure.subject is None else f"{peer}: {_printable(failure.subject)}"
-    hint = None if failure.hint is None else _printable(failure.hint)
-    return kind(_printable(failure.message), subject=subject, hint=hint)
+    subject = peer if failure.subject is None else f"{peer}: {printable(failure.subject)}"
+    hint = None if failure.hint is None else printable(failure.hint)
+    return kind(printable(failure.message), subject=subject, hint=hint)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """What a peer said, so that it may go to a terminal."""
     return "".join(character if character.isprintable() else "?" for character in text)

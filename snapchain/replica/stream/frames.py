@@ -43,10 +43,17 @@ class Kind(IntEnum):
     BEAT = 10
     FAIL = 11
     CUT = 12
+    ACTIVE = 13
+    ASK = 14
     INVENTORY = 32
     ACK = 33
     STORED = 34
     DONE = 35
+    READINESS = 36
+    DISK = 37
+    VERDICT = 38
+    FINDING = 39
+    PROGRESS = 40
 
 
 KiB = 1024
@@ -62,6 +69,8 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.POINT: 64 * KiB,
     Kind.STOP: 0,
     Kind.CUT: 4 * KiB,
+    Kind.ACTIVE: 4 * KiB,
+    Kind.ASK: 16 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
@@ -70,6 +79,11 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.ACK: 8,
     Kind.STORED: 4 * KiB,
     Kind.DONE: 16 * KiB,
+    Kind.READINESS: 16 * KiB,
+    Kind.DISK: 16 * KiB * KiB,
+    Kind.VERDICT: 4 * KiB,
+    Kind.FINDING: KiB * KiB,
+    Kind.PROGRESS: 16,
 }
 """The same for a receiver."""
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 
 from snapchain.errors import Corrupt
 
@@ -14,6 +24,10 @@ LARGEST_DISK = 1 << 56
 """Bytes; see docs/format.md: no signed offset may overflow with two of these added."""
 MAX_LAYERS = 200
 """QEMU opens chains of 200 files and no deeper."""
+
+LARGEST_EPOCH = 1 << 31
+POINTS_AT_ONCE = 256
+"""In one DISK frame; each may have a hundred labels of a hundred characters."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -45,11 +59,21 @@ class Open(_Said):
     """Which disk, in which replica; no replica where the receiver was told by its own user.
 
     look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
+    epoch: in which the sender writes the disk; 1 goes without saying
     """
 
     disk: str = Field(min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     look: bool = False
+    epoch: int = Field(default=1, ge=1, le=LARGEST_EPOCH)
+
+    @model_serializer(mode="wrap")
+    def _without_the_first_epoch(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature knows no such field.
+        said: dict[str, Any] = handler(self)
+        if said.get("epoch") == 1:
+            del said["epoch"]
+        return said
 
 
 class Source(_Said):
@@ -137,6 +161,98 @@ class Done(_Said):
 
     points: tuple[int, ...] = Field(max_length=4 * MAX_LAYERS)
     layers: int = Field(ge=0)
+
+
+class Active(_Said):
+    """An empty overlay on the newest layer, in which a live migration can put what a guest has not yet sealed.
+
+    name: that its file should have; size: virtual, bytes; on: the layer that must be the newest there
+    make: whether it is to be made, or only looked for; prove: whether all layers are to be read again
+    """
+
+    name: str = Field(min_length=1, max_length=255)
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
+    extended_l2: bool
+    on: LayerId
+    make: bool
+    prove: bool
+
+
+class ActiveState(StrEnum):
+    """What stands where the overlay should."""
+
+    ABSENT = "absent"
+    READY = "ready"
+    """The empty overlay that was asked for."""
+    STALE = "stale"
+    """An empty overlay on a layer of this disk, but not the one that was asked for: it may be replaced."""
+    FOREIGN = "foreign"
+    """Something else, such as an overlay that a guest has written to."""
+
+
+class Readiness(_Said):
+    """The answer to Active.
+
+    directory: of the disk, absolute; file: the overlay's, from there; state: as it is now, after it was made
+    proven: whether all layers were read again and show what the catalogue says; broken: files that do not
+    """
+
+    directory: str = Field(min_length=1, max_length=4096)
+    file: str = Field(min_length=1, max_length=300)
+    state: ActiveState
+    proven: bool
+    broken: tuple[Annotated[str, StringConstraints(max_length=255)], ...] = Field(default=(), max_length=MAX_LAYERS)
+
+
+class Ask(_Said):
+    """A question in the place of OPEN; nothing is made, locked or changed over there.
+
+    want: the points of disks; whether what is recorded of them is sound; whether the data are, too
+    disk: None for all; replica: as in Open
+    """
+
+    want: Literal["points", "records", "data"]
+    disk: str | None = Field(default=None, min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+
+
+class HeldPoint(_Said):
+    """A point of a disk. layers: length of the chain that gives it."""
+
+    point: int = Field(ge=1)
+    time: AwareDatetime
+    labels: tuple[Label, ...] = Field(default=(), max_length=100)
+    size: int = Field(ge=0, le=LARGEST_DISK)
+    content_id: Digest
+    layers: int = Field(ge=1, le=MAX_LAYERS)
+
+
+class HeldDisk(_Said):
+    """A disk and some of its points, ascending; those that follow come in the next such frame of the same disk."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    epoch: int = Field(ge=1)
+    points: tuple[HeldPoint, ...] = Field(max_length=POINTS_AT_ONCE)
+
+
+class Verdict(_Said):
+    """A disk was looked at. checked_bytes: of data that were read; its findings came before."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    points: int = Field(ge=0)
+    layers: int = Field(ge=0, le=MAX_LAYERS)
+    checked_bytes: int = Field(ge=0, le=MAX_LAYERS * LARGEST_DISK)
+
+
+class Finding(_Said):
+    """Something wrong with a disk. kind: as in errors.py; subject: its file; points: those that it affects."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    kind: Annotated[str, StringConstraints(max_length=40)]
+    subject: str | None = Field(default=None, max_length=1000)
+    message: str = Field(max_length=4000)
+    points: tuple[int, ...] = Field(default=(), max_length=100_000)
 
 
 class Failure(_Said):

@@ -8,8 +8,14 @@ from snapchain.errors import Corrupt, Unsupported
 from snapchain.replica.stream.frames import Frame, Kind
 from snapchain.replica.stream.messages import VERSION, Hello, decode
 
-FEATURES: tuple[str, ...] = ()
-"""Names of what was added to version 1 since; none yet. Names that a side does not know mean nothing to it."""
+ACTIVE_FEATURE = "active"
+"""A receiver that understands ACTIVE, and answers it with READINESS."""
+ASK_FEATURE = "ask"
+"""A receiver that answers ASK."""
+EPOCH_FEATURE = "epoch"
+"""A receiver that heeds the epoch in OPEN."""
+FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE)
+"""Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
 def hello(*, answers: bool) -> Hello:

@@ -1,0 +1,217 @@
+"""`snapchain sync IMAGE DEST::DISK`: make a replica ready for a live migration of the guest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, quantities, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import size
+from snapchain.errors import Conflict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.ops.sync import Destination, Guest, SyncReport
+
+NOT_READY = Conflict.exit_code
+_MIGRATE = "For the migration"
+
+
+@verb(
+    examples="""
+    snapchain sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda
+    snapchain sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --check
+    snapchain sync web1.qcow2 ssh://kvm2/srv/replica::web1/vda --target-downtime 2 --limit-rate 50M
+    snapchain sync web1.qcow2 dir:/mnt/share/replica::web1/vda --rounds 3 --dest-uri qemu+ssh://kvm2/system
+    """,
+    when_interrupted="what is durable at the replica stays, and what was sealed stays sealed; run it again to go on",
+)
+def sync(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, which a guest may be writing.")],
+    target: Annotated[
+        str, typer.Argument(metavar="DEST::DISK", help="Replica: ssh://\\[user@]host/path or dir:/path.")
+    ],
+    *,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Seal the top and ship it, at most so many times.")
+    ] = None,
+    target_downtime: Annotated[
+        float | None,
+        typer.Option(
+            "--target-downtime",
+            metavar="SECONDS",
+            help="Seal and ship until what is left would take no longer; stop when that does not come nearer.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say whether it is ready (exit 0) or what is missing (exit 4).")
+    ] = False,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Read every sealed layer again, on both sides, and compare content ids.")
+    ] = False,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")
+    ] = None,
+    cut_replica: Annotated[
+        bool,
+        typer.Option(
+            "--cut-replica", help="Where both sides have gone on: drop the replica's layers and points beyond the base."
+        ),
+    ] = False,
+    connections: Annotated[
+        int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
+    ] = 1,
+    domain: Annotated[
+        str | None, typer.Option("--domain", help="The guest, by default web1 for web1/vda.", rich_help_panel=_MIGRATE)
+    ] = None,
+    guest_disk: Annotated[
+        str | None,
+        typer.Option(
+            "--guest-disk",
+            metavar="TARGET",
+            help="The disk's target in the guest, by default vda for web1/vda.",
+            rich_help_panel=_MIGRATE,
+        ),
+    ] = None,
+    dest_uri: Annotated[
+        str | None,
+        typer.Option(
+            "--dest-uri",
+            metavar="URI",
+            help="The destination's libvirt, by default qemu+ssh://\\[user@]host/system.",
+            rich_help_panel=_MIGRATE,
+        ),
+    ] = None,
+    image_format: options.Format = None,
+    image_dir: options.ImageDir = None,
+    limit_rate: options.LimitRate = None,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    progress: options.Progress = Mode.AUTO,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a replica ready for a live migration, and predict its cutover.
+
+    All files below the top go over, in order, each under its own name, as `send` sends them: resumable, and proven by
+    content id. Then an empty overlay of the top's size is made on them there, and the virsh command is printed that
+    migrates the guest (--copy-storage-inc, with the explicit list of disks). What is left in the top, at the rate
+    that was measured, is the predicted cutover.
+
+    A guest may run meanwhile. With --rounds or --target-downtime the top is sealed too, which today needs an image
+    that nobody has open; the rounds end when enough is done, or when the guest dirties faster than the link carries.
+
+    Exits with 4 when the destination is not ready, or the target is not met; an overlay at the destination that
+    anybody has written to is never touched.
+    """
+    from snapchain.ops.address import parse_disk_address
+    from snapchain.ops.sync import (
+        Divergence,
+        Proof,
+        SyncRequest,
+        check as look,
+        replica_at,
+        sealed_request,
+        sync as run,
+    )
+
+    address = parse_disk_address(target)
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
+        endpoint = replica_at(address.dest, connections=connections)
+        request = SyncRequest(
+            send=sealed_request(
+                image,
+                address.disk,
+                labels=label or (),
+                divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+                format=options.format_of(image_format),
+                image_dirs=options.image_dirs(image_dir),
+                limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+            ),
+            rounds=rounds,
+            target_downtime=target_downtime,
+            proof=Proof.READ if prove else Proof.RECORDED,
+            guest=_guest(address.dest, address.disk, domain=domain, target=guest_disk, uri=dest_uri),
+        )
+        if check or dry_run:
+            stands = look(request, endpoint, on_event=out.on_event)
+            if not check:
+                out.plan(stands, _draw_plan)
+                return
+            out.report(stands, _draw_check)
+            met = stands.ready
+        else:
+            report = run(request, endpoint, on_event=out.on_event)
+            out.report(report, _draw_report)
+            met = report.ready and report.on_target is not False
+    if not met:
+        raise typer.Exit(NOT_READY)
+
+
+def _guest(dest: str, disk: str, *, domain: str | None, target: str | None, uri: str | None) -> Guest | None:
+    from snapchain.host.remote_address import is_remote, parse_remote_address
+    from snapchain.ops.sync import guest_of
+
+    address = parse_remote_address(dest) if is_remote(dest) else None
+    return guest_of(disk, address, domain=domain, target=target, uri=uri)
+
+
+def _draw_plan(console: Console, stands: Destination) -> None:
+    render.headline(console, f"would bring {render.place(stands.image)} to {stands.destination}::{stands.disk}")
+    render.facts(console, [("to send", size(stands.bytes_to_send)), ("left in the top", size(stands.bytes_left))])
+    _draw_missing(console, stands.missing)
+
+
+def _draw_check(console: Console, stands: Destination) -> None:
+    said = "is ready" if stands.ready else "is not ready"
+    render.headline(console, f"{stands.destination}::{stands.disk} {said} for {render.place(stands.image)}")
+    render.facts(
+        console,
+        [
+            ("layers there", str(len(stands.layers))),
+            ("left in the top", size(stands.bytes_left)),
+            ("overlay", stands.overlay or ""),
+        ],
+    )
+    _draw_missing(console, stands.missing)
+    _draw_commands(console, stands.commands, ready=stands.ready)
+
+
+def _draw_report(console: Console, report: SyncReport) -> None:
+    said = "is ready" if report.ready else "is not ready"
+    render.headline(console, f"{report.destination}::{report.disk} {said} for {render.place(report.image)}")
+    predicted = report.predicted_cutover_seconds
+    wire = "" if report.wire_bytes_left is None else f", about {size(report.wire_bytes_left)} on the wire"
+    render.facts(
+        console,
+        [
+            ("layers", f"{report.layers_sent} sent, {report.layers_present} there already"),
+            ("on the wire", size(report.bytes_sent)),
+            ("rate", "not measured" if report.rate is None else f"{size(int(report.rate))}/s"),
+            ("left in the top", f"{size(report.bytes_left)}{wire}"),
+            ("predicted cutover", "not measured" if predicted is None else quantities.duration(predicted)),
+            ("rounds", "" if report.outcome is None else f"{len(report.rounds)}, ended by: {report.outcome.value}"),
+            ("overlay", report.overlay or ""),
+        ],
+    )
+    _draw_missing(console, report.missing)
+    _draw_commands(console, report.commands, ready=report.ready)
+
+
+def _draw_missing(console: Console, missing: tuple[str, ...]) -> None:
+    for what in missing:
+        console.print(f"  missing: {what}", markup=False)
+
+
+def _draw_commands(console: Console, commands: tuple[str, ...], *, ready: bool) -> None:
+    if commands:
+        render.headline(console, "to migrate the guest, on this host:")
+    elif ready:
+        console.print("  for the commands that migrate it, say --domain, --guest-disk and --dest-uri", markup=False)
+    for command in commands:
+        console.print(f"  {command}", markup=False, soft_wrap=True)

@@ -1,0 +1,137 @@
+"""Asking a replica, wherever it is, about its points and its soundness; nothing that it says is believed unjudged."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from snapchain.errors import Corrupt, InvalidInput, Unsupported
+from snapchain.host.remote_channel import Channel
+from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.names import check_disk_name
+from snapchain.replica.stream import failures, opening
+from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.messages import Ask, Failure, Finding, HeldDisk, HeldPoint, Verdict, decode, encode
+
+_PROGRESS = struct.Struct("<QQ")
+MOST_BYTES = 256 << 20
+"""Of a whole answer: a million points, or thousands of findings; beyond that somebody means harm."""
+OnBytes = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk and all its points, oldest first."""
+
+    name: str
+    epoch: int
+    points: list[HeldPoint]
+
+
+def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
+    """All disks there, or one. Raises NotFound, Unsupported, and what keeps the other side from answering."""
+    found: list[Disk] = []
+    seen: set[str] = set()
+    with endpoint.connect() as channel:
+        for frame in _answers(channel, Ask(want="points", disk=disk, replica=endpoint.replica)):
+            if frame.kind is not Kind.DISK:
+                raise _unexpected(frame, channel)
+            said = decode(HeldDisk, frame.body, subject=channel.peer)
+            if not found or found[-1].name != said.disk:
+                if _checked(said.disk, disk, channel) in seen:
+                    raise Corrupt("it tells of one disk in two places", subject=channel.peer)
+                seen.add(said.disk)
+                found.append(Disk(said.disk, said.epoch, []))
+            _check_points([*found[-1].points[-1:], *said.points], channel)
+            found[-1].points.extend(said.points)
+    if disk is not None and not found:
+        raise Corrupt("it has not told of the disk that it was asked about", subject=endpoint.url)
+    return found
+
+
+def soundness_at(
+    endpoint: Endpoint, disk: str | None = None, *, data: bool, on_bytes: OnBytes
+) -> tuple[list[Verdict], list[Finding]]:
+    """What was looked at there, and what was found wrong with it. data: bytes too; errors as `points_at`.
+
+    on_bytes: told how many bytes of data were read by now, and of how many
+    """
+    verdicts: list[Verdict] = []
+    findings: list[Finding] = []
+    with endpoint.connect() as channel:
+        asked = Ask(want="data" if data else "records", disk=disk, replica=endpoint.replica)
+        for frame in _answers(channel, asked):
+            match frame.kind:
+                case Kind.PROGRESS if data and len(frame.body) == _PROGRESS.size:
+                    on_bytes(*_PROGRESS.unpack(frame.body))
+                case Kind.FINDING:
+                    finding = decode(Finding, frame.body, subject=channel.peer)
+                    _checked(finding.disk, disk, channel)
+                    findings.append(_printable(finding))
+                case Kind.VERDICT:
+                    verdicts.append(decode(Verdict, frame.body, subject=channel.peer))
+                    _checked(verdicts[-1].disk, disk, channel)
+                case _:
+                    raise _unexpected(frame, channel)
+    seen = {verdict.disk for verdict in verdicts}
+    if len(seen) < len(verdicts) or any(finding.disk not in seen for finding in findings):
+        raise Corrupt("its findings are not of the disks that it has looked at", subject=endpoint.url)
+    if disk is not None and not verdicts:
+        raise Corrupt("it has not looked at the disk that it was asked about", subject=endpoint.url)
+    return verdicts, findings
+
+
+def _answers(channel: Channel, asked: Ask) -> Iterator[Frame]:
+    """What is said before DONE."""
+    writer, reader = FrameWriter(channel), FrameReader(channel, FROM_RECEIVER)
+    writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
+    there = opening.agree(_next(reader, channel), peer=channel.peer)
+    if opening.ASK_FEATURE not in there.features:
+        raise Unsupported(
+            "the snapchain there cannot be asked", subject=channel.peer, hint="bring it up to date over there"
+        )
+    writer.send(Kind.ASK, encode(asked))
+    left = MOST_BYTES
+    while (frame := _next(reader, channel)).kind is not Kind.DONE:
+        left -= len(frame.body)
+        if left < 0:
+            raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer)
+        yield frame
+
+
+def _next(reader: FrameReader, channel: Channel) -> Frame:
+    while True:
+        frame = reader.read()
+        if frame.kind is Kind.FAIL:
+            raise failures.raised(decode(Failure, frame.body, subject=channel.peer), peer=channel.peer)
+        if frame.kind is not Kind.BEAT:
+            return frame
+
+
+def _unexpected(frame: Frame, channel: Channel) -> Corrupt:
+    return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=channel.peer)
+
+
+def _checked(said: str, wanted: str | None, channel: Channel) -> str:
+    """The name of a disk that it tells of."""
+    if wanted is not None and said != wanted:
+        raise Corrupt("it tells of another disk than the one asked for", subject=channel.peer)
+    try:
+        return check_disk_name(said)
+    except InvalidInput as error:
+        raise Corrupt(error.message, subject=channel.peer) from error
+
+
+def _check_points(points: Sequence[HeldPoint], channel: Channel) -> None:
+    if any(upper.point <= lower.point for lower, upper in pairwise(points)):
+        raise Corrupt("its points do not ascend", subject=channel.peer)
+    if not all(label.isprintable() for point in points for label in point.labels):
+        raise Corrupt("a label holds control characters", subject=channel.peer)
+
+
+def _printable(finding: Finding) -> Finding:
+    subject = None if finding.subject is None else failures.printable(finding.subject)
+    plain = {"kind": failures.printable(finding.kind), "subject": subject}
+    return finding.model_copy(update={**plain, "message": failures.printable(finding.message)})
