@@ -100,3 +100,26 @@ def test_an_image_that_is_opened_by_a_link_in_another_directory(strategy: Strate
     assert same(link, before)
     assert same(link.resolve(), before)
     assert not lower.exists()
+
+
+@pytest.mark.parametrize("options", ["", "extended_l2=on"])
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])
+def test_a_disk_that_grows_after_a_merge_shows_nothing_of_what_lay_behind_its_end(
+    strategy: Strategy, flatten: bool, options: str, tmp_path: Path
+) -> None:
+    """QEMU copies from a longer backing file to the end of a cluster, and hides that only while it is there."""
+    *_, top = build(
+        tmp_path / "vm",
+        [
+            Layer(size=4096),
+            Layer(size=37376, writes=["write -P 88 0 37376"], options=options),
+            Layer(size=32256, writes=["write -P 7 14848 17408"], options=options),
+        ],
+    )
+    before = flat(top, tmp_path / "before")
+    run.run(plan.plan(top, flatten=flatten, strategy=strategy))
+    qemu_img("resize", "-q", "-f", "qcow2", top, "1M")
+    os.truncate(before, 1 << 20)
+    assert same(top, before)
+    assert clean(top)

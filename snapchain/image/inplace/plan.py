@@ -17,7 +17,7 @@ from snapchain.image.file import ImageFile
 from snapchain.image.inplace.amendment import Amendment
 from snapchain.image.inplace.cells import Cells, cells, cut, end_of_last_cell
 from snapchain.image.inplace.link import header_head, relink
-from snapchain.image.inplace.rooms import Rooms, rooms
+from snapchain.image.inplace.rooms import Rooms, behind_end, rooms
 from snapchain.image.physical import Int64s
 from snapchain.image.pread import file_bytes
 from snapchain.image.qcow2.encode import subcluster_bitmaps, values_of
@@ -89,6 +89,7 @@ def _amendment(view: ImageChain, first: int, target: int, backing: Backing | Non
     blank = [
         _zeroes(change.fresh, shown, (placed.runs[0][used], placed.runs[1][used], placed.runs[2][used])),
         _zeroes(change.over, shown, held),
+        behind_end(image, placed, size=view.size),
     ]
     entry, bitmap = _entries(image, change, placed, rooted=backing is None)
     del change, shown, held

@@ -76,6 +76,35 @@ def rooms(image: ImageFd, change: Cells, *, size: int) -> Rooms:
     return Rooms(cluster, host, dropped, runs, used_before, end, count)
 
 
+def behind_end(image: ImageFd, placed: Rooms, *, size: int) -> tuple[Int64s, Int64s]:
+    """(place, length) of what the last cluster holds behind the end of the disk, where it is not new.
+
+    QEMU fills that from a longer backing file when it copies on write, and hides it when the disk grows: but only as
+    long as it stands on a longer one.
+    """
+    step = image.header.cluster_size
+    number, inside = divmod(size, step)
+    at = int(np.searchsorted(placed.cluster, number))
+    if at < len(placed.cluster) and placed.cluster[at] == number:
+        host = int(placed.host[at])
+    else:
+        host = _place_now(image, number)
+    if not inside or not 0 < host < placed.end:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    return np.array([host + inside], np.int64), np.array([step - inside], np.int64)
+
+
+def _place_now(image: ImageFd, number: int) -> int:
+    """Of a guest cluster that is stored plain; 0 for any other."""
+    l1 = whole_l1(image)
+    table, row = divmod(number, image.header.guest_bytes_per_l2 // image.header.cluster_size)
+    if table >= len(l1) or not l1[table]:
+        return 0
+    entries = read_clusters(image, host_offsets(l1[table : table + 1]))[0]
+    entry = entries[row * 2 if image.header.extended_l2 else row]
+    return 0 if entry & np.uint64(COMPRESSED) else int(host_offsets(np.array([entry], np.uint64))[0])
+
+
 def _runs(guest: Int64s, host: Int64s, new: Mask, step: int) -> tuple[tuple[Int64s, Int64s, Int64s], Mask]:
     """Clusters that go on in guest and file as one, with those that are not new told."""
     row, length = joined_runs([host - guest, new.astype(np.int32)], guest, np.full(len(guest), step, np.int64))
