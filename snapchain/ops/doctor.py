@@ -25,7 +25,7 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
-from snapchain.image.references import children
+from snapchain.image.references import children, reason
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.merge import recover
 from snapchain.ops.merge.journal import MergeJournal, is_journal, leftovers, read
@@ -231,7 +231,7 @@ def _check_second_name(finding: Finding) -> None:
         raise Busy("it was given to another file meanwhile", subject=finding.path)
     standing = children([finding.path.parent], of=[finding.path]).get(finding.path)
     if standing:
-        raise Busy(f"{standing[0].name} stands on this name", subject=finding.path, hint="it stays")
+        raise Busy(reason(standing), subject=finding.path, hint="it stays")
 
 
 @contextmanager

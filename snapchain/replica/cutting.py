@@ -12,7 +12,7 @@ from pathlib import Path
 from snapchain.errors import Conflict, NotFound
 from snapchain.host.files import remove
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.image.references import children
+from snapchain.image.references import children, reason
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.progress import forget
@@ -39,7 +39,7 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
         for lower, standing in children(_where(disk), of=paths, besides=ours).items():
             raise Conflict(
-                f"{standing[0].name} stands on it",
+                reason(standing),
                 subject=lower,
                 hint="move or remove that image first, if it may go",
             )

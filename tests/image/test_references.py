@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from snapchain.image import scan
 from snapchain.image.chain import ImageChain
 from snapchain.image.difference import Difference, doubts, first_difference
-from snapchain.image.references import children
+from snapchain.image.references import Unread, children, reason
 
 MiB = 1 << 20
 
@@ -60,6 +61,28 @@ def test_who_is_no_child(tmp_path: Path) -> None:
     assert children([tmp_path], of=[base]) == {base: [top]}
     assert children([tmp_path], of=[base], besides=[(status.st_dev, status.st_ino)]) == {}
     assert children([tmp_path], of=[top]) == {}
+
+
+@pytest.mark.root
+def test_what_may_not_be_read_may_stand_on_anything() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        base = create(directory / "base.qcow2")
+        mine, strangers = create(directory / "mine.qcow2"), create(directory / "strangers.qcow2", "base.qcow2")
+        (directory / "small").write_bytes(b"x")
+        strangers.chmod(0o600)
+        (directory / "small").chmod(0o600)
+        directory.chmod(0o755)
+        os.seteuid(65534)
+        try:
+            found = children([directory], of=[base, mine])
+            why = reason(found[base])
+            passed = children([directory], of=[base, mine], unread=Unread.PASSED_OVER)
+        finally:
+            os.seteuid(0)
+    assert found == {base: [strangers], mine: [strangers]}
+    assert why == "strangers.qcow2 cannot be read, and may stand on it"
+    assert passed == {}
 
 
 def test_difference_looks_only_where_two_chains_could_differ(tmp_path: Path) -> None:

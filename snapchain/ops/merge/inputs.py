@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, Unsupported
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.references import children
+from snapchain.image.references import children, reason
 from snapchain.ops.merge.journal import MergeJournal, leftovers
 from snapchain.ops.notes import Notes
 
@@ -102,8 +102,7 @@ def fate(
     keep: list[KeptFile] = []
     for path in lower:
         if path in found:
-            names = ", ".join(entry.name for entry in found[path][:3])
-            keep.append(KeptFile(path=path, reason=f"{names} stands on it"))
+            keep.append(KeptFile(path=path, reason=reason(found[path])))
         elif keep:
             keep.append(KeptFile(path=path, reason=f"{keep[-1].path.name} stands on it"))
         elif path.is_block_device():

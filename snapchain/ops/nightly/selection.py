@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.image.references import children
+from snapchain.image.references import Unread, children
 from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.naming import disk_name
 
@@ -107,7 +107,7 @@ def _under_others(images: Collection[Path], faults: list[SnapchainError]) -> dic
         if not directory.is_dir():
             continue
         try:
-            for image, others in children([directory], of=images).items():
+            for image, others in children([directory], of=images, unread=Unread.PASSED_OVER).items():
                 found.setdefault(image, []).extend(other for other in others if other not in found[image])
         except SnapchainError as error:  # a directory that cannot be listed: the images elsewhere are sound
             faults.append(error)
