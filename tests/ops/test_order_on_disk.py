@@ -28,8 +28,8 @@ def calls(work: Path, image: Path, operation: str, options: str = "") -> list[st
     found = []
     for line in lines:
         number, _, call = line.partition(" ")
-        # (The flush of a merge's result is done by another thread.)
-        if number != own and ".merge-" not in call:
+        # (What a merge makes is flushed by another thread, while this one proves it.)
+        if number != own and not call.strip().startswith("fsync"):
             continue
         # (A call during which another thread made one is told in two lines, of which the first names the file.)
         if str(image.parent) not in call or not (" = 0" in call or "<unfinished" in call):

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from snapchain.errors import Unsupported
 from snapchain.host.os_errors import os_errors
@@ -38,6 +41,29 @@ class Disk:
         """What was written is on the disk when this returns."""
         with os_errors(self.subject):
             os.fsync(self.fd)
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """As `sync`, while the body reads; what was written is on the disk when this is left in peace.
+
+        A failure of the flush is raised at the end, after the body, which must not write.
+        """
+        failures: list[BaseException] = []
+
+        def flush() -> None:
+            try:
+                self.sync()
+            except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that waits
+                failures.append(error)
+
+        worker = threading.Thread(target=flush, name="merge-flush", daemon=True)
+        worker.start()
+        try:
+            yield
+        finally:
+            worker.join()
+        if failures:
+            raise failures[0]
 
     def truncate(self, size: int) -> None:
         """Cut off, or grow by a hole."""

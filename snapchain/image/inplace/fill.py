@@ -72,17 +72,17 @@ def fill(
         disk.write(table, offset)
     for offset, block in counts.writes:
         disk.write(block, offset)
-    disk.sync()
-    sector = bytes(disk.first_sector())
-    with_counts = _with_counts(sector, counts)
-    with_size = _with_size(with_counts, amendment, tables)
-    steps = (
-        [(0, with_counts)] if with_counts != sector else [],
-        list(tables.changed()),
-        list(tables.l1_entries()),
-        [(0, with_size)] if with_size != with_counts else [],
-    )
-    prove([write for step in steps for write in step])
+    with disk.syncing():  # the proof reads what is being flushed
+        sector = bytes(disk.first_sector())
+        with_counts = _with_counts(sector, counts)
+        with_size = _with_size(with_counts, amendment, tables)
+        steps = (
+            [(0, with_counts)] if with_counts != sector else [],
+            list(tables.changed()),
+            list(tables.l1_entries()),
+            [(0, with_size)] if with_size != with_counts else [],
+        )
+        prove([write for step in steps for write in step])
     for step in steps:
         for offset, piece in step:
             disk.write(piece, offset)
