@@ -25,6 +25,16 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object: sizes in bytes, times in UTC.", rich_help_panel=_OUTPUT),
 ]
+Labels = Annotated[list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")]
+CutReplica = Annotated[
+    bool,
+    typer.Option(
+        "--cut-replica", help="Where both sides have gone on: drop the replica's layers and points beyond the base."
+    ),
+]
+Connections = Annotated[
+    int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", "-n", help="Print what would be done, and do nothing.", rich_help_panel=_OUTPUT),

@@ -38,24 +38,15 @@ def send(
     ] = None,
     *,
     disk: Annotated[str | None, typer.Option("--disk", help="The disk's name in a stream that goes to stdout.")] = None,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")
-    ] = None,
+    label: options.Labels = None,
     each_layer: Annotated[
         bool, typer.Option("--each-layer", help="Make every file of the chain a layer of its own, under its own name.")
     ] = False,
     sealed: Annotated[
         bool, typer.Option("--sealed", help="Leave out the top, which a guest will go on writing to.")
     ] = False,
-    cut_replica: Annotated[
-        bool,
-        typer.Option(
-            "--cut-replica", help="Where both sides have gone on: drop the replica's layers and points beyond the base."
-        ),
-    ] = False,
-    connections: Annotated[
-        int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
-    ] = 1,
+    cut_replica: options.CutReplica = False,
+    connections: options.Connections = 1,
     epoch: Annotated[
         int,
         typer.Option(

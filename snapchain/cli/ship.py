@@ -32,9 +32,7 @@ def ship(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, or any single disk image.")],
     target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
     *,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")
-    ] = None,
+    label: options.Labels = None,
     each_layer: Annotated[
         bool,
         typer.Option("--each-layer", help="Make every file of the chain a layer and a point of its own."),

@@ -55,18 +55,9 @@ def sync(
     prove: Annotated[
         bool, typer.Option("--prove", help="Read every sealed layer again, on both sides, and compare content ids.")
     ] = False,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")
-    ] = None,
-    cut_replica: Annotated[
-        bool,
-        typer.Option(
-            "--cut-replica", help="Where both sides have gone on: drop the replica's layers and points beyond the base."
-        ),
-    ] = False,
-    connections: Annotated[
-        int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
-    ] = 1,
+    label: options.Labels = None,
+    cut_replica: options.CutReplica = False,
+    connections: options.Connections = 1,
     domain: Annotated[
         str | None, typer.Option("--domain", help="The guest, by default web1 for web1/vda.", rich_help_panel=_MIGRATE)
     ] = None,
