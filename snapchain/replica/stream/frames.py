@@ -45,6 +45,7 @@ class Kind(IntEnum):
     CUT = 12
     ACTIVE = 13
     ASK = 14
+    FETCH = 17
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -71,6 +72,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.CUT: 4 * KiB,
     Kind.ACTIVE: 4 * KiB,
     Kind.ASK: 16 * KiB,
+    Kind.FETCH: 16 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
