@@ -24,7 +24,7 @@ from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
-from snapchain.replica.names import check_disk_name
+from snapchain.replica.names import check_disk_name, check_offered
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import Arrived, DataRuns, Part, decode_data
 from snapchain.replica.stream.fetch_messages import FETCHED, Fetch
@@ -99,6 +99,7 @@ class Answer:
         count = self.point.layers if self.asked.chain else 1
         for _ in range(count):
             offer = decode(LayerOffer, self._expect(Kind.LAYER).body, subject=self.peer)
+            check_offered(offer.name, subject=self.peer)
             if offer.parent != parent or offer.resume_at:
                 raise Corrupt("a layer comes that does not lie on the one before", subject=self.peer)
             reader = MapReader(offer, subject=self.peer)
