@@ -17,20 +17,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from snapchain.errors import Corrupt, NotFound, Unsupported
+from snapchain.errors import Corrupt, NotFound
 from snapchain.host.remote_channel import Channel
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket
+from snapchain.replica.asking import ask, heard, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
 from snapchain.replica.names import check_disk_name, check_offered
-from snapchain.replica.stream import failures, opening
+from snapchain.replica.stream import opening
 from snapchain.replica.stream.data import Arrived, DataRuns, Part, decode_data
 from snapchain.replica.stream.fetch_messages import FETCHED, Fetch
-from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.frames import FRAME_BYTES, Frame, Kind
 from snapchain.replica.stream.maps import MapReader, layer_id
-from snapchain.replica.stream.messages import Done, Failure, HeldDisk, HeldPoint, LayerOffer, decode, encode
+from snapchain.replica.stream.messages import Done, HeldDisk, HeldPoint, LayerOffer, decode
 
 _PROGRESS = struct.Struct("<QQ")
 _LONGEST_NAME = 250
@@ -75,17 +76,9 @@ class Answer:
 
     def __init__(self, channel: Channel, asked: Fetch, *, limit_rate: int | None) -> None:
         """Raises Unsupported, NotFound, and what the other side refuses with."""
-        self.asked, self.peer = asked, channel.peer
-        self._frames = FrameReader(channel, FETCHED)
+        self.asked, self.peer, self._channel = asked, channel.peer, channel
+        self._frames = ask(channel, Kind.FETCH, asked, feature=opening.FETCH_FEATURE, allowed=FETCHED)
         self._bucket = None if limit_rate is None else TokenBucket(limit_rate)
-        writer = FrameWriter(channel)
-        writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
-        there = opening.agree(self.next(), peer=channel.peer)
-        if opening.FETCH_FEATURE not in there.features:
-            raise Unsupported(
-                "the snapchain there gives no points back", subject=channel.peer, hint="bring it up to date over there"
-            )
-        writer.send(Kind.FETCH, encode(asked))
         self.point = self._point(self._expect(Kind.DISK))
         told = self._expect(Kind.PROGRESS)
         if len(told.body) != _PROGRESS.size:
@@ -116,20 +109,16 @@ class Answer:
             raise Corrupt("it has given other layers than it says", subject=self.peer)
 
     def next(self) -> Frame:
-        """The next frame that says something."""
-        while True:
-            frame = self._frames.read()
-            if self._bucket is not None:
-                # Who sends is slowed down by what is not read yet.
-                self._bucket.take(FRAME_BYTES + len(frame.body))
-            if frame.kind is Kind.FAIL:
-                raise failures.raised(decode(Failure, frame.body, subject=self.peer), peer=self.peer)
-            if frame.kind is not Kind.BEAT:
-                return frame
+        """The next frame that says something. Raises what the other side fails with."""
+        frame = heard(self._frames, self._channel)
+        if self._bucket is not None:
+            # Who sends is slowed down by what is not read yet.
+            self._bucket.take(FRAME_BYTES + len(frame.body))
+        return frame
 
     def unexpected(self, frame: Frame) -> Corrupt:
         """The error for a frame that should not come now."""
-        return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=self.peer)
+        return unexpected(frame, self._channel)
 
     def _expect(self, kind: Kind) -> Frame:
         frame = self.next()

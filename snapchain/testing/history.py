@@ -22,16 +22,17 @@ from snapchain.image import qemu_img
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
 
 KiB, MiB = 1 << 10, 1 << 20
+PLAIN = Qcow2Options()
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A file: its size, what the guest does to it (qemu-io), how it is made; no options: raw."""
+    """A file: its size, what the guest does to it (qemu-io), how it is made: options of qcow2, or raw."""
 
     name: str
     size: int
     guest: Sequence[str] = ()
-    options: Qcow2Options | None = Qcow2Options()
+    options: Qcow2Options | None = PLAIN
 
 
 STEPS: Sequence[Step] = (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from snapchain.image import scan
 from snapchain.objects import open_store
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
@@ -22,13 +23,16 @@ from snapchain.testing.destination_contract import DestinationContract, Site, Tr
 from tests.repository.synthetic import again, repository
 from tests.servers import S3Server
 
+RECORDS = Traits(one_chain=False, merges=True)
+FILES = Traits(one_chain=True, merges=False)
+
 
 @dataclass(frozen=True)
 class RepositorySite:
     """A repository over any store."""
 
     repository: Repository
-    traits: Traits = Traits(one_chain=False, merges=True)
+    traits: Traits = RECORDS
 
     @property
     def store(self) -> ObjectStore:
@@ -48,6 +52,7 @@ class RepositorySite:
         self.store.put(name, whole)
 
     def vital(self, name: str, whole: bytes) -> Sequence[int]:
+        _ = name
         return range(len(whole))
 
 
@@ -57,7 +62,7 @@ class ReplicaSite:
 
     root: Path
     endpoint: Endpoint
-    traits: Traits = field(default=Traits(one_chain=True, merges=False))
+    traits: Traits = FILES
 
     def open(self, *, writing: bool = False) -> Destination:
         _ = writing
@@ -77,8 +82,16 @@ class ReplicaSite:
         path.chmod(mode)
 
     def vital(self, name: str, whole: bytes) -> Sequence[int]:
-        # The end of a qcow2 file is data of the guest; its reference counts, and what pads its tables, nobody reads.
-        return range(len(whole)) if name.endswith(".json") else [len(whole) - 1]
+        # Of a qcow2 file: magic, version, size, where the tables begin, and what a guest reads. Its reference counts
+        # nobody reads, nor what pads its tables and its last cluster.
+        if name.endswith(".json"):
+            return range(len(whole))
+        counts = [*range(8), *range(24, 32), *range(40, 48)]
+        with scan(self.root / name, format="qcow2") as chain:
+            runs = chain.top.physical
+            for host, start, stop in zip(runs.host.tolist(), runs.start.tolist(), runs.ends.tolist(), strict=True):
+                counts += range(host, host + stop - start, 511) if host >= 0 else ()
+        return counts
 
 
 def _size(path: Path) -> int:
@@ -99,7 +112,7 @@ class TestMemory(DestinationContract):
     @pytest.fixture(scope="class")
     @classmethod
     def sites(cls) -> Callable[[], Site]:
-        return lambda: RepositorySite(repository(MemoryStore()))
+        return lambda: RepositorySite(repository(MemoryStore()), replace(RECORDS, damages=6, every=2))
 
 
 class TestS3(DestinationContract):
@@ -111,7 +124,7 @@ class TestS3(DestinationContract):
                 patch.setenv(name, value)
             yield lambda: RepositorySite(
                 repository(open_store(f"s3://{moto_server.new_bucket()}/here")),
-                Traits(one_chain=False, merges=True, damages=4),
+                replace(RECORDS, damages=3, every=3),
             )
 
 

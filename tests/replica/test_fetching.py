@@ -432,7 +432,7 @@ def test_a_hostile_replica(name: str, out: Path) -> None:
 
 
 def test_an_older_replica(out: Path) -> None:
-    with puppet(answering(OLD)) as endpoint, pytest.raises(Unsupported, match="gives no points back"):
+    with puppet(answering(OLD)) as endpoint, pytest.raises(Unsupported, match="does not know 'fetch'"):
         restore(endpoint, out)
 
 
@@ -479,11 +479,11 @@ def test_a_request_out_of_place(place: Place, said: tuple[tuple[int, bytes], ...
     ],
 )
 def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import fetching
+    from snapchain.replica import asking
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
     monkeypatch.setattr(
-        fetching, "encode", lambda said: wanted(**request_)[1] if isinstance(said, Fetch) else encode(said)
+        asking, "encode", lambda said: wanted(**request_)[1] if isinstance(said, Fetch) else encode(said)
     )
     with pytest.raises(SnapchainError) as caught:
         restore(sent, out)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, Kind
-from snapchain.replica.stream.messages import _Said
+from snapchain.replica.stream.messages import Said
 
 FETCHED: Mapping[Kind, int] = {
     **{kind: FROM_RECEIVER[kind] for kind in (Kind.HELLO, Kind.BEAT, Kind.FAIL, Kind.DONE, Kind.PROGRESS)},
@@ -17,7 +17,7 @@ FETCHED: Mapping[Kind, int] = {
 """The longest body of each kind that may come in the answer to FETCH."""
 
 
-class Fetch(_Said):
+class Fetch(Said):
     """A point is wanted, in the place of OPEN; nothing is made or changed over there.
 
     point: as in an address, None for the latest; chain: its layers as they are, else one that shows all of it

@@ -45,6 +45,7 @@ class Kind(IntEnum):
     CUT = 12
     ACTIVE = 13
     ASK = 14
+    HANDOVER = 16
     FETCH = 17
     INVENTORY = 32
     ACK = 33
@@ -55,6 +56,7 @@ class Kind(IntEnum):
     VERDICT = 38
     FINDING = 39
     PROGRESS = 40
+    HANDED = 42
 
 
 KiB = 1024
@@ -72,6 +74,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.CUT: 4 * KiB,
     Kind.ACTIVE: 4 * KiB,
     Kind.ASK: 16 * KiB,
+    Kind.HANDOVER: 128 * KiB,
     Kind.FETCH: 16 * KiB,
 }
 """The longest body of each kind that a sender may send."""
@@ -86,6 +89,7 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.VERDICT: 4 * KiB,
     Kind.FINDING: KiB * KiB,
     Kind.PROGRESS: 16,
+    Kind.HANDED: 512 * KiB,
 }
 """The same for a receiver."""
 

@@ -14,9 +14,11 @@ ASK_FEATURE = "ask"
 """A receiver that answers ASK."""
 EPOCH_FEATURE = "epoch"
 """A receiver that heeds the epoch in OPEN."""
+HANDOVER_FEATURE = "handover"
+"""A receiver that answers HANDOVER with HANDED."""
 FETCH_FEATURE = "fetch"
 """A receiver that answers FETCH."""
-FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, FETCH_FEATURE)
+FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, HANDOVER_FEATURE, FETCH_FEATURE)
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
