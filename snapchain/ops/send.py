@@ -217,7 +217,10 @@ class _Run:
             done += count
             self._on_event(Progress("recognise", done, max(done, whole)))
 
-        return recognised(self._chain, count, found, held, on_bytes=on_bytes)
+        sources = held.layers[-1].sources
+        files = enumerate(self._chain.files[:count])
+        newest = next((at for at, file in files if sources and same_source(source_of(file), sources[-1])), None)
+        return recognised(self._chain, count, found, held, newest=newest, on_bytes=on_bytes)
 
     def _after_cut(self, found: model.Diverged, held: Inventory, cut: Callable[[str | None], None]) -> _Base:
         self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))

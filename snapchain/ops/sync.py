@@ -10,12 +10,13 @@ With rounds the top is sealed again and again, until what is left is small enoug
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from snapchain.errors import InvalidInput
-from snapchain.host.remote_retry import Persistence
+from snapchain.host.remote_retry import Persistence, persist
 from snapchain.model.convergence import Verdict, judge
 from snapchain.ops.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.ops.sealer import OfflineSealer, Sealer
@@ -24,6 +25,10 @@ from snapchain.ops.sync_look import ActiveTop, look_at_top, not_ready, stand
 from snapchain.ops.sync_request import Destination, Proof, Round, SyncReport, SyncRequest
 from snapchain.ops.sync_virsh import Guest, guest_of
 from snapchain.replica.endpoint import Endpoint
+
+_LOOK = Persistence(give_up_after=30.0)
+"""For questions, in which nothing moves: an sshd that many call at once drops some of them (MaxStartups)."""
+Answer = TypeVar("Answer")
 
 
 def sealed_request(
@@ -59,7 +64,7 @@ def check(request: SyncRequest, endpoint: Endpoint, *, on_event: OnEvent = ignor
     top = look_at_top(request.send)
     if not top.sealed:
         return not_ready(request, endpoint, top, "nothing of the image is sealed: it is one file")
-    return stand(request, endpoint, top, on_event=on_event, make=False)
+    return _patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=False), on_event)
 
 
 def sync(
@@ -85,12 +90,17 @@ def sync(
             hint="say --rounds 1 to seal it now, or seal it with snapchain snapshot",
         )
     outcome = run.rounds(sealer or _sealer(request.send, on_event), top) if request.seals else None
-    stands = stand(request, endpoint, look_at_top(request.send), on_event=on_event, make=True)
+    top = look_at_top(request.send)
+    stands = _patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=True), on_event)
     return run.report(stands, outcome, seconds=time.monotonic() - begun)
 
 
 def _sealer(send: Request, on_event: OnEvent) -> Sealer:
     return OfflineSealer(send.image, format=send.format, image_dirs=send.image_dirs, on_event=on_event)
+
+
+def _patiently(attempt: Callable[[], Answer], on_event: OnEvent) -> Answer:
+    return persist(attempt, policy=_LOOK, moved=lambda: 0, told=lambda retry: on_event(Notice(str(retry))))
 
 
 class _Run:
@@ -160,7 +170,7 @@ class _Run:
         """Send what the replica lacks; None when that is nothing, and no point is needed of it."""
         send = self._request.send
         if not known_to_lack:
-            planned = plan_send(send, self._endpoint, on_event=on_event)
+            planned = _patiently(lambda: plan_send(send, self._endpoint, on_event=on_event), on_event)
             self._present = planned.layers_present
             if not planned.layers:
                 return None
