@@ -1,7 +1,7 @@
 """The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
 
     HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
-    HELLO (ASK | HANDOVER)
+    HELLO (ASK | HANDOVER | FETCH)
 
 Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
 nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError
+from snapchain.host.batches import Buffer
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
@@ -30,11 +31,13 @@ from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
 from snapchain.replica.cutting import cut
 from snapchain.replica.epochs import check_epoch, enter_epoch
+from snapchain.replica.giving import give
 from snapchain.replica.handover import hand_over
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
+from snapchain.replica.stream.fetch_messages import Fetch
 from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.handover_messages import Handover
 from snapchain.replica.stream.maps import MapReader, layer_id
@@ -73,19 +76,23 @@ class Received:
     bytes_read: int = 0
 
 
-class Voice:
+class Voice(FrameWriter):
     """What this side says; several threads may. Nothing at all to a sender that does not listen."""
 
     def __init__(self, channel: Channel) -> None:
-        self._frames = FrameWriter(channel)
+        super().__init__(channel)
         self._lock = threading.Lock()
         self.heard = False
 
-    def say(self, kind: Kind, body: bytes = b"") -> None:
+    def send(self, kind: Kind, *body: Buffer) -> None:
         """Raises what Channel.write raises."""
         if self.heard:
             with self._lock:
-                self._frames.send(kind, body)
+                super().send(kind, *body)
+
+    def say(self, kind: Kind, body: bytes = b"") -> None:
+        """As `send`."""
+        self.send(kind, body)
 
     @contextmanager
     def beating(self) -> Iterator[None]:
@@ -134,6 +141,10 @@ class _Reception:
         frame = self._next()
         if frame.kind is Kind.ASK and hello:
             self._answer(decode(Ask, frame.body, subject=self._channel.peer))
+            return self._received
+        if frame.kind is Kind.FETCH and hello:
+            wanted = decode(Fetch, frame.body, subject=self._channel.peer)
+            give(wanted, self._chosen(wanted.replica), self._channel, self._voice)
             return self._received
         if frame.kind is Kind.HANDOVER and hello:
             self._hand_over(decode(Handover, frame.body, subject=self._channel.peer))

@@ -48,6 +48,7 @@ class Kind(IntEnum):
     ACTIVE = 13
     ASK = 14
     HANDOVER = 16
+    FETCH = 17
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -76,6 +77,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.ACTIVE: 4 * KiB,
     Kind.ASK: 16 * KiB,
     Kind.HANDOVER: 128 * KiB,
+    Kind.FETCH: 16 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {

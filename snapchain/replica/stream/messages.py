@@ -24,6 +24,8 @@ LARGEST_DISK = 1 << 56
 """Bytes; see docs/format.md: no signed offset may overflow with two of these added."""
 MAX_LAYERS = 200
 """QEMU opens chains of 200 files and no deeper."""
+MAX_RUNS = 1 << 22
+"""Of a layer's map."""
 
 LARGEST_EPOCH = 1 << 31
 POINTS_AT_ONCE = 256
@@ -100,7 +102,7 @@ class LayerOffer(Said):
     extended_l2: bool
     parent: LayerId | None
     sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
-    runs: int = Field(ge=0, le=1 << 22)
+    runs: int = Field(ge=0, le=MAX_RUNS)
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
 

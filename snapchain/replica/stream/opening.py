@@ -16,7 +16,9 @@ EPOCH_FEATURE = "epoch"
 """A receiver that heeds the epoch in OPEN."""
 HANDOVER_FEATURE = "handover"
 """A receiver that answers HANDOVER with HANDED."""
-FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, HANDOVER_FEATURE)
+FETCH_FEATURE = "fetch"
+"""A receiver that answers FETCH."""
+FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, HANDOVER_FEATURE, FETCH_FEATURE)
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
