@@ -33,8 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_words(words)
         _print_what_can_be_printed()
-        from snapchain.cli.verbs import load  # inside: a Ctrl-C while it loads gets a clean end too
+        # inside: a Ctrl-C while they load gets a clean end too
+        from snapchain.cli.serving import serve_directly
+        from snapchain.cli.verbs import load
 
+        if serve_directly(words):
+            return 0
         status = load(words)(words, prog_name="snapchain", standalone_mode=False)
         sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
         return int(status or 0)

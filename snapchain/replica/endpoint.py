@@ -10,7 +10,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +18,6 @@ from snapchain.errors import InvalidInput, SnapchainError
 from snapchain.host.remote_address import is_remote, parse_remote_address
 from snapchain.host.remote_channel import PATIENCE, Channel
 from snapchain.replica.levels import Link
-from snapchain.replica.receiver import receive
 from snapchain.replica.ssh_endpoint import SshEndpoint
 
 _PIPE_BYTES = 1 << 20
@@ -38,6 +37,10 @@ class Endpoint(Protocol):
 
     @property
     def replica(self) -> str | None: ...
+
+    def ahead(self) -> AbstractContextManager[None]:
+        """Begin to connect already, where that takes long. Raises what keeps it from being begun."""
+        ...
 
     def connect(self) -> AbstractContextManager[Channel]:
         """Start a receiver and open a channel to it, for the length of the block. Raises Unavailable."""
@@ -63,9 +66,15 @@ class DirectoryEndpoint:
     def replica(self) -> str | None:
         return None
 
+    def ahead(self) -> AbstractContextManager[None]:
+        """There is nothing to wait for."""
+        return nullcontext()
+
     @contextmanager
     def connect(self) -> Iterator[Channel]:
         """A receiver on a thread; what breaks it in a way that nobody foresaw is raised on leaving."""
+        from snapchain.replica.receiver import receive  # inside: who connects over ssh has no receiver here
+
         ours, theirs = _pair(self.url, self._patience)
         broken: list[BaseException] = []
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+from snapchain.errors import SnapchainError
 from snapchain.host.remote_address import RemoteAddress
 from snapchain.host.remote_channel import Channel
 from snapchain.host.ssh import PATIENCE, SshProgram, open_ssh, open_ssh_lanes
@@ -26,6 +27,7 @@ class SshEndpoint:
         self._connections = connections
         self._program = program
         self._patience = patience
+        self._begun: Channel | None = None
 
     @property
     def url(self) -> str:
@@ -40,9 +42,27 @@ class SshEndpoint:
         return self._address.path
 
     @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Log in already, for the first `connect` within the block: that takes longer than to load what sends.
+
+        Raises what keeps ssh from being started. Does nothing where there are several connections, which must agree.
+        """
+        if self._connections == 1:
+            self._begun = self._open()
+        try:
+            yield
+        finally:
+            begun, self._begun = self._begun, None
+            if begun is not None:
+                with suppress(SnapchainError):
+                    begun.abort()
+                    begun.close()
+
+    @contextmanager
     def connect(self) -> Iterator[Channel]:
         """Start `snapchain serve-replica` over there. Raises what keeps ssh or snapchain from it."""
-        with self._open() as channel:
+        begun, self._begun = self._begun, None
+        with begun or self._open() as channel:
             yield channel
 
     def _open(self) -> Channel:

@@ -37,7 +37,8 @@ SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
 
 
 class _Said(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when they are needed: one stream speaks few of these.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Hello(_Said):
@@ -46,7 +47,7 @@ class Hello(_Said):
     A later version may say more here: it is what decides about the version.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
     first: int = Field(ge=1, le=65535)
     last: int = Field(ge=1, le=65535)
