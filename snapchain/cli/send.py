@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from snapchain.cli import options, quantities, render
+from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
@@ -71,18 +71,11 @@ def send(
     disk: where it has layers that the image never had, nothing is sent, and the error says what each side has. Over
     ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
     """
-    from snapchain.ops.replica_endpoint import replica_at
+    from snapchain.host.remote_retry import Persistence
+    from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, send_persistently
 
     dest, name = _named(target, disk, dry_run=dry_run)
-    with ExitStack() as stack:
-        out = stack.enter_context(Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet))
-        endpoint = None if dest is None else replica_at(dest, connections=connections)
-        if endpoint is not None and image.exists():
-            # Before anything large is imported: meanwhile ssh logs in.
-            stack.enter_context(endpoint.ahead())
-        from snapchain.host.remote_retry import Persistence
-        from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, send_persistently
-
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         request = Request(
             image=image,
             disk=name,
@@ -95,9 +88,11 @@ def send(
             image_dirs=options.image_dirs(image_dir),
             limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         )
-        if endpoint is None:
+        if dest is None:
             _to_stdout(request, out)
-        elif dry_run:
+            return
+        endpoint = endpoint_at(dest, connections=connections)
+        if dry_run:
             out.plan(plan_send(request, endpoint, on_event=out.on_event), _draw_plan)
         else:
             report = send_persistently(request, endpoint, policy=Persistence(), on_event=out.on_event)

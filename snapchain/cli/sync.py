@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from snapchain.cli import options, quantities, render
+from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
@@ -106,14 +107,13 @@ def sync(
         Proof,
         SyncRequest,
         check as look,
-        replica_at,
         sealed_request,
         sync as run,
     )
 
     address = parse_disk_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        endpoint = replica_at(address.dest, connections=connections)
+        endpoint = endpoint_at(address.dest, connections=connections)
         request = SyncRequest(
             send=sealed_request(
                 image,

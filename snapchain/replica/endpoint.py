@@ -10,7 +10,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -38,10 +38,6 @@ class Endpoint(Protocol):
     @property
     def replica(self) -> str | None: ...
 
-    def ahead(self) -> AbstractContextManager[None]:
-        """Begin to connect already, where that takes long. Raises what keeps it from being begun."""
-        ...
-
     def connect(self) -> AbstractContextManager[Channel]:
         """Start a receiver and open a channel to it, for the length of the block. Raises Unavailable."""
         ...
@@ -65,10 +61,6 @@ class DirectoryEndpoint:
     @property
     def replica(self) -> str | None:
         return None
-
-    def ahead(self) -> AbstractContextManager[None]:
-        """There is nothing to wait for."""
-        return nullcontext()
 
     @contextmanager
     def connect(self) -> Iterator[Channel]:

@@ -180,8 +180,10 @@ class Field:
             self._listening()
             url = f"nbd://{self.far.address}:{NBD_PORT}"
             argv = [*self.near.inside, "qemu-img", "convert", "-n", "-f", "qcow2", "-O", "raw"]
+            if fresh:
+                argv.append("--target-is-zero")
             with self.counted(name) as cost:
-                cost(run([*argv, *(["--target-is-zero"] if fresh else []), top, url], self.here))
+                cost(run([*argv, str(top), url], self.here))
             server.terminate()
             _, _, usage = os.wait4(server.pid, 0)
             server.returncode = 0
@@ -198,7 +200,7 @@ class Field:
 
     def snapchain(self, name: str, top: Path) -> dict[str, int]:
         replica = self.there / "replica"
-        argv = [sys.executable, "-m", "snapchain", "send", top, f"{self.host.url(replica)}::{DISK}", "--json"]
+        argv = [sys.executable, "-m", "snapchain", "send", str(top), f"{self.host.url(replica)}::{DISK}", "--json"]
         there = f"env PYTHONPATH={shlex.quote(os.pathsep.join(filter(None, sys.path)))} {sys.executable} -m snapchain"
         here = {"SNAPCHAIN_SSH": shlex.join(self.host.ssh), "SNAPCHAIN_REMOTE": there}
         with self.counted(name) as cost:
