@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from snapchain.cli.app import verb
+from snapchain.cli.serving import LEFT_BEHIND
 
 
 @verb(
@@ -16,7 +17,7 @@ from snapchain.cli.app import verb
     ssh kvm2 snapchain serve-replica --stdio
     restrict,command="snapchain serve-replica --stdio --root /srv/replica" ssh-ed25519 AAAA...
     """,
-    when_interrupted="what is durable stays; the sender goes on there",
+    when_interrupted=LEFT_BEHIND,
     hidden=True,
 )
 def serve_replica(

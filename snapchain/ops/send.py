@@ -4,7 +4,8 @@
 
 What to send is decided from both inventories; where the two sides have gone different ways nothing is sent at all.
 Pending overlays become one layer, so that redundant overwrites never cross the wire; the root stays a layer of its
-own, and so does the top.  With `Files.EACH` every file becomes a layer under its own name.
+own, and so does the top, unless much of them is overwritten too.  With `Files.EACH` every file becomes a layer under
+its own name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from snapchain.errors import Diverged
 from snapchain.host.remote_channel import Channel
@@ -28,12 +30,13 @@ from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
+from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.send_recognise import recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.send_sources import same_source, source_of, wanted
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
-from snapchain.replica.endpoint import Endpoint, open_endpoint
+from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
@@ -41,6 +44,9 @@ from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import Inventory, Open
 
 _RAW_CLUSTER = 64 * 1024
+_WORTH, _WORTH_BYTES = 16, 16 << 20
+"""Root, pending overlays and top become one layer where that spares at least a sixteenth of all data to be sent, and
+16 MiB: else layers apart, which can be cut off and merged one by one, are worth more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +59,6 @@ class _Base:
     total: Sum
     lower_total: Sum
     same: bool
-
-
-def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
-    """The replica that an address names. connections: of ssh. Touches nothing. Raises InvalidInput."""
-    return open_endpoint(dest, connections=connections)
 
 
 def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendPlan:
@@ -302,14 +303,19 @@ class _Run:
         if self._request.files is Files.EACH:
             yield from (range(at, at + 1) for at in range(first, count))
             return
-        if first == 0 and count > 1:
-            yield range(1)
-            first = 1
-        if first < count - 1:
-            yield range(first, count - 1)
-            first = count - 1
-        if first < count:
-            yield range(first, count)
+        edges = sorted({at for at in (first, first or 1, count - 1, count) if first <= at <= count})
+        apart = [range(start, stop) for start, stop in pairwise(edges)]
+        held = [self._extents(group).data_bytes for group in apart]
+        worth = max(sum(held) // _WORTH, _WORTH_BYTES)
+        at = 0
+        while at + 1 < len(apart):
+            joined = range(apart[at].start, apart[at + 1].stop)
+            together = self._extents(joined).data_bytes
+            if held[at] + held[at + 1] - together >= worth:
+                apart[at : at + 2], held[at : at + 2] = [joined], [together]
+            else:
+                at += 1
+        yield from apart
 
     def _groups(self, base: _Base, count: int) -> list[range]:
         """Those that say something. A fresh overlay goes with the layer above it, so that it is known there too."""

@@ -18,7 +18,6 @@ from snapchain.errors import InvalidInput, SnapchainError
 from snapchain.host.remote_address import is_remote, parse_remote_address
 from snapchain.host.remote_channel import PATIENCE, Channel
 from snapchain.replica.levels import Link
-from snapchain.replica.receiver import receive
 from snapchain.replica.ssh_endpoint import SshEndpoint
 
 _PIPE_BYTES = 1 << 20
@@ -66,6 +65,8 @@ class DirectoryEndpoint:
     @contextmanager
     def connect(self) -> Iterator[Channel]:
         """A receiver on a thread; what breaks it in a way that nobody foresaw is raised on leaving."""
+        from snapchain.replica.receiver import receive  # inside: who connects over ssh has no receiver here
+
         ours, theirs = _pair(self.url, self._patience)
         broken: list[BaseException] = []
 

@@ -144,7 +144,7 @@ class Sender:
         on_bytes: told of DATA bytes of the map that are dealt with, those of an earlier run included
         """
         outbox = self._opened()
-        outgoing = Outgoing(layer, lambda: self._levels.level)
+        outgoing = Outgoing(layer, self._levels)
         words = words_of(layer.extents, layer.cluster_size // 32 if layer.extended_l2 else layer.cluster_size)
         offer = LayerOffer(
             name=layer.name,
