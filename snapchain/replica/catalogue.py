@@ -121,12 +121,17 @@ def decode_sum(text: str) -> Sum:
 
 
 def read_record(shape: type[M], path: Path) -> M | None:
-    """A small JSON file of snapchain's own; None when it is not there. Raises Corrupt."""
+    """A small JSON file of snapchain's own; None when it is not there.
+
+    Raises Corrupt, and InvalidInput for a user who may not read it.
+    """
     try:
         text = read_small(path, cap=LARGEST_FILE)
     except NotFound:
         return None
     except InvalidInput as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
         raise Corrupt(error.message, subject=path) from error
     try:
         return shape.model_validate_json(text)
