@@ -70,7 +70,7 @@ def test_four_syncs_of_four_disks_at_once(tmp_path: Path) -> None:
     with sshd(tmp_path / "sshd", settings=["MaxStartups 1:70:3"]) as host:
         to = [f"ssh://there{tmp_path}/replica::vm{number}/vda" for number in range(4)]
         running = [
-            start(host, "sync", files[-1], place, "--connections", "3") for files, place in zip(chains, to, strict=True)
+            start(host, "sync", files[-1], place, "--connections", "2") for files, place in zip(chains, to, strict=True)
         ]
         for process in running:
             status, report, err = ended(process)
