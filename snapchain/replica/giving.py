@@ -119,7 +119,7 @@ class _Giving:
         return layer_id(offer, words)
 
     def _give_data(self, layer: OutgoingLayer, record: Layer) -> None:
-        outgoing = Outgoing(layer, lambda: self._levels.level)
+        outgoing = Outgoing(layer, self._levels)
         total = outgoing.first_sum()
         for portion in outgoing.portions():
             total = total + portion.delta

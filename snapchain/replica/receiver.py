@@ -34,7 +34,7 @@ from snapchain.replica.epochs import check_epoch, enter_epoch
 from snapchain.replica.giving import give
 from snapchain.replica.handover import hand_over
 from snapchain.replica.progress import read_progress, settle
-from snapchain.replica.store import ReplicaDisk, open_replica
+from snapchain.replica.store import ReplicaDisk, check_free, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
 from snapchain.replica.stream.fetch_messages import Fetch
@@ -201,9 +201,11 @@ class _Reception:
         self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:
+        root = self._chosen(asked.replica)
         try:
-            disk = open_replica(self._chosen(asked.replica)).disk(asked.disk)
+            disk = open_replica(root).disk(asked.disk)
         except NotFound:
+            check_free(root)
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
         catalogue = disk.read() or empty_catalogue(disk.name)
         check_epoch(disk, catalogue, asked.epoch)

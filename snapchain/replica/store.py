@@ -145,16 +145,22 @@ def open_replica(root: Path, *, make: bool = False) -> Replica:
         return Replica(root)
     if not make:
         raise NotFound("there is no replica here", subject=root)
+    with os_errors(root), suppress(FileExistsError):
+        root.mkdir()
+    check_free(root)
+    write_record(marker, Marker())
+    fsync_dir(root.parent)
+    return Replica(root)
+
+
+def check_free(root: Path) -> None:
+    """Raises InvalidInput for a directory that holds other things, where no replica can begin."""
     with os_errors(root):
-        with suppress(FileExistsError):
-            root.mkdir()
-        strange = [entry.name for entry in root.iterdir() if not entry.name.startswith(f".{names.MARKER}")]
-    if strange and not marker.exists():
+        entries = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+    strange = [entry for entry in entries if not entry.startswith(f".{names.MARKER}")]
+    if strange and not (root / names.MARKER).exists():
         raise InvalidInput(
             "this directory holds other things and is no replica",
             subject=root,
             hint="name a directory that is empty or does not exist yet",
         )
-    write_record(marker, Marker())
-    fsync_dir(root.parent)
-    return Replica(root)
