@@ -147,6 +147,7 @@ def destination(
     password_command: str | None,
     writing: bool = False,
     limit_rate: str | None = None,
+    connections: int = 1,
 ) -> Destination:
     """A repository or a replica, as the shared options say; tells what it has to say.
 
@@ -163,6 +164,7 @@ def destination(
         passphrase=passphrase.source(password_file, password_command),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        connections=connections,
     )
     for notice in found.notices:
         out.on_event(Notice(notice))
