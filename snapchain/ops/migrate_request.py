@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import InvalidInput
+from snapchain.ops.disk_set import check_disks
 from snapchain.ops.send_request import Divergence, Files, Request, Scope
 
 
@@ -42,14 +42,7 @@ class MigrateRequest:
 
     def check(self) -> None:
         """Raises InvalidInput for a disk or an image that is named twice, and for names that cannot be."""
-        if not self.moves:
-            raise InvalidInput("no disk is named", hint="name pairs: IMAGE DEST::DISK")
-        images = [move.image.resolve() for move in self.moves]
-        disks = [move.disk for move in self.moves]
-        for what, known in (("image", images), ("disk", disks)):
-            for each in known:
-                if known.count(each) > 1:  # type: ignore[arg-type]
-                    raise InvalidInput(f"the {what} is named twice", subject=each)
+        check_disks([(move.image, move.disk) for move in self.moves])
         for move in self.moves:
             self.send(move, Scope.ALL).check()
 
