@@ -157,8 +157,8 @@ def destination(
     from snapchain.ops.destination import destination_at
     from snapchain.ops.events import Notice
 
-    if is_replica(dest) and (password_file is not None or password_command is not None):
-        raise InvalidInput("a replica is not encrypted, and has no passphrase", subject=dest)
+    if is_replica(dest):
+        no_passphrase(dest, password_file, password_command)
     found = destination_at(
         dest,
         passphrase=passphrase.source(password_file, password_command),
@@ -169,6 +169,12 @@ def destination(
     for notice in found.notices:
         out.on_event(Notice(notice))
     return found
+
+
+def no_passphrase(dest: str, password_file: Path | None, password_command: str | None) -> None:
+    """Raises InvalidInput where one is given for a replica."""
+    if password_file is not None or password_command is not None:
+        raise InvalidInput("a replica is not encrypted, and has no passphrase", subject=dest)
 
 
 def disk_of(address: DestinationAddress | PointAddress) -> str | None:
