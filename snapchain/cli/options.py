@@ -147,6 +147,7 @@ def destination(
     password_command: str | None,
     writing: bool = False,
     limit_rate: str | None = None,
+    connections: int = 1,
 ) -> Destination:
     """A repository or a replica, as the shared options say; tells what it has to say.
 
@@ -156,17 +157,24 @@ def destination(
     from snapchain.ops.destination import destination_at
     from snapchain.ops.events import Notice
 
-    if is_replica(dest) and (password_file is not None or password_command is not None):
-        raise InvalidInput("a replica is not encrypted, and has no passphrase", subject=dest)
+    if is_replica(dest):
+        no_passphrase(dest, password_file, password_command)
     found = destination_at(
         dest,
         passphrase=passphrase.source(password_file, password_command),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        connections=connections,
     )
     for notice in found.notices:
         out.on_event(Notice(notice))
     return found
+
+
+def no_passphrase(dest: str, password_file: Path | None, password_command: str | None) -> None:
+    """Raises InvalidInput where one is given for a replica."""
+    if password_file is not None or password_command is not None:
+        raise InvalidInput("a replica is not encrypted, and has no passphrase", subject=dest)
 
 
 def disk_of(address: DestinationAddress | PointAddress) -> str | None:

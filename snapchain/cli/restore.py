@@ -51,6 +51,7 @@ def restore(
         str | None,
         typer.Option("--format", "-f", metavar="qcow2|raw", help="Format of OUT. By default by its suffix."),
     ] = None,
+    connections: options.Connections = 1,
     limit_rate: options.LimitRate = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
@@ -75,6 +76,7 @@ def restore(
             password_file=password_file,
             password_command=password_command,
             limit_rate=limit_rate,
+            connections=connections,
         )
         work = place.restoration(
             address.disk,

@@ -116,16 +116,18 @@ def destination_at(
     passphrase: Passphrase = lambda: None,
     writing: bool = False,
     limit_rate: int | None = None,
+    connections: int = 1,
 ) -> Destination:
     """What an address means: dir:/path and ssh://[user@]host/path are replicas, everything else is a repository.
 
-    passphrase: asked where it is encrypted; writing: whether points will be delivered or merged; limit_rate: bytes a
-    second to and from it. A replica is not touched here. Raises InvalidInput, and as `open_destination`.
+    passphrase: asked where it is encrypted; writing: whether points will be delivered or merged
+    limit_rate: bytes a second to and from it; connections: of ssh, to a replica
+    A replica is not touched here. Raises InvalidInput, and as `open_destination`.
     """
     if is_replica(url):
         from snapchain.ops.replica_destination import ReplicaDestination
 
-        return ReplicaDestination.at(url, limit_rate=limit_rate)
+        return ReplicaDestination.at(url, limit_rate=limit_rate, connections=connections)
     from snapchain.destinations import open_destination
     from snapchain.ops.repository_destination import RepositoryDestination
 

@@ -83,9 +83,9 @@ class ReplicaDestination:
         self.endpoint, self._limit_rate = endpoint, limit_rate
 
     @staticmethod
-    def at(url: str, *, limit_rate: int | None = None) -> ReplicaDestination:
-        """At an address. Touches nothing. Raises InvalidInput."""
-        return ReplicaDestination(replica_at(url), limit_rate=limit_rate)
+    def at(url: str, *, limit_rate: int | None = None, connections: int = 1) -> ReplicaDestination:
+        """At an address. connections: of ssh. Touches nothing. Raises InvalidInput."""
+        return ReplicaDestination(replica_at(url, connections=connections), limit_rate=limit_rate)
 
     @property
     def url(self) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from snapchain.errors import Corrupt, NotFound
+from snapchain.errors import Corrupt, NotFound, Unavailable
 from snapchain.host.remote_channel import Channel
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
@@ -35,6 +35,8 @@ from snapchain.replica.stream.messages import Done, HeldDisk, HeldPoint, LayerOf
 
 _PROGRESS = struct.Struct("<QQ")
 _LONGEST_NAME = 250
+_GOES_ON = "it goes on where it stopped"
+"""What is right for a transfer to a replica, and is said wherever a channel breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +167,13 @@ def fetch(
         look=look,
         plain=endpoint.link is Link.LOCAL,
     )
-    with endpoint.connect() as channel:
-        yield Answer(channel, asked, limit_rate=limit_rate)
+    try:
+        with endpoint.connect() as channel:
+            yield Answer(channel, asked, limit_rate=limit_rate)
+    except Unavailable as error:
+        if error.hint is not None:
+            error.hint = error.hint.replace(_GOES_ON, "it begins anew")
+        raise
 
 
 def _pieces(found: Arrived, runs: DataRuns) -> Iterator[Piece]:

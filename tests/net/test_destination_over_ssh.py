@@ -83,9 +83,11 @@ def test_on_the_command_line_and_after_a_kill(there: SshHost, place: Place, tmp_
             said, _ = restore.communicate(timeout=30)
         assert not out.exists()
         if victim == "there":
-            assert (restore.returncode, json.loads(said)["error"]["kind"]) == (7, "unavailable")
+            error = json.loads(said)["error"]
+            assert (restore.returncode, error["kind"]) == (7, "unavailable")
+            assert "goes on" not in (error["hint"] or "")
             assert names(out.parent) == []
-    with command(there, place, out, "--json", "--progress", "json") as restore:
+    with command(there, place, out, "--json", "--progress", "json", "--connections", "3") as restore:
         said, progress = restore.communicate(timeout=60)
     assert restore.returncode == 0, progress
     report = json.loads(said)
