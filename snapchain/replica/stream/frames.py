@@ -45,6 +45,7 @@ class Kind(IntEnum):
     CUT = 12
     ACTIVE = 13
     ASK = 14
+    MERGE = 15
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -54,6 +55,7 @@ class Kind(IntEnum):
     VERDICT = 38
     FINDING = 39
     PROGRESS = 40
+    MERGED = 41
 
 
 KiB = 1024
@@ -71,6 +73,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.CUT: 4 * KiB,
     Kind.ACTIVE: 4 * KiB,
     Kind.ASK: 16 * KiB,
+    Kind.MERGE: 64 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
@@ -84,6 +87,7 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.VERDICT: 4 * KiB,
     Kind.FINDING: KiB * KiB,
     Kind.PROGRESS: 16,
+    Kind.MERGED: 16 * KiB * KiB,
 }
 """The same for a receiver."""
 

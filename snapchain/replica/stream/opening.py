@@ -14,7 +14,9 @@ ASK_FEATURE = "ask"
 """A receiver that answers ASK."""
 EPOCH_FEATURE = "epoch"
 """A receiver that heeds the epoch in OPEN."""
-FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE)
+MERGE_FEATURE = "merge"
+"""A receiver that merges the layers of a disk when it is told to, and makes senders wait meanwhile."""
+FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, MERGE_FEATURE)
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 
