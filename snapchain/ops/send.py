@@ -18,16 +18,19 @@ from snapchain.errors import Diverged
 from snapchain.host.remote_channel import Channel
 from snapchain.host.remote_retry import Persistence, persist
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.fingerprint import Fingerprint
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.format import MIN_EXTENDED_L2_CLUSTER_BITS, SUBCLUSTERS
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents, fold
-from snapchain.model.inventory import Collapse, Held, Send, UpToDate, Wanted, missing
+from snapchain.model.inventory import Collapse, Held, Send, UpToDate, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.lineage import noted_lineage
+from snapchain.ops.notes import Notes
+from snapchain.ops.ownership import epoch_of
 from snapchain.ops.send_recognise import recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
+from snapchain.ops.send_sources import same_source, source_of, wanted
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.endpoint import Endpoint, open_endpoint
@@ -35,7 +38,7 @@ from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import Inventory, Open, Source
+from snapchain.replica.stream.messages import Inventory, Open
 
 _RAW_CLUSTER = 64 * 1024
 
@@ -65,7 +68,7 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         endpoint.connect() as channel,
         Sender(channel, link=endpoint.link) as sender,
     ):
-        held = sender.open(Open(disk=request.disk, replica=endpoint.replica, look=True, epoch=request.epoch))
+        held = sender.open(opening(request, endpoint, chain, look=True))
         run = _Run(chain, sender, request, endpoint.url, on_event)
         base = run.base(held, cut=lambda _keep: None)
         layers = tuple(run.planned(base, len(chain.files)))
@@ -79,6 +82,15 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         data_bytes=sum(layer.data_bytes for layer in layers),
         labels=tuple(request.labels),
     )
+
+
+def opening(request: Request, endpoint: Endpoint, chain: ImageChain, *, look: bool = False) -> Open:
+    """How a transfer of that chain begins. look: only the inventory is wanted."""
+    return Open(disk=request.disk, replica=endpoint.replica, look=look, epoch=_epoch(request, chain))
+
+
+def _epoch(request: Request, chain: ImageChain) -> int:
+    return max(request.epoch, epoch_of(chain, Notes()))
 
 
 def layers_lacking(
@@ -129,7 +141,7 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
     ):
         try:
-            held = sender.open(Open(disk=request.disk, replica=endpoint.replica, epoch=request.epoch))
+            held = sender.open(opening(request, endpoint, chain))
             run = _Run(chain, sender, request, endpoint.url, on_event)
             return run.send(run.base(held, cut=sender.cut), len(chain.files))
         finally:
@@ -147,7 +159,7 @@ def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = igno
         request.chain(on_event) as chain,
         Sender(channel, link=Link.NETWORK, answers=False, limit_rate=request.limit_rate) as sender,
     ):
-        sender.open_blindly(Open(disk=request.disk, epoch=request.epoch))
+        sender.open_blindly(Open(disk=request.disk, epoch=_epoch(request, chain)))
         run = _Run(chain, sender, request, channel.peer, on_event)
         return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), len(chain.files))
 
@@ -164,9 +176,10 @@ class _Run:
         count = len(self._chain.files)
         if not held.layers:
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
+        lineage = (*self._request.lineage, *noted_lineage(self._chain, self._on_event))
         found = missing(
             [Held(layer.id, layer.sources) for layer in held.layers],
-            [_wanted(file, self._request.lineage) for file in self._chain.files[:count]],
+            [wanted(file, lineage) for file in self._chain.files[:count]],
             same=same_source,
         )
         tip = held.layers[-1]
@@ -349,24 +362,6 @@ def _geometry(files: Sequence[ImageFile]) -> tuple[int, int]:
     return grain, grain
 
 
-def source_of(file: ImageFile) -> Source:
-    """The key by which a replica knows a file again."""
-    mark = file.fingerprint
-    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
-
-
-def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
-    source = source_of(file)
-    return next((known for known in lineage if same_source(source, known.source)), Wanted(source))
-
-
-def same_source(mine: object, theirs: object) -> bool:
-    """Whether two Sources are of one file, which nobody has written to in between."""
-    if not isinstance(mine, Source) or not isinstance(theirs, Source) or not mine.size:
-        return False
-    return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
-
-
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(ascii(name)[1:-1] for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
@@ -381,11 +376,10 @@ __all__ = [
     "SendPlan",
     "SendReport",
     "layers_lacking",
+    "opening",
     "plan_send",
     "replica_at",
-    "same_source",
     "send_blindly",
     "send_persistently",
     "send_to_replica",
-    "source_of",
 ]

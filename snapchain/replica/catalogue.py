@@ -50,10 +50,22 @@ class Point(BaseModel):
     content_id: Digest
 
 
+class HandedOver(BaseModel):
+    """The disk was given to this host. token: of the handover; overlay: the file that its guest writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: LayerId
+    epoch: int = Field(ge=2)
+    overlay: str
+    time: AwareDatetime
+
+
 class Catalogue(BaseModel):
     """One generation.
 
     layers: root first, each lying on the one before; epoch: who may write the disk, grows at each failover
+    handover: by which this host became its master, None where it is a replica only
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +78,7 @@ class Catalogue(BaseModel):
     next_point: int = Field(ge=1)
     layers: tuple[Layer, ...] = Field(default=(), max_length=MAX_LAYERS)
     points: tuple[Point, ...] = ()
+    handover: HandedOver | None = None
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -142,6 +155,7 @@ def write_record(path: Path, record: BaseModel) -> None:
 
 __all__ = [
     "Catalogue",
+    "HandedOver",
     "Layer",
     "Point",
     "Source",

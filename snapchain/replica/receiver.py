@@ -1,7 +1,7 @@
 """The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
 
     HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
-    HELLO ASK
+    HELLO (ASK | HANDOVER)
 
 Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
 nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
@@ -30,11 +30,13 @@ from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
 from snapchain.replica.cutting import cut
 from snapchain.replica.epochs import check_epoch, enter_epoch
+from snapchain.replica.handover import hand_over
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
 from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.handover_messages import Handover
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
@@ -133,6 +135,9 @@ class _Reception:
         if frame.kind is Kind.ASK and hello:
             self._answer(decode(Ask, frame.body, subject=self._channel.peer))
             return self._received
+        if frame.kind is Kind.HANDOVER and hello:
+            self._hand_over(decode(Handover, frame.body, subject=self._channel.peer))
+            return self._received
         if frame.kind is not Kind.OPEN:
             raise self._unexpected(frame)
         asked = decode(Open, frame.body, subject=self._channel.peer)
@@ -178,6 +183,10 @@ class _Reception:
 
     def _answer(self, asked: Ask) -> None:
         answer(asked, self._chosen(asked.replica), self._voice.say)
+        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+
+    def _hand_over(self, asked: Handover) -> None:
+        self._voice.say(Kind.HANDED, encode(hand_over(asked, self._chosen(asked.replica))))
         self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:

@@ -14,7 +14,8 @@ from snapchain.errors import Busy, Diverged, InvalidInput
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import scan
 from snapchain.model.inventory import Wanted
-from snapchain.ops.send import Divergence, Files, Scope, source_of
+from snapchain.ops.send import Divergence, Files, Scope
+from snapchain.ops.send_sources import source_of
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import Place

@@ -28,6 +28,7 @@ from snapchain.ops.merge.journal import unsettled
 from snapchain.ops.merge.layers import numbers
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import Terms, Way, choose
+from snapchain.ops.ownership import check_not_given
 
 
 class MergePlan(BaseModel):
@@ -139,6 +140,7 @@ class Decision:
 
 def decide(chain: ImageChain, asked: Asked) -> Decision:
     """The plan for an opened chain; errors as `plan`."""
+    check_not_given(chain)
     journals = unsettled(file.real_path for file in chain.files)
     first, last = numbers(
         chain, flatten=asked.flatten, from_layer=asked.from_layer, to_layer=asked.to_layer, journals=journals

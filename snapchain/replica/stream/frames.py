@@ -46,6 +46,7 @@ class Kind(IntEnum):
     ACTIVE = 13
     ASK = 14
     MERGE = 15
+    HANDOVER = 16
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -56,6 +57,7 @@ class Kind(IntEnum):
     FINDING = 39
     PROGRESS = 40
     MERGED = 41
+    HANDED = 42
 
 
 KiB = 1024
@@ -74,6 +76,7 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.ACTIVE: 4 * KiB,
     Kind.ASK: 16 * KiB,
     Kind.MERGE: 64 * KiB,
+    Kind.HANDOVER: 128 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
@@ -88,6 +91,7 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.FINDING: KiB * KiB,
     Kind.PROGRESS: 16,
     Kind.MERGED: 16 * KiB * KiB,
+    Kind.HANDED: 512 * KiB,
 }
 """The same for a receiver."""
 

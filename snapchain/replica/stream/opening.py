@@ -16,7 +16,9 @@ EPOCH_FEATURE = "epoch"
 """A receiver that heeds the epoch in OPEN."""
 MERGE_FEATURE = "merge"
 """A receiver that merges the layers of a disk when it is told to, and makes senders wait meanwhile."""
-FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, MERGE_FEATURE)
+HANDOVER_FEATURE = "handover"
+"""A receiver that answers HANDOVER with HANDED."""
+FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, HANDOVER_FEATURE, MERGE_FEATURE)
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 

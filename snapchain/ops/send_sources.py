@@ -1,0 +1,30 @@
+"""By what a replica and a sender know a file again: one key, told by the stream, by notes, and by the open file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from snapchain.image import ImageFile
+from snapchain.image.fingerprint import Fingerprint
+from snapchain.model.inventory import Wanted
+from snapchain.replica.stream.messages import Source
+from snapchain.repository.source import Source as NotedSource
+
+
+def source_of(file: ImageFile) -> Source:
+    """The key by which a replica knows a file again."""
+    mark = file.fingerprint
+    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
+
+
+def wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
+    """A file of the chain, with what a merge has made it of where that is known."""
+    source = source_of(file)
+    return next((known for known in lineage if same_source(source, known.source)), Wanted(source))
+
+
+def same_source(mine: object, theirs: object) -> bool:
+    """Whether two Sources, of a stream or of notes, are of one file, which nobody has written to in between."""
+    if not isinstance(mine, Source | NotedSource) or not isinstance(theirs, Source | NotedSource) or not mine.size:
+        return False
+    return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
