@@ -28,6 +28,7 @@ from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
+from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.send_recognise import recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.send_sources import same_source, source_of, wanted
@@ -57,7 +58,7 @@ class _Base:
 
 def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
     """The replica that an address names. connections: of ssh. Touches nothing. Raises InvalidInput."""
-    return open_endpoint(dest, connections=connections)
+    return open_endpoint(dest, connections=connections, engine=ReplicaEngine())
 
 
 def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendPlan:

@@ -19,8 +19,8 @@ from snapchain.model.content import Sum
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue, encode_sum, read_record, write_record
 from snapchain.replica.store import ReplicaDisk
-from snapchain.replica.unfinished import Engine, settle_merge
 from snapchain.replica.stream.messages import Partial
+from snapchain.replica.unfinished import Engine, settle_merge
 
 
 class Progress(BaseModel):

@@ -1,6 +1,6 @@
 """A merge of a disk's layers that is under way: the record that tells of it, and what is left to do after a crash.
 
-    .merging.json      which layers are to be one: there from before the first file is touched until the catalogue says so
+    .merging.json      which layers are to be one; from before a file is touched until the catalogue says so
 
 Whoever finds it and gets the disk's lock has met a merge that was killed: its engine finishes or undoes what it did to
 the files, and then they tell what they are, the old list of layers or the new one.  Who reads without the lock may see
@@ -193,9 +193,7 @@ def is_under_way(disk: ReplicaDisk) -> bool:
     return disk.path(names.MERGING).exists()
 
 
-def undisturbed(
-    disk: ReplicaDisk, look: Callable[[], T], *, engine: Engine | None, is_fine: Callable[[T], bool]
-) -> T:
+def undisturbed(disk: ReplicaDisk, look: Callable[[], T], *, engine: Engine | None, is_fine: Callable[[T], bool]) -> T:
     """What `look` finds, without the lock, when no merge has changed files under it; errors, too, count only then.
 
     is_fine: what a merge cannot have spoilt. A merge that was killed is settled. Raises Busy when it never is quiet.
@@ -214,12 +212,12 @@ def undisturbed(
     raise Busy("the disk changes while it is looked at", subject=disk.directory, hint="run it again")
 
 
-def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None) -> None:
-    """Return when none is under way; one that was killed is settled, where there is an engine.
+def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None, patience: float = _PATIENCE) -> None:
+    """Return when none is under way; one that was killed is settled.
 
-    Raises Busy when it takes too long.
+    Raises Busy when it takes longer than `patience`, in seconds, and as `settle_merge`.
     """
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while is_under_way(disk):
         try:
             with disk.locked(make=False, work=Work.MERGE):

@@ -1,4 +1,4 @@
-"""Waiting for one's turn at a disk: a transfer waits for a merge, which ends soon; a merge waits a little for a transfer.
+"""Waiting for one's turn at a disk: a transfer waits for a merge, which ends soon, and a merge a little for a transfer.
 
 Two transfers do not wait for each other: the second would find the disk other than its sender thinks.  Who waits
 changes nothing meanwhile, and the beats of the stream tell the other side that it is alive.
