@@ -11,9 +11,8 @@ clear error, and the loss of its own layer.
 from __future__ import annotations
 
 import struct
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, Work, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
-from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kind
 from snapchain.replica.stream.handover_messages import Handover
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.merge_messages import Merge
@@ -58,9 +57,9 @@ from snapchain.replica.stream.messages import (
     encode,
 )
 from snapchain.replica.unfinished import Engine, undisturbed
+from snapchain.replica.voice import Voice
 from snapchain.replica.waiting import in_turn
 
-BEAT_SECONDS = 10.0
 _OFFSET = struct.Struct("<Q")
 _COUNT = struct.Struct("<Q")
 
@@ -76,39 +75,6 @@ class Received:
     known: int = 0
     points: list[Point] = field(default_factory=list)
     bytes_read: int = 0
-
-
-class Voice:
-    """What this side says; several threads may. Nothing at all to a sender that does not listen."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._frames = FrameWriter(channel)
-        self._lock = threading.Lock()
-        self.heard = False
-
-    def say(self, kind: Kind, body: bytes = b"") -> None:
-        """Raises what Channel.write raises."""
-        if self.heard:
-            with self._lock:
-                self._frames.send(kind, body)
-
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Say now and then that this side is alive."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(BEAT_SECONDS):
-                with suppress(SnapchainError):
-                    self.say(Kind.BEAT)
-
-        thread = threading.Thread(target=beat, name="beat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
 
 
 def receive(
