@@ -15,6 +15,7 @@ from snapchain.ops.merge.journal import sweep, unsettled
 from snapchain.ops.merge.plan import MergePlan, plan
 from snapchain.ops.merge.recover import recover
 from snapchain.ops.merge.run import MergeReport, run
+from snapchain.ops.merge.strategy import Strategy
 from snapchain.replica.unfinished import OnBytes
 
 
@@ -54,7 +55,10 @@ class _Planned:
 
 
 class ReplicaEngine:
-    """An `Engine` of the replica (replica/unfinished.py)."""
+    """An `Engine` of the replica (replica/unfinished.py). strategy: the best one unless given."""
+
+    def __init__(self, strategy: Strategy | None = None) -> None:
+        self._strategy = strategy
 
     def plan(self, tip: Path, members: Sequence[Path], *, image_dirs: Sequence[Path]) -> _Planned:
         """As the protocol says."""
@@ -62,6 +66,7 @@ class ReplicaEngine:
             tip,
             from_layer=str(members[0]),
             to_layer=str(members[-1]),
+            strategy=self._strategy,
             image_format="qcow2",
             image_dirs=image_dirs,
             unlocks=True,

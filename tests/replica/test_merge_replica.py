@@ -18,7 +18,7 @@ from snapchain.model.retention import Policy, parse_duration
 from snapchain.ops import merge_image
 from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge_replica import ReplicaMerge
-from snapchain.ops.send import Divergence, Files, Request, send_to_replica
+from snapchain.ops.send import Divergence, Request, send_to_replica
 from snapchain.ops.snapshot import plan as plan_snapshot, run as run_snapshot
 from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.image.mounts import mounted
@@ -27,10 +27,16 @@ from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
 
+NOBODY = 65534
+
 
 @pytest.fixture
 def chain(tmp_path: Path) -> list[Path]:
-    return build(tmp_path / "c", [Layer(4 * MiB, [f"write -P {n} {n * 64}k 512k"]) for n in range(1, 7)])
+    return six(tmp_path / "c")
+
+
+def six(directory: Path) -> list[Path]:
+    return build(directory, [Layer(4 * MiB, [f"write -P {n} {n * 64}k 512k"]) for n in range(1, 7)])
 
 
 @pytest.fixture
@@ -40,75 +46,95 @@ def pointed(place: Place, tmp_path: Path) -> Pointed:
 
 @pytest.fixture
 def sent(pointed: Pointed, chain: list[Path]) -> Pointed:
+    """Six points of six files, for tests in which their sender goes on."""
+    return sent_of(pointed, chain)
+
+
+def sent_of(pointed: Pointed, chain: list[Path]) -> Pointed:
     for path in chain:
         pointed.send(path, labels=[f"at-{path.stem}"])
     return pointed
 
 
-def test_kept_points_read_as_before(sent: Pointed) -> None:
-    report = sent.merge(last=2, labels=frozenset(["at-1"]))
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Pointed:
+    directory = tmp_path_factory.mktemp("once")
+    return sent_of(Pointed(Place(directory / "replica"), directory / "shots"), six(directory / "c"))
+
+
+@pytest.fixture
+def there(once: Pointed, place: Place) -> Pointed:
+    """The same, for tests in which their sender does nothing more."""
+    subprocess.run(["cp", "-a", str(once.place.root), str(place.root)], check=True)
+    return Pointed(place, once.shots, once.shown)
+
+
+def test_kept_points_read_as_before(there: Pointed) -> None:
+    report = there.merge(last=2, labels=frozenset(["at-1"]))
     assert (report.points_kept, report.points_dropped) == ((2, 5, 6), (1, 3, 4))
     assert (report.layers_before, report.layers_after) == (6, 3)
     assert report.merges == (("0.qcow2", "1.qcow2"), ("2.qcow2", "3.qcow2", "4.qcow2"))
     assert report.bytes_freed > 0
-    sent.check(kept=[2, 5, 6])
-    assert [file.name for file in sent.place.files()] == ["1.qcow2", "4.qcow2", "disk.qcow2"]
+    there.check(kept=[2, 5, 6])
+    assert [file.name for file in there.place.files()] == ["1.qcow2", "4.qcow2", "disk.qcow2"]
 
 
-def test_down_to_one_file_and_again(sent: Pointed) -> None:
-    before = sent.place.catalogue()["layers"][-1]
-    assert sent.merge(last=1).layers_after == 1
-    sent.check(kept=[6])
-    (layer,) = sent.place.catalogue()["layers"]
+def test_down_to_one_file_and_again(there: Pointed) -> None:
+    before = there.place.catalogue()["layers"][-1]
+    assert there.merge(last=1).layers_after == 1
+    there.check(kept=[6])
+    (layer,) = there.place.catalogue()["layers"]
     for field in ("id", "file", "size", "content_id", "content_sum"):
         assert layer[field] == before[field]
     assert len(layer["sources"]) == 6
     assert layer["data_bytes"] == 5 * 64 * 1024 + 512 * 1024
-    generation = sent.place.catalogue()["generation"]
-    again = sent.merge(last=1)
+    generation = there.place.catalogue()["generation"]
+    again = there.merge(last=1)
     assert (again.strategy, again.merges, again.points_dropped) == ("nothing", (), ())
-    assert sent.place.catalogue()["generation"] == generation
+    assert there.place.catalogue()["generation"] == generation
 
 
-def test_a_dry_run_changes_nothing_and_is_right(sent: Pointed) -> None:
-    before = sorted((path, path.stat().st_mtime_ns, path.stat().st_mode) for path in sent.place.root.rglob("*"))
-    plan = sent.plan(last=2)
+def test_a_dry_run_changes_nothing_and_is_right(there: Pointed) -> None:
+    before = sorted((path, path.stat().st_mtime_ns, path.stat().st_mode) for path in there.place.root.rglob("*"))
+    plan = there.plan(last=2)
     assert [point.kept for point in plan.points] == [False] * 4 + [True] * 2
     assert plan.points[0].reasons == ("not among the last 2",)
-    assert sorted((path, path.stat().st_mtime_ns, path.stat().st_mode) for path in sent.place.root.rglob("*")) == before
-    report = sent.merge(last=2)
+    assert (
+        sorted((path, path.stat().st_mtime_ns, path.stat().st_mode) for path in there.place.root.rglob("*")) == before
+    )
+    report = there.merge(last=2)
     assert (plan.merges, plan.strategy, plan.layers_after) == (report.merges, report.strategy, report.layers_after)
     assert plan.bytes_to_move == report.bytes_moved
 
 
-def test_progress_ends_with_the_whole(sent: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_ends_with_the_whole(there: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
     from snapchain.replica import merging
 
     monkeypatch.setattr(merging, "_PROGRESS_SECONDS", 0.0)
     events: list[Event] = []
-    report = sent.merging(last=3).run(on_event=events.append)
+    report = there.merging(last=3).run(on_event=events.append)
     told = [event for event in events if isinstance(event, Progress)]
     assert {event.total for event in told} == {report.bytes_moved}
     assert told[-1].done == report.bytes_moved
     assert [event.done for event in told] == sorted(event.done for event in told)
 
 
-def test_a_time_zone_and_all_rules_cross(sent: Pointed) -> None:
+def test_a_time_zone_and_all_rules_cross(there: Pointed) -> None:
     rules = {"hourly": 1, "daily": -1, "weekly": 1, "monthly": 2, "yearly": 1, "within": parse_duration("1y5m7d2h")}
-    merge = ReplicaMerge(endpoint(sent.place.root), DISK, Policy(**rules), zone="Europe/Berlin")  # type: ignore[arg-type]
+    merge = ReplicaMerge(endpoint(there.place.root), DISK, Policy(**rules), zone="Europe/Berlin")  # type: ignore[arg-type]
     assert all(point.kept for point in merge.plan().points)
     with pytest.raises(InvalidInput, match="no time zone"):
-        ReplicaMerge(endpoint(sent.place.root), DISK, Policy(last=1), zone="../../etc/passwd").plan()
+        ReplicaMerge(endpoint(there.place.root), DISK, Policy(last=1), zone="../../etc/passwd").plan()
 
 
-def test_what_is_not_there(sent: Pointed, tmp_path: Path) -> None:
+def test_what_is_not_there(there: Pointed, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no replica"):
         ReplicaMerge(endpoint(tmp_path / "nowhere"), DISK, Policy(last=1), zone="UTC").run()
     with pytest.raises(NotFound, match="no disk 'gone'"):
-        ReplicaMerge(endpoint(sent.place.root), "gone", Policy(last=1), zone="UTC").run()
+        ReplicaMerge(endpoint(there.place.root), "gone", Policy(last=1), zone="UTC").run()
     with pytest.raises(InvalidInput, match="no rule"):
-        sent.merge()
-    assert sorted(entry.name for entry in sent.place.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
+        there.merge()
+    assert sorted(entry.name for entry in there.place.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
 
 
 def test_an_older_epoch_is_refused(sent: Pointed, chain: list[Path]) -> None:
@@ -124,10 +150,10 @@ def test_an_older_epoch_is_refused(sent: Pointed, chain: list[Path]) -> None:
     sent.check(kept=[7])
 
 
-def test_a_receiver_that_cannot_merge(sent: Pointed) -> None:
+def test_a_receiver_that_cannot_merge(there: Pointed) -> None:
     with pytest.raises(Unsupported, match="cannot merge"):
-        ReplicaMerge(DirectoryEndpoint(sent.place.root), DISK, Policy(last=1), zone="UTC").run()
-    sent.check(kept=[1, 2, 3, 4, 5, 6])
+        ReplicaMerge(DirectoryEndpoint(there.place.root), DISK, Policy(last=1), zone="UTC").run()
+    there.check(kept=[1, 2, 3, 4, 5, 6])
 
 
 # ---- the sender afterwards
@@ -192,9 +218,7 @@ def test_sources_that_are_too_many_are_told_by_content(
     sent.check()
 
 
-def test_a_layer_that_was_arriving_goes_on(
-    pointed: Pointed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_layer_that_was_arriving_goes_on(pointed: Pointed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from snapchain.errors import Unavailable
     from snapchain.replica import sender
     from tests.replica.conftest import BentEndpoint, send
@@ -272,71 +296,71 @@ def reading(path: Path) -> Iterator[None]:
             (path.parent / "nbd.socket").unlink(missing_ok=True)
 
 
-def test_layers_that_are_open_stay(sent: Pointed) -> None:
-    with reading(sent.place.directory / "2.qcow2"):
-        report = sent.merge(last=1)
+def test_layers_that_are_open_stay(there: Pointed) -> None:
+    with reading(there.place.directory / "2.qcow2"):
+        report = there.merge(last=1)
         assert report.merges == (("3.qcow2", "4.qcow2", "disk.qcow2"),)
         assert [each.file for each in report.staying] == ["0.qcow2", "1.qcow2", "2.qcow2"]
         assert "qemu-nbd" in report.staying[0].reason
-    sent.check(kept=[6])
-    assert sent.merge(last=1).layers_after == 1
-    sent.check(kept=[6])
+    there.check(kept=[6])
+    assert there.merge(last=1).layers_after == 1
+    there.check(kept=[6])
 
 
-def test_a_lock_on_one_layer(sent: Pointed) -> None:
-    with ImageLock(sent.place.directory / "2.qcow2", LockMode.READ):
-        report = sent.merge(last=1)
+def test_a_lock_on_one_layer(there: Pointed) -> None:
+    with ImageLock(there.place.directory / "2.qcow2", LockMode.READ):
+        report = there.merge(last=1)
     assert report.merges == (("0.qcow2", "1.qcow2"), ("3.qcow2", "4.qcow2", "disk.qcow2"))
     assert [each.file for each in report.staying] == ["2.qcow2", "1.qcow2"]
-    sent.check(kept=[6])
+    there.check(kept=[6])
 
 
-def test_a_reader_of_the_newest_layer_stops_it_all(sent: Pointed) -> None:
-    with reading(sent.place.directory / "disk.qcow2"):
-        report = sent.merge(last=1)
+def test_a_reader_of_the_newest_layer_stops_it_all(there: Pointed) -> None:
+    with reading(there.place.directory / "disk.qcow2"):
+        report = there.merge(last=1)
         assert (report.merges, report.strategy, report.points_dropped) == ((), "nothing", (1, 2, 3, 4, 5))
         assert len(report.staying) == 5
-    sent.check(kept=[6])
+    there.check(kept=[6])
 
 
-def test_a_guest_has_written_to_an_overlay_on_the_newest_layer(sent: Pointed, tmp_path: Path) -> None:
-    overlay = guest_on(sent, "disk.qcow2")
+def test_a_guest_has_written_to_an_overlay_on_the_newest_layer(there: Pointed, tmp_path: Path) -> None:
+    overlay = guest_on(there, "disk.qcow2")
     shown = flat(overlay, tmp_path / "guest.raw")
-    assert sent.merge(last=1).layers_after == 1
+    assert there.merge(last=1).layers_after == 1
     assert same(overlay, shown)
-    sent.check(kept=[6], besides=["active"])
+    there.check(kept=[6], besides=["active"])
 
 
-def test_a_guest_stands_on_an_older_layer(sent: Pointed, tmp_path: Path) -> None:
-    overlay = guest_on(sent, "2.qcow2")
+def test_a_guest_stands_on_an_older_layer(there: Pointed, tmp_path: Path) -> None:
+    overlay = guest_on(there, "2.qcow2")
     shown = flat(overlay, tmp_path / "guest.raw")
-    report = sent.merge(last=1)
+    report = there.merge(last=1)
     assert report.merges == (("0.qcow2", "1.qcow2", "2.qcow2"), ("3.qcow2", "4.qcow2", "disk.qcow2"))
     assert [(each.file, each.reason) for each in report.staying] == [("2.qcow2", "guest.qcow2 stands on it")]
     assert same(overlay, shown)
-    sent.check(kept=[6], besides=["active"])
+    there.check(kept=[6], besides=["active"])
 
 
-def test_a_file_with_a_second_name_stays(sent: Pointed) -> None:
-    os.link(sent.place.directory / "1.qcow2", sent.place.root / "mine")
-    report = sent.merge(last=2)
+def test_a_file_with_a_second_name_stays(there: Pointed) -> None:
+    os.link(there.place.directory / "1.qcow2", there.place.root / "mine")
+    report = there.merge(last=2)
     assert report.merges == ()
     assert "hard links" in report.staying[0].reason
-    sent.check(kept=[5, 6])
-    (sent.place.root / "mine").unlink()
-    assert sent.merge(last=2).layers_after == 2
+    there.check(kept=[5, 6])
+    (there.place.root / "mine").unlink()
+    assert there.merge(last=2).layers_after == 2
 
 
-def test_another_that_changes_the_disk(sent: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_that_changes_the_disk(there: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
     from snapchain.replica import store, waiting
 
     monkeypatch.setattr(waiting, "LIMITS", {})
-    disk = store.open_replica(sent.place.root).disk(DISK)
+    disk = store.open_replica(there.place.root).disk(DISK)
     with disk.locked(make=False), pytest.raises(Busy, match=r"a transfer"):
-        sent.merge(last=1)
+        there.merge(last=1)
     with disk.locked(make=False, work=store.Work.MERGE), pytest.raises(Busy, match=r"a merge"):
-        sent.merge(last=1)
-    sent.check(kept=[1, 2, 3, 4, 5, 6])
+        there.merge(last=1)
+    there.check(kept=[1, 2, 3, 4, 5, 6])
 
 
 # ---- what it costs
@@ -376,33 +400,29 @@ def written() -> int:
 
 
 @pytest.mark.root
-def test_a_user_who_is_not_root(sent: Pointed, tmp_path: Path) -> None:
+def test_a_user_who_is_not_root(there: Pointed, tmp_path: Path) -> None:
     """Layers are read-only: their owner writes into them all the same where that moves least."""
-    (tmp_path / "nobody").mkdir()
-    root = tmp_path / "nobody" / "replica"
-    subprocess.run(["cp", "-a", str(sent.place.root), str(root)], check=True)
-    subprocess.run(["chown", "-R", "65534:65534", str(root.parent)], check=True)
+    subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", str(there.place.root)], check=True)
     for path in (tmp_path, *tmp_path.parents):
-        if path.stat().st_uid == 0 and path != Path("/tmp") and path != Path("/"):
+        if path.name.startswith(("pytest-", "test_")):
             path.chmod(0o755)
-    script = (
-        "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
-        "from pathlib import Path\n"
-        "from tests.replica.merging import endpoint\n"
-        "from snapchain.model.retention import Policy\n"
-        "from snapchain.ops.merge_replica import ReplicaMerge\n"
-        f"work = ReplicaMerge(endpoint(Path({str(root)!r})), {DISK!r}, Policy(last=2), zone='UTC')\n"
-        "plan = work.plan()\n"
-        "print(plan.strategy, work.run().strategy)\n"
-    )
-    argv = ["/work/main/.venv/bin/python" if False else os.sys.executable, "-c", script]  # type: ignore[attr-defined]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    foreseen, taken = done.stdout.split()
-    assert foreseen == taken
-    assert taken in {"absorb", "commit", "new-file"}
-    Pointed(Place(root), sent.shots, sent.shown).check(kept=[5, 6])
-    assert all(path.stat().st_uid == 65534 for path in Place(root).files())
+    foreseen = there.plan(last=2)  # and everything is imported that a user may not read here
+    said, say = os.pipe()
+    if not (child := os.fork()):
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        try:
+            os.write(say, f"{there.plan(last=2).strategy} {there.merge(last=2).strategy}".encode())
+        finally:
+            os._exit(0)
+    os.close(say)
+    with os.fdopen(said) as heard:
+        words = heard.read().split()
+    os.waitpid(child, 0)
+    assert words == [foreseen.strategy] * 2
+    there.check(kept=[5, 6])
+    assert all(path.stat().st_uid == NOBODY for path in there.place.files())
 
 
 # ----
