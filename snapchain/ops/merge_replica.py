@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.model.retention import Policy
 from snapchain.ops.events import OnEvent, Progress, ignore
 from snapchain.ops.merge_repository import PointDecision
+from snapchain.ops.replica_waiting import waiting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.merge_asking import Answer, merged_at
 
@@ -126,6 +127,7 @@ class ReplicaMerge:
             epoch=self._epoch,
             dry_run=dry_run,
             on_bytes=lambda done, total: on_event(Progress("merge", done, total)),
+            on_wait=waiting(self._endpoint, on_event),
         )
 
 

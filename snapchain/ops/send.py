@@ -28,6 +28,7 @@ from snapchain.ops.lineage import noted_lineage
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
 from snapchain.ops.replica_engine import ReplicaEngine
+from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.send_geometry import geometry
 from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
@@ -144,7 +145,7 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
     ):
         try:
-            held = sender.open(opening(request, endpoint, chain))
+            held = sender.open(opening(request, endpoint, chain), on_wait=waiting(endpoint, on_event))
             run = _Run(chain, sender, request, endpoint.url, on_event)
             return run.send(run.base(held, cut=sender.cut), len(chain.files))
         finally:

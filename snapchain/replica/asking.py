@@ -19,6 +19,7 @@ _PROGRESS = struct.Struct("<QQ")
 MOST_BYTES = 256 << 20
 """Of a whole answer: a million points, or thousands of findings; beyond that somebody means harm."""
 OnBytes = Callable[[int, int], None]
+OnBeat = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +85,13 @@ def soundness_at(
     return verdicts, findings
 
 
-def answers(channel: Channel, kind: Kind, asked: Said, *, feature: str) -> Iterator[Frame]:
+def answers(
+    channel: Channel, kind: Kind, asked: Said, *, feature: str, on_beat: OnBeat = lambda: None
+) -> Iterator[Frame]:
     """Ask, in the place of OPEN; what is said before DONE.
 
-    feature: that the other side must have to understand it. Raises Unsupported, and what the other side refuses with.
+    feature: that the other side must have to understand it; on_beat: called while it says nothing but that it lives
+    Raises Unsupported, and what the other side refuses with.
     """
     writer, reader = FrameWriter(channel), FrameReader(channel, FROM_RECEIVER)
     writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
@@ -100,20 +104,21 @@ def answers(channel: Channel, kind: Kind, asked: Said, *, feature: str) -> Itera
         )
     writer.send(kind, encode(asked))
     left = MOST_BYTES
-    while (frame := _next(reader, channel)).kind is not Kind.DONE:
+    while (frame := _next(reader, channel, on_beat)).kind is not Kind.DONE:
         left -= len(frame.body)
         if left < 0:
             raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer)
         yield frame
 
 
-def _next(reader: FrameReader, channel: Channel) -> Frame:
+def _next(reader: FrameReader, channel: Channel, on_beat: OnBeat = lambda: None) -> Frame:
     while True:
         frame = reader.read()
         if frame.kind is Kind.FAIL:
             raise failures.raised(decode(Failure, frame.body, subject=channel.peer), peer=channel.peer)
         if frame.kind is not Kind.BEAT:
             return frame
+        on_beat()
 
 
 def unexpected(frame: Frame, channel: Channel) -> Corrupt:

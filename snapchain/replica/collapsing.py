@@ -84,10 +84,8 @@ class Collapsed:
 def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinfo, engine: Engine) -> Collapsing:
     """Look, and decide; changes nothing.
 
-    Raises InvalidInput for a policy without a rule, Corrupt when the files are not the chain that they should be.
+    Raises Corrupt when the files are not the chain that they should be.
     """
-    if policy.is_empty:
-        raise InvalidInput("no rule says which points to keep", subject=disk.name, hint="such as --keep-last 7")
     decisions = decide(catalogue.points, policy, zone=zone)
     stays: list[Stays] = []
     groups: list[tuple[Layers, Planned]] = []

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from snapchain.errors import Corrupt
 from snapchain.host.remote_channel import Channel
 from snapchain.model.retention import Policy
-from snapchain.replica.asking import answers, unexpected
+from snapchain.replica.asking import OnBeat, OnBytes, answers, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_offered
 from snapchain.replica.stream import failures, opening
@@ -19,7 +19,6 @@ from snapchain.replica.stream.merge_messages import DecidedPoint, Merge, Merged,
 from snapchain.replica.stream.messages import decode
 
 _PROGRESS = struct.Struct("<QQ")
-OnBytes = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +38,12 @@ def merged_at(
     epoch: int | None = None,
     dry_run: bool = False,
     on_bytes: OnBytes,
+    on_wait: OnBeat = lambda: None,
 ) -> Answer:
     """Have it done over there, or only planned (dry_run).
 
     zone: name of a time zone; epoch: refused there where it is older than the disk's
-    on_bytes: told how many bytes are moved by now, and of how many
+    on_bytes: told how many bytes are moved by now, and of how many; on_wait: called while nothing is told
     Raises Unsupported for a far side that is too old for it, what it refuses with, Corrupt for lies.
     """
     asked = Merge(
@@ -64,7 +64,7 @@ def merged_at(
     points: list[DecidedPoint] = []
     outcome: Outcome | None = None
     with endpoint.connect() as channel:
-        for frame in answers(channel, Kind.MERGE, asked, feature=opening.MERGE_FEATURE):
+        for frame in answers(channel, Kind.MERGE, asked, feature=opening.MERGE_FEATURE, on_beat=on_wait):
             if frame.kind is Kind.PROGRESS and len(frame.body) == _PROGRESS.size and not dry_run and not points:
                 on_bytes(*_PROGRESS.unpack(frame.body))
                 continue

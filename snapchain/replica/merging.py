@@ -38,8 +38,8 @@ _LONGEST_REASON = 1000
 def merge(asked: Merge, root: Path, say: Say, *, engine: Engine | None) -> None:
     """Do it, and say all but DONE.
 
-    Raises NotFound where there is no such replica or disk, Conflict for an older epoch, Busy when others do not let go
-    of the disk, Unsupported where nothing here can merge, and as `collapsing.plan` and `run`.
+    Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
+    when others do not let go of the disk, Unsupported where nothing here can merge, and as `collapsing.plan`, `run`.
     """
     if engine is None:
         raise Unsupported("this receiver cannot merge", subject=root)
@@ -70,7 +70,7 @@ def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, asked: Merge) -> Ca
 
 
 def _policy(asked: Merge) -> Policy:
-    return Policy(
+    policy = Policy(
         last=asked.last,
         hourly=asked.hourly,
         daily=asked.daily,
@@ -80,6 +80,9 @@ def _policy(asked: Merge) -> Policy:
         within=None if asked.within is None else parse_duration(asked.within),
         labels=frozenset(asked.labels),
     )
+    if policy.is_empty:
+        raise InvalidInput("no rule says which points to keep", subject=asked.disk, hint="such as --keep-last 7")
+    return policy
 
 
 def _zone(name: str) -> tzinfo:

@@ -212,12 +212,12 @@ def undisturbed(disk: ReplicaDisk, look: Callable[[], T], *, engine: Engine | No
     raise Busy("the disk changes while it is looked at", subject=disk.directory, hint="run it again")
 
 
-def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None, patience: float = _PATIENCE) -> None:
+def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None, patience: float | None = None) -> None:
     """Return when none is under way; one that was killed is settled.
 
-    Raises Busy when it takes longer than `patience`, in seconds, and as `settle_merge`.
+    Raises Busy when it takes longer than `patience`, in seconds (by default a minute), and as `settle_merge`.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
     while is_under_way(disk):
         try:
             with disk.locked(make=False, work=Work.MERGE):

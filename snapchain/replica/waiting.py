@@ -14,8 +14,10 @@ from snapchain.errors import Busy
 from snapchain.replica.store import ReplicaDisk, Work
 
 LIMITS = {(Work.TRANSFER, Work.MERGE): 900.0, (Work.MERGE, Work.TRANSFER): 60.0, (Work.MERGE, Work.MERGE): 60.0}
-"""Seconds that one kind of work waits for another; none where nothing is said."""
-_POLL_SECONDS = 0.2
+"""Seconds that one kind of work waits for another."""
+GRACE = 0.5
+"""For all others, and until who has just got the disk has said for what."""
+_POLL_SECONDS = 0.1
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def in_turn(disk: ReplicaDisk, work: Work, *, make: bool = False) -> Iterator[No
                 break
             except Busy as error:
                 theirs = disk.held_for()
-                limit = LIMITS.get((work, theirs), 0.0)
+                limit = LIMITS.get((work, theirs), GRACE)
                 if time.monotonic() - began >= limit:
                     raise Busy(
                         f"another snapchain is changing this disk (a {theirs.value})",

@@ -91,9 +91,10 @@ def points_two_three_and_five(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rule of the calendar is so fine."""
     from snapchain.model.retention import Decision
     from snapchain.replica import collapsing
+    from snapchain.replica.catalogue import Point
 
-    def decide(points: list[object], *_: object, **__: object) -> tuple[Decision[object], ...]:
-        return tuple(Decision(each, each.point in {2, 3, 5}, ("so",)) for each in points)  # type: ignore[attr-defined]
+    def decide(points: list[Point], *_: object, **__: object) -> tuple[Decision[Point], ...]:
+        return tuple(Decision(each, each.point in {2, 3, 5}, ("so",)) for each in points)
 
     monkeypatch.setattr(collapsing, "decide", decide)
 
