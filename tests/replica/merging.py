@@ -33,7 +33,7 @@ class Pointed:
         report = send_to_replica(Request(image=image, disk=DISK, **options), endpoint(self.place.root))
         if report.point is not None:
             self.shots.mkdir(exist_ok=True)
-            self.shown[report.point] = flat(image, self.shots / f"{report.point}.raw")
+            self.shown[report.point] = flat(image, self.shots / f"{report.point}.raw", image.suffix[1:])
         return report
 
     def merge(self, **rules: Any) -> ReplicaMergeReport:
@@ -61,4 +61,5 @@ class Pointed:
             assert path.stat().st_mode & 0o7777 == 0o444
         left = {entry.name for entry in self.place.directory.iterdir()}
         assert left == {"catalogue.json", ".lock", *(path.name for path in files.values()), *besides}
-        assert verify_replica(endpoint(self.place.root), DISK, read_data=True).ok
+        found = verify_replica(endpoint(self.place.root), DISK, read_data=True)
+        assert found.ok, found.findings
