@@ -5,18 +5,20 @@
     s3://bucket/prefix::web1/vda@7    its point 7
     /backup                           a destination, where a command wants one
 
-The last '::' parts destination and disk, since a URL may hold one and a disk's name may not; the first '@' after it
-parts disk and point. Text with '::' never is a path.
+The last '::' parts destination and disk, since a URL may hold one and a disk's name may not; those of an IPv6 address
+in brackets part nothing. The first '@' after it parts disk and point. Text with '::' never is a path.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
 
 _MARK = "::"
+_IPV6_HOST = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\[\]]*\[[^/\]]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,13 @@ class DestinationAddress:
 
 def parse_address(text: str) -> ImageAddress | PointAddress:
     """An image's path, or DEST::DISK[@POINT]. Raises InvalidInput."""
-    if _MARK not in text:
+    host = _IPV6_HOST.match(text)
+    mark = text.rfind(_MARK, host.end() if host else 0)
+    if mark < 0:
         if not text:
             raise InvalidInput("an empty address", hint="name an image, or DEST::DISK[@POINT]")
         return ImageAddress(Path(text))
-    dest, _, rest = text.rpartition(_MARK)
+    dest, rest = text[:mark], text[mark + len(_MARK) :]
     disk, at, point = rest.partition("@")
     if not dest or not disk or (at and not point):
         raise InvalidInput(

@@ -17,6 +17,7 @@ from snapchain.model.strip import strips
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.lineage import note_of
 from snapchain.ops.notes import Hold, Notes
+from snapchain.ops.ownership import mark_of, told
 from snapchain.ops.points import find_point
 from snapchain.repository.repository import Repository
 
@@ -96,8 +97,18 @@ def inspect_image(
             virtual_size=chain.size,
             content_id=None,
             layers=layers,
-            findings=(*_findings(chain), *map(str, notes.faults(file.real_path for file in chain.files))),
+            findings=(
+                *_findings(chain),
+                *_given(chain, notes),
+                *map(str, notes.faults(file.real_path for file in chain.files)),
+            ),
         )
+
+
+def _given(chain: ImageChain, notes: Notes) -> Iterator[str]:
+    mark = mark_of(chain, notes)
+    if mark is not None:
+        yield told(mark)
 
 
 def inspect_point(repository: Repository, disk: str, *, point: str | None = None) -> InspectReport:

@@ -68,11 +68,21 @@ class MergedFile(_Part):
     of: tuple[Source, ...]
 
 
+class Overlay(_Part):
+    """The empty overlay at a replica on which a guest is to run: its file's name, on which layer, and its geometry."""
+
+    name: str
+    layer: str
+    virtual_size: int
+    cluster_size: int
+    extended_l2: bool
+
+
 class Given(_Part):
     """The disk that this file is a part of was given to another host: nothing here may write to it, or send it.
 
-    destination, disk: to whom; epoch: in which it was given; token: of the handover; mode: that the file had
-    confirmed: whether the destination has said that it has it; started: whether the hook that starts the guest is done
+    destination, disk: to whom; epoch: in which; token: of the handover; together: all disks of it; mode: the file's
+    before; confirmed: the destination has said that it has it; started: the hook that starts its guest is done
     """
 
     destination: str
@@ -80,7 +90,9 @@ class Given(_Part):
     epoch: int
     token: str
     time: AwareDatetime
-    mode: int
+    overlay: Overlay
+    together: tuple[str, ...]
+    mode: int = 0
     confirmed: bool = False
     started: bool = False
 

@@ -31,17 +31,21 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None) -> None:
     found = given(chain, notes)
     if found is None:
         return
-    place = f"{found.destination}::{found.disk}"
-    said = "was given" if found.confirmed else "is being given"
-    again = shlex.join(["snapchain", "migrate", str(chain.top.path), place])
+    again = shlex.join(["snapchain", "migrate", str(chain.top.path), f"{found.destination}::{found.disk}"])
     raise Conflict(
-        f"this disk {said} to {place}, in epoch {found.epoch}, {found.time:%Y-%m-%d %H:%M} UTC: nothing here may write "
-        "or send it any more",
+        f"{told(found)}: nothing here may write or send it any more",
         subject=chain.top.path,
         hint=f"`{again} --take-back` gets it back as long as no guest has written to it there"
         if found.confirmed
         else f"`{again} --offline` finishes that, with --take-back it is undone",
     )
+
+
+def told(mark: Given) -> str:
+    """To whom a disk was given, as a sentence."""
+    said = "was given" if mark.confirmed else "is being given"
+    when = f"{mark.time:%Y-%m-%d %H:%M} UTC"
+    return f"this disk {said} to {mark.destination}::{mark.disk}, in epoch {mark.epoch}, {when}"
 
 
 def given(chain: ImageChain, notes: Notes) -> Given | None:
@@ -54,6 +58,11 @@ def given(chain: ImageChain, notes: Notes) -> Given | None:
         is_read_only = not top.stat().st_mode & _WRITE_BITS
     for fault in notes.faults(file.real_path for file in chain.files) if is_read_only else ():
         raise fault
+    return mark_of(chain, notes)
+
+
+def mark_of(chain: ImageChain, notes: Notes) -> Given | None:
+    """The uppermost mark that can be read."""
     marks = (note_of(file, notes).given for file in reversed(chain.files))
     return next((mark for mark in marks if mark is not None), None)
 

@@ -32,7 +32,7 @@ from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.send_geometry import geometry
 from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
-from snapchain.ops.send_sources import keys, same_source, sources_of, wanted
+from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.endpoint import Endpoint, open_endpoint
@@ -215,7 +215,11 @@ class _Run:
             Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
         )
         whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
-        return recognised(self._chain, count, found, held, on_bytes=self._reading("recognise", whole))
+        sources = held.layers[-1].sources
+        files = enumerate(self._chain.files[:count])
+        newest = next((at for at, file in files if sources and same_source(source_of(file), sources[-1])), None)
+        on_bytes = self._reading("recognise", whole)
+        return recognised(self._chain, count, found, held, newest=newest, on_bytes=on_bytes)
 
     def _reading(self, phase: str, whole: int = 0) -> Callable[[int], None]:
         done = 0

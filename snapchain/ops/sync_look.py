@@ -81,6 +81,7 @@ def not_ready(request: SyncRequest, endpoint: Endpoint, top: ActiveTop, why: str
         virtual_size=top.size,
         overlay=None,
         proof=request.proof,
+        paths={},
         commands=(),
     )
 
@@ -173,9 +174,10 @@ class _Look:
         overlay = None if said is None else f"{base}{said.file}"
         ready = said is not None and not missing
         commands: tuple[str, ...] = ()
-        if ready and overlay is not None and self._request.guest is not None:
+        if overlay is not None:
             named = {str(self._top.path), str(self._send.image.absolute()), str(self._send.image.resolve())}
             paths |= dict.fromkeys(sorted(named), overlay)
+        if ready and self._request.guest is not None:
             commands = migrate_commands(self._request.guest, paths)
         return Destination(
             disk=self._send.disk,
@@ -190,6 +192,7 @@ class _Look:
             virtual_size=self._top.size,
             overlay=overlay,
             proof=self._request.proof,
+            paths=paths,
             commands=commands,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -54,10 +54,11 @@ def guest_of(
     return Guest(domain, target, uri)
 
 
-def migrate_commands(guest: Guest, paths: Mapping[str, str]) -> tuple[str, str]:
+def migrate_commands(guest: Guest, paths: Mapping[str, str], *, targets: Sequence[str] = ()) -> tuple[str, str]:
     """For a shell on the source: write the definition for the destination, then migrate.
 
     paths: from each file's path here to the one over there; must not be empty
+    targets: of all disks that are copied; that of `guest` where there are no others
     """
     edits = [part for old, new in paths.items() if old != new for part in ("-e", _edit(old, new))]
     definition = shlex.quote(f"{guest.domain}.snapchain.xml")
@@ -65,7 +66,8 @@ def migrate_commands(guest: Guest, paths: Mapping[str, str]) -> tuple[str, str]:
     sed = ["sed", *(edits or ["-n", "p"])]
     move = [
         "virsh", "migrate", "--live", "--persistent", "--verbose",
-        "--copy-storage-inc", "--copy-storage-synchronous-writes", "--migrate-disks", guest.target,
+        "--copy-storage-inc", "--copy-storage-synchronous-writes",
+        "--migrate-disks", ",".join(targets or [guest.target]),
     ]  # fmt: skip
     given = f"--xml {definition} --persistent-xml {definition} {shlex.join([guest.domain, guest.uri])}"
     return f"{shlex.join(dump)} | {shlex.join(sed)} > {definition}", f"{shlex.join(move)} {given}"

@@ -109,7 +109,8 @@ class Arrival:
         with os_errors(path):
             if durable:
                 # A run that was killed in its last steps has made it read-only, and begun its header.
-                path.chmod(0o600)
+                with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as old:
+                    os.fchmod(old.fileno(), 0o600)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             if durable and os.fstat(self._fd).st_size != file_bytes:
                 raise Corrupt("the file of the layer that is arriving was changed", subject=path, hint="remove it")

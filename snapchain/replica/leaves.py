@@ -24,13 +24,17 @@ _UNDER_WAY = 4
 
 
 def read_window(chain: ImageChain | None, window: Window) -> memoryview:
-    """The window's bytes as a chain shows them, its last leaf filled up with zeroes; zeroes beyond the chain's end."""
+    """The window's leaves as a chain shows them, the last one whole: a chain below may be longer than the disk.
+
+    Zeroes beyond the chain's end.
+    """
     whole = -(-window.length // LEAF_BYTES) * LEAF_BYTES
     buffer = memoryview(bytearray(whole))
     if chain is None:
         return buffer
     at = 0
-    for start, stop in window.ranges:
+    for start, end in window.ranges:
+        stop = -(-end // LEAF_BYTES) * LEAF_BYTES
         inside = max(0, min(stop, chain.size) - start)
         if inside:
             chain.read_into(start, buffer[at : at + inside])

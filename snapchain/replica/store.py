@@ -20,11 +20,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound
 from snapchain.host.files import fsync_dir
 from snapchain.host.os_errors import os_errors
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, read_record, write_record
+from snapchain.replica.catalogue import Catalogue, Layer, read_record, write_record
 
 
 class Marker(BaseModel):
@@ -43,6 +43,12 @@ class Work(StrEnum):
     MERGE = "merge"
 
 
+class _Begun(BaseModel):
+    """Of what progress.py notes about a layer that is arriving."""
+
+    finished: Layer | None = None
+
+
 class ReplicaDisk:
     """One disk's directory. What changes it happens inside `locked`."""
 
@@ -56,11 +62,29 @@ class ReplicaDisk:
         return self.directory / file
 
     def read(self) -> Catalogue | None:
-        """The newest generation; None when the disk has none. Raises Corrupt."""
-        found = read_record(Catalogue, self.path(names.CATALOGUE))
+        """The newest generation; None when the disk has none. Raises Corrupt, also where layers lie without one."""
+        found = self._catalogue()
+        layers = [] if found else [name for name in layers_in(self.directory) if name != self._finished()]
+        if layers:
+            # A first layer becomes part of the disk just now: then the catalogue was there before its note went.
+            found = self._catalogue()
+        if found is None and layers:
+            raise Corrupt(
+                f"its catalogue is gone, and {len(layers)} layers are here, such as {layers[0]!a}",
+                subject=self.path(names.CATALOGUE),
+                hint="put the catalogue back; or move those files elsewhere, and send the disk anew",
+            )
         if found is not None and found.disk != self.name:
             raise Conflict(f"this is the disk {found.disk!r}, not {self.name!r}", subject=self.directory)
         return found
+
+    def _catalogue(self) -> Catalogue | None:
+        return read_record(Catalogue, self.path(names.CATALOGUE))
+
+    def _finished(self) -> str | None:
+        """The file of a first layer whose arrival was cut off in its last steps: it has no catalogue yet."""
+        begun = read_record(_Begun, self.path(names.PROGRESS))
+        return None if begun is None or begun.finished is None else begun.finished.file
 
     def write(self, catalogue: Catalogue) -> None:
         """Put a generation in place, durably. Only under the lock."""
@@ -86,7 +110,8 @@ class ReplicaDisk:
                     "another snapchain is changing this disk", subject=self.directory, hint="wait for it to end"
                 ) from error
             with suppress(OSError):  # a full disk: those who come take it for a transfer
-                os.ftruncate(fd, 0)
+                if os.fstat(fd).st_size:
+                    os.ftruncate(fd, 0)
                 if work is not Work.TRANSFER:
                     os.pwrite(fd, f"{work.value}\n".encode(), 0)
             yield
@@ -116,11 +141,21 @@ class Replica:
         return ReplicaDisk(self.root, name)
 
     def disks(self) -> list[ReplicaDisk]:
-        """All that have a catalogue, sound or not, by name."""
+        """All that have a catalogue, sound or not, or layers that have lost it; by name."""
         with os_errors(self.root):
-            places = [entry.name for entry in self.root.iterdir() if (entry / names.CATALOGUE).exists()]
+            entries = list(self.root.iterdir())
+            places = [entry.name for entry in entries if os.path.lexists(entry / names.CATALOGUE) or layers_in(entry)]
         found = (names.disk_of(place) for place in places)
         return [ReplicaDisk(self.root, name) for name in sorted(name for name in found if name is not None)]
+
+
+def layers_in(directory: Path) -> list[str]:
+    """Files that may be layers, by name; none where there is no such directory."""
+    try:
+        entries = sorted(entry.name for entry in directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [name for name in entries if name.endswith(names.SUFFIX) and not name.startswith(".")]
 
 
 def open_replica(root: Path, *, make: bool = False) -> Replica:

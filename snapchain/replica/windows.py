@@ -48,7 +48,8 @@ def hot_leaves(extents: Extents, view: ImageChain, below: ImageChain | None) -> 
     touched = rounded(extents, LEAF_BYTES)
     shows = over(_data(extents), _data(view.resolve()))
     if below is not None:
-        shows = over(_data(below.resolve()).resized(size, ABSENT), shows)
+        # By leaves before it is cut: data in the tail that a shorter layer cuts off are in a leaf whose head stays.
+        shows = over(rounded(_data(below.resolve()), LEAF_BYTES).resized(size, ABSENT), shows)
         if size < below.size and size % LEAF_BYTES:
             # The leaf in which a shorter layer ends has lost its tail, whoever holds its head.
             cut = size // LEAF_BYTES * LEAF_BYTES

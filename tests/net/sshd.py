@@ -104,8 +104,7 @@ def sshd(
 
 def _write_server_config(folder: Path, address: str, port: int, settings: Sequence[str]) -> None:
     (folder / "authorized_keys").write_bytes((folder / "user_key.pub").read_bytes())
-    lines = [
-        *settings,
+    ours = [
         f"ListenAddress {f'[{address}]' if ':' in address else address}:{port}",
         f"HostKey {folder}/host_key",
         f"AuthorizedKeysFile {folder}/authorized_keys",
@@ -120,6 +119,9 @@ def _write_server_config(folder: Path, address: str, port: int, settings: Sequen
         "MaxSessions 50",
         "LogLevel VERBOSE",
     ]
+    # For most of them sshd takes the first line, for MaxStartups the last.
+    given = {line.split()[0] for line in settings}
+    lines = [*settings, *(line for line in ours if line.split()[0] not in given)]
     (folder / "sshd_config").write_text("\n".join(lines) + "\n")
 
 

@@ -26,6 +26,8 @@ HEAD = struct.Struct("<BBHI")
 CHECK_BYTES = 16
 FRAME_BYTES = HEAD.size + CHECK_BYTES
 """What a frame costs beside its body."""
+MOST_BEATS = 24 * 360
+"""In a row: a side that does nothing but say every ten seconds that it is alive is given up after a day."""
 
 
 class Kind(IntEnum):
@@ -134,7 +136,7 @@ class FrameReader:
         self._begun = False
         self._small = memoryview(bytearray(max(HEAD.size, CHECK_BYTES)))
         self._body = memoryview(bytearray(64 * KiB))
-        self._count = 0
+        self._count = self._beats = 0
 
     def read(self) -> Frame:
         """The next frame. Raises Unavailable at the end of the stream, Corrupt for anything that is not a frame."""
@@ -168,6 +170,13 @@ class FrameReader:
         if check != self._check:
             raise self._bad(f"frame {self._count} is not what was sent: its check is wrong")
         self._count += 1
+        self._beats = self._beats + 1 if kind == Kind.BEAT else 0
+        if self._beats > MOST_BEATS:
+            raise Unavailable(
+                f"it has said {self._beats} times in a row that it is alive, and nothing else",
+                subject=self._channel.peer,
+                hint="look what it is doing; to go on, run it again",
+            )
         return Frame(Kind(kind), body)
 
     def _read_magic(self) -> None:

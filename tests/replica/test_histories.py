@@ -1,0 +1,48 @@
+"""Random histories of disks at a replica; `python -m tests.replica.histories 0 150` for more of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.ops.stacks import Layer, build, flat
+from tests.replica.conftest import Place
+from tests.replica.histories import KiB, content_of, live
+
+COUNT = 30
+GROUPS = 3
+happened: Counter[str] = Counter()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_histories(group: int) -> None:
+    total: Counter[str] = Counter()
+    for seed in range(group * COUNT // GROUPS, (group + 1) * COUNT // GROUPS):
+        total += live(seed)
+    assert total["points"] >= COUNT
+    assert total["merged"]
+    assert total["cut"]
+
+
+@pytest.mark.parametrize("head", ["data", "zero"])
+@pytest.mark.parametrize("own", ["", "write -P 9 0 4k"])
+def test_a_shorter_layer_ends_inside_a_leaf(place: Place, tmp_path: Path, head: str, own: str) -> None:
+    """What it cuts off the leaf in which it ends is counted, though nobody shows it any more."""
+    writes = ["write -P 1 100k 20k"] if head == "zero" else ["write -P 1 60k 60k"]
+    longer, shorter = 128 * KiB, 96 * KiB
+    chain = build(
+        tmp_path / "c",
+        [
+            Layer(longer, writes, "cluster_size=4k"),
+            Layer(shorter, [own] if own else [], "cluster_size=4k"),
+            Layer(longer, ["write -P 3 8k 4k"], "cluster_size=4k"),
+        ],
+    )
+    for number, path in enumerate(chain):
+        place.send(path)
+        shown = flat(path, tmp_path / "shown")
+        place.check(shown)
+        assert place.catalogue()["points"][number]["content_id"] == content_of(shown)
