@@ -200,6 +200,8 @@ class _Run:
                     return _Base(found.first, tip.id, tip.size, total, total, same=True)
                 # The tip is a part of what was merged into the next layer. That counts from the files below it, and
                 # stands for what the replica lacks of it; what the tip shows no file here knows any more.
+                name = self._chain.files[found.first].path.name
+                self._on_event(Notice(f"{name} was merged with what the replica lacks: all of it is sent"))
                 lower = counted_up(self._chain, found.first, found.inside, held, on_bytes=self._reading("recognise"))
                 return _Base(found.first, tip.id, tip.size, total, lower, False, keys(found.inside.rest))
             case model.Diverged():
