@@ -29,8 +29,8 @@ def serve_replica(
     """Take what a sender on another host sends. It is started by that sender's ssh, and is of no use at a terminal.
 
     Without --root the sender may name any directory that the user may write to who logs in. As the command= of a key in
-    authorized_keys (second example), with --root, that key can do nothing here but what send (--cut-replica too), log
-    and verify do to the replicas in DIR: links and '..' are followed before a directory is judged. DIR must exist.
+    authorized_keys (second example), with --root, that key can do nothing here but what send (--cut-replica too), merge,
+    log and verify do to the replicas in DIR: links and '..' are followed before a directory is judged. DIR must exist.
     """
     from snapchain.errors import InvalidInput
     from snapchain.ops.serve_replica import serve_stdio
