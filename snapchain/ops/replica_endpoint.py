@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from snapchain.host.remote_address import parse_remote_address
+from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.replica.endpoint import Endpoint, open_endpoint
 from snapchain.replica.ssh_endpoint import SshEndpoint
 
 
 def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
     """The replica at ssh://... or dir:/... . connections: of ssh. Touches nothing. Raises InvalidInput."""
-    return open_endpoint(dest, connections=connections)
+    return open_endpoint(dest, connections=connections, engine=ReplicaEngine())
 
 
 @contextmanager
