@@ -45,8 +45,8 @@ from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import Inventory, Open, Source
 
 _WORTH, _WORTH_BYTES = 16, 16 << 20
-"""Root, pending overlays and top become one layer where that spares at least a sixteenth of all data to be sent, and
-16 MiB: else layers apart, which can be cut off and merged one by one, are worth more."""
+"""Root and pending overlays become one layer where that spares at least a sixteenth of all data to be sent, and 16 MiB:
+else layers apart, which can be cut off and merged one by one, are worth more. The top joins them for half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +322,9 @@ class _Run:
         while at + 1 < len(apart):
             joined = range(apart[at].start, apart[at + 1].stop)
             together = self._extents(joined).data_bytes
-            if held[at] + held[at + 1] - together >= worth:
+            # The top may be written to after this, as nobody has sealed it: what it travels with would go again, too.
+            least = sum(held) // 2 if joined.stop == len(self._chain.files) else worth
+            if held[at] + held[at + 1] - together >= max(least, worth):
                 apart[at : at + 2], held[at : at + 2] = [joined], [together]
             else:
                 at += 1
