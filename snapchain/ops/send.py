@@ -253,6 +253,8 @@ class _Run:
         elif found.is_related:
             common = held.layers[found.base_count - 1].file
             what = f"both sides have gone on from {common}: here {ours}, at the replica {theirs}"
+        elif known := self._known_there(held):
+            what = f"the replica holds {known} in one layer with what was written to since it was sent: {theirs}"
         else:
             what = f"the replica holds another disk under this name: {theirs}; nothing of {ours} is known there"
         return Diverged(
@@ -261,6 +263,16 @@ class _Run:
             hint="send under another disk name; or, if what the replica has beyond may go, cut it off there "
             "(--cut-replica)",
         )
+
+    def _known_there(self, held: Inventory) -> str:
+        """Files of the image that are parts of layers there."""
+        sources = [source for layer in held.layers for source in layer.sources]
+        files = [
+            file.path.name
+            for file in self._chain.files
+            if any(same_source(source_of(file), source) for source in sources)
+        ]
+        return _listed(files)
 
     def planned(self, base: _Base, count: int) -> Iterator[LayerPlan]:
         """The layers that `send` would make."""
