@@ -46,7 +46,9 @@ class LibvirtHost:
 def libvirt_host(host: Host, folder: Path, name: str) -> Iterator[LibvirtHost]:
     """libvirtd in the host's network. name: of the host, as its guests' other homes know it."""
     folder.mkdir(parents=True)
-    (folder / "libvirtd.conf").write_text(f'host_uuid = "{uuid.uuid4()}"\nlog_outputs = "1:file:{folder}/log"\nlog_level = 3\n')
+    (folder / "libvirtd.conf").write_text(
+        f'host_uuid = "{uuid.uuid4()}"\nlog_outputs = "1:file:{folder}/log"\nlog_level = 3\n'
+    )
     (folder / "qemu.conf").write_text(
         'user = "root"\ngroup = "root"\nsecurity_driver = "none"\nnamespaces = []\ncgroup_controllers = []\n'
         f'stdio_handler = "file"\nmigration_host = "{host.address}"\nmigration_address = "0.0.0.0"\n'
@@ -67,7 +69,18 @@ def libvirt_host(host: Host, folder: Path, name: str) -> Iterator[LibvirtHost]:
             f"exec libvirtd --config {folder}/libvirtd.conf --pid-file /run/libvirt/libvirtd.pid",
         ]
     )
-    argv = [*host.inside, *DIE_WITH_PARENT, "unshare", "--mount", "--uts", "--propagation", "private", "bash", "-c", script]
+    argv = [
+        *host.inside,
+        *DIE_WITH_PARENT,
+        "unshare",
+        "--mount",
+        "--uts",
+        "--propagation",
+        "private",
+        "bash",
+        "-c",
+        script,
+    ]
     with (folder / "errors").open("w") as errors:
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
@@ -81,6 +94,8 @@ def libvirt_host(host: Host, folder: Path, name: str) -> Iterator[LibvirtHost]:
     finally:
         child.kill()
         child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
 
 
 def _wait(host: LibvirtHost, child: subprocess.Popen[str], folder: Path) -> None:
