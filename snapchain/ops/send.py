@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import pairwise
 
 from snapchain.errors import Diverged
 from snapchain.host.remote_channel import Channel
@@ -23,7 +22,6 @@ from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
-from snapchain.model.extents import Extents, fold
 from snapchain.model.inventory import Collapse, Held, Send, UpToDate, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
@@ -32,6 +30,7 @@ from snapchain.ops.ownership import epoch_of
 from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.send_geometry import geometry
+from snapchain.ops.send_groups import composed, groups
 from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
@@ -43,10 +42,6 @@ from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import Inventory, Open, Source
-
-_WORTH, _WORTH_BYTES = 16, 16 << 20
-"""Root and pending overlays become one layer where that spares at least a sixteenth of all data to be sent, and 16 MiB:
-else layers apart, which can be cut off and merged one by one, are worth more. The top joins them for half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         held = sender.open(opening(request, endpoint, chain, look=True))
         run = _Run(chain, sender, request, endpoint.url, on_event)
         base = run.base(held, cut=lambda _keep: None)
-        layers = tuple(run.planned(base, len(chain.files)))
+        layers = tuple(run.planned(base))
         sender.finish()
     return SendPlan(
         image=str(request.image),
@@ -107,7 +102,7 @@ def layers_lacking(
     """
     run = _Run(chain, sender, request, sender.peer, on_event)
     base = run.base(held, cut=lambda _keep: None)
-    return tuple(run.planned(base, len(chain.files)))
+    return tuple(run.planned(base))
 
 
 def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
@@ -148,7 +143,7 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         try:
             held = sender.open(opening(request, endpoint, chain), on_wait=waiting(endpoint, on_event))
             run = _Run(chain, sender, request, endpoint.url, on_event)
-            return run.send(run.base(held, cut=sender.cut), len(chain.files))
+            return run.send(run.base(held, cut=sender.cut))
         finally:
             moved(sender.confirmations)
 
@@ -166,7 +161,7 @@ def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = igno
     ):
         sender.open_blindly(Open(disk=request.disk, epoch=_epoch(request, chain)))
         run = _Run(chain, sender, request, channel.peer, on_event)
-        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), len(chain.files))
+        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True))
 
 
 class _Run:
@@ -274,17 +269,17 @@ class _Run:
         ]
         return _listed(files)
 
-    def planned(self, base: _Base, count: int) -> Iterator[LayerPlan]:
+    def planned(self, base: _Base) -> Iterator[LayerPlan]:
         """The layers that `send` would make."""
-        for at, group in enumerate(self._groups(base, count)):
+        for at, group in enumerate(self._groups(base)):
             layer = self._outgoing(group, base if at == 0 else None)
             files = tuple(str(self._chain.files[at].path) for at in group)
             yield LayerPlan(files=files, virtual_size=layer.extents.size, data_bytes=layer.extents.data_bytes)
 
-    def send(self, base: _Base, count: int) -> SendReport:
-        """Send the files [base.files, count), publish, and wait until all is durable."""
+    def send(self, base: _Base) -> SendReport:
+        """Send the files above the base, publish, and wait until all is durable."""
         begun = time.monotonic()
-        groups = self._groups(base, count)
+        groups = self._groups(base)
         layers = [self._outgoing(group, base if at == 0 else None) for at, group in enumerate(groups)]
         whole = sum(layer.extents.data_bytes for layer in layers)
         done = 0
@@ -322,47 +317,9 @@ class _Run:
             seconds=time.monotonic() - begun,
         )
 
-    def _grouped(self, first: int, count: int) -> Iterator[range]:
-        if self._request.files is Files.EACH:
-            yield from (range(at, at + 1) for at in range(first, count))
-            return
-        edges = sorted({at for at in (first, first or 1, count - 1, count) if first <= at <= count})
-        apart = [range(start, stop) for start, stop in pairwise(edges)]
-        held = [self._extents(group).data_bytes for group in apart]
-        worth = max(sum(held) // _WORTH, _WORTH_BYTES)
-        at = 0
-        while at + 1 < len(apart):
-            joined = range(apart[at].start, apart[at + 1].stop)
-            together = self._extents(joined).data_bytes
-            # The top may be written to after this, as nobody has sealed it: what it travels with would go again, too.
-            least = sum(held) // 2 if joined.stop == len(self._chain.files) else worth
-            if held[at] + held[at + 1] - together >= max(least, worth):
-                apart[at : at + 2], held[at : at + 2] = [joined], [together]
-            else:
-                at += 1
-        yield from apart
-
-    def _groups(self, base: _Base, count: int) -> list[range]:
-        """Those that say something. A fresh overlay goes with the layer above it, so that it is known there too."""
-        groups: list[range] = []
-        silent: int | None = None
-        for group in self._grouped(base.files, count):
-            if not self._adds(group, base):
-                silent = group.start if silent is None else silent
-                continue
-            groups.append(range(group.start if silent is None else silent, group.stop))
-            silent = None
-        return groups
-
-    def _adds(self, group: range, base: _Base) -> bool:
-        """False for fresh overlays, which say nothing."""
-        if group.start == 0 or self._request.files is Files.EACH:
-            return True
-        below = base.size if group.start == base.files else self._chain.files[group.start - 1].size
-        return self._extents(group) != Extents.absent(below)
-
-    def _extents(self, group: range) -> Extents:
-        return fold(self._chain.files[at].extents for at in group)
+    def _groups(self, base: _Base) -> list[range]:
+        each = self._request.files is Files.EACH
+        return groups(self._chain, base.files, below=base.size, each=each)
 
     def _outgoing(self, group: range, base: _Base | None) -> OutgoingLayer:
         files = [self._chain.files[at] for at in group]
@@ -375,7 +332,7 @@ class _Run:
             cluster_size=cluster_size,
             extended_l2=grain < cluster_size,
             sources=sources_of(files, base.rest if base else ()),
-            extents=aligned(self._extents(group), shown, cluster_size=grain),
+            extents=aligned(composed(self._chain, group), shown, cluster_size=grain),
             view=view,
             below=below,
             below_sum=base.lower_total if base else empty_sum(),

@@ -70,7 +70,7 @@ def test_a_top_that_nobody_has_sealed_takes_nothing_with_it_when_it_is_written_t
     first = place.send(paths[-1])
     assert (first.layers_sent, first.data_bytes) == (2, (128 + 32) * MiB)
     write(paths[-1], "write -P 4 40M 64k")
-    with pytest.raises(Diverged, match="both sides have gone on from 1.qcow2"):
+    with pytest.raises(Diverged, match=r"both sides have gone on from 1\.qcow2"):
         place.send(paths[-1])
     again = place.send(paths[-1], divergence=Divergence.CUT_REPLICA)
     assert (again.layers_sent, again.data_bytes) == (1, 32 * MiB + 65536)
@@ -81,7 +81,7 @@ def test_a_top_that_went_with_others_and_was_written_to_since_is_told(tmp_path: 
     paths = build(tmp_path / "c", [Layer(512 * MiB, ["write -P 1 0 64M"]), Layer(512 * MiB, ["write -P 2 0 64M"])])
     assert place.send(paths[-1]).layers_sent == 1
     write(paths[-1], "write -P 4 40M 64k")
-    with pytest.raises(Diverged, match="holds 0.qcow2 in one layer with what was written to since"):
+    with pytest.raises(Diverged, match=r"holds 0\.qcow2 in one layer with what was written to since"):
         place.send(paths[-1])
 
 
