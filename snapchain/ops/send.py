@@ -33,7 +33,7 @@ from snapchain.ops.send_geometry import geometry
 from snapchain.ops.send_groups import composed, groups
 from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
-from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
+from snapchain.ops.send_sources import keys, same_source, sources_of, wanted
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.endpoint import Endpoint
@@ -41,6 +41,7 @@ from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Sender
+from snapchain.replica.source_keys import keys_of
 from snapchain.replica.stream.messages import Inventory, Open, Source
 
 
@@ -178,7 +179,7 @@ class _Run:
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
         lineage = (*self._request.lineage, *noted_lineage(self._chain, self._on_event))
         found = missing(
-            [Held(layer.id, layer.sources) for layer in held.layers],
+            [Held(layer.id, keys_of(layer)) for layer in held.layers],
             [wanted(file, lineage) for file in self._chain.files[:count]],
             same=same_source,
         )
@@ -213,11 +214,7 @@ class _Run:
             Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
         )
         whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
-        sources = held.layers[-1].sources
-        files = enumerate(self._chain.files[:count])
-        newest = next((at for at, file in files if sources and same_source(source_of(file), sources[-1])), None)
-        on_bytes = self._reading("recognise", whole)
-        return recognised(self._chain, count, found, held, newest=newest, on_bytes=on_bytes)
+        return recognised(self._chain, count, found, held, on_bytes=self._reading("recognise", whole))
 
     def _reading(self, phase: str, whole: int = 0) -> Callable[[int], None]:
         done = 0
