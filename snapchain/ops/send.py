@@ -33,7 +33,7 @@ from snapchain.ops.send_geometry import geometry
 from snapchain.ops.send_groups import composed, groups
 from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
-from snapchain.ops.send_sources import keys, same_source, sources_of, wanted
+from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.endpoint import Endpoint
