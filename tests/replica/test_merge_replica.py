@@ -127,6 +127,18 @@ def test_a_time_zone_and_all_rules_cross(there: Pointed) -> None:
         ReplicaMerge(endpoint(there.place.root), DISK, Policy(last=1), zone="../../etc/passwd").plan()
 
 
+def test_many_points_come_in_several_frames(there: Pointed) -> None:
+    disk = open_replica(there.place.root).disk(DISK)
+    assert (catalogue := disk.read()) is not None
+    last = catalogue.points[-1]
+    points = tuple(last.model_copy(update={"point": number}) for number in range(6, 606))
+    disk.write(catalogue.after(points=(*catalogue.points[:5], *points), next_point=606))
+    assert len(there.plan(last=3).points) == 605
+    report = there.merge(last=3)
+    assert (report.points_kept, len(report.points_dropped), report.layers_after) == ((603, 604, 605), 602, 1)
+    assert there.points() == [603, 604, 605]
+
+
 def test_what_is_not_there(there: Pointed, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no replica"):
         ReplicaMerge(endpoint(tmp_path / "nowhere"), DISK, Policy(last=1), zone="UTC").run()
