@@ -200,6 +200,30 @@ def test_the_asker_is_gone(sent: Pointed, chain: list[Path], strategy: Strategy)
     sent.check(kept=[5, 6])
 
 
+def test_interrupted_in_this_process(sent: Pointed, chain: list[Path]) -> None:
+    """A replica in a directory: Ctrl-C reaches the side that asks, and the other one stops at once."""
+    began, say = os.pipe()
+    if not (child := os.fork()):
+
+        def slow() -> None:
+            os.write(say, b".")
+            time.sleep(0.4)
+
+        try:
+            merging(sent, Engine(slow, Strategy.ABSORB), last=1).run()
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(1)
+    os.read(began, 1)
+    os.kill(child, signal.SIGINT)
+    begun = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert time.monotonic() - begun < 2
+    assert sent.send(chain[-1]).layers_sent == 0
+    sent.check(kept=[5, 6])
+    assert len(sent.place.files()) == 5
+
+
 def killed(pointed: Pointed, strategy: Strategy) -> None:
     """A merge that dies in the middle of its work."""
     if not (child := os.fork()):
