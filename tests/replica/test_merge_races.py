@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Unavailable, Unsupported
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
 from snapchain.ops.events import Event, Notice
@@ -222,6 +222,33 @@ def test_interrupted_in_this_process(sent: Pointed, chain: list[Path]) -> None:
     assert sent.send(chain[-1]).layers_sent == 0
     sent.check(kept=[5, 6])
     assert len(sent.place.files()) == 5
+
+
+@pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])
+def test_one_of_two_merges_is_refused_half_way(sent: Pointed, chain: list[Path], strategy: Strategy) -> None:
+    """What was undone is gone round; what was begun comes first, and is settled before anything else."""
+    disk = open_replica(sent.place.root).disk(DISK)
+    assert (catalogue := disk.read()) is not None
+    disk.write(catalogue.after(points=tuple(point for point in catalogue.points if point.point in {3, 5})))
+    refused: list[int] = []
+
+    def refuse() -> None:
+        if not refused:
+            refused.append(1)
+            raise Conflict("somebody has written to it")
+
+    engine = Engine(refuse, strategy)
+    if strategy is Strategy.COMMIT:
+        with pytest.raises(Conflict, match="has written"):
+            merging(sent, engine, last=2).run()
+        assert (sent.place.directory / ".merging.json").exists()
+        assert sent.send(chain[-1]).layers_sent == 0
+        assert len(sent.place.files()) == 3
+    else:
+        report = merging(sent, engine, last=2).run()
+        assert [each.reason for each in report.staying] == ["somebody has written to it"] * 2
+        assert report.layers_after == 4
+    sent.check()
 
 
 def killed(pointed: Pointed, strategy: Strategy) -> None:
