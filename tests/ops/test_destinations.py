@@ -112,7 +112,7 @@ class TestMemory(DestinationContract):
     @pytest.fixture(scope="class")
     @classmethod
     def sites(cls) -> Callable[[], Site]:
-        return lambda: RepositorySite(repository(MemoryStore()), replace(RECORDS, damages=6, every=2))
+        return lambda: RepositorySite(repository(MemoryStore()), replace(RECORDS, damages=4, every=3))
 
 
 class TestS3(DestinationContract):
@@ -124,7 +124,7 @@ class TestS3(DestinationContract):
                 patch.setenv(name, value)
             yield lambda: RepositorySite(
                 repository(open_store(f"s3://{moto_server.new_bucket()}/here")),
-                replace(RECORDS, damages=3, every=3),
+                replace(RECORDS, damages=2, every=4),
             )
 
 
