@@ -4,7 +4,8 @@
 
 What to send is decided from both inventories; where the two sides have gone different ways nothing is sent at all.
 Pending overlays become one layer, so that redundant overwrites never cross the wire; the root stays a layer of its
-own, and so does the top.  With `Files.EACH` every file becomes a layer under its own name.
+own, and so does the top, unless much of them is overwritten too.  With `Files.EACH` every file becomes a layer under
+its own name.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from snapchain.errors import Diverged
 from snapchain.host.remote_channel import Channel
 from snapchain.host.remote_retry import Persistence, persist
-from snapchain.image import ImageChain, ImageFile
+from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
-from snapchain.image.qcow2.format import MIN_EXTENDED_L2_CLUSTER_BITS, SUBCLUSTERS
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents, fold
@@ -28,24 +29,32 @@ from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
-from snapchain.ops.send_recognise import recognised
+from snapchain.ops.replica_endpoint import replica_at
+from snapchain.ops.replica_waiting import waiting
+from snapchain.ops.send_geometry import geometry
+from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
-from snapchain.ops.send_sources import same_source, source_of, wanted
+from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
-from snapchain.replica.endpoint import Endpoint, open_endpoint
+from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import Inventory, Open
+from snapchain.replica.stream.messages import Inventory, Open, Source
 
-_RAW_CLUSTER = 64 * 1024
+_WORTH, _WORTH_BYTES = 16, 16 << 20
+"""Root, pending overlays and top become one layer where that spares at least a sixteenth of all data to be sent, and
+16 MiB: else layers apart, which can be cut off and merged one by one, are worth more."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What new layers lie on. files: how many of the source's it stands for; total: its content sum."""
+    """What new layers lie on. files: how many of the source's it stands for; total: its content sum.
+
+    rest: parts of the next file that the replica lacks, where it has some of them
+    """
 
     files: int
     parent: str | None
@@ -53,11 +62,7 @@ class _Base:
     total: Sum
     lower_total: Sum
     same: bool
-
-
-def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
-    """The replica that an address names. connections: of ssh. Touches nothing. Raises InvalidInput."""
-    return open_endpoint(dest, connections=connections)
+    rest: tuple[Source, ...] = ()
 
 
 def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendPlan:
@@ -141,7 +146,7 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
     ):
         try:
-            held = sender.open(opening(request, endpoint, chain))
+            held = sender.open(opening(request, endpoint, chain), on_wait=waiting(endpoint, on_event))
             run = _Run(chain, sender, request, endpoint.url, on_event)
             return run.send(run.base(held, cut=sender.cut), len(chain.files))
         finally:
@@ -192,11 +197,14 @@ class _Run:
                     self._on_event(
                         Notice(f"the replica holds {len(found.merges)} merged layers apart still; it reads the same")
                     )
-                # Where the tip is a part of what was merged into the next layer, that layer still counts from the
-                # layers which lie wholly below it; what the tip shows no file here knows any more.
-                lower = found.base_count - found.repeated
-                lower_total = decode_sum(held.layers[lower - 1].content_sum) if lower else empty_sum()
-                return _Base(found.first, tip.id, tip.size, total, lower_total, same=not found.repeated)
+                if found.inside is None:
+                    return _Base(found.first, tip.id, tip.size, total, total, same=True)
+                # The tip is a part of what was merged into the next layer. That counts from the files below it, and
+                # stands for what the replica lacks of it; what the tip shows no file here knows any more.
+                name = self._chain.files[found.first].path.name
+                self._on_event(Notice(f"{name} was merged with what the replica lacks: all of it is sent"))
+                lower = counted_up(self._chain, found.first, found.inside, held, on_bytes=self._reading("recognise"))
+                return _Base(found.first, tip.id, tip.size, total, lower, False, keys(found.inside.rest))
             case model.Diverged():
                 known = None if found.is_ahead else self._recognised(found, held, count)
                 if known is not None:
@@ -206,21 +214,25 @@ class _Run:
                 return self._after_cut(found, held, cut)
 
     def _recognised(self, found: model.Diverged, held: Inventory, count: int) -> int | None:
-        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
         self._on_event(
             Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
         )
+        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
+        sources = held.layers[-1].sources
+        files = enumerate(self._chain.files[:count])
+        newest = next((at for at, file in files if sources and same_source(source_of(file), sources[-1])), None)
+        on_bytes = self._reading("recognise", whole)
+        return recognised(self._chain, count, found, held, newest=newest, on_bytes=on_bytes)
+
+    def _reading(self, phase: str, whole: int = 0) -> Callable[[int], None]:
         done = 0
 
         def on_bytes(count: int) -> None:
             nonlocal done
             done += count
-            self._on_event(Progress("recognise", done, max(done, whole)))
+            self._on_event(Progress(phase, done, max(done, whole)))
 
-        sources = held.layers[-1].sources
-        files = enumerate(self._chain.files[:count])
-        newest = next((at for at, file in files if sources and same_source(source_of(file), sources[-1])), None)
-        return recognised(self._chain, count, found, held, newest=newest, on_bytes=on_bytes)
+        return on_bytes
 
     def _after_cut(self, found: model.Diverged, held: Inventory, cut: Callable[[str | None], None]) -> _Base:
         self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))
@@ -302,14 +314,19 @@ class _Run:
         if self._request.files is Files.EACH:
             yield from (range(at, at + 1) for at in range(first, count))
             return
-        if first == 0 and count > 1:
-            yield range(1)
-            first = 1
-        if first < count - 1:
-            yield range(first, count - 1)
-            first = count - 1
-        if first < count:
-            yield range(first, count)
+        edges = sorted({at for at in (first, first or 1, count - 1, count) if first <= at <= count})
+        apart = [range(start, stop) for start, stop in pairwise(edges)]
+        held = [self._extents(group).data_bytes for group in apart]
+        worth = max(sum(held) // _WORTH, _WORTH_BYTES)
+        at = 0
+        while at + 1 < len(apart):
+            joined = range(apart[at].start, apart[at + 1].stop)
+            together = self._extents(joined).data_bytes
+            if held[at] + held[at + 1] - together >= worth:
+                apart[at : at + 2], held[at : at + 2] = [joined], [together]
+            else:
+                at += 1
+        yield from apart
 
     def _groups(self, base: _Base, count: int) -> list[range]:
         """Those that say something. A fresh overlay goes with the layer above it, so that it is known there too."""
@@ -337,13 +354,13 @@ class _Run:
         files = [self._chain.files[at] for at in group]
         view = self._chain.at(group.stop - 1)
         below = self._chain.at(group.start - 1) if group.start else None
-        cluster_size, grain = _geometry(files)
+        cluster_size, grain = geometry(files)
         shown = view.resolve().owned_by(0)
         return OutgoingLayer(
             name=offered_name(files[-1].path.name),
             cluster_size=cluster_size,
             extended_l2=grain < cluster_size,
-            sources=tuple(source_of(file) for file in files),
+            sources=sources_of(files, base.rest if base else ()),
             extents=aligned(self._extents(group), shown, cluster_size=grain),
             view=view,
             below=below,
@@ -354,15 +371,6 @@ class _Run:
 
 def _on(layer: OutgoingLayer, total: Sum) -> OutgoingLayer:
     return replace(layer, below_sum=total)
-
-
-def _geometry(files: Sequence[ImageFile]) -> tuple[int, int]:
-    """(cluster size, grain) of the file that will hold these: as fine as the finest of them, and no finer."""
-    grain = min(file.grain if file.header else _RAW_CLUSTER for file in files)
-    cluster = min(file.cluster_size or _RAW_CLUSTER for file in files)
-    if grain < cluster and grain * SUBCLUSTERS >= 1 << MIN_EXTENDED_L2_CLUSTER_BITS:
-        return grain * SUBCLUSTERS, grain
-    return grain, grain
 
 
 def _listed(names: Sequence[str]) -> str:

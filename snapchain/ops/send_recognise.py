@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from snapchain.image import ImageChain
-from snapchain.model.content import content_id, empty_sum
+from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents
-from snapchain.model.inventory import Diverged
+from snapchain.model.inventory import Diverged, Inside
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.leaves import counted
 from snapchain.replica.stream.messages import Inventory
@@ -47,3 +47,17 @@ def recognised(
         if view.size == tip.size and content_id(view.size, total) == tip.content_id:
             known = number + 1
     return known
+
+
+def counted_up(
+    chain: ImageChain, count: int, inside: Inside, held: Inventory, *, on_bytes: Callable[[int], None]
+) -> Sum:
+    """The content sum of the lowest `count` files, counted from where layers of the replica end as files do.
+
+    Reads nothing where such an end is just there. Errors as ImageChain.read_into.
+    """
+    total = decode_sum(held.layers[inside.base_count - 1].content_sum) if inside.base_count else empty_sum()
+    for number in range(inside.first, count):
+        view, below = chain.at(number), chain.at(number - 1) if number else None
+        total = counted(view.top.extents, view, below, total, on_bytes=on_bytes)
+    return total

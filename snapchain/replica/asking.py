@@ -19,6 +19,7 @@ _PROGRESS = struct.Struct("<QQ")
 MOST_BYTES = 256 << 20
 """Of a whole answer: a million points, or thousands of findings; beyond that somebody means harm."""
 OnBytes = Callable[[int, int], None]
+OnBeat = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +85,16 @@ def soundness_at(
     return verdicts, findings
 
 
-def answers(channel: Channel, kind: Kind, asked: Said, *, feature: str) -> Iterator[Frame]:
-    """Ask, as `ask` does; what is said before DONE. Raises what the other side refuses with, too."""
+def answers(
+    channel: Channel, kind: Kind, asked: Said, *, feature: str, on_beat: OnBeat = lambda: None
+) -> Iterator[Frame]:
+    """Ask, as `ask` does; what is said before DONE. Raises what the other side refuses with, too.
+
+    on_beat: called while it says nothing but that it lives
+    """
     reader = ask(channel, kind, asked, feature=feature)
     left = MOST_BYTES
-    while (frame := heard(reader, channel)).kind is not Kind.DONE:
+    while (frame := heard(reader, channel, on_beat)).kind is not Kind.DONE:
         left -= len(frame.body)
         if left < 0:
             raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer)
@@ -116,7 +122,7 @@ def ask(
     return reader
 
 
-def heard(reader: FrameReader, channel: Channel) -> Frame:
+def heard(reader: FrameReader, channel: Channel, on_beat: OnBeat = lambda: None) -> Frame:
     """The next frame that says something. Raises what the other side fails with."""
     while True:
         frame = reader.read()
@@ -124,6 +130,7 @@ def heard(reader: FrameReader, channel: Channel) -> Frame:
             raise failures.raised(decode(Failure, frame.body, subject=channel.peer), peer=channel.peer)
         if frame.kind is not Kind.BEAT:
             return frame
+        on_beat()
 
 
 def unexpected(frame: Frame, channel: Channel) -> Corrupt:

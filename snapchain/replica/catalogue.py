@@ -137,16 +137,19 @@ def decode_sum(text: str) -> Sum:
 
 
 def read_record(shape: type[M], path: Path) -> M | None:
-    """A small JSON file of snapchain's own; None when it is not there. Raises Corrupt.
+    """A small JSON file of snapchain's own; None when it is not there.
 
     Its last field, `check`, is the BLAKE3 of all that stands before it: a label or a time is sound in itself, whatever
     it says, and a point must not be found by a wrong one. A file without it is older than that.
+    Raises Corrupt, and InvalidInput for a user who may not read it.
     """
     try:
         text = read_small(path, cap=LARGEST_FILE)
     except NotFound:
         return None
     except InvalidInput as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
         raise Corrupt(error.message, subject=path) from error
     if (check := _CHECK.search(text)) is not None:
         if blake3(text[: check.start()]).hexdigest().encode() != check[1]:

@@ -31,6 +31,7 @@ from snapchain.replica.stream.fetch_messages import Fetch
 from snapchain.replica.stream.frames import FrameWriter, Kind
 from snapchain.replica.stream.maps import layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import MAX_RUNS, Done, HeldDisk, HeldPoint, LayerOffer, encode
+from snapchain.replica.unfinished import Engine, is_under_way, wait_for_merge
 
 _ATTEMPTS = 5
 
@@ -45,14 +46,14 @@ class _Opened:
     chain: ImageChain
 
 
-def give(asked: Fetch, root: Path, channel: Channel, frames: FrameWriter) -> None:
-    """Say all of the answer.
+def give(asked: Fetch, root: Path, channel: Channel, frames: FrameWriter, *, engine: Engine | None) -> None:
+    """Say all of the answer. engine: what settles a merge that was killed.
 
     Raises NotFound where there is no such replica, disk or point, Corrupt when it is not what it was, Busy when
     somebody is changing it.
     """
     disk = open_replica(root).disk(asked.disk)
-    with _opened(disk, asked.point) as found:
+    with _opened(disk, asked.point, engine) as found:
         outbox = Outbox(channel, frames, None)
         try:
             _Giving(asked, disk, found, outbox).run()
@@ -119,7 +120,7 @@ class _Giving:
         return layer_id(offer, words)
 
     def _give_data(self, layer: OutgoingLayer, record: Layer) -> None:
-        outgoing = Outgoing(layer, lambda: self._levels.level)
+        outgoing = Outgoing(layer, self._levels)
         total = outgoing.first_sum()
         for portion in outgoing.portions():
             total = total + portion.delta
@@ -170,14 +171,15 @@ def _as_they_are(found: _Opened) -> Iterator[OutgoingLayer]:
 
 
 @contextmanager
-def _opened(disk: ReplicaDisk, wanted: str | None) -> Iterator[_Opened]:
+def _opened(disk: ReplicaDisk, wanted: str | None, engine: Engine | None) -> Iterator[_Opened]:
     """A point, its files held. What is wrong with them counts only where the catalogue still is the same."""
     with ExitStack() as held:
-        yield _open(disk, wanted, held)
+        yield _open(disk, wanted, held, engine)
 
 
-def _open(disk: ReplicaDisk, wanted: str | None, held: ExitStack) -> _Opened:
+def _open(disk: ReplicaDisk, wanted: str | None, held: ExitStack, engine: Engine | None) -> _Opened:
     for _ in range(_ATTEMPTS):
+        wait_for_merge(disk, engine=engine)
         catalogue = disk.read()
         if catalogue is None:
             raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
@@ -193,7 +195,7 @@ def _open(disk: ReplicaDisk, wanted: str | None, held: ExitStack) -> _Opened:
                 if chain.changed():
                     raise Busy("the files are being changed", subject=disk.directory, hint="run it again")
             except SnapchainError:
-                if disk.read() == catalogue:
+                if disk.read() == catalogue and not is_under_way(disk):
                     raise
                 continue
             held.enter_context(attempt.pop_all())

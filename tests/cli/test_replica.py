@@ -195,3 +195,37 @@ def test_what_a_replica_cannot_do_is_said(
     said = run(*(str(chain[-1]) if word == "IMAGE" else word for word in words), "--json")
     assert (said.status, said.json["error"]["kind"]) == (status, kind)
     assert hint is None or hint in said.json["error"]["hint"]
+
+
+def test_merge_at_a_replica(run: Run, chain: list[Path], place: Place) -> None:
+    at = f"dir:{place.root}::web1/vda"
+    for path in chain:
+        assert run("send", str(path), at).status == 0
+    plan = run("merge", at, "--keep-last", "1", "--dry-run")
+    assert "would merge web1/vda: 2 layers now, 1 then" in plan.out
+    assert len(place.files()) == 2
+    said = run("merge", at, "--keep-last", "1", "--progress", "json")
+    assert "merged web1/vda: 2 layers became 1" in said.out
+    assert json.loads(said.err.splitlines()[-1])["event"] == "progress"
+    again = run("merge", at, "--keep-last", "1")
+    assert "web1/vda: no layers to merge" in again.out
+    report = run("merge", at, "--keep-last", "1", "--json").json
+    assert (report["layers_before"], report["layers_after"], report["points_kept"]) == (1, 1, [2])
+    assert (report["bytes_moved"], report["bytes_freed"], report["strategy"]) == (0, 0, "nothing")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--keep-last", "1", "--flatten"],
+        ["--keep-last", "1", "--strategy", "absorb"],
+        ["--keep-last", "1", "--password-file", "/dev/null"],
+        ["--keep-last", "1", "--time-zone", "Nowhere/Land"],
+    ],
+)
+def test_a_merge_at_a_replica_that_is_refused(run: Run, chain: list[Path], place: Place, words: list[str]) -> None:
+    at = f"dir:{place.root}::web1/vda"
+    run("send", str(chain[-1]), at)
+    said = run("merge", at, *words, "--json")
+    assert (said.status, said.json["error"]["kind"]) == (2, "invalid-input")

@@ -55,6 +55,15 @@ def test_pending_overlays_travel_as_one_layer_without_what_they_overwrote(tmp_pa
     place.check(flat(paths[-1], tmp_path / "flat"))
 
 
+def test_root_and_top_travel_apart_unless_much_of_them_is_overwritten(tmp_path: Path, place: Place) -> None:
+    rewrites = ["write -P 1 0 256M", "write -P 2 3M 32M", "write -P 3 8M 32M", "write -P 4 250M 8M"]
+    paths = build(tmp_path / "c", [Layer(512 * MiB, [one]) for one in rewrites])
+    report = place.send(paths[-1])
+    assert (report.layers_sent, report.data_bytes) == (2, (256 + 8) * MiB), "6 MiB of the top's are below it too"
+    assert place.send(paths[-1]).layers_sent == 0
+    place.check(flat(paths[-1], tmp_path / "flat"))
+
+
 def test_bytes_that_were_written_again_do_not_travel(tmp_path: Path, place: Place) -> None:
     noise = tmp_path / "noise"
     noise.write_bytes(random.Random(1).randbytes(2 * MiB))

@@ -41,7 +41,8 @@ SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
 class Said(BaseModel):
     """One message: exactly these fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when they are needed: one stream speaks few of these.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Hello(Said):
@@ -50,7 +51,7 @@ class Hello(Said):
     A later version may say more here: it is what decides about the version.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
     first: int = Field(ge=1, le=65535)
     last: int = Field(ge=1, le=65535)

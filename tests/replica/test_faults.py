@@ -1,0 +1,40 @@
+"""A disk that fails, or is full, at any call of the receiver: what was there stays, and the next run gets through."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.ops.faulty_calls import End, Fault, met
+from tests.ops.stacks import Layer, build, clean, flat, same
+from tests.replica.conftest import Place
+
+MiB = 1 << 20
+
+
+@pytest.mark.parametrize("fault", [Fault.EIO, pytest.param(Fault.ENOSPC, marks=pytest.mark.soak)])
+@pytest.mark.timeout(240)
+def test_a_disk_that_fails_at_every_call(tmp_path: Path, fault: Fault) -> None:
+    files = build(tmp_path / "chain", [Layer(MiB, [f"write -P {n + 1} {n * 64}k 256k"]) for n in range(2)])
+    shown = [flat(path, tmp_path / f"{path.name}.flat") for path in files]
+    before = Place(tmp_path / "before")
+    before.send(files[0])
+    place = Place(tmp_path / "replica")
+    shutil.copytree(before.root, place.root)
+    ends = []
+    for where, end in met(lambda: place.send(files[1]), fault):
+        ends.append((where, end))
+        catalogue = place.catalogue()
+        found = place.files()
+        assert same(found[-1], shown[len(found) - 1]), where
+        assert all(clean(file) for file in found), where
+        assert catalogue["points"][0] == before.catalogue()["points"][0]
+        place.send(files[1])
+        place.check(shown[1])
+        shutil.rmtree(place.root)
+        shutil.copytree(before.root, place.root)
+    refused = [where for where, end in ends if end is End.REFUSED]
+    assert len(refused) >= 20
+    assert {"replace", "fsync", "fchmod", "pwritev"} <= {where.split()[-1] for where in refused}, refused
