@@ -16,15 +16,16 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops.destination import Destination
 from snapchain.ops.replica_destination import ReplicaDestination
+from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.repository_destination import RepositoryDestination
-from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
+from snapchain.replica.endpoint import Endpoint
 from snapchain.repository.repository import Repository
 from snapchain.testing.destination_contract import DestinationContract, Site, Traits
 from tests.repository.synthetic import again, repository
 from tests.servers import S3Server
 
 RECORDS = Traits(one_chain=False, merges=True)
-FILES = Traits(one_chain=True, merges=False)
+FILES = Traits(one_chain=True, merges=True)
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,6 @@ class TestReplica(DestinationContract):
 
         def made() -> Site:
             root = next(roots)
-            return ReplicaSite(root, DirectoryEndpoint(root))
+            return ReplicaSite(root, replica_at(f"dir:{root}"))
 
         return made
