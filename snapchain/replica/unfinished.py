@@ -26,8 +26,9 @@ from snapchain.image import scan
 from snapchain.image.references import children
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, read_record, write_record
+from snapchain.replica.source_keys import joined
 from snapchain.replica.store import ReplicaDisk, Work
-from snapchain.replica.stream.messages import MAX_LAYERS, LayerId, Source
+from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
 
 READ_ONLY = 0o444
 _WRITABLE = 0o644
@@ -143,11 +144,13 @@ def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) 
     if [each.key for each in shown] == [_key(layer) for layer in merged]:
         _drop_leftovers(disk, members[:-1], merged)
         at = merged.index(members[-1])
+        older, sources = joined(members)
         made = members[-1].model_copy(
             update={
                 "cluster_size": shown[at].cluster_size,
                 "data_bytes": shown[at].data_bytes,
-                "sources": sources_of(members),
+                "older": older,
+                "sources": sources,
             }
         )
         points = tuple(point for point in catalogue.points if point.layer not in gone)
@@ -161,16 +164,6 @@ def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) 
         )
     remove(disk.path(names.MERGING))
     return catalogue
-
-
-def sources_of(members: Sequence[Layer]) -> tuple[Source, ...]:
-    """The files that a merged layer was made of, by which their sender knows it; none where they are not all known.
-
-    More than may be said are none, too: half of them would match nothing. Then its content tells a sender.
-    """
-    found = tuple(source for layer in members for source in layer.sources)
-    known = all(layer.sources for layer in members)
-    return found if known and len(found) <= 2 * MAX_LAYERS else ()
 
 
 def real_path(disk: ReplicaDisk, layer: Layer) -> Path:

@@ -204,18 +204,59 @@ def test_a_sender_that_merged_beyond_what_the_replica_has(
     assert sent.send(chain[-1]).layers_sent == 0
 
 
-def test_sources_that_are_too_many_are_told_by_content(
-    sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("keep", [1, 3])
+def test_sources_that_are_too_many_for_one_message(
+    sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
-    from snapchain.replica import unfinished
+    """The older ones are told by a hash each: nothing has to be read to know them again."""
+    from snapchain.replica import source_keys
 
-    monkeypatch.setattr(unfinished, "MAX_LAYERS", 2)  # of 4 sources
-    sent.merge(last=1)
-    assert sent.place.catalogue()["layers"][0]["sources"] == []
-    assert sent.send(chain[-1]).layers_sent == 0
+    monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)  # of 2 sources
+    sent.merge(last=keep)
+    lowest = sent.place.catalogue()["layers"][0]
+    assert (len(lowest["sources"]), len(lowest["older"])) == (2, 16 * (4 - keep + 1))
+    assert not_known(sent, chain[-1]) == []
+    for number in range(4):
+        seal(chain[-1], f"write -P {77 + number} {number * 128}k 64k")
+        assert sent.send(chain[-1]).data_bytes == 64 * 1024
+        if number == 2:
+            merge_here(chain[-1], "1.qcow2")
+        sent.merge(last=keep)
+        sent.check()
+    assert not_known(sent, chain[-1]) == []
+    lowest = sent.place.catalogue()["layers"][0]
+    assert len(lowest["older"]) // 16 + len(lowest["sources"]) == 10 - keep + 1
+
+
+@pytest.mark.parametrize("limit", ["none are left", "an old sender"])
+def test_sources_that_nobody_can_be_told(
+    sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    from snapchain.replica import source_keys
+    from snapchain.replica.stream import opening
+
+    monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)
+    if limit == "none are left":
+        monkeypatch.setattr(source_keys, "MOST_OLDER", 5)
+        sent.merge(last=1)
+        assert (lowest := sent.place.catalogue()["layers"][0])["sources"] == []
+        assert "older" not in lowest
+    else:
+        sent.merge(last=1)
+        monkeypatch.setattr(opening, "FEATURES", ("active", "ask", "epoch"))
+    assert not_known(sent, chain[-1])
     seal(chain[-1], "write -P 77 2M 64k")
     assert sent.send(chain[-1]).data_bytes == 64 * 1024
     sent.check()
+
+
+def not_known(pointed: Pointed, image: Path) -> list[Event]:
+    """What a sender that has nothing new says about files that it has to read to know them again."""
+    events: list[Event] = []
+    report = send_to_replica(Request(image=image, disk=DISK), endpoint(pointed.place.root), on_event=events.append)
+    assert report.layers_sent == 0
+    pointed.shown[report.point or 0] = flat(image, pointed.shots / f"{report.point}.raw")
+    return [event for event in events if isinstance(event, Notice) and "not known" in str(event)]
 
 
 def test_a_layer_that_was_arriving_goes_on(pointed: Pointed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
