@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from snapchain.cli import options, quantities, render
+from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
+from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.sync import Destination, Guest, SyncReport
+    from snapchain.ops.sync import Destination, Endpoint, Guest, SetDestination, SetReport, SyncReport, SyncRequest
 
 NOT_READY = Conflict.exit_code
 _MIGRATE = "For the migration"
@@ -29,14 +30,12 @@ _MIGRATE = "For the migration"
     snapchain sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --check
     snapchain sync web1.qcow2 ssh://kvm2/srv/replica::web1/vda --target-downtime 2 --limit-rate 50M
     snapchain sync web1.qcow2 dir:/mnt/share/replica::web1/vda --rounds 3 --dest-uri qemu+ssh://kvm2/system
+    snapchain sync a.qcow2 ssh://kvm2/srv/replica::web1/vda b.qcow2 ssh://kvm2/srv/replica::web1/vdb
     """,
     when_interrupted="what is durable at the replica stays, and what was sealed stays sealed; run it again to go on",
 )
 def sync(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, which a guest may be writing.")],
-    target: Annotated[
-        str, typer.Argument(metavar="DEST::DISK", help="Replica: ssh://\\[user@]host/path or dir:/path.")
-    ],
+    disks: DiskPairs,
     *,
     rounds: Annotated[
         int | None, typer.Option("--rounds", min=1, help="Seal the top and ship it, at most so many times.")
@@ -62,11 +61,11 @@ def sync(
         str | None, typer.Option("--domain", help="The guest, by default web1 for web1/vda.", rich_help_panel=_MIGRATE)
     ] = None,
     guest_disk: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--guest-disk",
             metavar="TARGET",
-            help="The disk's target in the guest, by default vda for web1/vda.",
+            help="The disk's target in the guest, by default vda for web1/vda. For several disks: once for each.",
             rich_help_panel=_MIGRATE,
         ),
     ] = None,
@@ -94,54 +93,66 @@ def sync(
     migrates the guest (--copy-storage-inc, with the explicit list of disks). What is left in the top, at the rate
     that was measured, is the predicted cutover.
 
+    More pairs of IMAGE DEST::DISK are the other disks of the same guest: they are made ready together, each round seals
+    all of them, and one command migrates them all.
+
     A guest may run meanwhile. With --rounds or --target-downtime the top is sealed too, which today needs an image
     that nobody has open; the rounds end when enough is done, or when the guest dirties faster than the link carries.
 
     Exits with 4 when the destination is not ready, or the target is not met; an overlay at the destination that
     anybody has written to is never touched.
     """
-    from snapchain.ops.address import parse_disk_address
-    from snapchain.ops.sync import (
-        Divergence,
-        Proof,
-        SyncRequest,
-        check as look,
-        replica_at,
-        sealed_request,
-        sync as run,
-    )
+    from snapchain.ops.sync import Divergence, Proof, SyncRequest, sealed_request
 
-    address = parse_disk_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        endpoint = replica_at(address.dest, connections=connections)
-        request = SyncRequest(
-            send=sealed_request(
-                image,
-                address.disk,
-                labels=label or (),
-                divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
-                format=options.format_of(image_format),
-                image_dirs=options.image_dirs(image_dir),
-                limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-            ),
-            rounds=rounds,
-            target_downtime=target_downtime,
-            proof=Proof.READ if prove else Proof.RECORDED,
-            guest=_guest(address.dest, address.disk, domain=domain, target=guest_disk, uri=dest_uri),
-        )
-        if check or dry_run:
-            stands = look(request, endpoint, on_event=out.on_event)
-            if not check:
-                out.plan(stands, _draw_plan)
-                return
-            out.report(stands, _draw_check)
-            met = stands.ready
-        else:
-            report = run(request, endpoint, on_event=out.on_event)
-            out.report(report, _draw_report)
-            met = report.ready and report.on_target is not False
-    if not met:
-        raise typer.Exit(NOT_READY)
+        dest, pairs = disk_pairs(disks)
+        endpoint = endpoint_at(dest, connections=connections)
+        requests = [
+            SyncRequest(
+                send=sealed_request(
+                    image,
+                    disk,
+                    labels=label or (),
+                    divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+                    format=options.format_of(image_format),
+                    image_dirs=options.image_dirs(image_dir),
+                    limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+                ),
+                rounds=rounds,
+                target_downtime=target_downtime,
+                proof=Proof.READ if prove else Proof.RECORDED,
+                guest=_guest(dest, disk, domain=domain, target=target, uri=dest_uri),
+            )
+            for (image, disk), target in zip(pairs, _targets(guest_disk, len(pairs)), strict=True)
+        ]
+        if not _done(requests, endpoint, out, check=check):
+            raise typer.Exit(NOT_READY)
+
+
+def _done(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check: bool) -> bool:
+    """Whether all is as it was wanted."""
+    from snapchain.ops.sync import check_set, sync_set
+
+    alone = len(requests) == 1
+    if check or out.dry_run:
+        stands = check_set(requests, endpoint, on_event=out.on_event)
+        if not check:
+            out.plan(stands.disks[0], _draw_plan) if alone else out.plan(stands, _draw_set_plan)
+            return True
+        out.report(stands.disks[0], _draw_check) if alone else out.report(stands, _draw_set_check)
+        return stands.ready
+    report = sync_set(requests, endpoint, on_event=out.on_event)
+    out.report(report.disks[0], _draw_report) if alone else out.report(report, _draw_set_report)
+    return report.ready and report.on_target is not False
+
+
+def _targets(given: list[str] | None, count: int) -> list[str | None]:
+    """Of each disk in the guest."""
+    if not given:
+        return [None] * count
+    if len(given) != count:
+        raise InvalidInput(f"--guest-disk is given {len(given)} times for {count} disks", hint="once for each disk")
+    return [*given]
 
 
 def _guest(dest: str, disk: str, *, domain: str | None, target: str | None, uri: str | None) -> Guest | None:
@@ -152,13 +163,36 @@ def _guest(dest: str, disk: str, *, domain: str | None, target: str | None, uri:
     return guest_of(disk, address, domain=domain, target=target, uri=uri)
 
 
+def _draw_set_plan(console: Console, stands: SetDestination) -> None:
+    for disk in stands.disks:
+        _draw_plan(console, disk)
+
+
+def _draw_set_check(console: Console, stands: SetDestination) -> None:
+    for disk in stands.disks:
+        _draw_check(console, disk.model_copy(update={"commands": ()}), alone=False)
+    _draw_commands(console, stands.commands, ready=stands.ready)
+
+
+def _draw_set_report(console: Console, report: SetReport) -> None:
+    for disk in report.disks:
+        _draw_report(console, disk.model_copy(update={"commands": ()}), alone=False)
+    predicted = report.predicted_cutover_seconds
+    said = "are ready" if report.ready else "are not ready"
+    render.headline(console, f"{len(report.disks)} disks {said}, {size(report.bytes_left)} left in their tops")
+    render.facts(
+        console, [("predicted cutover", "not measured" if predicted is None else quantities.duration(predicted))]
+    )
+    _draw_commands(console, report.commands, ready=report.ready)
+
+
 def _draw_plan(console: Console, stands: Destination) -> None:
     render.headline(console, f"would bring {render.place(stands.image)} to {stands.destination}::{stands.disk}")
     render.facts(console, [("to send", size(stands.bytes_to_send)), ("left in the top", size(stands.bytes_left))])
     _draw_missing(console, stands.missing)
 
 
-def _draw_check(console: Console, stands: Destination) -> None:
+def _draw_check(console: Console, stands: Destination, *, alone: bool = True) -> None:
     said = "is ready" if stands.ready else "is not ready"
     render.headline(console, f"{stands.destination}::{stands.disk} {said} for {render.place(stands.image)}")
     render.facts(
@@ -170,10 +204,11 @@ def _draw_check(console: Console, stands: Destination) -> None:
         ],
     )
     _draw_missing(console, stands.missing)
-    _draw_commands(console, stands.commands, ready=stands.ready)
+    if alone:
+        _draw_commands(console, stands.commands, ready=stands.ready)
 
 
-def _draw_report(console: Console, report: SyncReport) -> None:
+def _draw_report(console: Console, report: SyncReport, *, alone: bool = True) -> None:
     said = "is ready" if report.ready else "is not ready"
     render.headline(console, f"{report.destination}::{report.disk} {said} for {render.place(report.image)}")
     predicted = report.predicted_cutover_seconds
@@ -191,7 +226,8 @@ def _draw_report(console: Console, report: SyncReport) -> None:
         ],
     )
     _draw_missing(console, report.missing)
-    _draw_commands(console, report.commands, ready=report.ready)
+    if alone:
+        _draw_commands(console, report.commands, ready=report.ready)
 
 
 def _draw_missing(console: Console, missing: tuple[str, ...]) -> None:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import typer
 
 VERBS = (
-    "init", "snapshot", "ship", "send", "sync", "receive", "log", "restore", "merge", "hold", "release", "verify", "gc",
-    "nightly", "inspect", "diff", "doctor", "serve-replica",
+    "init", "snapshot", "ship", "send", "sync", "migrate", "receive", "log", "restore", "merge", "hold", "release",
+    "verify", "gc", "nightly", "inspect", "diff", "doctor", "serve-replica",
 )  # fmt: skip
 
 

@@ -96,6 +96,10 @@ _FAULTS = (
     ),
 )
 _SAID_CAP = 300
+_BY_SHELL = 128
+"""What a shell adds to a signal's number to make a status of it."""
+_FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM}
+"""By people, a shutdown, or the kernel that has run out of memory; the same again may end well."""
 
 
 def diagnosis(address: RemoteAddress, ssh: Sequence[str], status: int, stderr: str) -> SnapchainError:
@@ -111,6 +115,9 @@ def diagnosis(address: RemoteAddress, ssh: Sequence[str], status: int, stderr: s
         return facts.error(ToolFailed, f"ssh failed{said}", hint="see that ssh {login} works")
     if status < 0:
         return facts.error(Unavailable, f"ssh was ended by {_signal_name(-status)}", hint=_GO_ON)
+    if status - _BY_SHELL in _FROM_OUTSIDE:
+        name = _signal_name(status - _BY_SHELL)
+        return facts.error(Unavailable, f"snapchain over there was ended by {name}", hint=_GO_ON)
     if status == 127 or (status == 126 and "ermission denied" in stderr):
         return facts.error(
             ToolFailed,

@@ -3,7 +3,8 @@
 QEMU takes `scheme:` in front of the first slash as a protocol and `json:` as options; both could reach the network
 or any file, so only plain paths are followed.  A relative name starts at the directory of the path by which the
 overlay was opened, symbolic links in that path untouched (path_combine in QEMU's block.c).  What a name means must
-lie, all links resolved, in a directory that the user has named.
+lie, all links resolved, in a directory that the user has named: that of the image, and for the overlay of a guest at a
+replica the one above it, in which its layers are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from pathlib import Path
 
 from snapchain.errors import Unsupported
 from snapchain.image.qcow2.header import Backing
+
+REPLICA, CATALOGUE, ACTIVE = "snapchain-replica.json", "catalogue.json", "active"
+"""What makes a directory a replica, and one in it a disk; where the overlays of guests are (replica/store.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,10 @@ class Allowed:
 
     def __init__(self, top: Place, image_dirs: Sequence[Path]) -> None:
         named = [os.path.realpath(directory) for directory in (top.path.parent, *image_dirs)]
-        self._directories = tuple(dict.fromkeys([*map(Path, named), top.real.parent]))
+        own = [*map(Path, named), top.real.parent]
+        self._directories = tuple(
+            dict.fromkeys([*own, *(place.parent for place in own[:1] + own[-1:] if _active(place))])
+        )
 
     def place(self, backing: Backing, *, overlay: Path) -> Place:
         """The file that the overlay's backing name means. Raises Unsupported for names that are not followed."""
@@ -58,6 +65,12 @@ class Allowed:
                 hint=f"if you trust the image: --image-dir {found.real.parent}",
             )
         return found
+
+
+def _active(directory: Path) -> bool:
+    """Whether it holds the overlays of a disk at a replica."""
+    disk = directory.parent
+    return directory.name == ACTIVE and (disk / CATALOGUE).is_file() and (disk.parent / REPLICA).is_file()
 
 
 def _shown(name: str) -> str:

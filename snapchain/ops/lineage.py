@@ -15,10 +15,12 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from snapchain.errors import SnapchainError
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint, settle
 from snapchain.model.inventory import Wanted
+from snapchain.ops.events import Notice, OnEvent
 from snapchain.ops.notes import LayerNote, MergedFile, Notes, Sealed
 from snapchain.repository.source import Source
 
@@ -50,6 +52,19 @@ def lineage(chain: ImageChain, notes: Notes) -> tuple[Wanted, ...]:
     """The merged files of a chain, each with what its note says that it was made of."""
     known = [each for file in chain.files for each in note_of(file, notes).merged]
     return wanted([source_of(file) for file in chain.files], known)
+
+
+def noted_lineage(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
+    """As `lineage`; a note that cannot be read costs no more than reading a file again."""
+    notes = Notes()
+    try:
+        known = lineage(chain, notes)
+        faults = notes.faults(file.real_path for file in chain.files)
+    except SnapchainError as error:
+        known, faults = (), [error]
+    for fault in faults:
+        on_event(Notice(str(fault)))
+    return known
 
 
 def wanted(present: Sequence[Source], known: Iterable[MergedFile]) -> tuple[Wanted, ...]:
@@ -97,7 +112,8 @@ def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:
     if not is_top:
         when, labels = sealed_at(inputs[-1], parts[-1])
         sealed = Sealed(time=when, labels=labels, file=made)
-    notes.change(result, lambda note: note.model_copy(update={"merged": merged, "sealed": sealed}))
+    epoch = max(note.epoch for note in parts)
+    notes.change(result, lambda note: note.model_copy(update={"merged": merged, "sealed": sealed, "epoch": epoch}))
     notes.sweep(result.parent)
 
 

@@ -5,12 +5,13 @@
 holds    who wants the file to stay as it is, and why
 sealed   when it was sealed, and under which labels: a local layer is a point of its disk, too
 merged   what it was made of, so that a shipment knows the parts again that a destination has
+epoch    since when this host may write the disk; given: that it may not any more, since another host does
 
 A note belongs to the file of its inode, whatever that is called by now; to the file of its name where no file of the
 directory has that inode, or where only that one looks as the noted file did: the directory was copied, and numbers of
 inodes are used again.  Devices are not compared: they change at a reboot, and the names of one directory are of one
-filesystem.  Losing a note costs a hold, a label, or one reading of a merged file; a note that somebody else could have
-written is believed in nothing but its holds.
+filesystem.  Losing a note costs a hold, a label, or one reading of a merged file, and a disk that was given away is
+told from its destination alone; a note that somebody else could have written is believed in what forbids, no more.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host import files
@@ -67,10 +68,40 @@ class MergedFile(_Part):
     of: tuple[Source, ...]
 
 
+class Overlay(_Part):
+    """The empty overlay at a replica on which a guest is to run: its file's name, on which layer, and its geometry."""
+
+    name: str
+    layer: str
+    virtual_size: int
+    cluster_size: int
+    extended_l2: bool
+
+
+class Given(_Part):
+    """The disk that this file is a part of was given to another host: nothing here may write to it, or send it.
+
+    destination, disk: to whom; epoch: in which; token: of the handover; together: all disks of it; mode: the file's
+    before; confirmed: the destination has said that it has it; started: the hook that starts its guest is done
+    """
+
+    destination: str
+    disk: str
+    epoch: int
+    token: str
+    time: AwareDatetime
+    overlay: Overlay
+    together: tuple[str, ...]
+    mode: int = 0
+    confirmed: bool = False
+    started: bool = False
+
+
 class LayerNote(_Part):
     """name, inode, size, mtime_ns: of the file, when the note was written
 
     merged: how this file was made, how its parts were made, and so on; a flat list, however deep that goes
+    epoch: in which this host writes the disks that stand on it, 1 where nobody has ever taken one over
     """
 
     version: Literal[1] = 1
@@ -81,11 +112,13 @@ class LayerNote(_Part):
     holds: tuple[Hold, ...] = ()
     sealed: Sealed | None = None
     merged: tuple[MergedFile, ...] = ()
+    epoch: int = Field(default=1, ge=1)
+    given: Given | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether it says nothing."""
-        return not (self.holds or self.sealed or self.merged)
+        return not (self.holds or self.sealed or self.merged or self.epoch > 1 or self.given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +174,8 @@ class Notes:
                 "holds": tuple(sorted(holds.values(), key=lambda hold: hold.since)),
                 "sealed": next((each.sealed for each in found if each.sealed), None),
                 "merged": tuple(merge for each in found for merge in each.merged),
+                "epoch": max((each.epoch for each in found), default=1),
+                "given": next((each.given for each in found if each.given), None),
             }
         )
 
@@ -264,7 +299,7 @@ def _read_note(path: Path) -> LayerNote:
             hint="remove it; holds that were in it must be set again",
         ) from error
     if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
-        return note.model_copy(update={"sealed": None, "merged": ()})
+        return note.model_copy(update={"sealed": None, "merged": (), "epoch": 1})
     return note
 
 

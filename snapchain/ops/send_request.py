@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,8 +14,8 @@ from snapchain.errors import InvalidInput
 from snapchain.image import ImageChain
 from snapchain.model.inventory import Wanted
 from snapchain.ops.events import OnEvent
-from snapchain.ops.ship import check_label
-from snapchain.ops.source import locked_chain, sealed_chain
+from snapchain.ops.ownership import check_not_given
+from snapchain.ops.source import locked_chain, paused_chain, sealed_chain
 from snapchain.replica.names import check_disk_name
 from snapchain.replica.stream.messages import LARGEST_EPOCH
 
@@ -43,6 +43,11 @@ class Scope(Enum):
     ALL = "all"
     SEALED = "sealed"
     """All but the top, which a guest will go on writing to."""
+    PAUSED = "paused"
+    """All; a guest that is paused may have the top open."""
+
+
+_OPENED = {Scope.ALL: locked_chain, Scope.SEALED: sealed_chain, Scope.PAUSED: paused_chain}
 
 
 class LayerPlan(BaseModel):
@@ -97,9 +102,11 @@ class SendReport(BaseModel):
 class Request:
     """What is to be sent where.
 
-    labels: for the point; lineage: files that local merges have made, each with what it replaces
-    epoch: in which this host writes the disk: older than the replica's is refused, newer makes it the replica's
-    limit_rate: bytes a second on the wire; format, image_dirs: as `scan` takes them
+    labels: for the point; lineage: files that local merges have made, each with what it replaces, beside what their own
+    notes say; format, image_dirs: as `scan` takes them; limit_rate: bytes a second on the wire
+    epoch: in which this host writes the disk, at least: what a handover has left beside its files counts, too; older
+    than the replica's is refused, newer makes it the replica's
+    though_given: to the replica's host, by a handover that was cut off and goes on
     """
 
     image: Path
@@ -113,16 +120,28 @@ class Request:
     image_dirs: Sequence[Path] = ()
     limit_rate: int | None = None
     epoch: int = 1
+    though_given: bool = False
 
     def check(self) -> None:
         """Raises InvalidInput for labels and names that cannot be."""
-        for label in self.labels:
-            check_label(label)
+        if self.labels:
+            from snapchain.ops.ship import check_label  # inside: the whole repository comes with it
+
+            for label in self.labels:
+                check_label(label)
         check_disk_name(self.disk)
         if not 1 <= self.epoch <= LARGEST_EPOCH:
             raise InvalidInput(f"{self.epoch} is no epoch", hint=f"a number from 1 to {LARGEST_EPOCH}")
 
-    def chain(self, on_event: OnEvent) -> AbstractContextManager[ImageChain]:
-        """What is to be sent of the image, locked; the top is no part of it where only what is sealed is meant."""
-        opened = sealed_chain if self.scope is Scope.SEALED else locked_chain
-        return opened(self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event)
+    @contextmanager
+    def chain(self, on_event: OnEvent) -> Iterator[ImageChain]:
+        """What is to be sent of the image, locked; the top is no part of it where only what is sealed is meant.
+
+        Raises Conflict for a disk that was given to another host.
+        """
+        with _OPENED[self.scope](
+            self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event
+        ) as chain:
+            if not self.though_given:
+                check_not_given(chain)
+            yield chain

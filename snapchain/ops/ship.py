@@ -17,15 +17,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, InvalidInput, SnapchainError
+from snapchain.errors import Conflict, InvalidInput
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
-from snapchain.ops.lineage import lineage as lineage_of, source_of
-from snapchain.ops.notes import Notes
+from snapchain.ops.lineage import noted_lineage, source_of
+from snapchain.ops.ownership import check_not_given
 from snapchain.ops.source import check_unchanged, locked_chain
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.deposit import Deposit, Origin
@@ -333,28 +333,17 @@ def shipment(
     lineage: files that local merges have made, each with what it replaces, beside what their own notes say: the
     destination knows those parts
     time: of the point, for an image that was sealed before now
-    Raises what `scan` raises for an image that is broken or refused, and Busy when somebody writes to it.
+    Raises what `scan` raises for an image that is broken or refused, Busy when somebody writes to it, and Conflict for
+    a disk that was given to another host.
     """
     for label in labels:
         check_label(label)
     with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
-        noted = _noted(chain, on_event)
+        check_not_given(chain)
+        noted = noted_lineage(chain, on_event)
         yield Shipment(
             chain, repository, disk, labels=labels, each_layer=each_layer, lineage=(*lineage, *noted), time=time
         )
-
-
-def _noted(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
-    """What the files' notes say of merges; a note that cannot be read costs no more than reading a file again."""
-    notes = Notes()
-    try:
-        known = lineage_of(chain, notes)
-        faults = notes.faults(file.real_path for file in chain.files)
-    except SnapchainError as error:
-        known, faults = (), [error]
-    for fault in faults:
-        on_event(Notice(str(fault)))
-    return known
 
 
 def check_label(label: str) -> str:

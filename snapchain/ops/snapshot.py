@@ -30,6 +30,7 @@ from snapchain.image import ImageChain, ImageFile, qemu_img, scan
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import seal
+from snapchain.ops.ownership import check_not_given
 from snapchain.ops.ship import check_label
 
 _SECTOR = 512
@@ -91,7 +92,7 @@ def plan(
     labels: for `merge --keep-label`, noted beside the sealed file.
 
     Raises Unsupported for block devices, for raw images without `overlay`, and for images with further hard
-    links; what `scan` raises for images that are broken or refused.
+    links; Conflict for a disk that was given to another host; what `scan` raises for images that are broken or refused.
     """
     for label in labels:
         check_label(label)
@@ -100,6 +101,7 @@ def plan(
         status = source.stat()
     _check_kind(source, status)
     with scan(image, format=image_format, image_dirs=image_dirs) as chain:
+        check_not_given(chain)
         top = chain.files[-1]
         if overlay is not None:
             sealed = source

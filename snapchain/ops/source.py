@@ -35,6 +35,23 @@ def sealed_chain(
 
 
 @contextmanager
+def paused_chain(
+    path: Path, *, format: str | None = None, image_dirs: Sequence[Path] = (), on_event: OnEvent = ignore
+) -> Iterator[ImageChain]:
+    """A chain of which the top may be open elsewhere, by a guest that its user has paused; the rest is locked.
+
+    QEMU writes all that it holds when a guest is paused, its tables too. Whoever reads says `check_unchanged` at the
+    end. Errors as `locked_chain`.
+    """
+    with ExitStack() as stack:
+        chain = stack.enter_context(scan(path, format=format, image_dirs=image_dirs))
+        if len(chain.files) > 1:
+            _lock(chain.at(len(chain.files) - 2), stack, on_event)
+        check_unchanged(chain)
+        yield chain
+
+
+@contextmanager
 def locked_chain(
     path: Path, *, format: str | None = None, image_dirs: Sequence[Path] = (), on_event: OnEvent = ignore
 ) -> Iterator[ImageChain]:

@@ -10,25 +10,20 @@ With rounds the top is sealed again and again, until what is left is small enoug
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from snapchain.errors import InvalidInput
-from snapchain.host.remote_retry import Persistence, persist
 from snapchain.model.convergence import Verdict, judge
-from snapchain.ops.events import Event, Notice, OnEvent, Progress, ignore
-from snapchain.ops.sealer import OfflineSealer, Sealer
-from snapchain.ops.send import Divergence, Files, Request, Scope, SendReport, plan_send, replica_at, send_persistently
+from snapchain.ops.events import OnEvent, ignore
+from snapchain.ops.sealer import OfflineSealer, OfflineSet, Sealer, SealerOfOne, SetSealer
+from snapchain.ops.send import Divergence, Files, Request, Scope, replica_at
 from snapchain.ops.sync_look import ActiveTop, look_at_top, not_ready, stand
-from snapchain.ops.sync_request import Destination, Proof, Round, SyncReport, SyncRequest
+from snapchain.ops.sync_request import Destination, Proof, SetDestination, SetReport, SyncReport, SyncRequest
+from snapchain.ops.sync_run import Run, patiently, seconds_for
+from snapchain.ops.sync_set import check_together, commands_for
 from snapchain.ops.sync_virsh import Guest, guest_of
 from snapchain.replica.endpoint import Endpoint
-
-_LOOK = Persistence(give_up_after=30.0)
-"""For questions, in which nothing moves: an sshd that many call at once drops some of them (MaxStartups)."""
-Answer = TypeVar("Answer")
 
 
 def sealed_request(
@@ -64,7 +59,18 @@ def check(request: SyncRequest, endpoint: Endpoint, *, on_event: OnEvent = ignor
     top = look_at_top(request.send)
     if not top.sealed:
         return not_ready(request, endpoint, top, "nothing of the image is sealed: it is one file")
-    return _patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=False), on_event)
+    return patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=False), on_event)
+
+
+def check_set(requests: Sequence[SyncRequest], endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SetDestination:
+    """The same for the disks of one guest."""
+    check_together(requests)
+    disks = tuple(check(request, endpoint, on_event=on_event) for request in requests)
+    ready = all(disk.ready for disk in disks)
+    commands = commands_for(requests, disks) if ready else ()
+    return SetDestination(
+        destination=endpoint.url, ready=ready, disks=disks, bytes_left=_left(disks), commands=commands
+    )
 
 
 def sync(
@@ -77,158 +83,118 @@ def sync(
     place is not to be replaced, Busy when the image is to be sealed and somebody has it open, Unavailable when the link
     stays broken. What is durable over there stays: the next run goes on from it.
     """
-    request.check()
+    one = None if sealer is None else SealerOfOne(sealer)
+    return sync_set([request], endpoint, sealer=one, on_event=on_event).disks[0]
+
+
+def sync_set(
+    requests: Sequence[SyncRequest], endpoint: Endpoint, *, sealer: SetSealer | None = None, on_event: OnEvent = ignore
+) -> SetReport:
+    """The same for the disks of one guest: each round seals all of them, at one instant, before any is shipped.
+
+    What is left, the target and the verdict are of all together; rules, rounds and target as the first request says.
+    sealer: of all images, in the order of the requests; for images at rest by default. Raises as `sync`.
+    """
+    check_together(requests)
     begun = time.monotonic()
-    run = _Run(request, endpoint, on_event)
-    top = look_at_top(request.send)
-    if top.sealed:
-        run.round(None)
-    elif not request.seals:
-        raise InvalidInput(
-            "nothing of the image is sealed: it is one file, which a guest will go on writing to",
-            subject=request.send.image,
-            hint="say --rounds 1 to seal it now, or seal it with snapchain snapshot",
-        )
-    outcome = run.rounds(sealer or _sealer(request.send, on_event), top) if request.seals else None
-    top = look_at_top(request.send)
-    stands = _patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=True), on_event)
-    return run.report(stands, outcome, seconds=time.monotonic() - begun)
+    first = requests[0]
+    tops = [look_at_top(request.send) for request in requests]
+    for request, top in zip(requests, tops, strict=True):
+        if not top.sealed and not request.seals:
+            raise InvalidInput(
+                "nothing of the image is sealed: it is one file, which a guest will go on writing to",
+                subject=request.send.image,
+                hint="say --rounds 1 to seal it now, or seal it with snapchain snapshot",
+            )
+    runs = [Run(request, endpoint, on_event) for request in requests]
+    for run, top in zip(runs, tops, strict=True):
+        if top.sealed:
+            run.round(None)
+    outcome = None
+    if first.seals:
+        outcome = _rounds(runs, sealer or OfflineSet([_sealer(run.request.send, on_event) for run in runs]), tops)
+    stands = [_made_ready(request, endpoint, on_event) for request in requests]
+    seconds = time.monotonic() - begun
+    rate = _rate(runs)
+    left = _left(stands)
+    predicted = seconds_for(left, rate)
+    target = first.target_downtime
+    ready = all(each.ready for each in stands)
+    commands = commands_for(requests, stands) if ready else ()
+    return SetReport(
+        destination=endpoint.url,
+        ready=ready,
+        disks=tuple(run.report(each, outcome, seconds=seconds) for run, each in zip(runs, stands, strict=True)),
+        bytes_left=left,
+        rate=rate,
+        predicted_cutover_seconds=predicted,
+        target_downtime=target,
+        on_target=None if target is None else predicted is not None and predicted <= target,
+        outcome=outcome,
+        commands=commands,
+        virsh_command=commands[-1] if commands else None,
+        seconds=seconds,
+    )
 
 
-def _sealer(send: Request, on_event: OnEvent) -> Sealer:
+def _sealer(send: Request, on_event: OnEvent) -> OfflineSealer:
     return OfflineSealer(send.image, format=send.format, image_dirs=send.image_dirs, on_event=on_event)
 
 
-def _patiently(attempt: Callable[[], Answer], on_event: OnEvent) -> Answer:
-    return persist(attempt, policy=_LOOK, moved=lambda: 0, told=lambda retry: on_event(Notice(str(retry))))
+def _made_ready(request: SyncRequest, endpoint: Endpoint, on_event: OnEvent) -> Destination:
+    top = look_at_top(request.send)
+    return patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=True), on_event)
 
 
-class _Run:
-    """The rounds of one sync, and what they have measured."""
+def _rounds(runs: Sequence[Run], sealer: SetSealer, before: Sequence[ActiveTop]) -> Verdict:
+    """Seal and ship until there is a verdict."""
 
-    def __init__(self, request: SyncRequest, endpoint: Endpoint, on_event: OnEvent) -> None:
-        self._request, self._endpoint, self._on_event = request, endpoint, on_event
-        self._rounds: list[Round] = []
-        self._point: int | None = None
-        self._present: int | None = None
-        self._measured_bytes = 0
-        self._rate: float | None = None
+    def once() -> int:
+        sealed = sealer.seal()
+        return sum(run.round(path) for run, path in zip(runs, sealed, strict=True))
 
-    def rounds(self, sealer: Sealer, before: ActiveTop) -> Verdict:
-        """Seal and ship until there is a verdict."""
-        left = [self._rounds[-1].bytes_left if self._rounds else before.data_bytes]
-        if not self._rounds:
-            # One file that nobody has sealed: it has to be, however little it holds.
-            left.append(self.round(sealer.seal()))
-        while not (verdict := judge(left, self._enough(), self._request.rules)).ends:
-            left.append(self.round(sealer.seal()))
-        return verdict
-
-    def _enough(self) -> int | None:
-        target = self._request.target_downtime
-        if target is None:
-            return 0
-        return None if self._rate is None else int(target * self._rate)
-
-    def round(self, sealed: Path | None) -> int:
-        """Ship what is sealed, and measure; the bytes that are left."""
-        begun = time.monotonic()
-        sent = self._ship(self._told, known_to_lack=sealed is not None)
-        seconds = time.monotonic() - begun
-        moved = 0 if sent is None else sent.data_bytes
-        # Without the start of the other side: what is left will not wait for that.
-        rate = sent.data_bytes / sent.seconds if sent is not None and moved else None
-        if rate is not None and moved >= self._measured_bytes:
-            # The longest run says most about the link: a short one is all closing.
-            self._measured_bytes, self._rate = moved, rate
-        top = look_at_top(self._request.send)
-        predicted = _seconds(top.data_bytes, self._rate)
-        done = Round(
-            number=len(self._rounds) if sealed is None or self._rounds else 1,
-            sealed=None if sealed is None else str(sealed),
-            layers_sent=0 if sent is None else sent.layers_sent,
-            data_bytes=moved,
-            bytes_sent=0 if sent is None else sent.bytes_sent,
-            seconds=seconds,
-            rate=rate,
-            bytes_left=top.data_bytes,
-            dirty_rate=None if sealed is None else top.data_bytes / seconds,
-            predicted_cutover_seconds=predicted,
-        )
-        self._rounds.append(done)
-        told = "not measured" if predicted is None else f"{predicted:.1f} s at the measured rate"
-        self._on_event(Notice(f"round {done.number}: {moved} bytes shipped, {done.bytes_left} left: {told}"))
-        return done.bytes_left
-
-    def _told(self, event: Event) -> None:
-        """Each round has a rate and an end of its own."""
-        if isinstance(event, Progress) and self._rounds:
-            event = replace(event, phase=f"{event.phase} {len(self._rounds)}")
-        self._on_event(event)
-
-    def _ship(self, on_event: OnEvent, *, known_to_lack: bool) -> SendReport | None:
-        """Send what the replica lacks; None when that is nothing, and no point is needed of it."""
-        send = self._request.send
-        if not known_to_lack:
-            planned = _patiently(lambda: plan_send(send, self._endpoint, on_event=on_event), on_event)
-            self._present = planned.layers_present
-            if not planned.layers:
-                return None
-        sent = send_persistently(send, self._endpoint, policy=Persistence(), on_event=on_event)
-        self._point = sent.point
-        if self._present is None:
-            self._present = sent.layers_present
-        return sent
-
-    def report(self, stands: Destination, outcome: Verdict | None, *, seconds: float) -> SyncReport:
-        """What came of it all."""
-        moved, wire = sum(r.data_bytes for r in self._rounds), sum(r.bytes_sent for r in self._rounds)
-        predicted = _seconds(stands.bytes_left, self._rate)
-        target = self._request.target_downtime
-        return SyncReport(
-            image=stands.image,
-            destination=stands.destination,
-            disk=stands.disk,
-            ready=stands.ready,
-            missing=stands.missing,
-            point=self._point,
-            layers_sent=sum(r.layers_sent for r in self._rounds),
-            layers_present=self._present or 0,
-            data_bytes=moved,
-            bytes_sent=wire,
-            bytes_left=stands.bytes_left,
-            wire_bytes_left=stands.bytes_left * wire // moved if moved else None,
-            rate=self._rate,
-            predicted_cutover_seconds=predicted,
-            target_downtime=target,
-            on_target=None if target is None else predicted is not None and predicted <= target,
-            outcome=outcome,
-            rounds=tuple(self._rounds),
-            layers=stands.layers,
-            overlay=stands.overlay,
-            proof=stands.proof,
-            commands=stands.commands,
-            virsh_command=stands.virsh_command,
-            seconds=seconds,
-        )
+    left = [
+        sum(run.rounds[-1].bytes_left if run.rounds else top.data_bytes for run, top in zip(runs, before, strict=True))
+    ]
+    if not all(run.rounds for run in runs):
+        # One file that nobody has sealed: it has to be, however little it holds.
+        left.append(once())
+    request = runs[0].request
+    while not (verdict := judge(left, _enough(request, _rate(runs)), request.rules)).ends:
+        left.append(once())
+    return verdict
 
 
-def _seconds(count: int, rate: float | None) -> float | None:
-    if not count:
-        return 0.0
-    return count / rate if rate else None
+def _rate(runs: Sequence[Run]) -> float | None:
+    """Of the disk that moved most in one go: they share the link."""
+    return max(runs, key=lambda run: run.measured_bytes).rate
+
+
+def _enough(request: SyncRequest, rate: float | None) -> int | None:
+    if request.target_downtime is None:
+        return 0
+    return None if rate is None else int(request.target_downtime * rate)
+
+
+def _left(disks: Sequence[Destination]) -> int:
+    return sum(disk.bytes_left for disk in disks)
 
 
 __all__ = [
     "Destination",
     "Divergence",
+    "Endpoint",
     "Guest",
     "Proof",
+    "SetDestination",
+    "SetReport",
     "SyncReport",
     "SyncRequest",
     "check",
+    "check_set",
     "guest_of",
     "replica_at",
     "sealed_request",
     "sync",
+    "sync_set",
 ]

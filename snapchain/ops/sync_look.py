@@ -15,14 +15,15 @@ from snapchain.errors import Conflict, Corrupt, Diverged
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.model.content import content_id, empty_sum
 from snapchain.ops.events import OnEvent, Progress
-from snapchain.ops.send import Divergence, LayerPlan, Request, layers_lacking, same_source, source_of
+from snapchain.ops.send import Divergence, LayerPlan, Request, layers_lacking, opening
+from snapchain.ops.send_sources import same_source, source_of
 from snapchain.ops.sync_request import Destination, LayerThere, Proof, SyncRequest
 from snapchain.ops.sync_virsh import migrate_commands
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.leaves import counted
 from snapchain.replica.names import check_offered, offered_name
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import Active, ActiveState, HeldLayer, Inventory, Open, Readiness
+from snapchain.replica.stream.messages import Active, ActiveState, HeldLayer, Inventory, Readiness
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ def not_ready(request: SyncRequest, endpoint: Endpoint, top: ActiveTop, why: str
         virtual_size=top.size,
         overlay=None,
         proof=request.proof,
+        names=(),
         commands=(),
     )
 
@@ -101,7 +103,7 @@ class _Look:
         ):
             if tuple(file.path for file in chain.files) != self._top.sealed:
                 raise Conflict("it was sealed again meanwhile", subject=self._send.image, hint="run it again")
-            held = sender.open(Open(disk=self._send.disk, replica=self._endpoint.replica, look=not make))
+            held = sender.open(opening(self._send, self._endpoint, chain, look=not make))
             yield chain, sender, held
 
     def judged(self, chain: ImageChain, sender: Sender, held: Inventory, *, make: bool) -> Destination:
@@ -170,15 +172,15 @@ class _Look:
         overlay = None if said is None else f"{base}{said.file}"
         ready = said is not None and not missing
         commands: tuple[str, ...] = ()
+        image = self._send.image
+        names = {
+            str(self._top.path),
+            str(image.absolute()),
+            os.path.normpath(image.absolute()),
+            str(image.resolve()),
+        }
         if ready and overlay is not None and self._request.guest is not None:
-            image = self._send.image
-            tops = {
-                str(self._top.path),
-                str(image.absolute()),
-                os.path.normpath(image.absolute()),
-                str(image.resolve()),
-            }
-            commands = migrate_commands(self._request.guest, tops, overlay)
+            commands = migrate_commands([(self._request.guest, names, overlay)])
         return Destination(
             disk=self._send.disk,
             destination=self._endpoint.url,
@@ -192,6 +194,7 @@ class _Look:
             virtual_size=self._top.size,
             overlay=overlay,
             proof=self._request.proof,
+            names=tuple(sorted(names)),
             commands=commands,
         )
 

@@ -71,6 +71,7 @@ class Destination(BaseModel):
 
     ready: all that is sealed is there, and the overlay; missing: why not, as sentences; layers: root first
     layers_to_send, bytes_to_send: sealed here and not there; overlay: its path, None where no layer is there yet
+    names: paths by which a guest's definition may name the image here
     commands: for a shell on this host, in order, the last one migrates; none without a domain, a target and an URI
     """
 
@@ -88,6 +89,7 @@ class Destination(BaseModel):
     virtual_size: int
     overlay: str | None
     proof: Proof
+    names: tuple[str, ...]
     commands: tuple[str, ...]
 
     @property
@@ -150,6 +152,37 @@ class SyncReport(BaseModel):
     layers: tuple[LayerThere, ...]
     overlay: str | None
     proof: Proof
+    commands: tuple[str, ...]
+    virsh_command: str | None
+    seconds: float
+
+
+class SetDestination(BaseModel):
+    """How a destination stands for all disks of a guest. ready: for all; commands: that move them together."""
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    ready: bool
+    disks: tuple[Destination, ...]
+    bytes_left: int
+    commands: tuple[str, ...]
+
+
+class SetReport(BaseModel):
+    """What `sync` did with the disks of one guest. ready: all of them; the rest as of one disk, of all together."""
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    ready: bool
+    disks: tuple[SyncReport, ...]
+    bytes_left: int
+    rate: float | None
+    predicted_cutover_seconds: float | None
+    target_downtime: float | None
+    on_target: bool | None
+    outcome: Verdict | None
     commands: tuple[str, ...]
     virsh_command: str | None
     seconds: float

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -55,21 +55,24 @@ def guest_of(
     return Guest(domain, target, uri)
 
 
-def migrate_commands(guest: Guest, tops: Collection[str], overlay: str) -> tuple[str, str]:
+def migrate_commands(disks: Sequence[tuple[Guest, Collection[str], str]]) -> tuple[str, str]:
     """For a shell on the source: write the definition for the destination, then migrate.
 
-    tops: the paths by which the guest's definition may name its disk here; overlay: what it is over there
+    disks: of one guest, each with the paths by which its definition may name the disk here, and the overlay over there
     """
-    edits = [part for top in sorted(tops) for part in _edits(top, overlay)]
+    guest = disks[0][0]
+    edits = [part for _, names, overlay in disks for name in sorted(names) for part in _edits(name, overlay)]
     definition = shlex.quote(f"{guest.domain}.snapchain.xml")
     dump = ["virsh", "dumpxml", "--migratable", guest.domain]
-    found = ["grep", "-F", f"file='{_in_xml(overlay)}'"]
+    found = [["grep", "-F", f"file='{_in_xml(overlay)}'"] for _, _, overlay in disks]
     move = [
         "virsh", "migrate", "--live", "--persistent", "--verbose",
-        "--copy-storage-inc", "--copy-storage-synchronous-writes", "--migrate-disks", guest.target,
+        "--copy-storage-inc", "--copy-storage-synchronous-writes",
+        "--migrate-disks", ",".join(each.target for each, _, _ in disks),
     ]  # fmt: skip
     given = f"--xml {definition} --persistent-xml {definition} {shlex.join([guest.domain, guest.uri])}"
-    write = f"{shlex.join(dump)} | {shlex.join(['sed', *edits])} > {definition} && {shlex.join(found)} {definition}"
+    seen = " && ".join(f"{shlex.join(words)} {definition}" for words in found)
+    write = f"{shlex.join(dump)} | {shlex.join(['sed', *edits])} > {definition} && {seen}"
     return write, f"{shlex.join(move)} {given}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,12 +13,13 @@ from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_disk_name
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
-from snapchain.replica.stream.messages import Ask, Failure, Finding, HeldDisk, HeldPoint, Verdict, decode, encode
+from snapchain.replica.stream.messages import Ask, Failure, Finding, HeldDisk, HeldPoint, Said, Verdict, decode, encode
 
 _PROGRESS = struct.Struct("<QQ")
 MOST_BYTES = 256 << 20
 """Of a whole answer: a million points, or thousands of findings; beyond that somebody means harm."""
 OnBytes = Callable[[int, int], None]
+OnBeat = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,10 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
     found: list[Disk] = []
     seen: set[str] = set()
     with endpoint.connect() as channel:
-        for frame in _answers(channel, Ask(want="points", disk=disk, replica=endpoint.replica)):
+        asked = Ask(want="points", disk=disk, replica=endpoint.replica)
+        for frame in answers(channel, Kind.ASK, asked, feature=opening.ASK_FEATURE):
             if frame.kind is not Kind.DISK:
-                raise _unexpected(frame, channel)
+                raise unexpected(frame, channel)
             said = decode(HeldDisk, frame.body, subject=channel.peer)
             if not found or found[-1].name != said.disk:
                 if _checked(said.disk, disk, channel) in seen:
@@ -62,7 +64,7 @@ def soundness_at(
     findings: list[Finding] = []
     with endpoint.connect() as channel:
         asked = Ask(want="data" if data else "records", disk=disk, replica=endpoint.replica)
-        for frame in _answers(channel, asked):
+        for frame in answers(channel, Kind.ASK, asked, feature=opening.ASK_FEATURE):
             match frame.kind:
                 case Kind.PROGRESS if data and len(frame.body) == _PROGRESS.size:
                     on_bytes(*_PROGRESS.unpack(frame.body))
@@ -74,7 +76,7 @@ def soundness_at(
                     verdicts.append(decode(Verdict, frame.body, subject=channel.peer))
                     _checked(verdicts[-1].disk, disk, channel)
                 case _:
-                    raise _unexpected(frame, channel)
+                    raise unexpected(frame, channel)
     seen = {verdict.disk for verdict in verdicts}
     if len(seen) < len(verdicts) or any(finding.disk not in seen for finding in findings):
         raise Corrupt("its findings are not of the disks that it has looked at", subject=endpoint.url)
@@ -83,34 +85,56 @@ def soundness_at(
     return verdicts, findings
 
 
-def _answers(channel: Channel, asked: Ask) -> Iterator[Frame]:
-    """What is said before DONE."""
-    writer, reader = FrameWriter(channel), FrameReader(channel, FROM_RECEIVER)
-    writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
-    there = opening.agree(_next(reader, channel), peer=channel.peer)
-    if opening.ASK_FEATURE not in there.features:
-        raise Unsupported(
-            "the snapchain there cannot be asked", subject=channel.peer, hint="bring it up to date over there"
-        )
-    writer.send(Kind.ASK, encode(asked))
+def answers(
+    channel: Channel, kind: Kind, asked: Said, *, feature: str, on_beat: OnBeat = lambda: None
+) -> Iterator[Frame]:
+    """Ask, as `ask` does; what is said before DONE. Raises what the other side refuses with, too.
+
+    on_beat: called while it says nothing but that it lives
+    """
+    reader = ask(channel, kind, asked, feature=feature)
     left = MOST_BYTES
-    while (frame := _next(reader, channel)).kind is not Kind.DONE:
+    while (frame := heard(reader, channel, on_beat)).kind is not Kind.DONE:
         left -= len(frame.body)
         if left < 0:
             raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer)
         yield frame
 
 
-def _next(reader: FrameReader, channel: Channel) -> Frame:
+def ask(
+    channel: Channel, kind: Kind, asked: Said, *, feature: str, allowed: Mapping[Kind, int] = FROM_RECEIVER
+) -> FrameReader:
+    """Say HELLO, and ask in the place of OPEN; what reads the answer.
+
+    feature: that the other side must have to understand it; allowed: what it may answer with
+    Raises Unsupported where it has not.
+    """
+    writer, reader = FrameWriter(channel), FrameReader(channel, allowed)
+    writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
+    there = opening.agree(heard(reader, channel), peer=channel.peer)
+    if feature not in there.features:
+        raise Unsupported(
+            f"the snapchain there is too old to be asked this: it does not know {feature!r}",
+            subject=channel.peer,
+            hint="bring it up to date over there",
+        )
+    writer.send(kind, encode(asked))
+    return reader
+
+
+def heard(reader: FrameReader, channel: Channel, on_beat: OnBeat = lambda: None) -> Frame:
+    """The next frame that says something. Raises what the other side fails with."""
     while True:
         frame = reader.read()
         if frame.kind is Kind.FAIL:
             raise failures.raised(decode(Failure, frame.body, subject=channel.peer), peer=channel.peer)
         if frame.kind is not Kind.BEAT:
             return frame
+        on_beat()
 
 
-def _unexpected(frame: Frame, channel: Channel) -> Corrupt:
+def unexpected(frame: Frame, channel: Channel) -> Corrupt:
+    """For what is no answer to the question."""
     return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=channel.peer)
 
 

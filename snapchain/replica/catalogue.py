@@ -7,12 +7,14 @@ the other.  Files that it does not name are not part of the disk.
 from __future__ import annotations
 
 import base64
+import re
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
+from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound
@@ -21,6 +23,7 @@ from snapchain.model.content import SUM_BYTES, Sum, content_id
 from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, Source, SumText
 
 LARGEST_FILE = 16 << 20
+_CHECK = re.compile(rb',\n "check": "([0-9a-f]{64})"\n}\n\Z')
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -50,10 +53,22 @@ class Point(BaseModel):
     content_id: Digest
 
 
+class HandedOver(BaseModel):
+    """The disk was given to this host. token: of the handover; overlay: the file that its guest writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: LayerId
+    epoch: int = Field(ge=2)
+    overlay: str
+    time: AwareDatetime
+
+
 class Catalogue(BaseModel):
     """One generation.
 
     layers: root first, each lying on the one before; epoch: who may write the disk, grows at each failover
+    handover: by which this host became its master, None where it is a replica only
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +81,7 @@ class Catalogue(BaseModel):
     next_point: int = Field(ge=1)
     layers: tuple[Layer, ...] = Field(default=(), max_length=MAX_LAYERS)
     points: tuple[Point, ...] = ()
+    handover: HandedOver | None = None
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -123,6 +139,8 @@ def decode_sum(text: str) -> Sum:
 def read_record(shape: type[M], path: Path) -> M | None:
     """A small JSON file of snapchain's own; None when it is not there.
 
+    Its last field, `check`, is the BLAKE3 of all that stands before it: a label or a time is sound in itself, whatever
+    it says, and a point must not be found by a wrong one. A file without it is older than that.
     Raises Corrupt, and InvalidInput for a user who may not read it.
     """
     try:
@@ -133,6 +151,10 @@ def read_record(shape: type[M], path: Path) -> M | None:
         if isinstance(error.__cause__, PermissionError):
             raise
         raise Corrupt(error.message, subject=path) from error
+    if (check := _CHECK.search(text)) is not None:
+        if blake3(text[: check.start()]).hexdigest().encode() != check[1]:
+            raise Corrupt("it is not what was written: its check is wrong", subject=path)
+        text = text[: check.start()] + b"}"
     try:
         return shape.model_validate_json(text)
     except ValidationError as error:
@@ -142,11 +164,14 @@ def read_record(shape: type[M], path: Path) -> M | None:
 
 def write_record(path: Path, record: BaseModel) -> None:
     """Replace such a file, durably."""
-    write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n", mode=0o644)
+    text = record.model_dump_json(indent=1).encode().removesuffix(b"\n}")
+    check = blake3(text).hexdigest().encode()
+    write_atomically(path, b'%b,\n "check": "%b"\n}\n' % (text, check), mode=0o644)
 
 
 __all__ = [
     "Catalogue",
+    "HandedOver",
     "Layer",
     "Point",
     "Source",

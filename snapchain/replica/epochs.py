@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from snapchain.errors import Conflict
-from snapchain.replica.catalogue import Catalogue
+from snapchain.replica import names
+from snapchain.replica.catalogue import Catalogue, read_record
 from snapchain.replica.store import ReplicaDisk
 
 
 def check_epoch(disk: ReplicaDisk, catalogue: Catalogue, epoch: int) -> None:
     """Raises Conflict where a sender of that epoch may not write the disk."""
+    if catalogue.handover is not None and epoch <= catalogue.handover.epoch:
+        raise Conflict(
+            f"this disk was handed over to the host of this replica, in epoch {catalogue.handover.epoch}, and is "
+            f"written there; the sender is in epoch {epoch}",
+            subject=disk.directory,
+            hint="send nothing from there; `snapchain migrate` moves the disk from this host to another, or takes it "
+            "back",
+        )
     if epoch < catalogue.epoch:
         raise Conflict(
             f"the sender writes this disk in epoch {epoch}, and here it is in epoch {catalogue.epoch}: "
@@ -27,6 +38,18 @@ def enter_epoch(disk: ReplicaDisk, catalogue: Catalogue, epoch: int) -> Catalogu
     check_epoch(disk, catalogue, epoch)
     if epoch == catalogue.epoch:
         return catalogue
-    catalogue = catalogue.after(epoch=epoch)
+    # Whoever writes it now has it from somebody else than from the handover that was.
+    catalogue = catalogue.after(epoch=epoch, handover=None)
     disk.write(catalogue)
     return catalogue
+
+
+def epoch_of_overlay(path: Path) -> int:
+    """The epoch in which a disk was handed over to this host, for a file in the `active` directory of a replica's disk.
+
+    1 for all other files, and where nothing was handed over. Raises Corrupt for a catalogue that cannot be read.
+    """
+    if path.parent.name != names.ACTIVE:
+        return 1
+    catalogue = read_record(Catalogue, path.parent.parent / names.CATALOGUE)
+    return 1 if catalogue is None or catalogue.handover is None else catalogue.handover.epoch

@@ -7,17 +7,17 @@ from collections.abc import Collection
 from urllib.parse import unquote
 
 from snapchain.errors import Corrupt, InvalidInput
+from snapchain.image import backing
 
-MARKER = "snapchain-replica.json"
-CATALOGUE = "catalogue.json"
+MARKER, CATALOGUE, ACTIVE = backing.REPLICA, backing.CATALOGUE, backing.ACTIVE
 LOCK = ".lock"
 INCOMING = ".incoming.qcow2"
 PROGRESS = ".incoming.json"
+MERGING = ".merging.json"
 SUFFIX = ".qcow2"
-ACTIVE = "active"
-"""The directory of overlays for guests, in a disk's: there their names are in no layer's way."""
 _LONGEST = 200
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.+")
+# Overlays for guests have a directory of their own in a disk's: there their names are in no layer's way.
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.qcow2", re.ASCII)
 
 

@@ -1,7 +1,7 @@
 """The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
 
     HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
-    HELLO ASK
+    HELLO (ASK | HANDOVER | FETCH | MERGE)
 
 Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
 nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
@@ -11,9 +11,8 @@ clear error, and the loss of its own layer.
 from __future__ import annotations
 
 import struct
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,15 +29,22 @@ from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
 from snapchain.replica.cutting import cut
 from snapchain.replica.epochs import check_epoch, enter_epoch
+from snapchain.replica.giving import give
+from snapchain.replica.handover import hand_over
+from snapchain.replica.merging import merge
 from snapchain.replica.progress import read_progress, settle
-from snapchain.replica.store import ReplicaDisk, check_free, open_replica
+from snapchain.replica.store import ReplicaDisk, Work, check_free, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
-from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, FrameWriter, Kind
+from snapchain.replica.stream.fetch_messages import Fetch
+from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kind
+from snapchain.replica.stream.handover_messages import Handover
 from snapchain.replica.stream.maps import MapReader, layer_id
+from snapchain.replica.stream.merge_messages import Merge
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
     Active,
+    ActiveState,
     Ask,
     Cut,
     Done,
@@ -52,8 +58,10 @@ from snapchain.replica.stream.messages import (
     decode,
     encode,
 )
+from snapchain.replica.unfinished import Engine, undisturbed
+from snapchain.replica.voice import Voice
+from snapchain.replica.waiting import in_turn
 
-BEAT_SECONDS = 10.0
 _OFFSET = struct.Struct("<Q")
 _COUNT = struct.Struct("<Q")
 
@@ -71,49 +79,19 @@ class Received:
     bytes_read: int = 0
 
 
-class Voice:
-    """What this side says; several threads may. Nothing at all to a sender that does not listen."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._frames = FrameWriter(channel)
-        self._lock = threading.Lock()
-        self.heard = False
-
-    def say(self, kind: Kind, body: bytes = b"") -> None:
-        """Raises what Channel.write raises."""
-        if self.heard:
-            with self._lock:
-                self._frames.send(kind, body)
-
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Say now and then that this side is alive."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(BEAT_SECONDS):
-                with suppress(SnapchainError):
-                    self.say(Kind.BEAT)
-
-        thread = threading.Thread(target=beat, name="beat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-def receive(channel: Channel, root: Path | None = None, *, within: Path | None = None) -> Received:
+def receive(
+    channel: Channel, root: Path | None = None, *, within: Path | None = None, engine: Engine | None = None
+) -> Received:
     """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
 
     root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
+    engine: what merges; without one, MERGE is refused, and a disk on which a merge was killed
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     voice = Voice(channel)
     try:
         with voice.beating():
-            return _Reception(channel, voice, root, within).run()
+            return _Reception(channel, voice, root, within, engine).run()
     except BaseException as error:
         with suppress(SnapchainError):
             voice.say(Kind.FAIL, encode(failures.told(error)))
@@ -121,17 +99,31 @@ def receive(channel: Channel, root: Path | None = None, *, within: Path | None =
 
 
 class _Reception:
-    def __init__(self, channel: Channel, voice: Voice, root: Path | None, within: Path | None) -> None:
+    def __init__(
+        self, channel: Channel, voice: Voice, root: Path | None, within: Path | None, engine: Engine | None
+    ) -> None:
         self._channel, self._voice, self._root, self._within = channel, voice, root, within
+        self._engine = engine
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
         self._marks = 0
+        self._features: frozenset[str] = frozenset()
 
     def run(self) -> Received:
         hello = self._hello()
         frame = self._next()
         if frame.kind is Kind.ASK and hello:
             self._answer(decode(Ask, frame.body, subject=self._channel.peer))
+            return self._received
+        if frame.kind is Kind.FETCH and hello:
+            wanted = decode(Fetch, frame.body, subject=self._channel.peer)
+            give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
+            return self._received
+        if frame.kind is Kind.HANDOVER and hello:
+            self._hand_over(decode(Handover, frame.body, subject=self._channel.peer))
+            return self._received
+        if frame.kind is Kind.MERGE and hello:
+            self._merge(decode(Merge, frame.body, subject=self._channel.peer))
             return self._received
         if frame.kind is not Kind.OPEN:
             raise self._unexpected(frame)
@@ -147,10 +139,10 @@ class _Reception:
             self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
             return self._received
         disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
-        with disk.locked(make=True):
-            catalogue = enter_epoch(disk, settle(disk), asked.epoch)
+        with in_turn(disk, Work.TRANSFER, make=True):
+            catalogue = enter_epoch(disk, settle(disk, self._engine), asked.epoch)
             if hello:
-                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue)))
+                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue, self._features)))
             self._take_all(disk, catalogue)
         received = self._received
         received.bytes_read = self._channel.bytes_read
@@ -170,6 +162,7 @@ class _Reception:
                 self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
             raise
         self._voice.heard = said.answers
+        self._features = frozenset(said.features)
         self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
         return said.answers
 
@@ -177,7 +170,15 @@ class _Reception:
         return chosen(named, only=self._root, within=self._within)
 
     def _answer(self, asked: Ask) -> None:
-        answer(asked, self._chosen(asked.replica), self._voice.say)
+        answer(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
+        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+
+    def _hand_over(self, asked: Handover) -> None:
+        self._voice.say(Kind.HANDED, encode(hand_over(asked, self._chosen(asked.replica), self._engine)))
+        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+
+    def _merge(self, asked: Merge) -> None:
+        merge(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
         self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:
@@ -189,7 +190,7 @@ class _Reception:
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
         catalogue = disk.read() or empty_catalogue(disk.name)
         check_epoch(disk, catalogue, asked.epoch)
-        return inventory(disk, catalogue)
+        return inventory(disk, catalogue, self._features)
 
     def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
         # A sender may offer each layer that a chain can have, and publish a point at each; no more.
@@ -212,8 +213,13 @@ class _Reception:
 
     def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
         offer = decode(Active, frame.body, subject=self._channel.peer)
-        catalogue = disk.read() or empty_catalogue(disk.name)
-        self._voice.say(Kind.READINESS, encode(look_at_active(disk, catalogue, offer)))
+        found = undisturbed(
+            disk,
+            lambda: look_at_active(disk, disk.read() or empty_catalogue(disk.name), offer),
+            engine=self._engine,
+            is_fine=lambda seen: seen.state is ActiveState.READY and not seen.broken,
+        )
+        self._voice.say(Kind.READINESS, encode(found))
 
     def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
         offer = decode(Active, frame.body, subject=self._channel.peer)
@@ -343,11 +349,15 @@ class _Reception:
         return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=self._channel.peer)
 
 
-def inventory(disk: ReplicaDisk, catalogue: Catalogue) -> Inventory:
-    """What a sender is told of a disk."""
+def inventory(disk: ReplicaDisk, catalogue: Catalogue, features: Collection[str]) -> Inventory:
+    """What a sender is told of a disk, that names these features."""
     progress = read_progress(disk)
     partial = progress.partial if progress is not None and progress.finished is None else None
     layers = tuple(HeldLayer(**layer.model_dump(include=set(HeldLayer.model_fields))) for layer in catalogue.layers)
+    if opening.MERGE_FEATURE not in features:  # it does not know the field
+        layers = tuple(
+            layer.model_copy(update={"older": "", "sources": ()}) if layer.older else layer for layer in layers
+        )
     return Inventory(
         disk=disk.name,
         epoch=catalogue.epoch,

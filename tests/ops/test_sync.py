@@ -500,7 +500,7 @@ def test_paths_that_mean_something_to_sed_xml_or_a_shell(tmp_path: Path) -> None
         .replace('"', "&quot;")
         for path in (old, new)
     ]
-    define, _ = migrate_commands(GUEST, {old}, new)
+    define, _ = migrate_commands([(GUEST, {old}, new)])
     words = shlex.split(define)
     sed = words[words.index("|") + 1 : words.index(">")]
     disk = "<source file='{}'/>\n{}<target dev='vda'/>\n</disk>\n<source file='/aXb/x'/>\n"

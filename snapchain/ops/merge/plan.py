@@ -28,6 +28,7 @@ from snapchain.ops.merge.journal import unsettled
 from snapchain.ops.merge.layers import numbers
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import Terms, Way, choose
+from snapchain.ops.ownership import check_not_given
 
 
 class MergePlan(BaseModel):
@@ -81,12 +82,14 @@ def plan(
     drop_bitmaps: bool = False,
     image_format: str | None = None,
     image_dirs: Sequence[Path] = (),
+    unlocks: bool = False,
 ) -> MergePlan:
     """Look at the chain and decide; changes nothing.
 
     Everything above the root by default; flatten: the root too; from_layer, to_layer: file names or paths of the
     lowest and uppermost input; strategy: the best one unless given; cluster_size: of a new file, in bytes; by default
-    that of the input which gives most; keep_inputs: nothing is removed, and the uppermost input gets a second name.
+    that of the input which gives most; keep_inputs: nothing is removed, and the uppermost input gets a second name;
+    unlocks: the caller makes read-only files of this user's writable before `run`, so that is not counted against them.
 
     Raises NotFound, InvalidInput, Unsupported (inputs that a merge would lose something of, a strategy that does not
     fit), and as `scan`.
@@ -104,6 +107,7 @@ def plan(
         drop_bitmaps=drop_bitmaps,
         image_format=image_format,
         image_dirs=tuple(image_dirs),
+        unlocks=unlocks,
     )
     with scan(image, format=image_format, image_dirs=image_dirs) as chain:
         return decide(chain, asked).plan
@@ -123,6 +127,7 @@ class Asked:
     drop_bitmaps: bool
     image_format: str | None
     image_dirs: tuple[Path, ...]
+    unlocks: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +140,7 @@ class Decision:
 
 def decide(chain: ImageChain, asked: Asked) -> Decision:
     """The plan for an opened chain; errors as `plan`."""
+    check_not_given(chain)
     journals = unsettled(file.real_path for file in chain.files)
     first, last = numbers(
         chain, flatten=asked.flatten, from_layer=asked.from_layer, to_layer=asked.to_layer, journals=journals
@@ -158,6 +164,7 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
             keep_inputs=asked.keep_inputs,
             drop_bitmaps=asked.drop_bitmaps,
             exclusive=not keep,
+            unlocks=asked.unlocks,
             free=free,
         )
         way = choose(chain.at(last), first, backing=link, terms=terms, shares=shares, runs=runs)

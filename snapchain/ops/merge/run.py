@@ -51,8 +51,8 @@ class MergeReport(BaseModel):
     finished: tuple[Path, ...]
 
 
-def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
-    """Do it.
+def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -> MergeReport:
+    """Do it. noted: what the result was made of is recorded beside it (ops/notes.py).
 
     Raises Busy when somebody has a file of the chain open, Conflict when it is no longer as planned, Unavailable when
     room would not suffice, Corrupt when the result is not the same as the inputs: then nothing was changed.
@@ -69,7 +69,8 @@ def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
             journal = in_place.make(planned, way.work, old, locks=locks, on_event=on_event)
         else:
             journal = new_file.make(planned, way.work, old, locks=locks, on_event=on_event)
-        _note(planned, old, on_event)
+        if noted:
+            _note(planned, old, on_event)
         removed = settle.finish(journal)
         if planned.strategy is Strategy.COMMIT:
             removed.append(journal.journal.lowest)

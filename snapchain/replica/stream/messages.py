@@ -24,6 +24,8 @@ LARGEST_DISK = 1 << 56
 """Bytes; see docs/format.md: no signed offset may overflow with two of these added."""
 MAX_LAYERS = 200
 """QEMU opens chains of 200 files and no deeper."""
+MAX_RUNS = 1 << 22
+"""Of a layer's map."""
 
 LARGEST_EPOCH = 1 << 31
 POINTS_AT_ONCE = 256
@@ -32,21 +34,28 @@ POINTS_AT_ONCE = 256
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+SHORT_KEY_BYTES = 8
+MOST_OLDER = 1 << 14
+"""Files of one layer: one a night for 44 years."""
+ShortKeys = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$", max_length=MOST_OLDER * SHORT_KEY_BYTES * 2)]
 SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
 """The base64 form of a content sum: 2048 bytes, u16 little endian a lane."""
 
 
-class _Said(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Said(BaseModel):
+    """One message: exactly these fields."""
+
+    # Built when they are needed: one stream speaks few of these.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
-class Hello(_Said):
+class Hello(Said):
     """first, last: the versions of the stream that the side speaks; answers: whether it listens to the other side.
 
     A later version may say more here: it is what decides about the version.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
     first: int = Field(ge=1, le=65535)
     last: int = Field(ge=1, le=65535)
@@ -55,7 +64,7 @@ class Hello(_Said):
     answers: bool
 
 
-class Open(_Said):
+class Open(Said):
     """Which disk, in which replica; no replica where the receiver was told by its own user.
 
     look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
@@ -76,7 +85,7 @@ class Open(_Said):
         return said
 
 
-class Source(_Said):
+class Source(Said):
     """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
 
     inode: int = Field(ge=0, lt=1 << 64)
@@ -85,7 +94,7 @@ class Source(_Said):
     ctime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
 
 
-class LayerOffer(_Said):
+class LayerOffer(Said):
     """A layer that is about to come.
 
     name: that the file should have; size: virtual, bytes; runs: of its map; parent: the layer that it lies on
@@ -98,17 +107,17 @@ class LayerOffer(_Said):
     extended_l2: bool
     parent: LayerId | None
     sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
-    runs: int = Field(ge=0, le=1 << 22)
+    runs: int = Field(ge=0, le=MAX_RUNS)
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
 
-class Cut(_Said):
+class Cut(Said):
     """The layers above `keep` are to be dropped, all of them where that is None."""
 
     keep: LayerId | None
 
 
-class PointOffer(_Said):
+class PointOffer(Said):
     """A point to publish: what the chain shows that is there now."""
 
     time: AwareDatetime
@@ -117,8 +126,8 @@ class PointOffer(_Said):
     content_id: Digest
 
 
-class HeldLayer(_Said):
-    """A layer that is there."""
+class HeldLayer(Said):
+    """A layer that is there. older: the files that it was made of below its `sources` (replica/source_keys.py)."""
 
     id: LayerId
     file: str = Field(min_length=1, max_length=255)
@@ -126,9 +135,18 @@ class HeldLayer(_Said):
     content_id: Digest
     content_sum: SumText
     sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    older: ShortKeys = ""
+
+    @model_serializer(mode="wrap")
+    def _without_older_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Programs from before there was this know no such field, and it is seldom needed.
+        said: dict[str, Any] = handler(self)
+        if not said.get("older"):
+            said.pop("older", None)
+        return said
 
 
-class Partial(_Said):
+class Partial(Said):
     """A layer whose transfer was cut off: its data below guest offset `durable` are there.
 
     content_sum: what the sender had counted there, given back to it
@@ -139,7 +157,7 @@ class Partial(_Said):
     content_sum: SumText
 
 
-class Inventory(_Said):
+class Inventory(Said):
     """What a replica holds of a disk: layers root first."""
 
     disk: str = Field(max_length=250)
@@ -149,21 +167,21 @@ class Inventory(_Said):
     partial: Partial | None
 
 
-class Stored(_Said):
+class Stored(Said):
     """A layer is whole, proven, and part of the chain."""
 
     layer: LayerId
     file: str = Field(min_length=1, max_length=255)
 
 
-class Done(_Said):
+class Done(Said):
     """All is durable. points: numbers of those that were published, ascending; layers: how many came."""
 
     points: tuple[int, ...] = Field(max_length=4 * MAX_LAYERS)
     layers: int = Field(ge=0)
 
 
-class Active(_Said):
+class Active(Said):
     """An empty overlay on the newest layer, in which a live migration can put what a guest has not yet sealed.
 
     name: that its file should have; size: virtual, bytes; on: the layer that must be the newest there
@@ -191,7 +209,7 @@ class ActiveState(StrEnum):
     """Something else, such as an overlay that a guest has written to."""
 
 
-class Readiness(_Said):
+class Readiness(Said):
     """The answer to Active.
 
     directory: of the disk, absolute; file: the overlay's, from there; state: as it is now, after it was made
@@ -205,7 +223,7 @@ class Readiness(_Said):
     broken: tuple[Annotated[str, StringConstraints(max_length=255)], ...] = Field(default=(), max_length=MAX_LAYERS)
 
 
-class Ask(_Said):
+class Ask(Said):
     """A question in the place of OPEN; nothing is made, locked or changed over there.
 
     want: the points of disks; whether what is recorded of them is sound; whether the data are, too
@@ -217,7 +235,7 @@ class Ask(_Said):
     replica: str | None = Field(default=None, max_length=4096)
 
 
-class HeldPoint(_Said):
+class HeldPoint(Said):
     """A point of a disk. layers: length of the chain that gives it."""
 
     point: int = Field(ge=1)
@@ -228,7 +246,7 @@ class HeldPoint(_Said):
     layers: int = Field(ge=1, le=MAX_LAYERS)
 
 
-class HeldDisk(_Said):
+class HeldDisk(Said):
     """A disk and some of its points, ascending; those that follow come in the next such frame of the same disk."""
 
     disk: str = Field(min_length=1, max_length=250)
@@ -236,7 +254,7 @@ class HeldDisk(_Said):
     points: tuple[HeldPoint, ...] = Field(max_length=POINTS_AT_ONCE)
 
 
-class Verdict(_Said):
+class Verdict(Said):
     """A disk was looked at. checked_bytes: of data that were read; its findings came before."""
 
     disk: str = Field(min_length=1, max_length=250)
@@ -245,7 +263,7 @@ class Verdict(_Said):
     checked_bytes: int = Field(ge=0, le=MAX_LAYERS * LARGEST_DISK)
 
 
-class Finding(_Said):
+class Finding(Said):
     """Something wrong with a disk. kind: as in errors.py; subject: its file; points: those that it affects."""
 
     disk: str = Field(min_length=1, max_length=250)
@@ -255,7 +273,7 @@ class Finding(_Said):
     points: tuple[int, ...] = Field(default=(), max_length=100_000)
 
 
-class Failure(_Said):
+class Failure(Said):
     """An error, as far as it may cross: kind as in errors.py."""
 
     kind: Annotated[str, StringConstraints(max_length=40)]
@@ -264,10 +282,10 @@ class Failure(_Said):
     hint: str | None = Field(default=None, max_length=1000)
 
 
-M = TypeVar("M", bound=_Said)
+M = TypeVar("M", bound=Said)
 
 
-def encode(message: _Said) -> bytes:
+def encode(message: Said) -> bytes:
     """The body of its frame."""
     return message.model_dump_json().encode()
 

@@ -1,0 +1,141 @@
+"""Each kind of destination keeps the contract: repositories in a directory, in memory and on S3, replicas at dir:."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from snapchain.image import scan
+from snapchain.objects import open_store
+from snapchain.objects.local import LocalStore
+from snapchain.objects.memory import MemoryStore
+from snapchain.objects.store import ObjectStore
+from snapchain.ops.destination import Destination
+from snapchain.ops.replica_destination import ReplicaDestination
+from snapchain.ops.repository_destination import RepositoryDestination
+from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
+from snapchain.repository.repository import Repository
+from snapchain.testing.destination_contract import DestinationContract, Site, Traits
+from tests.repository.synthetic import again, repository
+from tests.servers import S3Server
+
+RECORDS = Traits(one_chain=False, merges=True)
+FILES = Traits(one_chain=True, merges=False)
+
+
+@dataclass(frozen=True)
+class RepositorySite:
+    """A repository over any store."""
+
+    repository: Repository
+    traits: Traits = RECORDS
+
+    @property
+    def store(self) -> ObjectStore:
+        return self.repository.store
+
+    def open(self, *, writing: bool = False) -> Destination:
+        _ = writing
+        return RepositoryDestination(again(self.repository))
+
+    def stored(self) -> Sequence[str]:
+        return [info.name for info in self.store.list("") if info.size]
+
+    def read(self, name: str) -> bytes:
+        return self.store.get(name)
+
+    def write(self, name: str, whole: bytes) -> None:
+        self.store.put(name, whole)
+
+    def vital(self, name: str, whole: bytes) -> Sequence[int]:
+        _ = name
+        return range(len(whole))
+
+
+@dataclass(frozen=True)
+class ReplicaSite:
+    """A replica whose directory lies here, however it is reached."""
+
+    root: Path
+    endpoint: Endpoint
+    traits: Traits = FILES
+
+    def open(self, *, writing: bool = False) -> Destination:
+        _ = writing
+        return ReplicaDestination(self.endpoint)
+
+    def stored(self) -> Sequence[str]:
+        return [str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file() and _size(path)]
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def write(self, name: str, whole: bytes) -> None:
+        path = self.root / name
+        mode = path.stat().st_mode
+        path.chmod(0o644)
+        path.write_bytes(whole)
+        path.chmod(mode)
+
+    def vital(self, name: str, whole: bytes) -> Sequence[int]:
+        # Of a qcow2 file: magic, version, size, where the tables begin, and what a guest reads. Its reference counts
+        # nobody reads, nor what pads its tables and its last cluster.
+        if name.endswith(".json"):
+            return range(len(whole))
+        counts = [*range(8), *range(24, 32), *range(40, 48)]
+        with scan(self.root / name, format="qcow2") as chain:
+            runs = chain.top.physical
+            for host, start, stop in zip(runs.host.tolist(), runs.start.tolist(), runs.ends.tolist(), strict=True):
+                counts += range(host, host + stop - start, 511) if host >= 0 else ()
+        return counts
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+class TestDirectory(DestinationContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sites(cls, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Site]:
+        def made() -> Site:
+            return RepositorySite(repository(LocalStore(tmp_path_factory.mktemp("repo") / "r", make=True)))
+
+        return made
+
+
+class TestMemory(DestinationContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sites(cls) -> Callable[[], Site]:
+        return lambda: RepositorySite(repository(MemoryStore()), replace(RECORDS, damages=6, every=2))
+
+
+class TestS3(DestinationContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sites(cls, moto_server: S3Server) -> Iterator[Callable[[], Site]]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in moto_server.environment.items():
+                patch.setenv(name, value)
+            yield lambda: RepositorySite(
+                repository(open_store(f"s3://{moto_server.new_bucket()}/here")),
+                replace(RECORDS, damages=3, every=3),
+            )
+
+
+class TestReplica(DestinationContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def sites(cls, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Site]:
+        roots = (tmp_path_factory.mktemp("replica") / f"{number}" for number in itertools.count())
+
+        def made() -> Site:
+            root = next(roots)
+            return ReplicaSite(root, DirectoryEndpoint(root))
+
+        return made
