@@ -21,7 +21,8 @@ def run(image: Path, *, append: str = "", until: str, type_in: Sequence[str] = (
     """Boot a disk; what its console said up to some words. type_in: lines for it then, after which it must end."""
     argv = [
         "qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nographic", "-no-reboot", "-nodefaults",
-        "-serial", "stdio", "-kernel", str(part(".kernel")), "-initrd", str(part(".initrd")), "-append", f"{_KERNEL} {append}",
+        "-serial", "stdio",
+        "-kernel", str(part(".kernel")), "-initrd", str(part(".initrd")), "-append", f"{_KERNEL} {append}",
         "-blockdev", f"driver=qcow2,node-name=disk,file.driver=file,file.filename={image}",
         "-device", "virtio-blk-pci,drive=disk",
     ]  # fmt: skip
