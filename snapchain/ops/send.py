@@ -91,7 +91,7 @@ def opening(request: Request, endpoint: Endpoint, chain: ImageChain, *, look: bo
 
 
 def _epoch(request: Request, chain: ImageChain) -> int:
-    return max(request.epoch, epoch_of(chain, Notes()))
+    return max(request.epoch, epoch_of(chain, Notes(), image=request.image))
 
 
 def layers_lacking(

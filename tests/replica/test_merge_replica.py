@@ -129,7 +129,8 @@ def test_a_time_zone_and_all_rules_cross(there: Pointed) -> None:
 
 def test_many_points_come_in_several_frames(there: Pointed) -> None:
     disk = open_replica(there.place.root).disk(DISK)
-    assert (catalogue := disk.read()) is not None
+    catalogue = disk.read()
+    assert catalogue is not None
     last = catalogue.points[-1]
     points = tuple(last.model_copy(update={"point": number}) for number in range(6, 606))
     disk.write(catalogue.after(points=(*catalogue.points[:5], *points), next_point=606))
@@ -301,7 +302,8 @@ def test_layers_of_a_transfer_that_has_not_ended_stay(pointed: Pointed, chain: l
     for path in chain[:3]:
         pointed.send(path)
     disk = open_replica(pointed.place.root).disk(DISK)
-    assert (catalogue := disk.read()) is not None
+    catalogue = disk.read()
+    assert catalogue is not None
     disk.write(catalogue.after(points=catalogue.points[:1]))
     assert pointed.merge(last=1).merges == ()
     assert len(pointed.place.files()) == 3
