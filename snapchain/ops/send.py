@@ -191,7 +191,10 @@ class _Run:
             case Send() | Collapse():
                 if isinstance(found, Collapse):
                     self._on_event(
-                        Notice(f"the replica holds {len(found.merges)} merged layers apart still; it reads the same")
+                        Notice(
+                            f"the replica holds {len(found.merges)} merged layers apart still; it reads the same, and "
+                            "`snapchain merge` with rules merges there too"
+                        )
                     )
                 if found.inside is None:
                     return _Base(found.first, tip.id, tip.size, total, total, same=True)
