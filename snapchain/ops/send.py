@@ -91,7 +91,7 @@ def opening(request: Request, endpoint: Endpoint, chain: ImageChain, *, look: bo
 
 
 def _epoch(request: Request, chain: ImageChain) -> int:
-    return max(request.epoch, epoch_of(chain, Notes()))
+    return max(request.epoch, epoch_of(chain, Notes(), image=request.image))
 
 
 def layers_lacking(
@@ -191,7 +191,10 @@ class _Run:
             case Send() | Collapse():
                 if isinstance(found, Collapse):
                     self._on_event(
-                        Notice(f"the replica holds {len(found.merges)} merged layers apart still; it reads the same")
+                        Notice(
+                            f"the replica holds {len(found.merges)} merged layers apart still; it reads the same, and "
+                            "`snapchain merge` with rules merges there too"
+                        )
                     )
                 if found.inside is None:
                     return _Base(found.first, tip.id, tip.size, total, total, same=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ def run(image: Path, *, append: str = "", until: str, type_in: Sequence[str] = (
     """Boot a disk; what its console said up to some words. type_in: lines for it then, after which it must end."""
     argv = [
         "qemu-system-x86_64", "-accel", "tcg", "-m", "256", "-nographic", "-no-reboot", "-nodefaults",
-        "-serial", "stdio", "-kernel", part(".kernel"), "-initrd", part(".initrd"), "-append", f"{_KERNEL} {append}",
+        "-serial", "stdio",
+        "-kernel", str(part(".kernel")), "-initrd", str(part(".initrd")), "-append", f"{_KERNEL} {append}",
         "-blockdev", f"driver=qcow2,node-name=disk,file.driver=file,file.filename={image}",
         "-device", "virtio-blk-pci,drive=disk",
     ]  # fmt: skip
@@ -31,7 +33,7 @@ def run(image: Path, *, append: str = "", until: str, type_in: Sequence[str] = (
             assert guest.stdin is not None
             assert guest.stdout is not None
             while until.encode() not in said:
-                piece = guest.stdout.read1(1 << 16)
+                piece = os.read(guest.stdout.fileno(), 1 << 16)
                 assert piece, f"it ended: {said[-2000:].decode(errors='replace')}"
                 said += piece
                 assert time.monotonic() < deadline, said[-2000:].decode(errors="replace")
