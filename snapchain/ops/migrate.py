@@ -105,7 +105,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
             _check_still(request, prepared)
             _fence_all(request, prepared, endpoint, token, course, on_event)
             standings = _give(request, prepared, endpoint, token, on_event)
-            _confirm(request, prepared, token, started=False)
+            _noted(request, prepared, token, on_event)
             if request.paused:
                 _check_paused(request, prepared)
         else:
@@ -284,6 +284,17 @@ def _give(
         except SnapchainError as fault:
             on_event(Notice(f"the disks are still marked as being given away, say --take-back: {fault}"))
         raise error  # noqa: TRY201 -- the take-back's own may have come after it
+
+
+def _noted(request: MigrateRequest, prepared: Sequence[Prepared], token: str, on_event: OnEvent) -> None:
+    """Note the destination's word. Where that fails, nobody may think that it has not come."""
+    try:
+        _confirm(request, prepared, token, started=False)
+    except Conflict:
+        raise
+    except SnapchainError:
+        on_event(Notice("the destination has the disks; only noting that here has failed"))
+        raise
 
 
 def _confirm(request: MigrateRequest, prepared: Sequence[Prepared], token: str, *, started: bool) -> None:

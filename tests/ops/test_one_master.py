@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.image import scan
 from snapchain.ops import merge_image, migrate as module, snapshot
 from snapchain.ops.migrate import MigrateReport, MigrateRequest, Move, migrate, take_back
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
 from snapchain.ops.sync import SyncRequest, sealed_request, sync
+from snapchain.replica import handover, receiver
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.handing import ask_for_handover
+from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Handover, Step
+from snapchain.replica.stream.messages import Active
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img, same, write
 from tests.ops.test_migrate import VDA, VDB, Host
+from tests.replica.conftest import send
 
 
 @pytest.fixture
@@ -245,3 +251,54 @@ def test_a_hook_that_is_not_there_is_told_before(host: Host) -> None:
     with pytest.raises(SnapchainError, match="no such program"):
         host.migrate(start_hook=["/no/such/hook"])
     assert not host.place.root.exists()
+
+
+# ---- what the other side says
+
+
+@pytest.mark.parametrize("epoch", [1, 4, 10**40])
+def test_the_destination_must_say_the_epoch(host: Host, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    real = handover.hand_over
+
+    def lying(asked: Handover, root: Path) -> Handed:
+        said = real(asked, root)
+        return Handed(disks=tuple(each.model_copy(update={"epoch": epoch}) for each in said.disks))
+
+    monkeypatch.setattr(receiver, "hand_over", lying)
+    with pytest.raises(Corrupt, match="not done what it was asked for"):
+        host.migrate()
+    monkeypatch.undo()
+    host.take_back()
+    assert host.masters() == {f"{VDA} here", f"{VDB} here"}
+
+
+def test_a_question_makes_no_disk(host: Host) -> None:
+    host.migrate()
+    (host.place.root / "foo").mkdir()
+    mark = Active(
+        name="disk.qcow2", size=MiB, cluster_size=65536, extended_l2=False, on="a" * 32, make=False, prove=False
+    )
+    for step in Step:
+        with pytest.raises(NotFound, match="no disk"):
+            ask_for_handover(host.endpoint, step, [HandedDisk(disk="foo", epoch=2, overlay=mark)], token="f" * 32)
+    assert not (host.place.root / "foo" / "catalogue.json").exists()
+
+
+def test_back_is_only_what_was_taken_back_by_this_handover(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the image was given and taken back by another host: that is in the very epoch, and not ours."""
+    send(host.vda, host.endpoint, VDA)
+    copy = host.directory / "copy"
+    shutil.copytree(host.vda.parent, copy)
+    monkeypatch.setattr(module, "_give", _dies)
+    with pytest.raises(KeyboardInterrupt):
+        move(host.vda, host.place.root)
+    monkeypatch.undo()
+    move(copy / "disk.qcow2", host.place.root)
+    take_back(MigrateRequest(moves=[Move(copy / "disk.qcow2", VDA)]), host.endpoint)
+    with pytest.raises(Conflict, match="another host has taken it over"):
+        take_back(MigrateRequest(moves=[Move(host.vda, VDA)]), host.endpoint)
+    assert not host.may_write(host.vda)
+
+
+def _dies(*_arguments: Any) -> Any:
+    raise KeyboardInterrupt
