@@ -67,6 +67,11 @@ class Allowed:
         return found
 
 
+def is_layer_below_active(path: Path, top: Path) -> bool:
+    """Whether a file (a real path) belongs to the disk at a replica that a guest's overlay stands on."""
+    return path.parent == top.parent.parent and _active(top.parent)
+
+
 def _active(directory: Path) -> bool:
     """Whether it holds the overlays of a disk at a replica."""
     disk = directory.parent

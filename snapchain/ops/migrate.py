@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from snapchain.ops.migrate_request import (
     Move,
     TakeBackReport,
 )
-from snapchain.ops.migrate_start import start
+from snapchain.ops.migrate_start import check_hook, start
 from snapchain.ops.notes import Given, Overlay
 from snapchain.ops.send import plan_send
 from snapchain.replica.endpoint import Endpoint
@@ -89,6 +89,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
     request.check()
     if len(request.moves) > MOST_DISKS:
         raise InvalidInput(f"at most {MOST_DISKS} disks go at once", subject=f"{len(request.moves)} disks")
+    check_hook(request.start_hook)
     begun = time.monotonic()
     token, done = _handover_of(request, endpoint, on_event)
     course = Course.NEW if token is None else Course.RESUMED if done is None else Course.DONE
@@ -102,8 +103,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
         if done is None:
             _lock(request, prepared, locks)
             _check_still(request, prepared)
-            for each in prepared:
-                each.fenced = _fence(request, each, prepared, endpoint, token)
+            _fence_all(request, prepared, endpoint, token, course, on_event)
             standings = _give(request, prepared, endpoint, token, on_event)
             _confirm(request, prepared, token, started=False)
             if request.paused:
@@ -111,6 +111,9 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
         else:
             standings = _given_still(prepared, endpoint, token)
             _confirm(request, prepared, token, started=done.started)
+            for each in prepared:
+                with opened(request, each.move) as chain:
+                    each.fenced = tuple(ownership.fenced(chain, token))
         cutover = time.monotonic() - locked
     started = None
     if request.start_hook:
@@ -177,12 +180,10 @@ def _handover_of(request: MigrateRequest, endpoint: Endpoint, on_event: OnEvent)
             subject=endpoint.url,
             hint="say --take-back to finish that",
         )
-    # The destination is asked after the last mark: it does not have them, and never will by this token.
+    # The destination is asked after the last mark: it does not have them, unless the run that sets the marks is not
+    # dead at all. It never will have them by this token, once it was asked for them back.
     on_event(Notice("an interrupted handover had not come to the destination; it begins anew"))
-    for move, look in zip(request.moves, looks, strict=True):
-        if look.given is not None:
-            with opened(request, move) as chain:
-                ownership.unfence(chain, token, epoch=look.given.epoch + 1)
+    take_back(request, endpoint)
     return None, None
 
 
@@ -216,6 +217,30 @@ def _check_still(request: MigrateRequest, prepared: Sequence[Prepared]) -> None:
                 subject=each.move.image,
                 hint="shut the guest down, and run it again: only what is new is sent",
             )
+
+
+def _fence_all(
+    request: MigrateRequest,
+    prepared: Sequence[Prepared],
+    endpoint: Endpoint,
+    token: str,
+    course: Course,
+    on_event: OnEvent,
+) -> None:
+    """Mark all of them, or none: a new handover has not been asked for yet, so its marks may go again."""
+    try:
+        for each in prepared:
+            each.fenced = _fence(request, each, prepared, endpoint, token)
+    except SnapchainError as error:
+        if course is not Course.NEW:
+            raise
+        try:
+            for each in prepared:
+                with opened(request, each.move) as chain:
+                    ownership.unfence(chain, token)
+        except SnapchainError as fault:
+            on_event(Notice(f"its mark could not be taken off again: {fault}; the same command goes on"))
+        raise error  # noqa: TRY201 -- the undoing's own may have come after it
 
 
 def _fence(
@@ -253,9 +278,11 @@ def _give(
             hint="run it again to finish, or with --take-back to undo it; until then nothing here writes them",
         ) from error
     except SnapchainError as error:
-        with suppress(SnapchainError):
+        try:
             take_back(request, endpoint)
             on_event(Notice("the destination has refused: the disks are this host's, as before"))
+        except SnapchainError as fault:
+            on_event(Notice(f"the disks are still marked as being given away, say --take-back: {fault}"))
         raise error  # noqa: TRY201 -- the take-back's own may have come after it
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from snapchain.errors import Conflict
 from snapchain.host.remote_retry import Persistence
+from snapchain.ops import ownership
 from snapchain.ops.events import OnEvent
-from snapchain.ops.migrate_look import Look, look_at
+from snapchain.ops.migrate_look import Look, look_at, opened
 from snapchain.ops.migrate_request import MigrateRequest, Move
 from snapchain.ops.notes import Overlay
 from snapchain.ops.sealer import OfflineSealer
@@ -45,6 +46,9 @@ def seals(request: MigrateRequest, look: Look) -> bool:
 def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: OnEvent) -> Prepared:
     """Seal, send, and have the overlay made."""
     look, sealed = look_at(request, move), None
+    with opened(request, move) as chain:
+        ownership.check_not_given(chain)
+        ownership.check_can_be_given(chain, image_dirs=request.image_dirs)
     if seals(request, look) and not look.quiet:
         sealer = OfflineSealer(move.image, format=request.format, image_dirs=request.image_dirs, on_event=on_event)
         sealed = sealer.seal()

@@ -9,15 +9,22 @@ An argument list, no shell.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
-from snapchain.errors import ToolFailed
+from snapchain.errors import NotFound, ToolFailed
 from snapchain.host.processes import run
 from snapchain.ops.migrate_request import Move
 from snapchain.replica.stream.handover_messages import Standing
 
 _SECONDS = 600.0
 _CAP = 64 << 10
+
+
+def check_hook(hook: Sequence[str]) -> None:
+    """Raises NotFound for a hook that cannot be run: that is told before anything is handed over."""
+    if hook and shutil.which(hook[0]) is None:
+        raise NotFound("the start hook: no such program", subject=hook[0], hint="it is run without a shell")
 
 
 def start(hook: Sequence[str], destination: str, moves: Sequence[Move], standings: Sequence[Standing]) -> None:

@@ -3,11 +3,14 @@
 epoch    the newest that a note beside a file of the chain tells; for an overlay at a replica, that of its handover
 given    a mark beside each file that belongs to this disk alone, and the file made read-only
 
-A file on which other images stand belongs to them, too: it is neither marked nor made read-only.
+A file on which other images stand belongs to them, too: it is neither marked nor made read-only, and neither is what
+lies in another directory than the top, under a second name elsewhere, or is somebody else's.  A mark counts for all
+that stands on its file, unless something on it has come to this host in a later epoch.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import stat
 from collections.abc import Sequence
@@ -20,24 +23,35 @@ from snapchain.image import ImageChain, ImageFile
 from snapchain.image.references import Unread, children
 from snapchain.ops.lineage import note_of
 from snapchain.ops.notes import Given, LayerNote, Notes
-from snapchain.replica.epochs import epoch_of_overlay
+from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
 
 _WRITE_BITS = 0o222
 
 
-def check_not_given(chain: ImageChain, notes: Notes | None = None) -> None:
-    """Raises Conflict when a file of the chain was given to another host, and what reading the notes raises."""
-    notes = notes or Notes()
-    found = given(chain, notes)
-    if found is None:
+def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Path | None = None) -> None:
+    """Raises Conflict when a file of the chain was given to another host, and what reading the notes raises.
+
+    image: the top, where the chain is only what is sealed below it
+    """
+    found = _in_force(chain, notes or Notes(), image)
+    if not found:
         return
-    again = shlex.join(["snapchain", "migrate", str(chain.top.path), f"{found.destination}::{found.disk}"])
+    top, mark = _top(chain, image), found[0][1]
+    if found[0][0] != top:
+        raise Conflict(
+            f"what it stands on belongs to a disk that was given away: {told(mark)}",
+            subject=found[0][0],
+            hint=f"if {top.name} is a disk of its own, give it a copy of that file to stand on",
+        )
+    named = chain.top.path if image is None else image
+    again = shlex.join(["snapchain", "migrate", str(named), f"{mark.destination}::{mark.disk}"])
+    others = "" if len(mark.together) < 2 else f" (with {', '.join(sorted({*mark.together} - {mark.disk}))} as well)"
     raise Conflict(
-        f"{told(found)}: nothing here may write or send it any more",
-        subject=chain.top.path,
-        hint=f"`{again} --take-back` gets it back as long as no guest has written to it there"
-        if found.confirmed
-        else f"`{again} --offline` finishes that, with --take-back it is undone",
+        f"{told(mark)}: nothing here may write or send it any more",
+        subject=named,
+        hint=f"`{again} --take-back`{others} gets it back as long as no guest has written to it there"
+        if mark.confirmed
+        else f"`{again} --offline`{others} finishes that, with --take-back it is undone",
     )
 
 
@@ -49,56 +63,95 @@ def told(mark: Given) -> str:
 
 
 def given(chain: ImageChain, notes: Notes) -> Given | None:
-    """To whom the disk was given, as the uppermost file tells that was.
+    """To whom the disk was given: the mark of its top, which is the first to be set and the last to be taken off.
 
     Raises Corrupt for a note that cannot be read beside a top that is read-only: both signs of a disk that was given.
     """
-    top = chain.top.real_path
-    with os_errors(top):
-        is_read_only = not top.stat().st_mode & _WRITE_BITS
-    for fault in notes.faults(file.real_path for file in chain.files) if is_read_only else ():
-        raise fault
-    return mark_of(chain, notes)
+    found = _in_force(chain, notes, None)
+    return found[0][1] if found and found[0][0] == chain.top.real_path else None
 
 
 def mark_of(chain: ImageChain, notes: Notes) -> Given | None:
-    """The uppermost mark that can be read."""
-    marks = (note_of(file, notes).given for file in reversed(chain.files))
-    return next((mark for mark in marks if mark is not None), None)
+    """The uppermost mark that can be read, and counts."""
+    return next((mark for _, mark in _marks(chain, notes, None)), None)
 
 
-def epoch_of(chain: ImageChain, notes: Notes) -> int:
-    """In which epoch this host writes the disk."""
-    noted = [note_of(file, notes).epoch for file in chain.files]
-    handed = [epoch_of_overlay(file.real_path) for file in chain.files]
-    return max(*noted, *handed)
+def epoch_of(chain: ImageChain, notes: Notes, *, image: Path | None = None) -> int:
+    """In which epoch this host writes the disk. image: as `check_not_given` takes it."""
+    return max(_epoch(path, note) for path, note in _noted(chain, notes, image))
+
+
+def _top(chain: ImageChain, image: Path | None) -> Path:
+    return chain.top.real_path if image is None else Path(os.path.realpath(image))
+
+
+def _noted(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, LayerNote]]:
+    """All files with their notes, uppermost first."""
+    found = [(file.real_path, note_of(file, notes)) for file in reversed(chain.files)]
+    top = _top(chain, image)
+    return found if top == found[0][0] else [(top, notes.of(top)), *found]
+
+
+def _epoch(path: Path, note: LayerNote) -> int:
+    return max(note.epoch, epoch_of_overlay(path))
+
+
+def _marks(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, Given]]:
+    """The marks that count, uppermost first: what stands on a file may have come back to this host since."""
+    found: list[tuple[Path, Given]] = []
+    above = 1
+    for path, note in _noted(chain, notes, image):
+        if note.given is not None and note.given.epoch >= max(above, epoch_handed(path)):
+            found.append((path, note.given))
+        above = max(above, _epoch(path, note))
+    return found
+
+
+def _in_force(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, Given]]:
+    top = _top(chain, image)
+    with os_errors(top):
+        is_read_only = not top.stat().st_mode & _WRITE_BITS
+    for fault in notes.faults([top, *(file.real_path for file in chain.files)]) if is_read_only else ():
+        raise fault
+    return _marks(chain, notes, image)
+
+
+def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> list[ImageFile]:
+    """The disk's own files, uppermost first. Raises Unsupported for a top that cannot be marked as given away."""
+    files = _own(chain, image_dirs)
+    if not files:
+        raise Unsupported(
+            "only an image that is a regular file of yours, with no name elsewhere, and on which no other one stands, "
+            "can be marked as given away",
+            subject=chain.top.path,
+            hint="run as its owner or as root; remove its other names (`find -samefile`), and what stands on it",
+        )
+    return files
 
 
 def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) -> list[Path]:
     """Mark the disk's own files as given away and make them read-only, durably; the uppermost first. May be repeated.
 
-    Raises Unsupported for a top that is no regular file.
+    Raises Unsupported as `check_can_be_given`, Conflict where it is being given by another handover.
     """
-    files = _own(chain, image_dirs)
-    if not files or files[0] is not chain.top:
-        raise Unsupported(
-            "only an image that is a regular file, and on which no other one stands, can be marked as given away",
-            subject=chain.top.path,
-            hint="copy it into a file, or remove what stands on it",
-        )
+    files = check_can_be_given(chain, image_dirs=image_dirs)
     notes = Notes()
+    above = 1
     for file in files:
         path = file.real_path
         with os_errors(path):
             mode = stat.S_IMODE(path.stat().st_mode)
 
-        def marked(note: LayerNote, mode: int = mode) -> LayerNote:
+        def marked(note: LayerNote, path: Path = path, mode: int = mode, above: int = above) -> LayerNote:
             before = note.given
-            mine = before is not None and before.token == mark.token
-            kept = before.mode if before is not None and mine else mode
+            if before is not None and before.token != mark.token:
+                if before.epoch >= max(above, epoch_handed(path)):
+                    raise Conflict(told(before), subject=chain.top.path, hint="let that run end")
+                before = None
+            kept = mode if before is None else before.mode
             return note.model_copy(update={"given": mark.model_copy(update={"mode": kept})})
 
-        notes.change(path, marked)
+        above = max(above, _epoch(path, notes.change(path, marked)))
         with os_errors(path):
             path.chmod(mode & ~_WRITE_BITS)
         fsync_file(path)
@@ -106,17 +159,24 @@ def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) ->
 
 
 def confirm(chain: ImageChain, token: str, *, started: bool) -> None:
-    """Note that the destination has the disk, and whether its guest was started there."""
+    """Note that the destination has the disk, and whether its guest was started there.
+
+    Raises Conflict where the mark of that handover is gone: it was taken back.
+    """
     change = {"confirmed": True, "started": started}
 
     def confirmed(note: LayerNote) -> LayerNote:
-        return note.model_copy(update={"given": note.given and note.given.model_copy(update=change)})
+        mine = note.given is not None and note.given.token == token
+        return note.model_copy(update={"given": note.given.model_copy(update=change)}) if mine and note.given else note
 
-    for file, _ in _marked(chain, token):
+    marked = _marked(chain, token)
+    if not marked or marked[-1][0] is not chain.top:
+        raise Conflict("it was taken back meanwhile, by another run", subject=chain.top.path)
+    for file, _ in marked:
         Notes().change(file.real_path, confirmed)
 
 
-def unfence(chain: ImageChain, token: str, *, epoch: int) -> None:
+def unfence(chain: ImageChain, token: str, *, epoch: int = 1) -> None:
     """The disk is this host's again, in an epoch: no mark, and modes as they were. May be repeated."""
 
     def restored(note: LayerNote) -> LayerNote:
@@ -129,6 +189,11 @@ def unfence(chain: ImageChain, token: str, *, epoch: int) -> None:
         Notes().change(file.real_path, restored)
 
 
+def fenced(chain: ImageChain, token: str) -> list[Path]:
+    """The files that bear the mark of a handover, uppermost first."""
+    return [file.path for file, _ in reversed(_marked(chain, token))]
+
+
 def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
     """The files that bear the mark of a handover, root first."""
     notes = Notes()
@@ -137,7 +202,7 @@ def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
 
 
 def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
-    """The files, uppermost first, on which nothing but this chain stands."""
+    """The files, uppermost first, that are nothing but this chain's."""
     besides = {file.device for file in chain.files}
     beside = [parent for file in chain.files for parent in (file.path.parent, file.real_path.parent)]
     standing = children(
@@ -148,8 +213,17 @@ def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
     )
     own: list[ImageFile] = []
     for file in reversed(chain.files):
-        if file.real_path in standing:
+        if file.real_path in standing or file.real_path.parent != chain.top.real_path.parent or not _is_ours(file):
             break
-        if file.real_path.is_file():
-            own.append(file)
+        own.append(file)
     return own
+
+
+def _is_ours(file: ImageFile) -> bool:
+    """Whether it is a regular file that this user may change the mode of, with no name in another directory."""
+    path = file.real_path
+    with os_errors(path):
+        status = path.stat()
+        with os.scandir(path.parent) as entries:
+            names = sum(entry.inode() == status.st_ino for entry in entries)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= names and os.geteuid() in (0, status.st_uid)

@@ -7,22 +7,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, tzinfo
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel
-
-from snapchain.errors import InvalidInput, Unsupported
+from snapchain.errors import InvalidInput
 from snapchain.host.remote_retry import Persistence
 from snapchain.model.retention import Policy
-from snapchain.ops.destination import Merged, Work
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.inspect import InspectReport
 from snapchain.ops.log import LogReport
+from snapchain.ops.merge_replica import ReplicaMerge
+from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_inspect import inspect_replica
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_restore import ReplicaRestoration
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.ops.restore_target import Format
-from snapchain.ops.send import Request, plan_send, replica_at, send_persistently
+from snapchain.ops.send import Request, plan_send, send_persistently
 from snapchain.ops.ship import LayerPlan, ShipPlan, ShipReport
 from snapchain.ops.verify import VerifyReport
 from snapchain.replica.endpoint import Endpoint
@@ -166,7 +166,14 @@ class ReplicaDestination:
         """As `inspect_replica`."""
         return inspect_replica(self.endpoint, disk, point=point)
 
-    def merging(self, disk: str, policy: Policy, *, zone: tzinfo = UTC) -> Work[BaseModel, Merged]:
-        """Raises Unsupported."""
-        _ = policy, zone
-        raise Unsupported("points of a replica cannot be merged yet", subject=f"{self.url}::{disk}")
+    def merging(self, disk: str, policy: Policy, *, zone: tzinfo = UTC) -> ReplicaMerge:
+        """As `ReplicaMerge`. Raises InvalidInput for a time zone that has no name."""
+        return ReplicaMerge(self.endpoint, disk, policy, zone=_name_of(zone))
+
+
+def _name_of(zone: tzinfo) -> str:
+    if zone is UTC:
+        return "UTC"
+    if isinstance(zone, ZoneInfo) and zone.key is not None:
+        return zone.key
+    raise InvalidInput("a time zone without a name means nothing to another host", hint="ZoneInfo('Europe/Berlin')")

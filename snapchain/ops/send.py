@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import pairwise
 
 from snapchain.errors import Diverged
 from snapchain.host.remote_channel import Channel
@@ -23,7 +22,6 @@ from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
-from snapchain.model.extents import Extents, fold
 from snapchain.model.inventory import Collapse, Held, Send, UpToDate, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
@@ -32,6 +30,7 @@ from snapchain.ops.ownership import epoch_of
 from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.send_geometry import geometry
+from snapchain.ops.send_groups import composed, groups
 from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
@@ -42,11 +41,8 @@ from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Sender
+from snapchain.replica.source_keys import keys_of
 from snapchain.replica.stream.messages import Inventory, Open, Source
-
-_WORTH, _WORTH_BYTES = 16, 16 << 20
-"""Root, pending overlays and top become one layer where that spares at least a sixteenth of all data to be sent, and
-16 MiB: else layers apart, which can be cut off and merged one by one, are worth more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,7 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         held = sender.open(opening(request, endpoint, chain, look=True))
         run = _Run(chain, sender, request, endpoint.url, on_event)
         base = run.base(held, cut=lambda _keep: None)
-        layers = tuple(run.planned(base, len(chain.files)))
+        layers = tuple(run.planned(base))
         sender.finish()
     return SendPlan(
         image=str(request.image),
@@ -95,7 +91,7 @@ def opening(request: Request, endpoint: Endpoint, chain: ImageChain, *, look: bo
 
 
 def _epoch(request: Request, chain: ImageChain) -> int:
-    return max(request.epoch, epoch_of(chain, Notes()))
+    return max(request.epoch, epoch_of(chain, Notes(), image=request.image))
 
 
 def layers_lacking(
@@ -107,7 +103,7 @@ def layers_lacking(
     """
     run = _Run(chain, sender, request, sender.peer, on_event)
     base = run.base(held, cut=lambda _keep: None)
-    return tuple(run.planned(base, len(chain.files)))
+    return tuple(run.planned(base))
 
 
 def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
@@ -148,7 +144,7 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         try:
             held = sender.open(opening(request, endpoint, chain), on_wait=waiting(endpoint, on_event))
             run = _Run(chain, sender, request, endpoint.url, on_event)
-            return run.send(run.base(held, cut=sender.cut), len(chain.files))
+            return run.send(run.base(held, cut=sender.cut))
         finally:
             moved(sender.confirmations)
 
@@ -166,7 +162,7 @@ def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = igno
     ):
         sender.open_blindly(Open(disk=request.disk, epoch=_epoch(request, chain)))
         run = _Run(chain, sender, request, channel.peer, on_event)
-        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), len(chain.files))
+        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True))
 
 
 class _Run:
@@ -183,7 +179,7 @@ class _Run:
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
         lineage = (*self._request.lineage, *noted_lineage(self._chain, self._on_event))
         found = missing(
-            [Held(layer.id, layer.sources) for layer in held.layers],
+            [Held(layer.id, keys_of(layer)) for layer in held.layers],
             [wanted(file, lineage) for file in self._chain.files[:count]],
             same=same_source,
         )
@@ -195,7 +191,10 @@ class _Run:
             case Send() | Collapse():
                 if isinstance(found, Collapse):
                     self._on_event(
-                        Notice(f"the replica holds {len(found.merges)} merged layers apart still; it reads the same")
+                        Notice(
+                            f"the replica holds {len(found.merges)} merged layers apart still; it reads the same, and "
+                            "`snapchain merge` with rules merges there too"
+                        )
                     )
                 if found.inside is None:
                     return _Base(found.first, tip.id, tip.size, total, total, same=True)
@@ -218,11 +217,7 @@ class _Run:
             Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
         )
         whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
-        sources = held.layers[-1].sources
-        files = enumerate(self._chain.files[:count])
-        newest = next((at for at, file in files if sources and same_source(source_of(file), sources[-1])), None)
-        on_bytes = self._reading("recognise", whole)
-        return recognised(self._chain, count, found, held, newest=newest, on_bytes=on_bytes)
+        return recognised(self._chain, count, found, held, on_bytes=self._reading("recognise", whole))
 
     def _reading(self, phase: str, whole: int = 0) -> Callable[[int], None]:
         done = 0
@@ -253,6 +248,8 @@ class _Run:
         elif found.is_related:
             common = held.layers[found.base_count - 1].file
             what = f"both sides have gone on from {common}: here {ours}, at the replica {theirs}"
+        elif known := self._known_there(held):
+            what = f"the replica holds {known} in one layer with what was written to since it was sent: {theirs}"
         else:
             what = f"the replica holds another disk under this name: {theirs}; nothing of {ours} is known there"
         return Diverged(
@@ -262,17 +259,27 @@ class _Run:
             "(--cut-replica)",
         )
 
-    def planned(self, base: _Base, count: int) -> Iterator[LayerPlan]:
+    def _known_there(self, held: Inventory) -> str:
+        """Files of the image that are parts of layers there."""
+        sources = [source for layer in held.layers for source in layer.sources]
+        files = [
+            file.path.name
+            for file in self._chain.files
+            if any(same_source(source_of(file), source) for source in sources)
+        ]
+        return _listed(files)
+
+    def planned(self, base: _Base) -> Iterator[LayerPlan]:
         """The layers that `send` would make."""
-        for at, group in enumerate(self._groups(base, count)):
+        for at, group in enumerate(self._groups(base)):
             layer = self._outgoing(group, base if at == 0 else None)
             files = tuple(str(self._chain.files[at].path) for at in group)
             yield LayerPlan(files=files, virtual_size=layer.extents.size, data_bytes=layer.extents.data_bytes)
 
-    def send(self, base: _Base, count: int) -> SendReport:
-        """Send the files [base.files, count), publish, and wait until all is durable."""
+    def send(self, base: _Base) -> SendReport:
+        """Send the files above the base, publish, and wait until all is durable."""
         begun = time.monotonic()
-        groups = self._groups(base, count)
+        groups = self._groups(base)
         layers = [self._outgoing(group, base if at == 0 else None) for at, group in enumerate(groups)]
         whole = sum(layer.extents.data_bytes for layer in layers)
         done = 0
@@ -310,45 +317,9 @@ class _Run:
             seconds=time.monotonic() - begun,
         )
 
-    def _grouped(self, first: int, count: int) -> Iterator[range]:
-        if self._request.files is Files.EACH:
-            yield from (range(at, at + 1) for at in range(first, count))
-            return
-        edges = sorted({at for at in (first, first or 1, count - 1, count) if first <= at <= count})
-        apart = [range(start, stop) for start, stop in pairwise(edges)]
-        held = [self._extents(group).data_bytes for group in apart]
-        worth = max(sum(held) // _WORTH, _WORTH_BYTES)
-        at = 0
-        while at + 1 < len(apart):
-            joined = range(apart[at].start, apart[at + 1].stop)
-            together = self._extents(joined).data_bytes
-            if held[at] + held[at + 1] - together >= worth:
-                apart[at : at + 2], held[at : at + 2] = [joined], [together]
-            else:
-                at += 1
-        yield from apart
-
-    def _groups(self, base: _Base, count: int) -> list[range]:
-        """Those that say something. A fresh overlay goes with the layer above it, so that it is known there too."""
-        groups: list[range] = []
-        silent: int | None = None
-        for group in self._grouped(base.files, count):
-            if not self._adds(group, base):
-                silent = group.start if silent is None else silent
-                continue
-            groups.append(range(group.start if silent is None else silent, group.stop))
-            silent = None
-        return groups
-
-    def _adds(self, group: range, base: _Base) -> bool:
-        """False for fresh overlays, which say nothing."""
-        if group.start == 0 or self._request.files is Files.EACH:
-            return True
-        below = base.size if group.start == base.files else self._chain.files[group.start - 1].size
-        return self._extents(group) != Extents.absent(below)
-
-    def _extents(self, group: range) -> Extents:
-        return fold(self._chain.files[at].extents for at in group)
+    def _groups(self, base: _Base) -> list[range]:
+        each = self._request.files is Files.EACH
+        return groups(self._chain, base.files, below=base.size, each=each)
 
     def _outgoing(self, group: range, base: _Base | None) -> OutgoingLayer:
         files = [self._chain.files[at] for at in group]
@@ -361,7 +332,7 @@ class _Run:
             cluster_size=cluster_size,
             extended_l2=grain < cluster_size,
             sources=sources_of(files, base.rest if base else ()),
-            extents=aligned(self._extents(group), shown, cluster_size=grain),
+            extents=aligned(composed(self._chain, group), shown, cluster_size=grain),
             view=view,
             below=below,
             below_sum=base.lower_total if base else empty_sum(),

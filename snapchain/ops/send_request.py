@@ -143,5 +143,5 @@ class Request:
             self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event
         ) as chain:
             if not self.though_given:
-                check_not_given(chain)
+                check_not_given(chain, image=self.image)
             yield chain

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from snapchain.image import ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
+from snapchain.replica.source_keys import ShortKey, short_key
 from snapchain.replica.stream.messages import MAX_LAYERS, Source
 from snapchain.repository.source import Source as NotedSource
 
@@ -40,7 +41,12 @@ def wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
 
 
 def same_source(mine: object, theirs: object) -> bool:
-    """Whether two Sources, of a stream or of notes, are of one file, which nobody has written to in between."""
+    """Whether two Sources, of a stream or of notes, are of one file, which nobody has written to in between.
+
+    mine: may also be the short key of one
+    """
+    if isinstance(mine, ShortKey):
+        return isinstance(theirs, Source | NotedSource) and theirs.size > 0 and short_key(theirs) == mine
     if not isinstance(mine, Source | NotedSource) or not isinstance(theirs, Source | NotedSource) or not mine.size:
         return False
     return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))

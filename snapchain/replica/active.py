@@ -138,6 +138,8 @@ def _judged(disk: ReplicaDisk, catalogue: Catalogue, asked: Active, chain: Image
         asked.cluster_size,
         asked.extended_l2,
     )
+    # One that the host here has given on to another is read-only (ops/ownership.py): the next guest needs its own.
+    exact = exact and bool(top.real_path.stat().st_mode & 0o222)
     is_ready = exact and whole == wanted and catalogue.layers[place].id == asked.on == catalogue.layers[-1].id
     return ActiveState.READY if is_ready else ActiveState.STALE
 

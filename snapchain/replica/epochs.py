@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, read_record
+from snapchain.replica.catalogue import Catalogue, HandedOver, read_record
 from snapchain.replica.store import ReplicaDisk
 
 
@@ -49,7 +49,18 @@ def epoch_of_overlay(path: Path) -> int:
 
     1 for all other files, and where nothing was handed over. Raises Corrupt for a catalogue that cannot be read.
     """
+    handover = _handover(path)
+    return 1 if handover is None else handover.epoch
+
+
+def epoch_handed(path: Path) -> int:
+    """The same, but only for the very file that was made for the guest then."""
+    handover = _handover(path)
+    return 1 if handover is None or handover.overlay != f"{names.ACTIVE}/{path.name}" else handover.epoch
+
+
+def _handover(path: Path) -> HandedOver | None:
     if path.parent.name != names.ACTIVE:
-        return 1
+        return None
     catalogue = read_record(Catalogue, path.parent.parent / names.CATALOGUE)
-    return 1 if catalogue is None or catalogue.handover is None else catalogue.handover.epoch
+    return None if catalogue is None else catalogue.handover

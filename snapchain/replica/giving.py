@@ -192,7 +192,7 @@ def _open(disk: ReplicaDisk, wanted: str | None, held: ExitStack, engine: Engine
                 chain = attempt.enter_context(opened_chain(disk, below, layers[-1]))
                 for file in chain.files:
                     attempt.enter_context(ImageLock(file.path, LockMode.READ))
-                if chain.changed():
+                if chain.changed() or is_under_way(disk):
                     raise Busy("the files are being changed", subject=disk.directory, hint="run it again")
             except SnapchainError:
                 if disk.read() == catalogue and not is_under_way(disk):

@@ -41,10 +41,22 @@ class _Case:
     def path(self) -> Path:
         return Path(self.directory) / self.overlay
 
-    def given(self, token: str) -> bool:
-        """Whether it was, and nobody has taken it over since."""
+    def was_given(self, token: str) -> bool:
+        """Whether it was, as far as this replica knows."""
         handover = self.catalogue.handover
         return handover is not None and handover.token == token
+
+    def given(self, token: str) -> bool:
+        """Whether it was, and nobody has taken it over since."""
+        return self.was_given(token) and not self.is_given_on
+
+    @property
+    def is_given_on(self) -> bool:
+        """Whether this host has given it away itself: then it has made the overlay read-only (ops/ownership.py)."""
+        try:
+            return not self.path.stat().st_mode & 0o222
+        except OSError:
+            return False
 
     @property
     def is_back(self) -> bool:
@@ -117,6 +129,11 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
                 f"the disk is in epoch {case.catalogue.epoch}, and would go back in {case.asked.epoch}: another host "
                 "has taken it over since",
                 "find out which host runs the guest before anything else",
+            )
+        if case.is_given_on and case.was_given(token):
+            raise case.conflict(
+                "it is read-only: the host there has given the disk on to another one",
+                "`snapchain inspect` of it there tells to which; take it back to there first",
             )
         if not case.given(token):
             continue  # it never came to that, and cannot any more once the epoch is a later one

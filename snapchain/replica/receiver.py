@@ -11,7 +11,7 @@ clear error, and the loss of its own layer.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,7 @@ class _Reception:
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
         self._marks = 0
+        self._features: frozenset[str] = frozenset()
 
     def run(self) -> Received:
         hello = self._hello()
@@ -141,7 +142,7 @@ class _Reception:
         with in_turn(disk, Work.TRANSFER, make=True):
             catalogue = enter_epoch(disk, settle(disk, self._engine), asked.epoch)
             if hello:
-                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue)))
+                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue, self._features)))
             self._take_all(disk, catalogue)
         received = self._received
         received.bytes_read = self._channel.bytes_read
@@ -161,6 +162,7 @@ class _Reception:
                 self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
             raise
         self._voice.heard = said.answers
+        self._features = frozenset(said.features)
         self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
         return said.answers
 
@@ -188,7 +190,7 @@ class _Reception:
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
         catalogue = disk.read() or empty_catalogue(disk.name)
         check_epoch(disk, catalogue, asked.epoch)
-        return inventory(disk, catalogue)
+        return inventory(disk, catalogue, self._features)
 
     def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
         # A sender may offer each layer that a chain can have, and publish a point at each; no more.
@@ -347,11 +349,15 @@ class _Reception:
         return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=self._channel.peer)
 
 
-def inventory(disk: ReplicaDisk, catalogue: Catalogue) -> Inventory:
-    """What a sender is told of a disk."""
+def inventory(disk: ReplicaDisk, catalogue: Catalogue, features: Collection[str]) -> Inventory:
+    """What a sender is told of a disk, that names these features."""
     progress = read_progress(disk)
     partial = progress.partial if progress is not None and progress.finished is None else None
     layers = tuple(HeldLayer(**layer.model_dump(include=set(HeldLayer.model_fields))) for layer in catalogue.layers)
+    if opening.MERGE_FEATURE not in features:  # it does not know the field
+        layers = tuple(
+            layer.model_copy(update={"older": "", "sources": ()}) if layer.older else layer for layer in layers
+        )
     return Inventory(
         disk=disk.name,
         epoch=catalogue.epoch,

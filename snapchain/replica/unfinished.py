@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
@@ -26,8 +27,9 @@ from snapchain.image import scan
 from snapchain.image.references import children
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, read_record, write_record
+from snapchain.replica.source_keys import joined
 from snapchain.replica.store import ReplicaDisk, Work
-from snapchain.replica.stream.messages import MAX_LAYERS, LayerId, Source
+from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
 
 READ_ONLY = 0o444
 _WRITABLE = 0o644
@@ -137,23 +139,25 @@ def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) 
     """
     gone = {layer.id for layer in members[:-1]}
     merged = tuple(layer for layer in catalogue.layers if layer.id not in gone)
-    shown = _chain(disk, catalogue.layers[-1])
+    shown = _chain(disk, catalogue.layers[-1], members[-1])
     for layer in members:
         _seal(disk.path(layer.file))
-    if [each.key for each in shown] == [_key(layer) for layer in merged]:
+    if shown.keys == [_key(layer) for layer in merged]:
         _drop_leftovers(disk, members[:-1], merged)
         at = merged.index(members[-1])
+        older, sources = joined(members)
         made = members[-1].model_copy(
             update={
-                "cluster_size": shown[at].cluster_size,
-                "data_bytes": shown[at].data_bytes,
-                "sources": sources_of(members),
+                "cluster_size": shown.cluster_size,
+                "data_bytes": shown.data_bytes,
+                "older": older,
+                "sources": sources,
             }
         )
         points = tuple(point for point in catalogue.points if point.layer not in gone)
         catalogue = catalogue.after(layers=(*merged[:at], made, *merged[at + 1 :]), points=points)
         disk.write(catalogue)
-    elif [each.key for each in shown] != [_key(layer) for layer in catalogue.layers]:
+    elif shown.keys != [_key(layer) for layer in catalogue.layers]:
         raise Corrupt(
             "the files of this disk are neither the chain that its catalogue names, nor what a merge made of it",
             subject=disk.directory,
@@ -161,16 +165,6 @@ def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) 
         )
     remove(disk.path(names.MERGING))
     return catalogue
-
-
-def sources_of(members: Sequence[Layer]) -> tuple[Source, ...]:
-    """The files that a merged layer was made of, by which their sender knows it; none where they are not all known.
-
-    More than may be said are none, too: half of them would match nothing. Then its content tells a sender.
-    """
-    found = tuple(source for layer in members for source in layer.sources)
-    known = all(layer.sources for layer in members)
-    return found if known and len(found) <= 2 * MAX_LAYERS else ()
 
 
 def real_path(disk: ReplicaDisk, layer: Layer) -> Path:
@@ -233,26 +227,30 @@ def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None, patience: float 
         time.sleep(_POLL_SECONDS)
 
 
+_Key = tuple[str, int, str]
+
+
+@dataclass(frozen=True, slots=True)
 class _Shown:
-    """A file of the chain that is there."""
+    """The chain that is there, root first, and what one of its files holds."""
 
-    def __init__(self, key: tuple[str, int, str], cluster_size: int, data_bytes: int) -> None:
-        self.key, self.cluster_size, self.data_bytes = key, cluster_size, data_bytes
+    keys: list[_Key]
+    cluster_size: int
+    data_bytes: int
 
 
-def _key(layer: Layer) -> tuple[str, int, str]:
+def _key(layer: Layer) -> _Key:
     return (layer.file, layer.size, "qcow2")
 
 
-def _chain(disk: ReplicaDisk, tip: Layer) -> list[_Shown]:
+def _chain(disk: ReplicaDisk, tip: Layer, of: Layer) -> _Shown:
     path = real_path(disk, tip)
     with scan(path, format="qcow2") as chain:
         if any(file.real_path.parent != path.parent for file in chain.files):
             raise Corrupt("a file of this disk stands on one elsewhere", subject=disk.directory)
-        return [
-            _Shown((file.real_path.name, file.size, file.format), file.cluster_size or 0, file.extents.data_bytes)
-            for file in chain.files
-        ]
+        held = [(file.cluster_size or 0, file.extents.data_bytes) for file in chain.files if file.path.name == of.file]
+        cluster_size, data_bytes = held[0] if held else (0, 0)
+        return _Shown([(file.path.name, file.size, file.format) for file in chain.files], cluster_size, data_bytes)
 
 
 def _seal(path: Path) -> None:

@@ -109,7 +109,8 @@ class DestinationContract(DestinationFaults):
             "ein Datenträger + 1%2F": Step("sector", 512, ("write -P 1 0 512",)),
             ".hidden/-dash": Step("last", 5 * MiB - 512, (f"write -P 2 {5 * MiB - 1024} 512",)),
         }
-        for number, (disk, step) in enumerate(disks.items()):
+        chosen = list(disks.items())[:: site.traits.every]
+        for number, (disk, step) in enumerate(chosen):
             image = overlay(tmp_path / f"{number}.qcow2", None, step)
             shown = flat(image, tmp_path / f"{number}.shown")
             assert deliver(site, image, disk=disk).point == 1
@@ -117,7 +118,7 @@ class DestinationContract(DestinationFaults):
                 path = out / f"{number}{name}"
                 site.open().restoration(disk, path).run()
                 assert identical(path, shown)
-        assert [disk.name for disk in site.open().log().disks] == sorted(disks)
+        assert [disk.name for disk in site.open().log().disks] == sorted(disk for disk, _ in chosen)
 
     # ---- again, and beside one another
 
@@ -206,35 +207,35 @@ class DestinationContract(DestinationFaults):
     # ---- letting go
 
     def test_points_are_let_go_by_rules(self, site: Site, history: Sequence[Moment], out: Path) -> None:
-        for moment in history:
+        moments = [history[number] for number in (0, 1, 3, 4, 5)]
+        for moment in moments:
             deliver(site, moment.image, labels=[moment.name])
-        policy = Policy(last=2, labels=frozenset({"hides"}))
+        policy = Policy(last=1, labels=frozenset({"hides"}))
         if not site.traits.merges:
             with pytest.raises(Unsupported):
                 site.open(writing=True).merging(DISK, policy).run()
             return
         place = site.open(writing=True)
         place.merging(DISK, policy).plan()
-        assert len(site.open().log(DISK).disks[0].points) == len(history)
+        assert len(site.open().log(DISK).disks[0].points) == 5
         report = place.merging(DISK, policy).run()
-        assert (report.points_kept, report.points_dropped) == ((2, 6, 7), (1, 3, 4, 5))
+        assert (report.points_kept, report.points_dropped) == ((2, 5), (1, 3, 4))
         kept = site.open().log(DISK).disks[0].points
         assert [(point.point, point.content_id) for point in kept] == [
-            (number, history[number - 1].content_id) for number in (2, 6, 7)
+            (number, moments[number - 1].content_id) for number in (2, 5)
         ]
-        for number in (2, 6, 7):
+        for number in (2, 5):
             site.open().restoration(DISK, out / f"{number}.raw", point=str(number)).run()
-            assert identical(out / f"{number}.raw", history[number - 1].shown)
-        for number in (1, 3, 4, 5):
+            assert identical(out / f"{number}.raw", moments[number - 1].shown)
+        for number in (1, 3, 4)[:: site.traits.every]:
             with pytest.raises(NotFound):
                 site.open().restoration(DISK, out / "gone.raw", point=str(number)).run()
         assert site.open().verify(share=1.0).ok
         # What was merged is known again: nothing of it is sent, and numbers are not given twice.
-        again = deliver(site, history[-1].image)
-        assert (again.point, again.layers_sent, again.content_id) == (8, 0, history[-1].content_id)
-        again_merged = site.open(writing=True).merging(DISK, Policy(last=1)).run()
-        assert again_merged.points_kept == (8,)
-        with pytest.raises((InvalidInput, NotFound)):
+        again = deliver(site, moments[-1].image)
+        assert (again.point, again.layers_sent, again.content_id) == (6, 0, moments[-1].content_id)
+        assert site.open(writing=True).merging(DISK, Policy(last=1)).run().points_kept == (6,)
+        with pytest.raises(NotFound):
             site.open(writing=True).merging("gone", policy).run()
 
 

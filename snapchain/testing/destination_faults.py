@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -39,7 +40,7 @@ class DestinationFaults(OnSites):
         noise = tmp_path / "noise"
         noise.write_bytes(random.Random(1).randbytes(9 * MiB))  # noqa: S311 -- the same each time
         step = Step("noise", 12 * MiB, (f"write -s {noise} 1M 9M",))
-        image = overlay(history[1].image.with_name("noise.qcow2"), history[1].image, step)
+        image = overlay(history[1].image.with_name(f"{uuid4()}.qcow2"), history[1].image, step)
         for at in (3, 1)[:: site.traits.every]:
             with pytest.raises(Crash):
                 deliver(site, image, on_event=_crash_at(at))
@@ -56,8 +57,8 @@ class DestinationFaults(OnSites):
         """Of one disk: both end, or one is told that the other is faster. Of two disks: both end."""
         deliver(site, history[1].image)
         images = [
-            overlay(history[1].image.with_name(f"w{number}.qcow2"), history[1].image, Step("w", 2 * MiB, (write,)))
-            for number, write in enumerate(("write -P 201 0 500k", "write -P 202 100k 500k", "write -P 203 1M 300k"))
+            overlay(history[1].image.with_name(f"{uuid4()}.qcow2"), history[1].image, Step("w", 2 * MiB, (write,)))
+            for write in ("write -P 201 0 500k", "write -P 202 100k 500k", "write -P 203 1M 300k")
         ]
         start = threading.Barrier(3)
 

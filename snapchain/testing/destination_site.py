@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -83,7 +84,7 @@ class OnSites:
     @pytest.fixture(scope="class")
     @classmethod
     def history(cls, tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
-        return build_history(tmp_path_factory.mktemp("history"))
+        return _built(tmp_path_factory.getbasetemp())
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -105,6 +106,13 @@ class OnSites:
         """A directory for outputs and nothing else."""
         (tmp_path / "out").mkdir()
         return tmp_path / "out"
+
+
+@cache
+def _built(directory: Path) -> list[Moment]:
+    """Once for all kinds: nobody changes it."""
+    (directory / "history").mkdir()
+    return build_history(directory / "history")
 
 
 def deliver(

@@ -94,6 +94,8 @@ def libvirt_host(host: Host, folder: Path, name: str) -> Iterator[LibvirtHost]:
     finally:
         child.kill()
         child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
 
 
 def _wait(host: LibvirtHost, child: subprocess.Popen[str], folder: Path) -> None:

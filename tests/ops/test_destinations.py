@@ -16,15 +16,16 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops.destination import Destination
 from snapchain.ops.replica_destination import ReplicaDestination
+from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.repository_destination import RepositoryDestination
-from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
+from snapchain.replica.endpoint import Endpoint
 from snapchain.repository.repository import Repository
 from snapchain.testing.destination_contract import DestinationContract, Site, Traits
 from tests.repository.synthetic import again, repository
 from tests.servers import S3Server
 
 RECORDS = Traits(one_chain=False, merges=True)
-FILES = Traits(one_chain=True, merges=False)
+FILES = Traits(one_chain=True, merges=True)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class TestMemory(DestinationContract):
     @pytest.fixture(scope="class")
     @classmethod
     def sites(cls) -> Callable[[], Site]:
-        return lambda: RepositorySite(repository(MemoryStore()), replace(RECORDS, damages=6, every=2))
+        return lambda: RepositorySite(repository(MemoryStore()), replace(RECORDS, damages=4, every=3))
 
 
 class TestS3(DestinationContract):
@@ -124,7 +125,7 @@ class TestS3(DestinationContract):
                 patch.setenv(name, value)
             yield lambda: RepositorySite(
                 repository(open_store(f"s3://{moto_server.new_bucket()}/here")),
-                replace(RECORDS, damages=3, every=3),
+                replace(RECORDS, damages=2, every=4),
             )
 
 
@@ -136,6 +137,6 @@ class TestReplica(DestinationContract):
 
         def made() -> Site:
             root = next(roots)
-            return ReplicaSite(root, DirectoryEndpoint(root))
+            return ReplicaSite(root, replica_at(f"dir:{root}"))
 
         return made

@@ -25,9 +25,12 @@ from snapchain.errors import (
     Unsupported,
 )
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.retention import Policy
 from snapchain.ops import replica_inspect
 from snapchain.ops.events import Event, Progress, ignore
+from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.replica_destination import ReplicaDestination
+from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_inspect import inspect_replica
 from snapchain.ops.replica_restore import ReplicaRestoration
 from snapchain.ops.restore_target import RestoreReport
@@ -270,6 +273,36 @@ def test_a_point_that_is_merged_away_between_look_and_lock(
     monkeypatch.setattr(giving, "opened_chain", meanwhile)
     assert restore(sent, out).point == 2
     assert same_bytes(out, flat(chain[1], out.with_name("flat")))
+
+
+def test_a_merge_meanwhile(tmp_path: Path, out: Path) -> None:
+    """It goes round what is read; afterwards it merges, and a point reads as before."""
+    noise = tmp_path / "more"
+    noise.write_bytes(random.Random(5).randbytes(24 * MiB))
+    writes = (f"write -s {noise} 0 24M", "write -P 1 1M 1M", "write -P 2 0 2M")
+    files = build(tmp_path / "big", [Layer(32 * MiB, [each]) for each in writes])
+    place = Place(tmp_path / "second")
+    for path in files:
+        place.send(path)
+    endpoint = replica_at(f"dir:{place.root}")
+    merge = ReplicaMerge(endpoint, DISK, Policy(last=1), zone="UTC")
+    seen: list[tuple[int, int]] = []
+
+    def meanwhile(event: Event) -> None:
+        if not seen:
+            try:
+                report = merge.run()
+                seen.append((report.layers_before, report.layers_after))
+            except (Busy, Conflict):
+                seen.append((3, 3))
+
+    shown = flat(files[-1], tmp_path / "flat")
+    restore(endpoint, out, on_event=meanwhile)
+    assert seen == [(3, 3)]
+    assert same_bytes(out, shown)
+    assert merge.run().layers_after == 1
+    restore(endpoint, out, force=True)
+    assert same_bytes(out, shown)
 
 
 # ---- damage, and ends in the middle

@@ -16,6 +16,7 @@ import pytest
 
 from snapchain.errors import Busy, Unavailable, Unsupported
 from snapchain.model.retention import Policy
+from snapchain.ops import doctor
 from snapchain.ops.events import Event, Notice
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge_replica import ReplicaMerge
@@ -223,6 +224,19 @@ def test_a_program_that_cannot_finish_a_killed_merge_refuses(sent: Pointed, chai
     assert sorted((path, path.stat().st_mtime_ns) for path in sent.place.directory.glob("[!.]*.*")) == before
     assert sent.send(chain[-1]).layers_sent == 0
     sent.check(kept=[5, 6])
+
+
+@pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])
+def test_the_doctor_was_there_first(sent: Pointed, chain: list[Path], strategy: Strategy) -> None:
+    """It knows the files and not the catalogue: whoever comes next sees what the files are."""
+    killed(sent, strategy)
+    doctor.run(doctor.plan([sent.place.directory]))
+    assert sent.send(chain[-1]).layers_sent == 0
+    assert verify_replica(endpoint(sent.place.root), DISK, read_data=True).ok
+    assert len(sent.place.files()) == (1 if strategy is Strategy.COMMIT else 5)
+    assert sent.merge(last=2).layers_after == 1
+    notes = [path.name for path in sent.place.directory.glob(".snapchain-layer-*")]
+    sent.check(kept=[5, 6], besides=notes)
 
 
 def test_somebody_opens_a_layer_before_a_killed_merge_is_settled(sent: Pointed, chain: list[Path]) -> None:

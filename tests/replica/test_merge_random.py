@@ -35,12 +35,14 @@ def histories(examples: int) -> Callable[[Callable[..., None]], Callable[..., No
     return wrapped
 
 
-@histories(10)
+@pytest.mark.timeout(300)
+@histories(8)
 def test_random_histories(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     live(tmp_path_factory.mktemp("history"), seed, layers=5)
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3000)
 @histories(150)
 def test_many_random_histories(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     live(tmp_path_factory.mktemp("history"), seed, layers=9)

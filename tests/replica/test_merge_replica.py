@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -21,6 +20,7 @@ from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.send import Divergence, Request, send_to_replica
 from snapchain.ops.snapshot import plan as plan_snapshot, run as run_snapshot
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.store import open_replica
 from tests.image.mounts import mounted
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
@@ -127,6 +127,19 @@ def test_a_time_zone_and_all_rules_cross(there: Pointed) -> None:
         ReplicaMerge(endpoint(there.place.root), DISK, Policy(last=1), zone="../../etc/passwd").plan()
 
 
+def test_many_points_come_in_several_frames(there: Pointed) -> None:
+    disk = open_replica(there.place.root).disk(DISK)
+    catalogue = disk.read()
+    assert catalogue is not None
+    last = catalogue.points[-1]
+    points = tuple(last.model_copy(update={"point": number}) for number in range(6, 606))
+    disk.write(catalogue.after(points=(*catalogue.points[:5], *points), next_point=606))
+    assert len(there.plan(last=3).points) == 605
+    report = there.merge(last=3)
+    assert (report.points_kept, len(report.points_dropped), report.layers_after) == ((603, 604, 605), 602, 1)
+    assert there.points() == [603, 604, 605]
+
+
 def test_what_is_not_there(there: Pointed, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no replica"):
         ReplicaMerge(endpoint(tmp_path / "nowhere"), DISK, Policy(last=1), zone="UTC").run()
@@ -169,8 +182,7 @@ def test_a_sender_whose_files_are_apart(sent: Pointed, chain: list[Path]) -> Non
     sent.check(kept=[6, 7, 8])
 
 
-@pytest.mark.parametrize("keep", [1, 2, 4])
-@pytest.mark.parametrize("first", ["0.qcow2", "1.qcow2", "3.qcow2"])
+@pytest.mark.parametrize(("keep", "first"), [(1, "0.qcow2"), (2, "1.qcow2"), (2, "3.qcow2"), (4, "1.qcow2")])
 def test_a_sender_that_merged(sent: Pointed, chain: list[Path], keep: int, first: str) -> None:
     """The same layers, or others, up to the last one sent, and then beyond it: only what is new travels."""
     sent.merge(last=keep)
@@ -183,8 +195,9 @@ def test_a_sender_that_merged(sent: Pointed, chain: list[Path], keep: int, first
     sent.check()
 
 
-@pytest.mark.parametrize("keep", [1, 2, 4])
-@pytest.mark.parametrize("first", ["0.qcow2", "1.qcow2", "4.qcow2"])
+@pytest.mark.parametrize(
+    ("keep", "first"), [(1, "0.qcow2"), (1, "1.qcow2"), (1, "4.qcow2"), (2, "1.qcow2"), (4, "0.qcow2"), (4, "4.qcow2")]
+)
 def test_a_sender_that_merged_beyond_what_the_replica_has(
     sent: Pointed, chain: list[Path], keep: int, first: str
 ) -> None:
@@ -204,18 +217,59 @@ def test_a_sender_that_merged_beyond_what_the_replica_has(
     assert sent.send(chain[-1]).layers_sent == 0
 
 
-def test_sources_that_are_too_many_are_told_by_content(
-    sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("keep", [1, 3])
+def test_sources_that_are_too_many_for_one_message(
+    sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
-    from snapchain.replica import unfinished
+    """The older ones are told by a hash each: nothing has to be read to know them again."""
+    from snapchain.replica import source_keys
 
-    monkeypatch.setattr(unfinished, "MAX_LAYERS", 2)  # of 4 sources
-    sent.merge(last=1)
-    assert sent.place.catalogue()["layers"][0]["sources"] == []
-    assert sent.send(chain[-1]).layers_sent == 0
+    monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)  # of 2 sources
+    sent.merge(last=keep)
+    lowest = sent.place.catalogue()["layers"][0]
+    assert (len(lowest["sources"]), len(lowest["older"])) == (2, 16 * (4 - keep + 1))
+    assert not_known(sent, chain[-1]) == []
+    for number in range(4):
+        seal(chain[-1], f"write -P {77 + number} {number * 128}k 64k")
+        assert sent.send(chain[-1]).data_bytes == 64 * 1024
+        if number == 2:
+            merge_here(chain[-1], "1.qcow2")
+        sent.merge(last=keep)
+        sent.check()
+    assert not_known(sent, chain[-1]) == []
+    lowest = sent.place.catalogue()["layers"][0]
+    assert len(lowest["older"]) // 16 + len(lowest["sources"]) == 10 - keep + 1
+
+
+@pytest.mark.parametrize("limit", ["none are left", "an old sender"])
+def test_sources_that_nobody_can_be_told(
+    sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    from snapchain.replica import source_keys
+    from snapchain.replica.stream import opening
+
+    monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)
+    if limit == "none are left":
+        monkeypatch.setattr(source_keys, "MOST_OLDER", 5)
+        sent.merge(last=1)
+        assert (lowest := sent.place.catalogue()["layers"][0])["sources"] == []
+        assert "older" not in lowest
+    else:
+        sent.merge(last=1)
+        monkeypatch.setattr(opening, "FEATURES", ("active", "ask", "epoch"))
+    assert not_known(sent, chain[-1])
     seal(chain[-1], "write -P 77 2M 64k")
     assert sent.send(chain[-1]).data_bytes == 64 * 1024
     sent.check()
+
+
+def not_known(pointed: Pointed, image: Path) -> list[Event]:
+    """What a sender that has nothing new says about files that it has to read to know them again."""
+    events: list[Event] = []
+    report = send_to_replica(Request(image=image, disk=DISK), endpoint(pointed.place.root), on_event=events.append)
+    assert report.layers_sent == 0
+    pointed.shown[report.point or 0] = flat(image, pointed.shots / f"{report.point}.raw")
+    return [event for event in events if isinstance(event, Notice) and "not known" in str(event)]
 
 
 def test_a_layer_that_was_arriving_goes_on(pointed: Pointed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,9 +301,10 @@ def test_a_layer_that_was_arriving_goes_on(pointed: Pointed, tmp_path: Path, mon
 def test_layers_of_a_transfer_that_has_not_ended_stay(pointed: Pointed, chain: list[Path]) -> None:
     for path in chain[:3]:
         pointed.send(path)
-    catalogue = pointed.place.catalogue()
-    catalogue["points"] = catalogue["points"][:1]
-    (pointed.place.directory / "catalogue.json").write_text(json.dumps(catalogue))
+    disk = open_replica(pointed.place.root).disk(DISK)
+    catalogue = disk.read()
+    assert catalogue is not None
+    disk.write(catalogue.after(points=catalogue.points[:1]))
     assert pointed.merge(last=1).merges == ()
     assert len(pointed.place.files()) == 3
 

@@ -102,6 +102,27 @@ def test_root_and_top_travel_apart_unless_much_of_them_is_overwritten(tmp_path: 
     place.check(flat(paths[-1], tmp_path / "flat"))
 
 
+def test_a_top_that_nobody_has_sealed_takes_nothing_with_it_when_it_is_written_to(tmp_path: Path, place: Place) -> None:
+    rewrites = ["write -P 1 0 128M", "write -P 2 0 32M", "write -P 3 0 32M"]
+    paths = build(tmp_path / "c", [Layer(512 * MiB, [one]) for one in rewrites])
+    first = place.send(paths[-1])
+    assert (first.layers_sent, first.data_bytes) == (2, (128 + 32) * MiB)
+    write(paths[-1], "write -P 4 40M 64k")
+    with pytest.raises(Diverged, match=r"both sides have gone on from 1\.qcow2"):
+        place.send(paths[-1])
+    again = place.send(paths[-1], divergence=Divergence.CUT_REPLICA)
+    assert (again.layers_sent, again.data_bytes) == (1, 32 * MiB + 65536)
+    place.check(flat(paths[-1], tmp_path / "flat"))
+
+
+def test_a_top_that_went_with_others_and_was_written_to_since_is_told(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(512 * MiB, ["write -P 1 0 64M"]), Layer(512 * MiB, ["write -P 2 0 64M"])])
+    assert place.send(paths[-1]).layers_sent == 1
+    write(paths[-1], "write -P 4 40M 64k")
+    with pytest.raises(Diverged, match=r"holds 0\.qcow2 in one layer with what was written to since"):
+        place.send(paths[-1])
+
+
 def test_bytes_that_were_written_again_do_not_travel(tmp_path: Path, place: Place) -> None:
     noise = tmp_path / "noise"
     noise.write_bytes(random.Random(1).randbytes(2 * MiB))

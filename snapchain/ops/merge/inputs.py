@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, Unsupported
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
+from snapchain.image.backing import is_layer_below_active
 from snapchain.image.references import children, reason
 from snapchain.ops.merge.journal import MergeJournal, leftovers
 from snapchain.ops.notes import Notes
@@ -105,6 +106,8 @@ def fate(
             keep.append(KeptFile(path=path, reason=reason(found[path])))
         elif keep:
             keep.append(KeptFile(path=path, reason=f"{keep[-1].path.name} stands on it"))
+        elif is_layer_below_active(path, chain.top.real_path):
+            keep.append(KeptFile(path=path, reason="it is a layer of a replica"))
         elif path.is_block_device():
             keep.append(KeptFile(path=path, reason="it is a device"))
         else:

@@ -23,7 +23,7 @@ from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import record
 from snapchain.ops.merge import in_place, new_file, settle
 from snapchain.ops.merge.inputs import KeptFile
-from snapchain.ops.merge.journal import MergeJournal, unsettled
+from snapchain.ops.merge.journal import MergeJournal, taken, unsettled
 from snapchain.ops.merge.plan import Asked, MergePlan, decide
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import Way
@@ -107,16 +107,20 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
 
 
 def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
-    """Raises Conflict where a killed commit must be done to its end first: its lowest input alone reads wrong."""
+    """Raises Conflict where a killed commit must be done to its end first: its lowest input alone reads wrong.
+
+    Raises Busy where it is not killed, but at work.
+    """
     if journal.stage != "committing" or settle.switched(journal):
         return
     paths = [Path(os.path.realpath(path)) for path in planned.chain[planned.first : planned.last + 1]]
     if journal.lowest not in paths or journal.replaced.path not in paths:
-        raise Conflict(
-            f"a merge from {journal.lowest.name} to it was killed, and comes first",
-            subject=journal.replaced.path,
-            hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
-        )
+        with taken(journal):
+            raise Conflict(
+                f"a merge from {journal.lowest.name} to it was killed, and comes first",
+                subject=journal.replaced.path,
+                hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
+            )
 
 
 def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:
