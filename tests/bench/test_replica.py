@@ -9,9 +9,9 @@ with 2 % changed.  Contenders take turns, the far disk is flushed in between.
     nbd        qemu-img convert -n of the top to a qcow2 image that qemu-nbd serves there, TCP without a cipher
     snapchain  snapchain send, over the same ssh. It alone has written everything to the disk at its end.
 
-SNAPCHAIN_BENCH_GIB: of the root (2); SNAPCHAIN_BENCH_ROUNDS (3); SNAPCHAIN_BENCH_OVERLAY: what each overlay writes, of
-the root's bytes (0.125), in SNAPCHAIN_BENCH_SPREAD of the disk (0.5); SNAPCHAIN_BENCH_BITS: a second, of the link, 0 for
-no limit (10^9).
+SNAPCHAIN_BENCH_GIB: of the root (2); SNAPCHAIN_BENCH_ROUNDS (3); SNAPCHAIN_BENCH_OVERLAY: what each overlay writes,
+of the root's bytes (0.125), in SNAPCHAIN_BENCH_SPREAD of the disk (0.5); SNAPCHAIN_BENCH_BITS: a second, of the link,
+0 for no limit (10^9).
 """
 
 from __future__ import annotations
