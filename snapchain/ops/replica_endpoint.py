@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from snapchain.host.remote_address import parse_remote_address
-from snapchain.ops.replica_engine import ReplicaEngine
+from snapchain.host.remote_address import is_remote, parse_remote_address
 from snapchain.replica.endpoint import Endpoint, open_endpoint
 from snapchain.replica.ssh_endpoint import SshEndpoint
 
 
 def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
     """The replica at ssh://... or dir:/... . connections: of ssh. Touches nothing. Raises InvalidInput."""
-    return open_endpoint(dest, connections=connections, engine=ReplicaEngine())
+    if is_remote(dest):
+        return open_endpoint(dest, connections=connections)
+    from snapchain.ops.replica_engine import ReplicaEngine  # inside: who logs in elsewhere first has no receiver here
+
+    return open_endpoint(dest, engine=ReplicaEngine())
 
 
 @contextmanager

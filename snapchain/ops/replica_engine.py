@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from snapchain.errors import Conflict
 from snapchain.ops.events import Event, Progress, ignore
-from snapchain.replica.unfinished import OnBytes
 
 if TYPE_CHECKING:
     from snapchain.ops.merge.plan import MergePlan
     from snapchain.ops.merge.run import MergeReport
     from snapchain.ops.merge.strategy import Strategy
+    from snapchain.replica.unfinished import OnBytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from snapchain.errors import InvalidInput, SnapchainError
 from snapchain.host.remote_address import is_remote, parse_remote_address
 from snapchain.host.remote_channel import PATIENCE, Channel
 from snapchain.replica.levels import Link
 from snapchain.replica.ssh_endpoint import SshEndpoint
-from snapchain.replica.unfinished import Engine
+
+if TYPE_CHECKING:
+    from snapchain.replica.unfinished import Engine
 
 _PIPE_BYTES = 1 << 20
 

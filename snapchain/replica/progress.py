@@ -92,10 +92,13 @@ class Durability:
     """Makes marks durable one after the other, on a thread of its own, so that data go on arriving meanwhile.
 
     Marks that wait while the disk is busy become one. on_durable: told how many marks are durable, in that thread
+    look_back: told after that, in that thread, up to which guest offset
     """
 
-    def __init__(self, disk: ReplicaDisk, layer: str, on_durable: Callable[[int], None]) -> None:
-        self._disk, self._layer, self._on_durable = disk, layer, on_durable
+    def __init__(
+        self, disk: ReplicaDisk, layer: str, on_durable: Callable[[int], None], *, look_back: Callable[[int], None]
+    ) -> None:
+        self._disk, self._layer, self._on_durable, self._look_back = disk, layer, on_durable, look_back
         self._marks: queue.SimpleQueue[_Mark | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="durability", daemon=True)
@@ -146,3 +149,4 @@ class Durability:
         partial = Partial(layer=self._layer, durable=mark.durable, content_sum=encode_sum(mark.total))
         write_progress(self._disk, Progress(partial=partial))
         self._on_durable(mark.count)
+        self._look_back(mark.durable)

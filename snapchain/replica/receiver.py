@@ -22,30 +22,20 @@ from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
-from snapchain.replica.active import look_at_active, make_active
-from snapchain.replica.answering import answer
 from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
-from snapchain.replica.cutting import cut
 from snapchain.replica.epochs import check_epoch, enter_epoch
-from snapchain.replica.giving import give
-from snapchain.replica.handover import hand_over
-from snapchain.replica.merging import merge
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, Work, check_free, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
-from snapchain.replica.stream.fetch_messages import Fetch
 from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kind
-from snapchain.replica.stream.handover_messages import Handover
 from snapchain.replica.stream.maps import MapReader, layer_id
-from snapchain.replica.stream.merge_messages import Merge
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
     Active,
     ActiveState,
-    Ask,
     Cut,
     Done,
     Failure,
@@ -64,6 +54,7 @@ from snapchain.replica.waiting import in_turn
 
 _OFFSET = struct.Struct("<Q")
 _COUNT = struct.Struct("<Q")
+_QUESTIONS = (Kind.ASK, Kind.FETCH, Kind.HANDOVER, Kind.MERGE)
 
 OnLayer = Callable[[str, str], None]
 
@@ -112,18 +103,8 @@ class _Reception:
     def run(self) -> Received:
         hello = self._hello()
         frame = self._next()
-        if frame.kind is Kind.ASK and hello:
-            self._answer(decode(Ask, frame.body, subject=self._channel.peer))
-            return self._received
-        if frame.kind is Kind.FETCH and hello:
-            wanted = decode(Fetch, frame.body, subject=self._channel.peer)
-            give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
-            return self._received
-        if frame.kind is Kind.HANDOVER and hello:
-            self._hand_over(decode(Handover, frame.body, subject=self._channel.peer))
-            return self._received
-        if frame.kind is Kind.MERGE and hello:
-            self._merge(decode(Merge, frame.body, subject=self._channel.peer))
+        if frame.kind in _QUESTIONS and hello:
+            self._answer(frame)
             return self._received
         if frame.kind is not Kind.OPEN:
             raise self._unexpected(frame)
@@ -169,16 +150,35 @@ class _Reception:
     def _chosen(self, named: str | None) -> Path:
         return chosen(named, only=self._root, within=self._within)
 
-    def _answer(self, asked: Ask) -> None:
-        answer(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
-        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+    # What few streams want is loaded where it is wanted: a sender waits for this process to start.
 
-    def _hand_over(self, asked: Handover) -> None:
-        self._voice.say(Kind.HANDED, encode(hand_over(asked, self._chosen(asked.replica), self._engine)))
-        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+    def _answer(self, frame: Frame) -> None:
+        peer = self._channel.peer
+        if frame.kind is Kind.FETCH:
+            from snapchain.replica.giving import give
+            from snapchain.replica.stream.fetch_messages import Fetch
 
-    def _merge(self, asked: Merge) -> None:
-        merge(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
+            wanted = decode(Fetch, frame.body, subject=peer)
+            give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
+            return
+        if frame.kind is Kind.HANDOVER:
+            from snapchain.replica.handover import hand_over
+            from snapchain.replica.stream.handover_messages import Handover
+
+            handed = decode(Handover, frame.body, subject=peer)
+            self._voice.say(Kind.HANDED, encode(hand_over(handed, self._chosen(handed.replica), self._engine)))
+        elif frame.kind is Kind.MERGE:
+            from snapchain.replica.merging import merge
+            from snapchain.replica.stream.merge_messages import Merge
+
+            merged = decode(Merge, frame.body, subject=peer)
+            merge(merged, self._chosen(merged.replica), self._voice.say, engine=self._engine)
+        else:
+            from snapchain.replica.answering import answer
+            from snapchain.replica.stream.messages import Ask
+
+            asked = decode(Ask, frame.body, subject=peer)
+            answer(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
         self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:
@@ -202,6 +202,8 @@ class _Reception:
             if frame.kind is Kind.LAYER:
                 catalogue, shown = self._take_layer(disk, catalogue, frame)
             elif frame.kind is Kind.CUT:
+                from snapchain.replica.cutting import cut
+
                 catalogue = cut(disk, catalogue, decode(Cut, frame.body, subject=self._channel.peer).keep)
             elif frame.kind is Kind.ACTIVE:
                 self._make_active(disk, catalogue, frame)
@@ -212,6 +214,8 @@ class _Reception:
         raise Corrupt("the stream has more layers than a chain can have", subject=self._channel.peer)
 
     def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
+        from snapchain.replica.active import look_at_active
+
         offer = decode(Active, frame.body, subject=self._channel.peer)
         found = undisturbed(
             disk,
@@ -222,6 +226,8 @@ class _Reception:
         self._voice.say(Kind.READINESS, encode(found))
 
     def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
+        from snapchain.replica.active import look_at_active, make_active
+
         offer = decode(Active, frame.body, subject=self._channel.peer)
         done = make_active if offer.make else look_at_active
         self._voice.say(Kind.READINESS, encode(done(disk, catalogue, offer)))

@@ -9,8 +9,9 @@ with 2 % changed.  Contenders take turns, the far disk is flushed in between.
     nbd        qemu-img convert -n of the top to a qcow2 image that qemu-nbd serves there, TCP without a cipher
     snapchain  snapchain send, over the same ssh. It alone has written everything to the disk at its end.
 
-SNAPCHAIN_BENCH_GIB: of the root (2); SNAPCHAIN_BENCH_ROUNDS (3); SNAPCHAIN_BENCH_SPREAD: how much of the disk the
-overlays write to (0.5); SNAPCHAIN_BENCH_BITS: a second, of the link, 0 for no limit (10^9).
+SNAPCHAIN_BENCH_GIB: of the root (2); SNAPCHAIN_BENCH_ROUNDS (3); SNAPCHAIN_BENCH_OVERLAY: what each overlay writes,
+of the root's bytes (0.125), in SNAPCHAIN_BENCH_SPREAD of the disk (0.5); SNAPCHAIN_BENCH_BITS: a second, of the link,
+0 for no limit (10^9).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ pytestmark = [pytest.mark.bench, pytest.mark.root, pytest.mark.timeout(3600)]
 
 ROOT = int(float(os.environ.get("SNAPCHAIN_BENCH_GIB", "2")) * GiB)
 ROUNDS = int(os.environ.get("SNAPCHAIN_BENCH_ROUNDS", "3"))
+OVERLAY = float(os.environ.get("SNAPCHAIN_BENCH_OVERLAY", "0.125"))
 SPREAD = float(os.environ.get("SNAPCHAIN_BENCH_SPREAD", "0.5"))
 BITS = int(os.environ.get("SNAPCHAIN_BENCH_BITS", str(GBIT))) or None
 VIRTUAL = 16 * GiB
@@ -70,7 +72,7 @@ class Contents:
 
 
 def build(folder: Path) -> list[Path]:
-    """root.qcow2 and 1.qcow2 .. 4.qcow2, each a quarter of a quarter of the root; a part of what they write is zero."""
+    """root.qcow2 and 1.qcow2 .. 4.qcow2; a sixteenth of what the overlays write is zero."""
     folder.mkdir()
     contents = Contents(ROOT, seed=3)
     plain = folder / "plain"
@@ -86,7 +88,7 @@ def build(folder: Path) -> list[Path]:
     plain.unlink()
     paths = [root]
     for number in range(1, 5):
-        paths.append(overlay(paths[-1], folder / f"{number}.qcow2", ROOT // 8, end, 256 * KiB, seed=number))
+        paths.append(overlay(paths[-1], folder / f"{number}.qcow2", int(ROOT * OVERLAY), end, 256 * KiB, seed=number))
     return paths
 
 
