@@ -39,8 +39,8 @@ bench:  ## measure the promises of speed and memory
 	@.ci/setup bench
 	@$(PY) -m pytest -p no:xdist -m bench -s --timeout 1800 $(ARGS)
 
-soak:  ## the tests that run for minutes
-	@.ci/setup test
+soak:  ## the tests that run for minutes, boot guests, move them
+	@.ci/setup soak
 	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m soak --timeout 3600 $(ARGS)
 
 clean:  ## forget everything made here, the virtual environment too

@@ -60,7 +60,8 @@ def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> Ob
         raise InvalidInput(
             "this command takes a repository, and that is a replica",
             subject=url,
-            hint="name a repository: a directory, or s3://bucket/prefix; replicas are for send, log and verify",
+            hint="name a repository: a directory, or s3://bucket/prefix; replicas are for ship, send, sync, log, "
+            "restore, verify and inspect. To compare points of one, restore them and diff the files",
         )
     store = open_store(url, make=make)
     if url.startswith("s3:"):

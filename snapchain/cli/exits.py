@@ -15,8 +15,6 @@ import sys
 import traceback
 from typing import Any
 
-import typer
-
 from snapchain.errors import InvalidInput, SnapchainError, ToolFailed
 
 BUG = 1
@@ -54,16 +52,15 @@ def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
         return facts
     if isinstance(error, KeyboardInterrupt):
         return _row("interrupted", "interrupted", INTERRUPTED, hint=left_behind)
-    if isinstance(error, _USAGE_ERRORS):
+    import typer  # inside: what is no error, or one of ours, can do without
+
+    # Public names of typer that lead to its usage errors, whichever version keeps them in whichever module.
+    if isinstance(error, typer.BadParameter.__mro__[1:3]):  # UsageError, ClickException
         return _usage(error)
     if isinstance(error, typer.Abort):
         return _row("interrupted", "no more input", INTERRUPTED)
     message = f"this is a bug in snapchain: {type(error).__name__}: {error}"
     return _row("bug", message, BUG, hint="run it again with SNAPCHAIN_DEBUG=1 and report what it shows")
-
-
-# Public names of typer that lead to its usage errors, whichever version keeps them in whichever module.
-_USAGE_ERRORS = typer.BadParameter.__mro__[1:3]  # UsageError, ClickException
 
 
 def _usage(error: Any) -> dict[str, Any]:

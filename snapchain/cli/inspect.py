@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT] in a repository.")],
+    target: Annotated[str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT].")],
     *,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
@@ -51,10 +51,10 @@ def inspect(
                 on_event=out.on_event,
             )
         else:
-            repository = options.repository(
+            place = options.destination(
                 address.dest, out, password_file=password_file, password_command=password_command
             )
-            report = ops.inspect_point(repository, address.disk, point=address.point)
+            report = place.inspect(address.disk, address.point)
         out.report(report, _draw)
 
 

@@ -38,26 +38,12 @@ def log(
     DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Points of one content id have the same
     bytes.
     """
-    from snapchain.ops import log as ops
-    from snapchain.ops.address import is_replica, parse_destination
+    from snapchain.ops.address import parse_destination
 
     address = parse_destination(target)
     with Output(as_json=json) as out:
-        if is_replica(address.dest):
-            options.no_passphrase(address.dest, password_file, password_command)
-            out.report(_of_replica(address.dest, options.disk_of(address)), _draw)
-            return
-        repository = options.repository(
-            address.dest, out, password_file=password_file, password_command=password_command
-        )
-        out.report(ops.log(repository, disk=options.disk_of(address)), _draw)
-
-
-def _of_replica(dest: str, disk: str | None) -> LogReport:
-    from snapchain.ops.replica_log import log_replica
-    from snapchain.ops.send import replica_at
-
-    return log_replica(replica_at(dest), disk)
+        place = options.destination(address.dest, out, password_file=password_file, password_command=password_command)
+        out.report(place.log(options.disk_of(address)), _draw)
 
 
 def _draw(console: Console, report: LogReport) -> None:

@@ -1,4 +1,4 @@
-"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files or in a repository."""
+"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files, in a repository or at a replica."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
-from snapchain.cli.time_zone import zone_of
+from snapchain.cli.time_zone import zone_name_of, zone_of
 from snapchain.errors import InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
@@ -41,11 +41,14 @@ _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)
     snapchain merge /images/web1.qcow2 --keep-daily 7 --keep-label golden --at /backup::web1/vda
     snapchain merge /images/web1.qcow2 --max-layers 8 --budget-bytes 20G --budget-seconds 600
     snapchain merge /backup::web1/vda --keep-last 7 --keep-weekly 4 --keep-label release
+    snapchain merge ssh://root@kvm2/srv/replica::web1/vda --keep-last 7 --dry-run
     """,
     when_interrupted="the chain is as it was, or merged, and reads the same either way; run it again to finish",
 )
 def merge(
-    target: Annotated[str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK in a repository.")],
+    target: Annotated[
+        str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
+    ],
     *,
     flatten: Annotated[
         bool,
@@ -163,10 +166,12 @@ def merge(
     stand on, and what --at protects. --dry-run shows it all, layer by layer.
 
     DEST::DISK: keeps the points that the rules name, those that are held, and always the newest one; layers that no
-    kept point needs are merged into the next one that stays. Only records change: no data is moved. -1 means all.
+    kept point needs are merged into the next one that stays. In a repository only records change: no data is moved. At
+    a replica (ssh://..., dir:...) its files are merged over there, as those of an image, and keep the names of the kept
+    points; what a guest or another image uses stays. Transfers to that disk wait meanwhile. -1 means all.
     """
     from snapchain.model.retention import Policy, parse_duration
-    from snapchain.ops.address import ImageAddress, parse_address, parse_disk_address
+    from snapchain.ops.address import ImageAddress, is_replica, parse_address, parse_disk_address
 
     policy = Policy(
         last=keep_last,
@@ -225,15 +230,30 @@ def merge(
                 for given in (first, last, at, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
             ),
         )
+        disk = parse_disk_address(target).disk
+        if is_replica(address.dest):
+            options.no_passphrase(address.dest, password_file, password_command)
+            _at_replica(address.dest, disk, policy, out, zone_name=zone_name)
+            return
         from snapchain.ops.merge_repository import RepositoryMerge
 
-        disk = parse_disk_address(target).disk
         repository = options.repository(
             address.dest, out, password_file=password_file, password_command=password_command, writing=not dry_run
         )
         work = RepositoryMerge(repository, disk, policy, zone=zone)
         if not out.plan(work.plan(), _draw_repository_plan):
             out.report(work.run(on_event=out.on_event), _draw_repository_report)
+
+
+def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name: str | None) -> None:
+    from snapchain.ops.merge_replica import ReplicaMerge
+    from snapchain.ops.send import replica_at
+
+    work = ReplicaMerge(replica_at(dest), disk, policy, zone=zone_name_of(zone_name))
+    if out.dry_run:
+        out.plan(work.plan(), merge_tables.draw_replica_plan)
+    else:
+        out.report(work.run(on_event=out.on_event), merge_tables.draw_replica_report)
 
 
 def _strategy(text: str | None) -> Strategy | None:
@@ -262,7 +282,7 @@ def _at(
 def _refuse_no_rule(policy: Policy, target: str, *, files_only: bool) -> None:
     if files_only:
         raise InvalidInput(
-            "only --keep-... and the passphrase are for a disk in a repository; the other options are for images",
+            "only --keep-..., --time-zone and the passphrase are for disks at destinations; the others are for images",
             subject=target,
             hint="say which points to keep: --keep-last 7",
         )

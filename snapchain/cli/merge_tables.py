@@ -1,4 +1,4 @@
-"""What a merge of an image would do and what it did, for a terminal: the stack, its layers, the merges, the room."""
+"""What a merge of files would do and what it did, for a terminal: the stack, its layers, the merges, the room."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from snapchain.cli.quantities import duration, size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.ops.merge_replica import ReplicaMergePlan, ReplicaMergeReport, StayingLayer
     from snapchain.ops.merge_set.plan import LayerUse, MergeSetPlan, PlannedMerge
     from snapchain.ops.merge_set.run import MergeSetReport
 
@@ -111,3 +112,43 @@ def draw_report(console: Console, report: MergeSetReport) -> None:
     for fault in report.failed:
         names = ", ".join(path.name for path in fault.layers)
         console.print(f"not merged: {names}: {fault.message}", style="red", markup=False)
+
+
+def draw_replica_plan(console: Console, plan: ReplicaMergePlan) -> None:
+    """What would be done at a replica."""
+    render.headline(console, f"would merge {plan.disk}: {plan.layers_before} layers now, {plan.layers_after} then")
+    render.table(
+        console,
+        ["point>", "", "because", "labels"],
+        [
+            (str(each.point), "keep" if each.kept else "drop", "; ".join(each.reasons), ", ".join(each.labels))
+            for each in plan.points
+        ],
+    )
+    if plan.merges:
+        render.table(console, ["merge into", "from"], [(each[-1], ", ".join(each[:-1])) for each in plan.merges[::-1]])
+        needs = f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"
+        moves = f"{size(plan.bytes_to_move)} by {plan.strategy}"
+        render.facts(console, [("moves", moves), ("drops", size(plan.shadowed_bytes)), ("room there", needs)])
+    _draw_staying(console, plan.staying)
+
+
+def draw_replica_report(console: Console, report: ReplicaMergeReport) -> None:
+    """What was done at a replica."""
+    headline = f"merged {report.disk}: {report.layers_before} layers became {report.layers_after}"
+    render.headline(console, headline if report.merges else f"{report.disk}: no layers to merge")
+    render.facts(
+        console,
+        [
+            ("points kept", ", ".join(map(str, report.points_kept))),
+            ("dropped", ", ".join(map(str, report.points_dropped))),
+            ("moved", f"{size(report.bytes_moved)} by {report.strategy}" if report.merges else ""),
+            ("freed there", size(report.bytes_freed) if report.merges else ""),
+        ],
+    )
+    _draw_staying(console, report.staying)
+
+
+def _draw_staying(console: Console, staying: Sequence[StayingLayer]) -> None:
+    for each in staying:
+        console.print(f"stays: {each.file}: {each.reason}", style="yellow", markup=False)

@@ -16,6 +16,7 @@ from snapchain.errors import InvalidInput
 if TYPE_CHECKING:
     from snapchain.cli.output import Output
     from snapchain.ops.address import DestinationAddress, PointAddress
+    from snapchain.ops.destination import Destination
     from snapchain.repository.repository import Repository
 
 _OUTPUT = "Output"
@@ -89,7 +90,9 @@ Format = Annotated[
 ]
 LimitRate = Annotated[
     str | None,
-    typer.Option("--limit-rate", metavar="BYTES", help="At most so many bytes a second to or from the store: 10M."),
+    typer.Option(
+        "--limit-rate", metavar="BYTES", help="At most so many bytes a second to or from the destination: 10M."
+    ),
 ]
 
 
@@ -134,6 +137,38 @@ def repository(
     for notice in opened.notices:
         out.on_event(Notice(notice))
     return opened
+
+
+def destination(
+    dest: str,
+    out: Output,
+    *,
+    password_file: Path | None,
+    password_command: str | None,
+    writing: bool = False,
+    limit_rate: str | None = None,
+    connections: int = 1,
+) -> Destination:
+    """A repository or a replica, as the shared options say; tells what it has to say.
+
+    Raises InvalidInput for a replica with a passphrase.
+    """
+    from snapchain.ops.address import is_replica
+    from snapchain.ops.destination import destination_at
+    from snapchain.ops.events import Notice
+
+    if is_replica(dest):
+        no_passphrase(dest, password_file, password_command)
+    found = destination_at(
+        dest,
+        passphrase=passphrase.source(password_file, password_command),
+        writing=writing,
+        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        connections=connections,
+    )
+    for notice in found.notices:
+        out.on_event(Notice(notice))
+    return found
 
 
 def no_passphrase(dest: str, password_file: Path | None, password_command: str | None) -> None:

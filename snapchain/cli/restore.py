@@ -16,7 +16,7 @@ from snapchain.cli.quantities import size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.restore import RestorePlan, RestoreReport
+    from snapchain.ops.restore_target import RestorePlan, RestoreReport
 
 
 @verb(
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     snapchain restore /backup::web1/vda /images/web1.qcow2
     snapchain restore /backup::web1/vda@7 old.raw
     snapchain restore s3://bucket/prefix::web1/vda@before-upgrade web1.qcow2
+    snapchain restore ssh://root@kvm2/srv/replica::web1/vda web1.qcow2
     snapchain restore /backup::web1/vda@2026-10-01T00:00:00Z /dev/vg0/web1 --format raw
     snapchain restore /backup::web1/vda@latest /images/web1.qcow2 --chain
     """,
@@ -50,6 +51,7 @@ def restore(
         str | None,
         typer.Option("--format", "-f", metavar="qcow2|raw", help="Format of OUT. By default by its suffix."),
     ] = None,
+    connections: options.Connections = 1,
     limit_rate: options.LimitRate = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
@@ -62,22 +64,21 @@ def restore(
 
     What is written is checked against the point's content id while it is written. A file appears under its name only
     when it is whole; an existing one is replaced only with --force. On a block device zeroes are written where the
-    point has them, whatever the device held.
+    point has them, whatever the device held. DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path.
     """
     from snapchain.ops.address import parse_point_address
-    from snapchain.ops.restore import Restoration
 
     address = parse_point_address(source)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        repository = options.repository(
+        place = options.destination(
             address.dest,
             out,
             password_file=password_file,
             password_command=password_command,
             limit_rate=limit_rate,
+            connections=connections,
         )
-        work = Restoration(
-            repository,
+        work = place.restoration(
             address.disk,
             out_path,
             point=address.point,
@@ -85,7 +86,9 @@ def restore(
             whole_chain=chain,
             force=force,
         )
-        if not out.plan(work.plan(), _draw_plan):
+        if dry_run:
+            out.plan(work.plan(), _draw_plan)
+        else:
             out.report(work.run(on_event=out.on_event), _draw_report)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from snapchain.cli import options, quantities, render
+from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
@@ -71,7 +72,7 @@ def send(
     ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
     """
     from snapchain.host.remote_retry import Persistence
-    from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, replica_at, send_persistently
+    from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, send_persistently
 
     dest, name = _named(target, disk, dry_run=dry_run)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
@@ -90,7 +91,7 @@ def send(
         if dest is None:
             _to_stdout(request, out)
             return
-        endpoint = replica_at(dest, connections=connections)
+        endpoint = endpoint_at(dest, connections=connections)
         if dry_run:
             out.plan(plan_send(request, endpoint, on_event=out.on_event), _draw_plan)
         else:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from snapchain.cli.app import verb
+from snapchain.cli.serving import LEFT_BEHIND
 
 
 @verb(
@@ -16,7 +17,7 @@ from snapchain.cli.app import verb
     ssh kvm2 snapchain serve-replica --stdio
     restrict,command="snapchain serve-replica --stdio --root /srv/replica" ssh-ed25519 AAAA...
     """,
-    when_interrupted="what is durable stays; the sender goes on there",
+    when_interrupted=LEFT_BEHIND,
     hidden=True,
 )
 def serve_replica(
@@ -29,8 +30,9 @@ def serve_replica(
     """Take what a sender on another host sends. It is started by that sender's ssh, and is of no use at a terminal.
 
     Without --root the sender may name any directory that the user may write to who logs in. As the command= of a key in
-    authorized_keys (second example), with --root, that key can do nothing here but what send (--cut-replica too), log
-    and verify do to the replicas in DIR: links and '..' are followed before a directory is judged. DIR must exist.
+    authorized_keys (second example), with --root, that key can do nothing here but what send (--cut-replica too),
+    merge, migrate, log, inspect, restore and verify do to the replicas in DIR; so it can read them, too. Links and '..'
+    are followed before a directory is judged. DIR must exist.
     """
     from snapchain.errors import InvalidInput
     from snapchain.ops.serve_replica import serve_stdio

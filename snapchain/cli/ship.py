@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     snapchain ship /images/web1.qcow2 /backup::web1/vda
     snapchain ship web1.qcow2 s3://bucket/prefix::web1/vda --label before-upgrade
     snapchain ship web1.qcow2 /backup::web1/vda --dry-run
+    snapchain ship web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda
     snapchain ship /dev/vg0/web1 /backup::web1/vda --format raw --limit-rate 50M
     """,
     when_interrupted="every earlier point is whole; run it again to finish: what was sent is not sent twice",
@@ -52,14 +53,13 @@ def ship(
     The image as given is captured. A sealed layer that is there already is recognised without reading its data; of
     the others only blocks that the repository does not hold are stored. Overlays that are no points of their own are
     composed first, so that what was overwritten is neither read nor sent. An image without a chain, raw or qcow2,
-    ships too.
+    ships too. To a replica (ssh://[user@]host/path or dir:/path) this is `send`, which has more options.
     """
     from snapchain.ops.address import parse_disk_address
-    from snapchain.ops.ship import shipment
 
     address = parse_disk_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        repository = options.repository(
+        place = options.destination(
             address.dest,
             out,
             password_file=password_file,
@@ -67,9 +67,8 @@ def ship(
             writing=not dry_run,
             limit_rate=limit_rate,
         )
-        with shipment(
+        with place.deliver(
             image,
-            repository,
             address.disk,
             labels=label or (),
             each_layer=each_layer,
@@ -77,7 +76,9 @@ def ship(
             image_dirs=options.image_dirs(image_dir),
             on_event=out.on_event,
         ) as work:
-            if not out.plan(work.plan(), _draw_plan):
+            if dry_run:
+                out.plan(work.plan(), _draw_plan)
+            else:
                 out.report(work.run(on_event=out.on_event), _draw_report)
 
 

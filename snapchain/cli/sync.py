@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from snapchain.cli import options, quantities, render
+from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
 from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
@@ -101,11 +102,11 @@ def sync(
     Exits with 4 when the destination is not ready, or the target is not met; an overlay at the destination that
     anybody has written to is never touched.
     """
-    from snapchain.ops.sync import Divergence, Proof, SyncRequest, replica_at, sealed_request
+    from snapchain.ops.sync import Divergence, Proof, SyncRequest, sealed_request
 
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         dest, pairs = disk_pairs(disks)
-        endpoint = replica_at(dest, connections=connections)
+        endpoint = endpoint_at(dest, connections=connections)
         requests = [
             SyncRequest(
                 send=sealed_request(

@@ -27,6 +27,28 @@ def zone_of(name: str | None) -> tzinfo:
         ) from error
 
 
+def zone_name_of(name: str | None) -> str:
+    """The name by which another host knows that zone, by default this machine's.
+
+    Raises InvalidInput for one that is not known here, and where this machine's has no name.
+    """
+    if name is not None:
+        zone_of(name)
+        return name
+    said = os.environ.get("TZ", "").removeprefix(":")
+    if not said and _LOCALTIME.is_symlink():
+        said = os.path.realpath(_LOCALTIME).rpartition("/zoneinfo/")[2]
+    if not said and not _LOCALTIME.exists():
+        return "UTC"
+    try:
+        zone_of(said or None)
+        if said:
+            return said
+    except InvalidInput:
+        pass
+    raise InvalidInput("this machine's time zone has no name that another host would know", hint="say --time-zone")
+
+
 def _local() -> tzinfo:
     """With its rules, where they are found: the offset of today is not that of a point of last winter."""
     from zoneinfo import ZoneInfo

@@ -49,42 +49,24 @@ def verify(
     chains that they name; with --read-data all that the chains show, compared with what was proven when it came.
     Ends with exit code 5 when anything is damaged or missing, and says which points it concerns.
     """
-    from snapchain.ops import verify as ops
-    from snapchain.ops.address import is_replica, parse_destination
+    from snapchain.ops.address import parse_destination
 
     if read_data and sample is not None:
         raise InvalidInput("--read-data and --sample are both given", hint="--read-data reads everything")
     share = quantities.parse_share(sample) if sample is not None else float(read_data)
     address = parse_destination(target)
     with Output(as_json=json, progress=progress, quiet=quiet) as out:
-        if is_replica(address.dest):
-            options.no_passphrase(address.dest, password_file, password_command)
-            if sample is not None or limit_rate is not None:
-                raise InvalidInput(
-                    "a replica is read where it is, at once and as a whole",
-                    subject=address.dest,
-                    hint="leave out --sample and --limit-rate; --read-data reads all data",
-                )
-            report = _of_replica(address.dest, options.disk_of(address), out, read_data=read_data)
-        else:
-            repository = options.repository(
-                address.dest,
-                out,
-                password_file=password_file,
-                password_command=password_command,
-                limit_rate=limit_rate,
-            )
-            report = ops.verify(repository, disk=options.disk_of(address), share=share, on_event=out.on_event)
+        place = options.destination(
+            address.dest,
+            out,
+            password_file=password_file,
+            password_command=password_command,
+            limit_rate=limit_rate,
+        )
+        report = place.verify(options.disk_of(address), share=share, on_event=out.on_event)
         out.report(report, _draw)
     if not report.ok:
         raise typer.Exit(Corrupt.exit_code)
-
-
-def _of_replica(dest: str, disk: str | None, out: Output, *, read_data: bool) -> VerifyReport:
-    from snapchain.ops.replica_verify import verify_replica
-    from snapchain.ops.send import replica_at
-
-    return verify_replica(replica_at(dest), disk, read_data=read_data, on_event=out.on_event)
 
 
 def _draw(console: Console, report: VerifyReport) -> None:

@@ -81,6 +81,12 @@ _FAULTS = (
         "see whether it is up and the way to it open",
     ),
     _Fault(
+        r"UNKNOWN port 65535",  # what ssh calls the far end of a command's pipes
+        Unavailable,
+        "the ProxyCommand, or the host to jump over, gave no connection, or ended it",
+        "see that ssh {login} works",
+    ),
+    _Fault(
         r"Timeout, server .* not responding|client_loop: send disconnect|Connection (reset|closed|to .* closed)"
         r"|kex_exchange_identification|ssh_dispatch_run_fatal|Broken pipe|Control socket|mux_client"
         r"|Received disconnect",

@@ -128,7 +128,11 @@ def _answer(first: Channel, count: int) -> int:
         raise Unavailable("the connection was closed by the other side", subject=first.peer)
     magic, came = _ANSWER.unpack(answer)
     if magic != MAGIC or not came & 1 or came >> count:
-        raise Corrupt("it does not answer as snapchain does", subject=first.peer)
+        raise Corrupt(
+            "it does not answer as snapchain does",
+            subject=first.peer,
+            hint="nothing else may write to the stream, such as the greeting of a login script",
+        )
     return int(came)
 
 

@@ -5,8 +5,9 @@
 A transfer that resumes where it stopped may simply be called again.  How long it pays to do so depends on whether it
 gets anywhere: time counts from the last moment at which an attempt had moved something, so a long transfer over a bad
 link goes on for as long as it moves, and a host that stays away is given up in good time.  Only Unavailable is tried
-again; a refused login or a diverged chain will not go away by asking once more.  After it, Busy is too: who holds the
-disk over there may be our own last attempt, which has not noticed yet that nobody is at the other end.
+again; a refused login or a diverged chain will not go away by asking once more, nor will what a file here or over
+there fails by, such as a full disk (`Lasting`).  After it, Busy is too: who holds the disk over there may be our own
+last attempt, which has not noticed yet that nobody is at the other end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from snapchain.errors import Busy, Unavailable
 Result = TypeVar("Result")
 _INSTANT = 0.01
 """Seconds that are not worth waiting: a clock may stand still for less."""
+
+
+class Lasting(Unavailable):
+    """Not the link has failed, but a file or disk at one of its ends: another connection finds the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def persist(
         try:
             return attempt()
         except (Unavailable, Busy) as error:
-            if isinstance(error, Busy) and not lost:
+            if _lasts(error) or (isinstance(error, Busy) and not lost):
                 raise
             lost = True
             now, count = clock(), moved()
@@ -90,3 +95,9 @@ def persist(
                 pause = min(pause, policy.first)  # the attempt itself has waited long enough
             told(Retry(error, failures, pause, left))
             sleep(pause)
+
+
+def _lasts(error: Unavailable | Busy) -> bool:
+    """A file here that fails is named by its path, and a link by who is at its other end."""
+    is_file = error.subject is not None and error.subject.startswith("/")
+    return isinstance(error, Lasting) or (is_file and not isinstance(error, Busy))

@@ -60,6 +60,19 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """The destination's chain ends inside a source layer: it holds some of the parts that this was merged from.
+
+    rest:              keys of the parts that it does not hold, lowest first
+    base_count, first: its lowest `base_count` layers are the lowest `first` source layers, as far up as ends meet
+    """
+
+    rest: tuple[Hashable, ...]
+    base_count: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
 class UpToDate:
     """The destination's chain covers exactly what is wanted; `base_count` is its length."""
 
@@ -72,12 +85,15 @@ class Send:
 
     `repeated`: how many of those base layers, the uppermost ones, hold parts of source layer `first`, which the
     source has merged since.  Putting it on top of them reads right (merging is idempotent), and they can be merged
-    into it once no kept point needs them.  Where it is not 0, `base_count - repeated` layers are the base without.
+    into it once no kept point needs them.
+    `inside`: where the destination ends inside that layer, be it in the middle of one of its own, which then counts as
+    no repeated one.
     """
 
     base_count: int
     first: int
     repeated: int = 0
+    inside: Inside | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,7 @@ class Collapse:
     base_count: int
     first: int
     repeated: int = 0
+    inside: Inside | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +168,11 @@ def missing(have: Sequence[Held], want: Sequence[Wanted], *, same: Same = operat
         if not reached.whole:
             # The row ended inside this layer: the destination holds its lower parts.  A destination layer that
             # began below them has more to say, so it does not count as repeated.
-            inside = min(count for end, count in ends.items() if end >= place)
-            return _covered(merges, base_count=len(have), first=number, repeated=len(have) - inside)
+            above = min(count for end, count in ends.items() if end >= place)
+            if place in ends:
+                common_place, common_first = place, number
+            inside = Inside(reached.rest, ends[common_place], common_first)
+            return _covered(merges, base_count=len(have), first=number, repeated=len(have) - above, inside=inside)
         if reached.place in ends:
             first, stop = ends[common_place], ends[reached.place]
             if common_place == place and stop - first > 1:
@@ -171,10 +191,11 @@ _UNKNOWN = object()
 
 @dataclass(frozen=True, slots=True)
 class _Reached:
-    """Where in the row a wanted layer ends; not whole when the row ends inside it."""
+    """Where in the row a wanted layer ends; not whole when the row ends inside it, before `rest`."""
 
     place: int
     whole: bool
+    rest: tuple[Hashable, ...] = ()
 
 
 def _follow(wanted: Wanted, row: Sequence[Hashable], place: int, same: Same) -> _Reached | None:
@@ -182,7 +203,7 @@ def _follow(wanted: Wanted, row: Sequence[Hashable], place: int, same: Same) -> 
     pending = [wanted]  # not recursive: a layer that a nightly merge grew for years is nested as deep
     while pending:
         if place == len(row):
-            return _Reached(place, whole=False)
+            return _Reached(place, whole=False, rest=tuple(part.source for part in reversed(pending)))
         part = pending.pop()
         if row[place] is not _UNKNOWN and same(row[place], part.source):
             place += 1
@@ -193,10 +214,12 @@ def _follow(wanted: Wanted, row: Sequence[Hashable], place: int, same: Same) -> 
     return _Reached(place, whole=True)
 
 
-def _covered(merges: Sequence[Span], *, base_count: int, first: int, repeated: int = 0) -> Send | Collapse:
+def _covered(
+    merges: Sequence[Span], *, base_count: int, first: int, repeated: int = 0, inside: Inside | None = None
+) -> Send | Collapse:
     if merges:
-        return Collapse(tuple(merges), base_count, first, repeated)
-    return Send(base_count, first, repeated)
+        return Collapse(tuple(merges), base_count, first, repeated, inside)
+    return Send(base_count, first, repeated, inside)
 
 
 def _parted(have: Sequence[Held], want: Sequence[Wanted], *, base_count: int, first: int, ahead: bool) -> Diverged:

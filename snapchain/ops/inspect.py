@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain, ImageFile, scan
-from snapchain.model.chain import Chain
+from snapchain.model.chain import Chain, LayerUse
 from snapchain.model.extents import Extents
 from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
@@ -70,8 +70,6 @@ def inspect_image(
     """A chain of files. Works while a guest runs, as far as the files are whole; raises what `scan` raises."""
     _ = on_event
     with scan(path, format=format, image_dirs=image_dirs) as chain:
-        names = [str(number) for number in range(len(chain.files))]
-        usage = _chain(names, [file.extents for file in chain.files]).usage()
         notes = Notes()
         drawn = strips([file.extents for file in chain.files], STRIP_CELLS)
         layers = tuple(
@@ -90,7 +88,7 @@ def inspect_image(
                 holds=note_of(file, notes).holds,
                 strip=strip,
             )
-            for file, use, strip in zip(chain.files, usage, drawn, strict=True)
+            for file, use, strip in zip(chain.files, usage([file.extents for file in chain.files]), drawn, strict=True)
         )
         return InspectReport(
             address=str(path),
@@ -117,7 +115,6 @@ def inspect_point(repository: Repository, disk: str, *, point: str | None = None
     found = find_point(catalogue, point)
     chain = repository.chain(catalogue, found.layer)
     maps = [layer.extents() for layer in chain]
-    usage = _chain([layer.id for layer in chain], maps).usage()
     layers = tuple(
         LayerReport(
             path=layer.id,
@@ -133,7 +130,7 @@ def inspect_point(repository: Repository, disk: str, *, point: str | None = None
             bitmaps=(),
             strip=strip,
         )
-        for layer, use, strip in zip(chain, usage, strips(maps, STRIP_CELLS), strict=True)
+        for layer, use, strip in zip(chain, usage(maps), strips(maps, STRIP_CELLS), strict=True)
     )
     return InspectReport(
         address=f"{repository.store.url}::{disk}@{found.point}",
@@ -144,9 +141,12 @@ def inspect_point(repository: Repository, disk: str, *, point: str | None = None
     )
 
 
-def _chain(ids: Sequence[str], maps: Sequence[Extents]) -> Chain:
+def usage(maps: Sequence[Extents]) -> Sequence[LayerUse]:
+    """What each layer of a chain holds, and how much of it the layers above hide. maps: root first."""
+    ids = [str(number) for number in range(len(maps))]
     parents = [None, *ids]
-    return Chain([Layer(name, extents, parent) for name, extents, parent in zip(ids, maps, parents, strict=False)])
+    layers = [Layer(name, extents, parent) for name, extents, parent in zip(ids, maps, parents, strict=False)]
+    return Chain(layers).usage()
 
 
 def _findings(chain: ImageChain) -> Iterator[str]:

@@ -111,6 +111,9 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
         else:
             standings = _given_still(prepared, endpoint, token)
             _confirm(request, prepared, token, started=done.started)
+            for each in prepared:
+                with opened(request, each.move) as chain:
+                    each.fenced = tuple(ownership.fenced(chain, token))
         cutover = time.monotonic() - locked
     started = None
     if request.start_hook:

@@ -26,6 +26,11 @@ class OutputFile:
         self._temporary = path.with_name(f".{path.name}.snapchain-part")
         self.fd = -1
 
+    @property
+    def growing(self) -> Path:
+        """Its name until it is published."""
+        return self._temporary
+
     def __enter__(self) -> Self:
         with os_errors(self._temporary):
             while not self._took():

@@ -193,6 +193,11 @@ def unfence(chain: ImageChain, token: str, *, epoch: int = 1) -> None:
         Notes().change(file.real_path, restored)
 
 
+def fenced(chain: ImageChain, token: str) -> list[Path]:
+    """The files that bear the mark of a handover, uppermost first."""
+    return [file.path for file, _ in reversed(_marked(chain, token))]
+
+
 def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
     """The files that bear the mark of a handover, root first."""
     notes = Notes()

@@ -4,7 +4,8 @@
 
 What to send is decided from both inventories; where the two sides have gone different ways nothing is sent at all.
 Pending overlays become one layer, so that redundant overwrites never cross the wire; the root stays a layer of its
-own, and so does the top.  With `Files.EACH` every file becomes a layer under its own name.
+own, and so does the top, unless much of them is overwritten too.  With `Files.EACH` every file becomes a layer under
+its own name.
 """
 
 from __future__ import annotations
@@ -17,35 +18,40 @@ from datetime import UTC, datetime
 from snapchain.errors import Diverged
 from snapchain.host.remote_channel import Channel
 from snapchain.host.remote_retry import Persistence, persist
-from snapchain.image import ImageChain, ImageFile
+from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
-from snapchain.image.qcow2.format import MIN_EXTENDED_L2_CLUSTER_BITS, SUBCLUSTERS
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
-from snapchain.model.extents import Extents, fold
+from snapchain.model.extents import ZERO, Extents, over
 from snapchain.model.inventory import Collapse, Held, Send, UpToDate, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
-from snapchain.ops.send_recognise import recognised
+from snapchain.ops.replica_endpoint import replica_at
+from snapchain.ops.replica_waiting import waiting
+from snapchain.ops.send_geometry import geometry
+from snapchain.ops.send_groups import composed, groups
+from snapchain.ops.send_recognise import counted_up, recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
-from snapchain.ops.send_sources import same_source, source_of, wanted
+from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
-from snapchain.replica.endpoint import Endpoint, open_endpoint
+from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import Inventory, Open
-
-_RAW_CLUSTER = 64 * 1024
+from snapchain.replica.source_keys import keys_of
+from snapchain.replica.stream.messages import Inventory, Open, Source
 
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What new layers lie on. files: how many of the source's it stands for; total: its content sum."""
+    """What new layers lie on. files: how many of the source's it stands for; total: its content sum.
+
+    rest: parts of the next file that the replica lacks, where it has some of them
+    """
 
     files: int
     parent: str | None
@@ -53,11 +59,7 @@ class _Base:
     total: Sum
     lower_total: Sum
     same: bool
-
-
-def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
-    """The replica that an address names. connections: of ssh. Touches nothing. Raises InvalidInput."""
-    return open_endpoint(dest, connections=connections)
+    rest: tuple[Source, ...] = ()
 
 
 def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendPlan:
@@ -71,7 +73,7 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         held = sender.open(opening(request, endpoint, chain, look=True))
         run = _Run(chain, sender, request, endpoint.url, on_event)
         base = run.base(held, cut=lambda _keep: None)
-        layers = tuple(run.planned(base, len(chain.files)))
+        layers = tuple(run.planned(base))
         sender.finish()
     return SendPlan(
         image=str(request.image),
@@ -102,7 +104,7 @@ def layers_lacking(
     """
     run = _Run(chain, sender, request, sender.peer, on_event)
     base = run.base(held, cut=lambda _keep: None)
-    return tuple(run.planned(base, len(chain.files)))
+    return tuple(run.planned(base))
 
 
 def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
@@ -141,9 +143,9 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
         Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
     ):
         try:
-            held = sender.open(opening(request, endpoint, chain))
+            held = sender.open(opening(request, endpoint, chain), on_wait=waiting(endpoint, on_event))
             run = _Run(chain, sender, request, endpoint.url, on_event)
-            return run.send(run.base(held, cut=sender.cut), len(chain.files))
+            return run.send(run.base(held, cut=sender.cut))
         finally:
             moved(sender.confirmations)
 
@@ -161,7 +163,7 @@ def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = igno
     ):
         sender.open_blindly(Open(disk=request.disk, epoch=_epoch(request, chain)))
         run = _Run(chain, sender, request, channel.peer, on_event)
-        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True), len(chain.files))
+        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True))
 
 
 class _Run:
@@ -178,7 +180,7 @@ class _Run:
             return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
         lineage = (*self._request.lineage, *noted_lineage(self._chain, self._on_event))
         found = missing(
-            [Held(layer.id, layer.sources) for layer in held.layers],
+            [Held(layer.id, keys_of(layer)) for layer in held.layers],
             [wanted(file, lineage) for file in self._chain.files[:count]],
             same=same_source,
         )
@@ -190,13 +192,19 @@ class _Run:
             case Send() | Collapse():
                 if isinstance(found, Collapse):
                     self._on_event(
-                        Notice(f"the replica holds {len(found.merges)} merged layers apart still; it reads the same")
+                        Notice(
+                            f"the replica holds {len(found.merges)} merged layers apart still; it reads the same, and "
+                            "`snapchain merge` with rules merges there too"
+                        )
                     )
-                # Where the tip is a part of what was merged into the next layer, that layer still counts from the
-                # layers which lie wholly below it; what the tip shows no file here knows any more.
-                lower = found.base_count - found.repeated
-                lower_total = decode_sum(held.layers[lower - 1].content_sum) if lower else empty_sum()
-                return _Base(found.first, tip.id, tip.size, total, lower_total, same=not found.repeated)
+                if found.inside is None:
+                    return _Base(found.first, tip.id, tip.size, total, total, same=True)
+                # The tip is a part of what was merged into the next layer. That counts from the files below it, and
+                # stands for what the replica lacks of it; what the tip shows no file here knows any more.
+                name = self._chain.files[found.first].path.name
+                self._on_event(Notice(f"{name} was merged with what the replica lacks: all of it is sent"))
+                lower = counted_up(self._chain, found.first, found.inside, held, on_bytes=self._reading("recognise"))
+                return _Base(found.first, tip.id, tip.size, total, lower, False, keys(found.inside.rest))
             case model.Diverged():
                 known = None if found.is_ahead else self._recognised(found, held, count)
                 if known is not None:
@@ -206,21 +214,21 @@ class _Run:
                 return self._after_cut(found, held, cut)
 
     def _recognised(self, found: model.Diverged, held: Inventory, count: int) -> int | None:
-        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
         self._on_event(
             Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
         )
+        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
+        return recognised(self._chain, count, found, held, on_bytes=self._reading("recognise", whole))
+
+    def _reading(self, phase: str, whole: int = 0) -> Callable[[int], None]:
         done = 0
 
         def on_bytes(count: int) -> None:
             nonlocal done
             done += count
-            self._on_event(Progress("recognise", done, max(done, whole)))
+            self._on_event(Progress(phase, done, max(done, whole)))
 
-        sources = held.layers[-1].sources
-        files = enumerate(self._chain.files[:count])
-        newest = next((at for at, file in files if sources and same_source(source_of(file), sources[-1])), None)
-        return recognised(self._chain, count, found, held, newest=newest, on_bytes=on_bytes)
+        return on_bytes
 
     def _after_cut(self, found: model.Diverged, held: Inventory, cut: Callable[[str | None], None]) -> _Base:
         self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))
@@ -241,6 +249,8 @@ class _Run:
         elif found.is_related:
             common = held.layers[found.base_count - 1].file
             what = f"both sides have gone on from {common}: here {ours}, at the replica {theirs}"
+        elif known := self._known_there(held):
+            what = f"the replica holds {known} in one layer with what was written to since it was sent: {theirs}"
         else:
             what = f"the replica holds another disk under this name: {theirs}; nothing of {ours} is known there"
         return Diverged(
@@ -250,17 +260,27 @@ class _Run:
             "(--cut-replica)",
         )
 
-    def planned(self, base: _Base, count: int) -> Iterator[LayerPlan]:
+    def _known_there(self, held: Inventory) -> str:
+        """Files of the image that are parts of layers there."""
+        sources = [source for layer in held.layers for source in layer.sources]
+        files = [
+            file.path.name
+            for file in self._chain.files
+            if any(same_source(source_of(file), source) for source in sources)
+        ]
+        return _listed(files)
+
+    def planned(self, base: _Base) -> Iterator[LayerPlan]:
         """The layers that `send` would make."""
-        for at, group in enumerate(self._groups(base, count)):
+        for at, group in enumerate(self._groups(base)):
             layer = self._outgoing(group, base if at == 0 else None)
             files = tuple(str(self._chain.files[at].path) for at in group)
             yield LayerPlan(files=files, virtual_size=layer.extents.size, data_bytes=layer.extents.data_bytes)
 
-    def send(self, base: _Base, count: int) -> SendReport:
-        """Send the files [base.files, count), publish, and wait until all is durable."""
+    def send(self, base: _Base) -> SendReport:
+        """Send the files above the base, publish, and wait until all is durable."""
         begun = time.monotonic()
-        groups = self._groups(base, count)
+        groups = self._groups(base)
         layers = [self._outgoing(group, base if at == 0 else None) for at, group in enumerate(groups)]
         whole = sum(layer.extents.data_bytes for layer in layers)
         done = 0
@@ -298,53 +318,26 @@ class _Run:
             seconds=time.monotonic() - begun,
         )
 
-    def _grouped(self, first: int, count: int) -> Iterator[range]:
-        if self._request.files is Files.EACH:
-            yield from (range(at, at + 1) for at in range(first, count))
-            return
-        if first == 0 and count > 1:
-            yield range(1)
-            first = 1
-        if first < count - 1:
-            yield range(first, count - 1)
-            first = count - 1
-        if first < count:
-            yield range(first, count)
-
-    def _groups(self, base: _Base, count: int) -> list[range]:
-        """Those that say something. A fresh overlay goes with the layer above it, so that it is known there too."""
-        groups: list[range] = []
-        silent: int | None = None
-        for group in self._grouped(base.files, count):
-            if not self._adds(group, base):
-                silent = group.start if silent is None else silent
-                continue
-            groups.append(range(group.start if silent is None else silent, group.stop))
-            silent = None
-        return groups
-
-    def _adds(self, group: range, base: _Base) -> bool:
-        """False for fresh overlays, which say nothing."""
-        if group.start == 0 or self._request.files is Files.EACH:
-            return True
-        below = base.size if group.start == base.files else self._chain.files[group.start - 1].size
-        return self._extents(group) != Extents.absent(below)
-
-    def _extents(self, group: range) -> Extents:
-        return fold(self._chain.files[at].extents for at in group)
+    def _groups(self, base: _Base) -> list[range]:
+        each = self._request.files is Files.EACH
+        return groups(self._chain, base.files, below=base.size, each=each)
 
     def _outgoing(self, group: range, base: _Base | None) -> OutgoingLayer:
         files = [self._chain.files[at] for at in group]
         view = self._chain.at(group.stop - 1)
         below = self._chain.at(group.start - 1) if group.start else None
-        cluster_size, grain = _geometry(files)
+        cluster_size, grain = geometry(files)
         shown = view.resolve().owned_by(0)
+        held = composed(self._chain, group)
+        if base is not None and base.parent is not None and not group.start:
+            # A root says nothing where it reads as zero; on layers of the replica it must.
+            held = over(Extents.constant(held.size, ZERO), held)
         return OutgoingLayer(
             name=offered_name(files[-1].path.name),
             cluster_size=cluster_size,
             extended_l2=grain < cluster_size,
-            sources=tuple(source_of(file) for file in files),
-            extents=aligned(self._extents(group), shown, cluster_size=grain),
+            sources=sources_of(files, base.rest if base else ()),
+            extents=aligned(held, shown, cluster_size=grain),
             view=view,
             below=below,
             below_sum=base.lower_total if base else empty_sum(),
@@ -354,15 +347,6 @@ class _Run:
 
 def _on(layer: OutgoingLayer, total: Sum) -> OutgoingLayer:
     return replace(layer, below_sum=total)
-
-
-def _geometry(files: Sequence[ImageFile]) -> tuple[int, int]:
-    """(cluster size, grain) of the file that will hold these: as fine as the finest of them, and no finer."""
-    grain = min(file.grain if file.header else _RAW_CLUSTER for file in files)
-    cluster = min(file.cluster_size or _RAW_CLUSTER for file in files)
-    if grain < cluster and grain * SUBCLUSTERS >= 1 << MIN_EXTENDED_L2_CLUSTER_BITS:
-        return grain * SUBCLUSTERS, grain
-    return grain, grain
 
 
 def _listed(names: Sequence[str]) -> str:

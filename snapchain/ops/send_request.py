@@ -15,7 +15,6 @@ from snapchain.image import ImageChain
 from snapchain.model.inventory import Wanted
 from snapchain.ops.events import OnEvent
 from snapchain.ops.ownership import check_not_given
-from snapchain.ops.ship import check_label
 from snapchain.ops.source import locked_chain, paused_chain, sealed_chain
 from snapchain.replica.names import check_disk_name
 from snapchain.replica.stream.messages import LARGEST_EPOCH
@@ -125,8 +124,11 @@ class Request:
 
     def check(self) -> None:
         """Raises InvalidInput for labels and names that cannot be."""
-        for label in self.labels:
-            check_label(label)
+        if self.labels:
+            from snapchain.ops.ship import check_label  # inside: the whole repository comes with it
+
+            for label in self.labels:
+                check_label(label)
         check_disk_name(self.disk)
         if not 1 <= self.epoch <= LARGEST_EPOCH:
             raise InvalidInput(f"{self.epoch} is no epoch", hint=f"a number from 1 to {LARGEST_EPOCH}")

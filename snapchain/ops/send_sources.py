@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from snapchain.image import ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
-from snapchain.replica.stream.messages import Source
+from snapchain.replica.source_keys import ShortKey, short_key
+from snapchain.replica.stream.messages import MAX_LAYERS, Source
 from snapchain.repository.source import Source as NotedSource
 
 
@@ -17,6 +18,22 @@ def source_of(file: ImageFile) -> Source:
     return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
 
 
+def keys(parts: Iterable[Hashable]) -> tuple[Source, ...]:
+    """Parts of merged files, as a stream says them."""
+    return tuple(Source(**part.model_dump()) for part in parts if isinstance(part, Source | NotedSource))
+
+
+def sources_of(files: Sequence[ImageFile], rest: tuple[Source, ...]) -> tuple[Source, ...]:
+    """What a layer of these files says that it was made of.
+
+    rest: parts of the first one that the replica lacks, which stand for it then: together with those that it has they
+    are what the files' lineage says, and so they are known again
+    """
+    own = tuple(source_of(file) for file in files)
+    found = (*rest, *own[1:]) if rest else own
+    return found if len(found) <= 2 * MAX_LAYERS else own
+
+
 def wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
     """A file of the chain, with what a merge has made it of where that is known."""
     source = source_of(file)
@@ -24,7 +41,12 @@ def wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
 
 
 def same_source(mine: object, theirs: object) -> bool:
-    """Whether two Sources, of a stream or of notes, are of one file, which nobody has written to in between."""
+    """Whether two Sources, of a stream or of notes, are of one file, which nobody has written to in between.
+
+    mine: may also be the short key of one
+    """
+    if isinstance(mine, ShortKey):
+        return isinstance(theirs, Source | NotedSource) and theirs.size > 0 and short_key(theirs) == mine
     if not isinstance(mine, Source | NotedSource) or not isinstance(theirs, Source | NotedSource) or not mine.size:
         return False
     return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))

@@ -12,6 +12,7 @@ from pathlib import Path
 from snapchain.errors import NotFound
 from snapchain.host.remote_lanes import accept_lanes
 from snapchain.host.remote_stdio import stdio_channel
+from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.replica.receiver import receive
 
 PATIENCE = 60.0
@@ -29,4 +30,4 @@ def serve_stdio(*, root: Path | None = None) -> None:
     channel = accept_lanes(stdio_channel(patience=PATIENCE))
     if channel is not None:  # else this process was a lane of another's
         with channel:
-            receive(channel, within=root)
+            receive(channel, within=root, engine=ReplicaEngine())

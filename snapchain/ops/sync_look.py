@@ -5,6 +5,7 @@ One connection serves the look and the last step, the making of the overlay, und
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ def not_ready(request: SyncRequest, endpoint: Endpoint, top: ActiveTop, why: str
         virtual_size=top.size,
         overlay=None,
         proof=request.proof,
-        paths={},
+        names=(),
         commands=(),
     )
 
@@ -163,22 +164,23 @@ class _Look:
     ) -> Destination:
         base = "" if said is None else f"{said.directory}/"
         layers = []
-        paths: dict[str, str] = {}
         for layer in held.layers:
             file = _single(layer, chain)
             whole = None if file is None else str(file.path)
             there = f"{base}{check_offered(layer.file, subject=self._endpoint.url)}"
             layers.append(LayerThere(path=there, source=whole, virtual_size=layer.size, content_id=layer.content_id))
-            if whole is not None:
-                paths[whole] = there
         overlay = None if said is None else f"{base}{said.file}"
         ready = said is not None and not missing
         commands: tuple[str, ...] = ()
-        if overlay is not None:
-            named = {str(self._top.path), str(self._send.image.absolute()), str(self._send.image.resolve())}
-            paths |= dict.fromkeys(sorted(named), overlay)
-        if ready and self._request.guest is not None:
-            commands = migrate_commands(self._request.guest, paths)
+        image = self._send.image
+        names = {
+            str(self._top.path),
+            str(image.absolute()),
+            os.path.normpath(image.absolute()),
+            str(image.resolve()),
+        }
+        if ready and overlay is not None and self._request.guest is not None:
+            commands = migrate_commands([(self._request.guest, names, overlay)])
         return Destination(
             disk=self._send.disk,
             destination=self._endpoint.url,
@@ -192,7 +194,7 @@ class _Look:
             virtual_size=self._top.size,
             overlay=overlay,
             proof=self._request.proof,
-            paths=paths,
+            names=tuple(sorted(names)),
             commands=commands,
         )
 

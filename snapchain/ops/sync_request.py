@@ -71,7 +71,7 @@ class Destination(BaseModel):
 
     ready: all that is sealed is there, and the overlay; missing: why not, as sentences; layers: root first
     layers_to_send, bytes_to_send: sealed here and not there; overlay: its path, None where no layer is there yet
-    paths: of each file of the image here, by each name that a definition may have, to the one over there
+    names: paths by which a guest's definition may name the image here
     commands: for a shell on this host, in order, the last one migrates; none without a domain, a target and an URI
     """
 
@@ -89,7 +89,7 @@ class Destination(BaseModel):
     virtual_size: int
     overlay: str | None
     proof: Proof
-    paths: dict[str, str]
+    names: tuple[str, ...]
     commands: tuple[str, ...]
 
     @property

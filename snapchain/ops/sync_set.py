@@ -27,9 +27,10 @@ def check_together(requests: Sequence[SyncRequest]) -> None:
 
 
 def commands_for(requests: Sequence[SyncRequest], disks: Sequence[Destination]) -> tuple[str, ...]:
-    """One migration of all disks; nothing where a disk's place in the guest is not known."""
-    guests = [request.guest for request in requests if request.guest is not None]
-    if len(guests) < len(requests):
-        return ()
-    paths = {here: there for disk in disks for here, there in disk.paths.items()}
-    return migrate_commands(guests[0], paths, targets=[guest.target for guest in guests])
+    """One migration of all disks; nothing where a disk's place in the guest, or its overlay, is not known."""
+    found = [
+        (request.guest, disk.names, disk.overlay)
+        for request, disk in zip(requests, disks, strict=True)
+        if request.guest is not None and disk.overlay is not None
+    ]
+    return migrate_commands(found) if len(found) == len(disks) else ()

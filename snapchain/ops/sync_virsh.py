@@ -1,15 +1,16 @@
 """The commands with which an operator moves a guest whose lower layers are at the destination already.
 
 libvirt copies the top alone (`--copy-storage-inc`), and writes nothing but what `--migrate-disks` names: without that
-list it would take all writable disks, shared ones included, and damage them.  The files have other paths over there, so
-the definition is rewritten by sed, which both `--xml` and `--persistent-xml` then get.
+list it would take all writable disks, shared ones included, and damage them.  The disk has another path over there, so
+the definition is rewritten by sed, which both `--xml` and `--persistent-xml` then get; grep shows the line, and fails
+where the definition names the disk in a way that nobody has foreseen.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -54,30 +55,39 @@ def guest_of(
     return Guest(domain, target, uri)
 
 
-def migrate_commands(guest: Guest, paths: Mapping[str, str], *, targets: Sequence[str] = ()) -> tuple[str, str]:
+def migrate_commands(disks: Sequence[tuple[Guest, Collection[str], str]]) -> tuple[str, str]:
     """For a shell on the source: write the definition for the destination, then migrate.
 
-    paths: from each file's path here to the one over there; must not be empty
-    targets: of all disks that are copied; that of `guest` where there are no others
+    disks: of one guest, each with the paths by which its definition may name the disk here, and the overlay over there
     """
-    edits = [part for old, new in paths.items() if old != new for part in ("-e", _edit(old, new))]
+    guest = disks[0][0]
+    edits = [part for _, names, overlay in disks for name in sorted(names) for part in _edits(name, overlay)]
     definition = shlex.quote(f"{guest.domain}.snapchain.xml")
     dump = ["virsh", "dumpxml", "--migratable", guest.domain]
-    sed = ["sed", *(edits or ["-n", "p"])]
+    found = [["grep", "-F", f"file='{_in_xml(overlay)}'"] for _, _, overlay in disks]
     move = [
         "virsh", "migrate", "--live", "--persistent", "--verbose",
         "--copy-storage-inc", "--copy-storage-synchronous-writes",
-        "--migrate-disks", ",".join(targets or [guest.target]),
+        "--migrate-disks", ",".join(each.target for each, _, _ in disks),
     ]  # fmt: skip
     given = f"--xml {definition} --persistent-xml {definition} {shlex.join([guest.domain, guest.uri])}"
-    return f"{shlex.join(dump)} | {shlex.join(sed)} > {definition}", f"{shlex.join(move)} {given}"
+    seen = " && ".join(f"{shlex.join(words)} {definition}" for words in found)
+    write = f"{shlex.join(dump)} | {shlex.join(['sed', *edits])} > {definition} && {seen}"
+    return write, f"{shlex.join(move)} {given}"
 
 
-def _edit(old: str, new: str) -> str:
-    """A command of sed that changes one path where libvirt writes it: file='/images/web1.qcow2'."""
-    pattern = re.sub(r"([][\\.*^$|])", r"\\\1", _in_xml(old))
-    replacement = re.sub(r"([\\&|])", r"\\\1", _in_xml(new))
-    return f"s|file='{pattern}'|file='{replacement}'|g"
+def _edits(top: str, overlay: str) -> list[str]:
+    """Commands of GNU sed for one path of the disk, where libvirt writes it: <source file='/images/web1.qcow2'.
+
+    The chain below it, which libvirt writes down in some definitions, goes: over there it is read from the files, whose
+    formats may be other ones: a raw root is qcow2 there, and a guest must not see it as raw.
+    """
+    pattern = re.sub(r"([][\\.*^$|])", r"\\\1", _in_xml(top))
+    replacement = re.sub(r"([\\&|])", r"\\\1", _in_xml(overlay))
+    disk = rf"\|<source file='{pattern}'|,\|</disk>|"
+    chain = r"\|<backingStore type=|,\|<target |"
+    without_chain = rf"{disk}{{{chain}{{\|<target |!d}}}}"
+    return ["-e", without_chain, "-e", f"s|file='{pattern}'|file='{replacement}'|g"]
 
 
 def _in_xml(path: str) -> str:

@@ -126,7 +126,7 @@ class Verification:
         def on_bytes(count: int) -> None:
             nonlocal done
             done += count
-            on_event(Progress("verify", done, total))
+            on_event(Progress("verify", done, None if total is None else max(done, total)))
 
         for catalogue in found:
             self._check_disk(catalogue, packs, tally, on_bytes)

@@ -17,8 +17,7 @@ from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
-from snapchain.image import ImageChain, qemu_img, scan
-from snapchain.image.qemu_img import BackingLink, Qcow2Options
+from snapchain.image import ImageChain, scan
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.store import ReplicaDisk
@@ -99,6 +98,10 @@ def _make(backing: Path, asked: Active, path: Path) -> None:
     temporary = files.temporary_beside(path, purpose=_PURPOSE)
     try:
         os.close(files.open_new(temporary))
+        # inside: few streams make an overlay, and programs come with it
+        from snapchain.image import qemu_img
+        from snapchain.image.qemu_img import BackingLink, Qcow2Options
+
         options = Qcow2Options(cluster_size=asked.cluster_size, extended_l2=asked.extended_l2 or None)
         qemu_img.create(temporary, asked.size, options=options, backing=BackingLink(str(backing), "qcow2"))
         files.fsync_file(temporary)

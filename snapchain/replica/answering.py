@@ -3,7 +3,7 @@
     ASK  ->  DISK* DONE                                    what points there are
          ->  (PROGRESS* FINDING* VERDICT)* DONE            whether records, or data, are sound
 
-Nothing is made, locked or changed.
+Nothing is made, locked or changed, but for what a merge that was killed has left: that is put in order first.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from snapchain.errors import NotFound, SnapchainError
+from snapchain.errors import Busy, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.checking import check_disk
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, HeldDisk, HeldPoint, encode
+from snapchain.replica.unfinished import Engine, wait_for_merge
 
 Say = Callable[[Kind, bytes], None]
 PROGRESS = struct.Struct("<QQ")
@@ -26,24 +28,30 @@ PROGRESS = struct.Struct("<QQ")
 _PROGRESS_SECONDS = 0.3
 
 
-def answer(asked: Ask, root: Path, say: Say) -> None:
-    """Say all but DONE. Raises NotFound where there is no such replica or disk, and what `say` raises."""
+def answer(asked: Ask, root: Path, say: Say, *, engine: Engine | None = None) -> None:
+    """Say all but DONE. Raises NotFound where there is no such replica or disk, and what `say` raises.
+
+    engine: for a merge that was killed, which is finished or undone before anything is judged
+    """
     replica = open_replica(root)
     disks = replica.disks() if asked.disk is None else [replica.disk(asked.disk)]
     if asked.want == "points":
         for disk in disks:
-            for page in _pages(_read(disk)):
+            for page in _pages(_settled(disk, engine)):
                 say(Kind.DISK, encode(page))
         return
     teller = _Teller(disks, say) if asked.want == "data" else None
     for disk in disks:
-        checked = check_disk(disk, data=asked.want == "data", on_bytes=_ignored if teller is None else teller.read)
+        on_bytes = _ignored if teller is None else teller.read
+        checked = check_disk(disk, data=asked.want == "data", on_bytes=on_bytes, engine=engine)
         for finding in checked.findings:
             say(Kind.FINDING, encode(finding))
         say(Kind.VERDICT, encode(checked.verdict))
 
 
-def _read(disk: ReplicaDisk) -> Catalogue:
+def _settled(disk: ReplicaDisk, engine: Engine | None) -> Catalogue:
+    with suppress(Busy, InvalidInput, Unsupported):  # its points are told all the same
+        wait_for_merge(disk, engine=engine, patience=0)
     found = disk.read()
     if found is None:
         raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)

@@ -2,8 +2,9 @@
 
 begin     place every cluster by the map alone, so that a second run finds the same places
 take      write what a judged frame brings; zeroes are holes, the rest may come from the layers below
-mark      what was written so far becomes durable, on another thread
-finish    tables and header, then read the file back: its chain must show the content id that was announced
+mark      what was written so far becomes durable, and is then read back and counted, on another thread
+finish    tables and header, which must lead to what was read, and the rest of that: the chain must show the content id
+          that was announced
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from snapchain.errors import Conflict, Corrupt, Diverged, SnapchainError, Unavai
 from snapchain.host.files import free_bytes, fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import Backing, ImageChain, scan
+from snapchain.image.growing import GrowingFile
 from snapchain.image.positioned import write_all
 from snapchain.image.qcow2.layout import plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
@@ -23,7 +25,7 @@ from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, encode_sum
-from snapchain.replica.leaves import counted
+from snapchain.replica.leaves import Counting, counted
 from snapchain.replica.progress import Durability, Progress, forget, publish, read_progress, write_progress
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.data import Arrived, DataRuns, Part
@@ -66,6 +68,7 @@ class Arrival:
             raise Unsupported(f"the chain has {MAX_LAYERS} layers, and QEMU opens no more", subject=disk.directory)
         self._below = None if tip is None else opened_chain(disk, catalogue, tip)
         self._fd = -1
+        self._growing: GrowingFile | None = None
         self._durability: Durability | None = None
         try:
             backing = Backing(tip.file, "qcow2") if tip else None
@@ -82,10 +85,18 @@ class Arrival:
                 self._writer.resume()
             else:
                 self._writer.begin()
-            self._durability = Durability(disk, layer, on_durable)
+            self._growing = GrowingFile(disk.path(names.INCOMING), self._fd, layout)
+            self._below_sum = tip.sum() if tip else empty_sum()
+            self._counting = self._begun(self._growing)
+            self._durability = Durability(disk, layer, on_durable, look_back=self._counting.up_to)
         except BaseException:
             self.close()
             raise
+
+    def _begun(self, growing: GrowingFile) -> Counting:
+        below = self._below
+        view = ImageChain([*(below.files if below else ()), growing], owned=False)
+        return Counting(growing.extents, view, below, self._below_sum)
 
     @property
     def on_base(self) -> bool:
@@ -190,10 +201,13 @@ class Arrival:
         return publish(self._disk, self._catalogue, layer)
 
     def _proven(self, announced: str) -> Sum:
-        tip = self._catalogue.tip
-        below_sum = tip.sum() if tip else empty_sum()
+        # All bytes have been read from the file, most of them behind a mark, while others were still to come. Unless
+        # the tables lead to these very bytes, that proves nothing.
+        assert self._growing is not None
+        total = self._counting.rest(_unheard)
         with scan(self._disk.path(names.INCOMING), format="qcow2") as view:
-            total = counted(view.top.extents, view, self._below, below_sum, on_bytes=_unheard)
+            if not self._growing.became(view.top):
+                total = counted(view.top.extents, view, self._below, self._below_sum, on_bytes=_unheard)
             shown = content_id(view.size, total)
         if shown != announced:
             forget(self._disk)
@@ -208,6 +222,8 @@ class Arrival:
         """Give up what is open. What is durable stays, for the next run."""
         if self._durability is not None:
             self._durability.stop()
+        if self._growing is not None:
+            self._growing.close()
         if self._below is not None:
             self._below.close()
             self._below = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ _PROGRESS = struct.Struct("<QQ")
 MOST_BYTES = 256 << 20
 """Of a whole answer: a million points, or thousands of findings; beyond that somebody means harm."""
 OnBytes = Callable[[int, int], None]
+OnBeat = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +85,33 @@ def soundness_at(
     return verdicts, findings
 
 
-def answers(channel: Channel, kind: Kind, asked: Said, *, feature: str) -> Iterator[Frame]:
-    """Ask, in the place of OPEN; what is said before DONE.
+def answers(
+    channel: Channel, kind: Kind, asked: Said, *, feature: str, on_beat: OnBeat = lambda: None
+) -> Iterator[Frame]:
+    """Ask, as `ask` does; what is said before DONE. Raises what the other side refuses with, too.
 
-    feature: that the other side must have to understand it. Raises Unsupported, and what the other side refuses with.
+    on_beat: called while it says nothing but that it lives
     """
-    writer, reader = FrameWriter(channel), FrameReader(channel, FROM_RECEIVER)
+    reader = ask(channel, kind, asked, feature=feature)
+    left = MOST_BYTES
+    while (frame := heard(reader, channel, on_beat)).kind is not Kind.DONE:
+        left -= len(frame.body)
+        if left < 0:
+            raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer)
+        yield frame
+
+
+def ask(
+    channel: Channel, kind: Kind, asked: Said, *, feature: str, allowed: Mapping[Kind, int] = FROM_RECEIVER
+) -> FrameReader:
+    """Say HELLO, and ask in the place of OPEN; what reads the answer.
+
+    feature: that the other side must have to understand it; allowed: what it may answer with
+    Raises Unsupported where it has not.
+    """
+    writer, reader = FrameWriter(channel), FrameReader(channel, allowed)
     writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
-    there = opening.agree(_next(reader, channel), peer=channel.peer)
+    there = opening.agree(heard(reader, channel), peer=channel.peer)
     if feature not in there.features:
         raise Unsupported(
             f"the snapchain there is too old to be asked this: it does not know {feature!r}",
@@ -99,21 +119,18 @@ def answers(channel: Channel, kind: Kind, asked: Said, *, feature: str) -> Itera
             hint="bring it up to date over there",
         )
     writer.send(kind, encode(asked))
-    left = MOST_BYTES
-    while (frame := _next(reader, channel)).kind is not Kind.DONE:
-        left -= len(frame.body)
-        if left < 0:
-            raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer)
-        yield frame
+    return reader
 
 
-def _next(reader: FrameReader, channel: Channel) -> Frame:
+def heard(reader: FrameReader, channel: Channel, on_beat: OnBeat = lambda: None) -> Frame:
+    """The next frame that says something. Raises what the other side fails with."""
     while True:
         frame = reader.read()
         if frame.kind is Kind.FAIL:
             raise failures.raised(decode(Failure, frame.body, subject=channel.peer), peer=channel.peer)
         if frame.kind is not Kind.BEAT:
             return frame
+        on_beat()
 
 
 def unexpected(frame: Frame, channel: Channel) -> Corrupt:

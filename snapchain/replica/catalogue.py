@@ -7,12 +7,14 @@ the other.  Files that it does not name are not part of the disk.
 from __future__ import annotations
 
 import base64
+import re
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
+from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound
@@ -21,6 +23,7 @@ from snapchain.model.content import SUM_BYTES, Sum, content_id
 from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, Source, SumText
 
 LARGEST_FILE = 16 << 20
+_CHECK = re.compile(rb',\n "check": "([0-9a-f]{64})"\n}\n\Z')
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -136,13 +139,24 @@ def decode_sum(text: str) -> Sum:
 
 
 def read_record(shape: type[M], path: Path) -> M | None:
-    """A small JSON file of snapchain's own; None when it is not there. Raises Corrupt."""
+    """A small JSON file of snapchain's own; None when it is not there.
+
+    Its last field, `check`, is the BLAKE3 of all that stands before it: a label or a time is sound in itself, whatever
+    it says, and a point must not be found by a wrong one. A file without it is older than that.
+    Raises Corrupt, and InvalidInput for a user who may not read it.
+    """
     try:
         text = read_small(path, cap=LARGEST_FILE)
     except NotFound:
         return None
     except InvalidInput as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
         raise Corrupt(error.message, subject=path) from error
+    if (check := _CHECK.search(text)) is not None:
+        if blake3(text[: check.start()]).hexdigest().encode() != check[1]:
+            raise Corrupt("it is not what was written: its check is wrong", subject=path)
+        text = text[: check.start()] + b"}"
     try:
         return shape.model_validate_json(text)
     except ValidationError as error:
@@ -152,7 +166,9 @@ def read_record(shape: type[M], path: Path) -> M | None:
 
 def write_record(path: Path, record: BaseModel) -> None:
     """Replace such a file, durably."""
-    write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n", mode=0o644)
+    text = record.model_dump_json(indent=1).encode().removesuffix(b"\n}")
+    check = blake3(text).hexdigest().encode()
+    write_atomically(path, b'%b,\n "check": "%b"\n}\n' % (text, check), mode=0o644)
 
 
 __all__ = [

@@ -14,6 +14,7 @@ from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Finding, Verdict
+from snapchain.replica.unfinished import Engine, is_under_way, wait_for_merge
 from snapchain.replica.verifying import verify_disk
 
 _ATTEMPTS = 5
@@ -27,13 +28,16 @@ class Checked:
     findings: tuple[Finding, ...]
 
 
-def check_disk(disk: ReplicaDisk, *, data: bool, on_bytes: Callable[[int], None]) -> Checked:
+def check_disk(
+    disk: ReplicaDisk, *, data: bool, on_bytes: Callable[[int], None], engine: Engine | None = None
+) -> Checked:
     """Look at a disk. data: read all layers too, and compare what they show with what was recorded.
 
-    on_bytes: told how much was read since it was last told
+    on_bytes: told how much was read since it was last told; engine: for a merge that was killed
     Raises NotFound for a disk that has no catalogue, Busy when it changes all the time.
     """
     for _ in range(_ATTEMPTS):
+        wait_for_merge(disk, engine=engine)
         try:
             catalogue = disk.read()
         except SnapchainError as error:
@@ -49,7 +53,7 @@ def check_disk(disk: ReplicaDisk, *, data: bool, on_bytes: Callable[[int], None]
             on_bytes(count)
 
         findings = _findings(disk, catalogue, data=data, on_bytes=counted)
-        if not findings or disk.read() == catalogue:
+        if not findings or (not is_under_way(disk) and disk.read() == catalogue):
             layers = len(catalogue.layers)
             verdict = Verdict(disk=disk.name, points=len(catalogue.points), layers=layers, checked_bytes=read)
             return Checked(verdict, tuple(findings))
@@ -71,7 +75,7 @@ def _findings(disk: ReplicaDisk, catalogue: Catalogue, *, data: bool, on_bytes: 
             disk,
             "corrupt",
             str(disk.path(each.file)),
-            f"it shows the content {each.shown}, recorded is {each.recorded}",
+            each.message,
             _points_from(catalogue, each.file),
         )
         for each in wrong

@@ -7,16 +7,15 @@ before anything is changed.  The catalogue goes first, then the files: a crash l
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
 
 from snapchain.errors import Conflict, NotFound
 from snapchain.host.files import remove
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image.references import children, reason
-from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.progress import forget
 from snapchain.replica.store import ReplicaDisk
+from snapchain.replica.unfinished import where_images_stand
 
 
 def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
@@ -37,7 +36,7 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         for path in paths:
             stack.enter_context(ImageLock(path, LockMode.WRITE))
         ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
-        for lower, standing in children(_where(disk), of=paths, besides=ours).items():
+        for lower, standing in children(where_images_stand(disk), of=paths, besides=ours).items():
             raise Conflict(
                 reason(standing),
                 subject=lower,
@@ -50,9 +49,3 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         for path in reversed(paths):
             remove(path)
     return catalogue
-
-
-def _where(disk: ReplicaDisk) -> list[Path]:
-    """Directories in which images may stand on layers."""
-    active = disk.path(names.ACTIVE)
-    return [disk.directory, active] if active.is_dir() else [disk.directory]

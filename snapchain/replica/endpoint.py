@@ -12,14 +12,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from snapchain.errors import InvalidInput, SnapchainError
 from snapchain.host.remote_address import is_remote, parse_remote_address
 from snapchain.host.remote_channel import PATIENCE, Channel
 from snapchain.replica.levels import Link
-from snapchain.replica.receiver import receive
 from snapchain.replica.ssh_endpoint import SshEndpoint
+
+if TYPE_CHECKING:
+    from snapchain.replica.unfinished import Engine
 
 _PIPE_BYTES = 1 << 20
 
@@ -47,8 +49,10 @@ class Endpoint(Protocol):
 class DirectoryEndpoint:
     """A replica in a directory of this machine, or of a share that is mounted here."""
 
-    def __init__(self, directory: Path, *, patience: float = PATIENCE) -> None:
+    def __init__(self, directory: Path, *, patience: float = PATIENCE, engine: Engine | None = None) -> None:
+        """engine: of the receiver, which merges layers."""
         self._directory = directory.absolute()
+        self._engine = engine
         self._patience = patience
 
     @property
@@ -66,13 +70,15 @@ class DirectoryEndpoint:
     @contextmanager
     def connect(self) -> Iterator[Channel]:
         """A receiver on a thread; what breaks it in a way that nobody foresaw is raised on leaving."""
+        from snapchain.replica.receiver import receive  # inside: who connects over ssh has no receiver here
+
         ours, theirs = _pair(self.url, self._patience)
         broken: list[BaseException] = []
 
         def serve() -> None:
             with theirs:
                 try:
-                    receive(theirs, self._directory)
+                    receive(theirs, self._directory, engine=self._engine)
                 except SnapchainError:
                     pass  # the sender was told, and raises it
                 except BaseException as error:  # noqa: BLE001 -- raised again below
@@ -89,8 +95,11 @@ class DirectoryEndpoint:
                 raise broken[0]
 
 
-def open_endpoint(url: str, *, connections: int = 1) -> Endpoint:
-    """The replica at ssh://[user@]host/path or dir:/path. Touches nothing. Raises InvalidInput."""
+def open_endpoint(url: str, *, connections: int = 1, engine: Engine | None = None) -> Endpoint:
+    """The replica at ssh://[user@]host/path or dir:/path. Touches nothing. Raises InvalidInput.
+
+    engine: what merges layers, where the receiver is here
+    """
     if is_remote(url):
         return SshEndpoint(parse_remote_address(url), connections=connections)
     scheme, _, path = url.partition(":")
@@ -98,7 +107,7 @@ def open_endpoint(url: str, *, connections: int = 1) -> Endpoint:
         raise InvalidInput(
             "not an address of a replica", subject=url, hint="write dir:/path, or ssh://[user@]host/path"
         )
-    return DirectoryEndpoint(Path(path))
+    return DirectoryEndpoint(Path(path), engine=engine)
 
 
 def _pair(url: str, patience: float) -> tuple[Channel, Channel]:

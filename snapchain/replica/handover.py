@@ -23,6 +23,7 @@ from snapchain.replica.progress import settle
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Handover, Standing, Step
 from snapchain.replica.stream.messages import ActiveState
+from snapchain.replica.unfinished import Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class _Case:
         return Conflict(message, subject=self.path, hint=hint)
 
 
-def hand_over(asked: Handover, root: Path) -> Handed:
-    """Do what is asked, for all disks or none.
+def hand_over(asked: Handover, root: Path, engine: Engine | None = None) -> Handed:
+    """Do what is asked, for all disks or none. engine: for a merge of one's layers that was killed.
 
     Raises NotFound for a disk that is not here, Busy when one is being changed or its overlay is open, Conflict where
     a disk is not as it was prepared, another host has taken it over, or a guest has written to what is to go back.
@@ -81,7 +82,7 @@ def hand_over(asked: Handover, root: Path) -> Handed:
             stack.enter_context(disk.locked(make=False))
             if disk.read() is None:
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
-        cases = [_case(replica.disk(each.disk), each) for each in asked.disks]
+        cases = [_case(replica.disk(each.disk), each, engine) for each in asked.disks]
         if asked.step is Step.GIVE:
             cases = _give(cases, asked.token, stack)
         elif asked.step is Step.BACK:
@@ -89,8 +90,8 @@ def hand_over(asked: Handover, root: Path) -> Handed:
     return Handed(disks=tuple(_standing(case, asked.token) for case in cases))
 
 
-def _case(disk: ReplicaDisk, asked: HandedDisk) -> _Case:
-    catalogue = settle(disk)
+def _case(disk: ReplicaDisk, asked: HandedDisk, engine: Engine | None) -> _Case:
+    catalogue = settle(disk, engine)
     look = look_at_active(disk, catalogue, asked.overlay.model_copy(update={"make": False, "prove": False}))
     return _Case(disk, catalogue, asked, look.directory, look.file, look.state)
 

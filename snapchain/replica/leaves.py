@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -76,25 +77,46 @@ def hidden(size: int, below: ImageChain | None) -> Sum:
     return total
 
 
+class Counting:
+    """The content sum of a view, from that of the chain below it and the leaves that its top layer touches.
+
+    extents: the top layer's map; may be counted piece by piece, from one thread after the other
+    """
+
+    def __init__(self, extents: Extents, view: ImageChain, below: ImageChain | None, below_sum: Sum) -> None:
+        self._view, self._below, self._size = view, below, extents.size
+        self._total = below_sum.copy()
+        self._windows = windows(hot_leaves(extents, view, below))
+        self._next = next(self._windows, None)
+
+    def up_to(self, offset: int) -> None:
+        """Count the windows that end at that guest offset or before. Errors as ImageChain.read_into."""
+        while self._next is not None and self._next.stop <= offset:
+            self._total += self._count(self._next)[0]
+            self._next = next(self._windows, None)
+
+    def rest(self, on_bytes: Callable[[int], None]) -> Sum:
+        """Count what is left, on several threads; the sum.
+
+        on_bytes: told, in the calling thread, how much was read since it was last told. Errors as ImageChain.read_into.
+        """
+        total = self._total - hidden(self._size, self._below)
+        left = self._windows if self._next is None else chain([self._next], self._windows)
+        for delta, length in _in_order(self._count, left):
+            total += delta
+            on_bytes(length)
+        return total
+
+    def _count(self, window: Window) -> tuple[Sum, int]:
+        theirs = None if self._below is None else read_window(self._below, window)
+        return change(window, read_window(self._view, window), theirs), window.length
+
+
 def counted(
     extents: Extents, view: ImageChain, below: ImageChain | None, below_sum: Sum, *, on_bytes: Callable[[int], None]
 ) -> Sum:
-    """The content sum of a view, from that of the chain below it and the leaves that its top layer touches.
-
-    extents: the top layer's map; on_bytes: told, in the calling thread, how much was read since it was last told
-    Errors as ImageChain.read_into.
-    """
-    hot = hot_leaves(extents, view, below)
-
-    def count(window: Window) -> tuple[Sum, int]:
-        theirs = None if below is None else read_window(below, window)
-        return change(window, read_window(view, window), theirs), window.length
-
-    total = below_sum - hidden(extents.size, below)
-    for delta, length in _in_order(count, windows(hot)):
-        total += delta
-        on_bytes(length)
-    return total
+    """As Counting, in one go."""
+    return Counting(extents, view, below, below_sum).rest(on_bytes)
 
 
 def _in_order(work: Callable[[Window], tuple[Sum, int]], portions: Iterator[Window]) -> Iterator[tuple[Sum, int]]:

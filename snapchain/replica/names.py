@@ -13,6 +13,7 @@ MARKER, CATALOGUE, ACTIVE = backing.REPLICA, backing.CATALOGUE, backing.ACTIVE
 LOCK = ".lock"
 INCOMING = ".incoming.qcow2"
 PROGRESS = ".incoming.json"
+MERGING = ".merging.json"
 SUFFIX = ".qcow2"
 _LONGEST = 200
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.+")

@@ -110,15 +110,20 @@ class Outbox:
         with self._state:
             self._stopping = True
         self.put(Kind.STOP)
-        self._give(None)
         if self._answers is None:
-            self._threads[0].join()
-            self.check()
+            self.flush()
             return None
+        self._give(None)
         with self._state:
             self._state.wait_for(lambda: self._done is not None or self._failure is not None)
         self.check()
         return self._done
+
+    def flush(self) -> None:
+        """Wait until everything is written; nothing may be given any more. Raises what went wrong."""
+        self._give(None)
+        self._threads[0].join()
+        self.check()
 
     def fail(self, error: BaseException) -> None:
         """Tell the other side why nothing more comes, as far as it still listens."""

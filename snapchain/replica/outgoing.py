@@ -9,7 +9,7 @@ Each window is one task of a pool of threads; what comes out is put in guest ord
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from snapchain.image import ImageChain
 from snapchain.model.content import Sum
 from snapchain.model.extents import Extents
 from snapchain.replica.leaves import WORKERS, change, hidden, read_window
+from snapchain.replica.levels import Levels
 from snapchain.replica.stream.data import DataRuns, Part, Piece, encode_data
 from snapchain.replica.stream.messages import Source
 from snapchain.replica.windows import Window, hot_leaves, windows
@@ -67,10 +68,10 @@ class Portion:
 
 @dataclass(slots=True)
 class Outgoing:
-    """A layer being read. level: of compression for the next window, asked anew for each; None for none."""
+    """A layer being read. levels: of compression, asked anew for each window."""
 
     layer: OutgoingLayer
-    level: Callable[[], int | None]
+    levels: Levels
     runs: DataRuns = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +108,8 @@ class Outgoing:
         plain = gathered(mine, window, pieces)
         same = None if theirs is None or not layer.same_below else gathered(theirs, window, pieces)
         parts, carried = cut(plain, same)
-        head, payload = encode_data(window.start, window.stop, parts, carried, level=self.level())
+        with self.levels.compressing() as level:
+            head, payload = encode_data(window.start, window.stop, parts, carried, level=level)
         return Portion(window.stop, delta, (head, payload), len(plain), len(carried))
 
 

@@ -20,6 +20,7 @@ from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue, encode_sum, read_record, write_record
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Partial
+from snapchain.replica.unfinished import Engine, settle_merge
 
 
 class Progress(BaseModel):
@@ -51,15 +52,18 @@ def forget(disk: ReplicaDisk) -> None:
     remove(disk.path(names.INCOMING))
 
 
-def settle(disk: ReplicaDisk) -> Catalogue:
-    """Finish what a killed run had finished but for the catalogue; the catalogue as it is then. Under the lock."""
-    for record in (names.CATALOGUE, names.PROGRESS):
+def settle(disk: ReplicaDisk, engine: Engine | None = None) -> Catalogue:
+    """Finish what a killed run had finished but for the catalogue; the catalogue as it is then. Under the lock.
+
+    engine: for a merge that was killed; without one that is left alone. Raises as `settle_merge`.
+    """
+    for record in (names.CATALOGUE, names.PROGRESS, names.MERGING):
         remove_temporaries(disk.path(record), purpose=NEW)
     catalogue = disk.read() or empty_catalogue(disk.name)
     progress = read_progress(disk)
-    if progress is None or progress.finished is None:
-        return catalogue
-    return publish(disk, catalogue, progress.finished)
+    if progress is not None and progress.finished is not None:
+        catalogue = publish(disk, catalogue, progress.finished)
+    return settle_merge(disk, catalogue, engine)
 
 
 def publish(disk: ReplicaDisk, catalogue: Catalogue, layer: Layer) -> Catalogue:
@@ -88,10 +92,13 @@ class Durability:
     """Makes marks durable one after the other, on a thread of its own, so that data go on arriving meanwhile.
 
     Marks that wait while the disk is busy become one. on_durable: told how many marks are durable, in that thread
+    look_back: told after that, in that thread, up to which guest offset
     """
 
-    def __init__(self, disk: ReplicaDisk, layer: str, on_durable: Callable[[int], None]) -> None:
-        self._disk, self._layer, self._on_durable = disk, layer, on_durable
+    def __init__(
+        self, disk: ReplicaDisk, layer: str, on_durable: Callable[[int], None], *, look_back: Callable[[int], None]
+    ) -> None:
+        self._disk, self._layer, self._on_durable, self._look_back = disk, layer, on_durable, look_back
         self._marks: queue.SimpleQueue[_Mark | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="durability", daemon=True)
@@ -142,3 +149,4 @@ class Durability:
         partial = Partial(layer=self._layer, durable=mark.durable, content_sum=encode_sum(mark.total))
         write_progress(self._disk, Progress(partial=partial))
         self._on_durable(mark.count)
+        self._look_back(mark.durable)

@@ -1,7 +1,7 @@
 """The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
 
     HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
-    HELLO (ASK | HANDOVER)
+    HELLO (ASK | HANDOVER | FETCH | MERGE)
 
 Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
 nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
@@ -11,9 +11,8 @@ clear error, and the loss of its own layer.
 from __future__ import annotations
 
 import struct
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,25 +22,20 @@ from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
-from snapchain.replica.active import look_at_active, make_active
-from snapchain.replica.answering import answer
 from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
-from snapchain.replica.cutting import cut
 from snapchain.replica.epochs import check_epoch, enter_epoch
-from snapchain.replica.handover import hand_over
 from snapchain.replica.progress import read_progress, settle
-from snapchain.replica.store import ReplicaDisk, open_replica
+from snapchain.replica.store import ReplicaDisk, Work, check_free, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
-from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, FrameWriter, Kind
-from snapchain.replica.stream.handover_messages import Handover
+from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kind
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
     Active,
-    Ask,
+    ActiveState,
     Cut,
     Done,
     Failure,
@@ -54,10 +48,13 @@ from snapchain.replica.stream.messages import (
     decode,
     encode,
 )
+from snapchain.replica.unfinished import Engine, undisturbed
+from snapchain.replica.voice import Voice
+from snapchain.replica.waiting import in_turn
 
-BEAT_SECONDS = 10.0
 _OFFSET = struct.Struct("<Q")
 _COUNT = struct.Struct("<Q")
+_QUESTIONS = (Kind.ASK, Kind.FETCH, Kind.HANDOVER, Kind.MERGE)
 
 OnLayer = Callable[[str, str], None]
 
@@ -73,49 +70,19 @@ class Received:
     bytes_read: int = 0
 
 
-class Voice:
-    """What this side says; several threads may. Nothing at all to a sender that does not listen."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._frames = FrameWriter(channel)
-        self._lock = threading.Lock()
-        self.heard = False
-
-    def say(self, kind: Kind, body: bytes = b"") -> None:
-        """Raises what Channel.write raises."""
-        if self.heard:
-            with self._lock:
-                self._frames.send(kind, body)
-
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Say now and then that this side is alive."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(BEAT_SECONDS):
-                with suppress(SnapchainError):
-                    self.say(Kind.BEAT)
-
-        thread = threading.Thread(target=beat, name="beat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-def receive(channel: Channel, root: Path | None = None, *, within: Path | None = None) -> Received:
+def receive(
+    channel: Channel, root: Path | None = None, *, within: Path | None = None, engine: Engine | None = None
+) -> Received:
     """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
 
     root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
+    engine: what merges; without one, MERGE is refused, and a disk on which a merge was killed
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     voice = Voice(channel)
     try:
         with voice.beating():
-            return _Reception(channel, voice, root, within).run()
+            return _Reception(channel, voice, root, within, engine).run()
     except BaseException as error:
         with suppress(SnapchainError):
             voice.say(Kind.FAIL, encode(failures.told(error)))
@@ -123,20 +90,21 @@ def receive(channel: Channel, root: Path | None = None, *, within: Path | None =
 
 
 class _Reception:
-    def __init__(self, channel: Channel, voice: Voice, root: Path | None, within: Path | None) -> None:
+    def __init__(
+        self, channel: Channel, voice: Voice, root: Path | None, within: Path | None, engine: Engine | None
+    ) -> None:
         self._channel, self._voice, self._root, self._within = channel, voice, root, within
+        self._engine = engine
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
         self._marks = 0
+        self._features: frozenset[str] = frozenset()
 
     def run(self) -> Received:
         hello = self._hello()
         frame = self._next()
-        if frame.kind is Kind.ASK and hello:
-            self._answer(decode(Ask, frame.body, subject=self._channel.peer))
-            return self._received
-        if frame.kind is Kind.HANDOVER and hello:
-            self._hand_over(decode(Handover, frame.body, subject=self._channel.peer))
+        if frame.kind in _QUESTIONS and hello:
+            self._answer(frame)
             return self._received
         if frame.kind is not Kind.OPEN:
             raise self._unexpected(frame)
@@ -152,10 +120,10 @@ class _Reception:
             self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
             return self._received
         disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
-        with disk.locked(make=True):
-            catalogue = enter_epoch(disk, settle(disk), asked.epoch)
+        with in_turn(disk, Work.TRANSFER, make=True):
+            catalogue = enter_epoch(disk, settle(disk, self._engine), asked.epoch)
             if hello:
-                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue)))
+                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue, self._features)))
             self._take_all(disk, catalogue)
         received = self._received
         received.bytes_read = self._channel.bytes_read
@@ -175,28 +143,54 @@ class _Reception:
                 self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
             raise
         self._voice.heard = said.answers
+        self._features = frozenset(said.features)
         self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
         return said.answers
 
     def _chosen(self, named: str | None) -> Path:
         return chosen(named, only=self._root, within=self._within)
 
-    def _answer(self, asked: Ask) -> None:
-        answer(asked, self._chosen(asked.replica), self._voice.say)
-        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
+    # What few streams want is loaded where it is wanted: a sender waits for this process to start.
 
-    def _hand_over(self, asked: Handover) -> None:
-        self._voice.say(Kind.HANDED, encode(hand_over(asked, self._chosen(asked.replica))))
+    def _answer(self, frame: Frame) -> None:
+        peer = self._channel.peer
+        if frame.kind is Kind.FETCH:
+            from snapchain.replica.giving import give
+            from snapchain.replica.stream.fetch_messages import Fetch
+
+            wanted = decode(Fetch, frame.body, subject=peer)
+            give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
+            return
+        if frame.kind is Kind.HANDOVER:
+            from snapchain.replica.handover import hand_over
+            from snapchain.replica.stream.handover_messages import Handover
+
+            handed = decode(Handover, frame.body, subject=peer)
+            self._voice.say(Kind.HANDED, encode(hand_over(handed, self._chosen(handed.replica), self._engine)))
+        elif frame.kind is Kind.MERGE:
+            from snapchain.replica.merging import merge
+            from snapchain.replica.stream.merge_messages import Merge
+
+            merged = decode(Merge, frame.body, subject=peer)
+            merge(merged, self._chosen(merged.replica), self._voice.say, engine=self._engine)
+        else:
+            from snapchain.replica.answering import answer
+            from snapchain.replica.stream.messages import Ask
+
+            asked = decode(Ask, frame.body, subject=peer)
+            answer(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
         self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:
+        root = self._chosen(asked.replica)
         try:
-            disk = open_replica(self._chosen(asked.replica)).disk(asked.disk)
+            disk = open_replica(root).disk(asked.disk)
         except NotFound:
+            check_free(root)
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
         catalogue = disk.read() or empty_catalogue(disk.name)
         check_epoch(disk, catalogue, asked.epoch)
-        return inventory(disk, catalogue)
+        return inventory(disk, catalogue, self._features)
 
     def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
         # A sender may offer each layer that a chain can have, and publish a point at each; no more.
@@ -208,6 +202,8 @@ class _Reception:
             if frame.kind is Kind.LAYER:
                 catalogue, shown = self._take_layer(disk, catalogue, frame)
             elif frame.kind is Kind.CUT:
+                from snapchain.replica.cutting import cut
+
                 catalogue = cut(disk, catalogue, decode(Cut, frame.body, subject=self._channel.peer).keep)
             elif frame.kind is Kind.ACTIVE:
                 self._make_active(disk, catalogue, frame)
@@ -218,11 +214,20 @@ class _Reception:
         raise Corrupt("the stream has more layers than a chain can have", subject=self._channel.peer)
 
     def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
+        from snapchain.replica.active import look_at_active
+
         offer = decode(Active, frame.body, subject=self._channel.peer)
-        catalogue = disk.read() or empty_catalogue(disk.name)
-        self._voice.say(Kind.READINESS, encode(look_at_active(disk, catalogue, offer)))
+        found = undisturbed(
+            disk,
+            lambda: look_at_active(disk, disk.read() or empty_catalogue(disk.name), offer),
+            engine=self._engine,
+            is_fine=lambda seen: seen.state is ActiveState.READY and not seen.broken,
+        )
+        self._voice.say(Kind.READINESS, encode(found))
 
     def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
+        from snapchain.replica.active import look_at_active, make_active
+
         offer = decode(Active, frame.body, subject=self._channel.peer)
         done = make_active if offer.make else look_at_active
         self._voice.say(Kind.READINESS, encode(done(disk, catalogue, offer)))
@@ -350,11 +355,15 @@ class _Reception:
         return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=self._channel.peer)
 
 
-def inventory(disk: ReplicaDisk, catalogue: Catalogue) -> Inventory:
-    """What a sender is told of a disk."""
+def inventory(disk: ReplicaDisk, catalogue: Catalogue, features: Collection[str]) -> Inventory:
+    """What a sender is told of a disk, that names these features."""
     progress = read_progress(disk)
     partial = progress.partial if progress is not None and progress.finished is None else None
     layers = tuple(HeldLayer(**layer.model_dump(include=set(HeldLayer.model_fields))) for layer in catalogue.layers)
+    if opening.MERGE_FEATURE not in features:  # it does not know the field
+        layers = tuple(
+            layer.model_copy(update={"older": "", "sources": ()}) if layer.older else layer for layer in layers
+        )
     return Inventory(
         disk=disk.name,
         epoch=catalogue.epoch,

@@ -100,8 +100,11 @@ class Sender:
         """How often the other side has said that something is durable."""
         return 0 if self._outbox is None else self._outbox.confirmations
 
-    def open(self, asked: Open) -> Inventory:
-        """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with."""
+    def open(self, asked: Open, *, on_wait: Callable[[], None] = lambda: None) -> Inventory:
+        """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with.
+
+        on_wait: called now and then while it makes us wait, for a merge of that disk to end
+        """
         assert self._answers is not None
         self._frames.send(Kind.HELLO, encode(opening.hello(answers=True)))
         self._features = frozenset(opening.agree(self._answer(), peer=self._channel.peer).features)
@@ -110,7 +113,7 @@ class Sender:
                 "the snapchain there heeds no epochs", subject=self._channel.peer, hint="bring it up to date over there"
             )
         self._frames.send(Kind.OPEN, encode(asked))
-        frame = self._answer()
+        frame = self._answer(on_wait)
         if frame.kind is not Kind.INVENTORY:
             raise Corrupt(f"it answered with {frame.kind.name}, not with INVENTORY", subject=self._channel.peer)
         found = decode(Inventory, frame.body, subject=self._channel.peer)
@@ -144,7 +147,7 @@ class Sender:
         on_bytes: told of DATA bytes of the map that are dealt with, those of an earlier run included
         """
         outbox = self._opened()
-        outgoing = Outgoing(layer, lambda: self._levels.level)
+        outgoing = Outgoing(layer, self._levels)
         words = words_of(layer.extents, layer.cluster_size // 32 if layer.extended_l2 else layer.cluster_size)
         offer = LayerOffer(
             name=layer.name,
@@ -225,7 +228,7 @@ class Sender:
         assert self._outbox is not None, "open it first"
         return self._outbox
 
-    def _answer(self) -> Frame:
+    def _answer(self, on_beat: Callable[[], None] = lambda: None) -> Frame:
         assert self._answers is not None
         while True:
             frame = self._answers.read()
@@ -234,6 +237,7 @@ class Sender:
                 raise failures.raised(said, peer=self._channel.peer)
             if frame.kind is not Kind.BEAT:
                 return frame
+            on_beat()
 
     def __enter__(self) -> Self:
         return self

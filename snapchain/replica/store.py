@@ -3,8 +3,9 @@
 ROOT/snapchain-replica.json          what makes it a replica
 ROOT/web1%2Fvda/catalogue.json       points, layers, epoch
 ROOT/web1%2Fvda/base.qcow2 ...       layers, read-only; each names the one below it by its name alone
-ROOT/web1%2Fvda/.lock                held by who changes the disk
+ROOT/web1%2Fvda/.lock                held by who changes the disk; in it a word for what they do
 ROOT/web1%2Fvda/.incoming.*          a layer that is arriving, and how much of it is durable
+ROOT/web1%2Fvda/.merging.json        layers that are being made one, or were when their merge was killed
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,13 @@ class Marker(BaseModel):
 
     format: Literal[1] = 1
     kind: Literal["snapchain replica"] = "snapchain replica"
+
+
+class Work(StrEnum):
+    """What somebody does who holds a disk."""
+
+    TRANSFER = "transfer"
+    MERGE = "merge"
 
 
 class _Begun(BaseModel):
@@ -82,8 +91,11 @@ class ReplicaDisk:
         write_record(self.path(names.CATALOGUE), catalogue)
 
     @contextmanager
-    def locked(self, *, make: bool) -> Iterator[None]:
-        """Hold the disk against other writers. make: the directory too. Raises Busy at once, NotFound."""
+    def locked(self, *, make: bool, work: Work = Work.TRANSFER) -> Iterator[None]:
+        """Hold the disk against other writers. make: the directory too. Raises Busy at once, NotFound.
+
+        work: told to those who find it held; `replica.waiting` waits for some of it
+        """
         with os_errors(self.directory):
             if make and not self.directory.is_dir():
                 with suppress(FileExistsError):
@@ -97,12 +109,24 @@ class ReplicaDisk:
                 raise Busy(
                     "another snapchain is changing this disk", subject=self.directory, hint="wait for it to end"
                 ) from error
+            with suppress(OSError):  # a full disk: those who come take it for a transfer
+                if os.fstat(fd).st_size:
+                    os.ftruncate(fd, 0)
+                if work is not Work.TRANSFER:
+                    os.pwrite(fd, f"{work.value}\n".encode(), 0)
             yield
         finally:
             # Said, not left to the close: a child that was just forked may have a copy of the descriptor.
             with suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
+
+    def held_for(self) -> Work:
+        """What who holds the disk does, as they have said; meaningless while nobody does."""
+        try:
+            return Work(self.path(names.LOCK).read_text().strip())
+        except (OSError, ValueError):
+            return Work.TRANSFER
 
 
 class Replica:
@@ -145,16 +169,22 @@ def open_replica(root: Path, *, make: bool = False) -> Replica:
         return Replica(root)
     if not make:
         raise NotFound("there is no replica here", subject=root)
+    with os_errors(root), suppress(FileExistsError):
+        root.mkdir()
+    check_free(root)
+    write_record(marker, Marker())
+    fsync_dir(root.parent)
+    return Replica(root)
+
+
+def check_free(root: Path) -> None:
+    """Raises InvalidInput for a directory that holds other things, where no replica can begin."""
     with os_errors(root):
-        with suppress(FileExistsError):
-            root.mkdir()
-        strange = [entry.name for entry in root.iterdir() if not entry.name.startswith(f".{names.MARKER}")]
-    if strange and not marker.exists():
+        entries = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+    strange = [entry for entry in entries if not entry.startswith(f".{names.MARKER}")]
+    if strange and not (root / names.MARKER).exists():
         raise InvalidInput(
             "this directory holds other things and is no replica",
             subject=root,
             hint="name a directory that is empty or does not exist yet",
         )
-    write_record(marker, Marker())
-    fsync_dir(root.parent)
-    return Replica(root)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import MiB, Run
-from tests.ops.stacks import Layer, build, flat
+from tests.ops.stacks import Layer, build, flat, same
 from tests.replica.conftest import Place
 
 
@@ -146,3 +146,86 @@ def test_an_epoch_shuts_the_old_writer_out(run: Run, chain: list[Path], place: P
     assert (said.status, said.json["error"]["kind"]) == (4, "conflict")
     assert "epoch 1, and here it is in epoch 2" in said.json["error"]["message"]
     assert run("send", str(chain[1]), address, "--epoch", "2").status == 0
+
+
+def test_ship_restore_and_inspect(run: Run, chain: list[Path], place: Place, tmp_path: Path) -> None:
+    address = f"dir:{place.root}::web1/vda"
+    plan = run("ship", str(chain[-1]), address, "--dry-run", "--json").json["plan"]
+    assert (plan["layers_present"], plan["bytes_to_read"], len(plan["layers"])) == (0, 2 * MiB + 65536, 2)
+    assert not place.root.exists()
+    said = run("ship", str(chain[-1]), address, "--label", "first", "--json")
+    assert (said.status, said.json["point"], said.json["layers_sent"], said.json["layers_present"]) == (0, 1, 2, 0)
+    assert {"disk", "bytes_read", "bytes_stored", "content_id"} <= said.json.keys()
+    assert "shipped web1/vda as point 2" in run("ship", str(chain[-1]), address).out
+    shown = flat(chain[-1], tmp_path / "flat")
+    for options, name in (([], "a.raw"), ([], "a.qcow2"), (["--chain"], "b.qcow2")):
+        plan = run("restore", f"{address}@first", name, *options, "--dry-run", "--json").json["plan"]
+        assert not (tmp_path / name).exists()
+        said = run("restore", f"{address}@first", name, *options, "--json", "--progress", "json")
+        assert (said.status, said.json["point"], said.json["bytes_written"]) == (0, 1, plan["bytes_to_write"])
+        assert said.json["files"] == [file["path"] for file in plan["files"]]
+        assert same(tmp_path / name, shown, image_format=name.partition(".")[2])
+        last = json.loads(said.err.splitlines()[-1])
+        assert (last["event"], last["done"]) == ("progress", plan["bytes_to_write"])
+    assert run("restore", address, "a.raw", "--json").json["error"]["kind"] == "conflict"
+    assert "restored web1/vda, point 2, to a.raw" in run("restore", address, "a.raw", "--force").out
+    said = run("inspect", f"{address}@1", "--json")
+    assert [layer["data_bytes"] for layer in said.json["layers"]] == [2 * MiB, 65536]
+    assert said.json["layers"][0]["shadowed_bytes"] == 65536
+    assert "hidden" in run("inspect", address).out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "kind", "hint"),
+    [
+        (["restore", "dir:/nowhere/at/all::vda", "a.raw"], 3, "not-found", None),
+        (["restore", "dir:relative::vda", "a.raw"], 2, "invalid-input", "dir:/path"),
+        (["restore", "dir:/r::vda", "a.raw", "--password-file", "x"], 2, "invalid-input", None),
+        (["restore", "dir:/r", "a.raw"], 2, "invalid-input", "DEST::DISK"),
+        (["restore", "dir:/r::vda", "a.unknown"], 2, "invalid-input", "--format"),
+        (["inspect", "dir:/nowhere/at/all::vda"], 3, "not-found", None),
+        (["diff", "dir:/r::vda", "dir:/r::vda@1"], 2, "invalid-input", "restore them"),
+        (["ship", "IMAGE", "dir:/r::vda", "--each-layer"], 2, "invalid-input", "send --each-layer"),
+        (["ship", "IMAGE", "dir:/r::vda", "--password-command", "x"], 2, "invalid-input", None),
+    ],
+)
+def test_what_a_replica_cannot_do_is_said(
+    run: Run, chain: list[Path], words: list[str], status: int, kind: str, hint: str | None
+) -> None:
+    said = run(*(str(chain[-1]) if word == "IMAGE" else word for word in words), "--json")
+    assert (said.status, said.json["error"]["kind"]) == (status, kind)
+    assert hint is None or hint in said.json["error"]["hint"]
+
+
+def test_merge_at_a_replica(run: Run, chain: list[Path], place: Place) -> None:
+    at = f"dir:{place.root}::web1/vda"
+    for path in chain:
+        assert run("send", str(path), at).status == 0
+    plan = run("merge", at, "--keep-last", "1", "--dry-run")
+    assert "would merge web1/vda: 2 layers now, 1 then" in plan.out
+    assert len(place.files()) == 2
+    said = run("merge", at, "--keep-last", "1", "--progress", "json")
+    assert "merged web1/vda: 2 layers became 1" in said.out
+    assert json.loads(said.err.splitlines()[-1])["event"] == "progress"
+    again = run("merge", at, "--keep-last", "1")
+    assert "web1/vda: no layers to merge" in again.out
+    report = run("merge", at, "--keep-last", "1", "--json").json
+    assert (report["layers_before"], report["layers_after"], report["points_kept"]) == (1, 1, [2])
+    assert (report["bytes_moved"], report["bytes_freed"], report["strategy"]) == (0, 0, "nothing")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--keep-last", "1", "--flatten"],
+        ["--keep-last", "1", "--strategy", "absorb"],
+        ["--keep-last", "1", "--password-file", "/dev/null"],
+        ["--keep-last", "1", "--time-zone", "Nowhere/Land"],
+    ],
+)
+def test_a_merge_at_a_replica_that_is_refused(run: Run, chain: list[Path], place: Place, words: list[str]) -> None:
+    at = f"dir:{place.root}::web1/vda"
+    run("send", str(chain[-1]), at)
+    said = run("merge", at, *words, "--json")
+    assert (said.status, said.json["error"]["kind"]) == (2, "invalid-input")

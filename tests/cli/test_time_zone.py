@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.cli import time_zone
-from snapchain.cli.time_zone import zone_of
+from snapchain.cli.time_zone import zone_name_of, zone_of
 from snapchain.errors import InvalidInput
 from tests.cli.conftest import Run
 
@@ -40,6 +40,28 @@ def test_the_machines_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert offsets(None) == BERLIN
     monkeypatch.setattr(time_zone, "_LOCALTIME", tmp_path / "nothing")
     assert zone_of(None).utcoffset(SUMMER) is not None
+
+
+def test_a_name_that_another_host_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert (zone_name_of("Europe/Berlin"), zone_name_of("UTC")) == ("Europe/Berlin", "UTC")
+    with pytest.raises(InvalidInput, match="no time zone"):
+        zone_name_of("Mars/Base")
+    monkeypatch.setenv("TZ", ":Europe/Berlin")
+    assert zone_name_of(None) == "Europe/Berlin"
+    monkeypatch.setenv("TZ", "CET-1CEST")
+    with pytest.raises(InvalidInput, match="has no name"):
+        zone_name_of(None)
+    monkeypatch.delenv("TZ")
+    link = tmp_path / "localtime"
+    monkeypatch.setattr(time_zone, "_LOCALTIME", link)
+    assert zone_name_of(None) == "UTC"
+    link.write_bytes(b"rules that nobody has named")
+    with pytest.raises(InvalidInput, match="has no name"):
+        zone_name_of(None)
+    link.unlink()
+    link.symlink_to("/usr/share/zoneinfo/Europe/Berlin")
+    if link.exists():
+        assert zone_name_of(None) == "Europe/Berlin"
 
 
 def test_a_merge_says_what_it_does_not_know(run: Run, disk: Path) -> None:

@@ -45,6 +45,7 @@ def of(status: int, stderr: str) -> SnapchainError:
         ("Connection to kvm2 closed by remote host.", Unavailable, "was lost"),
         ("kex_exchange_identification: Connection closed by remote host", Unavailable, "was lost"),
         ("Connection reset by 192.0.2.1 port 22", Unavailable, "was lost"),
+        ("Connection closed by UNKNOWN port 65535", Unavailable, "ProxyCommand"),
         ("mux_client_request_session: read from master failed: Broken pipe", Unavailable, "was lost"),
         ("", Unavailable, "was lost"),
         ("something new", ToolFailed, "ssh failed: something new"),

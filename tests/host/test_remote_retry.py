@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Busy, Diverged, ToolFailed, Unavailable
-from snapchain.host.remote_retry import Persistence, Retry, persist
+from snapchain.host.remote_retry import Lasting, Persistence, Retry, persist
 
 
 class World:
@@ -133,3 +133,20 @@ def test_it_always_ends(history: list[tuple[float, int]], give_up_after: float) 
         world.run()
     assert world.now <= sum(after for after, _ in history) + (1 + len(history)) * (give_up_after + 1)
     assert all(retry.pause <= retry.left for retry in world.told)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unavailable("no space left on device", subject="/srv/replica/web1"),
+        Lasting("no space left on device", subject="kvm2: /srv/replica/web1"),
+    ],
+)
+def test_what_a_disk_fails_by_is_not_asked_for_again(error: Unavailable) -> None:
+    def attempt(_world: World) -> str:
+        raise error
+
+    world = World(lost(moved=1), attempt, done)
+    with pytest.raises(Unavailable, match="no space"):
+        world.run()
+    assert world.called == 2

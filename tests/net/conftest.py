@@ -10,6 +10,9 @@ import pytest
 from tests.net.namespaces import Cable, Host, two_hosts
 from tests.net.sshd import SshHost, sshd
 
+# Failing asserts of the shipped contract suite shall show their values, as those of the tests do.
+pytest.register_assert_rewrite("snapchain.testing.destination_contract", "snapchain.testing.destination_faults")
+
 
 @pytest.fixture(scope="session")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshHost]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from snapchain.errors import Conflict, Corrupt, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, Unsupported
 from snapchain.image import ImageChain, scan
 from snapchain.image.assemble import Assembly, Moved
 from snapchain.image.assemble.copies import Copies
@@ -215,6 +216,10 @@ def test_a_killed_commit_is_done_to_its_end_first(memory: Path) -> None:
         merge(stack[-1], from_layer="2.qcow2", to_layer="3.qcow2", strategy=NEW)
     assert "snapchain doctor" in (caught.value.hint or "")
     assert journal_path(stack[-1]).exists()
+    with journal_path(stack[-1]).open() as at_work:
+        fcntl.flock(at_work, fcntl.LOCK_EX)  # one that lives is waited for
+        with pytest.raises(Busy, match="at work"):
+            merge(stack[-1], from_layer="2.qcow2", to_layer="3.qcow2", strategy=NEW)
     report = doctor.run(doctor.plan([stack[-1]]))
     assert report.well
     assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]

@@ -179,7 +179,7 @@ def test_the_disks_become_the_destinations(host: Host) -> None:
 
     again = host.migrate()
     assert (again.course.value, again.token) == ("done", report.token)
-    assert again.disks[0].overlay == report.disks[0].overlay
+    assert (again.disks[0].overlay, again.disks[0].fenced) == (report.disks[0].overlay, report.disks[0].fenced)
 
 
 def test_nothing_here_writes_or_sends_it_any_more(host: Host, tmp_path: Path) -> None:
@@ -391,6 +391,11 @@ def test_there_and_back_again(host: Host, tmp_path: Path) -> None:
     third = migrate(MigrateRequest(moves=[Move(Path(back.disks[0].overlay), VDA)]), host.endpoint)
     assert third.disks[0].epoch == 4
     assert same(Path(third.disks[0].overlay), truth)
+    # Some of the layers there still bear the mark of when the disk went: it is over.
+    assert host.may_write(Path(third.disks[0].overlay))
+    assert not host.may_write(Path(back.disks[0].overlay))
+    fourth = migrate(MigrateRequest(moves=[Move(Path(third.disks[0].overlay), VDA)]), DirectoryEndpoint(tmp_path / "x"))
+    assert same(Path(fourth.disks[0].overlay), truth)
 
 
 # ---- the start of the guest

@@ -19,10 +19,10 @@ from snapchain.ops.nightly.look import look
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
 from snapchain.ops.sync import SyncRequest, sealed_request, sync
-from snapchain.replica import handover, receiver
+from snapchain.replica import handover
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.handing import ask_for_handover
-from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Handover, Step
+from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Step
 from snapchain.replica.stream.messages import Active
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img, same, write
 from tests.ops.test_migrate import VDA, VDB, Host
@@ -261,11 +261,11 @@ def test_a_hook_that_is_not_there_is_told_before(host: Host) -> None:
 def test_the_destination_must_say_the_epoch(host: Host, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
     real = handover.hand_over
 
-    def lying(asked: Handover, root: Path) -> Handed:
-        said = real(asked, root)
+    def lying(*asked: Any) -> Handed:
+        said = real(*asked)
         return Handed(disks=tuple(each.model_copy(update={"epoch": epoch}) for each in said.disks))
 
-    monkeypatch.setattr(receiver, "hand_over", lying)
+    monkeypatch.setattr(handover, "hand_over", lying)
     with pytest.raises(Corrupt, match="not done what it was asked for"):
         host.migrate()
     monkeypatch.undo()

@@ -11,7 +11,7 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import restore as restores
+from snapchain.ops import restore_target
 from snapchain.ops.events import Event, Progress
 from snapchain.ops.output import OutputFile
 from snapchain.ops.restore import Restoration
@@ -108,7 +108,7 @@ def test_the_format_is_the_suffix_or_what_is_said(repo: Repository, chain: list[
 def test_no_room_is_told_before_anything_is_written(
     repo: Repository, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(restores, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(restore_target, "free_bytes", lambda _: 1000)
     before = names(tmp_path)
     with pytest.raises(Unavailable, match="only 1000 are free"):
         restore(repo, tmp_path / "out.raw")

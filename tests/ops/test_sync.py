@@ -439,15 +439,55 @@ def test_the_commands_name_the_disk_and_every_path(chain: list[Path], place: Pla
     shim = tmp_path / "bin"
     shim.mkdir()
     xml = tmp_path / "live.xml"
-    xml.write_text("".join(f"<source file='{path}' index='1'/>\n" for path in chain) + "<source file='/other.iso'/>\n")
+    xml.write_text(LIVE.format(top=chain[-1], middle=chain[-2], root=chain[0]))
     (shim / "virsh").write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(xml))}\n")
     (shim / "virsh").chmod(0o755)
-    done = subprocess.run(["sh", "-ec", define], cwd=tmp_path, env={"PATH": f"{shim}:/usr/bin:/bin"}, check=False)
+    environment = {"PATH": f"{shim}:/usr/bin:/bin"}
+    done = subprocess.run(["sh", "-ec", define], cwd=tmp_path, env=environment, check=False, capture_output=True)
     assert done.returncode == 0
-    wanted = [*(layer.path for layer in report.layers), report.overlay]
-    assert (tmp_path / "web1.snapchain.xml").read_text() == (
-        "".join(f"<source file='{path}' index='1'/>\n" for path in wanted) + "<source file='/other.iso'/>\n"
-    )
+    written = (tmp_path / "web1.snapchain.xml").read_text()
+    assert written == THERE.format(top=report.overlay)
+    assert str(report.overlay) in done.stdout.decode()
+    xml.write_text(THERE.format(top="/images/of another name.qcow2"))
+    done = subprocess.run(["sh", "-ec", define], cwd=tmp_path, env=environment, check=False, capture_output=True)
+    assert done.returncode, "nothing was changed, and nobody was told"
+
+
+LIVE = """
+    <disk type='file' device='disk'>
+      <source file='{top}' index='1'/>
+      <backingStore type='file' index='2'>
+        <format type='qcow2'/>
+        <source file='{middle}'/>
+        <backingStore type='file' index='3'>
+          <format type='raw'/>
+          <source file='{root}'/>
+          <backingStore/>
+        </backingStore>
+      </backingStore>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <source file='/other.iso'/>
+      <backingStore type='file' index='7'>
+        <format type='raw'/>
+      </backingStore>
+      <target dev='sda' bus='sata'/>
+    </disk>
+"""
+THERE = """
+    <disk type='file' device='disk'>
+      <source file='{top}' index='1'/>
+      <target dev='vda' bus='virtio'/>
+    </disk>
+    <disk type='file' device='cdrom'>
+      <source file='/other.iso'/>
+      <backingStore type='file' index='7'>
+        <format type='raw'/>
+      </backingStore>
+      <target dev='sda' bus='sata'/>
+    </disk>
+"""
 
 
 def test_paths_that_mean_something_to_sed_xml_or_a_shell(tmp_path: Path) -> None:
@@ -460,11 +500,14 @@ def test_paths_that_mean_something_to_sed_xml_or_a_shell(tmp_path: Path) -> None
         .replace('"', "&quot;")
         for path in (old, new)
     ]
-    define, _ = migrate_commands(GUEST, {old: new})
-    sed = shlex.split(define.split("|", 1)[1].rpartition(">")[0])
-    text = f"<source file='{escaped[0]}'/>\n<source file='/aXb/x'/>\n"
-    done = subprocess.run(sed, input=text, capture_output=True, text=True, check=True)
-    assert done.stdout == f"<source file='{escaped[1]}'/>\n<source file='/aXb/x'/>\n"
+    define, _ = migrate_commands([(GUEST, {old}, new)])
+    words = shlex.split(define)
+    sed = words[words.index("|") + 1 : words.index(">")]
+    disk = "<source file='{}'/>\n{}<target dev='vda'/>\n</disk>\n<source file='/aXb/x'/>\n"
+    below = "<backingStore type='file'>\n<format/>\n</backingStore>\n"
+    done = subprocess.run(sed, input=disk.format(escaped[0], below), capture_output=True, text=True, check=True)
+    assert done.stdout == disk.format(escaped[1], "")
+    assert words[words.index("grep") + 2] == f"file='{escaped[1]}'"
 
 
 def test_who_the_guest_is() -> None:

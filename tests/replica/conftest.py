@@ -42,6 +42,7 @@ class Place:
 
     def catalogue(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.directory / "catalogue.json").read_text())
+        found.pop("check", None)  # of the file, not of what it says
         return found
 
     def files(self) -> list[Path]:

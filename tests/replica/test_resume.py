@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from snapchain.host.remote_channel import Channel
 from snapchain.ops.send import Request, send_blindly
 from snapchain.replica import sender
 from snapchain.replica.receiver import Received, receive
+from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
@@ -123,6 +125,42 @@ def test_a_saved_stream_that_was_cut_off(tmp_path: Path, place: Place, noisy: tu
             take(place, short)
     assert take(place, saved).known >= 1
     place.check(shown[-1])
+
+
+def test_a_flipped_bit_in_each_kind_of_frame(tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its head, its body, its check: it is found there, and what is there already stays."""
+    monkeypatch.setattr(sender, "MARK_BYTES", 128 << 10)
+    noise = tmp_path / "noise"
+    noise.write_bytes(random.Random(9).randbytes(MiB))
+    image = build(tmp_path / "c", [Layer(4 * MiB, [f"write -s {noise} 1M 1M", f"write -s {noise} 3M 1M"])])[0]
+    saved = tmp_path / "saved"
+    save(image, saved)
+    raw = bytearray(saved.read_bytes())
+    at = len(MAGIC)
+    places: dict[int, list[int]] = {}
+    while at < len(raw):
+        kind, _, _, length = HEAD.unpack_from(raw, at)
+        stop = at + HEAD.size + length + CHECK_BYTES
+        places[kind] = [at, at + 1, at + 4, at + HEAD.size, at + HEAD.size + length // 2, stop - CHECK_BYTES, stop - 1]
+        at = stop
+    assert set(places) >= {1, 2, 3, 4, 5, 6, 7, 8, 9}
+    place.send(image)
+    before = place.catalogue()
+    for kind, offsets in places.items():
+        for number, at in enumerate(offsets):
+            raw[at] ^= 1 << number
+            (tmp_path / "bent").write_bytes(raw)
+            raw[at] ^= 1 << number
+            with pytest.raises(SnapchainError):
+                take(place, tmp_path / "bent")
+            fresh = Place(tmp_path / f"fresh {kind} {number}")
+            with pytest.raises(SnapchainError):
+                take(fresh, tmp_path / "bent")
+            shutil.rmtree(fresh.root, ignore_errors=True)
+    after = place.catalogue()
+    assert after["layers"] == before["layers"]
+    assert after["points"][:1] == before["points"]
+    place.check(flat(image, tmp_path / "shown"))
 
 
 def test_what_is_no_stream(tmp_path: Path, place: Place) -> None:

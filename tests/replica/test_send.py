@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from snapchain.errors import Busy, Diverged, InvalidInput
+from snapchain.errors import Busy, Corrupt, Diverged, InvalidInput
+from snapchain.host.batches import Buffer
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import scan
+from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.inventory import Wanted
 from snapchain.ops.send import Divergence, Files, Scope
 from snapchain.ops.send_sources import source_of
+from snapchain.replica import arrival, sender
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import Place
@@ -33,6 +37,40 @@ def test_random_stacks_arrive(
         if one_by_one or file == stack.files[-1]:
             place.send(file, files=files)
             place.check(shown)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_was_read_while_data_came_is_not_read_again(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    stack = random_stack(tmp_path / "source", seed)
+
+    def again(*_: object, **__: object) -> None:
+        pytest.fail("the tables were not taken for what they are")
+
+    monkeypatch.setattr(arrival, "counted", again)
+    monkeypatch.setattr(sender, "MARK_BYTES", 1)
+    place.send(stack.files[-1], files=Files.EACH)
+    place.check(stack.shown[-1])
+
+
+@pytest.mark.parametrize("marks", [1, 1 << 30])
+def test_bytes_that_change_on_the_disk_are_seen(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch, marks: int
+) -> None:
+    (path,) = build(tmp_path / "c", [Layer(8 * MiB, ["write -P 1 0 8M"])])
+    write = Qcow2Writer.write_pieces
+
+    def bent(self: Qcow2Writer, pieces: Sequence[tuple[int, Buffer]]) -> None:
+        write(self, [(at, bytes(data)[:-1] + b"x" if at == 4 * MiB else data) for at, data in pieces])
+
+    monkeypatch.setattr(sender, "MARK_BYTES", marks)
+    monkeypatch.setattr(Qcow2Writer, "write_pieces", bent)
+    with pytest.raises(Corrupt, match="thrown away"):
+        place.send(path)
+    monkeypatch.setattr(Qcow2Writer, "write_pieces", write)
+    assert not (place.directory / ".incoming.qcow2").exists()
+    assert place.send(path).layers_sent == 1
 
 
 def test_each_file_keeps_its_name_and_its_link(tmp_path: Path, place: Place) -> None:
@@ -53,6 +91,36 @@ def test_pending_overlays_travel_as_one_layer_without_what_they_overwrote(tmp_pa
     report = place.send(paths[-1])
     assert (report.layers_sent, report.data_bytes) == (3, 3 * 2 * MiB)
     place.check(flat(paths[-1], tmp_path / "flat"))
+
+
+def test_root_and_top_travel_apart_unless_much_of_them_is_overwritten(tmp_path: Path, place: Place) -> None:
+    rewrites = ["write -P 1 0 256M", "write -P 2 3M 32M", "write -P 3 8M 32M", "write -P 4 250M 8M"]
+    paths = build(tmp_path / "c", [Layer(512 * MiB, [one]) for one in rewrites])
+    report = place.send(paths[-1])
+    assert (report.layers_sent, report.data_bytes) == (2, (256 + 8) * MiB), "6 MiB of the top's are below it too"
+    assert place.send(paths[-1]).layers_sent == 0
+    place.check(flat(paths[-1], tmp_path / "flat"))
+
+
+def test_a_top_that_nobody_has_sealed_takes_nothing_with_it_when_it_is_written_to(tmp_path: Path, place: Place) -> None:
+    rewrites = ["write -P 1 0 128M", "write -P 2 0 32M", "write -P 3 0 32M"]
+    paths = build(tmp_path / "c", [Layer(512 * MiB, [one]) for one in rewrites])
+    first = place.send(paths[-1])
+    assert (first.layers_sent, first.data_bytes) == (2, (128 + 32) * MiB)
+    write(paths[-1], "write -P 4 40M 64k")
+    with pytest.raises(Diverged, match=r"both sides have gone on from 1\.qcow2"):
+        place.send(paths[-1])
+    again = place.send(paths[-1], divergence=Divergence.CUT_REPLICA)
+    assert (again.layers_sent, again.data_bytes) == (1, 32 * MiB + 65536)
+    place.check(flat(paths[-1], tmp_path / "flat"))
+
+
+def test_a_top_that_went_with_others_and_was_written_to_since_is_told(tmp_path: Path, place: Place) -> None:
+    paths = build(tmp_path / "c", [Layer(512 * MiB, ["write -P 1 0 64M"]), Layer(512 * MiB, ["write -P 2 0 64M"])])
+    assert place.send(paths[-1]).layers_sent == 1
+    write(paths[-1], "write -P 4 40M 64k")
+    with pytest.raises(Diverged, match=r"holds 0\.qcow2 in one layer with what was written to since"):
+        place.send(paths[-1])
 
 
 def test_bytes_that_were_written_again_do_not_travel(tmp_path: Path, place: Place) -> None:

@@ -28,11 +28,11 @@ from snapchain.replica.levels import Link
 from snapchain.replica.receiver import receive
 from snapchain.replica.stream import zstd
 from snapchain.replica.stream.data import DataRuns, Part, decode_data, encode_data
-from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, MAGIC, FrameReader, Kind
+from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, MAGIC, MOST_BEATS, FrameReader, Kind
 from snapchain.replica.stream.maps import MapReader, layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import Hello, Inventory, LayerOffer, Open, PointOffer, Stored, encode
 from tests.ops.shipping import MiB
-from tests.ops.stacks import Layer, build, write
+from tests.ops.stacks import Layer, build, clean, write
 from tests.replica.conftest import DISK, Place, send
 
 GRAIN = 65536
@@ -90,6 +90,7 @@ def end(size: int = 4 * GRAIN) -> tuple[int, bytes]:
 
 
 STOP = (9, b"")
+BEAT = (10, b"")
 
 
 POINT_OF_NOTHING = (8, b'{"time":"2026-01-01T00:00:00Z","labels":[],"size":1,"content_id":"' + b"0" * 64 + b'"}')
@@ -208,6 +209,14 @@ def test_a_hostile_sender(place: Place, name: str) -> None:
     assert sorted(entry.name for entry in place.root.parent.iterdir()) == ["other", "replica"]
 
 
+def test_a_sender_that_only_lives(place: Place) -> None:
+    beats = [BEAT] * MOST_BEATS
+    take(place, stream(HELLO, *beats, OPEN, *beats, offer(), MAP, *beats, ALL, end(), STOP))
+    assert clean(place.files()[0])
+    with pytest.raises(Unavailable, match="that it is alive, and nothing else"):
+        take(place, stream(HELLO, OPEN, BEAT, *beats))
+
+
 def test_frames_that_claim_too_much_are_not_read(place: Place) -> None:
     raw = stream(HELLO, OPEN) + struct.pack("<BBHI", 5, 0, 0, 0xFFFFFFFF)
     with pytest.raises(Corrupt, match="claims 4294967295 bytes"):
@@ -296,7 +305,9 @@ def puppet(answer: Callable[[FrameReader, Callable[[bytes], None]], None]) -> It
 
     def say(raw: bytes) -> None:
         with suppress(BrokenPipeError):
-            os.write(b_write, raw)
+            left = memoryview(raw)
+            while left:
+                left = left[os.write(b_write, left) :]
 
     def run() -> None:
         with Channel(a_read, -1, peer="us", patience=10) as channel, suppress(SnapchainError):
@@ -342,6 +353,19 @@ def test_a_hostile_receiver(tmp_path: Path, name: str) -> None:
         send(image, endpoint, DISK)
     assert str(caught.value).isprintable()
     assert not isinstance(caught.value, InvalidInput)
+
+
+def test_a_receiver_that_only_lives(tmp_path: Path) -> None:
+    """It says that it is alive, and never what it holds."""
+    image = build(tmp_path / "c", [Layer(MiB)])[0]
+
+    def answer(frames: FrameReader, say: Callable[[bytes], None]) -> None:
+        say(stream(ANSWER, *[BEAT] * (MOST_BEATS + 1)))
+        while frames.read_or_end() is not None:
+            pass
+
+    with puppet(answer) as endpoint, pytest.raises(Unavailable, match="that it is alive, and nothing else"):
+        send(image, endpoint, DISK)
 
 
 @pytest.mark.parametrize("durable", [1, 5000, GRAIN, 8 * MiB, 8 * MiB + 1])

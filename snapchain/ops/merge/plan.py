@@ -82,12 +82,14 @@ def plan(
     drop_bitmaps: bool = False,
     image_format: str | None = None,
     image_dirs: Sequence[Path] = (),
+    unlocks: bool = False,
 ) -> MergePlan:
     """Look at the chain and decide; changes nothing.
 
     Everything above the root by default; flatten: the root too; from_layer, to_layer: file names or paths of the
     lowest and uppermost input; strategy: the best one unless given; cluster_size: of a new file, in bytes; by default
-    that of the input which gives most; keep_inputs: nothing is removed, and the uppermost input gets a second name.
+    that of the input which gives most; keep_inputs: nothing is removed, and the uppermost input gets a second name;
+    unlocks: the caller makes read-only files of this user's writable before `run`, so that is not counted against them.
 
     Raises NotFound, InvalidInput, Unsupported (inputs that a merge would lose something of, a strategy that does not
     fit), and as `scan`.
@@ -105,6 +107,7 @@ def plan(
         drop_bitmaps=drop_bitmaps,
         image_format=image_format,
         image_dirs=tuple(image_dirs),
+        unlocks=unlocks,
     )
     with scan(image, format=image_format, image_dirs=image_dirs) as chain:
         return decide(chain, asked).plan
@@ -124,6 +127,7 @@ class Asked:
     drop_bitmaps: bool
     image_format: str | None
     image_dirs: tuple[Path, ...]
+    unlocks: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,6 +164,7 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
             keep_inputs=asked.keep_inputs,
             drop_bitmaps=asked.drop_bitmaps,
             exclusive=not keep,
+            unlocks=asked.unlocks,
             free=free,
         )
         way = choose(chain.at(last), first, backing=link, terms=terms, shares=shares, runs=runs)

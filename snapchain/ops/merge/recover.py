@@ -31,8 +31,11 @@ def described(journal: MergeJournal) -> tuple[str, str]:
     )
 
 
-def recover(journal: MergeJournal, *, on_event: OnEvent) -> list[Path]:
-    """Finish the merge, or undo it; the inputs that were removed now. Errors as `settle` and `merge_image.run`."""
+def recover(journal: MergeJournal, *, noted: bool = True, on_event: OnEvent) -> list[Path]:
+    """Finish the merge, or undo it; the inputs that were removed now. Errors as `settle` and `merge_image.run`.
+
+    noted: as of `merge_image.run`
+    """
     if journal.stage != "committing" or switched(journal):
         return settle(journal)
     planned = plan(
@@ -43,4 +46,4 @@ def recover(journal: MergeJournal, *, on_event: OnEvent) -> list[Path]:
         image_format="qcow2",
         image_dirs=journal.search,
     )
-    return list(run(planned, on_event=on_event).removed)
+    return list(run(planned, noted=noted, on_event=on_event).removed)

@@ -23,7 +23,7 @@ from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import record
 from snapchain.ops.merge import in_place, new_file, settle
 from snapchain.ops.merge.inputs import KeptFile
-from snapchain.ops.merge.journal import MergeJournal, unsettled
+from snapchain.ops.merge.journal import MergeJournal, taken, unsettled
 from snapchain.ops.merge.plan import Asked, MergePlan, decide
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import Way
@@ -51,8 +51,8 @@ class MergeReport(BaseModel):
     finished: tuple[Path, ...]
 
 
-def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
-    """Do it.
+def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -> MergeReport:
+    """Do it. noted: what the result was made of is recorded beside it (ops/notes.py).
 
     Raises Busy when somebody has a file of the chain open, Conflict when it is no longer as planned, Unavailable when
     room would not suffice, Corrupt when the result is not the same as the inputs: then nothing was changed.
@@ -69,7 +69,8 @@ def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
             journal = in_place.make(planned, way.work, old, locks=locks, on_event=on_event)
         else:
             journal = new_file.make(planned, way.work, old, locks=locks, on_event=on_event)
-        _note(planned, old, on_event)
+        if noted:
+            _note(planned, old, on_event)
         removed = settle.finish(journal)
         if planned.strategy is Strategy.COMMIT:
             removed.append(journal.journal.lowest)
@@ -106,16 +107,20 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
 
 
 def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
-    """Raises Conflict where a killed commit must be done to its end first: its lowest input alone reads wrong."""
+    """Raises Conflict where a killed commit must be done to its end first: its lowest input alone reads wrong.
+
+    Raises Busy where it is not killed, but at work.
+    """
     if journal.stage != "committing" or settle.switched(journal):
         return
     paths = [Path(os.path.realpath(path)) for path in planned.chain[planned.first : planned.last + 1]]
     if journal.lowest not in paths or journal.replaced.path not in paths:
-        raise Conflict(
-            f"a merge from {journal.lowest.name} to it was killed, and comes first",
-            subject=journal.replaced.path,
-            hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
-        )
+        with taken(journal):
+            raise Conflict(
+                f"a merge from {journal.lowest.name} to it was killed, and comes first",
+                subject=journal.replaced.path,
+                hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
+            )
 
 
 def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 from snapchain.errors import Unsupported
 from snapchain.image import ImageChain
@@ -61,7 +62,7 @@ class Terms:
     """What bounds the choice.
 
     asked: the strategy, unless the best one is wanted; exclusive: nobody else stands on the lower inputs
-    free: room in the result's directory
+    free: room in the result's directory; unlocks: files of this user's own count as writable
     """
 
     asked: Strategy | None
@@ -70,6 +71,7 @@ class Terms:
     drop_bitmaps: bool
     exclusive: bool
     free: int
+    unlocks: bool = False
 
 
 def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Terms, shares: Int64s, runs: int) -> Way:
@@ -147,13 +149,17 @@ def _way(strategy: Strategy, view: ImageChain, first: int, *, backing: Backing |
             f"strategy {strategy.value} cannot change the cluster size", subject=view.top.path, hint="new-file can"
         )
     target = view.files[first if strategy is Strategy.COMMIT else -1]
-    if not os.access(target.real_path, os.W_OK):
+    if not _may_write(target.real_path, terms):
         raise Unsupported(f"strategy {strategy.value} writes to it, which is not allowed", subject=target.path)
     shared = shares_extents(view, first)
     if strategy is Strategy.ABSORB:
         return Way(strategy, plan_absorb(view, first, backing=backing), shared)
     _check_commit(view, first, exclusive=terms.exclusive)
     return Way(strategy, plan_commit(view, first, backing=backing), shared)
+
+
+def _may_write(path: Path, terms: Terms) -> bool:
+    return os.access(path, os.W_OK) or (terms.unlocks and path.stat().st_uid == os.geteuid())
 
 
 def _check_commit(view: ImageChain, first: int, *, exclusive: bool) -> None:

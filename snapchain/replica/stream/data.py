@@ -26,7 +26,7 @@ LARGEST_DATA = 2 << 20
 MOST_PARTS = 4096
 _HEAD = struct.Struct("<QQBBH")
 _PLAIN, _ZSTD = 0, 1
-_WORTH = 0.97
+_WORTH = 0.995
 """Compressed bytes above this share of the plain ones are not worth unpacking."""
 
 

@@ -13,6 +13,7 @@ from snapchain.errors import (
     Unavailable,
     Unsupported,
 )
+from snapchain.host.remote_retry import Lasting
 from snapchain.replica.stream.messages import Failure
 
 _KINDS: dict[str, type[SnapchainError]] = {
@@ -37,6 +38,8 @@ def told(error: BaseException) -> Failure:
 def raised(failure: Failure, *, peer: str) -> SnapchainError:
     """The error here for one that the other side told; its words never reach a terminal as control characters."""
     kind = _KINDS.get(failure.kind, Unavailable)
+    if kind is Unavailable and failure.subject is not None and failure.subject.startswith("/"):
+        kind = Lasting  # a file over there, such as one for which there is no room
     subject = peer if failure.subject is None else f"{peer}: {printable(failure.subject)}"
     hint = None if failure.hint is None else printable(failure.hint)
     return kind(printable(failure.message), subject=subject, hint=hint)

@@ -47,7 +47,9 @@ class Kind(IntEnum):
     CUT = 12
     ACTIVE = 13
     ASK = 14
+    MERGE = 15
     HANDOVER = 16
+    FETCH = 17
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -57,6 +59,7 @@ class Kind(IntEnum):
     VERDICT = 38
     FINDING = 39
     PROGRESS = 40
+    MERGED = 41
     HANDED = 42
 
 
@@ -75,7 +78,9 @@ FROM_SENDER: Mapping[Kind, int] = {
     Kind.CUT: 4 * KiB,
     Kind.ACTIVE: 4 * KiB,
     Kind.ASK: 16 * KiB,
+    Kind.MERGE: 64 * KiB,
     Kind.HANDOVER: 128 * KiB,
+    Kind.FETCH: 16 * KiB,
 }
 """The longest body of each kind that a sender may send."""
 FROM_RECEIVER: Mapping[Kind, int] = {
@@ -89,6 +94,7 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.VERDICT: 4 * KiB,
     Kind.FINDING: KiB * KiB,
     Kind.PROGRESS: 16,
+    Kind.MERGED: 16 * KiB * KiB,
     Kind.HANDED: 512 * KiB,
 }
 """The same for a receiver."""

@@ -24,6 +24,8 @@ LARGEST_DISK = 1 << 56
 """Bytes; see docs/format.md: no signed offset may overflow with two of these added."""
 MAX_LAYERS = 200
 """QEMU opens chains of 200 files and no deeper."""
+MAX_RUNS = 1 << 22
+"""Of a layer's map."""
 
 LARGEST_EPOCH = 1 << 31
 POINTS_AT_ONCE = 256
@@ -32,6 +34,10 @@ POINTS_AT_ONCE = 256
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+SHORT_KEY_BYTES = 8
+MOST_OLDER = 1 << 14
+"""Files of one layer: one a night for 44 years."""
+ShortKeys = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$", max_length=MOST_OLDER * SHORT_KEY_BYTES * 2)]
 SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
 """The base64 form of a content sum: 2048 bytes, u16 little endian a lane."""
 
@@ -39,7 +45,8 @@ SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
 class Said(BaseModel):
     """One message: exactly these fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Built when they are needed: one stream speaks few of these.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class Hello(Said):
@@ -48,7 +55,7 @@ class Hello(Said):
     A later version may say more here: it is what decides about the version.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
     first: int = Field(ge=1, le=65535)
     last: int = Field(ge=1, le=65535)
@@ -100,7 +107,7 @@ class LayerOffer(Said):
     extended_l2: bool
     parent: LayerId | None
     sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
-    runs: int = Field(ge=0, le=1 << 22)
+    runs: int = Field(ge=0, le=MAX_RUNS)
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
 
@@ -120,7 +127,7 @@ class PointOffer(Said):
 
 
 class HeldLayer(Said):
-    """A layer that is there."""
+    """A layer that is there. older: the files that it was made of below its `sources` (replica/source_keys.py)."""
 
     id: LayerId
     file: str = Field(min_length=1, max_length=255)
@@ -128,6 +135,15 @@ class HeldLayer(Said):
     content_id: Digest
     content_sum: SumText
     sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    older: ShortKeys = ""
+
+    @model_serializer(mode="wrap")
+    def _without_older_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Programs from before there was this know no such field, and it is seldom needed.
+        said: dict[str, Any] = handler(self)
+        if not said.get("older"):
+            said.pop("older", None)
+        return said
 
 
 class Partial(Said):

@@ -14,9 +14,15 @@ ASK_FEATURE = "ask"
 """A receiver that answers ASK."""
 EPOCH_FEATURE = "epoch"
 """A receiver that heeds the epoch in OPEN."""
+MERGE_FEATURE = "merge"
+"""A receiver that merges the layers of a disk when it is told to, and makes senders wait meanwhile."""
 HANDOVER_FEATURE = "handover"
 """A receiver that answers HANDOVER with HANDED."""
-FEATURES: tuple[str, ...] = (ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, HANDOVER_FEATURE)
+FETCH_FEATURE = "fetch"
+"""A receiver that answers FETCH."""
+FEATURES: tuple[str, ...] = (
+    ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, MERGE_FEATURE, HANDOVER_FEATURE, FETCH_FEATURE,
+)  # fmt: skip
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 
 

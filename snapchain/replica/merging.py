@@ -1,0 +1,161 @@
+"""The answer to MERGE: the layers that no kept point needs become one with the next, or what that would do.
+
+    MERGE  ->  PROGRESS* MERGED+ DONE
+
+The asker is heard no more: once it is gone the next word to it fails, and the merge that is at work ends as it was.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, tzinfo
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.model.retention import Decision, Policy, parse_duration
+from snapchain.replica import collapsing
+from snapchain.replica.catalogue import Catalogue, Point
+from snapchain.replica.collapsing import Collapsing
+from snapchain.replica.epochs import check_epoch
+from snapchain.replica.progress import settle
+from snapchain.replica.store import ReplicaDisk, Work, open_replica
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.merge_messages import DecidedPoint, Merge, Merged, Outcome, Staying
+from snapchain.replica.stream.messages import POINTS_AT_ONCE, encode
+from snapchain.replica.unfinished import Engine, undisturbed
+from snapchain.replica.waiting import in_turn
+
+Say = Callable[[Kind, bytes], None]
+PROGRESS = struct.Struct("<QQ")
+"""Bytes moved so far, and of how many."""
+_PROGRESS_SECONDS = 0.3
+_LONGEST_REASON = 1000
+
+
+def merge(asked: Merge, root: Path, say: Say, *, engine: Engine | None) -> None:
+    """Do it, and say all but DONE.
+
+    Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
+    when others do not let go of the disk, Unsupported where nothing here can merge, and as `collapsing.plan`, `run`.
+    """
+    if engine is None:
+        raise Unsupported("this receiver cannot merge", subject=root)
+    policy, zone = _policy(asked), _zone(asked.zone)
+    disk = open_replica(root).disk(asked.disk)
+    if asked.dry_run:
+        planned = undisturbed(
+            disk,
+            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), policy, zone=zone, engine=engine),
+            engine=engine,
+            is_fine=lambda _plan: False,
+        )
+        _tell(planned, _foreseen(planned), say)
+        return
+    _checked(disk, disk.read(), asked)
+    with in_turn(disk, Work.MERGE):
+        settled = _checked(disk, settle(disk, engine), asked)
+        planned = collapsing.plan(disk, settled, policy, zone=zone, engine=engine)
+        _tell(planned, _done(disk, planned, engine, say), say)
+
+
+def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, asked: Merge) -> Catalogue:
+    if catalogue is None:
+        raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
+    if asked.epoch is not None:
+        check_epoch(disk, catalogue, asked.epoch)
+    return catalogue
+
+
+def _policy(asked: Merge) -> Policy:
+    policy = Policy(
+        last=asked.last,
+        hourly=asked.hourly,
+        daily=asked.daily,
+        weekly=asked.weekly,
+        monthly=asked.monthly,
+        yearly=asked.yearly,
+        within=None if asked.within is None else parse_duration(asked.within),
+        labels=frozenset(asked.labels),
+    )
+    if policy.is_empty:
+        raise InvalidInput("no rule says which points to keep", subject=asked.disk, hint="such as --keep-last 7")
+    return policy
+
+
+def _zone(name: str) -> tzinfo:
+    if name == "UTC":  # also where there is no database of zones
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (OSError, ValueError, LookupError) as error:
+        raise InvalidInput(
+            f"{name[:100]!a} is no time zone that the replica's host knows", hint="say --time-zone, such as UTC"
+        ) from error
+
+
+def _foreseen(planned: Collapsing) -> Outcome:
+    each = [what for _, what in planned.groups]
+    return Outcome(
+        done=False,
+        layers_before=len(planned.catalogue.layers),
+        layers_after=planned.layers_after,
+        merges=tuple(tuple(layer.file for layer in members) for members, _ in planned.groups),
+        staying=_staying(planned.stays),
+        strategy=planned.strategy,
+        bytes_moved=sum(what.bytes_to_move for what in each),
+        bytes_freed=sum(what.shadowed_bytes for what in each),
+        needs_bytes=max((what.needs_bytes for what in each), default=0),
+        free_bytes=planned.free_bytes,
+    )
+
+
+def _done(disk: ReplicaDisk, planned: Collapsing, engine: Engine, say: Say) -> Outcome:
+    told, last = 0.0, -1
+
+    def on_bytes(done: int, total: int) -> None:
+        nonlocal told, last
+        if time.monotonic() - told >= _PROGRESS_SECONDS or last < done == total:
+            told, last = time.monotonic(), done
+            say(Kind.PROGRESS, PROGRESS.pack(done, total))
+
+    done = collapsing.run(disk, planned, engine=engine, on_bytes=on_bytes)
+    return Outcome(
+        done=True,
+        layers_before=len(planned.catalogue.layers),
+        layers_after=len(done.catalogue.layers),
+        merges=tuple(tuple(layer.file for layer in members) for members in done.merged),
+        staying=_staying(done.stays),
+        strategy=done.strategy,
+        bytes_moved=done.bytes_moved,
+        bytes_freed=done.bytes_freed,
+        needs_bytes=max((what.needs_bytes for _, what in planned.groups), default=0),
+        free_bytes=planned.free_bytes,
+    )
+
+
+def _staying(stays: Sequence[collapsing.Stays]) -> tuple[Staying, ...]:
+    return tuple(Staying(file=each.layer.file, reason=each.reason[:_LONGEST_REASON]) for each in stays)
+
+
+def _tell(planned: Collapsing, outcome: Outcome, say: Say) -> None:
+    pages = list(_pages(planned.decisions))
+    for number, page in enumerate(pages, start=1):
+        last = outcome if number == len(pages) else None
+        say(Kind.MERGED, encode(Merged(disk=planned.catalogue.disk, points=page, outcome=last)))
+
+
+def _pages(decisions: Sequence[Decision[Point]]) -> Iterator[tuple[DecidedPoint, ...]]:
+    for at in range(0, max(1, len(decisions)), POINTS_AT_ONCE):
+        yield tuple(
+            DecidedPoint(
+                point=each.point.point,
+                time=each.point.time,
+                labels=each.point.labels,
+                kept=each.kept,
+                reasons=tuple(why[:_LONGEST_REASON] for why in each.reasons),
+            )
+            for each in decisions[at : at + POINTS_AT_ONCE]
+        )

@@ -1,0 +1,283 @@
+"""A merge of a disk's layers that is under way: the record that tells of it, and what is left to do after a crash.
+
+    .merging.json      which layers are to be one; from before a file is touched until the catalogue says so
+
+Whoever finds it and gets the disk's lock has met a merge that was killed: its engine finishes or undoes what it did to
+the files, and then they tell what they are, the old list of layers or the new one.  Who reads without the lock may see
+the files of one and the catalogue of the other meanwhile: what it finds wrong then is nothing, and it looks again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unsupported
+from snapchain.host.files import fsync_file, remove
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.os_errors import os_errors
+from snapchain.image import scan
+from snapchain.image.references import children
+from snapchain.replica import names
+from snapchain.replica.catalogue import Catalogue, Layer, read_record, write_record
+from snapchain.replica.source_keys import joined
+from snapchain.replica.store import ReplicaDisk, Work
+from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
+
+READ_ONLY = 0o444
+_WRITABLE = 0o644
+_PATIENCE = 60.0
+_POLL_SECONDS = 0.1
+_ATTEMPTS = 5
+OnBytes = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+class Done(Protocol):
+    """What a merge did. Sizes in bytes."""
+
+    @property
+    def bytes_moved(self) -> int: ...
+
+    @property
+    def bytes_freed(self) -> int: ...
+
+
+class Planned(Protocol):
+    """A merge that may be done. needs_bytes: room beside its inputs; shadowed_bytes: overwritten data that goes."""
+
+    @property
+    def strategy(self) -> str: ...
+
+    @property
+    def bytes_to_move(self) -> int: ...
+
+    @property
+    def needs_bytes(self) -> int: ...
+
+    @property
+    def shadowed_bytes(self) -> int: ...
+
+    def run(self, *, on_bytes: OnBytes) -> Done:
+        """Do it: the result has the path of the uppermost, the others are gone. Whatever it raises, nothing is lost.
+
+        on_bytes: told how much of the data is moved, and of how much; what it raises ends the merge
+        """
+        ...
+
+
+class Engine(Protocol):
+    """What merges neighbouring files of one chain. members: lowest first, with real paths; others stay as they are."""
+
+    def plan(self, tip: Path, members: Sequence[Path], *, image_dirs: Sequence[Path]) -> Planned:
+        """Look; changes nothing. tip: of the chain; image_dirs: where images may stand on the members, too.
+
+        Raises Conflict, Busy, Unsupported or InvalidInput for what cannot be merged, and as it is why.
+        """
+        ...
+
+    def pending(self, members: Sequence[Path]) -> bool:
+        """Whether a merge of these was begun, and has come neither to its end nor back."""
+        ...
+
+    def settle(self, members: Sequence[Path]) -> None:
+        """Finish what a killed merge of these had begun, or undo it. Raises Busy while somebody has one open."""
+        ...
+
+
+class Merging(BaseModel):
+    """The record. members: layers, lowest first, of which the uppermost is to be all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    members: tuple[LayerId, ...] = Field(min_length=2, max_length=MAX_LAYERS)
+
+
+def begin(disk: ReplicaDisk, members: Sequence[Layer]) -> None:
+    """Note, durably, that these are to become one."""
+    write_record(disk.path(names.MERGING), Merging(members=tuple(layer.id for layer in members)))
+
+
+def settle_merge(disk: ReplicaDisk, catalogue: Catalogue, engine: Engine | None) -> Catalogue:
+    """Finish or undo a merge that was killed; the catalogue as it is then. Under the lock.
+
+    Raises Unsupported where there is one and no engine, and what the engine raises: then all is as before.
+    """
+    record = read_record(Merging, disk.path(names.MERGING))
+    if record is None:
+        return catalogue
+    known = {layer.id: layer for layer in catalogue.layers}
+    members = [known[layer] for layer in record.members if layer in known]
+    if len(members) == len(record.members):
+        if engine is None:
+            raise Unsupported(
+                "a merge of this disk was interrupted, and this program cannot finish it",
+                subject=disk.directory,
+                hint="run `snapchain merge` on that disk, or send to it",
+            )
+        paths = [real_path(disk, layer) for layer in members]
+        with unlocked([paths[0], paths[-1]]):
+            engine.settle(paths)
+        return conclude(disk, catalogue, members)
+    # Only the end of it is left: the catalogue does not name them any more.
+    remove(disk.path(names.MERGING))
+    return catalogue
+
+
+def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) -> Catalogue:
+    """After the engine is done with the files, either way: the catalogue of what they are now, and the record gone.
+
+    Raises Corrupt when they are neither the old chain nor the new one; then nothing is changed.
+    """
+    gone = {layer.id for layer in members[:-1]}
+    merged = tuple(layer for layer in catalogue.layers if layer.id not in gone)
+    shown = _chain(disk, catalogue.layers[-1], members[-1])
+    for layer in members:
+        _seal(disk.path(layer.file))
+    if shown.keys == [_key(layer) for layer in merged]:
+        _drop_leftovers(disk, members[:-1], merged)
+        at = merged.index(members[-1])
+        older, sources = joined(members)
+        made = members[-1].model_copy(
+            update={
+                "cluster_size": shown.cluster_size,
+                "data_bytes": shown.data_bytes,
+                "older": older,
+                "sources": sources,
+            }
+        )
+        points = tuple(point for point in catalogue.points if point.layer not in gone)
+        catalogue = catalogue.after(layers=(*merged[:at], made, *merged[at + 1 :]), points=points)
+        disk.write(catalogue)
+    elif shown.keys != [_key(layer) for layer in catalogue.layers]:
+        raise Corrupt(
+            "the files of this disk are neither the chain that its catalogue names, nor what a merge made of it",
+            subject=disk.directory,
+            hint="somebody has rebased, resized or replaced them",
+        )
+    remove(disk.path(names.MERGING))
+    return catalogue
+
+
+def real_path(disk: ReplicaDisk, layer: Layer) -> Path:
+    """Of a layer's file, with no link on the way; the file need not exist."""
+    return disk.directory.resolve() / layer.file
+
+
+@contextmanager
+def unlocked(paths: Sequence[Path]) -> Iterator[None]:
+    """Let this user write to some layers' files. Whoever concludes the merge makes them read-only again."""
+    for path in paths:
+        with os_errors(path), suppress(FileNotFoundError):
+            if not os.access(path, os.W_OK):
+                path.chmod(_WRITABLE)
+    yield
+
+
+def is_under_way(disk: ReplicaDisk) -> bool:
+    """Whether a merge is, or was when it was killed."""
+    return disk.path(names.MERGING).exists()
+
+
+def undisturbed(disk: ReplicaDisk, look: Callable[[], T], *, engine: Engine | None, is_fine: Callable[[T], bool]) -> T:
+    """What `look` finds, without the lock, when no merge has changed files under it; errors, too, count only then.
+
+    is_fine: what a merge cannot have spoilt. A merge that was killed is settled. Raises Busy when it never is quiet.
+    """
+    for _ in range(_ATTEMPTS):
+        wait_for_merge(disk, engine=engine)
+        before = disk.read()
+        try:
+            found = look()
+        except SnapchainError:
+            if not is_under_way(disk) and disk.read() == before:
+                raise
+            continue
+        if is_fine(found) or (not is_under_way(disk) and disk.read() == before):
+            return found
+    raise Busy("the disk changes while it is looked at", subject=disk.directory, hint="run it again")
+
+
+def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None, patience: float | None = None) -> None:
+    """Return when none is under way; one that was killed is settled.
+
+    Raises Busy when it takes longer than `patience`, in seconds (by default a minute), and as `settle_merge`.
+    """
+    deadline = time.monotonic() + (_PATIENCE if patience is None else patience)
+    while is_under_way(disk):
+        try:
+            with disk.locked(make=False, work=Work.MERGE):
+                catalogue = disk.read()
+                if catalogue is not None:
+                    settle_merge(disk, catalogue, engine)
+                return
+        except Busy as error:
+            if time.monotonic() > deadline:
+                raise Busy(
+                    "its layers are being merged", subject=disk.directory, hint="wait for that to end"
+                ) from error
+        time.sleep(_POLL_SECONDS)
+
+
+_Key = tuple[str, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """The chain that is there, root first, and what one of its files holds."""
+
+    keys: list[_Key]
+    cluster_size: int
+    data_bytes: int
+
+
+def _key(layer: Layer) -> _Key:
+    return (layer.file, layer.size, "qcow2")
+
+
+def _chain(disk: ReplicaDisk, tip: Layer, of: Layer) -> _Shown:
+    path = real_path(disk, tip)
+    with scan(path, format="qcow2") as chain:
+        if any(file.real_path.parent != path.parent for file in chain.files):
+            raise Corrupt("a file of this disk stands on one elsewhere", subject=disk.directory)
+        held = [(file.cluster_size or 0, file.extents.data_bytes) for file in chain.files if file.path.name == of.file]
+        cluster_size, data_bytes = held[0] if held else (0, 0)
+        return _Shown([(file.path.name, file.size, file.format) for file in chain.files], cluster_size, data_bytes)
+
+
+def _seal(path: Path) -> None:
+    with os_errors(path), suppress(FileNotFoundError):
+        if path.stat().st_mode & 0o7777 != READ_ONLY:
+            path.chmod(READ_ONLY)
+            fsync_file(path)
+
+
+def _drop_leftovers(disk: ReplicaDisk, lower: Sequence[Layer], merged: Sequence[Layer]) -> None:
+    """Files of layers that are in another one now, of which no journal tells: those that nobody needs go."""
+    named = {layer.file for layer in merged}
+    paths = [real_path(disk, layer) for layer in lower if layer.file not in named]
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        return
+    ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
+    needed = children(where_images_stand(disk), of=paths, besides=ours)
+    for number in range(len(paths) - 1, -1, -1):
+        if any(path in needed for path in paths[number:]):
+            return  # the others lie below it
+        with suppress(Busy, Conflict, InvalidInput), ImageLock(paths[number], LockMode.WRITE):
+            remove(paths[number])
+
+
+def where_images_stand(disk: ReplicaDisk) -> list[Path]:
+    """Directories in which images may stand on layers."""
+    directory = disk.directory.resolve()
+    active = directory / names.ACTIVE
+    return [directory, active] if active.is_dir() else [directory]

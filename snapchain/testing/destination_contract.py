@@ -1,0 +1,242 @@
+"""What every destination must do, as a suite to subclass.
+
+    class TestMine(DestinationContract):
+        @pytest.fixture(scope="class")
+        @classmethod
+        def sites(cls) -> Callable[[], Site]:
+            return lambda: MySite(...)      # a place of its own, empty, at each call
+
+Where kinds rightly differ, `Site.traits` says so, and the other behaviour is demanded: nothing is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, Unsupported
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.retention import Policy
+from snapchain.testing.destination_faults import DestinationFaults
+from snapchain.testing.destination_site import DISK, Delivered, Site, Traits, deliver
+from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
+
+BAD_DISKS = ("", "a:b", "a@b", "/a", "a/", "a//b", "a\n", " a", "x" * 201)
+BAD_LABELS = ("", "7", "latest", "a@b", "a::b", "a\n", "x" * 101)
+
+
+class DestinationContract(DestinationFaults):
+    """Subclasses give a fixture `sites`, for the whole class: a function that makes an empty Site."""
+
+    # ---- what goes in comes out
+
+    @pytest.mark.parametrize("name", ["whole.raw", "whole.qcow2"])
+    def test_every_point_comes_back(self, delivered: Delivered, out: Path, name: str) -> None:
+        chosen = list(enumerate(delivered.history, 1))[:: -delivered.site.traits.every]
+        for number, moment in chosen:
+            path = out / f"{number}-{name}"
+            report = delivered.site.open().restoration(DISK, path, point=str(number)).run()
+            assert identical(path, moment.shown), moment.name
+            assert (report.point, report.virtual_size, report.content_id) == (number, moment.size, moment.content_id)
+        assert len(list(out.iterdir())) == len(chosen)
+
+    @pytest.mark.parametrize("point", [4, 6])
+    def test_a_point_comes_back_as_its_layers(self, delivered: Delivered, out: Path, point: int) -> None:
+        moment = delivered.history[point - 1]
+        path = out / "top.qcow2"
+        work = delivered.site.open().restoration(DISK, path, point=str(point), whole_chain=True)
+        plan = work.plan()
+        assert list(out.iterdir()) == []
+        report = work.run()
+        assert report.files == tuple(file.path for file in plan.files)
+        assert (report.bytes_written, report.content_id) == (plan.bytes_to_write, moment.content_id)
+        assert 1 < len(report.files) == len(list(out.iterdir()))
+        assert identical(path, moment.shown)
+
+    def test_a_point_is_what_was_reported(self, delivered: Delivered) -> None:
+        points = delivered.points
+        known = [(moment.size, moment.content_id) for moment in delivered.history]
+        assert [(point.virtual_size, point.content_id) for point in points] == known
+        assert [(report.virtual_size, report.content_id) for report in delivered.reports] == known
+        assert [point.point for point in points] == [report.point for report in delivered.reports]
+        assert [point.point for point in points] == list(range(1, len(known) + 1))
+        assert [point.labels[0] for point in points] == [moment.name for moment in delivered.history]
+        times = [delivered.begun]
+        for point, after in zip(points, delivered.after, strict=True):
+            times += [point.time, after]
+        assert times == sorted(times)
+        assert all(point.layers >= 1 for point in points)
+        assert points[-1].layers == points[-2].layers, "an overlay that says nothing is no layer"
+
+    def test_points_by_name(self, delivered: Delivered, out: Path) -> None:
+        count = len(delivered.history)
+        wanted: dict[str | None, int] = {
+            None: count,
+            "latest": count,
+            "3": 3,
+            "003": 3,
+            "hides": 2,
+            "even": 7,
+            "odd": 6,
+        }
+        wanted[delivered.after[3].isoformat()] = 4
+        wanted["9999-12-31T23:59:59Z"] = count
+        place, every = delivered.site.open(), delivered.site.traits.every
+        for name, number in list(wanted.items())[::every]:
+            plan = place.restoration(DISK, out / "a.raw", point=name).plan()
+            assert (plan.point, plan.content_id) == (number, delivered.history[number - 1].content_id), name
+        before = delivered.begun.replace(microsecond=0).isoformat()
+        for name in ("0", str(count + 1), "9" * 5000, "no such label", before, "x" * 5000)[::every]:
+            with pytest.raises(NotFound):
+                place.restoration(DISK, out / "a.raw", point=name).plan()
+        assert list(out.iterdir()) == []
+
+    def test_its_layers_can_be_seen(self, delivered: Delivered) -> None:
+        found = delivered.site.open().inspect(DISK, "packed")
+        moment = delivered.history[3]
+        assert (found.virtual_size, found.content_id) == (moment.size, moment.content_id)
+        assert len(found.layers) == delivered.points[3].layers
+        assert found.layers[-1].virtual_size == moment.size
+        assert sum(layer.data_bytes for layer in found.layers) > 500 * KiB
+        assert sum(layer.shadowed_bytes for layer in found.layers) > 100 * KiB
+
+    def test_odd_disks(self, site: Site, tmp_path: Path, out: Path) -> None:
+        """Nothing but zeroes; one sector; data in the last sector alone; names that need care."""
+        disks = {
+            "zeroes": Step("zeroes", 4 * MiB, ("write -z 0 1M",)),
+            "ein Datenträger + 1%2F": Step("sector", 512, ("write -P 1 0 512",)),
+            ".hidden/-dash": Step("last", 5 * MiB - 512, (f"write -P 2 {5 * MiB - 1024} 512",)),
+        }
+        chosen = list(disks.items())[:: site.traits.every]
+        for number, (disk, step) in enumerate(chosen):
+            image = overlay(tmp_path / f"{number}.qcow2", None, step)
+            shown = flat(image, tmp_path / f"{number}.shown")
+            assert deliver(site, image, disk=disk).point == 1
+            for name in ("a.raw", "a.qcow2")[:: site.traits.every]:
+                path = out / f"{number}{name}"
+                site.open().restoration(disk, path).run()
+                assert identical(path, shown)
+        assert [disk.name for disk in site.open().log().disks] == sorted(disk for disk, _ in chosen)
+
+    # ---- again, and beside one another
+
+    def test_nothing_new_is_not_sent_again(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        first = deliver(site, history[3].image)
+        assert (first.layers_sent > 0, first.bytes_read > 500 * KiB) == (True, True)
+        with site.open(writing=True).deliver(history[3].image, DISK) as work:
+            plan = work.plan()
+            assert (plan.layers, plan.bytes_to_read, plan.layers_present) == ((), 0, 4)
+            again = work.run()
+        assert (again.layers_sent, again.bytes_read, again.bytes_stored) == (0, 0, 0)
+        assert (again.point, again.content_id) == (first.point + 1, first.content_id)
+        # Only what lies on top of it goes.
+        last = deliver(site, history[4].image)
+        assert (last.layers_sent, last.layers_present) == (1, 4)
+        assert last.bytes_read < first.bytes_read
+        path = out / "a.raw"
+        site.open().restoration(DISK, path, point=str(again.point)).run()
+        assert identical(path, history[3].shown)
+
+    def test_an_output_is_replaced_only_by_force(self, delivered: Delivered, out: Path) -> None:
+        path = out / "a.raw"
+        path.write_bytes(b"mine")
+        place = delivered.site.open()
+        with pytest.raises(Conflict):
+            place.restoration(DISK, path).run()
+        assert path.read_bytes() == b"mine"
+        place.restoration(DISK, path, force=True).run()
+        assert identical(path, delivered.history[-1].shown)
+
+    def test_an_image_that_does_not_lie_on_what_is_there(
+        self, site: Site, history: Sequence[Moment], tmp_path: Path, out: Path
+    ) -> None:
+        deliver(site, history[0].image)
+        image = overlay(tmp_path / "other.qcow2", None, Step("other", MiB, ("write -P 9 0 100k",)))
+        if site.traits.one_chain:
+            with pytest.raises(Diverged):
+                deliver(site, image)
+        else:
+            assert deliver(site, image).point == 2
+            site.open().restoration(DISK, out / "2.raw").run()
+            assert identical(out / "2.raw", flat(image, tmp_path / "flat"))
+        site.open().restoration(DISK, out / "1.raw", point="1").run()
+        assert identical(out / "1.raw", history[0].shown)
+
+    # ---- what cannot be
+
+    def test_an_image_that_somebody_writes_to(self, site: Site, history: Sequence[Moment]) -> None:
+        deliver(site, history[0].image)
+        for held in (history[0].image, history[1].image):
+            with ImageLock(held, LockMode.WRITE), pytest.raises(Busy):
+                deliver(site, history[1].image)
+        assert len(site.open().log(DISK).disks[0].points) == 1
+
+    def test_what_is_not_there(self, delivered: Delivered, out: Path) -> None:
+        place = delivered.site.open()
+        asked: list[Callable[[], object]] = [
+            lambda: place.log("gone"),
+            lambda: place.restoration("gone", out / "a.raw").run(),
+            lambda: place.inspect("gone"),
+            lambda: place.inspect(DISK, "99"),
+            lambda: place.verify("gone"),
+            lambda: place.restoration(DISK, out / "gone" / "a.raw").run(),
+        ]
+        for ask in asked:
+            with pytest.raises(NotFound):
+                ask()
+        assert list(out.iterdir()) == []
+
+    def test_names_that_cannot_be(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        for disk in BAD_DISKS:
+            with pytest.raises(InvalidInput):
+                deliver(site, history[0].image, disk=disk)
+            with pytest.raises(InvalidInput):
+                site.open().restoration(disk, out / "a.raw").run()
+        for label in BAD_LABELS:
+            with pytest.raises(InvalidInput):
+                deliver(site, history[0].image, labels=["good", label])
+        deliver(site, history[0].image, disk="good")
+        for name in ("a", "a.vmdk"):
+            with pytest.raises(InvalidInput):
+                site.open().restoration("good", out / name).run()
+        assert [(disk.name, len(disk.points)) for disk in site.open().log().disks] == [("good", 1)]
+        assert list(out.iterdir()) == []
+
+    # ---- letting go
+
+    def test_points_are_let_go_by_rules(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        moments = [history[number] for number in (0, 1, 3, 4, 5)]
+        for moment in moments:
+            deliver(site, moment.image, labels=[moment.name])
+        policy = Policy(last=1, labels=frozenset({"hides"}))
+        if not site.traits.merges:
+            with pytest.raises(Unsupported):
+                site.open(writing=True).merging(DISK, policy).run()
+            return
+        place = site.open(writing=True)
+        place.merging(DISK, policy).plan()
+        assert len(site.open().log(DISK).disks[0].points) == 5
+        report = place.merging(DISK, policy).run()
+        assert (report.points_kept, report.points_dropped) == ((2, 5), (1, 3, 4))
+        kept = site.open().log(DISK).disks[0].points
+        assert [(point.point, point.content_id) for point in kept] == [
+            (number, moments[number - 1].content_id) for number in (2, 5)
+        ]
+        for number in (2, 5):
+            site.open().restoration(DISK, out / f"{number}.raw", point=str(number)).run()
+            assert identical(out / f"{number}.raw", moments[number - 1].shown)
+        for number in (1, 3, 4)[:: site.traits.every]:
+            with pytest.raises(NotFound):
+                site.open().restoration(DISK, out / "gone.raw", point=str(number)).run()
+        assert site.open().verify(share=1.0).ok
+        # What was merged is known again: nothing of it is sent, and numbers are not given twice.
+        again = deliver(site, moments[-1].image)
+        assert (again.point, again.layers_sent, again.content_id) == (6, 0, moments[-1].content_id)
+        assert site.open(writing=True).merging(DISK, Policy(last=1)).run().points_kept == (6,)
+        with pytest.raises(NotFound):
+            site.open(writing=True).merging("gone", policy).run()
+
+
+__all__ = ["DISK", "DestinationContract", "Site", "Traits"]

@@ -1,0 +1,206 @@
+"""What others may leave in a replica's directory: links, pipes, devices, other people's files, and gaps.
+
+It is told clearly, nobody waits for it, and nothing that it points at is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Corrupt, InvalidInput, SnapchainError, Unavailable
+from snapchain.host.remote_retry import Persistence
+from snapchain.ops.replica_log import log_replica
+from snapchain.ops.replica_verify import verify_replica
+from snapchain.ops.send import Request, plan_send, send_persistently
+from snapchain.ops.send_request import SendReport
+from snapchain.replica import sender
+from snapchain.replica.catalogue import Catalogue, read_record
+from snapchain.replica.endpoint import DirectoryEndpoint
+from tests.ops.stacks import Layer, build, flat
+from tests.replica.conftest import DISK, BentEndpoint, Place, send
+
+MiB = 1 << 20
+SECRET = "not to be touched"
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> list[Path]:
+    return build(tmp_path / "c", [Layer(MiB, [f"write -P {n} {n * 64}k 128k"]) for n in range(1, 4)])
+
+
+@pytest.fixture
+def held(place: Place, chain: list[Path]) -> Place:
+    """A replica with two layers."""
+    place.send(chain[0])
+    place.send(chain[1])
+    return place
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    path = tmp_path / "victim"
+    path.write_text(SECRET)
+    path.chmod(0o640)
+    return path
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def zeroes(path: Path) -> None:
+    path.unlink()
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+    path.symlink_to("moved")
+
+
+def nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def empty(path: Path) -> None:
+    path.chmod(0o600)
+    path.write_bytes(b"")
+
+
+KINDS = [pipe, moved, nowhere, folder, empty, pytest.param(zeroes, marks=pytest.mark.root)]
+
+
+def refused(place: Place, image: Path) -> None:
+    """By all that would build on it, and told by verify; nothing changes."""
+    before = {path.name for path in place.directory.iterdir()}
+    there = DirectoryEndpoint(place.root)
+    for attempt in (place.send, lambda image: plan_send(Request(image=image, disk=DISK), there)):
+        with pytest.raises(SnapchainError) as caught:
+            attempt(image)
+        assert str(place.directory) in str(caught.value)
+    assert {path.name for path in place.directory.iterdir()} == before
+    found = verify_replica(DirectoryEndpoint(place.root), read_data=True)
+    assert not found.ok
+    assert found.findings[0].disk == DISK
+
+
+@pytest.mark.parametrize("plant", KINDS)
+def test_in_the_place_of_the_catalogue(held: Place, chain: list[Path], plant: Callable[[Path], None]) -> None:
+    plant(held.directory / "catalogue.json")
+    refused(held, chain[2])
+    with pytest.raises(Corrupt):
+        log_replica(DirectoryEndpoint(held.root))
+
+
+@pytest.mark.parametrize("file", ["0.qcow2", "1.qcow2"])
+@pytest.mark.parametrize("plant", KINDS)
+def test_in_the_place_of_a_layer(held: Place, chain: list[Path], plant: Callable[[Path], None], file: str) -> None:
+    plant(held.directory / file)
+    there = DirectoryEndpoint(held.root)
+    if plant is not moved:
+        with pytest.raises(SnapchainError):
+            held.send(chain[2])
+    assert not verify_replica(there, read_data=True).ok or plant is moved
+    assert len(log_replica(there).disks[0].points) == 2
+
+
+def test_a_catalogue_that_is_gone(held: Place, chain: list[Path]) -> None:
+    (held.directory / "catalogue.json").unlink()
+    refused(held, chain[2])
+    with pytest.raises(Corrupt, match="its catalogue is gone, and 2 layers are here"):
+        held.send(chain[2])
+
+
+@pytest.mark.parametrize("name", [".incoming.qcow2", "2.qcow2", ".lock", "catalogue.json", ".incoming.json"])
+def test_no_link_is_followed(held: Place, chain: list[Path], victim: Path, tmp_path: Path, name: str) -> None:
+    (held.directory / name).unlink(missing_ok=True)
+    (held.directory / name).symlink_to(victim)
+    try:
+        held.send(chain[2])
+    except SnapchainError as error:
+        assert name in {".lock", "catalogue.json", ".incoming.json"}, error  # noqa: PT017
+    else:
+        (held.directory / name).unlink(missing_ok=name != "2.qcow2")
+        held.check(flat(chain[2], tmp_path / "shown"))
+    assert (victim.read_text(), victim.stat().st_mode & 0o777) == (SECRET, 0o640)
+
+
+def test_no_link_is_followed_by_who_goes_on(
+    held: Place, tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transfer that was cut off makes its file writable again: that file, and none that a link names."""
+    monkeypatch.setattr(sender, "MARK_BYTES", 256 << 10)
+    noise = tmp_path / "noise"
+    noise.write_bytes(os.urandom(4 * MiB))
+    image = build(tmp_path / "d", [Layer(4 * MiB, [f"write -s {noise} 0 4M"])])[0]
+    with pytest.raises(Unavailable):
+        send(image, BentEndpoint(held, there=lambda at, data: data if at < 3 * MiB else None), "other")
+    incoming = held.root / "other" / ".incoming.qcow2"
+    assert incoming.with_suffix(".json").exists()
+    incoming.unlink()
+    incoming.symlink_to(victim)
+    with pytest.raises(InvalidInput, match="symbolic link"):
+        send(image, DirectoryEndpoint(held.root), "other")
+    assert (victim.read_text(), victim.stat().st_mode & 0o777) == (SECRET, 0o640)
+
+
+def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> None:
+    (held.root / "snapchain-replica.json").unlink()
+    there = DirectoryEndpoint(held.root)
+    with pytest.raises(InvalidInput, match="holds other things"):
+        held.send(chain[2])
+    with pytest.raises(InvalidInput, match="holds other things"):
+        plan_send(Request(image=chain[2], disk=DISK), there)
+
+
+def persistently(image: Path, place: Place) -> SendReport:
+    policy = Persistence(give_up_after=100)
+    return send_persistently(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
+
+
+@pytest.mark.root
+def test_a_place_that_may_only_be_read(held: Place, chain: list[Path]) -> None:
+    """It is told at once: asking again would find the same."""
+    subprocess.run(["mount", "--bind", held.root, held.root], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", held.root], check=True)
+        with pytest.raises(Unavailable, match="read-only file system"):
+            persistently(chain[2], held)
+        assert verify_replica(DirectoryEndpoint(held.root), read_data=True).ok
+    finally:
+        subprocess.run(["umount", held.root], check=True)
+    assert persistently(chain[2], held).layers_sent == 1
+
+
+@pytest.mark.root
+def test_somebody_elses(held: Place) -> None:
+    """Who may not read a catalogue is told that, and not that it is damaged."""
+    path = held.directory / "catalogue.json"
+    path.chmod(0)
+    child = os.fork()
+    if not child:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        status = 1
+        with suppress(BaseException):
+            try:
+                read_record(Catalogue, path)
+            except InvalidInput as error:
+                status = 0 if error.message == "permission denied" else 2
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
