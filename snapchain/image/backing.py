@@ -72,10 +72,23 @@ def is_layer_below_active(path: Path, top: Path) -> bool:
     return path.parent == top.parent.parent and _active(top.parent)
 
 
+def check_no_layer(path: Path) -> None:
+    """Raises Unsupported for a layer of a replica (a real path): its catalogue says what it holds."""
+    if _disk(path.parent):
+        raise Unsupported(
+            "it is a layer of a replica, and must stay what its catalogue says",
+            subject=path,
+            hint="`snapchain merge DEST::DISK` merges layers there; a guest's own image is in `active`",
+        )
+
+
 def _active(directory: Path) -> bool:
     """Whether it holds the overlays of a disk at a replica."""
-    disk = directory.parent
-    return directory.name == ACTIVE and (disk / CATALOGUE).is_file() and (disk.parent / REPLICA).is_file()
+    return directory.name == ACTIVE and _disk(directory.parent)
+
+
+def _disk(directory: Path) -> bool:
+    return (directory / CATALOGUE).is_file() and (directory.parent / REPLICA).is_file()
 
 
 def _shown(name: str) -> str:

@@ -27,6 +27,7 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile, qemu_img, scan
+from snapchain.image.backing import check_no_layer
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import seal
@@ -100,6 +101,7 @@ def plan(
         source = image.resolve(strict=True)
         status = source.stat()
     _check_kind(source, status)
+    check_no_layer(source)
     with scan(image, format=image_format, image_dirs=image_dirs) as chain:
         check_not_given(chain)
         top = chain.files[-1]

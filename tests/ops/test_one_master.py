@@ -14,6 +14,8 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.image import scan
 from snapchain.ops import merge_image, migrate as module, snapshot
+from snapchain.ops.merge_set import plan as merge_set
+from snapchain.ops.merge_set.request import Request
 from snapchain.ops.migrate import MigrateReport, MigrateRequest, Move, migrate, take_back
 from snapchain.ops.nightly.look import look
 from snapchain.ops.notes import Notes
@@ -177,6 +179,17 @@ def test_a_merge_of_the_guests_overlay_leaves_the_replica_whole(host: Host, tmp_
     third = move(top, tmp_path / "third")
     assert third.disks[0].epoch == 3
     assert same(overlay(third), truth)
+
+
+def test_a_replicas_layer_is_neither_sealed_nor_merged_by_its_name(host: Host) -> None:
+    move(host.vda, host.place.root)
+    layer = host.place.files()[-1]
+    with pytest.raises(Unsupported, match="layer of a replica"):
+        snapshot.plan(layer)
+    with pytest.raises(Unsupported, match="layer of a replica"):
+        merge_set.plan(Request(image=layer, flatten=True))
+    with pytest.raises(Unsupported, match="layer of a replica"):
+        merge_set.plan(Request(image=host.overlay(VDA), from_layer="0.qcow2", to_layer=layer.name))
 
 
 # ---- files that are not the disk's alone

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Unavailable
 from snapchain.image import ImageChain, scan
+from snapchain.image.backing import check_no_layer
 from snapchain.model.choice import MergeRange
 from snapchain.ops.hold import check_range
 from snapchain.ops.merge.inputs import KeptFile
@@ -132,6 +133,8 @@ def plan(request: Request) -> MergeSetPlan:
             ranges = _named(stack, request)
             stays, notices = {}, _not_there(stack, ranges)
         plans = tuple(planner.plan(each) for each in ranges)
+        for each in plans:
+            check_no_layer(each.result)
         idle = None if plans else planner.plan(MergeRange(len(stack) - 1, len(stack) - 1))
         of_all = idle or plans[0]
         merges = tuple(_merge(stack, each, rates) for each in plans)
