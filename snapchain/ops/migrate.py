@@ -149,7 +149,7 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
     if not unasked:
         # A disk without a mark was not given: the question comes after the last mark.
         asked = [_handed(move.disk, mark.overlay, mark.epoch + 1) for move, mark in given]
-        ask_for_handover(endpoint, Step.BACK, asked, token=token)
+        _ask_back(endpoint, asked, token)
     for move, mark in given:
         with opened(request, move) as chain:
             ownership.unfence(chain, token, epoch=mark.epoch + 1)
@@ -160,6 +160,15 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
         epochs=tuple(mark.epoch + 1 for _, mark in given),
         asked=not unasked,
     )
+
+
+def _ask_back(endpoint: Endpoint, asked: Sequence[HandedDisk], token: str) -> None:
+    try:
+        ask_for_handover(endpoint, Step.BACK, asked, token=token)
+    except (NotFound, Unavailable) as error:
+        if error.hint is None:
+            error.hint = "if it is gone for good, say --take-back --destination-is-gone"
+        raise
 
 
 # ---- the handover

@@ -15,6 +15,7 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Snapchai
 from snapchain.image import scan
 from snapchain.ops import merge_image, migrate as module, snapshot
 from snapchain.ops.migrate import MigrateReport, MigrateRequest, Move, migrate, take_back
+from snapchain.ops.nightly.look import look
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
 from snapchain.ops.sync import SyncRequest, sealed_request, sync
@@ -302,3 +303,24 @@ def test_back_is_only_what_was_taken_back_by_this_handover(host: Host, monkeypat
 
 def _dies(*_arguments: Any) -> Any:
     raise KeyboardInterrupt
+
+
+def test_the_hints_make_no_second_master(host: Host) -> None:
+    move(host.vda, host.place.root)
+    move(host.vdb, host.place.root, VDB)
+    for note in host.vda.parent.glob(".snapchain-layer-*"):
+        note.write_text("rubbish")
+    with pytest.raises(Corrupt, match="may have said that this disk was given") as error:
+        snapshot.plan(host.vda)
+    assert "no other host" in (error.value.hint or "")
+    shutil.rmtree(host.place.root)
+    with pytest.raises(NotFound) as gone:
+        host.take_back(moves=[Move(host.vdb, VDB)])
+    assert "--destination-is-gone" in (gone.value.hint or "")
+
+
+def test_a_night_passes_over_what_was_given(host: Host) -> None:
+    clone = clone_of(host)
+    move(clone, host.place.root)
+    with pytest.raises(Conflict, match="was given"):
+        look(clone)
