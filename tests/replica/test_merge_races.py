@@ -228,7 +228,8 @@ def test_interrupted_in_this_process(sent: Pointed, chain: list[Path]) -> None:
 def test_one_of_two_merges_is_refused_half_way(sent: Pointed, chain: list[Path], strategy: Strategy) -> None:
     """What was undone is gone round; what was begun comes first, and is settled before anything else."""
     disk = open_replica(sent.place.root).disk(DISK)
-    assert (catalogue := disk.read()) is not None
+    catalogue = disk.read()
+    assert catalogue is not None
     disk.write(catalogue.after(points=tuple(point for point in catalogue.points if point.point in {3, 5})))
     refused: list[int] = []
 
