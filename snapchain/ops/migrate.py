@@ -105,7 +105,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
             _check_still(request, prepared)
             _fence_all(request, prepared, endpoint, token, course, on_event)
             standings = _give(request, prepared, endpoint, token, on_event)
-            _confirm(request, prepared, token, started=False)
+            _noted(request, prepared, token, on_event)
             if request.paused:
                 _check_paused(request, prepared)
         else:
@@ -149,7 +149,7 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
     if not unasked:
         # A disk without a mark was not given: the question comes after the last mark.
         asked = [_handed(move.disk, mark.overlay, mark.epoch + 1) for move, mark in given]
-        ask_for_handover(endpoint, Step.BACK, asked, token=token)
+        _ask_back(endpoint, asked, token)
     for move, mark in given:
         with opened(request, move) as chain:
             ownership.unfence(chain, token, epoch=mark.epoch + 1)
@@ -160,6 +160,15 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
         epochs=tuple(mark.epoch + 1 for _, mark in given),
         asked=not unasked,
     )
+
+
+def _ask_back(endpoint: Endpoint, asked: Sequence[HandedDisk], token: str) -> None:
+    try:
+        ask_for_handover(endpoint, Step.BACK, asked, token=token)
+    except (NotFound, Unavailable) as error:
+        if error.hint is None:
+            error.hint = "if it is gone for good, say --take-back --destination-is-gone"
+        raise
 
 
 # ---- the handover
@@ -284,6 +293,17 @@ def _give(
         except SnapchainError as fault:
             on_event(Notice(f"the disks are still marked as being given away, say --take-back: {fault}"))
         raise error  # noqa: TRY201 -- the take-back's own may have come after it
+
+
+def _noted(request: MigrateRequest, prepared: Sequence[Prepared], token: str, on_event: OnEvent) -> None:
+    """Note the destination's word. Where that fails, nobody may think that it has not come."""
+    try:
+        _confirm(request, prepared, token, started=False)
+    except Conflict:
+        raise
+    except SnapchainError:
+        on_event(Notice("the destination has the disks; only noting that here has failed"))
+        raise
 
 
 def _confirm(request: MigrateRequest, prepared: Sequence[Prepared], token: str, *, started: bool) -> None:

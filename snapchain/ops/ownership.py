@@ -16,7 +16,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from snapchain.errors import Conflict, Unsupported
+from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.host.files import fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
@@ -112,7 +112,11 @@ def _in_force(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple
     with os_errors(top):
         is_read_only = not top.stat().st_mode & _WRITE_BITS
     for fault in notes.faults([top, *(file.real_path for file in chain.files)]) if is_read_only else ():
-        raise fault
+        raise Corrupt(
+            f"{fault.message}: it may have said that this disk was given to another host",
+            subject=fault.subject,
+            hint="make sure that no other host runs its guest before you remove that file",
+        ) from fault
     return _marks(chain, notes, image)
 
 

@@ -22,6 +22,7 @@ from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
+from snapchain.model.extents import ZERO, Extents, over
 from snapchain.model.inventory import Collapse, Held, Send, UpToDate, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
@@ -327,12 +328,16 @@ class _Run:
         below = self._chain.at(group.start - 1) if group.start else None
         cluster_size, grain = geometry(files)
         shown = view.resolve().owned_by(0)
+        held = composed(self._chain, group)
+        if base is not None and base.parent is not None and not group.start:
+            # A root says nothing where it reads as zero; on layers of the replica it must.
+            held = over(Extents.constant(held.size, ZERO), held)
         return OutgoingLayer(
             name=offered_name(files[-1].path.name),
             cluster_size=cluster_size,
             extended_l2=grain < cluster_size,
             sources=sources_of(files, base.rest if base else ()),
-            extents=aligned(composed(self._chain, group), shown, cluster_size=grain),
+            extents=aligned(held, shown, cluster_size=grain),
             view=view,
             below=below,
             below_sum=base.lower_total if base else empty_sum(),

@@ -69,6 +69,7 @@ class Catalogue(BaseModel):
 
     layers: root first, each lying on the one before; epoch: who may write the disk, grows at each failover
     handover: by which this host became its master, None where it is a replica only
+    taken_back: the token of the last handover that is void, whether it had come to that or not
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -82,6 +83,7 @@ class Catalogue(BaseModel):
     layers: tuple[Layer, ...] = Field(default=(), max_length=MAX_LAYERS)
     points: tuple[Point, ...] = ()
     handover: HandedOver | None = None
+    taken_back: LayerId | None = None
 
     @model_validator(mode="after")
     def _sound(self) -> Self:

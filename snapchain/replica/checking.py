@@ -75,7 +75,7 @@ def _findings(disk: ReplicaDisk, catalogue: Catalogue, *, data: bool, on_bytes: 
             disk,
             "corrupt",
             str(disk.path(each.file)),
-            f"it shows the content {each.shown}, recorded is {each.recorded}",
+            each.message,
             _points_from(catalogue, each.file),
         )
         for each in wrong

@@ -26,7 +26,16 @@ from snapchain.model.retention import Decision, Policy, decide
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, Point
 from snapchain.replica.store import ReplicaDisk
-from snapchain.replica.unfinished import Engine, Planned, begin, conclude, real_path, unlocked, where_images_stand
+from snapchain.replica.unfinished import (
+    Engine,
+    Planned,
+    begin,
+    conclude,
+    is_under_way,
+    real_path,
+    unlocked,
+    where_images_stand,
+)
 
 NOTHING = "nothing"
 _GOES_ROUND = (Busy, Conflict, Unsupported, InvalidInput)
@@ -117,6 +126,8 @@ def run(disk: ReplicaDisk, planned: Collapsing, *, engine: Engine, on_bytes: OnB
             now = first_look if number == 0 else _planned(disk, done.catalogue, members, engine)
             _merge(disk, members, now, done, engine=engine, on_bytes=told)
         except _GOES_ROUND as error:
+            if is_under_way(disk):
+                raise  # it was begun, and comes first
             done.stays += [Stays(layer, error.message) for layer in members[:-1]]
     kept = {each.point.point for each in planned.decisions if each.kept}
     _drop_points(disk, done, [point for point in done.catalogue.points if point.point not in kept])

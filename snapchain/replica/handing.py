@@ -33,6 +33,7 @@ def ask_for_handover(
         name = f"/{disk.overlay.name}"
         if not standing.overlay.startswith("/") or not standing.overlay.isprintable():
             raise Corrupt("it names a file that cannot be", subject=endpoint.url)
-        if not standing.overlay.endswith(name) or (step is not Step.LOOK and standing.given is not (step is Step.GIVE)):
+        done = step is Step.LOOK or (standing.given, standing.epoch) == (step is Step.GIVE, disk.epoch)
+        if not standing.overlay.endswith(name) or not done:
             raise Corrupt("it has not done what it was asked for", subject=endpoint.url)
     return found

@@ -58,10 +58,9 @@ class _Case:
         except OSError:
             return False
 
-    @property
-    def is_back(self) -> bool:
+    def is_back(self, token: str) -> bool:
         """Whether it was taken back, by an earlier run."""
-        return self.catalogue.epoch == self.asked.epoch and self.catalogue.handover is None
+        return (self.catalogue.epoch, self.catalogue.taken_back) == (self.asked.epoch, token)
 
     def conflict(self, message: str, hint: str) -> Conflict:
         return Conflict(message, subject=self.path, hint=hint)
@@ -81,6 +80,8 @@ def hand_over(asked: Handover, root: Path, engine: Engine | None = None) -> Hand
             if not disk.directory.is_dir():
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
             stack.enter_context(disk.locked(make=False))
+            if disk.read() is None:
+                raise NotFound(f"there is no disk {name!r} here", subject=root)
         cases = [_case(replica.disk(each.disk), each, engine) for each in asked.disks]
         if asked.step is Step.GIVE:
             cases = _give(cases, asked.token, stack)
@@ -122,7 +123,7 @@ def _record(case: _Case, token: str) -> _Case:
 
 def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
     for case in cases:
-        if case.is_back:
+        if case.is_back(token):
             continue
         if case.catalogue.epoch >= case.asked.epoch:
             raise case.conflict(
@@ -143,12 +144,12 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
                 "shut that guest down, and migrate it from there to here",
             )
         stack.enter_context(ImageLock(case.path, LockMode.WRITE))
-    return [case if case.is_back else _revoke(case, token) for case in cases]
+    return [case if case.is_back(token) else _revoke(case, token) for case in cases]
 
 
 def _revoke(case: _Case, token: str) -> _Case:
     """The epoch first: what is left of the overlay then is nobody's."""
-    done = _written(case, case.catalogue.after(epoch=case.asked.epoch, handover=None))
+    done = _written(case, case.catalogue.after(epoch=case.asked.epoch, handover=None, taken_back=token))
     if case.given(token):
         files.remove(case.path)
     return done

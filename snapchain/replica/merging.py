@@ -113,13 +113,13 @@ def _foreseen(planned: Collapsing) -> Outcome:
 
 
 def _done(disk: ReplicaDisk, planned: Collapsing, engine: Engine, say: Say) -> Outcome:
-    told = 0.0
+    told, last = 0.0, -1
 
     def on_bytes(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _PROGRESS_SECONDS:
-            told = time.monotonic()
-            say(Kind.PROGRESS, PROGRESS.pack(min(done, total), total))
+        nonlocal told, last
+        if time.monotonic() - told >= _PROGRESS_SECONDS or last < done == total:
+            told, last = time.monotonic(), done
+            say(Kind.PROGRESS, PROGRESS.pack(done, total))
 
     done = collapsing.run(disk, planned, engine=engine, on_bytes=on_bytes)
     return Outcome(

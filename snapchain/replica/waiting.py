@@ -15,7 +15,7 @@ from snapchain.replica.store import ReplicaDisk, Work
 
 LIMITS = {(Work.TRANSFER, Work.MERGE): 900.0, (Work.MERGE, Work.TRANSFER): 60.0, (Work.MERGE, Work.MERGE): 60.0}
 """Seconds that one kind of work waits for another."""
-GRACE = 0.5
+GRACE = 2.0
 """For all others, and until who has just got the disk has said for what."""
 _POLL_SECONDS = 0.1
 

@@ -27,7 +27,10 @@ SIZE = 64 * MiB
 
 @dataclass
 class Guest:
-    """A guest as it is defined. chain: of its disk; image: by which path; explicit: whether it names the chain too."""
+    """A guest as it is defined. chain: of its disk; image: by which path; explicit: whether it names the chain too.
+
+    second: chain of a second disk, vdb, that moves with it
+    """
 
     chain: list[Path]
     image: Path
@@ -35,19 +38,23 @@ class Guest:
     more: str = ""
     cache: str = "none"
     before: list[str] = field(default_factory=list)
+    second: list[Path] = field(default_factory=list)
 
-    def definition(self) -> str:
+    def disk(self, target: str) -> str:
         store = self._store(len(self.chain) - 2) if self.explicit else ""
         source = quoteattr(str(self.image))
+        return f"""<disk type='file' device='disk'>
+              <driver name='qemu' type='qcow2' cache='{self.cache}'/><source file={source}/>{store}
+              <target dev='{target}' bus='virtio'/>
+            </disk>"""
+
+    def definition(self) -> str:
         return f"""<domain type='qemu'>
           <name>web1</name><memory unit='MiB'>64</memory><vcpu>1</vcpu>
           <os><type arch='x86_64' machine='pc'>hvm</type></os>
           <devices>
             <emulator>/usr/bin/qemu-system-x86_64</emulator>
-            <disk type='file' device='disk'>
-              <driver name='qemu' type='qcow2' cache='{self.cache}'/><source file={source}/>{store}
-              <target dev='vda' bus='virtio'/>
-            </disk>{self.more}<memballoon model='none'/>
+            {self.disk("vda")}{self.more}<memballoon model='none'/>
           </devices></domain>"""
 
     def _store(self, number: int) -> str:
@@ -110,6 +117,14 @@ def other_disks(directory: Path) -> Guest:
     return Guest(chain, chain[-1], more=more)
 
 
+def two_disks(directory: Path) -> Guest:
+    chain = chain_in(directory)
+    layers = [Layer(SIZE, ["write -P 5 0 2M"], image_format="raw"), Layer(SIZE, ["write -P 6 1M 2M"])]
+    second = build(directory / "second disk", layers, names=["data.raw", "data.qcow2"])
+    more = Guest(second, second[-1], explicit=True).disk("vdb")
+    return Guest(chain, chain[-1], explicit=True, more=more, second=second)
+
+
 def a_snapshot_by_libvirt(directory: Path) -> Guest:
     chain = chain_in(directory, "raw")
     snapshot = chain[-1].with_name("snap 1.qcow2")
@@ -131,13 +146,18 @@ def hosts(tmp_path: Path) -> Iterator[tuple[LibvirtHost, LibvirtHost, SshHost]]:
         yield here, there, server
 
 
-def synced(here: LibvirtHost, server: SshHost, image: Path, root: Path, uri: str) -> dict[str, Any]:
+def synced(here: LibvirtHost, server: SshHost, images: list[Path], root: Path, uri: str) -> dict[str, Any]:
     environment = {
         **os.environ,
         "SNAPCHAIN_SSH": shlex.join(("ssh", "-F", str(server.config))),
         "SNAPCHAIN_REMOTE": remote(),
     }
-    argv = [sys.executable, "-m", "snapchain", "sync", str(image), f"ssh://there{root}::web1/vda"]
+    pairs = [
+        word
+        for image, disk in zip(images, ("vda", "vdb"), strict=False)
+        for word in (str(image), f"ssh://there{root}::web1/{disk}")
+    ]
+    argv = [sys.executable, "-m", "snapchain", "sync", *pairs]
     words = [*here.inside, "env", f"--chdir={Path.cwd()}", *argv, "--json", "--dest-uri", uri]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -154,6 +174,7 @@ def synced(here: LibvirtHost, server: SshHost, image: Path, root: Path, uri: str
         a_link_to_the_directory,
         other_disks,
         a_snapshot_by_libvirt,
+        two_disks,
     ],
 )
 def test_a_guest_moves(
@@ -170,19 +191,22 @@ def test_a_guest_moves(
     ssh = tmp_path / "ssh.sh"
     ssh.write_text(f'#!/bin/sh\nexec ssh -F {server.config} "$@"\n')
     ssh.chmod(0o755)
-    report = synced(here, server, image, tmp_path / "replica", f"qemu+ssh://there/system?command={ssh}")
+    images = [image, *guest.second[-1:]]
+    report = synced(here, server, images, tmp_path / "replica", f"qemu+ssh://there/system?command={ssh}")
     assert len(report["commands"]) == 2
     for command in report["commands"]:
         here.run("bash", "-c", f"cd {shlex.quote(str(tmp_path))} && {command}", timeout=200)
 
     assert here.virsh("list", "--name").split() == []
     assert there.virsh("domstate", "web1").strip() == "running"
-    running = there.virsh("dumpxml", "web1").partition("<target dev='vda'")[0]
-    assert running.count("<source file=") == len(guest.chain)
-    assert running.count("<format type='qcow2'/>") == len(guest.chain) - 1
+    running = there.virsh("dumpxml", "web1").split("</disk>")
+    overlays = [Path(disk["overlay"]) for disk in report.get("disks", [report])]
     there.virsh("destroy", "web1")
-    overlay = Path(report["overlay"])
-    assert same(overlay, flat(guest.chain[-1], tmp_path / "shown"))
-    assert clean(overlay)
+    for disk, overlay, chain in zip(running, overlays, (guest.chain, guest.second), strict=False):
+        assert str(overlay) in disk
+        assert disk.count("<source file=") == len(chain)
+        assert disk.count("<format type='qcow2'/>") == len(chain) - 1
+        assert same(overlay, flat(chain[-1], tmp_path / "shown"))
+        assert clean(overlay)
     there.virsh("start", "web1")  # by the definition that stays
     there.virsh("destroy", "web1")

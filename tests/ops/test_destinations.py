@@ -83,13 +83,23 @@ class ReplicaSite:
         path.chmod(mode)
 
     def vital(self, name: str, whole: bytes) -> Sequence[int]:
-        # Of a qcow2 file: magic, version, size, where the tables begin, and what a guest reads. Its reference counts
-        # nobody reads, nor what pads its tables and its last cluster.
+        # Of a qcow2 file: what its header says of itself and of where things lie, all tables as far as they are used,
+        # and what a guest reads. What pads header, tables and the last cluster nobody reads.
         if name.endswith(".json"):
             return range(len(whole))
-        counts = [*range(8), *range(24, 32), *range(40, 48)]
         with scan(self.root / name, format="qcow2") as chain:
-            runs = chain.top.physical
+            header, runs = chain.top.header, chain.top.physical
+            assert header is not None
+            fields, size = header.fields, header.cluster_size
+            first = fields.refcount_table_offset
+            block = int.from_bytes(whole[first : first + 8])
+            l1 = fields.l1_table_offset
+            entries = [whole[at : at + 8] for at in range(l1, l1 + 8 * fields.l1_size, 8)]
+            l2 = [int.from_bytes(entry) & ((1 << 56) - 512) for entry in entries]
+            counts = [*range(8), *range(20, 32), *range(40, 56), *range(first, first + 8), *range(l1, l1 + 8 * len(l2))]
+            counts += range(block, block + 2 * (len(whole) // size))
+            for table in filter(None, l2):
+                counts += range(table, table + 8 * min(size // 8, -(-header.size // size)))
             for host, start, stop in zip(runs.host.tolist(), runs.start.tolist(), runs.ends.tolist(), strict=True):
                 counts += range(host, host + stop - start, 511) if host >= 0 else ()
         return counts

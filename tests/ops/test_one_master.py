@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.image import scan
 from snapchain.ops import merge_image, migrate as module, snapshot
 from snapchain.ops.migrate import MigrateReport, MigrateRequest, Move, migrate, take_back
+from snapchain.ops.nightly.look import look
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
 from snapchain.ops.sync import SyncRequest, sealed_request, sync
+from snapchain.replica import handover
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.handing import ask_for_handover
+from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Step
+from snapchain.replica.stream.messages import Active
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img, same, write
 from tests.ops.test_migrate import VDA, VDB, Host
+from tests.replica.conftest import send
 
 
 @pytest.fixture
@@ -245,3 +252,75 @@ def test_a_hook_that_is_not_there_is_told_before(host: Host) -> None:
     with pytest.raises(SnapchainError, match="no such program"):
         host.migrate(start_hook=["/no/such/hook"])
     assert not host.place.root.exists()
+
+
+# ---- what the other side says
+
+
+@pytest.mark.parametrize("epoch", [1, 4, 10**40])
+def test_the_destination_must_say_the_epoch(host: Host, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    real = handover.hand_over
+
+    def lying(*asked: Any) -> Handed:
+        said = real(*asked)
+        return Handed(disks=tuple(each.model_copy(update={"epoch": epoch}) for each in said.disks))
+
+    monkeypatch.setattr(handover, "hand_over", lying)
+    with pytest.raises(Corrupt, match="not done what it was asked for"):
+        host.migrate()
+    monkeypatch.undo()
+    host.take_back()
+    assert host.masters() == {f"{VDA} here", f"{VDB} here"}
+
+
+def test_a_question_makes_no_disk(host: Host) -> None:
+    host.migrate()
+    (host.place.root / "foo").mkdir()
+    mark = Active(
+        name="disk.qcow2", size=MiB, cluster_size=65536, extended_l2=False, on="a" * 32, make=False, prove=False
+    )
+    for step in Step:
+        with pytest.raises(NotFound, match="no disk"):
+            ask_for_handover(host.endpoint, step, [HandedDisk(disk="foo", epoch=2, overlay=mark)], token="f" * 32)
+    assert not (host.place.root / "foo" / "catalogue.json").exists()
+
+
+def test_back_is_only_what_was_taken_back_by_this_handover(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the image was given and taken back by another host: that is in the very epoch, and not ours."""
+    send(host.vda, host.endpoint, VDA)
+    copy = host.directory / "copy"
+    shutil.copytree(host.vda.parent, copy)
+    monkeypatch.setattr(module, "_give", _dies)
+    with pytest.raises(KeyboardInterrupt):
+        move(host.vda, host.place.root)
+    monkeypatch.undo()
+    move(copy / "disk.qcow2", host.place.root)
+    take_back(MigrateRequest(moves=[Move(copy / "disk.qcow2", VDA)]), host.endpoint)
+    with pytest.raises(Conflict, match="another host has taken it over"):
+        take_back(MigrateRequest(moves=[Move(host.vda, VDA)]), host.endpoint)
+    assert not host.may_write(host.vda)
+
+
+def _dies(*_arguments: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_the_hints_make_no_second_master(host: Host) -> None:
+    move(host.vda, host.place.root)
+    move(host.vdb, host.place.root, VDB)
+    for note in host.vda.parent.glob(".snapchain-layer-*"):
+        note.write_text("rubbish")
+    with pytest.raises(Corrupt, match="may have said that this disk was given") as error:
+        snapshot.plan(host.vda)
+    assert "no other host" in (error.value.hint or "")
+    shutil.rmtree(host.place.root)
+    with pytest.raises(NotFound) as gone:
+        host.take_back(moves=[Move(host.vdb, VDB)])
+    assert "--destination-is-gone" in (gone.value.hint or "")
+
+
+def test_a_night_passes_over_what_was_given(host: Host) -> None:
+    clone = clone_of(host)
+    move(clone, host.place.root)
+    with pytest.raises(Conflict, match="was given"):
+        look(clone)

@@ -42,7 +42,7 @@ class Place:
 
     def catalogue(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.directory / "catalogue.json").read_text())
-        del found["check"]  # of the file, not of what it says
+        found.pop("check", None)  # of the file, not of what it says
         return found
 
     def files(self) -> list[Path]:

@@ -21,12 +21,16 @@ import numpy as np
 from snapchain.errors import Diverged, SnapchainError, Unavailable
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
+from snapchain.model.retention import Policy
 from snapchain.ops import merge_image
 from snapchain.ops.merge.strategy import Strategy
+from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.receive import receive_stream
+from snapchain.ops.replica_restore import ReplicaRestoration
 from snapchain.ops.send import Files, Request, send_blindly
 from tests.ops.stacks import clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.replica.merging import endpoint
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -68,6 +72,10 @@ class History:
                 self.send_cut()
             self.send()
             self.judge()
+            if self.draw.random() < 0.3:
+                self.merge_there()
+                self.judge()
+            self.restore()
         self.send_again()
         self.save_and_receive()
 
@@ -182,6 +190,25 @@ class History:
         self.note(f"merged {first} to {last} by {report.strategy.value}")
         self.happened["merged"] += 1
         self.chain[first : last + 1] = [self.chain[last]]
+
+    def merge_there(self) -> None:
+        """The replica keeps some of its points, the newest among them, and its files become fewer."""
+        keep = self.draw.choice([1, 1, 2, 3])
+        report = ReplicaMerge(endpoint(self.place.root), DISK, Policy(last=keep), zone="UTC").run()
+        self.note(f"kept {keep} points there: {report.layers_before} layers became {report.layers_after}")
+        self.happened["merged there"] += report.layers_after < report.layers_before
+        self.published(None)
+
+    def restore(self) -> None:
+        """A point comes back as it was."""
+        known = {point["point"]: point for point in self.place.catalogue()["points"]}
+        number = self.draw.choice(sorted(set(known) & set(self.points)) or [0])
+        if number:
+            out = self.directory / self.draw.choice(["restored.raw", "restored.qcow2"])
+            ReplicaRestoration(endpoint(self.place.root), DISK, out, point=str(number)).run()
+            assert same(out, self.points[number], image_format=out.suffix[1:])
+            out.unlink()
+            self.happened["restored"] += 1
 
     def request(self) -> dict[str, object]:
         return {"files": self.files, "image_dirs": self.images, "format": self.chain[-1][1]}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.ops import merge_image
 from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import Place
-from tests.replica.histories import KiB, content_of, live
+from tests.replica.histories import KiB, MiB, content_of, live
 
 COUNT = 30
 GROUPS = 3
@@ -46,3 +47,16 @@ def test_a_shorter_layer_ends_inside_a_leaf(place: Place, tmp_path: Path, head: 
         shown = flat(path, tmp_path / "shown")
         place.check(shown)
         assert place.catalogue()["points"][number]["content_id"] == content_of(shown)
+
+
+def test_a_root_that_was_merged_goes_on_what_the_replica_has_of_it(place: Place, tmp_path: Path) -> None:
+    """It says nothing where it reads as zero, and a layer there does."""
+    chain = build(
+        tmp_path / "c",
+        [Layer(MiB, ["write -P 1 0 512k"]), Layer(MiB, ["write -z 0 256k"]), Layer(MiB, ["write -P 3 640k 64k"])],
+    )
+    place.send(chain[0])
+    merge_image.run(merge_image.plan(chain[2], flatten=True, image_format="qcow2"))
+    place.send(chain[2])
+    place.check(flat(chain[2], tmp_path / "shown"))
+    assert place.send(chain[2]).layers_sent == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Unavailable, Unsupported
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
 from snapchain.ops.events import Event, Notice
@@ -198,6 +198,58 @@ def test_the_asker_is_gone(sent: Pointed, chain: list[Path], strategy: Strategy)
     assert len(sent.place.files()) == (2 if strategy is Strategy.COMMIT else 5)
     sent.merge(last=2)
     sent.check(kept=[5, 6])
+
+
+def test_interrupted_in_this_process(sent: Pointed, chain: list[Path]) -> None:
+    """A replica in a directory: Ctrl-C reaches the side that asks, and the other one stops at once."""
+    began, say = os.pipe()
+    if not (child := os.fork()):
+
+        def slow() -> None:
+            os.write(say, b".")
+            time.sleep(0.4)
+
+        try:
+            merging(sent, Engine(slow, Strategy.ABSORB), last=1).run()
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(1)
+    os.read(began, 1)
+    os.kill(child, signal.SIGINT)
+    begun = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert time.monotonic() - begun < 2
+    assert sent.send(chain[-1]).layers_sent == 0
+    sent.check(kept=[5, 6])
+    assert len(sent.place.files()) == 5
+
+
+@pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])
+def test_one_of_two_merges_is_refused_half_way(sent: Pointed, chain: list[Path], strategy: Strategy) -> None:
+    """What was undone is gone round; what was begun comes first, and is settled before anything else."""
+    disk = open_replica(sent.place.root).disk(DISK)
+    catalogue = disk.read()
+    assert catalogue is not None
+    disk.write(catalogue.after(points=tuple(point for point in catalogue.points if point.point in {3, 5})))
+    refused: list[int] = []
+
+    def refuse() -> None:
+        if not refused:
+            refused.append(1)
+            raise Conflict("somebody has written to it")
+
+    engine = Engine(refuse, strategy)
+    if strategy is Strategy.COMMIT:
+        with pytest.raises(Conflict, match="has written"):
+            merging(sent, engine, last=2).run()
+        assert (sent.place.directory / ".merging.json").exists()
+        assert sent.send(chain[-1]).layers_sent == 0
+        assert len(sent.place.files()) == 3
+    else:
+        report = merging(sent, engine, last=2).run()
+        assert [each.reason for each in report.staying] == ["somebody has written to it"] * 2
+        assert report.layers_after == 4
+    sent.check()
 
 
 def killed(pointed: Pointed, strategy: Strategy) -> None:

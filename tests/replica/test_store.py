@@ -178,3 +178,21 @@ def test_a_flipped_byte_anywhere_in_a_catalogue_is_found(place: Place, chain: li
     assert whole == text + b',\n "check": "%b"\n}\n' % blake3(text).hexdigest().encode()
     record.write_bytes(text + b"\n}\n")
     assert disk.read() is not None, "one that is older than the check"
+
+
+def test_wrong_reference_counts_are_found(place: Place, chain: list[Path]) -> None:
+    """What a layer shows is right, but a writer would be led astray, and `qemu-img check` is not clean."""
+    place.send(chain[0])
+    (file,) = place.files()
+    whole = bytearray(file.read_bytes())
+    table = int.from_bytes(whole[48:56])
+    block = int.from_bytes(whole[table : table + 8])
+    disk = open_replica(place.root).disk(DISK)
+    for at, what in ((block + 1, "1 clusters have too low a count"), (block + 200, "1 too high a one")):
+        bent = bytearray(whole)
+        bent[at] ^= 1
+        file.chmod(0o644)
+        file.write_bytes(bent)
+        (found,) = verify_disk(disk, on_bytes=nobody)
+        assert found.shown == found.recorded
+        assert what in found.message

@@ -12,6 +12,7 @@ from snapchain.model.chain import Chain
 from snapchain.model.extents import Extents
 from snapchain.model.layer import Layer
 from snapchain.ops.events import OnEvent, ignore
+from snapchain.ops.ownership import check_not_given
 from snapchain.ops.ship import source_of
 from snapchain.ops.source import locked_chain
 from snapchain.repository.source import Source
@@ -41,8 +42,11 @@ class ImageFacts:
 def look(
     image: Path, *, format: str | None = None, image_dirs: Sequence[Path] = (), on_event: OnEvent = ignore
 ) -> ImageFacts:
-    """Raises what `scan` raises for an image that is broken or refused, and Busy when somebody writes to it."""
+    """Raises what `scan` raises for an image that is broken or refused, Busy when somebody writes to it, and Conflict
+    for a disk that was given to another host.
+    """
     with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
+        check_not_given(chain)
         layers = Chain(tuple(_layers(chain)))
         return ImageFacts(
             files=tuple(
