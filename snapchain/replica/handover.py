@@ -20,10 +20,11 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.replica.active import look_at_active
 from snapchain.replica.catalogue import Catalogue, HandedOver
 from snapchain.replica.progress import settle
-from snapchain.replica.store import ReplicaDisk, open_replica
+from snapchain.replica.store import ReplicaDisk, Work, open_replica
 from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Handover, Standing, Step
 from snapchain.replica.stream.messages import ActiveState
 from snapchain.replica.unfinished import Engine
+from snapchain.replica.waiting import in_turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def hand_over(asked: Handover, root: Path, engine: Engine | None = None) -> Hand
             disk = replica.disk(name)
             if not disk.directory.is_dir():
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
-            stack.enter_context(disk.locked(make=False))
+            stack.enter_context(in_turn(disk, Work.TRANSFER))
             if disk.read() is None:
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
         cases = [_case(replica.disk(each.disk), each, engine) for each in asked.disks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -81,3 +82,17 @@ def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest
         monkeypatch.setattr(ssh_endpoint, "_FRESH", 0.0)
         with pytest.raises(Unavailable, match="ended here"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("snapchain.ops.replica_endpoint", ["numpy", "pydantic", "typer", "sh", "snapchain.replica.receiver"]),
+        ("snapchain.cli.serving", ["numpy", "pydantic", "typer", "sh"]),
+        ("snapchain.ops.serve_replica", ["typer", "sh", "snapchain.replica.merging", "snapchain.image.qemu_img"]),
+    ],
+)
+def test_what_is_waited_for_loads_little(module: str, unwanted: list[str]) -> None:
+    script = f"import sys, {module}; print(*sorted(set({unwanted!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert not done.stdout.split()

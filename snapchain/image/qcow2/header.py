@@ -174,7 +174,7 @@ def _check_features(fields: HeaderFields, subject: object) -> None:
         raise Corrupt(
             "the image is marked dirty: it was not closed cleanly, or somebody writes to it",
             subject=subject,
-            hint="with lazy_refcounts=on it is dirty while a guest has it open, paused too: shut that down; when "
+            hint="with lazy_refcounts=on it is so while a guest has it open, a paused one too: shut that down; when "
             "nobody has it open, repair it with `qemu-img check -r leaks`",
         )
     flagged = bool(incompatible & Incompatible.COMPRESSION)
