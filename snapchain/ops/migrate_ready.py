@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, Unsupported
 from snapchain.host.remote_retry import Persistence
 from snapchain.ops import ownership
 from snapchain.ops.events import OnEvent
@@ -18,7 +18,7 @@ from snapchain.ops.send_request import Scope
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import offered_name
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.messages import LARGEST_EPOCH, Active
 
 
 @dataclass(slots=True)
@@ -56,6 +56,8 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
     scope = Scope.SEALED if seals(request, look) else whole(request)
     sent = send_persistently(request.send(move, scope), endpoint, policy=Persistence(), on_event=on_event)
     overlay, epoch = _overlay(request, move, look, scope, endpoint, on_event)
+    if max(look.epoch, epoch) + 2 > LARGEST_EPOCH:  # one to give it, one to take it back
+        raise Unsupported(f"its epoch is {max(look.epoch, epoch)}, and there is none after it", subject=move.image)
     return Prepared(move, look, overlay, max(look.epoch, epoch) + 1, sealed, sent)
 
 

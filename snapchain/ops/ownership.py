@@ -120,6 +120,18 @@ def _in_force(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple
     return _marks(chain, notes, image)
 
 
+def note_epoch(image: Path, epoch: int) -> None:
+    """This host writes an image in an epoch from now on, unless it does so in a newer one.
+
+    Raises Unsupported for what is no regular file, and what writing a small file raises.
+    """
+    path = Path(os.path.realpath(image))
+    if not path.is_file():
+        raise Unsupported("only a regular file has notes", subject=image)
+    if Notes().of(path).epoch < epoch:
+        Notes().change(path, lambda note: note.model_copy(update={"epoch": max(note.epoch, epoch)}))
+
+
 def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> list[ImageFile]:
     """The disk's own files, uppermost first. Raises Unsupported for a top that cannot be marked as given away."""
     files = _own(chain, image_dirs)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from snapchain.errors import Diverged
+from snapchain.errors import Diverged, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.host.remote_retry import Persistence, persist
 from snapchain.image import ImageChain
@@ -27,7 +27,7 @@ from snapchain.model.inventory import Collapse, Held, Send, UpToDate, missing
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
 from snapchain.ops.notes import Notes
-from snapchain.ops.ownership import epoch_of
+from snapchain.ops.ownership import epoch_of, note_epoch
 from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.send_geometry import geometry
@@ -144,10 +144,21 @@ def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Cal
     ):
         try:
             held = sender.open(opening(request, endpoint, chain), on_wait=waiting(endpoint, on_event))
+            _note_epoch(request, on_event)
             run = _Run(chain, sender, request, endpoint.url, on_event)
             return run.send(run.base(held, cut=sender.cut))
         finally:
             moved(sender.confirmations)
+
+
+def _note_epoch(request: Request, on_event: OnEvent) -> None:
+    """Beside the image, once the replica has it: whoever sends it next must not say an older one."""
+    if request.epoch == 1:
+        return
+    try:
+        note_epoch(request.image, request.epoch)
+    except SnapchainError as error:
+        on_event(Notice(f"the epoch is not noted here, so say --epoch {request.epoch} each time: {error}"))
 
 
 def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = ignore) -> SendReport:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError, Unsupported
+from snapchain.ops.migrate import MigrateRequest, Move, migrate
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.send import Request, plan_send
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader
-from snapchain.replica.stream.messages import Open, encode
+from snapchain.replica.stream.messages import LARGEST_EPOCH, Open, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import DISK, Place, send
@@ -27,6 +29,7 @@ def chain(tmp_path: Path) -> list[Path]:
 
 
 def test_an_older_epoch_is_refused(place: Place, chain: list[Path], tmp_path: Path) -> None:
+    theirs = Path(shutil.copytree(chain[0].parent, tmp_path / "another host")) / chain[2].name
     place.send(chain[0])
     place.send(chain[1], epoch=3)
     assert log_replica(DirectoryEndpoint(place.root)).disks[0].epoch == 3
@@ -34,10 +37,10 @@ def test_an_older_epoch_is_refused(place: Place, chain: list[Path], tmp_path: Pa
     to = DirectoryEndpoint(place.root)
     for epoch in (1, 2):
         with pytest.raises(Conflict, match=f"in epoch {epoch}, and here it is in epoch 3") as caught:
-            place.send(chain[2], epoch=epoch)
+            place.send(theirs, epoch=epoch)
         assert caught.value.kind == "conflict"
         with pytest.raises(Conflict, match="epoch 3"):
-            plan_send(Request(image=chain[2], disk=DISK, epoch=epoch), to)
+            plan_send(Request(image=theirs, disk=DISK, epoch=epoch), to)
     assert {path: path.read_bytes() for path in place.directory.iterdir()} == before
     place.send(chain[2], epoch=3)
     place.check(flat(chain[2], tmp_path / "flat"))
@@ -87,3 +90,17 @@ def test_what_is_no_epoch(place: Place, chain: list[Path], epoch: int) -> None:
     with pytest.raises(Corrupt):
         take(place, stream(HELLO, (2, f'{{"disk":"a","epoch":{epoch}}}'.encode()), STOP))
     assert not place.root.exists()
+
+
+def test_who_has_said_an_epoch_need_not_say_it_again(place: Place, chain: list[Path]) -> None:
+    place.send(chain[0], epoch=3)
+    place.send(chain[1], epoch=4)
+    place.send(chain[2])
+    assert place.catalogue()["epoch"] == 4
+
+
+def test_after_the_last_epoch_there_is_no_handover(place: Place, chain: list[Path]) -> None:
+    place.send(chain[2], epoch=LARGEST_EPOCH)
+    with pytest.raises(Unsupported, match="there is none after it"):
+        migrate(MigrateRequest(moves=[Move(chain[2], DISK)]), DirectoryEndpoint(place.root))
+    assert chain[2].stat().st_mode & 0o200
