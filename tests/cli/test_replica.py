@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,14 +139,16 @@ def test_what_is_wrong_with_a_replica_is_said(run: Run, words: list[str], status
     assert words[0] == "serve-replica" or said.json["error"]["kind"] == kind
 
 
-def test_an_epoch_shuts_the_old_writer_out(run: Run, chain: list[Path], place: Place) -> None:
+def test_an_epoch_shuts_the_old_writer_out(run: Run, chain: list[Path], place: Place, tmp_path: Path) -> None:
     address = f"dir:{place.root}::web1/vda"
+    theirs = Path(shutil.copytree(chain[0].parent, tmp_path / "another host")) / chain[1].name
     assert run("send", str(chain[0]), address, "--epoch", "2").status == 0
     assert run("log", address, "--json").json["disks"][0]["epoch"] == 2
-    said = run("send", str(chain[1]), address, "--json")
+    said = run("send", str(theirs), address, "--json")
     assert (said.status, said.json["error"]["kind"]) == (4, "conflict")
     assert "epoch 1, and here it is in epoch 2" in said.json["error"]["message"]
-    assert run("send", str(chain[1]), address, "--epoch", "2").status == 0
+    assert run("send", str(chain[1]), address).status == 0, "it is noted beside the image"
+    assert run("send", str(theirs), address, "--epoch", "2").status == 0
 
 
 def test_ship_restore_and_inspect(run: Run, chain: list[Path], place: Place, tmp_path: Path) -> None:
