@@ -11,7 +11,7 @@ with 2 % changed.  Contenders take turns, the far disk is flushed in between.
 
 SNAPCHAIN_BENCH_GIB: of the root (2); SNAPCHAIN_BENCH_ROUNDS (3); SNAPCHAIN_BENCH_OVERLAY: what each overlay writes,
 of the root's bytes (0.125), in SNAPCHAIN_BENCH_SPREAD of the disk (0.5); SNAPCHAIN_BENCH_BITS: a second, of the link,
-0 for no limit (10^9).
+0 for no limit (10^9); SNAPCHAIN_BENCH_NOISE: 0 for real files alone (1).
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ ROUNDS = int(os.environ.get("SNAPCHAIN_BENCH_ROUNDS", "3"))
 OVERLAY = float(os.environ.get("SNAPCHAIN_BENCH_OVERLAY", "0.125"))
 SPREAD = float(os.environ.get("SNAPCHAIN_BENCH_SPREAD", "0.5"))
 BITS = int(os.environ.get("SNAPCHAIN_BENCH_BITS", str(GBIT))) or None
+NOISE = os.environ.get("SNAPCHAIN_BENCH_NOISE", "1") != "0"
 VIRTUAL = 16 * GiB
 DISK = "web1/vda"
 NBD_PORT = 10809
@@ -53,7 +54,7 @@ NBD_PORT = 10809
 
 
 class Contents:
-    """Bytes as disks hold them: half of them noise, half from real files."""
+    """Bytes as disks hold them: half of them noise, unless there is to be none, half from real files."""
 
     def __init__(self, amount: int, *, seed: int) -> None:
         self._draw = random.Random(seed)
@@ -61,7 +62,7 @@ class Contents:
         self._text = bytearray()
 
     def take(self, size: int, *, noise: bool) -> bytes:
-        if noise:
+        if noise and NOISE:
             return self._draw.randbytes(size)
         while len(self._text) < size:
             self._text += next(self._files).read_bytes()
