@@ -78,7 +78,7 @@ def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest
             channel.abort()
 
     with endpoint.ahead(2):
-        assert wait_until(ssh.exists)
+        assert wait_until(lambda: ssh.exists() and ssh.read_text() != "")
         monkeypatch.setattr(ssh_endpoint, "_FRESH", 0.0)
         with pytest.raises(Unavailable, match="ended here"):
             use()
