@@ -28,7 +28,7 @@ from snapchain.repository.composing import compose
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Crash, FaultStore, crash_points
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
-from tests.ops.stacks import Layer, build, flat, qemu_img, write
+from tests.ops.stacks import Layer, build, flat, qemu_img, standing, write
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository
 
@@ -212,11 +212,11 @@ def test_promise_7_nothing_that_somebody_writes_to_is_shipped(repo: Repository, 
         guest.stdin.write("length\n")
         guest.stdin.flush()
         guest.stdout.readline()
-        before = chain[-1].stat()
+        before = standing(chain[-1])
         with pytest.raises(Busy):
             ship(chain[-1], repo)
         guest.kill()
-    assert chain[-1].stat() == before
+    assert standing(chain[-1]) == before
     assert repo.disk(DISK).read() is None
 
 

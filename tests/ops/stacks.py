@@ -75,6 +75,15 @@ def clean(path: Path) -> bool:
     )
 
 
+def standing(path: Path) -> tuple[int, ...]:
+    """All that stat tells of a file, but for when it was read."""
+    found = path.stat()
+    return (
+        found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid, found.st_size, found.st_mtime_ns,
+        found.st_ctime_ns,
+    )  # fmt: skip
+
+
 def names(directory: Path) -> list[str]:
     """Without the notes of layers, which are no images (ops/notes.py)."""
     return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith(".snapchain-layer-"))

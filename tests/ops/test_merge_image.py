@@ -18,7 +18,7 @@ from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge import journal as merge_journal, new_file, settle
 from snapchain.ops.merge_image import MergePlan, MergeReport, Strategy
 from tests.ops.killing import killed_at_every_step
-from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same, write
+from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same, standing, write
 
 STACK = (
     Layer(writes=["write -P 1 0 4M"]),
@@ -108,9 +108,9 @@ def test_nothing_to_merge(stack: list[Path]) -> None:
 
 
 def test_planning_changes_nothing(stack: list[Path]) -> None:
-    before = {entry: entry.stat() for entry in stack[0].parent.iterdir()}
+    before = {entry: standing(entry) for entry in stack[0].parent.iterdir()}
     planned = plan(stack[-1])
-    assert {entry: entry.stat() for entry in stack[0].parent.iterdir()} == before
+    assert {entry: standing(entry) for entry in stack[0].parent.iterdir()} == before
     said = planned.model_dump(mode="json")
     assert said["strategy"] == "new-file"
     assert said["remove"] == [str(stack[2]), str(stack[1])]

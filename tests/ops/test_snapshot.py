@@ -15,7 +15,7 @@ from snapchain.image.qemu_img import Qcow2Options
 from snapchain.ops import snapshot
 from snapchain.ops.events import Event, Notice
 from tests.ops.killing import killed_at_every_step
-from tests.ops.stacks import names
+from tests.ops.stacks import names, standing
 
 MiB = 1 << 20
 
@@ -76,10 +76,10 @@ def test_again_and_again(image: Path, before: Path) -> None:
 
 
 def test_planning_changes_nothing(image: Path) -> None:
-    status = image.stat()
+    before = standing(image)
     planned = snapshot.plan(image)
     assert planned.model_dump(mode="json")["sealed"] == str(image.with_name("disk.1.qcow2"))
-    assert image.stat() == status
+    assert standing(image) == before
     assert names(image.parent) == ["disk.qcow2"]
 
 
@@ -212,11 +212,11 @@ def test_raw_needs_a_new_path(raw: Path) -> None:
     with pytest.raises(Unsupported, match="raw") as caught:
         snapshot.plan(raw)
     assert "--overlay" in (caught.value.hint or "")
-    status = raw.stat()
+    before = standing(raw)
     report = take(raw, overlay=Path("new.qcow2"))
     assert (report.sealed, report.overlay) == (raw, raw.with_name("new.qcow2"))
     assert report.virtual_size == 1_000_448
-    assert raw.stat() == status
+    assert standing(raw) == before
     said = qemu_img.info(report.overlay, "qcow2")
     assert (said.backing_filename, said.backing_filename_format) == ("disk.raw", "raw")
     with pytest.raises(Conflict):

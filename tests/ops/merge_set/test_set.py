@@ -22,7 +22,7 @@ from snapchain.ops.merge_set.plan import MergeSetPlan
 from snapchain.ops.merge_set.request import At, Request
 from snapchain.ops.merge_set.run import MergeSetReport
 from tests.ops.shipping import DISK, restore, same_bytes, ship
-from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same, write
+from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same, standing, write
 from tests.repository.synthetic import again, repository
 
 LAYERS = 8
@@ -270,11 +270,11 @@ def test_what_cannot_be_merged_is_gone_round(chain: list[Path], views: dict[str,
 
 def test_too_little_room_is_told_before_anything_moves(chain: list[Path]) -> None:
     planned = plan(chain).model_copy(update={"needs_bytes": 1 << 60})
-    before = {path: path.stat() for path in chain}
+    before = {path: standing(path) for path in chain}
     with pytest.raises(Unavailable, match=str(1 << 60)) as told:
         running.run(planned)
     assert str(planned.missing_bytes) in (told.value.hint or "")
-    assert {path: path.stat() for path in chain} == before
+    assert {path: standing(path) for path in chain} == before
 
 
 def test_one_failure_leaves_the_others_done(
