@@ -18,9 +18,10 @@ import pytest
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
 from snapchain.host.remote_address import RemoteAddress
+from snapchain.host.remote_retry import Persistence
 from snapchain.host.ssh import SshProgram
 from snapchain.ops import serve_replica
-from snapchain.ops.send import SendReport
+from snapchain.ops.send import Request, SendReport, send_persistently
 from snapchain.replica.ssh_endpoint import SshEndpoint
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
@@ -194,6 +195,7 @@ def test_a_killed_sender_leaves_no_process_there(
     script = f"""
 from pathlib import Path
 from snapchain.host.remote_address import RemoteAddress
+from snapchain.host.remote_retry import Persistence
 from snapchain.host.ssh import SshProgram
 from snapchain.ops.send import Request, send_to_replica
 from snapchain.replica.ssh_endpoint import SshEndpoint
@@ -236,6 +238,7 @@ def test_from_host_to_host_over_80_ms(
 def test_a_link_that_is_cut_for_30_s(
     far: tuple[SshHost, Cable], place: Place, noisy: tuple[list[Path], list[Path]]
 ) -> None:
+    """As the command sends: where TCP's next try is lost, too, the far side gives up, and another connection goes on."""
     host, cable = far
     cable.set(delay=0.04, loss=0.01, rate=100e6 / 8)
 
@@ -246,6 +249,7 @@ def test_a_link_that_is_cut_for_30_s(
 
     thread = threading.Thread(target=scissors)
     thread.start()
-    send(noisy[0][1], endpoint(host, place), DISK)
+    request = Request(image=noisy[0][1], disk=DISK)
+    send_persistently(request, endpoint(host, place), policy=Persistence())
     thread.join()
     place.check(noisy[1][1])
