@@ -238,7 +238,7 @@ def test_from_host_to_host_over_80_ms(
 def test_a_link_that_is_cut_for_30_s(
     far: tuple[SshHost, Cable], place: Place, noisy: tuple[list[Path], list[Path]]
 ) -> None:
-    """As the command sends: where TCP's next try is lost, too, the far side gives up, and another connection goes on."""
+    """As the command sends: where TCP's next try is lost, too, the far side gives up, and a new connection goes on."""
     host, cable = far
     cable.set(delay=0.04, loss=0.01, rate=100e6 / 8)
 
