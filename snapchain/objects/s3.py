@@ -13,7 +13,7 @@ import random
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.s3_client import is_amazon, new_client, warnings_about
@@ -187,7 +187,7 @@ class S3Store:
     def _send(self, name: str, body: bytes, *, create: bool) -> None:
         """PutObject.  Raises botocore's errors, and Corrupt when the ETag says that other bytes were stored."""
         md5 = hashlib.md5(body, usedforsecurity=False)
-        more = {"IfNoneMatch": "*"} if create else {}
+        more: dict[str, Any] = {"IfNoneMatch": "*"} if create else {}
         if is_amazon(self.endpoint):  # elsewhere accepted even when it is wrong
             more["ChecksumSHA256"] = b64encode(hashlib.sha256(body).digest()).decode()
         answer = self._client.put_object(
@@ -195,7 +195,7 @@ class S3Store:
             Key=self._key(name),
             Body=body,
             ContentMD5=b64encode(md5.digest()).decode(),
-            **more,  # type: ignore[arg-type]
+            **more,
         )
         etag = _md5_of(answer)
         if etag is not None and etag != md5.hexdigest():
@@ -217,9 +217,11 @@ class S3Store:
         from botocore.exceptions import ClientError
 
         whole = offset == 0 and length is None
-        asked = {} if whole else {"Range": f"bytes={offset}-{'' if length is None else offset + length - 1}"}
+        asked: dict[str, Any] = (
+            {} if whole else {"Range": f"bytes={offset}-{'' if length is None else offset + length - 1}"}
+        )
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(name), **asked)  # type: ignore[arg-type]
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(name), **asked)
         except ClientError as error:
             if status_of(error) == 416 and length is None:
                 return self._nothing_at(name, offset), None
@@ -271,24 +273,22 @@ class S3Store:
                     yield ObjectInfo(name, entry["Size"], entry["LastModified"].timestamp())
 
     def _pages(self, prefix: str, *, delimiter: str | None = None) -> Iterator[ListObjectsV2OutputTypeDef]:
-        more = {} if delimiter is None else {"Delimiter": delimiter}
-        token: str | None = None
+        more: dict[str, Any] = {} if delimiter is None else {"Delimiter": delimiter}
         while True:
             with s3_errors(self._subject(prefix)):
                 page = self._client.list_objects_v2(
                     Bucket=self._bucket,
                     Prefix=self._prefix + prefix,
                     MaxKeys=self._page,
-                    **({} if token is None else {"ContinuationToken": token}),  # type: ignore[arg-type]
-                    **more,  # type: ignore[arg-type]
+                    **more,
                 )
             yield page
             following = page.get("NextContinuationToken") if page.get("IsTruncated") else None
             if following is None:
                 return
-            if following == token:
+            if following == more.get("ContinuationToken"):
                 raise Unsupported("the server's listing does not get on", subject=self.url)
-            token = following
+            more["ContinuationToken"] = following
 
 
 def _md5_of(answer: PutObjectOutputTypeDef | GetObjectOutputTypeDef) -> str | None:

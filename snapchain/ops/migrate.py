@@ -38,7 +38,7 @@ from snapchain.ops.migrate_start import check_hook, start
 from snapchain.ops.notes import Given, Overlay
 from snapchain.ops.send import plan_send
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.handing import ask_for_handover
+from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.stream.handover_messages import MOST_DISKS, HandedDisk, Standing, Step
 
 _HANDOVER = Persistence(give_up_after=60.0)

@@ -155,7 +155,7 @@ class _Reception:
     def _answer(self, frame: Frame) -> None:
         peer = self._channel.peer
         if frame.kind is Kind.FETCH:
-            from snapchain.replica.giving import give
+            from snapchain.replica.fetch_answering import give
             from snapchain.replica.stream.fetch_messages import Fetch
 
             wanted = decode(Fetch, frame.body, subject=peer)

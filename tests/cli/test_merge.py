@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,10 +68,10 @@ def test_what_was_not_merged_is_told(run: Run, stack: Path, monkeypatch: pytest.
 
     real = merge_run.run
 
-    def failing(planned: MergePlan, **more: object) -> merge_run.MergeReport:
+    def failing(planned: MergePlan, **more: Any) -> merge_run.MergeReport:
         if planned.first == 1:
             raise NotFound("somebody took it")
-        return real(planned, **more)  # type: ignore[arg-type]
+        return real(planned, **more)
 
     monkeypatch.setattr(merge_run, "run", failing)
     said = run("merge", str(stack), "--keep-label", "l3", "--keep-last", "1", "--json")

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,10 @@ def gone(pid: int) -> bool:
         return True
 
 
-def wait_until(condition: object, seconds: float = 5) -> bool:
+def wait_until(condition: Callable[[], object], seconds: float = 5) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if condition():  # type: ignore[operator]
+        if condition():
             return True
         time.sleep(0.01)
     return False

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -28,11 +29,11 @@ MiB = 1 << 20
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
-def assemble(chain: ImageChain, first: int, last: int, out: Path, **options: object) -> tuple[Assembly, Moved]:
+def assemble(chain: ImageChain, first: int, last: int, out: Path, **options: Any) -> tuple[Assembly, Moved]:
     """files[first:last + 1] of a chain as one new file, linked to the one below."""
     below = chain.files[first - 1] if first else None
     backing = Backing(str(below.path), below.format) if below else None
-    assembly = plan(chain.at(last), first, backing=backing, **options)  # type: ignore[arg-type]
+    assembly = plan(chain.at(last), first, backing=backing, **options)
     done = 0
 
     def on_bytes(count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,12 +161,12 @@ def test_every_run_is_bounded(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     seen: list[processes.Limits | None] = []
     real = processes.run
 
-    def spy(argv: list[str], **named: object) -> processes.Completed:
+    def spy(argv: list[str], **named: Any) -> processes.Completed:
         limits = named["limits"]
         assert isinstance(limits, processes.Limits)
         assert "-U" not in argv
         seen.append(limits)
-        return real(argv, **named)  # type: ignore[arg-type]
+        return real(argv, **named)
 
     monkeypatch.setattr(qemu_img, "run", spy)
     qemu_img.info(base, "qcow2")

@@ -23,7 +23,7 @@ from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import epoch_of
 from snapchain.ops.replica_log import log_replica
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.handing import ask_for_handover
+from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.stream.handover_messages import HandedDisk, Step
 from snapchain.replica.stream.messages import Active
 from tests.ops.killing import killed_at_every_step

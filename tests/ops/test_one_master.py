@@ -23,7 +23,7 @@ from snapchain.ops.ownership import epoch_of
 from snapchain.ops.sync import SyncRequest, sealed_request, sync
 from snapchain.replica import handover
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.handing import ask_for_handover
+from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Step
 from snapchain.replica.stream.messages import Active
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img, same, write

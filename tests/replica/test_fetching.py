@@ -257,7 +257,7 @@ def test_a_point_that_is_merged_away_between_look_and_lock(
     sent: Place, chain: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is wrong with files counts only where the catalogue still is the one that named them."""
-    from snapchain.replica import giving
+    from snapchain.replica import fetch_answering
     from snapchain.replica.arrival import opened_chain
 
     calls: list[int] = []
@@ -270,7 +270,7 @@ def test_a_point_that_is_merged_away_between_look_and_lock(
             raise Corrupt("the files of this disk are not the chain that its catalogue names")
         return opened_chain(disk, catalogue, tip)
 
-    monkeypatch.setattr(giving, "opened_chain", meanwhile)
+    monkeypatch.setattr(fetch_answering, "opened_chain", meanwhile)
     assert restore(sent, out).point == 2
     assert same_bytes(out, flat(chain[1], out.with_name("flat")))
 
