@@ -11,9 +11,9 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from snapchain.image.dependents import Dependent, Dependents, search
+from snapchain.image.dependents import Dependent, Dependents, Kind, search
 
-__all__ = ["Dependent", "Dependents", "find_dependents", "image_directories", "is_outside"]
+__all__ = ["Dependent", "Dependents", "Kind", "find_dependents", "image_directories", "is_outside"]
 
 _VARIABLE = "SNAPCHAIN_IMAGE_DIRS"
 
