@@ -198,7 +198,7 @@ class _Search:
         """Somebody may open one of our files by a name of his own."""
         if path not in self._names:
             for real in self._files.get(_identity(status), ()):
-                self._add(real, path, "is a symbolic link to it", Kind.LINK, by=real)
+                self._add(real, path, "is a symbolic link to it", Kind.LINK, by=os.path.realpath(path))
 
     # --- images
 
