@@ -58,9 +58,28 @@ class Definitions:
 
 
 def definitions() -> Definitions:
-    """Ask every libvirt daemon that this user's virsh reaches, each for SECONDS at most."""
-    if which("virsh") is None:
+    """Ask every libvirt daemon that this user's virsh reaches, each for SECONDS at most.
+
+    An answer is given again for ten times as long as asking took: with many domains that takes seconds, and a night
+    asks for each of its disks.
+    """
+    global _last  # noqa: PLW0603 - one libvirt, one answer
+    program, began = which("virsh"), time.monotonic()
+    if program is None:
         return Definitions()
+    asked_for = (program, *(uri for env in _connections() for uri in env.values()))
+    if _last is None or _last[0] != asked_for or began >= _last[1]:
+        found = _ask_all()
+        ended = time.monotonic()
+        _last = asked_for, ended + 10 * (ended - began), found
+    return _last[2]
+
+
+_last: tuple[tuple[str, ...], float, Definitions] | None = None
+"""What was asked for, until when the answer counts, and the answer."""
+
+
+def _ask_all() -> Definitions:
     found = [_asked(env, time.monotonic() + SECONDS) for env in _connections()]
     return Definitions(
         domains=tuple(domain for each in found for domain in each.domains),

@@ -55,6 +55,10 @@ class Kind(Enum):
     DEFINITION = "definition"
 
 
+SEEN = (Kind.STANDS, Kind.LINK, Kind.DEFINITION)
+"""Users that were found, not only possible ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dependent:
     """One user of a file. path: an image or link, or None; domain: libvirt's name, or None.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -13,13 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, Unsupported
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.backing import is_layer_below_active
-from snapchain.ops.dependents import Dependents, Kind, find_dependents, is_outside
-from snapchain.ops.merge.journal import MergeJournal, leftovers
+from snapchain.image.backing import check_no_layer, is_layer_below_active
+from snapchain.image.dependents import SEEN
+from snapchain.ops.dependents import Dependents, find_dependents, is_outside
+from snapchain.ops.merge.journal import MergeJournal
 from snapchain.ops.notes import Notes
 
-_CERTAIN = (Kind.STANDS, Kind.LINK, Kind.DEFINITION)
-"""Users that were seen, whom no word of the user makes go away."""
 _REMEDY = " (it goes with --remove FILE)"
 
 
@@ -98,20 +96,9 @@ def others_on(chain: ImageChain, image_dirs: Sequence[Path]) -> Dependents:
     return find_dependents(
         [file.path for file in chain.files],
         top=chain.top.path,
-        own=[*(file.device for file in chain.files), *half_written(file.real_path.parent for file in chain.files)],
+        own=[file.device for file in chain.files],
         image_dirs=search_directories(chain, image_dirs),
     )
-
-
-def half_written(directories: Iterable[Path]) -> list[tuple[int, int]]:
-    """(device, inode) of what killed merges have left: it stands on nothing that anybody needs."""
-    found: list[tuple[int, int]] = []
-    for directory in set(directories):
-        for leftover in leftovers(directory):
-            with suppress(FileNotFoundError):
-                status = leftover.lstat()
-                found.append((status.st_dev, status.st_ino))
-    return found
 
 
 def fate(
@@ -145,7 +132,7 @@ def fate(
 def _why_kept(path: Path, *, top: Path, others: Dependents, confirmed: Collection[Path]) -> str | None:
     found = users_of(path, others, confirmed)
     if found is not None:
-        return found if others.on(path, *_CERTAIN) else f"{found}{_REMEDY}"
+        return found if others.on(path, *SEEN) else f"{found}{_REMEDY}"
     if is_layer_below_active(path, Path(os.path.realpath(top))):
         return "it is a layer of a replica"
     if path.is_block_device():
@@ -163,7 +150,7 @@ def why_not_own(path: Path, top: Path, confirmed: Collection[Path]) -> str | Non
 
 def users_of(path: Path, others: Dependents, confirmed: Collection[Path]) -> str | None:
     """Who else uses a file (a real path), in a clause. A confirmed one has no users that are only possible."""
-    return others.reason(path, *_CERTAIN) if path in confirmed else others.reason(path)
+    return others.reason(path, *SEEN) if path in confirmed else others.reason(path)
 
 
 def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection[Path]) -> None:
@@ -173,6 +160,7 @@ def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection
     """
     why = why_not_own(result, chain.top.path, confirmed)
     if why is not None:
+        check_no_layer(result)
         raise Unsupported(
             f"the merged file would replace it, and {why}",
             subject=result,

@@ -15,7 +15,7 @@ from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.image import inplace
 from snapchain.ops.dependents import find_dependents
-from snapchain.ops.merge.inputs import KeptFile, fate, half_written
+from snapchain.ops.merge.inputs import KeptFile, fate
 from snapchain.ops.merge.journal import MergeJournal, OpenJournal, sweep, taken
 from snapchain.ops.merge.linked import linked
 from snapchain.ops.notes import Notes
@@ -137,7 +137,7 @@ def _judged(journal: MergeJournal) -> tuple[tuple[Path, ...], tuple[KeptFile, ..
     others = find_dependents(
         [*paths, *journal.links],
         top=top,
-        own=[*((entry.device, entry.inode) for entry in entries), *half_written(path.parent for path in paths)],
+        own=[(entry.device, entry.inode) for entry in entries],
         image_dirs=journal.search,
     )
     return fate(paths, top=top, others=others, confirmed=journal.confirmed)
