@@ -24,7 +24,7 @@ from snapchain.ops.nightly.config import Disks
 from tests.ops.forest import Forest, forests
 from tests.ops.killing import killed_after
 
-EXAMPLES = 30
+EXAMPLES = 200
 Command = Callable[[Forest, Path, st.DrawFn], None]
 STRATEGIES = (None, None, Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)
 done: Counter[str] = Counter()
@@ -74,7 +74,8 @@ def merge_by_rules(forest: Forest, target: Path, draw: st.DrawFn) -> None:
 
 
 def merge_at_night(forest: Forest, target: Path, draw: st.DrawFn) -> None:
-    disks = Disks(path=target, format="qcow2", merge_above=draw(st.integers(1, 2)), image_dirs=tuple(forest.image_dirs))
+    disks = Disks(path=target, format="qcow2", merge_above=4, image_dirs=tuple(forest.image_dirs))
+    disks = disks.model_copy(update={"merge_above": draw(st.integers(1, 2))})
     report = running.run(local_merge.plan(target, disks, at=[], budget=None))
     done["merged at night"] += bool(report.merges)
 
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Command] = {
 def _something_was_done() -> Iterator[None]:
     done.clear()
     yield
+    print(done)
     if done["examples"] >= EXAMPLES * len(COMMANDS):
         assert not {
             what for what in ("merged", "removed", "kept", "merged by rules", "sealed", "killed") if done[what] < 8
