@@ -20,7 +20,6 @@ __all__ = [
     "Dependents",
     "Kind",
     "find_dependents",
-    "image_directories",
     "is_linked_elsewhere",
     "is_outside",
 ]
@@ -40,7 +39,7 @@ def find_dependents(
     nothing does that an unfinished merge or snapshot has left beside them
     image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
     """
-    named = [path for path in (*image_dirs, *image_directories()) if path.is_dir()]
+    named = [path for path in (*image_dirs, *_image_directories()) if path.is_dir()]
     homes = list(dict.fromkeys([Path(os.path.realpath(top)).parent, Path(os.path.realpath(top.parent))]))
     near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
     # A link elsewhere has other users than this chain, whoever opens the file by it.
@@ -60,7 +59,7 @@ def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
                         yield status.st_dev, status.st_ino
 
 
-def image_directories() -> Iterator[Path]:
+def _image_directories() -> Iterator[Path]:
     """What SNAPCHAIN_IMAGE_DIRS names."""
     return (Path(name) for name in os.environ.get(_VARIABLE, "").split(":") if name)
 

@@ -156,11 +156,12 @@ class Forest:
             assert read(path, self.image_dirs) == shown, f"{path} shows something else"
 
     def half_done(self) -> set[Path]:
-        """Lowest inputs of commits that were killed: these alone read wrong until the doctor has been there."""
+        """Lower inputs of commits that were killed: by themselves they read wrong, until the doctor removes them."""
         from snapchain.ops.merge.journal import is_journal, read as read_journal
 
         journals = [read_journal(path) for path in self.names() if is_journal(path)]
-        return {journal.lowest for journal in journals if journal.stage == "committing"}
+        commits = [journal for journal in journals if journal.stage == "committing"]
+        return {path for each in commits for path in (each.lowest, *(entry.path for entry in each.remove))}
 
 
 _CLUSTERS = st.dictionaries(st.integers(0, CLUSTERS - 1), st.integers(0, 255), max_size=4)

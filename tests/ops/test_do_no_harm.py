@@ -95,8 +95,8 @@ def kill_and_settle(forest: Forest, target: Path, data: st.DataObject) -> None:
     forest.check(target)
     done["killed"] += 1
     inputs = [path for path in forest.chain(target) if path.exists() and path not in forest.half_done()]
-    if data.draw(st.booleans()):
-        below = data.draw(st.sampled_from(inputs))
+    if data.draw(st.integers(0, 3)):
+        below = data.draw(st.sampled_from(inputs[1:] or inputs))
         clone = forest.root / "b" / "since.qcow2"
         forest.add(clone, {0: 7}, below, str(below))
         forest.before[clone] = State.of(clone)
