@@ -39,7 +39,7 @@ def find_dependents(
     nothing does that an unfinished merge or snapshot has left beside them
     image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
     """
-    named = [path for path in (*image_dirs, *_image_directories()) if path.is_dir()]
+    named = [*image_dirs, *_image_directories()]
     homes = list(dict.fromkeys([Path(os.path.realpath(top)).parent, Path(os.path.realpath(top.parent))]))
     near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
     # A link elsewhere has other users than this chain, whoever opens the file by it.

@@ -90,7 +90,7 @@ def kill_and_settle(forest: Forest, target: Path, data: st.DataObject) -> None:
     """A merge is killed, somebody else makes an overlay on one of its inputs, and then the doctor comes."""
     request = merge_request(forest, target, data)
     planned = planning.plan(request)
-    if not killed_after(lambda: running.run(planned), data.draw(st.integers(1, 12))):
+    if not killed_after(lambda: running.run(planned), data.draw(st.integers(1, 20))):
         return
     forest.check(target)
     done["killed"] += 1

@@ -252,7 +252,7 @@ def test_a_search_that_was_cut_off_is_told(forest: Forest, monkeypatch: pytest.M
     monkeypatch.setattr(dependents, "MOST_ENTRIES", 3)
     planned = planning.plan(request(forest))
     (notice,) = planned.notices
-    assert notice.startswith("The search for other users of these files ended at ")
+    assert notice.startswith("The search for other users of these files ended after ")
     running.run(planned)
 
 
