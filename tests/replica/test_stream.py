@@ -209,6 +209,21 @@ def test_a_hostile_sender(place: Place, name: str) -> None:
     assert sorted(entry.name for entry in place.root.parent.iterdir()) == ["other", "replica"]
 
 
+def test_a_known_layer_is_taken_for_what_it_is_only_with_its_content(place: Place, tmp_path: Path) -> None:
+    """Its id names the map and the names, not the bytes: STORED would be said of content that is not there."""
+    assert take(place, stream(HELLO, OPEN, offer(), MAP, ALL, end(), STOP)).layers == ["a.qcow2"]
+    before = place.catalogue()
+    with pytest.raises(Corrupt, match="a layer that is here already is announced with other content") as caught:
+        take(place, stream(HELLO, OPEN, offer(), MAP, ALL, (7, bytes(32)), STOP))
+    assert caught.value.subject == "a.qcow2"
+    assert place.catalogue() == before
+    again = take(place, stream(HELLO, OPEN, offer(), MAP, ALL, end(), STOP))
+    assert (again.layers, again.known) == ([], 1)
+    shown = tmp_path / "shown"
+    shown.write_bytes(BLOB + bytes(GRAIN))
+    place.check(shown)
+
+
 def test_a_sender_that_only_lives(place: Place) -> None:
     beats = [BEAT] * MOST_BEATS
     take(place, stream(HELLO, *beats, OPEN, *beats, offer(), MAP, *beats, ALL, end(), STOP))

@@ -17,6 +17,7 @@ from snapchain.image.backing import is_layer_below_active
 from snapchain.image.references import children, reason
 from snapchain.ops.merge.journal import MergeJournal, leftovers
 from snapchain.ops.notes import Notes
+from snapchain.ops.ownership import check_not_given
 
 
 class KeptFile(BaseModel):
@@ -67,6 +68,15 @@ def check_holds(chain: ImageChain, first: int, last: int) -> None:
         from snapchain.ops.hold import check_range, held_layers
 
         check_range(chain, first, last, held_layers(chain, notes))
+
+
+def check_still_allowed(chain: ImageChain, first: int, last: int) -> None:
+    """At the switch, which may come hours after the decision: a disk given away or a layer held since then stays.
+
+    Raises Conflict, and what reading the notes raises.
+    """
+    check_not_given(chain)
+    check_holds(chain, first, last)
 
 
 def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:

@@ -17,9 +17,15 @@ from snapchain.ops.notes import Notes
 
 
 def finish(journal: OpenJournal) -> list[Path]:
-    """Remove the inputs, which the caller has locked since it saw that nobody needs them, and then the journal."""
+    """Remove the inputs, which the caller has locked, and then the journal; the inputs that are gone.
+
+    Others may read an input up to the switch, and so make an overlay on it: what such a one needs stays.
+    """
     with journal:
-        removed = _remove(journal.journal, [entry.path for entry in journal.journal.remove])
+        needed = _needed(journal.journal.remove, journal.journal.search)
+        removed = _remove(
+            journal.journal, [entry.path for entry in journal.journal.remove if entry.path not in needed]
+        )
     renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
     for path in (*removed, *renamed):
         sweep(path)  # what killed merges into it have left
