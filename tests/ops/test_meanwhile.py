@@ -241,6 +241,17 @@ def test_a_file_below_the_merged_ones_may_be_read_meanwhile(stack: list[Path]) -
     assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
 
 
+@pytest.mark.parametrize("strategy", [ABSORB, COMMIT])
+def test_nobody_comes_during_a_merge_in_place(strategy: Strategy, stack: list[Path]) -> None:
+    def knock() -> None:
+        for path in stack[1:]:
+            with pytest.raises(Busy, match="has it"):
+                ImageLock(path, LockMode.READ)
+
+    at_work(merge_image.plan(stack[-1], strategy=strategy), knock)
+    assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
+
+
 @each_strategy
 def test_somebody_who_is_there_already_is_told_before_anything_is_done(strategy: Strategy, stack: list[Path]) -> None:
     planned = merge_image.plan(stack[-1], strategy=strategy)
