@@ -75,4 +75,3 @@ def test_a_merge_is_proved_before_it_is_believed(
     assert len(pieces) == 1
     assert caught.value.subject == layer_name(shipped.layers[-1].id)
     assert [info.name for info in repository.store.list("layers/")] == before
-
