@@ -60,7 +60,7 @@ def mutated(source: str, mutation: Mutation) -> str:
 
 def run(copy: Path, tests: Sequence[str]) -> tuple[int, str]:
     """(pytest's exit code, its last words) for these tests in the copy."""
-    argv = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--basetemp", copy.parent / "pt"]
+    argv = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "--basetemp", str(copy.parent / "pt")]
     # One profile and one seed: what is green before the change is green for the same examples after it.
     environment = {
         **os.environ,
