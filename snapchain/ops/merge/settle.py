@@ -23,9 +23,7 @@ def finish(journal: OpenJournal) -> list[Path]:
     """
     with journal:
         needed = _needed(journal.journal.remove, journal.journal.search)
-        removed = _remove(
-            journal.journal, [entry.path for entry in journal.journal.remove if entry.path not in needed]
-        )
+        removed = _remove(journal.journal, [entry.path for entry in journal.journal.remove if entry.path not in needed])
     renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
     for path in (*removed, *renamed):
         sweep(path)  # what killed merges into it have left
