@@ -160,23 +160,39 @@ def test_no_link_is_followed(held: Place, chain: list[Path], victim: Path, tmp_p
     assert (victim.read_text(), victim.stat().st_mode & 0o777) == (SECRET, 0o640)
 
 
-def test_no_link_is_followed_by_who_goes_on(
-    held: Place, tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A transfer that was cut off makes its file writable again: that file, and none that a link names."""
+@pytest.fixture
+def cut_off(held: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """An image whose transfer to the disk `other` was cut off in the middle, and its file there."""
     monkeypatch.setattr(sender, "MARK_BYTES", 256 << 10)
     noise = tmp_path / "noise"
     noise.write_bytes(os.urandom(4 * MiB))
     image = build(tmp_path / "d", [Layer(4 * MiB, [f"write -s {noise} 0 4M"])])[0]
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="closed|ends in the middle"):
         send(image, BentEndpoint(held, there=lambda at, data: data if at < 3 * MiB else None), "other")
     incoming = held.root / "other" / ".incoming.qcow2"
     assert incoming.with_suffix(".json").exists()
+    return image, incoming
+
+
+def test_no_link_is_followed_by_who_goes_on(held: Place, cut_off: tuple[Path, Path], victim: Path) -> None:
+    """A transfer that was cut off makes its file writable again: that file, and none that a link names."""
+    image, incoming = cut_off
     incoming.unlink()
     incoming.symlink_to(victim)
     with pytest.raises(InvalidInput, match="symbolic link"):
         send(image, DirectoryEndpoint(held.root), "other")
     assert (victim.read_text(), victim.stat().st_mode & 0o777) == (SECRET, 0o640)
+
+
+def test_a_transfer_does_not_go_on_in_a_file_that_was_changed(held: Place, cut_off: tuple[Path, Path]) -> None:
+    image, incoming = cut_off
+    os.truncate(incoming, incoming.stat().st_size - 512)
+    with pytest.raises(Corrupt, match="the file of the layer that is arriving was changed") as caught:
+        send(image, DirectoryEndpoint(held.root), "other")
+    assert str(caught.value.subject).endswith(str(incoming))
+    assert caught.value.hint == "remove it"
+    incoming.unlink()
+    assert send(image, DirectoryEndpoint(held.root), "other").layers_sent == 1
 
 
 def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> None:

@@ -214,6 +214,7 @@ HOSTILE: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     ),
     "resumed from nothing": ("only 0 are here", (HELLO, OPEN, offer(resume_at=3 * GRAIN), MAP, end())),
     "a point of nothing": ("not what the chain shows", (HELLO, OPEN, POINT_OF_NOTHING)),
+    "a point of other content": ("not what the chain shows", (*LAYER, ALL, end(), POINT_OF_NOTHING)),
     "not JSON": ("Invalid JSON", (HELLO, OPEN, (3, b"\xff{"))),
     "deep JSON": ("recursion limit", (HELLO, OPEN, (3, b"[" * 100_000))),
     "a field too many": ("x: Extra inputs", (HELLO, (2, b'{"disk":"a","x":1}'))),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +11,13 @@ import pytest
 
 from snapchain.errors import Corrupt
 from snapchain.model.content import content_id, leaf_hash, sum_of
-from snapchain.repository import layers as records
+from snapchain.repository import layers as records, worklist
 from snapchain.repository.format import LEAF_ROW, layer_name
 from snapchain.repository.intake import store_page_body
 from snapchain.repository.layers import StoredLayer, encode_sum
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import Page, Rows
-from snapchain.repository.replay import Replay
+from snapchain.repository.replay import Replay, Sink
 from snapchain.repository.view import ChainView
 from tests.repository.synthetic import LEAF, Run, Shipped, again, drawn, nothing, ship
 
@@ -74,3 +75,46 @@ def test_a_leaf_that_does_not_read_as_recorded_is_found(name: str) -> None:
     with pytest.raises(Corrupt, match=f"bytes {LEAF} to {2 * LEAF} are lost: .*not those that were shipped") as caught:
         Replay(ChainView([layer], again(shipped.repository).blobs), layer.extents()).run(nothing)
     assert caught.value.subject == layer_name(layer.id)
+
+
+def test_a_replay_counts_only_what_a_shortened_disk_has() -> None:
+    """On the sum of the chain below, less the leaves that the end cuts off, and grown again without them."""
+    stack = [drawn(3 * LEAF, [Run(0, 3 * LEAF, 1)], b"")]
+    for size in (LEAF + 100, 4 * LEAF):
+        stack.append(drawn(size, [Run(0, 512, 2)], stack[-1].shown))
+    shipped = ship(stack)
+    for count in range(1, 4):
+        chain = shipped.layers[:count]
+        replay = Replay(ChainView(chain, again(shipped.repository).blobs), chain[-1].extents())
+        assert replay.on(chain[:-1]).run(nothing) > 0
+
+
+class Waiting(ChainView):
+    """Its first leaf cannot be read; all others wait until they may."""
+
+    def __init__(self, shipped: Shipped) -> None:
+        super().__init__(shipped.layers, again(shipped.repository).blobs)
+        self.go_on = threading.Event()
+
+    def read_pieces(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        if not pieces[0][0]:
+            raise Corrupt("damaged", subject="x")
+        assert self.go_on.wait(20)
+        super().read_pieces(pieces)
+
+
+def test_nothing_is_written_after_an_error_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller closes the file then, and its descriptor's number will be another file's."""
+    monkeypatch.setattr(worklist, "WINDOW", LEAF)
+    view = Waiting(ship([drawn(8 * LEAF, [Run(0, 8 * LEAF, 1)], b"")]))
+    written: list[object] = []
+    before = set(threading.enumerate())
+    with pytest.raises(Corrupt, match=f"bytes 0 to {LEAF} are lost: damaged"):
+        Replay(view, view.extents.owned_by(0), Sink(written.append)).run(nothing)
+    written.clear()
+    view.go_on.set()
+    workers = set(threading.enumerate()) - before
+    assert workers
+    for worker in workers:
+        worker.join(20)
+    assert written == []
