@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -15,7 +14,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.backing import is_layer_below_active
 from snapchain.image.references import children, reason
-from snapchain.ops.merge.journal import MergeJournal, leftovers
+from snapchain.ops.merge.journal import MergeJournal, leftover_ids
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import check_not_given
 
@@ -101,13 +100,7 @@ def fate(
     lower = [file.real_path for file in chain.files[first:last]][::-1]
     if keep_inputs:
         return (), tuple(KeptFile(path=path, reason="asked for") for path in lower)
-    besides = {file.device for file in chain.files}
-    # What a killed merge has half written stands on nothing that anybody needs.
-    for directory in {file.real_path.parent for file in chain.files}:
-        for leftover in leftovers(directory):
-            with suppress(FileNotFoundError):
-                status = leftover.lstat()
-                besides.add((status.st_dev, status.st_ino))
+    besides = {file.device for file in chain.files} | leftover_ids(file.real_path.parent for file in chain.files)
     found = children(search_directories(chain, image_dirs), of=lower, besides=besides)
     remove: list[Path] = []
     keep: list[KeptFile] = []

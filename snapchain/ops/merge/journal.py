@@ -175,6 +175,16 @@ def leftovers(directory: Path) -> list[Path]:
         return sorted(path for path in directory.iterdir() if _LEFTOVER.fullmatch(path.name))
 
 
+def leftover_ids(directories: Iterable[Path]) -> set[tuple[int, int]]:
+    """(device, inode) of the leftovers in these directories: what they stand on, nobody needs for them."""
+    found: set[tuple[int, int]] = set()
+    for leftover in (leftover for directory in set(directories) for leftover in leftovers(directory)):
+        with suppress(FileNotFoundError):
+            status = leftover.lstat()
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
 def is_journal(path: Path) -> bool:
     """Whether a file bears the name of a record."""
     return path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)

@@ -11,7 +11,7 @@ from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.image import inplace
 from snapchain.image.references import children
-from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep, taken
+from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, leftover_ids, sweep, taken
 from snapchain.ops.merge.linked import linked
 from snapchain.ops.notes import Notes
 
@@ -125,7 +125,7 @@ def _remove(journal: MergeJournal, paths: list[Path]) -> list[Path]:
 
 def _needed(inputs: tuple[FileId, ...], search: tuple[Path, ...]) -> set[Path]:
     """Inputs under another image, and the inputs below those (`inputs`: uppermost first)."""
-    own = {(entry.device, entry.inode) for entry in inputs}
+    own = {(entry.device, entry.inode) for entry in inputs} | leftover_ids(entry.path.parent for entry in inputs)
     found = children([path for path in search if path.is_dir()], of=[entry.path for entry in inputs], besides=own)
     needed: set[Path] = set()
     for entry in inputs:
