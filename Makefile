@@ -10,7 +10,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench soak clean
+.PHONY: help demo test check format bench soak mutate clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -42,6 +42,10 @@ bench:  ## measure the promises of speed and memory
 soak:  ## the tests that run for minutes, boot guests, move them
 	@.ci/setup soak
 	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m soak --timeout 3600 $(ARGS)
+
+mutate:  ## break each line that keeps a promise, and see a test turn red (ARGS: words that choose some)
+	@.ci/setup test
+	@$(PY) -m tests.mutations $(ARGS)
 
 clean:  ## forget everything made here, the virtual environment too
 	rm -rf .venv .cache build dist demo-work fixtures/made .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -86,6 +86,8 @@ class Answer:
         if len(told.body) != _PROGRESS.size:
             raise self.unexpected(told)
         self.data_bytes: int = _PROGRESS.unpack(told.body)[1]
+        if not asked.chain and self.data_bytes > self.point.size:
+            raise Corrupt("it announces more data than the disk holds", subject=self.peer)
 
     def layers(self) -> Iterator[FetchedLayer]:
         """The layers, root first: one, or those of the chain. Raises Corrupt."""

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, InvalidInput, NotFound
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.host.locks import ImageLock, LockMode
 
 
@@ -146,6 +147,32 @@ def test_the_lock_follows_a_rename(image: Path) -> None:
         assert not qemu_can(image.with_name("sealed.qcow2"), write=True)
         assert lock.same_file(image.with_name("sealed.qcow2"))
         assert not lock.same_file(image)
+
+
+@pytest.mark.parametrize("mode", LockMode)
+@pytest.mark.parametrize("left", ["another file", "nothing"])
+def test_a_name_that_changes_hands_while_it_is_locked(
+    mode: LockMode, left: str, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between open and lock a merge, a snapshot or a restore may put another file there."""
+    real = fcntl.fcntl
+    old = image.with_name("old.qcow2")
+
+    def replaced(*arguments: Any) -> Any:
+        if not old.exists():
+            image.rename(old)
+            if left == "another file":
+                image.write_bytes(old.read_bytes())
+        return real(*arguments)
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", replaced)
+        with pytest.raises(Conflict, match="another file took its name") as caught:
+            ImageLock(image, mode)
+    assert caught.value.subject == str(image)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert qemu_can(old, write=True)
 
 
 def test_two_of_us(image: Path) -> None:

@@ -158,14 +158,27 @@ def extended(descriptor: Callable[[Path], int], bitmap: int, entry: int = 0) -> 
     return change
 
 
+def compressed(path: Path) -> int:
+    """A descriptor of compressed data at the file's end, which by itself is legal."""
+    return COMPRESSED | q.append(path, bytes(CLUSTER))
+
+
 EXTENDED: dict[str, tuple[Change, str]] = {
     "subcluster both allocated and zero": (extended(first_data, 1 << 32 | 1), "contradicts"),
     "subcluster of no cluster": (extended(lambda _: 0, 1, entry=9), "contradicts"),
     "zero flag in the descriptor": (extended(lambda path: first_data(path) | 1, 1), "reserved bits"),
-    "bitmap of a compressed cluster": (extended(lambda path: COMPRESSED | first_data(path), 1), "contradicts"),
+    "compressed, with one subcluster allocated": (extended(compressed, 1, entry=9), "contradicts"),
+    "compressed, with one subcluster zero": (extended(compressed, 1 << 32, entry=9), "contradicts"),
+    "compressed, with all subclusters zero": (extended(compressed, 0xFFFFFFFF << 32, entry=9), "contradicts"),
+    "compressed, with the last bit set": (extended(compressed, 1 << 63, entry=9), "contradicts"),
     "clusters of 8 KiB": (fields(cluster_bits=13), "16 KiB"),
     "one cluster, different subclusters": (extended(first_data, 1 << 31, entry=9), "twice"),
 }
+
+
+def test_a_compressed_cluster_among_subclusters_is_legal_without_a_bitmap(tmp_path: Path) -> None:
+    with scan(changed(tmp_path, extended(compressed, 0, entry=9), extended_l2="on")) as chain:
+        assert int((chain.top.physical.stored > 0).sum()) == 1
 
 
 @pytest.mark.parametrize("name", EXTENDED)

@@ -10,6 +10,7 @@ nothing; who must give up says so by a Conflict.
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -165,6 +166,7 @@ def moments(world: World, job: Job, other: Job, *, frozen: bool) -> Iterator[obj
             outcome = error
         if not store.stood:
             assert not isinstance(outcome, Exception)
+            assert moment > 10, "hardly anything was ever called"
             return
         world.now += 2 * DEAD_SECONDS  # whatever leases are left
         yield outcome
@@ -269,16 +271,36 @@ def test_a_reader_finishes_what_it_began(world: World) -> None:
     """Its lease is alive: what it reads stays, though it is merged away and collected meanwhile."""
 
     expected: list[bytes] = []
+    is_reading = False
+    collected_while_reading: list[bool] = []
 
     def read(repo: Repository) -> object:
+        nonlocal is_reading
+        is_reading = False
         catalogue = repo.catalogue(DISK)
         layers = repo.chain(catalogue, catalogue.points[0].layer)
         expected.append(world.shown[catalogue.points[0].point - 1])
         with repo.reading({DISK: [layer.id for layer in layers]}, "a test"):
+            is_reading = True
             return reads_chain(repo, layers)
 
-    for outcome in moments(world, read, forget, frozen=False):
-        assert isinstance(outcome, Conflict) or outcome == expected[-1]
+    def others(repo: Repository) -> None:
+        collected_while_reading.append(is_reading)
+        before = repo.store.list("layers/")
+        forget(repo)
+        gone = {info.name for info in before} - {info.name for info in repo.store.list("layers/")}
+        assert gone, "something was collected"
+
+    given_up = 0
+    for outcome in moments(world, read, others, frozen=False):
+        if isinstance(outcome, Conflict):
+            assert not is_reading, "it may give up before it has begun, and never later"
+            assert re.search("collected before|old data collected, while", outcome.message)
+            given_up += 1
+        else:
+            assert outcome == expected[-1]
+    assert collected_while_reading.count(True) >= 3
+    assert 0 < given_up < collected_while_reading.count(False)
     world.reset()
     assert read(world.open()) == world.shown[0]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import NotFound, SnapchainError
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.image import scan
 from snapchain.model.extents import DATA, ZERO
 from snapchain.objects.memory import MemoryStore
@@ -135,9 +135,15 @@ def test_an_image_in_use_is_looked_at_and_said_so(tmp_path: Path) -> None:
 def test_broken_images_are_errors(tmp_path: Path) -> None:
     bad = tmp_path / "bad.qcow2"
     bad.write_bytes(b"not qcow2")
-    for path in (bad, tmp_path / "none.qcow2", tmp_path):
-        with pytest.raises(SnapchainError):
+    refusals: list[tuple[Path, type[SnapchainError], str]] = [
+        (bad, Corrupt, "the magic bytes are missing"),
+        (tmp_path / "none.qcow2", NotFound, "no such file"),
+        (tmp_path, InvalidInput, "a directory"),
+    ]
+    for path, error, says in refusals:
+        with pytest.raises(error, match=says) as caught:
             inspect_image(path)
+        assert caught.value.subject == str(path)
 
 
 def test_it_changes_nothing(tmp_path: Path) -> None:

@@ -45,6 +45,16 @@ def test_what_killed_merges_into_an_input_have_left_goes_with_it(strategy: Strat
     assert names(tmp_path / "vm") == ["0.qcow2", top.name]
 
 
+def test_what_a_killed_merge_had_half_written_keeps_no_input(tmp_path: Path) -> None:
+    """It stands on one, and nobody stands on it."""
+    root, lower, top = build(tmp_path / "vm", STACK)
+    leftover = lower.with_name(f".{lower.name}.merge-0123abcd")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", root.name, "-F", "qcow2", leftover)
+    report = run.run(plan.plan(top, flatten=True))
+    assert report.removed == (lower, root)
+    assert names(tmp_path / "vm") == [top.name]
+
+
 def test_a_commit_that_is_killed_again_is_still_known_as_one(tmp_path: Path) -> None:
     """Else nothing would tell that the lowest input alone reads wrong."""
     vm = tmp_path / "vm"

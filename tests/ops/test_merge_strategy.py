@@ -305,6 +305,20 @@ def test_what_is_seen_is_never_overwritten(
     assert same(stack[-1], reference)
 
 
+@pytest.mark.parametrize("strategy", [NEW, ABSORB, COMMIT])
+def test_standing_is_kept_by_every_strategy(strategy: Strategy, stack: list[Path]) -> None:
+    """A guest's process may open its disk as before."""
+    stack[-1].chmod(0o640)
+    os.setxattr(stack[-1], "user.note", b"x")
+    if os.geteuid() == 0:
+        os.chown(stack[-1], 64055, 994)
+    before = stack[-1].stat()
+    merge(stack[-1], strategy=strategy)
+    after = stack[-1].stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert os.getxattr(stack[-1], "user.note") == b"x"
+
+
 def test_the_command_takes_a_strategy(stack: list[Path]) -> None:
     program = str(Path(sys.executable).with_name("snapchain"))
     argv = [program, "merge", str(stack[-1]), "--strategy", "absorb", "--json"]

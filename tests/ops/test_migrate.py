@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed, Unavailable
 from snapchain.host.remote_retry import Persistence
 from snapchain.image import scan
 from snapchain.ops import merge_image, migrate as module, snapshot
@@ -384,8 +384,9 @@ def test_there_and_back_again(host: Host, tmp_path: Path) -> None:
     # And a third time, from there to the second host's replica, which knows most of it.
     write(Path(back.disks[0].overlay), "write -P 5 512k 64k")
     truth = flat(Path(back.disks[0].overlay), tmp_path / "truth2.raw")
-    with pytest.raises(SnapchainError):
+    with pytest.raises(Conflict, match="it is no empty overlay on this disk: a guest may have written to it") as caught:
         migrate(MigrateRequest(moves=[Move(Path(back.disks[0].overlay), VDA)]), host.endpoint)
+    assert str(caught.value.subject).endswith(str(host.overlay(VDA)))
     old = host.overlay(VDA)
     old.rename(tmp_path / "old.qcow2")
     third = migrate(MigrateRequest(moves=[Move(Path(back.disks[0].overlay), VDA)]), host.endpoint)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import qemu_img, scan
 from snapchain.image.qemu_img import Qcow2Options
 from snapchain.ops import snapshot
@@ -148,12 +150,49 @@ def test_a_failing_call_leaves_the_image(call: str, image: Path, before: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fail)
-        with pytest.raises(Exception, match="no space"):
+        with pytest.raises(Unavailable, match="no space"):
             take(image)
     assert same(image, before)
     assert [name for name in names(image.parent) if name.startswith(".")] == []
     assert take(image).layers == 2
     assert names(image.parent) == ["disk.1.qcow2", "disk.qcow2"]
+
+
+def on_another_file(overlay: Path) -> None:
+    other = overlay.with_name("other.qcow2")
+    qemu_img.create(other, 4 * MiB, options=Qcow2Options())
+    rebase(overlay, other.name)
+
+
+def with_data(overlay: Path) -> None:
+    rebase(overlay, "")
+    write(overlay, "write -P 5 0 4k")
+    rebase(overlay, "disk.1.qcow2")
+
+
+def rebase(overlay: Path, backing: str) -> None:
+    """The link alone."""
+    subprocess.run(["qemu-img", "rebase", "-u", "-q", "-f", "qcow2", "-b", backing, "-F", "qcow2", overlay], check=True)
+
+
+@pytest.mark.parametrize("wrong", [on_another_file, with_data], ids=lambda wrong: wrong.__name__)
+def test_a_wrong_overlay_does_not_take_the_place_of_the_image(
+    wrong: Callable[[Path], None], image: Path, before: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = qemu_img.create
+
+    def create(path: Path, *arguments: Any, **named: Any) -> None:
+        real(path, *arguments, **named)
+        monkeypatch.undo()
+        wrong(path)
+
+    monkeypatch.setattr(qemu_img, "create", create)
+    with pytest.raises(Conflict, match="the new overlay does not stand on the sealed file") as caught:
+        take(image)
+    assert caught.value.subject == str(image)
+    assert same(image, before)
+    assert take(image).layers == 2
+    assert same(image, before)
 
 
 def test_standing_is_kept(image: Path) -> None:
@@ -261,13 +300,6 @@ def test_bitmaps_are_said_to_stay(image: Path) -> None:
     events: list[Event] = []
     snapshot.run(snapshot.plan(image), on_event=events.append)
     assert any(isinstance(event, Notice) and "daily" in event.message for event in events)
-
-
-def test_changed_since_the_plan(image: Path) -> None:
-    planned = snapshot.plan(image)
-    take(image)
-    with pytest.raises(Conflict):
-        snapshot.run(planned)
 
 
 def test_what_is_no_image(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.ops.events import Event, Progress
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
@@ -202,20 +202,29 @@ def disk_said(name: str = DISK, *numbers: int, **change: Any) -> tuple[int, byte
 
 VERDICT = (38, encode(Verdict(disk=DISK, points=1, layers=1, checked_bytes=1)))
 FINDING = (39, encode(Finding(disk=DISK, kind="corrupt", message="\x1b[31mbad", points=(1,))))
-LIES: dict[str, tuple[tuple[int, bytes], ...]] = {
-    "an old one": (OLD,),
-    "another disk": (ANSWER, disk_said("db"), DONE),
-    "no disk": (ANSWER, DONE),
-    "a name for a terminal": (ANSWER, disk_said("\x1b[31m"), DONE),
-    "a label for a terminal": (ANSWER, disk_said(DISK, 1, labels=["\x1b[31m"]), DONE),
-    "points that do not ascend": (ANSWER, disk_said(DISK, 2, 1), DONE),
-    "points again": (ANSWER, disk_said(DISK, 1), disk_said(DISK, 1), DONE),
-    "too many points": (ANSWER, disk_said(DISK, *range(1, POINTS_AT_ONCE + 2)), DONE),
-    "a size below zero": (ANSWER, disk_said(DISK, 1, size=-1), DONE),
-    "no question": (ANSWER, (32, b"{}")),
-    "a verdict": (ANSWER, VERDICT, DONE),
-    "half": (ANSWER, disk_said(DISK, 1)),
-    "a failure": (ANSWER, (11, b'{"kind":"conflict","message":"\\u001b[31m"}')),
+OTHER_ERRORS: dict[str, type[SnapchainError]] = {
+    "an old one": Unsupported,
+    "half": Unavailable,
+    "a failure": Conflict,
+}
+"""How some of the lies are refused; all others are Corrupt."""
+LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
+    "an old one": ("does not know 'ask'", (OLD,)),
+    "another disk": ("another disk than the one asked for", (ANSWER, disk_said("db"), DONE)),
+    "no disk": ("not told of the disk", (ANSWER, DONE)),
+    "a name for a terminal": ("another disk than the one asked for", (ANSWER, disk_said("\x1b[31m"), DONE)),
+    "a label for a terminal": (
+        "a label holds control characters",
+        (ANSWER, disk_said(DISK, 1, labels=["\x1b[31m"]), DONE),
+    ),
+    "points that do not ascend": ("points do not ascend", (ANSWER, disk_said(DISK, 2, 1), DONE)),
+    "points again": ("points do not ascend", (ANSWER, disk_said(DISK, 1), disk_said(DISK, 1), DONE)),
+    "too many points": ("at most 256 items", (ANSWER, disk_said(DISK, *range(1, POINTS_AT_ONCE + 2)), DONE)),
+    "a size below zero": ("size: .* greater", (ANSWER, disk_said(DISK, 1, size=-1), DONE)),
+    "no question": ("INVENTORY has no place", (ANSWER, (32, b"{}"))),
+    "a verdict": ("VERDICT has no place", (ANSWER, VERDICT, DONE)),
+    "half": ("closed by the other side", (ANSWER, disk_said(DISK, 1))),
+    "a failure": ("\\?\\[31m", (ANSWER, (11, b'{"kind":"conflict","message":"\\u001b[31m"}'))),
 }
 
 
@@ -232,29 +241,39 @@ def answering(*said: tuple[int, bytes]) -> Callable[[FrameReader, Callable[[byte
 
 @pytest.mark.parametrize("name", LIES)
 def test_a_hostile_replica_tells_of_points(name: str) -> None:
-    with puppet(answering(*LIES[name])) as endpoint, pytest.raises(SnapchainError) as caught:
+    says, frames = LIES[name]
+    with puppet(answering(*frames)) as endpoint, pytest.raises(SnapchainError, match=says) as caught:
         log_replica(endpoint, DISK)
-    assert str(caught.value).isprintable()
-    assert isinstance(caught.value, Unsupported if name == "an old one" else SnapchainError)
+    check_refusal(name, caught.value)
+
+
+def check_refusal(name: str, error: SnapchainError) -> None:
+    """It is of the right kind, of the other side, and fit for a terminal."""
+    assert type(error) is OTHER_ERRORS.get(name, Corrupt)
+    assert error.subject == "puppet"
+    assert str(error).isprintable()
 
 
 @pytest.mark.parametrize(
-    "said",
+    ("says", "said"),
     [
-        (FINDING, DONE),
-        (VERDICT, VERDICT, DONE),
-        (VERDICT, (40, bytes(3)), DONE),
-        (disk_said(DISK, 1), VERDICT, DONE),
-        (DONE,),
-        (VERDICT,),
-        ((38, VERDICT[1].replace(b"web1", b"web2")), DONE),
-        ((39, b'{"disk":"web1/vda","kind":"x","subject":null,"message":"m","points":["x"]}'), VERDICT, DONE),
+        ("not of the disks that it has looked at", (FINDING, DONE)),
+        ("not of the disks that it has looked at", (VERDICT, VERDICT, DONE)),
+        ("PROGRESS has no place", (VERDICT, (40, bytes(3)), DONE)),
+        ("DISK has no place", (disk_said(DISK, 1), VERDICT, DONE)),
+        ("has not looked at the disk", (DONE,)),
+        ("closed by the other side", (VERDICT,)),
+        ("another disk than the one asked for", ((38, VERDICT[1].replace(b"web1", b"web2")), DONE)),
+        (
+            "points.0: .* valid integer",
+            ((39, b'{"disk":"web1/vda","kind":"x","subject":null,"message":"m","points":["x"]}'), VERDICT, DONE),
+        ),
     ],
 )
-def test_a_hostile_replica_tells_of_findings(said: tuple[tuple[int, bytes], ...]) -> None:
-    with puppet(answering(ANSWER, *said)) as endpoint, pytest.raises(SnapchainError) as caught:
+def test_a_hostile_replica_tells_of_findings(says: str, said: tuple[tuple[int, bytes], ...]) -> None:
+    with puppet(answering(ANSWER, *said)) as endpoint, pytest.raises(SnapchainError, match=says) as caught:
         verify_replica(endpoint, DISK, read_data=True)
-    assert str(caught.value).isprintable()
+    check_refusal("half" if said == (VERDICT,) else "", caught.value)
 
 
 def test_a_finding_cannot_colour_the_terminal() -> None:

@@ -422,35 +422,53 @@ def test_an_answer_made_by_hand(out: Path) -> None:
     assert same(out.with_name("a.qcow2"), out.with_name("a.raw"))
 
 
-LIES: dict[str, tuple[tuple[int, bytes], ...]] = {
-    "another version": ((1, b'{"first":3,"last":4,"software":"x","answers":true}'),),
-    "no hello": GOOD[1:],
-    "another disk": (ANSWER, told(disk="db"), *GOOD[2:]),
-    "another point": (ANSWER, told(point=2), *GOOD[2:]),
-    "a label for a terminal": (ANSWER, told(labels=["\x1b[31m"]), *GOOD[2:]),
-    "another content": (ANSWER, told(content_id="0" * 64), *GOOD[2:]),
-    "another size": (ANSWER, told(size=8 * GRAIN), *GOOD[2:]),
-    "no total": (ANSWER, told(), *GOOD[3:]),
-    "half a total": (ANSWER, told(), (40, b""), *GOOD[3:]),
-    "more than fits": (ANSWER, told(), (40, struct.pack("<QQ", 0, 1 << 63)), *GOOD[3:]),
-    "no layer": (ANSWER, told(), TOTAL, DONE),
-    "a layer on another": (*GOOD[:3], offer(parent="0" * 32), *GOOD[4:]),
-    "a layer that goes on": (*GOOD[:3], offer(resume_at=GRAIN), *GOOD[4:]),
-    "a name for a terminal": (*GOOD[:3], offer(name="\x1b[31m.qcow2"), *GOOD[4:]),
-    "two layers": (*GOOD[:7], *GOOD[3:]),
-    "another number of layers": (*GOOD[:7], (35, b'{"points":[],"layers":2}')),
-    "no end": GOOD[:6],
-    "no DONE": GOOD[:7],
-    "other bytes": (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:]),
-    "fewer bytes": (*GOOD[:5], data(0, GRAIN, BLOB[:GRAIN]), *GOOD[6:]),
-    "a sender's word": (*GOOD[:3], OPEN),
-    "a receiver's word": (*GOOD[:3], (32, b"{}")),
-    "a mark": (*GOOD[:6], (6, bytes(2056)), *GOOD[6:]),
-    "a failure": (*GOOD[:4], (11, b'{"kind":"conflict","message":"\\u001b[31m"}')),
-    "an unknown kind": (*GOOD[:4], (99, b"")),
+ON_FETCHING = {
+    "no such parent": "not lie on the one before",
+    "resumed from nothing": "not lie on the one before",
+    "clusters of 513": "DONE has no place|cluster size of 513",  # a raw file has no clusters
+    "small subclusters": "48 bytes of data left out|cluster size of 512",
+    "other content": "shows the content",
+}
+"""What is said of a hostile sender's frames here, if it is something else."""
+OTHER_ERRORS: dict[str, type[SnapchainError]] = {
+    "another version": Unsupported,
+    "no end": Unavailable,
+    "no DONE": Unavailable,
+    "a failure": Conflict,
+}
+"""How some of the lies are refused; all others are Corrupt."""
+LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
+    "another version": ("here 1, there 3 to 4", ((1, b'{"first":3,"last":4,"software":"x","answers":true}'),)),
+    "no hello": ("began with DISK", GOOD[1:]),
+    "another disk": ("something else than it was asked for", (ANSWER, told(disk="db"), *GOOD[2:])),
+    "another point": ("another point than", (ANSWER, told(point=2), *GOOD[2:])),
+    "a label for a terminal": ("a label holds control characters", (ANSWER, told(labels=["\x1b[31m"]), *GOOD[2:])),
+    "another content": ("announced as something else", (ANSWER, told(content_id="0" * 64), *GOOD[2:])),
+    "another size": ("announced as something else", (ANSWER, told(size=8 * GRAIN), *GOOD[2:])),
+    "no total": ("LAYER has no place", (ANSWER, told(), *GOOD[3:])),
+    "half a total": ("PROGRESS has no place", (ANSWER, told(), (40, b""), *GOOD[3:])),
+    "more than fits": (
+        "more data than the disk holds",
+        (ANSWER, told(), (40, struct.pack("<QQ", 0, 1 << 63)), *GOOD[3:]),
+    ),
+    "no layer": ("DONE has no place", (ANSWER, told(), TOTAL, DONE)),
+    "a layer on another": ("not lie on the one before", (*GOOD[:3], offer(parent="0" * 32), *GOOD[4:])),
+    "a layer that goes on": ("not lie on the one before", (*GOOD[:3], offer(resume_at=GRAIN), *GOOD[4:])),
+    "a name for a terminal": ("cannot be named", (*GOOD[:3], offer(name="\x1b[31m.qcow2"), *GOOD[4:])),
+    "two layers": ("LAYER has no place", (*GOOD[:7], *GOOD[3:])),
+    "another number of layers": ("other layers than it says", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
+    "no end": ("closed by the other side", GOOD[:6]),
+    "no DONE": ("closed by the other side", GOOD[:7]),
+    "other bytes": ("shows the content", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
+    "fewer bytes": ("131072 bytes of data left out", (*GOOD[:5], data(0, GRAIN, BLOB[:GRAIN]), *GOOD[6:])),
+    "a sender's word": ("kind 2, which is not", (*GOOD[:3], OPEN)),
+    "a receiver's word": ("kind 32, which is not", (*GOOD[:3], (32, b"{}"))),
+    "a mark": ("kind 6, which is not", (*GOOD[:6], (6, bytes(2056)), *GOOD[6:])),
+    "a failure": ("\\?\\[31m", (*GOOD[:4], (11, b'{"kind":"conflict","message":"\\u001b[31m"}'))),
+    "an unknown kind": ("kind 99, which is not", (*GOOD[:4], (99, b""))),
     **{
-        f"hostile sender: {name}": (ANSWER, told(), TOTAL, *frames[2:], DONE)
-        for name, frames in HOSTILE.items()
+        f"hostile sender: {name}": (ON_FETCHING.get(name, says), (ANSWER, told(), TOTAL, *frames[2:], DONE))
+        for name, (says, frames) in HOSTILE.items()
         if len(frames) > 2 and frames[2][0] == 3 and "mark" not in name
     },
 }
@@ -458,9 +476,12 @@ LIES: dict[str, tuple[tuple[int, bytes], ...]] = {
 
 @pytest.mark.parametrize("name", LIES)
 def test_a_hostile_replica(name: str, out: Path) -> None:
+    says, said = LIES[name]
     for suffix in (".raw", ".qcow2"):
-        with puppet(answering(*LIES[name])) as endpoint, pytest.raises(SnapchainError) as caught:
+        with puppet(answering(*said)) as endpoint, pytest.raises(SnapchainError, match=says) as caught:
             restore(endpoint, out.with_suffix(suffix), 1)
+        assert type(caught.value) is OTHER_ERRORS.get(name, Corrupt)
+        assert caught.value.subject == "puppet"
         assert str(caught.value).isprintable()
         assert names(out.parent) == []
 

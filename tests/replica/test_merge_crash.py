@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.errors import Corrupt
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_log import log_replica
@@ -18,7 +19,7 @@ from snapchain.replica import merging
 from snapchain.replica.stream.merge_messages import Merge
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
-from tests.ops.stacks import Layer, build, clean, same
+from tests.ops.stacks import Layer, build, clean, qemu_img, same
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
 
@@ -96,6 +97,45 @@ def points_two_three_and_five(monkeypatch: pytest.MonkeyPatch) -> None:
         return tuple(Decision(each, each.point in {2, 3, 5}, ("so",)) for each in points)
 
     monkeypatch.setattr(collapsing, "decide", decide)
+
+
+def resize_the_tip(files: list[Path]) -> None:
+    qemu_img("resize", "-q", "-f", "qcow2", files[-1], "4M")
+
+
+def put_the_tip_on_nothing(files: list[Path]) -> None:
+    qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", "", files[-1])
+
+
+def put_the_tip_on_another_file(files: list[Path]) -> None:
+    shutil.copy(files[1], files[1].with_name("other.qcow2"))
+    qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", "other.qcow2", "-F", "qcow2", files[-1])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [resize_the_tip, put_the_tip_on_nothing, put_the_tip_on_another_file],
+    ids=lambda harm: harm.__name__,
+)
+def test_files_that_are_neither_chain_leave_the_record(harm: Callable[[list[Path]], None], memory: Path) -> None:
+    """A merge was killed and then somebody changed files: the record is what explains the damage, and stays."""
+    scene = Scene(memory, Strategy.NEW, count=3)
+    next(where for where, _ in met(scene.merge, Fault.KILL) if record_of(scene).exists())
+    files = scene.pointed.place.files()
+    files[-1].chmod(0o644)
+    harm(files)
+    files[-1].chmod(0o444)
+    before, record = scene.pointed.place.catalogue(), record_of(scene).read_bytes()
+    for _ in range(2):
+        with pytest.raises(Corrupt, match="neither the chain that its catalogue names, nor what a merge") as caught:
+            scene.merge()
+        assert caught.value.subject == str(scene.pointed.place.directory)
+        assert scene.pointed.place.catalogue() == before
+        assert record_of(scene).read_bytes() == record
+
+
+def record_of(scene: Scene) -> Path:
+    return scene.pointed.place.directory / ".merging.json"
 
 
 @pytest.mark.parametrize(

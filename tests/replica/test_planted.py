@@ -6,6 +6,7 @@ It is told clearly, nobody waits for it, and nothing that it points at is touche
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from snapchain.ops.send_request import SendReport
 from snapchain.replica import sender
 from snapchain.replica.catalogue import Catalogue, read_record
 from snapchain.replica.endpoint import DirectoryEndpoint
-from tests.ops.stacks import Layer, build, flat
+from tests.ops.stacks import Layer, build, flat, same
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 
 MiB = 1 << 20
@@ -81,7 +82,15 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+Plant = Callable[[Path], None]
 KINDS = [pipe, moved, nowhere, folder, empty, pytest.param(zeroes, marks=pytest.mark.root)]
+IN_A_LAYERS_PLACE = [
+    (pipe, "a FIFO, not a regular file"),
+    (nowhere, "the backing file is missing|no such file"),
+    (folder, "a directory, not a regular file"),
+    (empty, "the magic bytes are missing"),
+    pytest.param(zeroes, "a character device, not a regular file", marks=pytest.mark.root),
+]
 
 
 def refused(place: Place, image: Path) -> None:
@@ -89,9 +98,9 @@ def refused(place: Place, image: Path) -> None:
     before = {path.name for path in place.directory.iterdir()}
     there = DirectoryEndpoint(place.root)
     for attempt in (place.send, lambda image: plan_send(Request(image=image, disk=DISK), there)):
-        with pytest.raises(SnapchainError) as caught:
+        with pytest.raises(Corrupt) as caught:
             attempt(image)
-        assert str(place.directory) in str(caught.value)
+        assert str(caught.value.subject).endswith(str(place.directory / "catalogue.json"))
     assert {path.name for path in place.directory.iterdir()} == before
     found = verify_replica(DirectoryEndpoint(place.root), read_data=True)
     assert not found.ok
@@ -107,15 +116,27 @@ def test_in_the_place_of_the_catalogue(held: Place, chain: list[Path], plant: Ca
 
 
 @pytest.mark.parametrize("file", ["0.qcow2", "1.qcow2"])
-@pytest.mark.parametrize("plant", KINDS)
-def test_in_the_place_of_a_layer(held: Place, chain: list[Path], plant: Callable[[Path], None], file: str) -> None:
+@pytest.mark.parametrize(("plant", "says"), IN_A_LAYERS_PLACE)
+def test_in_the_place_of_a_layer(held: Place, chain: list[Path], plant: Plant, says: str, file: str) -> None:
+    before = held.catalogue()
     plant(held.directory / file)
     there = DirectoryEndpoint(held.root)
-    if plant is not moved:
-        with pytest.raises(SnapchainError):
-            held.send(chain[2])
-    assert not verify_replica(there, read_data=True).ok or plant is moved
+    with pytest.raises(SnapchainError, match=says) as caught:
+        held.send(chain[2])
+    assert str(caught.value.subject).endswith(str(held.directory / file))
+    (finding,) = verify_replica(there, read_data=True).findings
+    assert re.search(says, finding.message)
+    assert finding.disk == DISK
+    assert held.catalogue() == before
     assert len(log_replica(there).disks[0].points) == 2
+
+
+@pytest.mark.parametrize("file", ["0.qcow2", "1.qcow2"])
+def test_a_layer_may_be_a_link_to_its_file(held: Place, chain: list[Path], file: str, tmp_path: Path) -> None:
+    moved(held.directory / file)
+    assert held.send(chain[2]).layers_sent == 1
+    assert verify_replica(DirectoryEndpoint(held.root), read_data=True).ok
+    assert same(held.files()[-1], flat(chain[2], tmp_path / "shown"))
 
 
 def test_a_catalogue_that_is_gone(held: Place, chain: list[Path]) -> None:
@@ -139,23 +160,39 @@ def test_no_link_is_followed(held: Place, chain: list[Path], victim: Path, tmp_p
     assert (victim.read_text(), victim.stat().st_mode & 0o777) == (SECRET, 0o640)
 
 
-def test_no_link_is_followed_by_who_goes_on(
-    held: Place, tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A transfer that was cut off makes its file writable again: that file, and none that a link names."""
+@pytest.fixture
+def cut_off(held: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """An image whose transfer to the disk `other` was cut off in the middle, and its file there."""
     monkeypatch.setattr(sender, "MARK_BYTES", 256 << 10)
     noise = tmp_path / "noise"
     noise.write_bytes(os.urandom(4 * MiB))
     image = build(tmp_path / "d", [Layer(4 * MiB, [f"write -s {noise} 0 4M"])])[0]
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="closed|ends in the middle"):
         send(image, BentEndpoint(held, there=lambda at, data: data if at < 3 * MiB else None), "other")
     incoming = held.root / "other" / ".incoming.qcow2"
     assert incoming.with_suffix(".json").exists()
+    return image, incoming
+
+
+def test_no_link_is_followed_by_who_goes_on(held: Place, cut_off: tuple[Path, Path], victim: Path) -> None:
+    """A transfer that was cut off makes its file writable again: that file, and none that a link names."""
+    image, incoming = cut_off
     incoming.unlink()
     incoming.symlink_to(victim)
     with pytest.raises(InvalidInput, match="symbolic link"):
         send(image, DirectoryEndpoint(held.root), "other")
     assert (victim.read_text(), victim.stat().st_mode & 0o777) == (SECRET, 0o640)
+
+
+def test_a_transfer_does_not_go_on_in_a_file_that_was_changed(held: Place, cut_off: tuple[Path, Path]) -> None:
+    image, incoming = cut_off
+    os.truncate(incoming, incoming.stat().st_size - 512)
+    with pytest.raises(Corrupt, match="the file of the layer that is arriving was changed") as caught:
+        send(image, DirectoryEndpoint(held.root), "other")
+    assert str(caught.value.subject).endswith(str(incoming))
+    assert caught.value.hint == "remove it"
+    incoming.unlink()
+    assert send(image, DirectoryEndpoint(held.root), "other").layers_sent == 1
 
 
 def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> None:

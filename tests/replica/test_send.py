@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from fixtures.qcow2_bytes import l2_entry, put_u64, u64
 from snapchain.errors import Busy, Corrupt, Diverged, InvalidInput
 from snapchain.host.batches import Buffer
 from snapchain.host.locks import ImageLock, LockMode
@@ -70,6 +71,29 @@ def test_bytes_that_change_on_the_disk_are_seen(
         place.send(path)
     monkeypatch.setattr(Qcow2Writer, "write_pieces", write)
     assert not (place.directory / ".incoming.qcow2").exists()
+    assert place.send(path).layers_sent == 1
+
+
+def test_tables_that_lead_elsewhere_are_not_published(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All bytes arrived and were counted by the layout; the file's own tables show them in other places."""
+    (path,) = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k", "write -P 2 64k 64k"])])
+    finish = Qcow2Writer.finish
+
+    def swapped(self: Qcow2Writer) -> None:
+        finish(self)
+        incoming = place.directory / ".incoming.qcow2"
+        first, second = l2_entry(incoming), l2_entry(incoming, 1)
+        values = u64(incoming, first), u64(incoming, second)
+        put_u64(incoming, first, values[1])
+        put_u64(incoming, second, values[0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Qcow2Writer, "finish", swapped)
+        with pytest.raises(Corrupt, match=r"what arrived shows the content [0-9a-f]{64}, announced was .* thrown away"):
+            place.send(path)
+    assert {entry.name for entry in place.directory.iterdir()} == {".lock"}
     assert place.send(path).layers_sent == 1
 
 

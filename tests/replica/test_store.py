@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.names import check_offered, directory_of, free_name, offered_name
 from snapchain.replica.store import open_replica
@@ -63,18 +63,29 @@ def _relinked(place: Place) -> None:
     qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", "", place.files()[-1])
 
 
-@pytest.mark.parametrize("harm", [_resized, _removed, _relinked])
+@pytest.mark.parametrize(
+    ("harm", "error", "says", "file"),
+    [
+        (_resized, Corrupt, "are not the chain that its catalogue names", ""),
+        (_removed, NotFound, "the backing file is missing", "0.qcow2"),
+        (_relinked, Corrupt, "are not the chain that its catalogue names", ""),
+    ],
+)
 def test_nothing_is_built_on_files_that_are_not_the_chain(
-    place: Place, chain: list[Path], harm: Callable[[Place], None]
+    place: Place, chain: list[Path], harm: Callable[[Place], None], error: type[SnapchainError], says: str, file: str
 ) -> None:
     place.send(chain[1])
     harm(place)
-    before = place.catalogue()
-    with pytest.raises(SnapchainError):
-        place.send(chain[2])
-    with pytest.raises(SnapchainError):
+    before = place.catalogue(), sorted(path.name for path in place.directory.iterdir())
+
+    def verify() -> None:
         verify_disk(open_replica(place.root).disk(DISK), on_bytes=nobody)
-    assert place.catalogue() == before
+
+    for build_on_it in (lambda: place.send(chain[2]), verify):
+        with pytest.raises(error, match=says) as caught:
+            build_on_it()
+        assert str(caught.value.subject).endswith(str(place.directory / file))
+    assert (place.catalogue(), sorted(path.name for path in place.directory.iterdir())) == before
 
 
 def _loop(record: dict[str, Any]) -> None:

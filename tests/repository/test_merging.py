@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from snapchain.errors import Corrupt
 from snapchain.model.collapse import collapse_tree
 from snapchain.model.extents import ABSENT, DATA, ZERO
 from snapchain.repository import merging, pages, worklist
-from snapchain.repository.composing import Part, Piece, compose
 from snapchain.repository.deposit import Deposit
 from snapchain.repository.format import pack_name
 from snapchain.repository.layers import StoredLayer
@@ -137,21 +135,6 @@ def test_pages_that_no_other_layer_touches_are_taken_unread(monkeypatch: pytest.
     assert len(shipped.layers[0].table) >= 100
     assert store.bytes_of("get", "packs/") < 20_000
     assert shipped.shows(after) == top.shown
-
-
-def test_a_merge_is_proved_before_it_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = drawn(2 * LEAF, [Run(0, 2 * LEAF, 1)], b"")
-    top = drawn(2 * LEAF, [Run(LEAF, LEAF, 2)], root.shown)
-    shipped = ship([root, top])
-    before = [info.name for info in shipped.repository.store.list("layers/")]
-
-    def wrong(layers: Sequence[Part], first: int, stop: int, *, root: bool) -> Piece:
-        return compose(layers[:1], first, stop, root=root)
-
-    monkeypatch.setattr(merging, "compose", wrong)
-    with pytest.raises(Corrupt, match="would not show what the layers show"):
-        merged(shipped.repository, shipped.layers, {1})
-    assert [info.name for info in shipped.repository.store.list("layers/")] == before
 
 
 def test_merged_records_remember_their_sources() -> None:

@@ -21,7 +21,7 @@ from snapchain.image import ImageChain, ImageFile, inplace
 from snapchain.image.inplace import Amendment
 from snapchain.image.reread import check_link, check_refcounts, reread
 from snapchain.ops.events import OnEvent, Progress
-from snapchain.ops.merge.inputs import links_to, search_directories
+from snapchain.ops.merge.inputs import check_still_allowed, links_to, search_directories
 from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.linked import linked
 from snapchain.ops.merge.plan import MergePlan
@@ -37,6 +37,7 @@ def make(
     for lock in locks:
         lock.change(LockMode.WRITE, open_files=open_files)
     check_unchanged(old)
+    check_still_allowed(old, planned.first, planned.last)
     sweep(planned.result)
     with _opened(work.file) as fd:
         journal = OpenJournal(_record(planned, work, old))

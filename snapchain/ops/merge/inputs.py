@@ -17,6 +17,7 @@ from snapchain.image.dependents import SEEN
 from snapchain.ops.dependents import Dependents, find_dependents, is_outside
 from snapchain.ops.merge.journal import MergeJournal
 from snapchain.ops.notes import Notes
+from snapchain.ops.ownership import check_not_given
 
 _REMEDY = " (it goes with --remove FILE)"
 
@@ -69,6 +70,15 @@ def check_holds(chain: ImageChain, first: int, last: int) -> None:
         from snapchain.ops.hold import check_range, held_layers
 
         check_range(chain, first, last, held_layers(chain, notes))
+
+
+def check_still_allowed(chain: ImageChain, first: int, last: int) -> None:
+    """At the switch, which may come hours after the decision: a disk given away or a layer held since then stays.
+
+    Raises Conflict, and what reading the notes raises.
+    """
+    check_not_given(chain)
+    check_holds(chain, first, last)
 
 
 def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:

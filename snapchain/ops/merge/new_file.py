@@ -21,7 +21,7 @@ from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, run as assemble
 from snapchain.image.reread import check_link, check_refcounts, reread
 from snapchain.ops.events import OnEvent, Progress
-from snapchain.ops.merge.inputs import links_to, search_directories
+from snapchain.ops.merge.inputs import check_still_allowed, links_to, search_directories
 from snapchain.ops.merge.journal import TEMPORARY, FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.plan import MergePlan
 from snapchain.ops.merge.prove import check_unchanged, prove
@@ -46,6 +46,7 @@ def make(
         for lock in locks:
             lock.change(LockMode.WRITE, open_files=open_files)
         check_unchanged(old)
+        check_still_allowed(old, planned.first, planned.last)
         journal = OpenJournal(_record(planned, old, temporary), durable=False)
         if planned.kept_as is not None:
             with os_errors(planned.kept_as):

@@ -39,4 +39,9 @@ def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
     """
     changed = [file for number, file in enumerate(old.files) if number != but and file.changed()]
     if changed:
-        raise Conflict("it was written to while it was merged; nothing was changed", subject=changed[0].path)
+        outcome = "nothing was changed" if but is None else "the chain reads as before"
+        raise Conflict(
+            f"it was written to while it was merged; {outcome}",
+            subject=changed[0].path,
+            hint="stop what writes to it, then run it again",
+        )

@@ -139,8 +139,10 @@ def test_killed_at_random_again_and_again(house: House) -> None:
         for at, disk in enumerate(disks):
             house.guest_writes(disk, 20 * night + at + 1, chance.randrange(32))
             house.remember(disk)
-        with running(house) as child:
-            time.sleep(chance.uniform(0.3, 1.5))
+        with running(house, "--progress", "json") as child:
+            assert child.stderr is not None
+            for _ in range(chance.randrange(1, 10)):  # of a dozen at least: it is at work, and not at its end
+                assert child.stderr.readline(), child.communicate()
             child.kill()
         assert all(house.reads_as_remembered(disk) for disk in disks)
     said = house.nightly("--json")

@@ -1,0 +1,93 @@
+"""What survives a power loss at a replica: nothing is acknowledged or named before what it rests on was flushed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapchain.model.content import empty_sum
+from snapchain.replica.progress import Durability
+from snapchain.replica.store import Work, open_replica
+from tests.ops.shipping import MiB
+from tests.ops.stacks import Layer, build
+from tests.replica.conftest import DISK, Place
+
+
+class Steps(list[str]):
+    """`fsync NAME`, `rename A B`, `unlink NAME` in one directory (`.` for itself), and what else is noted."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
+        self._directory = directory
+        patch.setattr(os, "fsync", self._noting("fsync", os.fsync))
+        patch.setattr(os, "replace", self._noting("rename", os.replace))
+        patch.setattr(os, "unlink", self._noting("unlink", os.unlink))
+
+    def _noting(self, verb: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            done = real(*arguments, **named)
+            paths = [
+                Path(f"/proc/self/fd/{each}").readlink() if isinstance(each, int) else Path(each) for each in arguments
+            ]
+            if paths[0] == self._directory or paths[0].parent == self._directory:
+                self.append(" ".join([verb, *map(self._name, paths)]))
+            return done
+
+        return call
+
+    def _name(self, path: Path) -> str:
+        if path == self._directory:
+            return "."
+        stem, new, _ = path.name.partition(".new-")
+        return f"{stem.removeprefix('.')}-tmp" if new else path.name
+
+
+def record(name: str) -> list[str]:
+    """A record replaced."""
+    return [f"fsync {name}-tmp", f"rename {name}-tmp {name}", "fsync ."]
+
+
+def test_a_mark_is_acknowledged_when_its_data_and_its_record_are_on_the_disk(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = open_replica(place.root, make=True).disk(DISK)
+    with disk.locked(make=True, work=Work.TRANSFER):
+        (place.directory / ".incoming.qcow2").write_bytes(b"data")
+        steps = Steps(place.directory, monkeypatch)
+        durability = Durability(
+            disk,
+            "0" * 32,
+            lambda count: steps.append(f"acknowledged {count}"),
+            look_back=lambda offset: steps.append(f"read back to {offset}"),
+        )
+        durability.mark(65536, empty_sum(), 1)
+        durability.close()
+    assert steps == [
+        "fsync .incoming.qcow2",
+        *record(".incoming.json"),
+        "acknowledged 1",
+        "read back to 65536",
+    ]
+
+
+def test_a_layer_gets_its_name_when_its_bytes_and_its_record_are_on_the_disk(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image,) = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"])], names=["a.qcow2"])
+    steps = Steps(place.directory, monkeypatch)
+    place.send(image)
+    found = [step for step, _ in groupby(steps)]
+    assert found[found.index("fsync .incoming.qcow2") :] == [
+        "fsync .incoming.qcow2",
+        *record(".incoming.json"),
+        "rename .incoming.qcow2 a.qcow2",
+        "fsync .",
+        *record("catalogue.json"),  # the layer
+        "unlink .incoming.json",
+        "fsync .",
+        *record("catalogue.json"),  # the point
+    ]
