@@ -15,8 +15,74 @@ from snapchain.model.extents import Int64s
 from snapchain.repository import catalogue as catalogues, index as indexes
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.format import pack_name
+from snapchain.repository.index import BlobIndex
+from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.packs import FIRST_BLOB, TRAILER, Location, read_directory
+from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
+
+
+def is_whole(layer: StoredLayer, index: BlobIndex) -> bool:
+    """Whether each blob that a layer names lies in a pack that can be relied on, or has a copy in one."""
+    try:
+        return all(index.find(blob) is not None for blob, where in named(layer) if where.pack in index.avoid)
+    except Corrupt:  # a page
+        return False
+
+
+def lost(repository: Repository, layer: StoredLayer, index: BlobIndex) -> Iterator[SnapchainError]:
+    """What of a layer cannot be read any more, among what lies in packs that cannot be relied on."""
+    try:
+        doubted = [each for each in named(layer) if each[1].pack in index.avoid and index.find(each[0]) is None]
+    except Corrupt as error:  # a page
+        yield error
+        return
+    for blob, where in doubted:
+        try:
+            repository.blobs.read(blob, where)
+        except Corrupt as error:
+            yield error
+
+
+def damaged_points(repository: Repository, catalogue: Catalogue, index: BlobIndex) -> tuple[int, ...]:
+    """The points of a disk of which bytes are lost, as far as `index` knows which packs to look into."""
+    damaged: dict[str, bool] = {}
+
+    def is_damaged(layer: str) -> bool:
+        if layer not in damaged:
+            try:
+                damaged[layer] = any(True for _ in lost(repository, repository.layer(layer), index))
+            except Corrupt:  # its record
+                damaged[layer] = True
+        return damaged[layer]
+
+    found: list[int] = []
+    for point in catalogue.points:
+        try:
+            chain = catalogue.chain(point.layer)
+        except Corrupt:
+            found.append(point.point)
+            continue
+        if any(is_damaged(layer) for layer in chain):
+            found.append(point.point)
+    return tuple(found)
+
+
+def named(layer: StoredLayer) -> Iterator[tuple[bytes, Location]]:
+    """Each blob that a layer names, once a page: its pages, and those of its runs. Raises Corrupt for a lost page."""
+    for row in layer.table:
+        yield bytes(row["id"]), page_location(row)
+        for page in layer.pages(int(row["first"]), min(int(row["stop"]), layer.size)):
+            yield from named_by_page(page)
+
+
+def named_by_page(page: Page) -> Iterator[tuple[bytes, Location]]:
+    """Each blob of a page's runs, once."""
+    data = page.runs[page.runs["stored"] != 0]
+    _, first = np.unique(np.stack([data["pack"], data["offset"]]), axis=1, return_index=True)
+    for row in data[first]:
+        where = page.packs[int(row["pack"])], int(row["offset"]), int(row["stored"]), int(row["raw"])
+        yield bytes(row["id"]), Location(*where)
 
 
 def check_indexes(repository: Repository, names: list[str], packs: Mapping[str, int]) -> Iterator[SnapchainError]:
