@@ -259,7 +259,8 @@ class Shipment:
         found = damaged_points(self._repository, self._current[0], index)
         if found:
             numbers = ", ".join(map(str, found))
-            on_event(Notice(f"disk {self._disk.name}: still damaged, since the image no longer has the data: {numbers}"))
+            words = f"points that stay damaged, since the image no longer has their data: {numbers}"
+            on_event(Notice(f"disk {self._disk.name}: {words}"))
         return found
 
     def _report(
@@ -307,8 +308,7 @@ class Shipment:
         except Corrupt:
             found: list[StoredLayer] = []
             with suppress(Corrupt):
-                for layer in self._latest_chain():
-                    found.append(self._repository.layer(layer))
+                found.extend(self._repository.layer(layer) for layer in self._latest_chain())
             return found
 
     def _latest_chain(self) -> tuple[str, ...]:

@@ -5,14 +5,14 @@ Shipping relies on it: it names what an index lists and a pack holds, without re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import blake3
 import numpy as np
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.model.extents import Int64s
-from snapchain.repository import catalogue as catalogues, index as indexes
+from snapchain.repository import catalogue as catalogues, damage, index as indexes
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import BlobIndex
@@ -20,6 +20,30 @@ from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.packs import FIRST_BLOB, TRAILER, Location, read_directory
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
+
+
+def check_there(
+    repository: Repository, blob: bytes, where: Location, sizes: Mapping[str, int], doubted: Container[str]
+) -> None:
+    """Raises Corrupt when the bytes of a blob are lost, as far as can be told without reading packs nobody doubts.
+
+    sizes: object name -> bytes, of the packs that were there; doubted: packs in which damage was found before
+    """
+    name, end = pack_name(where.pack), where.offset + where.stored
+    size = sizes.get(name)
+    if size is not None and size >= end and where.pack not in doubted:
+        return
+    if size is None or size < end:
+        repository.blobs.damaged.add(where.pack)
+    for copy in repository.blobs.copies(blob, where):
+        there = sizes.get(pack_name(copy.pack)) or repository.store.size(pack_name(copy.pack)) or 0
+        if copy.pack not in doubted and there >= copy.offset + copy.stored:
+            return
+    if size is None:
+        raise Corrupt("the pack is missing from the store", subject=name)
+    if size < end:
+        raise Corrupt(f"the pack has {size} bytes, and a record names byte {end}", subject=name)
+    repository.blobs.read(blob, where)
 
 
 def is_whole(layer: StoredLayer, index: BlobIndex) -> bool:
@@ -86,8 +110,12 @@ def named_by_page(page: Page) -> Iterator[tuple[bytes, Location]]:
 
 
 def check_indexes(repository: Repository, names: list[str], packs: Mapping[str, int]) -> Iterator[SnapchainError]:
-    """What is wrong with these index objects. packs: object name -> bytes, listed after `names` were."""
+    """What is wrong with these index objects, and with packs that they list, unless that is known and recorded.
+
+    packs: object name -> bytes, listed after `names` were.
+    """
     store = repository.store
+    known = damage.recorded(store, repository.keys)
     for name in names:
         try:
             listed = indexes.parse(repository.keys, name, store.get(name))[0]
@@ -98,9 +126,12 @@ def check_indexes(repository: Repository, names: list[str], packs: Mapping[str, 
             continue
         for pack, size in listed.items():
             found = packs.get(pack_name(pack))
+            if found == size or pack in known:
+                continue
+            repository.blobs.damaged.add(pack)
             if found is None:
                 yield Corrupt(f"{name} lists the pack, and it is missing from the store", subject=pack_name(pack))
-            elif found != size:
+            else:
                 yield Corrupt(f"the pack has {found} bytes, and {name} says {size}", subject=pack_name(pack))
 
 
@@ -125,7 +156,16 @@ def check_history(repository: Repository, disk_key: str) -> Iterator[SnapchainEr
 
 
 def check_pack(repository: Repository, pack: str, size: int, read: Int64s) -> Iterator[SnapchainError]:
-    """What is wrong with a pack. read: offsets of the blobs in it that somebody has read and found right."""
+    """What is wrong with a pack, which is noted as damaged then.
+
+    read: offsets of the blobs in it that somebody has read and found right.
+    """
+    for error in _errors_in_pack(repository, pack, size, read):
+        repository.blobs.damaged.add(pack)
+        yield error
+
+
+def _errors_in_pack(repository: Repository, pack: str, size: int, read: Int64s) -> Iterator[SnapchainError]:
     try:
         _, ids, rows = read_directory(repository.store, repository.keys, pack, size)
     except NotFound:
