@@ -64,7 +64,8 @@ class Marked:
     rescued: blobs in such packs that have none, and are whole: (pack, offset) -> id and place
     lost: what is gone, by layer; unread: layers of which the record or a page is lost, so that nobody knows which packs
     they need: no pack may go
-    movable: of both, those that a layer names which can be written anew
+    pages: which blobs in use are pages: (pack, offset)
+    movable: of replaced and rescued, those that a layer names which can be written anew
     suspect: packs that are missing or damaged, and named by a record
     stale: records of damage that name no such pack, name -> bytes
     """
@@ -79,6 +80,7 @@ class Marked:
     rescued: dict[tuple[str, int], tuple[bytes, Location]] = field(default_factory=dict)
     lost: dict[str, list[SnapchainError]] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
+    pages: set[tuple[str, int]] = field(default_factory=set)
     movable: set[tuple[str, int]] = field(default_factory=set)
     suspect: frozenset[str] = frozenset()
     stale: dict[str, int] = field(default_factory=dict)
@@ -134,6 +136,7 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
             if layer in alive:
                 found.lost.setdefault(layer, []).append(error)
                 found.unread.add(layer)
+    found.pages = places.pages
     repository.blobs.damaged |= places.short
     _look_for_copies(repository, found, places, sizes)
     used = places.by_pack()
@@ -194,11 +197,13 @@ class _Places:
     avoid: packs that are damaged; sizes: bytes of those that are there
     doubted: the blobs in packs that are damaged or missing, (pack, offset) -> id, place, layers
     short: packs that end before a blob that somebody names, and are not among those to avoid
+    pages: (pack, offset) of those that are pages
     """
 
     def __init__(self, avoid: Container[str], sizes: Mapping[str, int]) -> None:
         self.read: set[str] = set()
         self.short: set[str] = set()
+        self.pages: set[tuple[str, int]] = set()
         self.doubted: dict[tuple[str, int], tuple[bytes, Location, set[str]]] = {}
         self._avoid, self._sizes = avoid, sizes
         self._packs: dict[str, int] = {}
@@ -210,6 +215,7 @@ class _Places:
         for row in layer.table:
             here = page_location(row)
             self.note(here)
+            self.pages.add((here.pack, here.offset))
             self._doubt(bytes(row["id"]), here, layer.id)
             try:
                 (page,) = layer.pages(int(row["first"]), min(int(row["stop"]), layer.size))

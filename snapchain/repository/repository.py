@@ -301,6 +301,8 @@ class Repository:
         except Corrupt as error:
             current = self.disk(catalogue.disk).read()
             if current is None or current[0].generation == catalogue.generation:
+                with suppress(SnapchainError):  # who may only read cannot tell others
+                    self.record_damage()
                 raise
             raise Conflict(
                 "the disk was changed, and old data collected, while it was looked at",

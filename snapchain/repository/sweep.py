@@ -16,7 +16,7 @@ Running again finishes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -242,19 +242,20 @@ def _move(
             moves.setdefault(pack, {})[offset] = marked.replaced[pack, offset]
         for usage in wasted:
             try:
-                moves[usage.pack] = dict(_copied(repository, usage, packer))
+                moves[usage.pack] = dict(_copied(repository, usage, marked.pages, packer))
             except Corrupt:  # it stays where it is, and is not trusted any more
                 repository.blobs.damaged.add(usage.pack)
                 continue
             done.bytes_moved += usage.used_bytes
             done.packs_moved += 1
-        for key in sorted(marked.movable & marked.rescued.keys()):
+        for key in sorted(marked.movable & marked.rescued.keys() - marked.pages):
             blob, where = marked.rescued[key]
             moves.setdefault(where.pack, {})[where.offset] = _rescued(repository, blob, where, packer)
             done.bytes_moved += where.stored
+        vacated = moves.keys() | {pack for pack, _ in marked.movable}
         renamed: dict[str, str] = {}
         for layer in {layer for catalogue in marked.catalogues for layer in catalogue.parents} - marked.unread:
-            table = _moved_table(repository.layer(layer), moves, packer, repository)
+            table = _moved_table(repository.layer(layer), moves, vacated, packer, repository)
             if table is None:
                 continue
             packer.flush()
@@ -269,14 +270,19 @@ def _move(
             _switch(repository, current, renamed)
 
 
-def _copied(repository: Repository, usage: Usage, packer: Packer) -> Iterator[tuple[int, Location]]:
-    """(old offset, new place) of each blob in use of a pack, which is read once, as a whole. Raises Corrupt."""
+def _copied(
+    repository: Repository, usage: Usage, pages: Container[tuple[str, int]], packer: Packer
+) -> Iterator[tuple[int, Location]]:
+    """(old offset, new place) of each blob in use of a pack, but for pages. Reads it once, as a whole.
+
+    Pages are written when it is known where what they name has gone. Raises Corrupt.
+    """
     store = repository.store
     reader, ids, rows = read_directory(store, repository.keys, usage.pack, usage.size)
     data = memoryview(store.get(pack_name(usage.pack)))
     used = set(usage.offsets.tolist())
     for blob, (_, offset, stored, raw) in zip(ids, rows.tolist(), strict=True):
-        if offset in used:
+        if offset in used and (usage.pack, offset) not in pages:
             text = data[offset : offset + stored]
             yield offset, _copy(reader, bytes(blob), Location(usage.pack, offset, stored, raw), text, packer)
 
@@ -292,22 +298,28 @@ def _copy(reader: PackReader, blob: bytes, where: Location, text: memoryview, pa
     return packer.add(blob, reader.payload(blob, where.offset, where.raw, text), where.raw)
 
 
-def _moved_table(layer: StoredLayer, moves: Moves, packer: Packer, repository: Repository) -> Rows | None:
-    """The layer's page table with all moved blobs at their new places; None when nothing of it moved."""
+def _moved_table(
+    layer: StoredLayer, moves: Moves, vacated: Container[str], packer: Packer, repository: Repository
+) -> Rows | None:
+    """The layer's page table with all moved blobs at their new places; None when nothing of it moved.
+
+    vacated: packs in which no page is to stay
+    """
     rows: list[Rows] = []
     changed = False
     for row in layer.table:
         first, stop = int(row["first"]), int(row["stop"])
         (page,) = layer.pages(first, min(stop, layer.size))
         moved = _moved_page(page, moves)
-        new = moves.get(bytes(row["pack"]).hex(), {}).get(int(row["offset"]))
-        if moved is not None:
-            row = store_page_body(first, stop, moved, keys=repository.keys, packer=packer)[0]  # noqa: PLW2901
-        elif new is not None:
+        pack = bytes(row["pack"]).hex()
+        copy = moves.get(pack, {}).get(int(row["offset"]))
+        if moved is None and copy is not None:
             row = row.copy()  # noqa: PLW2901
-            row["pack"] = np.frombuffer(bytes.fromhex(new.pack), np.uint8)
-            row["offset"], row["stored"] = new.offset, new.stored
-        changed = changed or moved is not None or new is not None
+            row["pack"] = np.frombuffer(bytes.fromhex(copy.pack), np.uint8)
+            row["offset"], row["stored"] = copy.offset, copy.stored
+        elif moved is not None or pack in vacated:
+            row = store_page_body(first, stop, moved or page, keys=repository.keys, packer=packer)[0]  # noqa: PLW2901
+        changed = changed or moved is not None or pack in vacated
         rows.append(np.array([row], PAGE_ROW))
     return np.concatenate(rows) if changed else None
 
