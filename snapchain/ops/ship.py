@@ -141,7 +141,8 @@ class Shipment:
     def _look(self) -> None:
         """See what the disk has, and decide what it lacks."""
         self._current = self._disk.read()
-        have = self._stored()
+        self._have = have = self._stored()
+        self._latest = self._latest_chain()
         self._build_on(have)
         self._note = None
         if have and self._first == 0:
@@ -239,11 +240,12 @@ class Shipment:
             on_event(Notice(f"{error}: what this index lists is stored again"))
         if index.avoid:
             self._repository.record_damage()
-        have = self._stored()
-        whole = list(takewhile(lambda layer: is_whole(layer, index), have)) if index.avoid else have
-        chain = self._latest_chain()
-        self._mends = bool(index.avoid) or len(whole) < len(chain)
-        if len(whole) == len(chain):
+        whole = self._have
+        if index.avoid:
+            whole = list(takewhile(lambda layer: is_whole(layer, index), whole))
+        is_damaged = len(whole) < len(self._latest)
+        self._mends = is_damaged or bool(index.avoid)
+        if not is_damaged:
             return
         on_event(Notice(f"disk {self._disk.name} is damaged: what the image still has of it is stored again"))
         self._build_on(whole)
