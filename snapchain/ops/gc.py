@@ -73,7 +73,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         deleted += 1
         on_event(Progress("gc", deleted, None))
 
-    with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words))) as lease:
+    with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words)), spends=True) as lease:
         done = sweep(repository, lease, on_object=on_object)
     return GcReport(
         destination=repository.store.url,

@@ -133,7 +133,9 @@ class RepositoryMerge:
         bytes_dropped, changed = 0, False
         if self._changes_something():
             work = f"merge {self._disk.name}"
-            with self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words))) as lease:
+            with self._repository.lease(
+                Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)), spends=True
+            ) as lease:
                 for attempt in range(ATTEMPTS):
                     # What was read before the lease was held may have been merged away and collected since.
                     self._settle(self._disk.existing())

@@ -24,6 +24,7 @@ from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
+from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage, source_of
 from snapchain.ops.ownership import check_not_given
@@ -191,12 +192,15 @@ class Shipment:
             self._look_again()
             for attempt in range(_LOOKS):
                 try:
-                    return self._run(points, lease, on_event)
+                    report = self._run(points, lease, on_event)
                 except Corrupt:
                     # What lies below turned out to be damaged: from now on that is known, and can be made good.
                     if not self._repository.record_damage() or attempt == _LOOKS - 1:
                         raise
                     self._look()
+                else:
+                    fill_reserve(self._repository.store)
+                    return report
         raise AssertionError("the loop returns or raises")
 
     def _run(self, points: list[Point], lease: Lease, on_event: OnEvent) -> ShipReport:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
+from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.objects.store import ObjectStore
 from snapchain.repository import catalogue as catalogues, damage, holds, index as indexes, keys as slots, layers
 from snapchain.repository.blobs import BlobReader
@@ -116,6 +117,7 @@ class Repository:
             raise taken
         made = cls(store, config, Keyring(encryption, config.id, master), conditional=found.conditional_put)
         made.notices += found.findings
+        fill_reserve(store)
         return made
 
     @classmethod
@@ -162,14 +164,17 @@ class Repository:
         on_wait: Callable[[str], None],
         patience: float | None = None,
         disks: Sequence[str] = (),
+        spends: bool = False,
     ) -> Lease:
         """The right to write (beside other writers) or to collect (alone), for the length of a `with` block.
 
         work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once;
-        disks: those that may be made, which nobody else would know of
+        disks: those that may be made, which nobody else would know of; spends: as in Lease
         """
         seconds = PATIENCE if patience is None else patience
-        return Lease(self.store, self.keys, mode, work=work, patience=seconds, on_wait=on_wait, disks=disks)
+        return Lease(
+            self.store, self.keys, mode, work=work, patience=seconds, on_wait=on_wait, disks=disks, spends=spends
+        )
 
     @contextmanager
     def reading(
@@ -258,7 +263,7 @@ class Repository:
             points = change(catalogue)
             return None if points is None else {"points": tuple(points)}
 
-        with self.lease(Mode.WRITE, work, on_wait=on_wait) as lease:
+        with self.lease(Mode.WRITE, work, on_wait=on_wait, spends=True) as lease:
             catalogue = self.disk(disk).update(fields, time=datetime.now(UTC), check=lease.check)
         return next(each for each in catalogue.points if each.point == point)
 

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snapchain.errors import Conflict, Corrupt
+from snapchain.objects.store import Refused
 from snapchain.repository import index as indexes, layers as records
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
@@ -113,7 +114,8 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
         return done
     wasted = _wasteful(marked)
     if wasted or marked.movable:
-        _move(repository, marked, wasted, done, lease.check)
+        with suppress(Refused):  # a full disk: what is waste goes, and makes room to move next time
+            _move(repository, marked, wasted, done, lease.check)
         done.marked = marked = mark(repository, lease.spared)
     gone = {pack.pack for pack in _unused(marked)}
     avoid = marked.suspect | marked.index.avoid | gone
@@ -130,13 +132,16 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     delete(marked.dead_generations)
     delete(marked.dead_claims)
     before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
+    unwritten: list[list[IndexedPack]] = []
     if gone or len(before) > MOST_INDEXES or _misleads(marked):
-        _write_index(repository, before, stay)
+        era, unwritten = _write_index(repository, before, stay)
         delete(before)
         lease.check()
     delete(marked.dead_layers)
     delete([pack_name(pack) for pack in gone])
     delete(marked.stale)
+    for listed in unwritten:
+        indexes.write(store, repository.keys, listed, era=era)
     done.packs_deleted = len(gone)
     done.bytes_freed = held - _stored_bytes(repository)
     return done
@@ -150,7 +155,7 @@ def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked:
         if not _is_work(repository, lease, marked):
             return marked
         try:
-            fence(repository, marked, dead_disks, lease.check)
+            _fence(repository, marked, dead_disks, lease)
         except Conflict:  # somebody's last act arrived in between
             if attempt == ATTEMPTS - 1:
                 raise
@@ -158,6 +163,18 @@ def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked:
             lease.bury()
             return marked
     raise AssertionError("the loop returns or raises")
+
+
+def _fence(repository: Repository, marked: Marked, dead_disks: set[str], lease: Lease) -> None:
+    try:
+        fence(repository, marked, dead_disks, lease.check)
+    except Refused:  # a full disk: what may go at any time makes room
+        gone = [*marked.dead_generations, *marked.dead_claims]
+        if not gone:
+            raise
+        for name in gone:
+            repository.store.delete(name)
+        fence(repository, marked, dead_disks, lease.check)
 
 
 def _is_work(repository: Repository, lease: Lease, marked: Marked) -> bool:
@@ -184,10 +201,14 @@ def _stored_bytes(repository: Repository) -> int:
     return sum(info.size for prefix in prefixes for info in repository.store.list(prefix))
 
 
-def _write_index(repository: Repository, names: Sequence[str], sizes: Mapping[str, int]) -> None:
+def _write_index(
+    repository: Repository, names: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[int, list[list[IndexedPack]]]:
     """A new era: one index of the packs that stay, instead of `names`, whichever of these can be read.
 
     sizes: bytes of the packs that stay; none of them is missing or damaged.
+    Gives the era, and what is still to be written, since the disk is full: once the old indexes, which no longer count,
+    and unused packs are gone.
     Raises Conflict when another collector has begun that era.
     """
     store, keys = repository.store, repository.keys
@@ -197,12 +218,16 @@ def _write_index(repository: Repository, names: Sequence[str], sizes: Mapping[st
     seen: set[str] = set()
     blobs = 0
 
+    unwritten: list[list[IndexedPack]] = []
+
     def flush() -> None:
-        nonlocal blobs
+        nonlocal blobs, pending
         if pending:
-            indexes.write(store, keys, pending, era=era)
-            pending.clear()
-            blobs = 0
+            try:
+                indexes.write(store, keys, pending, era=era)
+            except Refused:
+                unwritten.append(pending)
+            pending, blobs = [], 0
 
     def add(pack: str, size: int, ids: indexes.Ids, rows: Rows) -> None:
         nonlocal blobs
@@ -229,6 +254,7 @@ def _write_index(repository: Repository, names: Sequence[str], sizes: Mapping[st
         with suppress(Corrupt):  # then its blobs are stored again when they are shipped
             add(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:])
     flush()
+    return era, unwritten
 
 
 def _move(

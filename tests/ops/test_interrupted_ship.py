@@ -9,7 +9,7 @@ import pytest
 
 from snapchain.errors import SnapchainError, Unavailable
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data
+from snapchain.objects.store import Data, ObjectStore
 from snapchain.ops.events import Event, Progress
 from snapchain.ops.ship import shipment
 from snapchain.repository import packs
@@ -40,7 +40,7 @@ def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
 class Dying(CountingStore):
     """Takes `left` packs, and then the network is gone for what is named by `gone`."""
 
-    def __init__(self, inner: MemoryStore, left: int, gone: tuple[str, ...]) -> None:
+    def __init__(self, inner: ObjectStore, left: int, gone: tuple[str, ...]) -> None:
         super().__init__(inner)
         self.left, self.gone = left, gone
 

@@ -259,13 +259,18 @@ def test_indexes_that_are_put_together_meanwhile_are_loaded_all_the_same() -> No
     assert set(indexes.load(Meanwhile(store), KEYS).sizes) == stored(store)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), Unavailable("the network is gone")])
-def test_leaving_with_an_error_lists_what_was_sent(error: BaseException) -> None:
-    store = MemoryStore()
-    with pytest.raises(type(error)), Packer(store, KEYS, BlobIndex()) as packer:
+def _cut_off(store: ObjectStore, error: BaseException) -> None:
+    with Packer(store, KEYS, BlobIndex()) as packer:
         for each in blobs(100):
             packer.add(identity(each), each, len(each))
         raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Unavailable("the network is gone")])
+def test_leaving_with_an_error_lists_what_was_sent(error: BaseException) -> None:
+    store = MemoryStore()
+    with pytest.raises(type(error)):
+        _cut_off(store, error)
     assert len(listed(store)) > 20
     assert len(stored(store) - listed(store)) <= UPLOADS + 1
 
@@ -281,10 +286,8 @@ def test_a_store_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyP
                 gate.wait()
             super().put(name, data)
 
-    with pytest.raises(KeyboardInterrupt), Packer(Hanging(MemoryStore()), KEYS, BlobIndex()) as packer:
-        for each in blobs(100):
-            packer.add(identity(each), each, len(each))
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        _cut_off(Hanging(MemoryStore()), KeyboardInterrupt())
     gate.set()
 
 
