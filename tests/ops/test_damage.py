@@ -7,6 +7,7 @@ every point whose bytes an image still has restores exactly, and what is lost is
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from snapchain.errors import Corrupt
 from snapchain.model.retention import Policy
+from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops import gc
@@ -22,13 +24,14 @@ from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.points import find_point
 from snapchain.ops.verify import verify
 from snapchain.repository import packs, sweep
-from snapchain.repository.crypto import AES
+from snapchain.repository.crypto import AES, NONE
 from snapchain.repository.format import is_damage
 from snapchain.repository.replay import Replay, Sink
 from snapchain.repository.repository import Repository
 from snapchain.repository.view import ChainView
 from tests.ops.shipping import DISK, MiB, restore, ship
 from tests.ops.stacks import Layer, build, flat, write
+from tests.repository.second_reader import Reader
 from tests.repository.synthetic import again, repository
 
 SEEN_BY_SIZE = ("gone", "half", "long")
@@ -181,6 +184,25 @@ def test_shipping_a_disk_again_makes_all_its_points_whole(world: World, how: str
             assert name not in names(repo)
             assert gc.run(again(repo)).objects_deleted == 0
             assert verify(again(repo), share=1.0).ok
+
+
+@pytest.mark.parametrize("how", ["gone", "blob"])
+def test_a_second_reader_reads_what_was_mended(world: World, tmp_path: Path, how: str) -> None:
+    """From docs/format.md alone; in a directory."""
+    whole = tmp_path / "whole"
+    made = Repository.create(LocalStore(whole, make=True), passphrase=lambda: None, encryption=NONE)
+    for path in world.files:
+        ship(path, made)
+    for number, name in enumerate(names(made)):
+        place = tmp_path / str(number)
+        shutil.copytree(whole, place)
+        repo = again(made, LocalStore(place))
+        damage(repo.store, name, how)
+        verify(again(repo), share=1.0)
+        assert Reader(place).damaged() == {name.rpartition("/")[2]}
+        ship(world.files[-1], repo)
+        assert {point: Reader(place).restore(DISK, point) for point in world.shown[DISK]} == world.shown[DISK]
+        repo.store.close()
 
 
 @pytest.mark.parametrize("how", ["blob", "gone"])
