@@ -186,6 +186,25 @@ def test_shipping_a_disk_again_makes_all_its_points_whole(world: World, how: str
             assert verify(again(repo), share=1.0).ok
 
 
+def test_damage_that_comes_to_light_while_shipping_is_mended_by_the_same_shipment(world: World) -> None:
+    """A page of a layer below is read to count the new content: the shipment begins again, and knows."""
+    made = repository(MemoryStore(), suite=AES, block_size=BLOCK)
+    for path in world.files[:2]:
+        ship(path, made)
+    met = 0
+    for name in names(made):
+        repo = again(made, MemoryStore())
+        for info in made.store.list(""):
+            repo.store.put(info.name, made.store.get(info.name))
+        damage(repo.store, name, "blob")
+        ship(world.files[2], repo)
+        if marks(repo):
+            met += 1
+            assert whole(repo, DISK, world.shown[DISK]) == {1, 2, 3}
+            assert verify(again(repo), share=1.0).ok
+    assert met
+
+
 @pytest.mark.parametrize("how", ["gone", "blob"])
 def test_a_second_reader_reads_what_was_mended(world: World, tmp_path: Path, how: str) -> None:
     """From docs/format.md alone; in a directory."""
