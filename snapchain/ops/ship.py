@@ -194,6 +194,7 @@ class Shipment:
                 try:
                     report = self._run(points, lease, on_event)
                 except Corrupt:
+                    lease.check()  # who slept through a collection misses what nobody needs: that is no damage
                     # What lies below turned out to be damaged: from now on that is known, and can be made good.
                     if not self._repository.record_damage() or attempt == _LOOKS - 1:
                         raise
@@ -212,7 +213,7 @@ class Shipment:
             on_event(Progress("ship", done, total))
 
         with Deposit(self._repository) as deposit:
-            self._avoid_damage(deposit.index, on_event)
+            self._avoid_damage(deposit.index, lease, on_event)
             if self._note:
                 on_event(Notice(self._note))
             total = self.plan().bytes_to_read
@@ -234,7 +235,7 @@ class Shipment:
                 damaged=self._find_damage(deposit.index, on_event),
             )
 
-    def _avoid_damage(self, index: BlobIndex, on_event: OnEvent) -> None:
+    def _avoid_damage(self, index: BlobIndex, lease: Lease, on_event: OnEvent) -> None:
         """Ship again what the disk has of this image in packs that cannot be relied on.
 
         From the lowest damaged layer up each file becomes a layer of its own, so that older points find their content
@@ -243,6 +244,7 @@ class Shipment:
         for error in index.unreadable:
             on_event(Notice(f"{error}: what this index lists is stored again"))
         if index.avoid:
+            lease.check()
             self._repository.record_damage()
         whole = self._have
         if index.avoid:

@@ -109,6 +109,8 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     held = _stored_bytes(repository)
     marked = _marked_and_fenced(repository, lease)
     done.marked = marked
+    if marked.lost or marked.suspect:
+        lease.check()  # who slept through another collection misses what nobody needs: that is no damage
     if not _is_work(repository, lease, marked):
         _note_damage(repository, marked)
         return done
