@@ -11,6 +11,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
+from snapchain.errors import Corrupt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +41,9 @@ def gc(
     """Delete what no point of any disk needs: after points were dropped, and after runs that were cut off.
 
     Packs of which more than a quarter is waste are written anew without it. Works alone: it waits up to ten minutes
-    for those who ship or merge, and they wait for it. Collects nothing from a repository in which a record that is in
-    use is missing or damaged.
+    for those who ship or merge, and they wait for it. Works around packs and layers that are missing or damaged: it
+    names copies of their data where there are some, keeps all that a damaged point may still need, and ends with exit
+    code 5 as long as something is lost.
     """
     from snapchain.ops import gc as ops
 
@@ -54,8 +56,15 @@ def gc(
             writing=not dry_run,
             limit_rate=limit_rate,
         )
-        if not (dry_run and out.plan(ops.plan(repository), _draw_plan)):
-            out.report(ops.run(repository, on_event=out.on_event), _draw_report)
+        done: GcPlan | GcReport
+        if dry_run:
+            done = ops.plan(repository)
+            out.plan(done, _draw_plan)
+        else:
+            done = ops.run(repository, on_event=out.on_event)
+            out.report(done, _draw_report)
+    if done.findings:
+        raise typer.Exit(Corrupt.exit_code)
 
 
 def _draw_plan(console: Console, plan: GcPlan) -> None:
@@ -68,6 +77,7 @@ def _draw_plan(console: Console, plan: GcPlan) -> None:
             ("in use", size(plan.bytes_in_use)),
         ],
     )
+    render.findings(console, plan.findings)
 
 
 def _draw_report(console: Console, report: GcReport) -> None:
@@ -79,3 +89,4 @@ def _draw_report(console: Console, report: GcReport) -> None:
             ("moved", f"{size(report.bytes_moved)} out of {report.packs_moved} packs"),
         ],
     )
+    render.findings(console, report.findings)

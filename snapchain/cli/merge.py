@@ -14,7 +14,7 @@ from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.cli.time_zone import zone_name_of, zone_of
-from snapchain.errors import InvalidInput, PartialFailure
+from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -252,7 +252,10 @@ def merge(
         )
         work = RepositoryMerge(repository, disk, policy, zone=zone)
         if not out.plan(work.plan(), _draw_repository_plan):
-            out.report(work.run(on_event=out.on_event), _draw_repository_report)
+            done = work.run(on_event=out.on_event)
+            out.report(done, _draw_repository_report)
+            if done.findings:
+                raise typer.Exit(Corrupt.exit_code)
 
 
 def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name: str | None) -> None:
@@ -325,3 +328,4 @@ def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> 
             ("named no more", size(report.bytes_dropped)),
         ],
     )
+    render.findings(console, report.findings)

@@ -20,6 +20,8 @@ from snapchain.cli import quantities
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.ops.verify import Finding
+
 # A cell of model.strip -> how it is drawn, and in which colour.
 _CELLS = {
     "#": ("█", "green"),
@@ -50,6 +52,14 @@ def facts(console: Console, rows: Iterable[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
         console.print(f"  {name:<{width}}  {value}", markup=False)
+
+
+def findings(console: Console, found: Iterable[Finding]) -> None:
+    """What is damaged, a line each, with the points that it affects."""
+    for finding in found:
+        points = ", ".join(map(str, finding.points))
+        of = f" (disk {finding.disk}, points {points})" if finding.disk and points else ""
+        console.print(f"  {finding.kind}: {finding.subject}: {finding.message}{of}", style="red", markup=False)
 
 
 def place(path: str | Path) -> str:

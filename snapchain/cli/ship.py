@@ -109,6 +109,7 @@ def _draw_report(console: Console, report: ShipReport) -> None:
             ("read", size(report.bytes_read)),
             ("stored", size(report.bytes_stored)),
             ("content", report.content_id),
+            ("still damaged", ", ".join(f"point {point}" for point in report.damaged)),
         ],
     )
 

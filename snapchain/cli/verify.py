@@ -74,7 +74,4 @@ def _draw(console: Console, report: VerifyReport) -> None:
     how = "records and data" if report.data_read else "records; --read-data reads the data too"
     checked = f"{report.disks} disks, {report.points} points, {report.layers} layers"
     render.facts(console, [("checked", checked), ("read", f"{quantities.size(report.checked_bytes)} ({how})")])
-    for finding in report.findings:
-        points = ", ".join(map(str, finding.points))
-        of = f" (disk {finding.disk}, points {points})" if finding.disk and points else ""
-        console.print(f"  {finding.kind}: {finding.subject}: {finding.message}{of}", style="red", markup=False)
+    render.findings(console, report.findings)

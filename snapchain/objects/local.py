@@ -11,14 +11,15 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from snapchain.errors import Corrupt, NotFound, Unsupported
 from snapchain.host.batches import batches, rest
 from snapchain.objects.disk_errors import from_os_error
 from snapchain.objects.link_once import link_once
+from snapchain.objects.reserve import Reserve
 from snapchain.objects.rooted import Rooted
 from snapchain.objects.store import (
     Data,
@@ -50,21 +51,19 @@ class LocalStore:
         self.properties = Properties(conditional_put=True, description=f"directory {self.root}")
         self.warnings: tuple[str, ...] = ()
         self._rooted = Rooted(self.root, make=make)
+        self._reserve = Reserve()
 
     def put(self, name: str, data: Data) -> None:
-        with self._written(name, data) as (tmp, temporary, folder, leaf):
-            os.rename(temporary, leaf, src_dir_fd=tmp, dst_dir_fd=folder)
-            os.fsync(folder)
+        self._place(name, data, _replace)
 
     def create(self, name: str, data: Data) -> bool:
-        if self.size(name) is not None:  # saves writing what would be thrown away; the link below decides
+        if self.size(name) is not None:  # saves writing what would be thrown away; the link decides
             return False
-        with self._written(name, data) as (tmp, temporary, folder, leaf):
-            made = link_once(tmp, temporary, folder, leaf)
-            if not made and stat.S_ISDIR(os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_mode):
-                raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-            os.fsync(folder)  # also when it is another's object: who sees False may rely on it
-            return made
+        return self._place(name, data, _link)
+
+    def spending(self) -> AbstractContextManager[None]:
+        """See objects/reserve.py."""
+        return self._reserve.spent(self._rooted.descriptor())
 
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         valid_name(name)
@@ -123,31 +122,38 @@ class LocalStore:
         except OSError as error:
             raise from_os_error(error, self.root) from error
 
+    def _place(self, name: str, data: Data, finish: Callable[[int, str, int, str], bool]) -> bool:
+        """Write `data` under a temporary name, and give it its final one by `finish`; what that says."""
+        valid_name(name)
+        views = buffers(data)
+        while True:
+            try:
+                with self._written(name, views) as (tmp, temporary, folder, leaf):
+                    return finish(tmp, temporary, folder, leaf)
+            except OSError as error:
+                if not self._reserve.give_up(self._rooted.descriptor(), error):
+                    raise from_os_error(error, self._rooted.path(name)) from error
+
     @contextmanager
-    def _written(self, name: str, data: Data) -> Iterator[tuple[int, str, int, str]]:
-        """`data` durable under a temporary name: (tmp descriptor, its name, directory descriptor, last segment).
+    def _written(self, name: str, views: Sequence[memoryview]) -> Iterator[tuple[int, str, int, str]]:
+        """`views` durable under a temporary name: (tmp descriptor, its name, directory descriptor, last segment).
 
         An error of the sync is final: the kernel reports lost pages once, so the file is thrown away, never re-synced.
         """
-        valid_name(name)
-        views = buffers(data)
         temporary = f"{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            tmp = self._rooted.temporary(TEMPORARY_LIFE)
-            with self._rooted.folder(name, make=True) as (folder, leaf):
+        tmp = self._rooted.temporary(TEMPORARY_LIFE)
+        with self._rooted.folder(name, make=True) as (folder, leaf):
+            try:
                 fd = os.open(temporary, _WRITE_NEW, FILE_MODE, dir_fd=tmp)
                 try:
-                    try:
-                        _write_all(fd, views)
-                        os.fsync(fd)
-                    finally:
-                        os.close(fd)
-                    yield tmp, temporary, folder, leaf
+                    _write_all(fd, views)
+                    os.fsync(fd)
                 finally:
-                    with suppress(FileNotFoundError):  # it has its final name
-                        os.unlink(temporary, dir_fd=tmp)
-        except OSError as error:
-            raise from_os_error(error, self._rooted.path(name)) from error
+                    os.close(fd)
+                yield tmp, temporary, folder, leaf
+            finally:
+                with suppress(FileNotFoundError):  # it has its final name
+                    os.unlink(temporary, dir_fd=tmp)
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[tuple[int, int]]:
@@ -189,7 +195,21 @@ class LocalStore:
             yield ObjectInfo(name, found.st_size, found.st_mtime)
 
 
-def _write_all(fd: int, views: list[memoryview]) -> None:
+def _replace(tmp: int, temporary: str, folder: int, leaf: str) -> bool:
+    os.rename(temporary, leaf, src_dir_fd=tmp, dst_dir_fd=folder)
+    os.fsync(folder)
+    return True
+
+
+def _link(tmp: int, temporary: str, folder: int, leaf: str) -> bool:
+    made = link_once(tmp, temporary, folder, leaf)
+    if not made and stat.S_ISDIR(os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    os.fsync(folder)  # also when it is another's object: who sees False may rely on it
+    return made
+
+
+def _write_all(fd: int, views: Sequence[memoryview]) -> None:
     """Write all views by writev, without joining them; goes on after short writes."""
     for batch in batches(views):
         left = batch

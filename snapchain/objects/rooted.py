@@ -62,7 +62,7 @@ class Rooted:
         """(descriptor of the directory that holds `name`, last segment).  With `make` it exists, durably."""
         *folders, leaf = name.split("/")
         with ExitStack() as opened:
-            fd = self._descriptor()
+            fd = self.descriptor()
             for depth, folder in enumerate(folders, 1):
                 fd = self._step(fd, folder, "/".join(folders[:depth]), make=make)
                 opened.callback(os.close, fd)
@@ -90,7 +90,7 @@ class Rooted:
         """Descriptor of the directory of unfinished files; swept of old ones when this process first asks."""
         with self._lock:
             if self._tmp is None:
-                self._tmp = self._step(self._descriptor(), TEMPORARY, TEMPORARY, make=True)
+                self._tmp = self._step(self.descriptor(), TEMPORARY, TEMPORARY, make=True)
                 sweep(self._tmp, older_than)
             return self._tmp
 
@@ -102,7 +102,8 @@ class Rooted:
         except FileNotFoundError:
             return 0
 
-    def _descriptor(self) -> int:
+    def descriptor(self) -> int:
+        """Of the root. Raises InvalidInput once it was closed."""
         if self._fd is None:
             raise InvalidInput("the store was closed", subject=self.root)
         return self._fd

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
-from snapchain.repository.collect import mark
+from snapchain.ops.verify import Finding, points_on
+from snapchain.repository.collect import Marked, mark
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository
 from snapchain.repository.sweep import estimate, sweep
@@ -23,10 +24,15 @@ class GcPlan(BaseModel):
     packs_deleted: int
     packs_moved: int
     bytes_in_use: int
+    findings: tuple[Finding, ...] = ()
 
 
 class GcReport(BaseModel):
-    """What `gc` did. bytes_freed: stored bytes less than before; bytes_moved: copied out of mostly wasted packs."""
+    """What `gc` did.
+
+    bytes_freed: stored bytes less than before; bytes_moved: copied out of wasted or damaged packs; findings: what
+    is damaged: it was left as it is, with all that the damaged points may need
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,10 +42,11 @@ class GcReport(BaseModel):
     objects_deleted: int
     packs_deleted: int
     packs_moved: int
+    findings: tuple[Finding, ...] = ()
 
 
 def plan(repository: Repository) -> GcPlan:
-    """Look, and delete nothing. Raises Corrupt when a record in use is missing or unsound."""
+    """Look, and delete nothing. Raises Corrupt when the catalogue of a disk is unsound."""
     marked = mark(repository)
     would = estimate(marked)
     return GcPlan(
@@ -50,6 +57,7 @@ def plan(repository: Repository) -> GcPlan:
         packs_deleted=would.packs_deleted,
         packs_moved=would.packs_moved,
         bytes_in_use=sum(pack.used_bytes for pack in marked.usage),
+        findings=_findings(marked),
     )
 
 
@@ -65,7 +73,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         deleted += 1
         on_event(Progress("gc", deleted, None))
 
-    with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words))) as lease:
+    with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words)), spends=True) as lease:
         done = sweep(repository, lease, on_object=on_object)
     return GcReport(
         destination=repository.store.url,
@@ -74,4 +82,18 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         objects_deleted=done.objects_deleted,
         packs_deleted=done.packs_deleted,
         packs_moved=done.packs_moved,
+        findings=_findings(done.marked) if done.marked else (),
     )
+
+
+def _findings(marked: Marked) -> tuple[Finding, ...]:
+    """What is lost, by disk and layer, each thing once."""
+    found: list[Finding] = []
+    for catalogue in marked.catalogues:
+        affected = points_on(catalogue)
+        for layer in catalogue.parents:
+            for error in marked.lost.get(layer, ()):
+                finding = Finding.of(error, catalogue.disk, affected.get(layer, ()))
+                if finding not in found:
+                    found.append(finding)
+    return tuple(found)

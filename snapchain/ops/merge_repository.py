@@ -5,14 +5,17 @@ Only records change; the data that nobody needs any more stays in the store unti
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, tzinfo
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.retention import Policy, decide
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.verify import Finding, points_on
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
 from snapchain.repository.holds import reasons
 from snapchain.repository.index import BlobIndex, newest
@@ -57,7 +60,7 @@ class RepositoryMergeReport(BaseModel):
     """What a merge in a repository did.
 
     bytes_moved: guest data read or written, always 0; bytes_dropped: guest bytes that no record names any more;
-    bytes_freed: of the store, 0 until they are collected
+    bytes_freed: of the store, 0 until they are collected; findings: damage because of which layers were left unmerged
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,6 +75,7 @@ class RepositoryMergeReport(BaseModel):
     bytes_freed: int
     bytes_dropped: int
     strategy: str
+    findings: tuple[Finding, ...] = ()
 
 
 class RepositoryMerge:
@@ -89,6 +93,7 @@ class RepositoryMerge:
         self._decisions = decide(current[0].points, policy, zone=zone, now=now, holds=reasons)
         self._drop = frozenset(each.point.point for each in self._decisions if not each.kept)
         self._merged: dict[tuple[str, ...], StoredLayer] = {}
+        self._damage: dict[tuple[str, ...], Corrupt] = {}
         self._settle(current)
 
     def _settle(self, current: tuple[Catalogue, str]) -> None:
@@ -128,7 +133,9 @@ class RepositoryMerge:
         bytes_dropped, changed = 0, False
         if self._changes_something():
             work = f"merge {self._disk.name}"
-            with self._repository.lease(Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words))) as lease:
+            with self._repository.lease(
+                Mode.WRITE, work, on_wait=lambda words: on_event(Notice(words)), spends=True
+            ) as lease:
                 for attempt in range(ATTEMPTS):
                     # What was read before the lease was held may have been merged away and collected since.
                     self._settle(self._disk.existing())
@@ -147,39 +154,73 @@ class RepositoryMerge:
             points_kept=kept,
             points_dropped=tuple(point.point for point in catalogue.points if point.point not in kept),
             layers_before=len(catalogue.parents),
-            layers_after=len(self._groups),
+            layers_after=len(self._groups) + sum(len(group) - 1 for group in self._damage),
             bytes_moved=0,
             bytes_freed=0,
             bytes_dropped=bytes_dropped,
             strategy="records" if changed else "none",
+            findings=tuple(self._findings(catalogue)),
         )
+
+    def _findings(self, catalogue: Catalogue) -> Iterator[Finding]:
+        affected = points_on(catalogue)
+        kept = {point.point for point in self._kept}
+        for group, error in self._damage.items():
+            points = {point for layer in group for point in affected.get(layer, ())} & kept
+            yield Finding.of(error, catalogue.disk, sorted(points), "not merged: ")
 
     def _changes_something(self) -> bool:
         catalogue = self._current[0]
         return len(self._kept) < len(catalogue.points) or len(self._groups) < len(catalogue.parents)
 
     def _merge(self, lease: Lease, on_event: OnEvent) -> int:
-        """Merge the groups, publish; guest bytes that are named no more."""
+        """Merge the groups, publish; guest bytes that no record names any more.
+
+        A group of which a map is damaged stays as it is.
+        """
         repository = self._repository
+        self._damage = {}
         renamed: dict[str, str] = {}
-        stored = repository.layers(self._current[0].parents)
-        before = sum(layer.header.data_bytes for layer in stored.values())
-        after = 0
+        parents: dict[str, str | None] = {}
+        before = after = 0
         with Packer(repository.store, repository.keys, BlobIndex(newest(repository.store)[0])) as packer:
             for done, group in enumerate(self._groups):
                 on_event(Progress("merge", done, len(self._groups)))
-                layers = [stored.pop(layer) for layer in group.members]
-                made = self._merged.get(group.members, layers[0])
-                if group.is_merge and made is layers[0]:
-                    made = merge_layers(repository, layers, packer, root=group.is_root)
-                    self._merged[group.members] = made
-                renamed[group.top] = made.id
-                after += made.header.data_bytes
+                members: Sequence[str] = group.members
+                if group.is_merge:
+                    try:
+                        made, held = self._merged_group(group, packer)
+                    except Corrupt as error:
+                        self._damage[group.members] = error
+                    else:
+                        members = [made.id]
+                        before, after = before + held, after + made.header.data_bytes
+                below = None if group.parent is None else renamed[group.parent]
+                for layer in members:
+                    parents[layer], below = below, layer
+                renamed[group.top] = members[-1]
         on_event(Progress("merge", len(self._groups), len(self._groups)))
-        parents = {
-            renamed[group.top]: None if group.parent is None else renamed[group.parent] for group in self._groups
-        }
         points = tuple(point.model_copy(update={"layer": renamed[point.layer]}) for point in self._kept)
+        before += self._dropped_bytes()
         lease.check()
         self._disk.advance(self._current, time=datetime.now(UTC), points=points, parents=parents)
+        with suppress(SnapchainError):
+            repository.record_damage()
         return before - after
+
+    def _merged_group(self, group: Group, packer: Packer) -> tuple[StoredLayer, int]:
+        """The layer that takes the place of a group, and how many guest bytes of data the group held."""
+        layers = list(self._repository.layers(group.members).values())
+        made = self._merged.get(group.members)
+        if made is None:
+            made = self._merged[group.members] = merge_layers(self._repository, layers, packer, root=group.is_root)
+        return made, sum(layer.header.data_bytes for layer in layers)
+
+    def _dropped_bytes(self) -> int:
+        """Guest bytes of data in layers that no group takes over."""
+        grouped = {layer for group in self._groups for layer in group.members}
+        gone = [layer for layer in self._current[0].parents if layer not in grouped]
+        try:
+            return sum(layer.header.data_bytes for layer in self._repository.layers(gone).values())
+        except Corrupt:
+            return 0  # nobody knows

@@ -10,31 +10,37 @@ With `each_layer` every file becomes a layer and a point.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, InvalidInput
+from snapchain.errors import Conflict, Corrupt, InvalidInput
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
+from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage, source_of
 from snapchain.ops.ownership import check_not_given
 from snapchain.ops.source import check_unchanged, locked_chain
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.deposit import Deposit, Origin
+from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
+from snapchain.repository.soundness import damaged_points, is_whole
 from snapchain.repository.source import Source
 
 _ATTEMPTS = 8
+_LOOKS = 3
+"""How often a shipment begins again because damage came to light."""
 _LATEST = 32_503_680_000.0
 """The year 3000, in seconds since 1970."""
 _RAW_CLUSTER = 64 * 1024
@@ -68,7 +74,11 @@ class ShipPlan(_Shown):
 
 
 class ShipReport(_Shown):
-    """What `ship` did. points: all numbers published; point: the last of them, which is the image as given."""
+    """What `ship` did.
+
+    points: all numbers published; point: the last of them, which is the image as given; damaged: earlier points of the
+    disk of which the repository has lost bytes that the image no longer has
+    """
 
     disk: str
     point: int
@@ -79,6 +89,7 @@ class ShipReport(_Shown):
     bytes_stored: int
     virtual_size: int
     content_id: str
+    damaged: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +135,33 @@ class Shipment:
         self._labels = tuple(labels)
         self._each_layer = each_layer
         self._time = time
+        self._lineage = tuple(lineage)
+        self._mends = False
+        self._look()
+
+    def _look(self) -> None:
+        """See what the disk has, and decide what it lacks."""
         self._current = self._disk.read()
-        have = self._stored()
-        found = missing(
-            [Held(layer.id, layer.header.sources) for layer in have],
-            [_wanted(file, lineage) for file in chain.files],
-            same=_same,
-        )
-        count = len(chain.files)
-        self._base = have[: found.base_count]
-        self._first = count if isinstance(found, UpToDate) else found.first
-        self._groups = tuple(self._grouped(self._first, count))
+        self._have = have = self._stored()
+        self._latest = self._latest_chain()
+        self._build_on(have)
         self._note = None
         if have and self._first == 0:
-            self._note = f"no layer of disk {disk} is known to be part of this image: all of it is read again"
+            self._note = (
+                f"no layer of disk {self._disk.name} is known to be part of this image: all of it is read again"
+            )
+
+    def _build_on(self, have: Sequence[StoredLayer]) -> None:
+        """have: layers of the newest point, from the root up, that can be built on."""
+        found = missing(
+            [Held(layer.id, layer.header.sources) for layer in have],
+            [_wanted(file, self._lineage) for file in self._chain.files],
+            same=_same,
+        )
+        count = len(self._chain.files)
+        self._base = list(have[: found.base_count])
+        self._first = count if isinstance(found, UpToDate) else found.first
+        self._groups = tuple(self._grouped(self._first, count))
 
     def plan(self) -> ShipPlan:
         """What `run` will do, in bytes."""
@@ -163,34 +187,98 @@ class Shipment:
 
     def run(self, *, on_event: OnEvent = ignore) -> ShipReport:
         """Ship and publish. Raises Conflict when the image or the disk was changed by others meanwhile."""
-        plan = self.plan()
-        if self._note:
-            on_event(Notice(self._note))
-        done = 0
-        chain = list(self._base)
         points: list[Point] = []
+        with self._lease(on_event) as lease:
+            self._look_again()
+            for attempt in range(_LOOKS):
+                try:
+                    report = self._run(points, lease, on_event)
+                except Corrupt:
+                    lease.check()  # who slept through a collection misses what nobody needs: that is no damage
+                    # What lies below turned out to be damaged: from now on that is known, and can be made good.
+                    if not self._repository.record_damage() or attempt == _LOOKS - 1:
+                        raise
+                    self._look()
+                else:
+                    fill_reserve(self._repository.store)
+                    return report
+        raise AssertionError("the loop returns or raises")
+
+    def _run(self, points: list[Point], lease: Lease, on_event: OnEvent) -> ShipReport:
+        done, total = 0, 0
 
         def on_bytes(count: int) -> None:
             nonlocal done
             done += count
-            on_event(Progress("ship", done, plan.bytes_to_read))
+            on_event(Progress("ship", done, total))
 
-        with self._lease(on_event) as lease:
-            self._look_again()
+        with Deposit(self._repository) as deposit:
+            self._avoid_damage(deposit.index, lease, on_event)
+            if self._note:
+                on_event(Notice(self._note))
+            total = self.plan().bytes_to_read
+            chain = list(self._base)
             if not self._groups:
                 points.append(self._publish(chain, self._time_of(len(self._chain.files)), lease.check))
-                return self._report(points, chain, bytes_read=0, bytes_stored=0)
-            with Deposit(self._repository) as deposit:
+            else:
                 on_bytes(0)
-                for group in self._groups:
-                    if self._adds(group, chain):
-                        chain.append(self._add(group, chain, deposit, on_bytes))
-                    if group.publishes:
-                        points.append(self._publish(chain, self._time_of(group.stop), lease.check))
-                return self._report(points, chain, bytes_read=deposit.bytes_read, bytes_stored=deposit.bytes_stored)
+            for group in self._groups:
+                if self._adds(group, chain):
+                    chain.append(self._add(group, chain, deposit, on_bytes))
+                if group.publishes:
+                    points.append(self._publish(chain, self._time_of(group.stop), lease.check))
+            return self._report(
+                points,
+                chain,
+                bytes_read=deposit.bytes_read,
+                bytes_stored=deposit.bytes_stored,
+                damaged=self._find_damage(deposit.index, on_event),
+            )
+
+    def _avoid_damage(self, index: BlobIndex, lease: Lease, on_event: OnEvent) -> None:
+        """Ship again what the disk has of this image in packs that cannot be relied on.
+
+        From the lowest damaged layer up each file becomes a layer of its own, so that older points find their content
+        again, wherever their layers ended.
+        """
+        for error in index.unreadable:
+            on_event(Notice(f"{error}: what this index lists is stored again"))
+        if index.avoid:
+            lease.check()
+            self._repository.record_damage()
+        whole = self._have
+        if index.avoid:
+            whole = list(takewhile(lambda layer: is_whole(layer, index), whole))
+        is_damaged = len(whole) < len(self._latest)
+        self._mends = is_damaged or bool(index.avoid)
+        if not is_damaged:
+            return
+        on_event(Notice(f"disk {self._disk.name} is damaged: what the image still has of it is stored again"))
+        self._build_on(whole)
+        count = len(self._chain.files)
+        self._groups = tuple(
+            _Group(at, at + 1, publishes=self._each_layer or at == count - 1) for at in range(self._first, count)
+        )
+
+    def _find_damage(self, index: BlobIndex, on_event: OnEvent) -> tuple[int, ...]:
+        """Points of the disk that stay damaged, since the image no longer has their bytes."""
+        if not self._mends or self._current is None:
+            return ()
+        found = damaged_points(self._repository, self._current[0], index)
+        if found:
+            numbers = ", ".join(map(str, found))
+            words = f"points that stay damaged, since the image no longer has their data: {numbers}"
+            on_event(Notice(f"disk {self._disk.name}: {words}"))
+        return found
 
     def _report(
-        self, points: Sequence[Point], chain: Sequence[StoredLayer], *, bytes_read: int, bytes_stored: int
+        self,
+        points: Sequence[Point],
+        chain: Sequence[StoredLayer],
+        *,
+        bytes_read: int,
+        bytes_stored: int,
+        damaged: tuple[int, ...],
     ) -> ShipReport:
         last = points[-1]
         return ShipReport(
@@ -203,6 +291,7 @@ class Shipment:
             bytes_stored=bytes_stored,
             virtual_size=last.size,
             content_id=last.content_id,
+            damaged=damaged,
         )
 
     def _look_again(self) -> None:
@@ -218,10 +307,27 @@ class Shipment:
         )
 
     def _stored(self) -> list[StoredLayer]:
+        """The layers of the newest point, from the root up to the first whose record is lost."""
         if self._current is None or self._current[0].latest is None:
             return []
         catalogue = self._current[0]
-        return self._repository.chain(catalogue, self._current[0].latest.layer)
+        try:
+            return self._repository.chain(catalogue, self._current[0].latest.layer)
+        except Corrupt:
+            found: list[StoredLayer] = []
+            with suppress(Corrupt):
+                found.extend(self._repository.layer(layer) for layer in self._latest_chain())
+            return found
+
+    def _latest_chain(self) -> tuple[str, ...]:
+        """The newest point's layers as the catalogue names them, root first; without a whole chain, its top."""
+        latest = self._current[0].latest if self._current else None
+        if self._current is None or latest is None:
+            return ()
+        try:
+            return self._current[0].chain(latest.layer)
+        except Corrupt:
+            return (latest.layer,)
 
     def _grouped(self, first: int, count: int) -> Iterator[_Group]:
         if self._each_layer:
@@ -296,13 +402,13 @@ class Shipment:
                 point=number, time=time, labels=self._labels, layer=top.id, size=top.size, content_id=top.content_id
             )
             check()
+            points = (*(catalogue.points if catalogue else ()), point)
+            parents = {**(catalogue.parents if catalogue else {}), **links}
+            if self._mends:
+                points, parents = _mended(points, parents, chain)
             try:
                 self._current = self._disk.advance(
-                    self._current,
-                    time=datetime.now(UTC),
-                    next_point=number + 1,
-                    points=(*(catalogue.points if catalogue else ()), point),
-                    parents={**(catalogue.parents if catalogue else {}), **links},
+                    self._current, time=datetime.now(UTC), next_point=number + 1, points=points, parents=parents
                 )
             except Conflict:
                 if attempt == _ATTEMPTS - 1:
@@ -360,6 +466,36 @@ def check_label(label: str) -> str:
 def _links(chain: Sequence[StoredLayer]) -> dict[str, str | None]:
     """layer -> the one below it."""
     return {upper.id: lower.id if lower else None for lower, upper in zip([None, *chain], chain, strict=False)}
+
+
+def _mended(
+    points: Sequence[Point], parents: dict[str, str | None], chain: Sequence[StoredLayer]
+) -> tuple[tuple[Point, ...], dict[str, str | None]]:
+    """Points and links of a disk, where each point with the content of a layer of `chain` is given by that layer.
+
+    Layers that no point needs any more go: the damaged ones among them.
+    """
+    fresh = {(layer.size, layer.header.content_id): layer.id for layer in chain}
+    mended = tuple(
+        point.model_copy(update={"layer": fresh.get((point.size, point.content_id), point.layer)}) for point in points
+    )
+    before = _needed(points, parents)
+    return mended, _without(parents, before - _needed(mended, parents))
+
+
+def _needed(points: Sequence[Point], parents: dict[str, str | None]) -> set[str]:
+    """The layers that some point needs, as far as the links lead."""
+    found: set[str] = set()
+    for point in points:
+        at: str | None = point.layer
+        while at is not None and at not in found:
+            found.add(at)
+            at = parents.get(at)
+    return found
+
+
+def _without(parents: dict[str, str | None], gone: set[str]) -> dict[str, str | None]:
+    return {layer: below for layer, below in parents.items() if layer not in gone}
 
 
 def _check_base(catalogue: Catalogue, base: Sequence[str], links: dict[str, str | None]) -> None:

@@ -1,8 +1,9 @@
 """verify: is every point of a repository (or of one disk) still what was shipped?
 
-Records always: catalogues, layer records, pages, indexes; every pack named is there and long enough; every layer's
-leaves add up to the content id that was recorded.  Data with `read_data` or a `sample`: every blob is read, decrypted,
-and the leaves that it gives compared with the record; and of packs also what no point names.
+Records always: catalogues, layer records, pages, indexes; every pack named is there and long enough, or what it held
+has a copy; every layer's leaves add up to the content id that was recorded.  Data with `read_data` or a `sample`: every
+blob is read, decrypted, and the leaves that it gives compared with the record; and of packs also what no point names.
+Packs in which damage is found are recorded, so that the next shipment stores again what they held.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +23,14 @@ from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
+from snapchain.repository.damage import recorded
 from snapchain.repository.format import is_id, layer_name, pack_name
 from snapchain.repository.index import newest
 from snapchain.repository.intake import change_of, sum_beyond
-from snapchain.repository.layers import StoredLayer
+from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
-from snapchain.repository.soundness import check_history, check_indexes, check_pack
+from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
 from snapchain.repository.view import ChainView
 
 
@@ -41,6 +44,13 @@ class Finding(BaseModel):
     message: str
     disk: str | None
     points: tuple[int, ...]
+
+    @classmethod
+    def of(cls, error: SnapchainError, disk: str | None, points: Sequence[int], where: str = "") -> Self:
+        """From an error. where: put before its message."""
+        return cls(
+            kind=error.kind, subject=error.subject, message=f"{where}{error.message}", disk=disk, points=tuple(points)
+        )
 
 
 class VerifyReport(BaseModel):
@@ -74,13 +84,7 @@ class _Tally:
 
     def note(self, error: SnapchainError, catalogue: Catalogue | None, points: Sequence[int], where: str = "") -> None:
         """Turn an error into a finding; the same one twice is one."""
-        finding = Finding(
-            kind=error.kind,
-            subject=error.subject,
-            message=f"{where}{error.message}",
-            disk=catalogue.disk if catalogue else None,
-            points=tuple(points),
-        )
+        finding = Finding.of(error, catalogue.disk if catalogue else None, points, where)
         if finding not in self.findings:
             self.findings.append(finding)
 
@@ -94,6 +98,7 @@ class Verification:
         self._repository = repository
         self._disk = disk
         self._share = share
+        self._doubted: frozenset[str] = frozenset()
         self._draw = random.Random()  # noqa: S311 -- chooses what to read, keeps no secret
 
     def run(self, *, on_event: OnEvent = ignore) -> VerifyReport:
@@ -120,6 +125,7 @@ class Verification:
         # In this order: what a shipment adds meanwhile is named by nothing that was read before.
         listed = [info.name for info in newest(self._repository.store)[1]]
         packs = {info.name: info.size for info in self._repository.store.list("packs/")}
+        self._doubted = recorded(self._repository.store, self._repository.keys)
         total = sum(self._repository_bytes(catalogue) for catalogue in found) if self._share else None
         done = 0
 
@@ -172,7 +178,7 @@ class Verification:
     def _check_disk(
         self, catalogue: Catalogue, packs: dict[str, int], tally: _Tally, on_bytes: Callable[[int], None]
     ) -> None:
-        affected = _points_on(catalogue)
+        affected = points_on(catalogue)
         opened: dict[str, StoredLayer] = {}
         bad: set[str] = set()
         for layer in catalogue.parents:
@@ -216,8 +222,8 @@ class Verification:
                     tally.note(error, None, ())
         for name, size in packs.items():
             pack = name.rpartition("/")[2]
-            if not is_id(pack) or not self._is_drawn():
-                continue
+            if not is_id(pack) or pack in self._doubted or not self._is_drawn():
+                continue  # nothing relies on a pack that is known to be damaged but the layers that name it
             read = np.concatenate([np.empty(0, np.int64), *tally.read.pop(pack, ())])
             for error in check_pack(repository, pack, size, read):
                 tally.note(error, None, ())
@@ -226,18 +232,21 @@ class Verification:
         return self._share >= 1 or self._draw.random() < self._share
 
     def _check_packs(self, layer: StoredLayer, packs: dict[str, int], tally: _Tally) -> None:
-        """Every page can be read, and every blob that it names lies inside a pack that is there."""
+        """Every page can be read, and every blob that it names lies inside a pack that is there, or has a copy."""
+        repository = self._repository
         for row in layer.table:
-            _check_inside(packs, bytes(row["pack"]).hex(), int(row["offset"]) + int(row["stored"]))
+            check_there(repository, bytes(row["id"]), page_location(row), packs, self._doubted)
             tally.note_read(bytes(row["pack"]).hex(), row["offset"][np.newaxis])
-            (page,) = layer.pages(int(row["first"]), int(row["stop"]))
+            (page,) = layer.pages(int(row["first"]), min(int(row["stop"]), layer.size))
             data = page.runs[page.runs["stored"] != 0]
             reach = np.zeros(len(page.packs), np.int64)
             np.maximum.at(reach, data["pack"], data["offset"].astype(np.int64) + data["stored"])
             for place, (pack, end) in enumerate(zip(page.packs, reach.tolist(), strict=True)):
                 if not end:
                     continue  # a merge may keep the name of a pack whose blobs it has dropped; gc looks at runs, too
-                _check_inside(packs, pack, end)
+                if packs.get(pack_name(pack), 0) < end or pack in self._doubted:
+                    for blob, where in named_by_page(page):
+                        check_there(repository, blob, where, packs, self._doubted)
                 tally.note_read(pack, data["offset"][data["pack"] == place])
 
     def _check_data(
@@ -281,15 +290,7 @@ def _check_sum(chain: Sequence[StoredLayer]) -> None:
         raise Corrupt("its leaves do not add up to the content id that was recorded", subject=layer_name(layer.id))
 
 
-def _check_inside(packs: dict[str, int], pack: str, end: int) -> None:
-    name = pack_name(pack)
-    if name not in packs:
-        raise Corrupt("the pack is missing from the store", subject=name)
-    if packs[name] < end:
-        raise Corrupt(f"the pack has {packs[name]} bytes, and a record names byte {end}", subject=name)
-
-
-def _points_on(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
+def points_on(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
     """layer -> the points whose chains it is part of."""
     found: dict[str, list[int]] = {}
     for point in catalogue.points:

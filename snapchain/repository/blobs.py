@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.store import ObjectStore
@@ -21,17 +21,37 @@ _READERS = 256
 class BlobReader:
     """Thread-safe.
 
-    index: where else a blob may lie when its pack is gone; None when nobody loaded it (see `healing`).
+    load: the index, which is asked for when a blob is damaged: where else is it?  None: no copies are looked for
+    damaged: packs in which a blob was found missing or altered
     """
 
-    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex | None = None) -> None:
-        self._store, self._keys, self._index = store, keys, index
+    def __init__(self, store: ObjectStore, keys: Keyring, load: Callable[[], BlobIndex] | None = None) -> None:
+        self.damaged: set[str] = set()
+        self._store, self._keys, self._load = store, keys, load
         self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self._index: BlobIndex | None = None
         self._readers: OrderedDict[str, PackReader] = OrderedDict()
+
+    def use(self, index: BlobIndex) -> None:
+        """Look for copies in this index from now on."""
+        with self._loading:
+            self._index = index
+
+    def copies(self, blob: bytes, bad: Location) -> list[Location]:
+        """Where else a blob should lie, the most trusted place first. bad: where it is damaged."""
+        if self._load is None:
+            return []
+        with self._loading:
+            if self._index is None:
+                self._index = self._load()
+            index = self._index
+        return [where for where in index.find_all(blob) if where.pack != bad.pack and where.raw == bad.raw]
 
     def read_all(self, wanted: Sequence[tuple[bytes, Location]]) -> Iterator[tuple[int, bytes]]:
         """(place in `wanted`, plain bytes) of each blob, in order of packs and offsets.
 
+        A blob that is damaged is read from another place where an index lists one.
         Raises Corrupt, which names the pack, when a blob is missing, altered or not what its id says.
         """
         order = sorted(range(len(wanted)), key=lambda at: (wanted[at][1].pack, wanted[at][1].offset))
@@ -44,6 +64,30 @@ class BlobReader:
         return plain
 
     def _read_group(self, wanted: Sequence[tuple[bytes, Location]], group: list[int]) -> Iterator[tuple[int, bytes]]:
+        try:
+            yield from list(self._read_together(wanted, group))
+        except Corrupt:
+            for at in group:
+                yield at, self._read_somewhere(*wanted[at])
+
+    def _read_somewhere(self, blob: bytes, where: Location) -> bytes:
+        """The plain bytes of one blob, from the first place where they are whole."""
+        try:
+            return self._read_there(blob, where)
+        except Corrupt:
+            self.damaged.add(where.pack)
+            for copy in self.copies(blob, where):
+                try:
+                    return self._read_there(blob, copy)
+                except Corrupt:
+                    self.damaged.add(copy.pack)
+            raise
+
+    def _read_there(self, blob: bytes, where: Location) -> bytes:
+        ((_, plain),) = self._read_together([(blob, where)], [0])
+        return plain
+
+    def _read_together(self, wanted: Sequence[tuple[bytes, Location]], group: list[int]) -> Iterator[tuple[int, bytes]]:
         first = wanted[group[0]][1]
         stop = max(wanted[at][1].offset + wanted[at][1].stored for at in group)
         name = pack_name(first.pack)

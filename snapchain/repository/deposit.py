@@ -29,14 +29,14 @@ class Origin:
 
 
 class Deposit:
-    """A writing session; a context manager. Loads the whole index once."""
+    """A writing session; a context manager. Loads the whole index once; index: that, and what was added since."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        index = repository.index()
-        self._packer = Packer(repository.store, repository.keys, index)
+        self.index = repository.index()
+        self._packer = Packer(repository.store, repository.keys, self.index)
         self._intake = Intake(
-            keys=repository.keys, index=index, packer=self._packer, block_size=repository.config.block_size
+            keys=repository.keys, index=self.index, packer=self._packer, block_size=repository.config.block_size
         )
         self.bytes_read = 0
 
@@ -84,4 +84,4 @@ class Deposit:
             content_id=content_id(source.size, taken.total),
         )
         records.write(self._repository.store, self._repository.keys, header, taken.pages)
-        return self._repository.layer(header.id)
+        return self._repository.written(header, taken.pages)

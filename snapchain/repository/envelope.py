@@ -1,7 +1,7 @@
 """Sealed records: an index, a layer record, a catalogue or a lease as one object.
 
     0   6   "SNAPCH"
-    6   1   kind: I index, L layer, C catalogue, E lease     (P begins a pack, see packs.py)
+    6   1   kind: I index, D damage, L layer, C catalogue, E lease     (P begins a pack, see packs.py)
     7   1   format, 1
     8   8   zero
     16  32  salt

@@ -4,6 +4,7 @@
     keys/SLOT                     a wrapped master key; JSON
     packs/AA/PACK                 blobs: guest data, or pages of layer records
     index/ERA-NAME                which blob lies where
+    index/damaged-NAME            packs that were found damaged
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
     leases/MODE-NAME              who is at work; put again as long as he is
@@ -71,6 +72,7 @@ PAGE_ROW = np.dtype(
 """A page of a layer record: the guest range it speaks of, the blob that holds it, its DATA and ZERO bytes."""
 
 _INDEX = re.compile(r"index/([0-9]{10})-[0-9a-f]{32}")
+_DAMAGE = re.compile(r"index/damaged-[0-9a-f]{32}")
 _HEX16 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -98,6 +100,16 @@ def index_era(name: str) -> int | None:
     """The era of an index object; None for a name that is none's."""
     found = _INDEX.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def damage_name(name: str) -> str:
+    """Object name of a record of damaged packs; below index/, so that one listing shows both."""
+    return f"index/damaged-{name}"
+
+
+def is_damage(name: str) -> bool:
+    """Whether an object is a record of damaged packs."""
+    return _DAMAGE.fullmatch(name) is not None
 
 
 def layer_name(layer: str) -> str:

@@ -18,24 +18,27 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.errors import Conflict, Corrupt
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectInfo, ObjectStore
+from snapchain.repository import damage
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
-from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh_id, index_era, index_name
+from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh_id, index_era, index_name, is_damage
 from snapchain.repository.packs import Location
 
 KIND = b"I"
 NOTHING = "0" * 32
 """Name of the index that takes an era's number."""
+ATTEMPTS = 8
+"""How often the indexes are listed again when some of them are replaced meanwhile."""
 _LAST_ERA = 10**10 - 1
 _READERS = 8
 _COUNTS = struct.Struct("<II")
@@ -58,15 +61,15 @@ class _Segment:
         self.rows = rows[order]
         self.packs = packs
 
-    def find(self, blob: bytes) -> Location | None:
+    def find(self, blob: bytes) -> Iterator[Location]:
+        """All places of the blob."""
         key = np.uint64(int.from_bytes(blob[:8], "big"))
         at = int(np.searchsorted(self.prefix, key))
         while at < len(self.prefix) and self.prefix[at] == key:
             if self.ids[at].tobytes() == blob:
                 pack, offset, stored, raw = self.rows[at].item()
-                return Location(self.packs[pack], offset, stored, raw)
+                yield Location(self.packs[pack], offset, stored, raw)
             at += 1
-        return None
 
 
 class BlobIndex:
@@ -74,30 +77,39 @@ class BlobIndex:
 
     A few sorted segments instead of a dict: 56 bytes a blob where Python objects would cost 300.  New blobs
     stay in a dict until there are enough of them for a segment; segments double in size (as in a log-structured merge).
+
+    sizes: pack -> bytes of its object, as the indexes list it
+    avoid: packs that nothing may rely on (damage.py); may be added to
+    unreadable: what was wrong with index objects that could not be read
     """
 
     _FRESH = 4096
 
     def __init__(self, era: int = 0) -> None:
         self.era = era
+        self.sizes: dict[str, int] = {}
+        self.avoid: set[str] = set()
+        self.unreadable: list[SnapchainError] = []
         self._lock = threading.Lock()
         self._segments: list[_Segment] = []
         self._fresh: dict[bytes, Location] = {}
 
     def find(self, blob: bytes) -> Location | None:
-        """Where the blob is, None when it is not known."""
+        """Where the blob is, None when it is not known, or only in packs that are to be avoided."""
         with self._lock:
-            return self._find(blob)
+            return next((where for where in self._find(blob) if where.pack not in self.avoid), None)
 
-    def _find(self, blob: bytes) -> Location | None:
+    def find_all(self, blob: bytes) -> list[Location]:
+        """All places of the blob, those in packs that are to be avoided last."""
+        with self._lock:
+            return sorted(self._find(blob), key=lambda where: where.pack in self.avoid)
+
+    def _find(self, blob: bytes) -> Iterator[Location]:
         fresh = self._fresh.get(blob)
         if fresh is not None:
-            return fresh
+            yield fresh
         for segment in self._segments:
-            found = segment.find(blob)
-            if found is not None:
-                return found
-        return None
+            yield from segment.find(blob)
 
     def add(self, blob: bytes, location: Location) -> None:
         """Remember a blob of this session."""
@@ -194,18 +206,43 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, R
 
 def newest(store: ObjectStore) -> tuple[int, list[ObjectInfo]]:
     """The era that counts, 0 in a new repository, and its index objects."""
-    found = [(index_era(info.name), info) for info in store.list("index/")]
+    return _of_newest_era(store.list("index/"))
+
+
+def _of_newest_era(listed: Iterable[ObjectInfo]) -> tuple[int, list[ObjectInfo]]:
+    found = [(index_era(info.name), info) for info in listed]
     era = max((number for number, _ in found if number is not None), default=0)
     return era, [info for number, info in found if number == era]
 
 
 def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
-    """The index of the whole repository."""
-    era, found = newest(store)
-    index = BlobIndex(era)
+    """The index of the whole repository. An index object that cannot be read is left out: see `unreadable`.
+
+    Packs that a record of damage lists are to be avoided.
+    """
+    for attempt in range(ATTEMPTS):
+        listed = list(store.list("index/"))
+        found = _of_newest_era(listed)
+        index = BlobIndex(found[0])
+        try:
+            _load(store, keys, [info.name for info in found[1]], index)
+        except NotFound:  # a writer has put some of its own together
+            if attempt == ATTEMPTS - 1:
+                raise
+            continue
+        marks = [info.name for info in listed if is_damage(info.name)]
+        index.avoid.update(*damage.read(store, keys, marks).values())
+        return index
+    raise AssertionError("the loop returns or raises")
+
+
+def _load(store: ObjectStore, keys: Keyring, names: Sequence[str], index: BlobIndex) -> None:
     with ThreadPoolExecutor(_READERS, "index") as pool:
-        names = [info.name for info in found]
         for name, data in zip(names, pool.map(store.get, names), strict=True):
-            packs, ids, rows = parse(keys, name, data)
+            try:
+                packs, ids, rows = parse(keys, name, data)
+            except Corrupt as error:
+                index.unreadable.append(error)
+                continue
             index.load(ids, rows, list(packs))
-    return index
+            index.sizes.update(packs)

@@ -144,10 +144,20 @@ class PageCache:
                     self._pages.move_to_end(key)
                     found[at] = kept[0]
         missing = [at for at in range(len(keys)) if at not in found]
-        for number, body in self._reader.read_all([(keys[at][0], _location(rows[at])) for at in missing]):
-            at = missing[number]
-            found[at] = Page.decode(body, *keys[at][1:], subject=subject)
-            self._keep(keys[at], found[at])
+        try:
+            for number, body in self._reader.read_all([(keys[at][0], page_location(rows[at])) for at in missing]):
+                at = missing[number]
+                found[at] = Page.decode(body, *keys[at][1:], subject=subject)
+                self._keep(keys[at], found[at])
+        except Corrupt as error:
+            if len(missing) > 1:  # which of them it is
+                return [self.get(rows[at : at + 1], size, subject=subject)[0] for at in range(len(keys))]
+            _, first, stop = keys[missing[0]]
+            raise Corrupt(
+                f"guest bytes {first} to {stop} are lost, since the map of that range is: {error.message}",
+                subject=error.subject,
+                hint="snapchain verify shows which points are affected",
+            ) from error
         return [found[at] for at in range(len(keys))]
 
     def _keep(self, key: tuple[bytes, int, int], page: Page) -> None:
@@ -159,7 +169,8 @@ class PageCache:
                     self._bytes -= self._pages.popitem(last=False)[1][1]
 
 
-def _location(row: np.void) -> Location:
+def page_location(row: np.void) -> Location:
+    """Where the page of a PAGE_ROW lies."""
     return Location(bytes(row["pack"]).hex(), int(row["offset"]), int(row["stored"]), int(row["raw"]))
 
 

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from enum import Enum
 from types import TracebackType
@@ -30,7 +31,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.host.identity import machine, started
 from snapchain.objects.exclusive import boot_time
-from snapchain.objects.store import ObjectInfo, ObjectStore
+from snapchain.objects.reserve import spending
+from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 
@@ -87,6 +89,8 @@ class Lease:
 
     work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind before Busy; on_wait: told
     once, with words, when there is something to wait for; disks, layers: see Holder
+    spends: whether a full disk gives up its reserve for it (objects/reserve.py): for what frees room, or adds next to
+    nothing
 
     After entry, of a collector: `spared`, layers that readers read; `dead`, leases that nobody keeps up any more, with
     who held them.  They are the collector's to remove (`bury`), and nobody else's: what their holders may still do when
@@ -104,7 +108,9 @@ class Lease:
         on_wait: Callable[[str], None],
         disks: Sequence[str] = (),
         layers: Sequence[str] = (),
+        spends: bool = False,
     ) -> None:
+        self._spends, self._spending = spends, ExitStack()
         self.spared: frozenset[str] = frozenset()
         self.dead: dict[str, Holder | None] = {}
         self._store, self._keys, self._mode = store, keys, mode
@@ -128,6 +134,14 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            if self._spends:
+                stack.enter_context(spending(self._store))
+            self._begin()
+            self._spending = stack.pop_all()
+        return self
+
+    def _begin(self) -> None:
         deadline = boot_time() + self._patience
         told = False
         while True:
@@ -145,7 +159,6 @@ class Lease:
             time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 -- keeps two waiters apart
         self._thread = threading.Thread(target=self._refresh, name="lease", daemon=True)
         self._thread.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -160,6 +173,8 @@ class Lease:
             except SnapchainError:
                 if error is None:
                     raise
+            finally:
+                self._spending.close()
 
     def check(self) -> None:
         """Raises Conflict when the lease may be held dead by others: what was relied on may be gone."""
@@ -171,7 +186,12 @@ class Lease:
             )
 
     def _put(self) -> None:
-        self._store.put(self._name, self._body)
+        try:
+            self._store.put(self._name, self._body)
+        except Refused:
+            if self._mode is not Mode.COLLECT:
+                raise
+            self._store.put(self._name, b"")  # on a full disk there may be room for a name, and it keeps others away
         self._refreshed = boot_time()
 
     def _refresh(self) -> None:

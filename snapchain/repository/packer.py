@@ -4,16 +4,22 @@
 
 A blob that two threads bring at once is stored once.  A pack is listed in an index only when it is durable, so
 a crash leaves packs that nobody lists (the next `gc` takes them), never a listed pack that is not there.
+
+What is not listed when a shipment ends early is sent again by the next one.  So small indexes are written on the way,
+one for every INDEX_BYTES, and one more when the shipment is interrupted; SMALL of them are put together into one, so
+that a long shipment leaves few objects.
 """
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from enum import Enum
 from types import TracebackType
 from typing import Self
 
+from snapchain.errors import SnapchainError
 from snapchain.objects.store import ObjectStore
 from snapchain.repository import index as indexes
 from snapchain.repository.crypto import Keyring
@@ -24,8 +30,15 @@ from snapchain.repository.packs import ClosedPack, Location, OpenPack
 UPLOADS = 3
 """Packs in flight. Two cores fill about one pack in 20 ms; three hide the latency of an fsync or a PUT."""
 
-INDEX_EVERY = 64
-"""Packs (1 GiB) after which an index is written, so that a killed shipment need not upload them again."""
+INDEX_BYTES = 64 * 1024 * 1024
+"""Of durable packs, after which an index is written: what a killed shipment sends again at most, and what was on its
+way."""
+
+SMALL = 16
+"""Small indexes (1 GiB of packs) of which one is made."""
+
+_LAST_WORDS = 5.0
+"""Seconds that an interrupted shipment takes to list what it has sent: the network may be what has failed."""
 
 
 class Stream(Enum):
@@ -48,6 +61,8 @@ class Packer:
         self._slots = threading.BoundedSemaphore(UPLOADS + 1)
         self._uploads: list[Future[None]] = []
         self._durable: list[IndexedPack] = []
+        self._durable_bytes = 0
+        self._small: dict[str, list[IndexedPack]] = {}  # indexes of this session that are to be put together
         self._failed: BaseException | None = None
         self.bytes_stored = 0
 
@@ -59,6 +74,8 @@ class Packer:
     ) -> None:
         # After an error or a Ctrl-C nobody needs what is in flight: a slow upload must not hold up the end.
         self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if isinstance(error, Exception | KeyboardInterrupt):
+            self._list_in_haste()
 
     def add(self, blob: bytes, payload: bytes, raw: int, *, stream: Stream = Stream.DATA) -> Location:
         """Store a blob unless it is there already. Blocks while too many packs are in flight.
@@ -90,10 +107,45 @@ class Packer:
             pending, self._uploads = self._uploads, []
         for upload in pending:
             upload.result()
+        self._list(self._taken(0))
+
+    def _taken(self, least: int) -> list[IndexedPack]:
+        """The durable packs that no index lists, when they are more than `least` bytes; they are the caller's then."""
         with self._noting:
-            listed, self._durable = self._durable, []
-        if listed:
-            indexes.write(self._store, self._keys, listed, era=self._index.era)
+            if self._durable_bytes < least:
+                return []
+            listed, self._durable, self._durable_bytes = self._durable, [], 0
+            return listed
+
+    def _list(self, packs: list[IndexedPack]) -> None:
+        """Write an index of these packs, and make one of SMALL such indexes."""
+        if not packs:
+            return
+        name = indexes.write(self._store, self._keys, packs, era=self._index.era)
+        with self._noting:
+            self._small[name] = packs
+            if len(self._small) < SMALL:
+                return
+            small, self._small = self._small, {}
+        together = [pack for some in small.values() for pack in some]
+        indexes.write(self._store, self._keys, together, era=self._index.era)
+        for each in small:
+            with suppress(SnapchainError):  # it says nothing that is untrue
+                self._store.delete(each)
+
+    def _list_in_haste(self) -> None:
+        """List what is durable, unless the store takes too long."""
+        packs = self._taken(0)
+        if not packs:
+            return
+
+        def write() -> None:
+            with suppress(SnapchainError):  # the error that has ended the shipment is the one to tell
+                indexes.write(self._store, self._keys, packs, era=self._index.era)
+
+        writer = threading.Thread(target=write, name="last index", daemon=True)
+        writer.start()
+        writer.join(_LAST_WORDS)
 
     def _upload(self, pack: ClosedPack) -> None:
         self._slots.acquire()
@@ -109,13 +161,10 @@ class Packer:
     def _put(self, pack: ClosedPack) -> None:
         try:
             self._store.put(pack_name(pack.pack), pack.parts)
-            listed: list[IndexedPack] = []
             with self._noting:
                 self._durable.append(IndexedPack(pack.pack, pack.size, pack.ids, pack.rows))
-                if len(self._durable) >= INDEX_EVERY:
-                    listed, self._durable = self._durable, []
-            if listed:
-                indexes.write(self._store, self._keys, listed, era=self._index.era)
+                self._durable_bytes += pack.size
+            self._list(self._taken(INDEX_BYTES))
         except BaseException as error:
             self._failed = self._failed or error
             raise

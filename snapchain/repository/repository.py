@@ -5,25 +5,26 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
+from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.objects.store import ObjectStore
-from snapchain.repository import catalogue as catalogues, holds, index as indexes, keys as slots, layers
+from snapchain.repository import catalogue as catalogues, damage, holds, index as indexes, keys as slots, layers
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
 from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id, layer_name
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import Memory
-from snapchain.repository.layers import PageCache, StoredLayer
+from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.stored import newer, parse as parse_stored
 
@@ -72,7 +73,7 @@ class Repository:
         self.conditional = conditional
         self.notices: list[str] = list(store.warnings)
         self.memory: Memory | None = None
-        self.blobs = BlobReader(store, keys)
+        self.blobs = BlobReader(store, keys, self._load_index)
         self._pages = PageCache(self.blobs)
 
     @classmethod
@@ -116,6 +117,7 @@ class Repository:
             raise taken
         made = cls(store, config, Keyring(encryption, config.id, master), conditional=found.conditional_put)
         made.notices += found.findings
+        fill_reserve(store)
         return made
 
     @classmethod
@@ -162,14 +164,17 @@ class Repository:
         on_wait: Callable[[str], None],
         patience: float | None = None,
         disks: Sequence[str] = (),
+        spends: bool = False,
     ) -> Lease:
         """The right to write (beside other writers) or to collect (alone), for the length of a `with` block.
 
         work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind; on_wait: told of it, once;
-        disks: those that may be made, which nobody else would know of
+        disks: those that may be made, which nobody else would know of; spends: as in Lease
         """
         seconds = PATIENCE if patience is None else patience
-        return Lease(self.store, self.keys, mode, work=work, patience=seconds, on_wait=on_wait, disks=disks)
+        return Lease(
+            self.store, self.keys, mode, work=work, patience=seconds, on_wait=on_wait, disks=disks, spends=spends
+        )
 
     @contextmanager
     def reading(
@@ -196,6 +201,21 @@ class Repository:
             except Corrupt:
                 self._check_there(layers)
                 raise
+            finally:
+                with suppress(SnapchainError):  # who may only read cannot tell others
+                    self.record_damage()
+
+    def record_damage(self) -> bool:
+        """Let everybody know of the packs in which damage was met; whether some of them were unknown.
+
+        Costs nothing where no damage was met.
+        """
+        if not self.blobs.damaged:
+            return False
+        fresh = self.blobs.damaged - damage.recorded(self.store, self.keys)
+        if fresh:
+            damage.record(self.store, self.keys, fresh)
+        return bool(fresh)
 
     def _check_there(self, layers: Mapping[str, Collection[str]]) -> None:
         """Raises Conflict when some of these layers, by disk, were collected."""
@@ -243,7 +263,7 @@ class Repository:
             points = change(catalogue)
             return None if points is None else {"points": tuple(points)}
 
-        with self.lease(Mode.WRITE, work, on_wait=on_wait) as lease:
+        with self.lease(Mode.WRITE, work, on_wait=on_wait, spends=True) as lease:
             catalogue = self.disk(disk).update(fields, time=datetime.now(UTC), check=lease.check)
         return next(each for each in catalogue.points if each.point == point)
 
@@ -266,6 +286,10 @@ class Repository:
         """One layer. Raises Corrupt when it is missing or unsound."""
         return StoredLayer(*layers.read(self.store, self.keys, layer), self._pages)
 
+    def written(self, header: LayerHeader, pages: PageTable) -> StoredLayer:
+        """The layer of a record that was just written."""
+        return StoredLayer(header, pages, self._pages)
+
     def chain(self, catalogue: Catalogue, layer: str) -> list[StoredLayer]:
         """The layers that end in `layer`, root first."""
         with self.as_of(catalogue):
@@ -282,6 +306,8 @@ class Repository:
         except Corrupt as error:
             current = self.disk(catalogue.disk).read()
             if current is None or current[0].generation == catalogue.generation:
+                with suppress(SnapchainError):  # who may only read cannot tell others
+                    self.record_damage()
                 raise
             raise Conflict(
                 "the disk was changed, and old data collected, while it was looked at",
@@ -298,7 +324,17 @@ class Repository:
             return dict(zip(names, pool.map(self.layer, names), strict=True))
 
     def index(self) -> BlobIndex:
-        """All blobs of the repository."""
+        """All blobs of the repository. Packs that are missing or damaged are known as such: see BlobIndex.avoid.
+
+        Then packs are listed: what an index lists and the store has lost, or has at another size, is damaged.
+        """
+        index = indexes.load(self.store, self.keys)
+        index.avoid |= damage.unlike(self.store, index.sizes)
+        self.blobs.damaged |= index.avoid & index.sizes.keys()
+        self.blobs.use(index)
+        return index
+
+    def _load_index(self) -> BlobIndex:
         return indexes.load(self.store, self.keys)
 
 

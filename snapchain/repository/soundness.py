@@ -5,23 +5,117 @@ Shipping relies on it: it names what an index lists and a pack holds, without re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import blake3
 import numpy as np
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.model.extents import Int64s
-from snapchain.repository import catalogue as catalogues, index as indexes
+from snapchain.repository import catalogue as catalogues, damage, index as indexes
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.format import pack_name
+from snapchain.repository.index import BlobIndex
+from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.packs import FIRST_BLOB, TRAILER, Location, read_directory
+from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
 
 
+def check_there(
+    repository: Repository, blob: bytes, where: Location, sizes: Mapping[str, int], doubted: Container[str]
+) -> None:
+    """Raises Corrupt when the bytes of a blob are lost, as far as can be told without reading packs nobody doubts.
+
+    sizes: object name -> bytes, of the packs that were there; doubted: packs in which damage was found before
+    """
+    name, end = pack_name(where.pack), where.offset + where.stored
+    size = sizes.get(name)
+    if size is not None and size >= end and where.pack not in doubted:
+        return
+    if size is None or size < end:
+        repository.blobs.damaged.add(where.pack)
+    for copy in repository.blobs.copies(blob, where):
+        there = sizes.get(pack_name(copy.pack)) or repository.store.size(pack_name(copy.pack)) or 0
+        if copy.pack not in doubted and there >= copy.offset + copy.stored:
+            return
+    if size is None:
+        raise Corrupt("the pack is missing from the store", subject=name)
+    if size < end:
+        raise Corrupt(f"the pack has {size} bytes, and a record names byte {end}", subject=name)
+    repository.blobs.read(blob, where)
+
+
+def is_whole(layer: StoredLayer, index: BlobIndex) -> bool:
+    """Whether each blob that a layer names lies in a pack that can be relied on, or has a copy in one."""
+    try:
+        return all(index.find(blob) is not None for blob, where in named(layer) if where.pack in index.avoid)
+    except Corrupt:  # a page
+        return False
+
+
+def lost(repository: Repository, layer: StoredLayer, index: BlobIndex) -> Iterator[SnapchainError]:
+    """What of a layer cannot be read any more, among what lies in packs that cannot be relied on."""
+    try:
+        doubted = [each for each in named(layer) if each[1].pack in index.avoid and index.find(each[0]) is None]
+    except Corrupt as error:  # a page
+        yield error
+        return
+    for blob, where in doubted:
+        try:
+            repository.blobs.read(blob, where)
+        except Corrupt as error:
+            yield error
+
+
+def damaged_points(repository: Repository, catalogue: Catalogue, index: BlobIndex) -> tuple[int, ...]:
+    """The points of a disk of which bytes are lost, as far as `index` knows which packs to look into."""
+    damaged: dict[str, bool] = {}
+
+    def is_damaged(layer: str) -> bool:
+        if layer not in damaged:
+            try:
+                damaged[layer] = any(True for _ in lost(repository, repository.layer(layer), index))
+            except Corrupt:  # its record
+                damaged[layer] = True
+        return damaged[layer]
+
+    found: list[int] = []
+    for point in catalogue.points:
+        try:
+            chain = catalogue.chain(point.layer)
+        except Corrupt:
+            found.append(point.point)
+            continue
+        if any(is_damaged(layer) for layer in chain):
+            found.append(point.point)
+    return tuple(found)
+
+
+def named(layer: StoredLayer) -> Iterator[tuple[bytes, Location]]:
+    """Each blob that a layer names, once a page: its pages, and those of its runs. Raises Corrupt for a lost page."""
+    for row in layer.table:
+        yield bytes(row["id"]), page_location(row)
+        for page in layer.pages(int(row["first"]), min(int(row["stop"]), layer.size)):
+            yield from named_by_page(page)
+
+
+def named_by_page(page: Page) -> Iterator[tuple[bytes, Location]]:
+    """Each blob of a page's runs, once."""
+    data = page.runs[page.runs["stored"] != 0]
+    _, first = np.unique(np.stack([data["pack"], data["offset"]]), axis=1, return_index=True)
+    for row in data[first]:
+        where = page.packs[int(row["pack"])], int(row["offset"]), int(row["stored"]), int(row["raw"])
+        yield bytes(row["id"]), Location(*where)
+
+
 def check_indexes(repository: Repository, names: list[str], packs: Mapping[str, int]) -> Iterator[SnapchainError]:
-    """What is wrong with these index objects. packs: object name -> bytes, listed after `names` were."""
+    """What is wrong with these index objects, and with packs that they list, unless that is known and recorded.
+
+    packs: object name -> bytes, listed after `names` were.
+    """
     store = repository.store
+    known = damage.recorded(store, repository.keys)
     for name in names:
         try:
             listed = indexes.parse(repository.keys, name, store.get(name))[0]
@@ -32,9 +126,12 @@ def check_indexes(repository: Repository, names: list[str], packs: Mapping[str, 
             continue
         for pack, size in listed.items():
             found = packs.get(pack_name(pack))
+            if found == size or pack in known:
+                continue
+            repository.blobs.damaged.add(pack)
             if found is None:
                 yield Corrupt(f"{name} lists the pack, and it is missing from the store", subject=pack_name(pack))
-            elif found != size:
+            else:
                 yield Corrupt(f"the pack has {found} bytes, and {name} says {size}", subject=pack_name(pack))
 
 
@@ -59,7 +156,16 @@ def check_history(repository: Repository, disk_key: str) -> Iterator[SnapchainEr
 
 
 def check_pack(repository: Repository, pack: str, size: int, read: Int64s) -> Iterator[SnapchainError]:
-    """What is wrong with a pack. read: offsets of the blobs in it that somebody has read and found right."""
+    """What is wrong with a pack, which is noted as damaged then.
+
+    read: offsets of the blobs in it that somebody has read and found right.
+    """
+    for error in _errors_in_pack(repository, pack, size, read):
+        repository.blobs.damaged.add(pack)
+        yield error
+
+
+def _errors_in_pack(repository: Repository, pack: str, size: int, read: Int64s) -> Iterator[SnapchainError]:
     try:
         _, ids, rows = read_directory(repository.store, repository.keys, pack, size)
     except NotFound:

@@ -1,9 +1,10 @@
 """gc: packs that are mostly waste are rewritten, and what nobody needs is deleted.
 
-    mark     what is in use, or being read (collect.py)
+    mark     what is in use, or being read, and what of it is damaged (collect.py)
     fence    from here on nobody publishes who began before (fence.py)
-    move     blobs in use leave the wasteful packs for new ones; the layer records that name them are written anew and
-             the catalogues switched to them, each by its next generation
+    move     blobs in use leave the wasteful packs, and those that are damaged, for new ones; the layer records that
+             name them are written anew, also where a damaged blob has a copy already, and the catalogues switched to
+             them, each by its next generation
     sweep    old generations; one new index for all old ones; a last look whether we are still alone; layers; packs
 
 Until the last look a writer that takes us for dead may read an old index, and rely on a pack that is about to go; after
@@ -15,13 +16,16 @@ Running again finishes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
+import numpy.typing as npt
 
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, Corrupt
+from snapchain.objects.store import Refused
 from snapchain.repository import index as indexes, layers as records
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
@@ -47,7 +51,8 @@ MOST_INDEXES = 32
 
 _INDEX_BLOBS = 500_000
 
-Moves = dict[tuple[str, int], Location]
+Moves = dict[str, dict[int, Location]]
+"""pack -> offset in it -> where the blob lies now."""
 
 
 @dataclass(slots=True)
@@ -55,6 +60,7 @@ class Swept:
     """What gc did, or would do, in stored bytes.
 
     bytes_freed: less than before, new records counted; bytes_moved: blobs copied into new packs
+    marked: what was in use at the end, and what of it is lost
     """
 
     bytes_freed: int = 0
@@ -63,14 +69,16 @@ class Swept:
     packs_deleted: int = 0
     packs_moved: int = 0
     layers_rewritten: int = 0
+    marked: Marked | None = None
 
 
 def estimate(marked: Marked) -> Swept:
     """What `sweep` would do, without the new records that moving costs."""
-    wasted, empty = wasteful(marked.usage, WASTE, least=LEAST_WASTE), unused(marked.usage)
-    moved = sum(pack.used_bytes for pack in wasted)
+    wasted, empty = _wasteful(marked), _unused(marked)
+    rescued = sum(where.stored for key, (_, where) in marked.rescued.items() if key in marked.movable)
+    moved = sum(pack.used_bytes for pack in wasted) + rescued
     freed = sum(pack.size for pack in (*wasted, *empty)) - moved
-    records_gone = marked.dead_generations | marked.dead_claims | marked.dead_layers
+    records_gone = marked.dead_generations | marked.dead_claims | marked.dead_layers | marked.stale
     return Swept(
         bytes_freed=freed + sum(records_gone.values()),
         bytes_moved=moved,
@@ -78,6 +86,17 @@ def estimate(marked: Marked) -> Swept:
         packs_deleted=len(wasted) + len(empty),
         packs_moved=len(wasted),
     )
+
+
+def _wasteful(marked: Marked) -> list[Usage]:
+    if marked.unread:
+        return []
+    return wasteful(marked.usage, WASTE, least=LEAST_WASTE, avoid=marked.suspect)
+
+
+def _unused(marked: Marked) -> list[Usage]:
+    """Packs that may go. Where a map of a layer is lost nobody knows which ones it needs."""
+    return [] if marked.unread else unused(marked.usage)
 
 
 def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]) -> Swept:
@@ -89,14 +108,21 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     done = Swept()
     held = _stored_bytes(repository)
     marked = _marked_and_fenced(repository, lease)
-    if marked is None:
+    done.marked = marked
+    if marked.lost or marked.suspect:
+        lease.check()  # who slept through another collection misses what nobody needs: that is no damage
+    if not _is_work(repository, lease, marked):
+        _note_damage(repository, marked)
         return done
-    wasted = wasteful(marked.usage, WASTE, least=LEAST_WASTE)
-    if wasted:
-        _move(repository, marked, wasted, done, lease.check)
-        marked = mark(repository, lease.spared)
-    stay = {pack.pack for pack in marked.usage if len(pack.offsets)}
-    gone = {pack.pack: pack.size for pack in unused(marked.usage)}
+    wasted = _wasteful(marked)
+    if wasted or marked.movable:
+        with suppress(Refused):  # a full disk: what is waste goes, and makes room to move next time
+            _move(repository, marked, wasted, done, lease.check)
+        done.marked = marked = mark(repository, lease.spared)
+    gone = {pack.pack for pack in _unused(marked)}
+    avoid = marked.suspect | marked.index.avoid | gone
+    stay = {pack.pack: pack.size for pack in marked.usage if pack.pack not in avoid}
+    _note_damage(repository, marked)
     lease.check()
 
     def delete(objects: Iterable[str]) -> None:
@@ -108,27 +134,30 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     delete(marked.dead_generations)
     delete(marked.dead_claims)
     before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
-    if gone or len(before) > MOST_INDEXES:
-        _write_index(repository, before, stay)
+    unwritten: list[list[IndexedPack]] = []
+    if gone or len(before) > MOST_INDEXES or _misleads(marked):
+        era, unwritten = _write_index(repository, before, stay)
         delete(before)
         lease.check()
     delete(marked.dead_layers)
     delete([pack_name(pack) for pack in gone])
+    delete(marked.stale)
+    for listed in unwritten:
+        indexes.write(store, repository.keys, listed, era=era)
     done.packs_deleted = len(gone)
     done.bytes_freed = held - _stored_bytes(repository)
     return done
 
 
-def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked | None:
-    """What is in use, and will be the same until we are done; None when there is nothing to do."""
+def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked:
+    """What is in use, and will be the same until we are done; not fenced when there is nothing to do."""
     dead_disks = {disk for holder in lease.dead.values() if holder is not None for disk in holder.disks}
     for attempt in range(ATTEMPTS):
         marked = mark(repository, lease.spared)
-        would = estimate(marked)
-        if not (would.objects_deleted or lease.dead or len(indexes.newest(repository.store)[1]) > MOST_INDEXES):
-            return None
+        if not _is_work(repository, lease, marked):
+            return marked
         try:
-            fence(repository, marked, dead_disks, lease.check)
+            _fence(repository, marked, dead_disks, lease)
         except Conflict:  # somebody's last act arrived in between
             if attempt == ATTEMPTS - 1:
                 raise
@@ -138,62 +167,123 @@ def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked | None:
     raise AssertionError("the loop returns or raises")
 
 
+def _fence(repository: Repository, marked: Marked, dead_disks: set[str], lease: Lease) -> None:
+    try:
+        fence(repository, marked, dead_disks, lease.check)
+    except Refused:  # a full disk: what may go at any time makes room
+        gone = [*marked.dead_generations, *marked.dead_claims]
+        if not gone:
+            raise
+        for name in gone:
+            repository.store.delete(name)
+        fence(repository, marked, dead_disks, lease.check)
+
+
+def _is_work(repository: Repository, lease: Lease, marked: Marked) -> bool:
+    would = estimate(marked)
+    if would.objects_deleted or lease.dead or marked.movable or _misleads(marked):
+        return True
+    return len(indexes.newest(repository.store)[1]) > MOST_INDEXES
+
+
+def _misleads(marked: Marked) -> bool:
+    """Whether an index lists packs that are missing or damaged, or cannot be read."""
+    return bool(marked.index.unreadable) or any(pack in marked.index.avoid for pack in marked.index.sizes)
+
+
+def _note_damage(repository: Repository, marked: Marked) -> None:
+    """Let everybody know of damaged packs that records name: the next index no longer tells their size."""
+    repository.blobs.damaged |= marked.suspect
+    repository.record_damage()
+
+
 def _stored_bytes(repository: Repository) -> int:
     """Bytes of all objects that gc may touch."""
     prefixes = ("disks/", "index/", "layers/", "packs/")
     return sum(info.size for prefix in prefixes for info in repository.store.list(prefix))
 
 
-def _write_index(repository: Repository, names: Sequence[str], stay: Collection[str]) -> None:
-    """A new era: one index of the packs that stay, instead of `names`. A pack that the store has lost is none of them.
+def _write_index(
+    repository: Repository, names: Sequence[str], sizes: Mapping[str, int]
+) -> tuple[int, list[list[IndexedPack]]]:
+    """A new era: one index of the packs that stay, instead of `names`, whichever of these can be read.
 
+    sizes: bytes of the packs that stay; none of them is missing or damaged.
+    Gives the era, and what is still to be written, since the disk is full: once the old indexes, which no longer count,
+    and unused packs are gone.
     Raises Conflict when another collector has begun that era.
     """
     store, keys = repository.store, repository.keys
     era = indexes.begin_era(store, keys, names, conditional=repository.conditional)
+    stay = set(sizes)
     pending: list[IndexedPack] = []
     seen: set[str] = set()
     blobs = 0
 
-    def flush() -> None:
-        nonlocal blobs
-        if pending:
-            indexes.write(store, keys, pending, era=era)
-            pending.clear()
-            blobs = 0
+    unwritten: list[list[IndexedPack]] = []
 
+    def flush() -> None:
+        nonlocal blobs, pending
+        if pending:
+            try:
+                indexes.write(store, keys, pending, era=era)
+            except Refused:
+                unwritten.append(pending)
+            pending, blobs = [], 0
+
+    def add(pack: str, size: int, ids: indexes.Ids, rows: Rows) -> None:
+        nonlocal blobs
+        seen.add(pack)
+        pending.append(IndexedPack(pack, size, ids, rows))
+        blobs += len(rows)
+        if blobs >= _INDEX_BLOBS:
+            flush()
+
+    damaged = False
     for name in names:
-        packs, ids, rows = indexes.parse(keys, name, store.get(name))
+        try:
+            packs, ids, rows = indexes.parse(keys, name, store.get(name))
+        except Corrupt:
+            damaged = True
+            continue
         order = np.argsort(rows["pack"], kind="stable")
         edges = np.searchsorted(rows["pack"][order], np.arange(len(packs) + 1))
         for place, (pack, size) in enumerate(packs.items()):
-            if pack not in stay or pack in seen:
-                continue
-            seen.add(pack)
-            mine = order[edges[place] : edges[place + 1]]
-            pending.append(IndexedPack(pack, size, ids[mine], rows[mine]))
-            blobs += len(mine)
-            if blobs >= _INDEX_BLOBS:
-                flush()
+            if pack in stay and pack not in seen:
+                mine = order[edges[place] : edges[place + 1]]
+                add(pack, size, ids[mine], rows[mine])
+    for pack in sorted(stay - seen) if damaged else ():
+        with suppress(Corrupt):  # then its blobs are stored again when they are shipped
+            add(pack, sizes[pack], *read_directory(store, keys, pack, sizes[pack])[1:])
     flush()
+    return era, unwritten
 
 
 def _move(
     repository: Repository, marked: Marked, wasted: Sequence[Usage], done: Swept, check: Callable[[], None]
 ) -> None:
-    """Copy the blobs in use out of the wasted packs, and let all records name the copies."""
+    """Copy the blobs in use out of wasted and damaged packs, and let all records name the copies."""
     # Its index knows nothing, so that what is moved is stored although the old packs have it.
     with Packer(repository.store, repository.keys, BlobIndex(indexes.newest(repository.store)[0])) as packer:
         moves: Moves = {}
+        for pack, offset in marked.movable & marked.replaced.keys():
+            moves.setdefault(pack, {})[offset] = marked.replaced[pack, offset]
         for usage in wasted:
-            for offset, location in _copied(repository, usage, packer):
-                moves[usage.pack, offset] = location
+            try:
+                moves[usage.pack] = dict(_copied(repository, usage, marked.pages, packer))
+            except Corrupt:  # it stays where it is, and is not trusted any more
+                repository.blobs.damaged.add(usage.pack)
+                continue
             done.bytes_moved += usage.used_bytes
             done.packs_moved += 1
-        packs = {usage.pack for usage in wasted}
+        for key in sorted(marked.movable & marked.rescued.keys() - marked.pages):
+            blob, where = marked.rescued[key]
+            moves.setdefault(where.pack, {})[where.offset] = _rescued(repository, blob, where, packer)
+            done.bytes_moved += where.stored
+        vacated = moves.keys() | {pack for pack, _ in marked.movable}
         renamed: dict[str, str] = {}
-        for layer in {layer for catalogue in marked.catalogues for layer in catalogue.parents}:
-            table = _moved_table(repository.layer(layer), packs, moves, packer, repository)
+        for layer in {layer for catalogue in marked.catalogues for layer in catalogue.parents} - marked.unread:
+            table = _moved_table(repository.layer(layer), moves, vacated, packer, repository)
             if table is None:
                 continue
             packer.flush()
@@ -208,52 +298,72 @@ def _move(
             _switch(repository, current, renamed)
 
 
-def _copied(repository: Repository, usage: Usage, packer: Packer) -> Iterator[tuple[int, Location]]:
-    """(old offset, new place) of each blob in use of a pack, which is read once, as a whole."""
+def _copied(
+    repository: Repository, usage: Usage, pages: Container[tuple[str, int]], packer: Packer
+) -> Iterator[tuple[int, Location]]:
+    """(old offset, new place) of each blob in use of a pack, but for pages. Reads it once, as a whole.
+
+    Pages are written when it is known where what they name has gone. Raises Corrupt.
+    """
     store = repository.store
     reader, ids, rows = read_directory(store, repository.keys, usage.pack, usage.size)
     data = memoryview(store.get(pack_name(usage.pack)))
     used = set(usage.offsets.tolist())
     for blob, (_, offset, stored, raw) in zip(ids, rows.tolist(), strict=True):
-        if offset in used:
-            yield offset, _copy(reader, bytes(blob), Location(usage.pack, offset, stored, raw), data, packer)
+        if offset in used and (usage.pack, offset) not in pages:
+            text = data[offset : offset + stored]
+            yield offset, _copy(reader, bytes(blob), Location(usage.pack, offset, stored, raw), text, packer)
 
 
-def _copy(reader: PackReader, blob: bytes, where: Location, data: memoryview, packer: Packer) -> Location:
-    text = data[where.offset : where.offset + where.stored]
+def _rescued(repository: Repository, blob: bytes, where: Location, packer: Packer) -> Location:
+    """The new place of a whole blob in a damaged pack. Raises Corrupt."""
+    text = repository.store.get(pack_name(where.pack), offset=where.offset, length=where.stored)
+    return _copy(PackReader(repository.keys, where.pack), blob, where, memoryview(text), packer)
+
+
+def _copy(reader: PackReader, blob: bytes, where: Location, text: memoryview, packer: Packer) -> Location:
     reader.blob(blob, where.offset, where.raw, text)  # what is damaged is not passed on as if it were sound
     return packer.add(blob, reader.payload(blob, where.offset, where.raw, text), where.raw)
 
 
 def _moved_table(
-    layer: StoredLayer, packs: set[str], moves: Moves, packer: Packer, repository: Repository
+    layer: StoredLayer, moves: Moves, vacated: Container[str], packer: Packer, repository: Repository
 ) -> Rows | None:
-    """The layer's page table with all moved blobs at their new places; None when nothing of it moved."""
+    """The layer's page table with all moved blobs at their new places; None when nothing of it moved.
+
+    vacated: packs in which no page is to stay
+    """
     rows: list[Rows] = []
     changed = False
     for row in layer.table:
-        (page,) = layer.pages(int(row["first"]), min(int(row["stop"]), layer.size))
-        moved = _moved_page(page, packs, moves)
-        if moved is not None or bytes(row["pack"]).hex() in packs:
-            row = store_page_body(  # noqa: PLW2901
-                int(row["first"]), int(row["stop"]), moved or page, keys=repository.keys, packer=packer
-            )[0]
-            changed = True
+        first, stop = int(row["first"]), int(row["stop"])
+        (page,) = layer.pages(first, min(stop, layer.size))
+        moved = _moved_page(page, moves)
+        pack = bytes(row["pack"]).hex()
+        copy = moves.get(pack, {}).get(int(row["offset"]))
+        if moved is None and copy is not None:
+            row = row.copy()  # noqa: PLW2901
+            row["pack"] = np.frombuffer(bytes.fromhex(copy.pack), np.uint8)
+            row["offset"], row["stored"] = copy.offset, copy.stored
+        elif moved is not None or pack in vacated:
+            row = store_page_body(first, stop, moved or page, keys=repository.keys, packer=packer)[0]  # noqa: PLW2901
+        changed = changed or moved is not None or pack in vacated
         rows.append(np.array([row], PAGE_ROW))
     return np.concatenate(rows) if changed else None
 
 
-def _moved_page(page: Page, packs: set[str], moves: Moves) -> Page | None:
-    hit = np.isin(page.runs["pack"], [place for place, pack in enumerate(page.packs) if pack in packs])
-    hit &= page.runs["stored"] != 0
-    if not hit.any():
-        return None
+def _moved_page(page: Page, moves: Moves) -> Page | None:
     runs = page.runs.copy()
     table = {pack: place for place, pack in enumerate(page.packs)}
-    for at in np.flatnonzero(hit).tolist():
-        new = moves[page.packs[int(runs["pack"][at])], int(runs["offset"][at])]
-        runs["pack"][at] = table.setdefault(new.pack, len(table))
-        runs["offset"][at], runs["stored"][at] = new.offset, new.stored
+    hit = False
+    for at in np.flatnonzero(_may_move(page, moves)).tolist():
+        new = moves[page.packs[int(runs["pack"][at])]].get(int(runs["offset"][at]))
+        if new is not None:
+            hit = True
+            runs["pack"][at] = table.setdefault(new.pack, len(table))
+            runs["offset"][at], runs["stored"][at] = new.offset, new.stored
+    if not hit:
+        return None
     used = sorted({int(place) for place in runs["pack"][runs["stored"] != 0]})
     names = list(table)
     places = np.zeros(len(names), np.uint32)
@@ -261,6 +371,13 @@ def _moved_page(page: Page, packs: set[str], moves: Moves) -> Page | None:
     data = runs["stored"] != 0
     runs["pack"] = places[np.where(data, runs["pack"], 0)] * data
     return Page(runs, page.leaves, [names[place] for place in used])
+
+
+def _may_move(page: Page, moves: Moves) -> npt.NDArray[np.bool_]:
+    """Which runs are of packs out of which something is moved."""
+    places = [place for place, pack in enumerate(page.packs) if pack in moves]
+    hit: npt.NDArray[np.bool_] = np.isin(page.runs["pack"], places) & (page.runs["stored"] != 0)
+    return hit
 
 
 def _switch(repository: Repository, current: tuple[Catalogue, str], renamed: Mapping[str, str]) -> None:

@@ -15,7 +15,6 @@ from snapchain.ops.ship import shipment
 from snapchain.repository import index as indexes
 from snapchain.repository.format import BLOB_ROW
 from snapchain.repository.index import IndexedPack
-from snapchain.repository.packer import INDEX_EVERY
 from tests.bench.measure import KiB, MiB
 from tests.ops.stacks import Layer, build
 from tests.repository.counting import CountingStore
@@ -24,6 +23,8 @@ from tests.repository.synthetic import again, repository
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(600)]
 
 PACKS, BLOBS = 10_000, 100
+A_SHIPMENT = 64
+"""Packs."""
 CHAIN = 30
 
 
@@ -41,7 +42,7 @@ def fake(count: int, draw: np.random.Generator) -> list[IndexedPack]:
 def test_a_nightly_shipment_into_a_million_blobs(tmp_path: Path, after: str) -> None:
     repo = repository(MemoryStore(), block_size=256 * KiB)
     draw = np.random.default_rng(1)
-    every = INDEX_EVERY if after == "shipments" else PACKS // 2
+    every = A_SHIPMENT if after == "shipments" else PACKS // 2
     for first in range(0, PACKS, every):
         indexes.write(repo.store, repo.keys, fake(min(every, PACKS - first), draw), era=0)
     size = 256 * MiB

@@ -63,6 +63,26 @@ def test_init_says_what_the_store_does_not_keep_to(bucket: Bucket) -> None:
         bucket.create()
 
 
+def test_packs_that_a_server_has_lost_are_stored_again(bucket: Bucket, tmp_path: Path) -> None:
+    """With a cache of indexes between, as the command has it."""
+    bucket.create()
+    files = build(tmp_path / "chain", [Layer(MiB, ["write -P 1 0 512k"]), Layer(MiB, ["write -P 2 256k 512k"])])
+    for path in files:
+        bucket.ship(path)
+    for lost in [info.name for info in bucket.open().store.list("packs/")][::2]:
+        bucket.open().store.delete(lost)
+    assert not verify(bucket.open(writing=False)).ok
+    assert bucket.ship(files[-1]).damaged == ()
+    for collected in (False, True):
+        if collected:
+            assert gc.run(bucket.open()).findings == ()
+        assert verify(bucket.open(writing=False), share=1.0).ok
+        for point, path in enumerate((*files, files[-1]), start=1):
+            out = tmp_path / f"{point}-{collected}.raw"
+            Restoration(bucket.open(writing=False), DISK, out, point=str(point)).run()
+            assert same(path, out)
+
+
 def test_ship_merge_and_restore(bucket: Bucket, tmp_path: Path) -> None:
     bucket.create()
     stack = random_stack(tmp_path / "stack", 7, layers=4, grown=lambda path: _ship(bucket, path))

@@ -236,6 +236,30 @@ class Reader:
         return Layer(header, runs, leaves, pages)
 
     def blob(self, blob: bytes, where: Location) -> bytes:
+        """The plain bytes, from another place where this one is damaged (section 7, "Damage")."""
+        try:
+            return self._blob_at(blob, where)
+        except (Damaged, FileNotFoundError) as error:
+            for copy in self.copies(blob):
+                if copy.pack != where.pack and copy.raw == where.raw:
+                    try:
+                        return self._blob_at(blob, copy)
+                    except (Damaged, FileNotFoundError):
+                        continue
+            raise Damaged("blob") from error
+
+    def copies(self, blob: bytes) -> list[Location]:
+        return [where for found, where in self.indexed(strict=False) if found == blob]
+
+    def damaged(self) -> set[str]:
+        """Packs that a record of damage lists."""
+        found: set[str] = set()
+        for path in sorted((self._root / "index").glob("damaged-*")):
+            body = self.keys.unseal(b"D", f"index/{path.name}", path.read_bytes())
+            found.update(load_json(body, {"format", "time", "packs", "made_by"}, {"made_by"})["packs"])
+        return found
+
+    def _blob_at(self, blob: bytes, where: Location) -> bytes:
         with self._root.joinpath("packs", where.pack[:2], where.pack).open("rb") as file:
             file.seek(where.offset)
             return self.keys.blob(blob, where, file.read(where.stored))
@@ -279,8 +303,8 @@ class Reader:
         for path in sorted(self._root.glob("packs/??/*")):
             yield from self.keys.directory(path.name, path.read_bytes())
 
-    def indexed(self) -> Iterator[tuple[bytes, Location]]:
-        """Every blob that an index lists."""
+    def indexed(self, *, strict: bool = True) -> Iterator[tuple[bytes, Location]]:
+        """Every blob that an index lists. strict: each pack must be there, with the size that is listed."""
         found = sorted(path for path in (self._root / "index").iterdir() if re.fullmatch(INDEX_NAME, path.name))
         for path in (path for path in found if path.name[:10] == found[-1].name[:10]):
             body = self.keys.unseal(b"I", f"index/{path.name}", path.read_bytes())
@@ -289,7 +313,7 @@ class Reader:
             at, rows = 8 + 24 * packs, 8 + 24 * packs + 32 * blobs
             if len(body) != rows + 16 * blobs:
                 raise Damaged("index")
-            for pack, size in table:
+            for pack, size in table if strict else ():
                 if self._root.joinpath("packs", pack.hex()[:2], pack.hex()).stat().st_size != size:
                     raise Damaged("size of a pack")
             for n in range(blobs):

@@ -20,7 +20,7 @@ from snapchain.repository.crypto import Keyring
 from snapchain.repository.deposit import Deposit
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.packer import INDEX_EVERY, UPLOADS, Packer, Stream
+from snapchain.repository.packer import SMALL, UPLOADS, Packer, Stream
 from snapchain.testing.faults import Crash, Fault, FaultStore, On
 from tests.repository.synthetic import LEAF, ORIGIN, Run, again, drawn, nothing, repository
 
@@ -143,7 +143,7 @@ def test_a_failed_upload_is_the_error_of_whoever_fills_or_flushes(fault: Fault, 
     store = FaultStore(Slow(MemoryStore(), 0.001), [On(nth, fault, operation="put", prefix="packs/")])
     with pytest.raises(Unavailable, match="injected"):
         pack_all(store, blobs(300))
-    assert list(store.list("index/")) == [], "nothing is listed of a session that failed"
+    assert listed(store) <= stored(store)
 
 
 @pytest.mark.timeout(20)
@@ -198,19 +198,97 @@ def test_leaving_with_an_error_does_not_wait_for_slow_uploads_nor_strand_a_threa
     assert len(outcome) == 12
 
 
+def listed(store: ObjectStore) -> set[str]:
+    """Packs that an index lists, all of which must be there."""
+    sizes = indexes.load(store, KEYS).sizes
+    assert {pack: store.size(pack_name(pack)) for pack in sizes} == sizes
+    return set(sizes)
+
+
+def stored(store: ObjectStore) -> set[str]:
+    return {info.name.rpartition("/")[2] for info in store.list("packs/")}
+
+
 @pytest.mark.timeout(20)
-def test_an_index_is_written_now_and_then_and_lists_durable_packs_only() -> None:
-    store = MemoryStore()
+def test_what_a_kill_leaves_unlisted_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment: no more than INDEX_BYTES, and what is on its way."""
+    monkeypatch.setattr(packers, "INDEX_BYTES", 5000)
+    most = 0
+
+    class Watched(StoreWrapper):
+        def put(self, name: str, data: Data) -> None:
+            nonlocal most
+            super().put(name, data)
+            if name.startswith("packs/"):
+                most = max(most, len(stored(self.inner) - listed(self.inner)))
+
+    store = Watched(MemoryStore())
     with Packer(store, KEYS, BlobIndex()) as packer:
-        for each in blobs(3 * (INDEX_EVERY + 10)):
+        for each in blobs(300):
             packer.add(identity(each), each, len(each))
-        while not list(store.list("index/")):
-            time.sleep(0.01)
-        for info in list(store.list("index/")):
-            for pack, size in indexes.parse(KEYS, info.name, store.get(info.name))[0].items():
-                assert store.size(pack_name(pack)) == size
         packer.flush()
-    assert len(list(store.list("index/"))) == 2
+    assert 5000 // 1400 < most <= 5000 // 1000 + UPLOADS + 1
+    assert stored(store) == listed(store)
+
+
+def test_small_indexes_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packers, "INDEX_BYTES", 2500)
+    store, plain = MemoryStore(), blobs(40 * SMALL)
+    pack_all(store, plain)
+    assert stored(store) == listed(store)
+    count = len(stored(store)) // 2
+    assert len(list(store.list("index/"))) < count // SMALL + SMALL
+    index = indexes.load(store, KEYS)
+    assert all(index.find(identity(each)) is not None for each in plain)
+
+
+def test_indexes_that_are_put_together_meanwhile_are_loaded_all_the_same() -> None:
+    store = MemoryStore()
+    pack_all(store, blobs(10))
+    (small,) = [info.name for info in store.list("index/")]
+
+    class Meanwhile(StoreWrapper):
+        def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+            if name == small and self.inner.size(small) is not None:
+                packs_listed, ids, rows = indexes.parse(KEYS, small, self.inner.get(small))
+                sizes = [indexes.IndexedPack(pack, size, ids[:0], rows[:0]) for pack, size in packs_listed.items()]
+                indexes.write(self.inner, KEYS, sizes, era=0)
+                self.inner.delete(small)
+            return super().get(name, offset=offset, length=length)
+
+    assert set(indexes.load(Meanwhile(store), KEYS).sizes) == stored(store)
+
+
+def _cut_off(store: ObjectStore, error: BaseException) -> None:
+    with Packer(store, KEYS, BlobIndex()) as packer:
+        for each in blobs(100):
+            packer.add(identity(each), each, len(each))
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Unavailable("the network is gone")])
+def test_leaving_with_an_error_lists_what_was_sent(error: BaseException) -> None:
+    store = MemoryStore()
+    with pytest.raises(type(error)):
+        _cut_off(store, error)
+    assert len(listed(store)) > 20
+    assert len(stored(store) - listed(store)) <= UPLOADS + 1
+
+
+@pytest.mark.timeout(20)
+def test_a_store_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packers, "_LAST_WORDS", 0.01)
+    gate = threading.Event()
+
+    class Hanging(StoreWrapper):
+        def put(self, name: str, data: Data) -> None:
+            if name.startswith("index/"):
+                gate.wait()
+            super().put(name, data)
+
+    with pytest.raises(KeyboardInterrupt):
+        _cut_off(Hanging(MemoryStore()), KeyboardInterrupt())
+    gate.set()
 
 
 def test_data_and_pages_lie_apart() -> None:

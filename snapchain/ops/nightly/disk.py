@@ -157,7 +157,7 @@ class DiskRun:
         for place in self._places:
             self._show_result(self._ship(place, captured))
         if self._settings.merge_above is not None:
-            if all(each.outcome is Outcome.OK for each in self._report.destinations):
+            if all(each.point is not None for each in self._report.destinations):
                 self._steps.attempt("local merge", lambda: self._merge(captured), tries=_TRIES)
             else:
                 self._show(why_not_merged="not every destination holds it")
@@ -204,9 +204,12 @@ class DiskRun:
         if done.value is None:
             return ShipResult(destination=place.name, outcome=done.outcome)
         report = done.value
+        if report.damaged:
+            self._steps.count(Outcome.DAMAGED)
         return ShipResult(
             destination=place.name,
-            outcome=Outcome.OK,
+            outcome=Outcome.DAMAGED if report.damaged else Outcome.OK,
+            damaged=report.damaged,
             point=report.point,
             layers_sent=report.layers_sent,
             bytes_read=report.bytes_read,
@@ -296,7 +299,7 @@ class DiskRun:
 
     def _retain(self, place: Place, result: ShipResult) -> ShipResult:
         """Let points go by the rules, where a new one has come."""
-        if result.outcome is not Outcome.OK or place.policy.is_empty:
+        if result.point is None or place.policy.is_empty:
             return result
         done = self._steps.attempt(f"merge at {place.name}", lambda: self._retained(place), tries=_TRIES)
         if done.value is None:

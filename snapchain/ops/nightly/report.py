@@ -22,12 +22,14 @@ class Outcome(StrEnum):
     ok       all that was to be done is done
     busy     left out: somebody has the image open
     left     begun or not, and not finished: the window, the time or a budget came to its end
+    damaged  all was done, and the destination has lost bytes of some point, which the image no longer has
     failed   something went wrong
     """
 
     OK = "ok"
     BUSY = "busy"
     LEFT = "left"
+    DAMAGED = "damaged"
     FAILED = "failed"
 
     @classmethod
@@ -62,7 +64,10 @@ class Fault(_Shown):
 
 
 class ShipResult(_Shown):
-    """A disk at one destination. point: None when nothing was shipped; bytes: guest bytes read, stored bytes."""
+    """A disk at one destination.
+
+    point: None when nothing was shipped; bytes: guest bytes read, stored bytes; damaged: points with lost bytes
+    """
 
     destination: str
     outcome: Outcome
@@ -74,6 +79,7 @@ class ShipResult(_Shown):
     retention: RepositoryMergeReport | None = None
     points: int | None = None
     layers: int | None = None
+    damaged: tuple[int, ...] = ()
 
 
 class DiskReport(_Shown):
@@ -98,6 +104,17 @@ class DiskReport(_Shown):
     faults: tuple[Fault, ...] = ()
     left: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    def damaged_at(self, destination: str) -> Self:
+        """The report, when it came to light after the disk's turn that the destination has lost bytes of it."""
+        places = tuple(
+            each.model_copy(update={"outcome": Outcome.worst([each.outcome, Outcome.DAMAGED])})
+            if each.destination == destination
+            else each
+            for each in self.destinations
+        )
+        worst = Outcome.worst([self.outcome, Outcome.DAMAGED])
+        return self.model_copy(update={"outcome": worst, "destinations": places})
 
 
 class VerifyResult(_Shown):

@@ -194,6 +194,8 @@ class _Run:
                 upkeep.run()
             finally:
                 self._destinations[place.name] = upkeep.report
+                for name in upkeep.damaged & self._reports.keys():
+                    self._reports[name] = self._reports[name].damaged_at(place.name)
 
     def _end_hooks(self, report: NightlyReport) -> None:
         counts = {f"disks_{outcome.value}": count for outcome, count in report.counts.items()}

@@ -35,6 +35,10 @@ class Steps:
         """Of all steps together."""
         return Outcome.worst(self._outcomes)
 
+    def count(self, outcome: Outcome) -> None:
+        """A step was done, with this outcome."""
+        self._outcomes.append(outcome)
+
     def note(self, step: str, error: Exception) -> None:
         """Something went wrong that no attempt has met. Said again, it is the same fault."""
         self.add(Fault.of(step, error))

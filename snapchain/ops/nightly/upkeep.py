@@ -49,6 +49,7 @@ class Upkeep:
         if steps.attempt("open", self._place.open).outcome is Outcome.OK:
             if config.gc:
                 self._show(gc=steps.attempt("gc", self._collect).value)
+                self._note_damage()
             if config.verify is not None:
                 steps.attempt("verify", self._verify)
 
@@ -65,6 +66,21 @@ class Upkeep:
             done = gc.run(repository, on_event=self._on_event)
         self._night.state.put_destination(self._place.name, gc_at=self._night.clock(), gc_freed_bytes=done.bytes_freed)
         return done
+
+    def _note_damage(self) -> None:
+        """gc works around damage; that there is some is a fault all the same."""
+        findings = self._report.gc.findings if self._report.gc else ()
+        if findings:
+            first = findings[0]
+            words = f"{len(findings)} findings, the first: {first.subject}: {first.message}"
+            self._steps.note("gc", Corrupt(words, subject=first.disk, hint="snapchain verify shows them all"))
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """The disks of which this run found something to be lost, be it by gc or by verify."""
+        collected = self._report.gc.findings if self._report.gc else ()
+        verified = (each.disk for each in self._report.verified if each.findings)
+        return frozenset(each.disk for each in collected if each.disk is not None).union(verified)
 
     def _verify(self) -> None:
         config, known = self._place.config.verify, self._night.state.destination(self._place.name)

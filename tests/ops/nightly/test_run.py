@@ -18,6 +18,7 @@ from snapchain.ops.hold import hold_image, release_image
 from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.restore import Restoration
+from snapchain.ops.verify import verify
 from tests.ops.nightly.night import EVENING, Clock, Host, MiB, in_use, row
 from tests.ops.stacks import flat, names, same, write
 
@@ -238,17 +239,66 @@ def test_the_sample_turns(host: Host) -> None:
     assert seen == ["d0", "d1", "d2", "d0"]
 
 
-def test_damage_that_the_sample_finds_is_a_failure(host: Host) -> None:
-    host.disk("web1")
-    host.run("")
+IN_PLACE = "[[disks]]\nglob = 'images/*.qcow2'\nsnapshot = false\n"
+VAULT = "[[destinations]]\nname = 'vault'\nurl = 'repo'\nverify = {disks = 2, share = '100%'}\n"
+
+
+def lose_packs(host: Host) -> None:
     for pack in (host.directory / "repo" / "packs").rglob("*"):
         if pack.is_file():
             pack.unlink()
-    report = host.run("[[destinations]]\nname='vault'\nurl='repo'\ngc = false\n")
+
+
+def test_a_night_mends_what_its_destination_has_lost(host: Host) -> None:
+    """Of sealed layers that need not be shipped, too."""
+    host.disk("web1")
+    first = host.run("")
+    lose_packs(host)
+    report = host.run("")
+    assert report.outcome is Outcome.OK
+    assert report.disks[0].destinations[0].layers_sent > 0
+    assert report.disks[0].destinations[0].content_id == first.disks[0].destinations[0].content_id
+    assert verify(host.repository(), share=1.0).ok
+
+
+def test_a_disk_of_which_bytes_are_lost_is_not_ok(host: Host) -> None:
+    path = host.disk("web1")
+    host.disk("web2")
+    text = f"{IN_PLACE}{VAULT}"
+    host.run(text)
+    write(path, "write -P 200 0 256k")
+    lose_packs(host)
+    report = host.run(text)
+    web1, web2 = report.disks
+    assert (web1.outcome, web2.outcome) == (Outcome.DAMAGED, Outcome.OK)
+    assert [(each.outcome, each.damaged) for each in web1.destinations] == [(Outcome.DAMAGED, (1,))]
+    assert report.counts[Outcome.DAMAGED] == 1
+    assert not report.complete
     assert report.destinations[0].outcome is Outcome.FAILED
-    assert report.destinations[0].verified[0].findings
+    assert {each.disk for each in report.destinations[0].verified if each.findings} == {"web1"}
+    assert host.metric("disks", outcome="damaged") == 1
+    assert host.metric("disk_success", disk="web1") == 0
+    assert host.metric("disk_success", disk="web2") == 1
     assert host.metric("verify_findings", destination="vault") >= 1
     assert host.metric("destination_success", destination="vault") == 0
+    assert host.run(text).disks[0].outcome is Outcome.DAMAGED
+    dropped = host.run(f"[keep]\nlast = 1\n{text}")
+    assert [each.points for each in dropped.disks[0].destinations] == [1]
+    assert host.run(text).outcome is Outcome.OK
+
+
+def test_what_only_the_sample_finds_marks_the_disk(host: Host) -> None:
+    path = host.disk("web1")
+    text = f"{IN_PLACE}{VAULT}"
+    host.run(text)
+    write(path, "write -P 200 0 256k")
+    for pack in (host.directory / "repo" / "packs").rglob("*"):
+        if pack.is_file():
+            pack.write_bytes(bytes(pack.stat().st_size))
+    report = host.run(f"{text}gc = false\n")
+    assert report.disks[0].outcome is Outcome.DAMAGED
+    assert report.disks[0].destinations[0].outcome is Outcome.DAMAGED
+    assert report.outcome is Outcome.FAILED
 
 
 def test_one_run_at_a_time(host: Host) -> None:

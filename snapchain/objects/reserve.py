@@ -1,0 +1,116 @@
+"""Room that a full disk gives up, so that what frees room can begin.
+
+A collection and a merge must write a little (a lease, a catalogue generation, an index) before they can delete
+anything.  So a directory holds a file of nothing, `.reserve`, whose name is no object's.  Who is `spending` removes it
+when the disk is full, and makes it again at the end, as large as there is room.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from threading import Lock
+from typing import Protocol, runtime_checkable
+
+from snapchain.objects.store import ObjectStore
+from snapchain.objects.wrapper import innermost
+
+NAME = ".reserve"
+LARGEST = 4 * 1024 * 1024
+"""Bytes: the records of a merge of some GiB, or of a collection in a repository of a hundred disks."""
+LEAST = 64 * 1024
+SHARE = 8
+"""Of the room that is left, one part in so many is taken for the reserve."""
+_STEPS = (8, 7, 6, 5, 4, 3, 2, 1)
+_MODE = 0o600
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+@runtime_checkable
+class KeepsReserve(Protocol):
+    """A store with a reserve."""
+
+    def spending(self) -> AbstractContextManager[None]: ...
+
+
+def spending(store: ObjectStore) -> AbstractContextManager[None]:
+    """For the length of a `with` block, a full disk gives up the reserve; afterwards it is made again, if it can be."""
+    bottom = innermost(store)
+    return bottom.spending() if isinstance(bottom, KeepsReserve) else nullcontext()
+
+
+def fill(store: ObjectStore) -> None:
+    """Make the reserve, or enlarge it, where there is plenty of room."""
+    bottom = innermost(store)
+    if isinstance(bottom, KeepsReserve):
+        with bottom.spending():
+            pass
+
+
+class Reserve:
+    """The reserve of one directory. Thread-safe. What fails here is no error: then there is less of a reserve."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._spenders = 0
+        self._was_spent = False
+
+    @contextmanager
+    def spent(self, folder: int) -> Iterator[None]:
+        """folder: descriptor of the directory."""
+        with self._lock:
+            self._spenders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._spenders -= 1
+                if not self._spenders:
+                    with suppress(OSError):
+                        _fill(folder, all_of_it=self._was_spent)
+                    self._was_spent = False
+
+    def give_up(self, folder: int, error: OSError) -> bool:
+        """Whether there is room now that was not there at `error`."""
+        if error.errno not in FULL or not self._spenders:
+            return False
+        try:
+            os.unlink(NAME, dir_fd=folder)
+        except OSError:
+            return False
+        self._was_spent = True
+        return True
+
+
+def _fill(folder: int, *, all_of_it: bool) -> None:
+    """all_of_it: take whatever room is left, before others do; else a share of it."""
+    room = os.fstatvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    try:
+        held: int | None = os.stat(NAME, dir_fd=folder, follow_symlinks=False).st_size
+    except FileNotFoundError:
+        held = None
+    wanted = min(LARGEST, free if all_of_it else free // SHARE)
+    if wanted < LEAST or (held is not None and (held >= LARGEST or wanted < 2 * held)):
+        return
+    fd = os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE, dir_fd=folder)
+    try:
+        _allocate(fd, wanted)
+        if os.fstat(fd).st_size < LEAST:
+            os.unlink(NAME, dir_fd=folder)
+    finally:
+        os.close(fd)
+
+
+def _allocate(fd: int, wanted: int) -> None:
+    """Room for `wanted` bytes, or for as many as there is room."""
+    for step in _STEPS:
+        size = wanted * step // _STEPS[0]
+        try:
+            os.posix_fallocate(fd, 0, max(size, 1))
+        except OSError:
+            os.ftruncate(fd, 0)
+        else:
+            return
