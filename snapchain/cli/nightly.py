@@ -159,6 +159,11 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
             longer.setdefault(disk.why_not_merged, []).append(disk.disk)
     for words, names in longer.items():
         console.print(f"  {_whose(names)}not merged further: {words}", markup=False)
+    for disk in report.disks:
+        future = {
+            point for each in disk.destinations if each.retention for point in each.retention.points_of_the_future
+        }
+        render.points_of_the_future(console, disk.disk, map(str, sorted(future)))
 
 
 def _report_row(disk: DiskReport) -> list[str]:

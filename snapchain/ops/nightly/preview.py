@@ -91,8 +91,8 @@ def preview(
     """Look at everything. What is wrong with disks and destinations is in the plan."""
     state = _state(directory_of(config, path) / "state.json")
     steps = Steps()
-    found = roster(config, state)
     now = clock()
+    found = roster(config, state, now=now)
     limits = limits_of(
         now=now,
         clock=lambda: now,
@@ -112,7 +112,7 @@ def preview(
         closes=limits.closes,
         left=tuple(steps.left),
         disks=tuple(_Look(config, places, disk, now).disk() for disk in found.disks),
-        destinations=tuple(_upkeep(config, place, state, found.disks) for place in places.values()),
+        destinations=tuple(_upkeep(config, place, state, found.disks, now) for place in places.values()),
         faults=(
             *(Fault.of("selection", fault) for fault in found.faults),
             *(Fault.of("hooks", fault) for fault in missing_programs(config.hooks)),
@@ -218,11 +218,13 @@ class _Look:
         return tuple(path.name for files in found for path in files), None
 
 
-def _upkeep(config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...]) -> UpkeepPreview:
+def _upkeep(
+    config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...], now: datetime
+) -> UpkeepPreview:
     wanted = place.config.verify
     there = [
         disk.name for disk in disks if place.config in config.destinations_of(disk.settings) and disk.fault is None
     ]
     known = state.destinations.get(place.name, DestinationState())
-    verified = turns(there, known.verified, wanted.disks, damaged=known.damaged) if wanted else []
+    verified = turns(there, known.verified, wanted.disks, now=now, damaged=known.damaged) if wanted else []
     return UpkeepPreview(destination=place.name, gc=place.config.gc, verify=tuple(verified))

@@ -7,6 +7,7 @@ be mounted, a pattern may be mistyped.  Only what `retired` names, and names tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -30,8 +31,8 @@ class Roster:
     faults: tuple[SnapchainError, ...] = ()
 
 
-def roster(config: Nightly, state: State) -> Roster:
-    """Look which images there are."""
+def roster(config: Nightly, state: State, *, now: datetime | None = None) -> Roster:
+    """Look which images there are. now: by the clock of this run."""
     found = select(
         config,
         known={disk.image for disk in state.disks.values() if disk.destinations},
@@ -47,7 +48,7 @@ def roster(config: Nightly, state: State) -> Roster:
     }
     gone = tuple(name for name, disk in missed.items() if disk.destinations and name not in former)
     return Roster(
-        disks=tuple(order(found.disks, lambda disk: disk.name, turns)),
+        disks=tuple(order(found.disks, lambda disk: disk.name, turns, now=now)),
         layers=found.layers,
         gone=gone,
         former=frozenset(former),

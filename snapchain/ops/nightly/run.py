@@ -143,7 +143,7 @@ class _Run:
         return report if same else self._saved()
 
     def _call_the_roll(self) -> Roster:
-        found = roster(self._config, self._night.state.now)
+        found = roster(self._config, self._night.state.now, now=self._started)
         for fault in found.faults:
             self._steps.note("selection", fault)
         return found
