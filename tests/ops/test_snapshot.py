@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import qemu_img, scan
 from snapchain.image.qemu_img import Qcow2Options
 from snapchain.ops import snapshot
@@ -151,9 +152,31 @@ def test_a_failing_call_leaves_the_image(call: str, image: Path, before: Path, m
         with pytest.raises(Exception, match="no space"):
             take(image)
     assert same(image, before)
-    assert [name for name in names(image.parent) if name.startswith(".")] == []
+    assert names(image.parent) == ["disk.qcow2"]
     assert take(image).layers == 2
     assert names(image.parent) == ["disk.1.qcow2", "disk.qcow2"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("label", [(), ("x",)], ids=["plain", "labelled"])
+def test_a_full_disk_is_one_clear_error(label: tuple[str, ...], image: Path, tmp_path: Path) -> None:
+    """As every other full disk, qemu-img's words not among it, and nothing left behind."""
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", full], check=True)
+    try:
+        there = full / image.name
+        shutil.copy(image, there)
+        with suppress(OSError), (full / "fill").open("wb", buffering=0) as fill:
+            while fill.write(bytes(4096)):
+                pass
+        with pytest.raises(Unavailable, match="no space left on device") as caught:
+            take(there, labels=label)
+        assert (caught.value.subject, caught.value.exit_code) == (str(full), 7)
+        assert "free some space" in str(caught.value.hint)
+        assert names(full) == [image.name, "fill"]
+    finally:
+        subprocess.run(["umount", full], check=True)
 
 
 def test_standing_is_kept(image: Path) -> None:
