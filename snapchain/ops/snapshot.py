@@ -136,7 +136,9 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
     with ImageLock(planned.source, LockMode.WRITE) as lock:
         if not lock.enforced:
             on_event(
-                Notice(f"{planned.source}: its filesystem has no locks; only this host's processes were looked at")
+                Notice(
+                    f"{planned.source.parent}: this filesystem has no locks; make sure that no guest uses its images"
+                )
             )
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.

@@ -53,6 +53,7 @@ class DiskPreview(_Shown):
     why_not_merged: str | None = None
     chain_length: int | None = None
     faults: tuple[Fault, ...] = ()
+    moved_to: str | None = None
 
 
 class UpkeepPreview(_Shown):
@@ -73,6 +74,7 @@ class NightlyPlan(_Shown):
     destinations: tuple[UpkeepPreview, ...]
     faults: tuple[Fault, ...]
     layers_left_out: tuple[Path, ...]
+    leftovers: tuple[Path, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -118,6 +120,7 @@ def preview(
             *(Fault.of("hooks", fault) for fault in missing_programs(config.hooks)),
         ),
         layers_left_out=found.layers,
+        leftovers=found.leftovers,
     )
 
 
@@ -155,7 +158,7 @@ class _Look:
             )
         for fault in missing_programs(self._disk.settings.hooks):
             self._steps.note("hooks", fault)
-        return shown.model_copy(update={"faults": tuple(self._steps.faults)})
+        return shown.model_copy(update={"faults": tuple(self._steps.faults), "moved_to": self._steps.moved_to})
 
     def _seen(self) -> tuple[ImageFacts, Path | None]:
         if self._disk.fault is not None:

@@ -20,12 +20,14 @@ from snapchain.ops.nightly.state import State
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """disks: in the order of work; layers: matched files that are none; gone: names that should be there; former: names
-    that nobody expects any more, and whose state is of no interest; faults: gone ones among them
+    """disks: in the order of work; layers, leftovers: matched files that are none; gone: names that should be there
+
+    former: names that nobody expects any more, and whose state is of no interest; faults: gone ones among them
     """
 
     disks: tuple[SelectedDisk, ...] = ()
     layers: tuple[Path, ...] = ()
+    leftovers: tuple[Path, ...] = ()
     gone: tuple[str, ...] = ()
     former: frozenset[str] = frozenset()
     faults: tuple[SnapchainError, ...] = ()
@@ -50,6 +52,7 @@ def roster(config: Nightly, state: State, *, now: datetime | None = None) -> Ros
     return Roster(
         disks=tuple(order(found.disks, lambda disk: disk.name, turns, now=now)),
         layers=found.layers,
+        leftovers=found.leftovers,
         gone=gone,
         former=frozenset(former),
         faults=(*found.faults, *([_gone(gone)] if gone else [])),

@@ -231,6 +231,7 @@ class _Run:
             left=tuple(self._steps.left),
             no_longer_selected=found.gone,
             layers_left_out=found.layers,
+            leftovers=found.leftovers,
             interrupted=self._interrupted,
         )
 

@@ -120,7 +120,8 @@ class Upkeep:
         on_event: OnEvent = self._night.on_event
         match event:
             case Notice(message):
-                on_event(Notice(f"{self._place.name}: {message}"))
+                if self._night.is_new(message):
+                    on_event(Notice(f"{self._place.name}: {message}"))
             case Progress(phase, done, total):
                 on_event(Progress(f"{phase} {self._place.name}", done, total))
 
