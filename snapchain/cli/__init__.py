@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from snapchain.cli import exits
 from snapchain.errors import Interrupted, Unsupported
+from snapchain.host import descriptors
 
 __all__ = ["main", "program"]
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = signal.signal(signal.SIGTERM, _terminate)
     except ValueError:  # called from a thread that is not the main one: signals are somebody else's
         before = None
+    descriptors.raise_limit()
     try:
         _check_words(words)
         _print_what_can_be_printed()

@@ -79,7 +79,8 @@ def _write(facts: dict[str, Any], *, stderr: str) -> None:
     subject = f"{facts['subject']}: " if facts["subject"] else ""
     word = "" if facts["kind"] == "interrupted" else "error: "
     lines = [f"snapchain: {word}{subject}{facts['message']}"]
-    lines += [f"    {line}" for line in stderr.strip().splitlines()]
+    # The last line of what a program says is in the message already.
+    lines += [f"    {line}" for line in stderr.strip().splitlines() if line.strip() not in facts["message"]]
     if facts["hint"]:
         lines.append(f"snapchain: hint: {facts['hint']}")
     try:

@@ -67,6 +67,8 @@ def _draw(console: Console, report: LogReport) -> None:
                 for point in disk.points
             ],
         )
+        future = [str(point.point) for point in disk.points if point.of_the_future]
+        render.points_of_the_future(console, disk.name, future)
 
 
 def _moment(time: datetime) -> str:

@@ -313,6 +313,7 @@ def _draw_repository_plan(console: Console, plan: RepositoryMergePlan) -> None:
             for each in plan.points
         ],
     )
+    render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
     render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
 
 
@@ -329,3 +330,4 @@ def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> 
         ],
     )
     render.findings(console, report.findings)
+    render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))

@@ -125,6 +125,7 @@ def draw_replica_plan(console: Console, plan: ReplicaMergePlan) -> None:
             for each in plan.points
         ],
     )
+    render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
     if plan.merges:
         render.table(console, ["merge into", "from"], [(each[-1], ", ".join(each[:-1])) for each in plan.merges[::-1]])
         needs = f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"
@@ -146,6 +147,7 @@ def draw_replica_report(console: Console, report: ReplicaMergeReport) -> None:
             ("freed there", size(report.bytes_freed) if report.merges else ""),
         ],
     )
+    render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))
     _draw_staying(console, report.staying)
 
 

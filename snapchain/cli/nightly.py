@@ -123,7 +123,8 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
         verify = f"verify {', '.join(each.verify)}" if each.verify else ""
         words = ", ".join(filter(None, ["gc" if each.gc else "", verify]))
         console.print(f"  {each.destination}: {words or 'nothing more'}", markup=False)
-    _draw_left_out(console, plan.layers_left_out)
+    _draw_moved(console, plan.disks)
+    _draw_left_out(console, plan.layers_left_out, plan.leftovers)
     _draw_faults(console, [("", plan.faults, ()), *((disk.disk, disk.faults, ()) for disk in plan.disks)])
 
 
@@ -148,7 +149,7 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         facts += [f"verified {size(result.checked_bytes)} of {result.disk}" for result in each.verified]
         words = ", ".join(facts)
         console.print(f"  {each.destination}: {each.outcome.value}{f', {words}' if words else ''}", markup=False)
-    _draw_left_out(console, report.layers_left_out)
+    _draw_left_out(console, report.layers_left_out, report.leftovers)
     parts = [("", report.faults, report.left)]
     parts += [(each.disk, each.faults, each.left) for each in report.disks]
     parts += [(each.destination, each.faults, each.left) for each in report.destinations]
@@ -159,6 +160,12 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
             longer.setdefault(disk.why_not_merged, []).append(disk.disk)
     for words, names in longer.items():
         console.print(f"  {_whose(names)}not merged further: {words}", markup=False)
+    _draw_moved(console, report.disks)
+    for disk in report.disks:
+        future = {
+            point for each in disk.destinations if each.retention for point in each.retention.points_of_the_future
+        }
+        render.points_of_the_future(console, disk.disk, map(str, sorted(future)))
 
 
 def _report_row(disk: DiskReport) -> list[str]:
@@ -173,9 +180,22 @@ def _report_row(disk: DiskReport) -> list[str]:
     return [disk.disk, disk.outcome.value, made, files, hidden, ", ".join(shipped), merged, duration(disk.seconds)]
 
 
-def _draw_left_out(console: Console, layers: Sequence[Path]) -> None:
-    if layers:
-        console.print(f"  {len(layers)} files matched that others stand on: layers, no disks", markup=False)
+def _draw_moved(console: Console, disks: Sequence[DiskReport] | Sequence[DiskPreview]) -> None:
+    for disk in disks:
+        if disk.moved_to is not None:
+            console.print(f"  {disk.disk}: moved: it is {disk.moved_to} now", markup=False)
+            console.print(
+                f"      hint: leave {disk.image} out by `exclude`, and name the disk in `retired`", markup=False
+            )
+
+
+def _draw_left_out(console: Console, layers: Sequence[Path], leftovers: Sequence[Path]) -> None:
+    if stood_on := len(layers) - len(leftovers):
+        console.print(f"  {stood_on} files matched that others stand on: layers, no disks", markup=False)
+    for path in leftovers:
+        console.print(f"  left out: {path}: a sealed layer on which nothing stands", style="yellow", markup=False)
+    if leftovers:
+        console.print("      hint: remove it, or name it by `path` if it is a disk", markup=False)
 
 
 def _draw_faults(console: Console, parts: Iterable[tuple[str, Sequence[Fault], Sequence[str]]]) -> None:

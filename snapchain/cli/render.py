@@ -83,6 +83,19 @@ def table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]
     console.print(drawn)
 
 
+def points_of_the_future(console: Console, disk: str, points: Iterable[str]) -> None:
+    """A note where points are dated later than the clock."""
+    named = list(points)
+    if not named:
+        return
+    which = f"point {named[0]} is" if len(named) == 1 else f"points {', '.join(named)} are"
+    console.print(
+        f"note: {disk}: {which} dated in the future: a clock was wrong. No rule counts or drops what is so dated",
+        style="yellow",
+        markup=False,
+    )
+
+
 def picture(console: Console, layers: Sequence[LayerRow]) -> None:
     """The chain, top first, each layer's strip drawn to the scale of the disk. layers: root first."""
     from rich.text import Text

@@ -2,12 +2,14 @@
 
 `with os_errors(path): ...` maps an OSError by its number to what the caller should do: a name that is not
 there, a request that cannot work, a resource that is short.  Anything else stays an `Unavailable`, with the
-kernel's words.
+kernel's words.  What is short has one remedy, whoever runs into it: we, a store's directory, or a program that we start
+(`shortage_in` reads that from its words).
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,10 +24,18 @@ _WRONG = {
     errno.EINVAL,
     errno.ENOTEMPTY,
     errno.EXDEV,
-    errno.EFBIG,
 }
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+REMEDIES: dict[int, str] = {
+    errno.ENOSPC: "free some space on that file system (`df` tells the free space), then run the command again",
+    errno.EDQUOT: "raise the quota or free some space, then run the command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or use a file system that holds larger files",
+    errno.EROFS: "the file system is mounted read-only: look at the kernel log, then remount it",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
+}
+"""What is short or withheld, and what an operator does about it."""
+_OF_A_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def translated(error: OSError, subject: object = None) -> SnapchainError:
@@ -38,13 +48,21 @@ def translated(error: OSError, subject: object = None) -> SnapchainError:
         return InvalidInput(words, subject=name, hint="run as a user who may read and write it")
     if error.errno in _WRONG:
         return InvalidInput(words, subject=name)
-    if error.errno in _FULL:
-        return Unavailable(words, subject=name, hint="free some space on that filesystem, then run it again")
+    if error.errno in REMEDIES:
+        return Unavailable(words, subject=name, hint=REMEDIES[error.errno])
     if error.errno in (errno.EBUSY, errno.ETXTBSY):
         return Busy(words, subject=name)
     if error.errno == errno.EEXIST:
         return Conflict("it exists already", subject=name)
     return Unavailable(words, subject=name)
+
+
+def shortage_in(words: str) -> OSError | None:
+    """The shortage of a filesystem that a program's messages (in the C locale) tell of, else None."""
+    for number in _OF_A_FILESYSTEM:
+        if os.strerror(number) in words:
+            return OSError(number, os.strerror(number))
+    return None
 
 
 @contextmanager

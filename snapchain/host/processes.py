@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.errors import InvalidInput, ToolFailed
+from snapchain.host import descriptors
 from snapchain.host.interrupts import held_back
 
 MiB = 1 << 20
@@ -194,7 +195,8 @@ def _commandline(argv: Sequence[str], limits: Limits | None) -> list[str]:
         if "\0" in argument or _unencodable(argument):
             raise InvalidInput("a program cannot be given this name", subject=repr(argument))
     program = find_program(argv[0], argv)
-    bounds = (limits or Limits(open_files=None)).arguments()
+    limits = limits or Limits(open_files=None)
+    bounds = limits.arguments() + (descriptors.for_children() if limits.open_files is None else [])
     return [find_program("prlimit", argv), *bounds, "--", program, *argv[1:]]
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
+from snapchain.host import descriptors
 from snapchain.host.processes import STDERR_CAP, die_with_parent, find_program
 from snapchain.host.remote_channel import PATIENCE, Bell, Channel
 
@@ -46,11 +47,13 @@ class ProcessChannel(Channel):
         terminal: bool = False,
     ) -> None:
         """Start it. Raises ToolFailed when the program is missing or cannot be started."""
-        program = find_program(argv[0], argv)
+        command = [find_program(argv[0], argv), *argv[1:]]
+        if limit := descriptors.for_children():
+            command = [find_program("prlimit", argv), *limit, "--", *command]
         its_in, writer = _pipe()
         reader, its_out = _pipe()
         try:
-            self._child = _Child([program, *argv[1:]], its_in, its_out, dict(env), terminal=terminal)
+            self._child = _Child(command, its_in, its_out, dict(env), terminal=terminal)
         except BaseException:
             os.close(reader)
             os.close(writer)

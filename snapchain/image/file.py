@@ -17,6 +17,7 @@ from typing import Literal, Self
 from snapchain.errors import Busy, Corrupt, InvalidInput
 from snapchain.image.backing import Place
 from snapchain.image.fingerprint import Fingerprint, settle
+from snapchain.image.holes import without_holes
 from snapchain.image.physical import Physical, RunBudget
 from snapchain.image.pread import file_bytes, pread, pread_into
 from snapchain.image.qcow2.compressed import decompress
@@ -93,8 +94,15 @@ class ImageFile:
 
     @cached_property
     def extents(self) -> Extents:
-        """This file alone as ABSENT, ZERO and DATA."""
-        return self.physical.extents()
+        """This file alone as ABSENT, ZERO and DATA; kept as long as the file is open."""
+        return self.shown_extents()
+
+    def shown_extents(self) -> Extents:
+        """The same, made anew: what its tables say (`physical.extents()`), with holes of the file as ZERO."""
+        if self.header is None:
+            return self.physical.extents()  # by its holes already
+        held = file_bytes(self._fd)
+        return without_holes(self.physical, self._fd, file_bytes=held, grain=self.grain, subject=self.path)
 
     def changed(self) -> bool:
         """Whether the file was written to, or its name given to another file, since the map was read."""

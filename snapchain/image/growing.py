@@ -14,7 +14,7 @@ from snapchain.image.file import ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.image.physical import Physical, PhysicalBuilder, RunBudget, Runs
 from snapchain.image.qcow2.layout import Layout
-from snapchain.model.extents import DATA, ZERO
+from snapchain.model.extents import DATA, ZERO, Extents
 
 
 class GrowingFile(ImageFile):
@@ -31,6 +31,10 @@ class GrowingFile(ImageFile):
         self.fingerprint = Fingerprint.of(status)
         self.device = (status.st_dev, status.st_ino)
         self.physical = _physical(layout, path)
+
+    def shown_extents(self) -> Extents:
+        """By its layout: what is still a hole may be data that has not come yet."""
+        return self.physical.extents()
 
     def became(self, finished: ImageFile) -> bool:
         """Whether the tables of the finished file lead to the bytes that were read here."""

@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.host.os_errors import REMEDIES
 
 _WALK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _KINDS = (
@@ -69,4 +70,5 @@ def _translated(error: OSError, path: Path, subject: object, refusal: type[Snapc
         return InvalidInput(f"permission denied{named}", subject=subject, hint="run as a user who may read it")
     if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
         return refusal(f"cannot be opened{named}: {error.strerror}", subject=subject)
-    return Unavailable(f"cannot be opened{named}: {error.strerror}", subject=subject)
+    hint = REMEDIES.get(error.errno or 0)
+    return Unavailable(f"cannot be opened{named}: {error.strerror}", subject=subject, hint=hint)

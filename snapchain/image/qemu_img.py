@@ -22,6 +22,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from snapchain.errors import Busy, InvalidInput, ToolFailed, Unsupported
+from snapchain.host.os_errors import shortage_in, translated
 from snapchain.host.processes import Completed, Limits, run
 
 Format = Literal["qcow2", "raw"]
@@ -178,12 +179,12 @@ def compare(
 def create(path: Path, size: int, *, options: Qcow2Options, backing: BackingLink | None = None) -> None:
     """Make an empty qcow2 image of `size` guest bytes. Opens no backing file, so it need not exist yet."""
     link = ("-u", "-b", backing.argument(), "-F", backing.format) if backing else ()
-    _qemu_img("create", "-q", "-f", "qcow2", *link, "-o", options.argument(), _named(path), str(size))
+    _qemu_img("create", "-q", "-f", "qcow2", *link, "-o", options.argument(), _named(path), str(size), writes=path)
 
 
 def create_raw(path: Path, size: int) -> None:
     """Make an empty, sparse raw image."""
-    _qemu_img("create", "-q", "-f", "raw", _named(path), str(size))
+    _qemu_img("create", "-q", "-f", "raw", _named(path), str(size), writes=path)
 
 
 def convert(
@@ -202,7 +203,7 @@ def convert(
     extra = [*(("-o", options.argument()) if options else ()), *(("-c",) if compressed else ())]
     progress = ("-p",) if on_progress else ()
     argv = ("convert", *progress, "-t", "writeback", "-f", formats[0], "-O", formats[1], *extra)
-    _qemu_img(*argv, _named(source), _named(target), on_stdout=_listener(on_progress))
+    _qemu_img(*argv, _named(source), _named(target), on_stdout=_listener(on_progress), writes=target)
 
 
 def rebase(path: Path, backing: BackingLink, *, on_progress: Fraction | None = None) -> None:
@@ -219,7 +220,7 @@ def rebase(path: Path, backing: BackingLink, *, on_progress: Fraction | None = N
     progress = ("-p",) if on_progress else ()
     link = ("-b", backing.argument(), "-F", backing.format)
     argv = ("rebase", *progress, "-t", "unsafe", *link, "json:" + json.dumps(node))
-    _qemu_img(*argv, on_stdout=_listener(on_progress))
+    _qemu_img(*argv, on_stdout=_listener(on_progress), writes=path)
 
 
 T = TypeVar("T")
@@ -230,12 +231,17 @@ def _qemu_img(
     ok: tuple[int, ...] = (0,),
     limits: Limits | None = None,
     on_stdout: Callable[[bytes], None] | None = None,
+    writes: Path | None = None,
 ) -> Completed:
+    """writes: the file that it makes or changes; where its filesystem is full or read-only, that is the error."""
     try:
         return run(["qemu-img", *arguments], ok=ok, limits=limits or LIMITS, on_stdout=on_stdout)
     except ToolFailed as error:
         if "Failed to get" in error.stderr and "lock" in error.stderr:
             raise Busy("somebody has one of its files open", subject=arguments[-1], hint=_STOP_THEM) from error
+        shortage = shortage_in(error.stderr)
+        if shortage is not None and writes is not None:
+            raise translated(shortage, writes.absolute().parent) from error
         raise
 
 

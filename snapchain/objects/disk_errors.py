@@ -11,7 +11,7 @@ import os
 from typing import NamedTuple
 
 from snapchain.errors import SnapchainError, Unavailable, Unsupported
-from snapchain.host.os_errors import translated
+from snapchain.host.os_errors import REMEDIES, translated
 from snapchain.objects.store import Refused
 
 
@@ -26,10 +26,10 @@ _PERMISSION = Meaning(Refused, "run as the owner of that directory, or change it
 _DEVICE = Meaning(Unavailable, "look at the kernel log and the state of the mount, then run the command again")
 
 MEANINGS: dict[int, Meaning] = {
-    errno.ENOSPC: Meaning(Refused, "free space on that file system, then run the command again"),
-    errno.EDQUOT: Meaning(Refused, "raise the quota or free space, then run the command again"),
-    errno.EFBIG: Meaning(Refused, "raise the limit on file sizes (ulimit -f)"),
-    errno.EROFS: Meaning(Refused, "the file system is mounted read-only: look at the kernel log, then remount it"),
+    errno.ENOSPC: Meaning(Refused, REMEDIES[errno.ENOSPC]),
+    errno.EDQUOT: Meaning(Refused, REMEDIES[errno.EDQUOT]),
+    errno.EFBIG: Meaning(Refused, REMEDIES[errno.EFBIG]),
+    errno.EROFS: Meaning(Refused, REMEDIES[errno.EROFS]),
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EIO: _DEVICE,
@@ -39,8 +39,6 @@ MEANINGS: dict[int, Meaning] = {
     errno.ESTALE: _DEVICE,
     errno.ENOTCONN: _DEVICE,
     errno.ETIMEDOUT: _DEVICE,
-    errno.EMFILE: Meaning(Unavailable, "raise the limit on open files (ulimit -n)"),
-    errno.ENFILE: Meaning(Unavailable, "raise the system's limit on open files (fs.file-max)"),
     errno.EXDEV: Meaning(Unsupported, "tmp/ and all else of a repository must lie on one file system"),
     errno.ELOOP: Meaning(Unsupported, "a repository holds no symbolic links: use a bind mount to spread it over disks"),
 }

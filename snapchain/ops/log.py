@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.model.retention import is_future
 from snapchain.repository.catalogue import Catalogue, Hold
 from snapchain.repository.repository import Repository
 
 
 class PointReport(BaseModel):
-    """A point. layers: length of the chain that gives it; holds: why it stays whatever the rules say."""
+    """A point. layers: length of the chain that gives it; holds: why it stays whatever the rules say.
+
+    of_the_future: dated later than this host's clock
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -22,6 +26,7 @@ class PointReport(BaseModel):
     content_id: str
     layers: int
     holds: tuple[Hold, ...] = ()
+    of_the_future: bool = False
 
 
 class DiskReport(BaseModel):
@@ -64,6 +69,7 @@ def _disk(catalogue: Catalogue) -> DiskReport:
             content_id=point.content_id,
             layers=len(catalogue.chain(point.layer)),
             holds=point.holds,
+            of_the_future=is_future(point.time, datetime.now(UTC)),
         )
         for point in catalogue.points
     )

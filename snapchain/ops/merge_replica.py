@@ -6,9 +6,11 @@ link.  The files of the kept points keep their names and read as before.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.model.retention import Policy
+from snapchain.model.retention import Policy, is_future
 from snapchain.ops.events import OnEvent, Progress, ignore
 from snapchain.ops.merge_repository import PointDecision
 from snapchain.ops.replica_waiting import waiting
@@ -53,6 +55,7 @@ class ReplicaMergeReport(BaseModel):
 
     bytes_moved: shared with or copied into other files over there; bytes_freed: of its disk
     strategy: of all merges, joined by '+'; staying: layers that were gone round
+    points_of_the_future: dated later than this host's clock; no rule counts them, and none drops them
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,6 +64,7 @@ class ReplicaMergeReport(BaseModel):
     disk: str
     points_kept: tuple[int, ...]
     points_dropped: tuple[int, ...]
+    points_of_the_future: tuple[int, ...] = ()
     merges: tuple[tuple[str, ...], ...]
     staying: tuple[StayingLayer, ...]
     layers_before: int
@@ -84,7 +88,10 @@ class ReplicaMerge:
         return ReplicaMergePlan(
             destination=self._endpoint.url,
             disk=self._disk,
-            points=tuple(PointDecision(**point.model_dump()) for point in answer.points),
+            points=tuple(
+                PointDecision(**point.model_dump(), of_the_future=is_future(point.time, datetime.now(UTC)))
+                for point in answer.points
+            ),
             merges=outcome.merges,
             staying=_staying(answer),
             layers_before=outcome.layers_before,
@@ -109,6 +116,9 @@ class ReplicaMerge:
             disk=self._disk,
             points_kept=tuple(point.point for point in answer.points if point.kept),
             points_dropped=tuple(point.point for point in answer.points if not point.kept),
+            points_of_the_future=tuple(
+                point.point for point in answer.points if point.kept and is_future(point.time, datetime.now(UTC))
+            ),
             merges=outcome.merges,
             staying=_staying(answer),
             layers_before=outcome.layers_before,

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.model.collapse import Group, collapse_tree
-from snapchain.model.retention import Policy, decide
+from snapchain.model.retention import Policy, decide, is_future
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.verify import Finding, points_on
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
@@ -27,7 +27,7 @@ from snapchain.repository.repository import Repository
 
 
 class PointDecision(BaseModel):
-    """What becomes of one point, and why."""
+    """What becomes of one point, and why. of_the_future: dated later than this host's clock."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -36,6 +36,7 @@ class PointDecision(BaseModel):
     labels: tuple[str, ...]
     kept: bool
     reasons: tuple[str, ...]
+    of_the_future: bool = False
 
 
 class RepositoryMergePlan(BaseModel):
@@ -60,7 +61,9 @@ class RepositoryMergeReport(BaseModel):
     """What a merge in a repository did.
 
     bytes_moved: guest data read or written, always 0; bytes_dropped: guest bytes that no record names any more;
-    bytes_freed: of the store, 0 until they are collected; findings: damage because of which layers were left unmerged
+    bytes_freed: of the store, 0 until they are collected
+    points_of_the_future: dated later than this host's clock; no rule counts them, and none drops them
+    findings: damage because of which layers were left unmerged
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,6 +72,7 @@ class RepositoryMergeReport(BaseModel):
     disk: str
     points_kept: tuple[int, ...]
     points_dropped: tuple[int, ...]
+    points_of_the_future: tuple[int, ...] = ()
     layers_before: int
     layers_after: int
     bytes_moved: int
@@ -87,10 +91,12 @@ class RepositoryMerge:
     def __init__(
         self, repository: Repository, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> None:
+        """now: the clock of this run."""
         self._repository = repository
         self._disk = repository.disk(disk)
+        self._now = now or datetime.now(UTC)
         current = self._disk.existing()
-        self._decisions = decide(current[0].points, policy, zone=zone, now=now, holds=reasons)
+        self._decisions = decide(current[0].points, policy, zone=zone, now=self._now, holds=reasons)
         self._drop = frozenset(each.point.point for each in self._decisions if not each.kept)
         self._merged: dict[tuple[str, ...], StoredLayer] = {}
         self._damage: dict[tuple[str, ...], Corrupt] = {}
@@ -119,6 +125,7 @@ class RepositoryMerge:
                     labels=each.point.labels,
                     kept=each.kept,
                     reasons=each.reasons,
+                    of_the_future=is_future(each.point.time, self._now),
                 )
                 for each in self._decisions
             ),
@@ -153,6 +160,7 @@ class RepositoryMerge:
             disk=catalogue.disk,
             points_kept=kept,
             points_dropped=tuple(point.point for point in catalogue.points if point.point not in kept),
+            points_of_the_future=tuple(point.point for point in self._kept if is_future(point.time, self._now)),
             layers_before=len(catalogue.parents),
             layers_after=len(self._groups) + sum(len(group) - 1 for group in self._damage),
             bytes_moved=0,

@@ -28,8 +28,18 @@ from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
 _WRITE_BITS = 0o222
 
 
+class GivenAwayError(Conflict):
+    """This host has given the disk to another one, which has it. mark: to whom, and since when."""
+
+    def __init__(self, mark: Given, *, subject: object, hint: str) -> None:
+        super().__init__(f"{told(mark)}: nothing here may write or send it any more", subject=subject, hint=hint)
+        self.mark = mark
+
+
 def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Path | None = None) -> None:
     """Raises Conflict when a file of the chain was given to another host, and what reading the notes raises.
+
+    GivenAwayError where the disk is that other host's; else the handover is under way, or another disk's.
 
     image: the top, where the chain is only what is sealed below it
     """
@@ -46,12 +56,13 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
     named = chain.top.path if image is None else image
     again = shlex.join(["snapchain", "migrate", str(named), f"{mark.destination}::{mark.disk}"])
     others = "" if len(mark.together) < 2 else f" (with {', '.join(sorted({*mark.together} - {mark.disk}))} as well)"
+    if mark.confirmed:
+        back = f"`{again} --take-back`{others} gets it back as long as no guest has written to it there"
+        raise GivenAwayError(mark, subject=named, hint=back)
     raise Conflict(
         f"{told(mark)}: nothing here may write or send it any more",
         subject=named,
-        hint=f"`{again} --take-back`{others} gets it back as long as no guest has written to it there"
-        if mark.confirmed
-        else f"`{again} --offline`{others} finishes that, with --take-back it is undone",
+        hint=f"`{again} --offline`{others} finishes that, with --take-back it is undone",
     )
 
 

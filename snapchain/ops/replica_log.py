@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
+from snapchain.model.retention import is_future
 from snapchain.ops.log import DiskReport, LogReport, PointReport
 from snapchain.replica.asking import Disk, points_at
 from snapchain.replica.endpoint import Endpoint
@@ -27,6 +30,7 @@ def _disk(disk: Disk) -> DiskReport:
             virtual_size=point.size,
             content_id=point.content_id,
             layers=point.layers,
+            of_the_future=is_future(point.time, datetime.now(UTC)),
         )
         for point in disk.points
     )

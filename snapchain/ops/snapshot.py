@@ -144,23 +144,29 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
     with ImageLock(planned.source, LockMode.WRITE) as lock:
         if not lock.enforced:
             on_event(
-                Notice(f"{planned.source}: its filesystem has no locks; only this host's processes were looked at")
+                Notice(
+                    f"{planned.source.parent}: this filesystem has no locks; make sure that no guest uses its images"
+                )
             )
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.
         files.remove_temporaries(planned.overlay, purpose=_PURPOSE)
         temporary = files.temporary_beside(planned.overlay, purpose=_PURPOSE)
+        second_name, done = False, False
         try:
             _make_overlay(planned, temporary)
             if planned.overlay == planned.source:
-                _give_second_name(planned.source, planned.sealed)
+                second_name = _give_second_name(planned.source, planned.sealed)
             cluster_size = _check_overlay(planned, temporary)
             _note(planned, on_event)
             if planned.overlay == planned.source:
                 files.rename(temporary, planned.overlay)
             else:
                 files.link(temporary, planned.overlay)
+            done = True
         finally:
+            if second_name and not done:
+                _take_second_name(planned.source, planned.sealed)
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
     if planned.bitmaps:
@@ -296,9 +302,10 @@ def _make_overlay(planned: SnapshotPlan, temporary: Path) -> None:
     files.fsync_file(temporary)
 
 
-def _give_second_name(source: Path, sealed: Path) -> None:
+def _give_second_name(source: Path, sealed: Path) -> bool:
+    """Whether it was given just now."""
     if os.path.lexists(sealed):
-        return  # by a run that was killed right after this step; `plan` has seen that it is the same file
+        return False  # by a run that was killed right after this step; `plan` has seen that it is the same file
     try:
         files.link(source, sealed)
     except InvalidInput as error:
@@ -310,6 +317,14 @@ def _give_second_name(source: Path, sealed: Path) -> None:
                 hint="say --overlay NEW.qcow2, and let the guest use that file",
             ) from error
         raise
+    return True
+
+
+def _take_second_name(source: Path, sealed: Path) -> None:
+    """After a failure: where the image is still what it was, it has one name again."""
+    with suppress(OSError):
+        if _same_inode(source, sealed.lstat()):
+            sealed.unlink()
 
 
 def _check_overlay(planned: SnapshotPlan, temporary: Path) -> int:

@@ -66,10 +66,13 @@ def locked_chain(
 
 
 def _lock(chain: ImageChain, stack: ExitStack, on_event: OnEvent) -> None:
+    without: dict[Path, None] = {}
     for file in chain.files:
         lock = stack.enter_context(ImageLock(file.path, LockMode.READ))
         if not lock.enforced:
-            on_event(Notice(f"{file.path}: this filesystem has no locks; make sure that no guest uses it"))
+            without[file.path.parent] = None
+    for directory in without:
+        on_event(Notice(f"{directory}: this filesystem has no locks; make sure that no guest uses its images"))
     check_unchanged(chain)
 
 

@@ -18,7 +18,7 @@ from snapchain.model.convergence import Verdict, judge
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.sealer import OfflineSealer, OfflineSet, Sealer, SealerOfOne, SetSealer
 from snapchain.ops.send import Divergence, Files, Request, Scope, replica_at
-from snapchain.ops.sync_look import ActiveTop, look_at_top, not_ready, stand
+from snapchain.ops.sync_look import ActiveTop, asked, look_at_top, not_ready, stand
 from snapchain.ops.sync_request import Destination, Proof, SetDestination, SetReport, SyncReport, SyncRequest
 from snapchain.ops.sync_run import Run, patiently, seconds_for
 from snapchain.ops.sync_set import check_together, commands_for
@@ -58,7 +58,8 @@ def check(request: SyncRequest, endpoint: Endpoint, *, on_event: OnEvent = ignor
     request.check()
     top = look_at_top(request.send)
     if not top.sealed:
-        return not_ready(request, endpoint, top, "nothing of the image is sealed: it is one file")
+        nothing = "nothing of the image is sealed: it is one file"
+        return not_ready(request, endpoint, top, nothing, *patiently(lambda: asked(request, endpoint), on_event))
     return patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=False), on_event)
 
 

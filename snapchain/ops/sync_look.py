@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from snapchain.errors import Conflict, Corrupt, Diverged
+from snapchain.errors import Conflict, Corrupt, Diverged, NotFound
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.model.content import content_id, empty_sum
 from snapchain.ops.events import OnEvent, Progress
@@ -19,6 +19,7 @@ from snapchain.ops.send import Divergence, LayerPlan, Request, layers_lacking, o
 from snapchain.ops.send_sources import same_source, source_of
 from snapchain.ops.sync_request import Destination, LayerThere, Proof, SyncRequest
 from snapchain.ops.sync_virsh import migrate_commands
+from snapchain.replica.asking import points_at
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.leaves import counted
 from snapchain.replica.names import check_offered, offered_name
@@ -67,14 +68,24 @@ def stand(request: SyncRequest, endpoint: Endpoint, top: ActiveTop, *, on_event:
         return not_ready(request, endpoint, top, said)
 
 
-def not_ready(request: SyncRequest, endpoint: Endpoint, top: ActiveTop, why: str) -> Destination:
+def asked(request: SyncRequest, endpoint: Endpoint) -> tuple[str, ...]:
+    """What the destination says of a disk of which nothing is sealed here. Raises what reaching it raises."""
+    try:
+        there = points_at(endpoint, request.send.disk)
+    except NotFound:
+        return ("the replica has nothing of this disk",)
+    count = sum(len(disk.points) for disk in there)
+    return (f"the points of this disk at the replica ({count}) have no layer of this image",) if count else ()
+
+
+def not_ready(request: SyncRequest, endpoint: Endpoint, top: ActiveTop, *why: str) -> Destination:
     """How a destination stands of which no more is known than why it is not ready."""
     return Destination(
         disk=request.send.disk,
         destination=endpoint.url,
         image=str(request.send.image),
         ready=False,
-        missing=(why,),
+        missing=why,
         layers=(),
         layers_to_send=(),
         bytes_to_send=0,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import tzinfo
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unavailable, Unsupported
@@ -95,7 +95,7 @@ def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinf
 
     Raises Corrupt when the files are not the chain that they should be.
     """
-    decisions = decide(catalogue.points, policy, zone=zone)
+    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC))
     stays: list[Stays] = []
     groups: list[tuple[Layers, Planned]] = []
     for members in _groups(disk, catalogue, decisions, stays):

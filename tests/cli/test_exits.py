@@ -48,6 +48,15 @@ def test_a_tool_that_failed_is_quoted_whole(capsys: pytest.CaptureFixture[str]) 
     assert (facts["argv"], facts["status"], facts["stderr"]) == (["qemu-img", "check"], 1, "one\ntwo\n")
 
 
+def test_what_a_tool_said_last_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "qemu-img: it is broken"
+    error = ToolFailed(f"ended with exit status 1: {said}", argv=["qemu-img"], status=1, stderr=f"first\n{said}\n")
+    exits.tell(error, as_json=False)
+    shown = capsys.readouterr().err
+    assert shown.count(said) == 1
+    assert "    first\n" in shown
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("SIGTERM")])
 def test_an_interrupt_says_what_it_leaves(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     assert exits.tell(error, as_json=False, left_behind="run it again") == 130

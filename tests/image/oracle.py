@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from snapchain.image import ImageChain
-from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.image.file import ImageFile
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, pairwise
 
 
 def qemu(*argv: str | Path) -> bytes:
@@ -53,11 +54,19 @@ def our_bytes(chain: ImageChain, step: int = 70001) -> npt.NDArray[np.uint8]:
     return data
 
 
+def assert_only_holes_differ(file: ImageFile) -> None:
+    """What a file shows is what its tables say, but for DATA that is a hole of the file and ZERO."""
+    at, shown, told = pairwise(file.extents, file.physical.extents())
+    assert all((one, other) in {(ZERO, DATA), (other, other)} for one, other in zip(shown, told, strict=True))
+    assert (at[shown != told] % file.grain == 0).all()
+
+
 def assert_as_qemu(chain: ImageChain, scratch: Path) -> None:
     """Each layer's map, the composed size and every byte."""
     for file in chain.files:
         theirs = their_map(file.real_path, file.format)
-        assert list(file.extents.runs()) == list(theirs.runs()), file.path.name
+        assert list(file.physical.extents().runs()) == list(theirs.runs()), file.path.name
+        assert_only_holes_differ(file)
         file.extents.from_starts(file.extents.size, file.extents.at, file.extents.val)
         assert file.extents.size == theirs.size
     theirs_read = their_bytes(chain.top.path, chain.top.format, scratch)

@@ -20,6 +20,7 @@ from fixtures.fixture import Fixture, Stage
 from snapchain.errors import SnapchainError
 from snapchain.image import ImageChain, qemu_img, scan
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from tests.image.oracle import assert_only_holes_differ
 
 MiB = 1 << 20
 LEGAL = [fixture for fixture in FIXTURES if not fixture.expect.exit_code]
@@ -82,7 +83,9 @@ def test_the_map_of_each_layer_alone_is_that_of_qemu_img(fixture: Fixture, made:
                 continue
             theirs = as_qemu_maps(qemu_img.map_alone(file.path, "qcow2"), file.size)
             # A root's zero clusters read as what is absent there, and QEMU says so of neither.
-            assert file.extents.mapped(np.clip(file.extents.val, ABSENT, DATA)) == theirs, file.path.name
+            told = file.physical.extents()
+            assert told.mapped(np.clip(told.val, ABSENT, DATA)) == theirs, file.path.name
+            assert_only_holes_differ(file)
 
 
 def refusal(path: Path, fixture: Fixture) -> SnapchainError | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, InvalidInput, ToolFailed
+from snapchain.errors import Busy, InvalidInput, ToolFailed, Unavailable
 from snapchain.host import processes
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.os_errors import translated
 from snapchain.image import qemu_img
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
 
@@ -178,3 +182,31 @@ def test_every_run_is_bounded(base: Path, tmp_path: Path, monkeypatch: pytest.Mo
     qemu_img.convert(base, tmp_path / "c", formats=("qcow2", "qcow2"), compressed=True, options=PLAIN)
     assert len(seen) == 7
     assert all(limits is not None and limits.address_space for limits in seen)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_filesystem_that_is_full_or_read_only_is_no_failure_of_the_tool(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever subcommand meets it; the same error and hint as where we meet it ourselves."""
+
+    def fail(argv: list[str], **_named: Any) -> None:
+        said = f"qemu-img: {argv[-1]}: {os.strerror(number)}"
+        raise ToolFailed("ended with exit status 1", argv=argv, status=1, stderr=said, subject="qemu-img")
+
+    monkeypatch.setattr(qemu_img, "run", fail)
+    image, other, link = tmp_path / "a.qcow2", tmp_path / "b.qcow2", BackingLink("b.qcow2", "qcow2")
+    ours = translated(OSError(number, os.strerror(number)), tmp_path)
+    subcommands: tuple[Callable[[], None], ...] = (
+        lambda: qemu_img.create(image, 1 << 20, options=Qcow2Options()),
+        lambda: qemu_img.create_raw(image, 1 << 20),
+        lambda: qemu_img.convert(other, image, formats=("qcow2", "qcow2")),
+        lambda: qemu_img.rebase(image, link),
+    )
+    for writes in subcommands:
+        with pytest.raises(Unavailable, match=os.strerror(number).lower()) as caught:
+            writes()
+        assert (caught.value.subject, caught.value.hint) == (ours.subject, ours.hint)
+        assert caught.value.hint
+    with pytest.raises(ToolFailed):
+        qemu_img.info(image, "qcow2")

@@ -6,9 +6,10 @@ EXAMPLES stacks, each merged by all strategies that fit: with those of tests/ima
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,16 +53,24 @@ def whole(layer: Layer) -> list[str]:
 
 
 def merged_by_every_strategy(
-    stack: tuple[list[Layer], str, int, int], data: st.DataObject, directory: Path, ways: tuple[Strategy, ...]
+    stack: tuple[list[Layer], str, int, int],
+    data: st.DataObject,
+    directory: Path,
+    ways: tuple[Strategy, ...],
+    *,
+    change: Callable[[Path], None] = lambda _path: None,
 ) -> None:
+    """change: what befalls each file once it is made; copies keep the holes that it makes."""
     found, root, first, last = stack
     pristine = directory / "pristine"
     pristine.mkdir()
     built = build(found, root, pristine, data)
+    for path in built:
+        change(path)
     shown = {number: flat(built[number], directory / f"{number}.flat") for number in {last, len(built) - 1}}
     for way in ways:
         work = directory / "work"
-        shutil.copytree(pristine, work)
+        subprocess.run(["cp", "-r", "--sparse=always", pristine, work], check=True)
         paths = [work / path.name for path in built]
         try:
             plan = merge_image.plan(

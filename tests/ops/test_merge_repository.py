@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound
-from snapchain.model.retention import Policy
+from snapchain.model.retention import Duration, Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
+from snapchain.ops.log import log
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.verify import verify
 from snapchain.repository.layers import leaves_shown
@@ -234,6 +235,31 @@ def test_time_rules_use_the_points_times(tmp_path: Path) -> None:
     disk.advance(current, time=day, points=points)
     report = RepositoryMerge(again(repo), DISK, Policy(daily=7), now=day + timedelta(days=2)).run()
     assert report.points_kept == (2, 3)
+
+
+def test_a_point_of_the_future_is_told_and_counts_for_no_rule(tmp_path: Path) -> None:
+    """By the clock of the run, without anybody saying so; in the plan, the report and the log."""
+    repo, _ = shipped(tmp_path, 94, layers=4)
+    disk = repo.disk(DISK)
+    current = disk.existing()
+    now = datetime.now(UTC)
+    ages = [timedelta(days=60), timedelta(days=2), timedelta(days=-3300), timedelta(hours=1)]
+    points = tuple(
+        point.model_copy(update={"time": now - age}) for point, age in zip(current[0].points, ages, strict=True)
+    )
+    disk.advance(current, time=now, points=points)
+    assert [point.of_the_future for point in log(again(repo), DISK).disks[0].points] == [False, False, True, False]
+    work = RepositoryMerge(again(repo), DISK, Policy(within=Duration(days=30)))
+    assert [(each.kept, each.of_the_future) for each in work.plan().points] == [
+        (False, False),
+        (True, False),
+        (True, True),
+        (True, False),
+    ]
+    report = work.run()
+    assert (report.points_kept, report.points_dropped, report.points_of_the_future) == ((2, 3, 4), (1,), (3,))
+    report = RepositoryMerge(again(repo), DISK, Policy(last=2)).run()
+    assert report.points_kept == (2, 3, 4)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

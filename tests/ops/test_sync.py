@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
+from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput, Unavailable
 from snapchain.host.remote_address import parse_remote_address
 from snapchain.model.convergence import Verdict
 from snapchain.ops.sealer import OfflineSealer
@@ -215,6 +215,22 @@ def everything(root: Path) -> dict[str, tuple[int, int]]:
     return {
         str(entry.relative_to(root)): (entry.lstat().st_ino, entry.lstat().st_mtime_ns) for entry in root.rglob("*")
     }
+
+
+def test_a_check_asks_the_host_that_it_answers_for(tmp_path: Path, place: Place) -> None:
+    """Also where nothing is sealed here, which is known without it."""
+
+    class Unreachable(DirectoryEndpoint):
+        def connect(self) -> Any:
+            raise Unavailable("no route to host", subject=self.url)
+
+    (image,) = build(tmp_path / "images", [Layer(4 * MiB, ["write -P 1 0 1M"])])
+    with pytest.raises(Unavailable, match="no route to host"):
+        check(request(image), Unreachable(place.root))
+    assert look(image, place).missing[1:] == ("the replica has nothing of this disk",)
+    other = build(tmp_path / "other", [Layer(4 * MiB), Layer(4 * MiB)])
+    run(other[-1], place)
+    assert look(image, place).missing[1:] == ("the points of this disk at the replica (1) have no layer of this image",)
 
 
 def test_an_image_of_one_file(tmp_path: Path, place: Place) -> None:

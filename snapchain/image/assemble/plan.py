@@ -61,11 +61,18 @@ class Assembly:
         return self.layout.metadata_bytes + self.bytes_moved
 
 
-def merged_extents(view: ImageChain, first: int) -> Extents:
-    """The composition of files[first:] alone; DATA is the number of the owner in the chain."""
-    # Not by file.extents, which a file keeps: with millions of extents tens of MiB.
-    maps = (file.physical.extents().owned_by(number) for number, file in enumerate(view.files) if number >= first)
-    return fold(maps)
+def merged_extents(view: ImageChain, first: int, *, in_place: int | None = None) -> Extents:
+    """The composition of files[first:] alone; DATA is the number of the owner in the chain.
+
+    in_place: number of a file that keeps what it has: what its tables call data is DATA, holes of the file or not
+    """
+
+    def own(number: int) -> Extents:
+        # Not by file.extents, which a file keeps: with millions of extents tens of MiB.
+        file = view.files[number]
+        return file.physical.extents() if number == in_place else file.shown_extents()
+
+    return fold(own(number).owned_by(number) for number in range(first, len(view.files)))
 
 
 def plan(

@@ -76,7 +76,7 @@ def _amendment(view: ImageChain, first: int, target: int, backing: Backing | Non
     file = view.files[target]
     assert file.header is not None
     image = ImageFd(file.fileno(), file_bytes(file.fileno()), file.header, file.path)
-    merged = merged_extents(view, first)
+    merged = merged_extents(view, first, in_place=target)
     surviving = merged.data_bytes
     change = cells(view, target, merged, rooted=backing is None)
     del merged

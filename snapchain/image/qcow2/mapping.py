@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import numpy as np
 
 from snapchain.errors import Corrupt
@@ -90,8 +92,27 @@ def _check_ends(image: ImageFd, runs: Runs) -> None:
     plain = (runs.kind == DATA) & (runs.stored == 0)
     missing = plain & (runs.host + (runs.end - runs.start) > image.size)
     if missing.any():
-        at = int(missing.argmax())
+        host, guest = runs.host[missing], runs.start[missing]
+        first = int((guest + np.maximum(image.size - host, 0)).min())
+        last = int((host + runs.end[missing] - guest).max())
         raise Corrupt(
-            f"the file is cut off at {image.size} bytes, before the data of guest offset {int(runs.start[at])}",
+            f"the file is cut off at {image.size} bytes, before the data of guest offset {first}",
             subject=image.subject,
+            hint=_how_to_mend(image, last),
         )
+
+
+def _how_to_mend(image: ImageFd, needed: int) -> str:
+    """needed: bytes of the file that are guest-visible data.
+
+    A last cluster that is partly there is shown by QEMU with zeroes for the rest, and `qemu-img check` finds no fault
+    in it; neither that nor `qemu-img resize` makes the file longer.
+    """
+    size = image.header.cluster_size
+    whole = -(-image.size // size) * size
+    if needed > whole:
+        return "it was truncated: copy it again, or restore it from a point"
+    return (
+        f"copy it again, or restore it from a point; if the {needed - image.size} bytes that are missing of its last "
+        f"cluster may be zeroes, as QEMU reads them: truncate -s {whole} {shlex.quote(str(image.subject))}"
+    )

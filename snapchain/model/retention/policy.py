@@ -6,8 +6,8 @@ rule starts where the finer ones end, so the same numbers keep more.  restic's h
 the oldest point while a count is not used up is not followed.
 
 Whatever the rules say, these stay: the newest by time; the last one shipped, which is another one when the source's
-clock was set back; and those that somebody holds.  A held point counts for the rules as any other: it is the newest of
-its day, or it is not.  Without any rule everything stays.
+clock was set back; those whose time is in doubt (clocks.py); and those that somebody holds.  A held point counts for
+the rules as any other: it is the newest of its day, or it is not.  Without any rule everything stays.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from datetime import datetime, tzinfo
 from typing import Generic, TypeVar
 
 from snapchain.errors import InvalidInput
+from snapchain.model.retention.clocks import Doubt, backdated, doubts, eras as eras_of
 from snapchain.model.retention.duration import Duration
 from snapchain.model.retention.rules import (
     UNLIMITED,
@@ -73,11 +74,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Decision(Generic[P]):
-    """What becomes of one point: for a kept one the reasons to keep it, for another one why each rule let it go."""
+    """What becomes of one point: for a kept one the reasons to keep it, for another one why each rule let it go.
+
+    doubt: why its time does not count
+    """
 
     point: P
     kept: bool
     reasons: tuple[str, ...]
+    doubt: Doubt | None = None
 
 
 def _unheld(_: object) -> Sequence[str]:
@@ -96,7 +101,7 @@ def decide(
 
     points: in the order in which they were shipped; of equal times the later shipped one is the newer
     zone:   whose calendar says what an hour, a day and so on is
-    now:    lets `within` leave out points of the future; None trusts all times
+    now:    the clock of this run; None trusts all times
     holds:  why a point stays whatever the rules say, one text for each reason
 
     Raises InvalidInput for a point whose time has no zone.
@@ -104,35 +109,56 @@ def decide(
     for point in points:
         if point.time.utcoffset() is None:
             raise InvalidInput("its time has no zone", subject=point)
+    times = [point.time for point in points]
+    doubtful = [None] * len(points) if now is None else doubts(times, now)
     if policy.is_empty:
-        return tuple(Decision(point, kept=True, reasons=("no rule given",)) for point in points)
-    newest_first = sorted(range(len(points)), key=lambda place: (points[place].time, place), reverse=True)
-    opinions = _opinions([points[place] for place in newest_first], policy, zone=zone, now=now)
-    decisions: dict[int, Decision[P]] = {}
-    for rank, place in enumerate(newest_first):
-        heard = [rule[rank] for rule in opinions]
-        reasons = [opinion.reason for opinion in heard if opinion.keeps]
-        if rank == 0:
-            reasons.insert(0, "newest")
+        return tuple(
+            Decision(point, kept=True, reasons=("no rule given",), doubt=doubt)
+            for point, doubt in zip(points, doubtful, strict=True)
+        )
+    back = [False] * len(points) if now is None else backdated(times, doubtful)
+    era = [0] * len(points) if now is None else eras_of(times)
+
+    def heard(places: Sequence[int]) -> dict[int, list[Opinion]]:
+        """What each rule says of the points at these places."""
+        newest_first = sorted(places, key=lambda place: (times[place], place), reverse=True)
+        opinions = _opinions([(points[place], era[place]) for place in newest_first], policy, zone=zone, now=now)
+        return {place: [rule[rank] for rule in opinions] for rank, place in enumerate(newest_first)}
+
+    judged = [place for place, doubt in enumerate(doubtful) if doubt is None]
+    counted = [place for place in judged if not back[place]]
+    newest = max(counted, key=lambda place: (times[place], place), default=None)
+    opinions = heard(judged) | heard(counted)
+    decisions = []
+    for place, (point, doubt) in enumerate(zip(points, doubtful, strict=True)):
+        reasons = list(holds(point))
+        if doubt is not None:
+            reasons.append(doubt.value)
+        elif place == newest:
+            reasons.append("newest")
         elif place == len(points) - 1:
-            reasons.insert(0, "last shipped")
-        reasons = [*holds(points[place]), *reasons]
+            reasons.append("last shipped")
+        mine = opinions.get(place, [])
+        reasons += [opinion.reason for opinion in mine if opinion.keeps]
         kept = bool(reasons)
-        decisions[place] = Decision(points[place], kept, tuple(reasons or [opinion.reason for opinion in heard]))
-    return tuple(decisions[place] for place in range(len(points)))
+        decisions.append(Decision(point, kept, tuple(reasons or [opinion.reason for opinion in mine]), doubt))
+    return tuple(decisions)
 
 
 def _opinions(
-    points: Sequence[RetentionPoint], policy: Policy, *, zone: tzinfo, now: datetime | None
+    points: Sequence[tuple[RetentionPoint, int]], policy: Policy, *, zone: tzinfo, now: datetime | None
 ) -> list[list[Opinion]]:
-    """What each rule that is set says of the points, which come newest first."""
+    """What each rule that is set says of the points, which come newest first, each with its era."""
+    shown, eras = [point for point, _ in points], [era for _, era in points]
     opinions = []
     if policy.last:
-        opinions.append(keep_last(points, policy.last))
+        opinions.append(keep_last(shown, policy.last))
     opinions.extend(
-        keep_period(points, period, policy.count_of(period), zone=zone) for period in Period if policy.count_of(period)
+        keep_period(shown, period, policy.count_of(period), zone=zone, eras=eras)
+        for period in Period
+        if policy.count_of(period)
     )
     if policy.within is not None:
-        opinions.append(keep_within(points, policy.within, zone=zone, now=now))
-    opinions.extend(keep_label(points, label) for label in sorted(policy.labels))
+        opinions.append(keep_within(shown, policy.within, zone=zone, now=now))
+    opinions.extend(keep_label(shown, label) for label in sorted(policy.labels))
     return opinions

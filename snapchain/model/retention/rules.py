@@ -7,8 +7,8 @@
 - periods follow the calendar of the time zone: weeks run from Monday to Sunday (ISO 8601), so the turn of the
   year may fall inside one; hours that the clock shows twice in autumn are two hours;
 - periods without points do not count: 7 daily points may reach back further than 7 days;
-- `within` reaches back from the newest point, not from now, so that a disk that is no longer shipped keeps what
-  it has.  Points whose time lies in the future are left out when that newest point is looked for, and are kept.
+- `within` reaches back from the newest point, or from the clock where that is earlier, so that a disk that is no
+  longer shipped keeps what it has.  Points whose time is in doubt (clocks.py) are not shown to any rule.
 """
 
 from __future__ import annotations
@@ -82,17 +82,24 @@ def keep_last(points: Sequence[RetentionPoint], count: int) -> list[Opinion]:
     ]
 
 
-def keep_period(points: Sequence[RetentionPoint], period: Period, count: int, *, zone: tzinfo) -> list[Opinion]:
-    """The newest point of each of the newest `count` periods that have any."""
+def keep_period(
+    points: Sequence[RetentionPoint], period: Period, count: int, *, zone: tzinfo, eras: Sequence[int]
+) -> list[Opinion]:
+    """The newest point of each of the newest `count` periods that have any; of each era, where clocks disagree.
+
+    eras: of each point (clocks.py)
+    """
     total = "all" if count == UNLIMITED else str(count)
     places: dict[str, int] = {}
+    seen: set[tuple[str, int]] = set()
     opinions = []
-    for point in points:
+    for point, era in zip(points, eras, strict=True):
         name = period.name_of(point.time.astimezone(zone))
-        if name in places:
+        if (name, era) in seen:
             opinions.append(Opinion(keeps=False, reason=f"{period.value}: a newer point stands for {name}"))
             continue
-        place = places[name] = len(places) + 1
+        seen.add((name, era))
+        place = places.setdefault(name, len(places) + 1)
         if count == UNLIMITED or place <= count:
             opinions.append(Opinion(keeps=True, reason=f"{period.value} {place} of {total}: {name}"))
         else:
@@ -103,12 +110,11 @@ def keep_period(points: Sequence[RetentionPoint], period: Period, count: int, *,
 def keep_within(
     points: Sequence[RetentionPoint], duration: Duration, *, zone: tzinfo, now: datetime | None
 ) -> list[Opinion]:
-    """All points younger than `duration` before the newest one that is not after `now`."""
+    """All points younger than `duration` before the newest one, or before `now` where that is earlier."""
     times = [point.time for point in points]
     if not times:
         return []
-    newest = max((time for time in times if now is None or time <= now), default=min(times))
-    limit = duration.before(newest, zone)
+    limit = duration.before(min(max(times), now or max(times)), zone)
     return [
         Opinion(keeps=True, reason=f"within {duration} of the newest")
         if time > limit

@@ -155,7 +155,9 @@ def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
                     lock.change(LockMode.READ)  # others may read it until the switch
                 inputs.append(lock)
             if not lock.enforced:
-                on_event(Notice(f"{path}: this filesystem has no locks; make sure that no guest uses it"))
+                on_event(
+                    Notice(f"{path.parent}: this filesystem has no locks; make sure that no guest uses its images")
+                )
         yield inputs
 
 

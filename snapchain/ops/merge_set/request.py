@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,9 +30,10 @@ class At:
 class Request:
     """flatten, from_layer, to_layer, strategy, cluster_size, keep_inputs, drop_bitmaps: as merge.plan.plan has them.
 
-    policy: which sealed layers stay as views, in the calendar of `zone`; max_layers: cap of the chain's length;
+    policy: which sealed layers stay as views, in the calendar of `zone`, at the clock `now`
+    max_layers: cap of the chain's length; budget_bytes: to be moved at most; budget_seconds: to be worked at most
     remove: files that may go, or be replaced, though they lie elsewhere than the top or may have other users
-    budget_bytes: to be moved at most; budget_seconds: to be worked at most; at: destinations to look out for
+    at: destinations to look out for
 
     Raises InvalidInput for a cap or a budget that is none, or rules together with a range.
     """
@@ -49,7 +50,7 @@ class Request:
     image_dirs: tuple[Path, ...] = ()
     policy: Policy = _NO_RULE
     zone: tzinfo = UTC
-    now: datetime | None = None
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
     max_layers: int | None = None
     budget_bytes: int | None = None
     budget_seconds: float | None = None

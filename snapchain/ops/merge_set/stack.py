@@ -62,7 +62,7 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
         raise faults[0]
     places = range(len(chain.files))
     # Not by file.extents, which a file keeps as long as it is open.
-    layers = [Layer(str(at), chain.files[at].physical.extents(), str(at - 1) if at else None) for at in places]
+    layers = [Layer(str(at), chain.files[at].shown_extents(), str(at - 1) if at else None) for at in places]
     hidden = hidden_by(Chain(layers))
     del layers
     return Stack(

@@ -7,6 +7,7 @@ length of the snapshot alone.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +49,15 @@ class Night:
     clock: Callable[[], datetime]
     on_event: OnEvent
     facts: dict[str, object] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def is_new(self, message: str) -> bool:
+        """Whether this note was not said yet in this run, of whichever disk; it is now. From any thread."""
+        with self._lock:
+            known = message in self._said
+            self._said.add(message)
+        return not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,7 @@ class DiskRun:
         """As far as it has come."""
         steps, seconds = self._steps, round(time.monotonic() - self._began, 3)
         values: dict[str, Any] = {"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
+        values["moved_to"] = steps.moved_to
         if not self._shipping:  # nothing came to be shipped, for the same reason everywhere
             values["destinations"] = tuple(
                 each.model_copy(update={"outcome": steps.outcome}) for each in self._report.destinations
@@ -337,6 +348,7 @@ class DiskRun:
     def _on_event(self, event: Event, *, where: str = "") -> None:
         match event:
             case Notice(message):
-                self._night.on_event(Notice(f"{self._disk.name}: {message}"))
+                if self._night.is_new(message):
+                    self._night.on_event(Notice(f"{self._disk.name}: {message}"))
             case Progress(phase, done, total):
                 self._night.on_event(Progress(f"{phase} {self._disk.name}{where}", done, total))

@@ -115,7 +115,7 @@ def _of_disks(
         labels = {**own, "disk": name}
         known, row = state.disks.get(name), this_run.get(name)
         if row is not None:
-            outcome.rows.append((labels, float(row.outcome is Outcome.OK)))
+            outcome.rows.append((labels, float(row.outcome in (Outcome.OK, Outcome.MOVED))))
             seconds.rows.append((labels, row.seconds))
         if known is not None:
             if known.chain_length is not None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TypeVar
 
+from snapchain.model.retention import is_future
 from snapchain.ops.nightly.window import Window
 
 D = TypeVar("D")
@@ -18,12 +19,16 @@ D = TypeVar("D")
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-def order(disks: Sequence[D], name: Callable[[D], str], reached: Mapping[str, datetime]) -> list[D]:
-    """The disks as a run takes them. reached: when each was last worked on to its end, well or ill; not for new ones.
+def order(
+    disks: Sequence[D], name: Callable[[D], str], reached: Mapping[str, datetime], *, now: datetime | None = None
+) -> list[D]:
+    """The disks as a run takes them. reached: when each last had its turn, well or ill; not for new ones.
 
+    A turn later than the clock `now` counts as none: a run with a wrong clock would else put the disk last for years.
     Equal times leave them as they are configured: sorting is stable.
     """
-    return sorted(disks, key=lambda disk: reached.get(name(disk), _NEVER))
+    past = {each: turn for each, turn in reached.items() if now is None or not is_future(turn, now)}
+    return sorted(disks, key=lambda disk: past.get(name(disk), _NEVER))
 
 
 class CutOffError(Exception):

@@ -53,6 +53,7 @@ class DiskPreview(_Shown):
     why_not_merged: str | None = None
     chain_length: int | None = None
     faults: tuple[Fault, ...] = ()
+    moved_to: str | None = None
 
 
 class UpkeepPreview(_Shown):
@@ -73,6 +74,7 @@ class NightlyPlan(_Shown):
     destinations: tuple[UpkeepPreview, ...]
     faults: tuple[Fault, ...]
     layers_left_out: tuple[Path, ...]
+    leftovers: tuple[Path, ...] = ()
 
     @property
     def sound(self) -> bool:
@@ -91,8 +93,8 @@ def preview(
     """Look at everything. What is wrong with disks and destinations is in the plan."""
     state = _state(directory_of(config, path) / "state.json")
     steps = Steps()
-    found = roster(config, state)
     now = clock()
+    found = roster(config, state, now=now)
     limits = limits_of(
         now=now,
         clock=lambda: now,
@@ -112,12 +114,13 @@ def preview(
         closes=limits.closes,
         left=tuple(steps.left),
         disks=tuple(_Look(config, places, disk, now).disk() for disk in found.disks),
-        destinations=tuple(_upkeep(config, place, state, found.disks) for place in places.values()),
+        destinations=tuple(_upkeep(config, place, state, found.disks, now) for place in places.values()),
         faults=(
             *(Fault.of("selection", fault) for fault in found.faults),
             *(Fault.of("hooks", fault) for fault in missing_programs(config.hooks)),
         ),
         layers_left_out=found.layers,
+        leftovers=found.leftovers,
     )
 
 
@@ -155,7 +158,7 @@ class _Look:
             )
         for fault in missing_programs(self._disk.settings.hooks):
             self._steps.note("hooks", fault)
-        return shown.model_copy(update={"faults": tuple(self._steps.faults)})
+        return shown.model_copy(update={"faults": tuple(self._steps.faults), "moved_to": self._steps.moved_to})
 
     def _seen(self) -> tuple[ImageFacts, Path | None]:
         if self._disk.fault is not None:
@@ -218,11 +221,13 @@ class _Look:
         return tuple(path.name for files in found for path in files), None
 
 
-def _upkeep(config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...]) -> UpkeepPreview:
+def _upkeep(
+    config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...], now: datetime
+) -> UpkeepPreview:
     wanted = place.config.verify
     there = [
         disk.name for disk in disks if place.config in config.destinations_of(disk.settings) and disk.fault is None
     ]
     known = state.destinations.get(place.name, DestinationState())
-    verified = turns(there, known.verified, wanted.disks, damaged=known.damaged) if wanted else []
+    verified = turns(there, known.verified, wanted.disks, now=now, damaged=known.damaged) if wanted else []
     return UpkeepPreview(destination=place.name, gc=place.config.gc, verify=tuple(verified))

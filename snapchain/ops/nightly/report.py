@@ -20,6 +20,7 @@ class Outcome(StrEnum):
     """How it ended with a disk, a destination or the whole run; the later ones outweigh those before.
 
     ok       all that was to be done is done
+    moved    nothing was to be done: the disk was given to another host
     busy     left out: somebody has the image open
     left     begun or not, and not finished: the window, the time or a budget came to its end
     damaged  all was done, and the destination has lost bytes of some point, which the image no longer has
@@ -27,6 +28,7 @@ class Outcome(StrEnum):
     """
 
     OK = "ok"
+    MOVED = "moved"
     BUSY = "busy"
     LEFT = "left"
     DAMAGED = "damaged"
@@ -88,7 +90,7 @@ class DiskReport(_Shown):
     destinations: each that it is to go to; snapshot: made, unchanged (nothing was written since the last one), off, or
     none; sealed: the file that was shipped; merge: of local layers; why_not_merged: why
     there are still more files than there should be; left: steps that were not
-    begun or not finished, and why; chain_length: files
+    begun or not finished, and why; chain_length: files; moved_to: DEST::DISK, whose disk it is now
     """
 
     disk: str
@@ -103,6 +105,7 @@ class DiskReport(_Shown):
     shadowed_bytes: int | None = None
     faults: tuple[Fault, ...] = ()
     left: tuple[str, ...] = ()
+    moved_to: str | None = None
     seconds: float = 0.0
 
     def damaged_at(self, destination: str) -> Self:
@@ -141,6 +144,7 @@ class NightlyReport(_Shown):
 
     faults, left: of the run itself; disks: in the order of work; counts: of them by outcome, also the zeros;
     no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
+    leftovers: those of them on which nothing stands any more
     """
 
     name: str
@@ -157,9 +161,10 @@ class NightlyReport(_Shown):
     left: tuple[str, ...]
     no_longer_selected: tuple[str, ...]
     layers_left_out: tuple[Path, ...]
+    leftovers: tuple[Path, ...] = ()
     interrupted: bool = False
 
     @property
     def complete(self) -> bool:
-        """Whether everything was done; images in use that the configuration lets be do not count."""
-        return self.outcome in (Outcome.OK, Outcome.BUSY) and not self.interrupted
+        """Whether everything was done. Images in use that the configuration lets be, and moved disks, do not count."""
+        return self.outcome in (Outcome.OK, Outcome.MOVED, Outcome.BUSY) and not self.interrupted

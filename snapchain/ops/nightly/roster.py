@@ -7,6 +7,7 @@ be mounted, a pattern may be mistyped.  Only what `retired` names, and names tha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,19 +20,21 @@ from snapchain.ops.nightly.state import State
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """disks: in the order of work; layers: matched files that are none; gone: names that should be there; former: names
-    that nobody expects any more, and whose state is of no interest; faults: gone ones among them
+    """disks: in the order of work; layers, leftovers: matched files that are none; gone: names that should be there
+
+    former: names that nobody expects any more, and whose state is of no interest; faults: gone ones among them
     """
 
     disks: tuple[SelectedDisk, ...] = ()
     layers: tuple[Path, ...] = ()
+    leftovers: tuple[Path, ...] = ()
     gone: tuple[str, ...] = ()
     former: frozenset[str] = frozenset()
     faults: tuple[SnapchainError, ...] = ()
 
 
-def roster(config: Nightly, state: State) -> Roster:
-    """Look which images there are."""
+def roster(config: Nightly, state: State, *, now: datetime | None = None) -> Roster:
+    """Look which images there are. now: by the clock of this run."""
     found = select(
         config,
         known={disk.image for disk in state.disks.values() if disk.destinations},
@@ -47,8 +50,9 @@ def roster(config: Nightly, state: State) -> Roster:
     }
     gone = tuple(name for name, disk in missed.items() if disk.destinations and name not in former)
     return Roster(
-        disks=tuple(order(found.disks, lambda disk: disk.name, turns)),
+        disks=tuple(order(found.disks, lambda disk: disk.name, turns, now=now)),
         layers=found.layers,
+        leftovers=found.leftovers,
         gone=gone,
         former=frozenset(former),
         faults=(*found.faults, *([_gone(gone)] if gone else [])),

@@ -18,11 +18,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from snapchain.errors import Interrupted, SnapchainError
-from snapchain.host import files
+from snapchain.host import descriptors, files
 from snapchain.host.os_errors import os_errors
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.descriptors import Descriptors, needed
 from snapchain.ops.nightly.disk import DiskRun, Night, untouched
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.lock import only_run
@@ -99,6 +100,7 @@ class _Run:
         self._on_event, self._stop, self._interrupted = on_event, threading.Event(), False
         self._started, self._began = clock(), time.monotonic()
         self._steps = Steps()
+        self._descriptors = Descriptors(descriptors.limit())
         self._reports: dict[str, DiskReport] = {}
         self._destinations: dict[str, DestinationReport] = {}
         self._roster = Roster()
@@ -143,7 +145,7 @@ class _Run:
         return report if same else self._saved()
 
     def _call_the_roll(self) -> Roster:
-        found = roster(self._config, self._night.state.now)
+        found = roster(self._config, self._night.state.now, now=self._started)
         for fault in found.faults:
             self._steps.note("selection", fault)
         return found
@@ -157,7 +159,10 @@ class _Run:
                     disk = queue.popleft()
                 except IndexError:
                     return
-                self._run_disk(disk)
+                seen = self._night.state.disk(disk.name, disk.image).chain_length
+                with self._descriptors.taken(needed(seen)):
+                    if not self._stop.is_set():
+                        self._run_disk(disk)
 
         workers = min(self._config.concurrency, len(disks))
         if workers <= 1:
@@ -228,6 +233,7 @@ class _Run:
             left=tuple(self._steps.left),
             no_longer_selected=found.gone,
             layers_left_out=found.layers,
+            leftovers=found.leftovers,
             interrupted=self._interrupted,
         )
 

@@ -1,14 +1,16 @@
 """Which images are disks, and what they are called.
 
 A pattern finds layers as well: a file on which another image stands is no disk, unless it was one before; nor is one
-that was a layer when it was last seen, whatever has become of the image above it.  What cannot be sorted out stays in
-the list with its fault, so that it is reported and no other disk suffers.
+that was a layer when it was last seen, whatever has become of the image above it.  A layer on which nothing stands any
+more, since its top alone was restored, is known by its note, or by its number beside an image that is newer.  What
+cannot be sorted out stays in the list with its fault, so that it is reported and no other disk suffers.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -20,6 +22,10 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, U
 from snapchain.image.references import Unread, children
 from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.naming import disk_name
+from snapchain.ops.notes import Notes
+
+_NUMBERED = re.compile(r"(.+)\.[0-9]+(\.[^.]+)")
+"""A sealed file's name, as `snapshot` gives it: vda.3.qcow2 beside vda.qcow2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +40,14 @@ class SelectedDisk:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """disks: in the order of the configuration; layers: matched files that others stand on; faults: of patterns."""
+    """disks: in the order of the configuration; layers: matched files that are none; leftovers: those of them on which
+    nothing stands; faults: of patterns
+    """
 
     disks: tuple[SelectedDisk, ...]
     layers: tuple[Path, ...]
     faults: tuple[SnapchainError, ...]
+    leftovers: tuple[Path, ...] = ()
 
 
 def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[Path] = ()) -> Selection:
@@ -49,6 +58,8 @@ def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[
     named = {os.path.realpath(each.path) for each in config.disks if each.path is not None}
     found: list[SelectedDisk] = []
     layers: list[Path] = []
+    leftovers: list[Path] = []
+    notes = Notes()
     faults: list[SnapchainError] = []
     taken: dict[str, str] = {}
     for settings in config.disks:
@@ -62,9 +73,14 @@ def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[
         under = _under_others(images, faults)
         for image in images:
             others, real = under.get(image), os.path.realpath(image)
-            if settings.glob is not None and image not in known and (others or Path(real) in sealed):
-                layers.append(image)
-                continue
+            if settings.glob is not None and image not in known:
+                if others or Path(real) in sealed:
+                    layers.append(image)
+                    continue
+                if _is_leftover(Path(real), notes):
+                    layers.append(image)
+                    leftovers.append(image)
+                    continue
             if settings.glob is not None and real in taken:  # a link beside the image itself
                 continue
             disk = _disk(image, settings, others)
@@ -75,7 +91,33 @@ def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[
         disks=tuple(_ambiguous(disk) if counts[disk.name] > 1 else disk for disk in found),
         layers=tuple(layers),
         faults=tuple(faults),
+        leftovers=tuple(leftovers),
     )
+
+
+def _is_leftover(path: Path, notes: Notes) -> bool:
+    """Whether a file on which nothing stands was sealed, and has had nobody to write to it since.
+
+    path: a real path. By the note of its sealing, as long as it bears the name that it had then: one that was given
+    another is in use again. Without a note, by the number that `snapshot` gives, beside an image under the plain name
+    that was written later.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    note = notes.of(path)
+    if note.sealed is not None:
+        mark = (note.sealed.file.size, note.sealed.file.mtime_ns)
+        return note.name == path.name and mark == (status.st_size, status.st_mtime_ns)
+    numbered = _NUMBERED.fullmatch(path.name)
+    if numbered is None:
+        return False
+    try:
+        top = path.with_name(numbered[1] + numbered[2]).stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(top.st_mode) and top.st_mtime_ns > status.st_mtime_ns
 
 
 def _matches(settings: Disks, elsewhere: Collection[str], faults: list[SnapchainError]) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from snapchain.errors import Busy, Conflict, Diverged
 from snapchain.ops.nightly.plan import CutOffError
 from snapchain.ops.nightly.report import Fault, Outcome
+from snapchain.ops.ownership import GivenAwayError
 
 T = TypeVar("T")
 
@@ -22,11 +23,12 @@ class Attempt(Generic[T]):
 
 
 class Steps:
-    """Collects what went wrong and what was left."""
+    """Collects what went wrong, what was left, and to whom the disk was given."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
         self.left: list[str] = []
+        self.moved_to: str | None = None
         self._outcomes: list[Outcome] = []
         self._interrupted = False
 
@@ -70,6 +72,9 @@ class Steps:
                     self._outcomes.append(Outcome.LEFT)
                 self._interrupted = True
                 raise
+            except GivenAwayError as error:
+                self.moved_to = f"{error.mark.destination}::{error.mark.disk}"
+                return Attempt(Outcome.MOVED)
             except Exception as error:  # noqa: BLE001 - whatever is wrong here, the other steps and disks have their turn
                 if isinstance(error, Conflict) and not isinstance(error, Diverged) and number < tries:
                     continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from snapchain.ops.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.gc import GcReport
 from snapchain.ops.nightly.disk import Night
 from snapchain.ops.nightly.place import Place
+from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.verify import verify
@@ -20,17 +21,21 @@ from snapchain.repository.repository import Repository
 
 _LEAST_SAMPLE = 64 << 20
 """Guest bytes."""
-_NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 def turns(
-    disks: Sequence[str], verified: Mapping[str, datetime], count: int, *, damaged: Collection[str] = ()
+    disks: Sequence[str],
+    verified: Mapping[str, datetime],
+    count: int,
+    *,
+    damaged: Collection[str] = (),
+    now: datetime | None = None,
 ) -> list[str]:
     """The disks to be verified: the damaged ones, and `count` that were not for longest, new ones first.
 
     A sample that happens to miss the damage must not make it forgotten.
     """
-    others = sorted((disk for disk in disks if disk not in damaged), key=lambda disk: verified.get(disk, _NEVER))
+    others = order([disk for disk in disks if disk not in damaged], str, verified, now=now)
     return [*(disk for disk in disks if disk in damaged), *others[:count]]
 
 
@@ -88,7 +93,7 @@ class Upkeep:
         self._night.limits.check()
         with self._place.turn() as repository:
             there = [disk for disk in self._disks if _is_there(repository, disk)]
-        wanted = turns(there, known.verified, config.disks, damaged=known.damaged)
+        wanted = turns(there, known.verified, config.disks, now=self._night.clock(), damaged=known.damaged)
         for disk in wanted:
             self._steps.attempt(f"verify {disk}", partial(self._look_at, disk, 1.0 if disk in known.damaged else None))
         checked = sum(result.checked_bytes for result in self._report.verified)
@@ -131,7 +136,8 @@ class Upkeep:
         on_event: OnEvent = self._night.on_event
         match event:
             case Notice(message):
-                on_event(Notice(f"{self._place.name}: {message}"))
+                if self._night.is_new(message):
+                    on_event(Notice(f"{self._place.name}: {message}"))
             case Progress(phase, done, total):
                 on_event(Progress(f"{phase} {self._place.name}", done, total))
 

@@ -85,6 +85,14 @@ def test_the_sample_turns_through_all_disks() -> None:
     assert turns(["a", "b", "c"], {"a": moment, "c": moment - timedelta(1)}, 2) == ["b", "c"]
 
 
+def test_a_turn_of_the_future_counts_as_none() -> None:
+    """Of a night with a wrong clock: the disk would be the last for years, its sample never taken again."""
+    now = datetime(2026, 3, 10, tzinfo=UTC)
+    had = {"a": now + timedelta(days=3300), "b": now - timedelta(days=1), "c": now - timedelta(days=2)}
+    assert order(["c", "b", "a"], str, had, now=now) == ["a", "c", "b"]
+    assert turns(["a", "b", "c"], had, 2, now=now) == ["a", "c"]
+
+
 def test_limits_end_by_the_nearer_of_window_and_time() -> None:
     now = at("2026-03-11 05:00").astimezone(UTC)
 
