@@ -50,7 +50,7 @@ CONFLICT_ATTEMPTS = 8
 PAGE = 1000
 """Names a listing's page, S3's own limit."""
 LONGEST_LISTING = 10_000_000
-"""Objects. A listing is held in memory, some 300 bytes each; packs of 16 MiB would be 150 TiB."""
+"""Objects. A listing is held in memory, some 250 bytes each; packs of 16 MiB would be 150 TiB."""
 IDLE_PAGES = 1000
 """Pages one after the other that bring no new name: then the server turns in circles."""
 _PART = 64 * 1024
