@@ -30,6 +30,7 @@ def gc(
     target: Annotated[str, typer.Argument(metavar="DEST", help="A repository.")],
     *,
     limit_rate: options.LimitRate = None,
+    pack_size: options.PackSize = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
     dry_run: options.DryRun = False,
@@ -53,6 +54,7 @@ def gc(
             password_command=password_command,
             writing=not dry_run,
             limit_rate=limit_rate,
+            pack_size_text=pack_size,
         )
         if not (dry_run and out.plan(ops.plan(repository), _draw_plan)):
             out.report(ops.run(repository, on_event=out.on_event), _draw_report)

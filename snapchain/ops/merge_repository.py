@@ -165,7 +165,8 @@ class RepositoryMerge:
         stored = repository.layers(self._current[0].parents)
         before = sum(layer.header.data_bytes for layer in stored.values())
         after = 0
-        with Packer(repository.store, repository.keys, BlobIndex(newest(repository.store)[0])) as packer:
+        index = BlobIndex(newest(repository.store)[0])
+        with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
             for done, group in enumerate(self._groups):
                 on_event(Progress("merge", done, len(self._groups)))
                 layers = [stored.pop(layer) for layer in group.members]

@@ -34,7 +34,7 @@ class Deposit:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         index = repository.index()
-        self._packer = Packer(repository.store, repository.keys, index)
+        self._packer = Packer(repository.store, repository.keys, index, pack_size=repository.pack_size)
         self._intake = Intake(
             keys=repository.keys, index=index, packer=self._packer, block_size=repository.config.block_size
         )

@@ -30,7 +30,7 @@ from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
-from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh_id, index_era, index_name
+from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_BYTES, PACK_ID_BYTES, fresh_id, index_era, index_name
 from snapchain.repository.packs import Location
 
 KIND = b"I"
@@ -39,6 +39,8 @@ NOTHING = "0" * 32
 _LAST_ERA = 10**10 - 1
 _READERS = 8
 _COUNTS = struct.Struct("<II")
+_OVERHEAD = 256
+"""Bytes of head, salt, counts, tag and zstd frame."""
 _PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
 
 Ids = npt.NDArray[np.uint8]
@@ -157,6 +159,25 @@ def write(store: ObjectStore, keys: Keyring, listed: Sequence[IndexedPack], *, e
     name = index_name(era, fresh_id())
     store.put(name, seal(keys, KIND, name, body))
     return name
+
+
+def write_all(
+    store: ObjectStore, keys: Keyring, listed: Iterable[IndexedPack], *, era: int, limit: int | None = None
+) -> None:
+    """As `write`, in as many objects as it takes for none to be larger than a pack may be (limit: bytes)."""
+    most = (PACK_BYTES if limit is None else limit) - _OVERHEAD
+    group: list[IndexedPack] = []
+    size = 0
+    for pack in listed:
+        more = _PACK_ROW.itemsize + len(pack.rows) * (ID_BYTES + BLOB_ROW.itemsize)
+        more += more // 256  # what cannot be compressed grows by that
+        if group and size + more > most:
+            write(store, keys, group, era=era)
+            group, size = [], 0
+        group.append(pack)
+        size += more
+    if group:
+        write(store, keys, group, era=era)
 
 
 def begin_era(store: ObjectStore, keys: Keyring, before: Iterable[str], *, conditional: bool) -> int:

@@ -36,10 +36,14 @@ class Stream(Enum):
 
 
 class Packer:
-    """A context manager; on leaving without an error nothing is flushed: call `flush`."""
+    """A context manager; on leaving without an error nothing is flushed: call `flush`.
 
-    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex) -> None:
+    pack_size: bytes that a pack or an index has at most; None: the default
+    """
+
+    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex, *, pack_size: int | None = None) -> None:
         self._store, self._keys, self._index = store, keys, index
+        self._pack_size = pack_size
         # Filling blocks, with its lock held, while too many packs are in flight; what the uploads note needs another.
         self._filling = threading.Lock()
         self._noting = threading.Lock()
@@ -72,13 +76,14 @@ class Packer:
             if known is not None:
                 return known
             pack = self._open.get(stream)
-            if pack is None:
-                pack = self._open[stream] = OpenPack(self._keys)
-            location = pack.add(blob, payload, raw)
-            self._index.add(blob, location)
-            if pack.is_full:
+            if pack is not None and not pack.has_room(len(payload)):
                 del self._open[stream]
                 self._upload(pack.close())
+                pack = None
+            if pack is None:
+                pack = self._open[stream] = OpenPack(self._keys, limit=self._pack_size)
+            location = pack.add(blob, payload, raw)
+            self._index.add(blob, location)
             return location
 
     def flush(self) -> None:
@@ -93,7 +98,7 @@ class Packer:
         with self._noting:
             listed, self._durable = self._durable, []
         if listed:
-            indexes.write(self._store, self._keys, listed, era=self._index.era)
+            indexes.write_all(self._store, self._keys, listed, era=self._index.era, limit=self._pack_size)
 
     def _upload(self, pack: ClosedPack) -> None:
         self._slots.acquire()
@@ -115,7 +120,7 @@ class Packer:
                 if len(self._durable) >= INDEX_EVERY:
                     listed, self._durable = self._durable, []
             if listed:
-                indexes.write(self._store, self._keys, listed, era=self._index.era)
+                indexes.write_all(self._store, self._keys, listed, era=self._index.era, limit=self._pack_size)
         except BaseException as error:
             self._failed = self._failed or error
             raise

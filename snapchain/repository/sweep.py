@@ -22,11 +22,12 @@ from datetime import UTC, datetime
 import numpy as np
 
 from snapchain.errors import Conflict
+from snapchain.objects.store import ObjectInfo
 from snapchain.repository import index as indexes, layers as records
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
 from snapchain.repository.fence import fence
-from snapchain.repository.format import PAGE_ROW, fresh_id, index_era, pack_name
+from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, pack_name
 from snapchain.repository.index import BlobIndex, IndexedPack
 from snapchain.repository.intake import store_page_body
 from snapchain.repository.layers import StoredLayer
@@ -43,7 +44,7 @@ LEAST_WASTE = 64 * 1024
 """Bytes. Head and directory make up much of a small pack; moved for their sake, it would be moved by every gc."""
 
 MOST_INDEXES = 32
-"""Objects; more are put together, for the sake of whoever reads them without a cache."""
+"""Objects beyond those that their size demands; more are put together, for whoever reads them without a cache."""
 
 _INDEX_BLOBS = 500_000
 
@@ -107,8 +108,9 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
 
     delete(marked.dead_generations)
     delete(marked.dead_claims)
-    before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
-    if gone or len(before) > MOST_INDEXES:
+    listed = [info for info in store.list("index/") if index_era(info.name) is not None]
+    before = [info.name for info in listed]
+    if gone or _too_many(repository, listed):
         _write_index(repository, before, stay)
         delete(before)
         lease.check()
@@ -125,7 +127,7 @@ def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked | None:
     for attempt in range(ATTEMPTS):
         marked = mark(repository, lease.spared)
         would = estimate(marked)
-        if not (would.objects_deleted or lease.dead or len(indexes.newest(repository.store)[1]) > MOST_INDEXES):
+        if not (would.objects_deleted or lease.dead or _too_many(repository, indexes.newest(repository.store)[1])):
             return None
         try:
             fence(repository, marked, dead_disks, lease.check)
@@ -136,6 +138,12 @@ def _marked_and_fenced(repository: Repository, lease: Lease) -> Marked | None:
             lease.bury()
             return marked
     raise AssertionError("the loop returns or raises")
+
+
+def _too_many(repository: Repository, listed: Sequence[ObjectInfo]) -> bool:
+    """Whether these index objects are many more than would do, of the size that they may have."""
+    needed = 2 * sum(info.size for info in listed) // (repository.pack_size or PACK_BYTES)
+    return len(listed) > MOST_INDEXES + needed
 
 
 def _stored_bytes(repository: Repository) -> int:
@@ -158,7 +166,7 @@ def _write_index(repository: Repository, names: Sequence[str], stay: Collection[
     def flush() -> None:
         nonlocal blobs
         if pending:
-            indexes.write(store, keys, pending, era=era)
+            indexes.write_all(store, keys, pending, era=era, limit=repository.pack_size)
             pending.clear()
             blobs = 0
 
@@ -183,7 +191,8 @@ def _move(
 ) -> None:
     """Copy the blobs in use out of the wasted packs, and let all records name the copies."""
     # Its index knows nothing, so that what is moved is stored although the old packs have it.
-    with Packer(repository.store, repository.keys, BlobIndex(indexes.newest(repository.store)[0])) as packer:
+    index = BlobIndex(indexes.newest(repository.store)[0])
+    with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
         moves: Moves = {}
         for usage in wasted:
             for offset, location in _copied(repository, usage, packer):
