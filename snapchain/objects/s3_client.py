@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 CONNECT_TIMEOUT = 5.0
-READ_TIMEOUT = 20.0
+READ_TIMEOUT = 18.0
 """Seconds. A server that is silent for longer is asked once more, within s3_patience.ANSWER_WITHIN."""
 TOTAL_ATTEMPTS = 5
 CONNECTIONS = 16

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from snapchain.errors import Unavailable
 
-ANSWER_WITHIN = 38.0
+ANSWER_WITHIN = 32.0
 COOLING = 30.0
 """Seconds."""
 _SMALL = 1 << 20
