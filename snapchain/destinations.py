@@ -12,34 +12,52 @@ from snapchain.objects.throttle import ThrottledStore
 from snapchain.repository import known
 from snapchain.repository.crypto import AES
 from snapchain.repository.known import Known
-from snapchain.repository.repository import BLOCK_BYTES, Passphrase, Repository
+from snapchain.repository.repository import BLOCK_BYTES, Passphrase, Repository, check_pack_size
 
 _REPLICAS = ("ssh://", "dir:")
 
 
 def open_destination(
-    url: str, *, passphrase: Passphrase, writing: bool = False, limit_rate: int | None = None
+    url: str,
+    *,
+    passphrase: Passphrase,
+    writing: bool = False,
+    limit_rate: int | None = None,
+    pack_size: int | None = None,
 ) -> Repository:
     """The repository at `url`: a path, file:///path, or s3://bucket/prefix.
 
     passphrase: asked when the repository is encrypted; writing: whether points will be published or layers merged;
-    limit_rate: bytes per second to and from the store.
+    limit_rate: bytes per second to and from the store; pack_size: bytes that new objects have at most, instead of what
+    the repository was made with.
     Raises NotFound when there is none, and what its store raises.
     """
+    check_pack_size(pack_size)
     store = _store(url, limit_rate=limit_rate)
     seen = known.recall(_place(store)) is not None
     opened = Repository.open(store, passphrase=passphrase, writing=writing, known=seen)
     known.check(_seen(opened))
     opened.memory = known.Memory(_seen(opened))
+    check_pack_size(pack_size, opened.config.block_size)
+    opened.pack_size = pack_size or opened.pack_size
     return opened
 
 
 def create_destination(
-    url: str, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
+    url: str,
+    *,
+    passphrase: Passphrase,
+    encryption: str = AES,
+    block_size: int = BLOCK_BYTES,
+    pack_size: int | None = None,
 ) -> Repository:
     """A new, empty repository at `url`. Raises Conflict when there is one."""
     made = Repository.create(
-        _store(url, make=True), passphrase=passphrase, encryption=encryption, block_size=block_size
+        _store(url, make=True),
+        passphrase=passphrase,
+        encryption=encryption,
+        block_size=block_size,
+        pack_size=pack_size,
     )
     known.remember(_seen(made))
     made.memory = known.Memory(_seen(made))
@@ -56,7 +74,7 @@ def _place(store: ObjectStore) -> str:
 
 
 def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:
-    if url.startswith(_REPLICAS):
+    if url.lower().startswith(_REPLICAS):
         raise InvalidInput(
             "this command takes a repository, and that is a replica",
             subject=url,
@@ -64,7 +82,7 @@ def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> Ob
             "restore, verify and inspect. To compare points of one, restore them and diff the files",
         )
     store = open_store(url, make=make)
-    if url.startswith("s3:"):
+    if store.url.startswith("s3:"):
         kept = hashlib.sha256(_place(store).encode()).hexdigest()[:32]
         store = CachedStore(store, known.cache_dir() / kept / "index", prefix="index/")
     return store if limit_rate is None else ThrottledStore(store, upload=limit_rate, download=limit_rate)

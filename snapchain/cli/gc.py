@@ -31,6 +31,7 @@ def gc(
     target: Annotated[str, typer.Argument(metavar="DEST", help="A repository.")],
     *,
     limit_rate: options.LimitRate = None,
+    pack_size: options.PackSize = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
     dry_run: options.DryRun = False,
@@ -55,6 +56,7 @@ def gc(
             password_command=password_command,
             writing=not dry_run,
             limit_rate=limit_rate,
+            pack_size_text=pack_size,
         )
         done: GcPlan | GcReport
         if dry_run:

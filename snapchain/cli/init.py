@@ -40,6 +40,7 @@ def init(
         str | None,
         typer.Option(metavar="BYTES", help="Where data is cut for deduplication: a power of two. For ever."),
     ] = None,
+    pack_size: options.PackSize = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
     dry_run: options.DryRun = False,
@@ -63,6 +64,7 @@ def init(
             located(dest),
             encryption="none" if no_encryption else cipher,
             block_size=None if block_size is None else quantities.parse_size(block_size),
+            pack_size=options.pack_size(pack_size),
         )
         if out.plan(plan, _draw_plan):
             return
@@ -72,7 +74,8 @@ def init(
 
 def _draw_plan(console: Console, plan: InitPlan) -> None:
     render.headline(console, f"would make a repository at {render.place(plan.destination)}")
-    render.facts(console, [("encryption", plan.encryption), ("blocks", quantities.size(plan.block_size))])
+    sizes = [("blocks", quantities.size(plan.block_size)), *_packs(plan.pack_size)]
+    render.facts(console, [("encryption", plan.encryption), *sizes])
 
 
 def _draw_report(console: Console, report: InitReport) -> None:
@@ -84,6 +87,11 @@ def _draw_report(console: Console, report: InitReport) -> None:
             ("id", report.repository),
             ("encryption", report.encryption),
             ("blocks", quantities.size(report.block_size)),
+            *_packs(report.pack_size),
             ("writers", writers),
         ],
     )
+
+
+def _packs(size: int | None) -> list[tuple[str, str]]:
+    return [] if size is None else [("objects", f"at most {quantities.size(size)}")]

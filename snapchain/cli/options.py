@@ -95,6 +95,16 @@ LimitRate = Annotated[
     ),
 ]
 
+PackSize = Annotated[
+    str | None,
+    typer.Option(
+        "--pack-size",
+        metavar="BYTES",
+        help="No object larger than this, where a server or proxy has a limit: 1M. By default 16M; "
+        "SNAPCHAIN_PACK_SIZE holds for all commands but nightly.",
+    ),
+]
+
 
 _FORMATS: dict[str, Literal["qcow2", "raw"]] = {"qcow2": "qcow2", "raw": "raw"}
 
@@ -114,6 +124,12 @@ def image_dirs(given: Sequence[Path] | None) -> list[Path]:
     return [*(given or ()), *map(Path, named)]
 
 
+def pack_size(given: str | None) -> int | None:
+    """--pack-size or SNAPCHAIN_PACK_SIZE, in bytes. Raises InvalidInput."""
+    text = given or os.environ.get("SNAPCHAIN_PACK_SIZE")
+    return quantities.parse_size(text) if text else None
+
+
 def repository(
     dest: str,
     out: Output,
@@ -122,6 +138,7 @@ def repository(
     password_command: str | None,
     writing: bool = False,
     limit_rate: str | None = None,
+    pack_size_text: str | None = None,
 ) -> Repository:
     """Open a destination as the shared options say, and tell what it has to say."""
     from snapchain.destinations import open_destination
@@ -133,6 +150,7 @@ def repository(
         passphrase=passphrase.source(password_file, password_command),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        pack_size=pack_size(pack_size_text),
     )
     for notice in opened.notices:
         out.on_event(Notice(notice))
@@ -147,6 +165,7 @@ def destination(
     password_command: str | None,
     writing: bool = False,
     limit_rate: str | None = None,
+    pack_size_text: str | None = None,
     connections: int = 1,
 ) -> Destination:
     """A repository or a replica, as the shared options say; tells what it has to say.
@@ -159,11 +178,14 @@ def destination(
 
     if is_replica(dest):
         no_passphrase(dest, password_file, password_command)
+        if pack_size_text is not None:
+            raise InvalidInput("a replica has no packs, and no --pack-size", subject=dest)
     found = destination_at(
         dest,
         passphrase=passphrase.source(password_file, password_command),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        pack_size=pack_size(pack_size_text),
         connections=connections,
     )
     for notice in found.notices:

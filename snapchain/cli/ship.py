@@ -41,6 +41,7 @@ def ship(
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
+    pack_size: options.PackSize = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
     dry_run: options.DryRun = False,
@@ -66,6 +67,7 @@ def ship(
             password_command=password_command,
             writing=not dry_run,
             limit_rate=limit_rate,
+            pack_size_text=pack_size,
         )
         with place.deliver(
             image,

@@ -38,30 +38,47 @@ def open_store(url: str, *, make: bool = False, endpoint: str | None = None) -> 
     make: create a directory that is not there (a bucket never is created)
     endpoint: of S3, e.g. `https://minio.example:9000`; otherwise as boto3 finds it (AWS_ENDPOINT_URL_S3, ~/.aws/config)
 
-    Nothing is sent to S3 yet.  Raises InvalidInput for other URLs, NotFound for a directory that is not there.
+    The scheme may be in capitals. Bucket and prefix are taken as they are written, as other tools for S3 do: `%20` is
+    three characters. Nothing is sent to S3 yet.
+    Raises InvalidInput for other URLs, NotFound for a directory that is not there.
     """
     scheme, colon, rest = url.partition(":")
+    scheme = scheme.lower() if colon else ""
     if endpoint is not None and scheme != "s3":
         raise InvalidInput("only s3:// has an endpoint", subject=url)
     if url.startswith("/"):
         return _local(url, make=make)
-    if colon and scheme == "memory":
+    if scheme == "memory":
         from snapchain.objects.memory import shared_store
 
         return shared_store(rest)
-    if colon and scheme in {"file", "s3"} and rest.startswith("//"):
+    if scheme == "s3" and rest.startswith("//"):
+        from snapchain.objects.s3 import S3Store
+
+        bucket, prefix = _bucket_and_prefix(rest[2:], url)
+        return S3Store(bucket, prefix, endpoint=endpoint)
+    if scheme == "file" and rest.startswith("//"):
         parts = urlsplit(url)
         if parts.query or parts.fragment:
             raise InvalidInput("a destination has no '?' or '#'", subject=url)
-        if scheme == "s3":
-            from snapchain.objects.s3 import S3Store
-
-            return S3Store(parts.netloc, parts.path.strip("/"), endpoint=endpoint)
         if parts.netloc in {"", "localhost"} and parts.path.startswith("/"):
             return _local(unquote(parts.path), make=make)
     raise InvalidInput(
         "not a place for objects", subject=repr(url), hint="give /path, file:///path or s3://bucket/prefix"
     )
+
+
+def _bucket_and_prefix(text: str, url: str) -> tuple[str, str]:
+    """Bucket and prefix of `bucket/prefix`. Raises InvalidInput for a prefix that would not survive the way."""
+    bucket, _, prefix = text.partition("/")
+    prefix = prefix.strip("/")
+    if any(mark in text for mark in "?#"):
+        raise InvalidInput("a destination has no '?' or '#'", subject=url)
+    if not text.isprintable():
+        raise InvalidInput("a destination has no control characters", subject=repr(url))
+    if {".", ".."} & set(prefix.split("/")):
+        raise InvalidInput("a prefix has no segments '.' and '..': on the way to S3 they vanish", subject=url)
+    return bucket, prefix
 
 
 def _local(path: str, *, make: bool) -> ObjectStore:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 from snapchain.errors import SnapchainError, Unavailable, Unsupported
@@ -22,7 +23,11 @@ class Meaning(NamedTuple):
     hint: str
 
 
-_PERMISSION = Meaning(Refused, "run as the owner of that directory, or change its owner and mode")
+_PERMISSION = Meaning(
+    Refused,
+    "run as its owner, or share the repository with a group: chgrp -R and chmod -R g+rwX on all of it, and chmod g+s "
+    "on its directories",
+)
 _DEVICE = Meaning(Unavailable, "look at the kernel log and the state of the mount, then run the command again")
 
 MEANINGS: dict[int, Meaning] = {
@@ -45,8 +50,21 @@ MEANINGS: dict[int, Meaning] = {
 
 
 def from_os_error(error: OSError, subject: object) -> SnapchainError:
-    """The error of our tree for `error`, in the system's own words."""
+    """The error of our tree for `error`, in the system's own words.
+
+    A permission concerns what is there: a file, or the directory in which a new one has no place. So the subject is the
+    nearest path that exists, and never the random name of an object to be.
+    """
     meaning = MEANINGS.get(error.errno or 0)
     if meaning is None:
         return translated(error, subject)
+    if meaning is _PERMISSION:
+        subject = _nearest(str(subject))
     return meaning.error(os.strerror(error.errno or 0).lower(), subject=subject, hint=meaning.hint)
+
+
+def _nearest(path: str) -> str:
+    """The path, or the nearest directory above it that exists, as far as this user can see."""
+    if not path.startswith("/"):
+        return path
+    return next(str(each) for each in (Path(path), *Path(path).parents) if os.path.lexists(each))

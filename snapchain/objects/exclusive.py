@@ -22,10 +22,10 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
-from snapchain.errors import Conflict, NotFound, SnapchainError, Unavailable
+from snapchain.errors import Conflict, NotFound, Unavailable
+from snapchain.objects.retire import is_retired, retire
 from snapchain.objects.store import Data, ObjectStore, joined, valid_name
 
 CLAIM_LIFE = 600.0
@@ -122,19 +122,19 @@ class _Claim:
         finally:
             # A write that may still be on its way keeps its claim, which keeps the others away until it is dead.
             if not self._writing:
-                with suppress(SnapchainError):  # then it is garbage, and blocks the name until it is dead
-                    self._store.delete(self._claim)
+                retire(self._store, self._claim)  # where it stays, it is garbage
 
     def _alone(self, until: float) -> bool:
         """Whether no other claim lives; the one with the lowest name waits for the others to withdraw."""
         while True:
-            claims = {info.name: info.modified for info in self._store.list(f"{self._name}.claim.")}
+            listed = self._store.list(f"{self._name}.claim.")
+            claims = {info.name: info.modified for info in listed if not is_retired(info)}
             if self._claim not in claims:  # somebody held us for dead
                 return False
             ours = claims.pop(self._claim)
             for claim, modified in list(claims.items()):
                 if ours is not None and modified is not None and ours - modified > CLAIM_LIFE:
-                    self._store.delete(claim)
+                    retire(self._store, claim)
                     del claims[claim]
             if not claims:
                 return True

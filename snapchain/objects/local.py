@@ -33,12 +33,10 @@ from snapchain.objects.store import (
     valid_size,
 )
 
-FILE_MODE = 0o600
 TEMPORARY_LIFE = 86400.0
 """Seconds after which an unfinished file is held to be left behind by a dead writer."""
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class LocalStore:
@@ -144,7 +142,7 @@ class LocalStore:
         tmp = self._rooted.temporary(TEMPORARY_LIFE)
         with self._rooted.folder(name, make=True) as (folder, leaf):
             try:
-                fd = os.open(temporary, _WRITE_NEW, FILE_MODE, dir_fd=tmp)
+                fd = self._rooted.new_file(temporary, folder=tmp)
                 try:
                     _write_all(fd, views)
                     os.fsync(fd)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,6 +47,13 @@ class ProbeResult(BaseModel):
 
 
 @runtime_checkable
+class ListsInPages(Protocol):
+    """A store whose listings come in pages."""
+
+    def list_in_pages(self, prefix: str, page: int) -> Sequence[str]: ...
+
+
+@runtime_checkable
 class ChecksUploads(Protocol):
     """A store that can send damaged bytes on purpose."""
 
@@ -54,7 +61,7 @@ class ChecksUploads(Protocol):
 
 
 def probe(store: ObjectStore) -> ProbeResult:
-    """Some 25 small requests.  Cleans up after itself, as far as the store lets it.
+    """Some 30 small requests.  Cleans up after itself, as far as the store lets it.
 
     Raises Unsupported for a store that cannot hold a repository, and the store's own errors (no bucket, no access).
     """
@@ -65,6 +72,7 @@ def probe(store: ObjectStore) -> ProbeResult:
         with _believed(store):
             conditional = _creates_once(store, f"{folder}/twice") and _one_of_many(store, f"{folder}/race", findings)
         checks = _refuses_damage(store, f"{folder}/damaged")
+        _pages_are_whole(store, f"{folder}/")
     finally:
         findings += _cleaned_up(store, folder)
     if not conditional:
@@ -150,6 +158,17 @@ def _one_of_many(store: ObjectStore, name: str, findings: list[str]) -> bool:
     if None in won:
         findings.append(f"{won.count(None)} of {RACERS} concurrent creates failed instead of losing")
     return won.count(True) == 1 and store.get(name) == b"racer %d" % won.index(True)
+
+
+def _pages_are_whole(store: ObjectStore, prefix: str) -> None:
+    """A page holds 1000 names: what goes wrong between two of them must not be found when there are so many."""
+    bottom = innermost(store)
+    if not isinstance(bottom, ListsInPages):
+        return
+    whole = [info.name for info in store.list(prefix)]
+    for page in (1, 2):
+        if list(bottom.list_in_pages(prefix, page)) != whole:
+            raise Unsupported(f"a listing in pages of {page} misses objects", subject=store.url)
 
 
 def _refuses_damage(store: ObjectStore, name: str) -> bool | None:

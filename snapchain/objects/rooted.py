@@ -2,7 +2,9 @@
 
 Every step opens with O_NOFOLLOW, so no symbolic link below the root leads out of it; and because the root's descriptor
 stays open, an unmount in the middle of a job fails loudly where a path would quietly name the empty mount point.
-Directories are made private and synced into their parents before anything is put into them.
+Directories are synced into their parents before anything is put into them.  They and all files are private, unless the
+root is shared with a group, as git's core.sharedRepository has it: it is setgid, and its group may write to it.  Then
+what is made belongs to that group, which may do what the owner may, whatever the umask; others never may.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ from snapchain.objects.store import TEMPORARY, is_segment
 
 DIRECTORY_MODE = 0o700
 """Backups are secrets, encrypted or not."""
+FILE_MODE = 0o600
+_GROUP_DIRECTORY = stat.S_ISGID | 0o070
+_GROUP_FILE = 0o060
 
+_WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -30,7 +36,10 @@ class Rooted:
     """One root directory, kept open.  Methods raise OSError as it comes, unless they say otherwise."""
 
     def __init__(self, root: Path, *, make: bool) -> None:
-        """`make` creates the directory and its parents.  Raises NotFound when it is not there, and our other errors."""
+        """`make` creates the directory and its parents.  Raises NotFound when it is not there, and our other errors.
+
+        is_shared: whether what is made is the group's as well
+        """
         self.root = root
         self._lock = threading.Lock()
         self._synced: set[str] = set()  # directories whose entry in their parent is known to be on disk
@@ -40,6 +49,8 @@ class Rooted:
                 make_directories(root)
             # The path that the user named may be or hold a link; what lies below must not.
             self._fd: int | None = os.open(root, _DIRECTORY)
+            found = os.fstat(self._fd)
+            self.is_shared, self._group = _is_shared(found.st_mode), found.st_gid
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound("there is no such directory", subject=root) from error
         except OSError as error:
@@ -129,19 +140,49 @@ class Rooted:
     def _make(self, parent: int, folder: str, path: str) -> None:
         with suppress(FileExistsError):
             os.mkdir(folder, DIRECTORY_MODE, dir_fd=parent)
+        if self.is_shared:
+            self._share(parent, folder)
         # Synced also when another writer made it: they may not have come to their own sync yet.
         os.fsync(parent)
         self._synced.add(path)
 
+    def new_file(self, name: str, *, folder: int) -> int:
+        """A descriptor, to write to, of a file that must not exist yet."""
+        fd = os.open(name, _WRITE_NEW, FILE_MODE, dir_fd=folder)
+        if self.is_shared:
+            os.fchmod(fd, FILE_MODE | _GROUP_FILE)
+        return fd
+
+    def _share(self, parent: int, folder: str) -> None:
+        """Open a directory of ours to the group; one that another made is theirs to open."""
+        try:
+            fd = os.open(folder, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        except NotADirectoryError:  # what opens it next says so
+            return
+        try:
+            found = os.fstat(fd)
+            if found.st_uid == os.geteuid() and (found.st_gid != self._group or not _is_shared(found.st_mode)):
+                with suppress(PermissionError):  # one's own, though not of that group: the directory serves oneself
+                    os.fchown(fd, -1, self._group)
+                    os.fchmod(fd, stat.S_IMODE(found.st_mode) | _GROUP_DIRECTORY)
+        finally:
+            os.close(fd)
+
+
+def _is_shared(mode: int) -> bool:
+    return mode & _GROUP_DIRECTORY == _GROUP_DIRECTORY
+
 
 def make_directories(path: Path) -> None:
-    """Like `mkdir -p`, but private and durable."""
+    """Like `mkdir -p`, but durable, and private; shared as well in a shared directory, where the umask allows that."""
     if path.is_dir():
         return
     if path.parent != path:
         make_directories(path.parent)
     with suppress(FileExistsError):
         path.mkdir(mode=DIRECTORY_MODE)
+        if _is_shared(path.parent.stat().st_mode) and not _umask() & 0o070:
+            path.chmod(DIRECTORY_MODE | _GROUP_DIRECTORY)
     fd = os.open(path.parent, _DIRECTORY)
     try:
         os.fsync(fd)
@@ -149,12 +190,20 @@ def make_directories(path: Path) -> None:
         os.close(fd)
 
 
+def _umask() -> int:
+    """This process's. (Setting it, which is the other way to learn it, would show in other threads.)"""
+    for line in Path("/proc/self/status").read_bytes().splitlines():
+        if line.startswith(b"Umask:"):
+            return int(line.split()[1], 8)
+    return 0o077
+
+
 def sweep(folder: int, older_than: float) -> int:
     """Delete the regular files in `folder` that nobody touched for `older_than` seconds; gives how many."""
     swept = 0
     with os.scandir(folder) as entries:
         for entry in entries:
-            with suppress(FileNotFoundError):  # another sweeper
+            with suppress(FileNotFoundError, PermissionError):  # another sweeper; of another user, in a sticky one
                 found = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > older_than:
                     os.unlink(entry.name, dir_fd=folder)

@@ -12,12 +12,14 @@ import hashlib
 import random
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects.s3_client import is_amazon, new_client, warnings_about
-from snapchain.objects.s3_errors import from_s3_error, s3_errors, status_of, was_retried
+from snapchain.objects.s3_client import expect_no_continue, is_amazon, new_client, warnings_about
+from snapchain.objects.s3_errors import from_s3_error, page_error, s3_errors, status_of, was_retried
+from snapchain.objects.s3_patience import ANSWER_WITHIN, Patience, Watch, WatchedBody
 from snapchain.objects.store import (
     Data,
     ObjectInfo,
@@ -32,14 +34,29 @@ from snapchain.objects.store import (
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, ListObjectsV2OutputTypeDef, PutObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import (
+        GetObjectOutputTypeDef,
+        HeadObjectOutputTypeDef,
+        ListObjectsV2OutputTypeDef,
+        PutObjectOutputTypeDef,
+    )
 
 READ_ATTEMPTS = 5
 """botocore repeats a request until it is answered, but not when the answer's body breaks off."""
+MOST_TIMEOUTS = 2
+"""Of a body that stops coming: each takes READ_TIMEOUT seconds."""
 CONFLICT_ATTEMPTS = 8
 """Of a create that the server answers with 409: another conditional request for the name was under way."""
 PAGE = 1000
 """Names a listing's page, S3's own limit."""
+LONGEST_LISTING = 10_000_000
+"""Objects. A listing is held in memory, some 250 bytes each; packs of 16 MiB would be 150 TiB."""
+IDLE_PAGES = 1000
+"""Pages one after the other that bring no new name: then the server turns in circles."""
+_PART = 64 * 1024
+"""Bytes of a body that are progress."""
+
+Result = TypeVar("Result")
 
 
 class S3Store:
@@ -57,8 +74,13 @@ class S3Store:
         endpoint: str | None = None,
         client: S3Client | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        answer_within: float = ANSWER_WITHIN,
     ) -> None:
-        """`client` as new_client gives it.  Sends nothing.  Raises InvalidInput for an unusable configuration."""
+        """Sends nothing.
+
+        client: as new_client gives it; answer_within: seconds without progress after which a request is given up.
+        Raises InvalidInput for an unusable configuration.
+        """
         if not bucket:
             raise InvalidInput("no bucket is named", hint="s3://bucket/prefix")
         self._client = client if client is not None else new_client(endpoint)
@@ -66,7 +88,10 @@ class S3Store:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._sleep = sleep
         self._page = PAGE
+        self._bucket_seen = False
+        self._expects = True
         self.endpoint = self._client.meta.endpoint_url
+        self._patience = Patience(urlsplit(self.endpoint).netloc, limit=answer_within)
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self.properties = Properties(conditional_put=None, description=f"bucket {bucket} at {self.endpoint}")
         self.warnings = warnings_about(self.endpoint)
@@ -74,7 +99,7 @@ class S3Store:
     def put(self, name: str, data: Data) -> None:
         valid_name(name)
         body = joined(data)
-        with s3_errors(self._subject(name)):
+        with s3_errors(self._subject(name), sent=len(body)):
             self._send(name, body, create=False)
 
     def create(self, name: str, data: Data) -> bool:
@@ -95,11 +120,12 @@ class S3Store:
                     continue
                 if status == 412 and not was_retried(error):
                     return False
+                meant = from_s3_error(error, self._subject(name), sent=len(body))
                 if status == 412 or status >= 500:
-                    return self._settled(name, body, from_s3_error(error, self._subject(name)))
-                raise from_s3_error(error, self._subject(name)) from error
+                    return self._settled(name, body, meant)
+                raise meant from error
             except BotoCoreError as error:
-                meant = from_s3_error(error, self._subject(name))
+                meant = from_s3_error(error, self._subject(name), sent=len(body))
                 if type(meant) is not Unavailable:  # nothing was sent: no credentials, no TLS, no such name
                     raise meant from error
                 return self._settled(name, body, meant)
@@ -115,12 +141,16 @@ class S3Store:
         if length == 0:  # HTTP has no empty range
             return self._nothing_at(name, offset)
         doubtful: tuple[bytes, str] | None = None
+        timeouts = 0
         for attempt in range(1, READ_ATTEMPTS + 1):
             try:
                 with s3_errors(self._subject(name)):
                     body, etag = self._received(name, offset, length)
             except Unavailable as error:
-                if attempt == READ_ATTEMPTS or type(error) is not Unavailable:
+                timeouts += _is_timeout(error)
+                if timeouts == MOST_TIMEOUTS:
+                    self._patience.give_up()
+                if attempt == READ_ATTEMPTS or type(error) is not Unavailable or timeouts == MOST_TIMEOUTS:
                     raise
             else:
                 # When both come the same again, then this server's ETag is no MD5.
@@ -132,29 +162,41 @@ class S3Store:
 
     def size(self, name: str) -> int | None:
         valid_name(name)
-        try:
-            with s3_errors(self._subject(name)):
-                return self._client.head_object(Bucket=self._bucket, Key=self._key(name))["ContentLength"]
-        except NotFound:
-            return None
+        from botocore.exceptions import ClientError
+
+        with s3_errors(self._subject(name)):
+            try:
+                answer = self._ask(name, lambda _: self._client.head_object(Bucket=self._bucket, Key=self._key(name)))
+            except ClientError as error:
+                # No body comes with the answer to a HEAD, and so no reason: not that the whole bucket is missing,
+                # nor that a key has expired. Asked with a GET, the server gives it.
+                if status_of(error) != 404:
+                    self._raise_reason(name)
+                    raise
+                if not self._bucket_seen:
+                    self._raise_reason(name)
+                return None
+        _check_page(answer, self._subject(name))
+        return answer["ContentLength"]
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        return self._listed(valid_prefix(prefix))
+        """As ObjectStore.list. The whole listing is fetched first: not every server sorts its pages."""
+        found, _ = self._listed(valid_prefix(prefix))
+        for name in sorted(found):
+            yield found.pop(name)
 
     def list_dirs(self, prefix: str) -> Iterator[str]:
-        folder = directory_prefix(prefix)
-        found = {
-            common["Prefix"].removeprefix(self._prefix + folder).rstrip("/")
-            for page in self._pages(folder, delimiter="/")
-            for common in page.get("CommonPrefixes", [])
-        }
-        return iter(sorted(name for name in found if _is_ours(f"{folder}{name}")))
+        return iter(sorted(self._listed(directory_prefix(prefix), delimiter="/")[1]))
+
+    def list_in_pages(self, prefix: str, page: int) -> Sequence[str]:
+        """The names that `list` gives, asked for in pages of so many; for the probe."""
+        return sorted(self._listed(valid_prefix(prefix), page=page)[0])
 
     def delete(self, name: str) -> None:
         valid_name(name)
         try:
             with s3_errors(self._subject(name)):
-                self._client.delete_object(Bucket=self._bucket, Key=self._key(name))
+                self._ask(name, lambda _: self._client.delete_object(Bucket=self._bucket, Key=self._key(name)))
         except NotFound as error:
             if "bucket" in error.message:
                 raise
@@ -169,7 +211,7 @@ class S3Store:
         wrong = b64encode(hashlib.md5(b"other bytes", usedforsecurity=False).digest()).decode()
         with s3_errors(self._subject(valid_name(name))):
             try:
-                self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=b"bytes", ContentMD5=wrong)
+                self._put(name, b"bytes", {"ContentMD5": wrong})
             except ClientError as error:
                 if 400 <= status_of(error) < 500 and status_of(error) not in {401, 403, 404}:
                     return True
@@ -184,22 +226,58 @@ class S3Store:
     def _subject(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    def _ask(self, name: str, request: Callable[[Watch], Result]) -> Result:
+        """What the request returns. Raises botocore's errors, and Silent when no answer comes."""
+        answer = self._patience.within(request, subject=self._subject(name))
+        self._bucket_seen = True
+        return answer
+
     def _send(self, name: str, body: bytes, *, create: bool) -> None:
         """PutObject.  Raises botocore's errors, and Corrupt when the ETag says that other bytes were stored."""
         md5 = hashlib.md5(body, usedforsecurity=False)
-        more: dict[str, Any] = {"IfNoneMatch": "*"} if create else {}
+        more: dict[str, Any] = {"ContentMD5": b64encode(md5.digest()).decode()}
+        if create:
+            more["IfNoneMatch"] = "*"
         if is_amazon(self.endpoint):  # elsewhere accepted even when it is wrong
             more["ChecksumSHA256"] = b64encode(hashlib.sha256(body).digest()).decode()
-        answer = self._client.put_object(
-            Bucket=self._bucket,
-            Key=self._key(name),
-            Body=body,
-            ContentMD5=b64encode(md5.digest()).decode(),
-            **more,
-        )
+        answer = self._put(name, body, more)
+        if not answer.get("ETag"):
+            _check_page(answer, self._subject(name))
         etag = _md5_of(answer)
         if etag is not None and etag != md5.hexdigest():
             raise Corrupt("the server says that it stored other bytes than were sent", subject=self._subject(name))
+
+    def _put(self, name: str, body: bytes, more: dict[str, Any]) -> PutObjectOutputTypeDef:
+        """PutObject; again without `Expect: 100-continue`, and then never with it, where a proxy answers 417."""
+        from botocore.exceptions import ClientError
+
+        def request(watch: Watch) -> PutObjectOutputTypeDef:
+            sent = WatchedBody(body, watch)
+            return self._client.put_object(Bucket=self._bucket, Key=self._key(name), Body=sent, **more)
+
+        expected = self._expects
+        try:
+            return self._ask(name, request)
+        except ClientError as error:
+            if status_of(error) != 417 or not expected:
+                raise
+        if self._expects:
+            self._expects = False
+            expect_no_continue(self._client)
+        return self._ask(name, request)
+
+    def _raise_reason(self, name: str) -> None:
+        """Read one byte of an object, so as to raise what the server has against it; not when it is just not there."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self._read(name, {"Range": "bytes=0-0"})
+        except ClientError as error:
+            reason = from_s3_error(error, self._subject(name))
+            if isinstance(reason, NotFound) and "bucket" not in reason.message:
+                self._bucket_seen = True
+            elif status_of(error) != 416:
+                raise
 
     def _settled(self, name: str, body: bytes, doubt: SnapchainError) -> bool:
         """Whether the object that is there now is the one that we sent; raises `doubt` when none is."""
@@ -207,6 +285,27 @@ class S3Store:
             return self.get(name) == body
         except NotFound:
             raise doubt from None
+
+    def _read(self, name: str, more: dict[str, Any]) -> tuple[bytes, GetObjectOutputTypeDef]:
+        """Body and head of one GetObject."""
+
+        def request(watch: Watch) -> tuple[bytes, GetObjectOutputTypeDef]:
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(name), **more)
+            watch.progress()
+            parts: list[bytes] = []
+            stream = answer["Body"]
+            try:
+                valid_size(self._subject(name), answer["ContentLength"])
+                for part in stream.iter_chunks(_PART):
+                    parts.append(part)
+                    watch.progress()
+            finally:
+                stream.close()
+            return b"".join(parts), answer
+
+        body, answer = self._ask(name, request)
+        _check_page(answer, self._subject(name))
+        return body, answer
 
     def _received(self, name: str, offset: int, length: int | None) -> tuple[bytes, str | None]:
         """(body, ETag that it contradicts) of one GetObject, checked against what was asked for.
@@ -221,17 +320,11 @@ class S3Store:
             {} if whole else {"Range": f"bytes={offset}-{'' if length is None else offset + length - 1}"}
         )
         try:
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(name), **asked)
+            body, answer = self._read(name, asked)
         except ClientError as error:
             if status_of(error) == 416 and length is None:
                 return self._nothing_at(name, offset), None
             raise
-        stream = answer["Body"]
-        try:
-            valid_size(self._subject(name), answer["ContentLength"])
-            body = stream.read()
-        finally:
-            stream.close()
         # Not by the status: rclone sends a range with 200.  A server may also ignore the range and send the whole.
         sent = answer.get("ContentRange", "")
         if not sent:
@@ -255,43 +348,92 @@ class S3Store:
             raise Corrupt(f"object has {size} bytes, none at {offset}", subject=self._subject(name))
         return b""
 
-    def _listed(self, prefix: str) -> Iterator[ObjectInfo]:
-        last: str | None = None
-        for page in self._pages(prefix):
-            # Sorted again: rclone sorts before it sees that an upload got its final name.
-            entries = sorted(page.get("Contents", []), key=lambda entry: entry["Key"])
-            for entry in entries:
-                name = entry["Key"].removeprefix(self._prefix)
-                if last is not None and name <= last:
-                    raise Unavailable(
-                        "the server's listing is not in the order of names",
-                        subject=self.url,
-                        hint="run it again; a bucket that never sorts (S3 Express) cannot hold a repository",
-                    )
-                last = name
-                if _is_ours(name):  # another program may keep objects of its own below our prefix
-                    yield ObjectInfo(name, entry["Size"], entry["LastModified"].timestamp())
+    # ---- listings
 
-    def _pages(self, prefix: str, *, delimiter: str | None = None) -> Iterator[ListObjectsV2OutputTypeDef]:
+    def _listed(
+        self, prefix: str, *, delimiter: str | None = None, page: int | None = None
+    ) -> tuple[dict[str, ObjectInfo], set[str]]:
+        """Our objects below the prefix by name; with a delimiter only those of its own level, and the next segments.
+
+        Nothing is taken for granted: pages may come in any order, be empty, repeat keys, and hold keys of others.
+        Raises Unsupported for a listing that does not end.
+        """
+        start = self._prefix + prefix
+        found: dict[str, ObjectInfo] = {}
+        folders: set[str] = set()
+        idle = 0
+        for answer in self._pages(start, delimiter=delimiter, page=page or self._page):
+            before = len(found) + len(folders)
+            for entry in answer.get("Contents", []):
+                key = entry.get("Key", "")
+                name = key.removeprefix(self._prefix)
+                # Another program may keep objects of its own below our prefix.
+                if not key.startswith(start) or not _is_ours(name):
+                    continue
+                segment, more, _ = key.removeprefix(start).partition("/")
+                if delimiter is not None and more:  # a server without delimiters
+                    folders.add(segment)
+                elif delimiter is None:
+                    modified = entry.get("LastModified")
+                    found[name] = ObjectInfo(name, entry["Size"], None if modified is None else modified.timestamp())
+            for common in answer.get("CommonPrefixes", []):
+                folder = common.get("Prefix", "")
+                if folder.startswith(start) and _is_ours(folder.removeprefix(self._prefix).rstrip("/")):
+                    folders.add(folder.removeprefix(start).rstrip("/"))
+            idle = 0 if len(found) + len(folders) > before else idle + 1
+            if idle > IDLE_PAGES:
+                raise Unsupported("the server's listing does not end: it brings no new names", subject=self.url)
+            if len(found) > LONGEST_LISTING:
+                raise Unsupported(f"the server lists more than {LONGEST_LISTING} objects", subject=self.url)
+        return found, folders
+
+    def _pages(self, start: str, *, delimiter: str | None, page: int) -> Iterator[ListObjectsV2OutputTypeDef]:
         more: dict[str, Any] = {} if delimiter is None else {"Delimiter": delimiter}
+        tokens: set[str] = set()
+
+        def request(_: Watch) -> ListObjectsV2OutputTypeDef:
+            return self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, MaxKeys=page, **more)
+
         while True:
-            with s3_errors(self._subject(prefix)):
-                page = self._client.list_objects_v2(
-                    Bucket=self._bucket,
-                    Prefix=self._prefix + prefix,
-                    MaxKeys=self._page,
-                    **more,
-                )
-            yield page
-            following = page.get("NextContinuationToken") if page.get("IsTruncated") else None
-            if following is None:
+            name = start.removeprefix(self._prefix)
+            with s3_errors(self._subject(name)):
+                answer = self._ask(name, request)
+            if "IsTruncated" not in answer:  # a page that happens to be XML would pass for an empty listing
+                raise page_error(self._subject(name))
+            yield answer
+            if not answer["IsTruncated"]:
                 return
-            if following == more.get("ContinuationToken"):
-                raise Unsupported("the server's listing does not get on", subject=self.url)
+            following = answer.get("NextContinuationToken")
+            if not following:
+                raise Unsupported(
+                    "the server cuts its listing off, and gives no continuation token",
+                    subject=self.url,
+                    hint="it must support ListObjectsV2",
+                )
+            if following in tokens:
+                raise Unsupported("the server returned the same continuation token twice", subject=self.url)
+            tokens.add(following)
             more["ContinuationToken"] = following
 
 
-def _md5_of(answer: PutObjectOutputTypeDef | GetObjectOutputTypeDef) -> str | None:
+def _check_page(
+    answer: PutObjectOutputTypeDef | GetObjectOutputTypeDef | HeadObjectOutputTypeDef, subject: str
+) -> None:
+    """Raises Unsupported for a web page, which a portal or a proxy sends with status 200 whatever it is asked."""
+    headers = answer["ResponseMetadata"]["HTTPHeaders"]
+    of_s3 = _md5_of(answer) is not None or any(name.startswith("x-amz-") for name in headers)
+    if headers.get("content-type", "").startswith("text/html") and not of_s3:
+        raise page_error(subject)
+
+
+def _is_timeout(error: Unavailable) -> bool:
+    """Whether the server was silent for READ_TIMEOUT in the middle of its answer."""
+    from botocore.exceptions import ReadTimeoutError
+
+    return isinstance(error.__cause__, ReadTimeoutError)
+
+
+def _md5_of(answer: PutObjectOutputTypeDef | GetObjectOutputTypeDef | HeadObjectOutputTypeDef) -> str | None:
     """The ETag when it is an MD5: 32 hex digits, and no key service in between (then it is 32 other digits)."""
     etag = answer.get("ETag", "").strip('"').lower()
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer

@@ -8,18 +8,19 @@ inside the object.  We send Content-MD5 instead, which even old servers check.
 from __future__ import annotations
 
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from snapchain.errors import InvalidInput
 from snapchain.objects.s3_errors import s3_errors
+from snapchain.objects.s3_patience import WatchedBody
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 CONNECT_TIMEOUT = 5.0
-READ_TIMEOUT = 60.0
-"""Seconds."""
+READ_TIMEOUT = 18.0
+"""Seconds. A server that is silent for longer is asked once more, within s3_patience.ANSWER_WITHIN."""
 TOTAL_ATTEMPTS = 5
 CONNECTIONS = 16
 """Requests in flight at once; more threads than this wait for a connection."""
@@ -60,9 +61,52 @@ def new_client(
             session = boto3.session.Session()
             made = client("path")
             # Only a client knows the endpoint that the environment or a profile gives.
-            return client("auto") if is_amazon(made.meta.endpoint_url) else made
+            if is_amazon(made.meta.endpoint_url):
+                made = client("auto")
+            else:
+                _accept_tenants(made)
         except ValueError as error:
             raise InvalidInput(str(error), subject=where, hint="give http://host:port or https://host") from error
+    made.meta.events.register("before-send.s3", _begin_attempt)
+    made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+    return made
+
+
+def expect_no_continue(client: S3Client) -> None:
+    """From here on no request waits for `100 Continue`: some proxy answered that it cannot meet the expectation."""
+    client.meta.events.register_last("before-call.s3", _without_expect)
+
+
+def _without_expect(params: dict[str, Any], **_: object) -> None:
+    params["headers"].pop("Expect", None)
+
+
+def _begin_attempt(request: Any, **_: object) -> None:
+    if isinstance(request.body, WatchedBody):
+        request.body.begin_attempt()
+
+
+def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, operation: Any, **_: object) -> None:
+    """Raise what redirects without naming a region: botocore would ask for the region until its stack ends."""
+    from botocore.exceptions import ClientError
+
+    if response is None or response[0].status_code not in {301, 302, 303, 307, 308}:
+        return
+    answer = response[1]
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if "x-amz-bucket-region" not in headers and "Region" not in answer.get("Error", {}):
+        raise ClientError(answer, operation.name)  # type: ignore[arg-type]
+
+
+def _accept_tenants(client: S3Client) -> None:
+    """Let names such as `tenant:bucket` go to the server: so Ceph writes a bucket of another tenant."""
+    from botocore.handlers import validate_bucket_name
+
+    def validate(params: dict[str, Any], **_: object) -> None:
+        validate_bucket_name({"Bucket": params.get("Bucket", "").rpartition(":")[2]})
+
+    client.meta.events.unregister("before-parameter-build.s3", validate_bucket_name)
+    client.meta.events.register("before-parameter-build.s3", validate)
 
 
 def is_amazon(endpoint: str) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.store import Refused
@@ -30,6 +31,9 @@ _DENIED = Meaning(
     Refused, "access denied", "the access key needs s3:GetObject, PutObject, DeleteObject and ListBucket here"
 )
 _ELSEWHERE = Meaning(InvalidInput, "the bucket is in another region", "set AWS_DEFAULT_REGION to the bucket's region")
+_REDIRECTED = Meaning(
+    InvalidInput, "the endpoint redirects to another address", "set AWS_ENDPOINT_URL_S3 to the address of the S3 server"
+)
 _NO_BUCKET = Meaning(NotFound, "there is no such bucket", "create the bucket first; snapchain never does")
 _DAMAGED = Meaning(Unavailable, "the bytes were damaged on their way to the server", "run the command again")
 _FULL = Meaning(Refused, "the server has no room", "free space or raise the quota, then run the command again")
@@ -37,6 +41,21 @@ _ARCHIVED = Meaning(Refused, "the object is in an archive tier", "restore it fro
 _NOT_THERE = Meaning(NotFound, "no such object")
 _CHANGED = Meaning(Conflict, "a condition of the request did not hold")
 _NOT_DONE = Meaning(Unsupported, "the server does not implement this request")
+_SMALLER = "raise its limit (of nginx: client_max_body_size), or make objects smaller with --pack-size 1M"
+_LARGE = 1 << 20
+"""Bytes. Smaller objects are seldom refused for their size."""
+_TOO_LARGE = Meaning(Unsupported, "it is larger than the server, or a proxy before it, takes in one request", _SMALLER)
+_NO_CONTINUE = Meaning(
+    Unsupported, "a proxy refuses the header Expect: 100-continue", "let the proxy pass it on, or go round the proxy"
+)
+_PROXY_KEYS = Meaning(
+    Refused, "the HTTP proxy asks for credentials", "give them in HTTPS_PROXY, or list the server in NO_PROXY"
+)
+_A_PAGE = Meaning(
+    Unsupported,
+    "a web page was sent instead of an answer of S3",
+    "look at the endpoint (host, port, path), and at proxies and portals on the way",
+)
 
 CODES: dict[str, Meaning] = {
     "NoSuchKey": _NOT_THERE,
@@ -63,7 +82,7 @@ CODES: dict[str, Meaning] = {
     "XAmzContentSHA256Mismatch": _DAMAGED,
     "XAmzContentChecksumMismatch": _DAMAGED,
     "IncompleteBody": _DAMAGED,
-    "EntityTooLarge": Meaning(Unsupported, "the server takes no object of this size in one request"),
+    "EntityTooLarge": _TOO_LARGE,
     "PreconditionFailed": _CHANGED,
     "ConditionalRequestConflict": _CHANGED,
     "OperationAborted": _CHANGED,
@@ -81,14 +100,21 @@ CODES: dict[str, Meaning] = {
 }
 STATUSES: dict[int, Meaning] = {
     301: _ELSEWHERE,
+    302: _REDIRECTED,
+    303: _REDIRECTED,
     307: _ELSEWHERE,
+    308: _REDIRECTED,
     401: _KEY_WRONG,
     403: _DENIED,
     404: _NOT_THERE,
+    405: _NOT_DONE,
+    407: _PROXY_KEYS,
     408: _BUSY,
     409: _CHANGED,
     412: _CHANGED,
+    413: _TOO_LARGE,
     416: CODES["InvalidRange"],
+    417: _NO_CONTINUE,
     429: _BUSY,
     501: _NOT_DONE,
     507: _FULL,
@@ -102,6 +128,15 @@ _NO_ANSWER = Meaning(Unavailable, "the server does not answer", "look at the end
 _BROKEN_OFF = Meaning(Unavailable, "the connection broke off", "run the command again")
 _TLS = Meaning(Refused, "TLS failed", "https or http? For a private authority set AWS_CA_BUNDLE")
 _STRANGE = Meaning(Unsupported, "the server does not speak S3", "look at the endpoint: host, port, http or https")
+
+PERMISSIONS = {
+    "PutObject": "s3:PutObject",
+    "DeleteObject": "s3:DeleteObject",
+    "ListObjectsV2": "s3:ListBucket",
+    "GetObject": "s3:GetObject, and s3:ListBucket, without which S3 denies reading what is not there",
+    "HeadObject": "s3:GetObject, and s3:ListBucket, without which S3 denies reading what is not there",
+}
+"""Operation -> what the access key needs for it."""
 
 EXCEPTIONS: dict[str, Meaning] = {
     "NoCredentialsError": _CREDENTIALS,
@@ -140,8 +175,12 @@ EXCEPTIONS: dict[str, Meaning] = {
 
 
 @contextmanager
-def s3_errors(subject: str) -> Iterator[None]:
-    """Raise our errors for botocore's; `subject` names the object or the bucket."""
+def s3_errors(subject: str, *, sent: int | None = None) -> Iterator[None]:
+    """Raise our errors for botocore's.
+
+    subject: names the object or the bucket
+    sent: bytes of the body that the request carried
+    """
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -149,21 +188,31 @@ def s3_errors(subject: str) -> Iterator[None]:
     try:
         yield
     except (ClientError, BotoCoreError, ResponseParserError, HTTPError, RecursionError) as error:
-        raise from_s3_error(error, subject) from error
+        raise from_s3_error(error, subject, sent=sent) from error
 
 
-def from_s3_error(error: Exception, subject: str) -> SnapchainError:
-    """The error of our tree for one of botocore's or urllib3's."""
+def from_s3_error(error: Exception, subject: str, *, sent: int | None = None) -> SnapchainError:
+    """The error of our tree for one of botocore's or urllib3's; subject, sent: as in `s3_errors`."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
-        meaning, words = _answer_means(response)
+        meaning, words = _answer_means(response, str(getattr(error, "operation_name", "")))
     else:
         names = [cls.__name__ for cls in type(error).__mro__]
         fallback = _CONFIGURATION if "BotoCoreError" in names else _BROKEN_OFF
         meaning = next((EXCEPTIONS[name] for name in names if name in EXCEPTIONS), fallback)
         words = " ".join(str(error).split())
-    message = f"{meaning.message} ({words[:300]})" if words else meaning.message
+    message = meaning.message
+    if sent is not None and meaning is _TOO_LARGE:
+        message = f"an object of {sent} bytes: {message}"
+    elif sent is not None and sent > _LARGE and meaning is _BROKEN_OFF:
+        meaning = meaning._replace(hint=f"run it again; if only large objects fail, a proxy limits them: {_SMALLER}")
+    message = f"{message} ({words[:300]})" if words else message
     return meaning.error(message, subject=subject, hint=meaning.hint)
+
+
+def page_error(subject: str) -> SnapchainError:
+    """The error for a web page where S3 was asked."""
+    return _A_PAGE.error(_A_PAGE.message, subject=subject, hint=_A_PAGE.hint)
 
 
 def status_of(error: Exception) -> int:
@@ -178,13 +227,43 @@ def was_retried(error: Exception) -> bool:
     return bool(response.get("ResponseMetadata", {}).get("RetryAttempts", 0))
 
 
-def _answer_means(response: dict[str, dict[str, object]]) -> tuple[Meaning, str]:
+def _answer_means(response: dict[str, dict[str, Any]], operation: str) -> tuple[Meaning, str]:
     error, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
+    headers: dict[str, str] = metadata.get("HTTPHeaders") or {}
     code, status = str(error.get("Code", "")), int(str(metadata.get("HTTPStatusCode", 0)))
+    # An answer without S3's own code comes from something else, or has no body.
+    is_s3 = bool(code) and not code.isdigit()
+    words = ": ".join(part for part in (code if is_s3 else f"HTTP {status}", error.get("Message")) if part)
     meaning = CODES.get(code) or STATUSES.get(status)
     if meaning is None and code.startswith("KMS."):
         meaning = Meaning(Refused, "the server's key service refuses", "look at the bucket's KMS key and its policy")
     if meaning is None:
         meaning = _BUSY if status >= 500 else Meaning(Unsupported, "the server refuses the request")
-    said = str(error.get("Message") or "")
-    return meaning, ": ".join(part for part in (code if not code.isdigit() else f"HTTP {code}", said) if part)
+    if meaning in {_ELSEWHERE, _REDIRECTED}:
+        return _redirected(error, headers, is_s3=is_s3), words
+    if not is_s3 and _is_page(headers, operation) and meaning in {_DENIED, _NOT_THERE, _KEY_WRONG, _NOT_DONE}:
+        meaning = _A_PAGE
+    if meaning is _DENIED and operation in PERMISSIONS:
+        meaning = meaning._replace(hint=f"the access key needs {PERMISSIONS[operation]}")
+    return meaning, words
+
+
+def _redirected(error: dict[str, Any], headers: dict[str, str], *, is_s3: bool) -> Meaning:
+    """Where the server wants the request to go: another region of its own, or another address."""
+    region = headers.get("x-amz-bucket-region") or error.get("Region")
+    if region:
+        return _ELSEWHERE._replace(hint=f"set AWS_DEFAULT_REGION to the bucket's region: {region}")
+    location = headers.get("location", "")
+    if location and not is_s3:
+        parts = urlsplit(location)
+        there = f"{parts.scheme}://{parts.netloc}" if parts.netloc else location[:200]
+        return _REDIRECTED._replace(
+            message=f"the endpoint redirects to {there}",
+            hint=f"if that is the S3 server, set AWS_ENDPOINT_URL_S3={there}",
+        )
+    return _ELSEWHERE
+
+
+def _is_page(headers: dict[str, str], operation: str) -> bool:
+    """Whether an error without a code of S3 came with a web page. Answers to HEAD have no body, and tell nothing."""
+    return operation != "HeadObject" and headers.get("content-type", "").startswith("text/html")

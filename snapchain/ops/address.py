@@ -93,13 +93,23 @@ def parse_destination(text: str) -> DestinationAddress | PointAddress:
     return address if isinstance(address, PointAddress) else DestinationAddress(text)
 
 
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://|(?P<bare>s3|file|dir|ssh|memory):", re.IGNORECASE)
+
+
 def is_replica(dest: str) -> bool:
     """Whether a destination is meant as a replica, right or wrong: ssh://... or dir:..."""
     return dest.lower().startswith(("ssh://", "dir:"))
 
 
-def located(dest: str) -> str:
-    """The destination as a store wants it: a path from the current directory becomes absolute, a URL stays."""
-    if "://" in dest or dest.startswith("dir:"):
-        return dest
-    return str(Path(dest).absolute())
+def located(dest: str, *, directory: Path = Path()) -> str:
+    """The destination as a store wants it.
+
+    A path from `directory` (relative: from the current one) becomes absolute. A URL stays, with its scheme in lower
+    case; so does what begins like one (`s3:bucket`), which is no path, but a slip of the pen that deserves an error:
+    `./s3:bucket` is a path.
+    """
+    found = _SCHEME.match(dest)
+    if found is None:
+        return str((directory / dest).absolute())
+    length = len(found["scheme"] or found["bare"])
+    return dest[:length].lower() + dest[length:]

@@ -116,12 +116,14 @@ def destination_at(
     passphrase: Passphrase = lambda: None,
     writing: bool = False,
     limit_rate: int | None = None,
+    pack_size: int | None = None,
     connections: int = 1,
 ) -> Destination:
     """What an address means: dir:/path and ssh://[user@]host/path are replicas, everything else is a repository.
 
     passphrase: asked where it is encrypted; writing: whether points will be delivered or merged
-    limit_rate: bytes a second to and from it; connections: of ssh, to a replica
+    limit_rate: bytes a second to and from it; pack_size: bytes that new objects of a repository have at most
+    connections: of ssh, to a replica
     A replica is not touched here. Raises InvalidInput, and as `open_destination`.
     """
     if is_replica(url):
@@ -131,5 +133,7 @@ def destination_at(
     from snapchain.destinations import open_destination
     from snapchain.ops.repository_destination import RepositoryDestination
 
-    opened = open_destination(located(url), passphrase=passphrase, writing=writing, limit_rate=limit_rate)
+    opened = open_destination(
+        located(url), passphrase=passphrase, writing=writing, limit_rate=limit_rate, pack_size=pack_size
+    )
     return RepositoryDestination(opened)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.objects.store import ObjectStore, Refused
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.verify import Finding, points_on
 from snapchain.repository.collect import Marked, mark
+from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository
 from snapchain.repository.sweep import estimate, sweep
@@ -65,6 +67,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
     """Collect, alone: waits for writers, and makes them wait. Raises Busy when they take too long.
 
     Readers go on: what they read is left for another time.  What a plan saw earlier is not relied on.
+    Raises Refused, and moves nothing, where objects cannot be deleted.
     """
     deleted = 0
 
@@ -73,6 +76,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         deleted += 1
         on_event(Progress("gc", deleted, None))
 
+    _check_deletes(repository.store)
     with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words)), spends=True) as lease:
         done = sweep(repository, lease, on_object=on_object)
     return GcReport(
@@ -84,6 +88,16 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
         packs_moved=done.packs_moved,
         findings=_findings(done.marked) if done.marked else (),
     )
+
+
+def _check_deletes(store: ObjectStore) -> None:
+    """Ask whether objects may be deleted, by one that is not there. Raises Refused when not."""
+    try:
+        store.delete(f"probe/{fresh_id()}")
+    except Refused as error:
+        raise Refused(
+            f"gc must delete objects, and may not: {error.message}", subject=store.url, hint=error.hint
+        ) from error
 
 
 def _findings(marked: Marked) -> tuple[Finding, ...]:

@@ -8,17 +8,22 @@ from snapchain.destinations import create_destination
 from snapchain.errors import InvalidInput
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.repository.crypto import AES, SUITES
-from snapchain.repository.repository import BLOCK_BYTES, Passphrase
+from snapchain.repository.repository import BLOCK_BYTES, Passphrase, check_pack_size
 
 
 class InitPlan(BaseModel):
-    """What `init` would make. block_size: guest bytes at whose multiples data is cut for deduplication."""
+    """What `init` would make.
+
+    block_size: guest bytes at whose multiples data is cut for deduplication
+    pack_size: bytes that an object has at most
+    """
 
     model_config = ConfigDict(frozen=True)
 
     destination: str
     encryption: str
     block_size: int
+    pack_size: int | None = None
 
 
 class InitReport(BaseModel):
@@ -31,23 +36,38 @@ class InitReport(BaseModel):
     encryption: str
     block_size: int
     conditional_put: bool
+    pack_size: int | None = None
     findings: tuple[str, ...]
 
 
-def plan(destination: str, *, encryption: str | None = None, block_size: int | None = None) -> InitPlan:
+def plan(
+    destination: str,
+    *,
+    encryption: str | None = None,
+    block_size: int | None = None,
+    pack_size: int | None = None,
+) -> InitPlan:
     """Decide the parameters, which are for ever. Raises InvalidInput."""
     suite = AES if encryption is None else encryption
     if suite not in SUITES:
         raise InvalidInput(f"unknown encryption {suite!r}", hint=f"one of {', '.join(SUITES)}")
+    check_pack_size(pack_size, block_size or BLOCK_BYTES)
     return InitPlan(
-        destination=destination, encryption=suite, block_size=BLOCK_BYTES if block_size is None else block_size
+        destination=destination,
+        encryption=suite,
+        block_size=BLOCK_BYTES if block_size is None else block_size,
+        pack_size=pack_size,
     )
 
 
 def run(plan: InitPlan, *, passphrase: Passphrase, on_event: OnEvent = ignore) -> InitReport:
     """Make the repository. Raises Conflict when there is one, and what the store raises."""
     made = create_destination(
-        plan.destination, passphrase=passphrase, encryption=plan.encryption, block_size=plan.block_size
+        plan.destination,
+        passphrase=passphrase,
+        encryption=plan.encryption,
+        block_size=plan.block_size,
+        pack_size=plan.pack_size,
     )
     for notice in made.notices:
         on_event(Notice(notice))
@@ -57,5 +77,6 @@ def run(plan: InitPlan, *, passphrase: Passphrase, on_event: OnEvent = ignore) -
         encryption=made.config.encryption,
         block_size=made.config.block_size,
         conditional_put=made.conditional,
+        pack_size=made.config.pack_size,
         findings=tuple(made.notices),
     )

@@ -191,7 +191,8 @@ class RepositoryMerge:
         renamed: dict[str, str] = {}
         parents: dict[str, str | None] = {}
         before = after = 0
-        with Packer(repository.store, repository.keys, BlobIndex(newest(repository.store)[0])) as packer:
+        index = BlobIndex(newest(repository.store)[0])
+        with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
             for done, group in enumerate(self._groups):
                 on_event(Progress("merge", done, len(self._groups)))
                 members: Sequence[str] = group.members

@@ -103,7 +103,7 @@ def open_endpoint(url: str, *, connections: int = 1, engine: Engine | None = Non
     if is_remote(url):
         return SshEndpoint(parse_remote_address(url), connections=connections)
     scheme, _, path = url.partition(":")
-    if scheme != "dir" or not path.startswith("/"):
+    if scheme.lower() != "dir" or not path.startswith("/"):
         raise InvalidInput(
             "not an address of a replica", subject=url, hint="write dir:/path, or ssh://[user@]host/path"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
 from itertools import pairwise
@@ -17,7 +18,7 @@ from typing import Literal, Self
 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from snapchain.errors import Conflict, Corrupt, NotFound
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
@@ -206,7 +207,8 @@ class Disk:
         if not create_exclusively(self._store, name, sealed, conditional=self._conditional):
             raise self._overtaken()
         if not self._is_followed(generation, digest):
-            self._store.delete(name)
+            with suppress(SnapchainError):  # where nothing can be deleted it stays, older than the newest
+                self._store.delete(name)
             raise self._overtaken()
         if self._memory is not None:
             self._memory.note(self._key, generation, 0)

@@ -34,7 +34,7 @@ class Deposit:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self.index = repository.index()
-        self._packer = Packer(repository.store, repository.keys, self.index)
+        self._packer = Packer(repository.store, repository.keys, self.index, pack_size=repository.pack_size)
         self._intake = Intake(
             keys=repository.keys, index=self.index, packer=self._packer, block_size=repository.config.block_size
         )

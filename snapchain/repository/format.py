@@ -33,7 +33,10 @@ PACK_ID_BYTES = 16
 MIN_BLOCK_BYTES = 64 * 1024
 MAX_BLOCK_BYTES = 1024 * 1024
 PACK_BYTES = 16 * 1024 * 1024
-"""A pack is closed when it has grown to this; one object, one PUT, never a multipart upload."""
+"""The most that a pack has, unless the repository or the command says otherwise; one object, one PUT, never a multipart
+upload. Indexes keep to the same limit."""
+MIN_PACK_BYTES = 512 * 1024
+MAX_PACK_BYTES = 128 * 1024 * 1024
 
 BLOB_ROW = np.dtype([("pack", "<u4"), ("offset", "<u4"), ("stored", "<u4"), ("raw", "<u4")])
 """Where a blob lies: place of its pack in a table beside, offset, stored bytes (tag included), plain bytes."""

@@ -31,7 +31,16 @@ from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import damage
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
-from snapchain.repository.format import BLOB_ROW, ID_BYTES, PACK_ID_BYTES, fresh_id, index_era, index_name, is_damage
+from snapchain.repository.format import (
+    BLOB_ROW,
+    ID_BYTES,
+    PACK_BYTES,
+    PACK_ID_BYTES,
+    fresh_id,
+    index_era,
+    index_name,
+    is_damage,
+)
 from snapchain.repository.packs import Location
 
 KIND = b"I"
@@ -42,6 +51,8 @@ ATTEMPTS = 8
 _LAST_ERA = 10**10 - 1
 _READERS = 8
 _COUNTS = struct.Struct("<II")
+_OVERHEAD = 256
+"""Bytes of head, salt, counts, tag and zstd frame."""
 _PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
 
 Ids = npt.NDArray[np.uint8]
@@ -169,6 +180,23 @@ def write(store: ObjectStore, keys: Keyring, listed: Sequence[IndexedPack], *, e
     name = index_name(era, fresh_id())
     store.put(name, seal(keys, KIND, name, body))
     return name
+
+
+def split(listed: Iterable[IndexedPack], limit: int | None = None) -> Iterator[list[IndexedPack]]:
+    """The packs in as many groups as it takes for no index to be larger than a pack may be (limit: bytes)."""
+    most = (PACK_BYTES if limit is None else limit) - _OVERHEAD
+    group: list[IndexedPack] = []
+    size = 0
+    for pack in listed:
+        more = _PACK_ROW.itemsize + len(pack.rows) * (ID_BYTES + BLOB_ROW.itemsize)
+        more += more // 256  # what cannot be compressed grows by that
+        if group and size + more > most:
+            yield group
+            group, size = [], 0
+        group.append(pack)
+        size += more
+    if group:
+        yield group
 
 
 def begin_era(store: ObjectStore, keys: Keyring, before: Iterable[str], *, conditional: bool) -> int:

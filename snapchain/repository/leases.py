@@ -32,6 +32,7 @@ from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.host.identity import machine, started
 from snapchain.objects.exclusive import boot_time
 from snapchain.objects.reserve import spending
+from snapchain.objects.retire import is_retired, retire, stays
 from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
@@ -42,6 +43,10 @@ DEAD_SECONDS = 1800.0
 LARGEST_LEASE = 16 * 1024 * 1024
 """Bytes of the object: a reader of a million layers."""
 _POLL_SECONDS = 1.0
+
+
+def _remedy(error: SnapchainError) -> str:
+    return "" if error.hint is None else f"; {error.hint}"
 
 
 class Mode(Enum):
@@ -87,10 +92,13 @@ class Holder(BaseModel):
 class Lease:
     """Held from entry to exit of the `with` block.
 
-    work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind before Busy; on_wait: told
-    once, with words, when there is something to wait for; disks, layers: see Holder
+    work: for people, e.g. `ship web1/vda`; patience: seconds to wait for the other kind before Busy; on_wait: told,
+    with words, when there is something to wait for, and when the lease could not be removed in the end;
+    disks, layers: see Holder
     spends: whether a full disk gives up its reserve for it (objects/reserve.py): for what frees room, or adds next to
     nothing
+
+    A lease that cannot be removed is a note: the work under it is done (objects/retire.py).
 
     After entry, of a collector: `spared`, layers that readers read; `dead`, leases that nobody keeps up any more, with
     who held them.  They are the collector's to remove (`bury`), and nobody else's: what their holders may still do when
@@ -149,7 +157,7 @@ class Lease:
             other = self._other()
             if other is None:
                 break
-            self._store.delete(self._name)
+            retire(self._store, self._name)
             who = self._describe(other)
             if boot_time() >= deadline:
                 raise Busy(f"{who} is at work", subject=self._store.url, hint="wait for it, and run this again")
@@ -168,17 +176,14 @@ class Lease:
             if isinstance(error, Corrupt | NotFound):
                 self.check()  # who slept through a collection misses what is not needed: that is no damage
         finally:
-            try:
-                self._store.delete(self._name)
-            except SnapchainError:
-                if error is None:
-                    raise
-            finally:
-                self._spending.close()
+            left = retire(self._store, self._name)
+            self._spending.close()
+            if left is not None and error is None:
+                self._on_wait(f"the lease {self._name} was not removed: {left.message}{_remedy(left)}")
 
     def check(self) -> None:
         """Raises Conflict when the lease may be held dead by others: what was relied on may be gone."""
-        if self._lost or boot_time() - self._refreshed > DEAD_SECONDS / 2 or self._store.size(self._name) is None:
+        if self._lost or boot_time() - self._refreshed > DEAD_SECONDS / 2 or not stays(self._store.size(self._name)):
             raise Conflict(
                 "this run stood still for so long that others took it for dead",
                 subject=self._store.url,
@@ -198,7 +203,7 @@ class Lease:
         while not self._done.wait(REFRESH_SECONDS):
             try:
                 # A lease that others removed is not put again: they have gone on without it.
-                if self._store.size(self._name) is None:
+                if not stays(self._store.size(self._name)):
                     self._lost = True
                     return
                 self._put()
@@ -206,7 +211,7 @@ class Lease:
                 continue  # the next round may succeed; `check` counts the seconds
 
     def bury(self) -> None:
-        """Remove the dead leases; of a collector, once their holders can do no harm any more."""
+        """Remove the dead leases; of a collector, once their holders can do no harm any more. Raises as the store."""
         for name in self.dead:
             self._store.delete(name)
 
@@ -220,13 +225,17 @@ class Lease:
         for info in found:
             if info.name == self._name or not (collects or info.name.startswith(Mode.COLLECT.prefix)):
                 continue
+            if is_retired(info):
+                if collects:
+                    retire(self._store, info.name)
+                continue
             holder = self._holder(info)
             expired = now is not None and info.modified is not None and now - info.modified > DEAD_SECONDS
             if expired or (holder is not None and holder.is_gone):
                 if collects:
                     self.dead[info.name] = holder
                 else:
-                    self._store.delete(info.name)  # so that its own `check` fails
+                    retire(self._store, info.name)  # so that its own `check` fails
             elif info.name.startswith(Mode.READ.prefix) and holder is not None:
                 spared.update(holder.layers)
             else:

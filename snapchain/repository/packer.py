@@ -49,10 +49,14 @@ class Stream(Enum):
 
 
 class Packer:
-    """A context manager; on leaving without an error nothing is flushed: call `flush`."""
+    """A context manager; on leaving without an error nothing is flushed: call `flush`.
 
-    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex) -> None:
+    pack_size: bytes that a pack or an index has at most; None: the default
+    """
+
+    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex, *, pack_size: int | None = None) -> None:
         self._store, self._keys, self._index = store, keys, index
+        self._pack_size = pack_size
         # Filling blocks, with its lock held, while too many packs are in flight; what the uploads note needs another.
         self._filling = threading.Lock()
         self._noting = threading.Lock()
@@ -89,13 +93,14 @@ class Packer:
             if known is not None:
                 return known
             pack = self._open.get(stream)
-            if pack is None:
-                pack = self._open[stream] = OpenPack(self._keys)
-            location = pack.add(blob, payload, raw)
-            self._index.add(blob, location)
-            if pack.is_full:
+            if pack is not None and not pack.has_room(len(payload)):
                 del self._open[stream]
                 self._upload(pack.close())
+                pack = None
+            if pack is None:
+                pack = self._open[stream] = OpenPack(self._keys, limit=self._pack_size)
+            location = pack.add(blob, payload, raw)
+            self._index.add(blob, location)
             return location
 
     def flush(self) -> None:
@@ -121,14 +126,18 @@ class Packer:
         """Write an index of these packs, and make one of SMALL such indexes."""
         if not packs:
             return
-        name = indexes.write(self._store, self._keys, packs, era=self._index.era)
+        written = {
+            indexes.write(self._store, self._keys, group, era=self._index.era): group
+            for group in indexes.split(packs, self._pack_size)
+        }
         with self._noting:
-            self._small[name] = packs
+            self._small |= written
             if len(self._small) < SMALL:
                 return
             small, self._small = self._small, {}
         together = [pack for some in small.values() for pack in some]
-        indexes.write(self._store, self._keys, together, era=self._index.era)
+        for group in indexes.split(together, self._pack_size):
+            indexes.write(self._store, self._keys, group, era=self._index.era)
         for each in small:
             with suppress(SnapchainError):  # it says nothing that is untrue
                 self._store.delete(each)
@@ -141,7 +150,8 @@ class Packer:
 
         def write() -> None:
             with suppress(SnapchainError):  # the error that has ended the shipment is the one to tell
-                indexes.write(self._store, self._keys, packs, era=self._index.era)
+                for group in indexes.split(packs, self._pack_size):
+                    indexes.write(self._store, self._keys, group, era=self._index.era)
 
         writer = threading.Thread(target=write, name="last index", daemon=True)
         writer.start()

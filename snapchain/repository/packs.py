@@ -1,4 +1,4 @@
-"""Packs: many blobs in one object of about 16 MiB.
+"""Packs: many blobs in one object, of at most 16 MiB unless the repository or the command says otherwise.
 
     0   16  head (envelope.py), kind P
     16      blobs, one after the other: cipher text and tag; nonce = the blob's offset as u96 little endian
@@ -63,10 +63,11 @@ class ClosedPack:
 
 
 class OpenPack:
-    """A pack that is being filled, in memory. Not thread-safe."""
+    """A pack that is being filled, in memory. limit: bytes of the whole object. Not thread-safe."""
 
-    def __init__(self, keys: Keyring) -> None:
+    def __init__(self, keys: Keyring, *, limit: int | None = None) -> None:
         self.pack = fresh_id()
+        self._limit = PACK_BYTES if limit is None else limit
         self._keys = keys
         self._cipher: Cipher = keys.pack_cipher(bytes.fromhex(self.pack))
         self._parts: list[bytes] = [head(KIND)]
@@ -87,9 +88,11 @@ class OpenPack:
         self.size += len(text)
         return Location(self.pack, offset, len(text), raw)
 
-    @property
-    def is_full(self) -> bool:
-        return self.size >= PACK_BYTES
+    def has_room(self, payload: int) -> bool:
+        """Whether a blob of so many bytes still fits. A blob that is larger than the limit has a pack of its own."""
+        blobs = len(self._rows) + 1
+        directory = _most_compressed(blobs * (ID_BYTES + BLOB_ROW.itemsize)) + TAG_BYTES
+        return self.is_empty or self.size + payload + TAG_BYTES + directory + TRAILER.size <= self._limit
 
     @property
     def is_empty(self) -> bool:
@@ -164,6 +167,11 @@ def packed(compressor: zstandard.ZstdCompressor, plain: bytes | memoryview) -> b
     """A zstd frame of `plain` where that is shorter, else its bytes as they are."""
     frame = compressor.compress(plain)
     return frame if len(frame) < len(plain) else bytes(plain)
+
+
+def _most_compressed(size: int) -> int:
+    """The most bytes of a zstd frame of `size` bytes: zstd's own ZSTD_compressBound."""
+    return size + size // 256 + 64
 
 
 def _nonce(offset: int) -> bytes:

@@ -21,7 +21,14 @@ from snapchain.repository import catalogue as catalogues, damage, holds, index a
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
-from snapchain.repository.format import MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, fresh_id, layer_name
+from snapchain.repository.format import (
+    MAX_BLOCK_BYTES,
+    MAX_PACK_BYTES,
+    MIN_BLOCK_BYTES,
+    MIN_PACK_BYTES,
+    fresh_id,
+    layer_name,
+)
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import Memory
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
@@ -30,6 +37,8 @@ from snapchain.repository.stored import newer, parse as parse_stored
 
 CONFIG = "config"
 _READERS = 8
+_BESIDE_A_BLOCK = 4096
+"""Bytes of a pack with one blob that are not the blob, and some more."""
 _LARGEST_TEXT = 64 * 1024
 """Bytes of `config` and of a key slot."""
 _MOST_SLOTS = 64
@@ -51,7 +60,11 @@ def _unheard(_: str) -> None:
 
 
 class Config(BaseModel):
-    """The object `config`, JSON in plain text. block_size: guest bytes at whose multiples blobs are cut."""
+    """The object `config`, JSON in plain text.
+
+    block_size: guest bytes at whose multiples blobs are cut
+    pack_size: bytes that a pack has at most; None: the default, and then the field is not written
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,10 +74,15 @@ class Config(BaseModel):
     encryption: str
     block_size: int = Field(ge=MIN_BLOCK_BYTES, le=MAX_BLOCK_BYTES)
     conditional_put: bool
+    pack_size: int | None = Field(default=None, ge=MIN_PACK_BYTES, le=MAX_PACK_BYTES)
 
 
 class Repository:
-    """An open repository. Thread-safe for reading. memory: how far its disks were seen before (known.py), if known."""
+    """An open repository. Thread-safe for reading.
+
+    memory: how far its disks were seen before (known.py), if known
+    pack_size: bytes that new packs and indexes have at most; None: the default
+    """
 
     def __init__(self, store: ObjectStore, config: Config, keys: Keyring, *, conditional: bool) -> None:
         self.store = store
@@ -73,14 +91,22 @@ class Repository:
         self.conditional = conditional
         self.notices: list[str] = list(store.warnings)
         self.memory: Memory | None = None
+        self.pack_size = config.pack_size
         self.blobs = BlobReader(store, keys, self._load_index)
         self._pages = PageCache(self.blobs)
 
     @classmethod
     def create(
-        cls, store: ObjectStore, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
+        cls,
+        store: ObjectStore,
+        *,
+        passphrase: Passphrase,
+        encryption: str = AES,
+        block_size: int = BLOCK_BYTES,
+        pack_size: int | None = None,
     ) -> Repository:
         """Make an empty repository. Raises Conflict when there is one already, InvalidInput for bad parameters."""
+        check_pack_size(pack_size, block_size)
         if encryption not in SUITES:
             raise InvalidInput(f"unknown encryption {encryption!r}", hint=f"one of {', '.join(SUITES)}")
         if not MIN_BLOCK_BYTES <= block_size <= MAX_BLOCK_BYTES or block_size & (block_size - 1):
@@ -104,8 +130,9 @@ class Repository:
             encryption=encryption,
             block_size=block_size,
             conditional_put=found.conditional_put,
+            pack_size=pack_size,
         )
-        text = config.model_dump_json(indent=1).encode()
+        text = config.model_dump_json(indent=1, exclude_none=True).encode()
         master = Keyring.public_master(config.id)
         if secret:
             master = secrets.token_bytes(KEY_BYTES)
@@ -344,6 +371,20 @@ def parse_config(text: bytes, *, subject: str) -> Config:
     if found.encryption not in SUITES:
         raise newer("the repository", subject)
     return found
+
+
+def check_pack_size(size: int | None, block_size: int = 0) -> None:
+    """Raises InvalidInput for a size that no pack can have, or in which no block fits."""
+    if size is None:
+        return
+    if not MIN_PACK_BYTES <= size <= MAX_PACK_BYTES:
+        raise InvalidInput(
+            f"a pack size of {size} bytes", hint=f"from {MIN_PACK_BYTES >> 10}K to {MAX_PACK_BYTES >> 20}M, such as 1M"
+        )
+    if size < block_size + _BESIDE_A_BLOCK:
+        raise InvalidInput(
+            f"a pack of {size} bytes has no room for a block of {block_size}", hint=f"at least {2 * block_size >> 10}K"
+        )
 
 
 def check_disk_name(name: str) -> str:

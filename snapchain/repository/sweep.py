@@ -25,12 +25,12 @@ import numpy as np
 import numpy.typing as npt
 
 from snapchain.errors import Conflict, Corrupt
-from snapchain.objects.store import Refused
+from snapchain.objects.store import ObjectInfo, Refused
 from snapchain.repository import index as indexes, layers as records
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
 from snapchain.repository.fence import fence
-from snapchain.repository.format import PAGE_ROW, fresh_id, index_era, pack_name
+from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, pack_name
 from snapchain.repository.index import BlobIndex, IndexedPack
 from snapchain.repository.intake import store_page_body
 from snapchain.repository.layers import StoredLayer
@@ -47,7 +47,7 @@ LEAST_WASTE = 64 * 1024
 """Bytes. Head and directory make up much of a small pack; moved for their sake, it would be moved by every gc."""
 
 MOST_INDEXES = 32
-"""Objects; more are put together, for the sake of whoever reads them without a cache."""
+"""Objects beyond those that their size demands; more are put together, for whoever reads them without a cache."""
 
 _INDEX_BLOBS = 500_000
 
@@ -133,17 +133,18 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
 
     delete(marked.dead_generations)
     delete(marked.dead_claims)
-    before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
+    listed = [info for info in store.list("index/") if index_era(info.name) is not None]
+    before = [info.name for info in listed]
     unwritten: list[list[IndexedPack]] = []
-    if gone or len(before) > MOST_INDEXES or _misleads(marked):
+    if gone or _too_many(repository, listed) or _misleads(marked):
         era, unwritten = _write_index(repository, before, stay)
         delete(before)
         lease.check()
     delete(marked.dead_layers)
     delete([pack_name(pack) for pack in gone])
     delete(marked.stale)
-    for listed in unwritten:
-        indexes.write(store, repository.keys, listed, era=era)
+    for group in unwritten:
+        indexes.write(store, repository.keys, group, era=era)
     done.packs_deleted = len(gone)
     done.bytes_freed = held - _stored_bytes(repository)
     return done
@@ -183,7 +184,13 @@ def _is_work(repository: Repository, lease: Lease, marked: Marked) -> bool:
     would = estimate(marked)
     if would.objects_deleted or lease.dead or marked.movable or _misleads(marked):
         return True
-    return len(indexes.newest(repository.store)[1]) > MOST_INDEXES
+    return _too_many(repository, indexes.newest(repository.store)[1])
+
+
+def _too_many(repository: Repository, listed: Sequence[ObjectInfo]) -> bool:
+    """Whether these index objects are many more than would do, of the size that they may have."""
+    needed = 2 * sum(info.size for info in listed) // (repository.pack_size or PACK_BYTES)
+    return len(listed) > MOST_INDEXES + needed
 
 
 def _misleads(marked: Marked) -> bool:
@@ -224,12 +231,12 @@ def _write_index(
 
     def flush() -> None:
         nonlocal blobs, pending
-        if pending:
+        for group in indexes.split(pending, repository.pack_size):
             try:
-                indexes.write(store, keys, pending, era=era)
+                indexes.write(store, keys, group, era=era)
             except Refused:
-                unwritten.append(pending)
-            pending, blobs = [], 0
+                unwritten.append(group)
+        pending, blobs = [], 0
 
     def add(pack: str, size: int, ids: indexes.Ids, rows: Rows) -> None:
         nonlocal blobs
@@ -264,7 +271,8 @@ def _move(
 ) -> None:
     """Copy the blobs in use out of wasted and damaged packs, and let all records name the copies."""
     # Its index knows nothing, so that what is moved is stored although the old packs have it.
-    with Packer(repository.store, repository.keys, BlobIndex(indexes.newest(repository.store)[0])) as packer:
+    index = BlobIndex(indexes.newest(repository.store)[0])
+    with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
         moves: Moves = {}
         for pack, offset in marked.movable & marked.replaced.keys():
             moves.setdefault(pack, {})[offset] = marked.replaced[pack, offset]

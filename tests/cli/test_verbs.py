@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -351,3 +352,33 @@ def test_a_terminal_without_utf8_still_gets_its_picture(disk: Path, tmp_path: Pa
         out, err = child.communicate(timeout=60)
     assert (child.returncode, err) == (0, "")
     assert "web1.qcow2" in out
+
+
+def test_the_pack_size_is_set_at_init_or_for_a_run(
+    run: Run, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def largest() -> int:
+        return max(path.stat().st_size for path in (tmp_path / "store" / "packs").rglob("*") if path.is_file())
+
+    noise = tmp_path / "noise"
+    noise.write_bytes(random.Random(4).randbytes(3 * MiB))
+    write(disk, f"write -s {noise} 0 3M")
+    assert run("init", "store", "--pack-size", "1M", "--json").json["pack_size"] == MiB
+    assert run("ship", str(disk), "store::vda").status == 0
+    assert MiB // 2 < largest() <= MiB
+    write(disk, f"write -s {noise} 1k 2M")
+    monkeypatch.setenv("SNAPCHAIN_PACK_SIZE", "512K")
+    before = {path.name for path in (tmp_path / "store" / "packs").rglob("*")}
+    assert run("ship", str(disk), "store::vda").status == 0
+    added = [path for path in (tmp_path / "store" / "packs").rglob("*") if path.name not in before and path.is_file()]
+    assert added
+    assert max(path.stat().st_size for path in added) <= MiB // 2
+    assert run("gc", "store", "--pack-size", "2M").status == 0
+    for words, match in [
+        (["ship", str(disk), "store::vda", "--pack-size", "1K"], "a pack size of 1024 bytes"),
+        (["init", "other", "--pack-size", "1M", "--block-size", "1M"], "no room for a block"),
+        (["ship", str(disk), f"dir:{tmp_path}/r::vda", "--pack-size", "1M"], "a replica has no packs"),
+    ]:
+        said = run(*words)
+        assert said.status == 2
+        assert match in said.err

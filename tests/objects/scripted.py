@@ -7,14 +7,19 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One reply. `cut`: promise the whole body, send so many bytes, hang up. `drop`: hang up at once. `hang`: wait."""
+    """One reply.
+
+    cut: promise the whole body, send so many bytes, hang up; drop: hang up at once; hang: seconds to wait first
+    silent: send nothing, or, with `cut`, nothing more than so many bytes, until the script lets go; dribble: seconds
+    between two bytes of the reply
+    """
 
     status: int = 200
     body: bytes = b""
@@ -22,6 +27,8 @@ class Reply:
     cut: int | None = None
     drop: bool = False
     hang: float = 0.0
+    silent: bool = False
+    dribble: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Script:
         self.replies: list[Reply] = []
         self.requests: list[Request] = []
         self.endpoint = ""
+        self.expectations: list[int] = []  # statuses for requests with Expect, one after the other; then 100
+        self.over = threading.Event()  # ends what is silent
 
     def says(self, *replies: Reply) -> None:
         self.replies = list(replies)
@@ -85,6 +94,13 @@ def scripted_server() -> Iterator[Script]:
             reply = script.next(Request(self.command, self.path, dict(self.headers), body))
             if reply.hang:
                 time.sleep(reply.hang)
+            if reply.silent and reply.cut is None:
+                script.over.wait()
+                self.close_connection = True
+                return
+            if reply.dribble:
+                self._dribble(reply.dribble)
+                return
             if reply.drop:
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -97,11 +113,31 @@ def scripted_server() -> Iterator[Script]:
             if self.command != "HEAD":
                 self.wfile.write(reply.body[: reply.cut])
             if reply.cut is not None:
+                self.wfile.flush()
+                if reply.silent:
+                    script.over.wait()
                 self.close_connection = True
+
+        def _dribble(self, pause: float) -> None:
+            self.close_connection = True
+            with suppress(OSError):  # the client has hung up
+                for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nX-Long: " + b"x" * 1000:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    if script.over.wait(pause):
+                        return
 
         do_GET = do_PUT = do_HEAD = do_DELETE = answer  # noqa: N815 - the base class's names
 
         def handle_expect_100(self) -> bool:
+            if script.expectations:
+                status = script.expectations.pop(0)
+                script.requests.append(Request(self.command, self.path, dict(self.headers), b""))
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                self.wfile.flush()
+                return False
             go_on = super().handle_expect_100()
             self.wfile.flush()  # botocore waits a second for it
             return go_on
@@ -117,6 +153,7 @@ def scripted_server() -> Iterator[Script]:
     try:
         yield script
     finally:
+        script.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

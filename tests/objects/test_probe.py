@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +136,14 @@ class SaysItExists(Vicious):
         return self.inner.size(name) is not None and len(data) < 0
 
 
+class ForgetsBetweenPages(MemoryStore):
+    """Begins each page after the first with the second name that follows."""
+
+    def list_in_pages(self, prefix: str, page: int) -> Sequence[str]:
+        names = [info.name for info in self.list(prefix)]
+        return [name for number, name in enumerate(names) if number < page or number % (page + 1)]
+
+
 class NeverDeletes(Vicious):
     def delete(self, name: str) -> None:
         raise Refused("access denied", subject=name)
@@ -157,6 +165,11 @@ def test_what_no_repository_can_live_with(vice: type[Vicious]) -> None:
     with pytest.raises(Unsupported):
         probe(store)
     assert list(store.inner.list("")) == [] or vice is ListsLate
+
+
+def test_a_listing_that_loses_names_between_pages() -> None:
+    with pytest.raises(Unsupported, match="in pages of 1 misses objects"):
+        probe(ForgetsBetweenPages())
 
 
 @pytest.mark.parametrize("vice", [Overwrites, LooksBeforeItWrites])

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects import open_store
-from snapchain.objects.s3 import CONFLICT_ATTEMPTS, READ_ATTEMPTS, S3Store
+from snapchain.objects import open_store, s3
+from snapchain.objects.s3 import CONFLICT_ATTEMPTS, MOST_TIMEOUTS, READ_ATTEMPTS, S3Store
 from snapchain.objects.s3_client import TOTAL_ATTEMPTS, new_client, warnings_about
 from snapchain.objects.s3_errors import CODES, EXCEPTIONS, STATUSES, from_s3_error
+from snapchain.objects.s3_patience import Patience, Silent, Watch, WatchedBody
 from snapchain.objects.store import ObjectInfo, Refused
 from tests.objects.scripted import DROP, MISSING, Reply, Script, content, error, scripted_server, stored
 from tests.servers import S3Server, free_port
@@ -29,9 +33,9 @@ BUSY = error(503, "SlowDown")
 
 
 @cache
-def shared_client(endpoint: str) -> S3Client:
+def shared_client(endpoint: str, read_timeout: float = 0.5) -> S3Client:
     """One for all tests: making a client takes a tenth of a second."""
-    return new_client(endpoint, read_timeout=0.5)
+    return new_client(endpoint, read_timeout=read_timeout)
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +91,7 @@ def test_an_unproven_store_is_asked_first(store: S3Store, script: Script) -> Non
         assert script.methods == ["HEAD"]
         script.says(Reply(404), stored(BODY))
         assert store.create("a", BODY) is True
-        assert script.methods == ["HEAD", "PUT"]
+        assert script.methods == ["HEAD", "PUT"], "the bucket was seen: no reason is asked for"
 
 
 def test_amazon_itself_also_gets_a_sha256(monkeypatch: pytest.MonkeyPatch, store: S3Store, script: Script) -> None:
@@ -260,18 +264,300 @@ def test_a_page_out_of_order_is_put_in_order(store: S3Store, script: Script) -> 
     assert [info.name for info in store.list("")] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("second", ["a", "b"])
-def test_pages_out_of_order_are_refused(store: S3Store, script: Script, second: str) -> None:
-    script.says(page(["some/prefix/b"], "t1"), page([f"some/prefix/{second}"]))
-    with pytest.raises(Unavailable, match="order") as caught:
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+def test_pages_may_come_in_any_order_be_empty_and_repeat_keys(
+    store: S3Store, script: Script, data: st.DataObject
+) -> None:
+    names = data.draw(st.sets(st.sampled_from([f"{letter}{digit}" for letter in "abc/" for digit in "012"])))
+    keys = [f"some/prefix/d/{name}" for name in names if not name.startswith("/")]
+    shown = [*keys, *data.draw(st.lists(st.sampled_from(["some/other/a", "a", "some/prefix/e", "some/prefix/d/No"])))]
+    shown = data.draw(st.permutations(shown + data.draw(st.lists(st.sampled_from(keys or ["x"]), max_size=3))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(shown)), max_size=4)))
+    parts = [shown[begin:end] for begin, end in pairwise([0, *cuts, len(shown)])]
+    script.says(*(page(part, None if number == len(parts) else f"t{number}") for number, part in enumerate(parts, 1)))
+    assert [info.name for info in store.list("d/")] == sorted(key.removeprefix("some/prefix/") for key in keys)
+    assert len(script.requests) == len(parts)
+
+
+def test_a_server_may_ignore_delimiters(store: S3Store, script: Script) -> None:
+    script.says(page(["some/prefix/d/b/1", "some/prefix/d/a/2/x", "some/prefix/d/top", "some/prefix/e/c/1"]))
+    assert list(store.list_dirs("d")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("tokens", [["t1", "t1"], ["t1", "t2", "t1"]])
+def test_a_token_that_comes_twice_is_refused(store: S3Store, script: Script, tokens: list[str]) -> None:
+    script.says(*(page([f"some/prefix/{number}"], token) for number, token in enumerate(tokens)))
+    for listing in (store.list, store.list_dirs):
+        script.says(*(page([f"some/prefix/{number}"], token) for number, token in enumerate(tokens)))
+        with pytest.raises(Unsupported, match="same continuation token twice"):
+            list(listing(""))
+
+
+def test_pages_that_bring_nothing_new_are_refused(
+    store: S3Store, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "IDLE_PAGES", 3)
+    script.says(*(page(["some/prefix/a"], f"t{number}") for number in range(9)))
+    with pytest.raises(Unsupported, match="no new names"):
         list(store.list(""))
+    script.says(*(page([], f"t{number}") for number in range(3)), page(["some/prefix/a"]))
+    assert [info.name for info in store.list("")] == ["a"]
+
+
+def test_a_listing_that_is_cut_off_is_refused(store: S3Store, script: Script) -> None:
+    """Taken for whole, it would make gc delete what the rest of it needs."""
+    script.says(page(["some/prefix/a"], ""))
+    with pytest.raises(Unsupported, match="no continuation token"):
+        list(store.list(""))
+
+
+def test_a_listing_has_a_bound(store: S3Store, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "LONGEST_LISTING", 2)
+    script.says(page([f"some/prefix/{name}" for name in "abc"]))
+    with pytest.raises(Unsupported, match="more than 2 objects"):
+        list(store.list(""))
+
+
+# ---- proxies
+
+
+def html(status: int, **headers: str) -> Reply:
+    return Reply(status, b"<html><h1>nginx</h1></html>", {"Content-Type": "text/html", **headers})
+
+
+def test_an_object_that_a_proxy_refuses_for_its_size(store: S3Store, script: Script) -> None:
+    for reply in (html(413), error(400, "EntityTooLarge")):
+        for write in (store.put, store.create):
+            script.says(reply)
+            with pytest.raises(Unsupported, match="an object of 25 bytes: it is larger than") as caught:
+                write("packs/a", BODY)
+            assert caught.value.subject == "s3://bucket/some/prefix/packs/a"
+            assert "--pack-size" in str(caught.value.hint)
+            assert "client_max_body_size" in str(caught.value.hint)
+
+
+def test_an_expectation_that_a_proxy_does_not_meet(script: Script) -> None:
+    store = S3Store("bucket", "some/prefix", client=new_client(script.endpoint), sleep=lambda _: None)
+    store.properties = replace(store.properties, conditional_put=True)
+    script.says(stored(BODY))
+    store.put("a", BODY)
+    assert script.requests[0].headers["Expect"] == "100-continue"
+    for write in (store.put, store.create):
+        fresh = S3Store("bucket", "some/prefix", client=new_client(script.endpoint), sleep=lambda _: None)
+        fresh.properties = replace(store.properties, conditional_put=True)
+        script.requests.clear()
+        script.expectations = [417]
+        getattr(fresh, write.__name__)("a", BODY)
+        fresh.put("b", BODY)
+        assert ["Expect" in request.headers for request in script.requests] == [True, False, False], "it is remembered"
+        fresh.close()
+    script.says(Reply(417))
+    with pytest.raises(Unsupported, match="Expect: 100-continue"):
+        store.put("a", BODY)
+    store.close()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 405])
+def test_a_page_of_a_proxy_is_no_answer(store: S3Store, script: Script, status: int) -> None:
+    script.says(html(status))
+    for call in (
+        lambda: store.put("a", BODY),
+        lambda: store.get("a"),
+        lambda: store.delete("a"),
+        lambda: list(store.list("")),
+        lambda: store.size("a"),
+    ):
+        with pytest.raises(Unsupported, match=f"a web page .*HTTP {status}"):
+            call()
+
+
+def test_a_portal_that_shows_one_page_for_everything(store: S3Store, script: Script) -> None:
+    script.says(html(200, ETag='"5f3-21"'))
+    for call in (lambda: store.get("a"), lambda: store.get("a", offset=3, length=2), lambda: store.size("a")):
+        with pytest.raises(Unsupported, match="a web page"):
+            call()
+    script.says(html(200))
+    with pytest.raises(Unsupported, match="a web page"):
+        store.put("a", BODY)
+    for listing in (store.list, store.list_dirs):
+        with pytest.raises(Unsupported, match="a web page"):
+            list(listing(""))
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_an_endpoint_that_redirects(store: S3Store, script: Script, status: int) -> None:
+    script.says(Reply(status, b"", {"Location": "https://s3.example:8443/bucket/some/prefix/a"}))
+    for call in (lambda: store.put("a", BODY), lambda: store.size("a"), lambda: list(store.list(""))):
+        with pytest.raises(InvalidInput, match=r"redirects to https://s3\.example:8443 ") as caught:
+            call()
+        assert "AWS_ENDPOINT_URL_S3=https://s3.example:8443" in str(caught.value.hint)
+
+
+def test_a_bucket_in_another_region(store: S3Store, script: Script) -> None:
+    moved = replace(error(301, "PermanentRedirect"), headers={"x-amz-bucket-region": "eu-west-7"})
+    script.says(moved)
+    with pytest.raises(InvalidInput, match="another region") as caught:
+        store.put("a", BODY)
+    assert "eu-west-7" in str(caught.value.hint)
+
+
+# ---- what a HEAD does not tell
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "words"),
+    [
+        (404, "NoSuchBucket", NotFound, "no such bucket"),
+        (400, "ExpiredToken", Refused, "credentials have expired"),
+        (403, "RequestTimeTooSkewed", Refused, "clock differs"),
+        (403, "InvalidAccessKeyId", Refused, "access key"),
+        (403, "AccessDenied", Refused, "access denied"),
+        (400, "AuthorizationHeaderMalformed", InvalidInput, "another region"),
+    ],
+)
+def test_the_reason_of_a_head_is_asked_for(
+    store: S3Store, script: Script, status: int, code: str, kind: type[SnapchainError], words: str
+) -> None:
+    script.says(Reply(status), error(status, code))
+    with pytest.raises(kind, match=words) as caught:
+        store.size("config")
+    assert type(caught.value) is kind
     assert caught.value.hint
+    assert script.methods[-1] == "GET"
 
 
-def test_a_listing_that_turns_in_circles_is_refused(store: S3Store, script: Script) -> None:
-    script.says(page([], "t1"))
-    with pytest.raises(Unsupported, match="get on"):
-        list(store.list(""))
+def test_an_object_that_is_not_there_is_asked_for_twice_once(store: S3Store, script: Script) -> None:
+    script.says(Reply(404), MISSING)
+    assert store.size("a") is None
+    assert script.methods == ["HEAD", "GET"]
+    assert store.size("a") is None
+    assert script.methods == ["HEAD", "GET", "HEAD"]
+
+
+@pytest.mark.parametrize(
+    ("operation", "permission"),
+    [("put", "s3:PutObject"), ("get", "s3:GetObject"), ("delete", "s3:DeleteObject"), ("list", "s3:ListBucket")],
+)
+def test_a_permission_that_lacks_is_named(store: S3Store, script: Script, operation: str, permission: str) -> None:
+    script.says(error(403, "AccessDenied"))
+    calls: dict[str, Callable[[], object]] = {
+        "put": lambda: store.put("a", BODY),
+        "get": lambda: store.get("a"),
+        "delete": lambda: store.delete("a"),
+        "list": lambda: list(store.list("")),
+    }
+    with pytest.raises(Refused, match="access denied") as caught:
+        calls[operation]()
+    assert permission in str(caught.value.hint)
+
+
+# ---- silence
+
+
+def impatient(script: Script) -> S3Store:
+    client = shared_client(script.endpoint, read_timeout=0.2)
+    store = S3Store("bucket", "some/prefix", client=client, sleep=lambda _: None, answer_within=0.38)
+    store.properties = replace(store.properties, conditional_put=True)
+    return store
+
+
+@pytest.mark.parametrize("reply", [Reply(silent=True), Reply(dribble=0.05)], ids=["silent", "dribbles"])
+@pytest.mark.parametrize("call", ["put", "create", "get", "size", "delete", "list", "list_dirs"])
+def test_a_server_that_does_not_answer(script: Script, reply: Reply, call: str) -> None:
+    store = impatient(script)
+    script.says(reply)
+    arguments = {"put": ("a", BODY), "create": ("a", BODY), "list": ("",), "list_dirs": ("",)}.get(call, ("a",))
+    with pytest.raises(
+        Silent, match=r"^s3://bucket/some/prefix.*127\.0\.0\.1:\d+ accepts requests and does not answer"
+    ):
+        deque(getattr(store, call)(*arguments) or (), maxlen=0)
+    asked = len(script.requests)
+    assert asked <= 3
+    for again in (lambda: store.delete("a"), lambda: store.get("a"), lambda: list(store.list(""))):
+        with pytest.raises(Silent, match="a moment ago"):
+            again()
+    assert len(script.requests) == asked, "what cleans up after the error waits no second time"
+
+
+def test_a_body_that_stops_coming(script: Script) -> None:
+    store = impatient(script)
+    script.says(replace(content(BODY), cut=7, silent=True))
+    with pytest.raises(Unavailable, match="does not answer"):
+        store.get("a")
+    assert len(script.requests) == MOST_TIMEOUTS
+    with pytest.raises(Silent, match="a moment ago"):
+        store.delete("a")
+
+
+def test_patience_follows_progress() -> None:
+    """A slow link is not a silent server; a body that is sent again and again is."""
+    now = [0.0]
+    patience = Patience("host", limit=10, clock=lambda: now[0])
+
+    def slow(watch: Watch) -> str:
+        body = WatchedBody(bytes(3 << 20), watch)
+        body.read()
+        assert watch.moved == 0, "hashing is no progress"
+        for attempt in range(4):
+            body.begin_attempt()
+            body.seek(0)
+            now[0] += 6
+            body.read()
+            assert watch.moved == min(now[0], 12), attempt
+        now[0] = watch.moved
+        return "answer"
+
+    assert patience.within(slow, subject="x") == "answer"
+    now[0] += 100
+
+    def fails(_: Watch) -> None:
+        raise InvalidInput("its own error")
+
+    with pytest.raises(InvalidInput, match="own"):
+        patience.within(fails, subject="x")
+
+
+# ---- addresses
+
+
+def test_a_bucket_of_another_tenant_reaches_the_server(script: Script) -> None:
+    store = open_store("s3://tenant:bucket/x", endpoint=script.endpoint)
+    script.says(stored(BODY))
+    store.put("a", BODY)
+    assert script.requests[0].path == "/tenant%3Abucket/x/a"
+    assert store.url == "s3://tenant:bucket/x"
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("S3://bucket/Some/x/", "/bucket/Some/x/a"),
+        ("s3://bucket", "/bucket/a"),
+        ("s3://bucket/", "/bucket/a"),
+        ("s3://bucket/a%20b", "/bucket/a%2520b/a"),
+        ("s3://bucket/a b+c", "/bucket/a%20b%2Bc/a"),
+        ("s3://bucket//a//b//", "/bucket/a//b/a"),
+    ],
+)
+def test_prefixes_are_taken_as_they_are_written(script: Script, url: str, path: str) -> None:
+    store = open_store(url, endpoint=script.endpoint)
+    script.says(stored(BODY))
+    store.put("a", BODY)
+    assert script.requests[0].path == path
+    key = path.removeprefix("/bucket/").replace("%25", "%").replace("%2B", "+").replace("a%20b+", "a b+")
+    script.says(page([key]))
+    assert [info.name for info in store.list("")] == ["a"]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["s3:bucket/x", "s3:/bucket/x", "s3://bucket/../x", "s3://bucket/a?b", "s3://bucket/a\nb"]
+)
+def test_addresses_that_would_lead_elsewhere(url: str) -> None:
+    with pytest.raises(InvalidInput):
+        open_store(url)
 
 
 # ---- errors

@@ -36,7 +36,7 @@ Job = Callable[[Repository], object]
 @pytest.fixture(autouse=True)
 def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several packs, so that there are moments between them."""
-    monkeypatch.setattr(packs, "PACK_BYTES", 400)
+    monkeypatch.setattr(packs, "PACK_BYTES", 1000)
 
 
 @pytest.fixture(scope="module")

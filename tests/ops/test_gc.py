@@ -50,7 +50,7 @@ def shown(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[b
 @pytest.fixture(autouse=True)
 def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of a few blobs, so that some are wasted in part."""
-    monkeypatch.setattr(packs, "PACK_BYTES", 400)
+    monkeypatch.setattr(packs, "PACK_BYTES", 1000)
     monkeypatch.setattr(sweep, "LEAST_WASTE", 250)
 
 

@@ -99,7 +99,7 @@ def shown(files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[b
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of a few blobs, so that some are wasted in part; nobody waits for a lease."""
-    monkeypatch.setattr(packs, "PACK_BYTES", 400)
+    monkeypatch.setattr(packs, "PACK_BYTES", 1000)
     monkeypatch.setattr(sweep, "LEAST_WASTE", 250)
     monkeypatch.setattr(repositories, "PATIENCE", 0.0)
     monkeypatch.setattr(repositories, "READERS_PATIENCE", 0.0)

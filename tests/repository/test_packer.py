@@ -29,7 +29,7 @@ KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))
 
 @pytest.fixture(autouse=True)
 def _small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packs, "PACK_BYTES", 1000)
+    monkeypatch.setattr(packs, "PACK_BYTES", 1600)
 
 
 class Slow(StoreWrapper):

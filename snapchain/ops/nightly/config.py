@@ -23,6 +23,7 @@ from snapchain.ops.nightly.naming import check_template
 from snapchain.ops.nightly.units import Bytes, Seconds, Share
 from snapchain.ops.nightly.window import Window
 from snapchain.ops.ship import check_label
+from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 
 Text = Annotated[str, Field(min_length=1)]
 Argv = Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -149,7 +150,8 @@ class Verify(_Part):
 class Destination(_Part):
     """A repository. Its passphrase comes from a file, a program or a variable, SNAPCHAIN_PASSWORD by default.
 
-    concurrency: disks that ship to it at once; keep: instead of the common one
+    pack_size: bytes that an object has at most, instead of what the repository was made with; concurrency: disks that
+    ship to it at once; keep: instead of the common one
     """
 
     name: Text
@@ -158,6 +160,7 @@ class Destination(_Part):
     password_command: Argv | None = None
     password_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     limit_rate: Annotated[Bytes, Field(gt=0)] | None = None
+    pack_size: Annotated[Bytes, Field(ge=MIN_PACK_BYTES, le=MAX_PACK_BYTES)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=16)] = 1
     keep: Keep | None = None
     gc: bool = True

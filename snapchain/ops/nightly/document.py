@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from snapchain.errors import InvalidInput
 from snapchain.host.files import read_small
+from snapchain.ops.address import located
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.toml_lines import Place, lines_of
 
@@ -169,7 +170,7 @@ def _absolute(config: Nightly, directory: Path) -> Nightly:
     destinations = tuple(
         each.model_copy(
             update={
-                "url": each.url if "://" in each.url or each.url.startswith("dir:") else str(directory / each.url),
+                "url": located(each.url, directory=directory),
                 "password_file": path(each.password_file),
             }
         )

@@ -48,6 +48,7 @@ class Place:
                         passphrase=passphrase.source(self.config),
                         writing=self._writing,
                         limit_rate=self.config.limit_rate,
+                        pack_size=self.config.pack_size,
                     )
                 except SnapchainError as error:
                     self._fault = error

@@ -135,7 +135,9 @@ def _writable(config: Nightly) -> list[Path]:
     for destination in config.destinations:
         if destination.url.startswith("file://"):
             wanted.add(Path(destination.url.removeprefix("file://")))
-        elif "://" not in destination.url:
+        elif destination.url.startswith("dir:"):
+            wanted.add(Path(destination.url.removeprefix("dir:")))
+        elif destination.url.startswith("/"):
             wanted.add(Path(destination.url))
     wanted.update(
         place.parent if place == config.metrics else place for place in (config.metrics, config.state) if place

@@ -1,0 +1,38 @@
+"""Take back an object that says that somebody is at work, also where nothing can be deleted.
+
+A key without the permission to delete, or a bucket whose objects are locked, would leave leases and claims as if their
+holders still lived, and block others until they are held for dead. So what cannot be deleted is overwritten with
+RETIRED, and an object of exactly its size counts as gone. gc deletes it.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from snapchain.errors import SnapchainError
+from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
+
+RETIRED = b"retired\n"
+"""No lease and no claim is as long: a sealed lease is longer than 64 bytes, a claim is empty."""
+
+
+def retire(store: ObjectStore, name: str) -> SnapchainError | None:
+    """Delete the object, or else make it count as gone; why it could not be deleted. Raises nothing of the store."""
+    try:
+        store.delete(name)
+    except SnapchainError as error:
+        if isinstance(error, Refused):
+            with suppress(SnapchainError):  # then its age decides
+                store.put(name, RETIRED)
+        return error
+    return None
+
+
+def stays(size: int | None) -> bool:
+    """Whether an object of that many bytes (None: there is none) does not count as gone."""
+    return size is not None and size != len(RETIRED)
+
+
+def is_retired(info: ObjectInfo) -> bool:
+    """Whether the object counts as gone."""
+    return not stays(info.size)
