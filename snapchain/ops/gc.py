@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.repository.collect import mark
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository
@@ -63,7 +63,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
     def on_object() -> None:
         nonlocal deleted
         deleted += 1
-        on_event(Progress("gc", deleted, None))
+        on_event(Progress("gc", deleted, None, Unit.OBJECTS))
 
     with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words))) as lease:
         done = sweep(repository, lease, on_object=on_object)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict
 from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.retention import Policy, decide
-from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
 from snapchain.repository.holds import reasons
 from snapchain.repository.index import BlobIndex, newest
@@ -167,7 +167,7 @@ class RepositoryMerge:
         after = 0
         with Packer(repository.store, repository.keys, BlobIndex(newest(repository.store)[0])) as packer:
             for done, group in enumerate(self._groups):
-                on_event(Progress("merge", done, len(self._groups)))
+                on_event(Progress("merge", done, len(self._groups), Unit.LAYERS))
                 layers = [stored.pop(layer) for layer in group.members]
                 made = self._merged.get(group.members, layers[0])
                 if group.is_merge and made is layers[0]:
@@ -175,7 +175,7 @@ class RepositoryMerge:
                     self._merged[group.members] = made
                 renamed[group.top] = made.id
                 after += made.header.data_bytes
-        on_event(Progress("merge", len(self._groups), len(self._groups)))
+        on_event(Progress("merge", len(self._groups), len(self._groups), Unit.LAYERS))
         parents = {
             renamed[group.top]: None if group.parent is None else renamed[group.parent] for group in self._groups
         }

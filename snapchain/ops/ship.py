@@ -9,6 +9,7 @@ With `each_layer` every file becomes a layer and a point.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,25 +167,19 @@ class Shipment:
         plan = self.plan()
         if self._note:
             on_event(Notice(self._note))
-        done = 0
         chain = list(self._base)
         points: list[Point] = []
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            on_event(Progress("ship", done, plan.bytes_to_read))
-
         with self._lease(on_event) as lease:
             self._look_again()
             if not self._groups:
                 points.append(self._publish(chain, self._time_of(len(self._chain.files)), lease.check))
                 return self._report(points, chain, bytes_read=0, bytes_stored=0)
-            with Deposit(self._repository) as deposit:
-                on_bytes(0)
+            arrival = _Arrival(plan.bytes_to_read, on_event)
+            with Deposit(self._repository, on_durable=arrival.show) as deposit:
+                arrival.begin(deposit)
                 for group in self._groups:
                     if self._adds(group, chain):
-                        chain.append(self._add(group, chain, deposit, on_bytes))
+                        chain.append(self._add(group, chain, deposit, arrival.read))
                     if group.publishes:
                         points.append(self._publish(chain, self._time_of(group.stop), lease.check))
                 return self._report(points, chain, bytes_read=deposit.bytes_read, bytes_stored=deposit.bytes_stored)
@@ -311,6 +306,35 @@ class Shipment:
                 continue
             return point
         raise AssertionError("the loop returns or raises")
+
+
+class _Arrival:
+    """Shows how much has arrived: what was read, less what waits to be sent. Of all threads that move it."""
+
+    def __init__(self, total: int, on_event: OnEvent) -> None:
+        self._total, self._on_event = total, on_event
+        self._lock = threading.Lock()
+        self._deposit: Deposit | None = None
+        self._read = self._shown = 0
+
+    def begin(self, deposit: Deposit) -> None:
+        """Nothing has arrived yet."""
+        self._deposit = deposit
+        self.show()
+
+    def read(self, count: int) -> None:
+        """So many guest bytes more were read."""
+        with self._lock:
+            self._read += count
+        self.show()
+
+    def show(self) -> None:
+        """Tell what has arrived by now."""
+        assert self._deposit is not None
+        with self._lock:
+            # Workers are ahead of what is counted as read: then less seems to have arrived than did.
+            self._shown = max(self._shown, self._read - self._deposit.bytes_pending)
+            self._on_event(Progress("ship", self._shown, self._total))
 
 
 @contextmanager

@@ -135,9 +135,8 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
     """Do it. Raises Busy when somebody has the image open, Conflict when it is no longer as planned."""
     with ImageLock(planned.source, LockMode.WRITE) as lock:
         if not lock.enforced:
-            on_event(
-                Notice(f"{planned.source}: its filesystem has no locks; only this host's processes were looked at")
-            )
+            words = "this filesystem has no locks; make sure that no guest uses it"
+            on_event(Notice(f"{planned.source}: {words}", about=str(planned.source)))
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.
         files.remove_temporaries(planned.overlay, purpose=_PURPOSE)

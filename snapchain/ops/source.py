@@ -69,7 +69,8 @@ def _lock(chain: ImageChain, stack: ExitStack, on_event: OnEvent) -> None:
     for file in chain.files:
         lock = stack.enter_context(ImageLock(file.path, LockMode.READ))
         if not lock.enforced:
-            on_event(Notice(f"{file.path}: this filesystem has no locks; make sure that no guest uses it"))
+            words = "this filesystem has no locks; make sure that no guest uses it"
+            on_event(Notice(f"{file.path}: {words}", about=str(file.path)))
     check_unchanged(chain)
 
 

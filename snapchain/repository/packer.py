@@ -9,6 +9,7 @@ a crash leaves packs that nobody lists (the next `gc` takes them), never a liste
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from types import TracebackType
@@ -38,8 +39,12 @@ class Stream(Enum):
 class Packer:
     """A context manager; on leaving without an error nothing is flushed: call `flush`."""
 
-    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex) -> None:
+    def __init__(
+        self, store: ObjectStore, keys: Keyring, index: BlobIndex, *, on_durable: Callable[[], None] = lambda: None
+    ) -> None:
+        """on_durable: called in a thread of an upload when a pack is in the store; what it raises ends the work."""
         self._store, self._keys, self._index = store, keys, index
+        self._on_durable = on_durable
         # Filling blocks, with its lock held, while too many packs are in flight; what the uploads note needs another.
         self._filling = threading.Lock()
         self._noting = threading.Lock()
@@ -48,8 +53,11 @@ class Packer:
         self._slots = threading.BoundedSemaphore(UPLOADS + 1)
         self._uploads: list[Future[None]] = []
         self._durable: list[IndexedPack] = []
+        self._raw: dict[str, int] = {}  # of each pack that is not in the store yet
         self._failed: BaseException | None = None
         self.bytes_stored = 0
+        self.bytes_pending = 0
+        """Of data that was given and is not in the store yet, before compression."""
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +84,10 @@ class Packer:
                 pack = self._open[stream] = OpenPack(self._keys)
             location = pack.add(blob, payload, raw)
             self._index.add(blob, location)
+            if stream is Stream.DATA:
+                with self._noting:
+                    self.bytes_pending += raw
+                    self._raw[location.pack] = self._raw.get(location.pack, 0) + raw
             if pack.is_full:
                 del self._open[stream]
                 self._upload(pack.close())
@@ -111,11 +123,13 @@ class Packer:
             self._store.put(pack_name(pack.pack), pack.parts)
             listed: list[IndexedPack] = []
             with self._noting:
+                self.bytes_pending -= self._raw.pop(pack.pack, 0)
                 self._durable.append(IndexedPack(pack.pack, pack.size, pack.ids, pack.rows))
                 if len(self._durable) >= INDEX_EVERY:
                     listed, self._durable = self._durable, []
             if listed:
                 indexes.write(self._store, self._keys, listed, era=self._index.era)
+            self._on_durable()
         except BaseException as error:
             self._failed = self._failed or error
             raise

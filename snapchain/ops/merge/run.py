@@ -149,7 +149,8 @@ def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
                 lock.change(LockMode.READ)  # others may read it until the switch
                 inputs.append(lock)
             if not lock.enforced:
-                on_event(Notice(f"{path}: this filesystem has no locks; make sure that no guest uses it"))
+                words = "this filesystem has no locks; make sure that no guest uses it"
+                on_event(Notice(f"{path}: {words}", about=str(path)))
         yield inputs
 
 
