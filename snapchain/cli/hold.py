@@ -8,6 +8,7 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
+from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 
@@ -72,6 +73,6 @@ def draw(console: Console, report: HoldReport) -> None:
     render.headline(console, f"{render.place(report.address)} is held")
     render.table(
         console,
-        ["tag", "since", "reason"],
-        [(each.tag, f"{each.since.astimezone():%Y-%m-%d %H:%M}", each.reason) for each in report.holds],
+        ["tag", heading("since"), "reason~"],
+        [(each.tag, moment(each.since), each.reason) for each in report.holds],
     )

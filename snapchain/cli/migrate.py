@@ -151,7 +151,7 @@ def _draw_plan(console: Console, plan: MigratePlan) -> None:
     render.headline(console, f"would hand over to {render.place(plan.destination)}, {size(plan.bytes_to_send)} to send")
     render.table(
         console,
-        ["disk", "image", "to send>", "epoch>", ""],
+        ["disk", "image", "to send>", "epoch>", "state~"],
         [
             (
                 each.disk,
@@ -190,4 +190,4 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
 def _draw_take_back(console: Console, report: TakeBackReport) -> None:
     render.headline(console, f"taken back from {render.place(report.destination)}")
     for image, disk, epoch in zip(report.images, report.disks, report.epochs, strict=True):
-        console.print(f"  {disk}: {render.place(image)} is this host's again, in epoch {epoch}", markup=False)
+        render.line(console, f"{disk}: {render.place(image)} is this host's again, in epoch {epoch}", indent=2)

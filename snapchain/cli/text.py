@@ -1,7 +1,7 @@
-"""Text from outside for a terminal: names and messages may hold anything, and must not move its cursor.
+r"""Text from outside for a terminal: names and messages may hold anything, and must not move its cursor.
 
 A newline, an escape sequence or a change of the writing direction in the name of a file would fake lines of a report,
-or worse. People see it escaped (`a\\nb`); JSON has the exact text.
+or worse. People see it escaped (`a\nb`); JSON has the exact text.
 """
 
 from __future__ import annotations

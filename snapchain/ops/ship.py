@@ -24,6 +24,7 @@ from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
+from snapchain.model.points import RESERVED
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage, source_of
 from snapchain.ops.ownership import check_not_given
@@ -374,9 +375,10 @@ def check_label(label: str) -> str:
     """Raises InvalidInput for a label that could be taken for a point's number, a time, or the end of an address."""
     if not label or len(label.encode()) > 100 or not label.isprintable() or label != label.strip():
         raise InvalidInput(f"{label!r} cannot be a label", hint="printable text of at most 100 bytes")
-    if label == "latest" or label[0].isdigit() or "@" in label or "::" in label:
+    if label in RESERVED or label[0].isdigit() or "@" in label or "::" in label:
         raise InvalidInput(
-            f"{label!r} cannot be a label", hint="it may not be 'latest', begin with a digit, or hold '@' or '::'"
+            f"{label!r} cannot be a label",
+            hint=f"it may not be {', '.join(sorted(RESERVED))}, begin with a digit, or hold '@' or '::'",
         )
     return label
 
