@@ -37,8 +37,8 @@ def restore(
         str,
         typer.Argument(
             metavar="DEST::DISK[@POINT]",
-            help="The disk and the point: latest (default), a number, a label, or a time. A time means the newest point "
-            "not after it; a date such as 2026-11-30, or yesterday, means the end of that day here.",
+            help="The disk and the point: latest (default), a number, a label, or a time. A time means the newest "
+            "point not after it; a date such as 2026-11-30, or yesterday, means the end of that day here.",
         ),
     ],
     out_path: Annotated[Path, typer.Argument(metavar="OUT", help="A new file, or a block device.")],

@@ -15,7 +15,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from snapchain.errors import OutputFailed
@@ -75,18 +75,14 @@ class Stderr(Stdout):
 
     def write(self, text: str) -> int:
         """Write what can be written."""
-        try:
+        with suppress(ReaderGone, OutputFailed):  # there is no third stream to tell it on
             super().write(text)
-        except (ReaderGone, OutputFailed):
-            pass  # there is no third stream to tell it on
         return len(text)
 
     def flush(self) -> None:
         """Never raises."""
-        try:
+        with suppress(ReaderGone, OutputFailed):
             super().flush()
-        except (ReaderGone, OutputFailed):
-            pass
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from snapchain.image.raw_write import RawWriter
 from snapchain.model.extents import DATA
 from snapchain.ops.events import OnEvent, Progress, ignore
 from snapchain.ops.output import OutputFile
-from snapchain.ops.restore_proof import ChainProof, raw_content_id
 from snapchain.ops.points import in_full
+from snapchain.ops.restore_proof import ChainProof, raw_content_id
 from snapchain.ops.restore_target import FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.fetching import Answer, FetchedLayer, Piece, fetch
