@@ -16,6 +16,7 @@ import traceback
 from typing import Any
 
 from snapchain.cli.streams import ReaderGone
+from snapchain.cli.text import printable
 from snapchain.errors import InvalidInput, OutputFailed, SnapchainError, ToolFailed
 
 BUG = 1
@@ -88,11 +89,12 @@ def _row(
 
 
 def _write(facts: dict[str, Any], *, stderr: str) -> None:
-    subject = f"{facts['subject']}: " if facts["subject"] else ""
+    subject = f"{printable(facts['subject'])}: " if facts["subject"] else ""
     word = "" if facts["kind"] == "interrupted" else "error: "
-    lines = [f"snapchain: {word}{subject}{facts['message']}"]
-    lines += [f"    {line}" for line in stderr.strip().splitlines()]
+    first, *rest = map(printable, facts["message"].split("\n"))
+    lines = [f"snapchain: {word}{subject}{first}", *rest]
+    lines += [f"    {printable(line)}" for line in stderr.strip().splitlines()]
     if facts["hint"]:
-        lines.append(f"snapchain: hint: {facts['hint']}")
+        lines.append(f"snapchain: hint: {printable(facts['hint'])}")
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()

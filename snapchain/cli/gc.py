@@ -39,8 +39,8 @@ def gc(
 ) -> None:
     """Delete what no point of any disk needs: after points were dropped, and after runs that were cut off.
 
-    Packs of which more than a quarter is waste are written anew without it. Works alone: it waits up to ten minutes
-    for those who ship or merge, and they wait for it. Collects nothing from a repository in which a record that is in
+    Packs of which more than a quarter is waste are written anew without it. gc is exclusive: it waits up to ten minutes
+    for ship and merge to end, and they wait for it. Collects nothing from a repository in which a record that is in
     use is missing or damaged.
     """
     from snapchain.ops import gc as ops
@@ -77,5 +77,6 @@ def _draw_report(console: Console, report: GcReport) -> None:
         [
             ("deleted", f"{report.objects_deleted} objects, {report.packs_deleted} of them packs"),
             ("moved", f"{size(report.bytes_moved)} out of {report.packs_moved} packs"),
+            ("added", f"{size(report.bytes_added)} of new records" if report.bytes_added else ""),
         ],
     )

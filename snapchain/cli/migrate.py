@@ -170,7 +170,7 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
     render.headline(console, f"{said[report.course.value]} to {render.place(report.destination)}")
     render.table(
         console,
-        ["disk", "epoch>", "for the guest there", "read-only here"],
+        ["disk", "epoch>", "for the guest there", "read-only here~"],
         [
             (each.disk, str(each.epoch), each.overlay, ", ".join(map(render.place, each.fenced)))
             for each in report.disks

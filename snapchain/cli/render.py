@@ -112,7 +112,7 @@ def table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]
 
     >  numbers, set to the right
     ?  may be left out where there is no room
-    ~  prose, folded between words: for the last column
+    ~  prose, folded between words: for the last column, and for the first where it stands on a line of its own
     """
     head, body = layout(columns, [list(row) for row in rows], console.width)
     for text in head:
@@ -186,16 +186,17 @@ def _two_lines(columns: Sequence[_Column], width: int) -> tuple[list[str], list[
     head, body = below
     lines = []
     for key, rest in zip(columns[0].cells, body, strict=True):
-        lines += [key, f"{'':{_INDENT}}{rest}".rstrip()]
+        first, *more = folded(key, width, hanging=2 * _INDENT) if "~" in columns[0].marks else [key]
+        lines += [first, *(f"{'':{2 * _INDENT}}{part}" for part in more), f"{'':{_INDENT}}{rest}".rstrip()]
     return [columns[0].title, *(" " * _INDENT + text for text in head)], lines
 
 
 def _stacked(columns: Sequence[_Column], width: int) -> tuple[list[str], list[str]]:
-    """Each row as a key with facts."""
+    """Each row as `title key`, with facts below it."""
     names = max(_width(column.title) for column in columns)
     lines = []
     for key, *cells in zip(*(column.cells for column in columns), strict=True):
-        lines.append(key)
+        lines.append(f"{columns[0].title} {key}")
         for column, cell in zip(columns[1:], cells, strict=True):
             if not cell:
                 continue
@@ -203,7 +204,7 @@ def _stacked(columns: Sequence[_Column], width: int) -> tuple[list[str], list[st
             for number, part in enumerate(folded(cell, room) if "~" in column.marks else [cell]):
                 title = column.title if number == 0 else ""
                 lines.append(f"{'':{_INDENT}}{title:<{names}}{'':{_INDENT}}{part}")
-    return [columns[0].title], lines
+    return [], lines
 
 
 def _pad(cell: str, wide: int, column: _Column) -> str:

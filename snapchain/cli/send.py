@@ -143,7 +143,7 @@ def _draw_plan(console: Console, plan: SendPlan) -> None:
     render.facts(console, [("layers there", str(plan.layers_present)), ("data", size(plan.data_bytes))])
     render.table(
         console,
-        ["new layer of", "data>", "virtual size>"],
+        ["new layer of~", "data>", "virtual size>"],
         [
             (" + ".join(map(render.place, layer.files)), size(layer.data_bytes), size(layer.virtual_size))
             for layer in plan.layers

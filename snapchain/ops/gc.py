@@ -8,7 +8,7 @@ from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.repository.collect import mark
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository
-from snapchain.repository.sweep import estimate, sweep
+from snapchain.repository.sweep import estimate, index_objects, sweep
 
 
 class GcPlan(BaseModel):
@@ -26,12 +26,16 @@ class GcPlan(BaseModel):
 
 
 class GcReport(BaseModel):
-    """What `gc` did. bytes_freed: stored bytes less than before; bytes_moved: copied out of mostly wasted packs."""
+    """What `gc` did. bytes_freed: stored bytes less than before; bytes_moved: copied out of mostly wasted packs.
+
+    bytes_added: stored bytes more than before, where new records cost more than what was deleted
+    """
 
     model_config = ConfigDict(frozen=True)
 
     destination: str
     bytes_freed: int
+    bytes_added: int = 0
     bytes_moved: int
     objects_deleted: int
     packs_deleted: int
@@ -41,7 +45,7 @@ class GcReport(BaseModel):
 def plan(repository: Repository) -> GcPlan:
     """Look, and delete nothing. Raises Corrupt when a record in use is missing or unsound."""
     marked = mark(repository)
-    would = estimate(marked)
+    would = estimate(marked, index_objects(repository))
     return GcPlan(
         destination=repository.store.url,
         bytes_freed=would.bytes_freed,
@@ -70,6 +74,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
     return GcReport(
         destination=repository.store.url,
         bytes_freed=done.bytes_freed,
+        bytes_added=done.bytes_added,
         bytes_moved=done.bytes_moved,
         objects_deleted=done.objects_deleted,
         packs_deleted=done.packs_deleted,

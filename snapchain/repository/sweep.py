@@ -54,10 +54,12 @@ Moves = dict[tuple[str, int], Location]
 class Swept:
     """What gc did, or would do, in stored bytes.
 
-    bytes_freed: less than before, new records counted; bytes_moved: blobs copied into new packs
+    bytes_freed: less than before, new records counted; bytes_added: more than before, where these cost more than what
+    was deleted; bytes_moved: blobs copied into new packs
     """
 
     bytes_freed: int = 0
+    bytes_added: int = 0
     bytes_moved: int = 0
     objects_deleted: int = 0
     packs_deleted: int = 0
@@ -65,16 +67,25 @@ class Swept:
     layers_rewritten: int = 0
 
 
-def estimate(marked: Marked) -> Swept:
-    """What `sweep` would do, without the new records that moving costs."""
+def index_objects(repository: Repository) -> dict[str, int]:
+    """The index objects that a run replaces by new ones when packs go, with their sizes."""
+    return {info.name: info.size for info in repository.store.list("index/") if index_era(info.name) is not None}
+
+
+def estimate(marked: Marked, indexes: Mapping[str, int] | None = None) -> Swept:
+    """What `sweep` would do, without the new records that moving costs. indexes: see `index_objects`."""
     wasted, empty = wasteful(marked.usage, WASTE, least=LEAST_WASTE), unused(marked.usage)
     moved = sum(pack.used_bytes for pack in wasted)
     freed = sum(pack.size for pack in (*wasted, *empty)) - moved
     records_gone = marked.dead_generations | marked.dead_claims | marked.dead_layers
+    goes = [*wasted, *empty]
+    replaced = indexes or {} if goes else {}
+    # The new index is smaller by what it no longer lists: about as much as its packs are of all.
+    share = sum(pack.size for pack in goes) / max(1, sum(pack.size for pack in marked.usage))
     return Swept(
-        bytes_freed=freed + sum(records_gone.values()),
+        bytes_freed=max(0, freed + sum(records_gone.values()) + int(share * sum(replaced.values()))),
         bytes_moved=moved,
-        objects_deleted=len(records_gone) + len(wasted) + len(empty),
+        objects_deleted=len(records_gone) + len(wasted) + len(empty) + len(replaced),
         packs_deleted=len(wasted) + len(empty),
         packs_moved=len(wasted),
     )
@@ -107,7 +118,7 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
 
     delete(marked.dead_generations)
     delete(marked.dead_claims)
-    before = [info.name for info in store.list("index/") if index_era(info.name) is not None]
+    before = list(index_objects(repository))
     if gone or len(before) > MOST_INDEXES:
         _write_index(repository, before, stay)
         delete(before)
@@ -115,7 +126,8 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     delete(marked.dead_layers)
     delete([pack_name(pack) for pack in gone])
     done.packs_deleted = len(gone)
-    done.bytes_freed = held - _stored_bytes(repository)
+    less = held - _stored_bytes(repository)
+    done.bytes_freed, done.bytes_added = max(0, less), max(0, -less)
     return done
 
 
