@@ -245,20 +245,29 @@ def picture(console: Console, layers: Sequence[LayerRow]) -> None:
         row = Text(root if at == 0 else other, "bold")
         row.append(names[at] + " " * (0 if stacked else width - _width(names[at])), "not bold").append("  ")
         rank = _rank(at, len(layers))
-        if stacked:
-            row.append(f"{rank}  " if rank else "", "not bold dim")
-            row.append(f"{shown[at]}", "not bold")
+        size = Text(shown[at] if stacked else f"{shown[at]:>10}")
+        size.append(f"  {hidden[at]}" if hidden[at] else "", "yellow")
+        below = link if at else "  "
+        if not stacked:
+            row.append(f"{rank:<4}  ", "not bold dim").append_text(strip).append("  ").append_text(size)
+            console.print(row, soft_wrap=True)
         else:
-            row.append(f"{rank:<4}  ", "not bold dim").append_text(strip).append(f"  {shown[at]:>10}", "not bold")
-        row.append(f"  {hidden[at]}" if hidden[at] else "", "not bold yellow")
-        console.print(row, soft_wrap=True)
-        if stacked:
-            console.print(Text(link if at else "  ").append_text(strip), soft_wrap=True)
+            row.append(f"{rank}  " if rank else "", "not bold dim")
+            if row.cell_len + size.cell_len <= console.width:
+                row.append_text(size)
+                size = Text()
+            row.rstrip()
+            for part in (row, Text(below).append_text(strip), *([Text(below).append_text(size)] if size else [])):
+                console.print(part, soft_wrap=True)
         if at:
             console.print(link.strip())
-    legend = Text("  ")
+    legend = Text()
     for cell, words in (("#", "data seen"), ("+", "data hidden"), ("0", "zero"), (".", "nothing: asks below")):
-        legend.append(_CELLS[cell][glyph], _CELLS[cell][2]).append(f" {words}{'' if cell == '.' else '   '}")
+        entry = Text("   " if legend else "  ").append(_CELLS[cell][glyph], _CELLS[cell][2]).append(f" {words}")
+        if legend and legend.cell_len + entry.cell_len > console.width:
+            console.print(legend, soft_wrap=True)
+            legend, entry = Text(), entry[1:]
+        legend.append_text(entry)
     console.print(legend, soft_wrap=True)
 
 
