@@ -187,7 +187,7 @@ def _check_goes_back(endpoint: Endpoint, mark: Given, standing: Standing) -> Non
     if not standing.given:
         return  # it never came to that, or is back already
     with endpoint.connect() as channel, Sender(channel, link=endpoint.link) as sender:
-        sender.open(Open(disk=standing.disk, replica=endpoint.replica, look=True, epoch=standing.epoch))
+        sender.open(Open(disk=standing.disk, replica=endpoint.replica, look=True, epoch=mark.epoch + 1))
         state = sender.ask_for_active(active_of(mark.overlay)).state
     if state is not ActiveState.READY:
         raise Conflict(
