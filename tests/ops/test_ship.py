@@ -15,10 +15,14 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
+from snapchain.objects.store import Data
+from snapchain.objects.throttle import ThrottledStore
+from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.ship import check_label, shipment
+from snapchain.repository import packs
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write
@@ -342,6 +346,64 @@ def test_progress_ends_at_the_planned_total(repo: Repository, chain: list[Path])
     assert progress[0].done == 0
     assert [each.done for each in progress] == sorted(each.done for each in progress)
     assert progress[-1].done == progress[-1].total == 8 * MiB + 192 * 1024
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> Path:
+    """An image of 12 MiB of which no block is like another."""
+    (tmp_path / "noise").write_bytes(os.urandom(12 * MiB))
+    return build(tmp_path / "noisy", [Layer(12 * MiB, [f"write -s {tmp_path / 'noise'} 0 12M"])])[-1]
+
+
+def test_progress_counts_what_has_arrived_not_what_was_read(
+    repo: Repository, noisy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The packs wait before the store: until one is in it, nothing of it counts. Small packs, so there are several."""
+    monkeypatch.setattr(packs, "PACK_BYTES", 512 * 1024)
+    shown: list[int] = []
+    before: list[tuple[int, int]] = []
+
+    class Watched(StoreWrapper):
+        def put(self, name: str, data: Data) -> None:
+            with held:
+                before.append((shown[-1] if shown else 0, len(durable)))
+            self.inner.put(name, data)
+            if name.startswith("packs/"):
+                with held:
+                    durable.append(name)
+
+    held, durable = threading.Lock(), list[str]()
+    with shipment(noisy, again(repo, Watched(repo.store)), DISK) as work:
+        total = work.plan().bytes_to_read
+        work.run(on_event=lambda event: shown.append(event.done) if isinstance(event, Progress) else None)
+    assert (shown[0], shown[-1]) == (0, total)
+    assert shown == sorted(shown)
+    assert all(done == 0 for done, packs_there in before if not packs_there), "nothing was there yet"
+    assert any(0 < done < total for done, _ in before), "and then it moves with the packs"
+
+
+def test_a_slow_link_shows_a_bar_that_is_not_full(noisy: Path) -> None:
+    """What a rate holds back has not arrived: when the bar is full, nothing is waited for any more."""
+    now, waited_when_full = 0.0, 0.0
+    done = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now, waited_when_full
+        now += seconds
+        if done == total and seconds > 1:
+            waited_when_full += seconds
+
+    def on_event(event: Event) -> None:
+        nonlocal done
+        done = event.done if isinstance(event, Progress) else done
+
+    whole = repository(MemoryStore(), block_size=256 * 1024)
+    slow = ThrottledStore(whole.store, upload=10_000, clock=lambda: now, sleep=sleep)
+    with shipment(noisy, again(whole, slow), DISK) as work:
+        total = work.plan().bytes_to_read
+        work.run(on_event=on_event)
+    assert now > 300
+    assert waited_when_full < now / 10, "the records and the index are all that is left"
 
 
 # ---- who else is at work
