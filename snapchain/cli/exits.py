@@ -92,7 +92,7 @@ def _write(facts: dict[str, Any], *, stderr: str) -> None:
     subject = f"{printable(facts['subject'])}: " if facts["subject"] else ""
     word = "" if facts["kind"] == "interrupted" else "error: "
     first, *rest = map(printable, facts["message"].split("\n"))
-    lines = [f"snapchain: {word}{subject}{first}", *rest]
+    lines = [f"snapchain: {word}{subject}{first}", *(f"    {line.strip()}" for line in rest)]
     lines += [f"    {printable(line)}" for line in stderr.strip().splitlines()]
     if facts["hint"]:
         lines.append(f"snapchain: hint: {printable(facts['hint'])}")

@@ -243,9 +243,13 @@ def _draw_set_lacking(console: Console, stands: SetDestination | SetReport) -> N
 
 def _draw_lacking(console: Console, disk: Destination | SyncReport) -> None:
     """What keeps it from being as it was wanted."""
+    from snapchain.ops.sync import SyncReport
+
     if disk.missing:
         render.line(console, f"{disk.destination}::{disk.disk} is not ready")
         _draw_missing(console, disk.missing)
+    if isinstance(disk, SyncReport) and disk.on_target is False:
+        render.line(console, f"{disk.destination}::{disk.disk}: the target of {disk.target_downtime:g} s is not met")
 
 
 def _draw_missing(console: Console, missing: tuple[str, ...]) -> None:
