@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given, strategies as st
 
-from snapchain.cli.moments import moment
+from snapchain.cli.moments import heading, moment
 from snapchain.errors import NotFound
 from snapchain.model.points import instant
 from snapchain.ops.points import find_point, in_full
@@ -166,3 +166,14 @@ def test_dates_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert find_point(DISK, "today").point == 8
     assert in_full("2026-01-31") == "2026-01-31T14:59:59.999999+00:00"
     assert (in_full("weekly"), in_full("7"), in_full(None)) == ("weekly", "7", None)
+
+
+def test_an_hour_that_comes_twice_is_shown_with_its_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    first, second = (datetime(2026, 10, 25, hour, 30, tzinfo=UTC) for hour in (0, 1))
+    assert (moment(first), moment(second)) == ("2026-10-25 02:30+02:00", "2026-10-25 02:30+01:00")
+    assert moment(datetime(2026, 10, 25, 12, tzinfo=UTC)) == "2026-10-25 13:00"
+    assert moment(datetime(2026, 10, 25, 12, tzinfo=UTC), zone=True) == "2026-10-25 13:00+01:00"
+    assert heading("time") == "time (Europe/Berlin)"
+    monkeypatch.setenv("TZ", "UTC")
+    assert (moment(first, zone=True), heading("time")) == ("2026-10-25 00:30", "time")
