@@ -10,7 +10,8 @@
     ├── Unavailable                  7   a server, disk or network failed: retrying may help
     ├── ToolFailed                   8   an external program failed
     ├── Busy                         9   somebody has it open: wait, or stop them
-    └── PartialFailure              10   of many things some were not done: the report says which
+    ├── PartialFailure              10   of many things some were not done: the report says which
+    └── OutputFailed                11   the result could not be written to standard output
 
 The number is the exit code of the command line.  `Interrupted` (130) is not an error of this tree: it
 derives from KeyboardInterrupt, so that no handler of errors swallows a Ctrl-C.
@@ -122,6 +123,13 @@ class PartialFailure(SnapchainError):
 
     exit_code = 10
     kind = "partial-failure"
+
+
+class OutputFailed(SnapchainError):
+    """Standard output is full, closed or broken. What the command had to do is done, unless the message differs."""
+
+    exit_code = 11
+    kind = "output-failed"
 
 
 class Interrupted(KeyboardInterrupt):

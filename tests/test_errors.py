@@ -20,6 +20,7 @@ TREE = {
     "ToolFailed": ("SnapchainError", "tool-failed", 8),
     "Busy": ("SnapchainError", "busy", 9),
     "PartialFailure": ("SnapchainError", "partial-failure", 10),
+    "OutputFailed": ("SnapchainError", "output-failed", 11),
 }
 
 

@@ -5,7 +5,6 @@ Nothing heavy is imported here or at the top of a verb's file, so that `snapchai
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from gc import set_threshold
 from types import FrameType
 from typing import NoReturn
 
-from snapchain.cli import exits
+from snapchain.cli import exits, streams
 from snapchain.errors import Interrupted, Unsupported
 from snapchain.host import descriptors
 
@@ -36,8 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = None
     descriptors.raise_limit()
     try:
+        with streams.checked():
+            return _run(words)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _run(words: Sequence[str]) -> int:
+    try:
         _check_words(words)
-        _print_what_can_be_printed()
         # inside: a Ctrl-C while they load gets a clean end too
         from snapchain.cli.ahead import logging_in
         from snapchain.cli.serving import serve_directly
@@ -51,22 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(status or 0)
     except BaseException as error:  # noqa: BLE001 - the last handler: everything becomes words and an exit code
         return exits.tell(error, as_json="--json" in words)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def program() -> NoReturn:
     """The console script. Leaves at once: after a Ctrl-C threads may still wait for something, and taking a hundred
-    modules down again would be a fifth of a short command's time. Nothing here is left to an exit handler.
+    modules down again would be a fifth of a short command's time. Nothing here is left to an exit handler, and what
+    stdout would not take is not offered to it again.
     """
-    status = main()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # whoever read the output has gone
-        status = status or exits.BROKEN_PIPE
-    os._exit(status)
+    streams.occupy_descriptors()
+    os._exit(main())
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -77,12 +77,6 @@ def _check_words(words: Sequence[str]) -> None:
         except UnicodeEncodeError:
             shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             raise Unsupported("not UTF-8 text", subject=shown, hint="rename the file, or make a link to it") from None
-
-
-def _print_what_can_be_printed() -> None:
-    """A terminal without UTF-8 gets '?' for what it lacks, not an error."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

@@ -64,7 +64,7 @@ def diff(
                     address.dest, out, password_file=password_file, password_command=password_command
                 )
             sides.append(ops.point_side(opened[address.dest], address.disk, address.point))
-        out.report(ops.diff(*sides), _draw)
+        out.show(ops.diff(*sides), _draw)
 
 
 def _draw(console: Console, report: DiffReport) -> None:
@@ -81,4 +81,4 @@ def _draw(console: Console, report: DiffReport) -> None:
         [(str(each.offset), str(each.length), size(each.length)) for each in report.ranges[:_SHOWN]],
     )
     if len(report.ranges) > _SHOWN:
-        console.print(f"  and {len(report.ranges) - _SHOWN} more: --json lists them all", style="dim")
+        render.line(console, f"and {len(report.ranges) - _SHOWN} more: --json lists them all", style="dim", indent=2)

@@ -14,9 +14,11 @@ from snapchain.cli.progress import Mode
 from snapchain.errors import PartialFailure
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.console import Console
 
-    from snapchain.ops.doctor import DoctorPlan, DoctorReport
+    from snapchain.ops.doctor import DoctorPlan, DoctorReport, Treated
 
 
 @verb(
@@ -49,9 +51,8 @@ def doctor(
         if out.plan(plan, _draw_plan):
             return
         report = ops.run(plan, on_event=out.on_event)
-        out.report(report, _draw_report)
-    if not report.well:
-        raise typer.Exit(PartialFailure.exit_code)
+        status = 0 if report.well else PartialFailure.exit_code
+        out.report(report, _draw_report, problems=_draw_problems, status=status)
 
 
 def _draw_plan(console: Console, plan: DoctorPlan) -> None:
@@ -74,7 +75,15 @@ def _draw_report(console: Console, report: DoctorReport) -> None:
         render.headline(console, "nothing was left behind")
         return
     render.headline(console, f"treated {done} of {len(report.treated)}")
-    for each in report.treated:
+    _draw_treated(console, report.treated)
+
+
+def _draw_problems(console: Console, report: DoctorReport) -> None:
+    _draw_treated(console, [each for each in report.treated if each.error is not None])
+
+
+def _draw_treated(console: Console, treated: Iterable[Treated]) -> None:
+    for each in treated:
         rows = [(each.finding.kind.value, render.place(each.finding.path)), ("was", each.finding.says)]
         if each.error is not None:
             rows.append(("left, since", each.error))

@@ -1,4 +1,4 @@
-"""From an exception to words on stderr (or one JSON object on stdout) and an exit code.
+"""From an exception to words on stderr (with --json one JSON object on stdout) and an exit code.
 
     snapchain: error: /images/a.qcow2: L1 table ends outside the file
     snapchain: hint: restore it from a point that verifies
@@ -15,7 +15,9 @@ import sys
 import traceback
 from typing import Any
 
-from snapchain.errors import InvalidInput, SnapchainError, ToolFailed
+from snapchain.cli.streams import ReaderGone
+from snapchain.cli.text import printable
+from snapchain.errors import InvalidInput, OutputFailed, SnapchainError, ToolFailed
 
 BUG = 1
 USAGE = InvalidInput.exit_code
@@ -30,18 +32,29 @@ def tell(error: BaseException, *, as_json: bool, left_behind: str | None = None)
     """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else BUG
-    if isinstance(error, BrokenPipeError):
-        _forget_stdout()
+    if isinstance(error, ReaderGone):
         return BROKEN_PIPE
     facts = _facts(error, left_behind)
     if os.environ.get("SNAPCHAIN_DEBUG"):
         traceback.print_exception(error)
     if as_json:
-        sys.stdout.write(json.dumps({"error": facts}) + "\n")
-        sys.stdout.flush()
+        _write_json(facts)
     else:
         _write(facts, stderr=error.stderr if isinstance(error, ToolFailed) else "")
     return int(facts["exit_code"])
+
+
+def _write_json(facts: dict[str, Any]) -> None:
+    line = json.dumps({"error": facts}) + "\n"
+    try:
+        if facts["kind"] != OutputFailed.kind:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            return
+    except (ReaderGone, OutputFailed):
+        pass
+    sys.stderr.write(line)  # stdout takes nothing, and the error must be said somewhere
+    sys.stderr.flush()
 
 
 def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
@@ -76,21 +89,13 @@ def _row(
 
 
 def _write(facts: dict[str, Any], *, stderr: str) -> None:
-    subject = f"{facts['subject']}: " if facts["subject"] else ""
+    subject = f"{printable(facts['subject'])}: " if facts["subject"] else ""
     word = "" if facts["kind"] == "interrupted" else "error: "
-    lines = [f"snapchain: {word}{subject}{facts['message']}"]
+    first, *rest = map(printable, facts["message"].split("\n"))
+    lines = [f"snapchain: {word}{subject}{first}", *(f"    {line.strip()}" for line in rest)]
     # The last line of what a program says is in the message already.
-    lines += [f"    {line}" for line in stderr.strip().splitlines() if line.strip() not in facts["message"]]
+    lines += [f"    {printable(line)}" for line in stderr.strip().splitlines() if line.strip() not in facts["message"]]
     if facts["hint"]:
-        lines.append(f"snapchain: hint: {facts['hint']}")
-    try:
-        sys.stderr.write("\n".join(lines) + "\n")
-    except BrokenPipeError:
-        return
-
-
-def _forget_stdout() -> None:
-    """The reader has gone: nothing more can be said there, and the interpreter must not try at exit."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
-    os.close(devnull)
+        lines.append(f"snapchain: hint: {printable(facts['hint'])}")
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()

@@ -41,8 +41,8 @@ def gc(
 ) -> None:
     """Delete what no point of any disk needs: after points were dropped, and after runs that were cut off.
 
-    Packs of which more than a quarter is waste are written anew without it. Works alone: it waits up to ten minutes
-    for those who ship or merge, and they wait for it. Works around packs and layers that are missing or damaged: it
+    Packs of which more than a quarter is waste are written anew without it. gc is exclusive: it waits up to ten minutes
+    for ship and merge to end, and they wait for it. It works around packs and layers that are missing or damaged: it
     names copies of their data where there are some, keeps all that a damaged point may still need, and ends with exit
     code 5 as long as something is lost.
     """
@@ -58,15 +58,20 @@ def gc(
             limit_rate=limit_rate,
             pack_size_text=pack_size,
         )
-        done: GcPlan | GcReport
         if dry_run:
-            done = ops.plan(repository)
-            out.plan(done, _draw_plan)
-        else:
-            done = ops.run(repository, on_event=out.on_event)
-            out.report(done, _draw_report)
-    if done.findings:
-        raise typer.Exit(Corrupt.exit_code)
+            plan = ops.plan(repository)
+            out.plan(plan, _draw_plan, problems=_draw_problems, status=_status(plan))
+            return
+        report = ops.run(repository, on_event=out.on_event)
+        out.report(report, _draw_report, problems=_draw_problems, status=_status(report))
+
+
+def _status(done: GcPlan | GcReport) -> int:
+    return Corrupt.exit_code if done.findings else 0
+
+
+def _draw_problems(console: Console, done: GcPlan | GcReport) -> None:
+    render.findings(console, done.findings)
 
 
 def _draw_plan(console: Console, plan: GcPlan) -> None:
@@ -89,6 +94,7 @@ def _draw_report(console: Console, report: GcReport) -> None:
         [
             ("deleted", f"{report.objects_deleted} objects, {report.packs_deleted} of them packs"),
             ("moved", f"{size(report.bytes_moved)} out of {report.packs_moved} packs"),
+            ("added", f"{size(report.bytes_added)} of new records" if report.bytes_added else ""),
         ],
     )
     render.findings(console, report.findings)

@@ -8,6 +8,7 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
+from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 
@@ -34,6 +35,7 @@ def hold(
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who finds it later.")] = "",
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
+    dry_run: options.DryRun = False,
     json: options.Json = False,
     progress: options.Progress = Mode.AUTO,
     quiet: options.Quiet = False,
@@ -51,27 +53,44 @@ def hold(
     from snapchain.ops.address import ImageAddress, parse_address
 
     address = parse_address(target)
-    with Output(as_json=json, progress=progress, quiet=quiet) as out:
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         if isinstance(address, ImageAddress):
-            report = ops.hold_image(address.path, tag, reason=reason)
+            report = ops.hold_image(address.path, tag, reason=reason, dry_run=dry_run)
         else:
             repository = options.repository(
-                address.dest, out, password_file=password_file, password_command=password_command, writing=True
+                address.dest,
+                out,
+                password_file=password_file,
+                password_command=password_command,
+                writing=not dry_run,
             )
             report = ops.hold_point(
-                repository, address.disk, tag, point=address.point, reason=reason, on_event=out.on_event
+                repository,
+                address.disk,
+                tag,
+                point=address.point,
+                reason=reason,
+                dry_run=dry_run,
+                on_event=out.on_event,
             )
-        out.report(report, draw)
+        if not out.plan(report, draw_plan):
+            out.report(report, draw)
+
+
+def draw_plan(console: Console, report: HoldReport) -> None:
+    """What would be held, for both verbs."""
+    _draw(console, report, "would be held" if report.holds else "would not be held any more")
 
 
 def draw(console: Console, report: HoldReport) -> None:
     """What is held now, for both verbs."""
-    if not report.holds:
-        render.headline(console, f"{render.place(report.address)} is not held any more")
-        return
-    render.headline(console, f"{render.place(report.address)} is held")
+    _draw(console, report, "is held" if report.holds else "is not held any more")
+
+
+def _draw(console: Console, report: HoldReport, words: str) -> None:
+    render.headline(console, f"{render.place(report.address)} {words}")
     render.table(
         console,
-        ["tag", "since", "reason"],
-        [(each.tag, f"{each.since.astimezone():%Y-%m-%d %H:%M}", each.reason) for each in report.holds],
+        ["tag", heading("since"), "reason~"],
+        [(each.tag, moment(each.since), each.reason) for each in report.holds],
     )

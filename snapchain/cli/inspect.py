@@ -55,7 +55,7 @@ def inspect(
                 address.dest, out, password_file=password_file, password_command=password_command
             )
             report = place.inspect(address.disk, address.point)
-        out.report(report, _draw)
+        out.show(report, _draw)
 
 
 def _draw(console: Console, report: InspectReport) -> None:
@@ -73,6 +73,6 @@ def _draw(console: Console, report: InspectReport) -> None:
     for layer in report.layers:
         for hold in layer.holds:
             why = f": {hold.reason}" if hold.reason else ""
-            console.print(f"{layer.path.rpartition('/')[2]} is held under {hold.tag}{why}", style="cyan", markup=False)
+            render.line(console, f"{layer.path.rpartition('/')[2]} is held under {hold.tag}{why}", style="cyan")
     for finding in report.findings:
-        console.print(f"note: {finding}", style="yellow", markup=False)
+        render.line(console, f"note: {finding}", style="yellow")

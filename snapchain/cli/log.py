@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
+from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def log(
     address = parse_destination(target)
     with Output(as_json=json) as out:
         place = options.destination(address.dest, out, password_file=password_file, password_command=password_command)
-        out.report(place.log(options.disk_of(address)), _draw)
+        out.show(place.log(options.disk_of(address)), _draw)
 
 
 def _draw(console: Console, report: LogReport) -> None:
@@ -53,11 +53,11 @@ def _draw(console: Console, report: LogReport) -> None:
         render.headline(console, disk.name)
         render.table(
             console,
-            ["point>", "time", "size>", "layers>", "content", "labels", "held"],
+            ["point>", heading("time"), "size>", "layers>", "content?", "labels", "held"],
             [
                 (
                     str(point.point),
-                    _moment(point.time),
+                    moment(point.time),
                     quantities.size(point.virtual_size),
                     str(point.layers),
                     point.content_id[:12],
@@ -69,8 +69,3 @@ def _draw(console: Console, report: LogReport) -> None:
         )
         future = [str(point.point) for point in disk.points if point.of_the_future]
         render.points_of_the_future(console, disk.name, future)
-
-
-def _moment(time: datetime) -> str:
-    """Local time with its zone, to be pasted after an '@': rounded up, or it would name the point before."""
-    return (time + timedelta(microseconds=999_999)).astimezone().isoformat(timespec="seconds")

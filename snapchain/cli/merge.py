@@ -225,9 +225,8 @@ def merge(
             for notice in plan.notices:
                 out.on_event(Notice(notice))
             report = running.run(plan, on_event=out.on_event)
-            out.report(report, merge_tables.draw_report)
-            if report.failed:
-                raise typer.Exit(PartialFailure.exit_code)
+            status = PartialFailure.exit_code if report.failed else 0
+            out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
             return
         _refuse_no_rule(
             policy,
@@ -307,9 +306,9 @@ def _draw_repository_plan(console: Console, plan: RepositoryMergePlan) -> None:
     render.headline(console, f"would merge {plan.disk}: {plan.layers_before} layers now, {plan.layers_after} then")
     render.table(
         console,
-        ["point>", "", "because", "labels"],
+        ["point>", "", "labels", "because~"],
         [
-            (str(each.point), "keep" if each.kept else "drop", "; ".join(each.reasons), ", ".join(each.labels))
+            (str(each.point), "keep" if each.kept else "drop", ", ".join(each.labels), "; ".join(each.reasons))
             for each in plan.points
         ],
     )
@@ -326,7 +325,7 @@ def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> 
             ("points kept", ", ".join(map(str, report.points_kept))),
             ("dropped", ", ".join(map(str, report.points_dropped))),
             ("moved", size(report.bytes_moved)),
-            ("named no more", size(report.bytes_dropped)),
+            ("unreferenced", size(report.bytes_dropped)),
         ],
     )
     render.findings(console, report.findings)

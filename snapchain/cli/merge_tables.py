@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from snapchain.cli import render, stack_picture
+from snapchain.cli.moments import heading, moment
 from snapchain.cli.quantities import duration, size
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def draw_plan(console: Console, plan: MergeSetPlan) -> None:
             ],
         )
     for notice in plan.notices:
-        console.print(f"note: {notice}", style="yellow", markup=False)
+        render.line(console, f"note: {notice}", style="yellow")
 
 
 def _rows(plan: MergeSetPlan) -> list[stack_picture.Row]:
@@ -63,13 +64,12 @@ def _draw_layers(console: Console, layers: Sequence[LayerUse]) -> None:
         "layer": [layer.path.name for layer in layers],
         "held>": [size(layer.data_bytes) for layer in layers],
         "hidden>": [size(layer.shadowed_bytes) for layer in layers],
-        "sealed": [f"{layer.sealed.astimezone():%Y-%m-%d %H:%M}" if layer.sealed else "" for layer in layers],
+        heading("sealed"): [moment(layer.sealed) if layer.sealed else "" for layer in layers],
         "labels": [", ".join(layer.labels) for layer in layers],
         "is at": [", ".join(layer.at) for layer in layers],
-        "stays because": ["; ".join(layer.stays or [f"held: {hold.tag}" for hold in layer.holds]) for layer in layers],
+        "stays because~": ["; ".join(layer.stays or [f"held: {hold.tag}" for hold in layer.holds]) for layer in layers],
     }
-    shown = {name: cells for name, cells in columns.items() if any(cells)}
-    render.table(console, list(shown), reversed(list(zip(*shown.values(), strict=True))))
+    render.table(console, list(columns), reversed(list(zip(*columns.values(), strict=True))))
 
 
 def _draw_merges(console: Console, merges: Sequence[PlannedMerge]) -> None:
@@ -109,9 +109,14 @@ def draw_report(console: Console, report: MergeSetReport) -> None:
             *((("kept", f"{render.place(kept.path)}: {kept.reason}")) for kept in report.kept),
         ],
     )
+    draw_failed(console, report)
+
+
+def draw_failed(console: Console, report: MergeSetReport) -> None:
+    """What could not be merged."""
     for fault in report.failed:
         names = ", ".join(path.name for path in fault.layers)
-        console.print(f"not merged: {names}: {fault.message}", style="red", markup=False)
+        render.line(console, f"not merged: {names}: {fault.message}", style="red")
 
 
 def draw_replica_plan(console: Console, plan: ReplicaMergePlan) -> None:
@@ -119,15 +124,15 @@ def draw_replica_plan(console: Console, plan: ReplicaMergePlan) -> None:
     render.headline(console, f"would merge {plan.disk}: {plan.layers_before} layers now, {plan.layers_after} then")
     render.table(
         console,
-        ["point>", "", "because", "labels"],
+        ["point>", "", "labels", "because~"],
         [
-            (str(each.point), "keep" if each.kept else "drop", "; ".join(each.reasons), ", ".join(each.labels))
+            (str(each.point), "keep" if each.kept else "drop", ", ".join(each.labels), "; ".join(each.reasons))
             for each in plan.points
         ],
     )
     render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
     if plan.merges:
-        render.table(console, ["merge into", "from"], [(each[-1], ", ".join(each[:-1])) for each in plan.merges[::-1]])
+        render.table(console, ["merge into", "from~"], [(each[-1], ", ".join(each[:-1])) for each in plan.merges[::-1]])
         needs = f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"
         moves = f"{size(plan.bytes_to_move)} by {plan.strategy}"
         render.facts(console, [("moves", moves), ("drops", size(plan.shadowed_bytes)), ("room there", needs)])
@@ -153,4 +158,4 @@ def draw_replica_report(console: Console, report: ReplicaMergeReport) -> None:
 
 def _draw_staying(console: Console, staying: Sequence[StayingLayer]) -> None:
     for each in staying:
-        console.print(f"stays: {each.file}: {each.reason}", style="yellow", markup=False)
+        render.line(console, f"stays: {each.file}: {each.reason}", style="yellow")

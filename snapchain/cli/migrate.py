@@ -18,7 +18,7 @@ from snapchain.errors import InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.migrate import MigratePlan, MigrateReport, TakeBackReport
+    from snapchain.ops.migrate import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
 
 _BACK = "To go back"
 
@@ -95,11 +95,11 @@ def migrate(
 
     Cut off anywhere, the same command goes on. Where the destination refuses, the disks are this host's as before.
     """
-    from snapchain.ops.migrate import migrate as run, plan, take_back as undo
+    from snapchain.ops.migrate import migrate as run, plan, plan_take_back, take_back as undo
     from snapchain.ops.migrate_request import MigrateRequest, Move
     from snapchain.ops.send import Divergence, replica_at
 
-    _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone, dry_run=dry_run)
+    _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         dest, pairs = disk_pairs(disks)
         endpoint = replica_at(dest, connections=connections)
@@ -114,7 +114,9 @@ def migrate(
             image_dirs=options.image_dirs(image_dir),
             limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         )
-        if take_back:
+        if take_back and dry_run:
+            out.plan(plan_take_back(request, endpoint, unasked=destination_is_gone), _draw_take_back_plan)
+        elif take_back:
             out.report(undo(request, endpoint, unasked=destination_is_gone), _draw_take_back)
         elif dry_run:
             out.plan(plan(request, endpoint, on_event=out.on_event), _draw_plan)
@@ -122,11 +124,9 @@ def migrate(
             out.report(run(request, endpoint, on_event=out.on_event), _draw_report)
 
 
-def _check(*, offline: bool, paused: bool, take_back: bool, unasked: bool, dry_run: bool) -> None:
+def _check(*, offline: bool, paused: bool, take_back: bool, unasked: bool) -> None:
     if unasked and not take_back:
         raise InvalidInput("--destination-is-gone is for --take-back")
-    if take_back and dry_run:
-        raise InvalidInput("--take-back has no plan to show", hint="`snapchain log DEST::DISK` tells the disk's epoch")
     if not offline and not paused and not take_back:
         raise InvalidInput(
             "only disks of a guest that does not run can be handed over",
@@ -151,7 +151,7 @@ def _draw_plan(console: Console, plan: MigratePlan) -> None:
     render.headline(console, f"would hand over to {render.place(plan.destination)}, {size(plan.bytes_to_send)} to send")
     render.table(
         console,
-        ["disk", "image", "to send>", "epoch>", ""],
+        ["disk", "image", "to send>", "epoch>", "state~"],
         [
             (
                 each.disk,
@@ -170,7 +170,7 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
     render.headline(console, f"{said[report.course.value]} to {render.place(report.destination)}")
     render.table(
         console,
-        ["disk", "epoch>", "for the guest there", "read-only here"],
+        ["disk", "epoch>", "for the guest there", "read-only here~"],
         [
             (each.disk, str(each.epoch), each.overlay, ", ".join(map(render.place, each.fenced)))
             for each in report.disks
@@ -187,7 +187,14 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
     )
 
 
+def _draw_take_back_plan(console: Console, plan: TakeBackPlan) -> None:
+    word = "" if plan.asked else ", without asking there"
+    render.headline(console, f"would take back from {render.place(plan.destination)}{word}")
+    for image, disk, epoch in zip(plan.images, plan.disks, plan.epochs, strict=True):
+        render.line(console, f"{disk}: {render.place(image)} would be this host's again, in epoch {epoch}", indent=2)
+
+
 def _draw_take_back(console: Console, report: TakeBackReport) -> None:
     render.headline(console, f"taken back from {render.place(report.destination)}")
     for image, disk, epoch in zip(report.images, report.disks, report.epochs, strict=True):
-        console.print(f"  {disk}: {render.place(image)} is this host's again, in epoch {epoch}", markup=False)
+        render.line(console, f"{disk}: {render.place(image)} is this host's again, in epoch {epoch}", indent=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +12,7 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
+from snapchain.cli.moments import moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import duration, size
@@ -68,22 +68,20 @@ def nightly(
         if print_systemd:
             from snapchain.ops.nightly.systemd import units
 
-            out.report(units(loaded, config, program=_program()), _draw_units)
+            out.show(units(loaded, config, program=_program()), _draw_units)
             return
         if dry_run:
             from snapchain.ops.nightly.preview import preview
 
             plan = preview(loaded, config, any_time=any_time, on_event=out.on_event)
-            out.plan(plan, _draw_plan)
-            if not plan.sound:
-                raise typer.Exit(PartialFailure.exit_code)
+            status = 0 if plan.sound else PartialFailure.exit_code
+            out.plan(plan, _draw_plan, problems=_draw_plan_problems, status=status)
             return
         report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
-        out.report(report, _draw_report)
-    if report.interrupted:
-        raise typer.Exit(Interrupted.exit_code)
-    if not report.complete:
-        raise typer.Exit(PartialFailure.exit_code)
+        status = 0 if report.complete else PartialFailure.exit_code
+        if report.interrupted:
+            status = Interrupted.exit_code
+        out.report(report, _draw_report, problems=_draw_problems, status=status)
 
 
 def _seconds(text: str) -> float:
@@ -106,14 +104,14 @@ def _program() -> list[str]:
 
 def _draw_units(console: Console, units: Units) -> None:
     for path, text in ((units.service_path, units.service), (units.timer_path, units.timer)):
-        console.print(f"# {path}\n{text}", markup=False, soft_wrap=True)
+        render.command(console, f"# {path}\n{text}")
 
 
 def _draw_plan(console: Console, plan: NightlyPlan) -> None:
-    closes = f", until {_moment(plan.closes)}" if plan.closes else ""
+    closes = f", until {moment(plan.closes, zone=True)}" if plan.closes else ""
     render.headline(console, f"would run {plan.name}{closes}")
     for reason in plan.left:
-        console.print(f"  nothing would be begun now: {reason}", style="yellow", markup=False)
+        render.line(console, f"nothing would be begun now: {reason}", style="yellow", indent=2)
     render.table(
         console,
         ["disk", "seals", "files>", "ships", "merges", "drops"],
@@ -122,9 +120,13 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
     for each in plan.destinations:
         verify = f"verify {', '.join(each.verify)}" if each.verify else ""
         words = ", ".join(filter(None, ["gc" if each.gc else "", verify]))
-        console.print(f"  {each.destination}: {words or 'nothing more'}", markup=False)
+        render.line(console, f"{each.destination}: {words or 'nothing more'}", indent=2)
     _draw_moved(console, plan.disks)
     _draw_left_out(console, plan.layers_left_out, plan.leftovers)
+    _draw_plan_problems(console, plan)
+
+
+def _draw_plan_problems(console: Console, plan: NightlyPlan) -> None:
     _draw_faults(console, [("", plan.faults, ()), *((disk.disk, disk.faults, ()) for disk in plan.disks)])
 
 
@@ -148,24 +150,28 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         facts = [f"gc freed {size(each.gc.bytes_freed)}"] if each.gc else []
         facts += [f"verified {size(result.checked_bytes)} of {result.disk}" for result in each.verified]
         words = ", ".join(facts)
-        console.print(f"  {each.destination}: {each.outcome.value}{f', {words}' if words else ''}", markup=False)
+        render.line(console, f"{each.destination}: {each.outcome.value}{f', {words}' if words else ''}", indent=2)
     _draw_left_out(console, report.layers_left_out, report.leftovers)
-    parts = [("", report.faults, report.left)]
-    parts += [(each.disk, each.faults, each.left) for each in report.disks]
-    parts += [(each.destination, each.faults, each.left) for each in report.destinations]
-    _draw_faults(console, parts)
+    _draw_problems(console, report)
     longer: dict[str, list[str]] = {}
     for disk in report.disks:
         if disk.why_not_merged:
             longer.setdefault(disk.why_not_merged, []).append(disk.disk)
     for words, names in longer.items():
-        console.print(f"  {_whose(names)}not merged further: {words}", markup=False)
+        render.line(console, f"{_whose(names)}not merged further: {words}", indent=2)
     _draw_moved(console, report.disks)
     for disk in report.disks:
         future = {
             point for each in disk.destinations if each.retention for point in each.retention.points_of_the_future
         }
         render.points_of_the_future(console, disk.disk, map(str, sorted(future)))
+
+
+def _draw_problems(console: Console, report: NightlyReport) -> None:
+    parts = [("", report.faults, report.left)]
+    parts += [(each.disk, each.faults, each.left) for each in report.disks]
+    parts += [(each.destination, each.faults, each.left) for each in report.destinations]
+    _draw_faults(console, parts)
 
 
 def _report_row(disk: DiskReport) -> list[str]:
@@ -183,19 +189,17 @@ def _report_row(disk: DiskReport) -> list[str]:
 def _draw_moved(console: Console, disks: Sequence[DiskReport] | Sequence[DiskPreview]) -> None:
     for disk in disks:
         if disk.moved_to is not None:
-            console.print(f"  {disk.disk}: moved: it is {disk.moved_to} now", markup=False)
-            console.print(
-                f"      hint: leave {disk.image} out by `exclude`, and name the disk in `retired`", markup=False
-            )
+            render.line(console, f"{disk.disk}: moved: it is {disk.moved_to} now", indent=2)
+            render.line(console, f"hint: leave {disk.image} out by `exclude`, and name the disk in `retired`", indent=6)
 
 
 def _draw_left_out(console: Console, layers: Sequence[Path], leftovers: Sequence[Path]) -> None:
     if stood_on := len(layers) - len(leftovers):
-        console.print(f"  {stood_on} files matched that others stand on: layers, no disks", markup=False)
+        render.line(console, f"{stood_on} files matched that others stand on: layers, no disks", indent=2)
     for path in leftovers:
-        console.print(f"  left out: {path}: a sealed layer on which nothing stands", style="yellow", markup=False)
+        render.line(console, f"left out: {path}: a sealed layer on which nothing stands", style="yellow", indent=2)
     if leftovers:
-        console.print("      hint: remove it, or name it by `path` if it is a disk", markup=False)
+        render.line(console, "hint: remove it, or name it by `path` if it is a disk", indent=6)
 
 
 def _draw_faults(console: Console, parts: Iterable[tuple[str, Sequence[Fault], Sequence[str]]]) -> None:
@@ -208,11 +212,11 @@ def _draw_faults(console: Console, parts: Iterable[tuple[str, Sequence[Fault], S
         for words in not_done:
             left.setdefault(words, []).append(name)
     for (message, hint), names in faults.items():
-        console.print(f"  {_whose(names)}{message}", style="red", markup=False)
+        render.line(console, f"{_whose(names)}{message}", style="red", indent=2)
         if hint:
-            console.print(f"      hint: {hint}", markup=False)
+            render.line(console, f"hint: {hint}", indent=6)
     for words, names in left.items():
-        console.print(f"  {_whose(names)}left: {words}", style="yellow", markup=False)
+        render.line(console, f"{_whose(names)}left: {words}", style="yellow", indent=2)
 
 
 def _whose(names: Sequence[str]) -> str:
@@ -221,7 +225,3 @@ def _whose(names: Sequence[str]) -> str:
     shown = ", ".join(known[:_NAMES])
     more = f" and {len(known) - _NAMES} more" if len(known) > _NAMES else ""
     return f"{shown}{more}: " if known else ""
-
-
-def _moment(time: datetime) -> str:
-    return time.astimezone().isoformat(timespec="minutes")

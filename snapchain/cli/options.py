@@ -50,7 +50,7 @@ Progress = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="No progress, no notes, no report; errors only.", rich_help_panel=_OUTPUT),
+    typer.Option("--quiet", "-q", help="Hide progress, notes and reports; failures stay.", rich_help_panel=_OUTPUT),
 ]
 PasswordFile = Annotated[
     Path | None,

@@ -1,7 +1,7 @@
 """Where a verb's results go: tables and pictures for a person, one JSON object for a program, both on stdout.
 
 A verb hands over the plan or the report and a function that draws it; the same values make the JSON object, so the
-two can never tell different stories.
+two can never tell different stories.  What is wrong in it goes to stderr too, where --quiet does not hide it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import typer
+
+from snapchain.cli import streams
 from snapchain.cli.progress import Mode, Reporter
+from snapchain.cli.render import UNBOUNDED
+from snapchain.errors import OutputFailed
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+Draw = Callable[["Console", T], None]
 
 
 class Output:
@@ -42,30 +48,65 @@ class Output:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.on_event.__exit__(kind, error, tb)
 
-    def plan(self, plan: T, draw: Callable[[Console, T], None]) -> bool:
-        """Show what would be done when the user asked for no more; True when that is so."""
+    def plan(self, plan: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> bool:
+        """Show what would be done when the user asked for no more; True when that is so. Else as `show`."""
         if self.dry_run:
-            self._show({"dry_run": True, "plan": plain(plan)}, plan, draw)
+            self._write({"dry_run": True, "plan": plain(plan)}, plan, draw, problems)
+            self._end(status)
         return self.dry_run
 
-    def report(self, report: T, draw: Callable[[Console, T], None]) -> None:
-        """Show what was done or found."""
-        self._show(plain(report), report, draw)
+    def show(self, found: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> None:
+        """Show what was found by a command that changes nothing.
 
-    def _show(self, row: Any, value: T, draw: Callable[[Console, T], None]) -> None:
+        problems: draws what is wrong in it, for stderr, where it is said even with --quiet
+        status: how the command ends: another exit code than 0 for a result with problems
+        Raises OutputFailed.
+        """
+        self._write(plain(found), found, draw, problems)
+        self._end(status)
+
+    def report(self, report: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> None:
+        """Show what was done; as `show`. Raises OutputFailed, which says that it is done."""
+        try:
+            self._write(plain(report), report, draw, problems)
+        except OutputFailed as error:
+            failed = OutputFailed(
+                f"the work is done, only its report is lost: {error.message}",
+                subject=error.subject,
+                hint="do not repeat the work for the sake of its report; `snapchain log` and `inspect` show the result",
+            )
+            failed.exit_code = status or failed.exit_code  # what went wrong in the work weighs more
+            raise failed from error
+        self._end(status)
+
+    def _write(self, row: Any, value: T, draw: Draw[T], problems: Draw[T] | None) -> None:
         self.on_event.__exit__(None, None, None)
         if self.as_json:
             sys.stdout.write(json.dumps(row) + "\n")
-        elif not self._quiet:
-            draw(console(), value)
+            sys.stdout.flush()
+            return
+        try:
+            if not self._quiet:
+                draw(console(), value)
+                sys.stdout.flush()
+        finally:
+            # Also where the report is lost. Where one eye sees both, the report has said it already.
+            if problems is not None and (self._quiet or not streams.same_place()):
+                problems(console(stderr=True), value)
+                sys.stderr.flush()
+
+    @staticmethod
+    def _end(status: int) -> None:
+        if status:
+            raise typer.Exit(status)
 
 
-def console() -> Console:
-    """The terminal on stdout; lines are never folded when it is a file or a pipe."""
+def console(*, stderr: bool = False) -> Console:
+    """The terminal on stdout or stderr; a file or a pipe has no end of the line."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 10_000
-    return Console(width=width, highlight=False, soft_wrap=not sys.stdout.isatty())
+    is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, width=None if is_terminal else UNBOUNDED, highlight=False, markup=False, emoji=False)
 
 
 def plain(value: Any) -> Any:

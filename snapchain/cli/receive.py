@@ -19,7 +19,7 @@ from snapchain.errors import InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.receive import ReceiveReport
+    from snapchain.ops.receive import ReceivePlan, ReceiveReport
 
 
 @verb(
@@ -32,23 +32,34 @@ if TYPE_CHECKING:
 def receive(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The replica; made where there is nothing yet.")],
     *,
+    dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Take in a stream from stdin: as it comes out of `snapchain send`, or as it was saved then.
 
     Every frame is checked as it comes, every layer is read back and proven before it becomes part of the chain. Layers
-    that are there already are passed over, so a stream may be received again.
+    that are there already are passed over, so a stream may be received again. --dry-run reads the beginning of the
+    stream only: which disk it brings, and what DIR has of it.
     """
     from snapchain.host.remote_channel import Channel
-    from snapchain.ops.receive import receive_stream
+    from snapchain.ops.receive import plan_receive, receive_stream
 
-    with Output(as_json=json, progress=Mode.NONE, quiet=quiet) as out:
+    with Output(as_json=json, dry_run=dry_run, progress=Mode.NONE, quiet=quiet) as out:
         if sys.stdin.isatty():
             raise InvalidInput("a stream does not come from a terminal", hint="pipe it, or redirect a saved one")
         with Channel(os.dup(0), -1, peer="stdin") as channel:
+            if dry_run:
+                out.plan(plan_receive(channel, directory), _draw_plan)
+                return
             report = receive_stream(channel, directory)
         out.report(report, _draw_report)
+
+
+def _draw_plan(console: Console, plan: ReceivePlan) -> None:
+    render.headline(console, f"would receive {plan.disk} into {render.place(plan.destination)}")
+    newest = f", newest point {plan.last_point}" if plan.last_point else ""
+    render.facts(console, [("there", f"{plan.layers_present} layers{newest}")])
 
 
 def _draw_report(console: Console, report: ReceiveReport) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from snapchain.cli import options
 from snapchain.cli.app import verb
-from snapchain.cli.hold import draw
+from snapchain.cli.hold import draw, draw_plan
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 
@@ -28,6 +28,7 @@ def release(
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="The hold to take off.")],
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
+    dry_run: options.DryRun = False,
     json: options.Json = False,
     progress: options.Progress = Mode.AUTO,
     quiet: options.Quiet = False,
@@ -40,12 +41,19 @@ def release(
     from snapchain.ops.address import ImageAddress, parse_address
 
     address = parse_address(target)
-    with Output(as_json=json, progress=progress, quiet=quiet) as out:
+    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         if isinstance(address, ImageAddress):
-            report = ops.release_image(address.path, tag)
+            report = ops.release_image(address.path, tag, dry_run=dry_run)
         else:
             repository = options.repository(
-                address.dest, out, password_file=password_file, password_command=password_command, writing=True
+                address.dest,
+                out,
+                password_file=password_file,
+                password_command=password_command,
+                writing=not dry_run,
             )
-            report = ops.release_point(repository, address.disk, tag, point=address.point, on_event=out.on_event)
-        out.report(report, draw)
+            report = ops.release_point(
+                repository, address.disk, tag, point=address.point, dry_run=dry_run, on_event=out.on_event
+            )
+        if not out.plan(report, draw_plan):
+            out.report(report, draw)

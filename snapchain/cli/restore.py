@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
+from snapchain.cli.moments import moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     snapchain restore /backup::web1/vda@7 old.raw
     snapchain restore s3://bucket/prefix::web1/vda@before-upgrade web1.qcow2
     snapchain restore ssh://root@kvm2/srv/replica::web1/vda web1.qcow2
-    snapchain restore /backup::web1/vda@2026-10-01T00:00:00Z /dev/vg0/web1 --format raw
+    snapchain restore /backup::web1/vda@2026-11-30 /dev/vg0/web1 --format raw
     snapchain restore /backup::web1/vda@latest /images/web1.qcow2 --chain
     """,
     when_interrupted="OUT was not made (a block device holds a part of the point); run it again from the start",
@@ -35,7 +37,8 @@ def restore(
         str,
         typer.Argument(
             metavar="DEST::DISK[@POINT]",
-            help="The disk and the point: latest (default), a number, a label, or a time: the newest not after it.",
+            help="The disk and the point: latest (default), a number, a label, or a time. A time means the newest "
+            "point not after it; a date such as 2026-11-30, or yesterday, means the end of that day here.",
         ),
     ],
     out_path: Annotated[Path, typer.Argument(metavar="OUT", help="A new file, or a block device.")],
@@ -94,7 +97,8 @@ def restore(
 
 def _draw_plan(console: Console, plan: RestorePlan) -> None:
     what = "replace" if plan.replaces else "make"
-    render.headline(console, f"would restore {plan.disk}, point {plan.point} of {plan.time}, and {what} {plan.output}")
+    time = moment(datetime.fromisoformat(plan.time), zone=True)
+    render.headline(console, f"would restore {plan.disk}, point {plan.point} of {time}, and {what} {plan.output}")
     render.facts(console, [("to write", size(plan.bytes_to_write)), ("content", plan.content_id)])
     render.table(
         console,

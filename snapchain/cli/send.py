@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, quantities, render
+from snapchain.cli import options, quantities, render, streams
 from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
@@ -122,10 +123,19 @@ def _to_stdout(request: Request, out: Output) -> None:
     from snapchain.host.remote_channel import Channel
     from snapchain.ops.send import send_blindly
 
+    class Stdout(Channel):
+        """A stream that ends as all that is printed does: quietly where nobody reads it, else with a plain error."""
+
+        def _lost(self) -> Exception:
+            error = sys.exc_info()[1]
+            return streams.failure(error if isinstance(error, OSError) else None)
+
     sys.stdout.flush()
     writer = os.dup(1)
     os.dup2(2, 1)
-    out.report(send_blindly(request, Channel(-1, writer, peer="stdout"), on_event=out.on_event), _draw_report)
+    report = send_blindly(request, Stdout(-1, writer, peer="stdout"), on_event=out.on_event)
+    with redirect_stdout(sys.stderr):
+        out.report(report, _draw_report)
 
 
 def _draw_plan(console: Console, plan: SendPlan) -> None:
@@ -133,7 +143,7 @@ def _draw_plan(console: Console, plan: SendPlan) -> None:
     render.facts(console, [("layers there", str(plan.layers_present)), ("data", size(plan.data_bytes))])
     render.table(
         console,
-        ["new layer of", "data>", "virtual size>"],
+        ["new layer of~", "data>", "virtual size>"],
         [
             (" + ".join(map(render.place, layer.files)), size(layer.data_bytes), size(layer.virtual_size))
             for layer in plan.layers

@@ -89,7 +89,7 @@ def _draw_plan(console: Console, plan: ShipPlan) -> None:
     render.facts(console, [("layers there", str(plan.layers_present)), ("to read", size(plan.bytes_to_read))])
     render.table(
         console,
-        ["new layer of", "read>", "virtual size>", "point"],
+        ["new layer of~", "read>", "virtual size>", "point"],
         [
             (
                 " + ".join(map(render.place, layer.files)),

@@ -8,7 +8,8 @@ top   web1.qcow2      ████░░          12.0 MiB      ████░�
 root  base.qcow2      ██████████████ 812.0 MiB      ██████████████ 812.0 MiB
       █ data seen   ░ data hidden by layers above
 
-A merged layer stands where its uppermost file was, whose name it takes.
+A merged layer stands where its uppermost file was, whose name it takes. A name for which a line has no room stands on
+one of its own, above.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from snapchain.cli import quantities
+from snapchain.cli.render import is_unicode
+from snapchain.cli.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
 _BAR = 14
-_NAME = 19
+_RANK = 6
+_HALF = _BAR + 10
+_BESIDE = _RANK + 2 + _HALF + 5 + _HALF
+"""Columns of a line beside the name."""
+_LEAST_NAME = 8
+"""Columns; with fewer for a name, all names stand above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +63,40 @@ class _Glyphs:
     first: str
     inner: str
     last: str
-    cut: str
 
 
-_LINES = _Glyphs("█", "░", "─┐", "─┤", "─┘", "…")
-_ASCII = _Glyphs("#", "+", "-.", "-|", "-'", "~")
+_LINES = _Glyphs("█", "░", "─┐", "─┤", "─┘")
+_ASCII = _Glyphs("#", "+", "-.", "-|", "-'")
 
 
 def draw(console: Console, rows: Sequence[Row]) -> None:
     """rows: root first."""
+    from rich.cells import cell_len
     from rich.text import Text
 
-    glyphs = _LINES if "utf" in (console.encoding or "").lower() else _ASCII
+    glyphs = _LINES if is_unicode(console) else _ASCII
     scale = max((held.data for row in rows for held in (row.now, row.then) if held), default=0)
-    width = min(_NAME, max((len(row.name) for row in rows), default=0))
-    console.print(Text(f"{'':6}{'':{width}}  {'now':<{_BAR + 15}}then", "dim"), no_wrap=True, crop=False)
+    names = [printable(row.name) for row in rows]
+    room = console.width - _BESIDE
+    width = min(room, max(map(cell_len, names), default=0)) if room >= _LEAST_NAME else 0
+    gap = 2 if width else 0
+    console.print(Text(f"{'':{_RANK + width + gap}}{'now':<{_HALF + 5}}then", "dim"), soft_wrap=True)
     for place, row in reversed(list(enumerate(rows))):
+        name = names[place]
         line = Text()
-        line.append(f"{_rank(place, len(rows)):<6}", "dim")
-        line.append(f"{_cut(row.name, width, glyphs):<{width}}  ")
+        line.append(f"{_rank(place, len(rows)):<{_RANK}}", "dim")
+        if cell_len(name) > width:
+            console.print(line.append(name), soft_wrap=True)
+            line, name = Text(" " * _RANK), ""
+        line.append(name + " " * (width - cell_len(name) + gap))
         _bar(line, row.now, scale, glyphs)
         line.append(f" {_tie(rows, place, glyphs):<3} ", "bold")
         if row.then is not None:
             _bar(line, row.then, scale, glyphs)
         line.rstrip()
-        console.print(line, no_wrap=True, crop=False, overflow="ignore")
+        console.print(line, soft_wrap=True)
     legend = Text("      ").append(glyphs.seen, "green").append(" data seen   ")
-    console.print(legend.append(glyphs.hidden, "yellow").append(" data hidden by layers above"))
+    console.print(legend.append(glyphs.hidden, "yellow").append(" data hidden by layers above"), soft_wrap=True)
 
 
 def _bar(line: Text, held: Held, scale: int, glyphs: _Glyphs) -> None:
@@ -114,8 +129,3 @@ def _rank(place: int, count: int) -> str:
     if place == 0:
         return "root"
     return "top" if place == count - 1 else ""
-
-
-def _cut(name: str, width: int, glyphs: _Glyphs) -> str:
-    """The end of a name tells more than its beginning."""
-    return name if len(name) <= width else glyphs.cut + name[len(name) - width + 1 :]

@@ -125,12 +125,11 @@ def sync(
             )
             for (image, disk), target in zip(pairs, _targets(guest_disk, len(pairs)), strict=True)
         ]
-        if not _done(requests, endpoint, out, check=check):
-            raise typer.Exit(NOT_READY)
+        _run(requests, endpoint, out, check=check)
 
 
-def _done(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check: bool) -> bool:
-    """Whether all is as it was wanted."""
+def _run(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check: bool) -> None:
+    """Ends with NOT_READY where it is not as it was wanted."""
     from snapchain.ops.sync import check_set, sync_set
 
     alone = len(requests) == 1
@@ -138,12 +137,19 @@ def _done(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check
         stands = check_set(requests, endpoint, on_event=out.on_event)
         if not check:
             out.plan(stands.disks[0], _draw_plan) if alone else out.plan(stands, _draw_set_plan)
-            return True
-        out.report(stands.disks[0], _draw_check) if alone else out.report(stands, _draw_set_check)
-        return stands.ready
+            return
+        status = 0 if stands.ready else NOT_READY
+        if alone:
+            out.show(stands.disks[0], _draw_check, problems=_draw_lacking, status=status)
+        else:
+            out.show(stands, _draw_set_check, problems=_draw_set_lacking, status=status)
+        return
     report = sync_set(requests, endpoint, on_event=out.on_event)
-    out.report(report.disks[0], _draw_report) if alone else out.report(report, _draw_set_report)
-    return report.ready and report.on_target is not False
+    status = 0 if report.ready and report.on_target is not False else NOT_READY
+    if alone:
+        out.report(report.disks[0], _draw_report, problems=_draw_lacking, status=status)
+    else:
+        out.report(report, _draw_set_report, problems=_draw_set_lacking, status=status)
 
 
 def _targets(given: list[str] | None, count: int) -> list[str | None]:
@@ -230,15 +236,31 @@ def _draw_report(console: Console, report: SyncReport, *, alone: bool = True) ->
         _draw_commands(console, report.commands, ready=report.ready)
 
 
+def _draw_set_lacking(console: Console, stands: SetDestination | SetReport) -> None:
+    for disk in stands.disks:
+        _draw_lacking(console, disk)
+
+
+def _draw_lacking(console: Console, disk: Destination | SyncReport) -> None:
+    """What keeps it from being as it was wanted."""
+    from snapchain.ops.sync import SyncReport
+
+    if disk.missing:
+        render.line(console, f"{disk.destination}::{disk.disk} is not ready")
+        _draw_missing(console, disk.missing)
+    if isinstance(disk, SyncReport) and disk.on_target is False:
+        render.line(console, f"{disk.destination}::{disk.disk}: the target of {disk.target_downtime:g} s is not met")
+
+
 def _draw_missing(console: Console, missing: tuple[str, ...]) -> None:
     for what in missing:
-        console.print(f"  missing: {what}", markup=False)
+        render.line(console, f"missing: {what}", indent=2)
 
 
 def _draw_commands(console: Console, commands: tuple[str, ...], *, ready: bool) -> None:
     if commands:
         render.headline(console, "to migrate the guest, on this host:")
     elif ready:
-        console.print("  for the commands that migrate it, say --domain, --guest-disk and --dest-uri", markup=False)
+        render.line(console, "for the commands that migrate it, say --domain, --guest-disk and --dest-uri", indent=2)
     for command in commands:
-        console.print(f"  {command}", markup=False, soft_wrap=True)
+        render.command(console, command, indent=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, tzinfo
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
@@ -50,13 +50,6 @@ def zone_name_of(name: str | None) -> str:
 
 
 def _local() -> tzinfo:
-    """With its rules, where they are found: the offset of today is not that of a point of last winter."""
-    from zoneinfo import ZoneInfo
+    from snapchain.host.local_time import local_zone
 
-    try:
-        if name := os.environ.get("TZ", "").removeprefix(":"):
-            return ZoneInfo(name)
-        with _LOCALTIME.open("rb") as rules:
-            return ZoneInfo.from_file(rules, key=None)
-    except (OSError, ValueError, LookupError):  # TZ may also say "CET-1CEST", which ZoneInfo does not read
-        return datetime.now().astimezone().tzinfo or UTC
+    return local_zone(_LOCALTIME)

@@ -64,9 +64,7 @@ def verify(
             limit_rate=limit_rate,
         )
         report = place.verify(options.disk_of(address), share=share, on_event=out.on_event)
-        out.report(report, _draw)
-    if not report.ok:
-        raise typer.Exit(Corrupt.exit_code)
+        out.show(report, _draw, problems=_draw_findings, status=0 if report.ok else Corrupt.exit_code)
 
 
 def _draw(console: Console, report: VerifyReport) -> None:
@@ -74,4 +72,8 @@ def _draw(console: Console, report: VerifyReport) -> None:
     how = "records and data" if report.data_read else "records; --read-data reads the data too"
     checked = f"{report.disks} disks, {report.points} points, {report.layers} layers"
     render.facts(console, [("checked", checked), ("read", f"{quantities.size(report.checked_bytes)} ({how})")])
+    _draw_findings(console, report)
+
+
+def _draw_findings(console: Console, report: VerifyReport) -> None:
     render.findings(console, report.findings)

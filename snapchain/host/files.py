@@ -8,7 +8,9 @@ directory.  After a failed fsync the file is not trusted again (the kernel has d
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import pwd
 import re
 import secrets
 from contextlib import suppress
@@ -131,21 +133,71 @@ def read_small(path: Path, *, cap: int = 1 << 20) -> bytes:
     return data
 
 
-def copy_standing(source: Path, target: Path) -> None:
+def copy_standing(source: Path, target: Path) -> str | None:
     """Give `target` the owner, the mode and the labels of `source`, whose place it will take.
 
     A guest's process runs as its own user, under its own SELinux label; a file that it may not open is as
     good as lost.  The owner is set first: chown clears the mode's set-id bits.
+    Returns what could not be given, where nobody loses access by that. Raises InvalidInput where somebody would.
     """
     with os_errors(target):
         standing = source.stat()
         mine = target.stat()
+        lost = None
         if (mine.st_uid, mine.st_gid) != (standing.st_uid, standing.st_gid):
-            os.chown(target, standing.st_uid, standing.st_gid)
+            try:
+                os.chown(target, standing.st_uid, standing.st_gid)
+            except PermissionError as error:
+                lost = _not_given(source, standing, mine, error)
         target.chmod(standing.st_mode & 0o7777)
         for name in os.listxattr(source):
             if name.startswith(_KEPT_ATTRIBUTES):
                 _copy_attribute(source, target, name)
+    return lost
+
+
+def check_standing(source: Path, target: Path) -> None:
+    """Raises what `copy_standing` would raise for the owner and the group, and changes nothing."""
+    with os_errors(target):
+        standing, mine = source.stat(), target.stat()
+    is_same = (standing.st_uid, standing.st_gid) == (mine.st_uid, mine.st_gid)
+    is_own = standing.st_uid == mine.st_uid == os.geteuid()
+    if not is_same and os.geteuid() and not (is_own and standing.st_gid in (os.getegid(), *os.getgroups())):
+        _not_given(source, standing, mine, None)
+
+
+def _not_given(
+    source: Path, standing: os.stat_result, mine: os.stat_result, error: PermissionError | None
+) -> str | None:
+    """What it means that owner and group cannot be given. The group matters where the mode gives it other rights."""
+    group = _group_name(standing.st_gid)
+    if standing.st_uid != mine.st_uid:
+        raise InvalidInput(
+            f"the file that takes its place cannot be given its owner, {_user_name(standing.st_uid)}",
+            subject=source,
+            hint="run as root, or as that user",
+        ) from error
+    if (standing.st_mode >> 3) & 0o7 != standing.st_mode & 0o7:
+        raise InvalidInput(
+            f"the file that takes its place cannot be given its group, {group}, and the guest may need that",
+            subject=source,
+            hint=f"run as root, or as a member of the group {group}",
+        ) from error
+    return f"its group is {_group_name(mine.st_gid)} now, not {group}; its mode gives a group no rights of its own"
+
+
+def _group_name(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def _copy_attribute(source: Path, target: Path, name: str) -> None:

@@ -4,14 +4,19 @@
 there, a request that cannot work, a resource that is short.  Anything else stays an `Unavailable`, with the
 kernel's words.  What is short has one remedy, whoever runs into it: we, a store's directory, or a program that we start
 (`shortage_in` reads that from its words).
+
+The subject is always a file that the user knows: a temporary file, and the note beside an image, stand for the file
+whose name is in theirs.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
 
@@ -38,14 +43,28 @@ REMEDIES: dict[int, str] = {
 _OF_A_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+# `.NAME.PURPOSE-<random>` (files.py), `.NAME.snapchain-part` (ops/output.py); `.snapchain-layer-NAME-<inode>.json`.
+_TEMPORARY = re.compile(r"\.(.+)\.(?:[a-z]+-[0-9a-f]{8}|snapchain-part)", re.DOTALL)
+_NOTE = re.compile(r"\.snapchain-layer-(.+)-\d+\.json", re.DOTALL)
+
+
+def denied(subject: object, *, detail: str = "") -> InvalidInput:
+    """The error for a file that this user may not use, the same wherever it shows."""
+    return InvalidInput(f"permission denied{detail}", subject=subject, hint="run as a user who may read and write it")
+
+
 def translated(error: OSError, subject: object = None) -> SnapchainError:
     """The error of snapchain's tree that says what an OSError says."""
-    name = subject if subject is not None else error.filename
+    given = subject if subject is not None else error.filename
+    name, of = _known_file(given)
     words = (error.strerror or str(error) or type(error).__name__).lower()
     if error.errno in _NOT_THERE:
         return NotFound(words, subject=name)
     if error.errno in _FORBIDDEN:
-        return InvalidInput(words, subject=name, hint="run as a user who may read and write it")
+        if of is _TEMPORARY:
+            hint = f"run as a user who may write to {Path(str(name)).parent}"
+            return InvalidInput("permission denied: no file can be made beside it", subject=name, hint=hint)
+        return denied(name, detail=f" for its note {Path(str(given)).name}" if of is _NOTE else "")
     if error.errno in _WRONG:
         return InvalidInput(words, subject=name)
     if error.errno in REMEDIES:
@@ -63,6 +82,15 @@ def shortage_in(words: str) -> OSError | None:
         if os.strerror(number) in words:
             return OSError(number, os.strerror(number))
     return None
+
+
+def _known_file(path: object) -> tuple[object, re.Pattern[str] | None]:
+    """The file that the user knows, and the pattern of the name of one that stands for it."""
+    known, of = path, None
+    for pattern in (_TEMPORARY, _NOTE):
+        if isinstance(known, str | Path) and (match := pattern.fullmatch(Path(known).name)):
+            known, of = Path(known).with_name(match[1]), pattern
+    return known, of
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable
-from snapchain.host.os_errors import REMEDIES
+from snapchain.host.os_errors import REMEDIES, denied
 
 _WALK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _KINDS = (
@@ -67,7 +67,7 @@ def _translated(error: OSError, path: Path, subject: object, refusal: type[Snapc
     if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
         return NotFound(f"no such file{named}", subject=subject)
     if error.errno in (errno.EACCES, errno.EPERM):
-        return InvalidInput(f"permission denied{named}", subject=subject, hint="run as a user who may read it")
+        return denied(subject, detail=named)
     if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):
         return refusal(f"cannot be opened{named}: {error.strerror}", subject=subject)
     hint = REMEDIES.get(error.errno or 0)

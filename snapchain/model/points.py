@@ -1,14 +1,26 @@
-"""Which point of a disk is meant: `latest`, a number, a label, or an RFC 3339 time. The same at every destination."""
+"""Which point of a disk is meant: `latest`, a number, a label, or a time. The same at every destination.
+
+A time names the newest point not after it. Written in full (RFC 3339) it is an instant; anything shorter is local and
+means its end: 2026-11-30 and `yesterday` the end of that day, 2026-11 of the month, 2026-11-30 22:15 of the minute.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import Protocol, TypeVar
 
 from snapchain.errors import NotFound
 
 LATEST = "latest"
+TODAY, YESTERDAY = "today", "yesterday"
+RESERVED = frozenset({LATEST, TODAY, YESTERDAY})
+"""Words that no label may be."""
+
+_DATE = re.compile(r"(\d{4})-(\d\d)(?:-(\d\d))?", re.ASCII)
+_TIME = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(:\d\d([.,]\d+)?)?([Zz]|[+-]\d\d:?\d\d)?", re.ASCII)
+_TICK = timedelta(microseconds=1)
 
 
 class Moment(Protocol):
@@ -52,11 +64,11 @@ def chosen_point(disk: str, points: Sequence[P], wanted: str | None) -> P:
         raise NotFound(
             f"{wanted!r} is no label of this disk, no number and no RFC 3339 time",
             subject=disk,
-            hint="latest, a number, a label, or a time such as 2026-01-31T22:00:00Z",
+            hint="latest, a number, a label, or a time: 2026-01-31, yesterday, 2026-01-31T22:00:00Z",
         )
     before = [point for point in points if point.time <= moment]
     if not before:
-        raise NotFound(f"the disk has no point as old as {moment.isoformat()}", subject=disk)
+        raise NotFound(f"the disk has no point as old as {moment.isoformat(timespec='seconds')}", subject=disk)
     return max(before, key=lambda point: (point.time, point.point))
 
 
@@ -66,3 +78,38 @@ def _moment(text: str) -> datetime | None:
     except ValueError:
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def instant(text: str, *, now: datetime, zone: tzinfo) -> datetime | None:
+    """The last instant that a date or a time means, None for other text. now: aware; zone: whose calendar it is."""
+    if text in (TODAY, YESTERDAY):
+        today = now.astimezone(zone).date()
+        return _end_of(today - timedelta(days=text == YESTERDAY), zone)
+    try:
+        if date_parts := _DATE.fullmatch(text):
+            year, month, day = (int(part or 0) for part in date_parts.groups())
+            first = date(year, month, day or 1)
+            return _end_of(first if day else _last_day(first), zone)
+        if time_parts := _TIME.fullmatch(text):
+            seconds, fraction, offset = time_parts.groups()
+            moment = datetime.fromisoformat(text.upper())
+            if offset is None:
+                moment = moment.replace(tzinfo=zone, fold=1)  # of an hour that comes twice, the second
+            if fraction is not None or (seconds and offset):
+                return moment
+            step = timedelta(seconds=1) if seconds else timedelta(minutes=1)
+            return (moment.astimezone(UTC) + step) - _TICK
+    except (ValueError, OverflowError):  # no such day; the ends of the calendar
+        pass
+    return None
+
+
+def _last_day(first: date) -> date:
+    return (first + timedelta(days=31)).replace(day=1) - timedelta(days=1)
+
+
+def _end_of(day: date, zone: tzinfo) -> datetime:
+    if day == date.max:
+        return datetime.max.replace(tzinfo=UTC)
+    following = day + timedelta(days=1)
+    return datetime(following.year, following.month, following.day, tzinfo=zone).astimezone(UTC) - _TICK

@@ -1,7 +1,8 @@
 """Keep a store's traffic below a rate, for `--limit-rate` (token bucket).
 
-The unit is an object: one is sent at full speed, and the next waits until the average is below the rate again.  All
-threads of a store share its two buckets, one a direction.
+The unit is an object: one is sent at full speed, and then all wait until the average is below the rate again.  Its
+own `put` too: what has returned is paid for, so whoever counts that knows how far it is.  All threads of a store share
+its two buckets, one a direction.
 """
 
 from __future__ import annotations
@@ -74,10 +75,13 @@ class ThrottledStore(StoreWrapper):
     def put(self, name: str, data: Data) -> None:
         self._before_sending(data)
         self.inner.put(name, data)
+        self._after_sending()
 
     def create(self, name: str, data: Data) -> bool:
         self._before_sending(data)
-        return self.inner.create(name, data)
+        created = self.inner.create(name, data)
+        self._after_sending()
+        return created
 
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         if self._download is None:
@@ -90,3 +94,7 @@ class ThrottledStore(StoreWrapper):
     def _before_sending(self, data: Data) -> None:
         if self._upload is not None:
             self._upload.take(sum(view.nbytes for view in buffers(data)))
+
+    def _after_sending(self) -> None:
+        if self._upload is not None:
+            self._upload.take(0)

@@ -6,7 +6,10 @@
     /backup                           a destination, where a command wants one
 
 The last '::' parts destination and disk, since a URL may hold one and a disk's name may not; those of an IPv6 address
-in brackets part nothing. The first '@' after it parts disk and point. Text with '::' never is a path.
+in brackets part nothing. The first '@' after it parts disk and point.
+
+Where a command takes an image or a disk, text with '::' that is the path of a file here is that image, whatever else it
+could mean; so is './a::b' unless './a' is a directory. Where only a disk can be meant, it is one.
 """
 
 from __future__ import annotations
@@ -55,7 +58,22 @@ class DestinationAddress:
 
 
 def parse_address(text: str) -> ImageAddress | PointAddress:
-    """An image's path, or DEST::DISK[@POINT]. Raises InvalidInput."""
+    """An image's path, or DEST::DISK[@POINT]; looks whether there is such a file. Raises InvalidInput."""
+    if _MARK in text and _is_image(text):
+        return ImageAddress(Path(text))
+    return _parsed(text)
+
+
+def _is_image(text: str) -> bool:
+    try:
+        if Path(text).is_file() or Path(text).is_block_device():
+            return True
+        return text.startswith(("./", "../")) and not Path(text.rpartition(_MARK)[0]).is_dir()
+    except (OSError, ValueError):  # a name that is too long for this filesystem, or holds a zero byte
+        return False
+
+
+def _parsed(text: str) -> ImageAddress | PointAddress:
     host = _IPV6_HOST.match(text)
     mark = text.rfind(_MARK, host.end() if host else 0)
     if mark < 0:
@@ -73,7 +91,7 @@ def parse_address(text: str) -> ImageAddress | PointAddress:
 
 def parse_point_address(text: str) -> PointAddress:
     """DEST::DISK[@POINT]. Raises InvalidInput for anything else."""
-    address = parse_address(text)
+    address = _parsed(text)
     if isinstance(address, ImageAddress):
         raise InvalidInput("no disk is named", subject=text, hint=f"write DEST::DISK, such as {text}::web1/vda")
     return address
@@ -89,7 +107,7 @@ def parse_disk_address(text: str) -> PointAddress:
 
 def parse_destination(text: str) -> DestinationAddress | PointAddress:
     """DEST[::DISK[@POINT]]. Raises InvalidInput."""
-    address = parse_address(text)
+    address = _parsed(text)
     return address if isinstance(address, PointAddress) else DestinationAddress(text)
 
 

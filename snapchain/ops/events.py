@@ -8,22 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Unit(StrEnum):
+    """What a phase counts."""
+
+    BYTES = "bytes"
+    OBJECTS = "objects"
+    LAYERS = "layers"
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` bytes of the named phase; `total` is None where nobody knows it."""
+    """`done` of `total` of the named phase, in `unit`; `total` is None where nobody knows it.
+
+    done: what has arrived where the phase brings it, not what was read or is on its way; it never falls
+    """
 
     phase: str
     done: int
     total: int | None
+    unit: Unit = Unit.BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something that the user should know, and that does not stop the operation."""
+    """Something that the user should know, and that does not stop the operation.
+
+    about: the file or disk that `message` begins with, followed by a colon; '' where it names none so
+    """
 
     message: str
+    about: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is said, without whom it is said of: the same for each file of a chain, each disk of a night."""
+        return self.message.removeprefix(f"{self.about}: ") if self.about else self.message
+
+    def within(self, name: str) -> Notice:
+        """The same about a part of `name`."""
+        about = f"{name}: {self.about}" if self.about else name
+        return Notice(f"{name}: {self.message}", about)
 
 
 Event = Progress | Notice

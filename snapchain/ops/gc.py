@@ -5,13 +5,13 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.objects.store import ObjectStore, Refused
-from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.ops.verify import Finding, points_on
 from snapchain.repository.collect import Marked, mark
 from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository
-from snapchain.repository.sweep import estimate, sweep
+from snapchain.repository.sweep import estimate, index_objects, sweep
 
 
 class GcPlan(BaseModel):
@@ -32,14 +32,16 @@ class GcPlan(BaseModel):
 class GcReport(BaseModel):
     """What `gc` did.
 
-    bytes_freed: stored bytes less than before; bytes_moved: copied out of wasted or damaged packs; findings: what
-    is damaged: it was left as it is, with all that the damaged points may need
+    bytes_freed: stored bytes less than before; bytes_added: more than before, where new records cost more than what was
+    deleted; bytes_moved: copied out of wasted or damaged packs; findings: what is damaged: it was left as it is, with
+    all that the damaged points may need
     """
 
     model_config = ConfigDict(frozen=True)
 
     destination: str
     bytes_freed: int
+    bytes_added: int = 0
     bytes_moved: int
     objects_deleted: int
     packs_deleted: int
@@ -50,7 +52,7 @@ class GcReport(BaseModel):
 def plan(repository: Repository) -> GcPlan:
     """Look, and delete nothing. Raises Corrupt when the catalogue of a disk is unsound."""
     marked = mark(repository)
-    would = estimate(marked)
+    would = estimate(marked, index_objects(repository))
     return GcPlan(
         destination=repository.store.url,
         bytes_freed=would.bytes_freed,
@@ -74,7 +76,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
     def on_object() -> None:
         nonlocal deleted
         deleted += 1
-        on_event(Progress("gc", deleted, None))
+        on_event(Progress("gc", deleted, None, Unit.OBJECTS))
 
     _check_deletes(repository.store)
     with repository.lease(Mode.COLLECT, "gc", on_wait=lambda words: on_event(Notice(words)), spends=True) as lease:
@@ -82,6 +84,7 @@ def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
     return GcReport(
         destination=repository.store.url,
         bytes_freed=done.bytes_freed,
+        bytes_added=done.bytes_added,
         bytes_moved=done.bytes_moved,
         objects_deleted=done.objects_deleted,
         packs_deleted=done.packs_deleted,

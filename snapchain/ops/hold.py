@@ -8,6 +8,7 @@ A hold bears a tag, so that several people or programs may each have their reaso
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from snapchain.ops.notes import Hold, LayerNote, Notes
 
 # A merge of files asks here for holds, and needs nothing of a repository.
 if TYPE_CHECKING:
-    from snapchain.repository.catalogue import Catalogue, Hold as PointHold
+    from snapchain.repository.catalogue import Catalogue, Hold as PointHold, Point
     from snapchain.repository.repository import Repository
 
 
@@ -36,9 +37,10 @@ class HoldReport(BaseModel):
     holds: tuple[Hold, ...]
 
 
-def hold_image(path: Path, tag: str, *, reason: str = "") -> HoldReport:
+def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False) -> HoldReport:
     """Leave a layer's file as it is until it is released; a tag that it has already gets this reason.
 
+    dry_run: change nothing, and tell which holds it would have.
     Raises NotFound, InvalidInput for a bad tag, Unsupported for what is no regular file.
     """
     from snapchain.repository.holds import check_tag
@@ -51,11 +53,11 @@ def hold_image(path: Path, tag: str, *, reason: str = "") -> HoldReport:
         hold = Hold(tag=tag, since=before.since if before else datetime.now(UTC), reason=reason)
         return note.model_copy(update={"holds": (*(each for each in note.holds if each.tag != tag), hold)})
 
-    return HoldReport(address=str(file), holds=Notes().change(file, held).holds)
+    return HoldReport(address=str(file), holds=_changed(file, held, dry_run=dry_run).holds)
 
 
-def release_image(path: Path, tag: str) -> HoldReport:
-    """Take a hold off a layer's file. Raises NotFound when it has none of this tag.
+def release_image(path: Path, tag: str, *, dry_run: bool = False) -> HoldReport:
+    """Take a hold off a layer's file; dry_run: as `hold_image`. Raises NotFound when it has none of this tag.
 
     A file that is gone may have left its holds behind; they are released by its name.
     """
@@ -72,7 +74,11 @@ def release_image(path: Path, tag: str) -> HoldReport:
             )
         return note.model_copy(update={"holds": left})
 
-    return HoldReport(address=str(file), holds=Notes().change(file, released).holds)
+    return HoldReport(address=str(file), holds=_changed(file, released, dry_run=dry_run).holds)
+
+
+def _changed(file: Path, change: Callable[[LayerNote], LayerNote], *, dry_run: bool) -> LayerNote:
+    return change(Notes().of(file)) if dry_run else Notes().change(file, change)
 
 
 def hold_point(
@@ -82,19 +88,42 @@ def hold_point(
     *,
     point: str | None,
     reason: str = "",
+    dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> HoldReport:
-    """Keep a point whatever the rules say. point: as after the '@' of an address. Raises NotFound, InvalidInput."""
-    number = _number(repository.catalogue(disk), point)
+    """Keep a point whatever the rules say. point: as after the '@' of an address; dry_run: as `hold_image`.
+
+    Raises NotFound, InvalidInput.
+    """
+    catalogue = repository.catalogue(disk)
+    number = _number(catalogue, point)
+    if dry_run:
+        from snapchain.repository import holds
+
+        now = datetime.now(UTC)
+        would = holds.held(catalogue, point=number, tag=holds.check_tag(tag), reason=reason, now=now)
+        return _of_point(repository, disk, number, _holds(would or catalogue.points, number))
     held = repository.hold(disk, number, tag, reason=reason, on_wait=lambda words: on_event(Notice(words)))
     return _of_point(repository, disk, number, held.holds)
 
 
 def release_point(
-    repository: Repository, disk: str, tag: str, *, point: str | None, on_event: OnEvent = ignore
+    repository: Repository,
+    disk: str,
+    tag: str,
+    *,
+    point: str | None,
+    dry_run: bool = False,
+    on_event: OnEvent = ignore,
 ) -> HoldReport:
-    """Take a hold off a point. Raises NotFound when it has none of this tag."""
-    number = _number(repository.catalogue(disk), point)
+    """Take a hold off a point; dry_run: as `hold_image`. Raises NotFound when it has none of this tag."""
+    catalogue = repository.catalogue(disk)
+    number = _number(catalogue, point)
+    if dry_run:
+        from snapchain.repository import holds
+
+        would = holds.released(catalogue, point=number, tag=tag)
+        return _of_point(repository, disk, number, _holds(would, number))
     left = repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
     return _of_point(repository, disk, number, left.holds)
 
@@ -127,6 +156,10 @@ def _number(catalogue: Catalogue, point: str | None) -> int:
             "a hold is on one point, and none is named", subject=disk, hint=f"such as {disk}@latest or {disk}@7"
         )
     return find_point(catalogue, point).point
+
+
+def _holds(points: Sequence[Point], number: int) -> tuple[PointHold, ...]:
+    return next(point.holds for point in points if point.point == number)
 
 
 def _of_point(repository: Repository, disk: str, number: int, holds: tuple[PointHold, ...]) -> HoldReport:

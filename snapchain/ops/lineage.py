@@ -63,7 +63,7 @@ def noted_lineage(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
     except SnapchainError as error:
         known, faults = (), [error]
     for fault in faults:
-        on_event(Notice(str(fault)))
+        on_event(Notice(str(fault), about=fault.subject or ""))
     return known
 
 

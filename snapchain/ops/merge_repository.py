@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.retention import Policy, decide, is_future
-from snapchain.ops.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.ops.verify import Finding, points_on
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
 from snapchain.repository.holds import reasons
@@ -194,7 +194,7 @@ class RepositoryMerge:
         index = BlobIndex(newest(repository.store)[0])
         with Packer(repository.store, repository.keys, index, pack_size=repository.pack_size) as packer:
             for done, group in enumerate(self._groups):
-                on_event(Progress("merge", done, len(self._groups)))
+                on_event(Progress("merge", done, len(self._groups), Unit.LAYERS))
                 members: Sequence[str] = group.members
                 if group.is_merge:
                     try:
@@ -208,7 +208,7 @@ class RepositoryMerge:
                 for layer in members:
                     parents[layer], below = below, layer
                 renamed[group.top] = members[-1]
-        on_event(Progress("merge", len(self._groups), len(self._groups)))
+        on_event(Progress("merge", len(self._groups), len(self._groups), Unit.LAYERS))
         points = tuple(point.model_copy(update={"layer": renamed[point.layer]}) for point in self._kept)
         before += self._dropped_bytes()
         lease.check()

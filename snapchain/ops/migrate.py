@@ -32,6 +32,7 @@ from snapchain.ops.migrate_request import (
     MigrateReport,
     MigrateRequest,
     Move,
+    TakeBackPlan,
     TakeBackReport,
 )
 from snapchain.ops.migrate_start import check_hook, start
@@ -39,7 +40,9 @@ from snapchain.ops.notes import Given, Overlay
 from snapchain.ops.send import plan_send
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.handover_asking import ask_for_handover
+from snapchain.replica.sender import Sender
 from snapchain.replica.stream.handover_messages import MOST_DISKS, HandedDisk, Standing, Step
+from snapchain.replica.stream.messages import ActiveState, Open
 
 _HANDOVER = Persistence(give_up_after=60.0)
 """A question that is asked again without harm; who waits for the answer is a guest that does not run."""
@@ -140,12 +143,7 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
     Raises NotFound where nothing was given, Conflict where a guest has written there or another host has taken them
     over, Busy when one has them open, Unavailable when the destination cannot be asked.
     """
-    request.check()
-    looks = [look_at(request, move) for move in request.moves]
-    token = token_of(request, looks, endpoint)
-    if token is None:
-        raise NotFound("it was not given away", subject=request.moves[0].image, hint="there is nothing to take back")
-    given = [(move, look.given) for move, look in zip(request.moves, looks, strict=True) if look.given is not None]
+    token, given = _given_away(request, endpoint)
     if not unasked:
         # A disk without a mark was not given: the question comes after the last mark.
         asked = [_handed(move.disk, mark.overlay, mark.epoch + 1) for move, mark in given]
@@ -160,6 +158,54 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
         epochs=tuple(mark.epoch + 1 for _, mark in given),
         asked=not unasked,
     )
+
+
+def plan_take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = False) -> TakeBackPlan:
+    """What `take_back` would do; changes nothing on either side. Raises as that does, but for what is locked there."""
+    token, given = _given_away(request, endpoint)
+    if not unasked:
+        asked = [_handed(move.disk, mark.overlay, mark.epoch) for move, mark in given]
+        for (_, mark), standing in zip(given, ask_for_handover(endpoint, Step.LOOK, asked, token=token), strict=True):
+            _check_goes_back(endpoint, mark, standing)
+    return TakeBackPlan(
+        destination=endpoint.url,
+        images=tuple(str(move.image) for move, _ in given),
+        disks=tuple(move.disk for move, _ in given),
+        epochs=tuple(mark.epoch + 1 for _, mark in given),
+        asked=not unasked,
+    )
+
+
+def _check_goes_back(endpoint: Endpoint, mark: Given, standing: Standing) -> None:
+    """Raises Conflict for a disk that the destination would not give back."""
+    if standing.epoch > mark.epoch + 1:
+        raise Conflict(
+            f"the disk is in epoch {standing.epoch} there: another host has taken it over since",
+            subject=standing.overlay,
+            hint="find out which host runs the guest before anything else",
+        )
+    if not standing.given:
+        return  # it never came to that, or is back already
+    with endpoint.connect() as channel, Sender(channel, link=endpoint.link) as sender:
+        sender.open(Open(disk=standing.disk, replica=endpoint.replica, look=True, epoch=mark.epoch + 1))
+        state = sender.ask_for_active(active_of(mark.overlay)).state
+    if state is not ActiveState.READY:
+        raise Conflict(
+            "a guest has written to it since it was given: to go back now would lose that",
+            subject=standing.overlay,
+            hint="shut that guest down, and migrate it from there to here",
+        )
+
+
+def _given_away(request: MigrateRequest, endpoint: Endpoint) -> tuple[str, list[tuple[Move, Given]]]:
+    """The token of a handover, and what was given in it. Raises NotFound where nothing was."""
+    request.check()
+    looks = [look_at(request, move) for move in request.moves]
+    token = token_of(request, looks, endpoint)
+    if token is None:
+        raise NotFound("it was not given away", subject=request.moves[0].image, hint="there is nothing to take back")
+    given = zip(request.moves, looks, strict=True)
+    return token, [(move, look.given) for move, look in given if look.given is not None]
 
 
 def _ask_back(endpoint: Endpoint, asked: Sequence[HandedDisk], token: str) -> None:
@@ -340,4 +386,15 @@ def _moved(each: Prepared, standing: Standing) -> DiskMoved:
     )
 
 
-__all__ = ["MigratePlan", "MigrateReport", "MigrateRequest", "Move", "TakeBackReport", "migrate", "plan", "take_back"]
+__all__ = [
+    "MigratePlan",
+    "MigrateReport",
+    "MigrateRequest",
+    "Move",
+    "TakeBackPlan",
+    "TakeBackReport",
+    "migrate",
+    "plan",
+    "plan_take_back",
+    "take_back",
+]

@@ -140,6 +140,20 @@ class MigrateReport(BaseModel):
     seconds: float
 
 
+class TakeBackPlan(BaseModel):
+    """What a take-back would do. epochs: of the disks, in which this host would write them; asked: whether the
+    destination was
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    images: tuple[str, ...]
+    disks: tuple[str, ...]
+    epochs: tuple[int, ...]
+    asked: bool
+
+
 class TakeBackReport(BaseModel):
     """What a take-back did. epochs: of the disks, in which this host writes them again; asked: whether the destination
     was; where it was not, its user has vouched for it

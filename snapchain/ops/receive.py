@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.host.remote_channel import Channel
 from snapchain.ops.replica_engine import ReplicaEngine
-from snapchain.replica.receiver import receive
+from snapchain.replica.receiver import begun, receive
 
 
 class ReceiveReport(BaseModel):
@@ -22,6 +22,29 @@ class ReceiveReport(BaseModel):
     layers_present: int
     points: tuple[int, ...]
     bytes_received: int
+
+
+class ReceivePlan(BaseModel):
+    """Which disk a stream brings, and what is here of it: how many layers, and the number of its newest point, or 0.
+
+    What the stream holds is known when it has been read: then it would have been taken in.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    disk: str
+    destination: str
+    layers_present: int
+    last_point: int
+
+
+def plan_receive(channel: Channel, root: Path) -> ReceivePlan:
+    """Read the beginning of a stream; changes nothing. Raises as `receive_stream`, for what that refuses at once."""
+    root = root.absolute()
+    found = begun(channel, root)
+    return ReceivePlan(
+        disk=found.disk, destination=f"dir:{root}", layers_present=len(found.layers), last_point=found.last_point
+    )
 
 
 def receive_stream(channel: Channel, root: Path) -> ReceiveReport:

@@ -6,6 +6,7 @@ from snapchain.errors import Unsupported
 from snapchain.model.extents import Extents
 from snapchain.model.strip import strips
 from snapchain.ops.inspect import STRIP_CELLS, InspectReport, LayerReport, usage
+from snapchain.ops.points import in_full
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.fetching import fetch
 
@@ -18,7 +19,7 @@ def inspect_replica(endpoint: Endpoint, disk: str, *, point: str | None = None) 
     maps: list[Extents] = []
     names: list[str] = []
     clusters: list[int] = []
-    with fetch(endpoint, disk, point, chain=True, look=True) as answer:
+    with fetch(endpoint, disk, in_full(point), chain=True, look=True) as answer:
         for layer in answer.layers():
             for _ in layer.batches():
                 raise AssertionError("nobody sends data to one who only looks")

@@ -21,6 +21,7 @@ from snapchain.image.raw_write import RawWriter
 from snapchain.model.extents import DATA
 from snapchain.ops.events import OnEvent, Progress, ignore
 from snapchain.ops.output import OutputFile
+from snapchain.ops.points import in_full
 from snapchain.ops.restore_proof import ChainProof, raw_content_id
 from snapchain.ops.restore_target import FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
 from snapchain.replica.endpoint import Endpoint
@@ -46,7 +47,7 @@ class ReplicaRestoration:
         limit_rate: int | None = None,
     ) -> None:
         """limit_rate: bytes a second on the wire. Raises NotFound, InvalidInput, Conflict for an OUT that cannot be."""
-        self._endpoint, self._disk, self._wanted = endpoint, disk, point
+        self._endpoint, self._disk, self._wanted = endpoint, disk, in_full(point)
         self._limit_rate = limit_rate
         self._target = Target(output, format=format, whole_chain=whole_chain, force=force)
         self._planned: HeldPoint | None = None

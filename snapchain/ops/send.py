@@ -10,6 +10,7 @@ its own name.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -295,11 +296,13 @@ class _Run:
         layers = [self._outgoing(group, base if at == 0 else None) for at, group in enumerate(groups)]
         whole = sum(layer.extents.data_bytes for layer in layers)
         done = 0
+        telling = threading.Lock()
 
         def on_bytes(count: int) -> None:
             nonlocal done
-            done += count
-            self._on_event(Progress("send", done, whole))
+            with telling:
+                done += count
+                self._on_event(Progress("send", done, whole))
 
         on_bytes(0)
         parent, size, total, resumed = base.parent, base.size, base.total, False

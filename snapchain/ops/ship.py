@@ -9,6 +9,7 @@ With `each_layer` every file becomes a layer and a point.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import Extents, fold, over, rounded
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
+from snapchain.model.points import RESERVED
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage, source_of
@@ -205,14 +207,8 @@ class Shipment:
         raise AssertionError("the loop returns or raises")
 
     def _run(self, points: list[Point], lease: Lease, on_event: OnEvent) -> ShipReport:
-        done, total = 0, 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            on_event(Progress("ship", done, total))
-
-        with Deposit(self._repository) as deposit:
+        arrival = _Arrival(on_event)
+        with Deposit(self._repository, on_durable=arrival.show) as deposit:
             self._avoid_damage(deposit.index, lease, on_event)
             if self._note:
                 on_event(Notice(self._note))
@@ -221,10 +217,10 @@ class Shipment:
             if not self._groups:
                 points.append(self._publish(chain, self._time_of(len(self._chain.files)), lease.check))
             else:
-                on_bytes(0)
+                arrival.begin(deposit, total)
             for group in self._groups:
                 if self._adds(group, chain):
-                    chain.append(self._add(group, chain, deposit, on_bytes))
+                    chain.append(self._add(group, chain, deposit, arrival.read))
                 if group.publishes:
                     points.append(self._publish(chain, self._time_of(group.stop), lease.check))
             return self._report(
@@ -419,6 +415,35 @@ class Shipment:
         raise AssertionError("the loop returns or raises")
 
 
+class _Arrival:
+    """Shows how much has arrived: what was read, less what waits to be sent. Of all threads that move it."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._total, self._on_event = 0, on_event
+        self._lock = threading.Lock()
+        self._deposit: Deposit | None = None
+        self._read = self._shown = 0
+
+    def begin(self, deposit: Deposit, total: int) -> None:
+        """Nothing of `total` bytes has arrived yet."""
+        self._deposit, self._total = deposit, total
+        self.show()
+
+    def read(self, count: int) -> None:
+        """So many guest bytes more were read."""
+        with self._lock:
+            self._read += count
+        self.show()
+
+    def show(self) -> None:
+        """Tell what has arrived by now."""
+        assert self._deposit is not None
+        with self._lock:
+            # Workers are ahead of what is counted as read: then less seems to have arrived than did.
+            self._shown = max(self._shown, self._read - self._deposit.bytes_pending)
+            self._on_event(Progress("ship", self._shown, self._total))
+
+
 @contextmanager
 def shipment(
     image: Path,
@@ -456,9 +481,10 @@ def check_label(label: str) -> str:
     """Raises InvalidInput for a label that could be taken for a point's number, a time, or the end of an address."""
     if not label or len(label.encode()) > 100 or not label.isprintable() or label != label.strip():
         raise InvalidInput(f"{label!r} cannot be a label", hint="printable text of at most 100 bytes")
-    if label == "latest" or label[0].isdigit() or "@" in label or "::" in label:
+    if label in RESERVED or label[0].isdigit() or "@" in label or "::" in label:
         raise InvalidInput(
-            f"{label!r} cannot be a label", hint="it may not be 'latest', begin with a digit, or hold '@' or '::'"
+            f"{label!r} cannot be a label",
+            hint=f"it may not be {', '.join(sorted(RESERVED))}, begin with a digit, or hold '@' or '::'",
         )
     return label
 

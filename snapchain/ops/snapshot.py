@@ -143,18 +143,15 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
     """Do it. Raises Busy when somebody has the image open, Conflict when it is no longer as planned."""
     with ImageLock(planned.source, LockMode.WRITE) as lock:
         if not lock.enforced:
-            on_event(
-                Notice(
-                    f"{planned.source.parent}: this filesystem has no locks; make sure that no guest uses its images"
-                )
-            )
+            words = "this filesystem has no locks; make sure that no guest uses its images"
+            on_event(Notice(f"{planned.source.parent}: {words}", about=str(planned.source.parent)))
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.
         files.remove_temporaries(planned.overlay, purpose=_PURPOSE)
         temporary = files.temporary_beside(planned.overlay, purpose=_PURPOSE)
         second_name, done = False, False
         try:
-            _make_overlay(planned, temporary)
+            _make_overlay(planned, temporary, on_event)
             if planned.overlay == planned.source:
                 second_name = _give_second_name(planned.source, planned.sealed)
             cluster_size = _check_overlay(planned, temporary)
@@ -248,10 +245,12 @@ def _sealed_path(source: Path, status: os.stat_result, own_name: str | None) -> 
             hint="remove the other names (`find -samefile`), or copy it",
         )
     if own_name is not None:
-        if own_name in ("", ".", "..", source.name) or "/" in own_name or not own_name.isprintable():
+        if own_name in ("", ".", "..", source.name) or "/" in own_name:
             raise InvalidInput(
                 "the sealed file's name must be another one in the same directory", subject=repr(own_name)
             )
+        if not own_name.isprintable() and not numbered.fullmatch(own_name):
+            raise InvalidInput("the sealed file's name holds control characters", subject=repr(own_name))
         wanted = source.with_name(own_name)
         if wanted not in ours and os.path.lexists(wanted):
             raise Conflict("it exists already", subject=wanted)
@@ -293,12 +292,13 @@ def _check_unchanged(planned: SnapshotPlan) -> None:
         raise Conflict("it was changed after the snapshot was planned", subject=planned.image, hint="run it again")
 
 
-def _make_overlay(planned: SnapshotPlan, temporary: Path) -> None:
+def _make_overlay(planned: SnapshotPlan, temporary: Path, on_event: OnEvent) -> None:
     os.close(files.open_new(temporary))
     options = Qcow2Options(cluster_size=planned.cluster_size, extended_l2=planned.extended_l2 or None)
     link = BackingLink(planned.backing, planned.sealed_format)
     qemu_img.create(temporary, planned.virtual_size, options=options, backing=link)
-    files.copy_standing(planned.source, temporary)
+    if lost := files.copy_standing(planned.source, temporary):
+        on_event(Notice(f"{planned.image}: {lost}", about=str(planned.image)))
     files.fsync_file(temporary)
 
 

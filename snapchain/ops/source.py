@@ -72,7 +72,8 @@ def _lock(chain: ImageChain, stack: ExitStack, on_event: OnEvent) -> None:
         if not lock.enforced:
             without[file.path.parent] = None
     for directory in without:
-        on_event(Notice(f"{directory}: this filesystem has no locks; make sure that no guest uses its images"))
+        words = "this filesystem has no locks; make sure that no guest uses its images"
+        on_event(Notice(f"{directory}: {words}", about=str(directory)))
     check_unchanged(chain)
 
 

@@ -30,6 +30,9 @@ _COUNT = struct.Struct("<Q")
 _GRACE = 2.0
 """Seconds in which the other side's last words may still arrive after it closed its ear."""
 
+_Item = tuple[Kind, tuple[Buffer, ...], Callable[[], None]]
+"""A frame, and what is called when it is on the wire."""
+
 
 class Outbox:
     """Frames given here are sent in order. `frames`: after HELLO and OPEN; `answers`: None where nobody speaks."""
@@ -39,7 +42,7 @@ class Outbox:
     ) -> None:
         self._channel, self._frames, self._answers = channel, frames, answers
         self._bucket = None if limit_rate is None else TokenBucket(limit_rate)
-        self._queue: queue.Queue[tuple[Kind, tuple[Buffer, ...]] | None] = queue.Queue(QUEUE)
+        self._queue: queue.Queue[_Item | None] = queue.Queue(QUEUE)
         self._state = threading.Condition()
         self._failure: BaseException | None = None
         self._given = 0
@@ -67,16 +70,19 @@ class Outbox:
         """How often the other side has said that something is durable."""
         return self._confirmed_count + len(self._stored)
 
-    def put(self, kind: Kind, *body: Buffer) -> int:
-        """Give a frame; its bytes on the wire. Waits while the queue or the window is full. Raises what went wrong."""
+    def put(self, kind: Kind, *body: Buffer, on_sent: Callable[[], None] = lambda: None) -> int:
+        """Give a frame; its bytes on the wire. Waits while the queue or the window is full. Raises what went wrong.
+
+        on_sent: called in another thread when the frame is on the wire; what it raises ends the transfer
+        """
         size = FRAME_BYTES + sum(len(part) for part in body)
         if self._answers is not None:
             self._wait_for_window()
-        self._give((kind, body))
+        self._give((kind, body, on_sent))
         self._given += size
         return size
 
-    def _give(self, item: tuple[Kind, tuple[Buffer, ...]] | None) -> None:
+    def _give(self, item: _Item | None) -> None:
         """Put it into the queue, unless the thread that empties it has failed."""
         while True:
             self.check()
@@ -133,7 +139,7 @@ class Outbox:
         if not told:
             return
         with suppress(queue.Full):
-            self._queue.put((Kind.FAIL, (encode(failures.told(error)),)), timeout=_GRACE)
+            self._queue.put((Kind.FAIL, (encode(failures.told(error)),), lambda: None), timeout=_GRACE)
             self._queue.put(None, timeout=_GRACE)
             self._threads[0].join(_GRACE)
 
@@ -164,10 +170,13 @@ class Outbox:
                     continue
                 if item is None:
                     return
-                kind, body = item
+                kind, body, on_sent = item
                 if self._bucket is not None:
                     self._bucket.take(FRAME_BYTES + sum(len(part) for part in body))
                 self._frames.send(kind, *body)
+                if self._bucket is not None:
+                    self._bucket.take(0)  # what is said to be sent is paid for
+                on_sent()
         except BaseException as error:  # noqa: BLE001 -- raised again where the next frame is given
             # A side that gave up said why before it closed: that is the better error.
             if self._answers is not None:

@@ -89,6 +89,14 @@ def receive(
         raise
 
 
+def begun(channel: Channel, root: Path) -> Inventory:
+    """What is here of the disk that a stream begins with; reads no more of it, and changes nothing.
+
+    Raises as `receive`, for what that would refuse at once.
+    """
+    return _Reception(channel, Voice(channel), root, None, None).begun()
+
+
 class _Reception:
     def __init__(
         self, channel: Channel, voice: Voice, root: Path | None, within: Path | None, engine: Engine | None
@@ -130,6 +138,12 @@ class _Reception:
         numbers = tuple(point.point for point in received.points)
         self._voice.say(Kind.DONE, encode(Done(points=numbers, layers=len(received.layers))))
         return received
+
+    def begun(self) -> Inventory:
+        self._hello()
+        frame = self._expect(Kind.OPEN)
+        asked = decode(Open, frame.body, subject=self._channel.peer)
+        return self._looked(asked).model_copy(update={"disk": asked.disk})
 
     def _hello(self) -> bool:
         """Whether the other side listens."""

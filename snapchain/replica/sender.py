@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -144,7 +145,7 @@ class Sender:
         """Send one layer, from where an earlier run made it durable.
 
         parent: the id of the layer that it lies on; confirm: called when all is read, raises when the source changed
-        on_bytes: told of DATA bytes of the map that are dealt with, those of an earlier run included
+        on_bytes: told in any thread of DATA bytes of the map that are on the wire, or need not go there
         """
         outbox = self._opened()
         outgoing = Outgoing(layer, self._levels)
@@ -168,10 +169,12 @@ class Sender:
             total = total + portion.delta
             if portion.frame:
                 self._levels.queue_seen(outbox.fullness)
-                self._marked_bytes += outbox.put(Kind.DATA, *portion.frame)
+                sent = partial(on_bytes, portion.data)
+                self._marked_bytes += outbox.put(Kind.DATA, *portion.frame, on_sent=sent)
+            else:
+                on_bytes(portion.data)
             self.traffic.data += portion.data
             self.traffic.carried += portion.carried
-            on_bytes(portion.data)
             if self._marked_bytes >= MARK_BYTES or time.monotonic() - self._marked_at >= MARK_SECONDS:
                 outbox.mark(_OFFSET.pack(portion.stop), total.astype("<u2").tobytes())
                 self._marked_bytes, self._marked_at = 0, time.monotonic()

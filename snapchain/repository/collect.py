@@ -115,7 +115,9 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
         if catalogues.is_generation(info.name):
             generations.setdefault(info.name.split("/")[1], []).append(info)  # ascending
     for history in generations.values():
-        found.dead_generations.update((info.name, info.size) for info in history[:-KEPT_GENERATIONS])
+        # One more than are kept is what the last run has added itself: each would free one and add one, for ever.
+        if len(history) > KEPT_GENERATIONS + 1:
+            found.dead_generations.update((info.name, info.size) for info in history[:-KEPT_GENERATIONS])
         name = history[-1].name
         found.newest.append(catalogues.parse(repository.keys, name, store.get(name)))
     found.dead_claims.update((info.name, info.size) for info in _dead_claims(store))

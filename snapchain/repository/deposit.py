@@ -31,10 +31,13 @@ class Origin:
 class Deposit:
     """A writing session; a context manager. Loads the whole index once; index: that, and what was added since."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, *, on_durable: Callable[[], None] = lambda: None) -> None:
+        """on_durable: called in any thread when something has become durable; what it raises ends the work."""
         self._repository = repository
         self.index = repository.index()
-        self._packer = Packer(repository.store, repository.keys, self.index, pack_size=repository.pack_size)
+        self._packer = Packer(
+            repository.store, repository.keys, self.index, pack_size=repository.pack_size, on_durable=on_durable
+        )
         self._intake = Intake(
             keys=repository.keys, index=self.index, packer=self._packer, block_size=repository.config.block_size
         )
@@ -52,6 +55,11 @@ class Deposit:
     def bytes_stored(self) -> int:
         """Bytes of packs sent to the store so far."""
         return self._packer.bytes_stored
+
+    @property
+    def bytes_pending(self) -> int:
+        """Guest bytes that were read and are not in the store yet."""
+        return self._packer.bytes_pending
 
     def add(
         self,

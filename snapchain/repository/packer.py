@@ -13,6 +13,7 @@ that a long shipment leaves few objects.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from enum import Enum
@@ -52,11 +53,20 @@ class Packer:
     """A context manager; on leaving without an error nothing is flushed: call `flush`.
 
     pack_size: bytes that a pack or an index has at most; None: the default
+    on_durable: called in a thread of an upload when a pack is in the store; what it raises ends the work
     """
 
-    def __init__(self, store: ObjectStore, keys: Keyring, index: BlobIndex, *, pack_size: int | None = None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        keys: Keyring,
+        index: BlobIndex,
+        *,
+        pack_size: int | None = None,
+        on_durable: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store, self._keys, self._index = store, keys, index
-        self._pack_size = pack_size
+        self._pack_size, self._on_durable = pack_size, on_durable
         # Filling blocks, with its lock held, while too many packs are in flight; what the uploads note needs another.
         self._filling = threading.Lock()
         self._noting = threading.Lock()
@@ -67,8 +77,11 @@ class Packer:
         self._durable: list[IndexedPack] = []
         self._durable_bytes = 0
         self._small: dict[str, list[IndexedPack]] = {}  # indexes of this session that are to be put together
+        self._raw: dict[str, int] = {}  # of each pack that is not in the store yet
         self._failed: BaseException | None = None
         self.bytes_stored = 0
+        self.bytes_pending = 0
+        """Of data that was given and is not in the store yet, before compression."""
 
     def __enter__(self) -> Self:
         return self
@@ -101,6 +114,10 @@ class Packer:
                 pack = self._open[stream] = OpenPack(self._keys, limit=self._pack_size)
             location = pack.add(blob, payload, raw)
             self._index.add(blob, location)
+            if stream is Stream.DATA:
+                with self._noting:
+                    self.bytes_pending += raw
+                    self._raw[location.pack] = self._raw.get(location.pack, 0) + raw
             return location
 
     def flush(self) -> None:
@@ -172,9 +189,11 @@ class Packer:
         try:
             self._store.put(pack_name(pack.pack), pack.parts)
             with self._noting:
+                self.bytes_pending -= self._raw.pop(pack.pack, 0)
                 self._durable.append(IndexedPack(pack.pack, pack.size, pack.ids, pack.rows))
                 self._durable_bytes += pack.size
             self._list(self._taken(INDEX_BYTES))
+            self._on_durable()
         except BaseException as error:
             self._failed = self._failed or error
             raise

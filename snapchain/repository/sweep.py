@@ -59,11 +59,13 @@ Moves = dict[str, dict[int, Location]]
 class Swept:
     """What gc did, or would do, in stored bytes.
 
-    bytes_freed: less than before, new records counted; bytes_moved: blobs copied into new packs
+    bytes_freed: less than before, new records counted; bytes_added: more than before, where these cost more than what
+    was deleted; bytes_moved: blobs copied into new packs
     marked: what was in use at the end, and what of it is lost
     """
 
     bytes_freed: int = 0
+    bytes_added: int = 0
     bytes_moved: int = 0
     objects_deleted: int = 0
     packs_deleted: int = 0
@@ -72,17 +74,26 @@ class Swept:
     marked: Marked | None = None
 
 
-def estimate(marked: Marked) -> Swept:
-    """What `sweep` would do, without the new records that moving costs."""
+def index_objects(repository: Repository) -> list[ObjectInfo]:
+    """The index objects that a run replaces by new ones when packs go."""
+    return [info for info in repository.store.list("index/") if index_era(info.name) is not None]
+
+
+def estimate(marked: Marked, indexes: Sequence[ObjectInfo] = ()) -> Swept:
+    """What `sweep` would do, without the new records that moving costs. indexes: see `index_objects`."""
     wasted, empty = _wasteful(marked), _unused(marked)
     rescued = sum(where.stored for key, (_, where) in marked.rescued.items() if key in marked.movable)
     moved = sum(pack.used_bytes for pack in wasted) + rescued
     freed = sum(pack.size for pack in (*wasted, *empty)) - moved
     records_gone = marked.dead_generations | marked.dead_claims | marked.dead_layers | marked.stale
+    goes = [*wasted, *empty]
+    replaced = indexes if goes else ()
+    # The new index is smaller by what it no longer lists: about as much as its packs are of all.
+    share = sum(pack.size for pack in goes) / max(1, sum(pack.size for pack in marked.usage))
     return Swept(
-        bytes_freed=freed + sum(records_gone.values()),
+        bytes_freed=max(0, freed + sum(records_gone.values()) + int(share * sum(info.size for info in replaced))),
         bytes_moved=moved,
-        objects_deleted=len(records_gone) + len(wasted) + len(empty),
+        objects_deleted=len(records_gone) + len(wasted) + len(empty) + len(replaced),
         packs_deleted=len(wasted) + len(empty),
         packs_moved=len(wasted),
     )
@@ -133,7 +144,7 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
 
     delete(marked.dead_generations)
     delete(marked.dead_claims)
-    listed = [info for info in store.list("index/") if index_era(info.name) is not None]
+    listed = index_objects(repository)
     before = [info.name for info in listed]
     unwritten: list[list[IndexedPack]] = []
     if gone or _too_many(repository, listed) or _misleads(marked):
@@ -146,7 +157,8 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     for group in unwritten:
         indexes.write(store, repository.keys, group, era=era)
     done.packs_deleted = len(gone)
-    done.bytes_freed = held - _stored_bytes(repository)
+    less = held - _stored_bytes(repository)
+    done.bytes_freed, done.bytes_added = max(0, less), max(0, -less)
     return done
 
 

@@ -13,10 +13,10 @@ from snapchain.cli.stack_picture import Held, Row, draw
 MiB = 1 << 20
 
 
-def drawn(rows: list[Row], encoding: str, *, colour: bool = False) -> str:
+def drawn(rows: list[Row], encoding: str, *, colour: bool = False, width: int = 80) -> str:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
-    draw(Console(file=stream, width=80, force_terminal=colour, color_system="standard" if colour else None), rows)
+    draw(Console(file=stream, width=width, force_terminal=colour, color_system="standard" if colour else None), rows)
     stream.flush()
     return raw.getvalue().decode(encoding)
 
@@ -33,7 +33,8 @@ STACK = [
 
 LINES = """\
                            now                          then
-top   …far-too-long.qcow2  ██             120.0 MiB ─┐  ██             121.0 MiB
+top   a-name-that-is-far-too-long.qcow2
+                           ██             120.0 MiB ─┐  ██             121.0 MiB
       web1.5.qcow2         █░░            200.0 MiB ─┤
       web1.4.qcow2                              0 B ─┘
       held.qcow2           █                    1 B     █                    1 B
@@ -45,7 +46,8 @@ root  base.qcow2           ████████████░░ 812.0 MiB 
 
 ASCII = """\
                            now                          then
-top   ~far-too-long.qcow2  ##             120.0 MiB -.  ##             121.0 MiB
+top   a-name-that-is-far-too-long.qcow2
+                           ##             120.0 MiB -.  ##             121.0 MiB
       web1.5.qcow2         #++            200.0 MiB -|
       web1.4.qcow2                              0 B -'
       held.qcow2           #                    1 B     #                    1 B
@@ -70,4 +72,7 @@ def test_in_colour_the_text_is_the_same() -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_no_line_is_wider_than_a_terminal(encoding: str) -> None:
-    assert max(map(len, drawn(STACK, encoding).splitlines())) <= 80
+    for width in (60, 80, 200):
+        lines = drawn(STACK, encoding, width=width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert all(row.name in "\n".join(lines) for row in STACK), "no name is cut"

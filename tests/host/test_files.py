@@ -102,3 +102,63 @@ def test_link_and_remove(tmp_path: Path) -> None:
     files.remove(tmp_path / "two")
     files.remove(tmp_path / "two")
     assert [entry.name for entry in tmp_path.iterdir()] == ["one"]
+
+
+FOREIGN = 54321
+
+
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, mode: int, uid: int | None = None) -> tuple[Path, Path]:
+    """An image of another group (or user), and the file to take its place, of somebody who can give it neither."""
+    image, fresh = tmp_path / "image", tmp_path / "fresh"
+    for path in (image, fresh):
+        path.touch()
+    image.chmod(mode)
+    stat = Path.stat
+
+    def standing(self: Path, **more: bool) -> os.stat_result:
+        fields = list(stat(self, **more))
+        if self == image:
+            fields[4:6] = [fields[4] if uid is None else uid, FOREIGN]
+        return os.stat_result(fields)
+
+    def chown(path: Path, _uid: int, _gid: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(Path, "stat", standing)
+    monkeypatch.setattr(os, "chown", chown)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    return image, fresh
+
+
+@pytest.mark.parametrize("mode", range(0o400, 0o1000, 0o11))
+def test_a_group_that_cannot_be_given_matters_where_the_mode_names_it(
+    mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, fresh = foreign(tmp_path, monkeypatch, mode=mode)
+    if mode >> 3 & 7 == mode & 7:
+        lost = files.copy_standing(image, fresh)
+        assert lost is not None
+        assert str(FOREIGN) in lost
+        assert fresh.stat().st_mode & 0o7777 == mode
+        return
+    for refuse in (files.copy_standing, files.check_standing):
+        with pytest.raises(InvalidInput, match=f"its group, {FOREIGN}") as raised:
+            refuse(image, fresh)
+        assert raised.value.subject == str(image)
+        assert "member of the group" in str(raised.value.hint)
+
+
+def test_an_owner_that_cannot_be_given_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, fresh = foreign(tmp_path, monkeypatch, mode=0o600, uid=FOREIGN)
+    for refuse in (files.copy_standing, files.check_standing):
+        with pytest.raises(InvalidInput, match=f"its owner, {FOREIGN}") as raised:
+            refuse(image, fresh)
+        assert raised.value.subject == str(image)
+
+
+def test_nothing_is_said_where_all_was_given(tmp_path: Path) -> None:
+    image, fresh = tmp_path / "image", tmp_path / "fresh"
+    for path in (image, fresh):
+        path.touch()
+    files.check_standing(image, fresh)
+    assert files.copy_standing(image, fresh) is None

@@ -72,3 +72,19 @@ def test_a_destination_may_be_a_path_from_here(tmp_path: Path, monkeypatch: pyte
     assert located("backup") == f"{tmp_path}/backup"
     for dest in ("/backup", "file:///backup", "s3://bucket/prefix", "ssh://host/path", "dir:/images"):
         assert located(dest) == dest
+
+
+def test_text_that_is_a_file_here_is_that_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One way, where a command takes either; where only a disk can be meant, it is one."""
+    monkeypatch.chdir(tmp_path)
+    Path("repo").mkdir()
+    for text in ("a::b.qcow2", "./a::b.qcow2", f"{tmp_path}/a::b.qcow2"):
+        Path("a::b.qcow2").unlink(missing_ok=True)
+        is_marked = text.startswith("./")
+        assert isinstance(parse_address(text), ImageAddress if is_marked else PointAddress)
+        Path("a::b.qcow2").touch()
+        assert parse_address(text) == ImageAddress(Path(text))
+        assert isinstance(parse_point_address(text), PointAddress)
+    assert parse_address("./repo::web1/vda") == PointAddress("./repo", "web1/vda")
+    assert isinstance(parse_address("x" * 5000 + "::d"), PointAddress)
+    assert isinstance(parse_address("a\0::d"), PointAddress)

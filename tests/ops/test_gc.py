@@ -340,3 +340,29 @@ def test_a_layer_that_another_hides_wholly_leaves_no_trace_that_verify_misses(tm
     repo = keep(repo, 1)
     gc.run(repo)
     sound(again(repo), {2: flat(chain[-1], tmp_path / "flat").read_bytes()})
+
+
+def test_a_plan_counts_what_the_run_then_deletes(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without packs to be moved, which make new records: to the object; and in bytes but for the new index."""
+    monkeypatch.setattr(sweep, "LEAST_WASTE", 1 << 20)
+    repo = keep(full(files), 1)
+    plan = gc.plan(again(repo))
+    done = gc.run(again(repo))
+    assert plan.packs_moved == 0
+    assert plan.packs_deleted == done.packs_deleted > 0
+    assert plan.objects_deleted == done.objects_deleted
+    assert abs(plan.bytes_freed - done.bytes_freed) <= 0.1 * done.bytes_freed + 1000
+
+
+def test_gc_every_night_comes_to_rest_and_frees_no_negative_sum(files: list[Path]) -> None:
+    """Its own new generations are not deleted by its next run, which would make new ones."""
+    repo = repository(MemoryStore(), block_size=64 * 1024)
+    for number in range(40):
+        ship(files[number % 4], repo, each_layer=False)
+    reports = [gc.run(again(repo)) for _ in range(5)]
+    assert all(report.bytes_freed >= 0 and report.bytes_added >= 0 for report in reports)
+    assert [report.objects_deleted for report in reports[2:]] == [0, 0, 0]
+    assert gc.plan(again(repo)).objects_deleted == 0
+    names = {info.name for info in repo.store.list("disks/")}
+    gc.run(again(repo))
+    assert {info.name for info in repo.store.list("disks/")} == names

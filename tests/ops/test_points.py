@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
+from hypothesis import given, strategies as st
 
+from snapchain.cli.moments import heading, moment
 from snapchain.errors import NotFound
-from snapchain.ops.points import find_point
+from snapchain.model.points import instant
+from snapchain.ops.points import find_point, in_full
 from snapchain.repository.catalogue import Catalogue, Point
 
 START = datetime(2026, 1, 31, 22, tzinfo=UTC)
@@ -54,7 +58,7 @@ DISK = catalogue(
         ("2026-01-31T23:00:00Z", 3),
         ("2026-02-01T00:00:00+01:00", 3),
         ("2026-02-01 00:45:00", 9),
-        ("2026-02-01", 7),
+        ("2026-02-01", 8),
         ("2026-02-01T00:00:00Z", 7),
         ("2026-02-01T01:00:00.5Z", 8),
         ("9999-12-31T23:59:59Z", 8),
@@ -102,3 +106,74 @@ def test_a_disk_without_points() -> None:
 
 def test_of_two_points_of_one_time_the_later_number() -> None:
     assert find_point(catalogue(point(1, 0), point(2, 0)), START.isoformat()).point == 2
+
+
+BERLIN = ZoneInfo("Europe/Berlin")
+NOW = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)  # in Berlin it is December already
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("2026-11-30", "2026-11-30T22:59:59.999999+00:00"),
+        ("2026-07-01", "2026-07-01T21:59:59.999999+00:00"),
+        ("2026-11", "2026-11-30T22:59:59.999999+00:00"),
+        ("2024-02", "2024-02-29T22:59:59.999999+00:00"),
+        ("today", "2026-12-01T22:59:59.999999+00:00"),
+        ("yesterday", "2026-11-30T22:59:59.999999+00:00"),
+        ("2026-11-30 22:15", "2026-11-30T21:15:59.999999+00:00"),
+        ("2026-11-30T22:15:07", "2026-11-30T21:15:07.999999+00:00"),
+        ("2026-11-30 22:15+02:00", "2026-11-30T20:15:59.999999+00:00"),
+        ("2026-10-25 02:30", "2026-10-25T01:30:59.999999+00:00"),  # that half hour came twice
+        ("2026-11-30T22:15:07Z", "2026-11-30T22:15:07+00:00"),
+        ("2026-11-30t22:15:07.25+01:00", "2026-11-30T21:15:07.250000+00:00"),
+    ],
+)
+def test_a_date_means_its_end_where_it_is_asked(text: str, last: str) -> None:
+    found = instant(text, now=NOW, zone=BERLIN)
+    assert found is not None
+    assert found.astimezone(UTC) == datetime.fromisoformat(last)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["latest", "2026", "7", "2026-13", "2026-02-30", "2026-1-1", "Yesterday", "", "20261130", "٢٠٢٦-11"],
+)
+def test_what_is_no_date(text: str) -> None:
+    assert instant(text, now=NOW, zone=BERLIN) is None
+
+
+ZONES = st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kolkata"])
+
+
+@given(st.integers(0, 32_000_000_000 * 10**6), ZONES)
+def test_a_time_that_is_shown_names_no_earlier_point(microseconds: int, zone: str) -> None:
+    """What `log` prints, pasted after the '@': the point itself, or a later one of the same minute."""
+    time = datetime(1970, 1, 2, tzinfo=UTC) + timedelta(microseconds=microseconds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", zone)
+        shown = moment(time)
+    found = instant(shown, now=NOW, zone=ZoneInfo(zone))
+    assert found is not None
+    assert timedelta(0) <= found - time < timedelta(minutes=1)
+
+
+def test_dates_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # its 31st of January ends at 15:00 UTC
+    with pytest.raises(NotFound, match="no point as old"):
+        find_point(DISK, "2026-01-31")
+    assert find_point(DISK, "2026-02-01").point == 8
+    assert find_point(DISK, "today").point == 8
+    assert in_full("2026-01-31") == "2026-01-31T14:59:59.999999+00:00"
+    assert (in_full("weekly"), in_full("7"), in_full(None)) == ("weekly", "7", None)
+
+
+def test_an_hour_that_comes_twice_is_shown_with_its_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    first, second = (datetime(2026, 10, 25, hour, 30, tzinfo=UTC) for hour in (0, 1))
+    assert (moment(first), moment(second)) == ("2026-10-25 02:30+02:00", "2026-10-25 02:30+01:00")
+    assert moment(datetime(2026, 10, 25, 12, tzinfo=UTC)) == "2026-10-25 13:00"
+    assert moment(datetime(2026, 10, 25, 12, tzinfo=UTC), zone=True) == "2026-10-25 13:00+01:00"
+    assert heading("time") == "time (Europe/Berlin)"
+    monkeypatch.setenv("TZ", "UTC")
+    assert (moment(first, zone=True), heading("time")) == ("2026-10-25 00:30", "time")

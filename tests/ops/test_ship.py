@@ -15,10 +15,14 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
+from snapchain.objects.store import Data
+from snapchain.objects.throttle import ThrottledStore
+from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.ship import check_label, shipment
+from snapchain.repository import packer, packs
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write
@@ -342,6 +346,62 @@ def test_progress_ends_at_the_planned_total(repo: Repository, chain: list[Path])
     assert progress[0].done == 0
     assert [each.done for each in progress] == sorted(each.done for each in progress)
     assert progress[-1].done == progress[-1].total == 8 * MiB + 192 * 1024
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> Path:
+    """An image of 12 MiB of which no block is like another."""
+    (tmp_path / "noise").write_bytes(os.urandom(12 * MiB))
+    return build(tmp_path / "noisy", [Layer(12 * MiB, [f"write -s {tmp_path / 'noise'} 0 12M"])])[-1]
+
+
+def test_progress_counts_what_has_arrived_not_what_was_read(
+    repo: Repository, noisy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two packs: until both are in the store not all has arrived, although all was read."""
+    monkeypatch.setattr(packs, "PACK_BYTES", 8 * MiB)
+    shown: list[int] = []
+    before: list[tuple[int, int]] = []
+
+    class Watched(StoreWrapper):
+        def put(self, name: str, data: Data) -> None:
+            with held:
+                before.append((shown[-1] if shown else 0, len(durable)))
+            self.inner.put(name, data)
+            if name.startswith("packs/"):
+                with held:
+                    durable.append(name)
+
+    held, durable = threading.Lock(), list[str]()
+    with shipment(noisy, again(repo, Watched(repo.store)), DISK) as work:
+        total = work.plan().bytes_to_read
+        work.run(on_event=lambda event: shown.append(event.done) if isinstance(event, Progress) else None)
+    assert (shown[0], shown[-1]) == (0, total)
+    assert shown == sorted(shown)
+    assert all(done == 0 for done, packs_there in before if not packs_there), "nothing was there yet"
+    assert all(done < total for done, packs_there in before if packs_there < 2), "half of it was still to be sent"
+
+
+def test_a_slow_link_shows_a_bar_that_is_not_full(noisy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rate holds back has not arrived: when the bar is full, nothing is waited for any more."""
+    monkeypatch.setattr(packer, "UPLOADS", 1)
+    now, full_at = 0.0, -1.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def on_event(event: Event) -> None:
+        nonlocal full_at
+        if isinstance(event, Progress) and event.done == event.total and full_at < 0:
+            full_at = now
+
+    whole = repository(MemoryStore(), block_size=256 * 1024)
+    slow = ThrottledStore(whole.store, upload=10_000, clock=lambda: now, sleep=sleep)
+    with shipment(noisy, again(whole, slow), DISK) as work:
+        work.run(on_event=on_event)
+    assert now > 1000
+    assert full_at > 0.9 * now, "only records and an index are left"
 
 
 # ---- who else is at work

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
+from snapchain.host import files
 from snapchain.image import qemu_img, scan
 from snapchain.image.qemu_img import Qcow2Options
 from snapchain.ops import snapshot
@@ -330,3 +331,27 @@ def test_what_is_no_image(tmp_path: Path) -> None:
         snapshot.plan(tmp_path / "none.qcow2")
     with pytest.raises(InvalidInput):
         snapshot.plan(tmp_path)
+
+
+def test_a_group_that_the_guest_may_need_and_the_caller_cannot_give(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is changed, and nothing is left."""
+    before = names(image.parent), image.read_bytes(), standing(image)
+
+    def refuse(source: Path, _target: Path) -> None:
+        raise InvalidInput("cannot be given its group, kvm", subject=source)
+
+    monkeypatch.setattr(files, "copy_standing", refuse)
+    with pytest.raises(InvalidInput, match="cannot be given its group, kvm"):
+        snapshot.run(snapshot.plan(image))
+    assert (names(image.parent), image.read_bytes(), standing(image)) == before
+
+
+def test_a_group_that_nobody_needs_is_a_note(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    monkeypatch.setattr(files, "copy_standing", lambda _source, _target: "its group is users now, not kvm")
+    snapshot.run(snapshot.plan(image), on_event=events.append)
+    assert [each for each in events if isinstance(each, Notice)] == [
+        Notice(f"{image}: its group is users now, not kvm", about=str(image))
+    ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -15,12 +18,16 @@ from fixtures.qcow2_bytes import l2_entry, put_u64, u64
 from snapchain.errors import Busy, Corrupt, Diverged, InvalidInput
 from snapchain.host.batches import Buffer
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.remote_channel import Channel
 from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.inventory import Wanted
-from snapchain.ops.send import Divergence, Files, Scope
+from snapchain.ops.events import Event, Progress
+from snapchain.ops.send import Divergence, Files, Request, Scope, send_blindly
 from snapchain.ops.send_sources import source_of
 from snapchain.replica import arrival, sender
+from snapchain.replica.outbox import Outbox
+from snapchain.replica.stream.frames import Kind
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import Place
@@ -327,3 +334,42 @@ def test_a_limited_rate(tmp_path: Path, place: Place) -> None:
     # A quarter of a second's worth is saved up, and the last frame is waited for by nobody.
     assert 0.2 < report.seconds < 10
     place.check(flat(paths[0], tmp_path / "flat"))
+
+
+def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that wait in the queue have not been sent: while the wire is held up, the bar stands still."""
+    writes = [f"write -P {n + 1} {n}M 1M" for n in range(32)]
+    image = build(tmp_path / "vm", [Layer(32 * MiB, writes)])[-1]
+    shown: list[int] = []
+    early: list[int] = []
+    gate, given = threading.Event(), 0
+    put = Outbox.put
+
+    class Held(Channel):
+        def write(self, data: Buffer | Sequence[Buffer]) -> None:
+            if threading.current_thread().name == "outbox":
+                gate.wait()
+            super().write(data)
+
+    def counted(self: Outbox, kind: Kind, *body: Buffer, **more: Any) -> int:
+        nonlocal given
+        given += kind is Kind.DATA
+        if given == 3 and not gate.is_set():
+            early.extend(shown)
+            gate.set()
+        return put(self, kind, *body, **more)
+
+    monkeypatch.setattr(Outbox, "put", counted)
+    with (tmp_path / "stream").open("wb") as out:
+        channel = Held(-1, os.dup(out.fileno()), peer="stdout")
+        send_blindly(Request(image=image, disk="x"), channel, on_event=lambda event: shown.append(done_of(event)))
+    assert given >= 3
+    assert early
+    assert set(early) == {0}, "two frames were given, and none was sent"
+    assert shown == sorted(shown)
+    assert shown[-1] == 32 * MiB
+
+
+def done_of(event: Event) -> int:
+    assert isinstance(event, Progress)
+    return event.done

@@ -20,7 +20,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile, inplace
 from snapchain.image.inplace import Amendment
 from snapchain.image.reread import check_link, check_refcounts, reread
-from snapchain.ops.events import OnEvent, Progress
+from snapchain.ops.events import Notice, OnEvent, Progress
 from snapchain.ops.merge.inputs import check_still_allowed, links_to, search_directories
 from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.linked import linked
@@ -39,6 +39,8 @@ def make(
     check_unchanged(old)
     check_still_allowed(old, planned.first, planned.last)
     sweep(planned.result)
+    if planned.strategy is Strategy.COMMIT:
+        files.check_standing(planned.result, work.file.real_path)
     with _opened(work.file) as fd:
         journal = OpenJournal(_record(planned, work, old))
         try:
@@ -50,7 +52,7 @@ def make(
                 check_link(new, place=work.file.real_path)
                 check_refcounts(new.top)
             if planned.strategy is Strategy.COMMIT:
-                _take_place(planned, work.file.real_path)
+                _take_place(planned, work.file.real_path, on_event)
         except BaseException:
             _undo(planned, journal, fd)
             raise
@@ -83,9 +85,10 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
             raise Corrupt("the tables on the disk are not those that were proven", subject=planned.result)
 
 
-def _take_place(planned: MergePlan, lowest: Path) -> None:
+def _take_place(planned: MergePlan, lowest: Path, on_event: OnEvent) -> None:
     """The lowest input under the path of the uppermost."""
-    files.copy_standing(planned.result, lowest)
+    if lost := files.copy_standing(planned.result, lowest):
+        on_event(Notice(f"{planned.result}: {lost}", about=str(planned.result)))
     files.fsync_file(lowest)
     files.rename(lowest, planned.result)
 

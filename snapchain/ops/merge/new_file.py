@@ -20,7 +20,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, run as assemble
 from snapchain.image.reread import check_link, check_refcounts, reread
-from snapchain.ops.events import OnEvent, Progress
+from snapchain.ops.events import Notice, OnEvent, Progress
 from snapchain.ops.merge.inputs import check_still_allowed, links_to, search_directories
 from snapchain.ops.merge.journal import TEMPORARY, FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.plan import MergePlan
@@ -102,9 +102,11 @@ def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Pa
         done += count
         on_event(Progress("merge", done, total))
 
+    files.check_standing(planned.result, temporary)  # before anything is moved
     on_event(Progress("merge", 0, total))
     assemble(work, fd, subject=planned.result, on_bytes=on_bytes)
-    files.copy_standing(planned.result, temporary)
+    if lost := files.copy_standing(planned.result, temporary):
+        on_event(Notice(f"{planned.result}: {lost}", about=str(planned.result)))
     with os_errors(planned.result):
         # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
         written = os.fstat(fd).st_mtime_ns - _TICKS

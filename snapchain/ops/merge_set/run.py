@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -131,7 +132,7 @@ def _numbered(on_event: OnEvent, number: int, count: int) -> OnEvent:
 
     def listen(event: Event) -> None:
         if isinstance(event, Progress):
-            event = Progress(f"{event.phase} {number}/{count}", event.done, event.total)
+            event = replace(event, phase=f"{event.phase} {number}/{count}")
         on_event(event)
 
     return listen

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -347,8 +347,8 @@ class DiskRun:
 
     def _on_event(self, event: Event, *, where: str = "") -> None:
         match event:
-            case Notice(message):
-                if self._night.is_new(message):
-                    self._night.on_event(Notice(f"{self._disk.name}: {message}"))
-            case Progress(phase, done, total):
-                self._night.on_event(Progress(f"{phase} {self._disk.name}{where}", done, total))
+            case Notice():
+                if self._night.is_new(event.text):
+                    self._night.on_event(event.within(self._disk.name))
+            case Progress(phase):
+                self._night.on_event(replace(event, phase=f"{phase} {self._disk.name}{where}"))

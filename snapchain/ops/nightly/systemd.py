@@ -18,6 +18,10 @@ from snapchain.ops.nightly.config import Nightly
 _STATE, _CACHE = "/var/lib", "/var/cache"
 _DEFAULT_START = "02:00"
 
+_S3_VARIABLES = (
+    "# AWS_ACCESS_KEY_ID=..., AWS_SECRET_ACCESS_KEY=..., and where it is not Amazon's AWS_ENDPOINT_URL_S3=https://...;",
+    "# or AWS_SHARED_CREDENTIALS_FILE=/root/.aws/credentials: a service has no HOME in which to look. Mode 0600",
+)
 # Files of any owner are read, replaced and given their owner back; processes of others show whether they have an
 # image open.
 _CAPABILITIES = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_SYS_PTRACE"
@@ -72,8 +76,16 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
         "CacheDirectoryMode=0700",
         "UMask=0077",
     )
-    if any(each.password_file is None and each.password_command is None for each in config.destinations):
-        yield "# SNAPCHAIN_PASSWORD=... or the variables of password_env; mode 0600"
+    told = [
+        *(
+            ["# SNAPCHAIN_PASSWORD=... or the variables of password_env; mode 0600"]
+            if _asks_environment(config)
+            else []
+        ),
+        *(_S3_VARIABLES if any(each.url.lower().startswith("s3://") for each in config.destinations) else []),
+    ]
+    if told:
+        yield from told
         yield f"EnvironmentFile=-/etc/snapchain/{config.name}.env"
     yield from (
         "",
@@ -105,6 +117,10 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
     )
     if _hooks(config):
         yield "# The hooks live under these limits, too: what they need beyond them has to be allowed here."
+
+
+def _asks_environment(config: Nightly) -> bool:
+    return any(each.password_file is None and each.password_command is None for each in config.destinations)
 
 
 def _timer(config: Nightly, name: str) -> Iterator[str]:

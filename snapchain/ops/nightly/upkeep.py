@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -135,11 +136,11 @@ class Upkeep:
     def _on_event(self, event: Event) -> None:
         on_event: OnEvent = self._night.on_event
         match event:
-            case Notice(message):
-                if self._night.is_new(message):
-                    on_event(Notice(f"{self._place.name}: {message}"))
-            case Progress(phase, done, total):
-                on_event(Progress(f"{phase} {self._place.name}", done, total))
+            case Notice():
+                if self._night.is_new(event.text):
+                    on_event(event.within(self._place.name))
+            case Progress(phase):
+                on_event(replace(event, phase=f"{phase} {self._place.name}"))
 
 
 def _of_some_size(repository: Repository, disk: str, share: float) -> float:

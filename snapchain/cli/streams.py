@@ -1,0 +1,121 @@
+"""Standard output and standard error that may be closed, full, or read by nobody any more.
+
+    stdout  the reader has gone       ReaderGone: the command ends quietly, with the 141 of a program that SIGPIPE ends
+            full, closed, an I/O error  OutputFailed: a plain error with an exit code of its own
+    stderr  whatever happens           nothing: no work stops because a note cannot be written
+
+The stream itself raises them, so that all that print (typer, rich, a verb) end alike. ReaderGone is no OSError: rich
+and typer would take one for theirs, and exit with 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+from snapchain.errors import OutputFailed
+
+_STDOUT = "standard output"
+
+
+class ReaderGone(Exception):
+    """The program that read the output has closed the pipe."""
+
+
+def failure(error: OSError | None) -> Exception:
+    """What it means that stdout took no more; None where it was closed from the start."""
+    if error is not None and error.errno in (errno.EPIPE, errno.ECONNRESET):
+        return ReaderGone()
+    if error is None or error.errno == errno.EBADF:
+        return OutputFailed("the output cannot be written: it is closed", subject=_STDOUT)
+    words = (error.strerror or str(error)).lower()
+    return OutputFailed(f"the output cannot be written: {words}", subject=_STDOUT)
+
+
+class Stdout:
+    """Standard output, as a text stream that raises the errors above. It has no `buffer`: all goes through `write`."""
+
+    def __init__(self, inner: TextIO | None) -> None:
+        self._inner = inner
+
+    def write(self, text: str) -> int:
+        """Write all of it. Raises ReaderGone, OutputFailed."""
+        if self._inner is None:
+            raise failure(None)
+        try:
+            return self._inner.write(text)
+        except OSError as error:
+            raise failure(error) from error
+
+    def flush(self) -> None:
+        """Raises ReaderGone, OutputFailed."""
+        try:
+            if self._inner is not None:
+                self._inner.flush()
+        except OSError as error:
+            raise failure(error) from error
+
+    def isatty(self) -> bool:
+        """Whether a person looks at it."""
+        return self._inner is not None and self._inner.isatty()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "buffer" or self._inner is None:
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+class Stderr(Stdout):
+    """Standard error: what cannot be written there is lost."""
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(ReaderGone, OutputFailed):  # there is no third stream to tell it on
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Never raises."""
+        with suppress(ReaderGone, OutputFailed):
+            super().flush()
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """While the block runs, sys.stdout and sys.stderr are streams of this module."""
+    before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets '?' for what it lacks, not an error
+    sys.stdout, sys.stderr = cast("TextIO", Stdout(sys.stdout)), cast("TextIO", Stderr(sys.stderr))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def occupy_descriptors() -> None:
+    """Give 0, 1 and 2 to nothing where the caller has closed them.
+
+    The next file that is opened would have that number: an image would receive what a program prints.
+    """
+    for descriptor, flags in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):  # stdout: a write must fail
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest free number
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
+
+
+def same_place() -> bool:
+    """Whether stdout and stderr go to one terminal, pipe or file: what is on one need not be said on the other."""
+    try:
+        one, other = os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # io.UnsupportedOperation is both of the first
+        return False
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
