@@ -12,8 +12,8 @@
     ├── Busy                         9   somebody has it open: wait, or stop them
     └── PartialFailure              10   of many things some were not done: the report says which
 
-The number is the exit code of the command line.  `Interrupted` (130) is not an error of this tree: it
-derives from KeyboardInterrupt, so that no handler of errors swallows a Ctrl-C.
+The number is the exit code of the command line.  `Interrupted` (130; 129 after SIGHUP) is not an error of this
+tree: it derives from KeyboardInterrupt, so that no handler of errors swallows a Ctrl-C.
 
 An error carries facts, not prose: what is wrong (`message`), with which file or object (`subject`), and
 what to do (`hint`).
@@ -125,6 +125,6 @@ class PartialFailure(SnapchainError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; what was done so far is as good as before the command."""
+    """SIGINT, SIGTERM or SIGHUP arrived; what was done so far is as good as before the command."""
 
     exit_code = 130

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from gc import set_threshold
-from types import FrameType
 from typing import NoReturn
 
 from snapchain.cli import exits
-from snapchain.errors import Interrupted, Unsupported
+from snapchain.cli.signals import interrupting
+from snapchain.errors import Unsupported
 
 __all__ = ["main", "program"]
 
@@ -29,29 +28,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # What a command loads and makes stays until its end: to look for garbage every 700 objects is a tenth of a start.
     set_threshold(50_000, 20, 20)
-    try:
-        before = signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # called from a thread that is not the main one: signals are somebody else's
-        before = None
-    try:
-        _check_words(words)
-        _print_what_can_be_printed()
-        # inside: a Ctrl-C while they load gets a clean end too
-        from snapchain.cli.ahead import logging_in
-        from snapchain.cli.serving import serve_directly
-        from snapchain.cli.verbs import load
+    with interrupting():
+        try:
+            _check_words(words)
+            _print_what_can_be_printed()
+            # inside: a Ctrl-C while they load gets a clean end too
+            from snapchain.cli.ahead import logging_in
+            from snapchain.cli.serving import serve_directly
+            from snapchain.cli.verbs import load
 
-        if serve_directly(words):
-            return 0
-        with logging_in(words):
-            status = load(words)(words, prog_name="snapchain", standalone_mode=False)
-        sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
-        return int(status or 0)
-    except BaseException as error:  # noqa: BLE001 - the last handler: everything becomes words and an exit code
-        return exits.tell(error, as_json="--json" in words)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+            if serve_directly(words):
+                return 0
+            with logging_in(words):
+                status = load(words)(words, prog_name="snapchain", standalone_mode=False)
+            sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
+            return int(status or 0)
+        except BaseException as error:  # noqa: BLE001 - the last handler: everything becomes words and an exit code
+            return exits.tell(error, as_json="--json" in words)
 
 
 def program() -> NoReturn:
@@ -81,7 +74,3 @@ def _print_what_can_be_printed() -> None:
     """A terminal without UTF-8 gets '?' for what it lacks, not an error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Interrupted("SIGTERM")

@@ -24,7 +24,7 @@ app = typer.Typer(
     "An ADDRESS is the path of an image, or DEST::DISK\\[@POINT]: DEST is a directory or s3://bucket/prefix, DISK a "
     "name such as web1/vda, and POINT is latest, a number, a label or a time (RFC 3339).",
     epilog="Exit codes: 0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, "
-    "8 a program failed, 9 busy, 10 partly failed, 130 interrupted.",
+    "8 a program failed, 9 busy, 10 partly failed, 129 and 130 interrupted.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -15,6 +15,7 @@ import sys
 import traceback
 from typing import Any
 
+from snapchain.cli import signals
 from snapchain.errors import InvalidInput, SnapchainError, ToolFailed
 
 BUG = 1
@@ -51,7 +52,7 @@ def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
             facts |= {"argv": list(error.argv), "status": error.status, "stderr": error.stderr}
         return facts
     if isinstance(error, KeyboardInterrupt):
-        return _row("interrupted", "interrupted", INTERRUPTED, hint=left_behind)
+        return _row("interrupted", "interrupted", signals.exit_code(), hint=left_behind)
     import typer  # inside: what is no error, or one of ours, can do without
 
     # Public names of typer that lead to its usage errors, whichever version keeps them in whichever module.
@@ -84,7 +85,7 @@ def _write(facts: dict[str, Any], *, stderr: str) -> None:
         lines.append(f"snapchain: hint: {facts['hint']}")
     try:
         sys.stderr.write("\n".join(lines) + "\n")
-    except BrokenPipeError:
+    except OSError:  # a reader that has gone, a terminal that was closed
         return
 
 

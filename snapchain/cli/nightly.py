@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render
+from snapchain.cli import options, render, signals
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import duration, size
-from snapchain.errors import Interrupted, InvalidInput, PartialFailure
+from snapchain.errors import InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ def nightly(
         report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
         out.report(report, _draw_report)
     if report.interrupted:
-        raise typer.Exit(Interrupted.exit_code)
+        raise typer.Exit(signals.exit_code())
     if not report.complete:
         raise typer.Exit(PartialFailure.exit_code)
 
