@@ -7,7 +7,9 @@ lies in those directories can be found.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -15,10 +17,24 @@ from enum import Enum
 from pathlib import Path
 
 from snapchain.host.os_errors import os_errors
-from snapchain.image.qcow2.format import MAGIC, MAX_BACKING_NAME_BYTES
+from snapchain.image.qcow2.format import (
+    EXTENSION,
+    MAGIC,
+    MAX_BACKING_NAME_BYTES,
+    MAX_CLUSTER_BITS,
+    ExtensionType,
+)
 
+_FIRST_BYTES = 512
 _HEAD_BYTES = 64 << 10
+_LARGEST_CLUSTER = 1 << MAX_CLUSTER_BITS
 _BACKING = struct.Struct(">4sIQI")
+_HEADER_LENGTH_AT = 100
+_QED, _QED_BACKING_AT, _QED_BACKING = b"QED\0", 56, struct.Struct("<II")
+_VMDK = (b"KDMV", b"COWD", b"# Disk DescriptorFile")
+_VMDK_NAME = re.compile(rb'parentFileNameHint="([^"\n]*)"|^RW \d+ [A-Z]+ "([^"\n]*)"', re.MULTILINE)
+_MAGICS = (MAGIC, _QED, *_VMDK)
+_FILE_PROTOCOLS = {"file", "host_device"}
 
 
 class Unread(Enum):
@@ -84,27 +100,111 @@ def _images(directories: Iterable[Path], besides: Collection[tuple[int, int]]) -
 def _backing_name(path: Path) -> str | None:
     """What a qcow2 header records, however broken the image is otherwise. Raises OSError for one that is not read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        names = recorded_names(path)
     except FileNotFoundError:  # gone meanwhile
         return None
+    return names[0] if names else None
+
+
+def recorded_names(path: Path) -> tuple[str, ...]:
+    """The files that an image's header names: its backing file, and files that hold its data. () for what is no image.
+
+    However broken the image is otherwise. Knows qcow2 (with its external data file), qcow, QED and VMDK; a VHD or VHDX
+    names its parent where the header does not show it. Raises OSError for a file that is not read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        head = os.pread(fd, _FIRST_BYTES, 0)
+        if not head.startswith(_MAGICS):
+            return ()
         head = os.pread(fd, _HEAD_BYTES, 0)
+        names = _vmdk_names(head) if head.startswith(_VMDK) else _header_names(fd, head)
     finally:
         os.close(fd)
-    if len(head) < _BACKING.size or not head.startswith(MAGIC):
+    return tuple(os.fsdecode(name) for name in names if name)
+
+
+def named_files(image: Path, name: str) -> tuple[Path, ...]:
+    """Where a recorded name may lead: plain paths, `file:`, and every string of `json:`. () for other protocols."""
+    # An image behind a symbolic link may be opened by either path.
+    directories = dict.fromkeys([image.parent, Path(os.path.realpath(image)).parent])
+    return tuple(directory / each for each in _paths(name) if "\0" not in each for directory in directories)
+
+
+def mentions(name: str, file: Path) -> bool:
+    """Whether a name could mean `file` without being a path to it: relative to QEMU's directory, or by a server."""
+    if not is_protocol(name) or name.partition(":")[0] in _FILE_PROTOCOLS:
+        return False
+    strings = _json_strings(name)
+    return any(file.name in each for each in ([name] if strings is None else strings) if not each.startswith("/"))
+
+
+def is_protocol(name: str) -> bool:
+    """Whether QEMU takes it for a protocol, or for options."""
+    return ":" in name.split("/", 1)[0]
+
+
+def _paths(name: str) -> list[str]:
+    if not is_protocol(name):
+        return [name]
+    scheme, _, rest = name.partition(":")
+    if scheme in _FILE_PROTOCOLS:
+        return [rest]
+    return [each.removeprefix("file:") for each in _json_strings(name) or () if each]
+
+
+def _json_strings(name: str) -> list[str] | None:
+    """All strings in a `json:` name. None where it is none, or cannot be parsed."""
+    if not name.startswith("json:"):
         return None
-    _, _, offset, length = _BACKING.unpack_from(head)
-    name = head[offset : offset + length] if 0 < length <= MAX_BACKING_NAME_BYTES else b""
-    return os.fsdecode(name) or None
+    try:
+        return list(_strings(json.loads(name.removeprefix("json:"))))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _strings(each)
+
+
+def _header_names(fd: int, head: bytes) -> list[bytes]:
+    if head.startswith(_QED):
+        place = _QED_BACKING.unpack_from(head, _QED_BACKING_AT) if len(head) >= 64 else (0, 0)
+        return [head[place[0] : place[0] + place[1]] if place[1] <= MAX_BACKING_NAME_BYTES else b""]
+    if len(head) < _BACKING.size:
+        return []
+    _, version, offset, length = _BACKING.unpack_from(head)
+    name = b""
+    if offset and 0 < length <= MAX_BACKING_NAME_BYTES:
+        # The first cluster may be larger than what was read.
+        name = os.pread(fd, length, offset) if offset <= _LARGEST_CLUSTER else b""
+    return [name, *(_data_files(head) if version >= 3 else ())]
+
+
+def _data_files(head: bytes) -> Iterator[bytes]:
+    """Names of external data files, in the header extensions."""
+    at = int.from_bytes(head[_HEADER_LENGTH_AT : _HEADER_LENGTH_AT + 4], "big")
+    while at + EXTENSION.size <= len(head):
+        kind, length = EXTENSION.unpack_from(head, at)
+        if kind == ExtensionType.END:
+            return
+        if kind == ExtensionType.DATA_FILE:
+            yield head[at + EXTENSION.size : at + EXTENSION.size + length]
+        at += EXTENSION.size + -(-length // 8) * 8
+
+
+def _vmdk_names(head: bytes) -> list[bytes]:
+    found = _VMDK_NAME.findall(head)
+    return [parent or extent for parent, extent in found]
 
 
 def _meant(entry: Path, recorded: str, wanted: dict[str, Path]) -> list[Path]:
-    if ":" in recorded.split("/", 1)[0]:
-        # `json:` and protocols may name a file in many ways: one that holds its name is taken to mean it.
-        return [path for path in wanted.values() if path.name in recorded]
-    if "\0" in recorded:
-        return []
-    # An image behind a symbolic link may be opened by either path.
-    directories = {entry.parent, Path(os.path.realpath(entry)).parent}
-    places = {os.path.realpath(directory / recorded) for directory in directories}
-    return [path for place, path in wanted.items() if place in places]
+    places = {os.path.realpath(path) for path in named_files(entry, recorded)}
+    return [path for place, path in wanted.items() if place in places or mentions(recorded, path)]

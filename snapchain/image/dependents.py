@@ -1,0 +1,318 @@
+"""Who else stands on a file: a search of directory trees, and of what libvirt's definitions name.
+
+    i1/disk.qcow2 ->+                      files: _base/img, what might be removed or written to
+                    +-> _base/img          own:   i1/disk.qcow2, whose user asks
+    i2/disk.qcow2 ->+                      found: i2/disk.qcow2
+
+Only headers are read, breadth first from the first root on.  An image that is found leads to the files that it names,
+wherever those lie: an overlay here may stand on one elsewhere, and that one on a file of ours.  Files are told apart
+by device and inode, so links, hard links and bind mounts count as what they lead to.
+
+The search is bounded.  What it could not see is said (`Dependents.incomplete`) and stops nobody, or an unreadable
+directory of another user would do so for ever.  Only one thing that was seen and not read counts as a user of every
+file: an image that cannot be read, whose owner could read the file (see `_may_stand_on`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snapchain.host import libvirt
+from snapchain.image.references import mentions, named_files, recorded_names
+
+MOST_ENTRIES = 200_000
+MOST_SECONDS = 5.0
+"""How much of the trees is looked at: names, and time without that for libvirt."""
+_SMALLEST_IMAGE = 72
+_NOT_ENTERED = {"/proc", "/sys", "/dev", "/run/user"}
+_SYSTEM = {"/bin", "/boot", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/sbin", "/usr", "/snap"}
+"""The operating system's own directories, which hold no disks; entered only where one is named, or lies below it."""
+_IMAGE_SUFFIXES = {".qcow2", ".qcow", ".img", ".raw", ".qed", ".vmdk", ".snap", ".overlay", ".base"}
+
+Identity = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Dependent:
+    """One user of a file. path: an image or link, or None; domain: libvirt's name, or None.
+
+    description: a clause that names it, such as `/vm/i2/disk.qcow2 stands on it`
+    """
+
+    path: Path | None
+    domain: str | None
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dependents:
+    """What a search has found. incomplete: a sentence when not everything could be looked at."""
+
+    incomplete: str | None = None
+    _found: dict[str, tuple[Dependent, ...]] = field(default_factory=dict)
+
+    def on(self, path: Path) -> tuple[Dependent, ...]:
+        """Who else stands on this file, which must be one of those that were searched for."""
+        return self._found.get(os.path.realpath(path), ())
+
+    def reason(self, path: Path) -> str | None:
+        """Why this file must stay, in a clause; None when nobody else was found to stand on it."""
+        found = self.on(path)
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        return "; ".join(each.description for each in found[:3]) + more if found else None
+
+
+def search(
+    files: Sequence[Path],
+    roots: Iterable[Path],
+    *,
+    near: Collection[Path] = (),
+    own: Collection[Identity] = (),
+    disk: Path | None = None,
+) -> Dependents:
+    """Search the trees below `roots`, and libvirt's definitions, for users of `files`.
+
+    files: by the names under which their own disk opens them: symbolic links among these do not count as users
+    near: directories in which every unreadable file counts, whatever its name
+    own: (device, inode) of images that do not count, such as the disk's other files
+    disk: the file that a guest opens; a domain whose disk this is does not count because of that
+    """
+    looked = _Search(files, near, own, disk)
+    looked.walk(roots)
+    definitions = libvirt.definitions()
+    looked.domains(definitions.domains)
+    looked.walk(definitions.directories)
+    looked.read(definitions.volumes)
+    return looked.result(definitions.fault)
+
+
+class _Search:
+    def __init__(
+        self, files: Sequence[Path], near: Collection[Path], own: Collection[Identity], disk: Path | None
+    ) -> None:
+        self._files: dict[Identity, list[str]] = {}
+        self._real: dict[str, Path] = {}
+        for file in files:
+            real = os.path.realpath(file)
+            self._real[real] = Path(real)
+            with suppress(OSError):
+                self._files.setdefault(_identity(os.stat(real)), []).append(real)  # noqa: PTH116 - a hot path
+        self._own = set(own)
+        self._names = {name for file in [*files, *([disk] if disk else [])] for name in _links(file)}
+        self._disk = None if disk is None else os.path.realpath(disk)
+        self._near = {os.path.realpath(directory) for directory in near}
+        self._suffixes = {*_IMAGE_SUFFIXES, *(Path(real).suffix for real in self._real)} - {""}
+        self._found: dict[str, dict[str, Dependent]] = {}
+        self._directories: set[Identity] = set()
+        self._read: set[str] = set()
+        self._follow: deque[str] = deque()
+        self._entries = 0
+        self._seconds = 0.0
+        self._stopped_at: str | None = None
+        self._unseen: list[str] = []
+
+    # --- trees
+
+    def walk(self, roots: Iterable[Path]) -> None:
+        """All files below the roots, those of the first ones first."""
+        began = time.monotonic()
+        named = list(dict.fromkeys(os.path.realpath(root) for root in roots))
+        passed_over = {each for each in _SYSTEM if not any(Path(root).is_relative_to(each) for root in named)}
+        waiting = deque(named)
+        while waiting:
+            directory = waiting.popleft()
+            if self._entries >= MOST_ENTRIES or self._seconds + time.monotonic() - began > MOST_SECONDS:
+                self._stopped_at = self._stopped_at or directory
+                break
+            waiting.extend(
+                each for each in self._directory(directory) if each not in _NOT_ENTERED and each not in passed_over
+            )
+            self._follow_names()
+        self._seconds += time.monotonic() - began
+
+    def _directory(self, directory: str) -> Iterator[str]:
+        """Read the images of one directory; gives the directories in it."""
+        below: list[str] = []
+        try:
+            status = os.stat(directory)  # noqa: PTH116 - a hot path
+            if _identity(status) in self._directories or not stat.S_ISDIR(status.st_mode):
+                return
+            self._directories.add(_identity(status))
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    self._entries += 1
+                    if entry.is_dir():
+                        below.append(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
+                    else:
+                        self._entry(entry.path, entry)
+                    if self._entries >= MOST_ENTRIES:
+                        self._stopped_at = directory
+                        break
+        except (FileNotFoundError, NotADirectoryError):  # gone meanwhile
+            pass
+        except OSError:
+            self._unseen.append(directory)
+        yield from below
+
+    def _entry(self, path: str, entry: os.DirEntry[str]) -> None:
+        try:
+            status = entry.stat()
+        except OSError:  # a dangling link, or gone meanwhile
+            return
+        if entry.is_symlink():
+            self._link(path, status)
+        self._image(path, status)
+
+    def _link(self, path: str, status: os.stat_result) -> None:
+        """Somebody may open one of our files by a name of his own."""
+        if path not in self._names:
+            for real in self._files.get(_identity(status), ()):
+                self._add(real, path, f"{self._shown(path, real)} is a symbolic link to it")
+
+    # --- images
+
+    def _image(self, path: str, status: os.stat_result) -> None:
+        kind = status.st_mode
+        if not (stat.S_ISBLK(kind) or (stat.S_ISREG(kind) and status.st_size >= _SMALLEST_IMAGE)):
+            return
+        if (status.st_dev, status.st_ino) in self._own or path in self._read:
+            return
+        self._read.add(path)
+        image = Path(path)
+        try:
+            names = recorded_names(image)
+        except FileNotFoundError:  # gone meanwhile
+            return
+        except OSError:
+            self._unreadable(path, status)
+            return
+        for name in names:
+            self._named(image, name)
+
+    def _named(self, image: Path, name: str) -> None:
+        targets: set[str] = set()
+        for place in named_files(image, name):
+            real = os.path.realpath(place)
+            try:
+                targets.update(self._files.get(_identity(os.stat(real)), ()))  # noqa: PTH116 - a hot path
+                self._follow.append(str(place))
+            except OSError:  # it is not there, or not to be seen; its name says enough
+                targets.update([real] if real in self._real else ())
+        targets.update(real for real, file in self._real.items() if mentions(name, file))
+        for real in targets:
+            if os.path.realpath(image) != real:
+                self._add(real, str(image), f"{self._shown(str(image), real)} stands on it")
+
+    def _follow_names(self) -> None:
+        """What images name lies anywhere, and stands on something itself."""
+        while self._follow:
+            path = self._follow.popleft()
+            if path not in self._read:
+                with suppress(OSError):
+                    self._image(path, os.stat(path))  # noqa: PTH116 - a hot path
+
+    def _unreadable(self, path: str, status: os.stat_result) -> None:
+        near = os.path.dirname(os.path.realpath(path)) in self._near  # noqa: PTH120 - a hot path
+        looks_like_an_image = Path(path).suffix in self._suffixes or Path(path).name.startswith("disk")
+        if not near and not looks_like_an_image:
+            return
+        for real in self._real:
+            if near or _may_stand_on(real, status.st_uid):
+                self._add(real, path, f"{self._shown(path, real)} cannot be read, and may stand on it")
+
+    # --- libvirt
+
+    def domains(self, domains: Iterable[libvirt.Domain]) -> None:
+        """Disks of domains, the chains that their definitions record, and what the headers of these files name."""
+        for domain in domains:
+            for file in domain.files:
+                self._named_by(domain.name, file)
+                self._follow.append(str(file.path))
+        self._follow_names()
+
+    def _named_by(self, domain: str, file: libvirt.NamedFile) -> None:
+        real = os.path.realpath(file.path)
+        targets = {real} & set(self._real)
+        with suppress(OSError):
+            targets.update(self._files.get(_identity(os.stat(real)), ()))  # noqa: PTH116 - a hot path
+        disk = f" ({file.disk})" if file.disk else ""
+        for each in targets:
+            if not (file.is_source and each == self._disk):
+                what = "uses it" if file.is_source else "names it in its backing chain"
+                dependent = Dependent(None, domain, f"domain {domain}{disk} {what}")
+                self._found.setdefault(each, {})[f"domain {domain}"] = dependent
+
+    def read(self, images: Iterable[Path]) -> None:
+        """These images, wherever they lie."""
+        self._follow.extend(str(path) for path in images)
+        self._follow_names()
+
+    # --- the result
+
+    def _add(self, real: str, path: str, description: str) -> None:
+        self._found.setdefault(real, {})[path] = Dependent(Path(path), None, description)
+
+    @staticmethod
+    def _shown(path: str, real: str) -> str:
+        """By its name where it lies beside the file."""
+        at = Path(path)
+        return at.name if str(at.parent) == str(Path(real).parent) else path
+
+    def result(self, fault: str | None) -> Dependents:
+        """What was found, sorted by name, and what could not be looked at."""
+        sentences = []
+        if self._stopped_at is not None:
+            sentences.append(
+                f"The search for other users of these files ended at {self._stopped_at}, after {self._entries} names: "
+                "there may be users that it did not reach."
+            )
+        if self._unseen:
+            more = f" and {len(self._unseen) - 1} more directories" if len(self._unseen) > 1 else ""
+            sentences.append(f"{self._unseen[0]}{more} cannot be read: images there may stand on these files.")
+        if fault is not None:
+            sentences.append(fault)
+        found = {real: tuple(users[name] for name in sorted(users)) for real, users in self._found.items()}
+        return Dependents(" ".join(sentences) or None, found)
+
+
+def _identity(status: os.stat_result) -> Identity:
+    """A block device may have many nodes."""
+    if stat.S_ISBLK(status.st_mode):
+        return -1, status.st_rdev
+    return status.st_dev, status.st_ino
+
+
+def _links(path: Path) -> Iterator[str]:
+    """The symbolic links, one leading to the next, by which a path reaches its file."""
+    for _ in range(40):  # as many as the kernel follows
+        at = Path(os.path.realpath(path.parent)) / path.name
+        yield str(at)
+        try:
+            path = at.parent / os.readlink(at)  # noqa: PTH115 - may be relative
+        except OSError:
+            return
+
+
+def _may_stand_on(file: str, user: int) -> bool:
+    """Whether an image of this user may stand on `file`: whether its owner could read that.
+
+    An image that its owner cannot use is none.  Groups are not looked up: what a group may read, anybody may.
+    """
+    if user == 0:
+        return True
+    with suppress(OSError):
+        path = Path(file)
+        needed = [(path, stat.S_IRUSR), *((directory, stat.S_IXUSR) for directory in path.parents)]
+        for each, owners in needed:
+            status = each.stat()
+            bits = owners if status.st_uid == user else (owners >> 3 | owners >> 6)
+            if not status.st_mode & bits:
+                return False
+    return True
