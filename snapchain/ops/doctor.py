@@ -3,6 +3,7 @@
     a merge's journal          the merge was killed at work: it is finished, or undone, as far as it had come
     a new file without a name  of a merge or a snapshot that was killed early: it goes
     a second name              of an image that was about to be sealed: it goes, the image stays
+    a part of a restore        of one that was killed: it goes
 
 Everything under the locks that live runs hold: what somebody is at work on is left alone, and said.
 """
@@ -29,6 +30,7 @@ from snapchain.image.references import children, reason
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.merge import recover
 from snapchain.ops.merge.journal import MergeJournal, is_journal, leftovers, read
+from snapchain.ops.output import is_part, meant_for, remove_part
 
 _SNAPSHOT = re.compile(r"\.(.+)\.snapshot-[0-9a-f]{8}")
 _HALF_JOURNAL = re.compile(r"\.(\.snapchain-merge-.+\.json)\.new-[0-9a-f]{8}")
@@ -150,6 +152,25 @@ def _look(directory: Path) -> Iterator[Finding]:
                     remedy="removes it",
                 )
     yield from _second_names(entries)
+    yield from _parts(entries)
+
+
+def _parts(entries: Sequence[Path]) -> Iterator[Finding]:
+    """What restores that were killed have left; a file that somebody else has put under such a name is none."""
+    for path in entries:
+        target = meant_for(path)
+        try:
+            if target is None or not is_part(path, path.lstat(), of_anybody=os.geteuid() == 0):
+                continue
+        except FileNotFoundError:
+            continue
+        yield Finding(
+            path=path,
+            kind=Kind.NEW_FILE,
+            image=target,
+            says="the new file of a restore that was not finished; nothing else was changed",
+            remedy="removes it; run the restore again from the start",
+        )
 
 
 def _merge(path: Path) -> Finding:
@@ -220,6 +241,8 @@ def _done(finding: Finding, on_event: OnEvent) -> Iterable[Path]:
             _check_second_name(finding)
             files.remove(finding.path)
         return (finding.path,)
+    if meant_for(finding.path) is not None:
+        return (finding.path,) if remove_part(finding.path, of_anybody=os.geteuid() == 0) else ()
     with _free(finding):
         files.remove(finding.path)
     return (finding.path,)

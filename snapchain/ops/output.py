@@ -32,10 +32,14 @@ _TRIES, _PAUSE = 40, 0.05
 
 
 class OutputFile:
-    """A context manager; without `publish` the file is gone on leaving. path: no symbolic link."""
+    """A context manager; without `publish` the file is gone on leaving.
 
-    def __init__(self, path: Path) -> None:
+    path: no symbolic link; name: by which it is known, which may be a link to it
+    """
+
+    def __init__(self, path: Path, *, name: Path | None = None) -> None:
         self.path = path
+        self.name = path if name is None else name
         self._temporary = files.temporary_beside(path, purpose=_PURPOSE)
         self.fd = -1
         self._directory = -1
@@ -111,9 +115,7 @@ class OutputFile:
                 os.fsync(self.fd)
                 if not replaced.same_file(self.path):
                     raise Conflict("another file took its name meanwhile", subject=self.path, hint="run it again")
-                os.rename(
-                    self._temporary.name, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory
-                )
+                os.rename(self._temporary.name, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             os.fsync(self._directory)
         self._close()
 
@@ -163,12 +165,15 @@ def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
             status = os.fstat(fd)
             if not is_part(part, status, of_anybody=of_anybody):
                 return False
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Busy("another snapchain is writing it", subject=meant_for(part), hint="wait for it") from error
+            except OSError:  # no locks here: nobody can tell
+                return False
             if not _is(part, status):  # it got its final name before it was locked here
                 return False
             part.unlink()
-        except BlockingIOError as error:
-            raise Busy("another snapchain is writing it", subject=meant_for(part), hint="wait for it") from error
         finally:
             os.close(fd)
     return True

@@ -271,6 +271,12 @@ class Repository:
         with self.as_of(catalogue):
             return list(self.layers(catalogue.chain(layer)).values())
 
+    def chain_of(self, catalogue: Catalogue, point: Point) -> list[StoredLayer]:
+        """The layers of a point, root first. Raises Corrupt where the point and its layer disagree, and as `chain`."""
+        found = self.chain(catalogue, point.layer)
+        check_agrees(catalogue.disk, point, found[-1])
+        return found
+
     @contextmanager
     def as_of(self, catalogue: Catalogue) -> Iterator[None]:
         """Reads what a catalogue names without a lease: what misses because there is a newer one is no damage.
@@ -300,6 +306,16 @@ class Repository:
     def index(self) -> BlobIndex:
         """All blobs of the repository."""
         return indexes.load(self.store, self.keys)
+
+
+def check_agrees(disk: str, point: Point, layer: StoredLayer) -> None:
+    """Raises Corrupt unless a point and the layer that it names tell of the same content: else one is another's."""
+    if (layer.size, layer.header.content_id) != (point.size, point.content_id):
+        raise Corrupt(
+            "the point and its layer disagree about the content id",
+            subject=f"{disk}@{point.point}",
+            hint=f"snapchain verify tells which points are sound; restore one of those (snapchain log, of {disk})",
+        )
 
 
 def parse_config(text: bytes, *, subject: str) -> Config:
