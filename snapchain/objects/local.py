@@ -11,7 +11,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -101,6 +101,10 @@ class LocalStore:
             for entry in sorted(name for name, is_folder in entries if is_folder)
             if next(self._below(folder + entry, ""), None) is not None
         )
+
+    def top_names(self) -> Sequence[str]:
+        """All names in the directory, ours or not, but for the `lost+found` that a new filesystem has."""
+        return [name for name in self._rooted.all_names() if name != "lost+found"]
 
     def delete(self, name: str) -> None:
         """Idempotent.  Not synced: after a power failure a deleted object may be there again."""

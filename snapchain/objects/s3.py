@@ -12,7 +12,7 @@ import hashlib
 import random
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
@@ -149,6 +149,14 @@ class S3Store:
             for common in page.get("CommonPrefixes", [])
         }
         return iter(sorted(name for name in found if _is_ours(f"{folder}{name}")))
+
+    def top_names(self) -> Sequence[str]:
+        """First segments of keys below the prefix, ours or not; those of one page."""
+        page = next(self._pages("", delimiter="/"))
+        keys = [each["Key"] for each in page.get("Contents", [])]
+        folders = [each["Prefix"].rstrip("/") for each in page.get("CommonPrefixes", [])]
+        names = (key.removeprefix(self._prefix) for key in [*keys, *folders])
+        return [name for name in names if name]  # without: a folder that a console has made
 
     def delete(self, name: str) -> None:
         valid_name(name)

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, Unavailable, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.store import ObjectStore
@@ -26,6 +26,7 @@ from snapchain.repository.known import Memory
 from snapchain.repository.layers import PageCache, StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.stored import newer, parse as parse_stored
+from snapchain.repository.vacancy import check_vacant, nothing_here
 
 CONFIG = "config"
 _READERS = 8
@@ -79,7 +80,11 @@ class Repository:
     def create(
         cls, store: ObjectStore, *, passphrase: Passphrase, encryption: str = AES, block_size: int = BLOCK_BYTES
     ) -> Repository:
-        """Make an empty repository. Raises Conflict when there is one already, InvalidInput for bad parameters."""
+        """Make an empty repository.
+
+        Raises Conflict when there is one already, or something else, InvalidInput for bad parameters, Corrupt for a
+        repository that has lost its `config`.
+        """
         if encryption not in SUITES:
             raise InvalidInput(f"unknown encryption {encryption!r}", hint=f"one of {', '.join(SUITES)}")
         if not MIN_BLOCK_BYTES <= block_size <= MAX_BLOCK_BYTES or block_size & (block_size - 1):
@@ -90,6 +95,7 @@ class Repository:
         taken = Conflict("there is a snapchain repository here already", subject=store.url)
         if store.size(CONFIG) is not None:
             raise taken
+        check_vacant(store)
         secret = None if encryption == NONE else passphrase()
         if encryption != NONE and not secret:
             raise InvalidInput(
@@ -130,9 +136,7 @@ class Repository:
         """
         size = store.size(CONFIG)
         if size is None:
-            raise NotFound(
-                "there is no snapchain repository here", subject=store.url, hint=f"snapchain init {store.url}"
-            )
+            raise nothing_here(store)
         _check_small(CONFIG, size)
         text = store.get(CONFIG)
         config = parse_config(text, subject=store.url)

@@ -12,8 +12,8 @@ import pytest
 from snapchain.host.interrupts import held_back
 from snapchain.ops import serve_replica
 from snapchain.ops.nightly.run import _Run
-from snapchain.ops.restore import Replay
 from snapchain.ops.ship import Shipment
+from snapchain.repository.replay import Replay
 from tests.cli.conftest import Run, write
 from tests.ops.stacks import names
 
