@@ -5,12 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.image.positioned import Buffer
+from snapchain.image.qcow2.write import Qcow2Writer
+from snapchain.image.raw_write import RawWriter
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import restore_target
 from snapchain.ops.events import Event, Progress
@@ -60,7 +65,7 @@ def test_an_existing_file_is_replaced_only_by_force(repo: Repository, chain: lis
 def test_a_dangling_link_is_in_the_way_too(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.raw"
     out.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="exists already"):
         restore(repo, out)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -72,22 +77,28 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(repo: Repository, chain: 
     def appear(event: Event) -> None:
         out.write_bytes(b"theirs")
 
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="exists already"):
         Restoration(again(repo), DISK, out).run(on_event=appear)
     assert out.read_bytes() == b"theirs"
     assert names(out.parent) == ["out.raw"]
 
 
 @pytest.mark.parametrize(
-    ("name", "error"),
-    [("missing/out.raw", NotFound), ("dir", InvalidInput), ("out", InvalidInput), ("out.vmdk", InvalidInput)],
+    ("name", "error", "fact"),
+    [
+        ("missing/out.raw", NotFound, "there is no such directory"),
+        ("dir", InvalidInput, "this is a directory"),
+        ("out", InvalidInput, "the suffix '' does not tell the format"),
+        ("out.vmdk", InvalidInput, "the suffix '.vmdk' does not tell the format"),
+    ],
 )
 def test_places_that_do_not_do(
-    repo: Repository, chain: list[Path], tmp_path: Path, name: str, error: type[Exception]
+    repo: Repository, chain: list[Path], tmp_path: Path, name: str, error: type[SnapchainError], fact: str
 ) -> None:
     (tmp_path / "dir").mkdir()
-    with pytest.raises(error):
+    with pytest.raises(error, match=fact) as raised:
         restore(repo, tmp_path / name)
+    assert raised.value.subject == str(tmp_path / name if "/" not in name else tmp_path / "missing")
 
 
 def test_the_format_is_the_suffix_or_what_is_said(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
@@ -259,6 +270,43 @@ def test_missing_records_name_the_object(repo: Repository, chain: list[Path], tm
     restore(repo, tmp_path / "out.raw", 1)
 
 
+@pytest.mark.parametrize("target", ["out.raw", "out.qcow2", "chain.qcow2"])
+@pytest.mark.parametrize("writer", [RawWriter, Qcow2Writer])
+def test_what_was_written_is_what_is_reported(
+    repo: Repository,
+    chain: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    writer: type[RawWriter | Qcow2Writer],
+) -> None:
+    """All that is read is sound; on its way into the file one byte changes."""
+    whole = writer.write_pieces
+    left = [1]
+
+    def bent(self: Any, pieces: Sequence[tuple[int, Buffer]]) -> None:
+        given = [(offset, bytearray(memoryview(data).cast("B"))) for offset, data in pieces]
+        if given and left:
+            left.pop()
+            given[0][1][5] ^= 1
+        whole(self, given)
+
+    (tmp_path / "d").mkdir()
+    out = tmp_path / "d" / target
+    is_chain = target.startswith("chain")
+    monkeypatch.setattr(writer, "write_pieces", bent)
+    is_met = (writer is RawWriter) == (target == "out.raw")
+    if is_met:
+        with pytest.raises(Corrupt, match="what was written shows the content") as raised:
+            restore(repo, out, chain=is_chain)
+        assert Path(raised.value.subject or "").parent == out.parent
+        assert names(out.parent) == []
+        monkeypatch.undo()
+    report = restore(repo, out, chain=is_chain)
+    assert report.content_id == repo.catalogue(DISK).points[-1].content_id
+    assert ship(out, repository(MemoryStore(), block_size=256 * 1024)).content_id == report.content_id
+
+
 def test_an_error_while_writing_leaves_nothing(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
 
@@ -283,7 +331,7 @@ def test_two_restores_to_one_place_one_is_told(tmp_path: Path) -> None:
             pass
         first.publish(replaced=None)
     assert out.read_bytes() == b"first"
-    with OutputFile(out) as second, pytest.raises(Conflict):
+    with OutputFile(out) as second, pytest.raises(Conflict, match="exists already"):
         second.publish(replaced=None)
     assert names(tmp_path) == ["out.raw"]
 
