@@ -63,7 +63,7 @@ def _follow(path: Path) -> Followed:
             continue
         links += 1
         if links > _MOST:
-            raise InvalidInput("its symbolic links lead back to it", subject=path)
+            raise InvalidInput("its symbolic links lead back to it", subject=path, hint="name a file itself")
         directory = here.stat()
         _check_owner(here / name, found, directory)
         exposed = exposed or others_may_write(directory)
