@@ -80,4 +80,5 @@ def _draw_report(console: Console, report: DoctorReport) -> None:
             rows.append(("left, since", each.error))
         rows += [("hint", each.hint)] if each.hint else []
         rows += [("removed", ", ".join(map(render.place, each.removed)))] if each.removed else []
+        rows += [("kept", f"{render.place(kept.path)}: {kept.reason}") for kept in each.kept]
         render.facts(console, rows)

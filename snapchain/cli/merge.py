@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,8 +17,6 @@ from snapchain.cli.time_zone import zone_name_of, zone_of
 from snapchain.errors import InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
     from snapchain.model.retention import Policy
@@ -140,6 +139,16 @@ def merge(
     keep_inputs: Annotated[
         bool, typer.Option("--keep-inputs", help="Remove no file that was merged.", rich_help_panel=_HOW)
     ] = False,
+    remove: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--remove",
+            metavar="FILE",
+            help="This merged file may go, or be replaced, though it lies in another directory than the image, or an "
+            "image that cannot be read may stand on it. Not one that another image uses. May be repeated.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     drop_bitmaps: Annotated[
         bool,
         typer.Option("--drop-bitmaps", help="Merge layers with persistent bitmaps; these go.", rich_help_panel=_HOW),
@@ -200,6 +209,7 @@ def merge(
                 cluster_size=None if cluster_size is None else quantities.parse_size(cluster_size),
                 keep_inputs=keep_inputs,
                 drop_bitmaps=drop_bitmaps,
+                remove=tuple(remove or ()),
                 image_format=options.format_of(image_format),
                 image_dirs=tuple(options.image_dirs(image_dir)),
                 policy=policy,
@@ -227,7 +237,7 @@ def merge(
             or drop_bitmaps
             or any(
                 given is not None
-                for given in (first, last, at, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
+                for given in (first, last, at, remove, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
             ),
         )
         disk = parse_disk_address(target).disk

@@ -27,11 +27,16 @@ _SLOW = "it did not answer in time"
 
 @dataclass(frozen=True, slots=True)
 class NamedFile:
-    """A file that a domain's definition names. disk: its target, such as vda; is_source: not a backing file of it."""
+    """A file that a domain's definition names.
+
+    disk: its target, such as vda; source: the file that the guest itself opens, where this is a backing file of that
+    is_lasting: in the definition by which the domain starts the next time, and not only in the one that runs now
+    """
 
     path: Path
-    disk: str | None
-    is_source: bool
+    disk: str | None = None
+    source: Path | None = None
+    is_lasting: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +58,28 @@ class Definitions:
 
 
 def definitions() -> Definitions:
-    """Ask every libvirt daemon that this user's virsh reaches, each for SECONDS at most."""
-    if which("virsh") is None:
+    """Ask every libvirt daemon that this user's virsh reaches, each for SECONDS at most.
+
+    An answer is given again for ten times as long as asking took: with many domains that takes seconds, and a night
+    asks for each of its disks.
+    """
+    global _last  # noqa: PLW0603 - one libvirt, one answer
+    program, began = which("virsh"), time.monotonic()
+    if program is None:
         return Definitions()
+    asked_for = (program, *(uri for env in _connections() for uri in env.values()))
+    if _last is None or _last[0] != asked_for or began >= _last[1]:
+        found = _ask_all()
+        ended = time.monotonic()
+        _last = asked_for, ended + 10 * (ended - began), found
+    return _last[2]
+
+
+_last: tuple[tuple[str, ...], float, Definitions] | None = None
+"""What was asked for, until when the answer counts, and the answer."""
+
+
+def _ask_all() -> Definitions:
     found = [_asked(env, time.monotonic() + SECONDS) for env in _connections()]
     return Definitions(
         domains=tuple(domain for each in found for domain in each.domains),
@@ -142,10 +166,11 @@ def _asked(env: Mapping[str, str], deadline: float) -> Definitions:
         volumes.update(((pool, name), path) for name, path in _volumes(virsh.text("vol-list", pool) or ""))
     domains = []
     for name in names:
-        definitions = [virsh.xml("dumpxml", name)]
-        if name in running:
-            definitions.append(virsh.xml("dumpxml", name, "--inactive"))
-        files = [file for each in definitions if each is not None for file in _files(each, volumes)]
+        runs = name in running
+        asked = [(virsh.xml("dumpxml", name), not runs)]
+        if runs:
+            asked.append((virsh.xml("dumpxml", name, "--inactive"), True))
+        files = [file for xml, lasts in asked if xml is not None for file in _files(xml, volumes, is_lasting=lasts)]
         domains.append(Domain(name, tuple(dict.fromkeys(files))))
     return Definitions(tuple(domains), tuple(directories), tuple(volumes.values()), _fault(virsh.faults))
 
@@ -169,21 +194,26 @@ def _volumes(table: str) -> Iterator[tuple[str, Path]]:
             yield name.strip(), Path("/" + path.strip())
 
 
-def _files(domain: ET.Element, volumes: Mapping[tuple[str, str], Path]) -> Iterator[NamedFile]:
+def _files(domain: ET.Element, volumes: Mapping[tuple[str, str], Path], *, is_lasting: bool) -> Iterator[NamedFile]:
     inside: set[ET.Element] = set()
     for disk in domain.iterfind("devices/disk"):
         target = disk.find("target")
         name = None if target is None else target.get("dev")
         inside.update(disk.iter())
+        opened = next((path for source in disk.findall("source") for path in _sources(source, volumes)), None)
         for source in disk.iter("source"):
-            is_source = source in list(disk)
-            volume = volumes.get((source.get("pool") or "", source.get("volume") or ""))
-            paths = [value for value in source.attrib.values() if value.startswith("/")]
-            for path in [*map(Path, paths), *([volume] if volume else [])]:
-                yield NamedFile(path, name, is_source)
+            of = None if source in list(disk) else opened
+            for path in _sources(source, volumes):
+                yield NamedFile(path, name, of, is_lasting)
     # Firmware, kernels, whatever else: a path is a path.
     for element in domain.iter():
         if element not in inside:
             for value in (*element.attrib.values(), (element.text or "").strip()):
                 if value.startswith("/") and len(value) > 1:
-                    yield NamedFile(Path(value), None, is_source=True)
+                    yield NamedFile(Path(value), is_lasting=is_lasting)
+
+
+def _sources(source: ET.Element, volumes: Mapping[tuple[str, str], Path]) -> list[Path]:
+    volume = volumes.get((source.get("pool") or "", source.get("volume") or ""))
+    paths = [Path(value) for value in source.attrib.values() if value.startswith("/")]
+    return [*paths, *([volume] if volume else [])]

@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from snapchain.host import libvirt
@@ -31,6 +32,7 @@ MOST_ENTRIES = 200_000
 MOST_SECONDS = 5.0
 """How much of the trees is looked at: names, and time without that for libvirt."""
 _SMALLEST_IMAGE = 72
+_NAMED = 3
 _NOT_ENTERED = {"/proc", "/sys", "/dev", "/run/user"}
 _SYSTEM = {"/bin", "/boot", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/sbin", "/usr", "/snap"}
 """The operating system's own directories, which hold no disks; entered only where one is named, or lies below it."""
@@ -39,16 +41,37 @@ _IMAGE_SUFFIXES = {".qcow2", ".qcow", ".img", ".raw", ".qed", ".vmdk", ".snap", 
 Identity = tuple[int, int]
 
 
+class Kind(Enum):
+    """How somebody uses a file.
+
+    STANDS: an image or a domain whose content it is a part of; LINK: a symbolic link, so another name
+    UNREAD: an image that cannot be read and may stand on it
+    DEFINITION: the disk's own domain records the file in its backing chain, and would not start without it
+    """
+
+    STANDS = "stands"
+    LINK = "link"
+    UNREAD = "unread"
+    DEFINITION = "definition"
+
+
+SEEN = (Kind.STANDS, Kind.LINK, Kind.DEFINITION)
+"""Users that were found, not only possible ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Dependent:
     """One user of a file. path: an image or link, or None; domain: libvirt's name, or None.
 
     description: a clause that names it, such as `/vm/i2/disk.qcow2 stands on it`
+    by: the name of the file that it uses, links resolved; one of many where the file has hard links
     """
 
     path: Path | None
     domain: str | None
     description: str
+    kind: Kind
+    by: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +81,20 @@ class Dependents:
     incomplete: str | None = None
     _found: dict[str, tuple[Dependent, ...]] = field(default_factory=dict)
 
-    def on(self, path: Path) -> tuple[Dependent, ...]:
-        """Who else stands on this file, which must be one of those that were searched for."""
-        return self._found.get(os.path.realpath(path), ())
+    def on(self, path: Path, *kinds: Kind) -> tuple[Dependent, ...]:
+        """Who else uses this file, which must be one of those that were searched for; of all kinds unless named."""
+        found = self._found.get(os.path.realpath(path), ())
+        return tuple(each for each in found if each.kind in kinds) if kinds else found
 
-    def reason(self, path: Path) -> str | None:
-        """Why this file must stay, in a clause; None when nobody else was found to stand on it."""
-        found = self.on(path)
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        return "; ".join(each.description for each in found[:3]) + more if found else None
+    def reason(self, path: Path, *kinds: Kind) -> str | None:
+        """Why this file must stay, in a clause; None when nobody else was found to use it."""
+        return describe(self.on(path, *kinds))
+
+
+def describe(dependents: Sequence[Dependent]) -> str | None:
+    """The first users in a clause; None for nobody."""
+    more = f"; and {len(dependents) - _NAMED} more" if len(dependents) > _NAMED else ""
+    return "; ".join(each.description for each in dependents[:_NAMED]) + more if dependents else None
 
 
 def search(
@@ -174,7 +202,7 @@ class _Search:
         """Somebody may open one of our files by a name of his own."""
         if path not in self._names:
             for real in self._files.get(_identity(status), ()):
-                self._add(real, path, f"{self._shown(path, real)} is a symbolic link to it")
+                self._add(real, path, "is a symbolic link to it", Kind.LINK, by=os.path.realpath(path))
 
     # --- images
 
@@ -197,18 +225,23 @@ class _Search:
             self._named(image, name)
 
     def _named(self, image: Path, name: str) -> None:
-        targets: set[str] = set()
+        targets: dict[str, str] = {real: real for real, file in self._real.items() if mentions(name, file)}
         for place in named_files(image, name):
-            real = os.path.realpath(place)
-            try:
-                targets.update(self._files.get(_identity(os.stat(real)), ()))  # noqa: PTH116 - a hot path
+            by = os.path.realpath(place)
+            found = self._meant(by)
+            targets.update(dict.fromkeys(found, by))
+            if not found:
                 self._follow.append(str(place))
-            except OSError:  # it is not there, or not to be seen; its name says enough
-                targets.update([real] if real in self._real else ())
-        targets.update(real for real, file in self._real.items() if mentions(name, file))
-        for real in targets:
+        for real, by in targets.items():
             if os.path.realpath(image) != real:
-                self._add(real, str(image), f"{self._shown(str(image), real)} stands on it")
+                self._add(real, str(image), "stands on it", Kind.STANDS, by=by)
+
+    def _meant(self, real: str) -> Collection[str]:
+        """Those of the files that a path without links leads to."""
+        try:
+            return self._files.get(_identity(os.stat(real)), ())  # noqa: PTH116 - a hot path
+        except OSError:  # it is not there, or not to be seen; its name says enough
+            return [real] if real in self._real else ()
 
     def _follow_names(self) -> None:
         """What images name lies anywhere, and stands on something itself."""
@@ -225,7 +258,7 @@ class _Search:
             return
         for real in self._real:
             if near or _may_stand_on(real, status.st_uid):
-                self._add(real, path, f"{self._shown(path, real)} cannot be read, and may stand on it")
+                self._add(real, path, "cannot be read, and may stand on it", Kind.UNREAD, by=real)
 
     # --- libvirt
 
@@ -238,16 +271,18 @@ class _Search:
         self._follow_names()
 
     def _named_by(self, domain: str, file: libvirt.NamedFile) -> None:
-        real = os.path.realpath(file.path)
-        targets = {real} & set(self._real)
-        with suppress(OSError):
-            targets.update(self._files.get(_identity(os.stat(real)), ()))  # noqa: PTH116 - a hot path
-        disk = f" ({file.disk})" if file.disk else ""
-        for each in targets:
-            if not (file.is_source and each == self._disk):
-                what = "uses it" if file.is_source else "names it in its backing chain"
-                dependent = Dependent(None, domain, f"domain {domain}{disk} {what}")
-                self._found.setdefault(each, {})[f"domain {domain}"] = dependent
+        by = os.path.realpath(file.path)
+        opened = None if file.source is None else os.path.realpath(file.source)
+        is_own = opened is not None and opened == self._disk
+        if is_own and not file.is_lasting:
+            return
+        name = f"domain {domain}" + (f" ({file.disk})" if file.disk else "")
+        what = "uses it" if opened is None else "names it in its backing chain"
+        for real in self._meant(by):
+            if opened is not None or real != self._disk:
+                kind = Kind.DEFINITION if is_own else Kind.STANDS
+                dependent = Dependent(None, domain, f"{name} {what}", kind, Path(by))
+                self._found.setdefault(real, {})[name] = dependent
 
     def read(self, images: Iterable[Path]) -> None:
         """These images, wherever they lie."""
@@ -256,14 +291,11 @@ class _Search:
 
     # --- the result
 
-    def _add(self, real: str, path: str, description: str) -> None:
-        self._found.setdefault(real, {})[path] = Dependent(Path(path), None, description)
-
-    @staticmethod
-    def _shown(path: str, real: str) -> str:
-        """By its name where it lies beside the file."""
+    def _add(self, real: str, path: str, what: str, kind: Kind, *, by: str) -> None:
         at = Path(path)
-        return at.name if str(at.parent) == str(Path(real).parent) else path
+        # By its name alone where it lies beside the file.
+        shown = at.name if str(at.parent) == str(Path(real).parent) else path
+        self._found.setdefault(real, {})[path] = Dependent(at, None, f"{shown} {what}", kind, Path(by))
 
     def result(self, fault: str | None) -> Dependents:
         """What was found, sorted by name, and what could not be looked at."""

@@ -8,14 +8,18 @@ Neighbours are searched below the directory above it, so that clones in director
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from snapchain.image.dependents import Dependent, Dependents, search
+from snapchain.image.dependents import Dependent, Dependents, Kind, search
 
-__all__ = ["Dependent", "Dependents", "find_dependents", "image_directories", "is_outside"]
+__all__ = ["Dependent", "Dependents", "Kind", "find_dependents", "image_directories", "is_outside"]
 
 _VARIABLE = "SNAPCHAIN_IMAGE_DIRS"
+_UNFINISHED = re.compile(r"\..+\.(merge|snapshot|snapchain-part)-[0-9a-f]{8}")
+"""Temporary names (host/files.py) of ops/merge, ops/snapshot.py and ops/output.py."""
 
 
 def find_dependents(
@@ -24,13 +28,26 @@ def find_dependents(
     """Who else stands on `files`, by their headers, by links, and by libvirt's definitions.
 
     files: by the names under which the disk's chain opens them; they need not exist
-    top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count
+    top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count, as
+    nothing does that an unfinished merge, snapshot or restore has left beside them
     image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
     """
     named = [path for path in (*image_dirs, *image_directories()) if path.is_dir()]
     homes = list(dict.fromkeys([Path(os.path.realpath(top)).parent, Path(os.path.realpath(top.parent))]))
     near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
-    return search(files, [*near, *(home.parent for home in homes)], near=near, own=own, disk=top)
+    left = _unfinished([*homes, *(Path(os.path.realpath(file)).parent for file in files)])
+    return search(files, [*near, *(home.parent for home in homes)], near=near, own=[*own, *left], disk=top)
+
+
+def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
+    """(device, inode) of what merges, snapshots and restores have not finished: nobody needs what it stands on."""
+    for directory in set(directories):
+        with suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                if _UNFINISHED.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        yield status.st_dev, status.st_ino
 
 
 def image_directories() -> Iterator[Path]:

@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -26,10 +26,13 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
-from snapchain.image.references import children, reason
+from snapchain.image.dependents import describe
+from snapchain.ops.dependents import Kind as Use, find_dependents
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.merge import recover
+from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import MergeJournal, is_journal, leftovers, read
+from snapchain.ops.merge.settle import Settled
 from snapchain.ops.output import is_part, meant_for, remove_part
 
 _SNAPSHOT = re.compile(r"\.(.+)\.snapshot-[0-9a-f]{8}")
@@ -61,22 +64,27 @@ class Finding(BaseModel):
 
 
 class DoctorPlan(BaseModel):
-    """What was found. directories: where was looked."""
+    """What was found. directories: where was looked; image_dirs: where other users of the files are looked for, too."""
 
     model_config = ConfigDict(frozen=True)
 
     directories: tuple[Path, ...]
     findings: tuple[Finding, ...]
+    image_dirs: tuple[Path, ...] = ()
 
 
 class Treated(BaseModel):
-    """A finding, and what became of it. error: why it was left as it is; removed: files that went with it."""
+    """A finding, and what became of it. error: why it was left as it is.
+
+    removed: files that went with it; kept: files that a merge would have removed, each with the reason why it stays
+    """
 
     model_config = ConfigDict(frozen=True)
 
     finding: Finding
     done: bool
     removed: tuple[Path, ...] = ()
+    kept: tuple[KeptFile, ...] = ()
     error: str | None = None
     hint: str | None = None
 
@@ -101,12 +109,13 @@ def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = ()) -> DoctorPla
     image_dirs: where backing files of images may lie. Raises NotFound.
     """
     directories = tuple(dict.fromkeys(found for path in paths for found in _directories(path, image_dirs)))
-    return DoctorPlan(directories=directories, findings=tuple(each for place in directories for each in _look(place)))
+    findings = tuple(each for place in directories for each in _look(place))
+    return DoctorPlan(directories=directories, findings=findings, image_dirs=tuple(image_dirs))
 
 
 def run(planned: DoctorPlan, *, on_event: OnEvent = ignore) -> DoctorReport:
     """Finish or undo each finding; one that cannot be treated now does not keep the others from it."""
-    treated = tuple(_treat(finding, on_event) for finding in planned.findings)
+    treated = tuple(_treat(finding, planned.image_dirs, on_event) for finding in planned.findings)
     return DoctorReport(directories=planned.directories, treated=treated)
 
 
@@ -221,40 +230,48 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def _treat(finding: Finding, on_event: OnEvent) -> Treated:
+def _treat(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Treated:
     try:
-        removed = _done(finding, on_event)
+        settled = _done(finding, image_dirs, on_event)
     except SnapchainError as error:
         return Treated(finding=finding, done=False, error=str(error), hint=error.hint)
-    return Treated(finding=finding, done=True, removed=tuple(removed))
+    return Treated(finding=finding, done=True, removed=tuple(settled.removed), kept=settled.kept)
 
 
-def _done(finding: Finding, on_event: OnEvent) -> Iterable[Path]:
+def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Settled:
     if finding.kind is Kind.UNREADABLE:
         read(finding.path)  # raises what is wrong with it
     if not os.path.lexists(finding.path):
-        return ()
+        return Settled([])
     if finding.kind is Kind.MERGE:
-        return recover.recover(read(finding.path), on_event=on_event)
+        return recover.recover(read(finding.path), image_dirs=image_dirs, on_event=on_event)
     if finding.kind is Kind.SECOND_NAME:
         with ImageLock(finding.image, LockMode.WRITE):
-            _check_second_name(finding)
-            files.remove(finding.path)
-        return (finding.path,)
-    if meant_for(finding.path) is not None:
-        return (finding.path,) if remove_part(finding.path, of_anybody=os.geteuid() == 0) else ()
-    with _free(finding):
-        files.remove(finding.path)
-    return (finding.path,)
+            one, other = finding.path.lstat(), finding.image.lstat()
+            if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
+                raise Busy("it was given to another file meanwhile", subject=finding.path)
+            _remove_unused(finding, image_dirs)
+    elif meant_for(finding.path) is not None:
+        return Settled([finding.path] if remove_part(finding.path, of_anybody=os.geteuid() == 0) else [])
+    else:
+        with _free(finding):
+            _remove_unused(finding, image_dirs)
+    return Settled([finding.path])
 
 
-def _check_second_name(finding: Finding) -> None:
-    one, other = finding.path.lstat(), finding.image.lstat()
-    if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
-        raise Busy("it was given to another file meanwhile", subject=finding.path)
-    standing = children([finding.path.parent], of=[finding.path]).get(finding.path)
-    if standing:
-        raise Busy(reason(standing), subject=finding.path, hint="it stays")
+def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> None:
+    """Remove a name, unless somebody uses the file by just this one. Raises Busy then."""
+    status = finding.path.lstat()
+    others = find_dependents(
+        [finding.path], top=finding.image, own=[(status.st_dev, status.st_ino)], image_dirs=image_dirs
+    )
+    name = Path(os.path.realpath(finding.path))
+    users = [each for each in others.on(finding.path) if each.by == name]
+    if finding.kind is Kind.NEW_FILE:  # nobody has begun to use it, but for those who are seen to
+        users = [each for each in users if each.kind is not Use.UNREAD]
+    if users:
+        raise Busy(f"{describe(users)}", subject=finding.path, hint="it stays")
+    files.remove(finding.path)
 
 
 @contextmanager

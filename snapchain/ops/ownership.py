@@ -20,7 +20,7 @@ from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.host.files import fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.references import Unread, children
+from snapchain.ops.dependents import Kind, find_dependents
 from snapchain.ops.lineage import note_of
 from snapchain.ops.notes import Given, LayerNote, Notes
 from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
@@ -219,17 +219,16 @@ def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
 
 def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
     """The files, uppermost first, that are nothing but this chain's."""
-    besides = {file.device for file in chain.files}
-    beside = [parent for file in chain.files for parent in (file.path.parent, file.real_path.parent)]
-    standing = children(
-        [*beside, *(directory for directory in image_dirs if directory.is_dir())],
-        of=[file.real_path for file in chain.files],
-        besides=besides,
-        unread=Unread.PASSED_OVER,
+    others = find_dependents(
+        [file.path for file in chain.files],
+        top=chain.top.path,
+        own=[file.device for file in chain.files],
+        image_dirs=[*(file.real_path.parent for file in chain.files), *image_dirs],
     )
     own: list[ImageFile] = []
     for file in reversed(chain.files):
-        if file.real_path in standing or file.real_path.parent != chain.top.real_path.parent or not _is_ours(file):
+        elsewhere = file.real_path.parent != chain.top.real_path.parent
+        if elsewhere or others.on(file.path, Kind.STANDS) or not _is_ours(file):
             break
         own.append(file)
     return own

@@ -28,7 +28,9 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile, qemu_img, scan
 from snapchain.image.backing import check_no_layer
+from snapchain.image.dependents import describe
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
+from snapchain.ops.dependents import Kind, find_dependents
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import seal
 from snapchain.ops.ownership import check_not_given
@@ -92,8 +94,9 @@ def plan(
     overlay: leave the image where it is, sealed, and make the overlay there (what a raw image needs);
     labels: for `merge --keep-label`, noted beside the sealed file.
 
-    Raises Unsupported for block devices, for raw images without `overlay`, and for images with further hard
-    links; Conflict for a disk that was given to another host; what `scan` raises for images that are broken or refused.
+    Raises Unsupported for block devices, for raw images without `overlay`, and for images with further hard links;
+    Conflict for a disk that was given to another host, and for an image that would be replaced although others stand on
+    it; what `scan` raises for images that are broken or refused.
     """
     for label in labels:
         check_label(label)
@@ -110,6 +113,7 @@ def plan(
             target = _beside(overlay, source)
         else:
             _check_can_stay(source, top)
+            _check_alone(chain, image_dirs)
             sealed = _sealed_path(source, status, sealed_name)
             target = source
         header = top.header
@@ -195,6 +199,19 @@ def _check_can_stay(source: Path, top: ImageFile) -> None:
             "a raw image cannot be replaced by an overlay under its path: whoever opens that as raw would see a header",
             subject=source,
             hint="say --overlay NEW.qcow2, and let the guest use that file as qcow2",
+        )
+
+
+def _check_alone(chain: ImageChain, image_dirs: Sequence[Path]) -> None:
+    """Under the name of the image there is an overlay afterwards, which a guest changes: nobody may stand on that."""
+    own = [file.device for file in chain.files]
+    others = find_dependents([chain.top.path], top=chain.top.path, own=own, image_dirs=image_dirs)
+    users = others.on(chain.top.path, Kind.STANDS)
+    if users:
+        raise Conflict(
+            f"it cannot be replaced by an overlay: {describe(users)}",
+            subject=chain.top.path,
+            hint="say --overlay NEW.qcow2, and let the guest use that file; this one then stays as it is",
         )
 
 

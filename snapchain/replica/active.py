@@ -18,10 +18,12 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, scan
+from snapchain.image.dependents import SEEN
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Active, ActiveState, Readiness
+from snapchain.replica.unfinished import others_on
 from snapchain.replica.verifying import verify_disk
 
 _PURPOSE = "active"
@@ -77,12 +79,21 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
         )
     if found.state is ActiveState.STALE:
         with ImageLock(path, LockMode.WRITE):
+            check_unused(disk, path)
             files.remove(path)
     _make(disk.path(tip.file).resolve(), asked, path)
     state = _state(disk, catalogue, asked, path)
     if state is not ActiveState.READY:
         raise Corrupt("the overlay that was just made is not what was asked for", subject=path)
     return found.model_copy(update={"state": state})
+
+
+def check_unused(disk: ReplicaDisk, overlay: Path) -> None:
+    """Raises Conflict for an overlay that is to go, on which somebody stands."""
+    status = overlay.stat()
+    why = others_on(disk, [overlay], own=[(status.st_dev, status.st_ino)], opened=overlay).reason(overlay, *SEEN)
+    if why is not None:
+        raise Conflict(f"it cannot be removed: {why}", subject=overlay, hint="move or remove that image first")
 
 
 def _path(disk: ReplicaDisk, asked: Active) -> Path:

@@ -20,7 +20,6 @@ from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unava
 from snapchain.host.files import free_bytes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
-from snapchain.image.references import children, reason
 from snapchain.model.collapse import collapse
 from snapchain.model.retention import Decision, Policy, decide
 from snapchain.replica import names
@@ -32,6 +31,7 @@ from snapchain.replica.unfinished import (
     begin,
     conclude,
     is_under_way,
+    others_on,
     real_path,
     unlocked,
     where_images_stand,
@@ -176,8 +176,8 @@ def _stood_on(disk: ReplicaDisk, layers: Layers, lower: Sequence[Layer]) -> dict
         with suppress(OSError):
             status = path.stat()
             ours.add((status.st_dev, status.st_ino))
-    found = children(where_images_stand(disk), of=[real_path(disk, layer) for layer in lower], besides=ours)
-    return {layer.id: reason(found[path]) for layer in lower if (path := real_path(disk, layer)) in found}
+    others = others_on(disk, [real_path(disk, layer) for layer in lower], own=ours)
+    return {layer.id: why for layer in lower if (why := others.reason(real_path(disk, layer)))}
 
 
 def _open(disk: ReplicaDisk, layers: Sequence[Layer]) -> dict[str, str]:

@@ -11,11 +11,10 @@ from contextlib import ExitStack
 from snapchain.errors import Conflict, NotFound
 from snapchain.host.files import remove
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.image.references import children, reason
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.progress import forget
 from snapchain.replica.store import ReplicaDisk
-from snapchain.replica.unfinished import where_images_stand
+from snapchain.replica.unfinished import others_on
 
 
 def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
@@ -36,12 +35,10 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         for path in paths:
             stack.enter_context(ImageLock(path, LockMode.WRITE))
         ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
-        for lower, standing in children(where_images_stand(disk), of=paths, besides=ours).items():
-            raise Conflict(
-                reason(standing),
-                subject=lower,
-                hint="move or remove that image first, if it may go",
-            )
+        others = others_on(disk, paths, own=ours)
+        for path in paths:
+            if why := others.reason(path):
+                raise Conflict(why, subject=path, hint="move or remove that image first, if it may go")
         gone = {layer.id for layer in dropped}
         points = tuple(point for point in catalogue.points if point.layer not in gone)
         catalogue = catalogue.after(layers=kept, points=points)

@@ -17,7 +17,7 @@ from pathlib import Path
 from snapchain.errors import Conflict, NotFound
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.replica.active import look_at_active
+from snapchain.replica.active import check_unused, look_at_active
 from snapchain.replica.catalogue import Catalogue, HandedOver
 from snapchain.replica.progress import settle
 from snapchain.replica.store import ReplicaDisk, Work, open_replica
@@ -145,6 +145,7 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
                 "shut that guest down, and migrate it from there to here",
             )
         stack.enter_context(ImageLock(case.path, LockMode.WRITE))
+        check_unused(case.disk, case.path)
     return [case if case.is_back(token) else _revoke(case, token) for case in cases]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from snapchain.host.files import fsync_file, remove
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
-from snapchain.image.references import children
+from snapchain.image.dependents import Dependents, search
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, read_record, write_record
 from snapchain.replica.source_keys import joined
@@ -268,12 +268,23 @@ def _drop_leftovers(disk: ReplicaDisk, lower: Sequence[Layer], merged: Sequence[
     if not paths:
         return
     ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
-    needed = children(where_images_stand(disk), of=paths, besides=ours)
+    others = others_on(disk, paths, own=ours)
     for number in range(len(paths) - 1, -1, -1):
-        if any(path in needed for path in paths[number:]):
+        if any(others.on(path) for path in paths[number:]):
             return  # the others lie below it
         with suppress(Busy, Conflict, InvalidInput), ImageLock(paths[number], LockMode.WRITE):
             remove(paths[number])
+
+
+def others_on(
+    disk: ReplicaDisk, paths: Sequence[Path], *, own: Collection[tuple[int, int]], opened: Path | None = None
+) -> Dependents:
+    """Who else stands on files of a disk, wherever in this replica, or by a domain of the host's libvirt.
+
+    own: (device, inode) of images that do not count; opened: the one that the guest of this disk opens
+    """
+    near = where_images_stand(disk)
+    return search(paths, [*near, disk.directory.resolve().parent], near=near, own=own, disk=opened)
 
 
 def where_images_stand(disk: ReplicaDisk) -> list[Path]:

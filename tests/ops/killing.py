@@ -58,3 +58,18 @@ def killed_at_every_step(function: Callable[[], object], *, limit: int = 500) ->
         assert os.WTERMSIG(status) == signal.SIGKILL
         yield f"before call {at}"
     raise AssertionError("too many steps")
+
+
+def killed_after(function: Callable[[], object], steps: int) -> bool:
+    """Run it in a forked child that dies before its `steps`-th call that changes a file. Whether it came to that.
+
+    Errors of the function are the child's own.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _dying(function, steps)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status)

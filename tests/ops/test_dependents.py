@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.host import libvirt
-from snapchain.ops.dependents import find_dependents
+from snapchain.ops.dependents import Kind, find_dependents
 from tests.ops import fake_virsh
 from tests.ops.stacks import MiB, qemu_img
 
@@ -165,3 +165,19 @@ def test_a_libvirt_that_cannot_be_asked(at: str, tmp_path: Path, monkeypatch: py
         "hanging": "libvirt could not be asked about all of its domains and pools: it did not answer in time.",
     }
     assert said == expected.get(at)
+
+
+def test_the_disks_own_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it runs on now is its own disk; what its next start needs must stay."""
+    base, top = image(tmp_path / "i1" / "0.qcow2"), image(tmp_path / "i1" / "disk.qcow2", "0.qcow2")
+    plain, recorded = fake_virsh.domain("web1", top), fake_virsh.domain("web1", top, base)
+    status = top.stat()
+
+    def found() -> list[tuple[str, Kind]]:
+        users = find_dependents([base, top], top=top, own=[(status.st_dev, status.st_ino)])
+        return [(each.description, each.kind) for path in (base, top) for each in users.on(path)]
+
+    fake_virsh.install(tmp_path / "runs", monkeypatch, domains={"web1": plain}, running={"web1": recorded})
+    assert found() == []
+    fake_virsh.install(tmp_path / "off", monkeypatch, domains={"web1": recorded})
+    assert found() == [("domain web1 (vda) names it in its backing chain", Kind.DEFINITION)]

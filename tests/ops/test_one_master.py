@@ -196,7 +196,7 @@ def test_a_replicas_layer_is_neither_sealed_nor_merged_by_its_name(host: Host) -
 
 
 def test_a_golden_base_elsewhere_is_not_this_disks(tmp_path: Path) -> None:
-    """Who stands on it in a directory that nobody has named cannot be found."""
+    """Who stands on it in a tree that nobody has named cannot be found."""
     base = build(tmp_path / "golden", [Layer(MiB, ["write -P 1 0 64k"])], names=["base.qcow2"])[0]
     tops = [tmp_path / guest / "disk.qcow2" for guest in ("web1", "web2")]
     for top in tops:
@@ -208,7 +208,8 @@ def test_a_golden_base_elsewhere_is_not_this_disks(tmp_path: Path) -> None:
     snapshot.plan(tops[1], image_dirs=[base.parent])
     # One that lies beside the disk is marked, and who stands on it elsewhere is told so.
     tops[1].rename(tmp_path / "web1" / "other.qcow2")
-    own = build(tmp_path / "own", [Layer(MiB), Layer(MiB)])
+    (tmp_path / "store").mkdir()
+    own = build(tmp_path / "store" / "own", [Layer(MiB), Layer(MiB)])
     far = tmp_path / "far.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-b", own[0], "-F", "qcow2", far)
     move(own[1], tmp_path / "replica", "own/vda")

@@ -21,7 +21,7 @@ from snapchain.image import ImageChain, ImageFile, inplace
 from snapchain.image.inplace import Amendment
 from snapchain.image.reread import check_link, check_refcounts, reread
 from snapchain.ops.events import OnEvent, Progress
-from snapchain.ops.merge.inputs import search_directories
+from snapchain.ops.merge.inputs import links_to, search_directories
 from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.linked import linked
 from snapchain.ops.merge.plan import MergePlan
@@ -109,6 +109,9 @@ def _record(planned: MergePlan, work: Amendment, old: ImageChain) -> MergeJourna
         link=planned.backing,
         remove=tuple(FileId.of(path) for path in planned.remove if path != result.path),
         search=search_directories(old, planned.image_dirs),
+        top=old.top.path,
+        links=links_to(old, planned.remove),
+        confirmed=planned.confirmed,
     )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -13,10 +12,13 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, Unsupported
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.backing import is_layer_below_active
-from snapchain.image.references import children, reason
-from snapchain.ops.merge.journal import MergeJournal, leftovers
+from snapchain.image.backing import check_no_layer, is_layer_below_active
+from snapchain.image.dependents import SEEN
+from snapchain.ops.dependents import Dependents, find_dependents, is_outside
+from snapchain.ops.merge.journal import MergeJournal
 from snapchain.ops.notes import Notes
+
+_REMEDY = " (it goes with --remove FILE)"
 
 
 class KeptFile(BaseModel):
@@ -79,40 +81,100 @@ def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
 
 
 def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[Path, ...]:
-    """Where images are looked for that stand on a file of the chain."""
+    """Where images are looked for that stand on a file of the chain, besides the tree around its top."""
     own = [directory for file in chain.files for directory in (file.path.parent, file.real_path.parent)]
     return tuple(dict.fromkeys([*own, *image_dirs]))
 
 
+def links_to(chain: ImageChain, files: Collection[Path]) -> tuple[Path, ...]:
+    """The names other than their real paths by which a chain opens some of its files."""
+    return tuple(file.path for file in chain.files if file.real_path in files and file.path != file.real_path)
+
+
+def others_on(chain: ImageChain, image_dirs: Sequence[Path]) -> Dependents:
+    """Who else stands on the files of a chain."""
+    return find_dependents(
+        [file.path for file in chain.files],
+        top=chain.top.path,
+        own=[file.device for file in chain.files],
+        image_dirs=search_directories(chain, image_dirs),
+    )
+
+
 def fate(
-    chain: ImageChain, first: int, last: int, *, keep_inputs: bool, image_dirs: Sequence[Path]
+    paths: Sequence[Path],
+    *,
+    top: Path,
+    others: Dependents,
+    confirmed: Collection[Path],
+    keep_inputs: bool = False,
 ) -> tuple[tuple[Path, ...], tuple[KeptFile, ...]]:
-    """Which of the inputs below the uppermost go, uppermost first, and which stay."""
-    lower = [file.real_path for file in chain.files[first:last]][::-1]
+    """Which files of one chain may go, and which stay, with the reason. paths: real, uppermost first, as the results.
+
+    top: what the user of the disk opens; confirmed: real paths that the user has named to be removed all the same,
+    which settles whether they are the disk's, but nothing for those who are found to stand on them
+    """
     if keep_inputs:
-        return (), tuple(KeptFile(path=path, reason="asked for") for path in lower)
-    besides = {file.device for file in chain.files}
-    # What a killed merge has half written stands on nothing that anybody needs.
-    for directory in {file.real_path.parent for file in chain.files}:
-        for leftover in leftovers(directory):
-            with suppress(FileNotFoundError):
-                status = leftover.lstat()
-                besides.add((status.st_dev, status.st_ino))
-    found = children(search_directories(chain, image_dirs), of=lower, besides=besides)
+        return (), tuple(KeptFile(path=path, reason="asked for") for path in paths)
     remove: list[Path] = []
     keep: list[KeptFile] = []
-    for path in lower:
-        if path in found:
-            keep.append(KeptFile(path=path, reason=reason(found[path])))
-        elif keep:
-            keep.append(KeptFile(path=path, reason=f"{keep[-1].path.name} stands on it"))
-        elif is_layer_below_active(path, chain.top.real_path):
-            keep.append(KeptFile(path=path, reason="it is a layer of a replica"))
-        elif path.is_block_device():
-            keep.append(KeptFile(path=path, reason="it is a device"))
-        else:
+    for path in paths:
+        why = _why_kept(path, top=top, others=others, confirmed=confirmed)
+        if why is None and keep:
+            why = f"{keep[-1].path.name} stands on it"
+        if why is None:
             remove.append(path)
+        else:
+            keep.append(KeptFile(path=path, reason=why))
     return tuple(remove), tuple(keep)
+
+
+def _why_kept(path: Path, *, top: Path, others: Dependents, confirmed: Collection[Path]) -> str | None:
+    found = users_of(path, others, confirmed)
+    if found is not None:
+        return found if others.on(path, *SEEN) else f"{found}{_REMEDY}"
+    if is_layer_below_active(path, Path(os.path.realpath(top))):
+        return "it is a layer of a replica"
+    if path.is_block_device():
+        return "it is a device"
+    lies = why_not_own(path, top, confirmed)
+    return None if lies is None else f"{lies}{_REMEDY}"
+
+
+def why_not_own(path: Path, top: Path, confirmed: Collection[Path]) -> str | None:
+    """Why a file (a real path) is not the disk's by where it lies, in a clause; None for one that is."""
+    if path in confirmed or not is_outside(path, top):
+        return None
+    return f"it lies outside {Path(os.path.realpath(top)).parent}, the directory of the disk"
+
+
+def users_of(path: Path, others: Dependents, confirmed: Collection[Path]) -> str | None:
+    """Who else uses a file (a real path), in a clause. A confirmed one has no users that are only possible."""
+    return others.reason(path, *SEEN) if path in confirmed else others.reason(path)
+
+
+def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection[Path]) -> None:
+    """Raises Unsupported for an uppermost input that is not the disk's own.
+
+    Who stands on it is no reason: the result shows the same content under the same name.
+    """
+    why = why_not_own(result, chain.top.path, confirmed)
+    if why is not None:
+        check_no_layer(result)
+        raise Unsupported(
+            f"the merged file would replace it, and {why}",
+            subject=result,
+            hint=f"end at a file of that directory (--to), or say --remove {result}",
+        )
+
+
+def check_confirmed(lower: Collection[Path], confirmed: Collection[Path], others: Dependents) -> None:
+    """Raises Conflict where the user wants an input removed on which somebody was found to stand."""
+    for path in confirmed:
+        if path in lower and (why := users_of(path, others, confirmed)):
+            raise Conflict(
+                f"--remove cannot take it away: {why}", subject=path, hint="it can go when nobody uses it any more"
+            )
 
 
 def second_name(path: Path, journals: Sequence[MergeJournal]) -> Path:

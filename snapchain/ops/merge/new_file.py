@@ -21,7 +21,7 @@ from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, run as assemble
 from snapchain.image.reread import check_link, check_refcounts, reread
 from snapchain.ops.events import OnEvent, Progress
-from snapchain.ops.merge.inputs import search_directories
+from snapchain.ops.merge.inputs import links_to, search_directories
 from snapchain.ops.merge.journal import TEMPORARY, FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.plan import MergePlan
 from snapchain.ops.merge.prove import check_unchanged, prove
@@ -85,6 +85,9 @@ def _record(planned: MergePlan, old: ImageChain, temporary: Path) -> MergeJourna
         remove=tuple(FileId.of(path) for path in planned.remove),
         kept_as=planned.kept_as,
         search=search_directories(old, planned.image_dirs),
+        top=old.top.path,
+        links=links_to(old, planned.remove),
+        confirmed=planned.confirmed,
     )
 
 

@@ -9,7 +9,7 @@ unless another image stands on them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from snapchain.image.assemble.geometry import surviving_bytes
 from snapchain.image.assemble.plan import merged_extents
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE
+from snapchain.ops.dependents import Dependents
 from snapchain.ops.merge import inputs
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
@@ -39,6 +40,8 @@ class MergePlan(BaseModel):
     shares_extents: moved bytes take no room, nor reading; needs_bytes: room that it takes while all inputs are there
     shadowed_bytes: overwritten data that goes; kept_as: a second name for the uppermost input
     unfinished: results of killed merges, which are settled first
+    confirmed: files, links resolved, that may be removed or replaced although they are not surely the disk's own
+    incomplete: what the search for other users of the inputs could not look at, a sentence
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,6 +71,8 @@ class MergePlan(BaseModel):
     keep_inputs: bool
     drop_bitmaps: bool
     unfinished: tuple[Path, ...]
+    confirmed: tuple[Path, ...] = ()
+    incomplete: str | None = None
 
 
 def plan(
@@ -83,6 +88,7 @@ def plan(
     image_format: str | None = None,
     image_dirs: Sequence[Path] = (),
     unlocks: bool = False,
+    confirmed: Sequence[Path] = (),
 ) -> MergePlan:
     """Look at the chain and decide; changes nothing.
 
@@ -90,9 +96,11 @@ def plan(
     lowest and uppermost input; strategy: the best one unless given; cluster_size: of a new file, in bytes; by default
     that of the input which gives most; keep_inputs: nothing is removed, and the uppermost input gets a second name;
     unlocks: the caller makes read-only files of this user's writable before `run`, so that is not counted against them.
+    confirmed: inputs in other directories than the top's, or that an unreadable image may stand on, that may go.
 
     Raises NotFound, InvalidInput, Unsupported (inputs that a merge would lose something of, a strategy that does not
-    fit), and as `scan`.
+    fit, a result that would replace a file that is not the disk's own), Conflict (a confirmed file that somebody was
+    found to stand on), and as `scan`.
     """
     if flatten and from_layer is not None:
         raise InvalidInput("--flatten begins at the root; it cannot be combined with --from")
@@ -108,6 +116,7 @@ def plan(
         image_format=image_format,
         image_dirs=tuple(image_dirs),
         unlocks=unlocks,
+        confirmed=real_paths(confirmed),
     )
     with scan(image, format=image_format, image_dirs=image_dirs) as chain:
         return decide(chain, asked).plan
@@ -128,6 +137,12 @@ class Asked:
     image_format: str | None
     image_dirs: tuple[Path, ...]
     unlocks: bool = False
+    confirmed: tuple[Path, ...] = ()
+
+
+def real_paths(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """With all links resolved, each once."""
+    return tuple(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,8 +153,9 @@ class Decision:
     way: Way | None
 
 
-def decide(chain: ImageChain, asked: Asked) -> Decision:
-    """The plan for an opened chain; errors as `plan`."""
+def decide(chain: ImageChain, asked: Asked, *, others: Dependents | None = None) -> Decision:
+    """The plan for an opened chain; errors as `plan`. others: who else stands on its files, if that is known."""
+    others = inputs.others_on(chain, asked.image_dirs) if others is None else others
     check_not_given(chain)
     journals = unsettled(file.real_path for file in chain.files)
     first, last = numbers(
@@ -148,7 +164,10 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
     files = chain.files[first : last + 1]
     upper = files[-1]
     link = _link(chain, first, upper)
-    remove, keep = inputs.fate(chain, first, last, keep_inputs=asked.keep_inputs, image_dirs=asked.image_dirs)
+    lower = [file.real_path for file in files[:-1]][::-1]
+    remove, keep = inputs.fate(
+        lower, top=chain.top.path, others=others, confirmed=asked.confirmed, keep_inputs=asked.keep_inputs
+    )
     free = free_bytes(upper.real_path.parent)
     way, shadowed = None, 0
     if len(files) > 1:
@@ -158,12 +177,14 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
         shadowed = sum(file.physical.extents().data_bytes for file in files) - int(shares.sum())
         inputs.check(files, journals, keep_inputs=asked.keep_inputs)
         inputs.check_holds(chain, first, last)
+        inputs.check_may_be_replaced(chain, upper.real_path, asked.confirmed)
+        inputs.check_confirmed(lower, asked.confirmed, others)
         terms = Terms(
             asked=asked.strategy,
             cluster_size=asked.cluster_size,
             keep_inputs=asked.keep_inputs,
             drop_bitmaps=asked.drop_bitmaps,
-            exclusive=not keep,
+            kept=keep,
             unlocks=asked.unlocks,
             free=free,
         )
@@ -194,6 +215,8 @@ def decide(chain: ImageChain, asked: Asked) -> Decision:
         keep_inputs=asked.keep_inputs,
         drop_bitmaps=asked.drop_bitmaps,
         unfinished=tuple(journal.replaced.path for journal in journals),
+        confirmed=asked.confirmed,
+        incomplete=others.incomplete,
     )
     return Decision(plan, way)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.ops.events import OnEvent
 from snapchain.ops.merge.journal import MergeJournal
 from snapchain.ops.merge.plan import plan
 from snapchain.ops.merge.run import run
-from snapchain.ops.merge.settle import settle, switched
+from snapchain.ops.merge.settle import Settled, settle, switched
 from snapchain.ops.merge.strategy import Strategy
 
 
@@ -31,19 +32,23 @@ def described(journal: MergeJournal) -> tuple[str, str]:
     )
 
 
-def recover(journal: MergeJournal, *, noted: bool = True, on_event: OnEvent) -> list[Path]:
-    """Finish the merge, or undo it; the inputs that were removed now. Errors as `settle` and `merge_image.run`.
+def recover(
+    journal: MergeJournal, *, image_dirs: Sequence[Path] = (), noted: bool = True, on_event: OnEvent
+) -> Settled:
+    """Finish the merge, or undo it. Errors as `settle` and `merge_image.run`.
 
-    noted: as of `merge_image.run`
+    image_dirs: as of `settle`; noted: as of `merge_image.run`
     """
     if journal.stage != "committing" or switched(journal):
-        return settle(journal)
+        return settle(journal, image_dirs=image_dirs)
     planned = plan(
         journal.replaced.path,
         from_layer=str(journal.lowest),
         strategy=Strategy.COMMIT,
         drop_bitmaps=True,
         image_format="qcow2",
-        image_dirs=journal.search,
+        image_dirs=(*journal.search, *image_dirs),
+        confirmed=journal.confirmed,
     )
-    return list(run(planned, noted=noted, on_event=on_event).removed)
+    report = run(planned, noted=noted, on_event=on_event)
+    return Settled(list(report.removed), report.kept)

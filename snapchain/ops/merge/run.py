@@ -7,7 +7,7 @@ before, and the next run finishes or undoes by the journal.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
     """
     leftovers = _settle(planned, on_event)
     if planned.strategy is Strategy.NOTHING:
-        return _report(planned, removed=leftovers)
+        return _report(planned, removed=leftovers.removed, kept=leftovers.kept)
     with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
         _check_room(planned)
         # The uppermost input goes, too, unless it gets a second name.
@@ -71,14 +71,16 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
             journal = new_file.make(planned, way.work, old, locks=locks, on_event=on_event)
         if noted:
             _note(planned, old, on_event)
-        removed = settle.finish(journal)
+        settled = settle.finish(journal)
+        removed = settled.removed
         if planned.strategy is Strategy.COMMIT:
             removed.append(journal.journal.lowest)
     return _report(
         planned,
         moved=way.bytes_moved,
         freed=before - sum(_allocated(path) for path in [planned.result, *planned.remove]),
-        removed=[*leftovers, *removed],
+        removed=[*leftovers.removed, *removed],
+        kept=[*leftovers.kept, *settled.kept],
     )
 
 
@@ -91,9 +93,10 @@ def _note(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
         on_event(Notice(f"{planned.result}: cannot note what it was made of, so it is shipped as a whole: {error}"))
 
 
-def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
+def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:
     """Finish or undo what killed merges have left in this chain."""
     removed: list[Path] = []
+    kept: list[KeptFile] = []
     for journal in unsettled(Path(os.path.realpath(path)) for path in planned.chain):
         _check_goes_on(planned, journal)
         if _goes_on(planned, journal):
@@ -101,9 +104,11 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
             on_event(Notice(f"{journal.replaced.path}: an interrupted merge is taken up again"))
             continue
         done = "finished" if settle.switched(journal) else "undone"
-        removed += settle.settle(journal)
+        settled = settle.settle(journal)
+        removed += settled.removed
+        kept += settled.kept
         on_event(Notice(f"{journal.replaced.path}: an interrupted merge was {done}"))
-    return removed
+    return settle.Settled(removed, tuple(kept))
 
 
 def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
@@ -146,7 +151,8 @@ def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
                 ImageLock(path, LockMode.WRITE if is_input else LockMode.READ, open_files=open_files)
             )
             if is_input:
-                lock.change(LockMode.READ)  # others may read it until the switch
+                if planned.strategy is Strategy.NEW:
+                    lock.change(LockMode.READ)  # others may read it until the switch
                 inputs.append(lock)
             if not lock.enforced:
                 on_event(Notice(f"{path}: this filesystem has no locks; make sure that no guest uses it"))
@@ -167,9 +173,16 @@ def _chain(planned: MergePlan) -> Iterator[tuple[ImageChain, Way]]:
         drop_bitmaps=planned.drop_bitmaps,
         image_format=planned.image_format,
         image_dirs=planned.image_dirs,
+        confirmed=planned.confirmed,
     )
-    # What room there is, and what killed merges had left, may be otherwise now.
-    passing: dict[str, object] = {"free_bytes": 0, "needs_bytes": 0, "unfinished": (), "kept_as": None}
+    # What room there is, what killed merges had left, and how far the search came, may be otherwise now.
+    passing: dict[str, object] = {
+        "free_bytes": 0,
+        "needs_bytes": 0,
+        "unfinished": (),
+        "kept_as": None,
+        "incomplete": None,
+    }
     with scan(planned.image, format=planned.image_format, image_dirs=planned.image_dirs) as chain:
         decision = decide(chain, asked)
         if decision.plan.model_copy(update=passing) != planned.model_copy(update=passing):
@@ -195,12 +208,12 @@ def _allocated(path: Path) -> int:
         return 0
 
 
-def _report(planned: MergePlan, *, removed: list[Path], moved: int = 0, freed: int = 0) -> MergeReport:
-    kept = planned.keep
+def _report(
+    planned: MergePlan, *, removed: list[Path], kept: Sequence[KeptFile] = (), moved: int = 0, freed: int = 0
+) -> MergeReport:
+    stayed = (*planned.keep, *(each for each in kept if each.path not in {known.path for known in planned.keep}))
     if planned.kept_as is not None:
-        kept = (KeptFile(path=planned.kept_as, reason=f"what {planned.result.name} was"), *kept)
-    gone = set(removed)
-    stayed = tuple(KeptFile(path=path, reason="needed since") for path in planned.remove if path not in gone)
+        stayed = (KeptFile(path=planned.kept_as, reason=f"what {planned.result.name} was"), *stayed)
     return MergeReport(
         image=planned.image,
         result=planned.result,
@@ -210,6 +223,6 @@ def _report(planned: MergePlan, *, removed: list[Path], moved: int = 0, freed: i
         bytes_moved=moved,
         bytes_freed=freed,
         removed=tuple(removed),
-        kept=(*kept, *stayed),
+        kept=stayed,
         finished=planned.unfinished,
     )

@@ -3,51 +3,69 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
+from snapchain.errors import Busy
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.image import inplace
-from snapchain.image.references import children
-from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep, taken
+from snapchain.ops.dependents import find_dependents
+from snapchain.ops.merge.inputs import KeptFile, fate
+from snapchain.ops.merge.journal import MergeJournal, OpenJournal, sweep, taken
 from snapchain.ops.merge.linked import linked
 from snapchain.ops.notes import Notes
 
 
-def finish(journal: OpenJournal) -> list[Path]:
-    """Remove the inputs, which the caller has locked since it saw that nobody needs them, and then the journal."""
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of a merge's inputs: those that were removed now, and those that stay after all, with the reason."""
+
+    removed: list[Path]
+    kept: tuple[KeptFile, ...] = ()
+
+
+def finish(journal: OpenJournal) -> Settled:
+    """Remove the inputs that nobody else has come to need, and then the journal. The caller has them locked."""
     with journal:
-        removed = _remove(journal.journal, [entry.path for entry in journal.journal.remove])
+        gone, kept = _judged(journal.journal)
+        removed = _remove(journal.journal, list(gone))
     renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
     for path in (*removed, *renamed):
         sweep(path)  # what killed merges into it have left
     for directory in {path.parent for path in removed}:
         Notes().sweep(directory)
-    return removed
+    return Settled(removed, kept)
 
 
-def settle(journal: MergeJournal) -> list[Path]:
-    """Finish a killed merge whose switch was done, else undo it; the inputs that were removed now.
+def settle(journal: MergeJournal, *, image_dirs: Sequence[Path] = ()) -> Settled:
+    """Finish a killed merge whose switch was done, else undo it.
 
-    Inputs that another image has come to need stay. Undoing a commit leaves the lowest input as far as it had come:
-    the chain reads as before, that file alone does not. Raises Busy when somebody has an input open, or merges it.
+    Inputs that are not the disk's own, or that somebody has come to need, stay. Undoing a commit leaves the lowest
+    input as far as it had come: the chain reads as before, that file alone does not.
+
+    image_dirs: where to look for users of the inputs, besides what the journal names
+    Raises Busy when somebody has an input open, or merges it.
     """
+    journal = journal.model_copy(update={"search": (*journal.search, *image_dirs)})
     with taken(journal):
         if journal.stage == "absorbing":
-            removed = _settle_absorbing(journal)
+            settled = _settle_absorbing(journal)
         elif switched(journal):
-            removed = _remove_unneeded(journal)
+            settled = _remove_unneeded(journal)
         else:
             if journal.stage == "committing" and journal.result.still():
                 _make_exact(journal.result.path)
             if journal.kept_as is not None and journal.replaced.still() and journal.replaced.still(journal.kept_as):
                 files.remove(journal.kept_as)
-            removed = _remove(journal, [])
+            settled = Settled(_remove(journal, []))
         sweep(journal.replaced.path)
     Notes().sweep(journal.replaced.path.parent)
-    return removed
+    return settled
 
 
 def take_up(journal: MergeJournal) -> None:
@@ -75,12 +93,12 @@ def switched(journal: MergeJournal) -> bool:
         os.close(fd)
 
 
-def _settle_absorbing(journal: MergeJournal) -> list[Path]:
+def _settle_absorbing(journal: MergeJournal) -> Settled:
     if not journal.replaced.still():
-        return _remove(journal, [])  # somebody has put another file there: this merge is nobody's any more
+        return Settled(_remove(journal, []))  # somebody has put another file there: this merge is nobody's any more
     done = switched(journal)
     _make_exact(journal.replaced.path)
-    return _remove_unneeded(journal) if done else _remove(journal, [])
+    return _remove_unneeded(journal) if done else Settled(_remove(journal, []))
 
 
 def _make_exact(path: Path) -> None:
@@ -94,18 +112,35 @@ def _make_exact(path: Path) -> None:
             os.close(fd)
 
 
-def _remove_unneeded(journal: MergeJournal) -> list[Path]:
-    needed = _needed(journal.remove, journal.search)
-    open_files = OpenFiles()
-    gone: list[Path] = []
-    for entry in journal.remove:
-        if entry.still() and entry.path not in needed:
-            # One at a time: each is only needed by the one before it.
-            with ImageLock(entry.path, LockMode.WRITE, open_files=open_files):
-                files.remove(entry.path)
-            gone.append(entry.path)
-    _remove(journal, [])
-    return gone
+def _remove_unneeded(journal: MergeJournal) -> Settled:
+    with ExitStack() as locks:
+        open_files = OpenFiles()
+        in_use: dict[Path, Busy] = {}
+        for entry in journal.remove:
+            if entry.still():
+                try:
+                    locks.enter_context(ImageLock(entry.path, LockMode.WRITE, open_files=open_files))
+                except Busy as error:  # no matter if it stays
+                    in_use[entry.path] = error
+        gone, kept = _judged(journal)
+        for path in gone:
+            if path in in_use:
+                raise in_use[path]
+        return Settled(_remove(journal, list(gone)), kept)
+
+
+def _judged(journal: MergeJournal) -> tuple[tuple[Path, ...], tuple[KeptFile, ...]]:
+    """Which of the inputs may go, uppermost first, as things are now, and which stay."""
+    entries = [entry for entry in journal.remove if entry.still()]
+    paths = [entry.path for entry in entries]
+    top = journal.top or journal.replaced.path
+    others = find_dependents(
+        [*paths, *journal.links],
+        top=top,
+        own=[(entry.device, entry.inode) for entry in entries],
+        image_dirs=journal.search,
+    )
+    return fate(paths, top=top, others=others, confirmed=journal.confirmed)
 
 
 def _remove(journal: MergeJournal, paths: list[Path]) -> list[Path]:
@@ -117,14 +152,3 @@ def _remove(journal: MergeJournal, paths: list[Path]) -> list[Path]:
         files.fsync_dir(directory)
     files.remove(journal.path)
     return paths
-
-
-def _needed(inputs: tuple[FileId, ...], search: tuple[Path, ...]) -> set[Path]:
-    """Inputs under another image, and the inputs below those (`inputs`: uppermost first)."""
-    own = {(entry.device, entry.inode) for entry in inputs}
-    found = children([path for path in search if path.is_dir()], of=[entry.path for entry in inputs], besides=own)
-    needed: set[Path] = set()
-    for entry in inputs:
-        if needed or entry.path in found:
-            needed.add(entry.path)
-    return needed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from snapchain.image.assemble.kernel import share_range
 from snapchain.image.inplace import Amendment, plan_absorb, plan_commit
 from snapchain.image.physical import Int64s
 from snapchain.image.qcow2.header import Backing
-from snapchain.ops.merge.inputs import bitmaps
+from snapchain.ops.merge.inputs import KeptFile, bitmaps
 from snapchain.ops.merge.strategy import Strategy, cheapest
 
 _SPARE = 1 << 20
@@ -61,7 +62,7 @@ class Way:
 class Terms:
     """What bounds the choice.
 
-    asked: the strategy, unless the best one is wanted; exclusive: nobody else stands on the lower inputs
+    asked: the strategy, unless the best one is wanted; kept: lower inputs that stay as they are
     free: room in the result's directory; unlocks: files of this user's own count as writable
     """
 
@@ -69,7 +70,7 @@ class Terms:
     cluster_size: int | None
     keep_inputs: bool
     drop_bitmaps: bool
-    exclusive: bool
+    kept: Sequence[KeptFile]
     free: int
     unlocks: bool = False
 
@@ -154,7 +155,7 @@ def _way(strategy: Strategy, view: ImageChain, first: int, *, backing: Backing |
     shared = shares_extents(view, first)
     if strategy is Strategy.ABSORB:
         return Way(strategy, plan_absorb(view, first, backing=backing), shared)
-    _check_commit(view, first, exclusive=terms.exclusive)
+    _check_commit(view, first, kept=terms.kept)
     return Way(strategy, plan_commit(view, first, backing=backing), shared)
 
 
@@ -162,10 +163,14 @@ def _may_write(path: Path, terms: Terms) -> bool:
     return os.access(path, os.W_OK) or (terms.unlocks and path.stat().st_uid == os.geteuid())
 
 
-def _check_commit(view: ImageChain, first: int, *, exclusive: bool) -> None:
+def _check_commit(view: ImageChain, first: int, *, kept: Sequence[KeptFile]) -> None:
     lowest = view.files[first]
-    if not exclusive:
-        raise Unsupported("another image stands on an input, whose view a commit would change", subject=lowest.path)
+    if kept:
+        raise Unsupported(
+            f"a commit would change what an input shows that must stay as it is: {kept[0].reason}",
+            subject=kept[0].path,
+            hint="the other strategies leave it as it is",
+        )
     if lowest.real_path.parent != view.top.real_path.parent:
         raise Unsupported("the lowest input lies in another directory than the uppermost", subject=lowest.path)
     if not lowest.real_path.is_file():

@@ -8,23 +8,23 @@ budget would not suffice it is chosen again with these numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
 from snapchain.errors import Unsupported
-from snapchain.image.references import children
+from snapchain.image.backing import is_layer_below_active
 from snapchain.model import budget
 from snapchain.model.choice import MergeRange, barred, segments
 from snapchain.model.economics import Into
 from snapchain.model.extents import Int64s
 from snapchain.model.retention import decide as decide_retention
-from snapchain.ops.merge.inputs import search_directories
-from snapchain.ops.merge.journal import leftovers
-from snapchain.ops.merge.plan import MergePlan
+from snapchain.ops.dependents import Dependents
+from snapchain.ops.merge.inputs import users_of, why_not_own
+from snapchain.ops.merge.plan import MergePlan, real_paths
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import shares_extents
 from snapchain.ops.merge_set.rates import FIXED_SECONDS, Rates, seconds_of
@@ -55,13 +55,16 @@ class _View:
     labels: tuple[str, ...]
 
 
-def choose(stack: Stack, request: Request, rates: Rates, plan_range: PlanRange) -> Chosen:
-    """plan_range: of one range, to the byte; may raise Unsupported for files that cannot be merged: these stay."""
+def choose(stack: Stack, request: Request, rates: Rates, plan_range: PlanRange, others: Dependents) -> Chosen:
+    """plan_range: of one range, to the byte; may raise Unsupported for files that cannot be merged: these stay.
+
+    others: who else stands on the files of the chain
+    """
     chosen = Chosen()
     refused: set[int] = set()
     while True:
         chosen.stays = {}
-        allowed = _allowed(stack, request, chosen, refused)
+        allowed = _allowed(stack, request, chosen, refused, others)
         try:
             chosen.ranges = _pick(stack, request, rates, allowed, plan_range)
         except Unsupported as error:
@@ -75,8 +78,12 @@ def choose(stack: Stack, request: Request, rates: Rates, plan_range: PlanRange) 
         return chosen
 
 
-def _allowed(stack: Stack, request: Request, chosen: Chosen, refused: set[int]) -> tuple[MergeRange, ...]:
+def _allowed(
+    stack: Stack, request: Request, chosen: Chosen, refused: set[int], others: Dependents
+) -> tuple[MergeRange, ...]:
     count = len(stack)
+    confirmed = real_paths(request.remove)
+    foreign = {} if request.flatten else _foreign(stack, confirmed)
 
     def stays(place: int, why: str) -> None:
         chosen.stays.setdefault(place, []).append(why)
@@ -86,12 +93,14 @@ def _allowed(stack: Stack, request: Request, chosen: Chosen, refused: set[int]) 
     bars = barred(
         count,
         present=stack.present.values(),
-        held={*stack.holds, *refused},
+        held={*stack.holds, *refused, *foreign},
         root=not request.flatten,
         top=not with_top,
     )
     for place, holds in stack.holds.items():
         stays(place, "held: " + ", ".join(hold.tag for hold in holds))
+    for place, lies in foreign.items():
+        stays(place, lies)
     for place in refused:
         stays(place, "cannot be merged")
     for name, there in stack.present.items():
@@ -106,28 +115,22 @@ def _allowed(stack: Stack, request: Request, chosen: Chosen, refused: set[int]) 
             if each.kept:
                 kept.add(each.point.place)
                 stays(each.point.place, each.reasons[0])
-    for place, names in _clones(stack, request).items():
-        kept.add(place)
-        stays(place, f"{names} stands on it")
+    for place, file in enumerate(stack.chain.files):
+        # Their views must stay under their names.
+        if (why := users_of(file.real_path, others, confirmed)) is not None:
+            kept.add(place)
+            stays(place, why)
     return segments(count, stays=bars, kept=kept)
 
 
-def _clones(stack: Stack, request: Request) -> dict[int, str]:
-    """Files on which other images stand: their views must stay under their names."""
-    chain = stack.chain
-    besides = {file.device for file in chain.files}
-    for directory in {file.real_path.parent for file in chain.files}:
-        for leftover in leftovers(directory):
-            with suppress(FileNotFoundError):
-                status = leftover.lstat()
-                besides.add((status.st_dev, status.st_ino))
-    found = children(
-        search_directories(chain, request.image_dirs), of=[file.real_path for file in chain.files], besides=besides
-    )
+def _foreign(stack: Stack, confirmed: Collection[Path]) -> dict[int, str]:
+    """Files that would not go: their data would only be copied into the disk's own, at every one who shares them."""
+    top = stack.chain.top
     return {
-        place: ", ".join(entry.name for entry in found[file.real_path][:3])
-        for place, file in enumerate(chain.files)
-        if file.real_path in found
+        place: why
+        for place, file in enumerate(stack.chain.files)
+        if (why := why_not_own(file.real_path, top.path, confirmed)) is not None
+        and not is_layer_below_active(file.real_path, top.real_path)
     }
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Unavailable
+from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image import ImageChain, scan
 from snapchain.image.backing import check_no_layer
 from snapchain.model.choice import MergeRange
 from snapchain.ops.hold import check_range
-from snapchain.ops.merge.inputs import KeptFile
+from snapchain.ops.merge.inputs import KeptFile, others_on
 from snapchain.ops.merge.journal import unsettled
 from snapchain.ops.merge.layers import numbers
-from snapchain.ops.merge.plan import Asked, MergePlan, decide
+from snapchain.ops.merge.plan import Asked, MergePlan, decide, real_paths
 from snapchain.ops.merge_set.rates import Rates, seconds_of
 from snapchain.ops.merge_set.request import Request
 from snapchain.ops.merge_set.stack import Stack, look
@@ -123,11 +123,12 @@ def plan(request: Request) -> MergeSetPlan:
     rates = Rates.remembered()
     with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:
         stack = look(chain, request.at)
+        _check_remove(chain, request)
         planner = _Planner(chain, request)
         if request.chooses:
             from snapchain.ops.merge_set.choose import choose
 
-            chosen = choose(stack, request, rates, planner.plan)
+            chosen = choose(stack, request, rates, planner.plan, planner.others)
             ranges, stays, notices = chosen.ranges, chosen.stays, chosen.notices
         else:
             ranges = _named(stack, request)
@@ -135,6 +136,7 @@ def plan(request: Request) -> MergeSetPlan:
         plans = tuple(planner.plan(each) for each in ranges)
         for each in plans:
             check_no_layer(each.result)
+        notices = [*notices, *([planner.others.incomplete] if plans and planner.others.incomplete else [])]
         idle = None if plans else planner.plan(MergeRange(len(stack) - 1, len(stack) - 1))
         of_all = idle or plans[0]
         merges = tuple(_merge(stack, each, rates) for each in plans)
@@ -167,10 +169,12 @@ class _Planner:
     def __init__(self, chain: ImageChain, request: Request) -> None:
         self._chain, self._request = chain, request
         self._known: dict[MergeRange, MergePlan] = {}
+        self.others = others_on(chain, request.image_dirs)
 
     def plan(self, place: MergeRange) -> MergePlan:
         if place not in self._known:
-            self._known[place] = decide(self._chain, asked(self._request, self._chain_paths(), place)).plan
+            wanted = asked(self._request, self._chain_paths(), place)
+            self._known[place] = decide(self._chain, wanted, others=self.others).plan
         return self._known[place]
 
     def _chain_paths(self) -> Sequence[Path]:
@@ -190,7 +194,20 @@ def asked(request: Request, paths: Sequence[Path], place: MergeRange) -> Asked:
         drop_bitmaps=request.drop_bitmaps,
         image_format=request.image_format,
         image_dirs=request.image_dirs,
+        confirmed=real_paths(request.remove),
     )
+
+
+def _check_remove(chain: ImageChain, request: Request) -> None:
+    """Raises InvalidInput where --remove names a file that is not of this chain."""
+    known = {file.real_path for file in chain.files}
+    for path in real_paths(request.remove):
+        if path not in known:
+            raise InvalidInput(
+                "--remove names a file that is not in the chain",
+                subject=path,
+                hint="the chain is " + ", ".join(str(file.path) for file in chain.files),
+            )
 
 
 def _named(stack: Stack, request: Request) -> tuple[MergeRange, ...]:

@@ -31,6 +31,7 @@ class Request:
     """flatten, from_layer, to_layer, strategy, cluster_size, keep_inputs, drop_bitmaps: as merge.plan.plan has them.
 
     policy: which sealed layers stay as views, in the calendar of `zone`; max_layers: cap of the chain's length;
+    remove: files that may go, or be replaced, though they lie elsewhere than the top or may have other users
     budget_bytes: to be moved at most; budget_seconds: to be worked at most; at: destinations to look out for
 
     Raises InvalidInput for a cap or a budget that is none, or rules together with a range.
@@ -53,6 +54,7 @@ class Request:
     budget_bytes: int | None = None
     budget_seconds: float | None = None
     at: tuple[At, ...] = ()
+    remove: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         named = self.from_layer is not None or self.to_layer is not None
@@ -64,6 +66,8 @@ class Request:
                 subject=self.image,
                 hint="say one or the other",
             )
+        if self.remove and self.keep_inputs:
+            raise InvalidInput("--keep-inputs and --remove contradict each other", subject=self.image)
         if self.max_layers is not None and self.max_layers < 1:
             raise InvalidInput("a chain has at least one layer", subject="--max-layers")
         if self.budget_bytes is not None and self.budget_bytes < 0:

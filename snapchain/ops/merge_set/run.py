@@ -110,6 +110,7 @@ def _again(planned: MergePlan) -> MergePlan:
         drop_bitmaps=planned.drop_bitmaps,
         image_format=planned.image_format,
         image_dirs=planned.image_dirs,
+        confirmed=planned.confirmed,
     )
     if now.chain[now.first : now.last + 1] != files:
         raise Conflict("its chain was changed meanwhile", subject=planned.image, hint="run it again")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snapchain.image import scan
+from snapchain.ops.merge.inputs import others_on
 from snapchain.ops.merge.plan import decide
 from snapchain.ops.merge_set import plan as planning
 from snapchain.ops.merge_set.choose import choose
@@ -65,7 +66,14 @@ def outlook(image: Path, settings: Disks, *, present: dict[str, int], more: int)
     with scan(image, format=request.image_format, image_dirs=request.image_dirs) as chain:
         paths = [file.real_path for file in chain.files]
         stack = replace(look(chain), present=present)
-        found = choose(stack, request, Rates.remembered(), lambda each: decide(chain, asked(request, paths, each)).plan)
+        others = others_on(chain, request.image_dirs)
+        found = choose(
+            stack,
+            request,
+            Rates.remembered(),
+            lambda each: decide(chain, asked(request, paths, each), others=others).plan,
+            others,
+        )
         return [tuple(paths[each.first : each.last + 1]) for each in found.ranges]
 
 

@@ -1,0 +1,142 @@
+"""Whatever is done to one disk, nothing of anybody else is changed: random forests through every command that writes.
+
+COMMANDS holds them all. A command gets a forest, the name of a disk in it, and `draw`; it may refuse, but not by an
+error that is not of snapchain.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from snapchain.errors import SnapchainError
+from snapchain.ops import doctor, snapshot
+from snapchain.ops.merge.strategy import Strategy
+from snapchain.ops.merge_set import plan as planning, run as running
+from snapchain.ops.merge_set.request import Request
+from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly.config import Disks
+from tests.ops.forest import Forest, forests
+from tests.ops.killing import killed_after
+
+EXAMPLES = 200
+Command = Callable[[Forest, Path, st.DrawFn], None]
+STRATEGIES = (None, None, Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)
+done: Counter[str] = Counter()
+"""What was really done, so that a law that holds because all was refused is noticed."""
+
+
+def merge_request(forest: Forest, target: Path, draw: st.DrawFn) -> Request:
+    """Any range, strategy and option."""
+    chain = forest.chain(target)
+    named = draw(st.booleans())
+    lowest = draw(st.integers(0, len(chain) - 1)) if named else 0
+    highest = draw(st.integers(0, lowest)) if named else 0
+    remove = [path for path in chain if draw(st.integers(0, 5)) == 0]
+    keep_inputs = not remove and draw(st.integers(0, 5)) == 0
+    forest.may_go |= set(remove)
+    return Request(
+        image=target,
+        flatten=not named and draw(st.booleans()),
+        from_layer=str(chain[lowest]) if named else None,
+        to_layer=str(chain[highest]) if named else None,
+        strategy=draw(st.sampled_from(STRATEGIES)),
+        keep_inputs=keep_inputs,
+        image_format="qcow2",
+        image_dirs=tuple(forest.image_dirs),
+        remove=tuple(remove),
+    )
+
+
+def merge(forest: Forest, target: Path, draw: st.DrawFn) -> None:
+    report = running.run(planning.plan(merge_request(forest, target, draw)))
+    done["merged"] += bool(report.merges)
+    done["removed"] += len(report.removed)
+    done["kept"] += len(report.kept)
+
+
+def merge_by_rules(forest: Forest, target: Path, draw: st.DrawFn) -> None:
+    request = Request(
+        image=target,
+        flatten=draw(st.booleans()),
+        max_layers=draw(st.integers(1, 2)),
+        strategy=draw(st.sampled_from(STRATEGIES)),
+        image_format="qcow2",
+        image_dirs=tuple(forest.image_dirs),
+    )
+    report = running.run(planning.plan(request))
+    done["merged by rules"] += bool(report.merges)
+
+
+def merge_at_night(forest: Forest, target: Path, draw: st.DrawFn) -> None:
+    disks = Disks(path=target, format="qcow2", merge_above=4, image_dirs=tuple(forest.image_dirs))
+    disks = disks.model_copy(update={"merge_above": draw(st.integers(1, 2))})
+    report = running.run(local_merge.plan(target, disks, at=[], budget=None))
+    done["merged at night"] += bool(report.merges)
+
+
+def seal(forest: Forest, target: Path, draw: st.DrawFn) -> None:
+    overlay = draw(st.sampled_from([None, None, Path("new.qcow2")]))
+    planned = snapshot.plan(target, overlay=overlay, image_format="qcow2", image_dirs=forest.image_dirs)
+    snapshot.run(planned)
+    done["sealed"] += 1
+
+
+def kill_and_settle(forest: Forest, target: Path, draw: st.DrawFn) -> None:
+    """A merge is killed, somebody else makes an overlay on one of its inputs, and then the doctor comes."""
+    request = merge_request(forest, target, draw)
+    planned = planning.plan(request)
+    if not killed_after(lambda: running.run(planned), draw(st.integers(1, 16))):
+        return
+    forest.check(target)
+    done["killed"] += 1
+    inputs = [path for path in forest.chain(target) if path.exists() and path not in forest.half_done()]
+    if draw(st.booleans()):
+        below = draw(st.sampled_from(inputs))
+        clone = forest.root / "b" / "since.qcow2"
+        forest.add(clone, {0: 7}, below, str(below))
+        forest.remember()
+    report = doctor.run(doctor.plan([target.parent, *{path.parent for path in inputs}], image_dirs=forest.image_dirs))
+    done["removed by the doctor"] += sum(len(each.removed) for each in report.treated)
+    done["kept by the doctor"] += sum(len(each.kept) for each in report.treated)
+
+
+COMMANDS: dict[str, Command] = {
+    "merge": merge,
+    "merge by rules": merge_by_rules,
+    "merge at night": merge_at_night,
+    "snapshot": seal,
+    "doctor after a kill": kill_and_settle,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _something_was_done() -> Iterator[None]:
+    done.clear()
+    yield
+    print(done)
+    if done["examples"] >= EXAMPLES * len(COMMANDS):
+        assert not {
+            what for what in ("merged", "removed", "kept", "merged by rules", "sealed", "killed") if done[what] < 8
+        }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@settings(max_examples=max(EXAMPLES, settings().max_examples if settings().max_examples > 100 else 0))
+@given(st.data())
+def test_nothing_of_anybody_else_is_changed(name: str, data: st.DataObject) -> None:
+    done["examples"] += 1
+    draw = data.draw
+    with forests(draw) as forest:
+        targets = [path for path in forest.shown if Path(os.path.realpath(path)) in forest.chains]
+        target = draw(st.sampled_from(targets[::-1]))
+        try:
+            COMMANDS[name](forest, target, draw)
+        except SnapchainError as error:
+            done[type(error).__name__] += 1
+        forest.check(target)
