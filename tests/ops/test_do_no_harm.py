@@ -6,27 +6,40 @@ error that is not of snapchain.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import SnapchainError
+from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor, snapshot
+from snapchain.ops.destination import Destination, destination_at
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge_set import plan as planning, run as running
 from snapchain.ops.merge_set.request import Request
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Disks
-from tests.ops.forest import Forest, forests
+from snapchain.ops.repository_destination import RepositoryDestination
+from snapchain.ops.restore_target import Format
+from tests.ops.forest import DIRECTORIES, SHM, ZERO, Forest, State, forests, read, write_image
 from tests.ops.killing import killed_after
+from tests.repository.synthetic import repository
 
 EXAMPLES = 200
 Command = Callable[[Forest, Path, st.DrawFn], None]
 STRATEGIES = (None, None, Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)
+MUST_BE_DONE = {
+    "merged", "removed", "kept", "merged by rules", "sealed", "killed", "restored", "restored over a file",
+    "restored through a link",
+}  # fmt: skip
 done: Counter[str] = Counter()
 """What was really done, so that a law that holds because all was refused is noticed."""
 
@@ -106,12 +119,65 @@ def kill_and_settle(forest: Forest, target: Path, draw: st.DrawFn) -> None:
     done["kept by the doctor"] += sum(len(each.kept) for each in report.treated)
 
 
+@cache
+def stored(kind: str) -> tuple[Destination, dict[int, bytes]]:
+    """A destination with two points of a disk, each on a layer of its own, and what they show."""
+    directory = Path(tempfile.mkdtemp(dir=SHM))
+    atexit.register(shutil.rmtree, directory)
+    where: Destination = (
+        RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
+        if kind == "repository"
+        else destination_at(f"dir:{directory}/replica")
+    )
+    write_image(directory / "0.qcow2", {0: 201, 1: 202}, None)
+    write_image(directory / "1.qcow2", {1: ZERO, 2: 203}, "0.qcow2")
+    shown = {}
+    for number, name in enumerate(("0.qcow2", "1.qcow2"), 1):
+        with where.deliver(directory / name, "d") as work:
+            work.run()
+        found = read(directory / name, [])
+        assert found is not None
+        shown[number] = found
+    return where, shown
+
+
+def restore(forest: Forest, target: Path, draw: st.DrawFn) -> None:
+    """A point over any name: what is behind it is replaced, or nothing is changed at all."""
+    where, shown = stored(draw(st.sampled_from(["repository", "repository", "replica"])))
+    point, whole_chain = draw(st.sampled_from([1, 2])), draw(st.booleans())
+    if draw(st.integers(0, 3)) == 0:
+        target = target.with_name("another.qcow2")  # nobody's yet
+    if draw(st.integers(0, 3)) == 0:
+        alias = forest.root / draw(st.sampled_from(DIRECTORIES)) / "alias.qcow2"
+        alias.symlink_to(target)
+        target = alias
+        forest.remember()
+    real = Path(os.path.realpath(target))
+    forest.chains[real] = [real]  # of the chain that it had nothing else may change
+    before = {path: State.of(path) for path in forest.names()}
+    kind: Format | None = None if whole_chain else "qcow2"
+    options = {"whole_chain": whole_chain, "force": draw(st.integers(0, 5)) > 0, "format": kind, "point": str(point)}
+    try:
+        where.restoration("d", target, **options).run()  # type: ignore[arg-type]
+    except SnapchainError:
+        assert {path: State.of(path) for path in forest.names()} == before, "a refusal changes nothing"
+        raise
+    done["restored"] += 1
+    done["restored over a file"] += real in before
+    done["restored through a link"] += target != real
+    for path in (*forest.shown, target):
+        if Path(os.path.realpath(path)) == real:
+            forest.shown[path] = shown[point]
+    forest.shown.setdefault(real, shown[point])
+
+
 COMMANDS: dict[str, Command] = {
     "merge": merge,
     "merge by rules": merge_by_rules,
     "merge at night": merge_at_night,
     "snapshot": seal,
     "doctor after a kill": kill_and_settle,
+    "restore": restore,
 }
 
 
@@ -121,9 +187,7 @@ def _something_was_done() -> Iterator[None]:
     yield
     print(done)
     if done["examples"] >= EXAMPLES * len(COMMANDS):
-        assert not {
-            what for what in ("merged", "removed", "kept", "merged by rules", "sealed", "killed") if done[what] < 8
-        }
+        assert not {what for what in MUST_BE_DONE if done[what] < 8}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
