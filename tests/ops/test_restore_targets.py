@@ -6,6 +6,7 @@ Whatever happens, nothing of anybody else changes, and no unfinished file is lef
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -423,6 +424,44 @@ def test_every_target_has_its_outcome(
             now = real.lstat()
             assert (now.st_uid, now.st_gid, now.st_mode) == (old.st_uid, old.st_gid, old.st_mode)
             assert {name: os.getxattr(real, name) for name in os.listxattr(real)} == attributes
+
+
+@pytest.mark.parametrize("kind", ["another file", "nothing", "a new name"])
+def test_only_what_was_locked_is_replaced(source: Source, tmp_path: Path, kind: str) -> None:
+    """While the restore is at work the name is given to a file of somebody who takes no locks."""
+    with ExitStack() as stack:
+        scene = Scene(tmp_path / "d", stack)
+        if kind != "a new name":
+            scene.image()
+
+        def meanwhile(event: Event) -> None:
+            if isinstance(event, Progress) and event.done:
+                scene.out.unlink(missing_ok=True)
+                if kind != "nothing":
+                    scene.out.write_bytes(b"theirs")
+
+        words = "exists already" if kind == "a new name" else "another file took its name meanwhile"
+        with pytest.raises(Conflict, match=words) as raised:
+            source.destination.restoration(DISK, scene.out, force=True).run(on_event=meanwhile)
+        assert raised.value.subject == str(scene.out)
+        assert names(scene.place) == ([] if kind == "nothing" else ["out.qcow2"])
+        assert kind == "nothing" or scene.out.read_bytes() == b"theirs"
+
+
+def test_a_temporary_name_that_is_taken_is_left_alone(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that was guessed: neither what lies there nor what it leads to is written to."""
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0" * (2 * count))
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "d").mkdir()
+    planted = tmp_path / "d" / ".out.qcow2.snapchain-part-00000000"
+    os.link(victim, planted)
+    with pytest.raises(Conflict, match="exists already"):
+        source.destination.restoration(DISK, tmp_path / "d" / "out.qcow2").run()
+    assert victim.read_bytes() == b"precious"
+    assert planted.samefile(victim)
 
 
 # ---- as somebody who is not root
