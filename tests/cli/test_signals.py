@@ -6,12 +6,14 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapchain.host.interrupts import held_back
 from snapchain.ops import serve_replica
 from snapchain.ops.nightly.run import _Run
+from snapchain.ops.output import OutputFile
 from snapchain.ops.ship import Shipment
 from snapchain.repository.replay import Replay
 from tests.cli.conftest import Run, write
@@ -31,19 +33,15 @@ def shipped(run: Run, disk: Path) -> Path:
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Sends signals to this process at the end of a method, in the middle of the verb that calls it."""
+    """Sends a signal to this process at the end of a method, in the middle of the verb that calls it."""
     before = [signal.getsignal(number) for number in CODES]
 
-    def at(owner: type, method: str, *numbers: signal.Signals) -> None:
+    def at(owner: type, method: str, number: signal.Signals) -> None:
         whole = getattr(owner, method)
 
         def cut(*arguments: object, **named: object) -> None:
             whole(*arguments, **named)
-            try:
-                signal.raise_signal(numbers[0])
-            finally:
-                for number in numbers[1:]:
-                    signal.raise_signal(number)
+            signal.raise_signal(number)
 
         monkeypatch.setattr(owner, method, cut)
 
@@ -109,9 +107,18 @@ def test_what_a_sender_has_started_here_ends_so_too(
     )
 
 
-def test_a_closing_terminal_says_it_twice(run: Run, shipped: Path, interrupt: Callable[..., None]) -> None:
+def test_a_closing_terminal_says_it_twice(
+    run: Run, shipped: Path, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernel, and then the shell: the second must not cut the clean-up short."""
-    interrupt(Replay, "run", signal.SIGHUP, signal.SIGHUP, signal.SIGHUP)
+    whole = OutputFile.__exit__
+
+    def clean_up(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        whole(*arguments)
+
+    monkeypatch.setattr(OutputFile, "__exit__", clean_up)
+    interrupt(Replay, "run", signal.SIGHUP)
     assert run("restore", DISK, "out/web1.raw").status == 129
     assert names(shipped.parent / "out") == []
 

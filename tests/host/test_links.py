@@ -59,7 +59,7 @@ def test_it_leads_where_the_kernel_leads(
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o775, 0o757, 0o1777])
-@pytest.mark.parametrize("at", ["last", "directory", "second"])
+@pytest.mark.parametrize("at", ["last", "directory", "first", "second"])
 def test_a_link_that_others_may_change_is_known(tmp_path: Path, mode: int, at: str) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_bytes(b"")
@@ -72,6 +72,10 @@ def test_a_link_that_others_may_change_is_known(tmp_path: Path, mode: int, at: s
         case "directory":
             (shared / "d").symlink_to("../there")
             path = shared / "d" / "file"
+        case "first":
+            (shared / "x").symlink_to("../second")
+            (tmp_path / "second").symlink_to("there/file")
+            path = shared / "x"
         case "second":
             (shared / "x").symlink_to("../there/file")
             (tmp_path / "first").symlink_to("shared/x")
