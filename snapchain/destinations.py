@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.objects import open_store
 from snapchain.objects.cache import CachedStore
 from snapchain.objects.store import ObjectStore
@@ -12,7 +13,8 @@ from snapchain.objects.throttle import ThrottledStore
 from snapchain.repository import known
 from snapchain.repository.crypto import AES
 from snapchain.repository.known import Known
-from snapchain.repository.repository import BLOCK_BYTES, Passphrase, Repository, check_pack_size
+from snapchain.repository.repository import BLOCK_BYTES, CONFIG, Passphrase, Repository, check_pack_size
+from snapchain.repository.vacancy import check_vacant
 
 _REPLICAS = ("ssh://", "dir:")
 
@@ -35,7 +37,11 @@ def open_destination(
     check_pack_size(pack_size)
     store = _store(url, limit_rate=limit_rate)
     seen = known.recall(_place(store)) is not None
-    opened = Repository.open(store, passphrase=passphrase, writing=writing, known=seen)
+    try:
+        opened = Repository.open(store, passphrase=passphrase, writing=writing, known=seen)
+    except NotFound:
+        _check_no_replica(store, NotFound)
+        raise
     known.check(_seen(opened))
     opened.memory = known.Memory(_seen(opened))
     check_pack_size(pack_size, opened.config.block_size)
@@ -51,17 +57,42 @@ def create_destination(
     block_size: int = BLOCK_BYTES,
     pack_size: int | None = None,
 ) -> Repository:
-    """A new, empty repository at `url`. Raises Conflict when there is one."""
+    """A new, empty repository at `url`. Raises Conflict when there is one, or something else."""
+    store = _store(url, make=True)
+    _check_no_replica(store, Conflict)
     made = Repository.create(
-        _store(url, make=True),
-        passphrase=passphrase,
-        encryption=encryption,
-        block_size=block_size,
-        pack_size=pack_size,
+        store, passphrase=passphrase, encryption=encryption, block_size=block_size, pack_size=pack_size
     )
     known.remember(_seen(made))
     made.memory = known.Memory(_seen(made))
     return made
+
+
+def check_can_be_made(url: str) -> None:
+    """Raises what `create_destination` would find in the way at `url`; makes nothing."""
+    try:
+        store = _store(url)
+    except NotFound:  # a directory that would be made
+        return
+    _check_no_replica(store, Conflict)
+    if store.size(CONFIG) is not None:
+        raise Conflict("there is a snapchain repository here already", subject=store.url)
+    check_vacant(store)
+
+
+def _check_no_replica(store: ObjectStore, error: type[SnapchainError]) -> None:
+    from snapchain.replica.names import CATALOGUE, MARKER  # inside: it loads all that reads images
+
+    root = Path(store.url)
+    if not root.is_absolute():
+        return
+    place = next((path for path in (root, root.parent) if (path / MARKER).is_file()), None)
+    if place is not None and (place == root or (root / CATALOGUE).is_file()):
+        raise error(
+            "this is a replica, not a repository" if place == root else "this is a disk of a replica, not a repository",
+            subject=root,
+            hint=f"dir:{place} names the replica, and ssh://HOST{place} from another host",
+        )
 
 
 def _seen(repository: Repository) -> Known:

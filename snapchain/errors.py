@@ -13,8 +13,8 @@
     ├── PartialFailure              10   of many things some were not done: the report says which
     └── OutputFailed                11   the result could not be written to standard output
 
-The number is the exit code of the command line.  `Interrupted` (130) is not an error of this tree: it
-derives from KeyboardInterrupt, so that no handler of errors swallows a Ctrl-C.
+The number is the exit code of the command line.  `Interrupted` (130; 129 after SIGHUP) is not an error of this
+tree: it derives from KeyboardInterrupt, so that no handler of errors swallows a Ctrl-C.
 
 An error carries facts, not prose: what is wrong (`message`), with which file or object (`subject`), and
 what to do (`hint`).
@@ -133,6 +133,6 @@ class OutputFailed(SnapchainError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; what was done so far is as good as before the command."""
+    """SIGINT, SIGTERM or SIGHUP arrived; what was done so far is as good as before the command."""
 
     exit_code = 130

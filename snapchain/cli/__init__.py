@@ -6,15 +6,14 @@ Nothing heavy is imported here or at the top of a verb's file, so that `snapchai
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from gc import set_threshold
-from types import FrameType
 from typing import NoReturn
 
 from snapchain.cli import exits, streams
-from snapchain.errors import Interrupted, Unsupported
+from snapchain.cli.signals import interrupting
+from snapchain.errors import Unsupported
 from snapchain.host import descriptors
 
 __all__ = ["main", "program"]
@@ -29,17 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # What a command loads and makes stays until its end: to look for garbage every 700 objects is a tenth of a start.
     set_threshold(50_000, 20, 20)
-    try:
-        before = signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # called from a thread that is not the main one: signals are somebody else's
-        before = None
     descriptors.raise_limit()
-    try:
-        with streams.checked():
-            return _run(words)
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    with interrupting(), streams.checked():
+        return _run(words)
 
 
 def _run(words: Sequence[str]) -> int:
@@ -77,7 +68,3 @@ def _check_words(words: Sequence[str]) -> None:
         except UnicodeEncodeError:
             shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
             raise Unsupported("not UTF-8 text", subject=shown, hint="rename the file, or make a link to it") from None
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Interrupted("SIGTERM")

@@ -26,7 +26,7 @@ app = typer.Typer(
     "time. A date such as 2026-11-30, today or yesterday means the end of that day: the newest point not after it. An "
     "existing file is an image whatever its name; write ./a::b for the path of one.",
     epilog="Exit codes: 0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, "
-    "8 a program failed, 9 busy, 10 partly failed, 11 the output could not be written, 130 interrupted.",
+    "8 a program failed, 9 busy, 10 partly failed, 11 the output could not be written, 129 and 130 interrupted.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

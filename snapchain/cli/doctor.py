@@ -40,7 +40,7 @@ def doctor(
     progress: options.Progress = Mode.AUTO,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find interrupted merges and snapshots, say what each is, and finish or undo it.
+    """Find interrupted merges, snapshots and restores, say what each is, and finish or undo it.
 
     What somebody is at work on is left alone. Ends with exit code 10 when something could not be treated.
     """

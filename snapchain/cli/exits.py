@@ -15,6 +15,7 @@ import sys
 import traceback
 from typing import Any
 
+from snapchain.cli import signals
 from snapchain.cli.streams import ReaderGone
 from snapchain.cli.text import printable
 from snapchain.errors import InvalidInput, OutputFailed, SnapchainError, ToolFailed
@@ -64,7 +65,7 @@ def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
             facts |= {"argv": list(error.argv), "status": error.status, "stderr": error.stderr}
         return facts
     if isinstance(error, KeyboardInterrupt):
-        return _row("interrupted", "interrupted", INTERRUPTED, hint=left_behind)
+        return _row("interrupted", "interrupted", signals.exit_code(), hint=left_behind)
     import typer  # inside: what is no error, or one of ours, can do without
 
     # Public names of typer that lead to its usage errors, whichever version keeps them in whichever module.

@@ -49,7 +49,9 @@ def restore(
             "--chain", help="Restore every layer as a file of its own: OUT is the top, the rest lie beside it."
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT if it exists, or overwrite a device that is not empty.")
+    ] = False,
     image_format: Annotated[
         str | None,
         typer.Option("--format", "-f", metavar="qcow2|raw", help="Format of OUT. By default by its suffix."),
@@ -65,9 +67,11 @@ def restore(
 ) -> None:
     """Write a point to a new file, a block device, or as a whole chain.
 
-    What is written is checked against the point's content id while it is written. A file appears under its name only
-    when it is whole; an existing one is replaced only with --force. On a block device zeroes are written where the
-    point has them, whatever the device held. DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path.
+    What was written is read back and must show the point's content id. A file appears under its name only when it is
+    whole; an existing one is replaced only with --force, and never while somebody has it open or stands on it. The new
+    file keeps its owner, mode and labels, and a symbolic link stays one. On a block device zeroes are written where the
+    point has them, whatever the device held; one that is not empty needs --force. DEST is a repository, or a replica:
+    ssh://[user@]host/path or dir:/path.
     """
     from snapchain.ops.address import parse_point_address
 

@@ -20,7 +20,8 @@ from snapchain.errors import InvalidInput
 from snapchain.host.os_errors import os_errors
 
 # Extended attributes that belong to a file's place, not to its bytes: labels, access lists, what a user noted.
-_KEPT_ATTRIBUTES = ("security.selinux", "system.posix_acl_access", "user.")
+_ACCESS_LIST = "system.posix_acl_access"
+_KEPT_ATTRIBUTES = ("security.selinux", _ACCESS_LIST, "user.")
 NEW = "new"
 """The purpose in the temporary names of `write_atomically`."""
 
@@ -42,15 +43,18 @@ def temporary_beside(path: Path, *, purpose: str) -> Path:
     return path.with_name(_temporary_prefix(path, purpose) + secrets.token_hex(_RANDOM_BYTES))
 
 
+def temporaries(path: Path, *, purpose: str) -> list[Path]:
+    """Files beside `path` under names of `temporary_beside`: of runs that are at work, or were killed."""
+    prefix = _temporary_prefix(path, purpose)
+    random = re.compile(re.escape(prefix) + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
+    with os_errors(path.parent):
+        return [entry for entry in path.parent.iterdir() if random.fullmatch(entry.name)]
+
+
 def remove_temporaries(path: Path, *, purpose: str) -> None:
     """Remove what killed runs have left under names of `temporary_beside`. Only while nobody else is at work there."""
-    prefix = _temporary_prefix(path, purpose)
-    with os_errors(path.parent):
-        entries = list(path.parent.iterdir())
-    for entry in entries:
-        random = entry.name.removeprefix(prefix)
-        if entry.name.startswith(prefix) and re.fullmatch(f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}", random):
-            remove(entry)
+    for entry in temporaries(path, purpose=purpose):
+        remove(entry)
 
 
 def _temporary_prefix(path: Path, purpose: str) -> str:
@@ -133,26 +137,30 @@ def read_small(path: Path, *, cap: int = 1 << 20) -> bytes:
     return data
 
 
-def copy_standing(source: Path, target: Path) -> str | None:
-    """Give `target` the owner, the mode and the labels of `source`, whose place it will take.
+def copy_standing(source: Path | int, target: Path | int, *, subject: object = None) -> str | None:
+    """Give `target` the owner, the mode and the labels of `source`, whose place it will take. Paths, or descriptors.
 
     A guest's process runs as its own user, under its own SELinux label; a file that it may not open is as
-    good as lost.  The owner is set first: chown clears the mode's set-id bits.
-    Returns what could not be given, where nobody loses access by that. Raises InvalidInput where somebody would.
+    good as lost.  The owner is set first: chown clears the mode's set-id bits.  The access list comes last, since
+    chmod changes it; one that the directory has given to the new file goes where the old file has none.
+    subject: the file that errors name. Returns what could not be given, where nobody loses access by that. Raises
+    InvalidInput where somebody would.
     """
-    with os_errors(target):
-        standing = source.stat()
-        mine = target.stat()
+    with os_errors(target if subject is None else subject):
+        standing = os.stat(source)  # noqa: PTH116 - a descriptor, too
+        mine = os.stat(target)  # noqa: PTH116
         lost = None
         if (mine.st_uid, mine.st_gid) != (standing.st_uid, standing.st_gid):
             try:
                 os.chown(target, standing.st_uid, standing.st_gid)
             except PermissionError as error:
-                lost = _not_given(source, standing, mine, error)
-        target.chmod(standing.st_mode & 0o7777)
-        for name in os.listxattr(source):
-            if name.startswith(_KEPT_ATTRIBUTES):
-                _copy_attribute(source, target, name)
+                lost = _not_given(source if subject is None else subject, standing, mine, error)
+        kept = [name for name in os.listxattr(source) if name.startswith(_KEPT_ATTRIBUTES)]
+        if _ACCESS_LIST not in kept and _ACCESS_LIST in os.listxattr(target):
+            os.removexattr(target, _ACCESS_LIST)
+        os.chmod(target, standing.st_mode & 0o7777)  # noqa: PTH101
+        for name in kept:
+            _copy_attribute(source, target, name)
     return lost
 
 
@@ -167,20 +175,20 @@ def check_standing(source: Path, target: Path) -> None:
 
 
 def _not_given(
-    source: Path, standing: os.stat_result, mine: os.stat_result, error: PermissionError | None
+    subject: object, standing: os.stat_result, mine: os.stat_result, error: PermissionError | None
 ) -> str | None:
     """What it means that owner and group cannot be given. The group matters where the mode gives it other rights."""
     group = _group_name(standing.st_gid)
     if standing.st_uid != mine.st_uid:
         raise InvalidInput(
             f"the file that takes its place cannot be given its owner, {_user_name(standing.st_uid)}",
-            subject=source,
+            subject=subject,
             hint="run as root, or as that user",
         ) from error
     if (standing.st_mode >> 3) & 0o7 != standing.st_mode & 0o7:
         raise InvalidInput(
             f"the file that takes its place cannot be given its group, {group}, and the guest may need that",
-            subject=source,
+            subject=subject,
             hint=f"run as root, or as a member of the group {group}",
         ) from error
     return f"its group is {_group_name(mine.st_gid)} now, not {group}; its mode gives a group no rights of its own"
@@ -200,7 +208,7 @@ def _user_name(number: int) -> str:
         return str(number)
 
 
-def _copy_attribute(source: Path, target: Path, name: str) -> None:
+def _copy_attribute(source: Path | int, target: Path | int, name: str) -> None:
     try:
         value = os.getxattr(source, name)
         os.setxattr(target, name, value)

@@ -108,6 +108,11 @@ class ImageLock:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def fd(self) -> int:
+        """A descriptor of the locked file, open for reading."""
+        return self._fd
+
     def same_file(self, path: Path) -> bool:
         """Whether `path` is still the file that is locked here."""
         try:

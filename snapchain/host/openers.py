@@ -1,8 +1,8 @@
 """Who has a file open: what /proc tells.
 
 Locks are a promise among programs that take them.  A process that has the file open for writing without a
-lock (`file.locking=off`, `dd`, a loop device's owner) is seen here alone.  Processes of other users are
-visible to root only, other hosts not at all.
+lock (`file.locking=off`, `dd`) is seen here alone.  Processes of other users are visible to root only, other
+hosts not at all.  A loop device has its file open in the kernel, where no process shows it: sysfs does.
 
 One look costs a stat for each descriptor of each process: who asks about many files takes one `OpenFiles`.
 """
@@ -11,24 +11,26 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_BLOCK = Path("/sys/block")
 _File = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Opener:
-    """A process that has a file open. writing: through a descriptor that can write."""
+    """A process, or a loop device (pid None), that has a file open. writing: through a descriptor that can write."""
 
-    pid: int
+    pid: int | None
     command: str
     writing: bool
 
     def __str__(self) -> str:
-        return f"{self.command} (pid {self.pid})"
+        return self.command if self.pid is None else f"{self.command} (pid {self.pid})"
 
 
 class OpenFiles:
@@ -45,10 +47,18 @@ class OpenFiles:
 
     def openers(self, file: os.stat_result) -> list[Opener]:
         """Who has this file open, told by device and inode (a block device by its number)."""
+        return self._openers(_identity(file))
+
+    def device_openers(self, number: int) -> list[Opener]:
+        """Who has the block device of this number (st_rdev) open."""
+        return self._openers((1, number, 0))
+
+    def _openers(self, identity: _File) -> list[Opener]:
         writing: dict[int, bool] = {}
-        for pid, descriptor in self._descriptors.get(_identity(file), ()):
+        for pid, descriptor in self._descriptors.get(identity, ()):
             writing[pid] = writing.get(pid, False) or _can_write(pid, descriptor)
-        return [Opener(pid, _command(pid), can_write) for pid, can_write in writing.items()]
+        processes = [Opener(pid, _command(pid), can_write) for pid, can_write in writing.items()]
+        return processes + list(_loops(identity))
 
     def _note(self, pid: str) -> None:
         with os.scandir(_PROC / pid / "fd") as descriptors:
@@ -57,6 +67,16 @@ class OpenFiles:
                     status = descriptor.stat()
                     if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
                         self._descriptors.setdefault(_identity(status), []).append((int(pid), descriptor.name))
+
+
+def _loops(identity: _File) -> Iterator[Opener]:
+    """The loop devices on a file."""
+    for device in _BLOCK.glob("loop*"):
+        # One may be detached at any moment, and have a file that this mount namespace does not know.
+        with suppress(OSError):
+            behind = (device / "loop" / "backing_file").read_text().removesuffix("\n")
+            if _identity(Path(behind).stat()) == identity:
+                yield Opener(None, f"/dev/{device.name}", (device / "ro").read_text().strip() != "1")
 
 
 def _identity(status: os.stat_result) -> _File:

@@ -1,6 +1,7 @@
 """A block device as the target of a raw image: opened for us alone, measured, and really zeroed.
 
 `O_EXCL` without `O_CREAT` claims the device in the kernel: one that is mounted, or part of a RAID or LVM, is refused.
+Programs that merely open it are found by their locks and in /proc, as the users of files are.
 Zeroing tries what is cheapest first: deallocate (the device promises zeroes afterwards), then let the device or the
 kernel write zeroes, then write them ourselves.  Source: block/file-posix.c of QEMU, which does the same.
 """
@@ -13,10 +14,14 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from snapchain.errors import Busy, InvalidInput
+from snapchain.errors import Busy, Conflict, InvalidInput
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.image.positioned import write_all
 
@@ -26,6 +31,34 @@ _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL}
 _STEP = 256 * 1024 * 1024
 _ZEROES = bytes(1024 * 1024)
+_EDGE = 1024 * 1024
+"""Bytes at both ends: partition tables, their copies, and the superblocks of filesystems, RAID, LVM and LUKS."""
+_SAMPLES, _SAMPLE = 256, 64 * 1024
+_SYSFS = Path("/sys/dev/block")
+
+
+@contextmanager
+def claimed(path: Path, *, overwrite: bool) -> Iterator[int]:
+    """A descriptor of a block device for reading and writing, which nobody else uses during the block.
+
+    overwrite: also a device that is not empty, as far as `first_data` sees.
+    Raises Busy when it is mounted, claimed or open elsewhere, Conflict when it is not empty, InvalidInput when it is no
+    block device, NotFound when it is not there.
+    """
+    fd = open_device(path)
+    try:
+        with ImageLock(path, LockMode.WRITE):
+            _check_parts(path, os.fstat(fd).st_rdev)
+            found = None if overwrite else first_data(fd, subject=path)
+            if found is not None:
+                raise Conflict(
+                    f"the device is not empty: there is data at byte {found}",
+                    subject=path,
+                    hint="choose another device, or say --force to overwrite it",
+                )
+            yield fd
+    finally:
+        os.close(fd)
 
 
 def open_device(path: Path) -> int:
@@ -35,18 +68,63 @@ def open_device(path: Path) -> int:
     is no block device, NotFound when it is not there.
     """
     with os_errors(path):
-        if not stat.S_ISBLK(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISBLK(status.st_mode):
             raise InvalidInput("not a block device", subject=path)
         try:
             fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            raise Busy("the device is mounted or in use", subject=path, hint="unmount it, or stop its user") from error
+            raise Busy(_use_of(status.st_rdev), subject=path, hint="unmount it, or stop its user") from error
         if not stat.S_ISBLK(os.fstat(fd).st_mode):
             os.close(fd)
             raise InvalidInput("not a block device", subject=path)
         return fd
+
+
+def first_data(fd: int, *, subject: object = None) -> int | None:
+    """The first byte found that is not zero; None for a device that looks empty.
+
+    Read are its first and last MiB, where tables and superblocks are, and 256 pieces of 64 KiB spread evenly between:
+    a device that was used for an hour has something there, and one of 20 TB is judged within seconds.
+    """
+    with os_errors(subject):
+        size = os.lseek(fd, 0, os.SEEK_END)
+        edges = [(0, _EDGE), (max(size - _EDGE, 0), _EDGE)]
+        spread = [(size * number // _SAMPLES, _SAMPLE) for number in range(1, _SAMPLES)]
+        for offset, length in (*edges, *spread):
+            data = os.pread(fd, length, offset)
+            if data.count(0) != len(data):
+                return offset + len(data) - len(data.lstrip(b"\0"))
+    return None
+
+
+def _use_of(number: int) -> str:
+    """What the kernel shows of who claims a device."""
+    names = f"{os.major(number)}:{os.minor(number)}"
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            fields = line.split()
+            if fields[2] == names:
+                return f"the device is mounted at {fields[4]}"
+    with suppress(OSError):
+        holders = ", ".join(sorted(entry.name for entry in (_SYSFS / names / "holders").iterdir()))
+        if holders:
+            return f"the device is part of {holders}"
+    return "the device is mounted or in use"
+
+
+def _check_parts(path: Path, number: int) -> None:
+    """Raises Busy for a disk of which a partition is open for writing, or a partition of which the disk is."""
+    place = _SYSFS / f"{os.major(number)}:{os.minor(number)}"
+    related = [*place.glob("*/partition"), *([place / ".." / "dev"] if (place / "partition").exists() else [])]
+    open_files = OpenFiles() if related else None
+    for entry in related:
+        major, minor = (entry.parent / "dev").read_text().split(":")
+        for opener in open_files.device_openers(os.makedev(int(major), int(minor))) if open_files else ():
+            if opener.writing:
+                raise Busy(f"{opener} has a part of it, or all of it, open", subject=path, hint="stop it")
 
 
 def zero_device(fd: int, offset: int, length: int) -> None:

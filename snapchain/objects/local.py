@@ -99,6 +99,10 @@ class LocalStore:
             if next(self._below(folder + entry, ""), None) is not None
         )
 
+    def top_names(self) -> Sequence[str]:
+        """All names in the directory, ours or not, but for the `lost+found` that a new filesystem has."""
+        return [name for name in self._rooted.all_names() if name != "lost+found"]
+
     def delete(self, name: str) -> None:
         """Idempotent.  Not synced: after a power failure a deleted object may be there again."""
         valid_name(name)

@@ -97,6 +97,14 @@ class Rooted:
             raise from_os_error(error, self.path(folder)) from error
         return sorted(entries, key=lambda entry: f"{entry[0]}/" if entry[1] else entry[0])
 
+    def all_names(self) -> list[str]:
+        """What is in the root, whatever it is and may be called. Raises our errors."""
+        try:
+            with os.scandir(self.descriptor()) as found:
+                return sorted(entry.name for entry in found)
+        except OSError as error:
+            raise from_os_error(error, self.root) from error
+
     def temporary(self, older_than: float) -> int:
         """Descriptor of the directory of unfinished files; swept of old ones when this process first asks."""
         with self._lock:

@@ -192,6 +192,14 @@ class S3Store:
         """The names that `list` gives, asked for in pages of so many; for the probe."""
         return sorted(self._listed(valid_prefix(prefix), page=page)[0])
 
+    def top_names(self) -> Sequence[str]:
+        """First segments of keys below the prefix, ours or not; those of one page."""
+        page = next(self._pages(self._prefix, delimiter="/", page=PAGE))
+        keys = [each["Key"] for each in page.get("Contents", [])]
+        folders = [each["Prefix"].rstrip("/") for each in page.get("CommonPrefixes", [])]
+        names = (key.removeprefix(self._prefix) for key in [*keys, *folders])
+        return [name for name in names if name]  # without: a folder that a console has made
+
     def delete(self, name: str) -> None:
         valid_name(name)
         try:

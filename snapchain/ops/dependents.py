@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 _VARIABLE = "SNAPCHAIN_IMAGE_DIRS"
-_UNFINISHED = re.compile(r"\..+\.(merge|snapshot)-[0-9a-f]{8}")
-"""Temporary names (host/files.py) of ops/merge and ops/snapshot.py."""
+_UNFINISHED = re.compile(r"\..+\.(merge|snapshot|snapchain-part)-[0-9a-f]{8}")
+"""Temporary names (host/files.py) of ops/merge, ops/snapshot.py and ops/output.py."""
 
 
 def find_dependents(
@@ -36,10 +36,10 @@ def find_dependents(
 
     files: by the names under which the disk's chain opens them; they need not exist
     top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count, as
-    nothing does that an unfinished merge or snapshot has left beside them
+    nothing does that an unfinished merge, snapshot or restore has left beside them
     image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
     """
-    named = [*image_dirs, *_image_directories()]
+    named = [*image_dirs, *image_directories()]
     homes = list(dict.fromkeys([Path(os.path.realpath(top)).parent, Path(os.path.realpath(top.parent))]))
     near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
     # A link elsewhere has other users than this chain, whoever opens the file by it.
@@ -49,7 +49,7 @@ def find_dependents(
 
 
 def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
-    """(device, inode) of what merges and snapshots have not finished: it stands on nothing that anybody needs."""
+    """(device, inode) of what merges, snapshots and restores have not finished: nobody needs what it stands on."""
     for directory in set(directories):
         with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
@@ -59,7 +59,7 @@ def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
                         yield status.st_dev, status.st_ino
 
 
-def _image_directories() -> Iterator[Path]:
+def image_directories() -> Iterator[Path]:
     """What SNAPCHAIN_IMAGE_DIRS names."""
     return (Path(name) for name in os.environ.get(_VARIABLE, "").split(":") if name)
 

@@ -132,7 +132,7 @@ def point_side(repository: Repository, disk: str, point: str | None) -> PointSid
     """A point as one side of a comparison. Raises NotFound."""
     catalogue = repository.catalogue(disk)
     found = find_point(catalogue, point)
-    layers = repository.chain(catalogue, found.layer)
+    layers = repository.chain_of(catalogue, found)
     return PointSide(f"{repository.store.url}::{disk}@{found.point}", repository, disk, layers)
 
 

@@ -3,6 +3,7 @@
     a merge's journal          the merge was killed at work: it is finished, or undone, as far as it had come
     a new file without a name  of a merge or a snapshot that was killed early: it goes
     a second name              of an image that was about to be sealed: it goes, the image stays
+    a part of a restore        of one that was killed: it goes
 
 Everything under the locks that live runs hold: what somebody is at work on is left alone, and said.
 """
@@ -32,6 +33,7 @@ from snapchain.ops.merge import recover
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import MergeJournal, is_journal, leftovers, read
 from snapchain.ops.merge.settle import Settled
+from snapchain.ops.output import is_part, meant_for, remove_part
 
 _SNAPSHOT = re.compile(r"\.(.+)\.snapshot-[0-9a-f]{8}")
 _HALF_JOURNAL = re.compile(r"\.(\.snapchain-merge-.+\.json)\.new-[0-9a-f]{8}")
@@ -159,6 +161,25 @@ def _look(directory: Path) -> Iterator[Finding]:
                     remedy="removes it",
                 )
     yield from _second_names(entries)
+    yield from _parts(entries)
+
+
+def _parts(entries: Sequence[Path]) -> Iterator[Finding]:
+    """What restores that were killed have left; a file that somebody else has put under such a name is none."""
+    for path in entries:
+        target = meant_for(path)
+        try:
+            if target is None or not is_part(path, path.lstat(), of_anybody=os.geteuid() == 0):
+                continue
+        except FileNotFoundError:
+            continue
+        yield Finding(
+            path=path,
+            kind=Kind.NEW_FILE,
+            image=target,
+            says="the new file of a restore that was not finished; nothing else was changed",
+            remedy="removes it; run the restore again from the start",
+        )
 
 
 def _merge(path: Path) -> Finding:
@@ -230,6 +251,8 @@ def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Se
             if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
                 raise Busy("it was given to another file meanwhile", subject=finding.path)
             _remove_unused(finding, image_dirs)
+    elif meant_for(finding.path) is not None:
+        return Settled([finding.path] if remove_part(finding.path, of_anybody=os.geteuid() == 0) else [])
     else:
         with _free(finding):
             _remove_unused(finding, image_dirs)

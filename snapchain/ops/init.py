@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.destinations import create_destination
+from snapchain.destinations import check_can_be_made, create_destination
 from snapchain.errors import InvalidInput
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.repository.crypto import AES, SUITES
@@ -47,11 +47,12 @@ def plan(
     block_size: int | None = None,
     pack_size: int | None = None,
 ) -> InitPlan:
-    """Decide the parameters, which are for ever. Raises InvalidInput."""
+    """Decide the parameters, which are for ever. Raises InvalidInput, and Conflict for a place that is not free."""
     suite = AES if encryption is None else encryption
     if suite not in SUITES:
         raise InvalidInput(f"unknown encryption {suite!r}", hint=f"one of {', '.join(SUITES)}")
     check_pack_size(pack_size, block_size or BLOCK_BYTES)
+    check_can_be_made(destination)
     return InitPlan(
         destination=destination,
         encryption=suite,

@@ -113,7 +113,7 @@ def inspect_point(repository: Repository, disk: str, *, point: str | None = None
     """The chain of a point as the repository holds it. Raises NotFound."""
     catalogue = repository.catalogue(disk)
     found = find_point(catalogue, point)
-    chain = repository.chain(catalogue, found.layer)
+    chain = repository.chain_of(catalogue, found)
     maps = [layer.extents() for layer in chain]
     layers = tuple(
         LayerReport(

@@ -1,30 +1,48 @@
 """A new file that appears under its name only when it is whole.
 
-It grows as `.NAME.snapchain-part` beside its place, locked, so that a second run waits for nobody's leftovers:
-what a killed run left behind is overwritten by the next one.
+It grows beside its place as `.NAME.snapchain-part-<random>`, made for it alone and locked (flock) as long as it grows.
+So nothing that lies there is ever taken up, and a second run, or the doctor, tells a file that is being written from
+one that a killed run has left: the latter goes.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import suppress
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import Busy, Conflict
-from snapchain.host.files import fsync_dir
+from snapchain.errors import Busy, Conflict, InvalidInput
+from snapchain.host import files
+from snapchain.host.locks import ImageLock
 from snapchain.host.os_errors import os_errors
+
+_PURPOSE = "snapchain-part"
+_PART = re.compile(rf"\.(.+)\.{_PURPOSE}(-[0-9a-f]+)?", re.DOTALL)
+"""Without digits: what version 0.1 left."""
+_OURS = 0o600
+_TRIES, _PAUSE = 40, 0.05
+"""For the lock on a directory, which is held for a few calls only: then it is done without."""
 
 
 class OutputFile:
-    """A context manager; without `publish` the file is gone on leaving."""
+    """A context manager; without `publish` the file is gone on leaving.
 
-    def __init__(self, path: Path) -> None:
+    path: no symbolic link; name: by which it is known, which may be a link to it
+    """
+
+    def __init__(self, path: Path, *, name: Path | None = None) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.snapchain-part")
+        self.name = path if name is None else name
+        self._temporary = files.temporary_beside(path, purpose=_PURPOSE)
         self.fd = -1
+        self._directory = -1
 
     @property
     def growing(self) -> Path:
@@ -32,65 +50,159 @@ class OutputFile:
         return self._temporary
 
     def __enter__(self) -> Self:
-        with os_errors(self._temporary):
-            while not self._took():
-                # Another run gave the file its final name, or removed it, between our open and our lock: what we
-                # have locked is no longer ours to overwrite.
-                os.close(self.fd)
-                self.fd = -1
-        return self
-
-    def _took(self) -> bool:
-        """Open, lock and empty the file of the temporary name; False when that is another file by now."""
-        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        """Raises Busy when another run is writing the file."""
+        with os_errors(self.path.parent):
+            self._directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not self._is_named():
-                return False
-            os.ftruncate(self.fd, 0)
-        except BlockingIOError as error:
-            os.close(self.fd)
-            self.fd = -1
-            raise Busy("another snapchain is writing it", subject=self.path, hint="wait for it") from error
-        except OSError:
-            os.close(self.fd)
-            self.fd = -1
+            # One run at a time looks and begins, so that of two that begin at once one sees the other.
+            with _alone_in(self._directory) as alone:
+                for part in parts_of(self.path) if alone else ():
+                    remove_part(part)
+                with os_errors(self.path):
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                    self.fd = os.open(self._temporary.name, flags, _OURS, dir_fd=self._directory)
+                with suppress(OSError):  # a filesystem without locks: then nobody can tell, and it is left alone
+                    fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            self._close()
             raise
-        return True
-
-    def _is_named(self) -> bool:
-        mine = os.fstat(self.fd)
-        try:
-            named = self._temporary.lstat()
-        except FileNotFoundError:
-            return False
-        return (mine.st_dev, mine.st_ino) == (named.st_dev, named.st_ino)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.fd >= 0:
             with suppress(FileNotFoundError):
-                self._temporary.unlink()
-            os.close(self.fd)
-            self.fd = -1
+                os.unlink(self._temporary.name, dir_fd=self._directory)
+        self._close()
 
-    def publish(self, *, replace: bool) -> None:
-        """Give the finished, synced file its name. Raises Conflict when that is taken and `replace` is not given."""
+    def check_can_stand_for(self, replaced: ImageLock) -> None:
+        """Raises InvalidInput unless the owner and the group of a file that this one is to replace can be kept."""
+        theirs, mine = os.fstat(replaced.fd), os.fstat(self.fd)
+        if (theirs.st_uid, theirs.st_gid) == (mine.st_uid, mine.st_gid):
+            return
+        try:
+            os.fchown(self.fd, theirs.st_uid, theirs.st_gid)
+            os.fchown(self.fd, mine.st_uid, mine.st_gid)
+        except PermissionError as error:
+            raise InvalidInput(
+                f"you cannot give the new file the owner {theirs.st_uid} and the group {theirs.st_gid} of the old one",
+                subject=self.path,
+                hint="run as root, or choose another name",
+            ) from error
+
+    def publish(self, *, replaced: ImageLock | None) -> None:
+        """Give the finished, synced file its name.
+
+        replaced: a lock on the file that has the name now; the new one gets its owner, mode and labels
+        Raises Conflict when another file has the name.
+        """
         with os_errors(self.path):
-            if replace:
-                self._temporary.replace(self.path)
-            else:
+            if replaced is None:
                 try:
-                    os.link(self._temporary, self.path)
+                    os.link(
+                        self._temporary.name,
+                        self.path.name,
+                        src_dir_fd=self._directory,
+                        dst_dir_fd=self._directory,
+                        follow_symlinks=False,
+                    )
                 except FileExistsError as error:
                     raise exists(self.path) from error
-                self._temporary.unlink()
-        fsync_dir(self.path.parent)
-        os.close(self.fd)
-        self.fd = -1
+                os.unlink(self._temporary.name, dir_fd=self._directory)
+            else:
+                files.copy_standing(replaced.fd, self.fd, subject=self.path)
+                os.fsync(self.fd)
+                if not replaced.same_file(self.path):
+                    raise Conflict("another file took its name meanwhile", subject=self.path, hint="run it again")
+                os.rename(self._temporary.name, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            os.fsync(self._directory)
+        self._close()
+
+    def _close(self) -> None:
+        for fd in (self.fd, self._directory):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._directory = -1
 
 
 def exists(path: Path) -> Conflict:
     """The error for an output that is there already."""
     return Conflict("it exists already", subject=path, hint="choose another name, or say --force to replace it")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """Files that runs are writing, or have left, which were to become `path`."""
+    old = path.with_name(f".{path.name}.{_PURPOSE}")
+    return [*files.temporaries(path, purpose=_PURPOSE), *([old] if os.path.lexists(old) else [])]
+
+
+def meant_for(part: Path) -> Path | None:
+    """What an unfinished file was to become, by its name; None for a name that is no unfinished file's."""
+    found = _PART.fullmatch(part.name)
+    return part.with_name(found[1]) if found else None
+
+
+def is_part(part: Path, status: os.stat_result, *, of_anybody: bool = False) -> bool:
+    """Whether an unfinished file was made by a run of this user (of_anybody: of any), judged by what it is.
+
+    A second name of another file is none, but for the name that it was about to lose when it had got its final one.
+    """
+    target = meant_for(part)
+    if target is None or not stat.S_ISREG(status.st_mode) or not (of_anybody or status.st_uid == os.geteuid()):
+        return False
+    return status.st_nlink == 1 or (status.st_nlink == 2 and _is(target, status))
+
+
+def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
+    """Remove what a killed run has left; whether it was that. Raises Busy while a run is writing it."""
+    with os_errors(part):
+        try:
+            fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # gone, a link, a socket, another user's: no run of ours is to be waited for
+            return False
+        try:
+            status = os.fstat(fd)
+            if not is_part(part, status, of_anybody=of_anybody):
+                return False
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Busy("another snapchain is writing it", subject=meant_for(part), hint="wait for it") from error
+            except OSError:  # no locks here: nobody can tell
+                return False
+            if not _is(part, status):  # it got its final name before it was locked here
+                return False
+            part.unlink()
+        finally:
+            os.close(fd)
+    return True
+
+
+def _is(path: Path, status: os.stat_result) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino)
+
+
+@contextmanager
+def _alone_in(directory: int) -> Iterator[bool]:
+    """Whether no other run looks for unfinished files in a directory, or begins one, during the block."""
+    alone = False
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+            continue
+        except OSError:  # no locks here
+            pass
+        break
+    try:
+        yield alone
+    finally:
+        if alone:
+            fcntl.flock(directory, fcntl.LOCK_UN)

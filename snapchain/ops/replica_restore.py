@@ -6,15 +6,13 @@ content id of the point.  The other side is not trusted with anything but being 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.host.files import free_bytes
 from snapchain.image import Backing
-from snapchain.image.block_device import open_device
 from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw_write import RawWriter
@@ -23,7 +21,7 @@ from snapchain.ops.events import OnEvent, Progress, ignore
 from snapchain.ops.output import OutputFile
 from snapchain.ops.points import in_full
 from snapchain.ops.restore_proof import ChainProof, raw_content_id
-from snapchain.ops.restore_target import FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
+from snapchain.ops.restore_target import Claim, FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.fetching import Answer, FetchedLayer, Piece, fetch
 from snapchain.replica.stream.messages import HeldPoint
@@ -54,6 +52,7 @@ class ReplicaRestoration:
 
     def plan(self) -> RestorePlan:
         """What `run` will do; of the other side's files only the tables are read. Raises as `run`."""
+        self._target.check_unused()
         files: list[FilePlan] = []
         with self._fetch(look=True) as answer:
             for number, layer in enumerate(answer.layers(), 1):
@@ -80,7 +79,7 @@ class ReplicaRestoration:
 
         Raises Corrupt when what came is not the point, Unavailable when the link breaks; then no output appears.
         """
-        with self._fetch(look=False) as answer:
+        with self._target.claimed(on_event) as claim, self._fetch(look=False) as answer:
             self._check_planned(answer.point)
             total, done = answer.data_bytes, 0
 
@@ -91,10 +90,10 @@ class ReplicaRestoration:
 
             on_bytes(0)
             if self._target.device:
-                files = self._write_device(answer, on_bytes)
+                files, shown = self._write_device(claim, answer, on_bytes)
             else:
                 self._target.check_space(total)
-                files = self._write_files(answer, on_bytes)
+                files, shown = self._write_files(claim, answer, on_bytes)
         return RestoreReport(
             disk=self._disk,
             point=answer.point.point,
@@ -102,7 +101,7 @@ class ReplicaRestoration:
             files=tuple(map(str, files)),
             virtual_size=answer.point.size,
             bytes_written=done,
-            content_id=answer.point.content_id,
+            content_id=shown,
         )
 
     def _fetch(self, *, look: bool) -> AbstractContextManager[Answer]:
@@ -114,50 +113,54 @@ class ReplicaRestoration:
         if self._planned is not None and self._planned.content_id != point.content_id:
             raise NotFound(f"point {point.point} is another one by now", subject=f"{self._endpoint.url}::{self._disk}")
 
-    def _write_files(self, answer: Answer, on_bytes: OnBytes) -> list[Path]:
-        with ExitStack() as stack:
-            proof = stack.enter_context(ChainProof())
-            outputs: list[OutputFile] = []
+    def _write_files(self, claim: Claim, answer: Answer, on_bytes: OnBytes) -> tuple[list[Path], str]:
+        """The files, root first, and the content id of what the last of them shows."""
+        outputs: list[OutputFile] = []
+        shown = ""
+        with ChainProof() as proof:
             for number, layer in enumerate(answer.layers(), 1):
                 path = self._path(answer, layer, number)
-                output = stack.enter_context(OutputFile(path))
+                output = claim.output(path)
                 if self._target.format == "raw":
                     shown = _write_raw(layer, output, on_bytes)
                 else:
-                    backing = Backing(outputs[-1].path.name, "qcow2") if outputs else None
-                    layout = _layout(layer, backing, answer.peer)
+                    layout = _layout(layer, self._backing(answer, outputs, number), answer.peer)
                     self._check_tables(layout)
                     _write_qcow2(layer, output, layout, on_bytes)
-                    shown = proof.add(output)
+                    shown = proof.add(output, size=layer.offer.size)
                 _check_shown(shown, layer, answer.peer)
                 outputs.append(output)
-            self._target.publish(outputs)
-            return [output.path for output in outputs]
+            claim.publish(outputs)
+        return [output.path for output in outputs], shown
 
-    def _write_device(self, answer: Answer, on_bytes: OnBytes) -> list[Path]:
-        path = self._target.output
-        fd = open_device(path)
-        try:
-            for layer in answer.layers():
-                with RawWriter(fd, layer.offer.size, subject=path) as raw:
-                    for start, length, val in layer.extents.runs():
-                        if val < DATA:
-                            raw.zero(start, length)
-                    for batch in layer.batches():
-                        raw.write_pieces([(piece.offset, piece.data) for piece in batch if piece.data is not None])
-                        for piece in batch:
-                            if piece.data is None:
-                                raw.zero(piece.offset, piece.length)
-                        on_bytes(_length(batch))
-                _check_shown(raw_content_id(fd, layer.extents, subject=path), layer, answer.peer)
-        finally:
-            os.close(fd)
-        return [path]
+    def _write_device(self, claim: Claim, answer: Answer, on_bytes: OnBytes) -> tuple[list[Path], str]:
+        path, fd = self._target.file, claim.device
+        shown = ""
+        for layer in answer.layers():
+            with RawWriter(fd, layer.offer.size, subject=path) as raw:
+                for start, length, val in layer.extents.runs():
+                    if val < DATA:
+                        raw.zero(start, length)
+                for batch in layer.batches():
+                    raw.write_pieces([(piece.offset, piece.data) for piece in batch if piece.data is not None])
+                    for piece in batch:
+                        if piece.data is None:
+                            raw.zero(piece.offset, piece.length)
+                    on_bytes(_length(batch))
+            shown = raw_content_id(fd, layer.extents, subject=path)
+            _check_shown(shown, layer, answer.peer)
+        return [path], shown
 
     def _path(self, answer: Answer, layer: FetchedLayer, number: int) -> Path:
         if not self._target.whole_chain or number == answer.point.layers:
-            return self._target.output
+            return self._target.file
         return self._target.lower(layer.id, "qcow2")
+
+    def _backing(self, answer: Answer, below: list[OutputFile], number: int) -> Backing | None:
+        if not below:
+            return None
+        of_top = number == answer.point.layers
+        return Backing(self._target.backing_name(below[-1].name, of_top=of_top), "qcow2")
 
     def _file_plan(self, answer: Answer, layer: FetchedLayer, number: int, below: list[FilePlan]) -> FilePlan:
         return FilePlan(
@@ -165,15 +168,17 @@ class ReplicaRestoration:
             format=self._target.format or "qcow2",
             virtual_size=layer.offer.size,
             data_bytes=layer.extents.data_bytes,
-            backing=Path(below[-1].path).name if below else None,
+            backing=self._target.backing_name(Path(below[-1].path), of_top=number == answer.point.layers)
+            if below
+            else None,
         )
 
     def _check_tables(self, layout: Layout) -> None:
         """Data may turn out to be zeroes, which need no room; tables are written in full."""
-        if layout.metadata_bytes > free_bytes(self._target.output.parent):
+        if layout.metadata_bytes > free_bytes(self._target.file.parent):
             raise Unavailable(
                 f"the file needs {layout.metadata_bytes} bytes for its tables alone",
-                subject=self._target.output.parent,
+                subject=self._target.file.parent,
                 hint="make room, or restore elsewhere",
             )
 

@@ -1,18 +1,17 @@
 """restore: a point becomes a qcow2 or raw file again, a whole chain of files, or the content of a block device.
 
-What is read is proved leaf by leaf against the record, and as a whole against the point's content id, before
-the output gets its name.  Nothing but the repository and the passphrase is needed.
+What is read is proved leaf by leaf against the record, then what was written is read back and its content id counted,
+which must be the point's and its layer's, before the output gets its name.  Nothing but the repository and the
+passphrase is needed.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapchain.image.block_device import open_device
+from snapchain.errors import Corrupt
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import Layout, plan as lay_out
@@ -22,7 +21,8 @@ from snapchain.model.extents import DATA, Extents
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.output import OutputFile
 from snapchain.ops.points import find_point
-from snapchain.ops.restore_target import FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
+from snapchain.ops.restore_proof import ChainProof, raw_content_id
+from snapchain.ops.restore_target import Claim, FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
 from snapchain.repository.catalogue import Point
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.replay import Replay, Sink
@@ -73,14 +73,18 @@ class Restoration:
         self._repository = repository
         self._disk = disk
         self._point: Point = find_point(catalogue, point)
-        self._layers = repository.chain(catalogue, self._point.layer)
+        self._layers = repository.chain_of(catalogue, self._point)
         self._target = Target(output, format=format, whole_chain=whole_chain, force=force)
         with repository.as_of(catalogue):
             kind = self._target.format
             self._jobs = tuple(self._chain_jobs()) if kind is None else (self._flat_job(kind),)
 
     def plan(self) -> RestorePlan:
-        """What `run` will do."""
+        """What `run` will do. Raises Conflict when others stand on what it would replace."""
+        self._target.check_unused()
+        return self._plan()
+
+    def _plan(self) -> RestorePlan:
         files = tuple(job.file_plan() for job in self._jobs)
         return RestorePlan(
             source=self._repository.store.url,
@@ -98,7 +102,7 @@ class Restoration:
 
     def run(self, *, on_event: OnEvent = ignore) -> RestoreReport:
         """Write, prove, publish. Raises Corrupt naming the guest range that is lost; then no output appears."""
-        plan = self.plan()
+        plan = self._plan()
         done = 0
 
         def on_bytes(count: int) -> None:
@@ -107,16 +111,19 @@ class Restoration:
             on_event(Progress("restore", done, max(done, plan.bytes_to_write)))
 
         on_bytes(0)
-        with self._repository.reading(
-            {self._disk: [layer.id for layer in self._layers]},
-            f"restore {self._disk}",
-            on_wait=lambda words: on_event(Notice(words)),
+        with (
+            self._target.claimed(on_event) as claim,
+            self._repository.reading(
+                {self._disk: [layer.id for layer in self._layers]},
+                f"restore {self._disk}",
+                on_wait=lambda words: on_event(Notice(words)),
+            ),
         ):
             if self._target.device:
-                self._write_device(self._jobs[0], on_bytes)
+                shown = self._write_device(claim, self._jobs[0], on_bytes)
             else:
                 self._target.check_space(plan.bytes_to_write)
-                self._write_files(on_bytes)
+                shown = self._write_files(claim, on_bytes)
         return RestoreReport(
             disk=self._disk,
             point=self._point.point,
@@ -124,38 +131,48 @@ class Restoration:
             files=tuple(str(job.path) for job in self._jobs),
             virtual_size=self._point.size,
             bytes_written=plan.bytes_to_write,
-            content_id=self._point.content_id,
+            content_id=shown,
         )
 
-    def _write_files(self, on_bytes: Callable[[int], None]) -> None:
-        with ExitStack() as stack:
-            outputs = [(job, stack.enter_context(OutputFile(job.path))) for job in self._jobs]
-            for job, output in outputs:
+    def _write_files(self, claim: Claim, on_bytes: Callable[[int], None]) -> str:
+        """The content id of what OUT shows."""
+        shown = ""
+        outputs: list[OutputFile] = []
+        with ChainProof() as proof:
+            for job in self._jobs:
+                output = claim.output(job.path)
                 if job.format == "qcow2":
                     with Qcow2Writer(output.fd, job.layout(), subject=job.path) as writer:
                         _replay(job, Sink(writer.write_pieces), on_bytes)
                 else:
                     with RawWriter(output.fd, sectors(job.view.size), subject=job.path) as raw:
                         _replay(job, Sink(raw.write_pieces), on_bytes)
-            self._target.publish([output for _, output in outputs])
+                if job.format == "raw" and len(self._jobs) == 1:  # its map is known, whatever the filesystem tells
+                    shown = raw_content_id(output.fd, job.extents, subject=job.path)
+                else:
+                    shown = proof.add(output, size=job.view.size, format=job.format)
+                _check_shown(shown, job)
+                outputs.append(output)
+            claim.publish(outputs)
+        return shown
 
-    def _write_device(self, job: _Job, on_bytes: Callable[[int], None]) -> None:
-        fd = open_device(job.path)
-        try:
-            with RawWriter(fd, job.view.size, subject=job.path) as raw:
-                for start, length, val in job.extents.runs():
-                    if val < DATA:
-                        raw.zero(start, length)
-                _replay(job, Sink(raw.write_pieces, raw.zero), on_bytes)
-        finally:
-            os.close(fd)
+    def _write_device(self, claim: Claim, job: _Job, on_bytes: Callable[[int], None]) -> str:
+        """The content id of what the device shows."""
+        with RawWriter(claim.device, job.view.size, subject=job.path) as raw:
+            for start, length, val in job.extents.runs():
+                if val < DATA:
+                    raw.zero(start, length)
+            _replay(job, Sink(raw.write_pieces, raw.zero), on_bytes)
+        shown = raw_content_id(claim.device, job.extents, subject=job.path)
+        _check_shown(shown, job)
+        return shown
 
     def _flat_job(self, format: Format) -> _Job:
         view = ChainView(self._layers, self._repository.blobs)
         cluster_size = self._layers[-1].header.cluster_size
         shown = view.extents.owned_by(0)
         extents = shown if format == "raw" else aligned(shown, shown, cluster_size=cluster_size)
-        return _Job(self._target.output, format, view, extents, (), cluster_size, None)
+        return _Job(self._target.file, format, view, extents, (), cluster_size, None)
 
     def _chain_jobs(self) -> list[_Job]:
         jobs: list[_Job] = []
@@ -163,19 +180,31 @@ class Restoration:
             is_top = at == len(self._layers) - 1
             below = jobs[-1] if jobs else None
             kind: Format = layer.header.image_format if below is None else "qcow2"
-            path = self._target.output if is_top else self._target.lower(layer.id, kind)
+            path = self._target.file if is_top else self._target.lower(layer.id, kind)
             view = ChainView(self._layers[: at + 1], self._repository.blobs)
             cluster_size = layer.header.cluster_size
             own = layer.extents()
             shown = view.extents.owned_by(0)
             extents = own if kind == "raw" else aligned(own, shown, cluster_size=cluster_size)
-            backing = Backing(below.path.name, below.format) if below else None
+            name = self._target.backing_name(below.path, of_top=is_top) if below else ""
+            backing = Backing(name, below.format) if below else None
             jobs.append(_Job(path, kind, view, extents, self._layers[:at], cluster_size, backing))
         return jobs
 
 
 def _replay(job: _Job, sink: Sink, on_bytes: Callable[[int], None]) -> None:
     Replay(job.view, job.extents, sink).on(job.below).run(on_bytes)
+
+
+def _check_shown(shown: str, job: _Job) -> None:
+    """What a new file shows is what its layer was recorded as."""
+    recorded = job.view.layers[-1].header.content_id
+    if shown != recorded:
+        raise Corrupt(
+            f"what was written shows the content {shown}, recorded is {recorded}",
+            subject=job.path,
+            hint="run it again; if it persists, that disk or this machine's memory is bad: restore elsewhere",
+        )
 
 
 __all__ = ["FilePlan", "Format", "Restoration", "RestorePlan", "RestoreReport"]

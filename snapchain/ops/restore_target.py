@@ -1,22 +1,37 @@
 """Where a point is restored to: a new file, a chain of files, or a block device; and what restore says of it.
 
 The same for every kind of destination: which formats, which names, what may be replaced, when a name is given.
+
+What is replaced or overwritten must be nobody else's: it is locked as QEMU locks an image that it writes, no other
+image, guest or link may stand on it, and a device must be empty unless --force is given.  A symbolic link stays one.
 """
 
 from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Sequence
+import shlex
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import InvalidInput, NotFound, Unavailable
+from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.host.files import free_bytes
+from snapchain.host.links import follow, others_may_write
+from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.image.backing import check_no_layer
+from snapchain.image.block_device import claimed as claimed_device
+from snapchain.image.dependents import Dependents, search
+from snapchain.ops.dependents import find_dependents, image_directories
+from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.notes import Notes
 from snapchain.ops.output import OutputFile, exists
+from snapchain.ops.ownership import told
 
 Format = Literal["qcow2", "raw"]
 _RAW_SUFFIXES = frozenset({".raw", ".img", ".bin", ".dd"})
@@ -68,66 +83,91 @@ class RestoreReport(BaseModel):
 
 
 class Target:
-    """OUT, judged before anything is read. device: whether it is a block device; whole_chain: a file for each layer.
+    """OUT, judged before anything is read, and claimed before anything is written.
 
-    format: of OUT; None where each layer has its own
+    output: as it was named; file: what is behind its links; device: whether that is a block device
+    whole_chain: a file for each layer; format: of OUT, None where each layer has its own
     """
 
     def __init__(self, output: Path, *, format: Format | None, whole_chain: bool, force: bool) -> None:
-        """Raises NotFound, InvalidInput and Conflict for a place that does not do."""
+        """Raises NotFound, InvalidInput, Unsupported and Conflict for a place that does not do."""
         self.output, self.whole_chain, self.force = output, whole_chain, force
-        self.device = output.is_block_device()
-        self._check_place()
+        self._followed = follow(output)
+        self.file = self._followed.path
+        found = _status(self.file)
+        self.device = found is not None and stat.S_ISBLK(found.st_mode)
+        self._is_there = found is not None
+        self._check_place(found)
         self.format = self._format(format)
         if self.device and (format == "qcow2" or whole_chain):
             raise InvalidInput("a block device takes a flat raw disk", subject=output)
 
     @property
     def replaces(self) -> bool:
-        """Whether something of that name is there."""
-        return self.output.exists()
+        """Whether something is there."""
+        return self._is_there
 
     def lower(self, layer: str, kind: Format) -> Path:
-        """The file of a layer below OUT."""
-        return self.output.with_name(f"{self.output.stem}.{layer[:12]}.{kind}")
+        """The file of a layer below OUT, by its name beside OUT, which may be a link."""
+        return self.file.with_name(f"{self.file.stem}.{layer[:12]}.{kind}")
+
+    def backing_name(self, lower: Path, *, of_top: bool) -> str:
+        """What a file of the chain records of the one below it; it holds by whatever path OUT is opened.
+
+        QEMU looks for a relative name in the directory of the path that it was given, symbolic link or not.
+        """
+        elsewhere = self._followed.by_link and Path(os.path.realpath(self.output.parent)) != self.file.parent
+        return str(lower) if of_top and elsewhere else lower.name
 
     def check_space(self, needed: int) -> None:
         """Raises Unavailable when there is less room than bytes needed."""
-        free = free_bytes(self.output.parent)
+        free = free_bytes(self.file.parent)
         if needed > free:
             raise Unavailable(
                 f"the restored files need up to {needed} bytes, but only {free} are free",
-                subject=self.output.parent,
+                subject=self.file.parent,
                 hint="make room, or restore elsewhere",
             )
 
-    def publish(self, outputs: Sequence[OutputFile]) -> None:
-        """Give finished files their names, root first: whoever sees OUT can open it.
+    def check_unused(self, on_event: OnEvent = ignore) -> None:
+        """Raises Conflict when other images, guests or links stand on what OUT names now, or somebody holds it."""
+        if self._is_there:
+            _check_unused([self.file], top=self.output, own=(), on_event=on_event)
 
-        A lower file is named after its sealed layer: one that is there already is what another restore has left, and
-        stays, if it has the same bytes. Raises Conflict when another one has its name.
+    @contextmanager
+    def claimed(self, on_event: OnEvent) -> Iterator[Claim]:
+        """What OUT names, locked against everybody else for the length of a `with` block.
+
+        Raises Busy when somebody has it open or mounted, and as `check_unused`; Conflict for a device that is not
+        empty, without `force`.
         """
-        fresh = [output for output in outputs if not self._is_there(output)]
-        for output in fresh:
-            output.publish(replace=self.force)
+        with ExitStack() as stack:
+            claim = Claim(self, stack, on_event)
+            if self.device:
+                claim.device = stack.enter_context(claimed_device(self.file, overwrite=self.force))
+            elif self._is_there:
+                claim.lock = claim.locked(self.file)
+            self.check_unused(on_event)
+            yield claim
 
-    def _is_there(self, output: OutputFile) -> bool:
-        path = output.path
-        if self.force or path == self.output or not os.path.lexists(path):
-            return False
-        with os_errors(path):
-            if not path.is_file() or not filecmp.cmp(f"/proc/self/fd/{output.fd}", path, shallow=False):
-                raise exists(path)
-        return True
-
-    def _check_place(self) -> None:
-        parent = self.output.parent
-        if not parent.is_dir():
-            raise NotFound("there is no such directory", subject=parent)
-        if self.output.is_dir():
-            raise InvalidInput("this is a directory", subject=self.output, hint="name the file to be made")
-        if os.path.lexists(self.output) and not self.device and not self.force:
+    def _check_place(self, found: os.stat_result | None) -> None:
+        if not self.file.parent.is_dir():
+            raise NotFound("there is no such directory", subject=self.file.parent)
+        if found is None:
+            if self._followed.by_link and not self.force:
+                raise exists(self.output)
+            return
+        _check_kind(self.output, found)
+        if not self.force and not self.device:
             raise exists(self.output)
+        if not self.force and self._followed.exposed:
+            raise Conflict(
+                f"a symbolic link that others may change leads to the device {self.file}",
+                subject=self.output,
+                hint="name the device itself, or say --force to overwrite it",
+            )
+        if not self.device:
+            _check_replaceable(self.file, found)
 
     def _format(self, format: Format | None) -> Format | None:
         if self.whole_chain:
@@ -137,6 +177,149 @@ class Target:
         if self.device:
             return "raw"
         return _by_suffix(self.output) if format is None else format
+
+
+class Claim:
+    """The files of one restore while they are made. device: OUT's descriptor, or -1; lock: on the file that OUT was."""
+
+    def __init__(self, target: Target, stack: ExitStack, on_event: OnEvent) -> None:
+        self._target, self._stack, self._on_event = target, stack, on_event
+        self.device = -1
+        self.lock: ImageLock | None = None
+        self._kept: list[ImageLock] = []
+
+    def output(self, name: Path) -> OutputFile:
+        """Begin a file of the restore, by its name. Raises Busy, and as `Target` for a name that does not do."""
+        followed = follow(name) if name != self._target.file else None
+        path = name if followed is None else followed.path
+        if followed is not None and followed.by_link and _status(path) is None and not self._target.force:
+            raise exists(name)
+        output = self._stack.enter_context(OutputFile(path, name=name))
+        if followed is None and self.lock is not None:
+            output.check_can_stand_for(self.lock)
+        return output
+
+    def publish(self, outputs: Sequence[OutputFile]) -> None:
+        """Give finished files their names, root first: whoever sees OUT can open it.
+
+        A lower file is named after its sealed layer: one that is there already is what another restore has left, and
+        stays, if it has the same bytes. Raises Conflict when another one has its name.
+        """
+        fresh = [output for output in outputs if not self._is_there(output)]
+        locks = {output: self._lock_of(output) for output in fresh}
+        if any(lock is not None and output.path != self._target.file for output, lock in locks.items()):
+            # A file above one that is replaced reads otherwise as well, also where it stays.
+            present = [output.path for output in outputs[:-1] if output.path.exists()]
+            fds = [lock.fd for lock in (*locks.values(), *self._kept) if lock is not None]
+            own = [_identity(fd) for fd in (*fds, *(output.fd for output in outputs))]
+            _check_unused(present, top=self._target.output, own=own, on_event=self._on_event)
+        for output in fresh:
+            output.publish(replaced=locks[output])
+
+    def locked(self, path: Path) -> ImageLock:
+        """A lock on a file that is to be replaced, until the end of the claim."""
+        lock = self._stack.enter_context(ImageLock(path, LockMode.WRITE))
+        if not lock.enforced:
+            self._on_event(Notice(f"{path}: its filesystem has no locks; only this host's processes were looked at"))
+        _check_replaceable(path, os.fstat(lock.fd))
+        return lock
+
+    def _lock_of(self, output: OutputFile) -> ImageLock | None:
+        if output.path == self._target.file:
+            return self.lock
+        if not os.path.lexists(output.path):
+            return None
+        if not self._target.force:
+            raise exists(output.path)
+        lock = self.locked(output.path)
+        output.check_can_stand_for(lock)
+        return lock
+
+    def _is_there(self, output: OutputFile) -> bool:
+        """Whether a lower file lies there already, byte for byte, and nobody else could have put it there."""
+        path = output.path
+        if path == self._target.file or not path.is_file():
+            return False
+        lock = self._stack.enter_context(ImageLock(path, LockMode.READ))
+        with os_errors(path):
+            found = os.fstat(lock.fd)
+            is_ours = found.st_uid in (0, os.geteuid()) or not others_may_write(path.parent.stat())
+            if is_ours and filecmp.cmp(f"/proc/self/fd/{output.fd}", f"/proc/self/fd/{lock.fd}", shallow=False):
+                self._kept.append(lock)
+                return True
+        lock.release()
+        return False
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    """(device, inode)"""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
+
+
+def _status(path: Path) -> os.stat_result | None:
+    with os_errors(path):
+        try:
+            return path.stat()
+        except FileNotFoundError:
+            return None
+
+
+def _check_kind(path: Path, found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise InvalidInput("this is a directory", subject=path, hint="name the file to be made")
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+        raise InvalidInput("neither a regular file nor a block device", subject=path, hint="name the file to be made")
+
+
+def _check_replaceable(path: Path, found: os.stat_result) -> None:
+    """Whether a file, by what it is, may give its place to another one."""
+    _check_kind(path, found)
+    if found.st_nlink > 1:
+        raise Unsupported(
+            "it has further hard links, which would keep the old content",
+            subject=path,
+            hint="remove this name first if the others are to stay as they are (`find -samefile` shows them)",
+        )
+    check_no_layer(Path(os.path.realpath(path)))
+
+
+def _on_device(paths: Sequence[Path], top: Path) -> Dependents:
+    """Images on a device lie anywhere but beside it: looked at is what the user, and libvirt, name."""
+    return search(paths, [path for path in image_directories() if path.is_dir()], disk=top)
+
+
+def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, int]], on_event: OnEvent) -> None:
+    """Raises Conflict for a file on which others stand, which is held, or was given to another host."""
+    notes = Notes()
+    for path in (Path(os.path.realpath(path)) for path in paths):
+        for fault in notes.faults([path]):
+            raise fault
+        note = notes.of(path)
+        if note.holds:
+            tags = ", ".join(hold.tag for hold in note.holds)
+            raise Conflict(
+                f"it is held and must stay as it is: {tags}",
+                subject=path,
+                hint=f"snapchain release {shlex.quote(str(path))} --tag {shlex.quote(note.holds[0].tag)}",
+            )
+        if note.given is not None:
+            raise Conflict(
+                f"{told(note.given)}: nothing here may write to it",
+                subject=path,
+                hint="restore to another name; `snapchain migrate --take-back` makes the disk this host's again",
+            )
+    found = find_dependents(paths, top=top, own=own) if top.is_file() else _on_device(paths, top)
+    if found.incomplete is not None:
+        on_event(Notice(found.incomplete))
+    for path in paths:
+        reason = found.reason(path)
+        if reason is not None:
+            raise Conflict(
+                f"replacing it would change what others read: {reason}",
+                subject=path,
+                hint="restore to another name; or remove what stands on it first",
+            )
 
 
 def sectors(size: int) -> int:

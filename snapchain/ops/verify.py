@@ -29,7 +29,7 @@ from snapchain.repository.index import newest
 from snapchain.repository.intake import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.replay import Replay
-from snapchain.repository.repository import Repository
+from snapchain.repository.repository import Repository, check_agrees
 from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
 from snapchain.repository.view import ChainView
 
@@ -193,8 +193,8 @@ class Verification:
             try:
                 chain = catalogue.chain(point.layer)
                 top = opened.get(point.layer)
-                if top is not None and (top.size, top.header.content_id) != (point.size, point.content_id):
-                    raise Corrupt("the point and its layer disagree about the content id", subject=catalogue.disk)
+                if top is not None:
+                    check_agrees(catalogue.disk, point, top)
             except SnapchainError as error:
                 tally.note(error, catalogue, (point.point,))
                 bad.add(point.layer)

@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 
 from snapchain.errors import Corrupt, SnapchainError
-from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, empty_sum, leaf_hash
+from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, empty_sum, leaf_hash
 from snapchain.model.extents import DATA, Extents
 from snapchain.repository.format import LEAF_ROW, layer_name
 from snapchain.repository.intake import change_of, sum_beyond
@@ -112,26 +112,24 @@ class Replay:
         self._below = below
         return self
 
-    def run(self, on_bytes: Callable[[int], None]) -> int:
-        """Replay all of it; guest bytes read.
+    def run(self, on_bytes: Callable[[int], None]) -> str:
+        """Replay all of it; the content id of what was read.
 
         Raises Corrupt naming the guest range that is damaged, or when the content id is not the recorded one.
         """
         total = self._below[-1].header.sum().copy() if self._below else empty_sum()
         if self._below and self._layer.size < self._below[-1].size:
             total -= sum_beyond(self._below, self._layer.size)
-        bytes_read = 0
         # Closed at once when something is raised: its exception would keep the workers' generator alive.
         with closing(self._results(tasks(self._extents, hot_leaves(self._extents)))) as results:
             for done in results:
                 if done.bad:
                     raise _lost(done.bad[0]) from done.bad[0].error
                 total += done.change
-                bytes_read += done.bytes_read
                 on_bytes(done.bytes_read)
         if not np.array_equal(total, self._layer.header.sum()):
             raise Corrupt("what was read has not the content id that was recorded", subject=layer_name(self._layer.id))
-        return bytes_read
+        return content_id(self._layer.size, total)
 
     def find_bad(self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None]) -> tuple[int, list[Bad]]:
         """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.reserve import fill as fill_reserve
@@ -34,6 +34,7 @@ from snapchain.repository.known import Memory
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.stored import newer, parse as parse_stored
+from snapchain.repository.vacancy import check_vacant, nothing_here
 
 CONFIG = "config"
 _READERS = 8
@@ -105,7 +106,11 @@ class Repository:
         block_size: int = BLOCK_BYTES,
         pack_size: int | None = None,
     ) -> Repository:
-        """Make an empty repository. Raises Conflict when there is one already, InvalidInput for bad parameters."""
+        """Make an empty repository.
+
+        Raises Conflict when there is one already, or something else, InvalidInput for bad parameters, Corrupt for a
+        repository that has lost its `config`.
+        """
         check_pack_size(pack_size, block_size)
         if encryption not in SUITES:
             raise InvalidInput(f"unknown encryption {encryption!r}", hint=f"one of {', '.join(SUITES)}")
@@ -117,6 +122,7 @@ class Repository:
         taken = Conflict("there is a snapchain repository here already", subject=store.url)
         if store.size(CONFIG) is not None:
             raise taken
+        check_vacant(store)
         secret = None if encryption == NONE else passphrase()
         if encryption != NONE and not secret:
             raise InvalidInput(
@@ -159,9 +165,7 @@ class Repository:
         """
         size = store.size(CONFIG)
         if size is None:
-            raise NotFound(
-                "there is no snapchain repository here", subject=store.url, hint=f"snapchain init {store.url}"
-            )
+            raise nothing_here(store)
         _check_small(CONFIG, size)
         text = store.get(CONFIG)
         config = parse_config(text, subject=store.url)
@@ -322,6 +326,12 @@ class Repository:
         with self.as_of(catalogue):
             return list(self.layers(catalogue.chain(layer)).values())
 
+    def chain_of(self, catalogue: Catalogue, point: Point) -> list[StoredLayer]:
+        """The layers of a point, root first. Raises Corrupt where the point and its layer disagree, and as `chain`."""
+        found = self.chain(catalogue, point.layer)
+        check_agrees(catalogue.disk, point, found[-1])
+        return found
+
     @contextmanager
     def as_of(self, catalogue: Catalogue) -> Iterator[None]:
         """Reads what a catalogue names without a lease: what misses because there is a newer one is no damage.
@@ -363,6 +373,16 @@ class Repository:
 
     def _load_index(self) -> BlobIndex:
         return indexes.load(self.store, self.keys)
+
+
+def check_agrees(disk: str, point: Point, layer: StoredLayer) -> None:
+    """Raises Corrupt unless a point and the layer that it names tell of the same content: else one is another's."""
+    if (layer.size, layer.header.content_id) != (point.size, point.content_id):
+        raise Corrupt(
+            "the point and its layer disagree about the content id",
+            subject=f"{disk}@{point.point}",
+            hint=f"snapchain verify tells which points are sound; restore one of those (snapchain log, of {disk})",
+        )
 
 
 def parse_config(text: bytes, *, subject: str) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable
 from snapchain.host import files
+
+ACCESS_LIST = "system.posix_acl_access"
+NO_ID = 0xFFFFFFFF
 
 
 def test_a_new_file_is_ours_alone(tmp_path: Path) -> None:
@@ -85,6 +89,37 @@ def test_standing_is_copied(tmp_path: Path) -> None:
     assert target.stat().st_mode == source.stat().st_mode
     assert (target.stat().st_uid, target.stat().st_gid) == (source.stat().st_uid, source.stat().st_gid)
     assert os.getxattr(target, "user.note") == b"kept"
+
+
+def access_list(group_mask: int) -> bytes:
+    """A POSIX access list, as the kernel keeps it: read and write for user 65534, as far as the mask lets him."""
+    entries = [(1, 6, NO_ID), (2, 6, 65534), (4, 0, NO_ID), (16, group_mask, NO_ID), (32, 0, NO_ID)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+@pytest.mark.parametrize("by_descriptor", [False, True])
+@pytest.mark.parametrize("old", ["list", "none"])
+@pytest.mark.parametrize("new", ["list", "none"])
+def test_access_lists_are_those_of_the_old_file(tmp_path: Path, old: str, new: str, *, by_descriptor: bool) -> None:
+    """Also where the directory has given the new file one, which the old file has not."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for path, has, mask in ((source, old, 6), (target, new, 4)):
+        os.close(files.open_new(path))
+        if has == "list":
+            try:
+                os.setxattr(path, ACCESS_LIST, access_list(mask))
+            except OSError:
+                pytest.skip("this filesystem has no access lists")
+    source.chmod(0o660 if old == "list" else 0o640)
+    with source.open("rb") as one, target.open("r+b") as other:
+        if by_descriptor:
+            files.copy_standing(one.fileno(), other.fileno(), subject=target)
+        else:
+            files.copy_standing(source, target)
+    assert target.stat().st_mode == source.stat().st_mode
+    assert os.listxattr(target) == os.listxattr(source)
+    if old == "list":
+        assert os.getxattr(target, ACCESS_LIST) == os.getxattr(source, ACCESS_LIST)
 
 
 def test_a_temporary_name_fits(tmp_path: Path) -> None:

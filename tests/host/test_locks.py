@@ -17,6 +17,7 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.openers import OpenFiles
 
 
 @pytest.fixture
@@ -192,6 +193,23 @@ def test_a_writer_without_locks_is_seen(image: Path) -> None:
             ImageLock(image, LockMode.WRITE)
         ImageLock(image, LockMode.READ).release()
         user.kill()
+
+
+@pytest.mark.parametrize("options", [[], ["--read-only"]])
+def test_a_loop_device_has_its_file_open_in_the_kernel(image: Path, options: list[str]) -> None:
+    attached = subprocess.run(["losetup", *options, "--find", "--show", image], capture_output=True, check=False)
+    if attached.returncode:
+        pytest.skip("no loop device")
+    device = attached.stdout.decode().strip()
+    try:
+        (opener,) = OpenFiles().openers(image.stat())
+        assert (str(opener), opener.writing) == (device, not options)
+        if not options:
+            with pytest.raises(Busy, match=f"{device} has it open"):
+                ImageLock(image, LockMode.WRITE)
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+    ImageLock(image, LockMode.WRITE).release()
 
 
 def test_a_filesystem_without_locks_leaves_proc_to_ask(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

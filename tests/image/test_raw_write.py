@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from snapchain.errors import Busy, InvalidInput, NotFound, Unavailable
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable
 from snapchain.image import block_device
-from snapchain.image.block_device import open_device
+from snapchain.image.block_device import claimed, first_data, open_device, zero_device
 from snapchain.image.raw_write import RawWriter
 
 SIZE = 8 << 20
@@ -213,3 +214,74 @@ def test_what_is_no_device_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(InvalidInput, match="not a block device"):
         open_device(tmp_path / "fifo")
+
+
+# ---- whose device it is
+
+
+def test_an_empty_device_is_claimed_and_one_with_data_is_not(device: Path) -> None:
+    with (
+        pytest.raises(Conflict, match="the device is not empty: there is data at byte 0") as raised,
+        claimed(device, overwrite=False),
+    ):
+        raise AssertionError("it was claimed")
+    assert raised.value.subject == str(device)
+    with claimed(device, overwrite=True) as fd:
+        zero_device(fd, 0, ROOM)
+        with pytest.raises(Busy, match="mounted or in use"):
+            open_device(device)
+    with claimed(device, overwrite=False):
+        pass
+
+
+@pytest.mark.parametrize("size", [512, 4096, 1 << 20, (1 << 20) + 512, 3 << 20, 64 << 20])
+def test_whatever_is_at_the_ends_is_found(tmp_path: Path, size: int) -> None:
+    """Tables, their copies and superblocks lie within a MiB of one end."""
+    path = tmp_path / "disk"
+    for at in {0, 511, 512, 1024, 4096, 65536, (1 << 20) - 1, size - (1 << 20), size - 17 * 1024, size - 1}:
+        if 0 <= at < size:
+            with path.open("wb") as file:
+                file.truncate(size)
+                file.seek(at)
+                file.write(b"x")
+            with path.open("rb") as file:
+                assert first_data(file.fileno()) == at
+    with path.open("wb") as file:
+        file.truncate(size)
+    with path.open("rb") as file:
+        assert first_data(file.fileno()) is None
+
+
+def test_data_between_is_found_where_there_is_much(tmp_path: Path) -> None:
+    """A run of 1/256 of the device and 64 KiB cannot be missed, wherever it lies."""
+    size, run_length = 64 << 20, (64 << 20) // 256
+    path = tmp_path / "disk"
+    for start in range(1 << 20, size - run_length - (1 << 20), 7_654_321):
+        with path.open("wb") as file:
+            file.truncate(size)
+            file.seek(start)
+            file.write(b"x" * run_length)
+        with path.open("rb") as file:
+            assert first_data(file.fileno()) is not None
+
+
+def test_a_disk_with_a_partition_in_use_is_in_use(device: Path) -> None:
+    table = bytearray(512)
+    table[446:462] = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", 2048, 4096)
+    table[510:] = b"\x55\xaa"
+    with device.open("r+b") as disk:
+        disk.write(table)
+    part = device.with_name(f"{device.name}p1")
+    if subprocess.run(["partx", "-a", device], check=False, capture_output=True).returncode or not part.exists():
+        pytest.skip("no partitions on loop devices here")
+    try:
+        with part.open("r+b"), claimed(device, overwrite=True):
+            pass  # this process's own
+        with subprocess.Popen(["sh", "-c", f"exec 3<>{part}; echo; read x"], stdin=-1, stdout=-1) as user:
+            assert user.stdout is not None
+            user.stdout.readline()
+            with pytest.raises(Busy, match=r"sh \(pid \d+\) has a part of it"), claimed(device, overwrite=True):
+                pass
+            user.kill()
+    finally:
+        run("partx", "-d", device)

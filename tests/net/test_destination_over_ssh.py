@@ -18,6 +18,7 @@ import pytest
 
 from snapchain.host.remote_address import RemoteAddress
 from snapchain.host.ssh import SshProgram
+from snapchain.ops.output import parts_of
 from snapchain.replica.ssh_endpoint import SshEndpoint
 from snapchain.testing.destination_contract import DestinationContract, Site
 from tests.net.sshd import SshHost
@@ -70,11 +71,14 @@ def test_on_the_command_line_and_after_a_kill(there: SshHost, place: Place, tmp_
     """kill -9 of this side, of the other side, and then a run that ends."""
     out = tmp_path / "out" / "a.qcow2"
     out.parent.mkdir()
-    part = out.with_name(".a.qcow2.snapchain-part")
+
+    def has_begun() -> bool:
+        return any(part.stat().st_blocks * 512 > 4 * MiB for part in parts_of(out))
+
     for victim in ("there", "here"):
         known = set(there.sessions())
         with command(there, place, out, "--limit-rate", "4M", "--json") as restore:
-            assert wait_until(lambda: part.exists() and part.stat().st_blocks * 512 > 4 * MiB, 30)
+            assert wait_until(has_begun, 30)
             if victim == "here":
                 restore.kill()
             else:

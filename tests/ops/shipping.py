@@ -115,11 +115,17 @@ def ship(
 
 
 def restore(
-    source: Repository, output: Path, point: object = None, *, disk: str = DISK, chain: bool = False
+    source: Repository,
+    output: Path,
+    point: object = None,
+    *,
+    disk: str = DISK,
+    chain: bool = False,
+    force: bool = False,
 ) -> RestoreReport:
     """Restore by a repository opened afresh."""
     named = None if point is None else str(point)
-    return Restoration(again(source), disk, output, point=named, whole_chain=chain).run()
+    return Restoration(again(source), disk, output, point=named, whole_chain=chain, force=force).run()
 
 
 def same_bytes(one: Path, other: Path) -> bool:

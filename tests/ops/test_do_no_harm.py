@@ -6,22 +6,32 @@ error that is not of snapchain.
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import SnapchainError
+from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor, snapshot
+from snapchain.ops.destination import Destination, destination_at
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge_set import plan as planning, run as running
 from snapchain.ops.merge_set.request import Request
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Disks
-from tests.ops.forest import Forest, State, forests
+from snapchain.ops.repository_destination import RepositoryDestination
+from snapchain.ops.restore_target import Format
+from tests.ops.forest import DIRECTORIES, SHM, ZERO, Forest, State, forests, read, write_image
 from tests.ops.killing import killed_after
+from tests.repository.synthetic import repository
 
 EXAMPLES = settings().max_examples if settings().max_examples > 100 else 60
 Command = Callable[[Forest, Path, st.DataObject], None]
@@ -105,12 +115,70 @@ def kill_and_settle(forest: Forest, target: Path, data: st.DataObject) -> None:
     done["kept by the doctor"] += sum(len(each.kept) for each in report.treated)
 
 
+@cache
+def stored(kind: str) -> tuple[Destination, dict[int, bytes]]:
+    """A destination with two points of a disk, each on a layer of its own, and what they show."""
+    directory = Path(tempfile.mkdtemp(dir=SHM))
+    atexit.register(shutil.rmtree, directory)
+    where: Destination = (
+        RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
+        if kind == "repository"
+        else destination_at(f"dir:{directory}/replica")
+    )
+    write_image(directory / "0.qcow2", {0: 201, 1: 202}, None)
+    write_image(directory / "1.qcow2", {1: ZERO, 2: 203}, "0.qcow2")
+    shown = {}
+    for number, name in enumerate(("0.qcow2", "1.qcow2"), 1):
+        with where.deliver(directory / name, "d") as work:
+            work.run()
+        found = read(directory / name, [])
+        assert found is not None
+        shown[number] = found
+    return where, shown
+
+
+def restore(forest: Forest, target: Path, data: st.DataObject) -> None:
+    """A point over any name: what is behind it is replaced, or nothing is changed at all."""
+    where, shown = stored(data.draw(st.sampled_from(["repository", "repository", "replica"])))
+    point, whole_chain = data.draw(st.sampled_from([1, 2])), data.draw(st.booleans())
+    if data.draw(st.integers(0, 3)) == 0:
+        target = target.with_name("another.qcow2")  # nobody's yet
+    if data.draw(st.integers(0, 3)) == 0:
+        alias = forest.root / data.draw(st.sampled_from(DIRECTORIES)) / "alias.qcow2"
+        alias.symlink_to(target)
+        target = alias
+        forest.remember()
+    real = Path(os.path.realpath(target))
+    forest.chains[real] = [real]  # of the chain that it had nothing else may change
+    before = {path: State.of(path) for path in forest.names()}
+    kind: Format | None = None if whole_chain else "qcow2"
+    options = {
+        "whole_chain": whole_chain,
+        "force": data.draw(st.integers(0, 5)) > 0,
+        "format": kind,
+        "point": str(point),
+    }
+    try:
+        where.restoration("d", target, **options).run()  # type: ignore[arg-type]
+    except SnapchainError:
+        assert {path: State.of(path) for path in forest.names()} == before, "a refusal changes nothing"
+        raise
+    done["restored"] += 1
+    done["restored over a file"] += real in before
+    done["restored through a link"] += target != real
+    for path in (*forest.shown, target):
+        if Path(os.path.realpath(path)) == real:
+            forest.shown[path] = shown[point]
+    forest.shown.setdefault(real, shown[point])
+
+
 COMMANDS: dict[str, Command] = {
     "merge": merge,
     "merge by rules": merge_by_rules,
     "merge at night": merge_at_night,
     "snapshot": seal,
     "doctor after a kill": kill_and_settle,
+    "restore": restore,
 }
 
 
@@ -120,6 +188,7 @@ ENOUGH = {
     "merge at night": ("merged at night",),
     "snapshot": ("sealed", "refused"),
     "doctor after a kill": ("killed",),
+    "restore": ("restored", "restored over a file", "restored through a link", "refused"),
 }
 """What each must have done at least once, so that a law that holds since all was refused is noticed."""
 

@@ -16,6 +16,7 @@ from snapchain.ops import doctor, merge_image, snapshot
 from snapchain.ops.doctor import DoctorReport, Kind
 from snapchain.ops.merge.journal import journal_path
 from snapchain.ops.merge.strategy import Strategy
+from snapchain.ops.output import OutputFile
 from tests.ops.faulty_calls import Fault, met
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same
 
@@ -172,3 +173,42 @@ def test_the_command(stack: list[Path]) -> None:
     assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
     journal_path(stack[-1]).write_text("{}")
     assert subprocess.run(program, check=False, capture_output=True).returncode == 10
+
+
+# ---- restores
+
+
+def test_what_a_killed_restore_has_left_is_found_told_and_removed(tmp_path: Path) -> None:
+    for name in (".a.qcow2.snapchain-part-0123abcd", ".b.raw.snapchain-part"):
+        (tmp_path / name).write_bytes(b"a part")
+    planned = doctor.plan([tmp_path])
+    assert [(each.kind, each.image.name) for each in planned.findings] == [
+        (Kind.NEW_FILE, "a.qcow2"),
+        (Kind.NEW_FILE, "b.raw"),
+    ]
+    assert all("restore that was not finished" in each.says for each in planned.findings)
+    assert len(names(tmp_path)) == 2, "looking changes nothing"
+    report = doctor.run(planned)
+    assert report.well
+    assert names(tmp_path) == []
+
+
+def test_a_restore_at_work_is_left_alone(tmp_path: Path) -> None:
+    with OutputFile(tmp_path / "a.qcow2") as output:
+        (treated,) = treat(tmp_path).treated
+        assert (treated.done, treated.error) == (False, f"{tmp_path}/a.qcow2: another snapchain is writing it")
+        assert names(tmp_path) == [output.growing.name]
+        output.publish(replaced=None)
+    assert treat(tmp_path).treated == ()
+
+
+def test_names_that_only_look_like_a_restores_are_left_alone(tmp_path: Path) -> None:
+    victim, place = tmp_path / "victim", tmp_path / "d"
+    place.mkdir()
+    victim.write_bytes(b"precious")
+    os.link(victim, place / ".a.raw.snapchain-part")
+    (place / ".b.raw.snapchain-part").symlink_to(victim)
+    os.mkfifo(place / ".c.raw.snapchain-part")
+    (place / "d.raw.snapchain-part").write_bytes(b"no dot")
+    assert treat(place).treated == ()
+    assert len(names(place)) == 4

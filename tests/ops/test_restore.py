@@ -5,11 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.image.positioned import Buffer
+from snapchain.image.qcow2.write import Qcow2Writer
+from snapchain.image.raw_write import RawWriter
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import restore_target
 from snapchain.ops.events import Event, Progress
@@ -18,7 +24,7 @@ from snapchain.ops.restore import Restoration
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Fault, FaultStore, On
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
-from tests.ops.stacks import Layer, build, clean, flat, names, same, write
+from tests.ops.stacks import Layer, build, clean, flat, names, same, standing, write
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository
 
@@ -59,7 +65,7 @@ def test_an_existing_file_is_replaced_only_by_force(repo: Repository, chain: lis
 def test_a_dangling_link_is_in_the_way_too(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.raw"
     out.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="exists already"):
         restore(repo, out)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -71,22 +77,28 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(repo: Repository, chain: 
     def appear(event: Event) -> None:
         out.write_bytes(b"theirs")
 
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="exists already"):
         Restoration(again(repo), DISK, out).run(on_event=appear)
     assert out.read_bytes() == b"theirs"
     assert names(out.parent) == ["out.raw"]
 
 
 @pytest.mark.parametrize(
-    ("name", "error"),
-    [("missing/out.raw", NotFound), ("dir", InvalidInput), ("out", InvalidInput), ("out.vmdk", InvalidInput)],
+    ("name", "error", "fact"),
+    [
+        ("missing/out.raw", NotFound, "there is no such directory"),
+        ("dir", InvalidInput, "this is a directory"),
+        ("out", InvalidInput, "the suffix '' does not tell the format"),
+        ("out.vmdk", InvalidInput, "the suffix '.vmdk' does not tell the format"),
+    ],
 )
 def test_places_that_do_not_do(
-    repo: Repository, chain: list[Path], tmp_path: Path, name: str, error: type[Exception]
+    repo: Repository, chain: list[Path], tmp_path: Path, name: str, error: type[SnapchainError], fact: str
 ) -> None:
     (tmp_path / "dir").mkdir()
-    with pytest.raises(error):
+    with pytest.raises(error, match=fact) as raised:
         restore(repo, tmp_path / name)
+    assert raised.value.subject == str(tmp_path / name if "/" not in name else tmp_path / "missing")
 
 
 def test_the_format_is_the_suffix_or_what_is_said(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
@@ -258,6 +270,43 @@ def test_missing_records_name_the_object(repo: Repository, chain: list[Path], tm
     restore(repo, tmp_path / "out.raw", 1)
 
 
+@pytest.mark.parametrize("target", ["out.raw", "out.qcow2", "chain.qcow2"])
+@pytest.mark.parametrize("writer", [RawWriter, Qcow2Writer])
+def test_what_was_written_is_what_is_reported(
+    repo: Repository,
+    chain: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    writer: type[RawWriter | Qcow2Writer],
+) -> None:
+    """All that is read is sound; on its way into the file one byte changes."""
+    whole = writer.write_pieces
+    left = [1]
+
+    def bent(self: Any, pieces: Sequence[tuple[int, Buffer]]) -> None:
+        given = [(offset, bytearray(memoryview(data).cast("B"))) for offset, data in pieces]
+        if given and left:
+            left.pop()
+            given[0][1][5] ^= 1
+        whole(self, given)
+
+    (tmp_path / "d").mkdir()
+    out = tmp_path / "d" / target
+    is_chain = target.startswith("chain")
+    monkeypatch.setattr(writer, "write_pieces", bent)
+    is_met = (writer is RawWriter) == (target == "out.raw")
+    if is_met:
+        with pytest.raises(Corrupt, match="what was written shows the content") as raised:
+            restore(repo, out, chain=is_chain)
+        assert Path(raised.value.subject or "").parent == out.parent
+        assert names(out.parent) == []
+        monkeypatch.undo()
+    report = restore(repo, out, chain=is_chain)
+    assert report.content_id == repo.catalogue(DISK).points[-1].content_id
+    assert ship(out, repository(MemoryStore(), block_size=256 * 1024)).content_id == report.content_id
+
+
 def test_an_error_while_writing_leaves_nothing(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
 
@@ -280,45 +329,74 @@ def test_two_restores_to_one_place_one_is_told(tmp_path: Path) -> None:
         os.write(first.fd, b"first")
         with pytest.raises(Busy, match="another snapchain"), OutputFile(out):
             pass
-        first.publish(replace=False)
+        first.publish(replaced=None)
     assert out.read_bytes() == b"first"
-    with OutputFile(out) as second, pytest.raises(Conflict):
-        second.publish(replace=False)
+    with OutputFile(out) as second, pytest.raises(Conflict, match="exists already"):
+        second.publish(replaced=None)
     assert names(tmp_path) == ["out.raw"]
 
 
-def test_leftovers_of_a_killed_run_are_taken_over(tmp_path: Path) -> None:
-    (tmp_path / ".out.raw.snapchain-part").write_bytes(b"leftovers of a longer run")
+PARTS = [".out.raw.snapchain-part", ".out.raw.snapchain-part-0123abcd"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_leftovers_of_a_killed_run_go_with_the_next(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"leftovers of a longer run")
     with OutputFile(tmp_path / "out.raw") as output:
+        assert names(tmp_path) == [output.growing.name] != [name]
         os.write(output.fd, b"whole")
-        output.publish(replace=False)
+        output.publish(replaced=None)
     assert (tmp_path / "out.raw").read_bytes() == b"whole"
-
-
-@pytest.mark.parametrize("ending", ["published", "given up"])
-def test_a_run_that_opened_the_others_file_does_not_empty_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
-    """Between its open and its lock the other one finishes: what it holds open is now the finished output."""
-    out = tmp_path / "out.raw"
-    first = OutputFile(out)
-    first.__enter__()
-    os.write(first.fd, b"precious")
-    lock = fcntl.flock
-
-    def finish_first(fd: int, how: int) -> None:
-        monkeypatch.setattr(fcntl, "flock", lock)
-        if ending == "published":
-            first.publish(replace=False)
-        first.__exit__(None, None, None)
-        lock(fd, how)
-
-    monkeypatch.setattr(fcntl, "flock", finish_first)
-    with OutputFile(out) as second:
-        os.write(second.fd, b"second")
-        second.publish(replace=True) if ending == "given up" else None
-    assert out.read_bytes() == (b"precious" if ending == "published" else b"second")
     assert names(tmp_path) == ["out.raw"]
+
+
+def test_a_name_that_was_about_to_go_goes_with_the_next(tmp_path: Path) -> None:
+    """Killed between the final name and the end of the temporary one."""
+    (tmp_path / "out.raw").write_bytes(b"whole")
+    os.link(tmp_path / "out.raw", tmp_path / PARTS[1])
+    with OutputFile(tmp_path / "out.raw"):
+        pass
+    assert names(tmp_path) == ["out.raw"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("kind", ["another's file", "hard link", "symbolic link", "FIFO", "directory", "locked"])
+def test_what_somebody_else_has_put_there_is_neither_taken_up_nor_in_the_way(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    victim, planted = tmp_path / "victim", tmp_path / "d" / name
+    planted.parent.mkdir()
+    victim.write_bytes(b"precious")
+    match kind:
+        case "another's file" | "locked":
+            planted.write_bytes(b"planted")
+            _give_away(planted)
+        case "hard link":
+            os.link(victim, planted)
+        case "symbolic link":
+            planted.symlink_to(victim)
+        case "FIFO":
+            os.mkfifo(planted)
+        case "directory":
+            planted.mkdir()
+    with ExitStack() as stack:
+        if kind == "locked":
+            fcntl.flock(stack.enter_context(planted.open("rb")), fcntl.LOCK_EX)
+        before = standing(planted) if kind != "symbolic link" else ()
+        with OutputFile(tmp_path / "d" / "out.raw") as output:
+            os.write(output.fd, b"whole")
+            output.publish(replaced=None)
+    assert (tmp_path / "d" / "out.raw").read_bytes() == b"whole"
+    assert (tmp_path / "d" / "out.raw").stat().st_uid == os.geteuid()
+    assert victim.read_bytes() == b"precious"
+    assert os.path.lexists(planted)
+    assert before == (standing(planted) if kind != "symbolic link" else ())
+
+
+def _give_away(path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a file to somebody else")
+    os.chown(path, 65534, 65534)
 
 
 def test_many_at_once_end_with_one_whole_file(repo: Repository, chain: list[Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.destinations import create_destination, open_destination
-from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.ops import gc, init
 from snapchain.ops.events import Event, Notice
@@ -22,7 +23,7 @@ from snapchain.ops.verify import verify
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, same
-from tests.servers import S3Server, free_port
+from tests.servers import S3Server, admin_client, free_port
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,23 @@ def test_packs_that_a_server_has_lost_are_stored_again(bucket: Bucket, tmp_path:
             out = tmp_path / f"{point}-{collected}.raw"
             Restoration(bucket.open(writing=False), DISK, out, point=str(point)).run()
             assert same(path, out)
+
+
+def test_init_takes_no_prefix_that_holds_anything(bucket: Bucket, tmp_path: Path) -> None:
+    name = bucket.url.removeprefix("s3://").split("/")[0]
+    client = admin_client(os.environ["AWS_ENDPOINT_URL_S3"])
+    client.put_object(Bucket=name, Key="Some Prefix/x/Photos/ONE.JPG", Body=b"theirs")
+    with pytest.raises(Conflict, match="other things are here already: Photos"):
+        bucket.create()
+    with pytest.raises(NotFound, match="but other things: Photos"):
+        bucket.open()
+    client.delete_object(Bucket=name, Key="Some Prefix/x/Photos/ONE.JPG")
+    bucket.create()
+    bucket.ship(build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 256k"])])[0])
+    client.delete_object(Bucket=name, Key="Some Prefix/x/config")
+    for attempt in (bucket.create, bucket.open):
+        with pytest.raises(Corrupt, match=r"`config` of this repository is missing.*1 in disks/, 1 in layers/"):
+            attempt()
 
 
 def test_ship_merge_and_restore(bucket: Bucket, tmp_path: Path) -> None:

@@ -148,20 +148,23 @@ def test_a_block_device_there_and_back(tmp_path: Path, repo: Repository, device:
     assert second.content_id != first.content_id
     assert second.bytes_stored < MiB // 2, "only what changed"
     write(device, "write -P 221 0 4M", image_format="raw")
-    restore(repo, device, 1)
+    with pytest.raises(Conflict, match="the device is not empty: there is data at byte 0") as refused:
+        restore(repo, device, 1)
+    assert refused.value.subject == str(device)
+    restore(repo, device, 1, force=True)
     assert device.read_bytes() == before
     small = tmp_path / "small.raw"
     qemu_img("create", "-q", "-f", "raw", small, "1M")
     write(small, "write -P 1 512k 512", image_format="raw")
     ship(small, repo, disk="small")
     write(device, "write -P 221 0 4M", image_format="raw")
-    restore(repo, device, disk="small")
+    restore(repo, device, disk="small", force=True)
     assert device.read_bytes() == small.read_bytes() + b"\xdd" * 3 * MiB, "what lies beyond the disk is left alone"
     large = tmp_path / "large.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", large, "5M")
     ship(large, repo, disk="large")
     with pytest.raises(InvalidInput, match="the device has 4194304 bytes, the disk 5242880"):
-        restore(repo, device, disk="large")
+        restore(repo, device, disk="large", force=True)
     with pytest.raises(InvalidInput, match="flat raw disk"):
         restore(repo, device, chain=True)
 

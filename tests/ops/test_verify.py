@@ -9,19 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import gc
+from snapchain.ops.diff import point_side
 from snapchain.ops.events import Event, Progress
+from snapchain.ops.inspect import inspect_point
 from snapchain.ops.merge_repository import RepositoryMerge
+from snapchain.ops.restore import Restoration
 from snapchain.ops.verify import VerifyReport, verify
 from snapchain.repository import index as indexes
+from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, NONE
 from snapchain.repository.format import is_damage, layer_name, pack_name
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
-from tests.ops.stacks import Layer, build, flat, write
+from tests.ops.stacks import Layer, build, flat, names, write
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository
 
@@ -256,16 +260,41 @@ def test_an_older_catalogue_of_another_history_is_a_finding(repo: Repository) ->
     assert ["follow" in finding.message for finding in report.findings] == [True]
 
 
-def test_points_that_contradict_their_layers(repo: Repository) -> None:
+CONTRADICTIONS: dict[str, Callable[[Point, Point], dict[str, object]]] = {
+    "another layer": lambda _, other: {"layer": other.layer},
+    "another content id": lambda _, other: {"content_id": other.content_id},
+    "another size": lambda point, _: {"size": point.size + 512},
+}
+
+
+@pytest.mark.parametrize("how", CONTRADICTIONS)
+def test_points_that_contradict_their_layers(repo: Repository, tmp_path: Path, how: str) -> None:
     disk = repo.disk(DISK)
     current = disk.existing()
     one, two, three = current[0].points
-    disk.advance(current, time=repo.config.created, points=(one, two.model_copy(update={"layer": three.layer}), three))
+    wrong = two.model_copy(update=CONTRADICTIONS[how](two, three))
+    disk.advance(current, time=repo.config.created, points=(one, wrong, three))
     report = checked(repo)
     assert affected(report) == {2}
     assert "disagree" in report.findings[0].message
-    with pytest.raises(SnapchainError):
-        restore(again(repo), Path("/nonexistent/x.raw"), 2)
+    place = tmp_path / "place"
+    place.mkdir()
+    readers: list[Callable[[], object]] = [
+        lambda: restore(again(repo), place / "x.raw", 2),
+        lambda: restore(again(repo), place / "x.qcow2", 2),
+        lambda: restore(again(repo), place / "x.qcow2", 2, chain=True),
+        lambda: Restoration(again(repo), DISK, place / "x.raw", point="2").plan(),
+        lambda: inspect_point(again(repo), DISK, point="2"),
+        lambda: point_side(again(repo), DISK, "2"),
+    ]
+    for reader in readers:
+        with pytest.raises(Corrupt, match="the point and its layer disagree about the content id") as raised:
+            reader()
+        assert raised.value.subject == f"{DISK}@2"
+        assert names(place) == []
+    for point in (one, three):
+        report_of = restore(again(repo), place / f"{point.point}.raw", point.point)
+        assert report_of.content_id == point.content_id
 
 
 @pytest.mark.parametrize("how", ["loop", "gone", "orphan"])

@@ -162,7 +162,9 @@ def test_zeroes_travel_free_and_a_rate_is_kept(sent: Place, chain: list[Path], o
 def test_a_block_device(sent: Place, chain: list[Path], tmp_path: Path, loop: Path) -> None:
     with pytest.raises(InvalidInput, match="flat raw"):
         restore(sent, loop, whole_chain=True)
-    report = restore(sent, loop, 2)
+    with pytest.raises(Conflict, match="the device is not empty: there is data at byte 0"):
+        restore(sent, loop, 2)
+    report = restore(sent, loop, 2, force=True)
     assert report.virtual_size == 8 * MiB
     shown = flat(chain[1], tmp_path / "flat").read_bytes()
     held = loop.read_bytes()

@@ -86,7 +86,7 @@ def test_a_replay_counts_only_what_a_shortened_disk_has() -> None:
     for count in range(1, 4):
         chain = shipped.layers[:count]
         replay = Replay(ChainView(chain, again(shipped.repository).blobs), chain[-1].extents())
-        assert replay.on(chain[:-1]).run(nothing) > 0
+        assert replay.on(chain[:-1]).run(nothing) == chain[-1].header.content_id
 
 
 class Waiting(ChainView):
