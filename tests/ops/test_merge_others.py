@@ -169,6 +169,24 @@ def test_a_top_that_is_a_link_owns_the_directory_of_its_file(forest: Forest) -> 
     forest.check(link)
 
 
+@pytest.mark.parametrize("recorded", ["../i1/2.qcow2", "whole"])
+@pytest.mark.parametrize("command", ["merge", "snapshot"])
+def test_a_disk_that_is_opened_by_a_link_elsewhere_can_still_be(recorded: str, command: str, forest: Forest) -> None:
+    """QEMU takes relative names from the directory of the link."""
+    top, link, below = (forest.root / name for name in ("i1/disk.qcow2", "vm/disk.0", "i1/2.qcow2"))
+    link.parent.mkdir()
+    link.symlink_to(top)
+    write_image(below, {2: 3, 7: 3}, "./1.qcow2")  # leads nowhere from the directory of the link
+    forest.add(top, {3: 4}, below, str(below) if recorded == "whole" else recorded)
+    forest.shown[link] = forest.shown[top]
+    forest.remember()
+    if command == "merge":
+        merge(forest, from_layer="2.qcow2", flatten=False)
+    else:
+        snapshot.run(snapshot.plan(top, image_dirs=[forest.root]))
+    forest.check(top)
+
+
 # ---- what changes meanwhile
 
 
