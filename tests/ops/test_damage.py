@@ -25,7 +25,7 @@ from snapchain.ops.points import find_point
 from snapchain.ops.verify import verify
 from snapchain.repository import packs, sweep
 from snapchain.repository.crypto import AES, NONE
-from snapchain.repository.format import is_damage
+from snapchain.repository.format import is_damage, layer_name
 from snapchain.repository.replay import Replay, Sink
 from snapchain.repository.repository import Repository
 from snapchain.repository.view import ChainView
@@ -184,6 +184,39 @@ def test_shipping_a_disk_again_makes_all_its_points_whole(world: World, how: str
             assert name not in names(repo)
             assert gc.run(again(repo)).objects_deleted == 0
             assert verify(again(repo), share=1.0).ok
+
+
+def test_data_that_another_disk_brings_again_mends_old_points(world: World) -> None:
+    """Their records name the damaged pack as before: what they cannot read there they find by the index, and `gc` lets
+    them name it.
+    """
+    maps = {
+        f"packs/{pack[:2]}/{pack}"
+        for catalogue in world.repo.catalogues()
+        for layer in catalogue.parents
+        for pack in (bytes(row["pack"]).hex() for row in world.repo.layer(layer).table)
+    }
+    for name, repo in damaged(world, "gone"):
+        if name in maps:
+            continue
+        before = repo.catalogue(DISK)
+        ship(world.files[-1], repo, disk="new", each_layer=True)
+        assert repo.catalogue(DISK) == before
+        assert whole(repo, DISK, world.shown[DISK]) == {1, 2, 3}, name
+        assert verify(again(repo), disk=DISK, share=1.0).ok
+        gc.run(again(repo))
+        assert whole(repo, DISK, world.shown[DISK]) == {1, 2, 3}, name
+
+
+def test_a_lost_record_of_a_layer_is_made_good(world: World) -> None:
+    """Nobody knows what it said; but a layer with the same content takes its place, in the older points as well."""
+    for layer in world.repo.catalogue(DISK).parents:
+        repo = world.copy()
+        repo.store.delete(layer_name(layer))
+        assert ship(world.files[-1], repo).damaged == ()
+        assert layer not in repo.catalogue(DISK).parents
+        assert whole(repo, DISK, world.shown[DISK]) == {1, 2, 3}
+        assert verify(again(repo), disk=DISK, share=1.0).ok
 
 
 def test_damage_that_comes_to_light_while_shipping_is_mended_by_the_same_shipment(world: World) -> None:

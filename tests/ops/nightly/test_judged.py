@@ -63,7 +63,7 @@ class Told:
         """Everything that must hold of any run."""
         report, metrics, house = self.report, self.metrics, self.house
         outcomes = Counter(self.outcome(disk) for disk in self.disks)
-        assert report["counts"] == {each: outcomes[each] for each in ("ok", "busy", "left", "failed")}
+        assert report["counts"] == {each: outcomes[each] for each in ("ok", "busy", "left", "damaged", "failed")}
         assert {each: value(metrics, "disks", outcome=each) for each in report["counts"]} == report["counts"]
         whole = set(outcomes) <= {"ok"} and all(each["outcome"] == "ok" for each in report["destinations"])
         assert self.said.status == (0 if whole and not report["faults"] and not report["left"] else 10)

@@ -82,7 +82,13 @@ def test_an_image_in_use_is_a_failure_unless_it_may_be(host: Host) -> None:
         assert row(told, "web2").outcome is Outcome.OK
         skipped = host.run("[[disks]]\nglob = 'images/*.qcow2'\nwhen_busy = 'skip'\n")
         assert (skipped.outcome, skipped.complete) == (Outcome.BUSY, True)
-        assert skipped.counts == {Outcome.OK: 1, Outcome.BUSY: 1, Outcome.LEFT: 0, Outcome.FAILED: 0}
+        assert skipped.counts == {
+            Outcome.OK: 1,
+            Outcome.BUSY: 1,
+            Outcome.LEFT: 0,
+            Outcome.DAMAGED: 0,
+            Outcome.FAILED: 0,
+        }
     assert host.metric("disk_success", disk="web1") == 0
     assert host.metric("last_success_timestamp_seconds", disk="web1", destination="vault") == 0
     assert host.metric("rpo_lag_seconds", disk="web1", destination="vault") == math.inf
