@@ -131,3 +131,13 @@ def test_a_jump_counts_once_more_than_a_day_confirms_it() -> None:
 def test_a_disk_that_is_shipped_seldom_makes_no_jumps() -> None:
     halves = [Point(NOW - n * 180 * DAY) for n in (4, 3, 2, 1, 0)]
     assert kept(halves, Policy(last=2), NOW) == halves[-2:]
+
+
+def test_a_point_dated_back_does_not_stand_for_a_true_one_of_its_month() -> None:
+    """To the run with that clock it is the newest; the next right run lets it go where the rules do."""
+    october, november = Point(datetime(2026, 10, 10, 2, tzinfo=UTC)), Point(NOW)
+    clock = datetime(2026, 10, 20, 2, tzinfo=UTC)
+    months = Policy(monthly=2)
+    left = after_a_wrong_run([october, november], months, clock, ships=True)
+    assert left == [october, november, Point(clock)]
+    assert kept([*left, Point(NOW + DAY)], months, NOW + DAY)[:1] == [october]
