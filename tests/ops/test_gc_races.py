@@ -166,7 +166,7 @@ def moments(world: World, job: Job, other: Job, *, frozen: bool) -> Iterator[obj
             outcome = error
         if not store.stood:
             assert not isinstance(outcome, Exception)
-            assert moment > 10, "hardly anything was ever called"
+            assert moment > 5, "hardly anything was ever called"
             return
         world.now += 2 * DEAD_SECONDS  # whatever leases are left
         yield outcome
@@ -299,8 +299,8 @@ def test_a_reader_finishes_what_it_began(world: World) -> None:
             given_up += 1
         else:
             assert outcome == expected[-1]
-    assert collected_while_reading.count(True) >= 3
-    assert 0 < given_up < collected_while_reading.count(False)
+    assert collected_while_reading.count(True) >= 2
+    assert 0 < given_up < collected_while_reading.count(False), collected_while_reading
     world.reset()
     assert read(world.open()) == world.shown[0]
 

@@ -430,6 +430,7 @@ ON_FETCHING = {
     "clusters of 513": "DONE has no place|cluster size of 513",  # a raw file has no clusters
     "small subclusters": "48 bytes of data left out|cluster size of 512",
     "other content": "shows the content",
+    "a point of other content": "kind 8, which is not",
 }
 """What is said of a hostile sender's frames here, if it is something else."""
 OTHER_ERRORS: dict[str, type[SnapchainError]] = {
