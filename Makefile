@@ -21,7 +21,7 @@ demo:  ## the main job on a real Linux disk image, in under two minutes
 
 test:  ## all tests
 	@.ci/setup test
-	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check:  ## ruff, mypy --strict, the architecture test
 	@.ci/setup lint
@@ -41,7 +41,7 @@ bench:  ## measure the promises of speed and memory
 
 soak:  ## the tests that run for minutes, boot guests, move them
 	@.ci/setup soak
-	@$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m soak --timeout 3600 $(ARGS)
+	@EXHAUSTIVE=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m soak --timeout 7200 $(ARGS)
 
 clean:  ## forget everything made here, the virtual environment too
 	rm -rf .venv .cache build dist demo-work fixtures/made .pytest_cache .mypy_cache .ruff_cache .hypothesis

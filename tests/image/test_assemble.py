@@ -288,11 +288,11 @@ def test_wrong_requests(tmp_path: Path) -> None:
     paths = chain_of(tmp_path, ("", []), ("", ["write -P 1 0 64k"]))
     with scan(paths[-1]) as chain:
         for first, backing in [(0, Backing("x", "raw")), (1, None), (2, None), (-1, None)]:
-            with pytest.raises(InvalidInput):
+            with pytest.raises(InvalidInput, match=r"has a backing file exactly when|is none of the 2"):
                 plan(chain, first, backing=backing)
         assembly = plan(chain, 0, backing=None)
         with (tmp_path / "full").open("w+b") as file:
             file.write(b"x")
             file.flush()
-            with pytest.raises(InvalidInput):
+            with pytest.raises(InvalidInput, match="only written to an empty file"):
                 run(assembly, file.fileno())

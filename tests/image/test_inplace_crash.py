@@ -188,7 +188,7 @@ def test_every_call_may_fail(directory: Path, monkeypatch: pytest.MonkeyPatch, n
         with scan(found.paths[-1]) as chain, found.target.open("r+b", buffering=0) as file:
             work = planned(way, chain, first, len(found.paths) - 1)
             recorder = Recorder(file.fileno(), fail_at=number, error=error)
-            with recorder.recording(monkeypatch), pytest.raises(Unavailable):
+            with recorder.recording(monkeypatch), pytest.raises(Unavailable, match=os.strerror(error).lower()):
                 carry_out(work, file.fileno())
             failed += 1
             assert recorder.ops == found.ops[:number]

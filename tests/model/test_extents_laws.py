@@ -103,7 +103,7 @@ def test_the_root_law_ends_at_the_root() -> None:
 
 
 def test_fold_of_nothing() -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="at least one layer"):
         fold([])
 
 

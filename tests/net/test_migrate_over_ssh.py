@@ -47,7 +47,6 @@ class Moving:
             capture_output=True,
             text=True,
             check=False,
-            timeout=100,
         )
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout)
@@ -89,7 +88,6 @@ def test_the_guest_is_started_over_there(moving: Moving, tmp_path: Path) -> None
     assert "a guest has written" in refused["error"]["message"]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_the_other_host_dies_at_each_call_of_the_handover(moving: Moving, tmp_path: Path, call: str) -> None:
     """Its receiver is killed once, in the session that asks for the disks; the next question ends it."""

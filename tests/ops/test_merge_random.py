@@ -81,7 +81,6 @@ def merged_by_every_strategy(
         shutil.rmtree(work)
 
 
-@pytest.mark.timeout(900)
 def test_random_stacks() -> None:
     @settings(max_examples=EXAMPLES)
     @given(stack=stacks(), data=st.data())

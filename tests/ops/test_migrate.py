@@ -29,6 +29,7 @@ from snapchain.replica.stream.messages import Active
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, same, write
 from tests.replica.conftest import BentEndpoint, Place, send
+from tests.waiting import HANG
 
 VDA, VDB = "web1/vda", "web1/vdb"
 
@@ -151,7 +152,7 @@ class Guest:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(20)
+        self._process.wait(HANG)
         self._process.stdout.close()
 
 
@@ -431,7 +432,6 @@ def _restore(host: Host, saved: Path) -> None:
             subprocess.run(["cp", "-a", saved / name, host.directory / name], check=True)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("then", ["again", "back"])
 def test_killed_at_every_step(host: Host, tmp_path: Path, then: str) -> None:
     """At no step two masters; the same command ends it, or the disks are taken back, and nothing is lost."""

@@ -155,7 +155,7 @@ def guest_on(path: Path) -> Iterator[None]:
         while "wrote" not in process.stdout.readline():
             pass
         yield
-        process.communicate("quit\n", timeout=20)
+        process.communicate("quit\n")
 
 
 def test_extended_l2_and_a_larger_top(tmp_path: Path, place: Place) -> None:
@@ -353,7 +353,7 @@ def test_a_stale_overlay_in_use_stays(chain: list[Path], place: Place) -> None:
             pass
         with pytest.raises(Busy):
             run(chain[-1], place)
-        process.communicate("quit\n", timeout=20)
+        process.communicate("quit\n")
     assert run(chain[-1], place).ready
 
 

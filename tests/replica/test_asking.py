@@ -27,6 +27,7 @@ from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
 from tests.replica.conftest import DISK, Place
 from tests.replica.test_stream import HELLO, MAP, OPEN, offer, puppet, stream, take
+from tests.waiting import HANG
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with puppet(answer) as endpoint, pytest.raises(Corrupt, match="more than 1048576 bytes"):
         log_replica(endpoint)
-    assert over.wait(10)
+    assert over.wait(HANG)
 
 
 # ---- which directory may be named

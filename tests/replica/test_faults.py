@@ -19,7 +19,6 @@ MiB = 1 << 20
 
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", [Fault.EIO, Fault.ENOSPC])
-@pytest.mark.timeout(240)
 def test_a_disk_that_fails_at_every_call(tmp_path: Path, fault: Fault) -> None:
     files = build(tmp_path / "chain", [Layer(MiB, [f"write -P {n + 1} {n * 64}k 256k"]) for n in range(2)])
     shown = [flat(path, tmp_path / f"{path.name}.flat") for path in files]

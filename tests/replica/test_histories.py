@@ -17,7 +17,6 @@ GROUPS = 3
 happened: Counter[str] = Counter()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_histories(group: int) -> None:
     total: Counter[str] = Counter()

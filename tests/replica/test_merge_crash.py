@@ -22,7 +22,6 @@ from tests.ops.stacks import Layer, build, clean, same
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
 
-pytestmark = pytest.mark.timeout(900)
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 STRATEGIES = {way.value: way for way in (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)}
 

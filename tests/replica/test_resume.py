@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.waiting import wait_until
 
 SIZE = 24 * MiB
 
@@ -191,18 +191,31 @@ Place(Path(sys.argv[2])).send(Path(sys.argv[1]))
 """
 
 
+def arrived(place: Place) -> int:
+    """Bytes that the files of a replica take up."""
+    return sum(file.stat().st_blocks * 512 for file in place.root.rglob("*") if file.is_file())
+
+
+def kill_when(child: subprocess.Popen[bytes], place: Place, enough: int) -> None:
+    """At the moment at which more than so many bytes are there, or when it has ended."""
+    wait_until(lambda: child.poll() is not None or arrived(place) > enough)
+    child.kill()
+
+
 def test_killed_again_and_again(place: Place, noisy: tuple[list[Path], list[Path]]) -> None:
     """Sender and receiver are one process here: both die at once, at any moment."""
     paths, shown = noisy
     draw = random.Random(3)
     argv = [sys.executable, "-c", CHILD, str(paths[-1]), str(place.root)]
-    for _ in range(10):
+    died = 0
+    for _ in range(6):
         with subprocess.Popen(argv) as child:
-            time.sleep(0.35 + draw.random() * 0.5)
-            child.send_signal(signal.SIGKILL)
+            kill_when(child, place, arrived(place) + draw.randrange(8 * MiB))
+        died += child.returncode == -signal.SIGKILL
         record = place.directory / "catalogue.json"
         if record.exists():
             json.loads(record.read_text())
+    assert died
     place.send(paths[-1])
     files = place.files()
     for name in place.directory.iterdir():
@@ -211,7 +224,6 @@ def test_killed_again_and_again(place: Place, noisy: tuple[list[Path], list[Path
     place.check(shown[-1])
 
 
-@pytest.mark.timeout(300)
 def test_kill_nine_at_every_system_call(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "tests.replica.kill_nine", str(tmp_path)]
     done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=280)

@@ -45,7 +45,7 @@ def command(*words: str | Path) -> list[str]:
 
 def snapchain(*words: str | Path, folder: Path) -> Said:
     done = subprocess.run(
-        command(*words), cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
+        command(*words), cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert "bug in snapchain" not in done.stdout + done.stderr, done.stdout + done.stderr
