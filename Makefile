@@ -19,7 +19,7 @@ demo:  ## the main job on a real Linux disk image, in under two minutes
 	@.ci/setup demo
 	@$(PY) -m docs.demo
 
-test:  ## all tests
+test:  ## the tests; what enumerates takes a share of its cases (tests/exhaustive.py)
 	@.ci/setup test
 	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
@@ -28,7 +28,7 @@ check:  ## ruff, mypy --strict, the architecture test
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
-	@$(PY) -m pytest -q tests/test_architecture.py tests/test_errors.py
+	@$(PY) -m pytest -q tests/test_architecture.py tests/test_errors.py tests/test_raises.py
 
 format:  ## put the code in the one layout, and fix what ruff can fix
 	@.ci/setup lint
@@ -39,7 +39,7 @@ bench:  ## measure the promises of speed and memory
 	@.ci/setup bench
 	@$(PY) -m pytest -p no:xdist -m bench -s --timeout 1800 $(ARGS)
 
-soak:  ## the tests that run for minutes, boot guests, move them
+soak:  ## all cases of what enumerates, and the tests that run for minutes, boot guests, move them
 	@.ci/setup soak
 	@EXHAUSTIVE=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m soak --timeout 7200 $(ARGS)
 

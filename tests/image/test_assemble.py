@@ -20,6 +20,7 @@ from snapchain.image import ImageChain, scan
 from snapchain.image.assemble import Assembly, Moved, plan, run
 from snapchain.image.qcow2.header import Backing
 from snapchain.model.extents import ZERO
+from tests.exhaustive import examples
 from tests.image.mounts import mounted
 from tests.image.oracle import qemu
 from tests.image.test_scan_random import Layer, io, layers, made_root, make
@@ -110,7 +111,8 @@ def merged_stack_reads_as_before(
             assert not (own.val == ZERO).any()
 
 
-@settings(max_examples=60)
+@pytest.mark.sampled
+@settings(max_examples=examples(20))
 @given(stacks(), st.data())
 def test_random_stacks(stack: tuple[list[Layer], str, int, int], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory(dir=SHM) as name:
@@ -125,7 +127,8 @@ def filesystem(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.root
 @pytest.mark.serial
-@settings(max_examples=15)
+@pytest.mark.sampled
+@settings(max_examples=examples(5))
 @given(stack=stacks(), data=st.data())
 def test_random_stacks_on_filesystems(
     filesystem: Path, stack: tuple[list[Layer], str, int, int], data: st.DataObject

@@ -26,7 +26,7 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 BYTES = np.random.default_rng(7).integers(1, 256, 4 << 20, dtype=np.uint8).tobytes()
 CLUSTER_SIZES = [512, 1024, 4096, 65536, 1 << 21]
 
-some = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def content(seed: int, length: int) -> bytes:
@@ -464,7 +464,7 @@ def test_many_threads_write_in_any_order(tmp_path: Path) -> None:
     assert_reads(path, view)
 
 
-@pytest.mark.parametrize("extended_l2", [False, True])
+@pytest.mark.parametrize("extended_l2", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_fragmented_terabyte(tmp_path: Path, extended_l2: bool) -> None:
     """Two million extents: planned and written without a Python object for each, in bounded memory."""
     import time

@@ -133,7 +133,7 @@ def test_a_used_device_reads_as_the_disk(device: Path, way: str, monkeypatch: py
 def test_any_range_of_a_device_is_zeroed_exactly(device: Path) -> None:
     fd = open_device(device)
 
-    @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         start=st.integers(0, 20_000),
         length=st.one_of(st.integers(0, 3000), st.integers(0, 100_000)),

@@ -63,12 +63,12 @@ def holds(directory: Path, files: list[Path], scratch: Path) -> None:
         assert clean(held)
 
 
-@pytest.mark.serial
-def test_four_syncs_of_four_disks_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_syncs_of_many_disks_at_once(tmp_path: Path, count: int) -> None:
     """An sshd with few places for logins drops some of them: they come again, and all end well."""
-    chains = [chain(tmp_path / f"{number}", number) for number in range(4)]
-    with sshd(tmp_path / "sshd", settings=["MaxStartups 3:40:20"]) as host:
-        to = [f"ssh://there{tmp_path}/replica::vm{number}/vda" for number in range(4)]
+    chains = [chain(tmp_path / f"{number}", number) for number in range(count)]
+    with sshd(tmp_path / "sshd", settings=[f"MaxStartups {count - 1}:40:20"]) as host:
+        to = [f"ssh://there{tmp_path}/replica::vm{number}/vda" for number in range(count)]
         running = [
             start(host, "sync", files[-1], place, "--connections", "2") for files, place in zip(chains, to, strict=True)
         ]

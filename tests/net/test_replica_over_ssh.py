@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import SnapchainError, ToolFailed, Unavailable
+from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.remote_address import RemoteAddress
 from snapchain.host.remote_retry import Persistence
 from snapchain.host.ssh import SshProgram
@@ -124,7 +124,7 @@ def test_an_error_over_there_is_the_error_here(
     there: SshHost, place: Place, noisy: tuple[list[Path], list[Path]]
 ) -> None:
     place.root.write_text("a file")
-    with pytest.raises(SnapchainError) as caught:
+    with pytest.raises(Corrupt, match=r"there.*: not a directory") as caught:
         send(noisy[0][0], endpoint(there, place), DISK)
     assert "there" in str(caught.value)
     assert not isinstance(caught.value, ToolFailed), "it came by ssh's exit status, and not by the stream"

@@ -4,7 +4,8 @@
 
 A process of one thread forks for each death, so that nothing is imported again: the child stops itself, strace takes
 hold of it and is told to send SIGKILL at the n-th such call of any of its threads, and the child goes on.  As strace
-counts for each thread by itself, it is done for all calls together and for each kind alone.
+counts for each thread by itself, it is done for all calls together and for each kind alone.  That is in `make soak`;
+`make test` takes one in three of the calls of all kinds.
 After each death everything is checked, done again, and checked again.  The last line says how often it died.
 """
 
@@ -27,6 +28,7 @@ from snapchain.ops.restore import Restoration
 from snapchain.ops.ship import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository.repository import Repository
+from tests.exhaustive import EXHAUSTIVE
 from tests.ops.shipping import DISK, MiB, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, same
 from tests.repository.synthetic import again, repository
@@ -43,16 +45,16 @@ def deaths(job: Callable[[], object], reset: Callable[[], object]) -> Iterator[i
     reset: puts back what a child that lived has done; after a death that is the caller's work
     """
     died = 0
-    for calls in (",".join(CALLS), *CALLS):
-        for _ in _deaths(job, calls):
+    for calls in (",".join(CALLS), *(CALLS if EXHAUSTIVE else ())):
+        for _ in _deaths(job, calls, each=1 if EXHAUSTIVE else 3):
             died += 1
             yield died
         reset()
     assert died >= 8, "hardly anything was ever killed"
 
 
-def _deaths(job: Callable[[], object], calls: str) -> Iterator[int]:
-    for nth in count(1):
+def _deaths(job: Callable[[], object], calls: str, *, each: int) -> Iterator[int]:
+    for nth in count(1, each):
         pid = os.fork()
         if pid == 0:
             os.kill(os.getpid(), signal.SIGSTOP)

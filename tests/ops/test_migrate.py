@@ -432,6 +432,7 @@ def _restore(host: Host, saved: Path) -> None:
             subprocess.run(["cp", "-a", saved / name, host.directory / name], check=True)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("then", ["again", "back"])
 def test_killed_at_every_step(host: Host, tmp_path: Path, then: str) -> None:
     """At no step two masters; the same command ends it, or the disks are taken back, and nothing is lost."""
@@ -442,7 +443,7 @@ def test_killed_at_every_step(host: Host, tmp_path: Path, then: str) -> None:
     for name in ("a", "b", "replica"):
         subprocess.run(["cp", "-a", host.directory / name, saved / name], check=True)
     seen = set()
-    for step in killed_at_every_step(host.migrate):
+    for step in killed_at_every_step(host.migrate, each=3 if then == "again" else 4):
         masters = host.masters()
         for disk in (VDA, VDB):
             assert not {f"{disk} here", f"{disk} there"} <= masters, step
@@ -466,13 +467,14 @@ def _anything_given(host: Host) -> bool:
     return not all(host.may_write(move.image) for move in host.moves)
 
 
+@pytest.mark.sampled
 def test_a_take_back_that_is_killed_is_done_again(host: Host, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     host.migrate()
     for name in ("a", "b", "replica"):
         subprocess.run(["cp", "-a", host.directory / name, saved / name], check=True)
-    for step in killed_at_every_step(host.take_back):
+    for step in killed_at_every_step(host.take_back, each=3):
         masters = host.masters()
         for disk in (VDA, VDB):
             assert not {f"{disk} here", f"{disk} there"} <= masters, step

@@ -368,6 +368,7 @@ def test_a_layer_with_an_overlay_on_it_is_not_cut_off(chain: list[Path], place: 
     assert look(chain[-1], place).ready
 
 
+@pytest.mark.sampled
 def test_kill_nine_while_the_overlay_is_made(chain: list[Path], place: Place, tmp_path: Path) -> None:
     run(chain[1], place)  # leaves an overlay that the next one replaces
     stale = place.directory / "active" / "1.qcow2"
@@ -376,7 +377,7 @@ def test_kill_nine_while_the_overlay_is_made(chain: list[Path], place: Place, tm
     before = tmp_path / "before"
     shutil.copytree(place.root, before)
     deaths = 0
-    for where in killed_at_every_step(lambda: run(chain[-1], place)):
+    for where in killed_at_every_step(lambda: run(chain[-1], place), each=2):
         deaths += 1
         assert place.files()[-1].name == "2.qcow2"
         for overlay in stale.parent.glob("[!.]*"):
@@ -386,7 +387,7 @@ def test_kill_nine_while_the_overlay_is_made(chain: list[Path], place: Place, tm
         assert [entry.name for entry in stale.parent.iterdir()] == ["disk.qcow2"], where
         shutil.rmtree(place.root)
         shutil.copytree(before, place.root)
-    assert deaths > 5
+    assert deaths > 2
 
 
 # proof

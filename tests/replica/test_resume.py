@@ -224,11 +224,12 @@ def test_killed_again_and_again(place: Place, noisy: tuple[list[Path], list[Path
     place.check(shown[-1])
 
 
+@pytest.mark.sampled
 def test_kill_nine_at_every_system_call(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "tests.replica.kill_nine", str(tmp_path)]
-    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) >= 30
+    assert int(done.stdout.split()[-1]) >= 10
 
 
 @pytest.mark.root

@@ -102,18 +102,18 @@ def test_a_note_that_cannot_be_read_might_be_a_hold(chain: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "words"),
     [
-        {"from_layer": "1.qcow2", "max_layers": 3},
-        {"to_layer": "1.qcow2", "policy": Policy(last=1)},
-        {"flatten": True, "from_layer": "1.qcow2"},
-        {"max_layers": 0},
-        {"budget_bytes": -1},
-        {"budget_seconds": float("nan")},
+        ({"from_layer": "1.qcow2", "max_layers": 3}, "would choose them"),
+        ({"to_layer": "1.qcow2", "policy": Policy(last=1)}, "would choose them"),
+        ({"flatten": True, "from_layer": "1.qcow2"}, "cannot be combined with --from"),
+        ({"max_layers": 0}, "has at least one layer"),
+        ({"budget_bytes": -1}, "cannot be negative"),
+        ({"budget_seconds": float("nan")}, "budget"),
     ],
 )
-def test_what_makes_no_sense(chain: list[Path], options: dict[str, object]) -> None:
-    with pytest.raises(InvalidInput):
+def test_what_makes_no_sense(chain: list[Path], options: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
         plan(chain, **options)
 
 
@@ -304,7 +304,7 @@ def test_nothing_done_is_the_failure_itself(chain: list[Path], monkeypatch: pyte
         raise NotFound("somebody took it")
 
     monkeypatch.setattr(merge_run, "run", failing)
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="somebody took it"):
         merge(chain, policy=Policy(last=2, weekly=2), zone=UTC)
 
 
@@ -312,7 +312,7 @@ def test_a_chain_that_changed_since_the_plan_is_left_alone(chain: list[Path]) ->
     planned = plan(chain, policy=Policy(last=1))
     write(chain[-1], "write -P 9 0 64k")
     snapshot.run(snapshot.plan(chain[-1]))
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="changed after the merge was planned"):
         running.run(planned)
 
 

@@ -88,7 +88,8 @@ def killed_by_hook(house: House, hook: str) -> None:
     before = house.config.read_text()
     kill = f'[disks.hooks]\n{hook} = ["sh", "-c", "test $SNAPCHAIN_DISK != b || kill -9 $PPID"]\n'
     house.configure(CONFIG.format(hooks=kill))
-    assert house.nightly().status == -signal.SIGKILL
+    with running(house) as child:
+        assert child.wait() == -signal.SIGKILL
     house.config.write_text(before)
 
 
