@@ -24,6 +24,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.waiting import HANG
+
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
@@ -31,8 +33,8 @@ ACCESS_KEY = "snapchain-tests"
 SECRET_KEY = "snapchain-secret"
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 """No server outlives a killed test run (util-linux, which every Debian has)."""
-PATIENCE = 30.0
-"""Seconds that a server may take to start on a busy machine; it takes one or two."""
+PATIENCE = HANG
+"""Seconds that a server may take to start; it takes one or two on an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _wait_until_it_answers(child: subprocess.Popen[bytes], endpoint: str, log: P
         if child.poll() is not None:
             raise RuntimeError(f"{kind} ended with {child.returncode}: {log.read_text(errors='replace')}")
         try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
+            urllib.request.urlopen(endpoint, timeout=HANG).close()
         except urllib.error.HTTPError as error:  # it answers: that is all
             error.close()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_a_name_that_cannot_be_given(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", fails)
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match=rf"{re.escape(file)}: {os.strerror(number).lower()}"):
             place.send(files[1])
     assert place.catalogue() == before
     assert same(place.files()[-1], flat(files[0], tmp_path / "shown"))

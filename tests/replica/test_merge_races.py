@@ -191,7 +191,7 @@ def test_the_asker_is_gone(sent: Pointed, chain: list[Path], strategy: Strategy)
     def gone() -> None:
         raise Unavailable("the connection was closed by the other side")
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="closed by the other side"):
         merging(sent, Engine(gone, strategy), last=2).run()
     assert (sent.place.directory / ".merging.json").exists() is (strategy is Strategy.COMMIT)
     assert sent.send(chain[-1]).layers_sent == 0

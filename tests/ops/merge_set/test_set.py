@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import scan
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
@@ -97,7 +97,7 @@ def test_a_range_with_a_held_layer_is_refused(chain: list[Path]) -> None:
 def test_a_note_that_cannot_be_read_might_be_a_hold(chain: list[Path]) -> None:
     hold.hold_image(chain[3], "audit")
     next(chain[0].parent.glob(".snapchain-layer-*")).write_text("{")
-    with pytest.raises(SnapchainError, match="not the note of a layer"):
+    with pytest.raises(Corrupt, match="not the note of a layer"):
         plan(chain)
 
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_merged_is_gone_round(chain: list[Path], views: dict[str,
     assert ranges(planned) == [(1, 2), (4, 6)]
     assert "persistent bitmaps" in planned.notices[0]
     assert ranges(plan(chain, policy=Policy(last=1), drop_bitmaps=True)) == [(1, 6)]
-    with pytest.raises(SnapchainError, match="persistent bitmaps"):
+    with pytest.raises(Unsupported, match="persistent bitmaps"):
         plan(chain)
 
 
