@@ -29,7 +29,7 @@ SERVER = textwrap.dedent("""
     import os
     from snapchain.host import remote_lanes
     from snapchain.host.remote_stdio import stdio_channel
-    remote_lanes.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", "10"))
+    remote_lanes.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", "60"))
     channel = remote_lanes.accept_lanes(stdio_channel(patience=120))
     if channel is not None:
         with channel:
@@ -42,9 +42,15 @@ def ended(status: int, stderr: str) -> SnapchainError:
     return ToolFailed(f"{status}: {stderr}", argv=(), status=status, stderr=stderr)
 
 
+@pytest.fixture(autouse=True)
+def _as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All connections come, however busy the machine is."""
+    monkeypatch.setattr(remote_lanes, "JOIN_SECONDS", HANG)
+
+
 def server(*argv: str, patience: float = HANG) -> ProcessChannel:
     argv = argv or (sys.executable, "-c", SERVER)
-    env = {**os.environ, "JOIN_SECONDS": "1"}
+    env = {**os.environ, "JOIN_SECONDS": str(remote_lanes.JOIN_SECONDS)}
     return ProcessChannel(argv, peer="there", diagnose=ended, env=env, patience=patience)
 
 
@@ -133,7 +139,8 @@ def test_what_comes_with_the_answer_is_kept() -> None:
             assert near.read(100) == b"and more"
 
 
-def test_a_connection_that_does_not_come_is_done_without() -> None:
+def test_a_connection_that_does_not_come_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_lanes, "JOIN_SECONDS", 4.0)
     sent = os.urandom(1_000_000)
     with joined(2, server("sleep", "1000"), server("false")) as channel:
         assert isinstance(channel, Lanes)
@@ -205,7 +212,8 @@ def test_how_many(count: int) -> None:
         join_lanes([None] * count, peer="there")  # type: ignore[list-item]
 
 
-def test_no_descriptor_is_left_open() -> None:
+def test_no_descriptor_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_lanes, "JOIN_SECONDS", 4.0)
     before = set(Path("/proc/self/fd").iterdir())
     with joined(3, server("false")) as channel:
         channel.write(b"a")

@@ -19,6 +19,7 @@ from snapchain.objects.store import Data, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.testing.faults import Crash, Fault, FaultStore, On, crash_points
 from tests.servers import S3Server
+from tests.waiting import HANG
 
 OTHER = "point.claim.0000000000000000"
 
@@ -90,7 +91,7 @@ def race(store: ObjectStore, rounds: int, racers: int) -> None:
     def run(racer: int) -> list[bool | None]:
         said: list[bool | None] = []
         for number in range(rounds):
-            start.wait(60)
+            start.wait(HANG)
             try:
                 said.append(
                     create_exclusively(store, f"points/{number:04}", b"%d of %d" % (racer, number), conditional=False)
@@ -132,7 +133,7 @@ def test_the_race_itself_can_lose() -> None:
     def run(racer: int) -> int:
         won = 0
         for number in range(40):
-            start.wait(60)
+            start.wait(HANG)
             name = f"points/{number}"
             won += store.size(name) is None and store.create(name, b"%d" % racer)
         return won

@@ -260,7 +260,7 @@ def test_an_image_in_use_stops_all(host: Host) -> None:
         planned = plan(MigrateRequest(moves=host.moves), host.endpoint)
         assert planned.disks[0].in_use is None
         assert "qemu-io" in (planned.disks[1].in_use or "")
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             host.migrate()
     assert host.masters() == {f"{VDA} here", f"{VDB} here"}
     host.check_here()
@@ -295,7 +295,7 @@ def test_a_destination_that_is_used_refuses(host: Host) -> None:
 
     module._give = give  # type: ignore[assignment]
     try:
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             host.migrate()
     finally:
         module._give = real
@@ -311,7 +311,7 @@ def test_a_paused_guest_has_it_open(host: Host) -> None:
     with Guest(host.vda) as guest:
         guest.does("write -P 7 64k 64k")
         guest.does("flush")  # as a pause does
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             host.migrate(moves=[Move(host.vda, VDA)])
         report = host.migrate(moves=[Move(host.vda, VDA)], paused=True)
     assert report.disks[0].sealed is None
@@ -357,7 +357,7 @@ def test_taken_back_as_long_as_no_guest_has_written(host: Host) -> None:
 
 def test_not_taken_back_from_under_a_guest(host: Host) -> None:
     host.migrate()
-    with Guest(host.overlay(VDB)), pytest.raises(Busy):
+    with Guest(host.overlay(VDB)), pytest.raises(Busy, match=r"qemu-io .* has it open"):
         host.take_back()
     assert host.masters() == {f"{VDA} there", f"{VDB} there"}
     write(host.overlay(VDB), "write -P 4 0 64k")
@@ -496,7 +496,7 @@ def test_a_line_that_is_cut_in_the_handover(host: Host, way: str) -> None:
             report = host.migrate(bent)
         except Unavailable:
             assert host.masters() <= {f"{VDA} there", f"{VDB} there"}
-            with pytest.raises(Conflict):
+            with pytest.raises(Conflict, match="is being given to"):
                 snapshot.plan(host.vda)
             report = host.migrate(_named(host))
             assert report.course.value == "resumed"

@@ -34,7 +34,7 @@ from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
 from tests.replica.test_merge_replica import seal
-from tests.waiting import HANG
+from tests.waiting import HANG, wait_until
 
 LAYERS = [Layer(4 * MiB, [f"write -P {n} {n * 64}k 512k"]) for n in range(1, 6)]
 
@@ -109,11 +109,10 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
     with held_up(sent, last=2) as go, ThreadPoolExecutor(1) as pool:
         request = Request(image=chain[-1], disk=DISK)
         report = pool.submit(send_to_replica, request, endpoint(sent.place.root), on_event=events.append)
-        time.sleep(1)
+        wait_until(lambda: [event for event in events if isinstance(event, Notice) and "makes us wait" in str(event)])
         assert not report.done()
         go.set()
         assert report.result(HANG).layers_sent == 1
-    assert [event for event in events if isinstance(event, Notice) and "makes us wait" in str(event)]
     sent.send(chain[-1])
     assert verify_replica(endpoint(sent.place.root), DISK, read_data=True).ok
     assert sent.points() == [4, 5, 6, 7]

@@ -231,7 +231,10 @@ def test_a_version_that_nobody_speaks_here(place: Place) -> None:
 
 def test_a_sender_that_says_nothing(place: Place) -> None:
     reader, writer = os.pipe()
-    with Channel(reader, -1, peer="the sender", patience=0.3) as channel, pytest.raises(Unavailable):
+    with (
+        Channel(reader, -1, peer="the sender", patience=0.3) as channel,
+        pytest.raises(Unavailable, match=r"nothing came from it for 0.3 seconds"),
+    ):
         receive(channel, place.root)
     os.close(writer)
 
@@ -387,7 +390,7 @@ def test_a_receiver_that_lies_about_what_is_durable(tmp_path: Path, durable: int
                 return
 
     for _ in range(2):
-        with puppet(answer) as endpoint, pytest.raises(SnapchainError):
+        with puppet(answer) as endpoint, pytest.raises(Unavailable, match="closed by the other side"):
             send(image, endpoint, DISK)
     fits = durable % GRAIN == 0 and durable <= 8 * MiB
     assert [each["resume_at"] for each in offered] == [0, durable if fits else 0]
@@ -431,7 +434,7 @@ def test_a_receiver_that_goes_on_about_its_layers(tmp_path: Path) -> None:
         while frames.read_or_end() is not None:
             pass
 
-    with puppet(answer) as endpoint, pytest.raises(Corrupt):
+    with puppet(answer) as endpoint, pytest.raises(Corrupt, match="more than INVENTORY may have"):
         send(image, endpoint, DISK)
 
 
