@@ -119,6 +119,11 @@ def test_a_merge_out_of_place(place: Place, said: tuple[tuple[int, bytes], ...])
         take(place, stream(HELLO, *said, (15, encode(Merge(disk=DISK, last=1, zone="UTC")))))
 
 
+REFUSED = (
+    r"of merge is unsound|not a duration|there is no disk|no time zone|no rule|cannot be|may be named|must be named"
+)
+
+
 @pytest.mark.parametrize(
     "question",
     [
@@ -150,7 +155,7 @@ def test_a_hostile_question(
     monkeypatch.setattr(asking, "encode", bent)
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of merge is unsound|not a duration|there is no disk|no time zone|no rule|cannot be|may be named|must be named",
+        match=REFUSED,
     ) as caught:
         pointed.merge(last=1)
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}
