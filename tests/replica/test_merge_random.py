@@ -35,6 +35,7 @@ def histories(examples: int) -> Callable[[Callable[..., None]], Callable[..., No
     return wrapped
 
 
+@pytest.mark.timeout(300)
 @histories(8)
 def test_random_histories(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
     live(tmp_path_factory.mktemp("history"), seed, layers=5)

@@ -191,12 +191,14 @@ def test_leaving_with_an_error_does_not_wait_for_slow_uploads_nor_strand_a_threa
     assert len(outcome) == 12
 
 
+@pytest.mark.timeout(20)
 def test_an_index_is_written_now_and_then_and_lists_durable_packs_only() -> None:
     store = MemoryStore()
     with Packer(store, KEYS, BlobIndex()) as packer:
         for each in blobs(3 * (INDEX_EVERY + 10)):
             packer.add(identity(each), each, len(each))
-        wait_until(lambda: list(store.list("index/")))
+        while not list(store.list("index/")):
+            time.sleep(0.01)
         for info in list(store.list("index/")):
             for pack, size in indexes.parse(KEYS, info.name, store.get(info.name))[0].items():
                 assert store.size(pack_name(pack)) == size
