@@ -26,7 +26,7 @@ def test_a_directory(tmp_path: Path) -> None:
     result = probe(store)
     assert result.conditional_put
     assert result.findings == ()
-    assert result.clock_drift == pytest.approx(0, abs=0.5)
+    assert result.clock_drift == pytest.approx(0, abs=60)
     assert list(store.list("")) == []
 
 
@@ -40,7 +40,7 @@ def test_moto_honours_conditions_and_does_not_check_uploads(moto: S3Server) -> N
     assert result.conditional_put
     assert result.refuses_damage is False
     assert ["damaged uploads" in finding for finding in result.findings] == [True]
-    assert result.clock_drift == pytest.approx(0, abs=1)
+    assert result.clock_drift == pytest.approx(0, abs=60)
     assert store.properties.conditional_put is None, "the opener believes it, not the probe"
     assert list(store.list("")) == []
     store.close()
@@ -201,7 +201,7 @@ def test_what_the_operator_should_know(vice: type[Vicious], words: str) -> None:
 @pytest.mark.parametrize("drift", [-4000, 4000])
 def test_a_clock_that_is_wrong(drift: int) -> None:
     result = probe(MemoryStore(clock=lambda: time.time() + drift))
-    assert result.clock_drift == pytest.approx(drift, abs=2)
+    assert result.clock_drift == pytest.approx(drift, abs=60)
     assert abs(drift) > MOST_DRIFT
     assert ("ahead" if drift > 0 else "behind") in result.findings[0]
 
