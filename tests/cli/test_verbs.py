@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import MiB, Run, qemu_img, spawned, write
+from snapchain.cli import main
+from tests.cli.conftest import MiB, Run, made_disk, qemu_img, spawned, write
 
 DISK = "repo::web1/vda"
 
@@ -191,16 +195,41 @@ def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
         assert child.communicate()[0].startswith("snapchain ")
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A directory with a repository of five points of one disk, each of a changed block; their content ids."""
+    place = tmp_path_factory.mktemp("week")
+    disk = made_disk(place)
+
+    def run(*words: str) -> str:
+        out = io.StringIO()
+        with chdir(place), redirect_stdout(out):
+            assert main(words) == 0
+        return out.getvalue()
+
+    def shipped(*words: str) -> str:
+        return str(json.loads(run("ship", str(disk), DISK, "--json", *words))["content_id"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(place.with_name(f"{place.name}-state")))
+        patch.setenv("XDG_CACHE_HOME", str(place.with_name(f"{place.name}-cache")))
+        run("init", "repo", "--no-encryption")
+        ids = [shipped("--label", "first")]
+        for day in range(2, 6):
+            run("snapshot", str(disk))
+            write(disk, f"write -P {day} 0 1M", f"write -P {day} {day}M 64k")
+            ids.append(shipped())
+    return place, ids
+
+
 @pytest.fixture
-def week(run: Run, disk: Path) -> list[str]:
-    """Five points of one disk, each of a changed block; their content ids. No passphrase: Argon2id takes its time."""
-    run("init", "repo", "--no-encryption")
-    ids = [run("ship", str(disk), DISK, "--label", "first", "--json").json["content_id"]]
-    for day in range(2, 6):
-        run("snapshot", str(disk))
-        write(disk, f"write -P {day} 0 1M", f"write -P {day} {day}M 64k")
-        ids.append(run("ship", str(disk), DISK, "--json").json["content_id"])
-    return ids
+def week(
+    prepared: tuple[Path, list[str]], run: Run, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """A copy of that directory in the one where the commands run; no passphrase, as it is not encrypted."""
+    monkeypatch.delenv("SNAPCHAIN_PASSWORD")
+    shutil.copytree(prepared[0], tmp_path, dirs_exist_ok=True)
+    return prepared[1]
 
 
 def test_log_lists_all_points(run: Run, week: list[str]) -> None:
