@@ -1,4 +1,4 @@
-"""What every test meets: hypothesis profiles, serial tests in one worker, and no silent skip in CI.
+"""What every test meets: hypothesis profiles, serial tests one at a time, and no silent skip in CI.
 
 In CI a skipped test is a failed run, unless its reason is one of ALLOWED_SKIPS: a test that did not run has proved
 nothing, and a green run would hide that.
@@ -6,12 +6,19 @@ nothing, and a green run would hide that.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import signal
 from collections.abc import Iterator
+from typing import Annotated
 
 import pytest
 from hypothesis import HealthCheck, settings
+from pydantic import Field
+
+from snapchain.repository import keys
+from tests.exhaustive import EXHAUSTIVE
 
 IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 
@@ -25,7 +32,6 @@ ALLOWED_SKIPS: tuple[tuple[str, str, str], ...] = (
 # No deadline: the machine's other core may be busy. Derandomised in CI: a failure there is seen here again.
 settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=True, print_blob=True)
-settings.register_profile("thorough", parent=settings.get_profile("dev"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "dev"))
 
 
@@ -39,11 +45,53 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
         monkeypatch.delenv(name)
 
 
+class _CheapSlot(keys.KeySlot):
+    """Takes a millisecond where a real one takes a fifth of a second and 64 MiB."""
+
+    memory_kib: Annotated[int, Field(ge=8, le=1024 * 1024)] = 8
+    iterations: Annotated[int, Field(ge=1, le=16)] = 1
+    lanes: Annotated[int, Field(ge=1, le=16)] = 1
+
+
+@pytest.fixture(autouse=True)
+def _cheap_passphrases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New repositories of this process have key slots that cost little, but for tests marked `costly_slots`."""
+    if request.node.get_closest_marker("costly_slots") is None:
+        monkeypatch.setattr(keys, "KeySlot", _CheapSlot)
+
+
+@pytest.fixture(autouse=True)
+def _one_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Serial tests wait for each other, whichever workers they run in.
+
+    A lock and not pytest-xdist's groups: those need `--dist loadgroup`, and are ignored without a word by pytest 9.
+    """
+    if request.node.get_closest_marker("serial") is None:
+        yield
+        return
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "serial.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def pytest_configure() -> None:
+    """Children must be able to be interrupted, also where this was started by `nohup` or as `make test &`.
+
+    A shell without job control lets its background jobs ignore SIGINT, and what is ignored stays so in children.
+    """
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under xdist (--dist loadgroup) all serial tests share one worker; tests that need root say so without it."""
+    """Tests that sample belong to `make soak` too, where they are whole; tests that need root say so without it."""
     for item in items:
-        if item.get_closest_marker("serial"):
-            item.add_marker(pytest.mark.xdist_group("serial"))
+        if EXHAUSTIVE and item.get_closest_marker("sampled"):
+            item.add_marker(pytest.mark.soak)
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root, for loop devices and mounts"))
 

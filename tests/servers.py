@@ -9,6 +9,7 @@ A server that cannot be started is an error, never a skip.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,11 +19,13 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tests.waiting import HANG
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -31,8 +34,8 @@ ACCESS_KEY = "snapchain-tests"
 SECRET_KEY = "snapchain-secret"
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 """No server outlives a killed test run (util-linux, which every Debian has)."""
-PATIENCE = 30.0
-"""Seconds that a server may take to start on a busy machine; it takes one or two."""
+PATIENCE = HANG
+"""Seconds that a server may take to start; it takes one or two on an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,16 @@ def admin_client(endpoint: str) -> S3Client:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody listened on a moment ago, and that no connection is given meanwhile.
+
+    Clients get ports of the ephemeral range, of which there are many in a test run; this one lies below it.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(first, 20_000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
@@ -123,7 +132,7 @@ def _wait_until_it_answers(child: subprocess.Popen[bytes], endpoint: str, log: P
         if child.poll() is not None:
             raise RuntimeError(f"{kind} ended with {child.returncode}: {log.read_text(errors='replace')}")
         try:
-            urllib.request.urlopen(endpoint, timeout=5).close()
+            urllib.request.urlopen(endpoint, timeout=HANG).close()
         except urllib.error.HTTPError as error:  # it answers: that is all
             error.close()
             return

@@ -60,7 +60,7 @@ def test_promise_1_a_shipped_point_restores_exactly_or_the_lost_range_is_named(
     for info in list(repo.store.list("packs/")):
         body = repo.store.get(info.name)
         repo.store.put(info.name, body[:20] + bytes([body[20] ^ 1]) + body[21:])
-        with pytest.raises(Corrupt) as raised:
+        with pytest.raises(Corrupt, match="altered or belong elsewhere") as raised:
             restore(repo, tmp_path / "lost.raw")
         assert info.name in str(raised.value)
         assert not (tmp_path / "lost.raw").exists()
@@ -164,7 +164,7 @@ def test_promise_5_a_merge_during_a_shipment_loses_no_point(repo: Repository, ch
         ship(path, repo)
     with shipment(chain[2], again(repo), DISK) as work:
         RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
-        with pytest.raises(Conflict):
+        with pytest.raises(Conflict, match="merged away meanwhile"):
             work.run()
     assert ship(chain[2], repo).point == 3
     assert [point.point for point in repo.catalogue(DISK).points] == [2, 3]
@@ -192,13 +192,13 @@ def test_promise_6_nothing_outside_what_was_named_is_opened(repo: Repository, tm
     hostile = tmp_path / "vm" / "hostile.qcow2"
     for backing in (str(secret), "../secret/shadow"):
         qemu_img("create", "-q", "-f", "qcow2", "-b", backing, "-F", "raw", hostile)
-        with pytest.raises(Unsupported) as raised:
+        with pytest.raises(Unsupported, match="outside the directories that you named") as raised:
             ship(hostile, repo)
         assert raised.value.hint is not None
         assert "--image-dir" in raised.value.hint
     for backing in ('json:{"driver":"file","filename":"/etc/shadow"}', "nbd://127.0.0.1/x"):
         qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", backing, "-F", "raw", hostile, "64k")
-        with pytest.raises(SnapchainError, match=r"hostile\.qcow2"):
+        with pytest.raises(Unsupported, match=r"hostile\.qcow2"):
             ship(hostile, repo)
     assert list(repo.store.list("packs/")) == []
 
@@ -213,7 +213,7 @@ def test_promise_7_nothing_that_somebody_writes_to_is_shipped(repo: Repository, 
         guest.stdin.flush()
         guest.stdout.readline()
         before = standing(chain[-1])
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             ship(chain[-1], repo)
         guest.kill()
     assert standing(chain[-1]) == before

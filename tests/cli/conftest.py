@@ -79,8 +79,12 @@ def write(image: Path, *commands: str, image_format: str = "qcow2") -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
+    return made_disk(tmp_path)
+
+
+def made_disk(directory: Path) -> Path:
     """A qcow2 of 16 MiB with 3 MiB of data in it."""
-    image = tmp_path / "web1.qcow2"
+    image = directory / "web1.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", image, "16M")
     write(image, "write -P 1 0 2M", "write -P 2 8M 1M")
     return image

@@ -17,7 +17,7 @@ from snapchain.errors import Unavailable
 from snapchain.host.remote_address import parse_remote_address
 from snapchain.replica import ssh_endpoint
 from snapchain.replica.ssh_endpoint import SshEndpoint
-from tests.net.test_hosts import gone, wait_until
+from tests.waiting import gone, wait_until
 
 DEST = "ssh://kvm2/srv/replica"
 
@@ -26,7 +26,7 @@ DEST = "ssh://kvm2/srv/replica"
 def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An ssh that says nothing and lasts. The file in which it notes its process id."""
     noted, script = tmp_path / "noted", tmp_path / "ssh.py"
-    script.write_text(f"import os, time; open({str(noted)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(60)\n")
+    script.write_text(f"import os, time; open({str(noted)!r}, 'a').write(f'{{os.getpid()}}\\n'); time.sleep(1000)\n")
     monkeypatch.setenv("SNAPCHAIN_SSH", shlex.join([sys.executable, "-S", str(script)]))
     return noted
 
@@ -66,7 +66,7 @@ def test_a_wrong_command_line_ends_the_login(tmp_path: Path, ssh: Path, capsys: 
     assert main(["send", str(image), f"{DEST}::web1/vda", "--format", "qcow2", "--json"]) == 5
     assert "not a qcow2 image" in capsys.readouterr().out
     for process in ssh.read_text().split() if ssh.exists() else ():
-        assert wait_until(partial(gone, int(process)))
+        wait_until(partial(gone, int(process)))
 
 
 def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +74,11 @@ def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest
 
     def use() -> None:
         with endpoint.connect() as channel:
-            assert wait_until(lambda: len(ssh.read_text().split()) == 3), "the first, that in use, and one ahead"
+            wait_until(lambda: len(ssh.read_text().split()) == 3), "the first, that in use, and one ahead"
             channel.abort()
 
     with endpoint.ahead(2):
-        assert wait_until(lambda: ssh.exists() and ssh.read_text() != "")
+        wait_until(lambda: ssh.exists() and ssh.read_text() != "")
         monkeypatch.setattr(ssh_endpoint, "_FRESH", 0.0)
         with pytest.raises(Unavailable, match="ended here"):
             use()

@@ -19,7 +19,7 @@ def test_sizes_are_powers_of_1024(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "1X", "K", "1e3", "one", "1 K K", "١"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="not a size"):
         quantities.parse_size(text)
 
 
@@ -35,7 +35,7 @@ def test_shares(text: str, share: float) -> None:
 
 @pytest.mark.parametrize("text", ["0%", "101%", "-5%", "nan", "%", "half", "2"])
 def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="not a share"):
         quantities.parse_share(text)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import shutil
 import signal
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import MiB, Run, qemu_img, spawned, write
+from snapchain.cli import main
+from tests.cli.conftest import MiB, Run, made_disk, qemu_img, spawned, write
 
 DISK = "repo::web1/vda"
 
@@ -149,10 +153,9 @@ def test_an_interrupt_leaves_all_points_and_says_how_to_go_on(
     words = ["ship", str(disk), DISK, "--limit-rate", "100K", "--progress", "json"]
     with spawned(words, tmp_path) as slow:
         assert slow.stderr is not None
-        while '"progress"' not in slow.stderr.readline():
-            assert slow.poll() is None
+        assert any('"progress"' in line for line in iter(slow.stderr.readline, "")), "it ended before it had begun"
         slow.send_signal(number)
-        _, err = slow.communicate(timeout=30)
+        _, err = slow.communicate()
     assert slow.returncode == 130
     assert "snapchain: interrupted" in err
     assert "snapchain: hint: every earlier point is whole; run it again to finish" in err
@@ -168,7 +171,7 @@ def test_a_reader_that_goes_away_is_no_error(run: Run, disk: Path, tmp_path: Pat
     os.close(reading)
     with spawned(["ship", str(disk), DISK, "--json"], tmp_path, stdout=writing) as child:
         os.close(writing)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate()
     assert (child.returncode, err) == (141, "")
 
 
@@ -184,25 +187,50 @@ def test_shells_can_complete(shell: str, tmp_path: Path) -> None:
     asking = {"_SNAPCHAIN_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": words}  # zsh and fish
     asking |= {"COMP_WORDS": words, "COMP_CWORD": "1", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # bash, fish
     with spawned([], tmp_path, env={**os.environ, **asking}) as child:
-        out, _ = child.communicate(timeout=60)
+        out, _ = child.communicate()
     assert "restore" in out
 
 
 def test_the_module_runs_as_the_command_does(tmp_path: Path) -> None:
     with spawned(["--version"], tmp_path) as child:
-        assert child.communicate(timeout=60)[0].startswith("snapchain ")
+        assert child.communicate()[0].startswith("snapchain ")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A directory with a repository of five points of one disk, each of a changed block; their content ids."""
+    place = tmp_path_factory.mktemp("week")
+    disk = made_disk(place)
+
+    def run(*words: str) -> str:
+        out = io.StringIO()
+        with chdir(place), redirect_stdout(out):
+            assert main(words) == 0
+        return out.getvalue()
+
+    def shipped(*words: str) -> str:
+        return str(json.loads(run("ship", str(disk), DISK, "--json", *words))["content_id"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(place.with_name(f"{place.name}-state")))
+        patch.setenv("XDG_CACHE_HOME", str(place.with_name(f"{place.name}-cache")))
+        run("init", "repo", "--no-encryption")
+        ids = [shipped("--label", "first")]
+        for day in range(2, 6):
+            run("snapshot", str(disk))
+            write(disk, f"write -P {day} 0 1M", f"write -P {day} {day}M 64k")
+            ids.append(shipped())
+    return place, ids
 
 
 @pytest.fixture
-def week(run: Run, disk: Path) -> list[str]:
-    """Five points of one disk, each of a changed block; their content ids. No passphrase: Argon2id takes its time."""
-    run("init", "repo", "--no-encryption")
-    ids = [run("ship", str(disk), DISK, "--label", "first", "--json").json["content_id"]]
-    for day in range(2, 6):
-        run("snapshot", str(disk))
-        write(disk, f"write -P {day} 0 1M", f"write -P {day} {day}M 64k")
-        ids.append(run("ship", str(disk), DISK, "--json").json["content_id"])
-    return ids
+def week(
+    prepared: tuple[Path, list[str]], run: Run, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    """A copy of that directory in the one where the commands run; no passphrase, as it is not encrypted."""
+    monkeypatch.delenv("SNAPCHAIN_PASSWORD")
+    shutil.copytree(prepared[0], tmp_path, dirs_exist_ok=True)
+    return prepared[1]
 
 
 def test_log_lists_all_points(run: Run, week: list[str]) -> None:
@@ -349,7 +377,7 @@ def test_a_name_that_is_no_text_is_refused(run: Run) -> None:
 def test_a_terminal_without_utf8_still_gets_its_picture(disk: Path, tmp_path: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
     with spawned(["inspect", str(disk)], tmp_path, env={**os.environ, **plain}) as child:
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate()
     assert (child.returncode, err) == (0, "")
     assert "web1.qcow2" in out
 

@@ -26,7 +26,7 @@ def test_a_new_file_is_ours_alone(tmp_path: Path) -> None:
     assert (tmp_path / "new").stat().st_mode & 0o7777 == 0o600
     (tmp_path / "dangling").symlink_to(tmp_path / "elsewhere")
     for taken in ("new", "dangling"):
-        with pytest.raises(Conflict):
+        with pytest.raises(Conflict, match=f"{taken}: it exists already"):
             files.open_new(tmp_path / taken)
     assert not (tmp_path / "elsewhere").exists()
 
@@ -68,12 +68,12 @@ def test_publish_syncs_before_it_names(tmp_path: Path) -> None:
 
 def test_read_small_is_bounded_and_follows_nothing(tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(bytes(11))
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="big: larger than the 10 bytes"):
         files.read_small(tmp_path / "big", cap=10)
     (tmp_path / "link").symlink_to("big")
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="link: too many levels"):
         files.read_small(tmp_path / "link")
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="none: no such file"):
         files.read_small(tmp_path / "none")
 
 
@@ -132,7 +132,7 @@ def test_a_temporary_name_fits(tmp_path: Path) -> None:
 def test_link_and_remove(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"x")
     files.link(tmp_path / "one", tmp_path / "two")
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="two: it exists already"):
         files.link(tmp_path / "one", tmp_path / "two")
     files.remove(tmp_path / "two")
     files.remove(tmp_path / "two")

@@ -7,7 +7,6 @@ import fcntl
 import os
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
+from tests.waiting import HANG, wait_until
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def qemu_io(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.communicate(b"quit\n", timeout=10)
+        process.communicate(b"quit\n")
 
 
 @contextmanager
@@ -50,21 +50,18 @@ def qemu_nbd(image: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     path = image.with_name("nbd.sock")
     process = subprocess.Popen(["qemu-nbd", "-f", "qcow2", "-k", path, "-t", "-e", "2", *options, image])
     try:
-        end = time.monotonic() + 20
-        while not _greets(path):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_until(lambda: _greets(path), alive=lambda: process.poll() is None)
         yield process
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(HANG)
 
 
 def _greets(path: Path) -> bool:
     """The socket is there before the image is open; the server speaks when it has opened it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         try:
-            client.settimeout(20)
+            client.settimeout(HANG)
             client.connect(str(path))
             return client.recv(8) == b"NBDMAGIC"
         except (FileNotFoundError, ConnectionRefusedError):
@@ -81,7 +78,7 @@ def qemu_can(image: Path, *, write: bool) -> bool:
 
 @pytest.mark.parametrize("mode", LockMode)
 def test_refused_while_qemu_writes(mode: LockMode, image: Path) -> None:
-    with qemu_io(image) as user, pytest.raises(Busy) as caught:
+    with qemu_io(image) as user, pytest.raises(Busy, match="has it open for resizing") as caught:
         ImageLock(image, mode)
     assert f"qemu-io (pid {user.pid})" in str(caught.value)
     ImageLock(image, mode).release()
@@ -108,7 +105,7 @@ def test_a_backing_file_of_a_running_overlay_may_be_read(image: Path, tmp_path: 
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", overlay], check=True)
     with qemu_io(overlay):
         ImageLock(image, LockMode.READ).release()
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open for reading"):
             ImageLock(image, LockMode.WRITE)
 
 
@@ -179,14 +176,14 @@ def test_a_name_that_changes_hands_while_it_is_locked(
 def test_two_of_us(image: Path) -> None:
     with ImageLock(image, LockMode.READ):
         ImageLock(image, LockMode.READ).release()
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"somebody .* for reading"):
             ImageLock(image, LockMode.WRITE)
-    with ImageLock(image, LockMode.WRITE), pytest.raises(Busy):
+    with ImageLock(image, LockMode.WRITE), pytest.raises(Busy, match=r"somebody .* for resizing"):
         ImageLock(image, LockMode.READ)
 
 
 def test_a_writer_without_locks_is_seen(image: Path) -> None:
-    with subprocess.Popen(["sh", "-c", f"exec 9<>{image}; echo ok; exec sleep 60"], stdout=subprocess.PIPE) as user:
+    with subprocess.Popen(["sh", "-c", f"exec 9<>{image}; echo ok; exec sleep 1000"], stdout=subprocess.PIPE) as user:
         assert user.stdout is not None
         user.stdout.readline()
         with pytest.raises(Busy, match=rf"(sh|sleep) \(pid {user.pid}\)"):
@@ -229,9 +226,9 @@ def test_a_filesystem_without_locks_leaves_proc_to_ask(image: Path, monkeypatch:
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match=f"{name}: neither a regular file nor a block device"):
             ImageLock(tmp_path / name, LockMode.READ)
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="none: no such file"):
         ImageLock(tmp_path / "none", LockMode.READ)
 
 
@@ -239,7 +236,7 @@ def test_no_descriptor_is_left_behind(image: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with ImageLock(image, LockMode.WRITE):
         for _ in range(3):
-            with pytest.raises(Busy):
+            with pytest.raises(Busy, match=r"somebody .* for resizing"):
                 ImageLock(image, LockMode.READ)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 

@@ -30,51 +30,56 @@ def test_addresses(text: str, address: RemoteAddress) -> None:
     assert str(address) == text
 
 
+HOST, USER, PORT = "not a host's name", "not a user's name", "not a port"
+FOLDER, EXPANDED, LETTER = "no folder is named", "never expanded", "a character that cannot be in one"
+BRACKETS, IPV6 = "stands in brackets", "not an IPv6 address in brackets"
+
+
 @pytest.mark.parametrize(
-    "text",
+    ("text", "words"),
     [
-        "ssh://-oProxyCommand=id/srv",
-        "ssh://-oProxyCommand=id@kvm2/srv",
-        "ssh://root@-v/srv",
-        "ssh://kvm2;id/srv",
-        "ssh://$(id)/srv",
-        "ssh://`id`@kvm2/srv",
-        "ssh://a b/srv",
-        "ssh://kvm2\n/srv",
-        "ssh://kvm2/srv\nx",
-        "ssh://kvm2/srv\0x",
-        "ssh://kvm2/srv\udcff",
-        "ssh://ro'ot@kvm2/srv",
-        "ssh://kvm%h/srv",
-        "ssh://kvé/srv",
-        "ssh:///srv",
-        "ssh://@kvm2/srv",
-        "ssh://kvm2",
-        "ssh://kvm2/",
-        "ssh://kvm2//",
-        "ssh://kvm2/~/srv",
-        "ssh://kvm2/~ann/srv",
-        "ssh://kvm2:/srv",
-        "ssh://kvm2:0/srv",
-        "ssh://kvm2:65536/srv",
-        "ssh://kvm2:-1/srv",
-        "ssh://kvm2:2２/srv",
-        "ssh://kvm2:22:22/srv",
-        "ssh://fd00::2/srv",
-        "ssh://[fd00::2/srv",
-        "ssh://[fd00::2]22/srv",
-        "ssh://[kvm2]/srv",
-        "ssh://[192.0.2.7]/srv",
-        "ssh://[fe80::2%]/srv",
-        "ssh://[fe80::2%a%b]/srv",
-        "ssh://[fe80::2%-x]/srv",
-        "ssh://root:secret@kvm2/srv",
-        "kvm2:/srv",
-        "",
+        ("ssh://-oProxyCommand=id/srv", HOST),
+        ("ssh://-oProxyCommand=id@kvm2/srv", USER),
+        ("ssh://root@-v/srv", HOST),
+        ("ssh://kvm2;id/srv", HOST),
+        ("ssh://$(id)/srv", HOST),
+        ("ssh://`id`@kvm2/srv", USER),
+        ("ssh://a b/srv", HOST),
+        ("ssh://kvm2\n/srv", HOST),
+        ("ssh://kvm2/srv\nx", LETTER),
+        ("ssh://kvm2/srv\0x", LETTER),
+        ("ssh://kvm2/srv\udcff", LETTER),
+        ("ssh://ro'ot@kvm2/srv", USER),
+        ("ssh://kvm%h/srv", HOST),
+        ("ssh://kvé/srv", HOST),
+        ("ssh:///srv", HOST),
+        ("ssh://@kvm2/srv", USER),
+        ("ssh://kvm2", FOLDER),
+        ("ssh://kvm2/", FOLDER),
+        ("ssh://kvm2//", FOLDER),
+        ("ssh://kvm2/~/srv", EXPANDED),
+        ("ssh://kvm2/~ann/srv", EXPANDED),
+        ("ssh://kvm2:/srv", PORT),
+        ("ssh://kvm2:0/srv", PORT),
+        ("ssh://kvm2:65536/srv", PORT),
+        ("ssh://kvm2:-1/srv", PORT),
+        ("ssh://kvm2:2２/srv", PORT),
+        ("ssh://kvm2:22:22/srv", BRACKETS),
+        ("ssh://fd00::2/srv", BRACKETS),
+        ("ssh://[fd00::2/srv", IPV6),
+        ("ssh://[fd00::2]22/srv", IPV6),
+        ("ssh://[kvm2]/srv", IPV6),
+        ("ssh://[192.0.2.7]/srv", IPV6),
+        ("ssh://[fe80::2%]/srv", IPV6),
+        ("ssh://[fe80::2%a%b]/srv", IPV6),
+        ("ssh://[fe80::2%-x]/srv", IPV6),
+        ("ssh://root:secret@kvm2/srv", "a password does not belong"),
+        ("kvm2:/srv", "not an address of a host"),
+        ("", "not an address of a host"),
     ],
 )
-def test_refused(text: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
+def test_refused(text: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words) as caught:
         parse_remote_address(text)
     assert "secret" not in f"{caught.value}{caught.value.hint}"
     assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ import pytest
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
 from snapchain.host.remote_channel import Channel
 from snapchain.host.remote_process import PIPE_SIZE, ProcessChannel
-from tests.net.test_hosts import gone, wait_until
+from tests.waiting import HANG, gone, wait_until
 
 MiB = 1 << 20
 
@@ -32,7 +32,7 @@ def ended(status: int, stderr: str) -> SnapchainError:
     return ToolFailed(f"{status}: {stderr}", argv=(), status=status, stderr=stderr)
 
 
-def program(*argv: str, patience: float = 20.0) -> ProcessChannel:
+def program(*argv: str, patience: float = HANG) -> ProcessChannel:
     return ProcessChannel(argv, peer="there", diagnose=ended, env=dict(os.environ), patience=patience)
 
 
@@ -50,7 +50,7 @@ def pair() -> Iterator[tuple[Channel, socket.socket]]:
     ours, theirs = socket.socketpair()
     both = ours.detach()
     with theirs:
-        channel = Channel(both, both, peer="there", patience=20)
+        channel = Channel(both, both, peer="there", patience=HANG)
         try:
             yield channel, theirs
         finally:
@@ -89,14 +89,14 @@ def test_any_buffer_is_written(pair: tuple[Channel, socket.socket], data: bytes)
 
 
 def test_little_is_held_between_the_ends() -> None:
-    channel = program("sleep", "60", patience=0.3)
+    channel = program("sleep", "1000", patience=0.3)
     with pytest.raises(Unavailable, match=r"nothing was taken by it for 0\.3 seconds"):
         channel.write(bytes(64 * MiB))
     assert channel.bytes_written <= PIPE_SIZE
     channel.abort()
     with pytest.raises(Unavailable, match="ended here"):
         channel.close()
-    assert wait_until(lambda: gone(channel.pid))
+    wait_until(lambda: gone(channel.pid))
 
 
 def test_patience_ends_a_silent_read(pair: tuple[Channel, socket.socket]) -> None:
@@ -104,7 +104,7 @@ def test_patience_ends_a_silent_read(pair: tuple[Channel, socket.socket]) -> Non
     start = time.monotonic()
     with pytest.raises(Unavailable, match=r"there: nothing came from it for 0\.2 seconds") as caught:
         channel.read(1, patience=0.2)
-    assert 0.2 <= time.monotonic() - start < 2
+    assert time.monotonic() - start >= 0.2
     assert "run it again" in (caught.value.hint or "")
 
 
@@ -113,12 +113,12 @@ def test_patience_is_for_each_byte_and_not_for_all(pair: tuple[Channel, socket.s
 
     def trickle() -> None:
         for _ in range(5):
-            time.sleep(0.2)
+            time.sleep(0.5)
             other.sendall(b"x")
 
     with ThreadPoolExecutor(1) as writer:
         writer.submit(trickle)
-        assert b"".join(channel.read(10, patience=0.6) for _ in range(5)) == b"xxxxx"
+        assert b"".join(channel.read(10, patience=2) for _ in range(5)) == b"xxxxx", "2.5 seconds, never 2 at once"
 
 
 @pytest.mark.parametrize("doing", ["read", "write"])
@@ -126,11 +126,11 @@ def test_abort_from_another_thread_ends_a_wait(pair: tuple[Channel, socket.socke
     channel, _ = pair
     with ThreadPoolExecutor(1) as other:
         busy = other.submit(channel.read, 1) if doing == "read" else other.submit(channel.write, bytes(64 * MiB))
-        time.sleep(0.1)
+        time.sleep(0.1)  # so that it is most likely in the middle of its wait
         channel.abort()
         with pytest.raises(Unavailable, match="ended here"):
-            busy.result(timeout=5)
-    with pytest.raises(Unavailable):
+            busy.result(HANG)
+    with pytest.raises(Unavailable, match="ended here"):
         channel.read(1)
 
 
@@ -156,7 +156,7 @@ def test_descriptors_are_closed_and_left_as_they_were() -> None:
     with program("cat") as other:
         other.write(b"x")
     other.close()
-    assert wait_until(lambda: descriptors() == before)
+    wait_until(lambda: descriptors() == before)
 
 
 def test_a_good_end() -> None:
@@ -188,7 +188,7 @@ def test_a_bad_end_is_told_to_whoever_reads_writes_or_closes() -> None:
 def test_what_was_said_before_a_bad_end_can_be_read() -> None:
     channel = program("sh", "-c", "echo last words; exit 3")
     assert channel.read(100) == b"last words\n"
-    with pytest.raises(ToolFailed):
+    with pytest.raises(ToolFailed, match=r"^3: "):
         channel.read(100)
     channel.abort()
 
@@ -199,24 +199,22 @@ def test_death_by_signal() -> None:
 
 
 def test_a_program_that_does_not_end_is_ended() -> None:
-    channel = program("sh", "-c", "trap '' TERM; exec >&-; sleep 60 & wait; wait")
+    channel = program("sh", "-c", "trap '' TERM; exec >&-; sleep 1000 & wait; wait")
     with pytest.raises(Unavailable, match=r"did not end within 0\.3 seconds"):
         channel.close(patience=0.3)
-    assert wait_until(lambda: gone(channel.pid))
+    wait_until(lambda: gone(channel.pid))
 
 
 def test_stderr_is_bounded_and_its_end_is_kept() -> None:
-    with pytest.raises(ToolFailed) as caught:
+    with pytest.raises(ToolFailed, match=r"^1: y") as caught:
         program("sh", "-c", "yes | head -c 300000 >&2; echo the end >&2; exit 1").read(1)
     assert len(caught.value.stderr) == 64 << 10
     assert caught.value.stderr.endswith("the end\n")
 
 
 def test_a_stderr_that_somebody_else_keeps_open_holds_up_nothing() -> None:
-    start = time.monotonic()
-    with program("sh", "-c", "sleep 30 >/dev/null </dev/null & echo $!") as channel:
+    with program("sh", "-c", "sleep 1000 >/dev/null </dev/null & echo $!") as channel:
         sleeper = int(everything(channel))
-    assert time.monotonic() - start < 5
     os.kill(sleeper, signal.SIGKILL)
 
 
@@ -247,25 +245,25 @@ def test_the_child_dies_with_us(sent: signal.Signals) -> None:
     script = textwrap.dedent("""
         import os, time
         from snapchain.host.remote_process import ProcessChannel
-        channel = ProcessChannel(["sleep", "60"], peer="", diagnose=None, env=dict(os.environ))
+        channel = ProcessChannel(["sleep", "1000"], peer="", diagnose=None, env=dict(os.environ))
         print(channel.pid, flush=True)
-        time.sleep(60)
+        time.sleep(1000)
     """)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         assert not gone(child)
         parent.send_signal(sent)
-    assert wait_until(lambda: gone(child))
+    wait_until(lambda: gone(child))
 
 
 def test_a_program_that_is_left_open_does_not_keep_python_from_ending() -> None:
     script = textwrap.dedent("""
         import os
         from snapchain.host.remote_process import ProcessChannel
-        channel = ProcessChannel(["sleep", "60"], peer="", diagnose=None, env=dict(os.environ))
+        channel = ProcessChannel(["sleep", "1000"], peer="", diagnose=None, env=dict(os.environ))
     """)
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=HANG)
 
 
 def test_many_at_once() -> None:

@@ -87,7 +87,7 @@ def test_an_attempt_that_gets_somewhere_starts_the_count_anew() -> None:
 
 def test_moving_once_does_not_help_for_ever() -> None:
     world = World(lost(), lost(moved=5), lost(), policy=Persistence(give_up_after=50))
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="the connection was lost"):
         world.run()
     assert 50 <= world.now <= 53
 
@@ -98,7 +98,7 @@ def test_what_will_not_pass_is_not_tried_again(error: Exception) -> None:
         raise error
 
     world = World(lost(), refuse)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error), match=f"^{error}$"):
         world.run()
     assert world.called == 2
 
@@ -111,7 +111,7 @@ def test_busy_may_be_our_own_ghost_but_not_at_first() -> None:
     world = World(lost(), busy, busy, done)
     assert world.run() == "done"
     assert isinstance(world.told[1].error, Busy)
-    with pytest.raises(Busy):
+    with pytest.raises(Busy, match="another transfer to this disk"):
         World(busy, done).run()
 
 
@@ -129,7 +129,7 @@ def test_pauses_grow_to_a_bound(failures: int) -> None:
 def test_it_always_ends(history: list[tuple[float, int]], give_up_after: float) -> None:
     attempts = [lost(after=after, moved=moved) for after, moved in history]
     world = World(*attempts, lost(), policy=Persistence(give_up_after=give_up_after))
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="the connection was lost"):
         world.run()
     assert world.now <= sum(after for after, _ in history) + (1 + len(history)) * (give_up_after + 1)
     assert all(retry.pause <= retry.left for retry in world.told)

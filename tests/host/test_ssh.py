@@ -21,7 +21,7 @@ from snapchain.host.remote_process import ProcessChannel
 from snapchain.host.ssh import SshProgram, command_line, open_ssh
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
-from tests.net.test_hosts import gone, wait_until
+from tests.waiting import gone, wait_until
 
 MiB = 1 << 20
 # The one remote command has two more words, which these take for names of shell parameters.
@@ -45,11 +45,16 @@ def everything(channel: ProcessChannel) -> bytes:
 def fault(host: SshHost, remote: str, *options: str) -> SnapchainError:
     """What reading from such a channel raises."""
     channel = opened(host, remote, *options)
-    with pytest.raises(SnapchainError) as caught:
+    try:
         channel.read(1)
-    channel.abort()
-    assert caught.value.subject == host.alias
-    return caught.value
+    except SnapchainError as caught:
+        error = caught
+    else:
+        pytest.fail("it worked")
+    finally:
+        channel.abort()
+    assert error.subject == host.alias
+    return error
 
 
 def test_the_remote_command_is_one_constant(there: SshHost) -> None:
@@ -93,7 +98,7 @@ def test_the_environment_names_other_programs() -> None:
     assert chosen == SshProgram(("ssh", "-F", "/a b"), "sudo snapchain")
     assert SshProgram.from_environment({"SNAPCHAIN_SSH": ""}) == SshProgram()
     for wrong in ({"SNAPCHAIN_SSH": "ssh '"}, {"SNAPCHAIN_REMOTE": "a\nb"}):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="not a command"):
             SshProgram.from_environment(wrong)
 
 
@@ -167,19 +172,20 @@ def test_a_connection_that_breaks(there: SshHost, victim: str) -> None:
     pids = [channel.pid] if victim == "ssh" else list(set(there.sessions()) - known)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(Unavailable):
+    words = "there: (ssh was ended by SIGKILL|the connection was lost)"
+    with pytest.raises(Unavailable, match=words):
         channel.read(1)
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match=words):
         channel.write(bytes(MiB))
     channel.abort()
 
 
 def test_a_silent_program_ends_patience(there: SshHost) -> None:
-    channel = opened(there, "sh -c 'exec sleep 60'", patience=1.0)
+    channel = opened(there, "sh -c 'exec sleep 1000'", patience=1.0)
     with pytest.raises(Unavailable, match="there: nothing came from it for 1 seconds"):
         channel.read(1)
     channel.abort()
-    assert wait_until(lambda: gone(channel.pid))
+    wait_until(lambda: gone(channel.pid))
 
 
 # ---- ends
@@ -193,19 +199,18 @@ def test_ssh_dies_with_us_and_the_remote_program_with_ssh(there: SshHost) -> Non
         program = SshProgram({there.ssh!r}, "sh -c 'echo $$; exec cat'")
         channel = open_ssh(RemoteAddress("there", "/srv"), program=program)
         print(channel.pid, channel.read(100).decode(), flush=True)
-        time.sleep(60)
+        time.sleep(1000)
     """)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         ssh, remote = map(int, parent.stdout.readline().split())
         parent.kill()
-    assert wait_until(lambda: gone(ssh))
-    assert wait_until(lambda: gone(remote))
+    wait_until(lambda: gone(ssh))
+    wait_until(lambda: gone(remote))
 
 
 def test_a_control_master_carries_it_and_stays(there: SshHost, tmp_path: Path) -> None:
     master = ["ControlMaster=auto", f"ControlPath={tmp_path}/master", "ControlPersist=60"]
-    started = time.monotonic()
     try:
         for _ in range(3):
             with opened(there, CAT, *master) as channel:
@@ -218,13 +223,12 @@ def test_a_control_master_carries_it_and_stays(there: SshHost, tmp_path: Path) -
         assert "running" in control(there, tmp_path, "check")
     finally:
         control(there, tmp_path, "exit")
-    assert time.monotonic() - started < 20
     assert there.log.count("Starting session") > 3
 
 
 def control(host: SshHost, folder: Path, word: str) -> str:
     argv = [*host.ssh, "-o", f"ControlPath={folder}/master", "-O", word, "there"]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=30, check=True).stderr
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stderr
 
 
 def at_a_terminal(script: str, answer: Callable[[str], bytes]) -> str:
@@ -271,12 +275,10 @@ def test_at_a_terminal_ssh_may_ask(there: SshHost, tmp_path: Path) -> None:
 @pytest.mark.root
 def test_a_host_that_does_not_answer(far: tuple[SshHost, Cable]) -> None:
     host, cable = far
-    start = time.monotonic()
     with cable.cut():
         error = fault(host, CAT, "ConnectTimeout=1")
     assert isinstance(error, Unavailable)
     assert "does not answer" in str(error)
-    assert time.monotonic() - start < 10
 
 
 @pytest.mark.root
@@ -285,10 +287,8 @@ def test_a_dead_link_is_noticed(far: tuple[SshHost, Cable]) -> None:
     channel = opened(host, CAT, "ServerAliveInterval=1", "ServerAliveCountMax=2")
     channel.write(b"x")
     assert channel.read(1) == b"x"
-    start = time.monotonic()
     with cable.cut(), pytest.raises(Unavailable, match="far: the connection was lost"):
         channel.read(1)
-    assert time.monotonic() - start < 10
     channel.abort()
 
 

@@ -20,6 +20,7 @@ from snapchain.image import ImageChain, scan
 from snapchain.image.assemble import Assembly, Moved, plan, run
 from snapchain.image.qcow2.header import Backing
 from snapchain.model.extents import ZERO
+from tests.exhaustive import examples
 from tests.image.mounts import mounted
 from tests.image.oracle import qemu
 from tests.image.test_scan_random import Layer, io, layers, made_root, make
@@ -110,7 +111,8 @@ def merged_stack_reads_as_before(
             assert not (own.val == ZERO).any()
 
 
-@settings(max_examples=60)
+@pytest.mark.sampled
+@settings(max_examples=examples(20))
 @given(stacks(), st.data())
 def test_random_stacks(stack: tuple[list[Layer], str, int, int], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory(dir=SHM) as name:
@@ -125,7 +127,8 @@ def filesystem(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.root
 @pytest.mark.serial
-@settings(max_examples=15)
+@pytest.mark.sampled
+@settings(max_examples=examples(5))
 @given(stack=stacks(), data=st.data())
 def test_random_stacks_on_filesystems(
     filesystem: Path, stack: tuple[list[Layer], str, int, int], data: st.DataObject
@@ -288,11 +291,11 @@ def test_wrong_requests(tmp_path: Path) -> None:
     paths = chain_of(tmp_path, ("", []), ("", ["write -P 1 0 64k"]))
     with scan(paths[-1]) as chain:
         for first, backing in [(0, Backing("x", "raw")), (1, None), (2, None), (-1, None)]:
-            with pytest.raises(InvalidInput):
+            with pytest.raises(InvalidInput, match=r"has a backing file exactly when|is none of the 2"):
                 plan(chain, first, backing=backing)
         assembly = plan(chain, 0, backing=None)
         with (tmp_path / "full").open("w+b") as file:
             file.write(b"x")
             file.flush()
-            with pytest.raises(InvalidInput):
+            with pytest.raises(InvalidInput, match="only written to an empty file"):
                 run(assembly, file.fileno())

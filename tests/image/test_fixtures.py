@@ -17,7 +17,7 @@ import pytest
 
 from fixtures.build import FIXTURES, tables
 from fixtures.fixture import Fixture, Stage
-from snapchain.errors import SnapchainError
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.image import ImageChain, qemu_img, scan
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from tests.image.oracle import assert_only_holes_differ
@@ -127,11 +127,14 @@ def test_bad_images_are_refused_by_name(fixture: Fixture, made: Path) -> None:
 
 
 def test_no_descriptor_is_left_by_refused_images(made: Path) -> None:
-    paths = [fixture.make(made) for fixture in BAD if fixture.expect.stage is Stage.SCAN]
+    refused = [fixture for fixture in BAD if fixture.expect.stage is Stage.SCAN]
+    paths = [fixture.make(made) for fixture in refused]
+    kinds = {kind.exit_code: kind for kind in (Corrupt, InvalidInput, NotFound, Unsupported)}
     before = sorted(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    for path in paths:
-        with pytest.raises(SnapchainError):
+    for fixture, path in zip(refused, paths, strict=True):
+        with pytest.raises(kinds[fixture.expect.exit_code]) as caught:
             scan(path)
+        assert caught.value.subject is not None
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 

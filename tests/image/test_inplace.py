@@ -19,6 +19,7 @@ from snapchain.image.inplace import Amendment, fill, plan_absorb, plan_commit, r
 from snapchain.image.qcow2.header import Backing
 from snapchain.model.economics import Into, gain
 from snapchain.testing.strategies import chain_of as model_chain
+from tests.exhaustive import examples
 from tests.image.oracle import qemu
 from tests.image.test_assemble import SHM, build, chain_of, growable, noise
 from tests.image.test_scan_random import Layer, io, layers
@@ -122,8 +123,9 @@ def stacks(draw: st.DrawFn) -> tuple[list[Layer], str, int, int]:
     return found, root, draw(st.integers(0, last - 1)), last
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["absorb", "commit"])
-@settings(max_examples=60)
+@settings(max_examples=examples(20))
 @given(stack=stacks(), data=st.data())
 def test_random_stacks(way: Way, stack: tuple[list[Layer], str, int, int], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory(dir=SHM) as name:
@@ -317,9 +319,9 @@ def test_wrong_requests(tmp_path: Path) -> None:
     with scan(paths[-1]) as chain:
         for first in (1, 2, -1):
             for make_plan in (plan_absorb, plan_commit):
-                with pytest.raises(InvalidInput):
+                with pytest.raises(InvalidInput, match="are not several of 2"):
                     make_plan(chain, first, backing=None)
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="has a backing file exactly when"):
             plan_absorb(chain, 0, backing=Backing("x", "raw"))
     qemu("qemu-img", "snapshot", "-c", "inside", paths[1])
     with scan(paths[-1]) as chain, pytest.raises(Unsupported, match="internal snapshots"):

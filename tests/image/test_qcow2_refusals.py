@@ -23,10 +23,14 @@ Change = Callable[[Path], object]
 
 
 def refused(path: Path) -> SnapchainError:
-    with pytest.raises(SnapchainError) as caught:
-        scan(path)
-    assert caught.value.subject == str(path)
-    return caught.value
+    try:
+        scan(path).close()
+    except SnapchainError as caught:
+        error = caught
+    else:
+        pytest.fail("it was accepted")
+    assert error.subject == str(path)
+    return error
 
 
 def changed(directory: Path, change: Change, **options: str) -> Path:

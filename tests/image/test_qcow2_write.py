@@ -26,7 +26,7 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 BYTES = np.random.default_rng(7).integers(1, 256, 4 << 20, dtype=np.uint8).tobytes()
 CLUSTER_SIZES = [512, 1024, 4096, 65536, 1 << 21]
 
-some = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def content(seed: int, length: int) -> bytes:
@@ -296,7 +296,7 @@ def test_the_backing_link_is_recorded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "nbd://host/x", "json:{}", "a:b", "a\nb", "a\0b", "x" * 1024, "\udcff"])
 def test_a_name_that_is_no_plain_file_is_refused(name: str) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match=r"not a backing name that QEMU takes|must be UTF-8"):
         encode.header(plan(Extents.absent(512), backing=Backing(name, "raw")))
 
 
@@ -311,23 +311,23 @@ def test_a_name_must_fit_the_header_cluster() -> None:
 
 
 @pytest.mark.parametrize(
-    ("extents", "cluster_size"),
+    ("extents", "cluster_size", "words"),
     [
-        (Extents.absent(512), 256),
-        (Extents.absent(512), 65537),
-        (Extents.absent(512), 4 << 20),
-        (Extents.from_runs(1 << 20, [(512, 65536, DATA)]), 65536),
-        (Extents.absent((128 << 30) + 512), 512),
-        (Extents.constant(128 << 30, DATA), 512),  # its L1 fits, its refcount table does not
+        (Extents.absent(512), 256, "cluster size of 256"),
+        (Extents.absent(512), 65537, "cluster size of 65537"),
+        (Extents.absent(512), 4 << 20, "cluster size of 4194304"),
+        (Extents.from_runs(1 << 20, [(512, 65536, DATA)]), 65536, "does not start a cell"),
+        (Extents.absent((128 << 30) + 512), 512, "too large for clusters of 512"),
+        (Extents.constant(128 << 30, DATA), 512, "larger than qcow2 allows"),  # its L1 fits, not its refcount table
     ],
 )
-def test_what_qcow2_cannot_hold_is_refused(extents: Extents, cluster_size: int) -> None:
-    with pytest.raises(InvalidInput):
+def test_what_qcow2_cannot_hold_is_refused(extents: Extents, cluster_size: int, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
         plan(extents, cluster_size=cluster_size)
 
 
 def test_a_small_cluster_is_too_small_for_subclusters() -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="cluster size of 8192 bytes is not allowed"):
         plan(Extents.absent(512), cluster_size=8192, extended_l2=True)
 
 
@@ -350,7 +350,7 @@ def test_an_odd_size_is_rounded_up_only_without_backing(tmp_path: Path) -> None:
     write(path, layout, content(1, 1000))
     assert_sound(path)
     assert_reads(path, content(1, 1000) + bytes(24))
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="1000 bytes is no multiple of 512"):
         plan(extents, cluster_size=512, backing=Backing("below", "raw"))
 
 
@@ -358,16 +358,16 @@ def test_writes_outside_data_are_refused(tmp_path: Path) -> None:
     layout = plan(Extents.from_runs(1 << 20, [(65536, 131072, DATA)]))
     fd = fresh(tmp_path / "a.qcow2")
     writer = Qcow2Writer(fd, layout)
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="65536\\+1 are not all data"):
         writer.write(65536, b"x")  # not begun
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="the writer of this image is new"):
         writer.finish()
     with writer:
         for offset, length in [(0, 1), (65535, 2), (65536, 131073), (196608, 1), (1 << 20, 1)]:
-            with pytest.raises(InvalidInput):
+            with pytest.raises(InvalidInput, match=f"{offset}\\+{length} are not all data"):
                 writer.write(offset, bytes(length))
         writer.write(65536, b"")
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="only written to an empty file"):
         Qcow2Writer(fd, layout).begin()  # not empty
     os.close(fd)
 
@@ -438,7 +438,7 @@ def test_an_exception_leaves_no_header(tmp_path: Path) -> None:
 def test_a_full_disk_is_told() -> None:
     fd = os.open("/dev/full", os.O_RDWR)
     writer = Qcow2Writer(fd, plan(Extents.constant(65536, DATA)), subject="/dev/full")
-    with pytest.raises(InvalidInput):  # a device has no size to give
+    with pytest.raises(InvalidInput, match="invalid argument"):  # a device has no size to give
         writer.begin()
     writer._state = type(writer._state)("open")
     with pytest.raises(Unavailable, match="/dev/full: no space left"):
@@ -464,7 +464,7 @@ def test_many_threads_write_in_any_order(tmp_path: Path) -> None:
     assert_reads(path, view)
 
 
-@pytest.mark.parametrize("extended_l2", [False, True])
+@pytest.mark.parametrize("extended_l2", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_fragmented_terabyte(tmp_path: Path, extended_l2: bool) -> None:
     """Two million extents: planned and written without a Python object for each, in bounded memory."""
     import time

@@ -163,7 +163,7 @@ def test_scanning_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == before + 1  # noqa: PTH208
     q.put(path, l1_table_offset=8)
     for _ in range(3):
-        with pytest.raises(Corrupt):
+        with pytest.raises(Corrupt, match="L1 table is at offset 8"):
             scan(path)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert threading.active_count() == 1

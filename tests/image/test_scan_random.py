@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.image import scan
+from tests.exhaustive import examples
 from tests.image.oracle import assert_as_qemu, qemu
 
 KiB = 1 << 10
@@ -109,7 +110,8 @@ def io(path: Path, commands: list[str], image_format: str = "qcow2") -> None:
         qemu("qemu-io", "-t", "unsafe", "-d", "unmap", "-f", image_format, *given_commands, path)
 
 
-@settings(max_examples=60)
+@pytest.mark.sampled
+@settings(max_examples=examples(25))
 @given(st.lists(layers(), min_size=1, max_size=4), st.sampled_from(["none", "raw", "compressed"]), st.data())
 def test_chains_map_and_read_as_in_qemu(stack: list[Layer], root: str, data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:

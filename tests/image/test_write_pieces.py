@@ -55,7 +55,7 @@ def test_pieces_outside_the_data_are_refused(tmp_path: Path) -> None:
     layout, pieces = fragmented(10)
     start, data = pieces[5]
     for wrong in (0, start - CLUSTER, start + CLUSTER, layout.size):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="not data of this image"):
             written(tmp_path / f"at{wrong}", layout, [[*pieces[:5], (wrong, data), *pieces[6:]]])
 
 

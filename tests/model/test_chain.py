@@ -105,12 +105,17 @@ def test_a_chain_that_hangs_together_wrongly(layers: list[Layer], message: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "extents", "parent"),
-    [("", EMPTY, None), ("a", EMPTY, "a"), ("a", Extents.constant(4, 3), None), ("a", Extents.constant(4, -3), None)],
+    ("name", "extents", "parent", "words"),
+    [
+        ("", EMPTY, None, "needs an id"),
+        ("a", EMPTY, "a", "its own parent"),
+        ("a", Extents.constant(4, 3), None, "names no owners"),
+        ("a", Extents.constant(4, -3), None, "names no owners"),
+    ],
     ids=["no-id", "own-parent", "owners", "unknown-value"],
 )
-def test_a_layer_that_is_none(name: str, extents: Extents, parent: str | None) -> None:
-    with pytest.raises(InvalidInput):
+def test_a_layer_that_is_none(name: str, extents: Extents, parent: str | None, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
         Layer(name, extents, parent)
 
 

@@ -40,5 +40,5 @@ def test_the_ends_may_be_merged_when_asked() -> None:
 
 
 def test_no_destination_has_more_than_there_is() -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="cannot hold 4 of 3 layers"):
         barred(3, present=[4])

@@ -85,5 +85,5 @@ def test_nothing_seen_yet() -> None:
 
 @pytest.mark.parametrize("wrong", [{"rounds": -1}, {"stalled": -1}, {"grace": -1}, {"growth": 0.5}])
 def test_rules_that_mean_nothing(wrong: dict[str, float]) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="growth is at least 1"):
         Rules(**wrong)  # type: ignore[arg-type]

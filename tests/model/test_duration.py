@@ -35,7 +35,7 @@ def test_parsed(text: str, want: Duration) -> None:
     "text", ["", "7", "d", "-7d", "7d7d", "7 d", "7D", "1.5d", "7d!", "!7d", "7s", "0d", "0y0h", "9" * 8 + "d", "١d"]
 )
 def test_refused(text: str) -> None:
-    with pytest.raises(InvalidInput) as caught:
+    with pytest.raises(InvalidInput, match=r"not a duration|longer than nothing") as caught:
         parse_duration(text)
     assert caught.value.hint is not None
 

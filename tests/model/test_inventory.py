@@ -131,7 +131,7 @@ def test_who_is_ahead_and_who_is_related() -> None:
 
 
 def test_a_source_without_layers_is_a_mistake() -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="the source has no layers"):
         missing(have("a"), ())
 
 

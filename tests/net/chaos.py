@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from tests.waiting import HANG
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -90,7 +92,7 @@ class Link:
         self.release()
         self.cut()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(HANG)
             assert not thread.is_alive(), "a direction of the link does not end"
 
 

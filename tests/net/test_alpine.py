@@ -19,7 +19,6 @@ GETTY = "ttyS0::respawn:/sbin/getty -L 115200 ttyS0 vt100"
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_a_linux_boots_at_the_replica(there: SshHost, tmp_path: Path) -> None:
     images, root = tmp_path / "images", tmp_path / "replica"
     images.mkdir()

@@ -22,11 +22,11 @@ from snapchain.ops.output import parts_of
 from snapchain.replica.ssh_endpoint import SshEndpoint
 from snapchain.testing.destination_contract import DestinationContract, Site
 from tests.net.sshd import SshHost
-from tests.net.test_hosts import wait_until
 from tests.net.test_replica_over_ssh import remote
 from tests.ops.stacks import Layer, build, flat, names, same
 from tests.ops.test_destinations import FILES, ReplicaSite
 from tests.replica.conftest import Place
+from tests.waiting import wait_until
 
 MiB = 1 << 20
 
@@ -78,13 +78,13 @@ def test_on_the_command_line_and_after_a_kill(there: SshHost, place: Place, tmp_
     for victim in ("there", "here"):
         known = set(there.sessions())
         with command(there, place, out, "--limit-rate", "4M", "--json") as restore:
-            assert wait_until(has_begun, 30)
+            wait_until(has_begun)
             if victim == "here":
                 restore.kill()
             else:
                 for session in set(there.sessions()) - known:
                     os.kill(session, signal.SIGKILL)
-            said, _ = restore.communicate(timeout=30)
+            said, _ = restore.communicate()
         assert not out.exists()
         if victim == "there":
             error = json.loads(said)["error"]
@@ -92,7 +92,7 @@ def test_on_the_command_line_and_after_a_kill(there: SshHost, place: Place, tmp_
             assert "goes on" not in (error["hint"] or "")
             assert names(out.parent) == []
     with command(there, place, out, "--json", "--progress", "json", "--connections", "3") as restore:
-        said, progress = restore.communicate(timeout=60)
+        said, progress = restore.communicate()
     assert restore.returncode == 0, progress
     report = json.loads(said)
     assert (report["point"], report["bytes_written"], report["output"]) == (1, 24 * MiB, str(out))

@@ -9,17 +9,16 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.net.sshd import SshHost, sshd
-from tests.net.test_hosts import wait_until
 from tests.net.test_replica_over_ssh import remote
 from tests.ops.stacks import Layer, build, clean, flat, same, write
 from tests.replica.conftest import Place
+from tests.waiting import wait_until
 
 MiB = 1 << 20
 
@@ -39,7 +38,7 @@ def start(host: SshHost, verb: str, image: Path, to: str, *options: str, there: 
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate()
     assert out, err
     return process.returncode, json.loads(out), err
 
@@ -64,13 +63,12 @@ def holds(directory: Path, files: list[Path], scratch: Path) -> None:
         assert clean(held)
 
 
-@pytest.mark.serial
-@pytest.mark.timeout(240)
-def test_four_syncs_of_four_disks_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_syncs_of_many_disks_at_once(tmp_path: Path, count: int) -> None:
     """An sshd with few places for logins drops some of them: they come again, and all end well."""
-    chains = [chain(tmp_path / f"{number}", number) for number in range(4)]
-    with sshd(tmp_path / "sshd", settings=["MaxStartups 3:40:20"]) as host:
-        to = [f"ssh://there{tmp_path}/replica::vm{number}/vda" for number in range(4)]
+    chains = [chain(tmp_path / f"{number}", number) for number in range(count)]
+    with sshd(tmp_path / "sshd", settings=[f"MaxStartups {count - 1}:40:20"]) as host:
+        to = [f"ssh://there{tmp_path}/replica::vm{number}/vda" for number in range(count)]
         running = [
             start(host, "sync", files[-1], place, "--connections", "2") for files, place in zip(chains, to, strict=True)
         ]
@@ -86,7 +84,7 @@ def test_two_of_one_disk_at_once(there: SshHost, tmp_path: Path) -> None:
     to = f"ssh://there{tmp_path}/replica::d"
     with start(there, "send", files[-1], to, "--limit-rate", "2M") as first:
         arriving = tmp_path / "replica" / "d" / ".incoming.qcow2"
-        assert wait_until(arriving.exists, 60)
+        wait_until(arriving.exists)
         os.kill(first.pid, signal.SIGSTOP)  # it holds the disk for as long as we like
         status, said, _ = ended(start(there, "send", files[-1], to))
         os.kill(first.pid, signal.SIGCONT)
@@ -110,9 +108,7 @@ def test_nobody_is_there_to_type_a_password(tmp_path: Path, how: str) -> None:
     image = chain(tmp_path / "c", 1)[0]
     settings = [f"AuthenticationMethods {how}", "PasswordAuthentication yes", "KbdInteractiveAuthentication yes"]
     with sshd(tmp_path / "sshd", settings=settings) as host:
-        begun = time.monotonic()
         status, said, _ = ended(start(host, "send", image, f"ssh://there{tmp_path}/replica::d"))
-        assert time.monotonic() - begun < 30
     assert (status, said["error"]["kind"]) == (8, "tool-failed")
     assert "the login was refused" in said["error"]["message"]
 
@@ -127,7 +123,6 @@ def test_an_ipv6_address(tmp_path: Path) -> None:
             env={**os.environ, "SNAPCHAIN_SSH": shlex.join(host.ssh), "SNAPCHAIN_REMOTE": remote()},
             capture_output=True,
             check=True,
-            timeout=60,
         )
     assert [disk["name"] for disk in json.loads(log.stdout)["disks"]] == ["d"]
     holds(Place(tmp_path / "replica").root / "d", files, tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.exhaustive import EXHAUSTIVE
 from tests.net.sshd import SshHost
 from tests.net.test_replica_over_ssh import remote
 from tests.ops.stacks import Layer, MiB, build, flat, same
@@ -47,7 +48,6 @@ class Moving:
             capture_output=True,
             text=True,
             check=False,
-            timeout=100,
         )
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout)
@@ -89,13 +89,13 @@ def test_the_guest_is_started_over_there(moving: Moving, tmp_path: Path) -> None
     assert "a guest has written" in refused["error"]["message"]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.sampled
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_the_other_host_dies_at_each_call_of_the_handover(moving: Moving, tmp_path: Path, call: str) -> None:
     """Its receiver is killed once, in the session that asks for the disks; the next question ends it."""
     flag, lived = tmp_path / "kill", tmp_path / "lived"
     wrapper = tmp_path / "remote"
-    for nth in count(1):
+    for nth in count(1, 1 if EXHAUSTIVE else 3):
         # strace counts each kind of call, and each thread, by itself.
         wrapper.write_text(
             "#!/bin/bash\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import SnapchainError, ToolFailed, Unavailable
+from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.remote_address import RemoteAddress
 from snapchain.host.remote_retry import Persistence
 from snapchain.host.ssh import SshProgram
@@ -25,9 +25,10 @@ from snapchain.ops.send import Request, SendReport, send_persistently
 from snapchain.replica.ssh_endpoint import SshEndpoint
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
-from tests.net.test_hosts import gone, wait_until
 from tests.ops.stacks import Layer, build, flat, write
 from tests.replica.conftest import DISK, Place, send
+from tests.replica.test_resume import arrived
+from tests.waiting import HANG, gone, wait_until
 
 MiB = 1 << 20
 SIZE = 64 * MiB
@@ -84,7 +85,7 @@ def command(host: SshHost, image: Path, place: Place, *options: str) -> subproce
 
 def test_on_the_command_line(there: SshHost, place: Place, noisy: tuple[list[Path], list[Path]]) -> None:
     with command(there, noisy[0][1], place, "--json") as sender:
-        out, err = sender.communicate(timeout=60)
+        out, err = sender.communicate()
     assert sender.returncode == 0, err
     assert json.loads(out)["point"] == 1
     place.check(noisy[1][1])
@@ -95,19 +96,14 @@ def test_after_a_lost_connection_it_goes_on_by_itself(
 ) -> None:
     known = set(there.sessions())
     with command(there, noisy[0][1], place, "--limit-rate", "5M", "--json") as sender:
-        assert wait_until(lambda: arrived(place) > 8 * MiB, 30)
+        wait_until(lambda: arrived(place) > 8 * MiB)
         for session in set(there.sessions()) - known:
             os.kill(session, signal.SIGKILL)
-        out, err = sender.communicate(timeout=60)
+        out, err = sender.communicate()
     assert sender.returncode == 0, err
     assert "the connection was lost: Connection to 127.0.0.1 closed by remote host; trying again in" in err
     assert json.loads(out)["point"] == 1
     place.check(noisy[1][1])
-
-
-def arrived(place: Place) -> int:
-    """Bytes that the files over there take up."""
-    return sum(file.stat().st_blocks * 512 for file in place.root.rglob("*") if file.is_file())
 
 
 def test_nothing_to_send(there: SshHost, place: Place, noisy: tuple[list[Path], list[Path]]) -> None:
@@ -128,7 +124,7 @@ def test_an_error_over_there_is_the_error_here(
     there: SshHost, place: Place, noisy: tuple[list[Path], list[Path]]
 ) -> None:
     place.root.write_text("a file")
-    with pytest.raises(SnapchainError) as caught:
+    with pytest.raises(Corrupt, match=r"there.*: not a directory") as caught:
         send(noisy[0][0], endpoint(there, place), DISK)
     assert "there" in str(caught.value)
     assert not isinstance(caught.value, ToolFailed), "it came by ssh's exit status, and not by the stream"
@@ -147,11 +143,9 @@ def cut_off(host: SshHost, begin: Callable[[], SendReport], place: Place, cut: C
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert wait_until(
-        lambda: any(f.stat().st_blocks > 8 * MiB // 512 for f in place.root.rglob("*") if f.is_file()), 30
-    )
+    wait_until(lambda: any(f.stat().st_blocks > 8 * MiB // 512 for f in place.root.rglob("*") if f.is_file()))
     cut(sorted(set(host.sessions()) - known))
-    thread.join(60)
+    thread.join(HANG)
     assert not thread.is_alive()
     assert failed
     assert isinstance(failed[0], Unavailable), failed
@@ -179,7 +173,7 @@ def test_a_connection_that_breaks_goes_on(
 
 def retried(again: Callable[[], SendReport]) -> SendReport:
     """The process over there may hold the disk a moment longer than its session lives."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + HANG
     while True:
         try:
             return again()
@@ -204,13 +198,11 @@ send_to_replica(Request(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit
 """
     known = set(there.sessions())
     with subprocess.Popen([sys.executable, "-c", script]) as sender:
-        assert wait_until(
-            lambda: any(f.stat().st_blocks > MiB // 512 for f in place.root.rglob("*") if f.is_file()), 30
-        )
+        wait_until(lambda: any(f.stat().st_blocks > MiB // 512 for f in place.root.rglob("*") if f.is_file()))
         sessions = set(there.sessions()) - known
         sender.send_signal(signal.SIGKILL)
     assert sessions
-    assert wait_until(lambda: all(gone(pid) for pid in sessions))
+    wait_until(lambda: all(gone(pid) for pid in sessions))
     retried(lambda: send(noisy[0][1], endpoint(there, place), DISK))
     place.check(noisy[1][1])
 
@@ -234,7 +226,6 @@ def test_from_host_to_host_over_80_ms(
 
 @pytest.mark.root
 @pytest.mark.soak
-@pytest.mark.timeout(300)
 def test_a_link_that_is_cut_for_30_s(
     far: tuple[SshHost, Cable], place: Place, noisy: tuple[list[Path], list[Path]]
 ) -> None:

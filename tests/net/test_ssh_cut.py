@@ -19,7 +19,6 @@ COUNT = "sh -c 'printf g; wc -c'"
 
 @pytest.mark.root
 @pytest.mark.soak
-@pytest.mark.timeout(240)
 def test_a_link_that_is_cut_for_30_s(far: tuple[SshHost, Cable]) -> None:
     host, cable = far
     cable.set(rate=100e6 / 8, delay=0.04, loss=0.01)

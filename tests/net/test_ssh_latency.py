@@ -54,6 +54,7 @@ def plain_rate(host: SshHost) -> float:
 
 
 @pytest.mark.root
+@pytest.mark.bench
 def test_80_ms_cost_less_than_a_tenth_at_100_mbit(far: tuple[SshHost, Cable]) -> None:
     host, cable = far
     tried = []

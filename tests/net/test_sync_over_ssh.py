@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from tests.net.sshd import SshHost
-from tests.net.test_hosts import wait_until
-from tests.net.test_replica_over_ssh import SIZE, MiB, arrived, remote
+from tests.net.test_replica_over_ssh import SIZE, MiB, remote
 from tests.ops.stacks import Layer, build, clean, flat, same, write
 from tests.replica.conftest import DISK, Place
+from tests.replica.test_resume import arrived
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def command(host: SshHost, image: Path, place: Place, *options: str) -> subproce
 
 def said(host: SshHost, image: Path, place: Place, *options: str) -> tuple[int, Any]:
     with command(host, image, place, *options) as process:
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate()
     assert out, err
     return process.returncode, json.loads(out)
 
@@ -87,10 +88,10 @@ def test_after_a_lost_connection_it_goes_on_by_itself(
 ) -> None:
     known = set(there.sessions())
     with command(there, chain[-1], place, "--limit-rate", "5M") as process:
-        assert wait_until(lambda: arrived(place) > 6 * MiB, 30)
+        wait_until(lambda: arrived(place) > 6 * MiB)
         for session in set(there.sessions()) - known:
             os.kill(session, signal.SIGKILL)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate()
     assert process.returncode == 0, err
     assert "trying again" in err
     assert json.loads(out)["ready"]
@@ -102,9 +103,9 @@ def test_interrupted_it_is_not_ready_and_the_next_run_makes_it_so(
     there: SshHost, place: Place, chain: list[Path], tmp_path: Path, how: signal.Signals
 ) -> None:
     with command(there, chain[-1], place, "--limit-rate", "5M") as process:
-        assert wait_until(lambda: arrived(place) > 6 * MiB, 30)
+        wait_until(lambda: arrived(place) > 6 * MiB)
         process.send_signal(how)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate()
     if how is signal.SIGINT:
         assert process.returncode == 130
         assert "run it again" in json.loads(out)["error"]["hint"]
@@ -116,6 +117,6 @@ def test_interrupted_it_is_not_ready_and_the_next_run_makes_it_so(
         status, report = said(there, chain[-1], place)
         return status == 0 and report["ready"]
 
-    assert wait_until(ready, 60)
+    wait_until(ready)
     overlay = place.directory / "active" / "disk.qcow2"
     assert same(overlay, flat(chain[1], tmp_path / "shown"))

@@ -21,7 +21,7 @@ from tests.net.sshd import SshHost, sshd
 from tests.net.test_replica_over_ssh import remote
 from tests.ops.stacks import Layer, MiB, build, clean, flat, qemu_img, same
 
-pytestmark = [pytest.mark.root, pytest.mark.soak, pytest.mark.serial, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.root, pytest.mark.soak, pytest.mark.serial]
 SIZE = 64 * MiB
 
 

@@ -19,6 +19,7 @@ from snapchain.objects.store import Data, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.testing.faults import Crash, Fault, FaultStore, On, crash_points
 from tests.servers import S3Server
+from tests.waiting import HANG
 
 OTHER = "point.claim.0000000000000000"
 
@@ -90,7 +91,7 @@ def race(store: ObjectStore, rounds: int, racers: int) -> None:
     def run(racer: int) -> list[bool | None]:
         said: list[bool | None] = []
         for number in range(rounds):
-            start.wait(60)
+            start.wait(HANG)
             try:
                 said.append(
                     create_exclusively(store, f"points/{number:04}", b"%d of %d" % (racer, number), conditional=False)
@@ -132,7 +133,7 @@ def test_the_race_itself_can_lose() -> None:
     def run(racer: int) -> int:
         won = 0
         for number in range(40):
-            start.wait(60)
+            start.wait(HANG)
             name = f"points/{number}"
             won += store.size(name) is None and store.create(name, b"%d" % racer)
         return won
@@ -170,7 +171,7 @@ def test_a_conditional_create_without_a_reply_is_settled(store: MemoryStore) -> 
     failed = FaultStore(store, [On(1, Fault.UNAVAILABLE, operation="create")])
     assert create_exclusively(failed, "point", b"other", conditional=True) is False
     failed = FaultStore(store, [On(1, Fault.UNAVAILABLE, operation="create")])
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="new: injected"):
         create_exclusively(failed, "new", b"mine", conditional=True)
 
 
@@ -178,7 +179,7 @@ def test_a_living_claim_keeps_others_away(store: MemoryStore, clock: Clock) -> N
     for other in (OTHER, "point.claim.ffffffffffffffff"):
         store.put(other, b"")
         begun = clock.now
-        with pytest.raises(Conflict) as caught:
+        with pytest.raises(Conflict, match="point: others hold claims") as caught:
             create_exclusively(store, "point", b"mine", conditional=False, clockwork=clock.work)
         assert caught.value.hint
         assert PATIENCE <= clock.now - begun < PATIENCE + 5
@@ -201,7 +202,7 @@ def test_a_claim_that_goes_away_lets_us_in(store: MemoryStore, clock: Clock) -> 
 def test_a_dead_claim_is_removed(store: MemoryStore, clock: Clock) -> None:
     store.put(OTHER, b"")
     clock.now += CLAIM_LIFE - 1
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="would have waited"):
         create_exclusively(store, "point", b"a", conditional=False, clockwork=Clockwork(time.monotonic, one_look()))
     clock.now += 2
     assert create_exclusively(store, "point", b"b", conditional=False, clockwork=clock.work) is True
@@ -235,7 +236,7 @@ class StallsAfterClaiming(StoreWrapper):
 
 def test_who_stalled_gives_up_and_starts_again(store: MemoryStore, clock: Clock) -> None:
     faulty = FaultStore(StallsAfterClaiming(store, clock, LONGEST_STALL + 1))
-    with pytest.raises(Conflict):  # its patience is over as well
+    with pytest.raises(Conflict, match="point: others hold claims"):  # its patience is over as well
         create_exclusively(faulty, "point", b"mine", conditional=False, clockwork=clock.work)
     assert names(store) == []
     assert [call.name for call in faulty.calls if call.operation == "put" and not is_claim(call.name)] == []
@@ -294,11 +295,11 @@ def test_a_write_in_doubt_is_settled(store: MemoryStore) -> None:
 def test_a_write_in_doubt_keeps_its_claim(store: MemoryStore, clock: Clock) -> None:
     """It may land yet: until the claim is dead nobody else may write."""
     lost = FaultStore(store, [On(2, Fault.UNAVAILABLE, operation="put")])
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match=r"point: injected|injected: the server"):
         create_exclusively(lost, "point", b"mine", conditional=False)
     (left,) = names(store)
     assert is_claim(left)
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="point: others hold claims"):
         create_exclusively(store, "point", b"other", conditional=False, clockwork=clock.work)
     clock.now += CLAIM_LIFE
     assert create_exclusively(store, "point", b"other", conditional=False, clockwork=clock.work)

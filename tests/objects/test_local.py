@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.objects import link_once as linking
 from snapchain.objects.disk_errors import MEANINGS, from_os_error
 from snapchain.objects.local import LocalStore
@@ -58,7 +58,7 @@ def test_names_and_directories_share_one_space(local: LocalStore) -> None:
     local.put("a/b/c", b"")
     for name in ["a", "a/b"]:
         for write in (local.put, local.create):
-            with pytest.raises(InvalidInput):
+            with pytest.raises(InvalidInput, match="is a directory"):
                 write(name, b"")
     for name in ["a/b/c/d", "a/b/c/d/e"]:
         with pytest.raises(InvalidInput, match="object stands"):
@@ -87,14 +87,14 @@ def test_symbolic_links_lead_nowhere(local: LocalStore, tmp_path: Path) -> None:
     (local.root / "dir").symlink_to(outside)
     (local.root / "leaf").symlink_to(outside / "secret")
     for name in ["dir/secret", "leaf"]:
-        with pytest.raises(Unsupported) as caught:
+        with pytest.raises(Unsupported, match="too many levels of symbolic links") as caught:
             local.get(name)
         assert caught.value.hint is not None
         assert "bind mount" in caught.value.hint
     for write in (local.put, local.create):
-        with pytest.raises(Unsupported):
+        with pytest.raises(Unsupported, match="too many levels of symbolic links"):
             write("dir/new", b"")
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match="too many levels of symbolic links"):
         local.delete("dir/secret")
     assert [info.name for info in local.list("")] == ["real/x"]
     local.put("leaf", b"mine")  # replaces the link, not what it points to
@@ -121,7 +121,7 @@ def test_a_failed_write_leaves_nothing(local: LocalStore, monkeypatch: pytest.Mo
             write("b", b"data")
         assert caught.value.hint is not None
         assert "free space" in caught.value.hint
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="no space left"):
         local.put("a", b"after")
     monkeypatch.undo()
     assert local.get("a") == b"before"
@@ -175,9 +175,7 @@ def test_a_limit_set_by_the_kernel(local: LocalStore) -> None:
         "except Refused as error:\n"
         "    print(error, error.hint)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(local.root)], capture_output=True, text=True, check=True, timeout=30
-    )
+    done = subprocess.run([sys.executable, "-c", script, str(local.root)], capture_output=True, text=True, check=True)
     assert "file too large" in done.stdout
     assert "ulimit -f" in done.stdout
     assert local.size("big") is None
@@ -194,7 +192,7 @@ def test_a_killed_writer_leaves_only_what_a_sweep_takes(local: LocalStore) -> No
         "os.fsync = sync\n"
         "LocalStore(sys.argv[1]).put('d/a', bytes(5000))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(local.root)], check=False, timeout=30)
+    done = subprocess.run([sys.executable, "-c", script, str(local.root)], check=False)
     assert done.returncode == -9
     (left,) = (local.root / "tmp").iterdir()
     assert list(local.list("")) == []
@@ -294,9 +292,9 @@ def test_no_descriptor_is_left_open(local: LocalStore) -> None:
         local.size("e/f")
         next(local.list(""))
         list(local.list_dirs(""))
-        with pytest.raises(SnapchainError):
+        with pytest.raises(NotFound, match="d: no such object"):
             local.get("d")
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="an object stands where a directory is needed"):
             local.put("d/a/x", b"")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 

@@ -18,6 +18,7 @@ from snapchain.objects.retry import RetryingStore
 from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused
 from snapchain.objects.wrapper import StoreWrapper
 from tests.servers import S3Server
+from tests.waiting import wait_until
 
 
 def test_a_directory(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_a_directory(tmp_path: Path) -> None:
     result = probe(store)
     assert result.conditional_put
     assert result.findings == ()
-    assert result.clock_drift == pytest.approx(0, abs=0.5)
+    assert result.clock_drift == pytest.approx(0, abs=60)
     assert list(store.list("")) == []
 
 
@@ -39,7 +40,7 @@ def test_moto_honours_conditions_and_does_not_check_uploads(moto: S3Server) -> N
     assert result.conditional_put
     assert result.refuses_damage is False
     assert ["damaged uploads" in finding for finding in result.findings] == [True]
-    assert result.clock_drift == pytest.approx(0, abs=1)
+    assert result.clock_drift == pytest.approx(0, abs=60)
     assert store.properties.conditional_put is None, "the opener believes it, not the probe"
     assert list(store.list("")) == []
     store.close()
@@ -91,10 +92,15 @@ class Overwrites(Vicious):
 class LooksBeforeItWrites(Vicious):
     """Right alone, wrong in a race: only the race finds it out."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked: list[str] = []
+
     def create(self, name: str, data: Data) -> bool:
         if self.inner.size(name) is not None:
             return False
-        time.sleep(0.02)
+        self.looked.append(name)
+        wait_until(lambda: "race" not in name or self.looked.count(name) > 1)
         self.inner.put(name, data)
         return True
 
@@ -159,10 +165,20 @@ class BreaksOnDelete(Vicious):
         raise Unavailable("broke off", subject=name)
 
 
-@pytest.mark.parametrize("vice", [AltersBytes, AltersEmpty, IgnoresOffsets, ListsLate, KeepsTheOld, SaysItExists])
-def test_what_no_repository_can_live_with(vice: type[Vicious]) -> None:
+@pytest.mark.parametrize(
+    ("vice", "words"),
+    [
+        (AltersBytes, "not read back as it was written"),
+        (AltersEmpty, "not read back as it was written"),
+        (IgnoresOffsets, "a range of an object is not what was written"),
+        (ListsLate, "not listed at once"),
+        (KeepsTheOld, "not read back as it was written"),
+        (SaysItExists, "that nobody made is said to exist"),
+    ],
+)
+def test_what_no_repository_can_live_with(vice: type[Vicious], words: str) -> None:
     store = vice()
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match=words):
         probe(store)
     assert list(store.inner.list("")) == [] or vice is ListsLate
 
@@ -198,7 +214,7 @@ def test_what_the_operator_should_know(vice: type[Vicious], words: str) -> None:
 @pytest.mark.parametrize("drift", [-4000, 4000])
 def test_a_clock_that_is_wrong(drift: int) -> None:
     result = probe(MemoryStore(clock=lambda: time.time() + drift))
-    assert result.clock_drift == pytest.approx(drift, abs=2)
+    assert result.clock_drift == pytest.approx(drift, abs=60)
     assert abs(drift) > MOST_DRIFT
     assert ("ahead" if drift > 0 else "behind") in result.findings[0]
 

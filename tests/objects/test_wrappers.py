@@ -90,11 +90,11 @@ def test_what_cannot_pass_is_not_tried_again() -> None:
             raise Refused(f"no space for {data!r}", subject=name)
 
     inner = Full(MemoryStore())
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="no space for"):
         RetryingStore(inner, sleep=lambda _: pytest.fail("slept")).put("a", b"")
     assert inner.calls == 1
     store, faulty, _ = flaky([])
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="no such object"):
         store.get("a")
     assert len(faulty.calls) == 1
 
@@ -200,7 +200,7 @@ def test_threads_share_a_bucket() -> None:
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan")])
 def test_a_rate_is_above_zero(rate: float) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="must be above zero"):
         ThrottledStore(MemoryStore(), upload=rate)
 
 
@@ -223,7 +223,7 @@ def test_each_fault_does_what_its_name_says() -> None:
         ],
         sleep=slept,
     )
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="injected"):
         store.put("a", b"1")
     assert inner.size("a") is None
     with pytest.raises(Unavailable, match="reply"):
@@ -237,7 +237,7 @@ def test_each_fault_does_what_its_name_says() -> None:
     assert store.size("b") == 8
     assert slept == [3.0]
     assert list(store.list(""))
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="injected"):
         list(store.list("x/"))
     assert [call.operation for call in store.calls[:3]] == ["put", "put", "create"]
 

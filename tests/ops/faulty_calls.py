@@ -18,6 +18,7 @@ from typing import Any
 
 from snapchain.errors import SnapchainError
 from snapchain.image.assemble import threads
+from tests.exhaustive import EXHAUSTIVE
 
 CALLS = (
     "open", "write", "pwrite", "pwritev", "writev", "ftruncate", "truncate", "posix_fallocate", "copy_file_range",
@@ -45,34 +46,57 @@ class End(Enum):
     FINISHED = "finished all the same"
 
 
-def met(function: Callable[[], object], fault: Fault, *, limit: int = 400) -> Iterator[tuple[str, End]]:
+def met(function: Callable[[], object], fault: Fault, *, each: int = 1, limit: int = 400) -> Iterator[tuple[str, End]]:
     """Yields after each fault, with where it was; ends with the first child that met none, so did everything.
 
     The caller puts everything back before it goes on.  A child that fails but by an error of snapchain fails the test.
+    each: of a test marked `sampled`: without EXHAUSTIVE only one in so many calls meets its fault, each kind of fault
+    beginning at another call
     """
-    for at in range(1, limit):
-        where, back = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(where)
-            os._exit(_child(function, fault, at, back))
-        os.close(back)
-        with os.fdopen(where, "rb") as said:
-            name = said.read().decode()
-        _, status = os.waitpid(pid, 0)
-        place = f"{fault.name} at call {at}: {name}"
-        if os.WIFSIGNALED(status):
-            assert os.WTERMSIG(status) == signal.SIGKILL, place
-            yield place, End.KILLED
-        elif os.WEXITSTATUS(status) == _REFUSED:
-            yield place, End.REFUSED
-        elif os.WEXITSTATUS(status) == _FAULTED:
-            yield place, End.FINISHED
-        else:
-            assert os.WEXITSTATUS(status) == _FINISHED, f"failed otherwise: {place}"
+    step = 1 if EXHAUSTIVE else each
+    first = 1 + list(Fault).index(fault) % step
+    for at in range(first, limit, step):
+        place, end = _met_at(function, fault, at)
+        if end is None:
             assert at > 10, "hardly anything was ever called"
             return
+        yield place, end
     raise AssertionError("too many calls")
+
+
+def killed_before(function: Callable[[], object], directory: Path, name: str, nth: int = 1) -> None:
+    """The function dies before its n-th call of this name. directory: all that it changes, plain files."""
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    calls = counted(function)
+    for path in directory.iterdir():
+        path.unlink()
+    for path, data in before.items():
+        path.write_bytes(data)
+    at = [number for number, each in enumerate(calls, 1) if each == name][nth - 1]
+    assert _met_at(function, Fault.KILL, at) == (f"KILL at call {at}: {name}", End.KILLED)
+
+
+def _met_at(function: Callable[[], object], fault: Fault, at: int) -> tuple[str, End | None]:
+    """Where the fault was and how the child ended; None for one that made fewer calls, so did everything."""
+    where, back = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(where)
+        os._exit(_child(function, fault, at, back))
+    os.close(back)
+    with os.fdopen(where, "rb") as said:
+        name = said.read().decode()
+    _, status = os.waitpid(pid, 0)
+    place = f"{fault.name} at call {at}: {name}"
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL, place
+        return place, End.KILLED
+    if os.WEXITSTATUS(status) == _REFUSED:
+        return place, End.REFUSED
+    if os.WEXITSTATUS(status) == _FAULTED:
+        return place, End.FINISHED
+    assert os.WEXITSTATUS(status) == _FINISHED, f"failed otherwise: {place}"
+    return place, None
 
 
 def counted(function: Callable[[], object]) -> list[str]:

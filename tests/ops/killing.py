@@ -10,6 +10,7 @@ from typing import Any
 
 from snapchain.host.processes import run
 from snapchain.image import qemu_img
+from tests.exhaustive import EXHAUSTIVE
 
 # What changes something on a disk, or makes a change last. qemu-img is a step as well (host.processes).
 CALLS = ("link", "replace", "rename", "unlink", "fsync", "chmod", "chown", "setxattr")
@@ -36,12 +37,13 @@ def _dying(function: Callable[[], object], at: int) -> None:
     function()
 
 
-def killed_at_every_step(function: Callable[[], object], *, limit: int = 500) -> Iterator[str]:
+def killed_at_every_step(function: Callable[[], object], *, each: int = 1, limit: int = 500) -> Iterator[str]:
     """Yields after each death, with where it was; ends when the function came to its end.
 
     The caller puts everything back before it goes on.  A child that fails otherwise fails the test.
+    each: of a test marked `sampled`: without EXHAUSTIVE it dies at one in so many steps
     """
-    for at in range(1, limit):
+    for at in range(1, limit, 1 if EXHAUSTIVE else each):
         pid = os.fork()
         if pid == 0:
             try:

@@ -196,7 +196,7 @@ def test_leftovers_of_crashes_do_not_grow_without_end(chain: list[Path]) -> None
     assert max(sizes) < 2.5 * whole
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.sampled
 @pytest.mark.parametrize("job", ["ship", "merge", "restore", "chain"])
 def test_kill_nine_at_every_system_call(tmp_path: Path, job: str) -> None:
     argv = [sys.executable, "-m", "tests.ops.kill_nine", job, str(tmp_path)]

@@ -17,7 +17,7 @@ from snapchain.ops.doctor import DoctorReport, Kind
 from snapchain.ops.merge.journal import journal_path
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.output import OutputFile
-from tests.ops.faulty_calls import Fault, met
+from tests.ops.faulty_calls import killed_before
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same
 
 STACK = [Layer(MiB, [f"write -P {n + 1} {n * 64}k 128k"]) for n in range(4)]
@@ -30,17 +30,7 @@ def stack(tmp_path: Path) -> list[Path]:
 
 def killed_at(image: Path, wanted: str, nth: int = 1) -> None:
     """A merge of the image that dies before its n-th call of this name."""
-    seen = 0
-    pristine = {path: path.read_bytes() for path in image.parent.iterdir()}
-    for where, _ in met(lambda: merge_image.run(merge_image.plan(image, strategy=Strategy.NEW)), Fault.KILL):
-        seen += where.endswith(f": {wanted}")
-        if seen == nth:
-            return
-        for path in image.parent.iterdir():
-            path.unlink()
-        for path, data in pristine.items():
-            path.write_bytes(data)
-    raise AssertionError(f"no call {wanted}")
+    killed_before(lambda: merge_image.run(merge_image.plan(image, strategy=Strategy.NEW)), image.parent, wanted, nth)
 
 
 def treat(*paths: Path) -> DoctorReport:
@@ -49,7 +39,7 @@ def treat(*paths: Path) -> DoctorReport:
 
 def test_nothing_to_find(stack: list[Path]) -> None:
     assert treat(stack[-1]).treated == treat(stack[0].parent).treated == ()
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="nowhere: no such file"):
         doctor.plan([stack[0].with_name("nowhere")])
 
 

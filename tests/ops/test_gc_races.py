@@ -342,9 +342,9 @@ def test_a_disk_that_was_fenced_before_it_was_made_can_be_made(world: World, fil
     with lease:
         world.now += 2 * DEAD_SECONDS
         gc.run(world.open())
-        with pytest.raises(Conflict):
+        with pytest.raises(Conflict, match="others took it for dead"):
             lease.check()
     assert world.open().catalogue("new").points == ()
     assert ship(files[0], world.open(), disk="new", store=world.store).point == 1
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="there is no disk 'none'"):
         world.open().catalogue("none")

@@ -47,16 +47,16 @@ def test_the_hold_of_a_file_that_is_gone_is_released_by_its_path(chain: list[Pat
     hold.hold_image(chain[1], "audit")
     chain[1].unlink()
     assert hold.release_image(chain[1], "audit").holds == ()
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="no such file"):
         hold.release_image(chain[1], "audit")
 
 
 def test_what_cannot_be_held(chain: list[Path]) -> None:
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="nothing: no such file"):
         hold.hold_image(chain[0].with_name("nothing"), "audit")
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match="a regular file can be held"):
         hold.hold_image(chain[0].parent, "audit")
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="cannot name a hold"):
         hold.hold_image(chain[0], " audit")
 
 
@@ -80,5 +80,5 @@ def test_a_point_is_held(chain: list[Path]) -> None:
     assert report.address.endswith(f"::{DISK}@1")
     assert [each.tag for each in log.log(repo).disks[0].points[0].holds] == ["audit"]
     assert hold.release_point(repo, DISK, "audit", point="1").holds == ()
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="is not held under 'audit'"):
         hold.release_point(repo, DISK, "audit", point="1")

@@ -85,9 +85,9 @@ def test_a_stored_chain_says_the_same(tmp_path: Path) -> None:
     assert stored.content_id == repo.catalogue(DISK).points[-1].content_id
     assert [layer.strip for layer in stored.layers] == [layer.strip for layer in local.layers]
     assert len(inspect_point(again(repo), DISK, point="1").layers) == 1
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="has no point 9"):
         inspect_point(repo, DISK, point="9")
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="there is no disk 'none'"):
         inspect_point(repo, "none")
 
 

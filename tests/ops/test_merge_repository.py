@@ -193,7 +193,7 @@ def test_what_is_shipped_while_a_merge_runs_stays_and_nothing_is_merged_twice(tm
 def test_a_merge_that_is_overtaken_for_ever_is_a_conflict_and_loses_nothing(tmp_path: Path) -> None:
     repo, stack = shipped(tmp_path, 95, layers=2)
     store = Meanwhile(repo.store, lambda: ship(stack.files[-1], repo))
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="changed this disk at the same time"):
         RepositoryMerge(again(repo, store), DISK, Policy(last=1)).run()
     assert {1, 2} <= {point.point for point in repo.catalogue(DISK).points}
     assert verify(again(repo), share=1.0).ok
@@ -264,7 +264,7 @@ def test_a_point_of_the_future_is_told_and_counts_for_no_rule(tmp_path: Path) ->
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     repo = repository(MemoryStore())
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="there is no disk 'none'"):
         RepositoryMerge(repo, "none", Policy(last=1))
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="cannot be negative"):
         Policy(last=-2)

@@ -29,6 +29,7 @@ from snapchain.replica.stream.messages import Active
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, same, write
 from tests.replica.conftest import BentEndpoint, Place, send
+from tests.waiting import HANG
 
 VDA, VDB = "web1/vda", "web1/vdb"
 
@@ -151,7 +152,7 @@ class Guest:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(20)
+        self._process.wait(HANG)
         self._process.stdout.close()
 
 
@@ -259,7 +260,7 @@ def test_an_image_in_use_stops_all(host: Host) -> None:
         planned = plan(MigrateRequest(moves=host.moves), host.endpoint)
         assert planned.disks[0].in_use is None
         assert "qemu-io" in (planned.disks[1].in_use or "")
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             host.migrate()
     assert host.masters() == {f"{VDA} here", f"{VDB} here"}
     host.check_here()
@@ -294,7 +295,7 @@ def test_a_destination_that_is_used_refuses(host: Host) -> None:
 
     module._give = give  # type: ignore[assignment]
     try:
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             host.migrate()
     finally:
         module._give = real
@@ -310,7 +311,7 @@ def test_a_paused_guest_has_it_open(host: Host) -> None:
     with Guest(host.vda) as guest:
         guest.does("write -P 7 64k 64k")
         guest.does("flush")  # as a pause does
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             host.migrate(moves=[Move(host.vda, VDA)])
         report = host.migrate(moves=[Move(host.vda, VDA)], paused=True)
     assert report.disks[0].sealed is None
@@ -356,7 +357,7 @@ def test_taken_back_as_long_as_no_guest_has_written(host: Host) -> None:
 
 def test_not_taken_back_from_under_a_guest(host: Host) -> None:
     host.migrate()
-    with Guest(host.overlay(VDB)), pytest.raises(Busy):
+    with Guest(host.overlay(VDB)), pytest.raises(Busy, match=r"qemu-io .* has it open"):
         host.take_back()
     assert host.masters() == {f"{VDA} there", f"{VDB} there"}
     write(host.overlay(VDB), "write -P 4 0 64k")
@@ -432,7 +433,7 @@ def _restore(host: Host, saved: Path) -> None:
             subprocess.run(["cp", "-a", saved / name, host.directory / name], check=True)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.sampled
 @pytest.mark.parametrize("then", ["again", "back"])
 def test_killed_at_every_step(host: Host, tmp_path: Path, then: str) -> None:
     """At no step two masters; the same command ends it, or the disks are taken back, and nothing is lost."""
@@ -443,7 +444,7 @@ def test_killed_at_every_step(host: Host, tmp_path: Path, then: str) -> None:
     for name in ("a", "b", "replica"):
         subprocess.run(["cp", "-a", host.directory / name, saved / name], check=True)
     seen = set()
-    for step in killed_at_every_step(host.migrate):
+    for step in killed_at_every_step(host.migrate, each=3 if then == "again" else 4):
         masters = host.masters()
         for disk in (VDA, VDB):
             assert not {f"{disk} here", f"{disk} there"} <= masters, step
@@ -467,13 +468,14 @@ def _anything_given(host: Host) -> bool:
     return not all(host.may_write(move.image) for move in host.moves)
 
 
+@pytest.mark.sampled
 def test_a_take_back_that_is_killed_is_done_again(host: Host, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     saved.mkdir()
     host.migrate()
     for name in ("a", "b", "replica"):
         subprocess.run(["cp", "-a", host.directory / name, saved / name], check=True)
-    for step in killed_at_every_step(host.take_back):
+    for step in killed_at_every_step(host.take_back, each=3):
         masters = host.masters()
         for disk in (VDA, VDB):
             assert not {f"{disk} here", f"{disk} there"} <= masters, step
@@ -495,7 +497,7 @@ def test_a_line_that_is_cut_in_the_handover(host: Host, way: str) -> None:
             report = host.migrate(bent)
         except Unavailable:
             assert host.masters() <= {f"{VDA} there", f"{VDB} there"}
-            with pytest.raises(Conflict):
+            with pytest.raises(Conflict, match="is being given to"):
                 snapshot.plan(host.vda)
             report = host.migrate(_named(host))
             assert report.course.value == "resumed"

@@ -118,7 +118,7 @@ def test_notes_of_files_that_are_gone_are_swept_but_for_holds(file: Path) -> Non
     file.unlink()
     Notes().change(file, lambda note: note.model_copy(update={"holds": ()}))
     assert notes_in(file.parent) == []
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="no such file"):
         hold(file)
 
 

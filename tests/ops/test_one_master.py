@@ -93,7 +93,7 @@ def test_another_run_between_the_marks(
 ) -> None:
     """It finds the first disk marked and the second not, as after a kill; but that run lives."""
     said = meanwhile(monkeypatch, "_fence", 2, lambda: other(host))
-    with pytest.raises(SnapchainError):
+    with pytest.raises(Conflict, match="another host has taken it over since"):
         host.migrate()
     assert len(said) == 1
     assert host.masters() == {f"{VDA} here", f"{VDB} here"}
@@ -215,7 +215,7 @@ def test_a_golden_base_elsewhere_is_not_this_disks(tmp_path: Path) -> None:
     move(own[1], tmp_path / "replica", "own/vda")
     with pytest.raises(Conflict, match="belongs to a disk that was given away"):
         snapshot.plan(far, image_dirs=[own[0].parent])
-    with pytest.raises(SnapchainError, match="not given away"):
+    with pytest.raises(NotFound, match="not given away"):
         take_back(
             MigrateRequest(moves=[Move(far, "own/vda")], image_dirs=[own[0].parent]),
             DirectoryEndpoint(tmp_path / "replica"),
@@ -263,7 +263,7 @@ def test_a_name_elsewhere_would_not_bear_the_mark(tmp_path: Path) -> None:
 
 
 def test_a_hook_that_is_not_there_is_told_before(host: Host) -> None:
-    with pytest.raises(SnapchainError, match="no such program"):
+    with pytest.raises(NotFound, match="no such program"):
         host.migrate(start_hook=["/no/such/hook"])
     assert not host.place.root.exists()
 
@@ -328,7 +328,7 @@ def test_the_hints_make_no_second_master(host: Host) -> None:
         snapshot.plan(host.vda)
     assert "no other host" in (error.value.hint or "")
     shutil.rmtree(host.place.root)
-    with pytest.raises(NotFound) as gone:
+    with pytest.raises(NotFound, match="there is no replica here") as gone:
         host.take_back(moves=[Move(host.vdb, VDB)])
     assert "--destination-is-gone" in (gone.value.hint or "")
 

@@ -174,7 +174,7 @@ def test_what_is_not_there(bucket: Bucket) -> None:
     bucket.create()
     with pytest.raises(InvalidInput, match="wrong passphrase"):
         open_destination(bucket.url, passphrase=lambda: "wrong")
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="no-such-bucket-here/x: "):
         open_destination("s3://no-such-bucket-here/x", passphrase=lambda: "correct horse")
 
 
@@ -182,5 +182,5 @@ def test_a_server_that_is_gone_is_unavailable(tmp_path: Path, monkeypatch: pytes
     gone = S3Server(f"http://127.0.0.1:{free_port()}", "gone", tmp_path / "log")
     for name, value in gone.environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match=r"^s3://bucket/x"):
         open_destination("s3://bucket/x", passphrase=lambda: "correct horse")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data
@@ -531,12 +531,12 @@ def test_labels_that_would_be_taken_for_something_else(label: str) -> None:
 
 
 def test_nothing_is_opened_for_a_bad_request(repo: Repository, tmp_path: Path) -> None:
-    for image, disk, labels, error in [
-        (tmp_path / "none.qcow2", DISK, (), NotFound),
-        (tmp_path, DISK, (), SnapchainError),
-        (tmp_path / "none.qcow2", DISK, ("7",), InvalidInput),
+    for image, disk, labels, error, words in [
+        (tmp_path / "none.qcow2", DISK, (), NotFound, "none.qcow2: no such file"),
+        (tmp_path, DISK, (), InvalidInput, "a directory, not a regular file"),
+        (tmp_path / "none.qcow2", DISK, ("7",), InvalidInput, "cannot be a label"),
     ]:
-        with pytest.raises(error):
+        with pytest.raises(error, match=words):
             ship(image, repo, disk=disk, labels=labels)
     assert list(repo.store.list("")) == []
 

@@ -247,10 +247,10 @@ def test_options_of_the_sealed_file_are_taken_over(tmp_path: Path) -> None:
 def test_an_own_name(image: Path, before: Path) -> None:
     assert take(image, sealed_name="monday.qcow2").sealed == image.with_name("monday.qcow2")
     assert same(image, before)
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match=r"monday.qcow2: it exists already"):
         snapshot.plan(image, sealed_name="monday.qcow2")
     for bad in ("../x.qcow2", "disk.qcow2", "sub/x.qcow2", ""):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="must be another one in the same directory"):
             snapshot.plan(image, sealed_name=bad)
 
 
@@ -282,9 +282,9 @@ def test_raw_needs_a_new_path(raw: Path) -> None:
     assert standing(raw) == before
     said = qemu_img.info(report.overlay, "qcow2")
     assert (said.backing_filename, said.backing_filename_format) == ("disk.raw", "raw")
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match=r"new.qcow2: it exists already"):
         snapshot.plan(raw, overlay=Path("new.qcow2"))
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="no such directory"):
         snapshot.plan(raw, overlay=Path("no/where.qcow2"))
     assert names(raw.parent) == ["disk.raw", "new.qcow2"]
 
@@ -297,7 +297,7 @@ def test_an_overlay_elsewhere_names_the_whole_path(image: Path, before: Path, tm
 
 
 def test_a_raw_top_named_raw_is_not_probed(image: Path) -> None:
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match="cannot be replaced by an overlay"):
         snapshot.plan(image, image_format="raw")
 
 
@@ -327,9 +327,9 @@ def test_bitmaps_are_said_to_stay(image: Path) -> None:
 
 
 def test_what_is_no_image(tmp_path: Path) -> None:
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match=r"none.qcow2: no such file"):
         snapshot.plan(tmp_path / "none.qcow2")
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="neither a regular file nor a block device"):
         snapshot.plan(tmp_path)
 
 

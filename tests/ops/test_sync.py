@@ -137,7 +137,7 @@ def test_again_it_sends_nothing_and_keeps_the_overlay(chain: list[Path], place: 
 def test_a_guest_that_writes_is_no_obstacle(chain: list[Path], place: Place, tmp_path: Path) -> None:
     with guest_on(chain[-1]):
         report = run(chain[-1], place)
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             run(chain[-1], place, rounds=1)
     assert report.ready
     judge_overlay(report.overlay, chain[-1], chain[-2], tmp_path)
@@ -155,7 +155,7 @@ def guest_on(path: Path) -> Iterator[None]:
         while "wrote" not in process.stdout.readline():
             pass
         yield
-        process.communicate("quit\n", timeout=20)
+        process.communicate("quit\n")
 
 
 def test_extended_l2_and_a_larger_top(tmp_path: Path, place: Place) -> None:
@@ -312,7 +312,7 @@ def test_an_unmeasured_target_takes_a_round_to_measure(chain: list[Path], place:
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"target_downtime": 0.0}, {"target_downtime": float("nan")}])
 def test_requests_that_mean_nothing(chain: list[Path], place: Place, wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match=r"--rounds must be|--target-downtime is"):
         run(chain[-1], place, **wrong)
 
 
@@ -350,7 +350,7 @@ def test_other_things_in_its_place(chain: list[Path], place: Place, what: str) -
     else:
         overlay.symlink_to("nowhere")
     assert not look(chain[-1], place).ready
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match=r"disk.qcow2: it is no empty overlay"):
         run(chain[-1], place)
     assert overlay.is_symlink() or overlay.exists()
 
@@ -367,9 +367,9 @@ def test_a_stale_overlay_in_use_stays(chain: list[Path], place: Place) -> None:
         process.stdin.flush()
         while "read" not in process.stdout.readline():
             pass
-        with pytest.raises(Busy):
+        with pytest.raises(Busy, match=r"qemu-io .* has it open"):
             run(chain[-1], place)
-        process.communicate("quit\n", timeout=20)
+        process.communicate("quit\n")
     assert run(chain[-1], place).ready
 
 
@@ -377,13 +377,14 @@ def test_a_layer_with_an_overlay_on_it_is_not_cut_off(chain: list[Path], place: 
     run(chain[-1], place)
     other = build(chain[0].parent.parent / "other", [Layer(8 * MiB, ["write -P 8 0 1M"]), Layer(8 * MiB)])
     assert "another disk" in look(other[-1], place).missing[0]
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match="holds another disk under this name"):
         run(other[-1], place)
     with pytest.raises(Conflict, match="stands on it"):
         run(other[-1], place, divergence=Divergence.CUT_REPLICA)
     assert look(chain[-1], place).ready
 
 
+@pytest.mark.sampled
 def test_kill_nine_while_the_overlay_is_made(chain: list[Path], place: Place, tmp_path: Path) -> None:
     run(chain[1], place)  # leaves an overlay that the next one replaces
     stale = place.directory / "active" / "1.qcow2"
@@ -392,7 +393,7 @@ def test_kill_nine_while_the_overlay_is_made(chain: list[Path], place: Place, tm
     before = tmp_path / "before"
     shutil.copytree(place.root, before)
     deaths = 0
-    for where in killed_at_every_step(lambda: run(chain[-1], place)):
+    for where in killed_at_every_step(lambda: run(chain[-1], place), each=2):
         deaths += 1
         assert place.files()[-1].name == "2.qcow2"
         for overlay in stale.parent.glob("[!.]*"):
@@ -402,7 +403,7 @@ def test_kill_nine_while_the_overlay_is_made(chain: list[Path], place: Place, tm
         assert [entry.name for entry in stale.parent.iterdir()] == ["disk.qcow2"], where
         shutil.rmtree(place.root)
         shutil.copytree(before, place.root)
-    assert deaths > 5
+    assert deaths > 2
 
 
 # proof
@@ -423,7 +424,7 @@ def test_prove_reads_both_sides(chain: list[Path], place: Place) -> None:
     assert not stands.ready
     assert [said.split()[0] for said in stands.missing] == ["1.qcow2"]
     (place.directory / "active" / "disk.qcow2").unlink()
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="no longer shows what it did"):
         run(chain[-1], place, proof=Proof.READ)
     assert not (place.directory / "active" / "disk.qcow2").exists()
 
@@ -536,7 +537,9 @@ def test_who_the_guest_is() -> None:
         "w", "sda", "qemu+ssh://root@kvm2:2222/system"
     )
     for wrong in ({"target": ""}, {"target": "vda,vdb"}, {"domain": "-x"}, {"uri": "--all"}):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(
+            InvalidInput, match=r"not the target of a disk|not an URI of libvirt|not the name of a domain"
+        ):
             Guest(**{"domain": "web1", "target": "vda", "uri": "qemu:///system", **wrong})
 
 

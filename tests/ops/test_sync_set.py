@@ -76,7 +76,7 @@ def test_one_that_is_not_ready_is_none_ready(images: list[Path], endpoint: Direc
 
 def test_none_is_sealed_where_one_is_in_use(images: list[Path], endpoint: DirectoryEndpoint) -> None:
     before = [names(image.parent) for image in images]
-    with ImageLock(images[1], LockMode.WRITE), pytest.raises(Busy):
+    with ImageLock(images[1], LockMode.WRITE), pytest.raises(Busy, match=f"{images[1].name}: somebody"):
         ready(images, endpoint, rounds=1)
     assert [names(image.parent) for image in images] == before
 

@@ -115,9 +115,9 @@ def test_progress_and_share(repo: Repository) -> None:
     progress = [each for each in said if isinstance(each, Progress)]
     assert progress[-1].done == progress[-1].total
     for share in (-0.1, 1.1):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="of the data"):
             verify(repo, share=share)
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="there is no disk 'none'"):
         verify(repo, disk="none")
 
 
@@ -321,7 +321,7 @@ def test_a_record_whose_leaves_are_not_those_of_its_content_id(repo: Repository,
     disk.advance(current, time=repo.config.created, parents={one: None, two: one, three: one})
     report = checked(repo, share=0)
     assert affected(report) == {3}
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="has not the content id that was recorded"):
         restore(again(repo), tmp_path / "out.raw", 3)
 
 

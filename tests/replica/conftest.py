@@ -19,6 +19,7 @@ from snapchain.ops.send import Request, SendReport, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.receiver import receive
 from tests.ops.stacks import clean, same
+from tests.waiting import HANG
 
 DISK = "web1/vda"
 
@@ -83,8 +84,8 @@ class BentEndpoint:
     def connect(self) -> Iterator[Channel]:
         pipes = [os.pipe() for _ in range(4)]
         (a_read, a_write), (b_read, b_write), (c_read, c_write), (d_read, d_write) = pipes
-        ours = Channel(d_read, a_write, peer="the replica", patience=20)
-        theirs = Channel(b_read, c_write, peer="the sender", patience=20)
+        ours = Channel(d_read, a_write, peer="the replica", patience=HANG)
+        theirs = Channel(b_read, c_write, peer="the sender", patience=HANG)
 
         def serve() -> None:
             with theirs:
@@ -105,7 +106,7 @@ class BentEndpoint:
                 yield ours
         finally:
             for thread in threads:
-                thread.join(20)
+                thread.join(HANG)
                 assert not thread.is_alive()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Corrupt, Diverged, InvalidInput, SnapchainError, Unsupported
+from snapchain.errors import Corrupt, Diverged, InvalidInput, SnapchainError, ToolFailed, Unsupported
 from snapchain.ops.sync import Destination, SyncRequest, check, sealed_request
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
 from tests.ops.stacks import Layer, build, clean, same
@@ -65,25 +65,25 @@ def test_an_overlay_by_hand(filled: Place) -> None:
     assert same(overlay, raw)
 
 
-HOSTILE: dict[str, tuple[dict[str, Any], type[SnapchainError]]] = {
-    "a way out": ({"name": "../../x.qcow2"}, Corrupt),
-    "absolute": ({"name": "/tmp/x.qcow2"}, Corrupt),
-    "hidden": ({"name": ".x.qcow2"}, Corrupt),
-    "no qcow2": ({"name": "authorized_keys"}, Corrupt),
-    "another layer": ({"on": "0" * 32}, Diverged),
-    "no layer": ({"on": "x"}, Corrupt),
-    "half a sector": ({"size": 1000}, InvalidInput),
-    "a disk beyond all": ({"size": 1 << 60}, Corrupt),
-    "no power of two": ({"cluster_size": 65537}, SnapchainError),
-    "a field too many": ({"backing": "/etc/passwd"}, Corrupt),
+HOSTILE: dict[str, tuple[dict[str, Any], type[SnapchainError], str]] = {
+    "a way out": ({"name": "../../x.qcow2"}, Corrupt, "cannot be named"),
+    "absolute": ({"name": "/tmp/x.qcow2"}, Corrupt, "cannot be named"),
+    "hidden": ({"name": ".x.qcow2"}, Corrupt, "cannot be named"),
+    "no qcow2": ({"name": "authorized_keys"}, Corrupt, "cannot be named"),
+    "another layer": ({"on": "0" * 32}, Diverged, "not the newest one here"),
+    "no layer": ({"on": "x"}, Corrupt, "the sender: .* unsound: on"),
+    "half a sector": ({"size": 1000}, InvalidInput, "cannot have 1000 bytes"),
+    "a disk beyond all": ({"size": 1 << 60}, Corrupt, "the sender: .* unsound: size"),
+    "no power of two": ({"cluster_size": 65537}, ToolFailed, "must be a power of two"),
+    "a field too many": ({"backing": "/etc/passwd"}, Corrupt, "the sender: .* unsound: backing"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_sender(filled: Place, name: str) -> None:
-    change, error = HOSTILE[name]
+    change, error, words = HOSTILE[name]
     before = sorted(path.name for path in filled.root.parent.rglob("*"))
-    with pytest.raises(error):
+    with pytest.raises(error, match=words):
         take(filled, stream(HELLO, OPEN, active(filled, **change), STOP))
     after = sorted(path.name for path in filled.root.parent.rglob("*"))
     assert [name for name in after if name != "active"] == before
@@ -92,7 +92,7 @@ def test_a_hostile_sender(filled: Place, name: str) -> None:
 
 def test_on_a_disk_that_is_not_there(tmp_path: Path, filled: Place) -> None:
     other = Place(tmp_path / "other")
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match="a layer that is not the newest one here"):
         take(other, stream(HELLO, OPEN, active(filled), STOP))
 
 
@@ -158,7 +158,7 @@ def test_a_hostile_receiver(synced: tuple[Path, Place], name: str) -> None:
     image, place = synced
     with (
         answering(place, features=["active"], then=(*BAD_ANSWERS[name], DONE)) as endpoint,
-        pytest.raises(Corrupt) as caught,
+        pytest.raises(Corrupt, match=r"^puppet: (it |what it says|x$)") as caught,
     ):
         asked(endpoint, image)
     assert str(caught.value).isprintable()

@@ -27,6 +27,7 @@ from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
 from tests.replica.conftest import DISK, Place
 from tests.replica.test_stream import HELLO, MAP, OPEN, offer, puppet, stream, take
+from tests.waiting import HANG
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_what_is_not_there(place: Place, sent: Place) -> None:
             ask(DirectoryEndpoint(place.root / "nowhere"), DISK)
         with pytest.raises(NotFound, match="no disk 'gone'"):
             ask(DirectoryEndpoint(sent.root), "gone")
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="cannot be a disk's name"):
             ask(DirectoryEndpoint(sent.root), "a:b")
     assert not (place.root / "nowhere").exists()
     assert sorted(entry.name for entry in sent.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
@@ -183,7 +184,10 @@ def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: 
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
     monkeypatch.setattr(asking, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
-    with pytest.raises(SnapchainError) as caught:
+    with pytest.raises(
+        (Corrupt, InvalidInput, NotFound),
+        match=r"of ask is unsound|there is no disk|cannot be a disk's name|may be named|must be named",
+    ) as caught:
         log_replica(DirectoryEndpoint(sent.root))
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}
     assert sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*")) == before
@@ -296,7 +300,7 @@ def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with puppet(answer) as endpoint, pytest.raises(Corrupt, match="more than 1048576 bytes"):
         log_replica(endpoint)
-    assert over.wait(10)
+    assert over.wait(HANG)
 
 
 # ---- which directory may be named
@@ -312,7 +316,7 @@ def test_a_root_confines(tmp_path: Path) -> None:
         assert chosen(named, only=None, within=root).is_relative_to(root)
     outside = map(str, (other, root / "out", root / "out" / "a", root / ".." / "other", tmp_path))
     for name in (*outside, "/", f"{root}2", "root", f"{root}/\0", "", None):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match=r"may be named|must be named"):
             chosen(name, only=None, within=root)
     assert chosen(str(root), only=None, within=tmp_path / "in") == root
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, Unsupported
 from snapchain.ops.migrate import MigrateRequest, Move, migrate
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.send import Request, plan_send
@@ -50,10 +50,10 @@ def test_a_newer_epoch_holds_before_anything_came(place: Place, chain: list[Path
     """The old host is out from the moment that the new one has spoken, however far that came."""
     place.send(chain[0])
     raw = stream(HELLO, (2, encode(Open(disk=DISK, epoch=2))), offer(), MAP, TWO)
-    with pytest.raises(SnapchainError):
+    with pytest.raises(Diverged, match="does not lie on the newest one here"):
         take(place, raw)
     assert place.catalogue()["epoch"] == 2
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="another host has taken it over since"):
         place.send(chain[1])
 
 
@@ -87,7 +87,7 @@ def test_the_first_epoch_goes_without_saying(chain: list[Path]) -> None:
 def test_what_is_no_epoch(place: Place, chain: list[Path], epoch: int) -> None:
     with pytest.raises(InvalidInput, match="is no epoch"):
         place.send(chain[0], epoch=epoch)
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="what it says of open is unsound: epoch"):
         take(place, stream(HELLO, (2, f'{{"disk":"a","epoch":{epoch}}}'.encode()), STOP))
     assert not place.root.exists()
 

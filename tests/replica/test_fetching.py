@@ -151,7 +151,7 @@ def test_lower_files_are_shared_and_never_overwritten(sent: Place, chain: list[P
 def test_zeroes_travel_free_and_a_rate_is_kept(sent: Place, chain: list[Path], out: Path) -> None:
     begun = time.monotonic()
     restore(sent, out, limit_rate=4 * MiB)
-    assert 0.3 < time.monotonic() - begun < 5, "3 MiB of noise at 4 MiB a second, a quarter of a second saved up"
+    assert time.monotonic() - begun > 0.3, "3 MiB of noise at 4 MiB a second, a quarter of a second saved up"
     write(chain[-1], "write -P 1 0 8M", "write -z 0 8M")
     sent.send(chain[-1], disk="zeroes")
     came: list[int] = []
@@ -196,13 +196,13 @@ def test_inspect(sent: Place, chain: list[Path]) -> None:
 
 def test_what_is_not_there(sent: Place, out: Path) -> None:
     for point in ("9", "0", "nix", "2001-01-01", "x" * 1000):
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match=r"the disk has no point|is no label of this disk"):
             restore(sent, out, point)
     with pytest.raises(NotFound, match="no disk 'gone'"):
         ReplicaRestoration(DirectoryEndpoint(sent.root), "gone", out).run()
     with pytest.raises(NotFound, match="no replica"):
         restore(Place(sent.root / "nowhere"), out)
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="cannot be a disk's name"):
         ReplicaRestoration(DirectoryEndpoint(sent.root), "a:b", out).run()
     assert names(out.parent) == []
 
@@ -231,21 +231,21 @@ def test_no_room(sent: Place, out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_file_in_use_and_a_cut_meanwhile(sent: Place, chain: list[Path], tmp_path: Path, out: Path) -> None:
-    with ImageLock(sent.files()[0], LockMode.WRITE), pytest.raises(Busy):
+    with ImageLock(sent.files()[0], LockMode.WRITE), pytest.raises(Busy, match=r"somebody .* for resizing"):
         restore(sent, out)
     other = build(tmp_path / "other", [Layer(MiB)])[0]
     refused: list[str] = []
 
     def meanwhile(event: Event) -> None:
         if not refused:
-            with pytest.raises(Busy) as caught:
+            with pytest.raises(Busy, match=r"somebody .* for reading") as caught:
                 sent.send(other, divergence=Divergence.CUT_REPLICA)
             refused.append(caught.value.kind)
 
     noise = tmp_path / "more"
     noise.write_bytes(random.Random(4).randbytes(24 * MiB))
     big = build(tmp_path / "big", [Layer(32 * MiB, [f"write -s {noise} 0 24M"])])[0]
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match="holds another disk under this name"):
         sent.send(big)
     place = Place(tmp_path / "second")
     place.send(big)
@@ -339,7 +339,7 @@ def test_a_flipped_byte_is_never_restored(sent: Place, chain: list[Path], out: P
 
 def test_an_older_point_does_not_need_newer_files(sent: Place, chain: list[Path], out: Path) -> None:
     sent.files()[-1].unlink()
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="no such file"):
         restore(sent, out, 3)
     restore(sent, out, 2)
     assert same_bytes(out, flat(chain[1], out.with_name("flat")))
@@ -382,7 +382,7 @@ def test_a_line_that_is_cut_or_bent(sent: Place, out: Path) -> None:
         with pytest.raises(Unavailable, match=r"ends in the middle|closed") as broken:
             restore(BentEndpoint(sent, back=cut), out)
         assert broken.value.hint == "run it again: it begins anew"
-        with pytest.raises((Corrupt, Unavailable, Unsupported)):
+        with pytest.raises((Corrupt, Unavailable, Unsupported), match=r"its check is wrong|closed by the other side"):
             restore(BentEndpoint(sent, back=bend), out)
         assert names(out.parent) == []
 
@@ -543,7 +543,10 @@ def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], mon
     monkeypatch.setattr(
         asking, "encode", lambda said: wanted(**request_)[1] if isinstance(said, Fetch) else encode(said)
     )
-    with pytest.raises(SnapchainError) as caught:
+    with pytest.raises(
+        (Corrupt, InvalidInput, NotFound),
+        match=r"of fetch is unsound|there is no disk|cannot be a disk's name|may be named|must be named",
+    ) as caught:
         restore(sent, out)
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}
     assert sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*")) == before

@@ -34,6 +34,7 @@ from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
 from tests.replica.test_merge_replica import seal
+from tests.waiting import HANG, wait_until
 
 LAYERS = [Layer(4 * MiB, [f"write -P {n} {n * 64}k 512k"]) for n in range(1, 6)]
 
@@ -89,16 +90,16 @@ def held_up(pointed: Pointed, **rules: Any) -> Iterator[threading.Event]:
 
     def wait() -> None:
         there.set()
-        assert go.wait(30)
+        assert go.wait(HANG)
 
     with ThreadPoolExecutor(1) as pool:
         merge = pool.submit(merging(pointed, Engine(wait), **rules).run)
         try:
-            assert there.wait(30)
+            assert there.wait(HANG)
             yield go
         finally:
             go.set()
-            merge.result(30)
+            merge.result(HANG)
 
 
 def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,11 +109,10 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
     with held_up(sent, last=2) as go, ThreadPoolExecutor(1) as pool:
         request = Request(image=chain[-1], disk=DISK)
         report = pool.submit(send_to_replica, request, endpoint(sent.place.root), on_event=events.append)
-        time.sleep(1)
+        wait_until(lambda: [event for event in events if isinstance(event, Notice) and "makes us wait" in str(event)])
         assert not report.done()
         go.set()
-        assert report.result(30).layers_sent == 1
-    assert [event for event in events if isinstance(event, Notice) and "makes us wait" in str(event)]
+        assert report.result(HANG).layers_sent == 1
     sent.send(chain[-1])
     assert verify_replica(endpoint(sent.place.root), DISK, read_data=True).ok
     assert sent.points() == [4, 5, 6, 7]
@@ -127,7 +127,7 @@ def test_whoever_only_looks_sees_nothing_wrong(sent: Pointed, monkeypatch: pytes
         time.sleep(0.5)
         assert not any(look.done() for look in looks)
         go.set()
-        assert all(look.result(30).ok for look in looks)
+        assert all(look.result(HANG).ok for look in looks)
     monkeypatch.setattr(unfinished, "_PATIENCE", 0.2)
     with held_up(sent, last=1), pytest.raises(Busy, match="being merged"):
         sent.plan(last=1)
@@ -141,7 +141,7 @@ def test_a_merge_waits_for_a_transfer_but_not_for_ever(sent: Pointed, monkeypatc
             report = pool.submit(sent.merge, last=1)
             time.sleep(0.7)
             assert not report.done()
-        assert report.result(30).layers_after == 1
+        assert report.result(HANG).layers_after == 1
     monkeypatch.setattr(waiting, "LIMITS", {})
     with disk.locked(make=False), pytest.raises(Busy, match="a transfer"):
         sent.merge(last=1)
@@ -178,7 +178,7 @@ def test_all_at_once(sent: Pointed, chain: list[Path]) -> None:
                 sent.send(chain[-1])
         finally:
             over.set()
-        assert all(other.result(60) for other in others)
+        assert all(other.result(HANG) for other in others)
     sent.merge(last=2)
     sent.check(kept=[12, 13])
 
@@ -190,7 +190,7 @@ def test_the_asker_is_gone(sent: Pointed, chain: list[Path], strategy: Strategy)
     def gone() -> None:
         raise Unavailable("the connection was closed by the other side")
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="closed by the other side"):
         merging(sent, Engine(gone, strategy), last=2).run()
     assert (sent.place.directory / ".merging.json").exists() is (strategy is Strategy.COMMIT)
     assert sent.send(chain[-1]).layers_sent == 0
@@ -216,9 +216,7 @@ def test_interrupted_in_this_process(sent: Pointed, chain: list[Path]) -> None:
         os._exit(1)
     os.read(began, 1)
     os.kill(child, signal.SIGINT)
-    begun = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-    assert time.monotonic() - begun < 2
     assert sent.send(chain[-1]).layers_sent == 0
     sent.check(kept=[5, 6])
     assert len(sent.place.files()) == 5
@@ -311,7 +309,7 @@ def test_a_sync_looks_while_and_after_layers_are_merged(sent: Pointed, chain: li
         time.sleep(0.5)
         assert not look.done()
         go.set()
-        found = look.result(30)
+        found = look.result(HANG)
     assert (found.ready, found.layers_to_send) == (True, ())
 
 

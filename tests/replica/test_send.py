@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fixtures.qcow2_bytes import l2_entry, put_u64, u64
-from snapchain.errors import Busy, Corrupt, Diverged, InvalidInput
+from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
 from snapchain.host.batches import Buffer
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.remote_channel import Channel
@@ -238,7 +238,7 @@ def test_two_ways_are_told_and_nothing_is_overwritten(tmp_path: Path, place: Pla
     right = tmp_path / "c" / "right.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", right)
     write(right, "write -P 3 0 64k")
-    with pytest.raises(Diverged) as caught:
+    with pytest.raises(Diverged, match=r"both sides have gone on from base.qcow2") as caught:
         place.send(right)
     assert "base.qcow2: here right.qcow2, at the replica left.qcow2" in caught.value.message
     assert place.catalogue() == before
@@ -259,11 +259,11 @@ def test_the_replica_is_ahead(tmp_path: Path, place: Place) -> None:
 def test_what_is_in_use_is_not_cut_off(tmp_path: Path, place: Place) -> None:
     one, other = (build(tmp_path / name, [Layer(MiB, [f"write -P {ord(name)} 0 1M"])])[0] for name in "ab")
     place.send(one)
-    with ImageLock(place.files()[0], LockMode.READ), pytest.raises(Busy):
+    with ImageLock(place.files()[0], LockMode.READ), pytest.raises(Busy, match=r"somebody .* has it open for reading"):
         place.send(other, divergence=Divergence.CUT_REPLICA)
     guest = place.directory / "guest.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-b", place.files()[0].name, "-F", "qcow2", guest)
-    with pytest.raises(Exception, match=r"guest\.qcow2 stands on it"):
+    with pytest.raises(Conflict, match=r"guest\.qcow2 stands on it"):
         place.send(other, divergence=Divergence.CUT_REPLICA)
     guest.unlink()
     place.check(flat(one, tmp_path / "flat"))
@@ -292,7 +292,7 @@ def test_a_directory_of_other_things_is_no_replica(tmp_path: Path) -> None:
 @pytest.mark.parametrize("disk", ["", "a@b", "a::b", "/a", "a/", "a//b", "a\n", "x" * 201])
 def test_names_that_no_disk_has(tmp_path: Path, place: Place, disk: str) -> None:
     image = build(tmp_path / "c", [Layer(MiB)])[0]
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput, match="cannot be a disk's name"):
         place.send(image, disk=disk)
 
 
@@ -310,7 +310,10 @@ def test_two_senders_of_one_disk(tmp_path: Path, place: Place) -> None:
     from snapchain.replica.store import open_replica
 
     image = build(tmp_path / "c", [Layer(MiB)])[0]
-    with open_replica(place.root, make=True).disk("web1/vda").locked(make=True), pytest.raises(Busy):
+    with (
+        open_replica(place.root, make=True).disk("web1/vda").locked(make=True),
+        pytest.raises(Busy, match="another snapchain is changing this disk"),
+    ):
         place.send(image)
     place.send(image)
 

@@ -116,7 +116,7 @@ def test_a_lost_reply_to_our_own_write_is_no_conflict() -> None:
         inner = MemoryStore()
         mine = disk(FaultStore(inner, [On(1, fault, operation="create")]))
         if fault is Fault.UNAVAILABLE:
-            with pytest.raises(Unavailable):
+            with pytest.raises(Unavailable, match="injected"):
                 mine.advance(None, time=NOW)
             assert disk(inner).read() is None
         else:
@@ -193,7 +193,7 @@ def test_catalogues_that_contradict_themselves(change: dict[str, object]) -> Non
     if "generation" in change:
         text = json.dumps(json.loads(_body(store, where)) | change).encode()
         store.put(where, seal(KEYS, b"C", where, text))
-    with pytest.raises((Corrupt, Unsupported)):
+    with pytest.raises((Corrupt, Unsupported), match=r"^disks/\w+/\d+: the catalogue"):
         disk(store).existing()
 
 
@@ -208,7 +208,7 @@ def test_any_body_is_corrupt(body: bytes) -> None:
     store = MemoryStore()
     where = generation_name(KEYS.disk_key("web1/vda"), 1)
     store.put(where, seal(KEYS, b"C", where, body))
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="the catalogue is damaged: JSON"):
         disk(store).existing()
 
 
@@ -245,7 +245,7 @@ def test_another_disks_catalogue_cannot_be_put_in_the_place_of_this_one() -> Non
     disk(store).advance(None, time=NOW)
     theirs = store.get(generation_name(KEYS.disk_key("other"), 1))
     store.put(generation_name(KEYS.disk_key("web1/vda"), 1), theirs)
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="altered or belong elsewhere"):
         disk(store).existing()
 
 
@@ -256,5 +256,5 @@ def test_an_old_generation_cannot_be_put_in_the_place_of_the_newest() -> None:
         mine.advance(mine.read(), time=NOW)
     key = KEYS.disk_key("web1/vda")
     store.put(generation_name(key, 2), store.get(generation_name(key, 1)))
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="altered or belong elsewhere"):
         mine.existing()

@@ -75,15 +75,15 @@ def test_a_hold_that_is_there_already_changes_nothing_or_its_reason(repo: Reposi
 
 def test_what_is_not_there(repo: Repository) -> None:
     repo.hold(DISK, 2, "audit")
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="has no point 9"):
         repo.hold(DISK, 9, "audit")
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="there is no disk 'other'"):
         repo.hold("other", 1, "audit")
     for point, tag in [(1, "audit"), (2, "other"), (9, "audit")]:
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match=r"is not held under|has no point 9"):
             repo.release(DISK, point, tag)
     for tag in ("", " a", "a\n", "x" * 101):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="cannot name a hold"):
             repo.hold(DISK, 1, tag)
     assert list(repo.store.list("leases/")) == []
 
@@ -131,7 +131,7 @@ def test_who_is_overtaken_tries_again(repo: Repository) -> None:
 
 
 def test_who_is_overtaken_for_ever_says_so(repo: Repository) -> None:
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="changed this disk at the same time"):
         again(repo, Overtaken(repo, 1000)).hold(DISK, 2, "audit")
 
 

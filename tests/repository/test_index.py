@@ -98,7 +98,7 @@ def test_every_altered_byte_is_noticed() -> None:
     name = indexes.write(store, KEYS, [listed(1, [1, 2, 3])], era=0)
     data = store.get(name)
     for at in range(len(data)):
-        with pytest.raises((Corrupt, Unsupported)):
+        with pytest.raises((Corrupt, Unsupported), match=f"^{name}: "):
             indexes.parse(KEYS, name, data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
 
 

@@ -23,6 +23,7 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.packer import SMALL, UPLOADS, Packer, Stream
 from snapchain.testing.faults import Crash, Fault, FaultStore, On
 from tests.repository.synthetic import LEAF, ORIGIN, Run, again, drawn, nothing, repository
+from tests.waiting import HANG, stuck, wait_until
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))
 
@@ -67,7 +68,6 @@ def pack_all(store: ObjectStore, plain: list[bytes]) -> None:
         packer.flush()
 
 
-@pytest.mark.timeout(20)
 def test_more_packs_than_may_be_in_flight_do_not_deadlock() -> None:
     """Filling waited for an upload that needed the lock that filling held. Two threads, hundreds of packs."""
     store = Slow(MemoryStore(), 0.001)
@@ -85,14 +85,13 @@ def test_more_packs_than_may_be_in_flight_do_not_deadlock() -> None:
     )
 
 
-@pytest.mark.timeout(20)
 def test_what_waits_in_memory_is_bounded() -> None:
     """While no upload ends, no more than the queue's packs are accepted."""
     gate = threading.Event()
 
     class Stuck(StoreWrapper):
         def put(self, name: str, data: Data) -> None:
-            gate.wait(10)
+            assert gate.wait(HANG)
             super().put(name, data)
 
     accepted: list[bytes] = []
@@ -103,20 +102,17 @@ def test_what_waits_in_memory_is_bounded() -> None:
             accepted.append(each)
 
     store = Stuck(MemoryStore())
-    with Packer(store, KEYS, BlobIndex()) as packer, ThreadPoolExecutor(1) as pool:
-        done = pool.submit(fill)
-        before = -1
-        while before != len(accepted):
-            before = len(accepted)
-            time.sleep(0.1)
+    with Packer(store, KEYS, BlobIndex()) as packer:
+        filler = threading.Thread(target=fill)
+        filler.start()
+        wait_until(lambda: stuck(filler))
         assert len(accepted) <= 3 * (UPLOADS + 3)
         gate.set()
-        done.result()
+        filler.join()
         packer.flush()
     assert len(accepted) == 100
 
 
-@pytest.mark.timeout(20)
 def test_a_blob_that_many_threads_bring_is_stored_once() -> None:
     store = MemoryStore()
     plain = blobs(30)
@@ -136,7 +132,6 @@ def test_a_blob_that_many_threads_bring_is_stored_once() -> None:
     assert held < 30 * 416 + 200 * len(list(store.list("packs/")))
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.LOST_REPLY])
 @pytest.mark.parametrize("nth", [1, 5, 40])
 def test_a_failed_upload_is_the_error_of_whoever_fills_or_flushes(fault: Fault, nth: int) -> None:
@@ -146,7 +141,6 @@ def test_a_failed_upload_is_the_error_of_whoever_fills_or_flushes(fault: Fault, 
     assert listed(store) <= stored(store)
 
 
-@pytest.mark.timeout(20)
 def test_a_failed_upload_ends_a_whole_shipment_with_its_error() -> None:
     for prefix in ("packs/", "index/", "layers/"):
         opened = repository()
@@ -157,23 +151,23 @@ def test_a_failed_upload_ends_a_whole_shipment_with_its_error() -> None:
         assert list(opened.store.list("layers/")) == []
 
 
-@pytest.mark.timeout(20)
 def test_a_crash_in_an_upload_ends_the_session() -> None:
     store = FaultStore(MemoryStore(), crash_at=6)
     with pytest.raises(Crash):
         pack_all(store, blobs(300))
 
 
-@pytest.mark.timeout(20)
 def test_leaving_with_an_error_does_not_wait_for_slow_uploads_nor_strand_a_thread() -> None:
     """A worker that waits for a slot when the session is given up gets an error, not the end of time."""
     gate = threading.Event()
 
     class Stuck(StoreWrapper):
         def put(self, name: str, data: Data) -> None:
-            gate.wait(15)
+            assert gate.wait(HANG)
+            uploaded.append(name)
             super().put(name, data)
 
+    uploaded: list[str] = []
     outcome: list[BaseException] = []
     packer = Packer(Stuck(MemoryStore()), KEYS, BlobIndex())
 
@@ -187,13 +181,12 @@ def test_leaving_with_an_error_does_not_wait_for_slow_uploads_nor_strand_a_threa
     workers = [threading.Thread(target=fill, daemon=True) for _ in range(12)]
     for worker in workers:
         worker.start()
-    time.sleep(0.3)
-    begun = time.monotonic()
+    wait_until(lambda: stuck(*workers))
     packer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert time.monotonic() - begun < 1
+    assert uploaded == []
     gate.set()
     for worker in workers:
-        worker.join(5)
+        worker.join(HANG)
     assert not any(worker.is_alive() for worker in workers)
     assert len(outcome) == 12
 

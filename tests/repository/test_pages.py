@@ -141,9 +141,9 @@ def test_a_run_past_the_end_of_the_disk_is_refused_though_its_leaf_is_not() -> N
     """A page of a record reaches to the end of its last leaf; its runs do not."""
     sound = page([(0, 1000, 0)], [])
     assert Page.decode(sound.encode(), 0, 1000, subject="x").zero_bytes() == 1000
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match=r"^x: a page of the layer record contradicts itself"):
         Page.decode(page([(0, 1001, 0)], []).encode(), 0, 1000, subject="x")
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match=r"^x: a page of the layer record contradicts itself"):
         Page.decode(page([(0, 10, 0), (1000, 1, 0)], []).encode(), 0, 1000, subject="x")
 
 
@@ -210,7 +210,7 @@ def _put(store: MemoryStore, layer: str, text: bytes, table: Rows, length: int |
 def test_records_that_contradict_themselves(change: dict[str, object]) -> None:
     store = MemoryStore()
     header = record(store, **change)
-    with pytest.raises((Corrupt, Unsupported)):
+    with pytest.raises((Corrupt, Unsupported), match=f"{header.id}: the layer record"):
         records.read(store, KEYS, header.id)
     records.read(store, KEYS, record(store).id)
 
@@ -228,7 +228,7 @@ def test_page_tables_with_any_numbers(rows: list[tuple[int, int]]) -> None:
     if sound:
         assert len(records.read(store, KEYS, header.id)[1]) == len(rows)
     else:
-        with pytest.raises(Corrupt):
+        with pytest.raises(Corrupt, match=f"{header.id}: the layer record contradicts itself"):
             records.read(store, KEYS, header.id)
 
 
@@ -240,14 +240,14 @@ def test_any_body_is_corrupt(body: bytes, length: int) -> None:
     name = layer_name(layer)
     for text in (body, length.to_bytes(4, "little") + body):
         store.put(name, seal(KEYS, b"L", name, text))
-        with pytest.raises(Corrupt):
+        with pytest.raises(Corrupt, match=f"{layer}: the layer record is"):
             records.read(store, KEYS, layer)
 
 
 def test_a_missing_record_and_an_id_that_is_none() -> None:
     store = MemoryStore()
     for layer in ("ab" * 16, "", "../config", "AB" * 16, "x"):
-        with pytest.raises(Corrupt):
+        with pytest.raises(Corrupt, match=r"this is no layer id|missing from the store"):
             records.read(store, KEYS, layer)
 
 
@@ -259,9 +259,9 @@ def test_a_page_in_the_cache_is_checked_again_for_another_place(monkeypatch: pyt
     for first, stop in ((LEAF + 512, 2 * LEAF), (LEAF, 2 * LEAF - 512)):
         row = layer.table[0].copy()
         row["first"], row["stop"] = first, stop
-        with pytest.raises(Corrupt):
+        with pytest.raises(Corrupt, match=r"^x: a page .* contradicts itself"):
             shipped.repository._pages.get(np.array([row]), 4 * LEAF, subject="x")
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match=r"^x: a page .* contradicts itself"):
         shipped.repository._pages.get(layer.table[:1], LEAF + 512, subject="x")
 
 

@@ -260,25 +260,25 @@ def _rekeyed_head(body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("where", "change", "error"),
+    ("where", "change", "error", "words"),
     [
-        ("config", _respaced, Damaged),
-        ("config", _newer, Newer),
-        ("config", _more, Newer),
-        ("keys/*", _newer, Newer),
-        ("index/*", _flipped, Damaged),
-        ("layers/*", _flipped, Damaged),
-        ("layers/*", _newer_head, Newer),
-        ("layers/*", _rekeyed_head, Newer),
-        ("disks/*/*", _flipped, Damaged),
-        ("packs/*/*", _flipped, Damaged),
-        ("packs/*/*", _newer_head, Newer),
-        ("packs/*/*", _rekeyed_head, Newer),
-        ("packs/*/*", lambda body: body[:40] + b"\0\0" + body[42:], Damaged),
+        ("config", _respaced, Damaged, "no slot opens"),
+        ("config", _newer, Newer, "format"),
+        ("config", _more, Newer, "json"),
+        ("keys/*", _newer, Newer, "format|json"),
+        ("index/*", _flipped, Damaged, "tag"),
+        ("layers/*", _flipped, Damaged, "tag"),
+        ("layers/*", _newer_head, Newer, "head"),
+        ("layers/*", _rekeyed_head, Newer, "head"),
+        ("disks/*/*", _flipped, Damaged, "tag"),
+        ("packs/*/*", _flipped, Damaged, "tag|trailer"),
+        ("packs/*/*", _newer_head, Newer, "head"),
+        ("packs/*/*", _rekeyed_head, Newer, "head"),
+        ("packs/*/*", lambda body: body[:40] + b"\0\0" + body[42:], Damaged, "tag|trailer"),
     ],
 )
 def test_what_was_altered_is_refused(
-    tmp_path: Path, where: str, change: Callable[[bytes], bytes], error: type[Exception]
+    tmp_path: Path, where: str, change: Callable[[bytes], bytes], error: type[Exception], words: str
 ) -> None:
     repository = make(tmp_path, AES)
     with Deposit(repository) as deposit:
@@ -286,7 +286,7 @@ def test_what_was_altered_is_refused(
         disk.ship(LEAF, (0, 512, DATA))
     for path in tmp_path.glob(where):
         path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(error):
+    with pytest.raises(error, match=words):
         _read_all(tmp_path, disk)
 
 
@@ -298,7 +298,7 @@ def test_an_object_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
         disk.ship(LEAF, (0, 512, DATA))
     one, two = sorted(tmp_path.glob("layers/*"))
     one.write_bytes(two.read_bytes())
-    with pytest.raises(Damaged):
+    with pytest.raises(Damaged, match="tag"):
         _read_all(tmp_path, disk)
 
 
@@ -351,7 +351,7 @@ def test_records(written: dict[str, str], suite: str) -> None:
     assert _keys(written, suite).unseal(b"C", vectors.RECORD_NAME, sealed) == b"snapchain"
     assert unseal(vectors.keyring(suite), b"C", vectors.RECORD_NAME, sealed) == b"snapchain"
     for other in (vectors.RECORD_NAME[:-1] + "2", "disks/01/00000000000000000001"):
-        with pytest.raises(Damaged):
+        with pytest.raises(Damaged, match="tag"):
             _keys(written, suite).unseal(b"C", other, sealed)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import scan
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
@@ -97,23 +97,23 @@ def test_a_range_with_a_held_layer_is_refused(chain: list[Path]) -> None:
 def test_a_note_that_cannot_be_read_might_be_a_hold(chain: list[Path]) -> None:
     hold.hold_image(chain[3], "audit")
     next(chain[0].parent.glob(".snapchain-layer-*")).write_text("{")
-    with pytest.raises(SnapchainError, match="not the note of a layer"):
+    with pytest.raises(Corrupt, match="not the note of a layer"):
         plan(chain)
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "words"),
     [
-        {"from_layer": "1.qcow2", "max_layers": 3},
-        {"to_layer": "1.qcow2", "policy": Policy(last=1)},
-        {"flatten": True, "from_layer": "1.qcow2"},
-        {"max_layers": 0},
-        {"budget_bytes": -1},
-        {"budget_seconds": float("nan")},
+        ({"from_layer": "1.qcow2", "max_layers": 3}, "would choose them"),
+        ({"to_layer": "1.qcow2", "policy": Policy(last=1)}, "would choose them"),
+        ({"flatten": True, "from_layer": "1.qcow2"}, "cannot be combined with --from"),
+        ({"max_layers": 0}, "has at least one layer"),
+        ({"budget_bytes": -1}, "cannot be negative"),
+        ({"budget_seconds": float("nan")}, "budget"),
     ],
 )
-def test_what_makes_no_sense(chain: list[Path], options: dict[str, object]) -> None:
-    with pytest.raises(InvalidInput):
+def test_what_makes_no_sense(chain: list[Path], options: dict[str, object], words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
         plan(chain, **options)
 
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_merged_is_gone_round(chain: list[Path], views: dict[str,
     assert ranges(planned) == [(1, 2), (4, 6)]
     assert "persistent bitmaps" in planned.notices[0]
     assert ranges(plan(chain, policy=Policy(last=1), drop_bitmaps=True)) == [(1, 6)]
-    with pytest.raises(SnapchainError, match="persistent bitmaps"):
+    with pytest.raises(Unsupported, match="persistent bitmaps"):
         plan(chain)
 
 
@@ -304,7 +304,7 @@ def test_nothing_done_is_the_failure_itself(chain: list[Path], monkeypatch: pyte
         raise NotFound("somebody took it")
 
     monkeypatch.setattr(merge_run, "run", failing)
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="somebody took it"):
         merge(chain, policy=Policy(last=2, weekly=2), zone=UTC)
 
 
@@ -312,7 +312,7 @@ def test_a_chain_that_changed_since_the_plan_is_left_alone(chain: list[Path]) ->
     planned = plan(chain, policy=Policy(last=1))
     write(chain[-1], "write -P 9 0 64k")
     snapshot.run(snapshot.plan(chain[-1]))
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="changed after the merge was planned"):
         running.run(planned)
 
 

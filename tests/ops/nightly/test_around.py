@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -29,6 +28,7 @@ from snapchain.ops.nightly.systemd import units
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
 from tests.ops.stacks import write
+from tests.waiting import HANG, started_with, wait_until
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path
     for name in ("fails", "hangs", "sound"):
         host.disk(name)
     after = f'after_snapshot = ["touch", "{tmp_path}/guest-started"]\nafter = ["touch", "{tmp_path}/ended"]\n'
-    hangs = script(tmp_path / "hangs", f"sleep 60 & echo $! > {tmp_path}/pid; wait; true")
+    hangs = script(tmp_path / "hangs", "sleep 1000 & wait; true")
     text = (
         f'[[disks]]\npath = "images/fails.qcow2"\n[disks.hooks]\nbefore = ["false"]\n{after}'
         f'on_failure = ["sh", "-c", "echo $SNAPCHAIN_ERROR > {tmp_path}/error"]\n'
@@ -91,11 +91,7 @@ def test_a_hook_that_fails_or_hangs_concerns_its_disk_alone(host: Host, tmp_path
     assert (tmp_path / "ended").exists()
     assert "exit status 1" in (tmp_path / "error").read_text()
     assert "0.5 seconds" in row(report, "hangs").faults[0].message
-    pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{pid}/status").exists() and "Z (zombie)" not in Path(f"/proc/{pid}/status").read_text():
-        assert time.monotonic() < deadline, "what the hook has started goes on"
-        time.sleep(0.02)
+    wait_until(lambda: started_with(tmp_path) == [])
 
 
 def test_a_hook_may_be_a_note_only(tmp_path: Path) -> None:
@@ -161,15 +157,14 @@ def test_a_second_run_waits_or_leaves(tmp_path: Path) -> None:
             raise AssertionError
         assert told == []
         began = time.monotonic()
-        with pytest.raises(Busy), only_run(path, wait=0.3, on_wait=told.append):
+        with pytest.raises(Busy, match="another run is at work"), only_run(path, wait=0.3, on_wait=told.append):
             raise AssertionError
         assert time.monotonic() - began > 0.25
         assert len(told) == 1
-    held = only_run(path, wait=0, on_wait=told.append)
-    held.__enter__()
-    threading.Timer(0.2, lambda: held.__exit__(None, None, None)).start()
-    with only_run(path, wait=10, on_wait=told.append):
-        assert len(told) == 2
+    with ExitStack() as held:
+        held.enter_context(only_run(path, wait=0, on_wait=told.append))
+        with only_run(path, wait=HANG, on_wait=lambda _: held.close()):
+            pass
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_a_window_within_a_day() -> None:
 
 @pytest.mark.parametrize("text", ["", "22-06", "24:00-06:00", "22:00-06:60", "22:00", "22:00-22:00", "٢٢:00-06:00"])
 def test_what_is_no_window(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is no window"):
         Window.parse(text)
 
 
@@ -117,7 +117,7 @@ def test_a_budget_lets_the_first_piece_go_and_then_only_what_fits() -> None:
     limits.take("merge", 1 << 60)
     big = Limits(clock=lambda: datetime.now(UTC), closes=None, why="", ship=100, merge=None)
     big.take("ship", 5000)
-    with pytest.raises(CutOffError):
+    with pytest.raises(CutOffError, match="bytes to ship has 0 left"):
         big.take("ship", 1)
 
 
