@@ -117,8 +117,8 @@ class Forest:
             self.below[path] = below
 
     def disks(self) -> list[Path]:
-        """Every name by which an image can be opened, those that were added last first."""
-        return list(self.shown)[::-1]
+        """Every name by which an image can be opened, the longest chains first."""
+        return sorted(self.shown, key=lambda name: -len(self.chain(name)))
 
     def chain(self, name: Path) -> list[Path]:
         """Real paths of the chain of any name, uppermost first."""
@@ -169,13 +169,13 @@ _CLUSTERS = st.dictionaries(st.integers(0, CLUSTERS - 1), st.integers(0, 255), m
 
 @contextmanager
 def forests(data: st.DataObject) -> Iterator[Forest]:
-    """A forest of 3 to 7 images, with further names for some of them."""
+    """A forest of 4 to 7 images, with further names for some of them."""
     with tempfile.TemporaryDirectory(dir=SHM) as name:
         forest = Forest(Path(os.path.realpath(name)))
         for each in DIRECTORIES:
             (forest.root / each).mkdir()
         (forest.root / "linked").symlink_to("_base")
-        for number in range(data.draw(st.integers(3, 7))):
+        for number in range(data.draw(st.integers(4, 7))):
             # Most images stand on the newest one, in the same directory: so chains grow long.
             names = list(forest.shown)
             below = data.draw(st.sampled_from([*names[-1:] * 4, *names[-4:], None])) if names else None
@@ -184,7 +184,7 @@ def forests(data: st.DataObject) -> Iterator[Forest]:
             path = directory / f"{number}.qcow2"
             recorded = None if below is None else data.draw(_recorded(forest, path, below))
             forest.add(path, data.draw(_CLUSTERS), below, recorded)
-            if data.draw(st.integers(0, 4)) == 0:
+            if data.draw(st.integers(0, 4)) == 4:
                 _add_name(forest, path, directory.parent / data.draw(st.sampled_from(DIRECTORIES)), data)
         forest.remember()
         yield forest
