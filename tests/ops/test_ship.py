@@ -561,4 +561,5 @@ def test_a_local_repository_ships_as_the_memory_one(tmp_path: Path) -> None:
         "disks",
         "leases",
         "tmp",
+        ".reserve",
     }
