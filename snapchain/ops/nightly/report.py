@@ -142,7 +142,7 @@ class DestinationReport(_Shown):
 class NightlyReport(_Shown):
     """A whole run.
 
-    faults, left: of the run itself; disks: in the order of work; counts: of them by outcome, also the zeros;
+    faults, left: of the run itself; disks: in the order of work; counts: by outcome, also zeros (but of moved)
     no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
     leftovers: those of them on which nothing stands any more
     """

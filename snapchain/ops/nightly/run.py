@@ -226,7 +226,7 @@ class _Run:
             finished=self._night.clock(),
             seconds=round(time.monotonic() - self._began, 3),
             closes=self._night.limits.closes,
-            counts={each: sum(row.outcome is each for row in rows) for each in Outcome},
+            counts=_counts([row.outcome for row in rows]),
             disks=tuple(rows),
             destinations=tuple(places),
             faults=tuple(self._steps.faults),
@@ -268,6 +268,11 @@ class _Run:
         if self._stop.is_set():
             raise Interrupted("the run was interrupted")
         self._on_event(event)
+
+
+def _counts(outcomes: Sequence[Outcome]) -> dict[Outcome, int]:
+    """Also the zeros; but for `moved`, which most hosts never meet and programs need not know."""
+    return {each: count for each in Outcome if (count := outcomes.count(each)) or each is not Outcome.MOVED}
 
 
 def _unused(destination: str) -> DestinationReport:
