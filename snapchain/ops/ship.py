@@ -181,6 +181,7 @@ class Shipment:
                 for group in self._groups:
                     if self._adds(group, chain):
                         chain.append(self._add(group, chain, deposit, arrival.read))
+                        arrival.show()
                     if group.publishes:
                         points.append(self._publish(chain, self._time_of(group.stop), lease.check))
                 return self._report(points, chain, bytes_read=deposit.bytes_read, bytes_stored=deposit.bytes_stored)
