@@ -21,7 +21,7 @@ from snapchain.repository.holds import reasons
 from snapchain.repository.index import BlobIndex, newest
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
-from snapchain.repository.merging import merge_layers
+from snapchain.repository.merging import NotProven, merge_layers
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
 
@@ -199,6 +199,8 @@ class RepositoryMerge:
                 if group.is_merge:
                     try:
                         made, held = self._merged_group(group, packer)
+                    except NotProven:
+                        raise
                     except Corrupt as error:
                         self._damage[group.members] = error
                     else:

@@ -221,6 +221,7 @@ class Shipment:
             for group in self._groups:
                 if self._adds(group, chain):
                     chain.append(self._add(group, chain, deposit, arrival.read))
+                    arrival.show()
                 if group.publishes:
                     points.append(self._publish(chain, self._time_of(group.stop), lease.check))
             return self._report(

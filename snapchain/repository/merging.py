@@ -37,6 +37,10 @@ _READERS = 8
 """Pages are small: on object storage the wait is for the network."""
 
 
+class NotProven(Corrupt):
+    """The merged layer would not show what the layers show: not damage to work around, but a reason to stop."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Span:
     """Whole leaves [first, stop) of which a layer has something to say, in `page` unless it is its end."""
@@ -185,7 +189,7 @@ def _composed(
 
 
 def _prove(group: Sequence[Part], piece: Piece, first: int, stop: int, *, root: bool, subject: str) -> None:
-    """Raises Corrupt unless the composed window shows, leaf by leaf, what walking the layers shows.
+    """Raises NotProven unless the composed window shows, leaf by leaf, what walking the layers shows.
 
     And unless it leaves the same leaves to what is below; below a root there is nothing.
     """
@@ -196,7 +200,7 @@ def _prove(group: Sequence[Part], piece: Piece, first: int, stop: int, *, root: 
         and (root or np.array_equal(piece.touches(first // LEAF_BYTES, len(left)), ~left))
     )
     if not same:
-        raise Corrupt(
+        raise NotProven(
             f"the merged layer would not show what the layers show between {first} and {stop}; nothing was changed",
             subject=subject,
             hint="snapchain verify tells whether the layers are sound; if they are, this is a bug",
