@@ -275,6 +275,8 @@ def test_promise_8_every_altered_byte_is_noticed(encrypted: tuple[Path, Path], t
         for at in sorted({0, 7, 12, 20, len(body) // 3, len(body) // 2, len(body) - 9, len(body) - 1}):
             path.write_bytes(body[:at] + bytes([body[at] ^ 4]) + body[at + 1 :])
             assert not _believed(place), (path, at)
+            for record in place.glob("index/damaged-*"):  # of a pack that is known to be damaged only its blobs count
+                record.unlink()
         path.write_bytes(body)
     assert _believed(place)
     restore(opened, tmp_path / "out.raw", disk="secret-disk/vda")
