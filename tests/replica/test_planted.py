@@ -167,7 +167,7 @@ def cut_off(held: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     noise = tmp_path / "noise"
     noise.write_bytes(os.urandom(4 * MiB))
     image = build(tmp_path / "d", [Layer(4 * MiB, [f"write -s {noise} 0 4M"])])[0]
-    with pytest.raises(Unavailable, match="closed|ends in the middle"):
+    with pytest.raises(Unavailable, match=r"closed|ends in the middle"):
         send(image, BentEndpoint(held, there=lambda at, data: data if at < 3 * MiB else None), "other")
     incoming = held.root / "other" / ".incoming.qcow2"
     assert incoming.with_suffix(".json").exists()
