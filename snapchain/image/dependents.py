@@ -176,10 +176,13 @@ class _Search:
             with os.scandir(directory) as entries:
                 for entry in entries:
                     self._entries += 1
-                    if entry.is_dir():
-                        below.append(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
-                    else:
-                        self._entry(entry.path, entry)
+                    with suppress(
+                        OSError
+                    ):  # a link that leads nowhere, or where this user may not look; gone meanwhile
+                        if entry.is_dir():
+                            below.append(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
+                        else:
+                            self._entry(entry)
                     if self._entries >= MOST_ENTRIES:
                         self._stopped_at = directory
                         break
@@ -189,14 +192,11 @@ class _Search:
             self._unseen.append(directory)
         yield from below
 
-    def _entry(self, path: str, entry: os.DirEntry[str]) -> None:
-        try:
-            status = entry.stat()
-        except OSError:  # a dangling link, or gone meanwhile
-            return
+    def _entry(self, entry: os.DirEntry[str]) -> None:
+        status = entry.stat()
         if entry.is_symlink():
-            self._link(path, status)
-        self._image(path, status)
+            self._link(entry.path, status)
+        self._image(entry.path, status)
 
     def _link(self, path: str, status: os.stat_result) -> None:
         """Somebody may open one of our files by a name of his own."""
@@ -276,7 +276,7 @@ class _Search:
         is_own = opened is not None and opened == self._disk
         if is_own and not file.is_lasting:
             return
-        name = f"domain {domain}" + (f" ({file.disk})" if file.disk else "")
+        name = f"domain {_printable(domain)}" + (f" ({file.disk})" if file.disk else "")
         what = "uses it" if opened is None else "names it in its backing chain"
         for real in self._meant(by):
             if opened is not None or real != self._disk:
@@ -295,23 +295,29 @@ class _Search:
         at = Path(path)
         # By its name alone where it lies beside the file.
         shown = at.name if str(at.parent) == str(Path(real).parent) else path
-        self._found.setdefault(real, {})[path] = Dependent(at, None, f"{shown} {what}", kind, Path(by))
+        self._found.setdefault(real, {})[path] = Dependent(at, None, f"{_printable(shown)} {what}", kind, Path(by))
 
     def result(self, fault: str | None) -> Dependents:
         """What was found, sorted by name, and what could not be looked at."""
         sentences = []
         if self._stopped_at is not None:
             sentences.append(
-                f"The search for other users of these files ended at {self._stopped_at}, after {self._entries} names: "
-                "there may be users that it did not reach."
+                f"The search for other users of these files ended after {self._entries} names, at "
+                f"{_printable(self._stopped_at)}: there may be users that it did not reach."
             )
         if self._unseen:
-            more = f" and {len(self._unseen) - 1} more directories" if len(self._unseen) > 1 else ""
-            sentences.append(f"{self._unseen[0]}{more} cannot be read: images there may stand on these files.")
+            first, more = _printable(self._unseen[0]), len(self._unseen) - 1
+            others = f" and {more} more directories" if more else ""
+            sentences.append(f"{first}{others} cannot be read: images there may stand on these files.")
         if fault is not None:
             sentences.append(fault)
         found = {real: tuple(users[name] for name in sorted(users)) for real, users in self._found.items()}
         return Dependents(" ".join(sentences) or None, found)
+
+
+def _printable(name: str) -> str:
+    """A name as it may stand in a sentence, and in JSON: others choose how they call their files."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _identity(status: os.stat_result) -> Identity:

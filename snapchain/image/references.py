@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -69,14 +69,6 @@ def children(
             for path in _meant(entry, recorded, wanted):
                 found.setdefault(path, []).append(entry)
     return found
-
-
-def reason(standing: Sequence[Path]) -> str:
-    """Why a file with these images on it must stay."""
-    names = ", ".join(entry.name for entry in standing[:3])
-    if all(os.access(entry, os.R_OK, effective_ids=True) for entry in standing):
-        return f"{names} stands on it"
-    return f"{names} cannot be read, and may stand on it"
 
 
 def _images(directories: Iterable[Path], besides: Collection[tuple[int, int]]) -> Iterator[Path]:

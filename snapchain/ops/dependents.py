@@ -15,7 +15,15 @@ from pathlib import Path
 
 from snapchain.image.dependents import Dependent, Dependents, Kind, search
 
-__all__ = ["Dependent", "Dependents", "Kind", "find_dependents", "image_directories", "is_outside"]
+__all__ = [
+    "Dependent",
+    "Dependents",
+    "Kind",
+    "find_dependents",
+    "image_directories",
+    "is_linked_elsewhere",
+    "is_outside",
+]
 
 _VARIABLE = "SNAPCHAIN_IMAGE_DIRS"
 _UNFINISHED = re.compile(r"\..+\.(merge|snapshot|snapchain-part)-[0-9a-f]{8}")
@@ -32,11 +40,13 @@ def find_dependents(
     nothing does that an unfinished merge, snapshot or restore has left beside them
     image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
     """
-    named = [path for path in (*image_dirs, *image_directories()) if path.is_dir()]
+    named = [*image_dirs, *image_directories()]
     homes = list(dict.fromkeys([Path(os.path.realpath(top)).parent, Path(os.path.realpath(top.parent))]))
     near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
+    # A link elsewhere has other users than this chain, whoever opens the file by it.
+    known = [path if Path(os.path.realpath(path.parent)) in homes else Path(os.path.realpath(path)) for path in files]
     left = _unfinished([*homes, *(Path(os.path.realpath(file)).parent for file in files)])
-    return search(files, [*near, *(home.parent for home in homes)], near=near, own=[*own, *left], disk=top)
+    return search(known, [*near, *(home.parent for home in homes)], near=near, own=[*own, *left], disk=top)
 
 
 def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
@@ -58,3 +68,10 @@ def image_directories() -> Iterator[Path]:
 def is_outside(file: Path, top: Path) -> bool:
     """Whether a file lies in another directory than the disk's top, links resolved."""
     return Path(os.path.realpath(file)).parent != Path(os.path.realpath(top)).parent
+
+
+def is_linked_elsewhere(file: Path, others: Dependents) -> bool:
+    """Whether a symbolic link in another directory leads to a file: the one by which it was named, or one found."""
+    home = Path(os.path.realpath(file)).parent
+    links = [file, *(user.path for user in others.on(file, Kind.LINK) if user.path is not None)]
+    return any(Path(os.path.realpath(link.parent)) != home for link in links)

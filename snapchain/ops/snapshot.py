@@ -30,7 +30,7 @@ from snapchain.image import ImageChain, ImageFile, qemu_img, scan
 from snapchain.image.backing import check_no_layer
 from snapchain.image.dependents import describe
 from snapchain.image.qemu_img import BackingLink, Qcow2Options
-from snapchain.ops.dependents import Kind, find_dependents
+from snapchain.ops.dependents import Dependents, Kind, find_dependents, is_linked_elsewhere
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import seal
 from snapchain.ops.ownership import check_not_given
@@ -111,9 +111,13 @@ def plan(
         if overlay is not None:
             sealed = source
             target = _beside(overlay, source)
+            is_linked = False
         else:
             _check_can_stay(source, top)
-            _check_alone(chain, image_dirs)
+            own = [file.device for file in chain.files]
+            others = find_dependents([top.path], top=top.path, own=own, image_dirs=image_dirs)
+            _check_alone(top, others)
+            is_linked = is_linked_elsewhere(top.path, others)
             sealed = _sealed_path(source, status, sealed_name)
             target = source
         header = top.header
@@ -122,7 +126,7 @@ def plan(
             source=source,
             sealed=sealed,
             overlay=target,
-            backing=_recorded(sealed, target, named=image),
+            backing=_recorded(sealed, target, is_linked=is_linked),
             sealed_format=top.format,
             virtual_size=-(-chain.size // _SECTOR) * _SECTOR,
             cluster_size=top.cluster_size if header else None,
@@ -202,15 +206,13 @@ def _check_can_stay(source: Path, top: ImageFile) -> None:
         )
 
 
-def _check_alone(chain: ImageChain, image_dirs: Sequence[Path]) -> None:
+def _check_alone(top: ImageFile, others: Dependents) -> None:
     """Under the name of the image there is an overlay afterwards, which a guest changes: nobody may stand on that."""
-    own = [file.device for file in chain.files]
-    others = find_dependents([chain.top.path], top=chain.top.path, own=own, image_dirs=image_dirs)
-    users = others.on(chain.top.path, Kind.STANDS)
+    users = others.on(top.path, Kind.STANDS)
     if users:
         raise Conflict(
             f"it cannot be replaced by an overlay: {describe(users)}",
-            subject=chain.top.path,
+            subject=top.path,
             hint="say --overlay NEW.qcow2, and let the guest use that file; this one then stays as it is",
         )
 
@@ -262,13 +264,12 @@ def _same_inode(entry: Path, status: os.stat_result) -> bool:
     return (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino)
 
 
-def _recorded(sealed: Path, overlay: Path, *, named: Path) -> str:
+def _recorded(sealed: Path, overlay: Path, *, is_linked: bool) -> str:
     """The backing name to record: relative where that holds from every path by which the overlay is opened.
 
     QEMU resolves a relative name from the directory of the path that it was given, symbolic link or not.
     """
-    by_link = overlay == named.resolve() and named.absolute().parent.resolve() != overlay.parent
-    return str(sealed) if by_link or sealed.parent != overlay.parent else sealed.name
+    return str(sealed) if is_linked or sealed.parent != overlay.parent else sealed.name
 
 
 def _check_unchanged(planned: SnapshotPlan) -> None:

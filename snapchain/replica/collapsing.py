@@ -4,7 +4,7 @@
     become   [a   b   c] [d   e]  f      each under the name and id of its uppermost
 
 Points go from the catalogue before the first file is touched that they need; their layers when the files are one.
-Layers that somebody has open stay, and so do those on which an image of the disk's directories stands, such as the
+Layers that somebody has open stay, and so do those on which an image of the replica stands, such as the
 overlay of a guest; the others are merged around them.  What lies above the newest point is a transfer that was cut off.
 """
 

@@ -1,6 +1,6 @@
 """Giving up the upper layers of a disk, because its user has decided for the other side of a divergence.
 
-Nothing that somebody uses is dropped: a file that is open, or on which another image of the directory stands, stops it
+Nothing that somebody uses is dropped: a file that is open, or on which another image of the replica stands, stops it
 before anything is changed.  The catalogue goes first, then the files: a crash leaves files that nobody names.
 """
 

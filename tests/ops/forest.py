@@ -90,10 +90,11 @@ class State:
 
 @dataclass
 class Forest:
-    """images: by name, with the chain of each, uppermost first; shown: what each name shows, links too."""
+    """shown: by name, links too; chains: of each image, uppermost first; below: the name that an image records."""
 
     root: Path
     chains: dict[Path, list[Path]] = field(default_factory=dict)
+    below: dict[Path, Path] = field(default_factory=dict)
     shown: dict[Path, bytes] = field(default_factory=dict)
     before: dict[Path, State] = field(default_factory=dict)
     may_go: set[Path] = field(default_factory=set)
@@ -112,6 +113,12 @@ class Forest:
         self.shown[path] = bytes(shown)
         real = Path(os.path.realpath(below)) if below else None
         self.chains[path] = [path, *(self.chains[real] if real else [])]
+        if below is not None:
+            self.below[path] = below
+
+    def disks(self) -> list[Path]:
+        """Every name by which an image can be opened, those that were added last first."""
+        return list(self.shown)[::-1]
 
     def chain(self, name: Path) -> list[Path]:
         """Real paths of the chain of any name, uppermost first."""
@@ -125,9 +132,13 @@ class Forest:
         return sorted(path for path in self.root.rglob("*") if path.is_symlink() or not path.is_dir())
 
     def own(self, target: Path) -> set[Path]:
-        """What a command on `target` may change: files of its chain in its directory, and what the user has named."""
+        """What a command on `target` may change: files of its chain in its directory, and what the user has named.
+
+        A link beside them, by which the chain itself opens one of them, is one of its names.
+        """
         chain = self.chain(target)
-        return {path for path in chain if path.parent == chain[0].parent} | self.may_go
+        names = [*chain, *(self.below[path] for path in chain if path in self.below)]
+        return {path for path in names if path.parent == chain[0].parent} | self.may_go
 
     def check(self, target: Path) -> None:
         """Nothing of anybody else was changed, and every name that is left shows what it did."""
@@ -145,36 +156,36 @@ class Forest:
             assert read(path, self.image_dirs) == shown, f"{path} shows something else"
 
     def half_done(self) -> set[Path]:
-        """Lowest inputs of commits that were killed: these alone read wrong until the doctor has been there."""
+        """Lower inputs of commits that were killed: by themselves they read wrong, until the doctor removes them."""
         from snapchain.ops.merge.journal import is_journal, read as read_journal
 
         journals = [read_journal(path) for path in self.names() if is_journal(path)]
-        return {journal.lowest for journal in journals if journal.stage == "committing"}
+        commits = [journal for journal in journals if journal.stage == "committing"]
+        return {path for each in commits for path in (each.lowest, *(entry.path for entry in each.remove))}
 
 
-@st.composite
-def _clusters(draw: st.DrawFn) -> dict[int, int]:
-    return draw(st.dictionaries(st.integers(0, CLUSTERS - 1), st.integers(0, 255), max_size=4))
+_CLUSTERS = st.dictionaries(st.integers(0, CLUSTERS - 1), st.integers(0, 255), max_size=4)
 
 
 @contextmanager
-def forests(draw: st.DrawFn) -> Iterator[Forest]:
+def forests(data: st.DataObject) -> Iterator[Forest]:
     """A forest of 3 to 7 images, with further names for some of them."""
     with tempfile.TemporaryDirectory(dir=SHM) as name:
         forest = Forest(Path(os.path.realpath(name)))
-        for directory in DIRECTORIES:
-            (forest.root / directory).mkdir()
+        for each in DIRECTORIES:
+            (forest.root / each).mkdir()
         (forest.root / "linked").symlink_to("_base")
-        for number in range(draw(st.integers(3, 7))):
-            directory = forest.root / draw(st.sampled_from(DIRECTORIES))
-            path = directory / f"{number}.qcow2"
-            # Chains grow long only if they mostly go on.
+        for number in range(data.draw(st.integers(3, 7))):
+            # Most images stand on the newest one, in the same directory: so chains grow long.
             names = list(forest.shown)
-            below = draw(st.sampled_from([*names[-2:], *names, None])) if names else None
-            recorded = None if below is None else draw(_recorded(forest, path, below))
-            forest.add(path, draw(_clusters()), below, recorded)
-            if draw(st.integers(0, 4)) == 0:
-                _add_name(forest, path, directory.parent / draw(st.sampled_from(DIRECTORIES)), draw)
+            below = data.draw(st.sampled_from([*names[-1:] * 4, *names[-4:], None])) if names else None
+            homes = [below.parent.name] * 3 if below else []
+            directory = forest.root / data.draw(st.sampled_from([*homes, *DIRECTORIES]))
+            path = directory / f"{number}.qcow2"
+            recorded = None if below is None else data.draw(_recorded(forest, path, below))
+            forest.add(path, data.draw(_CLUSTERS), below, recorded)
+            if data.draw(st.integers(0, 4)) == 0:
+                _add_name(forest, path, directory.parent / data.draw(st.sampled_from(DIRECTORIES)), data)
         forest.remember()
         yield forest
 
@@ -188,11 +199,11 @@ def _recorded(forest: Forest, image: Path, below: Path) -> st.SearchStrategy[str
     return st.sampled_from(names)
 
 
-def _add_name(forest: Forest, path: Path, directory: Path, draw: st.DrawFn) -> None:
+def _add_name(forest: Forest, path: Path, directory: Path, data: st.DataObject) -> None:
     """A symbolic or hard link, under which the image can be opened."""
     link = directory / f"{path.stem}-link.qcow2"
-    if draw(st.booleans()):
-        link.symlink_to(draw(st.sampled_from([str(path), os.path.relpath(path, directory)])))
+    if data.draw(st.booleans()):
+        link.symlink_to(data.draw(st.sampled_from([str(path), os.path.relpath(path, directory)])))
     else:
         os.link(path, link)
         forest.chains[link] = [link, *forest.chains[path][1:]]

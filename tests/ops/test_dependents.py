@@ -10,6 +10,7 @@ import pytest
 from snapchain.host import libvirt
 from snapchain.ops.dependents import Kind, find_dependents
 from tests.ops import fake_virsh
+from tests.ops.forest import write_image
 from tests.ops.stacks import MiB, qemu_img
 
 
@@ -181,3 +182,37 @@ def test_the_disks_own_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found() == []
     fake_virsh.install(tmp_path / "off", monkeypatch, domains={"web1": recorded})
     assert found() == [("domain web1 (vda) names it in its backing chain", Kind.DEFINITION)]
+
+
+def test_names_that_others_choose(tmp_path: Path) -> None:
+    base, top = image(tmp_path / "i1" / "0.qcow2"), image(tmp_path / "i1" / "disk.qcow2", "0.qcow2")
+    odd = tmp_path / "i2" / os.fsdecode(b"a\nb\xff.qcow2")
+    odd.parent.mkdir()
+    (tmp_path / "i2" / "loop").symlink_to("loop")
+    (tmp_path / "i2" / "nowhere").symlink_to("gone")
+    write_image(odd, {}, str(base))
+    write_image(tmp_path / "i2" / "z.qcow2", {}, "x" * 300)
+    status = top.stat()
+    found = find_dependents([base], top=top, own=[(status.st_dev, status.st_ino)])
+    assert found.reason(base) == f"{str(odd)!a} stands on it"
+    assert found.incomplete is None
+
+
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stat and one read for each file of a tree, whatever is searched for."""
+    base, top = tmp_path / "i1" / "0.qcow2", tmp_path / "i1" / "disk.qcow2"
+    top.parent.mkdir()
+    write_image(base, {}, None)
+    write_image(top, {}, "0.qcow2")
+    for number in range(50):
+        (tmp_path / f"{number}").write_bytes(b"QFI\xfb" + bytes(600))
+    opened: list[object] = []
+    real = os.open
+
+    def counted(path: str, *more: int, **named: int) -> int:
+        opened.append(path)
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", counted)
+    find_dependents([base] * 10, top=top)
+    assert len(opened) == 52

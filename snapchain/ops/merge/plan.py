@@ -22,7 +22,7 @@ from snapchain.image.assemble.geometry import surviving_bytes
 from snapchain.image.assemble.plan import merged_extents
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE
-from snapchain.ops.dependents import Dependents
+from snapchain.ops.dependents import Dependents, is_linked_elsewhere
 from snapchain.ops.merge import inputs
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
@@ -163,7 +163,7 @@ def decide(chain: ImageChain, asked: Asked, *, others: Dependents | None = None)
     )
     files = chain.files[first : last + 1]
     upper = files[-1]
-    link = _link(chain, first, upper)
+    link = _link(chain, first, upper, others)
     lower = [file.real_path for file in files[:-1]][::-1]
     remove, keep = inputs.fate(
         lower, top=chain.top.path, others=others, confirmed=asked.confirmed, keep_inputs=asked.keep_inputs
@@ -221,7 +221,7 @@ def decide(chain: ImageChain, asked: Asked, *, others: Dependents | None = None)
     return Decision(plan, way)
 
 
-def _link(chain: ImageChain, first: int, upper: ImageFile) -> Backing | None:
+def _link(chain: ImageChain, first: int, upper: ImageFile, others: Dependents) -> Backing | None:
     """The lowest input's backing link, for the place of the uppermost one. Raises Unsupported when it has no name."""
     if first == 0:
         return None
@@ -229,7 +229,7 @@ def _link(chain: ImageChain, first: int, upper: ImageFile) -> Backing | None:
     assert lowest.backing is not None
     name = lowest.backing.name
     if not name.startswith("/"):
-        if Path(os.path.realpath(upper.path.parent)) != upper.real_path.parent:
+        if _is_opened_elsewhere(upper, others):
             # QEMU looks from the directory of the link by which it opened the file: only a whole path suits that, too.
             name = str(below.real_path)
         elif lowest.path.parent != upper.path.parent:
@@ -240,3 +240,9 @@ def _link(chain: ImageChain, first: int, upper: ImageFile) -> Backing | None:
     if any(character < " " for character in name):
         raise Unsupported("the name of the file below holds control characters", subject=below.path)
     return Backing(name, below.format)
+
+
+def _is_opened_elsewhere(upper: ImageFile, others: Dependents) -> bool:
+    """Whether somebody may open the file by a link in another directory, so far with success."""
+    whole = upper.backing is not None and upper.backing.name.startswith("/")
+    return whole or is_linked_elsewhere(upper.path, others)
