@@ -20,6 +20,7 @@ __all__ = [
     "Dependents",
     "Kind",
     "find_dependents",
+    "image_directories",
     "is_linked_elsewhere",
     "is_outside",
 ]

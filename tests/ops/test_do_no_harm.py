@@ -46,8 +46,8 @@ def merge_request(forest: Forest, target: Path, data: st.DataObject) -> Request:
     named = data.draw(st.booleans())
     lowest = data.draw(st.integers(0, len(chain) - 1)) if named else 0
     highest = data.draw(st.integers(0, lowest)) if named else 0
-    remove = [path for path in chain if data.draw(st.integers(0, 5)) == 5]
-    keep_inputs = not remove and data.draw(st.integers(0, 5)) == 5
+    remove = [path for path in chain if data.draw(st.integers(0, 5)) == 0]
+    keep_inputs = not remove and data.draw(st.integers(0, 5)) == 0
     forest.may_go |= set(remove)
     return Request(
         image=target,
@@ -98,13 +98,7 @@ def seal(forest: Forest, target: Path, data: st.DataObject) -> None:
 
 def kill_and_settle(forest: Forest, target: Path, data: st.DataObject) -> None:
     """A merge is killed, somebody else makes an overlay on one of its inputs, and then the doctor comes."""
-    request = Request(
-        image=target,
-        flatten=data.draw(st.booleans()),
-        strategy=data.draw(st.sampled_from(STRATEGIES[:-1])),
-        image_format="qcow2",
-        image_dirs=tuple(forest.image_dirs),
-    )
+    request = merge_request(forest, target, data)
     planned = planning.plan(request)
     if not killed_after(lambda: running.run(planned), data.draw(st.integers(1, 20))):
         return
@@ -158,14 +152,9 @@ def restore(forest: Forest, target: Path, data: st.DataObject) -> None:
     forest.chains[real] = [real]  # of the chain that it had nothing else may change
     before = {path: State.of(path) for path in forest.names()}
     kind: Format | None = None if whole_chain else "qcow2"
-    options = {
-        "whole_chain": whole_chain,
-        "force": data.draw(st.integers(0, 5)) > 0,
-        "format": kind,
-        "point": str(point),
-    }
+    force = data.draw(st.integers(0, 5)) > 0
     try:
-        where.restoration("d", target, **options).run()  # type: ignore[arg-type]
+        where.restoration("d", target, point=str(point), format=kind, whole_chain=whole_chain, force=force).run()
     except SnapchainError:
         assert {path: State.of(path) for path in forest.names()} == before, "a refusal changes nothing"
         raise
@@ -215,4 +204,5 @@ def test_nothing_of_anybody_else_is_changed(name: str) -> None:
             forest.check(target)
 
     law()
+    print(name, done)
     assert not [what for what in ENOUGH.get(name, ()) if not done[what]]
