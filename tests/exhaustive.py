@@ -10,16 +10,14 @@ A test that enumerates inside itself is marked `sampled` and asks here how much 
     @settings(max_examples=examples(20))
     @given(...)
 
-Of parameters that are too many, `cases` marks all but the representative ones `soak`.
+A parameter that is too much for `make test` is marked `soak` alone: pytest.param(4, marks=pytest.mark.soak).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
-
-import pytest
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 EXHAUSTIVE = bool(os.environ.get("EXHAUSTIVE"))
 """Set by `make soak`."""
@@ -40,16 +38,3 @@ def some(items: Iterable[T], *, each: int) -> Iterator[T]:
 def examples(count: int, *, times: int = 10) -> int:
     """How many examples hypothesis tries: `count`, or `times` as many."""
     return count * times if EXHAUSTIVE else count
-
-
-def cases(values: Sequence[Any], *, each: int) -> list[Any]:
-    """Parameters of which `make test` runs one in `each`, and `make soak` the others.
-
-    values: arguments of a test with one parameter, or tuples of them
-    """
-    return [
-        value
-        if number % each == 0
-        else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.soak)
-        for number, value in enumerate(values)
-    ]

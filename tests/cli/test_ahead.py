@@ -74,7 +74,7 @@ def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest
 
     def use() -> None:
         with endpoint.connect() as channel:
-            wait_until(lambda: len(ssh.read_text().split()) == 3), "the first, that in use, and one ahead"
+            wait_until(lambda: len(ssh.read_text().split()) == 3)  # the first, that in use, and one ahead
             channel.abort()
 
     with endpoint.ahead(2):

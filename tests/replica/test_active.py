@@ -158,7 +158,7 @@ def test_a_hostile_receiver(synced: tuple[Path, Place], name: str) -> None:
     image, place = synced
     with (
         answering(place, features=["active"], then=(*BAD_ANSWERS[name], DONE)) as endpoint,
-        pytest.raises(Corrupt, match=r"^puppet: (it |what it says|x$)") as caught,
+        pytest.raises(Corrupt, match=r"^puppet: (it |the end is announced|what it says|x$)") as caught,
     ):
         asked(endpoint, image)
     assert str(caught.value).isprintable()

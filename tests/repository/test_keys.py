@@ -45,7 +45,7 @@ def test_many_threads_open_repositories_at_once() -> None:
     store = MemoryStore()
     Repository.create(store, passphrase=secret)
     with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(lambda _: Repository.open(store, passphrase=secret).keys.disk_key("a"), range(12)))
+        opened = list(pool.map(lambda _: Repository.open(store, passphrase=secret).keys.disk_key("a"), range(4)))
     assert len(set(opened)) == 1
 
 
