@@ -43,8 +43,8 @@ REMEDIES: dict[int, str] = {
 _OF_A_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-# `.NAME.PURPOSE-<random>` (files.py), `.NAME.snapchain-part` (ops/output.py); `.snapchain-layer-NAME-<inode>.json`.
-_TEMPORARY = re.compile(r"\.(.+)\.(?:[a-z]+-[0-9a-f]{8}|snapchain-part)", re.DOTALL)
+# `.NAME.PURPOSE-<random>` (files.py), `.NAME.snapchain-part` of version 0.1; `.snapchain-layer-NAME-<inode>.json`.
+_TEMPORARY = re.compile(r"\.(.+)\.(?:[a-z-]+-[0-9a-f]{8}|snapchain-part)", re.DOTALL)
 _NOTE = re.compile(r"\.snapchain-layer-(.+)-\d+\.json", re.DOTALL)
 
 

@@ -126,7 +126,8 @@ def check_indexes(repository: Repository, names: list[str], packs: Mapping[str, 
             continue
         for pack, size in listed.items():
             found = packs.get(pack_name(pack))
-            if found == size or pack in known:
+            # What a layer misses of it is told already, and told each time.
+            if found == size or pack in known or pack in repository.blobs.damaged:
                 continue
             repository.blobs.damaged.add(pack)
             if found is None:

@@ -148,18 +148,18 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, mode: int, uid: 
     for path in (image, fresh):
         path.touch()
     image.chmod(mode)
-    stat = Path.stat
+    stat = os.stat
 
-    def standing(self: Path, **more: bool) -> os.stat_result:
-        fields = list(stat(self, **more))
-        if self == image:
+    def standing(path: Path, **more: bool) -> os.stat_result:
+        fields = list(stat(path, **more))
+        if path == image:
             fields[4:6] = [fields[4] if uid is None else uid, FOREIGN]
         return os.stat_result(fields)
 
     def chown(path: Path, _uid: int, _gid: int) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
 
-    monkeypatch.setattr(Path, "stat", standing)
+    monkeypatch.setattr(os, "stat", standing)
     monkeypatch.setattr(os, "chown", chown)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     return image, fresh

@@ -39,8 +39,9 @@ def test_it_leads_where_the_kernel_leads(
     except FileNotFoundError:
         is_there = False
     except OSError:
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput) as caught:
             follow(path)
+        assert str(place) in str(caught.value.subject)
         return
     else:
         is_there = True

@@ -208,5 +208,5 @@ def test_a_filesystem_that_is_full_or_read_only_is_no_failure_of_the_tool(
             writes()
         assert (caught.value.subject, caught.value.hint) == (ours.subject, ours.hint)
         assert caught.value.hint
-    with pytest.raises(ToolFailed):
+    with pytest.raises(ToolFailed, match="qemu-img"):
         qemu_img.info(image, "qcow2")

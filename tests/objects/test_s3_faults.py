@@ -563,8 +563,9 @@ def test_prefixes_are_taken_as_they_are_written(script: Script, url: str, path: 
     "url", ["s3:bucket/x", "s3:/bucket/x", "s3://bucket/../x", "s3://bucket/a?b", "s3://bucket/a\nb"]
 )
 def test_addresses_that_would_lead_elsewhere(url: str) -> None:
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput) as caught:
         open_store(url)
+    assert caught.value.subject == url
 
 
 # ---- errors

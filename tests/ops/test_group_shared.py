@@ -197,7 +197,7 @@ def test_a_permission_names_what_is_there_and_no_random_name(open_tmp: Path) -> 
             with pytest.raises(Refused, match=r"^[^ ]*: permission denied$") as caught:
                 call()
             assert caught.value.subject == str(subject)
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match="packs/none"):
             store.get("packs/none")
 
     as_user(EVE, read_and_write, groups=())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Corrupt, InvalidInput, SnapchainError, Unavailable
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.remote_retry import Persistence
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
@@ -85,12 +85,13 @@ def empty(path: Path) -> None:
 Plant = Callable[[Path], None]
 KINDS = [pipe, moved, nowhere, folder, empty, pytest.param(zeroes, marks=pytest.mark.root)]
 IN_A_LAYERS_PLACE = [
-    (pipe, "a FIFO, not a regular file"),
-    (nowhere, "the backing file is missing|no such file"),
-    (folder, "a directory, not a regular file"),
-    (empty, "the magic bytes are missing"),
-    pytest.param(zeroes, "a character device, not a regular file", marks=pytest.mark.root),
+    (pipe, (Unsupported, InvalidInput), "a FIFO, not a regular file"),
+    (nowhere, (NotFound, NotFound), "the backing file is missing|no such file"),
+    (folder, (Unsupported, InvalidInput), "a directory, not a regular file"),
+    (empty, (Corrupt, Corrupt), "the magic bytes are missing"),
+    pytest.param(zeroes, (Unsupported, InvalidInput), "a character device, not a regular file", marks=pytest.mark.root),
 ]
+"""What is planted, how it is refused as a backing file and as the newest layer, and what is said."""
 
 
 def refused(place: Place, image: Path) -> None:
@@ -115,13 +116,20 @@ def test_in_the_place_of_the_catalogue(held: Place, chain: list[Path], plant: Ca
         log_replica(DirectoryEndpoint(held.root))
 
 
-@pytest.mark.parametrize("file", ["0.qcow2", "1.qcow2"])
-@pytest.mark.parametrize(("plant", "says"), IN_A_LAYERS_PLACE)
-def test_in_the_place_of_a_layer(held: Place, chain: list[Path], plant: Plant, says: str, file: str) -> None:
-    before = held.catalogue()
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("plant", "kinds", "says"), IN_A_LAYERS_PLACE)
+def test_in_the_place_of_a_layer(
+    held: Place,
+    chain: list[Path],
+    plant: Plant,
+    kinds: tuple[type[SnapchainError], type[SnapchainError]],
+    says: str,
+    number: int,
+) -> None:
+    before, file = held.catalogue(), f"{number}.qcow2"
     plant(held.directory / file)
     there = DirectoryEndpoint(held.root)
-    with pytest.raises(SnapchainError, match=says) as caught:
+    with pytest.raises(kinds[number], match=says) as caught:
         held.send(chain[2])
     assert str(caught.value.subject).endswith(str(held.directory / file))
     (finding,) = verify_replica(there, read_data=True).findings

@@ -231,18 +231,21 @@ OTHER_ERRORS: dict[str, type[SnapchainError]] = {
     "another replica": InvalidInput,
     "cut to nothing": NotFound,
 }
+NOT_ON_THE_NEWEST = "does not lie on the newest"
 ON_WHAT_IS_THERE = {
-    "clusters of 513": "does not lie on the newest",  # no root any more
-    "small subclusters": "does not lie on the newest",
+    "clusters of 513": NOT_ON_THE_NEWEST,  # no root any more
+    "small subclusters": NOT_ON_THE_NEWEST,
     "other content": "announced with other content",
     "resumed from nothing": None,  # all of that layer is there
 }
 """What is said where the honest layer is there already, if it is something else; None: it is in order there."""
 
 
-def refused(place: Place, frames: tuple[tuple[int, bytes], ...], says: str) -> SnapchainError:
+def refused(
+    place: Place, frames: tuple[tuple[int, bytes], ...], says: str, kind: type[SnapchainError]
+) -> SnapchainError:
     """How the stream ends. It has a proper end, so it is refused for what is in it."""
-    with pytest.raises(SnapchainError, match=says) as caught:
+    with pytest.raises(kind, match=says) as caught:
         take(place, stream(*frames, STOP))
     return caught.value
 
@@ -254,15 +257,16 @@ def test_a_hostile_sender(place: Place, name: str) -> None:
     other = Place(place.root.with_name("other"))
     take(other, good)
     before = {path.name: path.read_bytes() for path in other.directory.iterdir()}
-    error = refused(place, frames, says)
-    assert type(error) is OTHER_ERRORS.get(name, Corrupt)
+    kind = OTHER_ERRORS.get(name, Corrupt)
+    error = refused(place, frames, says, kind)
+    assert type(error) is kind
     if type(error) is Corrupt:
         assert error.subject == "the sender"
     says_there = ON_WHAT_IS_THERE.get(name, says)
     if says_there is None:
         assert take(other, stream(*frames, STOP)).layers == []
     else:
-        refused(other, frames, says_there)
+        refused(other, frames, says_there, Diverged if says_there == NOT_ON_THE_NEWEST else kind)
     assert {path.name: path.read_bytes() for path in other.directory.iterdir()} == before
     # Whatever it was, the honest one gets through afterwards.
     take(place, good)
@@ -410,36 +414,53 @@ def puppet(answer: Callable[[FrameReader, Callable[[bytes], None]], None], *, pa
 
 EMPTY = (32, encode(Inventory(disk=DISK, epoch=1, layers=(), last_point=0, partial=None)))
 ANSWER = (1, encode(Hello(first=1, last=1, software="puppet", answers=True)))
-BAD_ANSWERS: dict[str, tuple[tuple[int, bytes], ...]] = {
-    "another version": ((1, b'{"first":3,"last":4,"software":"x","answers":true}'),),
-    "no hello": (EMPTY,),
-    "another disk": (ANSWER, (32, EMPTY[1].replace(b"web1", b"web2"))),
-    "noise": (ANSWER, (32, b"{}")),
-    "a mark of the future": (ANSWER, EMPTY, (33, struct.pack("<Q", 99))),
-    "mark 0": (ANSWER, EMPTY, (33, struct.pack("<Q", 0))),
-    "half a mark": (ANSWER, EMPTY, (33, b"")),
-    "stored what was not sent": (ANSWER, EMPTY, (34, encode(Stored(layer="0" * 32, file="a")))),
-    "done at once": (ANSWER, EMPTY, (35, b'{"points":[1],"layers":1}')),
-    "inventory twice": (ANSWER, EMPTY, EMPTY),
-    "a sender's word": (ANSWER, EMPTY, (9, b"")),
-    "a failure": (ANSWER, EMPTY, (11, b'{"kind":"unavailable","message":"disk \\u001b[31mfull"}')),
-    "a failure of no kind": (ANSWER, (11, b'{"kind":"\\u0000","message":"x"}')),
+BAD_ANSWERS: dict[str, tuple[type[SnapchainError], str, tuple[tuple[int, bytes], ...]]] = {
+    "another version": (
+        Unsupported,
+        "here 1, there 3 to 4",
+        ((1, b'{"first":3,"last":4,"software":"x","answers":true}'),),
+    ),
+    "no hello": (Corrupt, "began with INVENTORY", (EMPTY,)),
+    "another disk": (
+        Corrupt,
+        "another disk than the one asked for",
+        (ANSWER, (32, EMPTY[1].replace(b"web1", b"web2"))),
+    ),
+    "noise": (Corrupt, "disk: Field required", (ANSWER, (32, b"{}"))),
+    "a mark of the future": (Corrupt, "mark 99 is confirmed", (ANSWER, EMPTY, (33, struct.pack("<Q", 99)))),
+    "mark 0": (Corrupt, "mark 0 is confirmed", (ANSWER, EMPTY, (33, struct.pack("<Q", 0)))),
+    "half a mark": (Corrupt, "confirmation is cut off", (ANSWER, EMPTY, (33, b""))),
+    "stored what was not sent": (
+        Corrupt,
+        "stored that was not sent",
+        (ANSWER, EMPTY, (34, encode(Stored(layer="0" * 32, file="a")))),
+    ),
+    "done at once": (Corrupt, "before everything was sent", (ANSWER, EMPTY, (35, b'{"points":[1],"layers":1}'))),
+    "inventory twice": (Corrupt, "INVENTORY has no place here", (ANSWER, EMPTY, EMPTY)),
+    "a sender's word": (Corrupt, "of kind 9, which is not allowed", (ANSWER, EMPTY, (9, b""))),
+    "a failure": (
+        Unavailable,
+        "disk \\?\\[31mfull",
+        (ANSWER, EMPTY, (11, b'{"kind":"unavailable","message":"disk \\u001b[31mfull"}')),
+    ),
+    "a failure of no kind": (Unavailable, "^puppet: x$|^x$", (ANSWER, (11, b'{"kind":"\\u0000","message":"x"}'))),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ANSWERS)
 def test_a_hostile_receiver(tmp_path: Path, name: str) -> None:
     image = build(tmp_path / "c", [Layer(8 * MiB, ["write -P 1 0 8M"])])[0]
+    kind, says, frames_said = BAD_ANSWERS[name]
 
     def answer(frames: FrameReader, say: Callable[[bytes], None]) -> None:
-        say(stream(*BAD_ANSWERS[name]))
+        say(stream(*frames_said))
         while frames.read_or_end() is not None:
             pass
 
-    with puppet(answer) as endpoint, pytest.raises(SnapchainError) as caught:
+    with puppet(answer) as endpoint, pytest.raises(kind, match=says) as caught:
         send(image, endpoint, DISK)
     assert str(caught.value).isprintable()
-    assert not isinstance(caught.value, InvalidInput)
+    assert caught.value.subject == "puppet"
 
 
 def test_a_receiver_that_only_lives(tmp_path: Path) -> None:
@@ -505,8 +526,9 @@ def test_a_receiver_that_reads_no_more(tmp_path: Path) -> None:
         over.wait(HANG)
 
     with puppet(answer, patience=2) as endpoint:
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable) as caught:
             send(image, endpoint, DISK)
+        assert caught.value.subject == "puppet"
         over.set()
 
 

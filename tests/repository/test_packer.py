@@ -261,7 +261,7 @@ def _cut_off(store: ObjectStore, error: BaseException) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Unavailable("the network is gone")])
 def test_leaving_with_an_error_lists_what_was_sent(error: BaseException) -> None:
     store = MemoryStore()
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error), match=f"^{error}"):
         _cut_off(store, error)
     assert len(listed(store)) > 20
     assert len(stored(store) - listed(store)) <= UPLOADS + 1
