@@ -64,7 +64,7 @@ def test_what_was_sent_is_not_sent_again(image: Path, tmp_path: Path, after: int
 
     with (
         pytest.raises(
-            KeyboardInterrupt if why == "interrupt" else Unavailable, match="" if why == "interrupt" else "."
+            KeyboardInterrupt if why == "interrupt" else Unavailable, match="^$" if why == "interrupt" else "."
         ),
         shipment(image, again(repo, store), DISK) as work,
     ):
