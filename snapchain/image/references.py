@@ -116,6 +116,11 @@ def recorded_names(path: Path) -> tuple[str, ...]:
     return tuple(os.fsdecode(name) for name in names if name)
 
 
+def _as_url(name: bytes) -> bytes:
+    """The name of a data file as a URL: QEMU looks for it from its own directory, as it does with `file:`."""
+    return name if not name or name.startswith(b"/") or is_protocol(os.fsdecode(name)) else b"file:" + name
+
+
 def named_files(image: Path, name: str) -> tuple[Path, ...]:
     """Where a recorded name may lead: plain paths, `file:`, and every string of `json:`. () for other protocols."""
     # An image behind a symbolic link may be opened by either path.
@@ -125,8 +130,11 @@ def named_files(image: Path, name: str) -> tuple[Path, ...]:
 
 def mentions(name: str, file: Path) -> bool:
     """Whether a name could mean `file` without being a path to it: relative to QEMU's directory, or by a server."""
-    if not is_protocol(name) or name.partition(":")[0] in _FILE_PROTOCOLS:
+    if not is_protocol(name):
         return False
+    scheme, _, rest = name.partition(":")
+    if scheme in _FILE_PROTOCOLS:
+        return not rest.startswith("/") and rest.rpartition("/")[2] == file.name
     strings = _json_strings(name)
     return any(file.name in each for each in ([name] if strings is None else strings) if not each.startswith("/"))
 
@@ -177,7 +185,7 @@ def _header_names(fd: int, head: bytes) -> list[bytes]:
     if offset and 0 < length <= MAX_BACKING_NAME_BYTES:
         # The first cluster may be larger than what was read.
         name = os.pread(fd, length, offset) if offset <= _LARGEST_CLUSTER else b""
-    return [name, *(_data_files(head) if version >= 3 else ())]
+    return [name, *(map(_as_url, _data_files(head)) if version >= 3 else ())]
 
 
 def _data_files(head: bytes) -> Iterator[bytes]:

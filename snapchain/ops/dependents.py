@@ -2,7 +2,8 @@
 
 A file is the disk's own when it lies in the directory of the disk's top and nobody else stands on it.  A top that is a
 symbolic link has two directories that are searched, and one that is its own: the one in which the file itself lies.
-Neighbours are searched below the directory above it, so that clones in directories beside it are found.
+Neighbours are searched below the directory above it, so that clones in directories beside it are found; where the file
+is reached through a bind mount, also around its other places.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from snapchain.host.mounts import other_names
 from snapchain.image.dependents import Dependent, Dependents, Kind, search
 
 __all__ = [
@@ -41,7 +43,9 @@ def find_dependents(
     image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
     """
     named = [*image_dirs, *image_directories()]
-    homes = list(dict.fromkeys([Path(os.path.realpath(top)).parent, Path(os.path.realpath(top.parent))]))
+    real = Path(os.path.realpath(top))
+    elsewhere = [name.parent for name in other_names(real)]
+    homes = list(dict.fromkeys([real.parent, Path(os.path.realpath(top.parent)), *elsewhere]))
     near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
     # A link elsewhere has other users than this chain, whoever opens the file by it.
     known = [path if Path(os.path.realpath(path.parent)) in homes else Path(os.path.realpath(path)) for path in files]

@@ -35,6 +35,7 @@ NAMES = [
     "./../_base/./img",
     "{base}",
     "file:{base}",
+    "file:_base/img",
     "alias",
     "../_base/hard",
     'json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{base}"}}}}',
@@ -59,7 +60,15 @@ def test_an_image_is_found_however_it_names_the_file(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["/elsewhere/img", "img", 'json:{"file.filename":"/elsewhere/img"}', "nfs://server/other", "file:/x/img"]
+    "name",
+    [
+        "/elsewhere/img",
+        "img",
+        'json:{"file.filename":"/elsewhere/img"}',
+        "nfs://server/other",
+        "file:/x/img",
+        "file:x/img2",
+    ],
 )
 def test_an_image_that_names_another_file_is_no_user(name: str, tmp_path: Path) -> None:
     base, top = image(tmp_path / "_base" / "img"), image(tmp_path / "i1" / "disk.qcow2")
@@ -72,6 +81,8 @@ def test_users_of_other_kinds_are_found(tmp_path: Path) -> None:
     with_data = tmp_path / "i2" / "data.qcow2"
     image(with_data, options=f"data_file={tmp_path / 'i2' / 'raw'}")
     qemu_img("amend", "-f", "qcow2", "-o", f"data_file={base}", with_data)
+    from_qemus_directory = image(tmp_path / "i2" / "moved.qcow2", options=f"data_file={tmp_path / 'i2' / 'raw2'}")
+    qemu_img("amend", "-f", "qcow2", "-o", "data_file=somewhere/img", from_qemus_directory)
     link = tmp_path / "i3" / "disk.qcow2"
     link.parent.mkdir()
     link.symlink_to("../_base/img")
@@ -81,7 +92,7 @@ def test_users_of_other_kinds_are_found(tmp_path: Path) -> None:
     vmdk = tmp_path / "i4" / "disk.vmdk"
     vmdk.write_text(f'# Disk DescriptorFile\nversion=1\nRW 2048 FLAT "{base}" 0\n')
     hidden = image(tmp_path / "elsewhere" / "deep" / "mid.qcow2", base)
-    assert set(users(base, top)) == {str(path) for path in (with_data, link, qed, vmdk, hidden)}
+    assert set(users(base, top)) == {str(path) for path in (with_data, from_qemus_directory, link, qed, vmdk, hidden)}
 
 
 def test_an_image_elsewhere_is_found_by_an_overlay_here_and_a_chain_through_it_followed(tmp_path: Path) -> None:
@@ -109,6 +120,16 @@ def test_directories_that_are_searched(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "vms" / "loop").symlink_to(tmp_path / "vms")
     monkeypatch.setenv("SNAPCHAIN_IMAGE_DIRS", f"{tmp_path / 'variable'}:{tmp_path / 'nowhere'}")
     assert users(base, top, tmp_path / "named") == sorted(map(str, [*found, elsewhere]))
+
+
+def test_around_the_other_places_of_a_bind_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = image(tmp_path / "mounted" / "far" / "img")
+    (tmp_path / "vms").mkdir()
+    (tmp_path / "vms" / "_base").symlink_to(base.parent)
+    overlay = image(tmp_path / "vms" / "i1" / "disk.qcow2", "../_base/img")
+    assert users(base, base) == []
+    monkeypatch.setattr("snapchain.ops.dependents.other_names", lambda _: [tmp_path / "vms" / "_base" / "img"])
+    assert [str(each.path) for each in find_dependents([base], top=base).on(base)] == [str(overlay)]
 
 
 def test_domains_and_pools_of_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
