@@ -1,7 +1,7 @@
 """The typer application, and the one way by which a verb joins it.
 
 A verb's function raises; what reaches the user is made here, so that all verbs speak alike. Interrupts must be caught
-inside typer, which would turn them into a bare exit code.
+inside typer, which would turn them into a bare exit code: those of a verb at its function, others at the group.
 """
 
 from __future__ import annotations
@@ -9,17 +9,46 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
-from typing import Annotated, ParamSpec
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 from snapchain.cli import exits
 
 P = ParamSpec("P")
 
+
+@contextmanager
+def _telling_interrupts(words: list[str]) -> Iterator[None]:
+    """An interrupt outside of a verb's function: nothing has been begun, so there is no hint.
+
+    words: of the command line, as far as they are not parsed yet
+    """
+    as_json = "--json" in words  # before the block: parsing empties the list
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise typer.Exit(exits.tell(error, as_json=as_json)) from error
+
+
+class _Group(TyperGroup):
+    """The group of the verbs."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
+        with _telling_interrupts(args):
+            return super().make_context(info_name, args, *more, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _telling_interrupts(ctx.args):
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
     name="snapchain",
+    cls=_Group,
     help="Ship, merge and restore the snapshot chains of QEMU disks.\n\n"
     "An ADDRESS is the path of an image, or DEST::DISK\\[@POINT]: DEST is a directory or s3://bucket/prefix, DISK a "
     "name such as web1/vda, and POINT is latest, a number, a label, or a time: an RFC 3339 time, or a local date and "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.core import TyperCommand, TyperGroup
 
 from snapchain.host.interrupts import held_back
 from snapchain.ops import serve_replica
@@ -121,6 +122,23 @@ def test_a_closing_terminal_says_it_twice(
     interrupt(Replay, "run", signal.SIGHUP)
     assert run("restore", DISK, "out/web1.raw").status == 129
     assert names(shipped.parent / "out") == []
+
+
+@pytest.mark.parametrize("number", [*CODES, signal.SIGINT])
+@pytest.mark.parametrize("parser", [TyperGroup, TyperCommand])
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_an_interrupt_while_the_words_are_parsed_is_told_too(
+    run: Run, interrupt: Callable[..., None], number: signal.Signals, parser: type, more: list[str]
+) -> None:
+    """Typer would end with 130 and no word, whichever signal it was."""
+    interrupt(parser, "parse_args", number)
+    said = run("log", "repo", *more)
+    assert said.status == CODES.get(number, 130)
+    if more:
+        assert said.json["error"]["message"] == "interrupted"
+        assert said.json["error"]["exit_code"] == said.status
+    else:
+        assert said.err == "snapchain: interrupted\n"
 
 
 def test_nohup_keeps_working(run: Run, shipped: Path, interrupt: Callable[..., None]) -> None:
