@@ -181,17 +181,17 @@ def _not_given(
     group = _group_name(standing.st_gid)
     if standing.st_uid != mine.st_uid:
         raise InvalidInput(
-            f"the file that takes its place cannot be given its owner, {_user_name(standing.st_uid)}",
+            f"the new file cannot get the owner of the old one, {_user_name(standing.st_uid)}",
             subject=subject,
             hint="run as root, or as that user",
         ) from error
     if (standing.st_mode >> 3) & 0o7 != standing.st_mode & 0o7:
         raise InvalidInput(
-            f"the file that takes its place cannot be given its group, {group}, and the guest may need that",
+            f"the new file cannot get the group of the old one, {group}, which the guest may need",
             subject=subject,
             hint=f"run as root, or as a member of the group {group}",
         ) from error
-    return f"its group is {_group_name(mine.st_gid)} now, not {group}; its mode gives a group no rights of its own"
+    return f"its group is now {_group_name(mine.st_gid)}, not {group}; its mode gives the group no extra rights"
 
 
 def _group_name(number: int) -> str:

@@ -63,7 +63,7 @@ def _follow(path: Path) -> Followed:
             continue
         links += 1
         if links > _MOST:
-            raise InvalidInput("its symbolic links lead back to it", subject=path, hint="name a file itself")
+            raise InvalidInput("its symbolic links form a loop", subject=path, hint="name the file itself")
         directory = here.stat()
         _check_owner(here / name, found, directory)
         exposed = exposed or others_may_write(directory)

@@ -2,10 +2,10 @@
 
 `with os_errors(path): ...` maps an OSError by its number to what the caller should do: a name that is not
 there, a request that cannot work, a resource that is short.  Anything else stays an `Unavailable`, with the
-kernel's words.  What is short has one remedy, whoever runs into it: we, a store's directory, or a program that we start
-(`shortage_in` reads that from its words).
+kernel's words.  Each shortage has one remedy, whether this process, a store's directory or a program that we start
+meets it (`shortage_in` finds it in the program's messages).
 
-The subject is always a file that the user knows: a temporary file, and the note beside an image, stand for the file
+The subject is always a file that the user knows: for a temporary file, or for the note beside an image, it is the file
 whose name is in theirs.
 """
 
@@ -85,7 +85,7 @@ def shortage_in(words: str) -> OSError | None:
 
 
 def _known_file(path: object) -> tuple[object, re.Pattern[str] | None]:
-    """The file that the user knows, and the pattern of the name of one that stands for it."""
+    """The file that the user knows, and the pattern that the given name matched, if any."""
     known, of = path, None
     for pattern in (_TEMPORARY, _NOTE):
         if isinstance(known, str | Path) and (match := pattern.fullmatch(Path(known).name)):

@@ -119,7 +119,7 @@ def _lowest_first(parents: Mapping[str, str | None], keep: Collection[str]) -> l
                 raise InvalidInput("its parents form a loop", subject=layer)
             path[layer] = None
             if layer not in parents:
-                raise InvalidInput("no such layer, though another one stands on it", subject=layer)
+                raise InvalidInput("no such layer, although another one depends on it", subject=layer)
             layer = parents[layer]
         done.update(dict.fromkeys(reversed(path)))
     return list(done)

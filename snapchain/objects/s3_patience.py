@@ -26,7 +26,7 @@ _SMALL = 1 << 20
 """Bytes of a body that is sent in no time."""
 _LONG = 0.6
 """The share of the limit after which a timeout that botocore reports counts as silence."""
-_HINT = "look at the server, the network and the firewall, then run the command again"
+_HINT = "check the server, the network and the firewall, then run the command again"
 
 Result = TypeVar("Result")
 
@@ -62,13 +62,15 @@ class Patience:
         Raises Silent when it makes no progress, or when another request found the server silent a moment ago.
         """
         if self._clock() < self._closed_until:
-            raise self._silent("did not answer a moment ago, and is not asked again so soon", subject)
+            raise self._silent("did not answer a moment ago, and is not asked again yet", subject)
         watch = Watch(self._clock)
         running = _Running(request, watch)
         while not running.done.wait(max(0.0, watch.moved + self._limit - self._clock())):
             if self._clock() >= watch.moved + self._limit:
                 self.give_up()
-                raise self._silent(f"accepts requests and does not answer: nothing for {self._limit:.0f} s", subject)
+                raise self._silent(
+                    f"accepts requests and does not answer: no progress for {self._limit:.0f} s", subject
+                )
         if isinstance(running.error, Exception) and self._clock() - watch.moved > _LONG * self._limit:
             from botocore.exceptions import ConnectionError as Connection, HTTPClientError
 

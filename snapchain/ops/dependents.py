@@ -1,8 +1,8 @@
-"""Where to look for those who stand on the files of a disk, and which files a command may remove or write to.
+"""Where to look for images that depend on the files of a disk, and which files a command may remove or write to.
 
-A file is the disk's own when it lies in the directory of the disk's top and nobody else stands on it.  A top that is a
-symbolic link has two directories that are searched, and one that is its own: the one in which the file itself lies.
-Neighbours are searched below the directory above it, so that clones in directories beside it are found.
+A file is the disk's own when it lies in the directory of the disk's top and nothing else depends on it.  For a top that
+is a symbolic link, both its directory and that of the file are searched; only the latter makes a file the disk's own.
+The search covers the tree below the parent of that directory, so that clones in neighbouring directories are found.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _UNFINISHED = re.compile(r"\..+\.(merge|snapshot|snapchain-part)-[0-9a-f]{8}")
 def find_dependents(
     files: Sequence[Path], *, top: Path, own: Collection[tuple[int, int]] = (), image_dirs: Sequence[Path] = ()
 ) -> Dependents:
-    """Who else stands on `files`, by their headers, by links, and by libvirt's definitions.
+    """What else depends on `files`, by image headers, by links, and by libvirt's definitions.
 
     files: by the names under which the disk's chain opens them; they need not exist
-    top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count, as
-    nothing does that an unfinished merge, snapshot or restore has left beside them
-    image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
+    top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count; nor do
+    files that an unfinished merge, snapshot or restore has left beside them
+    image_dirs: the directories of --image-dir; those of SNAPCHAIN_IMAGE_DIRS are searched too
     """
     named = [*image_dirs, *image_directories()]
     homes = list(dict.fromkeys([Path(os.path.realpath(top)).parent, Path(os.path.realpath(top.parent))]))
@@ -50,7 +50,7 @@ def find_dependents(
 
 
 def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
-    """(device, inode) of what merges, snapshots and restores have not finished: nobody needs what it stands on."""
+    """(device, inode) of unfinished files of merges, snapshots and restores: nothing needs their backing files."""
     for directory in set(directories):
         with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:

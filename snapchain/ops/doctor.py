@@ -64,7 +64,7 @@ class Finding(BaseModel):
 
 
 class DoctorPlan(BaseModel):
-    """What was found. directories: where was looked; image_dirs: where other users of the files are looked for, too."""
+    """What was found. directories: searched; image_dirs: searched for other users of the files, too."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -165,7 +165,7 @@ def _look(directory: Path) -> Iterator[Finding]:
 
 
 def _parts(entries: Sequence[Path]) -> Iterator[Finding]:
-    """What restores that were killed have left; a file that somebody else has put under such a name is none."""
+    """Leftovers of killed restores; a file that another user has put under such a name does not count."""
     for path in entries:
         target = meant_for(path)
         try:
@@ -249,7 +249,7 @@ def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Se
         with ImageLock(finding.image, LockMode.WRITE):
             one, other = finding.path.lstat(), finding.image.lstat()
             if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
-                raise Busy("it was given to another file meanwhile", subject=finding.path)
+                raise Busy("another file has this name now", subject=finding.path)
             _remove_unused(finding, image_dirs)
     elif meant_for(finding.path) is not None:
         return Settled([finding.path] if remove_part(finding.path, of_anybody=os.geteuid() == 0) else [])
@@ -260,17 +260,19 @@ def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Se
 
 
 def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> None:
-    """Remove a name, unless somebody uses the file by just this one. Raises Busy then."""
+    """Remove a name of a file. Raises Busy when something uses the file by this very name."""
     status = finding.path.lstat()
     others = find_dependents(
         [finding.path], top=finding.image, own=[(status.st_dev, status.st_ino)], image_dirs=image_dirs
     )
     name = Path(os.path.realpath(finding.path))
     users = [each for each in others.on(finding.path) if each.by == name]
-    if finding.kind is Kind.NEW_FILE:  # nobody has begun to use it, but for those who are seen to
+    if finding.kind is Kind.NEW_FILE:  # only users that were found count: it was never in use
         users = [each for each in users if each.kind is not Use.UNREAD]
     if users:
-        raise Busy(f"{describe(users)}", subject=finding.path, hint="it stays")
+        raise Busy(
+            f"it cannot be removed: {describe(users)}", subject=finding.path, hint="move or remove its user first"
+        )
     files.remove(finding.path)
 
 

@@ -95,8 +95,8 @@ def plan(
     labels: for `merge --keep-label`, noted beside the sealed file.
 
     Raises Unsupported for block devices, for raw images without `overlay`, and for images with further hard links;
-    Conflict for a disk that was given to another host, and for an image that would be replaced although others stand on
-    it; what `scan` raises for images that are broken or refused.
+    Conflict for a disk that was given to another host, and for an image that would be replaced although others depend
+    on it; what `scan` raises for images that are broken or refused.
     """
     for label in labels:
         check_label(label)
@@ -210,8 +210,8 @@ def _check_can_stay(source: Path, top: ImageFile) -> None:
 
 
 def _check_alone(top: ImageFile, others: Dependents) -> None:
-    """Under the name of the image there is an overlay afterwards, which a guest changes: nobody may stand on that."""
-    users = others.on(top.path, Kind.STANDS)
+    """Raises Conflict for an image that others depend on: an overlay under its name would change with the guest."""
+    users = others.on(top.path, Kind.CONTENT)
     if users:
         raise Conflict(
             f"it cannot be replaced by an overlay: {describe(users)}",
@@ -332,7 +332,7 @@ def _check_overlay(planned: SnapshotPlan, temporary: Path) -> int:
     with scan(temporary, format="qcow2", image_dirs=(*planned.image_dirs, planned.sealed.parent)) as chain:
         below = chain.files[-2] if len(chain.files) > 1 else None
         if below is None or not _same_inode(planned.source, below.path.stat()) or not _is_empty(chain):
-            raise Conflict("the new overlay does not stand on the sealed file", subject=planned.source)
+            raise Conflict("the new overlay does not have the sealed file as its backing file", subject=planned.source)
         return chain.top.cluster_size
 
 

@@ -58,7 +58,7 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
     tip = catalogue.tip
     if tip is None or tip.id != asked.on:
         raise Diverged(
-            "the overlay is to stand on a layer that is not the newest one here",
+            "the layer below the overlay is not the newest one here",
             subject=disk.directory,
             hint="another transfer was faster: run it again",
         )
@@ -89,7 +89,7 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
 
 
 def check_unused(disk: ReplicaDisk, overlay: Path) -> None:
-    """Raises Conflict for an overlay that is to go, on which somebody stands."""
+    """Raises Conflict for an overlay that is to go although other images depend on it."""
     status = overlay.stat()
     why = others_on(disk, [overlay], own=[(status.st_dev, status.st_ino)], opened=overlay).reason(overlay, *SEEN)
     if why is not None:

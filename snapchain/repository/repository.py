@@ -376,12 +376,12 @@ class Repository:
 
 
 def check_agrees(disk: str, point: Point, layer: StoredLayer) -> None:
-    """Raises Corrupt unless a point and the layer that it names tell of the same content: else one is another's."""
+    """Raises Corrupt unless a point and the layer that it names have the same size and content id."""
     if (layer.size, layer.header.content_id) != (point.size, point.content_id):
         raise Corrupt(
             "the point and its layer disagree about the content id",
             subject=f"{disk}@{point.point}",
-            hint=f"snapchain verify tells which points are sound; restore one of those (snapchain log, of {disk})",
+            hint="snapchain verify shows which points are sound; restore one of those",
         )
 
 
@@ -399,7 +399,8 @@ def check_pack_size(size: int | None, block_size: int = 0) -> None:
         return
     if not MIN_PACK_BYTES <= size <= MAX_PACK_BYTES:
         raise InvalidInput(
-            f"a pack size of {size} bytes", hint=f"from {MIN_PACK_BYTES >> 10}K to {MAX_PACK_BYTES >> 20}M, such as 1M"
+            f"the pack size is out of range: {size} bytes",
+            hint=f"from {MIN_PACK_BYTES >> 10}K to {MAX_PACK_BYTES >> 20}M, such as 1M",
         )
     if size < block_size + _BESIDE_A_BLOCK:
         raise InvalidInput(

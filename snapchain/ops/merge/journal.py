@@ -65,10 +65,10 @@ class MergeJournal(BaseModel):
     replaced: the uppermost input, whose path the result takes; result: the file that takes it (absorb: the same)
     lowest: the lowest input, by which the merge can be asked for again; link: the backing link of the result
     remove: inputs that go, uppermost first; kept_as: a second name for `replaced`, given before the switch
-    search: where images may stand on the inputs, besides the tree around the disk's top
-    top: what the user of the disk opens; without it (a record of version 0.1) the uppermost input is taken for that
+    search: where images may depend on the inputs, besides the tree around the disk's top
+    top: the file that the guest opens; None in a record of version 0.1: then the uppermost input
     links: symbolic links by which the disk itself opens inputs that go
-    confirmed: inputs that the user has named to be removed although they are not surely the disk's own
+    confirmed: inputs of --remove, which count as the disk's own
     """
 
     model_config = ConfigDict(frozen=True)
