@@ -252,9 +252,8 @@ def merge(
         work = RepositoryMerge(repository, disk, policy, zone=zone)
         if not out.plan(work.plan(), _draw_repository_plan):
             done = work.run(on_event=out.on_event)
-            out.report(done, _draw_repository_report)
-            if done.findings:
-                raise typer.Exit(Corrupt.exit_code)
+            status = Corrupt.exit_code if done.findings else 0
+            out.report(done, _draw_repository_report, problems=_draw_findings, status=status)
 
 
 def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name: str | None) -> None:
@@ -328,5 +327,9 @@ def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> 
             ("unreferenced", size(report.bytes_dropped)),
         ],
     )
-    render.findings(console, report.findings)
+    _draw_findings(console, report)
     render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))
+
+
+def _draw_findings(console: Console, report: RepositoryMergeReport) -> None:
+    render.findings(console, report.findings)

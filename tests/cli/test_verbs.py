@@ -285,7 +285,7 @@ def test_verify_says_what_is_damaged_and_ends_with_5(run: Run, week: list[str], 
     assert (whole.status, whole.json["ok"], whole.json["findings"]) == (0, True, [])
     assert whole.json["checked_bytes"] > 3 * MiB
     assert run("verify", DISK, "--sample", "50%").status == 0
-    pack = max((tmp_path / "repo").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    pack = max((tmp_path / "repo" / "packs").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
     pack.chmod(0o600)
     with pack.open("r+b") as file:
         file.seek(100)
