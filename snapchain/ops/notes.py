@@ -101,7 +101,7 @@ class LayerNote(_Part):
     """name, inode, size, mtime_ns: of the file, when the note was written
 
     merged: how this file was made, how its parts were made, and so on; a flat list, however deep that goes
-    epoch: in which this host writes the disks that stand on it, 1 where nobody has ever taken one over
+    epoch: in which this host writes the disks above it, 1 where nobody has ever taken one over
     """
 
     version: Literal[1] = 1

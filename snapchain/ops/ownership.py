@@ -5,7 +5,7 @@ given    a mark beside each file that belongs to this disk alone, and the file m
 
 A file on which other images stand belongs to them, too: it is neither marked nor made read-only, and neither is what
 lies in another directory than the top, under a second name elsewhere, or is somebody else's.  A mark counts for all
-that stands on its file, unless something on it has come to this host in a later epoch.
+above its file, unless something on it has come to this host in a later epoch.
 """
 
 from __future__ import annotations
