@@ -8,11 +8,11 @@ The search covers the tree below the parent of that directory, so that clones in
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from snapchain.host.temporary_names import MERGE, RESTORE, SNAPSHOT, temporary_of
 from snapchain.image.dependents import Dependent, Dependents, Kind, search
 
 __all__ = [
@@ -26,8 +26,7 @@ __all__ = [
 ]
 
 _VARIABLE = "SNAPCHAIN_IMAGE_DIRS"
-_UNFINISHED = re.compile(r"\..+\.(merge|snapshot|snapchain-part)-[0-9a-f]{8}")
-"""Temporary names (host/files.py) of ops/merge, ops/snapshot.py and ops/output.py."""
+_UNFINISHED = {MERGE, SNAPSHOT, RESTORE}
 
 
 def find_dependents(
@@ -54,7 +53,8 @@ def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
     for directory in set(directories):
         with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
-                if _UNFINISHED.fullmatch(entry.name):
+                found = temporary_of(Path(entry.path))
+                if found is not None and found.purpose in _UNFINISHED:
                     with suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         yield status.st_dev, status.st_ino

@@ -25,18 +25,22 @@ from snapchain.errors import Busy, NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import MERGE, NEW, SNAPSHOT, temporary_of
 from snapchain.image import scan
 from snapchain.image.dependents import describe
 from snapchain.ops.dependents import Kind as Use, find_dependents
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.merge import recover
 from snapchain.ops.merge.inputs import KeptFile
-from snapchain.ops.merge.journal import MergeJournal, is_journal, leftovers, read
+from snapchain.ops.merge.journal import MergeJournal, is_journal, read
 from snapchain.ops.merge.settle import Settled
 from snapchain.ops.output import is_part, meant_for, remove_part
 
-_SNAPSHOT = re.compile(r"\.(.+)\.snapshot-[0-9a-f]{8}")
-_HALF_JOURNAL = re.compile(r"\.(\.snapchain-merge-.+\.json)\.new-[0-9a-f]{8}")
+_UNFINISHED = {
+    MERGE: "the new file of a merge",
+    SNAPSHOT: "the overlay of a snapshot",
+    NEW: "the journal of a merge",
+}
 
 
 class Kind(Enum):
@@ -140,26 +144,18 @@ def _look(directory: Path) -> Iterator[Finding]:
     for path in entries:
         if is_journal(path):
             yield _merge(path)
-    for path in leftovers(directory):
-        image = directory / path.name[1:].rsplit(".", 1)[0]
+    for path in entries:
+        found = temporary_of(path)
+        what = None if found is None else _UNFINISHED.get(found.purpose)
+        if found is None or what is None or (found.purpose == NEW and not is_journal(found.target)):
+            continue
         yield Finding(
             path=path,
             kind=Kind.NEW_FILE,
-            image=image,
-            says="the new file of a merge that was not finished; nothing else was changed",
+            image=found.target,
+            says=f"{what} that was not finished; nothing else was changed",
             remedy="removes it",
         )
-    for path in entries:
-        for pattern, what in ((_SNAPSHOT, "the overlay of a snapshot"), (_HALF_JOURNAL, "the journal of a merge")):
-            found = pattern.fullmatch(path.name)
-            if found is not None:
-                yield Finding(
-                    path=path,
-                    kind=Kind.NEW_FILE,
-                    image=directory / found[1],
-                    says=f"{what} that was not finished; nothing else was changed",
-                    remedy="removes it",
-                )
     yield from _second_names(entries)
     yield from _parts(entries)
 
@@ -279,7 +275,8 @@ def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> None:
 @contextmanager
 def _free(finding: Finding) -> Iterator[None]:
     """While nobody is at work on a new file: a merge locks it, a snapshot the image that it is for."""
-    if _SNAPSHOT.fullmatch(finding.path.name) and finding.image.exists():
+    found = temporary_of(finding.path)
+    if found is not None and found.purpose == SNAPSHOT and finding.image.exists():
         with ImageLock(finding.image, LockMode.WRITE):
             yield
         return

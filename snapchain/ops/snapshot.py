@@ -26,6 +26,7 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, U
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
 from snapchain.image import ImageChain, ImageFile, qemu_img, scan
 from snapchain.image.backing import check_no_layer
 from snapchain.image.dependents import describe
@@ -37,7 +38,6 @@ from snapchain.ops.ownership import check_not_given
 from snapchain.ops.ship import check_label
 
 _SECTOR = 512
-_PURPOSE = "snapshot"
 
 
 class SnapshotPlan(BaseModel):
@@ -147,8 +147,8 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
             on_event(Notice(f"{planned.source.parent}: {words}", about=str(planned.source.parent)))
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.
-        files.remove_temporaries(planned.overlay, purpose=_PURPOSE)
-        temporary = files.temporary_beside(planned.overlay, purpose=_PURPOSE)
+        files.remove_temporaries(planned.overlay, purpose=SNAPSHOT)
+        temporary = temporary_beside(planned.overlay, purpose=SNAPSHOT)
         second_name, done = False, False
         try:
             _make_overlay(planned, temporary, on_event)

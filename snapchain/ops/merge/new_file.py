@@ -17,12 +17,13 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import MERGE, temporary_beside
 from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, run as assemble
 from snapchain.image.reread import check_link, check_refcounts, reread
 from snapchain.ops.events import Notice, OnEvent, Progress
 from snapchain.ops.merge.inputs import check_still_allowed, links_to, search_directories
-from snapchain.ops.merge.journal import TEMPORARY, FileId, MergeJournal, OpenJournal, sweep
+from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.plan import MergePlan
 from snapchain.ops.merge.prove import check_unchanged, prove
 
@@ -35,7 +36,7 @@ def make(
 ) -> OpenJournal:
     """Write, prove and switch; what is left to do is in the journal. Before the switch nothing was changed."""
     sweep(planned.result)
-    temporary = files.temporary_beside(planned.result, purpose=TEMPORARY)
+    temporary = temporary_beside(planned.result, purpose=MERGE)
     journal: OpenJournal | None = None
     fd = files.open_new(temporary)
     try:
