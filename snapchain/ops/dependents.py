@@ -13,16 +13,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from snapchain.host.temporary_names import MERGE, RESTORE, SNAPSHOT, temporary_of
+from snapchain.image import ImageChain
 from snapchain.image.dependents import Dependent, Dependents, Kind, search
 
 __all__ = [
     "Dependent",
     "Dependents",
     "Kind",
+    "dependents_of_chain",
     "find_dependents",
     "image_directories",
     "is_linked_elsewhere",
     "is_outside",
+    "search_directories",
 ]
 
 _VARIABLE = "SNAPCHAIN_IMAGE_DIRS"
@@ -46,6 +49,22 @@ def find_dependents(
     known = [path if Path(os.path.realpath(path.parent)) in homes else Path(os.path.realpath(path)) for path in files]
     left = _unfinished([*homes, *(Path(os.path.realpath(file)).parent for file in files)])
     return search(known, [*near, *(home.parent for home in homes)], near=near, own=[*own, *left], disk=top)
+
+
+def dependents_of_chain(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> Dependents:
+    """What else depends on the files of an opened chain. image_dirs: as of `find_dependents`."""
+    return find_dependents(
+        [file.path for file in chain.files],
+        top=chain.top.path,
+        own=[file.device for file in chain.files],
+        image_dirs=search_directories(chain, image_dirs),
+    )
+
+
+def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[Path, ...]:
+    """Where to look for images that depend on a file of the chain, besides the tree around its top."""
+    own = [directory for file in chain.files for directory in (file.path.parent, file.real_path.parent)]
+    return tuple(dict.fromkeys([*own, *image_dirs]))
 
 
 def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,7 @@ from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.host.files import fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
-from snapchain.ops.dependents import Kind, find_dependents
+from snapchain.ops.dependents import Kind, dependents_of_chain
 from snapchain.ops.lineage import note_of
 from snapchain.ops.notes import Given, LayerNote, Notes
 from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
@@ -230,12 +230,7 @@ def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
 
 def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
     """The files, uppermost first, that are nothing but this chain's."""
-    others = find_dependents(
-        [file.path for file in chain.files],
-        top=chain.top.path,
-        own=[file.device for file in chain.files],
-        image_dirs=[*(file.real_path.parent for file in chain.files), *image_dirs],
-    )
+    others = dependents_of_chain(chain, image_dirs=image_dirs)
     own: list[ImageFile] = []
     for file in reversed(chain.files):
         elsewhere = file.real_path.parent != chain.top.real_path.parent

@@ -220,9 +220,7 @@ class Claim:
         """A lock on a file that is to be replaced, until the end of the claim."""
         lock = self._stack.enter_context(ImageLock(path, LockMode.WRITE))
         if not lock.enforced:
-            self._on_event(
-                Notice(f"{path}: this filesystem has no locks; only the processes of this host were checked")
-            )
+            self._on_event(Notice.no_locks(path.parent))
         _check_replaceable(path, os.fstat(lock.fd))
         return lock
 

@@ -143,8 +143,7 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
     """Do it. Raises Busy when somebody has the image open, Conflict when it is no longer as planned."""
     with ImageLock(planned.source, LockMode.WRITE) as lock:
         if not lock.enforced:
-            words = "this filesystem has no locks; make sure that no guest uses its images"
-            on_event(Notice(f"{planned.source.parent}: {words}", about=str(planned.source.parent)))
+            on_event(Notice.no_locks(planned.source.parent))
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.
         files.remove_temporaries(planned.overlay, purpose=SNAPSHOT)
@@ -298,7 +297,7 @@ def _make_overlay(planned: SnapshotPlan, temporary: Path, on_event: OnEvent) -> 
     link = BackingLink(planned.backing, planned.sealed_format)
     qemu_img.create(temporary, planned.virtual_size, options=options, backing=link)
     if lost := files.copy_standing(planned.source, temporary):
-        on_event(Notice(f"{planned.image}: {lost}", about=str(planned.image)))
+        on_event(Notice.of(planned.image, lost))
     files.fsync_file(temporary)
 
 

@@ -233,11 +233,11 @@ class Repository:
                 self._check_there(layers)
                 raise
             finally:
-                with suppress(SnapchainError):  # who may only read cannot tell others
+                with suppress(SnapchainError):  # without the permission to write
                     self.record_damage()
 
     def record_damage(self) -> bool:
-        """Let everybody know of the packs in which damage was met; whether some of them were unknown.
+        """Store a record of the packs in which damage was met. Returns whether some of them were not recorded yet.
 
         Costs nothing where no damage was met.
         """
@@ -343,7 +343,7 @@ class Repository:
         except Corrupt as error:
             current = self.disk(catalogue.disk).read()
             if current is None or current[0].generation == catalogue.generation:
-                with suppress(SnapchainError):  # who may only read cannot tell others
+                with suppress(SnapchainError):  # without the permission to write
                     self.record_damage()
                 raise
             raise Conflict(
@@ -363,7 +363,7 @@ class Repository:
     def index(self) -> BlobIndex:
         """All blobs of the repository. Packs that are missing or damaged are known as such: see BlobIndex.avoid.
 
-        Then packs are listed: what an index lists and the store has lost, or has at another size, is damaged.
+        The packs are listed after the indexes: one of an index that is missing, or has another size, is damaged.
         """
         index = indexes.load(self.store, self.keys)
         index.avoid |= damage.unlike(self.store, index.sizes)

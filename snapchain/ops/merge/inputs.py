@@ -14,7 +14,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependents import SEEN
-from snapchain.ops.dependents import Dependents, find_dependents, is_outside
+from snapchain.ops.dependents import Dependents, is_outside
 from snapchain.ops.merge.journal import MergeJournal
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import check_not_given
@@ -90,25 +90,9 @@ def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
     ]
 
 
-def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[Path, ...]:
-    """Where to look for images that depend on a file of the chain, besides the tree around its top."""
-    own = [directory for file in chain.files for directory in (file.path.parent, file.real_path.parent)]
-    return tuple(dict.fromkeys([*own, *image_dirs]))
-
-
 def links_to(chain: ImageChain, files: Collection[Path]) -> tuple[Path, ...]:
     """The names other than their real paths by which a chain opens some of its files."""
     return tuple(file.path for file in chain.files if file.real_path in files and file.path != file.real_path)
-
-
-def others_on(chain: ImageChain, image_dirs: Sequence[Path]) -> Dependents:
-    """What else depends on the files of a chain."""
-    return find_dependents(
-        [file.path for file in chain.files],
-        top=chain.top.path,
-        own=[file.device for file in chain.files],
-        image_dirs=search_directories(chain, image_dirs),
-    )
 
 
 def fate(

@@ -22,7 +22,7 @@ from snapchain.image.assemble.geometry import surviving_bytes
 from snapchain.image.assemble.plan import merged_extents
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE
-from snapchain.ops.dependents import Dependents, is_linked_elsewhere
+from snapchain.ops.dependents import Dependents, dependents_of_chain, is_linked_elsewhere
 from snapchain.ops.merge import inputs
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
@@ -155,7 +155,7 @@ class Decision:
 
 def decide(chain: ImageChain, asked: Asked, *, others: Dependents | None = None) -> Decision:
     """The plan for an opened chain; errors as `plan`. others: what else depends on its files, if that is known."""
-    others = inputs.others_on(chain, asked.image_dirs) if others is None else others
+    others = dependents_of_chain(chain, image_dirs=asked.image_dirs) if others is None else others
     check_not_given(chain)
     journals = unsettled(file.real_path for file in chain.files)
     first, last = numbers(
