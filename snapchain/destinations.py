@@ -91,7 +91,7 @@ def _check_no_replica(store: ObjectStore, error: type[SnapchainError]) -> None:
         raise error(
             "this is a replica, not a repository" if place == root else "this is a disk of a replica, not a repository",
             subject=root,
-            hint=f"dir:{place} names the replica, and ssh://HOST{place} from another host",
+            hint=f"use dir:{place} for the replica, or ssh://HOST{place} from another host",
         )
 
 

@@ -126,7 +126,7 @@ class PartialFailure(SnapchainError):
 
 
 class OutputFailed(SnapchainError):
-    """Standard output is full, closed or broken. What the command had to do is done, unless the message differs."""
+    """Standard output is full, closed or broken. The work is done, unless the message says otherwise."""
 
     exit_code = 11
     kind = "output-failed"

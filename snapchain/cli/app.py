@@ -52,8 +52,8 @@ app = typer.Typer(
     help="Ship, merge and restore the snapshot chains of QEMU disks.\n\n"
     "An ADDRESS is the path of an image, or DEST::DISK\\[@POINT]: DEST is a directory or s3://bucket/prefix, DISK a "
     "name such as web1/vda, and POINT is latest, a number, a label, or a time: an RFC 3339 time, or a local date and "
-    "time. A date such as 2026-11-30, today or yesterday means the end of that day: the newest point not after it. An "
-    "existing file is an image whatever its name; write ./a::b for the path of one.",
+    "time. A date such as 2026-11-30, today or yesterday means the end of that day: the newest point not after it. The "
+    "path of an existing file is that image, also with '::' in it; ./a::b is always a path.",
     epilog="Exit codes: 0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, "
     "8 a program failed, 9 busy, 10 partly failed, 11 the output could not be written, 129 and 130 interrupted.",
     rich_markup_mode="rich",

@@ -41,10 +41,10 @@ def gc(
 ) -> None:
     """Delete what no point of any disk needs: after points were dropped, and after runs that were cut off.
 
-    Packs of which more than a quarter is waste are written anew without it. gc is exclusive: it waits up to ten minutes
-    for ship and merge to end, and they wait for it. It works around packs and layers that are missing or damaged: it
-    names copies of their data where there are some, keeps all that a damaged point may still need, and ends with exit
-    code 5 as long as something is lost.
+    Packs with more than a quarter of waste are rewritten without it. gc is exclusive: it waits up to ten minutes for
+    ship and merge to end, and they wait for it. It works around missing or damaged packs and layers: records are
+    pointed at copies of their data where there are any, and what a damaged point may still need is kept. While data is
+    lost it ends with exit code 5.
     """
     from snapchain.ops import gc as ops
 

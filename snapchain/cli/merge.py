@@ -144,8 +144,8 @@ def merge(
         typer.Option(
             "--remove",
             metavar="FILE",
-            help="This merged file may go, or be replaced, though it lies in another directory than the image, or an "
-            "image that cannot be read may stand on it. Not one that another image uses. May be repeated.",
+            help="Allow this input to be removed or replaced although it lies in another directory than the image, or "
+            "an unreadable image may depend on it. Never one that another image uses. May be repeated.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -172,7 +172,7 @@ def merge(
     `snapchain snapshot` noted, and stays as a view if a rule names it; the others are merged into the next one that
     stays. With --max-layers only as many go as it takes, the cheapest first; with a budget those that free the most
     within it. Never touched by rules: the root (without --flatten), what is held (`snapchain hold`), what other images
-    stand on, and what --at protects. --dry-run shows it all, layer by layer.
+    depend on, and what --at protects. --dry-run shows it all, layer by layer.
 
     DEST::DISK: keeps the points that the rules name, those that are held, and always the newest one; layers that no
     kept point needs are merged into the next one that stays. In a repository only records change: no data is moved. At
@@ -252,9 +252,8 @@ def merge(
         work = RepositoryMerge(repository, disk, policy, zone=zone)
         if not out.plan(work.plan(), _draw_repository_plan):
             done = work.run(on_event=out.on_event)
-            out.report(done, _draw_repository_report)
-            if done.findings:
-                raise typer.Exit(Corrupt.exit_code)
+            status = Corrupt.exit_code if done.findings else 0
+            out.report(done, _draw_repository_report, problems=_draw_findings, status=status)
 
 
 def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name: str | None) -> None:
@@ -328,5 +327,9 @@ def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> 
             ("unreferenced", size(report.bytes_dropped)),
         ],
     )
-    render.findings(console, report.findings)
+    _draw_findings(console, report)
     render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))
+
+
+def _draw_findings(console: Console, report: RepositoryMergeReport) -> None:
+    render.findings(console, report.findings)

@@ -188,7 +188,7 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
 
 
 def _draw_take_back_plan(console: Console, plan: TakeBackPlan) -> None:
-    word = "" if plan.asked else ", without asking there"
+    word = "" if plan.asked else ", without asking that host"
     render.headline(console, f"would take back from {render.place(plan.destination)}{word}")
     for image, disk, epoch in zip(plan.images, plan.disks, plan.epochs, strict=True):
         render.line(console, f"{disk}: {render.place(image)} would be this host's again, in epoch {epoch}", indent=2)

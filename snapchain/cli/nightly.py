@@ -111,7 +111,7 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
     closes = f", until {moment(plan.closes, zone=True)}" if plan.closes else ""
     render.headline(console, f"would run {plan.name}{closes}")
     for reason in plan.left:
-        render.line(console, f"nothing would be begun now: {reason}", style="yellow", indent=2)
+        render.line(console, f"nothing would start now: {reason}", style="yellow", indent=2)
     render.table(
         console,
         ["disk", "seals", "files>", "ships", "merges", "drops"],
@@ -189,15 +189,15 @@ def _report_row(disk: DiskReport) -> list[str]:
 def _draw_moved(console: Console, disks: Sequence[DiskReport] | Sequence[DiskPreview]) -> None:
     for disk in disks:
         if disk.moved_to is not None:
-            render.line(console, f"{disk.disk}: moved: it is {disk.moved_to} now", indent=2)
+            render.line(console, f"{disk.disk}: moved: it is now {disk.moved_to}", indent=2)
             render.line(console, f"hint: leave {disk.image} out by `exclude`, and name the disk in `retired`", indent=6)
 
 
 def _draw_left_out(console: Console, layers: Sequence[Path], leftovers: Sequence[Path]) -> None:
-    if stood_on := len(layers) - len(leftovers):
-        render.line(console, f"{stood_on} files matched that others stand on: layers, no disks", indent=2)
+    if used := len(layers) - len(leftovers):
+        render.line(console, f"{used} matched files are backing files of others: layers, not disks", indent=2)
     for path in leftovers:
-        render.line(console, f"left out: {path}: a sealed layer on which nothing stands", style="yellow", indent=2)
+        render.line(console, f"left out: {path}: a sealed layer that no image uses", style="yellow", indent=2)
     if leftovers:
         render.line(console, "hint: remove it, or name it by `path` if it is a disk", indent=6)
 

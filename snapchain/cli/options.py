@@ -50,7 +50,7 @@ Progress = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    typer.Option("--quiet", "-q", help="Hide progress, notes and reports; failures stay.", rich_help_panel=_OUTPUT),
+    typer.Option("--quiet", "-q", help="Hide progress, notes and reports, but no failure.", rich_help_panel=_OUTPUT),
 ]
 PasswordFile = Annotated[
     Path | None,
@@ -100,8 +100,8 @@ PackSize = Annotated[
     typer.Option(
         "--pack-size",
         metavar="BYTES",
-        help="No object larger than this, where a server or proxy has a limit: 1M. By default 16M; "
-        "SNAPCHAIN_PACK_SIZE holds for all commands but nightly.",
+        help="Largest object to write, for servers and proxies with a limit, such as 1M. Default: 16M. "
+        "SNAPCHAIN_PACK_SIZE applies to all commands but nightly.",
     ),
 ]
 
@@ -179,7 +179,7 @@ def destination(
     if is_replica(dest):
         no_passphrase(dest, password_file, password_command)
         if pack_size_text is not None:
-            raise InvalidInput("a replica has no packs, and no --pack-size", subject=dest)
+            raise InvalidInput("--pack-size is for repositories; a replica has no packs", subject=dest)
     found = destination_at(
         dest,
         passphrase=passphrase.source(password_file, password_command),

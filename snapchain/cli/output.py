@@ -1,7 +1,7 @@
 """Where a verb's results go: tables and pictures for a person, one JSON object for a program, both on stdout.
 
 A verb hands over the plan or the report and a function that draws it; the same values make the JSON object, so the
-two can never tell different stories.  What is wrong in it goes to stderr too, where --quiet does not hide it.
+two cannot differ.  Findings and failures go to stderr too, where --quiet does not hide them.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Output:
             self._write(plain(report), report, draw, problems)
         except OutputFailed as error:
             failed = OutputFailed(
-                f"the work is done, only its report is lost: {error.message}",
+                f"the work is done; only its report is lost: {error.message}",
                 subject=error.subject,
-                hint="do not repeat the work for the sake of its report; `snapchain log` and `inspect` show the result",
+                hint="do not repeat the command; `snapchain log` and `inspect` show the result",
             )
             failed.exit_code = status or failed.exit_code  # what went wrong in the work weighs more
             raise failed from error

@@ -4,7 +4,7 @@ auto   a bar with bytes, rate and time left when stderr is a terminal, else only
 json   one object a line: {"event": "progress", "phase", "done", "total", "unit", "rate", "eta"}
 none   not even notices
 
-A note that comes again, of another file or disk, is counted, and its count is told at the end.
+A repeated note, about another file or disk, is only counted; the count is printed at the end.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Reporter:
             return
         self._notices[notice.text] += 1
         if self._notices[notice.text] > 1:
-            return  # the same of another file or disk: counted, and told at the end
+            return  # the same about another file or disk: only counted
         line = f"snapchain: note: {printable(notice.message)}"
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -131,7 +131,7 @@ class Reporter:
         self._bar.update(task, completed=event.done, total=event.total, amount=words)
 
     def _drop_finished(self) -> None:
-        """A night of a thousand disks has thousands of phases; a terminal shows those that are under way."""
+        """A night of a thousand disks has thousands of phases; the terminal shows the running ones."""
         for task in self._bar.tasks:
             if task.finished:
                 self._bar.update(task.id, visible=False)
@@ -146,7 +146,7 @@ def amount(event: Any, rate: float) -> str:
 
 
 def _beginning(text: str) -> str:
-    """Enough to find the note again that was said in full above: its first words."""
+    """The first words of a note: enough to find the full text above."""
     words = printable(text).split(" ")
     return " ".join(words[: min(6, max(1, len(words) - 1))]) + " ..."
 

@@ -39,8 +39,8 @@ def receive(
     """Take in a stream from stdin: as it comes out of `snapchain send`, or as it was saved then.
 
     Every frame is checked as it comes, every layer is read back and proven before it becomes part of the chain. Layers
-    that are there already are passed over, so a stream may be received again. --dry-run reads the beginning of the
-    stream only: which disk it brings, and what DIR has of it.
+    that are there already are passed over, so a stream may be received again. --dry-run reads only the beginning
+    of the stream, and prints the disk's name and what DIR has of it.
     """
     from snapchain.host.remote_channel import Channel
     from snapchain.ops.receive import plan_receive, receive_stream

@@ -67,11 +67,11 @@ def restore(
 ) -> None:
     """Write a point to a new file, a block device, or as a whole chain.
 
-    What was written is read back and must show the point's content id. A file appears under its name only when it is
-    whole; an existing one is replaced only with --force, and never while somebody has it open or stands on it. The new
-    file keeps its owner, mode and labels, and a symbolic link stays one. On a block device zeroes are written where the
-    point has them, whatever the device held; one that is not empty needs --force. DEST is a repository, or a replica:
-    ssh://[user@]host/path or dir:/path.
+    The output is read back, and its content id must be the point's. A file gets its name only when it is complete. An
+    existing file is replaced only with --force, and never while a program has it open or another image depends on it;
+    the new file gets its owner, mode and labels, and a symbolic link stays a link. A block device that is not empty
+    needs --force; the point's zeroes are written to it too. DEST is a repository, or a replica: ssh://[user@]host/path
+    or dir:/path.
     """
     from snapchain.ops.address import parse_point_address
 

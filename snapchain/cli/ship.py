@@ -81,7 +81,7 @@ def ship(
             if dry_run:
                 out.plan(work.plan(), _draw_plan)
             else:
-                out.report(work.run(on_event=out.on_event), _draw_report)
+                out.report(work.run(on_event=out.on_event), _draw_report, problems=_draw_damaged)
 
 
 def _draw_plan(console: Console, plan: ShipPlan) -> None:
@@ -114,6 +114,11 @@ def _draw_report(console: Console, report: ShipReport) -> None:
             ("still damaged", ", ".join(f"point {point}" for point in report.damaged)),
         ],
     )
+
+
+def _draw_damaged(console: Console, report: ShipReport) -> None:
+    if report.damaged:
+        render.line(console, f"{report.disk}: still damaged: points {', '.join(map(str, report.damaged))}", style="red")
 
 
 def _mark(publishes: bool) -> str:

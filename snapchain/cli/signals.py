@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: it cleans up, and tells what is left to resume.
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: it cleans up, and prints what is left to resume.
 
 A SIGHUP that was ignored when the command began stays ignored, as nohup(1) wants it.
 """

@@ -8,8 +8,8 @@ top   web1.qcow2      ████░░          12.0 MiB      ████░�
 root  base.qcow2      ██████████████ 812.0 MiB      ██████████████ 812.0 MiB
       █ data seen   ░ data hidden by layers above
 
-A merged layer stands where its uppermost file was, whose name it takes. A name for which a line has no room stands on
-one of its own, above.
+A merged layer stands where its uppermost file was, whose name it takes. A name that is too long for the
+line is printed on a line of its own, above.
 """
 
 from __future__ import annotations

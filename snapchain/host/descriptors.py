@@ -1,4 +1,4 @@
-"""How many files this process may have open at once: as many as the system lets it.
+"""Raise the limit of open files of this process as far as the system allows.
 
 Every file of a chain is opened, and locked by a descriptor of its own; several disks at once soon need more than the
 soft limit of 1024 that most systems begin with.  That limit is kept low for programs that call select(2); we do not,

@@ -11,21 +11,16 @@ import errno
 import grp
 import os
 import pwd
-import re
-import secrets
 from contextlib import suppress
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import NEW, temporary_beside, temporary_of
 
 # Extended attributes that belong to a file's place, not to its bytes: labels, access lists, what a user noted.
 _ACCESS_LIST = "system.posix_acl_access"
 _KEPT_ATTRIBUTES = ("security.selinux", _ACCESS_LIST, "user.")
-NEW = "new"
-"""The purpose in the temporary names of `write_atomically`."""
-
-_RANDOM_BYTES = 4
 _NO_ATTRIBUTES = {errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES}
 
 
@@ -38,29 +33,17 @@ def open_new(path: Path, *, mode: int = 0o600) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
-def temporary_beside(path: Path, *, purpose: str) -> Path:
-    """A name in the directory of `path` that nobody uses: `.NAME.PURPOSE-<random>`, cut to 255 bytes."""
-    return path.with_name(_temporary_prefix(path, purpose) + secrets.token_hex(_RANDOM_BYTES))
-
-
 def temporaries(path: Path, *, purpose: str) -> list[Path]:
     """Files beside `path` under names of `temporary_beside`: of runs that are at work, or were killed."""
-    prefix = _temporary_prefix(path, purpose)
-    random = re.compile(re.escape(prefix) + f"[0-9a-f]{{{2 * _RANDOM_BYTES}}}")
+    wanted = temporary_of(temporary_beside(path, purpose=purpose))
     with os_errors(path.parent):
-        return [entry for entry in path.parent.iterdir() if random.fullmatch(entry.name)]
+        return [entry for entry in path.parent.iterdir() if temporary_of(entry) == wanted]
 
 
 def remove_temporaries(path: Path, *, purpose: str) -> None:
-    """Remove what killed runs have left under names of `temporary_beside`. Only while nobody else is at work there."""
+    """Remove what killed runs have left under names of `temporary_beside`. Only while no other run is at work there."""
     for entry in temporaries(path, purpose=purpose):
         remove(entry)
-
-
-def _temporary_prefix(path: Path, purpose: str) -> str:
-    tail = f".{purpose}-"
-    name = path.name.encode()[: 254 - len(tail) - 2 * _RANDOM_BYTES].decode(errors="ignore")
-    return f".{name}{tail}"
 
 
 def fsync_file(path: Path) -> None:
@@ -181,17 +164,17 @@ def _not_given(
     group = _group_name(standing.st_gid)
     if standing.st_uid != mine.st_uid:
         raise InvalidInput(
-            f"the file that takes its place cannot be given its owner, {_user_name(standing.st_uid)}",
+            f"the new file cannot get the owner of the old one, {_user_name(standing.st_uid)}",
             subject=subject,
             hint="run as root, or as that user",
         ) from error
     if (standing.st_mode >> 3) & 0o7 != standing.st_mode & 0o7:
         raise InvalidInput(
-            f"the file that takes its place cannot be given its group, {group}, and the guest may need that",
+            f"the new file cannot get the group of the old one, {group}, which the guest may need",
             subject=subject,
             hint=f"run as root, or as a member of the group {group}",
         ) from error
-    return f"its group is {_group_name(mine.st_gid)} now, not {group}; its mode gives a group no rights of its own"
+    return f"its group is now {_group_name(mine.st_gid)}, not {group}; its mode gives the group no extra rights"
 
 
 def _group_name(number: int) -> str:

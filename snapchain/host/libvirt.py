@@ -1,4 +1,4 @@
-"""What libvirt's definitions name: the files of its domains, and where the volumes of its pools lie.
+"""Files that libvirt's definitions name: those of its domains, and the volumes of its pools.
 
 Asks `virsh`, which changes nothing by these commands.  A host without virsh has no libvirt to ask.  One whose daemon
 does not answer is a fact that the caller must be able to tell the user, so it is returned and not raised.

@@ -1,8 +1,8 @@
-"""Where a name leads: its symbolic links are followed one by one, and judged by who could have put them there.
+"""Follow the symbolic links of a name one by one, and find out whether other users control one of them.
 
 A link in a directory that others may write is their choice of a file, not the caller's.  The kernel refuses to follow
-it where `fs.protected_symlinks` is set and the directory is sticky; what is to be replaced or written over deserves
-more care than that.
+it where `fs.protected_symlinks` is set and the directory is sticky; a file that is to be replaced or
+overwritten needs more care than that.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _follow(path: Path) -> Followed:
             continue
         links += 1
         if links > _MOST:
-            raise InvalidInput("its symbolic links lead back to it", subject=path, hint="name a file itself")
+            raise InvalidInput("its symbolic links form a loop", subject=path, hint="name the file itself")
         directory = here.stat()
         _check_owner(here / name, found, directory)
         exposed = exposed or others_may_write(directory)

@@ -2,10 +2,10 @@
 
 `with os_errors(path): ...` maps an OSError by its number to what the caller should do: a name that is not
 there, a request that cannot work, a resource that is short.  Anything else stays an `Unavailable`, with the
-kernel's words.  What is short has one remedy, whoever runs into it: we, a store's directory, or a program that we start
-(`shortage_in` reads that from its words).
+kernel's words.  Each shortage has one remedy, whether this process, a store's directory or a program that we start
+meets it (`shortage_in` finds it in the program's messages).
 
-The subject is always a file that the user knows: a temporary file, and the note beside an image, stand for the file
+The subject is always a file that the user knows: for a temporary file, or for the note beside an image, it is the file
 whose name is in theirs.
 """
 
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.host.temporary_names import temporary_of
 
 _NOT_THERE = {errno.ENOENT, errno.ENXIO, errno.ENODEV}
 _WRONG = {
@@ -43,8 +44,7 @@ REMEDIES: dict[int, str] = {
 _OF_A_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-# `.NAME.PURPOSE-<random>` (files.py), `.NAME.snapchain-part` of version 0.1; `.snapchain-layer-NAME-<inode>.json`.
-_TEMPORARY = re.compile(r"\.(.+)\.(?:[a-z-]+-[0-9a-f]{8}|snapchain-part)", re.DOTALL)
+# Of a layer (ops/notes.py): `.snapchain-layer-NAME-<inode>.json`.
 _NOTE = re.compile(r"\.snapchain-layer-(.+)-\d+\.json", re.DOTALL)
 
 
@@ -56,15 +56,15 @@ def denied(subject: object, *, detail: str = "") -> InvalidInput:
 def translated(error: OSError, subject: object = None) -> SnapchainError:
     """The error of snapchain's tree that says what an OSError says."""
     given = subject if subject is not None else error.filename
-    name, of = _known_file(given)
+    name, is_temporary, is_note = _known_file(given)
     words = (error.strerror or str(error) or type(error).__name__).lower()
     if error.errno in _NOT_THERE:
         return NotFound(words, subject=name)
     if error.errno in _FORBIDDEN:
-        if of is _TEMPORARY:
+        if is_temporary and not is_note:
             hint = f"run as a user who may write to {Path(str(name)).parent}"
             return InvalidInput("permission denied: no file can be made beside it", subject=name, hint=hint)
-        return denied(name, detail=f" for its note {Path(str(given)).name}" if of is _NOTE else "")
+        return denied(name, detail=f" for its note {Path(str(given)).name}" if is_note else "")
     if error.errno in _WRONG:
         return InvalidInput(words, subject=name)
     if error.errno in REMEDIES:
@@ -84,13 +84,14 @@ def shortage_in(words: str) -> OSError | None:
     return None
 
 
-def _known_file(path: object) -> tuple[object, re.Pattern[str] | None]:
-    """The file that the user knows, and the pattern of the name of one that stands for it."""
-    known, of = path, None
-    for pattern in (_TEMPORARY, _NOTE):
-        if isinstance(known, str | Path) and (match := pattern.fullmatch(Path(known).name)):
-            known, of = Path(known).with_name(match[1]), pattern
-    return known, of
+def _known_file(path: object) -> tuple[object, bool, bool]:
+    """The file that the user knows; whether the given one is a temporary file beside it, and whether its note."""
+    if not isinstance(path, str | Path):
+        return path, False, False
+    temporary = temporary_of(Path(path))
+    known = path if temporary is None else temporary.target
+    note = _NOTE.fullmatch(Path(known).name)
+    return (known if note is None else Path(known).with_name(note[1])), temporary is not None, note is not None
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Allowed:
 
 
 def is_layer_below_active(path: Path, top: Path) -> bool:
-    """Whether a file (a real path) belongs to the disk at a replica that a guest's overlay stands on."""
+    """Whether a file (a real path) belongs to a disk at a replica, below a guest's overlay."""
     return path.parent == top.parent.parent and _active(top.parent)
 
 

@@ -124,7 +124,7 @@ def _check_parts(path: Path, number: int) -> None:
         major, minor = (entry.parent / "dev").read_text().split(":")
         for opener in open_files.device_openers(os.makedev(int(major), int(minor))) if open_files else ():
             if opener.writing:
-                raise Busy(f"{opener} has a part of it, or all of it, open", subject=path, hint="stop it")
+                raise Busy(f"{opener} has this disk or a partition of it open", subject=path, hint="stop it")
 
 
 def zero_device(fd: int, offset: int, length: int) -> None:

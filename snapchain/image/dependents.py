@@ -1,16 +1,16 @@
-"""Who else stands on a file: a search of directory trees, and of what libvirt's definitions name.
+"""Which images and domains depend on a file: a search of directory trees and of libvirt's definitions.
 
-    i1/disk.qcow2 ->+                      files: _base/img, what might be removed or written to
-                    +-> _base/img          own:   i1/disk.qcow2, whose user asks
+    i1/disk.qcow2 ->+                      files: _base/img, which may be removed or written to
+                    +-> _base/img          own:   i1/disk.qcow2, the disk that the command works on
     i2/disk.qcow2 ->+                      found: i2/disk.qcow2
 
-Only headers are read, breadth first from the first root on.  An image that is found leads to the files that it names,
-wherever those lie: an overlay here may stand on one elsewhere, and that one on a file of ours.  Files are told apart
-by device and inode, so links, hard links and bind mounts count as what they lead to.
+Only headers are read, breadth first from the first root on.  The files that a found image names are read as well,
+wherever they lie: an overlay here may use one elsewhere as its backing file, and that one a file of ours.  Files are
+compared by device and inode, so links, hard links and bind mounts count as the file itself.
 
-The search is bounded.  What it could not see is said (`Dependents.incomplete`) and stops nobody, or an unreadable
-directory of another user would do so for ever.  Only one thing that was seen and not read counts as a user of every
-file: an image that cannot be read, whose owner could read the file (see `_may_stand_on`).
+The search is bounded.  What it could not read is reported (`Dependents.incomplete`) and stops no command, or an
+unreadable directory of another user would do so for ever.  With one exception: an unreadable image counts as a user of
+every file that its owner could read (see `_may_depend_on`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from snapchain.image.references import mentions, named_files, recorded_names
 
 MOST_ENTRIES = 200_000
 MOST_SECONDS = 5.0
-"""How much of the trees is looked at: names, and time without that for libvirt."""
+"""Bounds of the search: names, and seconds without the time for libvirt."""
 _SMALLEST_IMAGE = 72
 _NAMED = 3
 _NOT_ENTERED = {"/proc", "/sys", "/dev", "/run/user"}
@@ -42,20 +42,20 @@ Identity = tuple[int, int]
 
 
 class Kind(Enum):
-    """How somebody uses a file.
+    """How a file is used.
 
-    STANDS: an image or a domain whose content it is a part of; LINK: a symbolic link, so another name
-    UNREAD: an image that cannot be read and may stand on it
+    CONTENT: an image or a domain reads it; LINK: a symbolic link, so another name
+    UNREAD: an image that cannot be read and may depend on it
     DEFINITION: the disk's own domain records the file in its backing chain, and would not start without it
     """
 
-    STANDS = "stands"
+    CONTENT = "content"
     LINK = "link"
     UNREAD = "unread"
     DEFINITION = "definition"
 
 
-SEEN = (Kind.STANDS, Kind.LINK, Kind.DEFINITION)
+SEEN = (Kind.CONTENT, Kind.LINK, Kind.DEFINITION)
 """Users that were found, not only possible ones."""
 
 
@@ -63,7 +63,7 @@ SEEN = (Kind.STANDS, Kind.LINK, Kind.DEFINITION)
 class Dependent:
     """One user of a file. path: an image or link, or None; domain: libvirt's name, or None.
 
-    description: a clause that names it, such as `/vm/i2/disk.qcow2 stands on it`
+    description: a clause that names it, such as `/vm/i2/disk.qcow2 depends on it`
     by: the name of the file that it uses, links resolved; one of many where the file has hard links
     """
 
@@ -234,7 +234,7 @@ class _Search:
                 self._follow.append(str(place))
         for real, by in targets.items():
             if os.path.realpath(image) != real:
-                self._add(real, str(image), "stands on it", Kind.STANDS, by=by)
+                self._add(real, str(image), "depends on it", Kind.CONTENT, by=by)
 
     def _meant(self, real: str) -> Collection[str]:
         """Those of the files that a path without links leads to."""
@@ -244,7 +244,7 @@ class _Search:
             return [real] if real in self._real else ()
 
     def _follow_names(self) -> None:
-        """What images name lies anywhere, and stands on something itself."""
+        """Read the files that images name: these may lie anywhere, and have backing files themselves."""
         while self._follow:
             path = self._follow.popleft()
             if path not in self._read:
@@ -257,8 +257,8 @@ class _Search:
         if not near and not looks_like_an_image:
             return
         for real in self._real:
-            if near or _may_stand_on(real, status.st_uid):
-                self._add(real, path, "cannot be read, and may stand on it", Kind.UNREAD, by=real)
+            if near or _may_depend_on(real, status.st_uid):
+                self._add(real, path, "cannot be read, and may depend on it", Kind.UNREAD, by=real)
 
     # --- libvirt
 
@@ -280,7 +280,7 @@ class _Search:
         what = "uses it" if opened is None else "names it in its backing chain"
         for real in self._meant(by):
             if opened is not None or real != self._disk:
-                kind = Kind.DEFINITION if is_own else Kind.STANDS
+                kind = Kind.DEFINITION if is_own else Kind.CONTENT
                 dependent = Dependent(None, domain, f"{name} {what}", kind, Path(by))
                 self._found.setdefault(real, {})[name] = dependent
 
@@ -303,12 +303,12 @@ class _Search:
         if self._stopped_at is not None:
             sentences.append(
                 f"The search for other users of these files ended after {self._entries} names, at "
-                f"{_printable(self._stopped_at)}: there may be users that it did not reach."
+                f"{_printable(self._stopped_at)}: it may have missed some."
             )
         if self._unseen:
             first, more = _printable(self._unseen[0]), len(self._unseen) - 1
             others = f" and {more} more directories" if more else ""
-            sentences.append(f"{first}{others} cannot be read: images there may stand on these files.")
+            sentences.append(f"{first}{others} cannot be read: images there may depend on these files.")
         if fault is not None:
             sentences.append(fault)
         found = {real: tuple(users[name] for name in sorted(users)) for real, users in self._found.items()}
@@ -338,10 +338,10 @@ def _links(path: Path) -> Iterator[str]:
             return
 
 
-def _may_stand_on(file: str, user: int) -> bool:
-    """Whether an image of this user may stand on `file`: whether its owner could read that.
+def _may_depend_on(file: str, user: int) -> bool:
+    """Whether an image of this user may depend on `file`: whether the user could read that.
 
-    An image that its owner cannot use is none.  Groups are not looked up: what a group may read, anybody may.
+    An image that its owner cannot use does not count.  Groups are not looked up: what a group may read, anybody may.
     """
     if user == 0:
         return True

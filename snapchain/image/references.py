@@ -1,7 +1,7 @@
-"""Which other images stand on a file: linked clones that a merge must not pull the ground from.
+"""Which images of a directory use a file as their backing file.
 
 Looks at the headers of all files in some directories, and leniently: an image that snapchain would refuse (dirty,
-encrypted, in use) is somebody's disk all the same.  One that may not even be read may stand on anything.  Only what
+encrypted, in use) is somebody's disk all the same.  An unreadable one may depend on any file.  Only what
 lies in those directories can be found.
 """
 

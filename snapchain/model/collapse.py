@@ -64,7 +64,7 @@ def collapse(chain_ids: Sequence[str], keep: Collection[str]) -> tuple[Group, ..
 
 
 def collapse_tree(parents: Mapping[str, str | None], keep: Collection[str]) -> tuple[Group, ...]:
-    """The groups of all chains of a disk, every group after the one that it stands on.
+    """The groups of all chains of a disk, every group after its parent.
 
     parents: the parent of each layer, None for a root
     keep:    ids of the layers that are tops of kept points
@@ -119,7 +119,7 @@ def _lowest_first(parents: Mapping[str, str | None], keep: Collection[str]) -> l
                 raise InvalidInput("its parents form a loop", subject=layer)
             path[layer] = None
             if layer not in parents:
-                raise InvalidInput("no such layer, though another one stands on it", subject=layer)
+                raise InvalidInput("no such layer, although another one depends on it", subject=layer)
             layer = parents[layer]
         done.update(dict.fromkeys(reversed(path)))
     return list(done)

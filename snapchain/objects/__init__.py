@@ -69,7 +69,7 @@ def open_store(url: str, *, make: bool = False, endpoint: str | None = None) -> 
 
 
 def _bucket_and_prefix(text: str, url: str) -> tuple[str, str]:
-    """Bucket and prefix of `bucket/prefix`. Raises InvalidInput for a prefix that would not survive the way."""
+    """Bucket and prefix of `bucket/prefix`. Raises InvalidInput for a prefix that clients of S3 would change."""
     bucket, _, prefix = text.partition("/")
     prefix = prefix.strip("/")
     if any(mark in text for mark in "?#"):
@@ -77,7 +77,7 @@ def _bucket_and_prefix(text: str, url: str) -> tuple[str, str]:
     if not text.isprintable():
         raise InvalidInput("a destination has no control characters", subject=repr(url))
     if {".", ".."} & set(prefix.split("/")):
-        raise InvalidInput("a prefix has no segments '.' and '..': on the way to S3 they vanish", subject=url)
+        raise InvalidInput("a prefix cannot have '.' or '..' as a segment: S3 clients drop them", subject=url)
     return bucket, prefix
 
 

@@ -1,8 +1,8 @@
-"""Room that a full disk gives up, so that what frees room can begin.
+"""Room kept for a full disk, so that commands that free room can begin.
 
 A collection and a merge must write a little (a lease, a catalogue generation, an index) before they can delete
-anything.  So a directory holds a file of nothing, `.reserve`, whose name is no object's.  Who is `spending` removes it
-when the disk is full, and makes it again at the end, as large as there is room.
+anything.  So a directory holds a file `.reserve` without information, whose name is no object's.  A command that is
+`spending` removes it when the disk is full, and makes it again at the end, as large as the room allows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LARGEST = 4 * 1024 * 1024
 """Bytes: the records of a merge of some GiB, or of a collection in a repository of a hundred disks."""
 LEAST = 64 * 1024
 SHARE = 8
-"""Of the room that is left, one part in so many is taken for the reserve."""
+"""The reserve takes one part in SHARE of the room that is left."""
 _STEPS = (8, 7, 6, 5, 4, 3, 2, 1)
 _MODE = 0o600
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -36,7 +36,7 @@ class KeepsReserve(Protocol):
 
 
 def spending(store: ObjectStore) -> AbstractContextManager[None]:
-    """For the length of a `with` block, a full disk gives up the reserve; afterwards it is made again, if it can be."""
+    """During a `with` block the reserve is removed when the disk is full; afterwards it is made again, if possible."""
     bottom = innermost(store)
     return bottom.spending() if isinstance(bottom, KeepsReserve) else nullcontext()
 
@@ -50,7 +50,7 @@ def fill(store: ObjectStore) -> None:
 
 
 class Reserve:
-    """The reserve of one directory. Thread-safe. What fails here is no error: then there is less of a reserve."""
+    """The reserve of one directory. Thread-safe. A failure here is no error: the reserve is smaller then."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -73,7 +73,7 @@ class Reserve:
                     self._was_spent = False
 
     def give_up(self, folder: int, error: OSError) -> bool:
-        """Whether there is room now that was not there at `error`."""
+        """Remove the reserve. Returns whether that made room since `error`."""
         if error.errno not in FULL or not self._spenders:
             return False
         try:
@@ -85,7 +85,7 @@ class Reserve:
 
 
 def _fill(folder: int, *, all_of_it: bool) -> None:
-    """all_of_it: take whatever room is left, before others do; else a share of it."""
+    """Make or enlarge the reserve. all_of_it: of all room that is left; else of a share of it."""
     room = os.fstatvfs(folder)
     free = room.f_bavail * room.f_frsize
     try:
@@ -105,7 +105,7 @@ def _fill(folder: int, *, all_of_it: bool) -> None:
 
 
 def _allocate(fd: int, wanted: int) -> None:
-    """Room for `wanted` bytes, or for as many as there is room."""
+    """Allocate `wanted` bytes, or as many as the room allows."""
     for step in _STEPS:
         size = wanted * step // _STEPS[0]
         try:

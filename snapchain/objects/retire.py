@@ -1,8 +1,8 @@
-"""Take back an object that says that somebody is at work, also where nothing can be deleted.
+"""Take back a lease or a claim, also where nothing can be deleted.
 
 A key without the permission to delete, or a bucket whose objects are locked, would leave leases and claims as if their
-holders still lived, and block others until they are held for dead. So what cannot be deleted is overwritten with
-RETIRED, and an object of exactly its size counts as gone. gc deletes it.
+holders were at work, and block others until they count as dead. So one that cannot be deleted is overwritten with
+RETIRED, and an object of exactly that size counts as gone. gc deletes it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from snapchain.errors import SnapchainError
 from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
 
 RETIRED = b"retired\n"
-"""No lease and no claim is as long: a sealed lease is longer than 64 bytes, a claim is empty."""
+"""No lease or claim has this size: a sealed lease is longer than 64 bytes, a claim is empty."""
 
 
 def retire(store: ObjectStore, name: str) -> SnapchainError | None:
-    """Delete the object, or else make it count as gone; why it could not be deleted. Raises nothing of the store."""
+    """Delete the object, or else make it count as gone. Returns why it could not be deleted. Raises nothing."""
     try:
         store.delete(name)
     except SnapchainError as error:
@@ -29,7 +29,7 @@ def retire(store: ObjectStore, name: str) -> SnapchainError | None:
 
 
 def stays(size: int | None) -> bool:
-    """Whether an object of that many bytes (None: there is none) does not count as gone."""
+    """Whether an object of this size (None: no object) does not count as gone."""
     return size is not None and size != len(RETIRED)
 
 

@@ -52,7 +52,7 @@ PAGE = 1000
 LONGEST_LISTING = 10_000_000
 """Objects. A listing is held in memory, some 250 bytes each; packs of 16 MiB would be 150 TiB."""
 IDLE_PAGES = 1000
-"""Pages one after the other that bring no new name: then the server turns in circles."""
+"""Consecutive pages without a new name, after which the listing is given up."""
 _PART = 64 * 1024
 """Bytes of a body that are progress."""
 
@@ -390,7 +390,7 @@ class S3Store:
                     folders.add(folder.removeprefix(start).rstrip("/"))
             idle = 0 if len(found) + len(folders) > before else idle + 1
             if idle > IDLE_PAGES:
-                raise Unsupported("the server's listing does not end: it brings no new names", subject=self.url)
+                raise Unsupported("the server's listing does not end, and brings no new names", subject=self.url)
             if len(found) > LONGEST_LISTING:
                 raise Unsupported(f"the server lists more than {LONGEST_LISTING} objects", subject=self.url)
         return found, folders
@@ -414,7 +414,7 @@ class S3Store:
             following = answer.get("NextContinuationToken")
             if not following:
                 raise Unsupported(
-                    "the server cuts its listing off, and gives no continuation token",
+                    "the server truncated its listing, and returned no continuation token",
                     subject=self.url,
                     hint="it must support ListObjectsV2",
                 )

@@ -44,17 +44,17 @@ _NOT_DONE = Meaning(Unsupported, "the server does not implement this request")
 _SMALLER = "raise its limit (of nginx: client_max_body_size), or make objects smaller with --pack-size 1M"
 _LARGE = 1 << 20
 """Bytes. Smaller objects are seldom refused for their size."""
-_TOO_LARGE = Meaning(Unsupported, "it is larger than the server, or a proxy before it, takes in one request", _SMALLER)
+_TOO_LARGE = Meaning(Unsupported, "the request is larger than the server, or a proxy before it, accepts", _SMALLER)
 _NO_CONTINUE = Meaning(
-    Unsupported, "a proxy refuses the header Expect: 100-continue", "let the proxy pass it on, or go round the proxy"
+    Unsupported, "a proxy refuses the header Expect: 100-continue", "let the proxy pass it on, or bypass the proxy"
 )
 _PROXY_KEYS = Meaning(
     Refused, "the HTTP proxy asks for credentials", "give them in HTTPS_PROXY, or list the server in NO_PROXY"
 )
 _A_PAGE = Meaning(
     Unsupported,
-    "a web page was sent instead of an answer of S3",
-    "look at the endpoint (host, port, path), and at proxies and portals on the way",
+    "the response is a web page, not one of S3",
+    "check the endpoint (host, port, path), and the proxies and portals before it",
 )
 
 CODES: dict[str, Meaning] = {
@@ -133,8 +133,8 @@ PERMISSIONS = {
     "PutObject": "s3:PutObject",
     "DeleteObject": "s3:DeleteObject",
     "ListObjectsV2": "s3:ListBucket",
-    "GetObject": "s3:GetObject, and s3:ListBucket, without which S3 denies reading what is not there",
-    "HeadObject": "s3:GetObject, and s3:ListBucket, without which S3 denies reading what is not there",
+    "GetObject": "s3:GetObject, and s3:ListBucket: without it S3 denies access to missing objects",
+    "HeadObject": "s3:GetObject, and s3:ListBucket: without it S3 denies access to missing objects",
 }
 """Operation -> what the access key needs for it."""
 

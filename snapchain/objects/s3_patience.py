@@ -1,8 +1,8 @@
-"""How long a server may keep us waiting: a request without progress ends, whatever keeps it from ending.
+"""A bound for requests to a server: one that makes no progress for long is given up.
 
 botocore bounds each wait for a byte, and then repeats the request; a server that accepts and never answers, or that
 sends one byte every ten seconds, would hold a command for minutes.  So each request runs in a thread of its own, which
-is given up when nothing moved for ANSWER_WITHIN seconds, retries included.  Progress is what `Watch.progress` reports:
+is given up after ANSWER_WITHIN seconds without progress, retries included.  Progress is what `Watch.progress` reports:
 a part of the body that was sent, or received.
 
 A server that was silent once is not asked again for COOLING seconds: the clean-up after the first error must not wait
@@ -23,16 +23,16 @@ ANSWER_WITHIN = 32.0
 COOLING = 30.0
 """Seconds."""
 _SMALL = 1 << 20
-"""Bytes of a body that is sent in no time."""
+"""Bytes of a body that is sent at once."""
 _LONG = 0.6
 """The share of the limit after which a timeout that botocore reports counts as silence."""
-_HINT = "look at the server, the network and the firewall, then run the command again"
+_HINT = "check the server, the network and the firewall, then run the command again"
 
 Result = TypeVar("Result")
 
 
 class Silent(Unavailable):
-    """The server did not answer for so long that it is given up."""
+    """The server did not answer, and was given up."""
 
 
 class Watch:
@@ -62,13 +62,15 @@ class Patience:
         Raises Silent when it makes no progress, or when another request found the server silent a moment ago.
         """
         if self._clock() < self._closed_until:
-            raise self._silent("did not answer a moment ago, and is not asked again so soon", subject)
+            raise self._silent("did not answer a moment ago, and is not asked again yet", subject)
         watch = Watch(self._clock)
         running = _Running(request, watch)
         while not running.done.wait(max(0.0, watch.moved + self._limit - self._clock())):
             if self._clock() >= watch.moved + self._limit:
                 self.give_up()
-                raise self._silent(f"accepts requests and does not answer: nothing for {self._limit:.0f} s", subject)
+                raise self._silent(
+                    f"accepts requests and does not answer: no progress for {self._limit:.0f} s", subject
+                )
         if isinstance(running.error, Exception) and self._clock() - watch.moved > _LONG * self._limit:
             from botocore.exceptions import ConnectionError as Connection, HTTPClientError
 
@@ -109,7 +111,7 @@ class _Running(Generic[Result]):
 
 
 class WatchedBody(io.BytesIO):
-    """A request's body, which tells its watch how far it was sent.
+    """A request's body, which reports to its watch that more was sent.
 
     Not while it is hashed, before it is sent; and not from the third attempt on: a server that takes the body and
     never answers would else be waited for as often as the request is repeated.

@@ -1,46 +1,48 @@
-"""Where to look for those who stand on the files of a disk, and which files a command may remove or write to.
+"""Where to look for images that depend on the files of a disk, and which files a command may remove or write to.
 
-A file is the disk's own when it lies in the directory of the disk's top and nobody else stands on it.  A top that is a
-symbolic link has two directories that are searched, and one that is its own: the one in which the file itself lies.
-Neighbours are searched below the directory above it, so that clones in directories beside it are found; where the file
-is reached through a bind mount, also around its other places.
+A file is the disk's own when it lies in the directory of the disk's top and nothing else depends on it.  For a top that
+is a symbolic link, both its directory and that of the file are searched; only the latter makes a file the disk's own.
+The search covers the tree below the parent of that directory, so that clones in neighbouring directories are found;
+where the file is reached through a bind mount, also the tree around its other places.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from snapchain.host.mounts import other_names
+from snapchain.host.temporary_names import MERGE, RESTORE, SNAPSHOT, temporary_of
+from snapchain.image import ImageChain
 from snapchain.image.dependents import Dependent, Dependents, Kind, search
 
 __all__ = [
     "Dependent",
     "Dependents",
     "Kind",
+    "dependents_of_chain",
     "find_dependents",
     "image_directories",
     "is_linked_elsewhere",
     "is_outside",
+    "search_directories",
 ]
 
 _VARIABLE = "SNAPCHAIN_IMAGE_DIRS"
-_UNFINISHED = re.compile(r"\..+\.(merge|snapshot|snapchain-part)-[0-9a-f]{8}")
-"""Temporary names (host/files.py) of ops/merge, ops/snapshot.py and ops/output.py."""
+_UNFINISHED = {MERGE, SNAPSHOT, RESTORE}
 
 
 def find_dependents(
     files: Sequence[Path], *, top: Path, own: Collection[tuple[int, int]] = (), image_dirs: Sequence[Path] = ()
 ) -> Dependents:
-    """Who else stands on `files`, by their headers, by links, and by libvirt's definitions.
+    """What else depends on `files`, by image headers, by links, and by libvirt's definitions.
 
     files: by the names under which the disk's chain opens them; they need not exist
-    top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count, as
-    nothing does that an unfinished merge, snapshot or restore has left beside them
-    image_dirs: what --image-dir names; what SNAPCHAIN_IMAGE_DIRS names is searched, too
+    top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count; nor do
+    files that an unfinished merge, snapshot or restore has left beside them
+    image_dirs: the directories of --image-dir; those of SNAPCHAIN_IMAGE_DIRS are searched too
     """
     named = [*image_dirs, *image_directories()]
     real = Path(os.path.realpath(top))
@@ -53,12 +55,29 @@ def find_dependents(
     return search(known, [*near, *(home.parent for home in homes)], near=near, own=[*own, *left], disk=top)
 
 
+def dependents_of_chain(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> Dependents:
+    """What else depends on the files of an opened chain. image_dirs: as of `find_dependents`."""
+    return find_dependents(
+        [file.path for file in chain.files],
+        top=chain.top.path,
+        own=[file.device for file in chain.files],
+        image_dirs=search_directories(chain, image_dirs),
+    )
+
+
+def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[Path, ...]:
+    """Where to look for images that depend on a file of the chain, besides the tree around its top."""
+    own = [directory for file in chain.files for directory in (file.path.parent, file.real_path.parent)]
+    return tuple(dict.fromkeys([*own, *image_dirs]))
+
+
 def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
-    """(device, inode) of what merges, snapshots and restores have not finished: nobody needs what it stands on."""
+    """(device, inode) of unfinished files of merges, snapshots and restores: nothing needs their backing files."""
     for directory in set(directories):
         with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
-                if _UNFINISHED.fullmatch(entry.name):
+                found = temporary_of(Path(entry.path))
+                if found is not None and found.purpose in _UNFINISHED:
                     with suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
                         yield status.st_dev, status.st_ino

@@ -25,18 +25,22 @@ from snapchain.errors import Busy, NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import MERGE, NEW, SNAPSHOT, temporary_of
 from snapchain.image import scan
 from snapchain.image.dependents import describe
 from snapchain.ops.dependents import Kind as Use, find_dependents
 from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.merge import recover
 from snapchain.ops.merge.inputs import KeptFile
-from snapchain.ops.merge.journal import MergeJournal, is_journal, leftovers, read
+from snapchain.ops.merge.journal import MergeJournal, is_journal, read
 from snapchain.ops.merge.settle import Settled
 from snapchain.ops.output import is_part, meant_for, remove_part
 
-_SNAPSHOT = re.compile(r"\.(.+)\.snapshot-[0-9a-f]{8}")
-_HALF_JOURNAL = re.compile(r"\.(\.snapchain-merge-.+\.json)\.new-[0-9a-f]{8}")
+_UNFINISHED = {
+    MERGE: "the new file of a merge",
+    SNAPSHOT: "the overlay of a snapshot",
+    NEW: "the journal of a merge",
+}
 
 
 class Kind(Enum):
@@ -64,7 +68,7 @@ class Finding(BaseModel):
 
 
 class DoctorPlan(BaseModel):
-    """What was found. directories: where was looked; image_dirs: where other users of the files are looked for, too."""
+    """What was found. directories: searched; image_dirs: searched for other users of the files, too."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -140,32 +144,24 @@ def _look(directory: Path) -> Iterator[Finding]:
     for path in entries:
         if is_journal(path):
             yield _merge(path)
-    for path in leftovers(directory):
-        image = directory / path.name[1:].rsplit(".", 1)[0]
+    for path in entries:
+        found = temporary_of(path)
+        what = None if found is None else _UNFINISHED.get(found.purpose)
+        if found is None or what is None or (found.purpose == NEW and not is_journal(found.target)):
+            continue
         yield Finding(
             path=path,
             kind=Kind.NEW_FILE,
-            image=image,
-            says="the new file of a merge that was not finished; nothing else was changed",
+            image=found.target,
+            says=f"{what} that was not finished; nothing else was changed",
             remedy="removes it",
         )
-    for path in entries:
-        for pattern, what in ((_SNAPSHOT, "the overlay of a snapshot"), (_HALF_JOURNAL, "the journal of a merge")):
-            found = pattern.fullmatch(path.name)
-            if found is not None:
-                yield Finding(
-                    path=path,
-                    kind=Kind.NEW_FILE,
-                    image=directory / found[1],
-                    says=f"{what} that was not finished; nothing else was changed",
-                    remedy="removes it",
-                )
     yield from _second_names(entries)
     yield from _parts(entries)
 
 
 def _parts(entries: Sequence[Path]) -> Iterator[Finding]:
-    """What restores that were killed have left; a file that somebody else has put under such a name is none."""
+    """Leftovers of killed restores; a file that another user has put under such a name does not count."""
     for path in entries:
         target = meant_for(path)
         try:
@@ -249,7 +245,7 @@ def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Se
         with ImageLock(finding.image, LockMode.WRITE):
             one, other = finding.path.lstat(), finding.image.lstat()
             if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
-                raise Busy("it was given to another file meanwhile", subject=finding.path)
+                raise Busy("another file has this name now", subject=finding.path)
             _remove_unused(finding, image_dirs)
     elif meant_for(finding.path) is not None:
         return Settled([finding.path] if remove_part(finding.path, of_anybody=os.geteuid() == 0) else [])
@@ -260,24 +256,27 @@ def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Se
 
 
 def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> None:
-    """Remove a name, unless somebody uses the file by just this one. Raises Busy then."""
+    """Remove a name of a file. Raises Busy when something uses the file by this very name."""
     status = finding.path.lstat()
     others = find_dependents(
         [finding.path], top=finding.image, own=[(status.st_dev, status.st_ino)], image_dirs=image_dirs
     )
     name = Path(os.path.realpath(finding.path))
     users = [each for each in others.on(finding.path) if each.by == name]
-    if finding.kind is Kind.NEW_FILE:  # nobody has begun to use it, but for those who are seen to
+    if finding.kind is Kind.NEW_FILE:  # only users that were found count: it was never in use
         users = [each for each in users if each.kind is not Use.UNREAD]
     if users:
-        raise Busy(f"{describe(users)}", subject=finding.path, hint="it stays")
+        raise Busy(
+            f"it cannot be removed: {describe(users)}", subject=finding.path, hint="move or remove its user first"
+        )
     files.remove(finding.path)
 
 
 @contextmanager
 def _free(finding: Finding) -> Iterator[None]:
     """While nobody is at work on a new file: a merge locks it, a snapshot the image that it is for."""
-    if _SNAPSHOT.fullmatch(finding.path.name) and finding.image.exists():
+    found = temporary_of(finding.path)
+    if found is not None and found.purpose == SNAPSHOT and finding.image.exists():
         with ImageLock(finding.image, LockMode.WRITE):
             yield
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 
 class Unit(StrEnum):
@@ -42,9 +43,19 @@ class Notice:
     message: str
     about: str = ""
 
+    @classmethod
+    def of(cls, about: object, words: str) -> Notice:
+        """The note `words` about a file, a directory or a disk."""
+        return cls(f"{about}: {words}", str(about))
+
+    @classmethod
+    def no_locks(cls, directory: Path) -> Notice:
+        """That the images of a directory cannot be locked."""
+        return cls.of(directory, "this filesystem has no locks; make sure that no guest uses its images")
+
     @property
     def text(self) -> str:
-        """What is said, without whom it is said of: the same for each file of a chain, each disk of a night."""
+        """The message without its subject: the same for each file of a chain, each disk of a night."""
         return self.message.removeprefix(f"{self.about}: ") if self.about else self.message
 
     def within(self, name: str) -> Notice:

@@ -32,9 +32,10 @@ class GcPlan(BaseModel):
 class GcReport(BaseModel):
     """What `gc` did.
 
-    bytes_freed: stored bytes less than before; bytes_added: more than before, where new records cost more than what was
-    deleted; bytes_moved: copied out of wasted or damaged packs; findings: what is damaged: it was left as it is, with
-    all that the damaged points may need
+    bytes_freed: by how much the stored bytes fell; bytes_added: by how much they grew, where new records cost more than
+    what was deleted
+    bytes_moved: copied out of wasteful or damaged packs
+    findings: damage; all that the damaged points may need was kept
     """
 
     model_config = ConfigDict(frozen=True)
@@ -99,7 +100,7 @@ def _check_deletes(store: ObjectStore) -> None:
         store.delete(f"probe/{fresh_id()}")
     except Refused as error:
         raise Refused(
-            f"gc must delete objects, and may not: {error.message}", subject=store.url, hint=error.hint
+            f"gc must delete objects and is not allowed to: {error.message}", subject=store.url, hint=error.hint
         ) from error
 
 

@@ -19,7 +19,7 @@ from snapchain.replica.merge_asking import Answer, merged_at
 
 
 class StayingLayer(BaseModel):
-    """A layer that no kept point needs, and why it stays: somebody has it open, or an image stands on it."""
+    """A layer that no kept point needs, and why it stays: it is open, or an image depends on it."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -191,7 +191,7 @@ def _check_goes_back(endpoint: Endpoint, mark: Given, standing: Standing) -> Non
         state = sender.ask_for_active(active_of(mark.overlay)).state
     if state is not ActiveState.READY:
         raise Conflict(
-            "a guest has written to it since it was given: to go back now would lose that",
+            "a guest has written to the disk since the handover; taking it back would lose that",
             subject=standing.overlay,
             hint="shut that guest down, and migrate it from there to here",
         )

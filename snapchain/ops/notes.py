@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +29,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import NEW, temporary_of
 from snapchain.repository.source import Source
 
 _PREFIX, _SUFFIX = ".snapchain-layer-", ".json"
-_BEGUN = re.compile(rf"\.{re.escape(_PREFIX)}.*\.{files.NEW}-[0-9a-f]+")
 _CAP = 16 << 20
 _LONGEST_NAME = 150
 """Bytes of a file's name in its note's: 255 are allowed, also for the temporary one."""
@@ -101,7 +100,7 @@ class LayerNote(_Part):
     """name, inode, size, mtime_ns: of the file, when the note was written
 
     merged: how this file was made, how its parts were made, and so on; a flat list, however deep that goes
-    epoch: in which this host writes the disks that stand on it, 1 where nobody has ever taken one over
+    epoch: in which this host writes the disks above it, 1 where nobody has ever taken one over
     """
 
     version: Literal[1] = 1
@@ -253,7 +252,8 @@ def _read(directory: Path) -> _Directory:
     try:
         with os_errors(directory), os.scandir(directory) as entries:
             for entry in entries:
-                if _BEGUN.fullmatch(entry.name):
+                begun = temporary_of(Path(entry.path))
+                if begun is not None and begun.purpose == NEW and begun.target.name.startswith(_PREFIX):
                     there.begun.append(directory / entry.name)
                 elif entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX):
                     notes.append(directory / entry.name)

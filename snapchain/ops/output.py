@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator
@@ -22,10 +21,8 @@ from snapchain.errors import Busy, Conflict, InvalidInput
 from snapchain.host import files
 from snapchain.host.locks import ImageLock
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import RESTORE, temporary_beside, temporary_of
 
-_PURPOSE = "snapchain-part"
-_PART = re.compile(rf"\.(.+)\.{_PURPOSE}(-[0-9a-f]+)?", re.DOTALL)
-"""Without digits: what version 0.1 left."""
 _OURS = 0o600
 _TRIES, _PAUSE = 40, 0.05
 """For the lock on a directory, which is held for a few calls only: then it is done without."""
@@ -40,7 +37,7 @@ class OutputFile:
     def __init__(self, path: Path, *, name: Path | None = None) -> None:
         self.path = path
         self.name = path if name is None else name
-        self._temporary = files.temporary_beside(path, purpose=_PURPOSE)
+        self._temporary = temporary_beside(path, purpose=RESTORE)
         self.fd = -1
         self._directory = -1
 
@@ -133,14 +130,13 @@ def exists(path: Path) -> Conflict:
 
 def parts_of(path: Path) -> list[Path]:
     """Files that runs are writing, or have left, which were to become `path`."""
-    old = path.with_name(f".{path.name}.{_PURPOSE}")
-    return [*files.temporaries(path, purpose=_PURPOSE), *([old] if os.path.lexists(old) else [])]
+    return files.temporaries(path, purpose=RESTORE)
 
 
 def meant_for(part: Path) -> Path | None:
     """What an unfinished file was to become, by its name; None for a name that is no unfinished file's."""
-    found = _PART.fullmatch(part.name)
-    return part.with_name(found[1]) if found else None
+    found = temporary_of(part)
+    return found.target if found is not None and found.purpose == RESTORE else None
 
 
 def is_part(part: Path, status: os.stat_result, *, of_anybody: bool = False) -> bool:

@@ -5,7 +5,7 @@ given    a mark beside each file that belongs to this disk alone, and the file m
 
 A file on which other images stand belongs to them, too: it is neither marked nor made read-only, and neither is what
 lies in another directory than the top, under a second name elsewhere, or is somebody else's.  A mark counts for all
-that stands on its file, unless something on it has come to this host in a later epoch.
+above its file, unless something on it has come to this host in a later epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.host.files import fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
-from snapchain.ops.dependents import Kind, find_dependents
+from snapchain.ops.dependents import Kind, dependents_of_chain
 from snapchain.ops.lineage import note_of
 from snapchain.ops.notes import Given, LayerNote, Notes
 from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
@@ -49,9 +49,9 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
     top, mark = _top(chain, image), found[0][1]
     if found[0][0] != top:
         raise Conflict(
-            f"what it stands on belongs to a disk that was given away: {told(mark)}",
+            f"its backing file belongs to a disk that was given away: {told(mark)}",
             subject=found[0][0],
-            hint=f"if {top.name} is a disk of its own, give it a copy of that file to stand on",
+            hint=f"if {top.name} is a disk of its own, give it a copy of that file as its backing file",
         )
     named = chain.top.path if image is None else image
     again = shlex.join(["snapchain", "migrate", str(named), f"{mark.destination}::{mark.disk}"])
@@ -62,7 +62,7 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
     raise Conflict(
         f"{told(mark)}: nothing here may write or send it any more",
         subject=named,
-        hint=f"`{again} --offline`{others} finishes that, with --take-back it is undone",
+        hint=f"`{again} --offline`{others} finishes the handover; --take-back undoes it",
     )
 
 
@@ -108,7 +108,7 @@ def _epoch(path: Path, note: LayerNote) -> int:
 
 
 def _marks(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, Given]]:
-    """The marks that count, uppermost first: what stands on a file may have come back to this host since."""
+    """The marks that count, uppermost first: an overlay of a file may have come back to this host since."""
     found: list[tuple[Path, Given]] = []
     above = 1
     for path, note in _noted(chain, notes, image):
@@ -148,10 +148,10 @@ def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) ->
     files = _own(chain, image_dirs)
     if not files:
         raise Unsupported(
-            "only an image that is a regular file of yours, with no name elsewhere, and on which no other one stands, "
+            "only an image that is a regular file of yours, has no other name, and on which no other image depends, "
             "can be marked as given away",
             subject=chain.top.path,
-            hint="run as its owner or as root; remove its other names (`find -samefile`), and what stands on it",
+            hint="run as its owner or as root; remove its other names (`find -samefile`) and the images on it",
         )
     return files
 
@@ -230,16 +230,11 @@ def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
 
 def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
     """The files, uppermost first, that are nothing but this chain's."""
-    others = find_dependents(
-        [file.path for file in chain.files],
-        top=chain.top.path,
-        own=[file.device for file in chain.files],
-        image_dirs=[*(file.real_path.parent for file in chain.files), *image_dirs],
-    )
+    others = dependents_of_chain(chain, image_dirs=image_dirs)
     own: list[ImageFile] = []
     for file in reversed(chain.files):
         elsewhere = file.real_path.parent != chain.top.real_path.parent
-        if elsewhere or others.on(file.path, Kind.STANDS) or not _is_ours(file):
+        if elsewhere or others.on(file.path, Kind.CONTENT) or not _is_ours(file):
             break
         own.append(file)
     return own

@@ -1,7 +1,7 @@
 """restore: a point becomes a qcow2 or raw file again, a whole chain of files, or the content of a block device.
 
-What is read is proved leaf by leaf against the record, then what was written is read back and its content id counted,
-which must be the point's and its layer's, before the output gets its name.  Nothing but the repository and the
+Each leaf that is read is proved against the record.  Then the output is read back: its content id must be that of the
+point and of its layer, before the output gets its name.  Nothing but the repository and the
 passphrase is needed.
 """
 
@@ -80,7 +80,7 @@ class Restoration:
             self._jobs = tuple(self._chain_jobs()) if kind is None else (self._flat_job(kind),)
 
     def plan(self) -> RestorePlan:
-        """What `run` will do. Raises Conflict when others stand on what it would replace."""
+        """What `run` will do. Raises Conflict when other images depend on what it would replace."""
         self._target.check_unused()
         return self._plan()
 
@@ -197,11 +197,11 @@ def _replay(job: _Job, sink: Sink, on_bytes: Callable[[int], None]) -> None:
 
 
 def _check_shown(shown: str, job: _Job) -> None:
-    """What a new file shows is what its layer was recorded as."""
+    """Raises Corrupt unless a new file shows the content that its layer's record names."""
     recorded = job.view.layers[-1].header.content_id
     if shown != recorded:
         raise Corrupt(
-            f"what was written shows the content {shown}, recorded is {recorded}",
+            f"the restored content id is {shown}, but {recorded} is recorded",
             subject=job.path,
             hint="run it again; if it persists, that disk or this machine's memory is bad: restore elsewhere",
         )

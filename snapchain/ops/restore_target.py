@@ -2,8 +2,8 @@
 
 The same for every kind of destination: which formats, which names, what may be replaced, when a name is given.
 
-What is replaced or overwritten must be nobody else's: it is locked as QEMU locks an image that it writes, no other
-image, guest or link may stand on it, and a device must be empty unless --force is given.  A symbolic link stays one.
+A file that is replaced or overwritten must have no other user: it is locked as QEMU locks an image that it writes, no
+image, guest or link may depend on it, and a device must be empty unless --force is given.  A symbolic link stays one.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Target:
             )
 
     def check_unused(self, on_event: OnEvent = ignore) -> None:
-        """Raises Conflict when other images, guests or links stand on what OUT names now, or somebody holds it."""
+        """Raises Conflict when other images, guests or links depend on what OUT names now, or it is held."""
         if self._is_there:
             _check_unused([self.file], top=self.output, own=(), on_event=on_event)
 
@@ -220,7 +220,7 @@ class Claim:
         """A lock on a file that is to be replaced, until the end of the claim."""
         lock = self._stack.enter_context(ImageLock(path, LockMode.WRITE))
         if not lock.enforced:
-            self._on_event(Notice(f"{path}: its filesystem has no locks; only this host's processes were looked at"))
+            self._on_event(Notice.no_locks(path.parent))
         _check_replaceable(path, os.fstat(lock.fd))
         return lock
 
@@ -285,12 +285,12 @@ def _check_replaceable(path: Path, found: os.stat_result) -> None:
 
 
 def _on_device(paths: Sequence[Path], top: Path) -> Dependents:
-    """Images on a device lie anywhere but beside it: looked at is what the user, and libvirt, name."""
+    """Images on a device do not lie beside it: only the directories that the user or libvirt names are searched."""
     return search(paths, [path for path in image_directories() if path.is_dir()], disk=top)
 
 
 def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, int]], on_event: OnEvent) -> None:
-    """Raises Conflict for a file on which others stand, which is held, or was given to another host."""
+    """Raises Conflict for a file that others depend on, that is held, or that was given to another host."""
     notes = Notes()
     for path in (Path(os.path.realpath(path)) for path in paths):
         for fault in notes.faults([path]):
@@ -318,7 +318,7 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
             raise Conflict(
                 f"replacing it would change what others read: {reason}",
                 subject=path,
-                hint="restore to another name; or remove what stands on it first",
+                hint="restore to another name, or remove the images that depend on it first",
             )
 
 

@@ -239,7 +239,7 @@ class Shipment:
         again, wherever their layers ended.
         """
         for error in index.unreadable:
-            on_event(Notice(f"{error}: what this index lists is stored again"))
+            on_event(Notice(f"{error}: the blobs that it lists are stored again"))
         if index.avoid:
             lease.check()
             self._repository.record_damage()
@@ -250,7 +250,7 @@ class Shipment:
         self._mends = is_damaged or bool(index.avoid)
         if not is_damaged:
             return
-        on_event(Notice(f"disk {self._disk.name} is damaged: what the image still has of it is stored again"))
+        on_event(Notice(f"disk {self._disk.name} is damaged: the data that the image still has is stored again"))
         self._build_on(whole)
         count = len(self._chain.files)
         self._groups = tuple(

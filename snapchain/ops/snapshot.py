@@ -26,6 +26,7 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, U
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
 from snapchain.image import ImageChain, ImageFile, qemu_img, scan
 from snapchain.image.backing import check_no_layer
 from snapchain.image.dependents import describe
@@ -37,7 +38,6 @@ from snapchain.ops.ownership import check_not_given
 from snapchain.ops.ship import check_label
 
 _SECTOR = 512
-_PURPOSE = "snapshot"
 
 
 class SnapshotPlan(BaseModel):
@@ -95,8 +95,8 @@ def plan(
     labels: for `merge --keep-label`, noted beside the sealed file.
 
     Raises Unsupported for block devices, for raw images without `overlay`, and for images with further hard links;
-    Conflict for a disk that was given to another host, and for an image that would be replaced although others stand on
-    it; what `scan` raises for images that are broken or refused.
+    Conflict for a disk that was given to another host, and for an image that would be replaced although others depend
+    on it; what `scan` raises for images that are broken or refused.
     """
     for label in labels:
         check_label(label)
@@ -143,12 +143,11 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
     """Do it. Raises Busy when somebody has the image open, Conflict when it is no longer as planned."""
     with ImageLock(planned.source, LockMode.WRITE) as lock:
         if not lock.enforced:
-            words = "this filesystem has no locks; make sure that no guest uses its images"
-            on_event(Notice(f"{planned.source.parent}: {words}", about=str(planned.source.parent)))
+            on_event(Notice.no_locks(planned.source.parent))
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.
-        files.remove_temporaries(planned.overlay, purpose=_PURPOSE)
-        temporary = files.temporary_beside(planned.overlay, purpose=_PURPOSE)
+        files.remove_temporaries(planned.overlay, purpose=SNAPSHOT)
+        temporary = temporary_beside(planned.overlay, purpose=SNAPSHOT)
         second_name, done = False, False
         try:
             _make_overlay(planned, temporary, on_event)
@@ -210,8 +209,8 @@ def _check_can_stay(source: Path, top: ImageFile) -> None:
 
 
 def _check_alone(top: ImageFile, others: Dependents) -> None:
-    """Under the name of the image there is an overlay afterwards, which a guest changes: nobody may stand on that."""
-    users = others.on(top.path, Kind.STANDS)
+    """Raises Conflict for an image that others depend on: an overlay under its name would change with the guest."""
+    users = others.on(top.path, Kind.CONTENT)
     if users:
         raise Conflict(
             f"it cannot be replaced by an overlay: {describe(users)}",
@@ -298,7 +297,7 @@ def _make_overlay(planned: SnapshotPlan, temporary: Path, on_event: OnEvent) -> 
     link = BackingLink(planned.backing, planned.sealed_format)
     qemu_img.create(temporary, planned.virtual_size, options=options, backing=link)
     if lost := files.copy_standing(planned.source, temporary):
-        on_event(Notice(f"{planned.image}: {lost}", about=str(planned.image)))
+        on_event(Notice.of(planned.image, lost))
     files.fsync_file(temporary)
 
 
@@ -332,7 +331,7 @@ def _check_overlay(planned: SnapshotPlan, temporary: Path) -> int:
     with scan(temporary, format="qcow2", image_dirs=(*planned.image_dirs, planned.sealed.parent)) as chain:
         below = chain.files[-2] if len(chain.files) > 1 else None
         if below is None or not _same_inode(planned.source, below.path.stat()) or not _is_empty(chain):
-            raise Conflict("the new overlay does not stand on the sealed file", subject=planned.source)
+            raise Conflict("the new overlay does not have the sealed file as its backing file", subject=planned.source)
         return chain.top.cluster_size
 
 

@@ -72,8 +72,7 @@ def _lock(chain: ImageChain, stack: ExitStack, on_event: OnEvent) -> None:
         if not lock.enforced:
             without[file.path.parent] = None
     for directory in without:
-        words = "this filesystem has no locks; make sure that no guest uses its images"
-        on_event(Notice(f"{directory}: {words}", about=str(directory)))
+        on_event(Notice.no_locks(directory))
     check_unchanged(chain)
 
 

@@ -160,7 +160,7 @@ class _Look:
             layer = known.get(id(file))
             if layer and (view.size, content_id(view.size, total)) != (layer.size, layer.content_id):
                 raise Corrupt(
-                    f"with what it stands on it shows other content than {layer.file} at the replica",
+                    f"with its backing files it shows other content than {layer.file} at the replica",
                     subject=file.path,
                     hint="one of these files was changed without a trace: verify both sides before anything else",
                 )

@@ -17,6 +17,7 @@ from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
 from snapchain.image.dependents import SEEN
 from snapchain.replica import names
@@ -26,7 +27,6 @@ from snapchain.replica.stream.messages import Active, ActiveState, Readiness
 from snapchain.replica.unfinished import others_on
 from snapchain.replica.verifying import verify_disk
 
-_PURPOSE = "active"
 _SECTOR = 512
 
 
@@ -58,12 +58,12 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
     tip = catalogue.tip
     if tip is None or tip.id != asked.on:
         raise Diverged(
-            "the overlay is to stand on a layer that is not the newest one here",
+            "the layer below the overlay is not the newest one here",
             subject=disk.directory,
             hint="another transfer was faster: run it again",
         )
     if path.parent.is_dir():
-        files.remove_temporaries(path, purpose=_PURPOSE)  # of runs that were killed: we hold the lock
+        files.remove_temporaries(path, purpose=ACTIVE)  # of runs that were killed: we hold the lock
     found = look_at_active(disk, catalogue, asked)
     if found.broken:
         raise Corrupt(
@@ -89,7 +89,7 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
 
 
 def check_unused(disk: ReplicaDisk, overlay: Path) -> None:
-    """Raises Conflict for an overlay that is to go, on which somebody stands."""
+    """Raises Conflict for an overlay that is to go although other images depend on it."""
     status = overlay.stat()
     why = others_on(disk, [overlay], own=[(status.st_dev, status.st_ino)], opened=overlay).reason(overlay, *SEEN)
     if why is not None:
@@ -106,7 +106,7 @@ def _make(backing: Path, asked: Active, path: Path) -> None:
     with os_errors(path.parent), suppress(FileExistsError):
         path.parent.mkdir(mode=0o755)
     files.fsync_dir(path.parent.parent)
-    temporary = files.temporary_beside(path, purpose=_PURPOSE)
+    temporary = temporary_beside(path, purpose=ACTIVE)
     try:
         os.close(files.open_new(temporary))
         # inside: few streams make an overlay, and programs come with it

@@ -4,8 +4,8 @@
     become   [a   b   c] [d   e]  f      each under the name and id of its uppermost
 
 Points go from the catalogue before the first file is touched that they need; their layers when the files are one.
-Layers that somebody has open stay, and so do those on which an image of the replica stands, such as the
-overlay of a guest; the others are merged around them.  What lies above the newest point is a transfer that was cut off.
+Open layers stay, and so do those on which an image of the replica depends, such as the overlay of a
+guest; the others are merged around them.  What lies above the newest point is a transfer that was cut off.
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ def _groups(
     wanted = [members for members in _collapsed(layers, kept) if len(members) > 1]
     lower = [layer for members in wanted for layer in members[:-1]]
     upper = [members[-1] for members in wanted]
-    stood, opened = _stood_on(disk, layers, lower), _open(disk, [*lower, *upper])
-    stays += [Stays(layer, why) for layer in lower if (why := opened.get(layer.id) or stood.get(layer.id))]
+    used, opened = _dependents_of(disk, layers, lower), _open(disk, [*lower, *upper])
+    stays += [Stays(layer, why) for layer in lower if (why := opened.get(layer.id) or used.get(layer.id))]
     # An open file keeps to itself, so that the one below it is the uppermost of its own.
     alone = {*opened, *(layers[places[layer] - 1].id for layer in opened if places[layer])}
-    groups = [members for members in _collapsed(layers, kept | stood.keys() | alone) if len(members) > 1]
+    groups = [members for members in _collapsed(layers, kept | used.keys() | alone) if len(members) > 1]
     gone = {layer.id for members in groups for layer in members[:-1]}
     told = {each.layer.id for each in stays}
     stays += [
@@ -169,7 +169,7 @@ def _collapsed(layers: Layers, keep: set[str]) -> list[Layers]:
     return [tuple(known[member] for member in group.members) for group in collapse(list(known), keep)]
 
 
-def _stood_on(disk: ReplicaDisk, layers: Layers, lower: Sequence[Layer]) -> dict[str, str]:
+def _dependents_of(disk: ReplicaDisk, layers: Layers, lower: Sequence[Layer]) -> dict[str, str]:
     """Those of the layers on which an image stands that is no layer, each with the reason."""
     ours: set[tuple[int, int]] = set()
     for path in (*(disk.path(layer.file) for layer in layers), disk.path(names.INCOMING)):

@@ -1,6 +1,6 @@
 """Giving up the upper layers of a disk, because its user has decided for the other side of a divergence.
 
-Nothing that somebody uses is dropped: a file that is open, or on which another image of the replica stands, stops it
+No file in use is dropped: one that is open, or on which another image of the replica depends, stops it
 before anything is changed.  The catalogue goes first, then the files: a crash leaves files that nobody names.
 """
 
@@ -38,7 +38,7 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         others = others_on(disk, paths, own=ours)
         for path in paths:
             if why := others.reason(path):
-                raise Conflict(why, subject=path, hint="move or remove that image first, if it may go")
+                raise Conflict(f"it cannot be removed: {why}", subject=path, hint="move or remove that image first")
         gone = {layer.id for layer in dropped}
         points = tuple(point for point in catalogue.points if point.layer not in gone)
         catalogue = catalogue.after(layers=kept, points=points)

@@ -14,7 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.host.files import NEW, fsync_file, remove, remove_temporaries, rename
+from snapchain.host.files import fsync_file, remove, remove_temporaries, rename
+from snapchain.host.temporary_names import NEW
 from snapchain.model.content import Sum
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue, encode_sum, read_record, write_record

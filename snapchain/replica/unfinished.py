@@ -77,7 +77,7 @@ class Engine(Protocol):
     """What merges neighbouring files of one chain. members: lowest first, with real paths; others stay as they are."""
 
     def plan(self, tip: Path, members: Sequence[Path], *, image_dirs: Sequence[Path]) -> Planned:
-        """Look; changes nothing. tip: of the chain; image_dirs: where images may stand on the members, too.
+        """Look; changes nothing. tip: of the chain; image_dirs: where images may depend on the members, too.
 
         Raises Conflict, Busy, Unsupported or InvalidInput for what cannot be merged, and as it is why.
         """
@@ -247,7 +247,7 @@ def _chain(disk: ReplicaDisk, tip: Layer, of: Layer) -> _Shown:
     path = real_path(disk, tip)
     with scan(path, format="qcow2") as chain:
         if any(file.real_path.parent != path.parent for file in chain.files):
-            raise Corrupt("a file of this disk stands on one elsewhere", subject=disk.directory)
+            raise Corrupt("a file of this disk has a backing file elsewhere", subject=disk.directory)
         held = [(file.cluster_size or 0, file.extents.data_bytes) for file in chain.files if file.path.name == of.file]
         cluster_size, data_bytes = held[0] if held else (0, 0)
         return _Shown([(file.path.name, file.size, file.format) for file in chain.files], cluster_size, data_bytes)
@@ -279,7 +279,7 @@ def _drop_leftovers(disk: ReplicaDisk, lower: Sequence[Layer], merged: Sequence[
 def others_on(
     disk: ReplicaDisk, paths: Sequence[Path], *, own: Collection[tuple[int, int]], opened: Path | None = None
 ) -> Dependents:
-    """Who else stands on files of a disk, wherever in this replica, or by a domain of the host's libvirt.
+    """What else depends on files of a disk: images anywhere in this replica, and domains of the host's libvirt.
 
     own: (device, inode) of images that do not count; opened: the one that the guest of this disk opens
     """
@@ -288,7 +288,7 @@ def others_on(
 
 
 def where_images_stand(disk: ReplicaDisk) -> list[Path]:
-    """Directories in which images may stand on layers."""
+    """Directories in which images may depend on layers."""
     directory = disk.directory.resolve()
     active = directory / names.ACTIVE
     return [directory, active] if active.is_dir() else [directory]

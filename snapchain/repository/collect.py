@@ -94,7 +94,7 @@ class Marked:
 def mark(repository: Repository, spared: Collection[str] = ()) -> Marked:
     """Find what is in use. spared: layers that somebody reads.
 
-    Goes on around packs and layers that are missing or damaged. Raises Corrupt, and so collects nothing, when the
+    Works around packs and layers that are missing or damaged. Raises Corrupt, and so collects nothing, when the
     catalogue of a disk is unsound.
     """
     while True:
@@ -107,7 +107,7 @@ def mark(repository: Repository, spared: Collection[str] = ()) -> Marked:
 
 
 def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -> Marked:
-    """One look. Damage that comes to light in its course, in a page, was not thought of from its beginning."""
+    """One pass. It may find damage in a page that its beginning did not take into account."""
     store = repository.store
     found = Marked(index=index)
     generations: dict[str, list[ObjectInfo]] = {}

@@ -1,4 +1,4 @@
-"""Packs that were found damaged, so that every machine knows: records of them, and a comparison of sizes.
+"""Packs that were found damaged: records of them for all machines, and a comparison of sizes.
 
 An object index/damaged-NAME (kind D) lists packs of which some byte was found altered or missing.  A writer does not
 rely on any blob in such a pack, nor in one that is missing or has another size than the index says: it stores the blob
@@ -47,7 +47,7 @@ def record(store: ObjectStore, keys: Keyring, packs: Iterable[str]) -> None:
 
 
 def read(store: ObjectStore, keys: Keyring, names: Iterable[str]) -> dict[str, frozenset[str]]:
-    """The packs of each of these records. One that cannot be read lists none: what it said will be found again."""
+    """The packs of each of these records. One that cannot be read lists none: that damage will be found again."""
     found: dict[str, frozenset[str]] = {}
     for name in names:
         try:

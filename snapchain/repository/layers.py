@@ -154,7 +154,7 @@ class PageCache:
                 return [self.get(rows[at : at + 1], size, subject=subject)[0] for at in range(len(keys))]
             _, first, stop = keys[missing[0]]
             raise Corrupt(
-                f"guest bytes {first} to {stop} are lost, since the map of that range is: {error.message}",
+                f"guest bytes {first} to {stop} are lost, because the map of that range is damaged: {error.message}",
                 subject=error.subject,
                 hint="snapchain verify shows which points are affected",
             ) from error

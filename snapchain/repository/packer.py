@@ -5,8 +5,8 @@
 A blob that two threads bring at once is stored once.  A pack is listed in an index only when it is durable, so
 a crash leaves packs that nobody lists (the next `gc` takes them), never a listed pack that is not there.
 
-What is not listed when a shipment ends early is sent again by the next one.  So small indexes are written on the way,
-one for every INDEX_BYTES, and one more when the shipment is interrupted; SMALL of them are put together into one, so
+A pack that no index lists when a shipment ends early is sent again by the next one.  So small indexes are written on
+the way, one for every INDEX_BYTES, and one more when the shipment is interrupted; SMALL of them are put together into one, so
 that a long shipment leaves few objects.
 """
 
@@ -32,14 +32,13 @@ UPLOADS = 3
 """Packs in flight. Two cores fill about one pack in 20 ms; three hide the latency of an fsync or a PUT."""
 
 INDEX_BYTES = 64 * 1024 * 1024
-"""Of durable packs, after which an index is written: what a killed shipment sends again at most, and what was on its
-way."""
+"""Durable packs after which an index is written: after a kill, so much is sent again, and the packs on their way."""
 
 SMALL = 16
 """Small indexes (1 GiB of packs) of which one is made."""
 
 _LAST_WORDS = 5.0
-"""Seconds that an interrupted shipment takes to list what it has sent: the network may be what has failed."""
+"""Seconds that an interrupted shipment may take to list its packs: the network may have failed."""
 
 
 class Stream(Enum):
@@ -156,7 +155,7 @@ class Packer:
         for group in indexes.split(together, self._pack_size):
             indexes.write(self._store, self._keys, group, era=self._index.era)
         for each in small:
-            with suppress(SnapchainError):  # it says nothing that is untrue
+            with suppress(SnapchainError):  # one that stays lists nothing wrong
                 self._store.delete(each)
 
     def _list_in_haste(self) -> None:

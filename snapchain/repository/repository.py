@@ -233,11 +233,11 @@ class Repository:
                 self._check_there(layers)
                 raise
             finally:
-                with suppress(SnapchainError):  # who may only read cannot tell others
+                with suppress(SnapchainError):  # without the permission to write
                     self.record_damage()
 
     def record_damage(self) -> bool:
-        """Let everybody know of the packs in which damage was met; whether some of them were unknown.
+        """Store a record of the packs in which damage was met. Returns whether some of them were not recorded yet.
 
         Costs nothing where no damage was met.
         """
@@ -343,7 +343,7 @@ class Repository:
         except Corrupt as error:
             current = self.disk(catalogue.disk).read()
             if current is None or current[0].generation == catalogue.generation:
-                with suppress(SnapchainError):  # who may only read cannot tell others
+                with suppress(SnapchainError):  # without the permission to write
                     self.record_damage()
                 raise
             raise Conflict(
@@ -363,7 +363,7 @@ class Repository:
     def index(self) -> BlobIndex:
         """All blobs of the repository. Packs that are missing or damaged are known as such: see BlobIndex.avoid.
 
-        Then packs are listed: what an index lists and the store has lost, or has at another size, is damaged.
+        The packs are listed after the indexes: one of an index that is missing, or has another size, is damaged.
         """
         index = indexes.load(self.store, self.keys)
         index.avoid |= damage.unlike(self.store, index.sizes)
@@ -376,12 +376,12 @@ class Repository:
 
 
 def check_agrees(disk: str, point: Point, layer: StoredLayer) -> None:
-    """Raises Corrupt unless a point and the layer that it names tell of the same content: else one is another's."""
+    """Raises Corrupt unless a point and the layer that it names have the same size and content id."""
     if (layer.size, layer.header.content_id) != (point.size, point.content_id):
         raise Corrupt(
             "the point and its layer disagree about the content id",
             subject=f"{disk}@{point.point}",
-            hint=f"snapchain verify tells which points are sound; restore one of those (snapchain log, of {disk})",
+            hint="snapchain verify shows which points are sound; restore one of those",
         )
 
 
@@ -399,7 +399,8 @@ def check_pack_size(size: int | None, block_size: int = 0) -> None:
         return
     if not MIN_PACK_BYTES <= size <= MAX_PACK_BYTES:
         raise InvalidInput(
-            f"a pack size of {size} bytes", hint=f"from {MIN_PACK_BYTES >> 10}K to {MAX_PACK_BYTES >> 20}M, such as 1M"
+            f"the pack size is out of range: {size} bytes",
+            hint=f"from {MIN_PACK_BYTES >> 10}K to {MAX_PACK_BYTES >> 20}M, such as 1M",
         )
     if size < block_size + _BESIDE_A_BLOCK:
         raise InvalidInput(

@@ -211,7 +211,7 @@ def _misleads(marked: Marked) -> bool:
 
 
 def _note_damage(repository: Repository, marked: Marked) -> None:
-    """Let everybody know of damaged packs that records name: the next index no longer tells their size."""
+    """Record the damaged packs that records name: the next index no longer lists their sizes."""
     repository.blobs.damaged |= marked.suspect
     repository.record_damage()
 

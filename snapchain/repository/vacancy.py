@@ -1,9 +1,9 @@
-"""What lies where a repository is to be made, or was looked for and is not.
+"""What is found at a place that holds no repository.
 
 nothing        a repository may be made
 a beginning    of an `init` that was interrupted, or is at work: it may be made all the same
-a loss         objects of a repository whose `config` is gone: without that very object nothing in them can be read
-other things   whose place this is; a repository among them would be taken for part of them, and they for part of it
+a loss         objects of a repository whose `config` is gone: without that very object none of them can be read
+other things   files or objects of something else, which must not be mixed with those of a repository
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_vacant(store: ObjectStore) -> None:
     others = _others(store)
     if others:
         raise Conflict(
-            f"other things are here already: {_some(others)}",
+            f"the place is not empty: {_some(others)}",
             subject=store.url,
             hint="name a place that is empty, or does not exist yet",
         )
@@ -58,7 +58,7 @@ def nothing_here(store: ObjectStore) -> SnapchainError:
     others = _others(store)
     if others:
         return NotFound(
-            f"there is no snapchain repository here, but other things: {_some(others)}",
+            f"there is no snapchain repository here, only other objects: {_some(others)}",
             subject=store.url,
             hint="check the name: a repository has an object `config` at its top",
         )
@@ -77,8 +77,8 @@ def _loss(store: ObjectStore) -> Corrupt | None:
     return Corrupt(
         f"the object `config` of this repository is missing; its other objects are here: {names}",
         subject=store.url,
-        hint="put `config` back from a copy of the repository, or as an older version of the object; only that very "
-        "object fits these keys. Change nothing else here until then",
+        hint="put `config` back from a copy of the repository, or from an older version of the object; no other "
+        "one fits its keys. Change nothing else until then",
     )
 
 

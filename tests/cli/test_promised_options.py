@@ -60,7 +60,7 @@ def test_a_dry_run_of_a_take_back_changes_nothing(run: Run, disk: Path, tmp_path
     overlay = Path(moved["disks"][0]["overlay"])
     write(overlay, "write -P 7 0 64k")
     refused = run(*words, "--take-back", "--dry-run")
-    assert (refused.status, "a guest has written to it" in refused.err) == (4, True)
+    assert (refused.status, "a guest has written to the disk" in refused.err) == (4, True)
     assert run(*words, "--take-back", "--dry-run", "--destination-is-gone").status == 0
     assert run(*words, "--take-back").status == 4
 
@@ -80,10 +80,31 @@ def test_quiet_hides_no_finding_of_verify(run: Run, disk: Path, tmp_path: Path) 
     assert "packs/" in quiet.err
     loud = run("verify", "repo")
     assert "damaged: " in loud.out
-    assert quiet.err.strip() in loud.err, "in a log file of stderr alone as well"
+    assert "packs/" in loud.err, "in a log file of stderr alone as well"
     as_json = run("verify", "repo", "--quiet", "--json")
     assert (as_json.status, as_json.err) == (5, "")
     assert as_json.json["findings"]
+
+
+@pytest.mark.parametrize("verb", ["merge", "ship"])
+def test_quiet_hides_no_finding_of_a_merge_or_a_shipment(run: Run, disk: Path, tmp_path: Path, verb: str) -> None:
+    """Without snapshots between them, the image no longer has the data of the first two points."""
+    run("init", "repo", "--no-encryption")
+    for _ in range(3):
+        (tmp_path / "noise").write_bytes(os.urandom(MiB))
+        write(disk, f"write -s {tmp_path / 'noise'} 0 1M")
+        run("ship", str(disk), "repo::web1")
+        if verb == "merge":
+            run("snapshot", str(disk))
+    for pack in (tmp_path / "repo" / "packs").rglob("*"):
+        if pack.is_file():
+            pack.unlink()
+    if verb == "merge":
+        said, status, words = run("merge", "repo::web1", "--keep-last", "1", "--quiet"), 5, "packs/"
+    else:
+        said, status, words = run("ship", str(disk), "repo::web1", "--quiet"), 0, "still damaged: points 1, 2"
+    assert (said.status, said.out) == (status, "")
+    assert words in said.err
 
 
 def test_quiet_hides_no_failure_of_a_night(run: Run, disk: Path, tmp_path: Path) -> None:

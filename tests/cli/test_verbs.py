@@ -403,7 +403,7 @@ def test_the_pack_size_is_set_at_init_or_for_a_run(
     assert max(path.stat().st_size for path in added) <= MiB // 2
     assert run("gc", "store", "--pack-size", "2M").status == 0
     for words, match in [
-        (["ship", str(disk), "store::vda", "--pack-size", "1K"], "a pack size of 1024 bytes"),
+        (["ship", str(disk), "store::vda", "--pack-size", "1K"], "the pack size is out of range: 1024 bytes"),
         (["init", "other", "--pack-size", "1M", "--block-size", "1M"], "no room for a block"),
         (["ship", str(disk), f"dir:{tmp_path}/r::vda", "--pack-size", "1M"], "a replica has no packs"),
     ]:

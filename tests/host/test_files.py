@@ -7,11 +7,13 @@ import os
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable
 from snapchain.host import files
+from snapchain.host.temporary_names import temporary_beside
 
 ACCESS_LIST = "system.posix_acl_access"
 NO_ID = 0xFFFFFFFF
@@ -124,7 +126,7 @@ def test_access_lists_are_those_of_the_old_file(tmp_path: Path, old: str, new: s
 
 def test_a_temporary_name_fits(tmp_path: Path) -> None:
     for name in ("disk.qcow2", "ä" * 127, "x" * 255):
-        temporary = files.temporary_beside(tmp_path / name, purpose="merge")
+        temporary = temporary_beside(tmp_path / name, purpose="merge")
         os.close(files.open_new(temporary))
         assert temporary.name.startswith(".")
 
@@ -150,7 +152,7 @@ def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, mode: int, uid: 
     image.chmod(mode)
     stat = os.stat
 
-    def standing(path: Path, **more: bool) -> os.stat_result:
+    def standing(path: Path | int | str, **more: Any) -> os.stat_result:
         fields = list(stat(path, **more))
         if path == image:
             fields[4:6] = [fields[4] if uid is None else uid, FOREIGN]
@@ -177,7 +179,7 @@ def test_a_group_that_cannot_be_given_matters_where_the_mode_names_it(
         assert fresh.stat().st_mode & 0o7777 == mode
         return
     for refuse in (files.copy_standing, files.check_standing):
-        with pytest.raises(InvalidInput, match=f"its group, {FOREIGN}") as raised:
+        with pytest.raises(InvalidInput, match=f"the group of the old one, {FOREIGN}") as raised:
             refuse(image, fresh)
         assert raised.value.subject == str(image)
         assert "member of the group" in str(raised.value.hint)
@@ -186,7 +188,7 @@ def test_a_group_that_cannot_be_given_matters_where_the_mode_names_it(
 def test_an_owner_that_cannot_be_given_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image, fresh = foreign(tmp_path, monkeypatch, mode=0o600, uid=FOREIGN)
     for refuse in (files.copy_standing, files.check_standing):
-        with pytest.raises(InvalidInput, match=f"its owner, {FOREIGN}") as raised:
+        with pytest.raises(InvalidInput, match=f"the owner of the old one, {FOREIGN}") as raised:
             refuse(image, fresh)
         assert raised.value.subject == str(image)
 

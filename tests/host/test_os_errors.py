@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import InvalidInput, Unavailable
-from snapchain.host import files
 from snapchain.host.os_errors import os_errors, translated
+from snapchain.host.temporary_names import NEW, RESTORE, temporary_beside
 from snapchain.image.opening import open_image
 from snapchain.ops.output import OutputFile
 
@@ -37,7 +37,8 @@ def test_permission_is_denied_in_one_way(number: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "path",
     [
-        files.temporary_beside(Path("/images/a.b.qcow2"), purpose="snapshot"),
+        temporary_beside(Path("/images/a.b.qcow2"), purpose="snapshot"),
+        temporary_beside(Path("/images/a.b.qcow2"), purpose=RESTORE),
         OutputFile(Path("/images/a.b.qcow2")).growing,
     ],
 )
@@ -53,7 +54,7 @@ def test_a_temporary_file_is_told_by_the_name_that_the_user_knows(path: Path) ->
 def test_a_note_is_told_by_its_image() -> None:
     note = Path("/images/.snapchain-layer-web1.2.qcow2-1234567.json")
     assert str(translated(denied(), note)) == f"/images/web1.2.qcow2: permission denied for its note {note.name}"
-    begun = files.temporary_beside(note, purpose=files.NEW)
+    begun = temporary_beside(note, purpose=NEW)
     assert translated(denied(), begun).subject == "/images/web1.2.qcow2"
 
 

@@ -280,7 +280,10 @@ def test_a_disk_with_a_partition_in_use_is_in_use(device: Path) -> None:
         with subprocess.Popen(["sh", "-c", f"exec 3<>{part}; echo; read x"], stdin=-1, stdout=-1) as user:
             assert user.stdout is not None
             user.stdout.readline()
-            with pytest.raises(Busy, match=r"sh \(pid \d+\) has a part of it"), claimed(device, overwrite=True):
+            with (
+                pytest.raises(Busy, match=r"sh \(pid \d+\) has this disk or a partition"),
+                claimed(device, overwrite=True),
+            ):
                 pass
             user.kill()
     finally:

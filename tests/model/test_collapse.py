@@ -158,7 +158,7 @@ def test_refused_chains(chain: str, keep: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parents", "message"), [({"a": "b", "b": "a"}, "loop"), ({"a": "gone"}, "another one stands on it")]
+    ("parents", "message"), [({"a": "b", "b": "a"}, "loop"), ({"a": "gone"}, "another one depends on it")]
 )
 def test_refused_trees(parents: dict[str, str | None], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):

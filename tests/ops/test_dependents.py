@@ -157,9 +157,9 @@ def test_domains_and_pools_of_libvirt(tmp_path: Path, monkeypatch: pytest.Monkey
     found = find_dependents([base], top=top)
     assert found.incomplete is None
     assert [each.description for each in found.on(base)] == [
-        f"{far} stands on it",
-        f"{volume} stands on it",
-        f"{pooled} stands on it",
+        f"{far} depends on it",
+        f"{volume} depends on it",
+        f"{pooled} depends on it",
         "domain by volume (vda) uses it",
         "domain direct (vda) uses it",
         "domain now (vda) names it in its backing chain",
@@ -215,7 +215,7 @@ def test_names_that_others_choose(tmp_path: Path) -> None:
     write_image(tmp_path / "i2" / "z.qcow2", {}, "x" * 300)
     status = top.stat()
     found = find_dependents([base], top=top, own=[(status.st_dev, status.st_ino)])
-    assert found.reason(base) == f"{str(odd)!a} stands on it"
+    assert found.reason(base) == f"{str(odd)!a} depends on it"
     assert found.incomplete is None
 
 

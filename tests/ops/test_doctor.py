@@ -137,7 +137,7 @@ def test_a_second_name_on_which_something_stands_stays(stack: list[Path]) -> Non
     ]
     subprocess.run(argv, check=True)
     report = treat(directory)
-    assert "new.qcow2 stands on it" in (report.treated[0].error or "")
+    assert "new.qcow2 depends on it" in (report.treated[0].error or "")
     assert (directory / "disk.1.qcow2").exists()
 
 

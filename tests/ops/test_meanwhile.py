@@ -122,7 +122,7 @@ def test_a_chain_that_is_not_as_planned_is_not_merged(change: Change, strategy: 
     planned = merge_image.plan(stack[-1], strategy=strategy)
     change(stack)
     if change is clone and strategy is COMMIT:
-        error, said = Unsupported, "stands on an input"
+        error, said = Unsupported, "must stay as it is: .* depends on it"
     before = contents(stack[0].parent)
     with pytest.raises(error, match=said):
         merge_image.run(planned)
@@ -164,7 +164,9 @@ def scribble(path: Path) -> Callable[[], object]:
 def test_what_a_program_without_locks_writes_during_a_merge_is_not_lost(number: int, stack: list[Path]) -> None:
     written: list[object] = []
     scribbled = scribble(stack[number])
-    with pytest.raises(Conflict, match="it was written to while it was merged; nothing was changed") as caught:
+    with pytest.raises(
+        Conflict, match="the image was modified while it was being merged; nothing was changed"
+    ) as caught:
         at_work(merge_image.plan(stack[-1], strategy=NEW), lambda: written.append(scribbled()))
     assert caught.value.subject == str(stack[number])
     assert names(stack[0].parent) == ["0.qcow2", "1.qcow2", "2.qcow2", "disk.qcow2"]
@@ -179,7 +181,7 @@ def test_what_is_written_during_a_merge_in_place_is_not_lost(
 ) -> None:
     """Of all files but the one that the merge itself writes to."""
     scribbled = scribble(stack[number])
-    said = "it was written to while it was merged; the chain reads as before"
+    said = "the image was modified while it was being merged; the chain reads as before"
     with pytest.raises(Conflict, match=said) as caught:
         at_work(merge_image.plan(stack[-1], strategy=strategy), scribbled)
     assert caught.value.subject == str(stack[number])
@@ -206,7 +208,9 @@ def test_what_was_written_just_before_the_files_are_locked_is_not_lost(
         return real(directory)
 
     monkeypatch.setattr(files, "free_bytes", free_bytes)
-    with pytest.raises(Conflict, match="it was written to while it was merged; nothing was changed") as caught:
+    with pytest.raises(
+        Conflict, match="the image was modified while it was being merged; nothing was changed"
+    ) as caught:
         merge_image.run(planned)
     assert len(done) == 1
     assert caught.value.subject == str(stack[number])

@@ -62,7 +62,7 @@ def shown(forest: Forest, report: MergeReport) -> tuple[list[str], dict[str, str
     return [str(path.relative_to(forest.root)) for path in report.removed], kept
 
 
-OUTSIDE = "it lies outside {}, the directory of the disk (it goes with --remove FILE)"
+OUTSIDE = "it lies outside {}, the directory of the disk (--remove FILE removes it)"
 
 
 def test_a_file_of_another_directory_stays(forest: Forest) -> None:
@@ -82,7 +82,7 @@ def test_a_file_of_another_directory_goes_when_it_is_named(forest: Forest) -> No
 
 def test_a_named_file_that_somebody_stands_on_is_refused(forest: Forest) -> None:
     other, base = clone(forest, "_base/img.qcow2"), forest.root / "_base" / "img.qcow2"
-    with pytest.raises(Conflict, match=f"--remove cannot take it away: {other} stands on it") as error:
+    with pytest.raises(Conflict, match=f"--remove does not allow that: {other} depends on it") as error:
         planning.plan(request(forest, remove=(base,)))
     assert error.value.subject == str(base)
     with pytest.raises(InvalidInput, match="not in the chain") as wrong:
@@ -97,7 +97,7 @@ def test_a_layer_that_a_clone_in_a_sibling_directory_needs_stays(strategy: Strat
     other = clone(forest, "i1/1.qcow2")
     removed, kept = merge(forest, flatten=False, strategy=strategy)
     assert removed == ["i1/2.qcow2"]
-    assert kept == {"i1/1.qcow2": f"{other} stands on it"}
+    assert kept == {"i1/1.qcow2": f"{other} depends on it"}
 
 
 @pytest.mark.parametrize("why", ["elsewhere", "clone", "link", "domain"])
@@ -105,7 +105,7 @@ def test_a_commit_into_a_file_that_is_not_the_disks_own_is_refused(
     why: str, forest: Forest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowest = forest.root / ("_base/img.qcow2" if why == "elsewhere" else "i1/1.qcow2")
-    reason = OUTSIDE.format(forest.root / "i1") if why == "elsewhere" else "stands on it"
+    reason = OUTSIDE.format(forest.root / "i1") if why == "elsewhere" else "depends on it"
     if why == "clone":
         clone(forest, "i1/1.qcow2")
     elif why == "link":
@@ -209,7 +209,7 @@ def test_a_clone_made_while_the_merge_moves_data_keeps_what_it_stands_on(forest:
     report = running.run(planned, on_event=on_event)
     removed, kept = shown(forest, report.merges[0])
     assert removed == ["i1/2.qcow2"]
-    assert kept["i1/1.qcow2"] == f"{made[0]} stands on it"
+    assert kept["i1/1.qcow2"] == f"{made[0]} depends on it"
     forest.check(forest.root / "i1" / "disk.qcow2")
 
 
@@ -238,7 +238,7 @@ def test_the_doctor_removes_only_what_is_the_disks_own_now(forest: Forest) -> No
     (treated,) = report.treated
     assert [path.name for path in treated.removed] == ["2.qcow2"]
     assert {each.path.name: each.reason for each in treated.kept} == {
-        "1.qcow2": f"{other} stands on it",
+        "1.qcow2": f"{other} depends on it",
         "img.qcow2": OUTSIDE.format(top.parent),
     }
     forest.check(top)
@@ -259,7 +259,7 @@ def test_the_doctor_keeps_a_half_made_file_on_which_somebody_stands(forest: Fore
     forest.add(left, {}, None, None)
     other = clone(forest, f"i1/{left.name}")
     (treated,) = doctor.run(doctor.plan([left.parent])).treated
-    assert treated.error == f"{left}: {other} stands on it"
+    assert treated.error == f"{left}: it cannot be removed: {other} depends on it"
     forest.check(other)
 
 
@@ -296,14 +296,14 @@ def test_an_unreadable_image_counts_if_its_owner_can_reach_the_file(mode: int) -
             confirmed = merge_image.plan(root / "i1" / "disk.qcow2", confirmed=[root / "i1" / "1.qcow2"]).keep
         finally:
             os.seteuid(0)
-    why = f"{root / 'i2' / 'disk.qcow2'} cannot be read, and may stand on it (it goes with --remove FILE)"
+    why = f"{root / 'i2' / 'disk.qcow2'} cannot be read, and may depend on it (--remove FILE removes it)"
     assert {each.path.name: each.reason for each in found} == ({"1.qcow2": why} if mode == 0o755 else {})
     assert confirmed == ()
 
 
 def test_an_image_on_which_others_stand_gets_no_overlay_in_its_place(forest: Forest) -> None:
     other, top = clone(forest, "i1/disk.qcow2"), forest.root / "i1" / "disk.qcow2"
-    with pytest.raises(Conflict, match=f"cannot be replaced by an overlay: {other} stands on it") as error:
+    with pytest.raises(Conflict, match=f"cannot be replaced by an overlay: {other} depends on it") as error:
         snapshot.plan(top, image_dirs=[forest.root])
     assert error.value.subject == str(top)
     snapshot.run(snapshot.plan(top, overlay=Path("new.qcow2"), image_dirs=[forest.root]))

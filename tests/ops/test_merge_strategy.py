@@ -140,7 +140,7 @@ def test_nothing_is_committed_under_a_clone(stack: list[Path], tmp_path: Path) -
         clone = stack[0].with_name(f"clone{number}.qcow2")
         qemu_img("create", "-q", "-f", "qcow2", "-b", stack[number].name, "-F", "qcow2", clone)
         before = flat(clone, tmp_path / "clone.flat")
-        with pytest.raises(Unsupported, match=rf"must stay as it is: clone{number}.qcow2 stands on it"):
+        with pytest.raises(Unsupported, match=rf"must stay as it is: clone{number}.qcow2 depends on it"):
             chosen(stack[-1], strategy=COMMIT)
         assert chosen(stack[-1]).strategy is not COMMIT
         assert same(clone, before)

@@ -99,7 +99,7 @@ def test_gc_says_what_it_needs_before_it_writes_anything(files: list[Path]) -> N
         ship(path, whole)
     RepositoryMerge(whole, DISK, Policy(last=1)).run()
     before = list(whole.store.list(""))
-    with pytest.raises(Refused, match="gc must delete objects, and may not: access denied") as caught:
+    with pytest.raises(Refused, match="gc must delete objects and is not allowed to: access denied") as caught:
         gc.run(again(whole, NoDelete(whole.store)))
     assert "s3:DeleteObject" in str(caught.value.hint)
     assert caught.value.subject == whole.store.url

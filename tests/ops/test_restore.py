@@ -297,7 +297,7 @@ def test_what_was_written_is_what_is_reported(
     monkeypatch.setattr(writer, "write_pieces", bent)
     is_met = (writer is RawWriter) == (target == "out.raw")
     if is_met:
-        with pytest.raises(Corrupt, match="what was written shows the content") as raised:
+        with pytest.raises(Corrupt, match="the restored content id is") as raised:
             restore(repo, out, chain=is_chain)
         assert Path(raised.value.subject or "").parent == out.parent
         assert names(out.parent) == []

@@ -256,14 +256,14 @@ TARGETS: dict[Callable[[Scene], None], tuple[Outcome, Outcome]] = {
     behind_a_link_and_held_by_qemu_nbd: (EXISTS, (Busy, r"qemu-nbd \(pid \d+\)")),
     locked_by_a_reader: (EXISTS, (Busy, "has it open for reading")),
     written_without_a_lock: (EXISTS, (Busy, r"sh \(pid \d+\) has it open")),
-    base_of_another: (EXISTS, (Conflict, r"other\.qcow2 stands on it")),
-    base_of_a_clone_elsewhere: (EXISTS, (Conflict, r"clones/c\.qcow2 stands on it")),
-    behind_a_link_and_base_of_another: (EXISTS, (Conflict, r"other\.qcow2 stands on it")),
+    base_of_another: (EXISTS, (Conflict, r"other\.qcow2 depends on it")),
+    base_of_a_clone_elsewhere: (EXISTS, (Conflict, r"clones/c\.qcow2 depends on it")),
+    behind_a_link_and_base_of_another: (EXISTS, (Conflict, r"other\.qcow2 depends on it")),
     the_file_of_anothers_link: (EXISTS, (Conflict, r"their\.qcow2 is a symbolic link to it")),
     link: (EXISTS, None),
     link_to_a_link: (EXISTS, None),
     dangling_link: (EXISTS, None),
-    link_to_itself: ((InvalidInput, "lead back to it"),) * 2,
+    link_to_itself: ((InvalidInput, "form a loop"),) * 2,
     hard_linked: (EXISTS, (Unsupported, "further hard links")),
     directory: ((InvalidInput, "this is a directory"),) * 2,
     link_to_a_directory: ((InvalidInput, "this is a directory"),) * 2,
@@ -584,7 +584,7 @@ def test_lower_files_of_others_are_nobodys_to_replace(chain_source: Source, tmp_
     assert [file.stat().st_ino for file in (lower, middle)] == inodes, "the same bytes are left, whoever stands on them"
     write(lower, "write -P 99 512k 64k")
     before = {path: path.read_bytes() for path in (tmp_path / "d").iterdir() if path.is_file()}
-    with pytest.raises(Conflict, match=r"other\.qcow2 stands on it") as raised:
+    with pytest.raises(Conflict, match=r"other\.qcow2 depends on it") as raised:
         restored(chain_source, out, force=True)
     assert raised.value.subject == str(middle)
     assert {path: path.read_bytes() for path in (tmp_path / "d").iterdir() if path.is_file()} == before

@@ -88,7 +88,7 @@ def test_init_takes_no_prefix_that_holds_anything(bucket: Bucket, tmp_path: Path
     name = bucket.url.removeprefix("s3://").split("/")[0]
     client = admin_client(os.environ["AWS_ENDPOINT_URL_S3"])
     client.put_object(Bucket=name, Key="Some Prefix/x/Photos/ONE.JPG", Body=b"theirs")
-    with pytest.raises(Conflict, match="other things are here already: Photos"):
+    with pytest.raises(Conflict, match="the place is not empty: Photos"):
         bucket.create()
     with pytest.raises(NotFound, match="but other things: Photos"):
         bucket.open()

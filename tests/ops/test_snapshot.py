@@ -189,7 +189,7 @@ def test_a_wrong_overlay_does_not_take_the_place_of_the_image(
         wrong(path)
 
     monkeypatch.setattr(qemu_img, "create", create)
-    with pytest.raises(Conflict, match="the new overlay does not stand on the sealed file") as caught:
+    with pytest.raises(Conflict, match="the new overlay does not have the sealed file as its backing file") as caught:
         take(image)
     assert caught.value.subject == str(image)
     assert same(image, before)
@@ -340,18 +340,18 @@ def test_a_group_that_the_guest_may_need_and_the_caller_cannot_give(
     before = names(image.parent), image.read_bytes(), standing(image)
 
     def refuse(source: Path, _target: Path) -> None:
-        raise InvalidInput("cannot be given its group, kvm", subject=source)
+        raise InvalidInput("cannot get the group of the old one, kvm", subject=source)
 
     monkeypatch.setattr(files, "copy_standing", refuse)
-    with pytest.raises(InvalidInput, match="cannot be given its group, kvm"):
+    with pytest.raises(InvalidInput, match="cannot get the group of the old one, kvm"):
         snapshot.run(snapshot.plan(image))
     assert (names(image.parent), image.read_bytes(), standing(image)) == before
 
 
 def test_a_group_that_nobody_needs_is_a_note(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
-    monkeypatch.setattr(files, "copy_standing", lambda _source, _target: "its group is users now, not kvm")
+    monkeypatch.setattr(files, "copy_standing", lambda _source, _target: "its group is now users, not kvm")
     snapshot.run(snapshot.plan(image), on_event=events.append)
     assert [each for each in events if isinstance(each, Notice)] == [
-        Notice(f"{image}: its group is users now, not kvm", about=str(image))
+        Notice(f"{image}: its group is now users, not kvm", about=str(image))
     ]

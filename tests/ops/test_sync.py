@@ -379,7 +379,7 @@ def test_a_layer_with_an_overlay_on_it_is_not_cut_off(chain: list[Path], place: 
     assert "another disk" in look(other[-1], place).missing[0]
     with pytest.raises(Diverged, match="holds another disk under this name"):
         run(other[-1], place)
-    with pytest.raises(Conflict, match="stands on it"):
+    with pytest.raises(Conflict, match="depends on it"):
         run(other[-1], place, divergence=Divergence.CUT_REPLICA)
     assert look(chain[-1], place).ready
 

@@ -92,7 +92,7 @@ def test_a_hostile_sender(filled: Place, name: str) -> None:
 
 def test_on_a_disk_that_is_not_there(tmp_path: Path, filled: Place) -> None:
     other = Place(tmp_path / "other")
-    with pytest.raises(Diverged, match="a layer that is not the newest one here"):
+    with pytest.raises(Diverged, match="the layer below the overlay is not the newest one here"):
         take(other, stream(HELLO, OPEN, active(filled), STOP))
 
 

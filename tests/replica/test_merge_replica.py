@@ -391,7 +391,7 @@ def test_a_guest_stands_on_an_older_layer(there: Pointed, tmp_path: Path) -> Non
     shown = flat(overlay, tmp_path / "guest.raw")
     report = there.merge(last=1)
     assert report.merges == (("0.qcow2", "1.qcow2", "2.qcow2"), ("3.qcow2", "4.qcow2", "disk.qcow2"))
-    assert [(each.file, each.reason) for each in report.staying] == [("2.qcow2", f"{overlay} stands on it")]
+    assert [(each.file, each.reason) for each in report.staying] == [("2.qcow2", f"{overlay} depends on it")]
     assert same(overlay, shown)
     there.check(kept=[6], besides=["active"])
 

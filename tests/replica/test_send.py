@@ -263,7 +263,7 @@ def test_what_is_in_use_is_not_cut_off(tmp_path: Path, place: Place) -> None:
         place.send(other, divergence=Divergence.CUT_REPLICA)
     guest = place.directory / "guest.qcow2"
     qemu_img("create", "-q", "-f", "qcow2", "-b", place.files()[0].name, "-F", "qcow2", guest)
-    with pytest.raises(Conflict, match=r"guest\.qcow2 stands on it"):
+    with pytest.raises(Conflict, match=r"guest\.qcow2 depends on it"):
         place.send(other, divergence=Divergence.CUT_REPLICA)
     guest.unlink()
     place.check(flat(one, tmp_path / "flat"))

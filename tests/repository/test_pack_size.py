@@ -101,9 +101,9 @@ def test_everything_goes_through_a_limit_of_one_mebibyte(
     sizes: list[int | None] = []
     begin = Packer.__init__
 
-    def noted(self: Packer, *arguments: Any, pack_size: int | None = None) -> None:
+    def noted(self: Packer, *arguments: Any, pack_size: int | None = None, **more: Any) -> None:
         sizes.append(pack_size)
-        begin(self, *arguments, pack_size=pack_size)
+        begin(self, *arguments, pack_size=pack_size, **more)
 
     monkeypatch.setattr(Packer, "__init__", noted)
     monkeypatch.setattr(sweep, "WASTE", 0.0)
@@ -157,9 +157,9 @@ def test_a_repository_of_the_default_is_written_as_ever() -> None:
 
 @pytest.mark.parametrize("size", [0, MIN_PACK_BYTES - 1, MAX_PACK_BYTES + 1])
 def test_sizes_that_no_pack_has(size: int) -> None:
-    with pytest.raises(InvalidInput, match=f"a pack size of {size} bytes"):
+    with pytest.raises(InvalidInput, match=f"the pack size is out of range: {size} bytes"):
         check_pack_size(size)
-    with pytest.raises(InvalidInput, match="a pack size of"):
+    with pytest.raises(InvalidInput, match="the pack size is out of range"):
         Repository.create(MemoryStore(), passphrase=lambda: None, encryption="none", pack_size=size)
 
 

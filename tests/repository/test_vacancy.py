@@ -84,11 +84,11 @@ def test_a_repository_that_has_lost_its_config_is_left_as_it_is(store: ObjectSto
 def test_other_things_are_not_moved_in_with(store: ObjectStore, name: str) -> None:
     store.put(name, b"theirs")
     top = name.split("/", maxsplit=1)[0]
-    with pytest.raises(Conflict, match=f"other things are here already: .*{top}") as raised:
+    with pytest.raises(Conflict, match=f"the place is not empty: .*{top}") as raised:
         Repository.create(store, passphrase=secret)
     assert raised.value.subject == store.url
     assert [info.name for info in store.list("")] == [name]
-    with pytest.raises(NotFound, match=f"but other things: .*{top}") as missing:
+    with pytest.raises(NotFound, match=f"only other objects: .*{top}") as missing:
         Repository.open(store, passphrase=secret)
     assert "init" not in (missing.value.hint or "")
 
@@ -110,10 +110,10 @@ def strange(place: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["hidden file", "empty directory", "link", "capitals", "blank"])
 def test_names_that_no_object_has_count_as_well(tmp_path: Path, kind: str) -> None:
     strange(tmp_path, kind)
-    with pytest.raises(Conflict, match="other things are here already"):
+    with pytest.raises(Conflict, match="the place is not empty"):
         create_destination(str(tmp_path), passphrase=secret)
     assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(NotFound, match="but other things"):
+    with pytest.raises(NotFound, match="only other objects"):
         open_destination(str(tmp_path), passphrase=secret)
 
 
@@ -145,7 +145,7 @@ def test_a_replica_is_named_as_one(tmp_path: Path, make: Callable[[Path], Path],
     for error, attempt in attempts:
         with pytest.raises(error, match=f"this is {what}, not a repository") as raised:
             attempt()
-        assert raised.value.hint == f"dir:{tmp_path}/r names the replica, and ssh://HOST{tmp_path}/r from another host"
+        assert raised.value.hint == f"use dir:{tmp_path}/r for the replica, or ssh://HOST{tmp_path}/r from another host"
 
 
 def test_a_plan_tells_what_the_run_would_meet(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A merge inside an existing qcow2 file: only what it lacks is moved, and it reads right at every instant.
 
-    absorb   the target is the uppermost input: what shows through it is added to it, then it stands on a lower file
+    absorb   the target is the uppermost input: what shows through it is added to it, then it is linked lower
     commit   the target is the lowest input: what the upper ones hold is written into it; the caller then renames it
 
     amendment = plan_absorb(chain.at(last), first, backing=Backing("root.qcow2", "qcow2"))    # reads, never writes

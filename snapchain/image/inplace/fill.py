@@ -92,7 +92,7 @@ def fill(
 
 
 def relink(amendment: Amendment, fd: int, *, subject: object = None) -> None:
-    """Let the file stand on its new backing file; on the disk when this returns. Raises Unsupported without room."""
+    """Record the new backing file; on the disk when this returns. Raises Unsupported without room."""
     disk = Disk(fd, subject=subject)
     link = new_link(header_head(fd, subject=subject), amendment.backing, subject=subject)
     if link.text:

@@ -44,7 +44,7 @@ def plan_absorb(view: ImageChain, first: int, *, backing: Backing | None) -> Ame
 def plan_commit(view: ImageChain, first: int, *, backing: Backing | None) -> Amendment:
     """Plan that files[first] takes in what the files above it hold, and the view's size.
 
-    backing: its link, which does not change. Raises as `plan_absorb`; nobody else may stand on files[first].
+    backing: its link, which does not change. Raises as `plan_absorb`; nothing else may depend on files[first].
     """
     _check(view, first, backing)
     file = _changeable(view, first)

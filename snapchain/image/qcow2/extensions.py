@@ -88,7 +88,7 @@ def _directory(data: bytes, fields: HeaderFields, subject: object) -> tuple[int,
     if not 0 < count <= MAX_BITMAPS or reserved or not 0 < size <= MAX_BITMAP_DIRECTORY_BYTES:
         raise Corrupt(f"the bitmaps extension claims {count} bitmaps in {size} bytes", subject=subject)
     if not offset or offset % (1 << fields.cluster_bits):
-        raise Corrupt(f"the bitmap directory is at offset {offset}, which is no cluster's", subject=subject)
+        raise Corrupt(f"the bitmap directory is at offset {offset}, which is not cluster-aligned", subject=subject)
     return count, size, offset
 
 

@@ -218,7 +218,7 @@ def _check_tables(fields: HeaderFields, file_size: int, subject: object) -> None
         if not length and not offset:
             continue
         if offset % cluster or not offset:
-            raise Corrupt(f"the {name} is at offset {offset}, which is no cluster's of its own", subject=subject)
+            raise Corrupt(f"the {name} is at offset {offset}, which is 0 or not cluster-aligned", subject=subject)
         if offset + length > file_size:
             raise Corrupt(
                 f"the {name} ({length} bytes at offset {offset}) lies outside the file of {file_size} bytes",

@@ -35,7 +35,7 @@ class Doubt(Enum):
     """Why a time does not count; the value is the reason for which the point stays."""
 
     FUTURE = "dated in the future"
-    UNCONFIRMED = "dated long after all points before it, which the next days must confirm"
+    UNCONFIRMED = "dated long after the points before it; a later point must confirm that"
 
 
 def is_future(time: datetime, now: datetime) -> bool:

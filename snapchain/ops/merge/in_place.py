@@ -20,8 +20,9 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile, inplace
 from snapchain.image.inplace import Amendment
 from snapchain.image.reread import check_link, check_refcounts, reread
+from snapchain.ops.dependents import search_directories
 from snapchain.ops.events import Notice, OnEvent, Progress
-from snapchain.ops.merge.inputs import check_still_allowed, links_to, search_directories
+from snapchain.ops.merge.inputs import check_still_allowed, links_to
 from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.linked import linked
 from snapchain.ops.merge.plan import MergePlan
@@ -88,7 +89,7 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
 def _take_place(planned: MergePlan, lowest: Path, on_event: OnEvent) -> None:
     """The lowest input under the path of the uppermost."""
     if lost := files.copy_standing(planned.result, lowest):
-        on_event(Notice(f"{planned.result}: {lost}", about=str(planned.result)))
+        on_event(Notice.of(planned.result, lost))
     files.fsync_file(lowest)
     files.rename(lowest, planned.result)
 

@@ -14,12 +14,12 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependents import SEEN
-from snapchain.ops.dependents import Dependents, find_dependents, is_outside
+from snapchain.ops.dependents import Dependents, is_outside
 from snapchain.ops.merge.journal import MergeJournal
 from snapchain.ops.notes import Notes
 from snapchain.ops.ownership import check_not_given
 
-_REMEDY = " (it goes with --remove FILE)"
+_REMEDY = " (--remove FILE removes it)"
 
 
 class KeptFile(BaseModel):
@@ -51,7 +51,7 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
         )
         if stat.S_ISREG(status.st_mode) and status.st_nlink > 1 + ours and not keep_inputs:
             raise Unsupported(
-                "it has further hard links, whose users would lose what they stand on",
+                "it has further hard links, whose users would lose their content",
                 subject=file.path,
                 hint="remove the other names (`find -samefile`), or say --keep-inputs",
             )
@@ -73,9 +73,9 @@ def check_holds(chain: ImageChain, first: int, last: int) -> None:
 
 
 def check_still_allowed(chain: ImageChain, first: int, last: int) -> None:
-    """At the switch, which may come hours after the decision: a disk given away or a layer held since then stays.
+    """Raises Conflict for a disk that was given away, or a layer that was held, since the decision hours before.
 
-    Raises Conflict, and what reading the notes raises.
+    Also raises what reading the notes raises.
     """
     check_not_given(chain)
     check_holds(chain, first, last)
@@ -90,25 +90,9 @@ def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
     ]
 
 
-def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[Path, ...]:
-    """Where images are looked for that stand on a file of the chain, besides the tree around its top."""
-    own = [directory for file in chain.files for directory in (file.path.parent, file.real_path.parent)]
-    return tuple(dict.fromkeys([*own, *image_dirs]))
-
-
 def links_to(chain: ImageChain, files: Collection[Path]) -> tuple[Path, ...]:
     """The names other than their real paths by which a chain opens some of its files."""
     return tuple(file.path for file in chain.files if file.real_path in files and file.path != file.real_path)
-
-
-def others_on(chain: ImageChain, image_dirs: Sequence[Path]) -> Dependents:
-    """Who else stands on the files of a chain."""
-    return find_dependents(
-        [file.path for file in chain.files],
-        top=chain.top.path,
-        own=[file.device for file in chain.files],
-        image_dirs=search_directories(chain, image_dirs),
-    )
 
 
 def fate(
@@ -121,8 +105,8 @@ def fate(
 ) -> tuple[tuple[Path, ...], tuple[KeptFile, ...]]:
     """Which files of one chain may go, and which stay, with the reason. paths: real, uppermost first, as the results.
 
-    top: what the user of the disk opens; confirmed: real paths that the user has named to be removed all the same,
-    which settles whether they are the disk's, but nothing for those who are found to stand on them
+    top: the file that the guest opens
+    confirmed: real paths of --remove. These count as the disk's own, but users that were found still keep them.
     """
     if keep_inputs:
         return (), tuple(KeptFile(path=path, reason="asked for") for path in paths)
@@ -131,7 +115,7 @@ def fate(
     for path in paths:
         why = _why_kept(path, top=top, others=others, confirmed=confirmed)
         if why is None and keep:
-            why = f"{keep[-1].path.name} stands on it"
+            why = f"{keep[-1].path.name} depends on it"
         if why is None:
             remove.append(path)
         else:
@@ -159,14 +143,14 @@ def why_not_own(path: Path, top: Path, confirmed: Collection[Path]) -> str | Non
 
 
 def users_of(path: Path, others: Dependents, confirmed: Collection[Path]) -> str | None:
-    """Who else uses a file (a real path), in a clause. A confirmed one has no users that are only possible."""
+    """What else uses a file (a real path), in a clause. For a confirmed one, unreadable images do not count."""
     return others.reason(path, *SEEN) if path in confirmed else others.reason(path)
 
 
 def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection[Path]) -> None:
     """Raises Unsupported for an uppermost input that is not the disk's own.
 
-    Who stands on it is no reason: the result shows the same content under the same name.
+    Overlays of it are no reason: the result shows the same content under the same name.
     """
     why = why_not_own(result, chain.top.path, confirmed)
     if why is not None:
@@ -174,16 +158,18 @@ def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection
         raise Unsupported(
             f"the merged file would replace it, and {why}",
             subject=result,
-            hint=f"end at a file of that directory (--to), or say --remove {result}",
+            hint=f"choose a file of that directory by --to, or say --remove {result}",
         )
 
 
 def check_confirmed(lower: Collection[Path], confirmed: Collection[Path], others: Dependents) -> None:
-    """Raises Conflict where the user wants an input removed on which somebody was found to stand."""
+    """Raises Conflict where --remove names an input that was found to have other users."""
     for path in confirmed:
         if path in lower and (why := users_of(path, others, confirmed)):
             raise Conflict(
-                f"--remove cannot take it away: {why}", subject=path, hint="it can go when nobody uses it any more"
+                f"--remove does not allow that: {why}",
+                subject=path,
+                hint="it can be removed when nothing uses it any more",
             )
 
 

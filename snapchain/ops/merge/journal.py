@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,12 +25,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from snapchain.errors import Busy, Corrupt, InvalidInput
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
 from snapchain.image.qcow2.header import Backing
 
-TEMPORARY = "merge"
-"""The purpose in the temporary names of results."""
 _PREFIX, _SUFFIX = ".snapchain-merge-", ".json"
-_LEFTOVER = re.compile(rf"\..+\.{TEMPORARY}-[0-9a-f]{{8}}")
 
 
 class FileId(BaseModel):
@@ -65,10 +62,10 @@ class MergeJournal(BaseModel):
     replaced: the uppermost input, whose path the result takes; result: the file that takes it (absorb: the same)
     lowest: the lowest input, by which the merge can be asked for again; link: the backing link of the result
     remove: inputs that go, uppermost first; kept_as: a second name for `replaced`, given before the switch
-    search: where images may stand on the inputs, besides the tree around the disk's top
-    top: what the user of the disk opens; without it (a record of version 0.1) the uppermost input is taken for that
+    search: where images may depend on the inputs, besides the tree around the disk's top
+    top: the file that the guest opens; None in a record of version 0.1: then the uppermost input
     links: symbolic links by which the disk itself opens inputs that go
-    confirmed: inputs that the user has named to be removed although they are not surely the disk's own
+    confirmed: inputs of --remove, which count as the disk's own
     """
 
     model_config = ConfigDict(frozen=True)
@@ -102,7 +99,7 @@ class OpenJournal:
         """
         self.journal = journal
         self._fd = -1
-        temporary = files.temporary_beside(journal.path, purpose=files.NEW)
+        temporary = temporary_beside(journal.path, purpose=NEW)
         self._fd = files.open_new(temporary)
         try:
             with os_errors(journal.path):
@@ -157,8 +154,8 @@ def journal_path(image: Path) -> Path:
 
 def sweep(image: Path) -> None:
     """Remove half-written files of killed merges into `image`. Only while nobody else merges there."""
-    files.remove_temporaries(image, purpose=TEMPORARY)
-    files.remove_temporaries(journal_path(image), purpose=files.NEW)
+    files.remove_temporaries(image, purpose=MERGE)
+    files.remove_temporaries(journal_path(image), purpose=NEW)
 
 
 def unsettled(images: Iterable[Path]) -> list[MergeJournal]:
@@ -173,12 +170,6 @@ def read(path: Path) -> MergeJournal:
     """The record at a path; errors as `unsettled`."""
     journal = _parsed(path)
     return _read(journal.replaced.path, path)
-
-
-def leftovers(directory: Path) -> list[Path]:
-    """New files in a directory that no merge has finished, be it that one is still at work."""
-    with os_errors(directory):
-        return sorted(path for path in directory.iterdir() if _LEFTOVER.fullmatch(path.name))
 
 
 def is_journal(path: Path) -> bool:

@@ -17,12 +17,14 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import MERGE, temporary_beside
 from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, run as assemble
 from snapchain.image.reread import check_link, check_refcounts, reread
+from snapchain.ops.dependents import search_directories
 from snapchain.ops.events import Notice, OnEvent, Progress
-from snapchain.ops.merge.inputs import check_still_allowed, links_to, search_directories
-from snapchain.ops.merge.journal import TEMPORARY, FileId, MergeJournal, OpenJournal, sweep
+from snapchain.ops.merge.inputs import check_still_allowed, links_to
+from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, sweep
 from snapchain.ops.merge.plan import MergePlan
 from snapchain.ops.merge.prove import check_unchanged, prove
 
@@ -35,7 +37,7 @@ def make(
 ) -> OpenJournal:
     """Write, prove and switch; what is left to do is in the journal. Before the switch nothing was changed."""
     sweep(planned.result)
-    temporary = files.temporary_beside(planned.result, purpose=TEMPORARY)
+    temporary = temporary_beside(planned.result, purpose=MERGE)
     journal: OpenJournal | None = None
     fd = files.open_new(temporary)
     try:
@@ -106,7 +108,7 @@ def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Pa
     on_event(Progress("merge", 0, total))
     assemble(work, fd, subject=planned.result, on_bytes=on_bytes)
     if lost := files.copy_standing(planned.result, temporary):
-        on_event(Notice(f"{planned.result}: {lost}", about=str(planned.result)))
+        on_event(Notice.of(planned.result, lost))
     with os_errors(planned.result):
         # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
         written = os.fstat(fd).st_mtime_ns - _TICKS

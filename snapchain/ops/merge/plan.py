@@ -3,7 +3,7 @@
     root <- a <- b <- c <- top        merge from a to c        root <- c' <- top
 
 The result takes the path of the uppermost input, so the link of the file above stays true.  The inputs below it go,
-unless another image stands on them.
+unless another image depends on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from snapchain.image.assemble.geometry import surviving_bytes
 from snapchain.image.assemble.plan import merged_extents
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE
-from snapchain.ops.dependents import Dependents, is_linked_elsewhere
+from snapchain.ops.dependents import Dependents, dependents_of_chain, is_linked_elsewhere
 from snapchain.ops.merge import inputs
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
@@ -96,11 +96,11 @@ def plan(
     lowest and uppermost input; strategy: the best one unless given; cluster_size: of a new file, in bytes; by default
     that of the input which gives most; keep_inputs: nothing is removed, and the uppermost input gets a second name;
     unlocks: the caller makes read-only files of this user's writable before `run`, so that is not counted against them.
-    confirmed: inputs in other directories than the top's, or that an unreadable image may stand on, that may go.
+    confirmed: inputs that may go although they lie elsewhere than the top, or an unreadable image may depend on them.
 
     Raises NotFound, InvalidInput, Unsupported (inputs that a merge would lose something of, a strategy that does not
-    fit, a result that would replace a file that is not the disk's own), Conflict (a confirmed file that somebody was
-    found to stand on), and as `scan`.
+    fit, a result that would replace a file that is not the disk's own), Conflict (a confirmed file that was found
+    to have other users), and as `scan`.
     """
     if flatten and from_layer is not None:
         raise InvalidInput("--flatten begins at the root; it cannot be combined with --from")
@@ -154,8 +154,8 @@ class Decision:
 
 
 def decide(chain: ImageChain, asked: Asked, *, others: Dependents | None = None) -> Decision:
-    """The plan for an opened chain; errors as `plan`. others: who else stands on its files, if that is known."""
-    others = inputs.others_on(chain, asked.image_dirs) if others is None else others
+    """The plan for an opened chain; errors as `plan`. others: what else depends on its files, if that is known."""
+    others = dependents_of_chain(chain, image_dirs=asked.image_dirs) if others is None else others
     check_not_given(chain)
     journals = unsettled(file.real_path for file in chain.files)
     first, last = numbers(

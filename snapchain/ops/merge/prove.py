@@ -41,7 +41,7 @@ def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
     if changed:
         outcome = "nothing was changed" if but is None else "the chain reads as before"
         raise Conflict(
-            f"it was written to while it was merged; {outcome}",
+            f"the image was modified while it was being merged; {outcome}",
             subject=changed[0].path,
             hint="stop what writes to it, then run it again",
         )

@@ -155,8 +155,7 @@ def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
                     lock.change(LockMode.READ)  # others may read it until the switch
                 inputs.append(lock)
             if not lock.enforced:
-                words = "this filesystem has no locks; make sure that no guest uses its images"
-                on_event(Notice(f"{path.parent}: {words}", about=str(path.parent)))
+                on_event(Notice.no_locks(path.parent))
         yield inputs
 
 

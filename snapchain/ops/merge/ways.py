@@ -167,9 +167,9 @@ def _check_commit(view: ImageChain, first: int, *, kept: Sequence[KeptFile]) -> 
     lowest = view.files[first]
     if kept:
         raise Unsupported(
-            f"a commit would change what an input shows that must stay as it is: {kept[0].reason}",
+            f"a commit would change the content of an input that must stay as it is: {kept[0].reason}",
             subject=kept[0].path,
-            hint="the other strategies leave it as it is",
+            hint="the other strategies do not change it",
         )
     if lowest.real_path.parent != view.top.real_path.parent:
         raise Unsupported("the lowest input lies in another directory than the uppermost", subject=lowest.path)

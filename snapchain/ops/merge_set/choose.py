@@ -58,7 +58,7 @@ class _View:
 def choose(stack: Stack, request: Request, rates: Rates, plan_range: PlanRange, others: Dependents) -> Chosen:
     """plan_range: of one range, to the byte; may raise Unsupported for files that cannot be merged: these stay.
 
-    others: who else stands on the files of the chain
+    others: what else depends on the files of the chain
     """
     chosen = Chosen()
     refused: set[int] = set()
@@ -124,7 +124,7 @@ def _allowed(
 
 
 def _foreign(stack: Stack, confirmed: Collection[Path]) -> dict[int, str]:
-    """Files that would not go: their data would only be copied into the disk's own, at every one who shares them."""
+    """Files that would stay: a merge would only copy their data, once for each disk that shares them."""
     top = stack.chain.top
     return {
         place: why

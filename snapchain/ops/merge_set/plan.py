@@ -12,8 +12,9 @@ from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image import ImageChain, scan
 from snapchain.image.backing import check_no_layer
 from snapchain.model.choice import MergeRange
+from snapchain.ops.dependents import dependents_of_chain
 from snapchain.ops.hold import check_range
-from snapchain.ops.merge.inputs import KeptFile, others_on
+from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import unsettled
 from snapchain.ops.merge.layers import numbers
 from snapchain.ops.merge.plan import Asked, MergePlan, decide, real_paths
@@ -169,7 +170,7 @@ class _Planner:
     def __init__(self, chain: ImageChain, request: Request) -> None:
         self._chain, self._request = chain, request
         self._known: dict[MergeRange, MergePlan] = {}
-        self.others = others_on(chain, request.image_dirs)
+        self.others = dependents_of_chain(chain, image_dirs=request.image_dirs)
 
     def plan(self, place: MergeRange) -> MergePlan:
         if place not in self._known:

@@ -1,7 +1,7 @@
-"""So many disks at once as there are descriptors for: a chain of 190 files takes 600 of them.
+"""Bounds the disks at work by file descriptors: a chain of 190 files takes 600 of them.
 
-A disk waits until those before it have given back enough.  One whose chain alone needs more than there are goes when no
-other is at work: it may be that it gets by.
+A disk waits until those before it have released enough.  One whose chain alone needs more than the limit runs when no
+other disk does: that may suffice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def needed(chain_length: int | None) -> int:
 
 
 class Descriptors:
-    """What is left of them for disks; thread-safe."""
+    """The descriptors that are left for disks; thread-safe."""
 
     def __init__(self, limit: int) -> None:
         """limit: of open files of this process."""
@@ -36,7 +36,7 @@ class Descriptors:
 
     @contextmanager
     def taken(self, count: int) -> Iterator[None]:
-        """Wait until so many are left, or no disk is at work; they are given back at the end."""
+        """Wait until `count` are left, or no disk is at work; release them at the end."""
         with self._changed:
             self._changed.wait_for(lambda: count <= self._left or not self._at_work)
             self._left -= count

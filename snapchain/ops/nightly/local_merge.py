@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snapchain.image import scan
-from snapchain.ops.merge.inputs import others_on
+from snapchain.ops.dependents import dependents_of_chain
 from snapchain.ops.merge.plan import decide
 from snapchain.ops.merge_set import plan as planning
 from snapchain.ops.merge_set.choose import choose
@@ -66,7 +66,7 @@ def outlook(image: Path, settings: Disks, *, present: dict[str, int], more: int)
     with scan(image, format=request.image_format, image_dirs=request.image_dirs) as chain:
         paths = [file.real_path for file in chain.files]
         stack = replace(look(chain), present=present)
-        others = others_on(chain, request.image_dirs)
+        others = dependents_of_chain(chain, image_dirs=request.image_dirs)
         found = choose(
             stack,
             request,

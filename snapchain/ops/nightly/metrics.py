@@ -15,6 +15,7 @@ from pathlib import Path
 
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import NEW, temporary_beside
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.report import NightlyReport, Outcome
 from snapchain.ops.nightly.state import DestinationState, State
@@ -54,8 +55,8 @@ def write(path: Path, report: NightlyReport, config: Nightly, state: State, *, f
     """Replace the file. former: disks of earlier runs that nobody expects any more. Raises what the place raises."""
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.remove_temporaries(path, purpose=files.NEW)
-        temporary = files.temporary_beside(path, purpose=files.NEW)
+        files.remove_temporaries(path, purpose=NEW)
+        temporary = temporary_beside(path, purpose=NEW)
         try:
             with os.fdopen(files.open_new(temporary), "wb") as file:
                 # Whatever the umask: the exporter runs as somebody else.

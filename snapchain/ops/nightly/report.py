@@ -144,7 +144,7 @@ class NightlyReport(_Shown):
 
     faults, left: of the run itself; disks: in the order of work; counts: by outcome, also zeros (but of moved)
     no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
-    leftovers: those of them on which nothing stands any more
+    leftovers: those of them that no image uses any more
     """
 
     name: str

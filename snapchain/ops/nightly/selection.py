@@ -1,9 +1,9 @@
 """Which images are disks, and what they are called.
 
-A pattern finds layers as well: a file on which another image stands is no disk, unless it was one before; nor is one
-that was a layer when it was last seen, whatever has become of the image above it.  A layer on which nothing stands any
-more, since its top alone was restored, is known by its note, or by its number beside an image that is newer.  What
-cannot be sorted out stays in the list with its fault, so that it is reported and no other disk suffers.
+A pattern matches layers as well.  The backing file of another image is no disk, unless it was one before; nor is a file
+that was a layer when it was last seen, even if the image above it is gone.  A layer that no image uses any more, since
+only its top was restored, is recognised by its note, or by its number beside a newer image.  What cannot be decided
+stays in the list with its fault, so that it is reported and no other disk suffers.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class SelectedDisk:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """disks: in the order of the configuration; layers: matched files that are none; leftovers: those of them on which
-    nothing stands; faults: of patterns
+    """disks: in the order of the configuration; layers: matched files that are none; leftovers: those of them that
+    no image uses; faults: of patterns
     """
 
     disks: tuple[SelectedDisk, ...]
@@ -96,11 +96,11 @@ def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[
 
 
 def _is_leftover(path: Path, notes: Notes) -> bool:
-    """Whether a file on which nothing stands was sealed, and has had nobody to write to it since.
+    """Whether a file that no image uses was sealed, and not written to since.
 
-    path: a real path. By the note of its sealing, as long as it bears the name that it had then: one that was given
-    another is in use again. Without a note, by the number that `snapshot` gives, beside an image under the plain name
-    that was written later.
+    path: a real path. Decided by the note of its sealing, while it has the name that it had then: a renamed file is in
+    use again. Without a note, by the number that `snapshot` gives, beside an image under the plain name that was
+    written later.
     """
     try:
         status = path.stat()
@@ -163,10 +163,10 @@ def _disk(image: Path, settings: Disks, others: list[Path] | None) -> SelectedDi
         return SelectedDisk(str(image), image, settings, error)
     fault = None
     if others and settings.snapshot:
-        # An overlay in its place would change what the other image stands on with the guest's first write.
+        # With an overlay in its place, the guest's first write would change the other image's backing file.
         names = ", ".join(other.name for other in others[:3])
         fault = Conflict(
-            f"{names} stands on it, so it cannot be snapshotted",
+            f"{names} depends on it, so it cannot be snapshotted",
             subject=image,
             hint="name the upper image; or snapshot = false ships this one as it is",
         )

@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import NEW
 
 _CAP = 64 << 20
 _BROKEN = ".broken"
@@ -112,7 +113,7 @@ class StateFile:
         """What is there; a file that cannot be understood is put aside, and all begins anew."""
         made = cls(path, State())
         try:
-            files.remove_temporaries(path, purpose=files.NEW)
+            files.remove_temporaries(path, purpose=NEW)
             found = read_state(path)
             if found is None:
                 aside = path.with_name(path.name + _BROKEN)

@@ -170,7 +170,7 @@ def test_rules_go_round_what_other_images_stand_on(chain: list[Path], views: dic
     qemu_img("create", "-q", "-f", "qcow2", "-b", chain[4].name, "-F", "qcow2", clone)
     planned = plan(chain, policy=Policy(last=1))
     assert ranges(planned) == [(1, 4), (5, 6)]
-    assert planned.layers[4].stays == ("clone.qcow2 stands on it",)
+    assert planned.layers[4].stays == ("clone.qcow2 depends on it",)
     running.run(planned)
     assert same(clone, views[chain[4].name])
     assert_reads_as_before(chain[0].parent, {**views, clone.name: views[chain[4].name]})

@@ -384,7 +384,7 @@ def test_a_shipped_disk_on_which_another_image_was_put_is_not_dropped_in_silence
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", clone], check=True)
     report = host.run("")
     assert row(report, "web1").outcome is Outcome.FAILED
-    assert "clone.qcow2 stands on it" in row(report, "web1").faults[0].message
+    assert "clone.qcow2 depends on it" in row(report, "web1").faults[0].message
     assert row(report, "clone").outcome is Outcome.OK
 
 
