@@ -49,22 +49,37 @@ def without_holes(physical: Physical, fd: int, *, file_bytes: int, grain: int, s
         return extents
     host, guest = physical.host[plain], physical.start[plain]
     length = physical.ends[plain] - guest
+    del plain
     lowest, highest = int(host.min()), int((host + length).max())
     start, stop = _holes(fd, lowest, min(highest, file_bytes), least=min(grain, int(length.min())), subject=subject)
     if not len(start):
         return extents
-    # Each run of the map against the holes that it meets.
+    # In parts, of which each is small once neighbours are joined: one hole can be behind millions of runs.
+    first, last = Column(np.int64), Column(np.int64)
+    for at in range(0, len(host), _BATCH):
+        part = slice(at, at + _BATCH)
+        begin, end = _meetings(host[part], guest[part], length[part], start, stop)
+        begin = -(-begin // grain) * grain
+        # The last cell of a disk may be cut by its end.
+        end = np.where(end == physical.size, end, end // grain * grain)
+        found = covering(physical.size, begin, end)
+        held = found.val == DATA
+        first.append(found.at[held])
+        last.append(found.ends[held])
+    del host, guest, length
+    zero = covering(physical.size, first.take(), last.take())
+    return over(extents, zero.mapped(np.where(zero.val == DATA, ZERO, ABSENT)))
+
+
+def _meetings(host: Int64s, guest: Int64s, length: Int64s, start: Int64s, stop: Int64s) -> tuple[Int64s, Int64s]:
+    """Guest ranges [begin, end) of the runs behind which one of the holes [start, stop) of the file is."""
     first = np.searchsorted(stop, host, side="right")
     count = np.maximum(np.searchsorted(start, host + length, side="left") - first, 0)
     row = np.repeat(np.arange(len(host)), count)
     hole = first[row] + np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
     begin = guest[row] + np.maximum(start[hole] - host[row], 0)
     end = guest[row] + np.minimum(stop[hole] - host[row], length[row])
-    begin = -(-begin // grain) * grain
-    # The last cell of a disk may be cut by its end.
-    end = np.where(end == physical.size, end, end // grain * grain)
-    zero = covering(physical.size, begin, end)
-    return over(extents, zero.mapped(np.where(zero.val == DATA, ZERO, ABSENT)))
+    return begin, end
 
 
 def _holes(fd: int, start: int, stop: int, *, least: int, subject: object) -> tuple[Int64s, Int64s]:

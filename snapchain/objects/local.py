@@ -49,7 +49,7 @@ class LocalStore:
         self.properties = Properties(conditional_put=True, description=f"directory {self.root}")
         self.warnings: tuple[str, ...] = ()
         self._rooted = Rooted(self.root, make=make)
-        self._reserve = Reserve()
+        self._reserve = Reserve(shared=self._rooted.is_shared)
 
     def put(self, name: str, data: Data) -> None:
         self._place(name, data, _replace)

@@ -25,6 +25,7 @@ SHARE = 8
 """The reserve takes one part in SHARE of the room that is left."""
 _STEPS = (8, 7, 6, 5, 4, 3, 2, 1)
 _MODE = 0o600
+_SHARED_MODE = 0o660
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -50,9 +51,13 @@ def fill(store: ObjectStore) -> None:
 
 
 class Reserve:
-    """The reserve of one directory. Thread-safe. A failure here is no error: the reserve is smaller then."""
+    """The reserve of one directory. Thread-safe. A failure here is no error: the reserve is smaller then.
 
-    def __init__(self) -> None:
+    shared: whether the group may use it as well (objects/rooted.py)
+    """
+
+    def __init__(self, *, shared: bool = False) -> None:
+        self._mode = _SHARED_MODE if shared else _MODE
         self._lock = Lock()
         self._spenders = 0
         self._was_spent = False
@@ -69,7 +74,7 @@ class Reserve:
                 self._spenders -= 1
                 if not self._spenders:
                     with suppress(OSError):
-                        _fill(folder, all_of_it=self._was_spent)
+                        _fill(folder, self._mode, all_of_it=self._was_spent)
                     self._was_spent = False
 
     def give_up(self, folder: int, error: OSError) -> bool:
@@ -84,7 +89,7 @@ class Reserve:
         return True
 
 
-def _fill(folder: int, *, all_of_it: bool) -> None:
+def _fill(folder: int, mode: int, *, all_of_it: bool) -> None:
     """Make or enlarge the reserve. all_of_it: of all room that is left; else of a share of it."""
     room = os.fstatvfs(folder)
     free = room.f_bavail * room.f_frsize
@@ -97,6 +102,8 @@ def _fill(folder: int, *, all_of_it: bool) -> None:
         return
     fd = os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE, dir_fd=folder)
     try:
+        if held is None:
+            os.fchmod(fd, mode)
         _allocate(fd, wanted)
         if os.fstat(fd).st_size < LEAST:
             os.unlink(NAME, dir_fd=folder)

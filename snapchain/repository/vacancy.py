@@ -25,7 +25,7 @@ _STORED = {
 }
 """Names that only a repository in use has, by their folders."""
 _BEGINNING = re.compile(r"keys/[0-9a-f]{32}|witness|probe/[0-9a-f]+/.+|config\.claim\.[0-9a-f]+")
-_OWN_TOPS = {"keys", "witness", "probe", "tmp"}
+_OWN_TOPS = {"keys", "witness", "probe", "tmp", ".reserve"}
 _MOST = 1000
 
 

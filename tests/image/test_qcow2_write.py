@@ -107,9 +107,9 @@ def answers(path: Path, size: int) -> Extents:
 
 
 def scanned(path: Path) -> Extents:
-    """What our own parser finds in the file alone."""
+    """What our own parser finds in the tables of the file alone, whether the file stores the data or not."""
     with scan(path) as chain:
-        return chain.files[-1].extents
+        return chain.files[-1].physical.extents()
 
 
 @some

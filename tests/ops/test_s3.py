@@ -90,7 +90,7 @@ def test_init_takes_no_prefix_that_holds_anything(bucket: Bucket, tmp_path: Path
     client.put_object(Bucket=name, Key="Some Prefix/x/Photos/ONE.JPG", Body=b"theirs")
     with pytest.raises(Conflict, match="the place is not empty: Photos"):
         bucket.create()
-    with pytest.raises(NotFound, match="but other things: Photos"):
+    with pytest.raises(NotFound, match="only other objects: Photos"):
         bucket.open()
     client.delete_object(Bucket=name, Key="Some Prefix/x/Photos/ONE.JPG")
     bucket.create()
@@ -174,7 +174,7 @@ def test_what_is_not_there(bucket: Bucket) -> None:
     bucket.create()
     with pytest.raises(InvalidInput, match="wrong passphrase"):
         open_destination(bucket.url, passphrase=lambda: "wrong")
-    with pytest.raises(NotFound, match="no-such-bucket-here/x: "):
+    with pytest.raises(NotFound, match="no-such-bucket-here/x/config: there is no such bucket"):
         open_destination("s3://no-such-bucket-here/x", passphrase=lambda: "correct horse")
 
 

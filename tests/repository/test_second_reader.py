@@ -274,7 +274,7 @@ def _rekeyed_head(body: bytes) -> bytes:
         ("packs/*/*", _flipped, Damaged, "tag|trailer"),
         ("packs/*/*", _newer_head, Newer, "head"),
         ("packs/*/*", _rekeyed_head, Newer, "head"),
-        ("packs/*/*", lambda body: body[:40] + b"\0\0" + body[42:], Damaged, "tag|trailer"),
+        ("packs/*/*", lambda body: body[:40] + b"\0\0" + body[42:], Damaged, "tag|trailer|blob"),
     ],
 )
 def test_what_was_altered_is_refused(
