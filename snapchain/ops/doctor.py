@@ -29,7 +29,7 @@ from snapchain.host.temporary_names import MERGE, NEW, SNAPSHOT, temporary_of
 from snapchain.image import scan
 from snapchain.image.dependents import describe
 from snapchain.ops.dependents import Kind as Use, find_dependents
-from snapchain.ops.events import OnEvent, ignore
+from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.merge import recover
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import MergeJournal, is_journal, read
@@ -81,6 +81,7 @@ class Treated(BaseModel):
     """A finding, and what became of it. error: why it was left as it is.
 
     removed: files that went with it; kept: files that a merge would have removed, each with the reason why it stays
+    incomplete: what the search for other users of these files could not look at, a sentence
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,6 +92,7 @@ class Treated(BaseModel):
     kept: tuple[KeptFile, ...] = ()
     error: str | None = None
     hint: str | None = None
+    incomplete: str | None = None
 
 
 class DoctorReport(BaseModel):
@@ -231,7 +233,15 @@ def _treat(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> T
         settled = _done(finding, image_dirs, on_event)
     except SnapchainError as error:
         return Treated(finding=finding, done=False, error=str(error), hint=error.hint)
-    return Treated(finding=finding, done=True, removed=tuple(settled.removed), kept=settled.kept)
+    if settled.incomplete is not None:
+        on_event(Notice(settled.incomplete))
+    return Treated(
+        finding=finding,
+        done=True,
+        removed=tuple(settled.removed),
+        kept=settled.kept,
+        incomplete=settled.incomplete,
+    )
 
 
 def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Settled:
@@ -246,16 +256,14 @@ def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Se
             one, other = finding.path.lstat(), finding.image.lstat()
             if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
                 raise Busy("another file has this name now", subject=finding.path)
-            _remove_unused(finding, image_dirs)
-    elif meant_for(finding.path) is not None:
+            return _remove_unused(finding, image_dirs)
+    if meant_for(finding.path) is not None:
         return Settled([finding.path] if remove_part(finding.path, of_anybody=os.geteuid() == 0) else [])
-    else:
-        with _free(finding):
-            _remove_unused(finding, image_dirs)
-    return Settled([finding.path])
+    with _free(finding):
+        return _remove_unused(finding, image_dirs)
 
 
-def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> None:
+def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> Settled:
     """Remove a name of a file. Raises Busy when something uses the file by this very name."""
     status = finding.path.lstat()
     others = find_dependents(
@@ -270,6 +278,7 @@ def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> None:
             f"it cannot be removed: {describe(users)}", subject=finding.path, hint="move or remove its user first"
         )
     files.remove(finding.path)
+    return Settled([finding.path], incomplete=others.incomplete)
 
 
 @contextmanager

@@ -102,6 +102,7 @@ class ReplicaRestoration:
             virtual_size=answer.point.size,
             bytes_written=done,
             content_id=shown,
+            incomplete=claim.incomplete,
         )
 
     def _fetch(self, *, look: bool) -> AbstractContextManager[Answer]:

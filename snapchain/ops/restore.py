@@ -132,6 +132,7 @@ class Restoration:
             virtual_size=self._point.size,
             bytes_written=plan.bytes_to_write,
             content_id=shown,
+            incomplete=claim.incomplete,
         )
 
     def _write_files(self, claim: Claim, on_bytes: Callable[[int], None]) -> str:

@@ -69,7 +69,11 @@ class RestorePlan(BaseModel):
 
 
 class RestoreReport(BaseModel):
-    """What `restore` did. bytes_written: guest bytes of DATA written."""
+    """What `restore` did.
+
+    bytes_written: guest bytes of DATA written
+    incomplete: what the search for users of a file that was replaced could not look at, a sentence
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -80,6 +84,7 @@ class RestoreReport(BaseModel):
     virtual_size: int
     bytes_written: int
     content_id: str
+    incomplete: str | None = None
 
 
 class Target:
@@ -129,10 +134,12 @@ class Target:
                 hint="make room, or restore elsewhere",
             )
 
-    def check_unused(self, on_event: OnEvent = ignore) -> None:
-        """Raises Conflict when other images, guests or links depend on what OUT names now, or it is held."""
-        if self._is_there:
-            _check_unused([self.file], top=self.output, own=(), on_event=on_event)
+    def check_unused(self, on_event: OnEvent = ignore) -> str | None:
+        """What the search for users of what OUT names now could not look at.
+
+        Raises Conflict when other images, guests or links depend on it, or it is held.
+        """
+        return _check_unused([self.file], top=self.output, own=(), on_event=on_event) if self._is_there else None
 
     @contextmanager
     def claimed(self, on_event: OnEvent) -> Iterator[Claim]:
@@ -147,7 +154,7 @@ class Target:
                 claim.device = stack.enter_context(claimed_device(self.file, overwrite=self.force))
             elif self._is_there:
                 claim.lock = claim.locked(self.file)
-            self.check_unused(on_event)
+            claim.incomplete = self.check_unused(on_event)
             yield claim
 
     def _check_place(self, found: os.stat_result | None) -> None:
@@ -180,12 +187,16 @@ class Target:
 
 
 class Claim:
-    """The files of one restore while they are made. device: OUT's descriptor, or -1; lock: on the file that OUT was."""
+    """The files of one restore while they are made.
+
+    device: OUT's descriptor, or -1; lock: on the file that OUT was; incomplete: as `RestoreReport`
+    """
 
     def __init__(self, target: Target, stack: ExitStack, on_event: OnEvent) -> None:
         self._target, self._stack, self._on_event = target, stack, on_event
         self.device = -1
         self.lock: ImageLock | None = None
+        self.incomplete: str | None = None
         self._kept: list[ImageLock] = []
 
     def output(self, name: Path) -> OutputFile:
@@ -212,7 +223,9 @@ class Claim:
             present = [output.path for output in outputs[:-1] if output.path.exists()]
             fds = [lock.fd for lock in (*locks.values(), *self._kept) if lock is not None]
             own = [_identity(fd) for fd in (*fds, *(output.fd for output in outputs))]
-            _check_unused(present, top=self._target.output, own=own, on_event=self._on_event)
+            top, said = self._target.output, self._on_event
+            unseen = _check_unused(present, top=top, own=own, on_event=said)
+            self.incomplete = self.incomplete or unseen
         for output in fresh:
             output.publish(replaced=locks[output])
 
@@ -289,8 +302,8 @@ def _on_device(paths: Sequence[Path], top: Path) -> Dependents:
     return search(paths, [path for path in image_directories() if path.is_dir()], disk=top)
 
 
-def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, int]], on_event: OnEvent) -> None:
-    """Raises Conflict for a file that others depend on, that is held, or that was given to another host."""
+def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, int]], on_event: OnEvent) -> str | None:
+    """What could not be looked at. Raises Conflict for a file that others depend on, that is held, or was given away."""
     notes = Notes()
     for path in (Path(os.path.realpath(path)) for path in paths):
         for fault in notes.faults([path]):
@@ -320,6 +333,7 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
                 subject=path,
                 hint="restore to another name, or remove the images that depend on it first",
             )
+    return found.incomplete
 
 
 def sectors(size: int) -> int:

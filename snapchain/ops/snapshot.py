@@ -46,6 +46,7 @@ class SnapshotPlan(BaseModel):
     image: as named; source: the file behind it; sealed: what it will be called (its own path with --overlay);
     overlay: where the new overlay comes; backing: the link that the overlay records; layers: of the new chain;
     labels: that the sealed file will bear as a point of its disk
+    incomplete: what the search for other users of the image could not look at, a sentence
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,10 +65,11 @@ class SnapshotPlan(BaseModel):
     labels: tuple[str, ...]
     image_format: str | None
     image_dirs: tuple[Path, ...]
+    incomplete: str | None = None
 
 
 class SnapshotReport(BaseModel):
-    """What `run` did: which file is which now. Sizes in bytes; layers: of the new chain."""
+    """What `run` did: which file is which now. Sizes in bytes; layers: of the new chain; incomplete: as planned."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -77,6 +79,7 @@ class SnapshotReport(BaseModel):
     virtual_size: int
     cluster_size: int
     layers: int
+    incomplete: str | None = None
 
 
 def plan(
@@ -112,12 +115,14 @@ def plan(
             sealed = source
             target = _beside(overlay, source)
             is_linked = False
+            incomplete = None
         else:
             _check_can_stay(source, top)
             own = [file.device for file in chain.files]
             others = find_dependents([top.path], top=top.path, own=own, image_dirs=image_dirs)
             _check_alone(top, others)
             is_linked = is_linked_elsewhere(top.path, others)
+            incomplete = others.incomplete
             sealed = _sealed_path(source, status, sealed_name)
             target = source
         header = top.header
@@ -136,6 +141,7 @@ def plan(
             labels=tuple(labels),
             image_format=image_format,
             image_dirs=tuple(image_dirs),
+            incomplete=incomplete,
         )
 
 
@@ -165,6 +171,8 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
                 _take_second_name(planned.source, planned.sealed)
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+    if planned.incomplete is not None:
+        on_event(Notice(planned.incomplete))
     if planned.bitmaps:
         names = ", ".join(planned.bitmaps)
         on_event(Notice(f"persistent bitmaps stay in the sealed file {planned.sealed.name}: {names}"))
@@ -175,6 +183,7 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
         virtual_size=planned.virtual_size,
         cluster_size=cluster_size,
         layers=planned.layers,
+        incomplete=planned.incomplete,
     )
 
 
@@ -287,7 +296,8 @@ def _check_unchanged(planned: SnapshotPlan) -> None:
         image_format=planned.image_format,
         image_dirs=planned.image_dirs,
     )
-    if now != planned:
+    # How far the search came may be otherwise now.
+    if now.model_copy(update={"incomplete": planned.incomplete}) != planned:
         raise Conflict("it was changed after the snapshot was planned", subject=planned.image, hint="run it again")
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, Unsupported
+from snapchain.host.files import temporary_beside
 from snapchain.image import dependents
 from snapchain.ops import doctor, merge_image, snapshot
-from snapchain.ops.events import Event, Progress
+from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge.journal import MergeJournal, journal_path
 from snapchain.ops.merge.run import MergeReport
 from snapchain.ops.merge.strategy import Strategy
@@ -271,7 +272,32 @@ def test_a_search_that_was_cut_off_is_told(forest: Forest, monkeypatch: pytest.M
     planned = planning.plan(request(forest))
     (notice,) = planned.notices
     assert notice.startswith("The search for other users of these files ended after ")
-    running.run(planned)
+    report = running.run(planned)
+    assert report.incomplete == report.merges[0].incomplete == notice
+
+
+def test_what_else_searches_for_users_says_where_it_ended(forest: Forest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in a notice, and in the report, also where the search ends elsewhere the second time."""
+    search = "The search for other users of these files ended after "
+    top, base = forest.root / "i1" / "disk.qcow2", forest.root / "_base"
+    assert snapshot.plan(top, image_dirs=[base]).incomplete is None
+    monkeypatch.setattr(dependents, "MOST_ENTRIES", 3)
+    planned = snapshot.plan(top, image_dirs=[base])
+    monkeypatch.setattr(dependents, "MOST_ENTRIES", 2)
+    events: list[Event] = []
+    report = snapshot.run(planned, on_event=events.append)
+    (notice,) = events
+    assert isinstance(notice, Notice)
+    assert (report.incomplete or "").startswith(search)
+    assert notice.message == report.incomplete == planned.incomplete
+    forest.check(top)
+    left = temporary_beside(top, purpose="snapshot")
+    left.touch()
+    events.clear()
+    (treated,) = doctor.run(doctor.plan([top.parent]), on_event=events.append).treated
+    assert treated.done
+    assert [event.message for event in events if isinstance(event, Notice)] == [treated.incomplete]
+    assert (treated.incomplete or "").startswith(search)
 
 
 @pytest.mark.root

@@ -24,7 +24,7 @@ from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unsup
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.destination import Destination, destination_at
-from snapchain.ops.events import Event, Progress
+from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.hold import hold_image
 from snapchain.ops.notes import Given, Notes, Overlay
 from snapchain.ops.repository_destination import RepositoryDestination
@@ -424,6 +424,18 @@ def test_every_target_has_its_outcome(
             now = real.lstat()
             assert (now.st_uid, now.st_gid, now.st_mode) == (old.st_uid, old.st_gid, old.st_mode)
             assert {name: os.getxattr(real, name) for name in os.listxattr(real)} == attributes
+
+
+def test_a_search_that_was_cut_off_is_told(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ExitStack() as stack:
+        scene = Scene(tmp_path / "d", stack)
+        scene.image()
+        assert source.destination.restoration(DISK, scene.out, force=True).run().incomplete is None
+        monkeypatch.setattr("snapchain.image.dependents.MOST_ENTRIES", 1)
+        events: list[Event] = []
+        report = source.destination.restoration(DISK, scene.out, force=True).run(on_event=events.append)
+    assert (report.incomplete or "").startswith("The search for other users of these files ended after ")
+    assert report.incomplete in [event.message for event in events if isinstance(event, Notice)]
 
 
 @pytest.mark.parametrize("kind", ["another file", "nothing", "a new name"])

@@ -51,4 +51,4 @@ def recover(
         confirmed=journal.confirmed,
     )
     report = run(planned, noted=noted, on_event=on_event)
-    return Settled(list(report.removed), report.kept)
+    return Settled(list(report.removed), report.kept, report.incomplete)

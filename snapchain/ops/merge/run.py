@@ -7,7 +7,7 @@ before, and the next run finishes or undoes by the journal.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class MergeReport(BaseModel):
 
     bytes_moved: shared with or copied into the result's file; bytes_freed: allocated by the inputs that went, less what
     the result allocates (below 0 when inputs were kept); removed, kept: the inputs; finished: results of earlier,
-    killed merges
+    killed merges; incomplete: what the search for other users of the inputs could not look at, a sentence
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,6 +49,7 @@ class MergeReport(BaseModel):
     removed: tuple[Path, ...]
     kept: tuple[KeptFile, ...]
     finished: tuple[Path, ...]
+    incomplete: str | None = None
 
 
 def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -> MergeReport:
@@ -59,7 +60,7 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
     """
     leftovers = _settle(planned, on_event)
     if planned.strategy is Strategy.NOTHING:
-        return _report(planned, removed=leftovers.removed, kept=leftovers.kept)
+        return _report(planned, leftovers)
     with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
         _check_room(planned)
         # The uppermost input goes, too, unless it gets a second name.
@@ -77,10 +78,13 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
             removed.append(journal.journal.lowest)
     return _report(
         planned,
+        settle.Settled(
+            [*leftovers.removed, *removed],
+            (*leftovers.kept, *settled.kept),
+            leftovers.incomplete or settled.incomplete,
+        ),
         moved=way.bytes_moved,
         freed=before - sum(_allocated(path) for path in [planned.result, *planned.remove]),
-        removed=[*leftovers.removed, *removed],
-        kept=[*leftovers.kept, *settled.kept],
     )
 
 
@@ -97,6 +101,7 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:
     """Finish or undo what killed merges have left in this chain."""
     removed: list[Path] = []
     kept: list[KeptFile] = []
+    incomplete: str | None = None
     for journal in unsettled(Path(os.path.realpath(path)) for path in planned.chain):
         _check_goes_on(planned, journal)
         if _goes_on(planned, journal):
@@ -107,8 +112,9 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:
         settled = settle.settle(journal)
         removed += settled.removed
         kept += settled.kept
+        incomplete = incomplete or settled.incomplete
         on_event(Notice(f"{journal.replaced.path}: an interrupted merge was {done}"))
-    return settle.Settled(removed, tuple(kept))
+    return settle.Settled(removed, tuple(kept), incomplete)
 
 
 def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
@@ -208,10 +214,8 @@ def _allocated(path: Path) -> int:
         return 0
 
 
-def _report(
-    planned: MergePlan, *, removed: list[Path], kept: Sequence[KeptFile] = (), moved: int = 0, freed: int = 0
-) -> MergeReport:
-    stayed = (*planned.keep, *(each for each in kept if each.path not in {known.path for known in planned.keep}))
+def _report(planned: MergePlan, inputs: settle.Settled, *, moved: int = 0, freed: int = 0) -> MergeReport:
+    stayed = (*planned.keep, *(each for each in inputs.kept if each.path not in {known.path for known in planned.keep}))
     if planned.kept_as is not None:
         stayed = (KeptFile(path=planned.kept_as, reason=f"what {planned.result.name} was"), *stayed)
     return MergeReport(
@@ -222,7 +226,8 @@ def _report(
         layers_after=planned.layers_after,
         bytes_moved=moved,
         bytes_freed=freed,
-        removed=tuple(removed),
+        removed=tuple(inputs.removed),
         kept=stayed,
         finished=planned.unfinished,
+        incomplete=planned.incomplete or inputs.incomplete,
     )

@@ -23,23 +23,27 @@ from snapchain.ops.notes import Notes
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of a merge's inputs: those that were removed now, and those that stay after all, with the reason."""
+    """What became of a merge's inputs: those that were removed now, and those that stay after all, with the reason.
+
+    incomplete: what the search for their other users could not look at, a sentence
+    """
 
     removed: list[Path]
     kept: tuple[KeptFile, ...] = ()
+    incomplete: str | None = None
 
 
 def finish(journal: OpenJournal) -> Settled:
     """Remove the inputs that nobody else has come to need, and then the journal. The caller has them locked."""
     with journal:
-        gone, kept = _judged(journal.journal)
+        gone, kept, incomplete = _judged(journal.journal)
         removed = _remove(journal.journal, list(gone))
     renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
     for path in (*removed, *renamed):
         sweep(path)  # what killed merges into it have left
     for directory in {path.parent for path in removed}:
         Notes().sweep(directory)
-    return Settled(removed, kept)
+    return Settled(removed, kept, incomplete)
 
 
 def settle(journal: MergeJournal, *, image_dirs: Sequence[Path] = ()) -> Settled:
@@ -122,15 +126,15 @@ def _remove_unneeded(journal: MergeJournal) -> Settled:
                     locks.enter_context(ImageLock(entry.path, LockMode.WRITE, open_files=open_files))
                 except Busy as error:  # no matter if it stays
                     in_use[entry.path] = error
-        gone, kept = _judged(journal)
+        gone, kept, incomplete = _judged(journal)
         for path in gone:
             if path in in_use:
                 raise in_use[path]
-        return Settled(_remove(journal, list(gone)), kept)
+        return Settled(_remove(journal, list(gone)), kept, incomplete)
 
 
-def _judged(journal: MergeJournal) -> tuple[tuple[Path, ...], tuple[KeptFile, ...]]:
-    """Which of the inputs may go, uppermost first, as things are now, and which stay."""
+def _judged(journal: MergeJournal) -> tuple[tuple[Path, ...], tuple[KeptFile, ...], str | None]:
+    """Which of the inputs may go, uppermost first, as things are now, which stay, and what could not be looked at."""
     entries = [entry for entry in journal.remove if entry.still()]
     paths = [entry.path for entry in entries]
     top = journal.top or journal.replaced.path
@@ -140,7 +144,7 @@ def _judged(journal: MergeJournal) -> tuple[tuple[Path, ...], tuple[KeptFile, ..
         own=[(entry.device, entry.inode) for entry in entries],
         image_dirs=journal.search,
     )
-    return fate(paths, top=top, others=others, confirmed=journal.confirmed)
+    return *fate(paths, top=top, others=others, confirmed=journal.confirmed), others.incomplete
 
 
 def _remove(journal: MergeJournal, paths: list[Path]) -> list[Path]:

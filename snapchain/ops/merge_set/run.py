@@ -38,6 +38,7 @@ class MergeSetReport(_Shown):
     result: the one of a single merge; strategy: of all merges, joined by '+'; bytes_moved, bytes_freed: of all
     merges, lowest first, those that were done; failed: the others; removed, kept: inputs of all
     finished: results of earlier, killed merges
+    incomplete: what the search for other users of the inputs could not look at, a sentence
     """
 
     image: Path
@@ -54,6 +55,7 @@ class MergeSetReport(_Shown):
     finished: tuple[Path, ...]
     merges: tuple[MergeReport, ...]
     failed: tuple[Fault, ...]
+    incomplete: str | None = None
 
 
 def run(planned: MergeSetPlan, *, on_event: OnEvent = ignore) -> MergeSetReport:
@@ -160,4 +162,5 @@ def _report(
         finished=planned.unfinished,
         merges=tuple(done),
         failed=tuple(failed),
+        incomplete=next(filter(None, (each.incomplete for each in done)), None),
     )
