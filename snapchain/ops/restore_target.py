@@ -316,7 +316,7 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
         reason = found.reason(path)
         if reason is not None:
             raise Conflict(
-                f"replacing it would change what others read: {reason}",
+                f"replacing it would change the content of other images: {reason}",
                 subject=path,
                 hint="restore to another name, or remove the images that depend on it first",
             )

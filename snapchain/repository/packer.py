@@ -6,8 +6,8 @@ A blob that two threads bring at once is stored once.  A pack is listed in an in
 a crash leaves packs that nobody lists (the next `gc` takes them), never a listed pack that is not there.
 
 A pack that no index lists when a shipment ends early is sent again by the next one.  So small indexes are written on
-the way, one for every INDEX_BYTES, and one more when the shipment is interrupted; SMALL of them are put together into one, so
-that a long shipment leaves few objects.
+the way, one for every INDEX_BYTES, and one more when the shipment is interrupted; SMALL of them are put
+together into one, so that a long shipment leaves few objects.
 """
 
 from __future__ import annotations
