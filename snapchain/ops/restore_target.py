@@ -236,7 +236,7 @@ class Claim:
         return lock
 
     def _is_there(self, output: OutputFile) -> bool:
-        """Whether a lower file lies there already, byte for byte, and nobody else could have put it there."""
+        """Whether a lower file lies there already, byte for byte, and no other user could have put it there."""
         path = output.path
         if path == self._target.file or not path.is_file():
             return False
@@ -273,7 +273,7 @@ def _check_kind(path: Path, found: os.stat_result) -> None:
 
 
 def _check_replaceable(path: Path, found: os.stat_result) -> None:
-    """Whether a file, by what it is, may give its place to another one."""
+    """Raises Unsupported or InvalidInput for a file that cannot be replaced."""
     _check_kind(path, found)
     if found.st_nlink > 1:
         raise Unsupported(

@@ -270,7 +270,7 @@ def test_what_a_clone_made_during_the_merge_stands_on_stays(stack: list[Path], t
     reference, other = flat(stack[-1], tmp_path / "flat"), flat(stack[1], tmp_path / "other")
     report = at_work(merge_image.plan(stack[-1], strategy=NEW), lambda: clone(stack))
     assert report.removed == (stack[2],)
-    assert [(kept.path, kept.reason) for kept in report.kept] == [(stack[1], "needed since")]
+    assert [(kept.path, kept.reason) for kept in report.kept] == [(stack[1], "clone.qcow2 depends on it")]
     assert same(stack[1].with_name("clone.qcow2"), other)
     assert same(stack[-1], reference)
     assert names(stack[0].parent) == ["0.qcow2", "1.qcow2", "clone.qcow2", "disk.qcow2"]
