@@ -94,7 +94,7 @@ def _write(facts: dict[str, Any], *, stderr: str) -> None:
     word = "" if facts["kind"] == "interrupted" else "error: "
     first, *rest = map(printable, facts["message"].split("\n"))
     lines = [f"snapchain: {word}{subject}{first}", *(f"    {line.strip()}" for line in rest)]
-    # The last line of what a program says is in the message already.
+    # The message has the program's last line already.
     lines += [f"    {printable(line)}" for line in stderr.strip().splitlines() if line.strip() not in facts["message"]]
     if facts["hint"]:
         lines.append(f"snapchain: hint: {printable(facts['hint'])}")

@@ -78,7 +78,7 @@ class Reporter:
         if self._mode is Mode.NONE:
             return
         with self._lock:
-            if hasattr(event, "message"):  # a Notice; to import its class costs what a start of this program may not
+            if hasattr(event, "message"):  # a Notice; importing its class would slow down every start
                 self._notice(event)
             elif self._mode is Mode.JSON:
                 self._line(event)

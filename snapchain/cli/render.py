@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from snapchain.ops.verify import Finding
 
 UNBOUNDED = 10_000
-"""Columns of what is no terminal: a file or a pipe has no end of the line."""
+"""Columns of a file or a pipe, where lines have no end."""
 
 # A cell of model.strip -> how it is drawn, in ASCII, and in which colour.
 _CELLS = {

@@ -124,7 +124,7 @@ def _to_stdout(request: Request, out: Output) -> None:
     from snapchain.ops.send import send_blindly
 
     class Stdout(Channel):
-        """A stream that ends as all that is printed does: quietly where nobody reads it, else with a plain error."""
+        """The stream on stdout, whose errors are those of printed text: quiet for a closed pipe, else a plain error."""
 
         def _lost(self) -> Exception:
             error = sys.exc_info()[1]

@@ -18,7 +18,7 @@ _code = Interrupted.exit_code
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """Raise Interrupted in the main thread for these signals during the block; elsewhere they are somebody else's."""
+    """Raise Interrupted in the main thread for these signals during the block; other threads leave them alone."""
     global _code  # noqa: PLW0603 - a signal is the process's, not a caller's
     _code = Interrupted.exit_code
     before = {}

@@ -1,10 +1,10 @@
-"""Standard output and standard error that may be closed, full, or read by nobody any more.
+"""Standard output and standard error that may be closed, full, or a pipe without a reader.
 
     stdout  the reader has gone       ReaderGone: the command ends quietly, with the 141 of a program that SIGPIPE ends
             full, closed, an I/O error  OutputFailed: a plain error with an exit code of its own
     stderr  whatever happens           nothing: no work stops because a note cannot be written
 
-The stream itself raises them, so that all that print (typer, rich, a verb) end alike. ReaderGone is no OSError: rich
+The stream itself raises them, so that typer, rich and the verbs end alike. ReaderGone is no OSError: rich
 and typer would take one for theirs, and exit with 1.
 """
 
@@ -28,7 +28,7 @@ class ReaderGone(Exception):
 
 
 def failure(error: OSError | None) -> Exception:
-    """What it means that stdout took no more; None where it was closed from the start."""
+    """The error for a write to stdout that failed. error: None where stdout was closed from the start."""
     if error is not None and error.errno in (errno.EPIPE, errno.ECONNRESET):
         return ReaderGone()
     if error is None or error.errno == errno.EBADF:
@@ -61,7 +61,7 @@ class Stdout:
             raise failure(error) from error
 
     def isatty(self) -> bool:
-        """Whether a person looks at it."""
+        """Whether it is a terminal."""
         return self._inner is not None and self._inner.isatty()
 
     def __getattr__(self, name: str) -> Any:
@@ -113,7 +113,7 @@ def occupy_descriptors() -> None:
 
 
 def same_place() -> bool:
-    """Whether stdout and stderr go to one terminal, pipe or file: what is on one need not be said on the other."""
+    """Whether stdout and stderr go to one terminal, pipe or file: then nothing need be printed on both."""
     try:
         one, other = os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # io.UnsupportedOperation is both of the first

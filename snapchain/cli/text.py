@@ -14,15 +14,10 @@ _JOINERS = frozenset("\u200c\u200d")  # they belong to words of some languages, 
 
 
 def printable(text: str) -> str:
-    """The text on one line, with what a terminal would not show as a character in Python's escapes."""
+    """The text on one line, with characters that a terminal would not show as Python's escapes."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_shown, text))
-
-
-def has_control(text: str) -> bool:
-    """Whether `printable` would change it."""
-    return printable(text) != text
 
 
 def _shown(char: str) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP held back while something is begun that must be known to whoever ends it.
+"""Ctrl-C, SIGTERM and SIGHUP held back until a process that was started is known to the code that ends it.
 
 A KeyboardInterrupt may be raised anywhere, also in the middle of starting a program: then nobody has it yet to end it.
 And one that is raised in a callback of fork (logging has one) is printed and forgotten, so that Ctrl-C has no effect.

@@ -34,13 +34,13 @@ class Followed:
 
 
 def follow(path: Path) -> Followed:
-    """Follow all links of a name. Raises InvalidInput for a loop, Unsupported for a link that somebody else planted."""
+    """Follow all links of a name. Raises InvalidInput for a loop, Unsupported for a link that another user planted."""
     with os_errors(path):
         return _follow(path)
 
 
 def others_may_write(directory: os.stat_result) -> bool:
-    """Whether somebody else than this user and root can put files into a directory."""
+    """Whether other users than this one and root can put files into a directory."""
     return bool(directory.st_mode & _OTHERS) or directory.st_uid not in (0, os.geteuid())
 
 

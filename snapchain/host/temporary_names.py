@@ -23,20 +23,20 @@ _NAME = re.compile(rf"\.(.+)\.(?:([a-z-]+)-[0-9a-f]{{{_HEX}}}|({RESTORE}))", re.
 
 
 class Temporary(NamedTuple):
-    """What a name tells. target: the file that it is to become; a name that was too long is cut there."""
+    """A parsed name. target: the file that it is to become; its name is cut where it was too long."""
 
     target: Path
     purpose: str
 
 
 def temporary_beside(path: Path, *, purpose: str) -> Path:
-    """A name in the directory of `path` that nobody uses, cut to 255 bytes."""
+    """An unused name in the directory of `path`, cut to 255 bytes."""
     tail = f".{purpose}-{secrets.token_hex(_RANDOM_BYTES)}"
     name = path.name.encode()[: _LONGEST - 1 - len(tail)].decode(errors="ignore")
     return path.with_name(f".{name}{tail}")
 
 
 def temporary_of(path: Path) -> Temporary | None:
-    """What a file is to become, by its name; None for a name of another kind."""
+    """The parts of a temporary name; None for another name."""
     found = _NAME.fullmatch(path.name)
     return None if found is None else Temporary(path.with_name(found[1]), found[2] or found[3])

@@ -39,7 +39,7 @@ _SYSFS = Path("/sys/dev/block")
 
 @contextmanager
 def claimed(path: Path, *, overwrite: bool) -> Iterator[int]:
-    """A descriptor of a block device for reading and writing, which nobody else uses during the block.
+    """A descriptor of a block device for reading and writing, without other users during the block.
 
     overwrite: also a device that is not empty, as far as `first_data` sees.
     Raises Busy when it is mounted, claimed or open elsewhere, Conflict when it is not empty, InvalidInput when it is no
@@ -101,7 +101,7 @@ def first_data(fd: int, *, subject: object = None) -> int | None:
 
 
 def _use_of(number: int) -> str:
-    """What the kernel shows of who claims a device."""
+    """How the kernel describes the user of a device."""
     names = f"{os.major(number)}:{os.minor(number)}"
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

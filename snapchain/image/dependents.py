@@ -82,17 +82,17 @@ class Dependents:
     _found: dict[str, tuple[Dependent, ...]] = field(default_factory=dict)
 
     def on(self, path: Path, *kinds: Kind) -> tuple[Dependent, ...]:
-        """Who else uses this file, which must be one of those that were searched for; of all kinds unless named."""
+        """The other users of a file, which must be one of the searched `files`; kinds: only these."""
         found = self._found.get(os.path.realpath(path), ())
         return tuple(each for each in found if each.kind in kinds) if kinds else found
 
     def reason(self, path: Path, *kinds: Kind) -> str | None:
-        """Why this file must stay, in a clause; None when nobody else was found to use it."""
+        """Why this file must stay, in a clause; None when no other user was found."""
         return describe(self.on(path, *kinds))
 
 
 def describe(dependents: Sequence[Dependent]) -> str | None:
-    """The first users in a clause; None for nobody."""
+    """The first users in a clause; None for no user."""
     more = f"; and {len(dependents) - _NAMED} more" if len(dependents) > _NAMED else ""
     return "; ".join(each.description for each in dependents[:_NAMED]) + more if dependents else None
 

@@ -33,7 +33,7 @@ class GrowingFile(ImageFile):
         self.physical = _physical(layout, path)
 
     def shown_extents(self) -> Extents:
-        """By its layout: what is still a hole may be data that has not come yet."""
+        """By its layout: a hole may be data that has not arrived yet."""
         return self.physical.extents()
 
     def became(self, finished: ImageFile) -> bool:

@@ -99,7 +99,7 @@ def _backing_name(path: Path) -> str | None:
 
 
 def recorded_names(path: Path) -> tuple[str, ...]:
-    """The files that an image's header names: its backing file, and files that hold its data. () for what is no image.
+    """The files that an image's header names: its backing file, and files with its data. () for other files.
 
     However broken the image is otherwise. Knows qcow2 (with its external data file), qcow, QED and VMDK; a VHD or VHDX
     names its parent where the header does not show it. Raises OSError for a file that is not read.

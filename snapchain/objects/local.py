@@ -207,7 +207,7 @@ def _link(tmp: int, temporary: str, folder: int, leaf: str) -> bool:
     made = link_once(tmp, temporary, folder, leaf)
     if not made and stat.S_ISDIR(os.stat(leaf, dir_fd=folder, follow_symlinks=False).st_mode):
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
-    os.fsync(folder)  # also when it is another's object: who sees False may rely on it
+    os.fsync(folder)  # also for another writer's object: after False the caller relies on it
     return made
 
 

@@ -193,7 +193,7 @@ class S3Store:
         return sorted(self._listed(valid_prefix(prefix), page=page)[0])
 
     def top_names(self) -> Sequence[str]:
-        """First segments of keys below the prefix, ours or not; those of one page."""
+        """First segments of keys below the prefix, ours or not, from one page."""
         page = next(self._pages(self._prefix, delimiter="/", page=PAGE))
         keys = [each["Key"] for each in page.get("Contents", [])]
         folders = [each["Prefix"].rstrip("/") for each in page.get("CommonPrefixes", [])]
@@ -275,7 +275,7 @@ class S3Store:
         return self._ask(name, request)
 
     def _raise_reason(self, name: str) -> None:
-        """Read one byte of an object, so as to raise what the server has against it; not when it is just not there."""
+        """Read one byte of an object, to raise the server's error with its code. No error when it is only missing."""
         from botocore.exceptions import ClientError
 
         try:

@@ -49,7 +49,7 @@ def find_dependents(
     elsewhere = [name.parent for name in other_names(real)]
     homes = list(dict.fromkeys([real.parent, Path(os.path.realpath(top.parent)), *elsewhere]))
     near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
-    # A link elsewhere has other users than this chain, whoever opens the file by it.
+    # A symbolic link in another directory counts as another user of the file.
     known = [path if Path(os.path.realpath(path.parent)) in homes else Path(os.path.realpath(path)) for path in files]
     left = _unfinished([*homes, *(Path(os.path.realpath(file)).parent for file in files)])
     return search(known, [*near, *(home.parent for home in homes)], near=near, own=[*own, *left], disk=top)

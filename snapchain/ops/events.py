@@ -22,9 +22,9 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` of the named phase, in `unit`; `total` is None where nobody knows it.
+    """`done` of `total` of the named phase, in `unit`; `total` is None where it is not known.
 
-    done: what has arrived where the phase brings it, not what was read or is on its way; it never falls
+    done: counts what has arrived at the destination, not what was read or is on its way; it never falls
     """
 
     phase: str

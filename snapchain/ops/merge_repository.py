@@ -234,4 +234,4 @@ class RepositoryMerge:
         try:
             return sum(layer.header.data_bytes for layer in self._repository.layers(gone).values())
         except Corrupt:
-            return 0  # nobody knows
+            return 0  # unknown

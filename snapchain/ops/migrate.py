@@ -161,7 +161,7 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
 
 
 def plan_take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = False) -> TakeBackPlan:
-    """What `take_back` would do; changes nothing on either side. Raises as that does, but for what is locked there."""
+    """What `take_back` would do; changes nothing. Errors as `take_back`, except for locks on the other host."""
     token, given = _given_away(request, endpoint)
     if not unasked:
         asked = [_handed(move.disk, mark.overlay, mark.epoch) for move, mark in given]

@@ -58,7 +58,7 @@ class OutputFile:
                 with os_errors(self.path):
                     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                     self.fd = os.open(self._temporary.name, flags, _OURS, dir_fd=self._directory)
-                with suppress(OSError):  # a filesystem without locks: then nobody can tell, and it is left alone
+                with suppress(OSError):  # a filesystem without locks: then the file counts as in use
                     fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
             self._close()
@@ -140,7 +140,7 @@ def meant_for(part: Path) -> Path | None:
 
 
 def is_part(part: Path, status: os.stat_result, *, of_anybody: bool = False) -> bool:
-    """Whether an unfinished file was made by a run of this user (of_anybody: of any), judged by what it is.
+    """Whether an unfinished file was made by a run of this user (of_anybody: of any user), by its type and owner.
 
     A second name of another file is none, but for the name that it was about to lose when it had got its final one.
     """
@@ -151,7 +151,7 @@ def is_part(part: Path, status: os.stat_result, *, of_anybody: bool = False) -> 
 
 
 def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
-    """Remove what a killed run has left; whether it was that. Raises Busy while a run is writing it."""
+    """Remove an unfinished file of a killed run. Returns whether it was one. Raises Busy while a run writes it."""
     with os_errors(part):
         try:
             fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -165,7 +165,7 @@ def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Busy("another snapchain is writing it", subject=meant_for(part), hint="wait for it") from error
-            except OSError:  # no locks here: nobody can tell
+            except OSError:  # no locks here: it counts as in use
                 return False
             if not _is(part, status):  # it got its final name before it was locked here
                 return False

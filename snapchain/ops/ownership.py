@@ -148,8 +148,7 @@ def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) ->
     files = _own(chain, image_dirs)
     if not files:
         raise Unsupported(
-            "only an image that is a regular file of yours, has no other name, and on which no other image depends, "
-            "can be marked as given away",
+            "only a regular file of yours that has no other name and no dependents can be marked as given away",
             subject=chain.top.path,
             hint="run as its owner or as root; remove its other names (`find -samefile`) and the images on it",
         )

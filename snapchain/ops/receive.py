@@ -25,9 +25,9 @@ class ReceiveReport(BaseModel):
 
 
 class ReceivePlan(BaseModel):
-    """Which disk a stream brings, and what is here of it: how many layers, and the number of its newest point, or 0.
+    """The disk of a stream, and what this replica has of it: layers, and the number of its newest point, or 0.
 
-    What the stream holds is known when it has been read: then it would have been taken in.
+    The content of the stream is not known before it is read, and then it would have been received.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -249,7 +249,7 @@ class Claim:
         return lock
 
     def _is_there(self, output: OutputFile) -> bool:
-        """Whether a lower file lies there already, byte for byte, and nobody else could have put it there."""
+        """Whether a lower file lies there already, byte for byte, and no other user could have put it there."""
         path = output.path
         if path == self._target.file or not path.is_file():
             return False
@@ -286,7 +286,7 @@ def _check_kind(path: Path, found: os.stat_result) -> None:
 
 
 def _check_replaceable(path: Path, found: os.stat_result) -> None:
-    """Whether a file, by what it is, may give its place to another one."""
+    """Raises Unsupported or InvalidInput for a file that cannot be replaced."""
     _check_kind(path, found)
     if found.st_nlink > 1:
         raise Unsupported(
@@ -303,7 +303,7 @@ def _on_device(paths: Sequence[Path], top: Path) -> Dependents:
 
 
 def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, int]], on_event: OnEvent) -> str | None:
-    """What could not be looked at. Raises Conflict for a file that others depend on, that is held, or was given away."""
+    """What could not be looked at. Raises Conflict for a file that has users, that is held, or was given away."""
     notes = Notes()
     for path in (Path(os.path.realpath(path)) for path in paths):
         for fault in notes.faults([path]):
@@ -329,7 +329,7 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
         reason = found.reason(path)
         if reason is not None:
             raise Conflict(
-                f"replacing it would change what others read: {reason}",
+                f"replacing it would change the content of other images: {reason}",
                 subject=path,
                 hint="restore to another name, or remove the images that depend on it first",
             )

@@ -196,7 +196,7 @@ class Shipment:
                 try:
                     report = self._run(points, lease, on_event)
                 except Corrupt:
-                    lease.check()  # who slept through a collection misses what nobody needs: that is no damage
+                    lease.check()  # after a collection meanwhile, a missing object is no damage
                     # What lies below turned out to be damaged: from now on that is known, and can be made good.
                     if not self._repository.record_damage() or attempt == _LOOKS - 1:
                         raise
@@ -233,7 +233,7 @@ class Shipment:
             )
 
     def _avoid_damage(self, index: BlobIndex, lease: Lease, on_event: OnEvent) -> None:
-        """Ship again what the disk has of this image in packs that cannot be relied on.
+        """Plan to ship the image's layers again whose blobs lie in damaged packs.
 
         From the lowest damaged layer up each file becomes a layer of its own, so that older points find their content
         again, wherever their layers ended.
@@ -417,7 +417,7 @@ class Shipment:
 
 
 class _Arrival:
-    """Shows how much has arrived: what was read, less what waits to be sent. Of all threads that move it."""
+    """Reports how much has arrived: bytes read, less bytes that wait to be sent. Thread-safe."""
 
     def __init__(self, on_event: OnEvent) -> None:
         self._total, self._on_event = 0, on_event
@@ -437,10 +437,10 @@ class _Arrival:
         self.show()
 
     def show(self) -> None:
-        """Tell what has arrived by now."""
+        """Report the bytes that have arrived by now."""
         assert self._deposit is not None
         with self._lock:
-            # Workers are ahead of what is counted as read: then less seems to have arrived than did.
+            # Workers read ahead of the count: then less is reported than has arrived.
             self._shown = max(self._shown, self._read - self._deposit.bytes_pending)
             self._on_event(Progress("ship", self._shown, self._total))
 

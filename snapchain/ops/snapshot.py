@@ -330,7 +330,7 @@ def _give_second_name(source: Path, sealed: Path) -> bool:
 
 
 def _take_second_name(source: Path, sealed: Path) -> None:
-    """After a failure: where the image is still what it was, it has one name again."""
+    """After a failure: remove the second name, if the image is still the same file."""
     with suppress(OSError):
         if _same_inode(source, sealed.lstat()):
             sealed.unlink()

@@ -31,7 +31,7 @@ _GRACE = 2.0
 """Seconds in which the other side's last words may still arrive after it closed its ear."""
 
 _Item = tuple[Kind, tuple[Buffer, ...], Callable[[], None]]
-"""A frame, and what is called when it is on the wire."""
+"""A frame, and the callback for when it is on the wire."""
 
 
 class Outbox:
@@ -175,7 +175,7 @@ class Outbox:
                     self._bucket.take(FRAME_BYTES + sum(len(part) for part in body))
                 self._frames.send(kind, *body)
                 if self._bucket is not None:
-                    self._bucket.take(0)  # what is said to be sent is paid for
+                    self._bucket.take(0)  # wait until the frame fits the rate, before it counts as sent
                 on_sent()
         except BaseException as error:  # noqa: BLE001 -- raised again where the next frame is given
             # A side that gave up said why before it closed: that is the better error.

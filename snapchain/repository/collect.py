@@ -115,7 +115,7 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
         if catalogues.is_generation(info.name):
             generations.setdefault(info.name.split("/")[1], []).append(info)  # ascending
     for history in generations.values():
-        # One more than are kept is what the last run has added itself: each would free one and add one, for ever.
+        # The last run has added one itself: without this margin each run would delete one and add one, for ever.
         if len(history) > KEPT_GENERATIONS + 1:
             found.dead_generations.update((info.name, info.size) for info in history[:-KEPT_GENERATIONS])
         name = history[-1].name

@@ -38,7 +38,7 @@ _READERS = 8
 
 
 class NotProven(Corrupt):
-    """The merged layer would not show what the layers show: not damage to work around, but a reason to stop."""
+    """The merged layer would differ from its inputs: no damage to work around, but a reason to stop."""
 
 
 @dataclass(frozen=True, slots=True)

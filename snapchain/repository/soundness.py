@@ -25,7 +25,7 @@ from snapchain.repository.repository import Repository
 def check_there(
     repository: Repository, blob: bytes, where: Location, sizes: Mapping[str, int], doubted: Container[str]
 ) -> None:
-    """Raises Corrupt when the bytes of a blob are lost, as far as can be told without reading packs nobody doubts.
+    """Raises Corrupt when the bytes of a blob are lost, as far as can be told without reading undoubted packs.
 
     sizes: object name -> bytes, of the packs that were there; doubted: packs in which damage was found before
     """

@@ -47,7 +47,7 @@ LEAST_WASTE = 64 * 1024
 """Bytes. Head and directory make up much of a small pack; moved for their sake, it would be moved by every gc."""
 
 MOST_INDEXES = 32
-"""Objects beyond those that their size demands; more are put together, for whoever reads them without a cache."""
+"""Objects beyond those that their size demands; more are put together, for readers without a cache."""
 
 _INDEX_BLOBS = 500_000
 
@@ -106,7 +106,7 @@ def _wasteful(marked: Marked) -> list[Usage]:
 
 
 def _unused(marked: Marked) -> list[Usage]:
-    """Packs that may go. Where a map of a layer is lost nobody knows which ones it needs."""
+    """Packs that may go. Without the map of a layer it is not known which packs it needs."""
     return [] if marked.unread else unused(marked.usage)
 
 
@@ -121,13 +121,13 @@ def sweep(repository: Repository, lease: Lease, *, on_object: Callable[[], None]
     marked = _marked_and_fenced(repository, lease)
     done.marked = marked
     if marked.lost or marked.suspect:
-        lease.check()  # who slept through another collection misses what nobody needs: that is no damage
+        lease.check()  # after another collection meanwhile, a missing object is no damage
     if not _is_work(repository, lease, marked):
         _note_damage(repository, marked)
         return done
     wasted = _wasteful(marked)
     if wasted or marked.movable:
-        with suppress(Refused):  # a full disk: what is waste goes, and makes room to move next time
+        with suppress(Refused):  # a full disk: deleting waste makes room to move next time
             _move(repository, marked, wasted, done, lease.check)
         done.marked = marked = mark(repository, lease.spared)
     gone = {pack.pack for pack in _unused(marked)}

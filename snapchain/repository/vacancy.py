@@ -92,7 +92,7 @@ def _count(store: ObjectStore, folder: str) -> int:
 
 
 def _others(store: ObjectStore) -> list[str]:
-    """Names of what is no beginning of a repository."""
+    """Names of objects and files that no interrupted `init` leaves."""
     bottom = innermost(store)
     tops = bottom.top_names() if isinstance(bottom, ShowsAll) else []
     strange = [name for name in tops if name not in _OWN_TOPS and not _BEGINNING.fullmatch(name)]

@@ -28,7 +28,7 @@ TOLERANCE = timedelta(minutes=10)
 DAY = timedelta(days=1)
 _JUMP = timedelta(days=60)
 _TIMES = 3
-"""A jump is longer than _JUMP, and than so many times the gap before it: who ships twice a year makes none."""
+"""A jump is longer than _JUMP, and than so many times the gap before it: two points a year make none."""
 
 
 class Doubt(Enum):
@@ -44,7 +44,7 @@ def is_future(time: datetime, now: datetime) -> bool:
 
 
 def doubts(times: Sequence[datetime], now: datetime) -> list[Doubt | None]:
-    """What is wrong with each time, None for those that count. times: in any order."""
+    """Why each time does not count; None for a time that counts. times: in any order."""
     past = sorted(time for time in times if not is_future(time, now))
     jumped = _after_jump(past)
     return [

@@ -243,6 +243,6 @@ def _link(chain: ImageChain, first: int, upper: ImageFile, others: Dependents) -
 
 
 def _is_opened_elsewhere(upper: ImageFile, others: Dependents) -> bool:
-    """Whether somebody may open the file by a link in another directory, so far with success."""
+    """Whether the file may be opened by a link in another directory, and could be so far."""
     whole = upper.backing is not None and upper.backing.name.startswith("/")
     return whole or is_linked_elsewhere(upper.path, others)

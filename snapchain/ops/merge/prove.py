@@ -43,5 +43,5 @@ def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
         raise Conflict(
             f"the image was modified while it was being merged; {outcome}",
             subject=changed[0].path,
-            hint="stop what writes to it, then run it again",
+            hint="stop the program that writes to it, then run the command again",
         )

@@ -217,7 +217,7 @@ def _allocated(path: Path) -> int:
 def _report(planned: MergePlan, inputs: settle.Settled, *, moved: int = 0, freed: int = 0) -> MergeReport:
     stayed = (*planned.keep, *(each for each in inputs.kept if each.path not in {known.path for known in planned.keep}))
     if planned.kept_as is not None:
-        stayed = (KeptFile(path=planned.kept_as, reason=f"what {planned.result.name} was"), *stayed)
+        stayed = (KeptFile(path=planned.kept_as, reason=f"the former {planned.result.name}"), *stayed)
     return MergeReport(
         image=planned.image,
         result=planned.result,

@@ -23,7 +23,7 @@ from snapchain.ops.notes import Notes
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of a merge's inputs: those that were removed now, and those that stay after all, with the reason.
+    """The inputs of a merge that were removed, and those that stay, with the reason.
 
     incomplete: what the search for their other users could not look at, a sentence
     """
@@ -34,7 +34,7 @@ class Settled:
 
 
 def finish(journal: OpenJournal) -> Settled:
-    """Remove the inputs that nobody else has come to need, and then the journal. The caller has them locked."""
+    """Remove the inputs without other users, and then the journal. The caller has them locked."""
     with journal:
         gone, kept, incomplete = _judged(journal.journal)
         removed = _remove(journal.journal, list(gone))
@@ -49,7 +49,7 @@ def finish(journal: OpenJournal) -> Settled:
 def settle(journal: MergeJournal, *, image_dirs: Sequence[Path] = ()) -> Settled:
     """Finish a killed merge whose switch was done, else undo it.
 
-    Inputs that are not the disk's own, or that somebody has come to need, stay. Undoing a commit leaves the lowest
+    Inputs that are not the disk's own, or have other users by now, stay. Undoing a commit leaves the lowest
     input as far as it had come: the chain reads as before, that file alone does not.
 
     image_dirs: where to look for users of the inputs, besides what the journal names
@@ -99,7 +99,7 @@ def switched(journal: MergeJournal) -> bool:
 
 def _settle_absorbing(journal: MergeJournal) -> Settled:
     if not journal.replaced.still():
-        return Settled(_remove(journal, []))  # somebody has put another file there: this merge is nobody's any more
+        return Settled(_remove(journal, []))  # another file has that name now: the merge is void
     done = switched(journal)
     _make_exact(journal.replaced.path)
     return _remove_unneeded(journal) if done else Settled(_remove(journal, []))
