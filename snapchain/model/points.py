@@ -62,13 +62,18 @@ def chosen_point(disk: str, points: Sequence[P], wanted: str | None) -> P:
     moment = _moment(wanted)
     if moment is None:
         raise NotFound(
-            f"{wanted!r} is no label of this disk, no number and no RFC 3339 time",
+            f"{wanted!r} is no label of this disk, no number and no time",
             subject=disk,
             hint="latest, a number, a label, or a time: 2026-01-31, yesterday, 2026-01-31T22:00:00Z",
         )
     before = [point for point in points if point.time <= moment]
     if not before:
-        raise NotFound(f"the disk has no point as old as {moment.isoformat(timespec='seconds')}", subject=disk)
+        oldest = min(points, key=lambda point: point.time)
+        raise NotFound(
+            f"the disk has no point as old as {moment.isoformat(timespec='seconds')}",
+            subject=disk,
+            hint=f"its oldest is point {oldest.point} of {oldest.time.isoformat(timespec='seconds')}",
+        )
     return max(before, key=lambda point: (point.time, point.point))
 
 

@@ -28,6 +28,8 @@ FILE_MODE = 0o600
 _GROUP_DIRECTORY = stat.S_ISGID | 0o070
 _GROUP_FILE = 0o060
 
+_IMAGE = "a repository is a directory; of an image, `snapchain inspect` shows the chain"
+
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -52,6 +54,8 @@ class Rooted:
             found = os.fstat(self._fd)
             self.is_shared, self._group = _is_shared(found.st_mode), found.st_gid
         except (FileNotFoundError, NotADirectoryError) as error:
+            if root.exists():
+                raise NotFound("this is a file, not a directory", subject=root, hint=_IMAGE) from error
             raise NotFound("there is no such directory", subject=root) from error
         except OSError as error:
             raise from_os_error(error, root) from error

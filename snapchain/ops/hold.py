@@ -96,7 +96,7 @@ def hold_point(
     Raises NotFound, InvalidInput.
     """
     catalogue = repository.catalogue(disk)
-    number = _number(catalogue, point)
+    number = _number(repository, catalogue, point)
     if dry_run:
         from snapchain.repository import holds
 
@@ -118,7 +118,7 @@ def release_point(
 ) -> HoldReport:
     """Take a hold off a point; dry_run: as `hold_image`. Raises NotFound when it has none of this tag."""
     catalogue = repository.catalogue(disk)
-    number = _number(catalogue, point)
+    number = _number(repository, catalogue, point)
     if dry_run:
         from snapchain.repository import holds
 
@@ -147,13 +147,13 @@ def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple
             )
 
 
-def _number(catalogue: Catalogue, point: str | None) -> int:
+def _number(repository: Repository, catalogue: Catalogue, point: str | None) -> int:
     from snapchain.ops.points import find_point
 
     if point is None:
-        disk = catalogue.disk
+        address = f"{repository.store.url}::{catalogue.disk}"
         raise InvalidInput(
-            "a hold is on one point, and none is named", subject=disk, hint=f"such as {disk}@latest or {disk}@7"
+            "a hold is on one point, and none is named", subject=address, hint=f"such as {address}@latest"
         )
     return find_point(catalogue, point).point
 

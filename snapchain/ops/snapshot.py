@@ -125,13 +125,15 @@ def plan(
             incomplete = others.incomplete
             sealed = _sealed_path(source, status, sealed_name)
             target = source
+        backing = _recorded(sealed, target, is_linked=is_linked)
+        _check_names(source, target, backing)
         header = top.header
         return SnapshotPlan(
             image=image,
             source=source,
             sealed=sealed,
             overlay=target,
-            backing=_recorded(sealed, target, is_linked=is_linked),
+            backing=backing,
             sealed_format=top.format,
             virtual_size=-(-chain.size // _SECTOR) * _SECTOR,
             cluster_size=top.cluster_size if header else None,
@@ -283,6 +285,19 @@ def _recorded(sealed: Path, overlay: Path, *, is_linked: bool) -> str:
     QEMU resolves a relative name from the directory of the path that it was given, symbolic link or not.
     """
     return str(sealed) if is_linked or sealed.parent != overlay.parent else sealed.name
+
+
+def _check_names(image: Path, overlay: Path, backing: str) -> None:
+    """Refuse control characters in a name that the overlay records: snapchain would not follow it afterwards.
+
+    The overlay's own name goes to qemu-img, whose messages are read line by line.
+    """
+    if any(character < " " or character == "\x7f" for character in backing) or "\n" in str(overlay):
+        raise Unsupported(
+            "a name with control characters cannot be part of a chain",
+            subject=image,
+            hint="rename the file or its directory, and what names it: the guest's definition",
+        )
 
 
 def _check_unchanged(planned: SnapshotPlan) -> None:

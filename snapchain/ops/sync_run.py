@@ -16,6 +16,7 @@ from snapchain.ops.sync_look import look_at_top
 from snapchain.ops.sync_request import Destination, Round, SyncReport, SyncRequest
 from snapchain.replica.endpoint import Endpoint
 
+MiB = 1 << 20
 _LOOK = Persistence(give_up_after=30.0)
 """For questions, in which nothing moves: an sshd that many call at once drops some of them (MaxStartups)."""
 Answer = TypeVar("Answer")
@@ -64,7 +65,8 @@ class Run:
         )
         self.rounds.append(done)
         told = "not measured" if predicted is None else f"{predicted:.1f} s at the measured rate"
-        self._on_event(Notice(f"round {done.number}: {moved} bytes shipped, {done.bytes_left} left: {told}"))
+        sizes = f"{moved / MiB:.1f} MiB sent, {done.bytes_left / MiB:.1f} MiB left"
+        self._on_event(Notice(f"round {done.number}: {sizes}: {told}"))
         return done.bytes_left
 
     def _told(self, event: Event) -> None:

@@ -19,7 +19,9 @@ def test_a_layer(run: Run, disk: Path) -> None:
 def test_a_point(run: Run, disk: Path) -> None:
     assert run("init", "repo").status == 0
     assert run("ship", str(disk), "repo::web1").status == 0
-    assert run("hold", "repo::web1", "--tag", "audit").status == 2
+    unnamed = run("hold", "repo::web1", "--tag", "audit")
+    assert unnamed.status == 2
+    assert f"such as {disk.parent}/repo::web1@latest" in unnamed.err
     assert run("hold", "repo::web1@9", "--tag", "audit").status == 3
     assert [each["tag"] for each in run("hold", "repo::web1@1", "-t", "audit", "--json").json["holds"]] == ["audit"]
     assert "audit" in run("log", "repo").out

@@ -94,6 +94,14 @@ def test_a_url_may_be_quoted_and_a_path_is_not(tmp_path: Path) -> None:
         open_store(f"{tmp_path}/none")
 
 
+@pytest.mark.parametrize("make", [False, True])
+def test_a_file_is_no_directory(make: bool, tmp_path: Path) -> None:
+    (tmp_path / "web1.qcow2").touch()
+    with pytest.raises(NotFound, match="this is a file, not a directory") as raised:
+        open_store(f"{tmp_path}/web1.qcow2", make=make)
+    assert raised.value.subject == str(tmp_path / "web1.qcow2")
+
+
 def test_memory() -> None:
     assert isinstance(open_store("memory:"), MemoryStore)
     assert open_store("memory:") is not open_store("memory:")

@@ -94,8 +94,9 @@ def test_what_is_not_there_says_what_is(wanted: str, words: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["2026-01-31T21:59:59Z", "0001-01-01T00:00:00+14:00", "1970-01-01"])
 def test_a_time_before_all_points(wanted: str) -> None:
-    with pytest.raises(NotFound, match="no point as old"):
+    with pytest.raises(NotFound, match="no point as old") as raised:
         find_point(DISK, wanted)
+    assert raised.value.hint == "its oldest is point 2 of 2026-01-31T22:00:00+00:00"
 
 
 def test_a_disk_without_points() -> None:

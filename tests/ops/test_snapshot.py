@@ -271,6 +271,18 @@ def raw(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["new\nline.qcow2", "tab\t.qcow2", "delete\x7f.qcow2"])
+def test_control_characters_in_a_name_are_refused_before_anything_is_made(tmp_path: Path, name: str) -> None:
+    """The overlay would record a name that snapchain does not follow; no temporary name is told."""
+    image = tmp_path / name
+    qemu_img.create(tmp_path / "plain.qcow2", MiB, options=Qcow2Options())
+    (tmp_path / "plain.qcow2").rename(image)
+    with pytest.raises(Unsupported, match="name with control characters") as raised:
+        snapshot.plan(image)
+    assert raised.value.subject == str(image)
+    assert names(tmp_path) == [name]
+
+
 def test_raw_needs_a_new_path(raw: Path) -> None:
     with pytest.raises(Unsupported, match="raw") as caught:
         snapshot.plan(raw)
