@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, Unsupported
-from snapchain.host.files import temporary_beside
+from snapchain.host.temporary_names import temporary_beside
 from snapchain.image import dependents
 from snapchain.ops import doctor, merge_image, snapshot
 from snapchain.ops.events import Event, Notice, Progress
