@@ -199,7 +199,7 @@ def test_a_device_that_we_hold_is_refused_to_others(device: Path, tmp_path: Path
     link = tmp_path / "by-id"
     link.symlink_to(device)
     fd = open_device(link)
-    with pytest.raises(Busy, match="mounted at"):
+    with pytest.raises(Busy, match="mounted or in use"):
         open_device(device)
     os.close(fd)
 
@@ -228,7 +228,7 @@ def test_an_empty_device_is_claimed_and_one_with_data_is_not(device: Path) -> No
     assert raised.value.subject == str(device)
     with claimed(device, overwrite=True) as fd:
         zero_device(fd, 0, ROOM)
-        with pytest.raises(Busy, match="mounted at"):
+        with pytest.raises(Busy, match="mounted or in use"):
             open_device(device)
     with claimed(device, overwrite=False):
         pass
