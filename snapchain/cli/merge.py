@@ -143,6 +143,7 @@ def merge(
         list[Path] | None,
         typer.Option(
             "--remove",
+            readable=False,
             metavar="FILE",
             help="This merged file may go, or be replaced, though it lies in another directory than the image, or an "
             "image that cannot be read may stand on it. Not one that another image uses. May be repeated.",

@@ -43,8 +43,8 @@ REMEDIES: dict[int, str] = {
 _OF_A_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-# `.NAME.PURPOSE-<random>` (files.py), `.NAME.snapchain-part` (ops/output.py); `.snapchain-layer-NAME-<inode>.json`.
-_TEMPORARY = re.compile(r"\.(.+)\.(?:[a-z]+-[0-9a-f]{8}|snapchain-part)", re.DOTALL)
+# `.NAME.PURPOSE-<random>` (files.py), of which a purpose is `snapchain-part`; `.snapchain-layer-NAME-<inode>.json`.
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z]+(?:-[a-z]+)*-[0-9a-f]{8}", re.DOTALL)
 _NOTE = re.compile(r"\.snapchain-layer-(.+)-\d+\.json", re.DOTALL)
 
 
@@ -64,7 +64,8 @@ def translated(error: OSError, subject: object = None) -> SnapchainError:
         if of is _TEMPORARY:
             hint = f"run as a user who may write to {Path(str(name)).parent}"
             return InvalidInput("permission denied: no file can be made beside it", subject=name, hint=hint)
-        return denied(name, detail=f" for its note {Path(str(given)).name}" if of is _NOTE else "")
+        note = _TEMPORARY.sub(r"\1", Path(str(given)).name)  # it is replaced by way of a temporary file, too
+        return denied(name, detail=f" for its note {note}" if of is _NOTE else "")
     if error.errno in _WRONG:
         return InvalidInput(words, subject=name)
     if error.errno in REMEDIES:
