@@ -1,7 +1,8 @@
 """The typer application, and the one way by which a verb joins it.
 
 A verb's function raises; what reaches the user is made here, so that all verbs speak alike. Interrupts must be caught
-inside typer, which would turn them into a bare exit code: those of a verb at its function, others at the group.
+inside typer, which would turn them into a bare exit code: those of a verb at its function, others at the group. No path
+is checked by typer (readable=False): a permission that is denied would be told in its words instead of ours.
 """
 
 from __future__ import annotations

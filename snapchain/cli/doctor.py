@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 def doctor(
     paths: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="PATH", help="Images, or directories of images; this directory by default."),
+        typer.Argument(
+            readable=False, metavar="PATH", help="Images, or directories of images; this directory by default."
+        ),
     ] = None,
     *,
     image_dir: options.ImageDir = None,

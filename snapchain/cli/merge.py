@@ -143,6 +143,7 @@ def merge(
         list[Path] | None,
         typer.Option(
             "--remove",
+            readable=False,
             metavar="FILE",
             help="Allow this input to be removed or replaced although it lies in another directory than the image, or "
             "an unreadable image may depend on it. Never one that another image uses. May be repeated.",

@@ -104,12 +104,17 @@ def draw_report(console: Console, report: MergeSetReport) -> None:
         console,
         [
             ("moved", f"{size(report.bytes_moved)} by {report.strategy}" if report.merges else ""),
-            ("freed", size(report.bytes_freed) if report.merges else ""),
+            _freed("freed", report.bytes_freed) if report.merges else ("", ""),
             ("removed", ", ".join(map(render.place, report.removed))),
             *((("kept", f"{render.place(kept.path)}: {kept.reason}")) for kept in report.kept),
         ],
     )
     draw_failed(console, report)
+
+
+def _freed(name: str, count: int) -> tuple[str, str]:
+    """Bytes that are free now; where inputs stay, the bytes that the result takes besides."""
+    return (name, size(count)) if count >= 0 else ("added", size(-count))
 
 
 def draw_failed(console: Console, report: MergeSetReport) -> None:
@@ -149,7 +154,7 @@ def draw_replica_report(console: Console, report: ReplicaMergeReport) -> None:
             ("points kept", ", ".join(map(str, report.points_kept))),
             ("dropped", ", ".join(map(str, report.points_dropped))),
             ("moved", f"{size(report.bytes_moved)} by {report.strategy}" if report.merges else ""),
-            ("freed there", size(report.bytes_freed) if report.merges else ""),
+            _freed("freed there", report.bytes_freed) if report.merges else ("", ""),
         ],
     )
     render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))

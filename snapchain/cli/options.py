@@ -56,6 +56,7 @@ PasswordFile = Annotated[
     Path | None,
     typer.Option(
         "--password-file",
+        readable=False,
         metavar="FILE",
         help="Read the repository's passphrase from the first line of this file.",
         rich_help_panel=_KEY,
@@ -74,6 +75,7 @@ ImageDir = Annotated[
     list[Path] | None,
     typer.Option(
         "--image-dir",
+        readable=False,
         metavar="DIR",
         help="Backing files may lie here too, besides the directory of the image itself. May be repeated; "
         "SNAPCHAIN_IMAGE_DIRS holds a list of them, colon separated.",

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     when_interrupted="what is durable stays; receive the same stream again to go on from there",
 )
 def receive(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The replica; made where there is nothing yet.")],
+    directory: Annotated[
+        Path, typer.Argument(readable=False, metavar="DIR", help="The replica; made where there is nothing yet.")
+    ],
     *,
     dry_run: options.DryRun = False,
     json: options.Json = False,

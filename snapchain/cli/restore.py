@@ -41,7 +41,7 @@ def restore(
             "point not after it; a date such as 2026-11-30, or yesterday, means the end of that day here.",
         ),
     ],
-    out_path: Annotated[Path, typer.Argument(metavar="OUT", help="A new file, or a block device.")],
+    out_path: Annotated[Path, typer.Argument(readable=False, metavar="OUT", help="A new file, or a block device.")],
     *,
     chain: Annotated[
         bool,

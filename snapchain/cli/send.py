@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     when_interrupted="what is durable at the replica stays; run it again to go on from there",
 )
 def send(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, or any single disk image.")],
+    image: Annotated[
+        Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
+    ],
     target: Annotated[
         str | None, typer.Argument(metavar="[DEST::DISK]", help="A replica; without it a stream goes to stdout.")
     ] = None,

@@ -24,7 +24,10 @@ def serve_replica(
     *,
     stdio: Annotated[bool, typer.Option("--stdio", help="Speak with the sender over stdin and stdout.")],
     root: Annotated[
-        Path | None, typer.Option("--root", metavar="DIR", help="Let it name no replica but DIR and what lies in it.")
+        Path | None,
+        typer.Option(
+            "--root", readable=False, metavar="DIR", help="Let it name no replica but DIR and what lies in it."
+        ),
     ] = None,
 ) -> None:
     """Take what a sender on another host sends. It is started by that sender's ssh, and is of no use at a terminal.

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     when_interrupted="every earlier point is whole; run it again to finish: what was sent is not sent twice",
 )
 def ship(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, or any single disk image.")],
+    image: Annotated[
+        Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
+    ],
     target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
     *,
     label: options.Labels = None,

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     when_interrupted="the image is as it was, or the snapshot is made; snapchain inspect IMAGE shows which",
 )
 def snapshot(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="The top of a chain, which nobody has open.")],
+    image: Annotated[
+        Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, which nobody has open.")
+    ],
     *,
     sealed_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Name of the sealed file, beside IMAGE, instead of IMAGE.<n>.")
@@ -36,7 +38,9 @@ def snapshot(
     overlay: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Leave IMAGE where it is, sealed, and make the overlay here: for raw images."
+            readable=False,
+            metavar="FILE",
+            help="Leave IMAGE where it is, sealed, and make the overlay here: for raw images.",
         ),
     ] = None,
     label: Annotated[

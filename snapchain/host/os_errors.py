@@ -56,15 +56,15 @@ def denied(subject: object, *, detail: str = "") -> InvalidInput:
 def translated(error: OSError, subject: object = None) -> SnapchainError:
     """The error of snapchain's tree that says what an OSError says."""
     given = subject if subject is not None else error.filename
-    name, is_temporary, is_note = _known_file(given)
+    name, is_temporary, note = _known_file(given)
     words = (error.strerror or str(error) or type(error).__name__).lower()
     if error.errno in _NOT_THERE:
         return NotFound(words, subject=name)
     if error.errno in _FORBIDDEN:
-        if is_temporary and not is_note:
+        if is_temporary and note is None:
             hint = f"run as a user who may write to {Path(str(name)).parent}"
             return InvalidInput("permission denied: no file can be made beside it", subject=name, hint=hint)
-        return denied(name, detail=f" for its note {Path(str(given)).name}" if is_note else "")
+        return denied(name, detail="" if note is None else f" for its note {note}")
     if error.errno in _WRONG:
         return InvalidInput(words, subject=name)
     if error.errno in REMEDIES:
@@ -84,14 +84,19 @@ def shortage_in(words: str) -> OSError | None:
     return None
 
 
-def _known_file(path: object) -> tuple[object, bool, bool]:
-    """The file that the user knows; whether the given one is a temporary file beside it, and whether its note."""
+def _known_file(path: object) -> tuple[object, bool, str | None]:
+    """The file that the user knows; whether the given one is a temporary file; the name of a note beside the file.
+
+    A note is replaced by way of a temporary file too.
+    """
     if not isinstance(path, str | Path):
-        return path, False, False
+        return path, False, None
     temporary = temporary_of(Path(path))
     known = path if temporary is None else temporary.target
     note = _NOTE.fullmatch(Path(known).name)
-    return (known if note is None else Path(known).with_name(note[1])), temporary is not None, note is not None
+    if note is None:
+        return known, temporary is not None, None
+    return Path(known).with_name(note[1]), temporary is not None, note[0]
 
 
 @contextmanager

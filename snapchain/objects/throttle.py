@@ -1,8 +1,9 @@
 """Keep a store's traffic below a rate, for `--limit-rate` (token bucket).
 
-The unit is an object: one is sent at full speed, and then all wait until the average is below the rate again.  Its
-own `put` too: what has returned is paid for, so whoever counts that knows how far it is.  All threads of a store share
-its two buckets, one a direction.
+The unit is an object.  One that is sent waits until its bytes are saved up, and goes at full speed then: what is in the
+store is known to be there at once, so an interrupted shipment can list it, and a small object, such as that list, waits
+for its own bytes only.  One that is read is charged afterwards, since its size is not known before.  All threads of a
+store share its two buckets, one a direction.
 """
 
 from __future__ import annotations
@@ -38,6 +39,31 @@ class TokenBucket:
         self._lock = threading.Lock()
         self._tokens = rate * BURST
         self._filled = clock()
+        self._saving: list[int] = []
+
+    def save_up(self, amount: int) -> None:
+        """Return when `amount` has been saved up, and take it."""
+        with self._lock:
+            self._saving.append(amount)
+        try:
+            while (wait := self._missing(amount) / self.rate) > 0:
+                self._sleep(wait)
+        finally:
+            with self._lock:
+                self._saving.remove(amount)
+
+    def _missing(self, amount: int) -> float:
+        """How many tokens are missing; when there are enough, 0, and they are taken."""
+        with self._lock:
+            now = self._clock()
+            room = max(self.rate * BURST, *self._saving)
+            self._tokens = min(room, self._tokens + (now - self._filled) * self.rate)
+            self._filled = now
+            missing = amount - self._tokens
+            if missing > 1e-6:  # what is less is lost in the clock's last digits
+                return missing
+            self._tokens -= amount
+            return 0.0
 
     def take(self, amount: int) -> None:
         """Return when `amount` may pass: at once when there is no debt, else when it is waited off."""
@@ -75,13 +101,10 @@ class ThrottledStore(StoreWrapper):
     def put(self, name: str, data: Data) -> None:
         self._before_sending(data)
         self.inner.put(name, data)
-        self._after_sending()
 
     def create(self, name: str, data: Data) -> bool:
         self._before_sending(data)
-        created = self.inner.create(name, data)
-        self._after_sending()
-        return created
+        return self.inner.create(name, data)
 
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         if self._download is None:
@@ -93,8 +116,4 @@ class ThrottledStore(StoreWrapper):
 
     def _before_sending(self, data: Data) -> None:
         if self._upload is not None:
-            self._upload.take(sum(view.nbytes for view in buffers(data)))
-
-    def _after_sending(self) -> None:
-        if self._upload is not None:
-            self._upload.take(0)
+            self._upload.save_up(sum(view.nbytes for view in buffers(data)))

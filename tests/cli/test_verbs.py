@@ -410,3 +410,29 @@ def test_the_pack_size_is_set_at_init_or_for_a_run(
         said = run(*words)
         assert said.status == 2
         assert match in said.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "snapshot web1.qcow2",
+        "snapshot web1.qcow2 --overlay web1.qcow2",
+        "ship web1.qcow2 repo::web1",
+        "send web1.qcow2 dir:/nowhere::web1",
+        "restore repo::web1 web1.qcow2",
+        "merge web1.qcow2 --remove web1.qcow2",
+        "inspect web1.qcow2 --image-dir web1.qcow2",
+        "doctor web1.qcow2",
+        "nightly web1.qcow2",
+        "receive web1.qcow2",
+        "log repo --password-file web1.qcow2",
+        "serve-replica --stdio --root web1.qcow2",
+    ],
+)
+def test_no_path_is_judged_by_the_parser_of_the_command_line(
+    run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    """It would say "not readable" of a file that this user may not read, and hint at --help."""
+    monkeypatch.setattr("os.access", lambda *_arguments, **_named: False)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
+    assert "is not readable" not in run(*words.split()).err

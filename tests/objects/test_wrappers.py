@@ -171,6 +171,26 @@ def test_uploads_keep_to_the_rate() -> None:
     assert clock.now == before, "downloads have no limit here"
 
 
+def test_what_waits_for_the_rate_is_not_in_the_store_yet_and_holds_up_nothing_small() -> None:
+    """An interrupted shipment lists what has arrived: it must know that at once, and its list must not wait behind."""
+    clock, inner = Clock(), MemoryStore()
+    waited_by_small: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert inner.size("pack") is None, "what is there has been waited for"
+        clock.now += seconds / 2
+        if not waited_by_small:
+            waited_by_small.append(clock.now)
+            store.put("index", bytes(10))
+            waited_by_small.append(clock.now)
+
+    store = ThrottledStore(inner, upload=1000, clock=clock, sleep=sleep)
+    store.put("pack", bytes(5000))
+    assert inner.get("pack") == bytes(5000)
+    assert waited_by_small[1] == waited_by_small[0], "its own bytes were saved up already"
+    assert clock.now - 100 == pytest.approx(5010 / 1000 - BURST)
+
+
 def test_downloads_keep_to_the_rate() -> None:
     clock = Clock()
     store = ThrottledStore(MemoryStore(), download=1000, clock=clock, sleep=clock.sleep)
