@@ -37,8 +37,12 @@ def unfinished(store: LocalStore) -> list[Path]:
 
 def test_a_missing_directory_is_not_made_by_itself(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name in ["none", "file", "file/x"]:
-        with pytest.raises(NotFound, match="no such directory"):
+    for name, says in [
+        ("none", "no such directory"),
+        ("file", "a file, not a directory"),
+        ("file/x", "no such directory"),
+    ]:
+        with pytest.raises(NotFound, match=says):
             LocalStore(tmp_path / name)
     assert not (tmp_path / "none").exists()
 

@@ -337,7 +337,7 @@ def test_an_object_that_a_proxy_refuses_for_its_size(store: S3Store, script: Scr
     for reply in (html(413), error(400, "EntityTooLarge")):
         for write in (store.put, store.create):
             script.says(reply)
-            with pytest.raises(Unsupported, match="an object of 25 bytes: it is larger than") as caught:
+            with pytest.raises(Unsupported, match="an object of 25 bytes: the request is larger than") as caught:
                 write("packs/a", BODY)
             assert caught.value.subject == "s3://bucket/some/prefix/packs/a"
             assert "--pack-size" in str(caught.value.hint)
@@ -565,7 +565,7 @@ def test_prefixes_are_taken_as_they_are_written(script: Script, url: str, path: 
 def test_addresses_that_would_lead_elsewhere(url: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         open_store(url)
-    assert caught.value.subject == url
+    assert caught.value.subject in (url, ascii(url))
 
 
 # ---- errors
