@@ -100,6 +100,11 @@ class Directory:
         # With these rights names are made and removed here.
         self._naming = None if own else rights
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether others than root may make names here; False where this process is not root."""
+        return self.rights is not None or self._is_sticky
+
     @classmethod
     def open(cls, path: Path, *, follow: bool = True) -> Self:
         """Walk there. follow: False where the path should hold no symbolic links.
