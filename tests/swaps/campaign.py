@@ -139,18 +139,20 @@ class Campaign:
         ended = supervise(lambda: self._job(self.verb.line(self.world), self.verb.stdin), on_call)
         undone = on_call.finish() if isinstance(on_call, _Attacker) else True
         facts = [(fact.harm, fact.what) for fact in self.world.judge(by_hard_link=_is_hard(attack))]
-        facts += self._judge_end(ended, undone=undone)
+        facts += self._judge_end(ended, undone=undone, undisturbed=attack is None)
         name = "none" if attack is None else str(attack)
         where = "no call" if attack is None else self.where(attack)
         for harm, what in facts:
             yield Finding(self.verb.name, name, where, harm, what.replace(str(self.world.place) + "/", ""))
 
-    def _judge_end(self, ended: Ended, *, undone: bool) -> Iterator[tuple[bool, str]]:
+    def _judge_end(self, ended: Ended, *, undone: bool, undisturbed: bool) -> Iterator[tuple[bool, str]]:
         said = (self.world.logs / "stderr").read_text(errors="replace")
         out = (self.world.logs / "stdout").read_text(errors="replace")
         if ended.stuck is not None:
             yield True, f"hangs in {ended.stuck}"
             return
+        if undisturbed and ended.status not in self.verb.ends:
+            yield True, f"ends with {ended.status} without a swap: {said.strip()}"
         if ended.status < 0 or ended.status == 1 or "Traceback" in said or "bug in snapchain" in said + out:
             last = said.strip().splitlines()[-1:] or [""]
             yield True, f"ends with {ended.status}: {last[0]}"

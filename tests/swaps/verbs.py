@@ -41,7 +41,7 @@ class Verb:
     """words: the command line, with {u}, {images}, {disk} and {root}.
 
     prepare: makes what is found, once; killed: a command line that dies before each run, at its n-th call of these
-    names in the user's tree; stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk
+    names in the user's tree; stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk; ends: exits without a swap
     """
 
     name: str
@@ -51,6 +51,7 @@ class Verb:
     killed: tuple[str, tuple[str, ...], int] | None = None
     stdin: str | None = None
     layers: int = 4
+    ends: Sequence[int] = (0,)
 
     def make(self, scene: Scene) -> None:
         make_chain(scene.world, self.layers)
@@ -141,7 +142,7 @@ state = "{scene.world.root}/state"
 daily = 3
 [[disks]]
 glob = "{scene.world.user}/*/*.qcow2"
-merge_above = 3
+merge_above = 4
 [[destinations]]
 name = "here"
 url = "{scene.world.root}/repo"
@@ -233,11 +234,11 @@ VERBS: Sequence[Verb] = (
     Verb("merge-flatten", "merge {disk} --flatten"),
     Verb("merge-keep-inputs", "merge {disk} --keep-inputs"),
     Verb("merge-rules", "merge {disk} --keep-label two", prepare=_labelled, layers=2),
-    Verb("merge-remove", "merge {disk} --strategy new-file --remove {u}/other/1.qcow2", prepare=_elsewhere),
-    Verb("merge-remove-commit", "merge {disk} --strategy commit --remove {u}/other/1.qcow2", prepare=_elsewhere),
+    Verb("merge-remove", "merge {disk} --strategy new-file --image-dir {u}/other --remove {u}/other/1.qcow2", prepare=_elsewhere),
+    Verb("merge-remove-commit", "merge {disk} --strategy commit --image-dir {u}/other --remove {u}/other/1.qcow2", prepare=_elsewhere),
     Verb("merge-replica", "merge dir:{u}/replica::d --keep-last 1", prepare=_users_replica),
-    Verb("nightly", "nightly {root}/night.toml", prepare=_nightly, layers=3),
-    Verb("doctor-planted", "doctor {images}", prepare=_planted),
+    Verb("nightly", "nightly {root}/night.toml", prepare=_nightly, layers=5),
+    Verb("doctor-planted", "doctor {images}", prepare=_planted, ends=(0, 10)),
     Verb("doctor-new-file", "doctor {images}", killed=("merge {disk} --strategy new-file", RENAMES, 2)),
     Verb("doctor-unlinking", "doctor {images}", killed=("merge {disk} --strategy new-file", UNLINKS, 1)),
     Verb("doctor-absorb", "doctor {images}", killed=("merge {disk} --strategy absorb", RENAMES, 2)),
@@ -254,7 +255,7 @@ VERBS: Sequence[Verb] = (
     Verb("send", "send {disk} dir:{root}/replica::d --each-layer", check=_replicas("root/replica")),
     Verb("send-users-replica", "send {disk} dir:{u}/replica::d", prepare=_users_directory,
          check=_replicas("u/replica")),
-    Verb("send-new-directory", "send {disk} dir:{u}/new/replica::d", check=_replicas("u/new")),
+    Verb("send-new-directory", "send {disk} dir:{u}/new::d", check=_replicas("u/new")),
     Verb("send-on", "send {disk} dir:{u}/replica::d", prepare=_users_replica, check=_replicas("u/replica")),
     Verb("send-stream", "send {disk} --disk d"),
     Verb("sync", "sync {disk} dir:{root}/replica::d"),
