@@ -41,7 +41,8 @@ class Verb:
     """words: the command line, with {u}, {images}, {disk} and {root}.
 
     prepare: makes what is found, once; killed: a command line that dies before each run, at its n-th call of these
-    names in the user's tree; stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk; ends: exits without a swap
+    names in the user's tree; stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk
+    ends: exits without a swap
     """
 
     name: str
@@ -234,8 +235,12 @@ VERBS: Sequence[Verb] = (
     Verb("merge-flatten", "merge {disk} --flatten"),
     Verb("merge-keep-inputs", "merge {disk} --keep-inputs"),
     Verb("merge-rules", "merge {disk} --keep-label two", prepare=_labelled, layers=2),
-    Verb("merge-remove", "merge {disk} --strategy new-file --image-dir {u}/other --remove {u}/other/1.qcow2", prepare=_elsewhere),
-    Verb("merge-remove-commit", "merge {disk} --strategy commit --image-dir {u}/other --remove {u}/other/1.qcow2", prepare=_elsewhere),
+    Verb("merge-remove",
+         "merge {disk} --strategy new-file --image-dir {u}/other --remove {u}/other/1.qcow2",
+         prepare=_elsewhere),
+    Verb("merge-remove-absorb",
+         "merge {disk} --strategy absorb --image-dir {u}/other --remove {u}/other/1.qcow2",
+         prepare=_elsewhere),
     Verb("merge-replica", "merge dir:{u}/replica::d --keep-last 1", prepare=_users_replica),
     Verb("nightly", "nightly {root}/night.toml", prepare=_nightly, layers=5),
     Verb("doctor-planted", "doctor {images}", prepare=_planted, ends=(0, 10)),
