@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import snapchain
+import snapchain.cli
 from tests.swaps.attacks import OF_NAMES, OF_PARENTS, Attack, Kind, Swap, may_swap
 from tests.swaps.path_calls import LOOKS
 from tests.swaps.supervisor import Call, Ended, names_on_the_way, supervise
@@ -196,16 +196,23 @@ class Campaign:
             os.environ.clear()
             os.environ.update(environment(self.world))
             os.chdir(self.world.root)
-            from snapchain.cli import main
-
-            status = main(words)
+            status = self._command(words)
             sys.stdout.flush()
             sys.stderr.flush()
+        except SystemExit as error:
+            sys.stderr.flush()
+            return error.code if isinstance(error.code, int) else 1
         except BaseException:  # noqa: BLE001 - the judge looks for it
             traceback.print_exc()
             sys.stderr.flush()
             return 1
         return status
+
+    def _command(self, words: list[str]) -> int:
+        if self.verb.function is not None:
+            self.verb.function(self.world)
+            return 0
+        return snapchain.cli.main(words)
 
     def _redirect(self, stdin: Path, stdout: Path) -> None:
         new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

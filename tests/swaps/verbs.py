@@ -42,7 +42,7 @@ class Verb:
 
     prepare: makes what is found, once; killed: a command line that dies before each run, at its n-th call of these
     names in the user's tree; stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk
-    ends: exits without a swap
+    ends: exits without a swap; function: is run instead of the command line
     """
 
     name: str
@@ -53,6 +53,7 @@ class Verb:
     stdin: str | None = None
     layers: int = 4
     ends: Sequence[int] = (0,)
+    function: Callable[[World], object] | None = None
 
     def make(self, scene: Scene) -> None:
         make_chain(scene.world, self.layers)

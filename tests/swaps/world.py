@@ -130,6 +130,7 @@ class World:
             number = _libc.inotify_add_watch(self._notify, os.fsencode(path), _OPEN | _ACCESS | _MODIFY)
             assert number > 0
             self._watched[number] = path
+        self._modes = {path: path.lstat().st_mode for path in self._watched.values()}
 
     def drain(self) -> dict[Path, int]:
         """What was done to files outside since the last time: a mask of events for each."""
@@ -170,24 +171,24 @@ class World:
     def judge(self, *, by_hard_link: bool) -> Iterator[Fact]:
         """Everything but the verb's own result."""
         yield from self._judge_opened(by_hard_link=by_hard_link)
-        yield from self._judge_outside()
+        yield from self._judge_outside(by_hard_link=by_hard_link)
         yield from self._judge_inside()
 
     def _judge_opened(self, *, by_hard_link: bool) -> Iterator[Fact]:
         for path, mask in self.drain().items():
             name = path.relative_to(self.place)
-            mode = path.lstat().st_mode
+            mode = self._modes[path]
             if mask & _MODIFY:
                 yield Fact(True, f"written: {name}")
-            is_readable = mode & 0o004 and path.parent.stat().st_mode & 0o001
+            is_readable = mode & 0o004 and self._modes.get(path.parent, 0o001) & 0o001
             did = "read" if mask & _ACCESS else "opened"
             # Judged by what was opened, a hard link has been opened; nothing more.
             yield Fact(not is_readable and not (by_hard_link and did == "opened"), f"{did}: {name}")
 
-    def _judge_outside(self) -> Iterator[Fact]:
+    def _judge_outside(self, *, by_hard_link: bool) -> Iterator[Fact]:
         now = self._outside()
         self.drain()
-        planted = self._links_of_ours()
+        planted = self._links_of_ours() if by_hard_link else {}
         changed = False
         for name in sorted({*self._was, *now}):
             before, after = self._was.get(name), now.get(name)
