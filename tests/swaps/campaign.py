@@ -7,6 +7,7 @@ for attack in campaign.attacks():   # every name, every kind, there to stay and 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import pkgutil
@@ -14,14 +15,14 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import snapchain.cli
 from tests.swaps.attacks import OF_NAMES, OF_PARENTS, Attack, Kind, Swap, may_swap
 from tests.swaps.path_calls import LOOKS
-from tests.swaps.supervisor import Call, Ended, names_on_the_way, supervise
+from tests.swaps.supervisor import Call, Ended, OnCall, destination, names_on_the_way, supervise
 from tests.swaps.verbs import Scene, Verb, environment
 from tests.swaps.world import World
 
@@ -73,6 +74,7 @@ class Campaign:
         self.verb = verb
         self.world = World(place)
         self.scene = Scene(self.world, self._plain)
+        self.more: dict[str, str] = {}
         verb.make(self.scene)
         self.world.keep()
         self.world.make_outside([path.name for path in self.world.images.iterdir() if not path.name.startswith(".")])
@@ -105,9 +107,9 @@ class Campaign:
             for kind, back in ways:
                 yield Attack(name.number, name.step, kind, back)
 
-    def attack(self, attack: Attack) -> Iterator[Finding]:
-        """What this attack did."""
-        yield from self._run(attack, _Attacker(self, attack))
+    def attack(self, attack: Attack, *, trace: bool = False) -> Iterator[Finding]:
+        """What this attack did. trace: the first call that it leads outside fails, and where it was made is shown."""
+        yield from self._run(attack, _Attacker(self, attack, trace=trace))
 
     def where(self, attack: Attack) -> str:
         place = str(self.world.place)
@@ -131,7 +133,7 @@ class Campaign:
             number = self.names[-1].number + 1 if self.names else 0
             self.names += [Name(number, step, call.name, *each) for step, each in enumerate(found)]
 
-    def _run(self, attack: Attack | None, on_call: Callable[[Call], None]) -> Iterator[Finding]:
+    def _run(self, attack: Attack | None, on_call: OnCall) -> Iterator[Finding]:
         self.world.reset()
         if self.verb.killed is not None:
             self._die()
@@ -194,7 +196,7 @@ class Campaign:
         try:
             self._redirect(self.world.root / stdin if stdin else Path(os.devnull), stdout or self.world.logs / "stdout")
             os.environ.clear()
-            os.environ.update(environment(self.world))
+            os.environ.update(environment(self.world) | self.more)
             os.chdir(self.world.root)
             status = self._command(words)
             sys.stdout.flush()
@@ -232,14 +234,24 @@ def _is_hard(attack: Attack | None) -> bool:
 class _Attacker:
     """Does the swap before the call it is meant for, and undoes it before the next one where it is to."""
 
-    def __init__(self, campaign: Campaign, attack: Attack) -> None:
+    def __init__(self, campaign: Campaign, attack: Attack, *, trace: bool) -> None:
         self._campaign = campaign
+        self._trace = trace
         self._attack = attack
         self._number = -1
         self._swap: Swap | None = None
         self._undone: bool | None = None
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: Call) -> int | None:
+        self._act(call)
+        if self._trace and self._swap is not None and call.name not in LOOKS:
+            outside = f"{self._campaign.world.out}/"
+            if any(destination(path, follow=call.follows).startswith(outside) for path in call.paths):
+                self._trace = False
+                return errno.EIO
+        return None
+
+    def _act(self, call: Call) -> None:
         if self._swap is not None and not (self._attack.back and self._undone is None):
             return
         found = self._campaign.candidates(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 AT_FDCWD = -100
@@ -71,6 +72,16 @@ TABLES: dict[str, tuple[int, int, dict[int, PathCall]]] = {
 """By os.uname().machine: the audit architecture, the number of seccomp(2), the calls."""
 
 OPENS = {"open", "openat", "openat2", "creat"}
+NO_FOLLOW = {
+    "open": (1, os.O_NOFOLLOW), "openat": (2, os.O_NOFOLLOW), "newfstatat": (3, 0x100), "fchownat": (4, 0x100),
+    "fchmodat2": (3, 0x100), "faccessat2": (3, 0x100), "utimensat": (3, 0x100), "statx": (2, 0x100),
+}  # fmt: skip
+"""By name: the argument of flags, and the flag by which a link at the end is not followed."""
+NEVER_FOLLOW = {
+    "lstat", "lchown", "lsetxattr", "lgetxattr", "llistxattr", "lremovexattr", "unlink", "unlinkat", "rmdir", "rename",
+    "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "readlink", "readlinkat", "mkdir", "mkdirat",
+    "mknod", "mknodat",
+}  # fmt: skip
 LOOKS = {
     "stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink", "readlinkat", "statfs",
     "getxattr", "lgetxattr", "getxattrat", "listxattr", "llistxattr", "listxattrat",

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.swaps.path_calls import AT_FDCWD, OPENS, TABLES
+from tests.swaps.path_calls import AT_FDCWD, NEVER_FOLLOW, NO_FOLLOW, OPENS, TABLES
 
 _SET_MODE_FILTER, _NEW_LISTENER, _WAIT_KILLABLE = 1, 8, 32
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101
@@ -51,11 +51,18 @@ class LookedUp:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One stopped call. thread: its id; name: of the system call; paths: as given, no link resolved."""
+    """One stopped call. thread: its id; name: of the system call; paths: as given, no link resolved.
+
+    follows: whether a symbolic link at the end of a path is followed
+    """
 
     thread: int
     name: str
     paths: tuple[LookedUp, ...]
+    follows: bool
+
+
+OnCall = Callable[[Call], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +97,11 @@ def _install() -> int:
     return int(listener)
 
 
-def supervise(job: Callable[[], int], on_call: Callable[[Call], None]) -> Ended:
-    """Run `job` in a child; its value is the exit status. on_call: called while the child's thread stands still."""
+def supervise(job: Callable[[], int], on_call: OnCall) -> Ended:
+    """Run `job` in a child; its value is the exit status.
+
+    on_call: called while the child's thread stands still; a number that it returns is the error that the call gets
+    """
     mine, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -120,7 +130,7 @@ def supervise(job: Callable[[], int], on_call: Callable[[Call], None]) -> Ended:
 
 
 class _Supervisor:
-    def __init__(self, pid: int, listener: int, on_call: Callable[[Call], None]) -> None:
+    def __init__(self, pid: int, listener: int, on_call: OnCall) -> None:
         self._pid = pid
         self._listener = listener
         self._on_call = on_call
@@ -161,8 +171,9 @@ class _Supervisor:
             fcntl.ioctl(self._listener, _RECEIVE, notice)
         except FileNotFoundError:  # killed meanwhile
             return
-        identity, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
-        known = self._calls[number]
+        identity, thread, _, call_number, _, _, *arguments = _NOTICE.unpack(notice)
+        known = self._calls[call_number]
+        number = None
         try:
             paths = tuple(
                 path
@@ -172,11 +183,12 @@ class _Supervisor:
         except (FileNotFoundError, ProcessLookupError):
             paths = ()
         if paths:
-            call = Call(thread, known.name, paths)
+            call = Call(thread, known.name, paths, _follows(known.name, arguments))
             self._threads[thread] = f"{known.name} {paths[0]}"
-            self._on_call(call)
+            number = self._on_call(call)
+        answer = (0, _CONTINUE) if number is None else (-number, 0)
         with suppress(FileNotFoundError):
-            fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(identity, 0, 0, _CONTINUE))
+            fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(identity, 0, *answer))
 
     def _stuck_call(self) -> str | None:
         """A thread that waits in the same open, or the same read of a pipe with a name, as when we looked last."""
@@ -200,6 +212,13 @@ class _Supervisor:
         found = waiting & self._waiting
         self._waiting = waiting
         return next((what for _, what in sorted(found)), None)
+
+
+def _follows(name: str, arguments: list[int]) -> bool:
+    at = NO_FOLLOW.get(name)
+    if at is None:
+        return name not in NEVER_FOLLOW
+    return not arguments[at[0]] & at[1]
 
 
 def _path(thread: int, directory: int | None, address: int) -> LookedUp | None:
@@ -249,6 +268,14 @@ def _string(thread: int, address: int) -> str:
         return os.fsdecode(found)
     finally:
         os.close(memory)
+
+
+def destination(looked_up: LookedUp, *, follow: bool) -> str:
+    """Where a path leads. follow: also a symbolic link at its end."""
+    whole = str(looked_up)
+    if follow:
+        return os.path.realpath(whole)
+    return f"{os.path.realpath(os.path.dirname(whole))}/{os.path.basename(whole)}"  # noqa: PTH119, PTH120
 
 
 def names_on_the_way(looked_up: LookedUp, *, below: str) -> Iterator[tuple[str, str, bool]]:
