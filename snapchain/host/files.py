@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import Busy, InvalidInput
 from snapchain.host.directory import MOST_MODE, Directory
+from snapchain.host.leftovers import remove_leftover
 from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import group_name, user_name
 from snapchain.host.temporary_names import NEW, temporary_beside, temporary_of
@@ -65,7 +66,8 @@ def remove_temporaries(path: Path, *, purpose: str) -> None:
     with directory_of(path) as directory:
         names = temporary_names(directory, path.name, purpose=purpose)
         for name in names:
-            directory.remove(name)
+            with suppress(Busy):  # nobody is at work here: somebody else keeps it locked
+                remove_leftover(directory, name)
         if names:
             directory.sync()
 

@@ -139,12 +139,24 @@ def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple
     for place in range(first, last + 1):
         if place in holds:
             hold, path = holds[place][0], chain.files[place].path
+            if hold.word_of is not None:
+                raise word_against(hold, path)
             why = f" ({hold.reason})" if hold.reason else ""
             raise Conflict(
                 f"it is held under {hold.tag!r} since {hold.since:%Y-%m-%d}{why}, so it cannot be merged",
                 subject=path,
                 hint=f"snapchain release {path} --tag {hold.tag}, or merge layers on one side of it (--from, --to)",
             )
+
+
+def word_against(hold: Hold, path: Path) -> Conflict:
+    """The error for a file that is held by nothing but another user's note."""
+    assert hold.word_of is not None
+    return Conflict(
+        f"a note of user {hold.word_of.user} says that it is held, so it cannot be changed",
+        subject=path,
+        hint=f"let that user release it, or remove {hold.word_of.note}",
+    )
 
 
 def _number(repository: Repository, catalogue: Catalogue, point: str | None) -> int:

@@ -30,9 +30,10 @@ from snapchain.image.block_device import claimed as claimed_device
 from snapchain.image.dependents import Dependents, search
 from snapchain.ops.dependents import find_dependents, image_directories
 from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.hold import word_against
 from snapchain.ops.notes import Notes
 from snapchain.ops.output import OutputFile, exists
-from snapchain.ops.ownership import told
+from snapchain.ops.ownership import remedy_against, told
 
 Format = Literal["qcow2", "raw"]
 _RAW_SUFFIXES = frozenset({".raw", ".img", ".bin", ".dd"})
@@ -326,6 +327,8 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
             raise fault
         note = notes.of(path)
         if note.holds:
+            if note.holds[0].word_of is not None:
+                raise word_against(note.holds[0], path)
             tags = ", ".join(hold.tag for hold in note.holds)
             raise Conflict(
                 f"it is held and must stay as it is: {tags}",
@@ -333,10 +336,12 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
                 hint=f"snapchain release {shlex.quote(str(path))} --tag {shlex.quote(note.holds[0].tag)}",
             )
         if note.given is not None:
+            is_word = note.given.word_of is not None
+            back = "`snapchain migrate --take-back` makes the disk this host's again"
             raise Conflict(
                 f"{told(note.given)}: nothing here may write to it",
                 subject=path,
-                hint="restore to another name; `snapchain migrate --take-back` makes the disk this host's again",
+                hint=f"restore to another name; {remedy_against(note.given) if is_word else back}",
             )
     found = find_dependents(paths, top=top, own=own) if top.is_file() else _on_device(paths, top)
     if found.incomplete is not None:
