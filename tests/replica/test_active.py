@@ -74,7 +74,11 @@ HOSTILE: dict[str, tuple[dict[str, Any], type[SnapchainError], str]] = {
     "no layer": ({"on": "x"}, Corrupt, "the sender: .* unsound: on"),
     "half a sector": ({"size": 1000}, InvalidInput, "cannot have 1000 bytes"),
     "a disk beyond all": ({"size": 1 << 60}, Corrupt, "the sender: .* unsound: size"),
-    "no power of two": ({"cluster_size": 65537}, InvalidInput, "choose a power of two|cluster size of 65537 bytes is not allowed"),
+    "no power of two": (
+        {"cluster_size": 65537},
+        InvalidInput,
+        "choose a power of two|cluster size of 65537 bytes is not allowed",
+    ),
     "a field too many": ({"backing": "/etc/passwd"}, Corrupt, "the sender: .* unsound: backing"),
 }
 
