@@ -63,7 +63,7 @@ def _make(
             lock.change(LockMode.WRITE, open_files=open_files)
         check_unchanged(old)
         check_still_allowed(old, planned.first, planned.last)
-        journal = OpenJournal(_record(planned, old, temporary, made), durable=False)
+        journal = OpenJournal(_record(planned, old, temporary, fd), durable=False)
         if planned.kept_as is not None:
             place.link(planned.result.name, planned.kept_as.name)
             place.check_is(planned.kept_as.name, replaced)
@@ -95,11 +95,11 @@ def _undo(
         journal.close()
 
 
-def _record(planned: MergePlan, old: ImageChain, temporary: Path, made: os.stat_result) -> MergeJournal:
+def _record(planned: MergePlan, old: ImageChain, temporary: Path, fd: int) -> MergeJournal:
     return MergeJournal(
         stage="switching",
         replaced=FileId.of(planned.result),
-        result=FileId(path=temporary, device=made.st_dev, inode=made.st_ino),
+        result=FileId.of_open(temporary, fd),
         lowest=old.files[planned.first].real_path,
         link=planned.backing,
         remove=tuple(FileId.of(path) for path in planned.remove),
