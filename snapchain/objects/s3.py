@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects.s3_client import expect_no_continue, is_amazon, new_client, warnings_about
+from snapchain.objects.s3_client import canonical, expect_no_continue, is_amazon, new_client, warnings_about
 from snapchain.objects.s3_errors import from_s3_error, page_error, s3_errors, status_of, was_retried
 from snapchain.objects.s3_patience import ANSWER_WITHIN, Patience, Watch, WatchedBody
 from snapchain.objects.store import (
@@ -93,6 +93,7 @@ class S3Store:
         self.endpoint = self._client.meta.endpoint_url
         self._patience = Patience(urlsplit(self.endpoint).netloc, limit=answer_within)
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self.place = f"bucket {bucket} at {canonical(self.endpoint)}"
         self.properties = Properties(conditional_put=None, description=f"bucket {bucket} at {self.endpoint}")
         self.warnings = warnings_about(self.endpoint)
 

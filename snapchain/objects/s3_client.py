@@ -115,6 +115,20 @@ def is_amazon(endpoint: str) -> bool:
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
 
 
+def canonical(endpoint: str) -> str:
+    """One spelling for all of an endpoint: capitals, the scheme's own port and a slash at the end do not matter.
+
+    All of AWS is one place, since the names of its buckets are unique.
+    """
+    if is_amazon(endpoint):
+        return "aws"
+    parts = urlsplit(endpoint)
+    host = (parts.hostname or "").rstrip(".")
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    port = f":{parts.port}" if parts.port not in {None, default} else ""
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
 def warnings_about(endpoint: str) -> tuple[str, ...]:
     """What an operator should know about the way to an endpoint."""
     parts = urlsplit(endpoint)

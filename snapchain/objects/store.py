@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from snapchain.errors import InvalidInput, Unavailable
 
@@ -124,6 +124,13 @@ class ObjectStore(Protocol):
     def close(self) -> None:
         """Give back connections and descriptors.  Idempotent; the store is not used afterwards."""
         ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A store whose address can be spelled in several ways. place: the one spelling by which it is known again."""
+
+    place: str
 
 
 def valid_name(name: str) -> str:
