@@ -161,8 +161,7 @@ class Rooted:
     def new_file(self, name: str, *, folder: int) -> int:
         """A descriptor, to write to, of a file that must not exist yet."""
         fd = os.open(name, _WRITE_NEW, FILE_MODE, dir_fd=folder)
-        if self.is_shared:
-            os.fchmod(fd, FILE_MODE | _GROUP_FILE)
+        os.fchmod(fd, FILE_MODE | _GROUP_FILE if self.is_shared else FILE_MODE)
         return fd
 
     def _share(self, parent: int, folder: str) -> None:
