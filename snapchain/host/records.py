@@ -12,6 +12,7 @@ import json
 import os
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.directory import Directory
@@ -73,6 +74,29 @@ def read(directory: Directory, name: str, *, purpose: str, key: StateKey | None,
         and key.has_made(mark, purpose, place, text)
     )
     return Record(text, status, is_marked, is_marked or _is_of_ours(directory, status))
+
+
+def read_own(path: Path, *, cap: int) -> bytes:
+    """The bytes of a small file that nobody but this user and root can have put in its place.
+
+    Raises InvalidInput for what somebody else may have put there, and what reading a file raises.
+    """
+    with os_errors(path), Directory.open(path.parent) as directory:
+        fd = directory.open_file(path.name)
+        try:
+            status = os.fstat(fd)
+            if not _is_of_ours(directory, status):
+                raise InvalidInput(
+                    "another user may have written it",
+                    subject=path,
+                    hint="keep it where only you may write, or remove it",
+                )
+            data = os.read(fd, cap + 1) if status.st_size <= cap else None
+        finally:
+            os.close(fd)
+    if data is None or len(data) > cap:
+        raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=path)
+    return data
 
 
 def _canonical(values: dict[str, object]) -> bytes:

@@ -227,6 +227,7 @@ def _notes(place: Path, accepted: Collection[Path]) -> Iterator[Finding]:
 def _merge(path: Path, is_accepted: bool) -> Finding:  # noqa: FBT001 - a finding's own
     try:
         journal = journals.unproven(path) if is_accepted else read(path)
+        says, remedy = recover.described(journal)
     except SnapchainError as error:
         return Finding(
             path=path,
@@ -235,7 +236,6 @@ def _merge(path: Path, is_accepted: bool) -> Finding:  # noqa: FBT001 - a findin
             says=error.message,
             remedy=f"nothing: {error.hint or 'look into it, and remove it if you trust nothing in it'}",
         )
-    says, remedy = recover.described(journal)
     return Finding(path=path, kind=Kind.MERGE, image=journal.replaced.path, says=says, remedy=remedy)
 
 

@@ -70,6 +70,10 @@ _Name = Annotated[str, Field(max_length=4096)]
 _Epoch = Annotated[int, Field(ge=1, le=LARGEST_EPOCH)]
 
 
+LET_THEM = "let that user act on it, or name the note to `snapchain doctor --accept`"
+"""What to do about a note that may be true, and that another user may have written."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -242,13 +246,18 @@ class Notes:
         """The notes of a directory that count for nothing, and those of root's that count for little."""
         return self._in(directory).doubts
 
+    def changed(self, path: Path, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
+        """What `change` would write."""
+        there = self._in(path.parent)
+        return change(_joined(_ours(there.of(path.name)), path.name, there.inodes.get(path.name)))
+
     def change(self, path: Path, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
         """Write our note of a file (a real path) anew; one that says nothing any more is removed.
 
         A file that is gone may still have a note, by its name. Raises NotFound where there is neither.
         """
         with self._alone_in(path.parent) as (there, directory):
-            ours = [each for each in there.of(path.name) if each.word_of is None]
+            ours = _ours(there.of(path.name))
             before = _joined(ours, path.name, there.inodes.get(path.name))
             if path.name not in there.inodes and not before.holds:
                 raise NotFound("no such file", subject=path)
@@ -314,10 +323,14 @@ def is_note(path: Path) -> bool:
     return path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)
 
 
+def _ours(found: Iterable[_Found]) -> list[_Found]:
+    return [each for each in found if each.word_of is None]
+
+
 def _joined(found: Sequence[_Found], name: str, inode: int | None) -> LayerNote:
     """What several notes say of one file. There is one as a rule; where a killed run has left two, both are true."""
     found = sorted(found, key=lambda each: (each.word_of is not None, each.note.inode != inode))
-    ours = [each.note for each in found if each.word_of is None]
+    ours = [each.note for each in _ours(found)]
     holds = {hold.tag: hold for each in reversed(found) for hold in each.note.holds}
     note = found[0].note if found else LayerNote(name=name, inode=-1 if inode is None else inode)
     return note.model_copy(

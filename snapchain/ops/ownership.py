@@ -23,7 +23,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.ops.dependents import Kind, dependents_of_chain
 from snapchain.ops.lineage import note_of
-from snapchain.ops.notes import Given, LayerNote, Notes
+from snapchain.ops.notes import LET_THEM, Given, LayerNote, Notes
 from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
 
 _WRITE_BITS = 0o222
@@ -86,7 +86,7 @@ def _word_against(mark: Given, path: Path) -> Conflict:
 def remedy_against(mark: Given) -> str:
     """What to do where only another user's note says that a disk was given away."""
     assert mark.word_of is not None
-    return f"if it was not, remove {mark.word_of.note}; else let that user take it back"
+    return f"if it was not, remove {mark.word_of.note}; if it was, {LET_THEM}"
 
 
 def given(chain: ImageChain, notes: Notes) -> Given | None:

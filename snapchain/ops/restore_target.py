@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable, Unsupported
+from snapchain.host.directory import resolve
 from snapchain.host.files import free_bytes
 from snapchain.host.links import follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
@@ -99,6 +100,7 @@ class Target:
         """Raises NotFound, InvalidInput, Unsupported and Conflict for a place that does not do."""
         self.output, self.whole_chain, self.force = output, whole_chain, force
         self._followed = follow(output)
+        _check_chosen(output)
         self.file = self._followed.path
         found = _status(self.file)
         self.device = found is not None and stat.S_ISBLK(found.st_mode)
@@ -168,9 +170,10 @@ class Target:
         _check_kind(self.output, found)
         if not self.force and not self.device:
             raise exists(self.output)
-        if not self.force and self._followed.exposed:
+        if self.device and not self.force and not _is_own_name(self.output, self.file):
+            by_whom = "a symbolic link that others may change" if self._followed.exposed else "a symbolic link"
             raise Conflict(
-                f"a symbolic link that others may change leads to the device {self.file}",
+                f"{by_whom} leads to the device {self.file}",
                 subject=self.output,
                 hint="name the device itself, or say --force to overwrite it",
             )
@@ -203,6 +206,7 @@ class Claim:
     def output(self, name: Path) -> OutputFile:
         """Begin a file of the restore, by its name. Raises Busy, and as `Target` for a name that does not do."""
         followed = follow(name) if name != self._target.file else None
+        _check_chosen(name)
         path = name if followed is None else followed.path
         if followed is not None and followed.by_link and _status(path) is None and not self._target.force:
             raise exists(name)
@@ -263,6 +267,18 @@ class Claim:
                 return True
         lock.release()
         return False
+
+
+def _is_own_name(path: Path, device: Path) -> bool:
+    """Whether a device is named by one of the names that the system gives to devices."""
+    whole = path.absolute()
+    return whole == device or (whole.is_relative_to("/dev") and ".." not in whole.parts)
+
+
+def _check_chosen(path: Path) -> None:
+    """Raises Unsupported for a place that somebody else has chosen for root by a link, be it empty."""
+    with os_errors(path):
+        resolve(path).check_may_be_changed(path)
 
 
 def _identity(fd: int) -> tuple[int, int]:

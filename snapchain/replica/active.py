@@ -15,7 +15,6 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
-from snapchain.host.directory import same_file
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
@@ -122,10 +121,7 @@ def _make(backing: Path, asked: Active, path: Path) -> None:
                 extended_l2=asked.extended_l2,
                 subject=path.parent,
             )
-            if not same_file(place.status(temporary), made):
-                raise Conflict("another file took the name of the new overlay", subject=path)
-            place.link(temporary, path.name)
-            place.sync()
+            place.give_name(fd, temporary, path.name, replacing=None)
         finally:
             os.close(fd)
             with suppress(OSError):

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files, records
 from snapchain.host.directory import Directory
-from snapchain.host.file_identity import Look, look
+from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.os_errors import os_errors
 from snapchain.host.state_key import StateKey, made_key, own_key
 from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
@@ -81,7 +81,16 @@ class FileId(BaseModel):
     def of(cls, path: Path) -> FileId:
         """As it is now."""
         with os_errors(path), Directory.open(path.parent) as directory:
-            found = look(directory, path.name)
+            return cls._of(path, look(directory, path.name))
+
+    @classmethod
+    def of_open(cls, path: Path, fd: int) -> FileId:
+        """Of what is open, whose name this is."""
+        with os_errors(path):
+            return cls._of(path, look_at(fd))
+
+    @classmethod
+    def _of(cls, path: Path, found: Look) -> FileId:
         status = found.status
         return cls(
             path=path,
