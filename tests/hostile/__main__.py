@@ -22,11 +22,11 @@ from collections import Counter  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from tests.hostile import child, peers  # noqa: E402
+from tests.hostile import child, peers, stores  # noqa: E402
 from tests.hostile.judge import Plan, faults  # noqa: E402
 from tests.hostile.world import World, build, standing  # noqa: E402
 
-KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan}
+KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

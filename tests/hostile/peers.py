@@ -132,10 +132,12 @@ def plan(world: World, draw: Draw) -> Plan:
         enter(world, random.Random(draw.random()))
         if by_hand:
             stream = world.case / "home" / "stream"
-            stream.write_bytes(there.encoded(script))
             if Kind.OPEN in {frame.kind for frame in there.frames} and draw.random() < 0.6:
+                stream.write_bytes(there.encoded(script))
                 shell.run("receive", world.case / "replica", *(["--dry-run"] if draw.random() < 0.2 else []), stdin=stream)
             else:
+                script.talk = _naming(there, world.case / "replica")
+                stream.write_bytes(script.talk.encoded(script))
                 shell.run("serve-replica", "--stdio", "--root", world.case / "replica", stdin=stream)
         else:
             with meddling(script if hostile_client else pass_on, pass_on if hostile_client else script, link=link):
@@ -158,7 +160,8 @@ def plan(world: World, draw: Draw) -> Plan:
                 yield f"the replica is not sound any more: {step.err}{step.out[-800:]}"
             if step.words[0] == "restore" and step.code == 0:
                 again = world.case / "out" / "again.raw"
-                if not (point == 4 and hostile_client) and unlike(again, [world.truth(WEB, point)], "raw"):
+                shown = world.truth(WEB, 4 if held.empty else point)
+                if not ((hostile_client or "cut" in held.name) and (point == 4 or held.empty)) and unlike(again, [shown], "raw"):
                     yield f"point {point} is not what it was"
 
     return Plan(run, judge)
@@ -185,6 +188,13 @@ def _newest(catalogue: Path) -> str:
     said = json.loads(catalogue.read_text())
     files = {layer["id"]: layer["file"] for layer in said["layers"]}
     return str(files[said["points"][-1]["layer"]])
+
+
+def _naming(talk: Talk, replica: Path) -> Talk:
+    """As it is over ssh: the client names the directory."""
+    frames = list(talk.frames)
+    frames[1] = Frame(frames[1].kind, json.dumps({**json.loads(frames[1].body), "replica": str(replica)}).encode())
+    return Talk(frames)
 
 
 def _images(world: World) -> dict[str, tuple[int, ...]]:
