@@ -26,7 +26,7 @@ from tests.hostile import child, peers, stores  # noqa: E402
 from tests.hostile.judge import Plan, faults  # noqa: E402
 from tests.hostile.world import World, build, standing  # noqa: E402
 
-KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan}
+KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan, "s3": stores.plan_s3}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def _faults_of(step: Step, outcome: Outcome) -> Iterator[str]:
             yield f"{words}: never ended"
         return
     if step.code not in CLEAN or "Traceback (most recent call last)" in step.err or "this is a bug" in step.err:
-        yield f"{words}: exit {step.code}: {step.err[-3000:]}"
+        yield f"{words}: exit {step.code}: {step.err[-3000:]}{step.out[-1000:]}"
     elif step.code and not step.err.strip() and "--json" not in step.words:
         yield f"{words}: exit {step.code} without a word"
     if len(step.out) + len(step.err) >= LONGEST_OUTPUT:

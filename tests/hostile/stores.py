@@ -84,9 +84,10 @@ def plan(world: World, draw: Draw) -> Plan:
     return commands(world, draw, str(store.root), deeds, nights=NIGHTS if stage == MERGED else int(stage), made_up=made_up)
 
 
-def commands(world: World, draw: Draw, url: str, deeds: list[str], *, nights: int, made_up: bool) -> Plan:
+def commands(world: World, draw: Draw, url: str, deeds: list[str], *, nights: int, made_up: bool, ready: Callable[[], None] = lambda: None) -> Plan:
     """What is run over a spoilt repository.
 
+    ready: called in the child before anything is run
     nights: points that it had; those that come show what the image shows, and that is what it showed in the last night
     made_up: by who could say anything: then a point may show another's bytes
     """
@@ -136,6 +137,7 @@ def commands(world: World, draw: Draw, url: str, deeds: list[str], *, nights: in
     def run(shell: Shell) -> None:
         (world.case / "home" / "told").write_text(json.dumps(deeds))
         enter(world, random.Random(draw.random()))
+        ready()
         for words in chosen:
             shell.run(*words, *(["--json"] if draw.random() < 0.5 else []))
 
@@ -448,3 +450,42 @@ def _bomb(store: Store, draw: Draw) -> str:
     text = store.keys.record_cipher(salt).encrypt(bytes(12), packed, first + store.keys.repository + name.encode())
     path.write_bytes(first + salt + text)
     return f"bomb {name} {size >> 20} MiB of {opening!r} {said!r}"
+
+
+# ---- by way of S3
+
+
+def plan_s3(world: World, draw: Draw) -> Plan:
+    """One case: the objects are whole, and the server lies."""
+    from tests.hostile import s3_server
+
+    stage = draw.choice(_STAGES)
+    name = draw.choice(["plain", "enc"])
+    world.set_up(stage, ("images", name))
+    root = world.case / name
+    server = s3_server.scripted(root, world.stage("2") / name, draw)
+    shutil.rmtree(root)
+    shutil.rmtree(world.case / "state")
+    url = f"s3://{s3_server.BUCKET}/repo"
+
+    def ready() -> None:
+        hasty()
+        server.start()
+        os.environ["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{server.port}"
+
+    nights = NIGHTS if stage == MERGED else int(stage)
+    planned = commands(world, draw, url, server.told, nights=nights, made_up=False, ready=ready)
+
+    def run(shell: Shell) -> None:
+        planned.run(shell)
+        (world.case / "home" / "told").write_text(json.dumps(server.told[:100]))
+
+    return Plan(run, planned.judge)
+
+
+def hasty() -> None:
+    """Servers that are silent are given up soon: by what the program itself waits with."""
+    from snapchain.objects import s3_client, s3_patience
+
+    s3_client.new_client.__kwdefaults__.update(connect_timeout=1.0, read_timeout=1.0, attempts=2)
+    s3_patience.Patience.__init__.__kwdefaults__.update(limit=2.5)
