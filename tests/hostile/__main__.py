@@ -14,7 +14,11 @@ from tests.hostile import clock
 clock.install()  # before snapchain is imported
 
 import argparse  # noqa: E402
+import gc  # noqa: E402
+import importlib  # noqa: E402
+import pkgutil  # noqa: E402
 import random  # noqa: E402
+import re  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
@@ -22,11 +26,11 @@ from collections import Counter  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from tests.hostile import child, peers, stores  # noqa: E402
+from tests.hostile import child, peers, records, stores  # noqa: E402
 from tests.hostile.judge import Plan, faults  # noqa: E402
 from tests.hostile.world import World, build, standing  # noqa: E402
 
-KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan, "s3": stores.plan_s3}
+KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan, "s3": stores.plan_s3, "records": records.plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,17 +97,38 @@ def one(world: World, kind: str, number: int) -> tuple[child.Outcome, list[str]]
 
 
 def load() -> None:
-    """Import what commands import, so that children need not."""
-    import importlib
-    import pkgutil
+    """Import and build what commands import and build, so that children need not."""
+    import rich
+    import typer.main
+    from pydantic import BaseModel
 
-    import boto3
     import snapchain
 
-    for module in pkgutil.walk_packages(snapchain.__path__, "snapchain."):
-        if not module.name.endswith("__main__") and ".testing" not in module.name:
-            importlib.import_module(module.name)
-    boto3.session.Session()
+    for package in (snapchain, rich):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__") and not re.search(r"testing|_windows|_win32|jupyter", module.name):
+                importlib.import_module(module.name)
+    for name in ("boto3.session", "botocore.httpsession", "s3transfer.manager", "email.parser"):
+        importlib.import_module(name)
+    waiting = [BaseModel]
+    while waiting:
+        model = waiting.pop()
+        waiting += model.__subclasses__()
+        if model.__module__.startswith("snapchain"):
+            model.model_rebuild()
+    build = typer.main.get_command
+    known: dict[int, object] = {}
+
+    def kept(made: typer.Typer) -> object:
+        # A child has the whole command line at once, whatever part of it a command would build for itself.
+        if id(made) not in known:
+            known[id(made)] = build(made)
+        return known[id(made)]
+
+    importlib.import_module("snapchain.cli.verbs")
+    typer.main.get_command = kept  # type: ignore[assignment]
+    kept(importlib.import_module("snapchain.cli.app").app)
+    gc.collect()
 
 
 if __name__ == "__main__":
