@@ -2,6 +2,7 @@
 
     python -m tests.hostile --seed 1 --count 10000            all kinds in turn
     python -m tests.hostile --kind peers --seed 7 --count 1   one case again
+    python -m tests.hostile --corpus --count 0                those that once found something (corpus.toml)
 
 A case must end with an error of ours and its exit code, or with exit 0 and the right bytes; in 400 MiB of memory; and
 with nothing changed that it was not about. Exit code 1 when any did not.
@@ -22,15 +23,16 @@ import re  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
+import tomllib  # noqa: E402
 from collections import Counter  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from tests.hostile import child, peers, records, stores  # noqa: E402
+from tests.hostile import child, images, peers, records, stores  # noqa: E402
 from tests.hostile.judge import Plan, faults  # noqa: E402
 from tests.hostile.world import World, build, standing  # noqa: E402
 
-KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan, "s3": stores.plan_s3, "records": records.plan}
+KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan, "s3": stores.plan_s3, "records": records.plan, "images": images.plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", action="append", choices=sorted(KINDS))
     parser.add_argument("--seed", type=int, default=1, help="of the first case; each next one has the next number")
     parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--corpus", action="store_true", help="first the cases of corpus.toml")
     parser.add_argument("--keep", type=Path, help="a directory for the world; stays afterwards, and is used again")
     parser.add_argument("--verbose", action="store_true")
     asked = parser.parse_args(arguments)
@@ -46,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = asked.keep or Path(tempfile.mkdtemp(prefix="snapchain-hostile-"))
     try:
         load()
-        return _run(_world(root.absolute(), again=bool(asked.keep)), kinds, asked.seed, asked.count, verbose=asked.verbose)
+        cases = [*_corpus(kinds)] if asked.corpus else []
+        cases += [(kinds[number % len(kinds)], number) for number in range(asked.seed, asked.seed + asked.count)]
+        return _run(_world(root.absolute(), again=bool(asked.keep)), cases, verbose=asked.verbose)
     finally:
         if not asked.keep:
             shutil.rmtree(root)
@@ -61,12 +66,17 @@ def _world(root: Path, *, again: bool) -> World:
     return world
 
 
-def _run(world: World, kinds: Sequence[str], seed: int, count: int, *, verbose: bool) -> int:
+def _corpus(kinds: Sequence[str]) -> Iterator[tuple[str, int]]:
+    for case in tomllib.loads((Path(__file__).parent / "corpus.toml").read_text()).get("case", []):
+        if case["kind"] in kinds:
+            yield case["kind"], case["seed"]
+
+
+def _run(world: World, cases: Sequence[tuple[str, int]], *, verbose: bool) -> int:
     begun = child.now()
     largest, bad = 0, 0
     ends: Counter[str] = Counter()
-    for number in range(seed, seed + count):
-        kind = kinds[number % len(kinds)]
+    for kind, number in cases:
         outcome, found = one(world, kind, number)
         largest = max(largest, outcome.rss)
         ends.update(f"{kind} {'done' if step.code == 0 else step.code}" for step in outcome.steps[:1])
@@ -79,7 +89,7 @@ def _run(world: World, kinds: Sequence[str], seed: int, count: int, *, verbose: 
             for each in found:
                 print("    " + each.strip().replace("\n", "\n    "))
             sys.stdout.flush()
-    print(f"{count} cases from seed {seed} on, {bad} faults, {child.now() - begun:.0f} s, {largest // child.MiB} MiB at most")
+    print(f"{len(cases)} cases, {bad} faults, {child.now() - begun:.0f} s, {largest // child.MiB} MiB at most")
     print("first commands ended: " + ", ".join(f"{end} {times}" for end, times in sorted(ends.items())))
     return 1 if bad else 0
 
