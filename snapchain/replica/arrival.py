@@ -24,7 +24,7 @@ from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer, encode_sum
+from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, encode_sum
 from snapchain.replica.leaves import Counting, counted
 from snapchain.replica.progress import Durability, Progress, forget, publish, read_progress, write_progress
 from snapchain.replica.store import ReplicaDisk
@@ -66,6 +66,8 @@ class Arrival:
             )
         if len(catalogue.layers) == MAX_LAYERS:
             raise Unsupported(f"the chain has {MAX_LAYERS} layers, and QEMU opens no more", subject=disk.directory)
+        foreseen = self._record(offer.name, content_id=bytes(32).hex(), total=empty_sum())
+        check_room_for_layer(catalogue, foreseen, subject=disk.directory)
         self._below = None if tip is None else opened_chain(disk, catalogue, tip)
         self._fd = -1
         self._growing: GrowingFile | None = None
@@ -183,22 +185,26 @@ class Arrival:
             os.fchmod(self._fd, _READ_ONLY)
         fsync_file(path)
         total = self._proven(announced)
-        offer = self._offer
         taken = {entry.name for entry in self._disk.directory.iterdir()}
-        layer = Layer(
+        file = names.free_name(self._offer.name, self.layer, taken)
+        layer = self._record(file, content_id=announced, total=total)
+        partial = Partial(layer=self.layer, durable=self._offer.size, content_sum=layer.content_sum)
+        write_progress(self._disk, Progress(partial=partial, finished=layer))
+        return publish(self._disk, self._catalogue, layer)
+
+    def _record(self, file: str, *, content_id: str, total: Sum) -> Layer:
+        offer = self._offer
+        return Layer(
             id=self.layer,
-            file=names.free_name(offer.name, self.layer, taken),
+            file=file,
             size=offer.size,
-            content_id=announced,
+            content_id=content_id,
             content_sum=encode_sum(total),
             sources=offer.sources,
             time=datetime.now(UTC),
             cluster_size=offer.cluster_size,
             data_bytes=self._extents.data_bytes,
         )
-        partial = Partial(layer=self.layer, durable=offer.size, content_sum=layer.content_sum)
-        write_progress(self._disk, Progress(partial=partial, finished=layer))
-        return publish(self._disk, self._catalogue, layer)
 
     def _proven(self, announced: str) -> Sum:
         # All bytes have been read from the file, most of them behind a mark, while others were still to come. Unless

@@ -73,6 +73,11 @@ def offered_name(file_name: str) -> str:
     return plain[: _LONGEST - len(SUFFIX)] + SUFFIX
 
 
+def is_layer_name(name: str) -> bool:
+    """Whether a file of a replica can have it: no directory, no sign that means something to a shell or to QEMU."""
+    return _FILE.fullmatch(name) is not None
+
+
 def check_offered(name: str, *, subject: str) -> str:
     """Raises Corrupt for a layer's name that `offered_name` would never make."""
     if len(name) > _LONGEST or not _FILE.fullmatch(name):

@@ -23,7 +23,7 @@ from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
 from snapchain.replica.arrival import Arrival
-from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
+from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
 from snapchain.replica.epochs import check_epoch, enter_epoch
 from snapchain.replica.progress import read_progress, settle
@@ -332,8 +332,6 @@ class _Reception:
             raise Corrupt("a point is announced that is not what the chain shows", subject=self._channel.peer)
         if any((point.time, point.content_id) == (offer.time, offer.content_id) for point in catalogue.points):
             return catalogue  # the same stream, received again
-        if not all(label.isprintable() for label in offer.labels):
-            raise Corrupt("a label holds control characters", subject=self._channel.peer)
         point = Point(
             point=catalogue.next_point,
             time=offer.time,
@@ -343,7 +341,7 @@ class _Reception:
             content_id=offer.content_id,
         )
         catalogue = catalogue.after(points=(*catalogue.points, point), next_point=point.point + 1)
-        disk.write(catalogue)
+        disk.write(catalogue, reserve=FOR_CHANGES)
         self._received.points.append(point)
         return catalogue
 

@@ -86,9 +86,9 @@ class ReplicaDisk:
         begun = read_record(_Begun, self.path(names.PROGRESS))
         return None if begun is None or begun.finished is None else begun.finished.file
 
-    def write(self, catalogue: Catalogue) -> None:
-        """Put a generation in place, durably. Only under the lock."""
-        write_record(self.path(names.CATALOGUE), catalogue)
+    def write(self, catalogue: Catalogue, *, reserve: int = 0) -> None:
+        """Put a generation in place, durably. Only under the lock. reserve and errors: as `write_record`."""
+        write_record(self.path(names.CATALOGUE), catalogue, reserve=reserve)
 
     @contextmanager
     def locked(self, *, make: bool, work: Work = Work.TRANSFER) -> Iterator[None]:
