@@ -89,7 +89,9 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
 
 def opening(request: Request, endpoint: Endpoint, chain: ImageChain, *, look: bool = False) -> Open:
     """How a transfer of that chain begins. look: only the inventory is wanted."""
-    return Open(disk=request.disk, replica=endpoint.replica, look=look, epoch=_epoch(request, chain))
+    epoch = _epoch(request, chain)
+    by_name = request.epoch == epoch > 1
+    return Open(disk=request.disk, replica=endpoint.replica, look=look, epoch=epoch, by_name=by_name)
 
 
 def _epoch(request: Request, chain: ImageChain) -> int:

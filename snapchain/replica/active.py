@@ -96,6 +96,16 @@ def check_unused(disk: ReplicaDisk, overlay: Path) -> None:
         raise Conflict(f"it cannot be removed: {why}", subject=overlay, hint="move or remove that image first")
 
 
+def is_untouched(disk: ReplicaDisk, overlay: Path) -> bool:
+    """Whether a file of `active` is an overlay on which nobody has written anything yet."""
+    try:
+        with scan(overlay, format="qcow2", image_dirs=[disk.directory]) as chain:
+            top = chain.top.extents
+            return len(chain.files) > 1 and not top.data_bytes and not top.zero_bytes
+    except SnapchainError:
+        return False
+
+
 def _path(disk: ReplicaDisk, asked: Active) -> Path:
     return disk.path(names.ACTIVE) / names.check_offered(asked.name, subject=str(disk.directory))
 

@@ -198,7 +198,7 @@ def _check_size(size: int, *, subject: object, reserve: int) -> None:
         raise Unsupported(
             f"this record would have {size} bytes, and no more than {LARGEST_FILE - reserve} are allowed",
             subject=subject,
-            hint="merge points away (`snapchain merge DEST::DISK --keep-last N`), use fewer and shorter labels, or send "
+            hint="merge points away (`snapchain merge DEST::DISK --keep-last N`), use fewer or shorter labels, or send it "
             "under another disk name",
         )
 

@@ -113,6 +113,8 @@ class Sender:
             raise Unsupported(
                 "the snapchain there heeds no epochs", subject=self._channel.peer, hint="bring it up to date over there"
             )
+        if opening.NAMED_EPOCH_FEATURE not in self._features:
+            asked = asked.model_copy(update={"by_name": False})
         self._frames.send(Kind.OPEN, encode(asked))
         frame = self._answer(on_wait)
         if frame.kind is not Kind.INVENTORY:
@@ -120,6 +122,11 @@ class Sender:
         found = decode(Inventory, frame.body, subject=self._channel.peer)
         if found.disk != asked.disk:
             raise Corrupt("it tells of another disk than the one asked for", subject=self._channel.peer)
+        if found.epoch > asked.epoch or (found.epoch < asked.epoch and not asked.look):
+            raise Corrupt(
+                f"its disk is in epoch {found.epoch}, and it has taken in a sender of epoch {asked.epoch}",
+                subject=self._channel.peer,
+            )
         for layer in found.layers:
             if content_id(layer.size, decode_sum(layer.content_sum)) != layer.content_id:
                 raise Corrupt(f"its layer {layer.file!a} contradicts itself", subject=self._channel.peer)

@@ -104,19 +104,23 @@ class Open(Said):
 
     look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
     epoch: in which the sender writes the disk; 1 goes without saying
+    by_name: a human has named the epoch: it may skip some, and end a handover that nobody has used
     """
 
     disk: str = Field(min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     look: bool = False
     epoch: Epoch = 1
+    by_name: bool = False
 
     @model_serializer(mode="wrap")
-    def _without_the_first_epoch(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A receiver without the feature knows no such field.
         said: dict[str, Any] = handler(self)
         if said.get("epoch") == 1:
             del said["epoch"]
+        if not said.get("by_name"):
+            said.pop("by_name", None)
         return said
 
 
