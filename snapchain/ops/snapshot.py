@@ -158,7 +158,7 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
         temporary = temporary_beside(planned.overlay, purpose=SNAPSHOT)
         second_name, done = False, False
         try:
-            _make_overlay(planned, temporary, on_event)
+            _make_overlay(planned, temporary, lock.fd, on_event)
             if planned.overlay == planned.source:
                 second_name = _give_second_name(planned.source, planned.sealed)
             cluster_size = _check_overlay(planned, temporary)
@@ -316,14 +316,18 @@ def _check_unchanged(planned: SnapshotPlan) -> None:
         raise Conflict("it was changed after the snapshot was planned", subject=planned.image, hint="run it again")
 
 
-def _make_overlay(planned: SnapshotPlan, temporary: Path, on_event: OnEvent) -> None:
-    os.close(files.open_new(temporary))
-    options = Qcow2Options(cluster_size=planned.cluster_size, extended_l2=planned.extended_l2 or None)
-    link = BackingLink(planned.backing, planned.sealed_format)
-    qemu_img.create(temporary, planned.virtual_size, options=options, backing=link)
-    if lost := files.copy_standing(planned.source, temporary):
-        on_event(Notice.of(planned.image, lost))
-    files.fsync_file(temporary)
+def _make_overlay(planned: SnapshotPlan, temporary: Path, standing: int, on_event: OnEvent) -> None:
+    fd = files.open_new(temporary)
+    try:
+        options = Qcow2Options(cluster_size=planned.cluster_size, extended_l2=planned.extended_l2 or None)
+        link = BackingLink(planned.backing, planned.sealed_format)
+        qemu_img.create(temporary, planned.virtual_size, options=options, backing=link)
+        if lost := files.copy_standing(standing, fd, subject=planned.source):
+            on_event(Notice.of(planned.image, lost))
+        with os_errors(planned.source):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _give_second_name(source: Path, sealed: Path) -> bool:

@@ -13,7 +13,7 @@ from snapchain.image import qemu_img
 from tests.exhaustive import EXHAUSTIVE
 
 # What changes something on a disk, or makes a change last. qemu-img is a step as well (host.processes).
-CALLS = ("link", "replace", "rename", "unlink", "fsync", "chmod", "chown", "setxattr")
+CALLS = ("link", "replace", "rename", "unlink", "fsync", "fchmod", "fchown", "setxattr")
 
 
 def _dying(function: Callable[[], object], at: int) -> None:

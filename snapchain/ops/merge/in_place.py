@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.host import files
+from snapchain.host.directory import same_file
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
@@ -41,7 +41,8 @@ def make(
     check_still_allowed(old, planned.first, planned.last)
     sweep(planned.result)
     if planned.strategy is Strategy.COMMIT:
-        files.check_standing(planned.result, work.file.real_path)
+        standing = [os.fstat(file.fileno()) for file in (old.files[planned.last], work.file)]
+        files.check_standing(standing[0], standing[1], subject=planned.result)
     with _opened(work.file) as fd:
         journal = OpenJournal(_record(planned, work, old))
         try:
@@ -53,7 +54,7 @@ def make(
                 check_link(new, place=work.file.real_path)
                 check_refcounts(new.top)
             if planned.strategy is Strategy.COMMIT:
-                _take_place(planned, work.file.real_path, on_event)
+                _take_place(planned, work, old, fd, on_event)
         except BaseException:
             _undo(planned, journal, fd)
             raise
@@ -86,12 +87,17 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
             raise Corrupt("the tables on the disk are not those that were proven", subject=planned.result)
 
 
-def _take_place(planned: MergePlan, lowest: Path, on_event: OnEvent) -> None:
+def _take_place(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:
     """The lowest input under the path of the uppermost."""
-    if lost := files.copy_standing(planned.result, lowest):
-        on_event(Notice.of(planned.result, lost))
-    files.fsync_file(lowest)
-    files.rename(lowest, planned.result)
+    lowest, replaced = work.file, old.files[planned.last].fileno()
+    with files.directory_of(planned.result) as directory:
+        if lost := files.copy_standing(replaced, fd, subject=planned.result, directory=directory):
+            on_event(Notice.of(planned.result, lost))
+        os.fsync(fd)
+        if not same_file(directory.status(lowest.real_path.name), os.fstat(fd)):
+            raise Conflict("another file took its name", subject=lowest.path)
+        directory.rename(lowest.real_path.name, planned.result.name)
+        directory.sync()
 
 
 def _undo(planned: MergePlan, journal: OpenJournal, fd: int) -> None:

@@ -104,10 +104,14 @@ def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Pa
         done += count
         on_event(Progress("merge", done, total))
 
-    files.check_standing(planned.result, temporary)  # before anything is moved
+    replaced = old.files[planned.last].fileno()
+    with os_errors(planned.result):
+        files.check_standing(os.fstat(replaced), os.fstat(fd), subject=planned.result)  # before anything is moved
     on_event(Progress("merge", 0, total))
     assemble(work, fd, subject=planned.result, on_bytes=on_bytes)
-    if lost := files.copy_standing(planned.result, temporary):
+    with files.directory_of(planned.result) as directory:
+        lost = files.copy_standing(replaced, fd, subject=planned.result, directory=directory)
+    if lost:
         on_event(Notice.of(planned.result, lost))
     with os_errors(planned.result):
         # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
