@@ -15,6 +15,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
+from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
@@ -81,7 +82,7 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
         with ImageLock(path, LockMode.WRITE):
             check_unused(disk, path)
             files.remove(path)
-    _make(disk.path(tip.file).resolve(), asked, path)
+    _make(disk, disk.path(tip.file).resolve(), asked, path)
     state = _state(disk, catalogue, asked, path)
     if state is not ActiveState.READY:
         raise Corrupt("the overlay that was just made is not what was asked for", subject=path)
@@ -110,12 +111,15 @@ def _path(disk: ReplicaDisk, asked: Active) -> Path:
     return disk.path(names.ACTIVE) / names.check_offered(asked.name, subject=str(disk.directory))
 
 
-def _make(backing: Path, asked: Active, path: Path) -> None:
+def _make(disk: ReplicaDisk, backing: Path, asked: Active, path: Path) -> None:
     if asked.size % _SECTOR:
         raise InvalidInput(f"a qcow2 overlay cannot have {asked.size} bytes", subject=path)
-    with os_errors(path.parent), suppress(FileExistsError):
-        path.parent.mkdir(mode=0o755)
-    files.fsync_dir(path.parent.parent)
+    with os_errors(path.parent), Directory.open(disk.directory) as here:
+        if not here.has(names.ACTIVE):
+            here.make_directory(names.ACTIVE)
+            with Directory.open(path.parent) as made:
+                disk.access.give(made.opened(), disk.access.directory)
+            here.sync()
     temporary = temporary_beside(path, purpose=ACTIVE)
     try:
         os.close(files.open_new(temporary))
@@ -125,7 +129,13 @@ def _make(backing: Path, asked: Active, path: Path) -> None:
 
         options = Qcow2Options(cluster_size=asked.cluster_size, extended_l2=asked.extended_l2 or None)
         qemu_img.create(temporary, asked.size, options=options, backing=BackingLink(str(backing), "qcow2"))
-        files.fsync_file(temporary)
+        with files.directory_of(temporary) as directory:
+            fd = directory.open_file(temporary.name, writing=True)
+            try:
+                disk.access.give(fd, disk.access.overlay)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
         files.link(temporary, path)
     finally:
         with suppress(OSError):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from snapchain.errors import Conflict, Corrupt, Diverged, SnapchainError, Unavailable, Unsupported
+from snapchain.host.directory import Directory
 from snapchain.host.files import free_bytes, fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import Backing, ImageChain, scan
@@ -30,8 +31,6 @@ from snapchain.replica.progress import Durability, Progress, forget, publish, re
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.data import Arrived, DataRuns, Part
 from snapchain.replica.stream.messages import MAX_LAYERS, LayerOffer, Partial
-
-_READ_ONLY = 0o444
 
 
 class Arrival:
@@ -119,16 +118,16 @@ class Arrival:
             )
         if not durable:
             forget(self._disk)
-        with os_errors(path):
-            if durable:
-                # A run that was killed in its last steps has made it read-only, and begun its header.
-                with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as old:
-                    os.fchmod(old.fileno(), 0o600)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if durable and os.fstat(self._fd).st_size != file_bytes:
+        with os_errors(path), Directory.open(self._disk.directory) as here:
+            if not durable:
+                self._fd = here.create(names.INCOMING)
+                return 0
+            _make_writable(here)
+            self._fd = here.open_file(names.INCOMING, writing=True)
+            status = os.fstat(self._fd)
+            if status.st_size != file_bytes or status.st_nlink != 1:
                 raise Corrupt("the file of the layer that is arriving was changed", subject=path, hint="remove it")
-            if durable:
-                write_all(self._fd, bytes(4), 0)
+            write_all(self._fd, bytes(4), 0)
         return durable
 
     def take(self, frame: Arrived) -> None:
@@ -182,7 +181,7 @@ class Arrival:
         path = self._disk.path(names.INCOMING)
         self._writer.finish()
         with os_errors(path):
-            os.fchmod(self._fd, _READ_ONLY)
+            self._disk.access.give(self._fd, self._disk.layer_mode())
         fsync_file(path)
         total = self._proven(announced)
         taken = {entry.name for entry in self._disk.directory.iterdir()}
@@ -236,6 +235,16 @@ class Arrival:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _make_writable(here: Directory) -> None:
+    """A run that was killed in its last steps has made the file read-only, and begun its header."""
+    fd = here.open_file(names.INCOMING)
+    try:
+        with here.changing(os.fstat(fd)):
+            os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
 
 
 def _check_room(disk: ReplicaDisk, table_bytes: int) -> None:

@@ -18,8 +18,9 @@ from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
-from snapchain.host.files import read_small, write_atomically
+from snapchain.host.files import directory_of, read_small, write_in
 from snapchain.model.content import SUM_BYTES, Sum, content_id
+from snapchain.replica.access import Access
 from snapchain.replica.stream.messages import (
     LARGEST_EPOCH,
     MAX_LAYERS,
@@ -177,14 +178,15 @@ def read_record(shape: type[M], path: Path) -> M | None:
         raise Corrupt(f"it is unsound: {first['loc']}: {first['msg']}", subject=path) from error
 
 
-def write_record(path: Path, record: BaseModel, *, reserve: int = 0) -> None:
-    """Replace such a file, durably. reserve: bytes that it leaves free for what may follow.
+def write_record(path: Path, record: BaseModel, *, access: Access, reserve: int = 0) -> None:
+    """Replace such a file, durably. access: who may read it; reserve: bytes that it leaves free for what may follow.
 
     Raises Unsupported for one that would be too large to be read again; then nothing is changed.
     """
     text = _encoded(record)
     _check_size(len(text), subject=path, reserve=reserve)
-    write_atomically(path, text)
+    with directory_of(path) as directory:
+        write_in(directory, path.name, text, prepare=lambda fd: access.give(fd, access.record))
 
 
 def check_room_for_layer(catalogue: Catalogue, layer: Layer, *, subject: object) -> None:
@@ -198,7 +200,7 @@ def _check_size(size: int, *, subject: object, reserve: int) -> None:
         raise Unsupported(
             f"this record would have {size} bytes, and no more than {LARGEST_FILE - reserve} are allowed",
             subject=subject,
-            hint="merge points away (`snapchain merge DEST::DISK --keep-last N`), use fewer or shorter labels, or send it "
+            hint="merge points away (`snapchain merge DEST::DISK --keep-last N`), use fewer or shorter labels, or send "
             "under another disk name",
         )
 

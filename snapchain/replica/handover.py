@@ -70,7 +70,7 @@ class _Case:
         if handover is None or (handover.token, handover.overlay) == (token, self.overlay):
             return
         raise self.conflict(
-            f"this host has the disk by another handover, in epoch {handover.epoch}",
+            f"this host has the disk by another handover, and the disk is in epoch {self.catalogue.epoch}",
             "find out which host runs the guest before anything else; only the host that has given a disk can take it "
             "back",
         )

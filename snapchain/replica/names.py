@@ -39,6 +39,14 @@ def check_disk_name(name: str) -> str:
     return name
 
 
+def check_new_disk(name: str) -> None:
+    """Raises InvalidInput for a new disk whose directory would be taken for something else of a replica."""
+    if directory_of(name) in (MARKER, CATALOGUE, ACTIVE):
+        raise InvalidInput(
+            f"{name!a} cannot be a new disk's name: a replica has files of that name", hint="such as web1/vda"
+        )
+
+
 def directory_of(disk: str) -> str:
     """The directory of a disk: its name, with all but the plainest characters as %XX.
 

@@ -80,18 +80,19 @@ def receive(
     within: Path | None = None,
     engine: Engine | None = None,
     permissions: Permissions = EVERYTHING,
+    group: int | None = None,
 ) -> Received:
     """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
 
     root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
     engine: what merges; without one, MERGE is refused, and a disk on which a merge was killed
-    permissions: what the sender may ask for
+    permissions: what the sender may ask for; group: that may read a replica which is written to
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     voice = Voice(channel)
     try:
         with voice.beating():
-            return _Reception(channel, voice, root, within, engine, permissions).run()
+            return _Reception(channel, voice, root, within, engine, permissions, group).run()
     except BaseException as error:
         with suppress(SnapchainError):
             voice.say(Kind.FAIL, encode(failures.told(error)))
@@ -103,7 +104,7 @@ def begun(channel: Channel, root: Path) -> Inventory:
 
     Raises as `receive`, for what that would refuse at once.
     """
-    return _Reception(channel, Voice(channel), root, None, None, EVERYTHING).begun()
+    return _Reception(channel, Voice(channel), root, None, None, EVERYTHING, None).begun()
 
 
 class _Reception:
@@ -115,9 +116,10 @@ class _Reception:
         within: Path | None,
         engine: Engine | None,
         permissions: Permissions,
+        group: int | None,
     ) -> None:
         self._channel, self._voice, self._root, self._within = channel, voice, root, within
-        self._permissions = permissions
+        self._permissions, self._group = permissions, group
         self._engine = engine
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
@@ -143,7 +145,7 @@ class _Reception:
                 raise self._unexpected(frame)
             self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
             return self._received
-        disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
+        disk = open_replica(self._chosen(asked.replica), make=True, group=self._group).disk(asked.disk)
         with in_turn(disk, Work.TRANSFER, make=True):
             catalogue = settle(disk, self._engine)
             catalogue = enter_epoch(disk, catalogue, asked.epoch, by_name=asked.by_name)
