@@ -34,6 +34,7 @@ from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights, acting_as
 
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_QUIETLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_LINKS = 40
 """As many as Linux follows in one name."""
@@ -61,6 +62,15 @@ class Resolved:
 
     real: Path
     chosen_by: Rights | None
+
+    def check_may_be_changed(self, path: Path) -> None:
+        """Raises Unsupported for a file that a link of somebody else has chosen, when root is about to change it."""
+        if self.chosen_by is not None:
+            raise Unsupported(
+                f"a symbolic link of {self.chosen_by} leads to {self.real}, which root does not change for them",
+                subject=path,
+                hint="name the file itself, if that is the one you mean",
+            )
 
 
 @dataclass(slots=True)
@@ -118,27 +128,36 @@ class Directory:
         with acting_as(self._naming):
             return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode & MOST_MODE, dir_fd=self.fd)
 
-    def open_file(self, name: str, *, writing: bool = False, refusal: type[SnapchainError] = InvalidInput) -> int:
-        """A descriptor of a regular file or a block device. Raises `refusal` for anything else, which is not opened."""
+    def open_file(
+        self,
+        name: str,
+        *,
+        writing: bool = False,
+        exclusive: bool = False,
+        subject: object = None,
+        refusal: type[SnapchainError] = InvalidInput,
+    ) -> int:
+        """A descriptor of a regular file or a block device. Raises `refusal` for anything else, which is not opened.
+
+        exclusive: of a device that nobody else claims or has mounted; subject: what errors name, else the path
+        """
         with acting_as(self._naming):
             place = os.open(_single(name), _LOOK, dir_fd=self.fd)
         try:
             status = os.fstat(place)
-            check_kind(status, self.path / name, refusal)
-            # By way of the descriptor: the very file that was judged.
-            return self._open_judged(f"/proc/self/fd/{place}", status, writing=writing)
+            check_kind(status, subject or self.path / name, refusal)
+            flags = (os.O_RDWR if writing else os.O_RDONLY) | (os.O_EXCL if exclusive else 0) | _QUIETLY
+            return self._open_judged(place, status, flags)
         finally:
             os.close(place)
 
-    def _open_judged(self, place: str, status: os.stat_result, *, writing: bool) -> int:
-        flags = (os.O_RDWR if writing else os.O_RDONLY) | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    def _open_judged(self, place: int, status: os.stat_result, flags: int) -> int:
         try:
-            with acting_as(self.rights_of_file(status)):
-                return os.open(place, flags)
+            return _reopened(place, flags, self.rights_of_file(status))
         except DeniedToOther:
             if not self._is_safe_for_root(status):
                 raise
-            return os.open(place, flags)
+            return _reopened(place, flags, None)
 
     def rights_of_file(self, status: os.stat_result) -> Rights | None:
         """With whose rights an existing file of this directory is opened, as fstat shows it."""
@@ -152,7 +171,7 @@ class Directory:
     def _is_safe_for_root(self, status: os.stat_result) -> bool:
         """Whether a file that its directory's user may not open can be nothing but a file of this directory."""
         own = self.rights is not None and self._naming is None
-        return own and stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        return own and stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
     @contextmanager
     def changing(self, status: os.stat_result) -> Iterator[None]:
@@ -223,6 +242,41 @@ class Directory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def open_behind(path: Path, *, writing: bool = False, exclusive: bool = False) -> int:
+    """A descriptor of the regular file or block device behind all links of a path. Errors as `Directory.open_file`.
+
+    Whoever has chosen the file by a link must be able to read it.
+    """
+    resolved = resolve(path)
+    with Directory.open(resolved.real.parent, follow=False) as directory:
+        fd = directory.open_file(resolved.real.name, writing=writing, exclusive=exclusive)
+        try:
+            if resolved.chosen_by is not None and resolved.chosen_by != directory.rights:
+                check_readable(resolved.real, fd, resolved.chosen_by)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def check_readable(path: Path, fd: int, rights: Rights | None) -> None:
+    """Raises DeniedToOther unless somebody else could open an opened file for reading by its path themselves."""
+    with acting_as(rights):
+        place = os.open(path, _LOOK)
+        try:
+            if not same_file(os.fstat(place), os.fstat(fd)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            os.close(_reopened(place, os.O_RDONLY | _QUIETLY, None))
+        finally:
+            os.close(place)
+
+
+def _reopened(place: int, flags: int, rights: Rights | None) -> int:
+    """The very file that an O_PATH descriptor is of, whatever has its name by now."""
+    with acting_as(rights):
+        return os.open(f"/proc/self/fd/{place}", flags)
 
 
 def resolve(path: Path, *, strict: bool = False) -> Resolved:

@@ -9,7 +9,6 @@ To give a disk back is a step forward, too: what was still on its way in the epo
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -157,10 +156,9 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
                 "it is read-only: the host there has given the disk on to another one",
                 "`snapchain inspect` of it there tells to which; take it back to there first",
             )
-        if os.path.lexists(case.path):
-            stack.enter_context(ImageLock(case.path, LockMode.WRITE))  # no guest runs on it
         if not case.given(token):
             continue  # it never came to that, and cannot any more once the epoch is a later one
+        stack.enter_context(ImageLock(case.path, LockMode.WRITE))  # no guest runs on it
         if case.state is not ActiveState.READY:
             raise case.conflict(
                 "a guest has written to it since it was given: to go back now would lose that",

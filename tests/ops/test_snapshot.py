@@ -14,7 +14,7 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.host import files
-from snapchain.image import qemu_img, scan
+from snapchain.image import overlay as overlay_module, qemu_img, scan
 from snapchain.image.qemu_img import Qcow2Options
 from snapchain.ops import snapshot
 from snapchain.ops.events import Event, Notice
@@ -181,14 +181,14 @@ def rebase(overlay: Path, backing: str) -> None:
 def test_a_wrong_overlay_does_not_take_the_place_of_the_image(
     wrong: Callable[[Path], None], image: Path, before: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = qemu_img.create
+    real = overlay_module.write_overlay
 
-    def create(path: Path, *arguments: Any, **named: Any) -> None:
-        real(path, *arguments, **named)
+    def write_overlay(fd: int, *arguments: Any, **named: Any) -> None:
+        real(fd, *arguments, **named)
         monkeypatch.undo()
-        wrong(path)
+        wrong(Path(f"/proc/self/fd/{fd}").readlink())
 
-    monkeypatch.setattr(qemu_img, "create", create)
+    monkeypatch.setattr(snapshot, "write_overlay", write_overlay)
     with pytest.raises(Conflict, match="the new overlay does not have the sealed file as its backing file") as caught:
         take(image)
     assert caught.value.subject == str(image)
