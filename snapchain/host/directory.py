@@ -261,8 +261,14 @@ def open_behind(path: Path, *, writing: bool = False, exclusive: bool = False) -
     return fd
 
 
-def check_readable(path: Path, fd: int, rights: Rights | None) -> None:
-    """Raises DeniedToOther unless somebody else could open an opened file for reading by its path themselves."""
+def check_readable(path: Path | None, fd: int, rights: Rights | None) -> None:
+    """Raises DeniedToOther unless somebody else could open an opened file for reading themselves.
+
+    path: by which they would; None where it does not matter whether they can come to it
+    """
+    if path is None:
+        os.close(_reopened(fd, os.O_RDONLY | _QUIETLY, rights))
+        return
     with acting_as(rights):
         place = os.open(path, _LOOK)
         try:

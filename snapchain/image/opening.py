@@ -22,16 +22,20 @@ from snapchain.host.rights import DeniedToOther, Rights
 
 @dataclass(frozen=True, slots=True)
 class NamedBy:
-    """Who has named a file that is to be read. where: the link or the image that does it."""
+    """Who has named a file that is to be read. where: the link or the image that does it, by its own name.
+
+    beside: whether a file in the same directory may be named that they could read if they could come there
+    """
 
     rights: Rights
     where: Path
+    beside: bool = False
 
 
 def owner_of(fd: int, path: Path) -> tuple[NamedBy, ...]:
     """Who could have written what an opened image says; () for root and where this process is not root."""
     owner = os.fstat(fd).st_uid
-    return () if owner == 0 or os.geteuid() != 0 else (NamedBy(Rights.of_user(owner), path),)
+    return () if owner == 0 or os.geteuid() != 0 else (NamedBy(Rights.of_user(owner), path, beside=True),)
 
 
 def open_image(
@@ -69,8 +73,9 @@ def _open(path: Path, subject: object, refusal: type[SnapchainError], named_by: 
 
 
 def _check_named(path: Path, fd: int, subject: object, named_by: NamedBy) -> None:
+    is_beside = named_by.beside and named_by.where.parent == path.parent
     try:
-        check_readable(path, fd, named_by.rights)
+        check_readable(None if is_beside else path, fd, named_by.rights)
     except DeniedToOther as error:
         raise Unsupported(
             f"{named_by.where} leads root to this file, which {named_by.rights}, to whom that belongs, cannot read",

@@ -86,7 +86,7 @@ def _open_backing(backing: Backing, above: Sequence[ImageFile], allowed: Allowed
     place = allowed.place(backing, overlay=overlay)
     recorded = _recorded_format(backing, overlay)
     try:
-        named_by = (*place.named_by, *owner_of(above[-1].fileno(), overlay))
+        named_by = (*place.named_by, *owner_of(above[-1].fileno(), above[-1].real_path))
         fd = open_image(place.real, subject=place.path, refusal=Unsupported, named_by=named_by)
     except NotFound as error:
         raise NotFound("the backing file is missing", subject=place.path, hint=f"{overlay} is based on it") from error

@@ -17,7 +17,7 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give fil
 
 
 @pytest.fixture
-def host() -> Iterator[Path]:
+def open_host() -> Iterator[Path]:
     """A directory of root's that everybody may look into, on the way to which everybody may, too."""
     made = Path(tempfile.mkdtemp(dir="/var/tmp"))
     made.chmod(0o755)

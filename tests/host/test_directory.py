@@ -14,9 +14,8 @@ from snapchain.errors import InvalidInput, SnapchainError, Unsupported
 from snapchain.host import files
 from snapchain.host.directory import Directory, resolve
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights
-from tests.host.others import ALICE, BOB, KVM, directory, file, host, link, root_only
+from tests.host.others import ALICE, BOB, KVM, directory, file, link, root_only
 
-__all__ = ["host"]
 NO_ID = 0xFFFFFFFF
 
 
@@ -48,13 +47,13 @@ def rights_in(path: Path) -> Rights | None:
     ],
 )
 def test_whose_rights_a_directory_is_used_with(
-    host: Path, uid: int, gid: int, mode: int, expected: Rights | None
+    open_host: Path, uid: int, gid: int, mode: int, expected: Rights | None
 ) -> None:
-    outer = directory(host / "outer", uid=uid, gid=gid, mode=mode)
+    outer = directory(open_host / "outer", uid=uid, gid=gid, mode=mode)
     assert rights_in(outer) == expected
     if expected is None or expected.uid == ALICE:
         assert rights_in(directory(outer / "root's")) == expected
-    assert rights_in(host) is None
+    assert rights_in(open_host) is None
 
 
 def access_list(*entries: tuple[int, int, int], mask: int = 7) -> bytes:
@@ -74,21 +73,21 @@ def access_list(*entries: tuple[int, int, int], mask: int = 7) -> bytes:
     ],
 )
 def test_access_lists_name_who_may_write(
-    host: Path, entries: list[tuple[int, int, int]], mask: int, expected: Rights | None
+    open_host: Path, entries: list[tuple[int, int, int]], mask: int, expected: Rights | None
 ) -> None:
-    made = directory(host / "d")
+    made = directory(open_host / "d")
     os.setxattr(made, "system.posix_acl_access", access_list(*entries, mask=mask))
     assert rights_in(made) == expected
 
 
 @root_only
-def test_two_users_on_one_path_are_refused(host: Path) -> None:
-    alices = directory(host / "alice", uid=ALICE)
+def test_two_users_on_one_path_are_refused(open_host: Path) -> None:
+    alices = directory(open_host / "alice", uid=ALICE)
     for name, uid, gid, mode in (("b", BOB, BOB, 0o755), ("g", 0, KVM, 0o775), ("w", 0, 0, 0o777)):
         with pytest.raises(Unsupported, match=f"user {ALICE} and .* could use root against each other") as raised:
             rights_in(directory(alices / name, uid=uid, gid=gid, mode=mode))
         assert raised.value.subject == str(alices / name)
-    both = directory(host / "both")
+    both = directory(open_host / "both")
     os.setxattr(both, "system.posix_acl_access", access_list((4, 5, NO_ID), (2, 7, ALICE), (2, 7, BOB)))
     with pytest.raises(Unsupported, match=f"user {ALICE} and user {BOB}"):
         rights_in(both)
@@ -96,10 +95,10 @@ def test_two_users_on_one_path_are_refused(host: Path) -> None:
 
 @root_only
 @pytest.mark.parametrize("kind", ["absolute", "relative", "above"])
-def test_links_are_followed_with_the_rights_where_they_lie(host: Path, kind: str) -> None:
-    secret = directory(host / "secret", mode=0o700)
+def test_links_are_followed_with_the_rights_where_they_lie(open_host: Path, kind: str) -> None:
+    secret = directory(open_host / "secret", mode=0o700)
     file(secret / "disk")
-    alices = directory(host / "alice", uid=ALICE)
+    alices = directory(open_host / "alice", uid=ALICE)
     targets: dict[str, str | Path] = {"absolute": secret, "relative": "../secret", "above": "../alice/../secret"}
     target = targets[kind]
     link(alices / "vms", target, uid=ALICE)
@@ -116,15 +115,15 @@ def test_links_are_followed_with_the_rights_where_they_lie(host: Path, kind: str
         for change in changes:
             with pytest.raises(DeniedToOther):
                 change()
-    link(host / "trusted", secret)
-    assert rights_in(host / "trusted") is None
+    link(open_host / "trusted", secret)
+    assert rights_in(open_host / "trusted") is None
     assert sorted(path.name for path in secret.iterdir()) == ["disk"]
 
 
 @root_only
-def test_a_link_in_a_sticky_directory_is_its_owners(host: Path) -> None:
-    secret = directory(host / "secret", mode=0o700)
-    shared = directory(host / "shared", mode=0o1777)
+def test_a_link_in_a_sticky_directory_is_its_owners(open_host: Path) -> None:
+    secret = directory(open_host / "secret", mode=0o700)
+    shared = directory(open_host / "shared", mode=0o1777)
     link(shared / "alices", secret, uid=ALICE)
     link(shared / "roots", secret)
     assert rights_in(shared / "alices") == Rights.of_user(ALICE)
@@ -159,17 +158,17 @@ def test_resolving_is_what_realpath_does(tmp_path: Path, path: str) -> None:
 
 
 @root_only
-def test_resolving_says_who_has_chosen_the_place(host: Path) -> None:
-    secret = directory(host / "secret", mode=0o755)
-    alices = directory(host / "alice", uid=ALICE)
+def test_resolving_says_who_has_chosen_the_place(open_host: Path) -> None:
+    secret = directory(open_host / "secret", mode=0o755)
+    alices = directory(open_host / "alice", uid=ALICE)
     file(alices / "own", uid=ALICE)
     file(secret / "disk")
     link(alices / "there", secret / "disk", uid=ALICE)
     link(alices / "here", "own", uid=ALICE)
-    link(host / "into", alices / "own")
+    link(open_host / "into", alices / "own")
     assert resolve(alices / "there").chosen_by == Rights.of_user(ALICE)
     assert resolve(alices / "there").real == secret / "disk"
-    for path in (alices / "here", alices / "own", host / "into", secret / "disk"):
+    for path in (alices / "here", alices / "own", open_host / "into", secret / "disk"):
         assert resolve(path).chosen_by is None
 
 
@@ -177,9 +176,9 @@ def test_resolving_says_who_has_chosen_the_place(host: Path) -> None:
 
 
 @root_only
-def test_a_file_in_somebodys_directory_is_opened_with_their_rights(host: Path) -> None:
-    alices = directory(host / "alice", uid=ALICE)
-    elsewhere = file(host / "secret", "secret")
+def test_a_file_in_somebodys_directory_is_opened_with_their_rights(open_host: Path) -> None:
+    alices = directory(open_host / "alice", uid=ALICE)
+    elsewhere = file(open_host / "secret", "secret")
     file(alices / "own", uid=ALICE)
     file(alices / "libvirt's", uid=BOB)
     os.link(elsewhere, alices / "hard")
@@ -194,10 +193,10 @@ def test_a_file_in_somebodys_directory_is_opened_with_their_rights(host: Path) -
 
 
 @root_only
-def test_a_file_that_somebody_moved_into_another_directory_is_not_opened_for_root(host: Path) -> None:
+def test_a_file_that_somebody_moved_into_another_directory_is_not_opened_for_root(open_host: Path) -> None:
     """Only where it lies in their own; a swapped directory is no such place."""
-    alices = directory(host / "alice", uid=ALICE)
-    roots = directory(host / "roots")
+    alices = directory(open_host / "alice", uid=ALICE)
+    roots = directory(open_host / "roots")
     file(roots / "disk")
     link(alices / "vms", roots, uid=ALICE)
     with Directory.open(alices / "vms") as opened, pytest.raises(DeniedToOther):
@@ -205,13 +204,13 @@ def test_a_file_that_somebody_moved_into_another_directory_is_not_opened_for_roo
 
 
 @root_only
-def test_files_in_a_sticky_directory(host: Path) -> None:
-    shared = directory(host / "shared", mode=0o1777)
-    secret = file(host / "secret")
+def test_files_in_a_sticky_directory(open_host: Path) -> None:
+    shared = directory(open_host / "shared", mode=0o1777)
+    secret = file(open_host / "secret")
     file(shared / "roots")
     file(shared / "alices", uid=ALICE)
     os.link(secret, shared / "hard")
-    os.link(file(host / "bobs", uid=BOB), shared / "bobs")
+    os.link(file(open_host / "bobs", uid=BOB), shared / "bobs")
     with Directory.open(shared) as opened:
         for name in ("roots", "alices", "bobs"):
             os.close(opened.open_file(name))
@@ -232,23 +231,23 @@ def test_nothing_but_files_and_devices_is_opened(tmp_path: Path) -> None:
 
 
 @root_only
-def test_a_new_file_is_roots_whoever_owns_the_directory(host: Path) -> None:
+def test_a_new_file_is_roots_whoever_owns_the_directory(open_host: Path) -> None:
     for name, uid, mode in (("alice", ALICE, 0o755), ("all", 0, 0o777), ("sticky", 0, 0o1777)):
-        with Directory.open(directory(host / name, uid=uid, mode=mode)) as opened:
+        with Directory.open(directory(open_host / name, uid=uid, mode=mode)) as opened:
             fd = opened.create("new", mode=0o7777)
             status = os.fstat(fd)
             os.close(fd)
             assert (status.st_uid, status.st_mode & 0o7777 & ~0o666) == (0, 0)
-            link(host / name / "dangling", "nowhere", uid=ALICE)
+            link(open_host / name / "dangling", "nowhere", uid=ALICE)
             with pytest.raises(FileExistsError):
                 opened.create("dangling")
 
 
 @root_only
-def test_changes_of_a_file_are_made_with_the_rights_of_its_directory(host: Path) -> None:
+def test_changes_of_a_file_are_made_with_the_rights_of_its_directory(open_host: Path) -> None:
     """A hard link leads root to a file of root's: what its user could not do to it is not done."""
-    readable = file(host / "passwd", mode=0o644)
-    alices = directory(host / "alice", uid=ALICE)
+    readable = file(open_host / "passwd", mode=0o644)
+    alices = directory(open_host / "alice", uid=ALICE)
     os.link(readable, alices / "disk")
     with pytest.raises(InvalidInput, match=f"disk: permission denied to user {ALICE}"):
         files.set_mode(alices / "disk", 0o666)
@@ -321,8 +320,8 @@ def test_paths_without_links_may_be_asked_for(tmp_path: Path) -> None:
 
 
 @root_only
-def test_descriptors_are_given_back(host: Path) -> None:
-    alices = directory(host / "alice", uid=ALICE)
+def test_descriptors_are_given_back(open_host: Path) -> None:
+    alices = directory(open_host / "alice", uid=ALICE)
     link(alices / "link", "/nowhere/deep", uid=ALICE)
     link(alices / "loop", "loop", uid=ALICE)
     directory(alices / "bob", uid=BOB)

@@ -13,9 +13,8 @@ from snapchain.errors import InvalidInput, Unsupported
 from snapchain.host import rights as module
 from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights, acting_as
-from tests.host.others import ALICE, KVM, file, host, root_only
+from tests.host.others import ALICE, KVM, file, root_only
 
-__all__ = ["host"]
 pytestmark = root_only
 
 
@@ -27,9 +26,9 @@ def can_read(path: Path) -> bool:
     return True
 
 
-def test_the_kernel_judges_by_the_other_rights_and_by_roots_again(host: Path) -> None:
-    secret, theirs = file(host / "secret"), file(host / "theirs", uid=ALICE)
-    of_group = file(host / "group", gid=KVM, mode=0o640)
+def test_the_kernel_judges_by_the_other_rights_and_by_roots_again(open_host: Path) -> None:
+    secret, theirs = file(open_host / "secret"), file(open_host / "theirs", uid=ALICE)
+    of_group = file(open_host / "group", gid=KVM, mode=0o640)
     before = os.getgroups()
     with acting_as(Rights(ALICE, KVM, (KVM,))):
         assert [can_read(path) for path in (secret, theirs, of_group)] == [False, True, True]
@@ -42,15 +41,15 @@ def test_the_kernel_judges_by_the_other_rights_and_by_roots_again(host: Path) ->
     assert os.getgroups() == before
 
 
-def test_supplementary_groups_count_and_root_group_is_left_behind(host: Path) -> None:
-    of_group, of_root = file(host / "group", gid=KVM, mode=0o640), file(host / "root", gid=0, mode=0o640)
+def test_supplementary_groups_count_and_root_group_is_left_behind(open_host: Path) -> None:
+    of_group, of_root = file(open_host / "group", gid=KVM, mode=0o640), file(open_host / "root", gid=0, mode=0o640)
     with acting_as(Rights(ALICE, ALICE, (KVM,))):
         assert can_read(of_group)
         assert not can_read(of_root)
 
 
-def test_other_threads_stay_root(host: Path) -> None:
-    secret = file(host / "secret")
+def test_other_threads_stay_root(open_host: Path) -> None:
+    secret = file(open_host / "secret")
     inside, done, seen = threading.Event(), threading.Event(), []
 
     def other() -> None:
@@ -68,16 +67,16 @@ def test_other_threads_stay_root(host: Path) -> None:
     assert seen == [(True, groups)]
 
 
-def test_roots_rights_come_back_after_any_error(host: Path) -> None:
-    secret = file(host / "secret")
+def test_roots_rights_come_back_after_any_error(open_host: Path) -> None:
+    secret = file(open_host / "secret")
     for error in (ValueError, KeyboardInterrupt, OSError):
         with pytest.raises(error), acting_as(EVERYBODY):
             raise error
         assert can_read(secret)
 
 
-def test_a_denial_says_to_whom(host: Path) -> None:
-    secret = file(host / "secret")
+def test_a_denial_says_to_whom(open_host: Path) -> None:
+    secret = file(open_host / "secret")
     with pytest.raises(DeniedToOther) as raised, acting_as(Rights.of_user(ALICE)), secret.open():
         pass
     assert raised.value.rights.uid == ALICE

@@ -77,7 +77,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], type[SnapchainError], str]] = {
     "no power of two": (
         {"cluster_size": 65537},
         InvalidInput,
-        "cluster size of 65537 bytes|a power of two",
+        "choose a power of two|cluster size of 65537 bytes is not allowed",
     ),
     "a field too many": ({"backing": "/etc/passwd"}, Corrupt, "the sender: .* unsound: backing"),
 }

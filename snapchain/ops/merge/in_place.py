@@ -16,7 +16,6 @@ from snapchain.host import files
 from snapchain.host.directory import same_file
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
-from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile, inplace
 from snapchain.image.inplace import Amendment
 from snapchain.image.reread import check_link, check_refcounts, reread
@@ -50,7 +49,7 @@ def make(
             if planned.strategy is Strategy.ABSORB:
                 inplace.relink(work, fd, subject=planned.result)
             inplace.settle(fd, subject=work.file.path)
-            with reread(work.file.real_path, old.files[: planned.first]) as new:
+            with reread(work.file.real_path, fd, old.files[: planned.first]) as new:
                 check_link(new, place=work.file.real_path)
                 check_refcounts(new.top)
             if planned.strategy is Strategy.COMMIT:
@@ -82,7 +81,7 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
     inplace.fill(work, fd, subject=planned.result, on_bytes=on_bytes, prove=check)
     if planned.strategy is Strategy.COMMIT:
         inplace.relink(work, fd, subject=planned.result)
-    with reread(work.file.real_path, below) as new:
+    with reread(work.file.real_path, fd, below) as new:
         if not inplace.same_map(new.top, shown[0]):
             raise Corrupt("the tables on the disk are not those that were proven", subject=planned.result)
 
@@ -129,8 +128,7 @@ def _record(planned: MergePlan, work: Amendment, old: ImageChain) -> MergeJourna
 @contextmanager
 def _opened(file: ImageFile) -> Iterator[int]:
     """For writing; the very file that was scanned."""
-    with os_errors(file.path):
-        fd = os.open(file.real_path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = files.open_file(file.real_path, writing=True)
     try:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != file.device:
