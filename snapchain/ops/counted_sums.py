@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Annotated
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from snapchain.errors import Corrupt, NotFound, SnapchainError
-from snapchain.host.files import open_file, write_atomically
+from snapchain.errors import NotFound, SnapchainError
+from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
 from snapchain.host.places import state_dir
 from snapchain.image import ImageChain, ImageFile
 from snapchain.model.content import SUM_BYTES, Sum, empty_sum
 from snapchain.ops.events import Notice, OnEvent
+from snapchain.ops.own_state import read_own, write_own
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum, encode_sum
 from snapchain.replica.leaves import counted
@@ -60,7 +61,9 @@ class CountedSums:
         self._written: dict[str, Sum] = {}
         try:
             self._path = state_dir() / "sums" / f"{blake3(os.fsencode(self._image)).hexdigest(length=16)}.json"
-            self._written = {key: decode_sum(text) for key, text in _read(self._path).sums.items()}
+            self._written = {
+                key: decode_sum(text) for key, text in read_own(self._path, _Remembered, largest=_LARGEST).sums.items()
+            }
             self._sums = dict(self._written)
         except NotFound:
             pass
@@ -104,9 +107,7 @@ class CountedSums:
         kept = dict(list(self._sums.items())[-_MOST:])
         record = _Remembered(image=self._image, sums={key: encode_sum(total) for key, total in kept.items()})
         try:
-            with os_errors(self._path.parent):
-                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(self._path, record.model_dump_json().encode())
+            write_own(self._path, record)
             self._written = kept
         except (SnapchainError, AttributeError) as error:
             self._tell("cannot be remembered", error)
@@ -117,20 +118,38 @@ class CountedSums:
         )
 
 
-def _read(path: Path) -> _Remembered:
-    """Raises NotFound, and SnapchainError for a file that somebody else may have written."""
-    fd = open_file(path)
-    with os_errors(path), os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise Corrupt("others may have written to this file", subject=path, hint="remove it")
-        text = file.read(_LARGEST + 1)
-    if len(text) > _LARGEST:
-        raise Corrupt(f"this file has more than {_LARGEST} bytes", subject=path, hint="remove it")
-    try:
-        return _Remembered.model_validate_json(text)
-    except ValidationError as error:
-        raise Corrupt("this file is unsound", subject=path, hint="remove it") from error
+def carry_over(
+    image: Path,
+    old: ImageChain,
+    scanned: Callable[[], ImageChain],
+    *,
+    first: int,
+    last: int,
+    on_event: OnEvent,
+) -> None:
+    """After a merge of old files `first` to `last`: the new views show what the old ones did, which is proven.
+
+    scanned: opens the chain as it is now; not called where nothing is remembered
+    Others who may write to the directory could change the result before it is looked at here: then nothing is carried
+    over, and its files are read again.
+    """
+    sums = CountedSums(image, on_event)
+    known = {count: total for count in range(1, len(old.files) + 1) if (total := sums.of(old, count)) is not None}
+    if not any(count > last for count in known) or _shared(old.files[last].real_path.parent):
+        return
+    with scanned() as new:
+        for count in range(first + 1, len(new.files) + 1):
+            total = known.get(count + last - first)
+            if total is not None:
+                sums.note(new, count, total)
+    sums.flush()
+
+
+def _shared(directory: Path) -> bool:
+    """Whether somebody else than this user may write to a directory, or to one on the way to it."""
+    with os_errors(directory), Directory.open(directory) as opened:
+        status = os.fstat(opened.fd)
+        return opened.rights is not None or status.st_uid != os.geteuid() or bool(status.st_mode & 0o022)
 
 
 def _key(files: Sequence[ImageFile]) -> str | None:

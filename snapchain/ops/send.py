@@ -37,6 +37,7 @@ from snapchain.ops.send_groups import composed, groups
 from snapchain.ops.send_recognise import recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
+from snapchain.ops.sent_views import SentViews
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.endpoint import Endpoint
@@ -397,6 +398,8 @@ class _Run:
         shown = content_id(size, total)
         self._sender.send_point(time=datetime.now(UTC), labels=self._request.labels, size=size, shown=shown)
         finished = self._sender.finish()
+        if finished is not None:
+            self._remember()
         return SendReport(
             disk=self._request.disk,
             destination=self._destination,
@@ -411,6 +414,13 @@ class _Run:
             content_id=shown,
             seconds=time.monotonic() - begun,
         )
+
+    def _remember(self) -> None:
+        """What was sent, for `verify`."""
+        try:
+            SentViews(self._destination, self._request.disk).note(self._chain, self.sums)
+        except SnapchainError as error:
+            self._on_event(Notice(f"`verify` cannot compare what was sent with what is there: {error}"))
 
     def _groups(self, base: _Base) -> list[range]:
         each = self._request.files is Files.EACH
