@@ -15,6 +15,7 @@ from pathlib import Path
 
 from snapchain.errors import SnapchainError
 from snapchain.host.files import read_small, write_atomically
+from snapchain.host.places import make_directory
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
 
@@ -33,7 +34,7 @@ class CachedStore(StoreWrapper):
         self._directory = directory
         self._prefix = prefix
         with suppress(OSError):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_directory(directory)
 
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         if not name.startswith(self._prefix) or offset or length is not None:

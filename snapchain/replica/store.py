@@ -170,7 +170,7 @@ def open_replica(root: Path, *, make: bool = False) -> Replica:
     if not make:
         raise NotFound("there is no replica here", subject=root)
     with os_errors(root), suppress(FileExistsError):
-        root.mkdir()
+        root.mkdir(mode=0o755)
     check_free(root)
     write_record(marker, Marker())
     fsync_dir(root.parent)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.host.files import read_small, write_atomically
-from snapchain.host.places import cache_dir, state_dir
+from snapchain.host.places import cache_dir, make_directory, state_dir
 from snapchain.repository.crypto import NONE
 
 _LARGEST = 64 * 1024 * 1024
@@ -95,7 +95,7 @@ class Memory:
         with self._lock, suppress(SnapchainError, OSError, RuntimeError):
             known = self._loaded()
             if known != self._written:
-                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_directory(self._path.parent)
                 write_atomically(self._path, _Generations(id=self._seen.id, disks=known).model_dump_json().encode())
                 self._written = dict(known)
 
@@ -123,7 +123,7 @@ def remember(seen: Known) -> None:
     """Note a repository, whatever was known of its address."""
     path = _path(seen.place)
     with suppress(SnapchainError, OSError, RuntimeError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(path.parent)
         write_atomically(path, seen.model_dump_json().encode())
 
 
