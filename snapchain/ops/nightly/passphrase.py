@@ -6,23 +6,18 @@ import os
 from collections.abc import Callable
 
 from snapchain.errors import InvalidInput
-from snapchain.host.files import read_small
-from snapchain.host.processes import run
+from snapchain.host import passphrases
 from snapchain.ops.nightly.config import Destination
 
-_SECONDS = 60.0
-_CAP = 64 << 10
 _DEFAULT = "SNAPCHAIN_PASSWORD"
 
 
-def source(destination: Destination) -> Callable[[], str]:
+def source(destination: Destination, *, on_notice: passphrases.OnNotice) -> Callable[[], str]:
     """A function that gives the passphrase when asked. It raises InvalidInput where nobody has set one."""
     if (path := destination.password_file) is not None:
-        # Secrets are often links: systemd's credentials, Kubernetes' mounts.
-        return lambda: _first_line(read_small(path.resolve(), cap=_CAP), subject=str(path))
+        return lambda: passphrases.from_file(path, on_notice=on_notice)
     if (argv := destination.password_command) is not None:
-        # The whole environment: a password manager finds its agent and its home there.
-        return lambda: _first_line(run(argv, timeout=_SECONDS, env=dict(os.environ)).stdout, subject=argv[0])
+        return lambda: passphrases.from_program(argv)
     name = destination.password_env or _DEFAULT
     return lambda: _variable(name)
 
@@ -35,13 +30,3 @@ def _variable(name: str) -> str:
             hint="set it, or let the destination name its password_file, password_command or password_env",
         )
     return value
-
-
-def _first_line(text: bytes, *, subject: str) -> str:
-    try:
-        line = text.decode().partition("\n")[0].rstrip("\r")
-    except UnicodeDecodeError as error:
-        raise InvalidInput("the passphrase is not UTF-8 text", subject=subject) from error
-    if not line:
-        raise InvalidInput("the passphrase there is empty", subject=subject)
-    return line
