@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import pwd
 import select
-import shlex
 import stat
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.processes import run
+from snapchain.host.terminal import shell_word
 
 _SECONDS = 60.0
 """A program, or the writer of a pipe, has so long."""
@@ -57,7 +57,7 @@ def from_program(argv: Sequence[str]) -> str:
 
 def _check(path: Path, status: os.stat_result, on_notice: OnNotice) -> None:
     """Raises InvalidInput for a file that anybody may write to."""
-    remedy = f"chmod 600 {shlex.quote(str(path))}"
+    remedy = f"chmod 600 {shell_word(path)}"
     if status.st_mode & stat.S_IWOTH:
         raise InvalidInput("every user of this host can replace this passphrase", subject=path, hint=remedy)
     if status.st_mode & stat.S_IROTH:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Unsupported
+from snapchain.host.terminal import shell_word
 from snapchain.image.qcow2.header import Backing
 
 REPLICA, CATALOGUE, ACTIVE = "snapchain-replica.json", "catalogue.json", "active"
@@ -62,7 +63,7 @@ class Allowed:
             raise Unsupported(
                 f"the backing file {_shown(name)} lies outside the directories that you named",
                 subject=overlay,
-                hint=f"if you trust the image: --image-dir {found.real.parent}",
+                hint=f"if you trust the image: --image-dir {shell_word(found.real.parent)}",
             )
         return found
 

@@ -17,6 +17,7 @@ from snapchain.host import files
 from snapchain.host.os_errors import os_errors
 from snapchain.host.places import make_directory
 from snapchain.host.temporary_names import NEW, temporary_beside
+from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.report import NightlyReport, Outcome
 from snapchain.ops.nightly.state import DestinationState, State
@@ -48,7 +49,8 @@ def _number(value: float) -> str:
 
 
 def _escaped(text: str, *, quote: bool = False) -> str:
-    plain = text.replace("\\", "\\\\").replace("\n", "\\n")
+    # The format knows no other escapes; a name may be shown by `cat`, or by whatever alerts.
+    plain = "\\n".join(printable(part).replace("\\", "\\\\") for part in text.split("\n"))
     return plain.replace('"', '\\"') if quote else plain
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.errors import Unsupported
+from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Nightly
 
 _STATE, _CACHE = "/var/lib", "/var/cache"
@@ -213,14 +215,21 @@ def _hooks(config: Nightly) -> bool:
 
 def _word(text: str) -> str:
     """One word of a directive: systemd.syntax(7) and its specifiers."""
-    plain = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    plain = _checked(text).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{plain}"' if plain != text or not text.isascii() or set(text) & set(" \t'#;") else text
 
 
 def _path(path: Path) -> str:
     """The rest of a directive: taken as it stands, but for specifiers."""
-    return str(path).replace("%", "%%")
+    return _plain(str(path))
 
 
 def _plain(text: str) -> str:
-    return text.replace("%", "%%")
+    return _checked(text).replace("%", "%%")
+
+
+def _checked(text: str) -> str:
+    """Raises Unsupported for what would end the line of a directive, or not show what it says."""
+    if printable(text) != text:
+        raise Unsupported("a path with control characters cannot stand in a unit file", subject=text)
+    return text

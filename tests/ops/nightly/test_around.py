@@ -311,7 +311,7 @@ def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
     done = subprocess.run(["systemd-analyze", "verify", *files], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     # An exposure of 2.9 at most: what is left is root, the network, and the capabilities that the work takes.
-    judge = ["systemd-analyze", "security", "--offline=yes", "--threshold=29", "--no-pager", files[0]]
+    judge = ["systemd-analyze", "security", "--offline=yes", "--threshold=29", "--no-pager", str(files[0])]
     done = subprocess.run(judge, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
