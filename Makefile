@@ -12,7 +12,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench soak hostile mutate clean
+.PHONY: help demo test check format bench soak hostile mutate lock audit clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -52,6 +52,14 @@ hostile:  ## ten thousand mutated peers, stores, records and images (ARGS='--kin
 mutate:  ## break each line that keeps a promise, and see a test turn red (ARGS: words that choose some)
 	@.ci/setup test
 	@$(PY) -m tests.mutations $(ARGS)
+
+lock:  ## pin the newest versions that pyproject.toml allows, by hash, in requirements.lock and .ci/tools.lock
+	@.ci/setup tools
+	@.cache/tools/bin/python .ci/lock .cache/tools/bin/uv
+
+audit:  ## known vulnerabilities in what the locks pin, asked of OSV or a mirror of it (OSV_URL=...)
+	@.ci/setup tools
+	@.cache/tools/bin/python .ci/audit .cache/tools/bin/pip-audit $(OSV_URL)
 
 clean:  ## forget everything made here, the virtual environment too
 	rm -rf .venv .cache build dist demo-work fixtures/made .pytest_cache .mypy_cache .ruff_cache .hypothesis

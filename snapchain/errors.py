@@ -30,6 +30,8 @@ class SnapchainError(Exception):
 
     exit_code = 1
     kind = "error"
+    has_rows = False
+    """Whether the message is a list, one line each. In any other message a line feed belongs to a name."""
 
     def __init__(self, message: str, *, subject: object = None, hint: str | None = None) -> None:
         super().__init__(message)

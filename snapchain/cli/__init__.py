@@ -14,7 +14,7 @@ from typing import NoReturn
 from snapchain.cli import exits, streams
 from snapchain.cli.signals import interrupting
 from snapchain.errors import Unsupported
-from snapchain.host import descriptors
+from snapchain.host import descriptors, hardening
 
 __all__ = ["main", "program"]
 
@@ -56,6 +56,7 @@ def program() -> NoReturn:
     modules down again would be a fifth of a short command's time. Nothing here is left to an exit handler, and what
     stdout would not take is not offered to it again.
     """
+    hardening.harden()
     streams.occupy_descriptors()
     os._exit(main())
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from snapchain.cli import signals
 from snapchain.cli.streams import ReaderGone
-from snapchain.cli.text import printable
 from snapchain.errors import InvalidInput, OutputFailed, SnapchainError, ToolFailed
+from snapchain.host.terminal import printable
 
 BUG = 1
 USAGE = InvalidInput.exit_code
@@ -41,7 +41,11 @@ def tell(error: BaseException, *, as_json: bool, left_behind: str | None = None)
     if as_json:
         _write_json(facts)
     else:
-        _write(facts, stderr=error.stderr if isinstance(error, ToolFailed) else "")
+        _write(
+            facts,
+            has_rows=isinstance(error, SnapchainError) and error.has_rows,
+            stderr=error.stderr if isinstance(error, ToolFailed) else "",
+        )
     return int(facts["exit_code"])
 
 
@@ -89,10 +93,10 @@ def _row(
     return {"kind": kind, "message": message, "subject": subject, "hint": hint, "exit_code": exit_code}
 
 
-def _write(facts: dict[str, Any], *, stderr: str) -> None:
+def _write(facts: dict[str, Any], *, has_rows: bool, stderr: str) -> None:
     subject = f"{printable(facts['subject'])}: " if facts["subject"] else ""
     word = "" if facts["kind"] == "interrupted" else "error: "
-    first, *rest = map(printable, facts["message"].split("\n"))
+    first, *rest = map(printable, facts["message"].split("\n") if has_rows else [facts["message"]])
     lines = [f"snapchain: {word}{subject}{first}", *(f"    {line.strip()}" for line in rest)]
     # The message has the program's last line already.
     lines += [f"    {printable(line)}" for line in stderr.strip().splitlines() if line.strip() not in facts["message"]]

@@ -68,7 +68,7 @@ def init(
         )
         if out.plan(plan, _draw_plan):
             return
-        secret = passphrase.source(password_file, password_command)
+        secret = passphrase.source(password_file, password_command, out)
         out.report(ops.run(plan, passphrase=secret, on_event=out.on_event), _draw_report)
 
 

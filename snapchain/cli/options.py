@@ -149,7 +149,7 @@ def repository(
 
     opened = open_destination(
         located(dest),
-        passphrase=passphrase.source(password_file, password_command),
+        passphrase=passphrase.source(password_file, password_command, out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text),
@@ -187,7 +187,7 @@ def destination(
             raise InvalidInput("--pack-size is for repositories; a replica has no packs", subject=dest)
     found = destination_at(
         dest,
-        passphrase=passphrase.source(password_file, password_command),
+        passphrase=passphrase.source(password_file, password_command, out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text),

@@ -105,10 +105,10 @@ class Output:
 
 def console(*, stderr: bool = False) -> Console:
     """The terminal on stdout or stderr; a file or a pipe has no end of the line."""
-    from rich.console import Console
+    from snapchain.cli.console import EscapingConsole
 
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, width=None if is_terminal else UNBOUNDED, highlight=False, markup=False, emoji=False)
+    return EscapingConsole(stderr=stderr, width=None if is_terminal else UNBOUNDED)
 
 
 def plain(value: Any) -> Any:

@@ -9,34 +9,34 @@ import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snapchain.errors import InvalidInput
 
-_SECONDS = 60.0
-_LIMIT = 64 * 1024
+if TYPE_CHECKING:
+    from snapchain.cli.output import Output
 
 
-def source(file: Path | None, command: str | None) -> Callable[[], str | None]:
+def source(file: Path | None, command: str | None, out: Output) -> Callable[[], str | None]:
     """A function that gives the passphrase when asked, or None when nobody has set one."""
     if file is not None and command is not None:
         raise InvalidInput("--password-file and --password-command are both given", hint="choose one of them")
     if file is not None:
-        return lambda: _from_file(file)
+        return lambda: _from_file(file, out)
     if command is not None:
         return lambda: _from_command(command)
     return lambda: os.environ.get("SNAPCHAIN_PASSWORD") or None
 
 
-def _from_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return _first_line(file.read(_LIMIT), subject=str(path))
-    except OSError as error:
-        raise InvalidInput(f"the passphrase cannot be read: {error.strerror}", subject=path) from error
+def _from_file(path: Path, out: Output) -> str:
+    from snapchain.host import passphrases
+    from snapchain.ops.events import Notice
+
+    return passphrases.from_file(path, on_notice=lambda words: out.on_event(Notice(words)))
 
 
 def _from_command(command: str) -> str:
-    from snapchain.host.processes import run
+    from snapchain.host import passphrases
 
     try:
         argv = shlex.split(command)
@@ -44,16 +44,4 @@ def _from_command(command: str) -> str:
         raise InvalidInput(f"not a command: {error}", subject=command) from error
     if not argv:
         raise InvalidInput("--password-command is empty")
-    # The whole environment: a password manager finds its agent, its display and its home there.
-    done = run(argv, timeout=_SECONDS, env=dict(os.environ))
-    return _first_line(done.stdout, subject=argv[0])
-
-
-def _first_line(text: bytes, *, subject: str) -> str:
-    try:
-        line = text.decode().partition("\n")[0].rstrip("\r")
-    except UnicodeDecodeError as error:
-        raise InvalidInput("the passphrase is not UTF-8 text", subject=subject) from error
-    if not line:
-        raise InvalidInput("the passphrase there is empty", subject=subject)
-    return line
+    return passphrases.from_program(argv)

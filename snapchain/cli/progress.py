@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from snapchain.cli.quantities import size
-from snapchain.cli.text import printable
+from snapchain.host.terminal import printable
 
 if TYPE_CHECKING:
     from snapchain.ops.events import Event
@@ -159,16 +159,17 @@ def _beginning(text: str) -> str:
 
 
 def _bar() -> Any:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
+
+    from snapchain.cli.console import EscapingConsole
 
     return Progress(
         TextColumn("{task.description:<10}", markup=False),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True, markup=False, emoji=False),
+        console=EscapingConsole(stderr=True),
         transient=True,
         expand=True,
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.cli import quantities
-from snapchain.cli.text import printable
+from snapchain.host.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

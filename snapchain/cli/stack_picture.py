@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from snapchain.cli import quantities
 from snapchain.cli.render import is_unicode
-from snapchain.cli.text import printable
+from snapchain.host.terminal import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

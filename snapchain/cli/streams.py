@@ -6,6 +6,10 @@
 
 The stream itself raises them, so that typer, rich and the verbs end alike. ReaderGone is no OSError: rich
 and typer would take one for theirs, and exit with 1.
+
+The stream also escapes control characters but line feeds, tabs and colours (host/terminal.py): those that come from
+outside have no way past it, be it in a traceback or in a warning of a library. A console escapes by itself, since it
+moves the cursor, and has `unescaped`.
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from snapchain.errors import OutputFailed
+from snapchain.host.terminal import printable_lines
 
 _STDOUT = "standard output"
 
@@ -45,10 +50,19 @@ class Stdout:
 
     def write(self, text: str) -> int:
         """Write all of it. Raises ReaderGone, OutputFailed."""
+        self._write(printable_lines(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """As `write`."""
+        for line in lines:
+            self.write(line)
+
+    def _write(self, text: str) -> None:
         if self._inner is None:
             raise failure(None)
         try:
-            return self._inner.write(text)
+            self._inner.write(text)
         except OSError as error:
             raise failure(error) from error
 
@@ -73,16 +87,35 @@ class Stdout:
 class Stderr(Stdout):
     """Standard error: what cannot be written there is lost."""
 
-    def write(self, text: str) -> int:
+    def _write(self, text: str) -> None:
         """Write what can be written."""
         with suppress(ReaderGone, OutputFailed):  # there is no third stream to tell it on
-            super().write(text)
-        return len(text)
+            super()._write(text)
 
     def flush(self) -> None:
         """Never raises."""
         with suppress(ReaderGone, OutputFailed):
             super().flush()
+
+
+class _Unescaped:
+    """One of these streams for a caller that escapes by itself."""
+
+    def __init__(self, stream: Stdout) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream._write(text)  # noqa: SLF001 - the two are one thing
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def unescaped(stream: TextIO) -> TextIO:
+    """The stream, with nothing escaped that is written to it."""
+    found: object = getattr(stream, "rich_proxied_file", stream)  # while a progress bar is shown
+    return cast("TextIO", _Unescaped(found)) if isinstance(found, Stdout) else stream
 
 
 @contextmanager

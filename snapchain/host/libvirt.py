@@ -16,6 +16,7 @@ from xml.etree import ElementTree as ET
 
 from snapchain.errors import SnapchainError, ToolFailed
 from snapchain.host.processes import run
+from snapchain.host.terminal import shell_line
 
 SECONDS = 10.0
 """The longest that all questions together may take."""
@@ -154,7 +155,7 @@ class _Virsh:
         try:
             return ET.fromstring(text.encode("utf-8", "surrogateescape"))  # noqa: S314 - libvirt's own words
         except ET.ParseError as error:
-            self.faults.append(f"`virsh {' '.join(words)}` printed no XML: {error}")
+            self.faults.append(f"`{shell_line(['virsh', *words])}` printed no XML: {error}")
             return None
 
 

@@ -1,4 +1,4 @@
-"""Where a user's programs keep what they remember: the XDG base directories."""
+"""Where a user's programs keep what they remember: the XDG base directories. Nobody else reads what lies there."""
 
 from __future__ import annotations
 
@@ -17,3 +17,13 @@ def state_dir() -> Path:
 def cache_dir() -> Path:
     """$XDG_CACHE_HOME/snapchain, by default ~/.cache/snapchain."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snapchain"
+
+
+def make_directory(directory: Path, *, mode: int = 0o700) -> None:
+    """Make a directory and those above it that are missing, each with this mode, whatever the umask allows.
+
+    `Path.mkdir(mode=..., parents=True)` gives the mode to the last one only.
+    """
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(mode=mode, exist_ok=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from snapchain.errors import NotFound, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.remote_address import RemoteAddress
+from snapchain.host.terminal import printable
 
 _OF_SSH = 255
 _GO_ON = "run it again: it goes on where it stopped"
@@ -147,8 +148,7 @@ def _last_words(stderr: str) -> str:
     told = [line for line in stderr.splitlines() if re.search(r"\w", line)]
     if not told:
         return ""
-    harmless = "".join(letter if letter.isprintable() else " " for letter in told[-1])
-    return f": {' '.join(harmless.split())[:_SAID_CAP].rstrip('.')}"
+    return f": {' '.join(printable(told[-1]).split())[:_SAID_CAP].rstrip('.')}"
 
 
 def _signal_name(number: int) -> str:

@@ -18,6 +18,7 @@ from snapchain.errors import Unsupported
 from snapchain.host.directory import resolve
 from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import Rights
+from snapchain.host.terminal import shell_word
 from snapchain.image.opening import NamedBy
 from snapchain.image.qcow2.header import Backing
 
@@ -77,7 +78,7 @@ class Allowed:
             raise Unsupported(
                 f"the backing file {_shown(name)} lies outside the directories that you named",
                 subject=overlay,
-                hint=f"if you trust the image: --image-dir {found.real.parent}",
+                hint=f"if you trust the image: --image-dir {shell_word(found.real.parent)}",
             )
         return found
 

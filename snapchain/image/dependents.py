@@ -31,6 +31,7 @@ from snapchain.errors import SnapchainError
 from snapchain.host import libvirt
 from snapchain.host.directory import Directory, open_behind
 from snapchain.host.rights import Rights, acting_as
+from snapchain.host.terminal import encodable
 from snapchain.image.references import mentions, named_files, recorded_names
 
 MOST_ENTRIES = 200_000
@@ -306,7 +307,7 @@ class _Search:
         is_own = opened is not None and opened == self._disk
         if is_own and not file.is_lasting:
             return
-        name = f"domain {_printable(domain)}" + (f" ({file.disk})" if file.disk else "")
+        name = f"domain {encodable(domain)}" + (f" ({file.disk})" if file.disk else "")
         what = "uses it" if opened is None else "names it in its backing chain"
         for real in self._meant(by):
             if opened is not None or real != self._disk:
@@ -325,7 +326,7 @@ class _Search:
         at = Path(path)
         # By its name alone where it lies beside the file.
         shown = at.name if str(at.parent) == str(Path(real).parent) else path
-        self._found.setdefault(real, {})[path] = Dependent(at, None, f"{_printable(shown)} {what}", kind, Path(by))
+        self._found.setdefault(real, {})[path] = Dependent(at, None, f"{encodable(shown)} {what}", kind, Path(by))
 
     def result(self, fault: str | None) -> Dependents:
         """What was found, sorted by name, and what could not be looked at."""
@@ -333,10 +334,10 @@ class _Search:
         if self._stopped_at is not None:
             sentences.append(
                 f"The search for other users of these files ended after {self._entries} names, at "
-                f"{_printable(self._stopped_at)}: it may have missed some."
+                f"{encodable(self._stopped_at)}: it may have missed some."
             )
         if self._unseen:
-            first, more = _printable(self._unseen[0]), len(self._unseen) - 1
+            first, more = encodable(self._unseen[0]), len(self._unseen) - 1
             others = f" and {more} more directories" if more else ""
             sentences.append(f"{first}{others} cannot be read: images there may depend on these files.")
         if fault is not None:
@@ -369,11 +370,6 @@ def _opened(home: Directory, name: str, by: Rights | None) -> int:
 def _opened_by_name(path: str, by: Rights | None) -> int:
     """A file that an image or a domain names. by: whose rights are in force; root's own are limited by the path."""
     return os.open(path, _READ) if by is not None else open_behind(Path(path))
-
-
-def _printable(name: str) -> str:
-    """A name as it may stand in a sentence, and in JSON: others choose how they call their files."""
-    return name if name.isprintable() else ascii(name)
 
 
 def _identity(status: os.stat_result) -> Identity:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
+from snapchain.host.terminal import shell_word
 from snapchain.image.backing import Allowed, Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import Format, ImageFile
@@ -106,7 +107,7 @@ def _check_backing(fd: int, place: Place, recorded: Format, above: Sequence[Imag
         raise Unsupported(
             f"{overlay} records it as raw, but its contents begin like qcow2",
             subject=place.path,
-            hint=f"`qemu-img rebase -u -b {place.path} -F qcow2 {overlay}` if it is qcow2",
+            hint=f"`qemu-img rebase -u -b {shell_word(place.path)} -F qcow2 {shell_word(overlay)}` if it is qcow2",
         )
 
 
@@ -119,6 +120,6 @@ def _recorded_format(backing: Backing, overlay: Path) -> Format:
         raise Unsupported(
             "the format of its backing file is not recorded, and snapchain does not guess formats",
             subject=overlay,
-            hint=f"`qemu-img rebase -u -b {backing.name} -F FORMAT {overlay}` records it",
+            hint=f"`qemu-img rebase -u -b {shell_word(backing.name)} -F FORMAT {shell_word(overlay)}` records it",
         )
     raise Unsupported(f"its backing file has the format {backing.format!r}", subject=overlay)

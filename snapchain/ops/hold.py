@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.os_errors import os_errors
+from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import note_of
@@ -146,10 +147,11 @@ def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple
             if hold.word_of is not None:
                 raise word_against(hold, path)
             why = f" ({hold.reason})" if hold.reason else ""
+            release = ("snapchain", "release", path, "--tag", hold.tag)
             raise Conflict(
                 f"it is held under {hold.tag!r} since {hold.since:%Y-%m-%d}{why}, so it cannot be merged",
                 subject=path,
-                hint=f"snapchain release {path} --tag {hold.tag}, or merge layers on one side of it (--from, --to)",
+                hint=f"{shell_line(release)}, or merge layers on one side of it (--from, --to)",
             )
 
 

@@ -11,7 +11,6 @@ above its file, unless something on it has come to this host in a later epoch.
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.host.directory import MOST_MODE
 from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain, ImageFile
 from snapchain.ops.dependents import Kind, dependents_of_chain
 from snapchain.ops.lineage import note_of
@@ -57,7 +57,7 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
             hint=f"if {top.name} is a disk of its own, give it a copy of that file as its backing file",
         )
     named = chain.top.path if image is None else image
-    again = shlex.join(["snapchain", "migrate", str(named), f"{mark.destination}::{mark.disk}"])
+    again = shell_line(["snapchain", "migrate", named, f"{mark.destination}::{mark.disk}"])
     others = "" if len(mark.together) < 2 else f" (with {', '.join(sorted({*mark.together} - {mark.disk}))} as well)"
     if mark.confirmed:
         back = f"`{again} --take-back`{others} gets it back as long as no guest has written to it there"

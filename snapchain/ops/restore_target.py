@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import filecmp
 import os
-import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from snapchain.host.files import free_bytes
 from snapchain.host.links import follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.terminal import shell_line
 from snapchain.image.backing import check_no_layer
 from snapchain.image.block_device import claimed as claimed_device
 from snapchain.image.dependents import Dependents, search
@@ -333,7 +333,7 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
             raise Conflict(
                 f"it is held and must stay as it is: {tags}",
                 subject=path,
-                hint=f"snapchain release {shlex.quote(str(path))} --tag {shlex.quote(note.holds[0].tag)}",
+                hint=shell_line(["snapchain", "release", path, "--tag", note.holds[0].tag]),
             )
         if note.given is not None:
             is_word = note.given.word_of is not None

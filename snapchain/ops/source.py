@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, scan
 from snapchain.ops.events import Notice, OnEvent, ignore
 
@@ -27,7 +27,7 @@ def sealed_chain(
             raise InvalidInput(
                 "nothing of it is sealed: it is one file, which a guest will go on writing to",
                 subject=path,
-                hint=f"seal it first: snapchain snapshot {shlex.quote(str(path))}",
+                hint=f"seal it first: snapchain snapshot {shell_word(path)}",
             )
         sealed = chain.at(len(chain.files) - 2)
         _lock(sealed, stack, on_event)

@@ -9,13 +9,13 @@ where the definition names the disk in a way that nobody has foreseen.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from snapchain.errors import InvalidInput
 from snapchain.host.remote_address import RemoteAddress
+from snapchain.host.terminal import shell_line, shell_word
 
 _DOMAIN = re.compile(r"[^/\s'\"\\-][^/\n\0]*")
 _TARGET = re.compile(r"[a-z][a-z0-9]{0,15}", re.ASCII)
@@ -62,7 +62,7 @@ def migrate_commands(disks: Sequence[tuple[Guest, Collection[str], str]]) -> tup
     """
     guest = disks[0][0]
     edits = [part for _, names, overlay in disks for name in sorted(names) for part in _edits(name, overlay)]
-    definition = shlex.quote(f"{guest.domain}.snapchain.xml")
+    definition = shell_word(f"{guest.domain}.snapchain.xml")
     dump = ["virsh", "dumpxml", "--migratable", guest.domain]
     found = [["grep", "-F", f"file='{_in_xml(overlay)}'"] for _, _, overlay in disks]
     move = [
@@ -70,10 +70,10 @@ def migrate_commands(disks: Sequence[tuple[Guest, Collection[str], str]]) -> tup
         "--copy-storage-inc", "--copy-storage-synchronous-writes",
         "--migrate-disks", ",".join(each.target for each, _, _ in disks),
     ]  # fmt: skip
-    given = f"--xml {definition} --persistent-xml {definition} {shlex.join([guest.domain, guest.uri])}"
-    seen = " && ".join(f"{shlex.join(words)} {definition}" for words in found)
-    write = f"{shlex.join(dump)} | {shlex.join(['sed', *edits])} > {definition} && {seen}"
-    return write, f"{shlex.join(move)} {given}"
+    given = f"--xml {definition} --persistent-xml {definition} {shell_line([guest.domain, guest.uri])}"
+    seen = " && ".join(f"{shell_line(words)} {definition}" for words in found)
+    write = f"{shell_line(dump)} | {shell_line(['sed', *edits])} > {definition} && {seen}"
+    return write, f"{shell_line(move)} {given}"
 
 
 def _edits(top: str, overlay: str) -> list[str]:

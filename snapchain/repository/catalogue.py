@@ -19,6 +19,7 @@ import blake3
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
+from snapchain.host.terminal import shell_word
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
@@ -170,7 +171,7 @@ class Disk:
         found = self.read()
         if found is None:
             url = self._store.url
-            raise NotFound(f"there is no disk {self.name!r} here", subject=url, hint=f"snapchain log {url}")
+            raise NotFound(f"there is no disk {self.name!r} here", subject=url, hint=f"snapchain log {shell_word(url)}")
         return found
 
     def _load(self, generation: int) -> tuple[Catalogue, str]:

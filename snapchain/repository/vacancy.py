@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Protocol, runtime_checkable
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.host.terminal import encodable, shell_word
 from snapchain.objects.store import ObjectStore
 from snapchain.objects.wrapper import innermost
 
@@ -62,7 +63,9 @@ def nothing_here(store: ObjectStore) -> SnapchainError:
             subject=store.url,
             hint="check the name: a repository has an object `config` at its top",
         )
-    return NotFound("there is no snapchain repository here", subject=store.url, hint=f"snapchain init {store.url}")
+    return NotFound(
+        "there is no snapchain repository here", subject=store.url, hint=f"snapchain init {shell_word(store.url)}"
+    )
 
 
 def _loss(store: ObjectStore) -> Corrupt | None:
@@ -109,5 +112,5 @@ def _unknown(store: ObjectStore) -> Iterator[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:3])
+    shown = ", ".join(map(encodable, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and more"

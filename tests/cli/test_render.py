@@ -11,7 +11,7 @@ from rich.console import Console
 
 from snapchain.cli import render
 from snapchain.cli.render import LayerRow, folded, layout
-from snapchain.cli.text import printable
+from snapchain.host.terminal import printable
 
 NAMES = st.text(st.characters(categories=["L", "N"], include_characters="-_./%"), min_size=1, max_size=120)
 SIZES = st.sampled_from(["0 B", "1023.9 MiB", "64.0 KiB", "12.5 TiB", ""])

@@ -103,6 +103,11 @@ def test_the_passphrase_has_three_sources(
     assert run("ship", str(disk), DISK, "--password-command", "echo wrong").status == 2
     assert run("ship", str(disk), DISK, "--password-command", "false").status == 8
     assert run("ship", str(disk), DISK, "--password-file", "gone").status == 2
+    (tmp_path / "pass").chmod(0o604)
+    assert "every user of this host can read" in run("ship", str(disk), DISK, "--password-file", "pass").err
+    (tmp_path / "pass").chmod(0o602)
+    assert run("ship", str(disk), DISK, "--password-file", "pass").status == 2
+    (tmp_path / "pass").chmod(0o600)
     assert run("ship", str(disk), DISK, "--password-file", "pass", "--password-command", "cat pass").status == 2
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-
 import numpy as np
 
 from snapchain.errors import Corrupt
+from snapchain.host.terminal import shell_word
 from snapchain.image.physical import Int64s, Physical, PhysicalBuilder, RunBudget, Runs
 from snapchain.image.qcow2.entries import decode_standard
 from snapchain.image.qcow2.format import SNAPSHOT_ENTRY_BYTES
@@ -114,5 +113,5 @@ def _how_to_mend(image: ImageFd, needed: int) -> str:
         return "it was truncated: copy it again, or restore it from a point"
     return (
         f"copy it again, or restore it from a point; if the {needed - image.size} bytes that are missing of its last "
-        f"cluster may be zeroes, as QEMU reads them: truncate -s {whole} {shlex.quote(str(image.subject))}"
+        f"cluster may be zeroes, as QEMU reads them: truncate -s {whole} {shell_word(image.subject)}"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Unsupported
+from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependents import SEEN
@@ -157,7 +158,7 @@ def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection
         raise Unsupported(
             f"the merged file would replace it, and {why}",
             subject=result,
-            hint=f"choose a file of that directory by --to, or say --remove {result}",
+            hint=f"choose a file of that directory by --to, or say --remove {shell_word(result)}",
         )
 
 

@@ -17,6 +17,7 @@ from snapchain.errors import Conflict, SnapchainError, Unavailable
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
+from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, scan
 from snapchain.image.inplace import Amendment
 from snapchain.ops.counted_sums import carry_over
@@ -153,7 +154,7 @@ def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
             raise Conflict(
                 f"a merge from {journal.lowest.name} to it was killed, and comes first",
                 subject=journal.replaced.path,
-                hint=f"`snapchain doctor {journal.replaced.path}` finishes it",
+                hint=f"`snapchain doctor {shell_word(journal.replaced.path)}` finishes it",
             )
 
 

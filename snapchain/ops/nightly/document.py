@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from snapchain.errors import InvalidInput
 from snapchain.host.files import read_small
+from snapchain.host.terminal import printable
 from snapchain.ops.address import located
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.toml_lines import Place, lines_of
@@ -134,8 +135,10 @@ def _refusal(mistakes: list[_Mistake], text: str, path: Path) -> InvalidInput:
     if len(told) == 1:
         line, message = told[0]
         return InvalidInput(message, subject=f"{path}:{line}")
-    rows = "".join(f"\n    {path.name}:{line}: {message}" for line, message in told)
-    return InvalidInput(f"{len(told)} mistakes{rows}", subject=path)
+    rows = "".join(f"\n    {path.name}:{line}: {printable(message)}" for line, message in told)
+    refusal = InvalidInput(f"{len(told)} mistakes{rows}", subject=path)
+    refusal.has_rows = True
+    return refusal
 
 
 def _line(place: Place, lines: dict[Place, int]) -> int:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from snapchain.host import files
 from snapchain.host.os_errors import os_errors
+from snapchain.host.places import make_directory
 from snapchain.host.temporary_names import NEW, temporary_beside
+from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.report import NightlyReport, Outcome
 from snapchain.ops.nightly.state import DestinationState, State
@@ -47,19 +49,19 @@ def _number(value: float) -> str:
 
 
 def _escaped(text: str, *, quote: bool = False) -> str:
-    plain = text.replace("\\", "\\\\").replace("\n", "\\n")
+    # The format knows no other escapes; a name may be shown by `cat`, or by whatever alerts.
+    plain = "\\n".join(printable(part).replace("\\", "\\\\") for part in text.split("\n"))
     return plain.replace('"', '\\"') if quote else plain
 
 
 def write(path: Path, report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> None:
     """Replace the file. former: disks of earlier runs that nobody expects any more. Raises what the place raises."""
     with os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent, mode=0o755)  # the exporter runs as somebody else
         files.remove_temporaries(path, purpose=NEW)
         temporary = temporary_beside(path, purpose=NEW)
         try:
             with os.fdopen(files.open_new(temporary), "wb") as file:
-                # Whatever the umask: the exporter runs as somebody else.
                 os.fchmod(file.fileno(), _READABLE)
                 file.write(text(report, config, state, former=former).encode())
             files.publish(temporary, path)

@@ -45,7 +45,7 @@ class Place:
                 try:
                     self._opened = open_destination(
                         self.config.url,
-                        passphrase=passphrase.source(self.config),
+                        passphrase=passphrase.source(self.config, on_notice=self._note),
                         writing=self._writing,
                         limit_rate=self.config.limit_rate,
                         pack_size=self.config.pack_size,
@@ -54,8 +54,11 @@ class Place:
                     self._fault = error
                     raise
                 for notice in self._opened.notices:
-                    self._on_notice(f"{self.name}: {notice}")
+                    self._note(notice)
             return self._opened
+
+    def _note(self, words: str) -> None:
+        self._on_notice(f"{self.name}: {words}")
 
     @contextmanager
     def turn(self) -> Iterator[Repository]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import descriptors, files
 from snapchain.host.os_errors import os_errors
-from snapchain.host.places import SYSTEM_STATE
+from snapchain.host.places import SYSTEM_STATE, make_directory, state_dir
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
@@ -36,7 +36,6 @@ from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import StateFile
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.nightly.upkeep import Upkeep
-from snapchain.repository.known import state_dir
 
 LAST_REPORT = "last-report.json"
 
@@ -74,7 +73,7 @@ def run(
     """
     directory = directory_of(config, path)
     with os_errors(directory):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directory(directory)
 
     def on_notice(words: str) -> None:
         on_event(Notice(words))

@@ -2,17 +2,24 @@
 
 The service runs as root: images belong to the users that guests run as, and a merged file takes their owner over.
 What root may do is cut down to that.  See systemd.exec(5), systemd.timer(5).
+
+Passphrases come as credentials: systemd reads their files before the service starts, and keeps them in memory that is
+not swapped. `SetCredential` is there for a file that is missing: without it the service would not start, and the
+other destinations would have no night either.
 """
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.errors import Unsupported
+from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Nightly
 
 _STATE, _CACHE = "/var/lib", "/var/cache"
@@ -22,9 +29,15 @@ _S3_VARIABLES = (
     "# AWS_ACCESS_KEY_ID=..., AWS_SECRET_ACCESS_KEY=..., and where it is not Amazon's AWS_ENDPOINT_URL_S3=https://...;",
     "# or AWS_SHARED_CREDENTIALS_FILE=/root/.aws/credentials: a service has no HOME in which to look. Mode 0600",
 )
-# Files of any owner are read, replaced and given their owner back; processes of others show whether they have an
-# image open.
-_CAPABILITIES = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_SYS_PTRACE"
+# Files of any owner are read, replaced and given their owner back; a directory that others may write to is used with
+# their rights; processes of others show whether they have an image open.
+_CAPABILITIES = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_SETGID CAP_SETUID CAP_SYS_PTRACE"
+_MEMORY_GIB = 1
+"""For each disk at work, and as much again. The page cache counts, too, and gives way."""
+_TASKS = 128
+"""As with the memory: threads of the transfers, and qemu-img's."""
+# What a credential may be called without a thought about quoting; it is a file's name, too.
+_CREDENTIAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 class Units(BaseModel):
@@ -75,10 +88,14 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
         "StateDirectoryMode=0700",
         "CacheDirectoryMode=0700",
         "UMask=0077",
+        "LimitCORE=0",
+        f"MemoryMax={_MEMORY_GIB * (1 + config.concurrency)}G",
+        f"TasksMax={_TASKS * (1 + config.concurrency)}",
+        *_credentials(config),
     )
     told = [
         *(
-            ["# SNAPCHAIN_PASSWORD=... or the variables of password_env; mode 0600"]
+            ["# SNAPCHAIN_PASSWORD=... or the variables of password_env, for what has no credential; mode 0600"]
             if _asks_environment(config)
             else []
         ),
@@ -94,9 +111,12 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
         "# One that is not there (a disk that is not mounted) is told by the run, which a failed start would not do.",
         *(f"ReadWritePaths={_word(f'-{place}')}" for place in _writable(config)),
         "PrivateTmp=yes",
+        "PrivateMounts=yes",
         "ProtectHome=read-only",
-        "DevicePolicy=closed",
-        "DeviceAllow=block-* r",
+        *_devices(config),
+        "# Only processes that it may trace, so for root all: each run looks for programs that have an image open. Not",
+        "# ProcSubset=pid: the host's boot id and limits are files beside the processes.",
+        "ProtectProc=invisible",
         "",
         f"CapabilityBoundingSet={_CAPABILITIES}",
         "NoNewPrivileges=yes",
@@ -117,6 +137,26 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
     )
     if _hooks(config):
         yield "# The hooks live under these limits, too: what they need beyond them has to be allowed here."
+
+
+def _credentials(config: Nightly) -> Iterator[str]:
+    """For each destination whose passphrase is in a file, or not told to be anywhere."""
+    for each in config.destinations:
+        if each.password_command is None and each.password_env is None and _CREDENTIAL.fullmatch(each.name):
+            path = each.password_file or Path("/etc/snapchain") / f"{config.name}-{each.name}.secret"
+            yield f"LoadCredential={each.name}:{_path(path)}"
+            yield f"SetCredential={each.name}:\\n"
+
+
+def _devices(config: Nightly) -> Iterator[str]:
+    """/dev without disks, unless one of the images is a block device."""
+    if any(place.is_relative_to("/dev") for place in _writable(config)):
+        yield "# Images are block devices. They are read, and never written to."
+        yield "DevicePolicy=closed"
+        yield "DeviceAllow=block-* r"
+    else:
+        yield "# Where an image or a backing file is a block device: DevicePolicy=closed, DeviceAllow=block-* r."
+        yield "PrivateDevices=yes"
 
 
 def _asks_environment(config: Nightly) -> bool:
@@ -175,9 +215,21 @@ def _hooks(config: Nightly) -> bool:
 
 def _word(text: str) -> str:
     """One word of a directive: systemd.syntax(7) and its specifiers."""
-    plain = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    plain = _checked(text).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{plain}"' if plain != text or not text.isascii() or set(text) & set(" \t'#;") else text
 
 
+def _path(path: Path) -> str:
+    """The rest of a directive: taken as it stands, but for specifiers."""
+    return _plain(str(path))
+
+
 def _plain(text: str) -> str:
-    return text.replace("%", "%%")
+    return _checked(text).replace("%", "%%")
+
+
+def _checked(text: str) -> str:
+    """Raises Unsupported for what would end the line of a directive, or not show what it says."""
+    if printable(text) != text:
+        raise Unsupported("a path with control characters cannot stand in a unit file", subject=text)
+    return text

@@ -1,0 +1,100 @@
+"""A passphrase from a file or from a program: its first line. Who else could read or replace the file is told.
+
+What is judged is the file that was opened, not the one that has its name a moment later:
+
+    writable by everybody                   refused: anybody could choose the key of the next repository
+    readable by everybody                   a note; secrets that are mounted into containers are so
+    of another user, who is not root        a note: that user can read and replace it
+
+A pipe or a terminal has no such rights: `--password-file <(pass show backup)`.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import select
+import stat
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from snapchain.errors import InvalidInput
+from snapchain.host.processes import run
+from snapchain.host.terminal import shell_word
+
+_SECONDS = 60.0
+"""A program, or the writer of a pipe, has so long."""
+_LIMIT = 64 << 10
+
+OnNotice = Callable[[str], None]
+
+
+def from_file(path: Path, *, on_notice: OnNotice) -> str:
+    """The passphrase in a file; links are followed. Raises InvalidInput."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe is waited for below, with a limit
+        try:
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode):
+                _check(path, status, on_notice)
+                text = os.read(fd, _LIMIT)
+            else:
+                text = _arriving(fd, path)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise InvalidInput(f"the passphrase cannot be read: {error.strerror}", subject=path) from error
+    return _first_line(text, subject=str(path))
+
+
+def from_program(argv: Sequence[str]) -> str:
+    """The passphrase that a program prints. Raises InvalidInput, ToolFailed."""
+    # The whole environment: a password manager finds its agent, its display and its home there.
+    done = run(argv, timeout=_SECONDS, env=dict(os.environ))
+    return _first_line(done.stdout, subject=argv[0])
+
+
+def _check(path: Path, status: os.stat_result, on_notice: OnNotice) -> None:
+    """Raises InvalidInput for a file that anybody may write to."""
+    remedy = f"chmod 600 {shell_word(path)}"
+    if status.st_mode & stat.S_IWOTH:
+        raise InvalidInput("every user of this host can replace this passphrase", subject=path, hint=remedy)
+    if status.st_mode & stat.S_IROTH:
+        on_notice(f"{path}: every user of this host can read this passphrase ({remedy})")
+    if status.st_uid not in (0, os.geteuid()):
+        on_notice(f"{path}: the user {_name(status.st_uid)} can read and replace this passphrase, whose file it is")
+
+
+def _name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def _arriving(fd: int, path: Path) -> bytes:
+    """What comes through a pipe or a terminal, up to the end of a line."""
+    text = b""
+    deadline = time.monotonic() + _SECONDS
+    waiting = select.poll()
+    waiting.register(fd, select.POLLIN)
+    while b"\n" not in text and len(text) < _LIMIT:
+        left = deadline - time.monotonic()
+        if left <= 0 or not waiting.poll(left * 1000):
+            raise InvalidInput(f"no passphrase has come within {_SECONDS:g} seconds", subject=path)
+        piece = os.read(fd, _LIMIT)
+        if not piece:
+            break
+        text += piece
+    return text
+
+
+def _first_line(text: bytes, *, subject: str) -> str:
+    try:
+        line = text.decode().partition("\n")[0].rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise InvalidInput("the passphrase is not UTF-8 text", subject=subject) from error
+    if not line:
+        raise InvalidInput("the passphrase there is empty", subject=subject)
+    return line
