@@ -32,7 +32,13 @@ from tests.hostile import child, images, peers, records, stores  # noqa: E402
 from tests.hostile.judge import Plan, faults  # noqa: E402
 from tests.hostile.world import World, build, standing  # noqa: E402
 
-KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan, "s3": stores.plan_s3, "records": records.plan, "images": images.plan}
+KINDS: dict[str, Callable[[World, random.Random], Plan]] = {
+    "peers": peers.plan,
+    "stores": stores.plan,
+    "s3": stores.plan_s3,
+    "records": records.plan,
+    "images": images.plan,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,14 +34,20 @@ def plan(world: World, draw: Draw) -> Plan:
     before = standing(images)
     shown = {disk: _shown(path, world.root / "build" / f"shown-{path.stem}") for path, disk in ((web, WEB), (db, DB))}
     disk, image = draw.choice([(WEB, web), (DB, db)])
-    changing = [["snapshot", image], ["merge", image], ["merge", image, "--keep-last", "1"], ["merge", image, "--flatten"]]
-    reading = [
+    changing: list[list[str | Path]] = [
+        ["snapshot", image],
+        ["merge", image],
+        ["merge", image, "--keep-last", "1"],
+        ["merge", image, "--flatten"],
+    ]
+    reading: list[list[str | Path]] = [
         ["inspect", image], ["ship", image, f"{case}/enc::{disk}"], ["ship", image, f"{case}/enc::new", "--each-layer"],
         ["send", image, f"dir:{case}/replica::{disk}"], ["send", image, f"dir:{case}/replica::new", "--each-layer"],
-        ["diff", image, f"{case}/enc::{disk}"], ["doctor", images], ["sync", image, f"dir:{case}/replica::{disk}", "--check"],
+        ["diff", image, f"{case}/enc::{disk}"], ["doctor", images], ["sync", image, f"dir:{case}/replica::{disk}",
+        "--check"],
         ["ship", image, f"{case}/enc::new"],
     ]  # fmt: skip
-    commands = draw.sample(reading, 2) + draw.sample(changing, draw.choice([0, 1]))
+    commands: list[list[str | Path]] = draw.sample(reading, 2) + draw.sample(changing, draw.choice([0, 1]))
     outputs = {"ship": f"{case}/enc", "send": f"dir:{case}/replica"}
 
     def run(shell: Shell) -> None:
@@ -50,14 +56,16 @@ def plan(world: World, draw: Draw) -> Plan:
         for words in commands:
             done = shell.run(*words, *(["--json"] if draw.random() < 0.3 else []))
             if done.code == 0 and done.words[0] in outputs:
-                shell.run("restore", done.words[2], case / "out" / f"{done.words[0]}-{len(done.words[2])}.raw", "--force")
+                shell.run(
+                    "restore", done.words[2], case / "out" / f"{done.words[0]}-{len(done.words[2])}.raw", "--force"
+                )
 
     def judge(outcome: Outcome) -> Iterator[str]:
         changed = False
         for step in outcome.steps:
-            if step.words[0] == "restore" and step.code == 0 and (truth := shown[disk]) is not None and not changed:
-                if unlike(Path(step.words[2]), [truth], "raw"):
-                    yield f"{' '.join(step.words)}: other bytes than qemu-img reads ({told})"
+            given = step.words[0] == "restore" and step.code == 0 and not changed
+            if given and (truth := shown[disk]) is not None and unlike(Path(step.words[2]), [truth], "raw"):
+                yield f"{' '.join(step.words)}: other bytes than qemu-img reads ({told})"
             changed = changed or step.words[0] in ("snapshot", "merge")
         if changed:
             truth = shown[disk]
@@ -66,7 +74,11 @@ def plan(world: World, draw: Draw) -> Plan:
                 if now is None or now.read_bytes() != truth.read_bytes():
                     yield f"the image shows something else than before ({told})"
         elif before != (now_there := standing(images)):
-            altered = sorted(name for name in {*before, *now_there} if before.get(name) != now_there.get(name) and name.endswith("qcow2"))
+            altered = sorted(
+                name
+                for name in {*before, *now_there}
+                if before.get(name) != now_there.get(name) and name.endswith("qcow2")
+            )
             if altered:
                 yield f"images were changed by who only reads: {altered}"
 
@@ -79,7 +91,9 @@ def _shown(image: Path, target: Path) -> Path | None:
     told = subprocess.run([*argv, "info", "--output=json", "-f", "qcow2", str(image)], check=False, capture_output=True)
     if told.returncode or json.loads(told.stdout)["virtual-size"] > 16 << 20:
         return None
-    done = subprocess.run([*argv, "convert", "-f", "qcow2", "-O", "raw", str(image), str(target)], check=False, capture_output=True)
+    done = subprocess.run(
+        [*argv, "convert", "-f", "qcow2", "-O", "raw", str(image), str(target)], check=False, capture_output=True
+    )
     return None if done.returncode else target
 
 
@@ -88,7 +102,9 @@ def _altered(path: Path, draw: Draw, world: World) -> str:
     if len(data) < 4096:
         return "nothing"
     fields = list(_FORMAT.unpack_from(data))
-    kind = draw.choice(["header", "header", "l1", "l2", "l2", "refcounts", "cut", "spoil", "backing", "extension", "grown"])
+    kind = draw.choice(
+        ["header", "header", "l1", "l2", "l2", "refcounts", "cut", "spoil", "backing", "extension", "grown"]
+    )
     bits = fields[4] if 9 <= fields[4] <= 21 else 16
     match kind:
         case "header":
@@ -109,12 +125,33 @@ def _altered(path: Path, draw: Draw, world: World) -> str:
         case "grown":
             data += bytes(draw.choice([1, 512, 1 << 20]))
         case "backing":
-            names = ["", "/etc/passwd", "/dev/zero", "json:{}", "nbd://127.0.0.1:9/x", path.name, "../outside/canary.qcow2", "../outside/canary", "db.qcow2", "x" * 1023, "a\0b", "\x1b[2J", f"{world.case}/outside/canary.qcow2", "web1.1.qcow2"]
+            names = [
+                "",
+                "/etc/passwd",
+                "/dev/zero",
+                "json:{}",
+                "nbd://127.0.0.1:9/x",
+                path.name,
+                "../outside/canary.qcow2",
+                "../outside/canary",
+                "db.qcow2",
+                "x" * 1023,
+                "a\0b",
+                "\x1b[2J",
+                f"{world.case}/outside/canary.qcow2",
+                "web1.1.qcow2",
+            ]
             name = draw.choice(names).encode()
             data[1024 : 1024 + len(name)] = name
             struct.pack_into(">QI", data, 8, 1024, len(name))
         case "extension":
-            struct.pack_into(">II", data, 104, draw.choice([0xE2792ACA, 0x6803F857, 0x23852875, 0x0537BE77, 0x44415441, 1]), number(8, draw, bits=32))
+            struct.pack_into(
+                ">II",
+                data,
+                104,
+                draw.choice([0xE2792ACA, 0x6803F857, 0x23852875, 0x0537BE77, 0x44415441, 1]),
+                number(8, draw, bits=32),
+            )
         case _:
             data[: 1 << 16] = spoil(bytes(data[: 1 << 16]), draw)
     path.write_bytes(data)
@@ -129,4 +166,6 @@ def _word(data: bytearray, at: int, draw: Draw) -> None:
     if 0 <= at <= len(data) - 8:
         (word,) = struct.unpack_from(">Q", data, at)
         flags = draw.choice([1 << 63, 1 << 62, 1, 0])
-        struct.pack_into(">Q", data, at, draw.choice([number(word, draw), word ^ flags, draw.randrange(64) << 16 | flags]))
+        struct.pack_into(
+            ">Q", data, at, draw.choice([number(word, draw), word ^ flags, draw.randrange(64) << 16 | flags])
+        )

@@ -134,7 +134,9 @@ def plan(world: World, draw: Draw) -> Plan:
             stream = world.case / "home" / "stream"
             if Kind.OPEN in {frame.kind for frame in there.frames} and draw.random() < 0.6:
                 stream.write_bytes(there.encoded(script))
-                shell.run("receive", world.case / "replica", *(["--dry-run"] if draw.random() < 0.2 else []), stdin=stream)
+                shell.run(
+                    "receive", world.case / "replica", *(["--dry-run"] if draw.random() < 0.2 else []), stdin=stream
+                )
             else:
                 script.talk = _naming(there, world.case / "replica")
                 stream.write_bytes(script.talk.encoded(script))
@@ -161,7 +163,9 @@ def plan(world: World, draw: Draw) -> Plan:
             if step.words[0] == "restore" and step.code == 0:
                 again = world.case / "out" / "again.raw"
                 shown = world.truth(WEB, 4 if held.empty else point)
-                if not ((hostile_client or "cut" in held.name) and (point == 4 or held.empty)) and unlike(again, [shown], "raw"):
+                if not ((hostile_client or "cut" in held.name) and (point == 4 or held.empty)) and unlike(
+                    again, [shown], "raw"
+                ):
                     yield f"point {point} is not what it was"
 
     return Plan(run, judge)
