@@ -32,7 +32,13 @@ from tests.hostile import child, images, peers, records, stores  # noqa: E402
 from tests.hostile.judge import Plan, faults  # noqa: E402
 from tests.hostile.world import World, build, standing  # noqa: E402
 
-KINDS: dict[str, Callable[[World, random.Random], Plan]] = {"peers": peers.plan, "stores": stores.plan, "s3": stores.plan_s3, "records": records.plan, "images": images.plan}
+KINDS: dict[str, Callable[[World, random.Random], Plan]] = {
+    "peers": peers.plan,
+    "stores": stores.plan,
+    "s3": stores.plan_s3,
+    "records": records.plan,
+    "images": images.plan,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +82,9 @@ def _run(world: World, cases: Sequence[tuple[str, int]], *, verbose: bool) -> in
     begun = child.now()
     largest, bad = 0, 0
     ends: Counter[str] = Counter()
-    for kind, number in cases:
+    for done, (kind, number) in enumerate(cases):
+        if done and done % 250 == 0:
+            print(f"{done} of {len(cases)}, {child.now() - begun:.0f} s", file=sys.stderr, flush=True)
         outcome, found = one(world, kind, number)
         largest = max(largest, outcome.rss)
         ends.update(f"{kind} {'done' if step.code == 0 else step.code}" for step in outcome.steps[:1])

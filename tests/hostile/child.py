@@ -1,7 +1,7 @@
-"""One case in a process of its own, forked from an interpreter that has loaded everything: its limits and its end.
+"""One case in a process of its own, forked from an interpreter that has loaded everything: its limits, its end.
 
-The child runs commands by `snapchain.cli.main`, as a user would, and notes what came of each in a file of lines, so that
-also what a killed child did is known.
+The child runs commands by `snapchain.cli.main`, as a user would, and notes what came of each in a file of lines, so
+that also what a killed child did is known.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Step:
         """What `--json` printed. Raises ValueError for anything but one object."""
         found = json.loads(self.out)
         if not isinstance(found, dict):
-            raise ValueError("not an object")
+            raise ValueError("not an object")  # noqa: TRY004 -- of JSON, not of Python
         return found
 
 
@@ -151,9 +151,7 @@ def _child(case: Callable[[Shell], None], directory: Path, wall: float, *, limit
 
 def _thread_failed(directory: Path) -> Callable[[threading.ExceptHookArgs], None]:
     def failed(arguments: threading.ExceptHookArgs) -> None:
-        words = "".join(
-            traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
-        )
+        words = "".join(traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback))
         (directory / "failure").write_text(f"in a thread: {words}")
 
     return failed

@@ -16,7 +16,7 @@ _passed = 0.0
 
 def install() -> None:
     """Replace the functions of `time` that snapchain uses to wait."""
-    time.sleep = sleep
+    time.sleep = sleep  # type: ignore[assignment]
     time.monotonic = monotonic
     time.clock_gettime = clock_gettime
 

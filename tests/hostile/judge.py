@@ -1,4 +1,4 @@
-"""What may come of a case: an error of ours with its exit code, or exit 0 and the right bytes. Everything else is told."""
+"""What may come of a case: an error of ours with its exit code, or exit 0 and the right bytes. The rest is told."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def faults(outcome: Outcome, world: World, outside: Standing) -> Iterator[str]:
     yield from outcome.found
     now = standing(world.case / "outside")
     if now != outside:
-        yield f"what lies outside was changed: {sorted(key for key in {*now, *outside} if now.get(key) != outside.get(key))}"
+        changed = sorted(key for key in {*now, *outside} if now.get(key) != outside.get(key))
+        yield f"what lies outside was changed: {changed}"
     if strange := {path.name for path in world.case.iterdir()} - EXPECTED:
         yield f"made beside everything: {sorted(strange)}"
 
@@ -81,6 +82,6 @@ def unlike(output: Path, truths: Collection[Path], image_format: str) -> bool:
 
 def same(image: Path, truth: Path, image_format: str = "qcow2") -> bool:
     """By qemu-img compare, sizes too."""
-    argv = ["qemu-img", "compare", "-f", image_format, "-F", "raw", image, truth]
+    argv = ["qemu-img", "compare", "-f", image_format, "-F", "raw", str(image), str(truth)]
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     return done.returncode == 0 and "mismatch" not in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Mutations of what is stored or said: bytes, numbers, and JSON documents by their structure; all drawn from one seed."""
+"""Mutations of what is stored or said: bytes, numbers, and JSON documents by their structure; drawn from one seed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _TIMES = (
     "2100-01-01T00:00:00Z", 0, 1e300, "1e300", "253402300800",
 )  # fmt: skip
 _STRINGS = (
-    "", ".", "..", "/", "../../outside/canary", "a/../../b", "/etc/passwd", "/dev/zero", "/proc/self/mem", "x\0y", "a\nb",
-    "\x1b[2J\x1b]0;owned\x07", "\u202egnp.exe", "\ud800", "-rf", "--help", "$(id)", "%s%n", "con", "x" * 256, "y" * 5000,
-    "z" * 300_000, "\u0130" * 130, "json:{\"driver\":\"file\"}", "nbd://127.0.0.1:1/x", "https://127.0.0.1/", "0" * 32,
+    "", ".", "..", "/", "../../outside/canary", "a/../../b", "/etc/passwd", "/dev/zero", "/proc/self/mem", "x\0y",
+    "a\nb",
+    "\x1b[2J\x1b]0;owned\x07", "\u202egnp.exe", "\ud800", "-rf", "--help", "$(id)", "%s%n", "con", "x" * 256,
+    "y" * 5000,
+    "z" * 300_000, "\u0130" * 130, 'json:{"driver":"file"}', "nbd://127.0.0.1:1/x", "https://127.0.0.1/", "0" * 32,
     "f" * 64, "é" * 100, "*", "[bold]x[/bold]", "~", "snapchain-replica.json", "catalogue.json", ".lock", "a\\b",
 )  # fmt: skip
 _WHEN = re.compile(r"\d{4}-\d\d-\d\dT")
@@ -85,7 +87,15 @@ def spoil(data: bytes, draw: Draw) -> bytes:
 
 def number(value: int, draw: Draw, *, bits: int = 64) -> int:
     """Another number that fits into so many bits, unsigned."""
-    near = [value + 1, value - 1, value * 2, value // 2, value ^ (1 << draw.randrange(bits)), value + 512, value + 65536]
+    near = [
+        value + 1,
+        value - 1,
+        value * 2,
+        value // 2,
+        value ^ (1 << draw.randrange(bits)),
+        value + 512,
+        value + 65536,
+    ]
     return draw.choice([draw.choice(WORDS), draw.choice(near), draw.choice(near)]) & ((1 << bits) - 1)
 
 
@@ -172,7 +182,9 @@ def _other(value: Json, draw: Draw, pool: Pool) -> Json:
 
 
 def _collect(value: Json, places: list[tuple[Json, str | int]]) -> None:
-    keys: Sequence[Any] = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys: Sequence[Any] = (
+        list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
     for key in keys:
         places.append((value, key))
         _collect(value[key], places)

@@ -32,12 +32,14 @@ _STATE = {
             "image": "{case}/images/web1.qcow2", "reached": "2026-11-28T02:00:00Z", "outcome": "ok", "seconds": 2.5,
             "chain_length": 4, "layers": ["{case}/images/web1.3.qcow2", "{case}/images/web1.2.qcow2"],
             "destinations": {
-                "enc": {"captured": "2026-11-28T01:00:00Z", "point": 4, "points": 3, "layers": 3, "shipped_bytes": 1, "stored_bytes": 2}
+                "enc": {"captured": "2026-11-28T01:00:00Z", "point": 4, "points": 3, "layers": 3,
+                "shipped_bytes": 1, "stored_bytes": 2}
             },
         },
         DB: {"image": "{case}/images/db.qcow2", "begun": "2026-11-28T02:00:00Z"},
     },
-    "destinations": {"enc": {"verified": {WEB: "2026-11-27T00:00:00Z"}, "damaged": {DB: 1}, "gc_at": "2026-11-01T00:00:00Z"}},
+    "destinations": {"enc": {"verified": {WEB: "2026-11-27T00:00:00Z"}, "damaged": {DB: 1},
+    "gc_at": "2026-11-01T00:00:00Z"}},
 }  # fmt: skip
 
 
@@ -63,8 +65,7 @@ def plan(world: World, draw: Draw) -> Plan:
         told: list[str] = []
         if killed is not None:
             told.append(f"killed {killed[0]} {_killed(killed, own.randrange(1, 40))}")
-        for _ in range(own.choice([1, 1, 2, 3])):
-            told.append(_spoilt(world, own))
+        told += [_spoilt(world, own) for _ in range(own.choice([1, 1, 2, 3]))]
         (case / "home" / "told").write_text(json.dumps(told))
         for words in commands:
             shell.run(*words, *(["--json"] if own.random() < 0.5 else []))
@@ -78,9 +79,9 @@ def plan(world: World, draw: Draw) -> Plan:
             elif not same(image, world.truth(disk, last)):
                 yield f"{image.name} shows something else ({told})"
         last_step = outcome.steps[-1] if outcome.steps else None
-        if last_step is not None and last_step.words[0] == "restore" and last_step.code == 0:
-            if unlike(case / "out" / "again.raw", [world.truth(WEB, point)], "raw"):
-                yield f"point {point} of the replica is not what it was ({told})"
+        given = last_step is not None and last_step.words[0] == "restore" and last_step.code == 0
+        if given and unlike(case / "out" / "again.raw", [world.truth(WEB, point)], "raw"):
+            yield f"point {point} of the replica is not what it was ({told})"
 
     return Plan(run, judge)
 
@@ -89,7 +90,8 @@ def _interruptible(world: World) -> list[list[str]]:
     case = world.case
     web = str(case / "images" / "web1.qcow2")
     return [
-        ["merge", web, "--from", str(case / "images" / "web1.2.qcow2"), "--to", str(case / "images" / "web1.3.qcow2"), "--strategy", strategy]
+        ["merge", web, "--from", str(case / "images" / "web1.2.qcow2"), "--to",
+        str(case / "images" / "web1.3.qcow2"), "--strategy", strategy]
         for strategy in ("new-file", "absorb", "commit")
     ] + [
         ["snapshot", web],
@@ -110,9 +112,11 @@ def _commands(world: World, draw: Draw) -> list[list[str]]:
         ["snapshot", web], ["snapshot", web, "--label", "x"], ["snapshot", db],
         ["merge", web, "--keep-last", "1"], ["merge", web], ["merge", web, "--flatten", "--dry-run"],
         ["merge", web, "--keep-last", "1", "--at", f"{there}::{WEB}"],
-        ["doctor", str(images)], ["doctor", str(images)], ["doctor", web, "--dry-run"], ["doctor", str(case / "replica" / "web1%2Fvda")],
+        ["doctor", str(images)], ["doctor", str(images)], ["doctor", web, "--dry-run"], ["doctor",
+        str(case / "replica" / "web1%2Fvda")],
         ["inspect", web], ["inspect", db],
-        ["send", web, f"{there}::{WEB}"], ["send", db, f"{there}::{DB}"], ["send", web, f"{there}::new/disk", "--each-layer"],
+        ["send", web, f"{there}::{WEB}"], ["send", db, f"{there}::{DB}"], ["send", web, f"{there}::new/disk",
+        "--each-layer"],
         ["log", there], ["verify", there], ["verify", there, "--read-data"], ["inspect", f"{there}::{WEB}"],
         ["restore", f"{there}::{DB}", str(case / "out" / "db.qcow2"), "--chain"],
         ["merge", f"{there}::{WEB}", "--keep-last", "1"],
@@ -126,7 +130,8 @@ def _commands(world: World, draw: Draw) -> list[list[str]]:
     if (case / "enc").exists():
         every += [
             ["ship", web, f"{case}/enc::{WEB}"], ["ship", web, f"{case}/plain::{WEB}"], ["log", f"{case}/enc"],
-            ["nightly", str(case / "nightly.toml"), "--any-time"], ["nightly", str(case / "nightly.toml"), "--any-time"],
+            ["nightly", str(case / "nightly.toml"), "--any-time"], ["nightly", str(case / "nightly.toml"),
+            "--any-time"],
             ["merge", web, "--keep-last", "1", "--at", f"{case}/enc::{WEB}"], ["gc", f"{case}/enc"],
         ]  # fmt: skip
     return draw.sample(every, draw.choice([1, 2, 2, 3]))
@@ -177,18 +182,22 @@ def _end_at(at: int) -> None:
 
 
 def _records(world: World) -> list[Path]:
-    found = []
-    for part in ("images", "replica", "state"):
-        for path in sorted((world.case / part).rglob("*")):
-            if path.is_file() and not path.is_symlink() and (path.suffix != ".qcow2" or path.name.startswith(".")):
-                found.append(path)
-    return found
+    every = [path for part in ("images", "replica", "state") for path in sorted((world.case / part).rglob("*"))]
+    return [
+        path
+        for path in every
+        if path.is_file() and not path.is_symlink() and (path.suffix != ".qcow2" or path.name.startswith("."))
+    ]
 
 
 def _spoilt(world: World, draw: Draw) -> str:
     records = _records(world)
     # Those that are rare and say what to do, more often than those that are always there.
-    rare = [path for path in records if "merge" in path.name or "merging" in path.name or "incoming" in path.name or "nightly" in path.name]
+    rare = [
+        path
+        for path in records
+        if "merge" in path.name or "merging" in path.name or "incoming" in path.name or "nightly" in path.name
+    ]
     path = draw.choice(rare if rare and draw.random() < 0.5 else records)
     told = str(path.relative_to(world.case))
     deed = draw.choice(["body"] * 12 + ["spoil", "spoil", "drop", "swap", "copy", "odd", "huge", "planted", "planted"])
@@ -196,20 +205,32 @@ def _spoilt(world: World, draw: Draw) -> str:
         case "drop":
             path.unlink()
         case "spoil":
-            path.write_bytes(spoil(path.read_bytes()[: 8 << 20], draw))
+            path.write_bytes(spoil(_some(path), draw))
         case "swap":
             other = draw.choice(records)
-            here, there = path.read_bytes(), other.read_bytes()
+            here, there = _some(path), _some(other)
             path.write_bytes(there)
             other.write_bytes(here)
         case "copy":
-            names = [".catalogue.json.new-0011aabb", "x" + path.name, path.name + ".json", f".web1.qcow2.{draw.choice(['merge', 'snapshot', 'active', 'new'])}-01234567", ".db.qcow2.snapchain-part", ".snapchain-merge-web1.qcow2.json", ".snapchain-merge-db.qcow2.json", ".merging.json", ".incoming.json"]
+            names = [
+                ".catalogue.json.new-0011aabb",
+                "x" + path.name,
+                path.name + ".json",
+                f".web1.qcow2.{draw.choice(['merge', 'snapshot', 'active', 'new'])}-01234567",
+                ".db.qcow2.snapchain-part",
+                ".snapchain-merge-web1.qcow2.json",
+                ".snapchain-merge-db.qcow2.json",
+                ".merging.json",
+                ".incoming.json",
+            ]
             shutil.copy2(path, path.with_name(draw.choice(names)))
         case "odd":
             path.unlink()
             match draw.choice(["link", "fifo", "folder", "loop"]):
                 case "link":
-                    path.symlink_to(draw.choice([world.case / "outside" / "canary", Path("/dev/zero"), Path("/etc/passwd")]))
+                    path.symlink_to(
+                        draw.choice([world.case / "outside" / "canary", Path("/dev/zero"), Path("/etc/passwd")])
+                    )
                 case "fifo":
                     os.mkfifo(path)
                 case "folder":
@@ -226,11 +247,17 @@ def _spoilt(world: World, draw: Draw) -> str:
     return f"{deed} {told}"
 
 
+def _some(path: Path) -> bytes:
+    """Of its beginning: an earlier deed may have made it huge."""
+    with path.open("rb") as file:
+        return file.read(8 << 20)
+
+
 def _rewritten(path: Path, world: World, draw: Draw) -> None:
     """A record by its structure; its check is made again."""
-    text = path.read_bytes()
-    if len(text) > 4 << 20:
+    if path.stat().st_size > 4 << 20:
         return
+    text = path.read_bytes()
     checked = _CHECK.search(text)
     if checked is not None:
         text = text[: checked.start()] + b"}"
@@ -260,7 +287,17 @@ def _planted(world: World, draw: Draw) -> str:
     """A record where there was none, which names what is not its business."""
     case = world.case
     images = case / "images"
-    target, victim = images / draw.choice(["web1.qcow2", "web1.3.qcow2", "db.qcow2"]), draw.choice([case / "outside" / "canary", case / "outside" / "canary.qcow2", images / "web1.1.qcow2", images / "web1.2.qcow2"])
+    target, victim = (
+        images / draw.choice(["web1.qcow2", "web1.3.qcow2", "db.qcow2"]),
+        draw.choice(
+            [
+                case / "outside" / "canary",
+                case / "outside" / "canary.qcow2",
+                images / "web1.1.qcow2",
+                images / "web1.2.qcow2",
+            ]
+        ),
+    )
     kind = draw.randrange(4)
     if kind <= 1:
         result = target if draw.random() < 0.5 else victim
@@ -269,7 +306,8 @@ def _planted(world: World, draw: Draw) -> str:
             "result": _file(result), "lowest": str(images / "web1.1.qcow2"),
             "link": draw.choice([None, {"name": "web1.1.qcow2", "format": "qcow2"}]), "remove": [_file(victim)],
             "kept_as": draw.choice([None, str(case / "outside" / "kept"), str(images / "web1.9.qcow2")]),
-            "search": [str(case / "outside")], "top": str(images / "web1.qcow2"), "links": [str(victim)], "confirmed": [str(victim)],
+            "search": [str(case / "outside")], "top": str(images / "web1.qcow2"), "links": [str(victim)],
+            "confirmed": [str(victim)],
         }  # fmt: skip
         path = images / f".snapchain-merge-{target.name}.json"
     elif kind == 2:
@@ -282,16 +320,21 @@ def _planted(world: World, draw: Draw) -> str:
         name = draw.choice(["web1.qcow2", "web1.2.qcow2", "db.qcow2"])
         status = (images / name).stat() if (images / name).exists() else (case / "outside" / "canary").stat()
         said = {
-            "version": 1, "name": name, "inode": status.st_ino, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "epoch": draw.choice([1, 2, 1 << 31, 1 << 62]),
+            "version": 1, "name": name, "inode": status.st_ino, "size": status.st_size,
+            "mtime_ns": status.st_mtime_ns, "epoch": draw.choice([1, 2, 1 << 31, 1 << 62]),
             "given": draw.choice([None, {
-                "destination": f"dir:{case}/{draw.choice(['replica', 'outside'])}", "disk": WEB, "epoch": 2, "token": "0" * 32, "time": "2026-11-29T00:00:00Z",
-                "overlay": {"name": "../../outside/canary", "layer": "0" * 32, "virtual_size": 1 << 40, "cluster_size": 65536, "extended_l2": False},
+                "destination": f"dir:{case}/{draw.choice(['replica', 'outside'])}", "disk": WEB, "epoch": 2,
+                "token": "0" * 32, "time": "2026-11-29T00:00:00Z",
+                "overlay": {"name": "../../outside/canary", "layer": "0" * 32, "virtual_size": 1 << 40,
+                "cluster_size": 65536, "extended_l2": False},
                 "together": [WEB], "mode": 0o6777, "confirmed": True, "started": False,
             }]),
             "holds": [{"tag": "x", "since": "2026-11-29T00:00:00Z"}],
         }  # fmt: skip
         path = images / f".snapchain-layer-{name}-{status.st_ino}.json"
-    path.write_bytes(json.dumps(said, indent=1).encode() if draw.random() < 0.7 else document(said, draw, _pool(world, said)))
+    path.write_bytes(
+        json.dumps(said, indent=1).encode() if draw.random() < 0.7 else document(said, draw, _pool(world, said))
+    )
     return str(path.relative_to(case))
 
 

@@ -17,16 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hostile.mutate import Draw, number, spoil
+from tests.hostile.mutate import Draw, spoil
 
 BUCKET = "bucket"
 MOST = 512 << 20
 """Bytes of a body without end; whoever reads so many has read too many."""
 LIES = (
     *["body"] * 6, "short", "long", "no length", "endless", "huge length", "negative length", "odd length", "status",
-    "status", "etag", "no etag", "range", "no range", "xml", "xml", "xml bomb", "huge xml", "error xml", "tokens", "same token",
-    "tokens full", "names", "times", "sizes", "chunked", "bad chunks", "headers", "huge header", "close", "silence", "trickle",
-    "redirect", "not modified", "empty", "html", "continue", "gzip", "other object", "old object", "lost put", "two answers",
+    "status", "etag", "no etag", "range", "no range", "xml", "xml", "xml bomb", "huge xml", "error xml", "tokens",
+    "same token",
+    "tokens full", "names", "times", "sizes", "chunked", "bad chunks", "headers", "huge header", "close", "silence",
+    "trickle",
+    "redirect", "not modified", "empty", "html", "continue", "gzip", "other object", "old object", "lost put",
+    "two answers",
 )  # fmt: skip
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
@@ -111,7 +114,15 @@ class Server:
             return 206, {**headers, "Content-Range": f"bytes {first}-{last}/{len(held)}"}, held[first : last + 1]
         return 200, headers, held
 
-    def _listing(self, request: Request, *, names: list[str] | None = None, token: str | None = None, size: int | None = None, when: str = "") -> bytes:
+    def _listing(
+        self,
+        request: Request,
+        *,
+        names: list[str] | None = None,
+        token: str | None = None,
+        size: int | None = None,
+        when: str = "",
+    ) -> bytes:
         prefix = request.query.get("prefix", [""])[0]
         delimiter = request.query.get("delimiter", [""])[0]
         found = sorted(key for key in self.objects if key.startswith(prefix)) if names is None else names
@@ -128,7 +139,11 @@ class Server:
                 f"<ETag>&quot;x&quot;</ETag><Size>{length}</Size><StorageClass>STANDARD</StorageClass></Contents>"
             )
         lines += [f"<CommonPrefixes><Prefix>{_escaped(each)}</Prefix></CommonPrefixes>" for each in folders]
-        more = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>" if token else "<IsTruncated>false</IsTruncated>"
+        more = (
+            f"<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>"
+            if token
+            else "<IsTruncated>false</IsTruncated>"
+        )
         return (
             '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
             f"<Name>{BUCKET}</Name><Prefix>{_escaped(prefix)}</Prefix><KeyCount>{len(lines)}</KeyCount><MaxKeys>1000</MaxKeys>"
@@ -158,54 +173,178 @@ class Server:
                 yield body
                 yield from _without_end()
             case "negative length" | "odd length":
-                said = "-1" if lie == "negative length" else draw.choice(["abc", "", "1e3", "0x10", "9" * 5000, "12, 12"])
+                said = (
+                    "-1" if lie == "negative length" else draw.choice(["abc", "", "1e3", "0x10", "9" * 5000, "12, 12"])
+                )
                 yield _head(status, {**headers, "Content-Length": said}, None)
                 yield body
             case "status":
-                codes = [100, 199, 201, 202, 204, 206, 300, 304, 400, 401, 403, 404, 405, 409, 411, 412, 416, 429, 499, 500, 501, 502, 503, 504, 507, 599, 600, 999]
-                yield _whole(draw.choice(codes), headers, draw.choice([body, b"", _error("SlowDown"), _error("x" * 10_000)]), request)
+                codes = [
+                    100,
+                    199,
+                    201,
+                    202,
+                    204,
+                    206,
+                    300,
+                    304,
+                    400,
+                    401,
+                    403,
+                    404,
+                    405,
+                    409,
+                    411,
+                    412,
+                    416,
+                    429,
+                    499,
+                    500,
+                    501,
+                    502,
+                    503,
+                    504,
+                    507,
+                    599,
+                    600,
+                    999,
+                ]
+                yield _whole(
+                    draw.choice(codes),
+                    headers,
+                    draw.choice([body, b"", _error("SlowDown"), _error("x" * 10_000)]),
+                    request,
+                )
             case "etag":
-                yield _whole(status, {**headers, "ETag": draw.choice(['"x"', "", '"' + "0" * 32 + '"', '"\x01"', "W/" + '"a"'])}, body, request)
+                yield _whole(
+                    status,
+                    {**headers, "ETag": draw.choice(['"x"', "", '"' + "0" * 32 + '"', '"\x01"', "W/" + '"a"'])},
+                    body,
+                    request,
+                )
             case "no etag":
                 headers.pop("ETag", None)
                 yield _whole(status, headers, body, request)
             case "range":
-                yield _whole(206, {**headers, "Content-Range": draw.choice([f"bytes 5-{5 + len(body)}/{10 ** 9}", "bytes */1", "x", f"bytes 0-{len(body) - 1}/{len(body)}"])}, body, request)
+                yield _whole(
+                    206,
+                    {
+                        **headers,
+                        "Content-Range": draw.choice(
+                            [
+                                f"bytes 5-{5 + len(body)}/{10**9}",
+                                "bytes */1",
+                                "x",
+                                f"bytes 0-{len(body) - 1}/{len(body)}",
+                            ]
+                        ),
+                    },
+                    body,
+                    request,
+                )
             case "no range":
                 yield _whole(200, headers, self.objects.get(request.key, body), request)
             case "xml":
                 yield _whole(status, headers, spoil(body or self._listing(request), draw), request)
             case "xml bomb":
-                entities = '<!ENTITY a "ha">' + "".join(f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(9))
-                yield _whole(status, headers, f'<?xml version="1.0"?><!DOCTYPE x [{entities}]><ListBucketResult><Name>&j;</Name></ListBucketResult>'.encode(), request)
+                entities = '<!ENTITY a "ha">' + "".join(
+                    f'<!ENTITY {chr(98 + n)} "{f"&{chr(97 + n)};" * 10}">' for n in range(9)
+                )
+                yield _whole(
+                    status,
+                    headers,
+                    f'<?xml version="1.0"?><!DOCTYPE x [{entities}]><ListBucketResult><Name>&j;</Name>'.encode(),
+                    request,
+                )
             case "huge xml":
-                unit = draw.choice(["<Contents><Key>a</Key></Contents>", "<a>", "<Contents>", "<CommonPrefixes><Prefix>x/</Prefix></CommonPrefixes>", "x"])
-                yield _whole(status, headers, b"<ListBucketResult>" + unit.encode() * (draw.choice([1, 20, 60]) * (1 << 20) // len(unit)), request)
+                unit = draw.choice(
+                    [
+                        "<Contents><Key>a</Key></Contents>",
+                        "<a>",
+                        "<Contents>",
+                        "<CommonPrefixes><Prefix>x/</Prefix></CommonPrefixes>",
+                        "x",
+                    ]
+                )
+                yield _whole(
+                    status,
+                    headers,
+                    b"<ListBucketResult>" + unit.encode() * (draw.choice([1, 20, 60]) * (1 << 20) // len(unit)),
+                    request,
+                )
             case "error xml":
-                yield _whole(draw.choice([400, 403, 404, 500]), headers, _error(draw.choice(["NoSuchBucket", "AccessDenied", "\x1b[2J", "RequestTimeTooSkewed", "a" * 100_000, ""])), request)
+                yield _whole(
+                    draw.choice([400, 403, 404, 500]),
+                    headers,
+                    _error(
+                        draw.choice(
+                            ["NoSuchBucket", "AccessDenied", "\x1b[2J", "RequestTimeTooSkewed", "a" * 100_000, ""]
+                        )
+                    ),
+                    request,
+                )
             case "tokens":
                 yield _whole(200, headers, self._listing(request, names=[], token=str(draw.random())), request)
             case "same token":
                 yield _whole(200, headers, self._listing(request, token="again"), request)
             case "tokens full":
-                yield _whole(200, headers, self._listing(request, names=sorted(some), token=str(draw.random())), request)
+                yield _whole(
+                    200, headers, self._listing(request, names=sorted(some), token=str(draw.random())), request
+                )
             case "names":
-                odd = [prefix, f"{prefix}../x", f"{prefix}a//b", f"{prefix}\u0130", "elsewhere/x", f"{prefix}{'x' * 2000}", f"{prefix}A\x01", "", f"{prefix}%00"]
+                odd = [
+                    prefix,
+                    f"{prefix}../x",
+                    f"{prefix}a//b",
+                    f"{prefix}\u0130",
+                    "elsewhere/x",
+                    f"{prefix}{'x' * 2000}",
+                    f"{prefix}A\x01",
+                    "",
+                    f"{prefix}%00",
+                ]
                 every = [key for key in self.objects if key.startswith(prefix)]
                 draw.shuffle(every)
-                yield _whole(200, headers, self._listing(request, names=[*every, *draw.sample(odd, 4), *every[:2]]), request)
+                yield _whole(
+                    200, headers, self._listing(request, names=[*every, *draw.sample(odd, 4), *every[:2]]), request
+                )
             case "times":
-                yield _whole(200, headers, self._listing(request, when=draw.choice(["now", "0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "1e300", "2106-02-07T06:28:16Z"])), request)
+                yield _whole(
+                    200,
+                    headers,
+                    self._listing(
+                        request,
+                        when=draw.choice(
+                            [
+                                "now",
+                                "0001-01-01T00:00:00+23:59",
+                                "9999-12-31T23:59:59-23:59",
+                                "1e300",
+                                "2106-02-07T06:28:16Z",
+                            ]
+                        ),
+                    ),
+                    request,
+                )
             case "sizes":
                 yield _whole(200, headers, self._listing(request, size=draw.choice([0, -1, 1 << 40, 1 << 70])), request)
             case "chunked" | "bad chunks":
                 yield _head(status, {**headers, "Transfer-Encoding": "chunked"}, None)
-                sizes = [f"{len(body):x}"] if lie == "chunked" else [draw.choice(["-1", "zz", "f" * 40, f"{len(body) + 9:x}", "ffffffff"])]
+                sizes = (
+                    [f"{len(body):x}"]
+                    if lie == "chunked"
+                    else [draw.choice(["-1", "zz", "f" * 40, f"{len(body) + 9:x}", "ffffffff"])]
+                )
                 for said in sizes:
                     yield said.encode() + b"\r\n" + body + b"\r\n"
                 yield b"0\r\n\r\n"
             case "headers":
-                yield _head(status, {**headers, **{f"X-{n}": "y" * 100 for n in range(draw.choice([90, 5000]))}}, len(body)) + body
+                yield (
+                    _head(
+                        status, {**headers, **{f"X-{n}": "y" * 100 for n in range(draw.choice([90, 5000]))}}, len(body)
+                    )
+                    + body
+                )
             case "huge header":
                 yield _head(status, {**headers, "X-Long": "y" * draw.choice([70_000, 20 << 20])}, len(body)) + body
             case "close":
@@ -221,14 +360,27 @@ class Server:
                     threading.Event().wait(0.1)
                 self._closing = True
             case "redirect":
-                to = draw.choice([f"http://127.0.0.1:{self.port}/{BUCKET}/x", "http://169.254.169.254/", "file:///etc/passwd", "//"])
-                yield _whole(draw.choice([301, 302, 307, 308]), {**headers, "Location": to, **draw.choice([{}, {"x-amz-bucket-region": draw.choice(["eu-x", "../..", "a.b/c?"])}])}, _error("PermanentRedirect"), request)
+                to = draw.choice(
+                    [f"http://127.0.0.1:{self.port}/{BUCKET}/x", "http://169.254.169.254/", "file:///etc/passwd", "//"]
+                )
+                yield _whole(
+                    draw.choice([301, 302, 307, 308]),
+                    {
+                        **headers,
+                        "Location": to,
+                        **draw.choice([{}, {"x-amz-bucket-region": draw.choice(["eu-x", "../..", "a.b/c?"])}]),
+                    },
+                    _error("PermanentRedirect"),
+                    request,
+                )
             case "not modified" | "empty":
                 yield _whole(304 if lie == "not modified" else 200, {}, b"", request)
             case "html":
                 yield _whole(200, {"Content-Type": "text/html"}, b"<html><body>It works!<br></body></html>", request)
             case "continue":
-                yield b"HTTP/1.1 100 Continue\r\n\r\n" * draw.choice([1, 50, 5000]) + _whole(status, headers, body, request)
+                yield b"HTTP/1.1 100 Continue\r\n\r\n" * draw.choice([1, 50, 5000]) + _whole(
+                    status, headers, body, request
+                )
             case "gzip":
                 import zlib
 
@@ -259,7 +411,7 @@ def _read(file: object, visitor: socket.socket) -> Request | None:
         return None
     method, target, _ = line.decode("latin-1").split(" ", 2)
     headers: dict[str, str] = {}
-    while (line := file.readline(1 << 16).strip()):  # type: ignore[attr-defined]
+    while line := file.readline(1 << 16).strip():  # type: ignore[attr-defined]
         name, _, value = line.decode("latin-1").partition(":")
         headers[name.lower()] = value.strip()
     if headers.get("expect", "").lower() == "100-continue":
@@ -290,7 +442,7 @@ def _error(code: str) -> bytes:
 
 
 def _etag(body: bytes) -> str:
-    return f'"{hashlib.md5(body).hexdigest()}"'  # noqa: S324 -- what S3 does
+    return f'"{hashlib.md5(body).hexdigest()}"'
 
 
 def _escaped(text: str) -> str:
@@ -301,7 +453,11 @@ def loaded(root: Path) -> dict[str, bytes]:
     """A repository's directory as objects."""
     if not root.is_dir():
         return {}
-    return {f"repo/{path.relative_to(root)}": path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".reserve"}
+    return {
+        f"repo/{path.relative_to(root)}": path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != ".reserve"
+    }
 
 
 def scripted(root: Path, older: Path, draw: Draw) -> Server:
@@ -312,5 +468,4 @@ def scripted(root: Path, older: Path, draw: Draw) -> Server:
     else:
         for _ in range(draw.choice([1, 1, 2, 4])):
             lies[int(draw.random() ** 2 * 60)] = draw.choice(LIES)
-    _ = number
     return Server(loaded(root), draw, lies, always, loaded(older))

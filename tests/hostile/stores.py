@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
+from blake3 import blake3
 
 from snapchain.repository.crypto import NONE, Keyring
 from snapchain.repository.envelope import head, seal, unseal
@@ -33,7 +34,8 @@ KINDS = ("config", "keys", "index", "layers", "disks", "packs", "leases", "witne
 _KIND_BYTES = {"index": b"I", "layers": b"L", "disks": b"C", "leases": b"E"}
 _STAGES = ("2", "3", "4", MERGED, MERGED)
 _LEASE = {
-    "host": "elsewhere", "machine": "", "pid": 1, "started": 0, "work": "ship web1/vda", "since": "2026-11-29T00:00:00Z",
+    "host": "elsewhere", "machine": "", "pid": 1, "started": 0, "work": "ship web1/vda",
+    "since": "2026-11-29T00:00:00Z",
     "disks": [WEB], "layers": [],
 }  # fmt: skip
 
@@ -84,10 +86,21 @@ def plan(world: World, draw: Draw) -> Plan:
                 deeds.append(f"nothing: {error!r}"[:100])
         else:
             deeds.append(_from_outside(world, store, draw))
-    return commands(world, draw, str(store.root), deeds, nights=NIGHTS if stage == MERGED else int(stage), made_up=made_up)
+    return commands(
+        world, draw, str(store.root), deeds, nights=NIGHTS if stage == MERGED else int(stage), made_up=made_up
+    )
 
 
-def commands(world: World, draw: Draw, url: str, deeds: list[str], *, nights: int, made_up: bool, ready: Callable[[], None] = lambda: None) -> Plan:
+def commands(
+    world: World,
+    draw: Draw,
+    url: str,
+    deeds: list[str],
+    *,
+    nights: int,
+    made_up: bool,
+    ready: Callable[[], None] = lambda: None,
+) -> Plan:
     """What is run over a spoilt repository.
 
     ready: called in the child before anything is run
@@ -102,7 +115,12 @@ def commands(world: World, draw: Draw, url: str, deeds: list[str], *, nights: in
 
     def restore(file: str, at: str | None = None, disk: str = WEB) -> list[str]:
         where = draw.choice(list(points)) if at is None else at
-        words = ["restore", f"{url}::{disk}{where}", str(out / file), *draw.choice([[], ["--chain"]] if file.endswith("qcow2") else [[]])]
+        words = [
+            "restore",
+            f"{url}::{disk}{where}",
+            str(out / file),
+            *draw.choice([[], ["--chain"]] if file.endswith("qcow2") else [[]]),
+        ]
         given[tuple(words)] = (disk, points[where] if at is None else (int(at[1:]),))
         return words
 
@@ -160,12 +178,14 @@ def commands(world: World, draw: Draw, url: str, deeds: list[str], *, nights: in
                 last = min(nights, max(known))
                 truths = known if made_up else {at: known[min(at, last)] for at in numbers}
                 path = Path(words[2])
-                if unlike(path, truths.values(), path.suffix[1:]) and not (made_up and _is_what_it_says(path, step.words, step.out)):
+                if unlike(path, truths.values(), path.suffix[1:]) and not (
+                    made_up and _is_what_it_says(path, step.words, step.out)
+                ):
                     yield f"{' '.join(words)}: exit 0 and other bytes ({deeds})"
         now = standing(world.case / "images")
-        if changed := [name for name, look in images.items() if name.endswith(".qcow2") and now.get(name) != look]:
-            if not any(step.words[0] == "nightly" for step in outcome.steps):
-                yield f"the images were changed: {changed}"
+        changed = [name for name, look in images.items() if name.endswith(".qcow2") and now.get(name) != look]
+        if changed and not any(step.words[0] == "nightly" for step in outcome.steps):
+            yield f"the images were changed: {changed}"
 
     return Plan(run, judge)
 
@@ -203,7 +223,13 @@ def _from_outside(world: World, store: Store, draw: Draw) -> str:
             for each in gone:
                 each.unlink()
         case "again":
-            name = draw.choice([f"{draw.getrandbits(128):032x}", path.name[:-1] + "0", f"{int(path.name) + draw.choice([1, 2, 1000]):020d}" if path.name.isdecimal() else "x"])
+            name = draw.choice(
+                [
+                    f"{draw.getrandbits(128):032x}",
+                    path.name[:-1] + "0",
+                    f"{int(path.name) + draw.choice([1, 2, 1000]):020d}" if path.name.isdecimal() else "x",
+                ]
+            )
             target = path.with_name(name[:100])
             target.write_bytes(path.read_bytes())
         case "odd":
@@ -269,7 +295,9 @@ def _lease(store: Store, draw: Draw) -> str:
 def _from_within(store: Store, draw: Draw) -> str:
     """An object of a plain repository, opened, changed and sealed again."""
     assert store.keys is not None
-    kind = draw.choice(["index", "layers", "layers", "disks", "disks", "disks", "packs", "page", "page", "leases", "bomb"])
+    kind = draw.choice(
+        ["index", "layers", "layers", "disks", "disks", "disks", "packs", "page", "page", "leases", "bomb"]
+    )
     if kind == "leases":
         return _lease(store, draw)
     if kind == "packs":
@@ -282,7 +310,11 @@ def _from_within(store: Store, draw: Draw) -> str:
     path = objects[-1] if kind == "disks" and draw.random() < 0.8 else draw.choice(objects)
     name = store.name(path)
     body = unseal(store.keys, _KIND_BYTES[kind], name, path.read_bytes())
-    change: dict[str, Callable[[bytes, Draw], bytes]] = {"index": _other_index, "layers": _other_layer, "disks": _other_catalogue}
+    change: dict[str, Callable[[bytes, Draw], bytes]] = {
+        "index": _other_index,
+        "layers": _other_layer,
+        "disks": _other_catalogue,
+    }
     changed = change[kind](body, draw)
     if kind == "disks" and draw.random() < 0.3:  # a generation that nobody has made
         path = path.with_name(f"{int(path.name) + draw.choice([1, 1, 2, 10**15]):020d}")
@@ -337,7 +369,12 @@ def _other_layer(body: bytes, draw: Draw) -> bytes:
 def _other_index(body: bytes, draw: Draw) -> bytes:
     packs, blobs = struct.unpack_from("<II", body)
     if draw.random() < 0.3 or not blobs:
-        return struct.pack("<II", *draw.choice([(number(packs, draw, bits=32), blobs), (packs, number(blobs, draw, bits=32))])) + body[8:]
+        return (
+            struct.pack(
+                "<II", *draw.choice([(number(packs, draw, bits=32), blobs), (packs, number(blobs, draw, bits=32))])
+            )
+            + body[8:]
+        )
     at_rows = len(body) - blobs * BLOB_ROW.itemsize
     rows = np.frombuffer(body, BLOB_ROW, blobs, at_rows).copy()
     if draw.random() < 0.7:
@@ -357,7 +394,10 @@ def _other_pack(store: Store, draw: Draw) -> str:
     data = path.read_bytes()
     stored, count, end = struct.unpack("<II8s", data[-16:])
     if draw.random() < 0.5:
-        trailer = struct.pack("<II8s", *draw.choice([(number(stored, draw, bits=32), count, end), (stored, number(count, draw, bits=32), end)]))
+        trailer = struct.pack(
+            "<II8s",
+            *draw.choice([(number(stored, draw, bits=32), count, end), (stored, number(count, draw, bits=32), end)]),
+        )
         path.write_bytes(data[:-16] + trailer)
         return f"trailer of {store.name(path)}"
     at = len(data) - 16 - stored
@@ -369,7 +409,13 @@ def _other_pack(store: Store, draw: Draw) -> str:
     body = zstandard.ZstdCompressor().compress(ids.tobytes() + rows.tobytes())
     if draw.random() < 0.2:
         body = bomb(draw, count * 48)
-    bound = b"snapchain 1 blob" + store.keys.repository + bytes.fromhex(path.name) + count.to_bytes(8, "little") + b"directory"
+    bound = (
+        b"snapchain 1 blob"
+        + store.keys.repository
+        + bytes.fromhex(path.name)
+        + count.to_bytes(8, "little")
+        + b"directory"
+    )
     text = store.keys.pack_cipher(bytes.fromhex(path.name)).encrypt(at.to_bytes(12, "little"), body, bound)
     path.write_bytes(data[:at] + text + struct.pack("<II8s", len(text), count, end))
     return f"directory of {store.name(path)}"
@@ -399,9 +445,7 @@ def _other_page(store: Store, draw: Draw) -> str:
     except Exception:  # noqa: BLE001 -- spoilt already, by an earlier mutation of this case
         return "spoilt already"
     page = _changed_page(page, draw)
-    from snapchain.repository.intake import blake3  # the hash that ids are made with
-
-    pieces = b"".join(blake3.blake3(page[first : first + 65536]).digest() for first in range(0, len(page), 65536))
+    pieces = b"".join(blake3(page[first : first + 65536]).digest() for first in range(0, len(page), 65536))
     blob = store.keys.blob_id(pieces)
     made = OpenPack(store.keys)
     packed = zstandard.ZstdCompressor().compress(page)
@@ -430,9 +474,20 @@ def _changed_page(page: bytes, draw: Draw) -> bytes:
         if draw.random() < 0.2:
             table = np.concatenate([table] * draw.choice([2, 500]))
             runs = len(table)
-        return struct.pack("<IIII", packs, runs, leaves, zero) + page[16:at] + table.tobytes() + page[at + len(table) * RUN_ROW.itemsize :]
+        return (
+            struct.pack("<IIII", packs, runs, leaves, zero)
+            + page[16:at]
+            + table.tobytes()
+            + page[at + len(table) * RUN_ROW.itemsize :]
+        )
     if kind == 4:
-        return struct.pack("<IIII", *(number(each, draw, bits=32) if draw.random() < 0.5 else each for each in (packs, runs, leaves, zero))) + page[16:]
+        return (
+            struct.pack(
+                "<IIII",
+                *(number(each, draw, bits=32) if draw.random() < 0.5 else each for each in (packs, runs, leaves, zero)),
+            )
+            + page[16:]
+        )
     return spoil(page, draw)
 
 
@@ -447,7 +502,11 @@ def _bomb(store: Store, draw: Draw) -> str:
     unit = said * ((1 << 20) // len(said))
     opening = draw.choice([b"", b'{"points":[', b'{"disk":"', b'{"parents":{'])
     compressor = zstandard.ZstdCompressor(level=1).compressobj(size=len(opening) + len(unit) * (size >> 20))
-    packed = compressor.compress(opening) + b"".join(compressor.compress(unit) for _ in range(size >> 20)) + compressor.flush()
+    packed = (
+        compressor.compress(opening)
+        + b"".join(compressor.compress(unit) for _ in range(size >> 20))
+        + compressor.flush()
+    )
     salt = draw.randbytes(32)
     first = head(_KIND_BYTES[kind])
     text = store.keys.record_cipher(salt).encrypt(bytes(12), packed, first + store.keys.repository + name.encode())
@@ -490,5 +549,9 @@ def hasty() -> None:
     """Servers that are silent are given up soon: by what the program itself waits with."""
     from snapchain.objects import s3_client, s3_patience
 
-    s3_client.new_client.__kwdefaults__.update(connect_timeout=1.0, read_timeout=1.0, attempts=2)
-    s3_patience.Patience.__init__.__kwdefaults__.update(limit=2.5)
+    for function, shorter in (
+        (s3_client.new_client, {"connect_timeout": 1.0, "read_timeout": 1.0, "attempts": 2}),
+        (s3_patience.Patience.__init__, {"limit": 2.5}),
+    ):
+        assert function.__kwdefaults__ is not None
+        function.__kwdefaults__.update(shorter)

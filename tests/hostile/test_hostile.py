@@ -23,7 +23,17 @@ def test_hostile_input_ends_in_a_clear_error_or_the_right_bytes(
     kinds: tuple[str, ...], count: int, tmp_path: Path
 ) -> None:
     chosen = [word for kind in kinds for word in ("--kind", kind)]
-    argv = [sys.executable, "-m", "tests.hostile", *chosen, "--corpus", "--seed", "1", "--keep", str(tmp_path / "world")]
+    argv = [
+        sys.executable,
+        "-m",
+        "tests.hostile",
+        *chosen,
+        "--corpus",
+        "--seed",
+        "1",
+        "--keep",
+        str(tmp_path / "world"),
+    ]
     done = subprocess.run(
         [*argv, "--count", str(examples(count, times=40))], cwd=ROOT, check=False, capture_output=True, text=True
     )

@@ -48,11 +48,11 @@ class Frame:
     check: bytes | None = None
 
 
-class Silence(Exception):  # noqa: N818 -- not an error: nothing more is said, and nothing is closed
+class Silence(Exception):
     """Nothing more is said, and the other side is not told."""
 
 
-class End(Exception):  # noqa: N818
+class End(Exception):
     """The stream ends here."""
 
 
@@ -89,7 +89,9 @@ class _Seal:
         before, self._before = self._before, b""
         if isinstance(item, bytes):
             return item if before and item.startswith(b"\0MAGIC") else before + item
-        head = HEAD.pack(item.kind & 255, item.flags & 255, item.flags >> 8, len(item.body) if item.length is None else item.length)
+        head = HEAD.pack(
+            item.kind & 255, item.flags & 255, item.flags >> 8, len(item.body) if item.length is None else item.length
+        )
         self._check = blake3(self._check).update(head).update(item.body).digest(CHECK_BYTES)
         return before + head + item.body + (self._check if item.check is None else item.check)
 
@@ -112,7 +114,9 @@ def pass_on(frames: Iterator[Frame]) -> Iterator[Frame | bytes]:
 
 
 @contextmanager
-def meddling(to_server: Mutator, to_client: Mutator, *, patience: float = PATIENCE, link: Link | None = None) -> Iterator[None]:
+def meddling(
+    to_server: Mutator, to_client: Mutator, *, patience: float = PATIENCE, link: Link | None = None
+) -> Iterator[None]:
     """While the block runs, every replica of this machine is reached through these mutators."""
     before = endpoint.DirectoryEndpoint.connect, endpoint.DirectoryEndpoint.link
 
@@ -151,9 +155,9 @@ def meddling(to_server: Mutator, to_client: Mutator, *, patience: float = PATIEN
             if broken:
                 raise broken[0]
 
-    endpoint.DirectoryEndpoint.connect = connect  # type: ignore[assignment, method-assign]
+    endpoint.DirectoryEndpoint.connect = connect  # type: ignore[method-assign]
     if link is not None:
-        endpoint.DirectoryEndpoint.link = property(lambda self: link)  # type: ignore[assignment, method-assign, misc]
+        endpoint.DirectoryEndpoint.link = property(lambda _self: link)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -162,7 +166,7 @@ def meddling(to_server: Mutator, to_client: Mutator, *, patience: float = PATIEN
 
 def _pump(source: int, target: int, mutator: Mutator) -> None:
     seal = _Seal()
-    with open(source, "rb", buffering=1 << 16) as file:  # noqa: PTH123 -- a descriptor
+    with open(source, "rb", buffering=1 << 16) as file:
         closed = False
         try:
             for item in mutator(read_frames(file.read)):
@@ -217,7 +221,9 @@ class Script:
         self._at: dict[int, str] = {}
         for _ in range(self.draw.choice([1, 1, 1, 2, 3])):
             # The first frames are hellos: they end most conversations at once.
-            place = self.draw.randrange(count) if self.draw.random() < 0.7 else self.draw.randrange(max(1, count - 1)) + 1
+            place = (
+                self.draw.randrange(count) if self.draw.random() < 0.7 else self.draw.randrange(max(1, count - 1)) + 1
+            )
             self._at[place] = self.draw.choice(_DEEDS)
 
     def __call__(self, frames: Iterator[Frame]) -> Iterator[Frame | bytes]:
@@ -277,7 +283,9 @@ class Script:
                 if draw.random() < 0.5:
                     yield frame
             case "big":
-                yield Frame(frame.kind, draw.choice([b"[", b'{"a":', b" ", b"\0"]) * draw.choice([1000, 200_000, 5_000_000]))
+                yield Frame(
+                    frame.kind, draw.choice([b"[", b'{"a":', b" ", b"\0"]) * draw.choice([1000, 200_000, 5_000_000])
+                )
 
 
 _DEEDS = (
@@ -322,7 +330,10 @@ def _other_map(body: bytes, draw: Draw) -> bytes:
     elif kind == 4:
         draw.shuffle(words)
     elif kind == 5:
-        return _MAP_HEAD.pack(number(count, draw, bits=32), number(codec, draw, bits=32) if draw.random() < 0.3 else codec) + packed
+        return (
+            _MAP_HEAD.pack(number(count, draw, bits=32), number(codec, draw, bits=32) if draw.random() < 0.3 else codec)
+            + packed
+        )
     elif kind == 6:
         return _MAP_HEAD.pack(count, 1) + bomb(draw, 8 * count)
     else:
@@ -386,7 +397,9 @@ def _other_data(body: bytes, draw: Draw) -> bytes:
     else:
         return spoil(body, draw)
     words = [word & 0xFFFFFFFF for word in words]
-    return _DATA_HEAD.pack(start, stop, codec & 255, zero & 255, count) + struct.pack(f"<{len(words)}I", *words) + payload
+    return (
+        _DATA_HEAD.pack(start, stop, codec & 255, zero & 255, count) + struct.pack(f"<{len(words)}I", *words) + payload
+    )
 
 
 def endless(frame: Frame, draw: Draw) -> Iterator[Frame]:
@@ -398,7 +411,7 @@ def endless(frame: Frame, draw: Draw) -> Iterator[Frame]:
     for turn in range(400_000):
         if kind == Kind.PROGRESS:
             body = struct.pack("<QQ", turn, 1 << 40)
-        elif kind == Kind.DISK or kind == Kind.MERGED:
+        elif kind in (Kind.DISK, Kind.MERGED):
             body = _next_page(body, turn)
         elif kind == Kind.FINDING:
             body = json.dumps({**json.loads(body), "message": f"{turn} " * 600}).encode()

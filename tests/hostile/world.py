@@ -121,9 +121,13 @@ def enter(world: World, draw: random.Random) -> None:
     os.environ.update(environment)
     os.chdir(world.case)
     os.umask(0o022)
-    os.fsync = os.fdatasync = lambda _descriptor: None  # nothing here loses power
-    secrets.token_bytes = lambda count=32: draw.randbytes(32 if count is None else count)
+    os.fsync = os.fdatasync = _no_sync  # type: ignore[assignment]
+    secrets.token_bytes = lambda nbytes=32: draw.randbytes(32 if nbytes is None else nbytes)
     keys.KeySlot = CheapSlot  # type: ignore[misc]
+
+
+def _no_sync(_descriptor: object) -> None:
+    """Nothing here loses power."""
 
 
 def build(root: Path) -> World:
@@ -146,7 +150,7 @@ def build(root: Path) -> World:
     _built(first, root)
     for night in range(1, NIGHTS + 1):
         _guests_write(world, night)
-        _built(lambda shell, night=night: _one_night(world, shell, night), root)  # type: ignore[misc]
+        _built(lambda shell, night=night: _one_night(world, shell, night), root)
         shutil.copytree(world.case, world.stage(str(night)), symlinks=True)
 
     def merging(shell: child.Shell) -> None:
