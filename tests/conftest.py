@@ -19,6 +19,7 @@ from pydantic import Field
 
 from snapchain.repository import keys
 from tests.exhaustive import EXHAUSTIVE
+from tests.host.others import open_host as open_host  # noqa: PLC0414 - a fixture
 
 IN_CI = os.environ.get("CI", "").lower() in {"1", "true", "yes"}
 

@@ -1,21 +1,24 @@
 """Files that are whole or not there.
 
 A new file is made under a name of its own, owner-only, never over another and never through a symbolic
-link.  It is published in the order that survives a power loss: its bytes, then its name, then the
-directory.  After a failed fsync the file is not trusted again (the kernel has dropped the pages).
+link, in a directory that is open (directory.py says with whose rights).  It is published in the order that
+survives a power loss: its bytes, then its name, then the directory.  After a failed fsync the file is not
+trusted again (the kernel has dropped the pages).
 """
 
 from __future__ import annotations
 
 import errno
-import grp
 import os
-import pwd
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import Busy, InvalidInput
+from snapchain.host.directory import MOST_MODE, Directory
+from snapchain.host.leftovers import remove_leftover
 from snapchain.host.os_errors import os_errors
+from snapchain.host.rights import group_name, user_name
 from snapchain.host.temporary_names import NEW, temporary_beside, temporary_of
 
 # Extended attributes that belong to a file's place, not to its bytes: labels, access lists, what a user noted.
@@ -24,46 +27,65 @@ _KEPT_ATTRIBUTES = ("security.selinux", _ACCESS_LIST, "user.")
 _NO_ATTRIBUTES = {errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES}
 
 
+@contextmanager
+def directory_of(path: Path) -> Iterator[Directory]:
+    """The directory of a file, pinned for the length of a `with` block; errors name the file."""
+    with os_errors(path), Directory.open(path.parent) as directory:
+        yield directory
+
+
 def open_new(path: Path, *, mode: int = 0o600) -> int:
     """Create a file that must not exist yet; a descriptor open for reading and writing.
 
     Raises Conflict when something has that name already, be it a dangling symbolic link.
     """
-    with os_errors(path):
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    with directory_of(path) as directory:
+        return directory.create(path.name, mode=mode)
+
+
+def open_file(path: Path, *, writing: bool = False) -> int:
+    """A descriptor of a regular file or a block device, and of nothing else; its name may be no link."""
+    with directory_of(path) as directory:
+        return directory.open_file(path.name, writing=writing)
 
 
 def temporaries(path: Path, *, purpose: str) -> list[Path]:
     """Files beside `path` under names of `temporary_beside`: of runs that are at work, or were killed."""
-    wanted = temporary_of(temporary_beside(path, purpose=purpose))
-    with os_errors(path.parent):
-        return [entry for entry in path.parent.iterdir() if temporary_of(entry) == wanted]
+    with directory_of(path) as directory:
+        return [path.with_name(name) for name in temporary_names(directory, path.name, purpose=purpose)]
+
+
+def temporary_names(directory: Directory, name: str, *, purpose: str) -> list[str]:
+    """As `temporaries`, of a file `name` in a directory."""
+    wanted = temporary_of(temporary_beside(directory.path / name, purpose=purpose))
+    return [each for each in directory.names() if temporary_of(directory.path / each) == wanted]
 
 
 def remove_temporaries(path: Path, *, purpose: str) -> None:
     """Remove what killed runs have left under names of `temporary_beside`. Only while no other run is at work there."""
-    for entry in temporaries(path, purpose=purpose):
-        remove(entry)
+    with directory_of(path) as directory:
+        names = temporary_names(directory, path.name, purpose=purpose)
+        for name in names:
+            with suppress(Busy):  # nobody is at work here: somebody else keeps it locked
+                remove_leftover(directory, name)
+        if names:
+            directory.sync()
 
 
 def fsync_file(path: Path) -> None:
     """Force a file's bytes and size to the disk, whoever wrote them."""
-    with os_errors(path):
-        _fsync(path, os.O_RDONLY | os.O_NOFOLLOW)
+    fd = open_file(path)
+    try:
+        with os_errors(path):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def fsync_dir(path: Path) -> None:
     """Force a directory's names to the disk."""
-    with os_errors(path):
-        _fsync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    fd = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with os_errors(path), Directory.open(path) as directory:
+        directory.sync()
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -74,97 +96,126 @@ def publish(temporary: Path, final: Path) -> None:
 
 def rename(source: Path, target: Path) -> None:
     """Rename within one directory, durably. The source's bytes must be on the disk already."""
-    with os_errors(target):
-        source.replace(target)
-    fsync_dir(target.parent)
+    with directory_of(target) as directory:
+        directory.rename(source.name, target.name)
+        directory.sync()
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name, durably. Raises Conflict when that name is taken."""
-    with os_errors(target):
-        os.link(source, target, follow_symlinks=False)
-    fsync_dir(target.parent)
+    """Give a file a second name in its directory, durably. Raises Conflict when that name is taken."""
+    with directory_of(target) as directory:
+        directory.link(source.name, target.name)
+        directory.sync()
 
 
 def remove(path: Path) -> None:
     """Remove a name, durably; fine when it is gone already."""
-    with os_errors(path):
-        path.unlink(missing_ok=True)
-    fsync_dir(path.parent)
+    with directory_of(path) as directory:
+        directory.remove(path.name)
+        directory.sync()
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a small file's bytes: a reader, or a crash, sees the old ones or the new ones."""
-    temporary = temporary_beside(path, purpose=NEW)
-    fd = open_new(temporary, mode=mode)
+    with directory_of(path) as directory:
+        write_in(directory, path.name, data, mode=mode)
+
+
+def write_in(directory: Directory, name: str, data: bytes, *, mode: int = 0o600) -> None:
+    """As `write_atomically`, in a directory that is open already. Raises OSError."""
+    temporary = temporary_beside(directory.path / name, purpose=NEW).name
+    fd = directory.create(temporary, mode=mode)
     try:
-        with os_errors(path), os.fdopen(fd, "wb") as file:
+        with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(fd)
-        rename(temporary, path)
+        directory.rename(temporary, name)
+        directory.sync()
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            directory.remove(temporary)
         raise
 
 
 def read_small(path: Path, *, cap: int = 1 << 20) -> bytes:
     """The bytes of a small file, no symbolic link. Raises InvalidInput when there are more than `cap`."""
-    with os_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            data = file.read(cap + 1)
+    with directory_of(path) as directory:
+        return read_in(directory, path.name, cap=cap)
+
+
+def read_in(directory: Directory, name: str, *, cap: int = 1 << 20) -> bytes:
+    """As `read_small`, in a directory that is open already. Raises OSError, too."""
+    with os.fdopen(directory.open_file(name), "rb") as file:
+        data = file.read(cap + 1)
     if len(data) > cap:
-        raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=path)
+        raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=directory.path / name)
     return data
 
 
-def copy_standing(source: Path | int, target: Path | int, *, subject: object = None) -> str | None:
-    """Give `target` the owner, the mode and the labels of `source`, whose place it will take. Paths, or descriptors.
+def set_mode(path: Path, mode: int) -> None:
+    """Give a file the rights of a mode to read and write; every other bit stays as it is."""
+    with directory_of(path) as directory:
+        fd = directory.open_file(path.name)
+        try:
+            now = os.fstat(fd)
+            with directory.changing(now):
+                os.fchmod(fd, mode & MOST_MODE | now.st_mode & 0o7777 & ~MOST_MODE)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def copy_standing(source: int, target: int, *, subject: object, directory: Directory | None = None) -> str | None:
+    """Give `target` the owner, the mode and the labels of `source`, whose place it will take. Both are descriptors.
 
     A guest's process runs as its own user, under its own SELinux label; a file that it may not open is as
     good as lost.  The owner is set first: chown clears the mode's set-id bits.  The access list comes last, since
-    chmod changes it; one that the directory has given to the new file goes where the old file has none.
-    subject: the file that errors name. Returns what could not be given, where nobody loses access by that. Raises
-    InvalidInput where somebody would.
+    chmod changes it; one that the directory has given to the new file goes where the old file has none.  Nobody gets
+    the right to run the file.
+    subject: the file that errors name; directory: the one of both, None where root's rights need no limit
+    Returns what could not be given, where nobody loses access by that. Raises InvalidInput where somebody would.
     """
-    with os_errors(target if subject is None else subject):
-        standing = os.stat(source)  # noqa: PTH116 - a descriptor, too
-        mine = os.stat(target)  # noqa: PTH116
-        lost = None
-        if (mine.st_uid, mine.st_gid) != (standing.st_uid, standing.st_gid):
-            try:
-                os.chown(target, standing.st_uid, standing.st_gid)
-            except PermissionError as error:
-                lost = _not_given(source if subject is None else subject, standing, mine, error)
-        kept = [name for name in os.listxattr(source) if name.startswith(_KEPT_ATTRIBUTES)]
-        if _ACCESS_LIST not in kept and _ACCESS_LIST in os.listxattr(target):
-            os.removexattr(target, _ACCESS_LIST)
-        os.chmod(target, standing.st_mode & 0o7777)  # noqa: PTH101
-        for name in kept:
-            _copy_attribute(source, target, name)
+    with os_errors(subject):
+        standing, mine = os.fstat(source), os.fstat(target)
+        with nullcontext() if directory is None else directory.changing(mine):
+            return _give_standing(source, standing, target, mine, subject)
+
+
+def _give_standing(
+    source: int, standing: os.stat_result, target: int, mine: os.stat_result, subject: object
+) -> str | None:
+    lost = None
+    if (mine.st_uid, mine.st_gid) != (standing.st_uid, standing.st_gid):
+        try:
+            os.fchown(target, standing.st_uid, standing.st_gid)
+        except PermissionError as error:
+            lost = _not_given(subject, standing, mine, error)
+    kept = [name for name in os.listxattr(source) if name.startswith(_KEPT_ATTRIBUTES)]
+    if _ACCESS_LIST not in kept and _ACCESS_LIST in os.listxattr(target):
+        os.removexattr(target, _ACCESS_LIST)
+    os.fchmod(target, standing.st_mode & MOST_MODE)
+    for name in kept:
+        _copy_attribute(source, target, name)
     return lost
 
 
-def check_standing(source: Path, target: Path) -> None:
+def check_standing(standing: os.stat_result, mine: os.stat_result, *, subject: object) -> None:
     """Raises what `copy_standing` would raise for the owner and the group, and changes nothing."""
-    with os_errors(target):
-        standing, mine = source.stat(), target.stat()
     is_same = (standing.st_uid, standing.st_gid) == (mine.st_uid, mine.st_gid)
     is_own = standing.st_uid == mine.st_uid == os.geteuid()
     if not is_same and os.geteuid() and not (is_own and standing.st_gid in (os.getegid(), *os.getgroups())):
-        _not_given(source, standing, mine, None)
+        _not_given(subject, standing, mine, None)
 
 
 def _not_given(
     subject: object, standing: os.stat_result, mine: os.stat_result, error: PermissionError | None
 ) -> str | None:
     """What it means that owner and group cannot be given. The group matters where the mode gives it other rights."""
-    group = _group_name(standing.st_gid)
+    group = group_name(standing.st_gid)
     if standing.st_uid != mine.st_uid:
         raise InvalidInput(
-            f"the new file cannot get the owner of the old one, {_user_name(standing.st_uid)}",
+            f"the new file cannot get the owner of the old one, {user_name(standing.st_uid)}",
             subject=subject,
             hint="run as root, or as that user",
         ) from error
@@ -174,24 +225,10 @@ def _not_given(
             subject=subject,
             hint=f"run as root, or as a member of the group {group}",
         ) from error
-    return f"its group is now {_group_name(mine.st_gid)}, not {group}; its mode gives the group no extra rights"
+    return f"its group is now {group_name(mine.st_gid)}, not {group}; its mode gives the group no extra rights"
 
 
-def _group_name(number: int) -> str:
-    try:
-        return grp.getgrgid(number).gr_name
-    except KeyError:
-        return str(number)
-
-
-def _user_name(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
-
-
-def _copy_attribute(source: Path | int, target: Path | int, name: str) -> None:
+def _copy_attribute(source: int, target: int, name: str) -> None:
     try:
         value = os.getxattr(source, name)
         os.setxattr(target, name, value)
@@ -202,6 +239,6 @@ def _copy_attribute(source: Path | int, target: Path | int, name: str) -> None:
 
 def free_bytes(directory: Path) -> int:
     """Bytes that this user may still write to the directory's filesystem."""
-    with os_errors(directory):
-        room = os.statvfs(directory)
+    with os_errors(directory), Directory.open(directory) as opened:
+        room = os.fstatvfs(opened.fd)
     return room.f_bavail * room.f_frsize

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.host.rights import DeniedToOther, Rights
 from snapchain.host.temporary_names import temporary_of
 
 _NOT_THERE = {errno.ENOENT, errno.ENXIO, errno.ENODEV}
@@ -53,6 +54,15 @@ def denied(subject: object, *, detail: str = "") -> InvalidInput:
     return InvalidInput(f"permission denied{detail}", subject=subject, hint="run as a user who may read and write it")
 
 
+def denied_to(rights: Rights, subject: object) -> InvalidInput:
+    """The error for a file that root does not use, since who may swap it could not use it."""
+    return InvalidInput(
+        f"permission denied to {rights}, with whose rights root uses what they may replace",
+        subject=subject,
+        hint="give them access to it, or keep it in a directory that only root may write to",
+    )
+
+
 def translated(error: OSError, subject: object = None) -> SnapchainError:
     """The error of snapchain's tree that says what an OSError says."""
     given = subject if subject is not None else error.filename
@@ -60,6 +70,8 @@ def translated(error: OSError, subject: object = None) -> SnapchainError:
     words = (error.strerror or str(error) or type(error).__name__).lower()
     if error.errno in _NOT_THERE:
         return NotFound(words, subject=name)
+    if isinstance(error, DeniedToOther):
+        return denied_to(error.rights, name)
     if error.errno in _FORBIDDEN:
         if is_temporary and note is None:
             hint = f"run as a user who may write to {Path(str(name)).parent}"

@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Unsupported
+from snapchain.host.directory import resolve
+from snapchain.host.os_errors import os_errors
+from snapchain.host.rights import Rights
 from snapchain.host.terminal import shell_word
+from snapchain.image.opening import NamedBy
 from snapchain.image.qcow2.header import Backing
 
 REPLICA, CATALOGUE, ACTIVE = "snapchain-replica.json", "catalogue.json", "active"
@@ -24,17 +28,28 @@ REPLICA, CATALOGUE, ACTIVE = "snapchain-replica.json", "catalogue.json", "active
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file by two names: `path` as QEMU would open it (absolute), `real` with all links resolved."""
+    """A file by two names: `path` as QEMU would open it (absolute), `real` with all links resolved.
+
+    chosen_by: who has chosen the place by a link (host/directory.py)
+    """
 
     path: Path
     real: Path
+    chosen_by: Rights | None = None
+
+    @property
+    def named_by(self) -> tuple[NamedBy, ...]:
+        """For `open_image`."""
+        return () if self.chosen_by is None else (NamedBy(self.chosen_by, self.path),)
 
     @staticmethod
     def of(path: str | os.PathLike[str]) -> Place:
-        """Of a path relative to the working directory."""
+        """Of a path relative to the working directory. Raises Unsupported and InvalidInput as `Directory.open`."""
         # No normpath: `link/..` is not the directory that holds `link`.
         whole = Path.cwd() / path
-        return Place(whole, Path(os.path.realpath(whole)))
+        with os_errors(whole):
+            found = resolve(whole)
+        return Place(whole, found.real, found.chosen_by)
 
 
 class Allowed:

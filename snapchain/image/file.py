@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Literal, Self
 
 from snapchain.errors import Busy, Corrupt, InvalidInput
+from snapchain.host.directory import Resolved
+from snapchain.host.rights import Rights
 from snapchain.image.backing import Place
 from snapchain.image.fingerprint import Fingerprint, settle
 from snapchain.image.holes import without_holes
@@ -33,7 +35,7 @@ Format = Literal["qcow2", "raw"]
 class ImageFile:
     """An image file, open for reading; a context manager. Offsets and sizes in bytes.
 
-    path: as QEMU would open it, absolute; real_path: with links resolved
+    path: as QEMU would open it, absolute; real_path: with links resolved; chosen_by: see `Place`
     size: virtual size; cluster_size: 0 for raw; grain: the smallest piece that is allocated on its own
     fingerprint: of the moment before its tables were read; see `changed`
     """
@@ -42,6 +44,7 @@ class ImageFile:
         """Read the header and the map of `fd`, which the object owns from here on, even when this raises."""
         self.path: Path = place.path
         self.real_path: Path = place.real
+        self.chosen_by: Rights | None = place.chosen_by
         self.format: Format = format
         self.header: Qcow2Header | None = None
         self._fd = fd
@@ -114,6 +117,10 @@ class ImageFile:
         except OSError:
             return True
         return (named.st_dev, named.st_ino) != self.device
+
+    def check_may_be_changed(self) -> None:
+        """Raises Unsupported for a file that root reads by a link of somebody else, and is about to change."""
+        Resolved(self.real_path, self.chosen_by).check_may_be_changed(self.path)
 
     def fileno(self) -> int:
         """The read-only descriptor; it stays this object's."""

@@ -23,6 +23,7 @@ class GrowingFile(ImageFile):
     def __init__(self, path: Path, fd: int, layout: Layout) -> None:
         """fd: stays the caller's; a copy of it is held. Compressed clusters are not read."""
         self.path = self.real_path = path
+        self.chosen_by = None
         self.format = "qcow2"
         self.header = None
         self._local = threading.local()

@@ -1,71 +1,95 @@
 """Opening an image file that may be hostile: read-only, no symbolic link followed, nothing but a file or block device.
 
 Every directory on the way is opened with O_NOFOLLOW from the root on, and the file's type is known before it is
-opened for reading: a FIFO does not block us, a character device is never touched, a swapped name is noticed.
+opened for reading: a FIFO does not block us, a character device is never touched, a swapped name is noticed.  For root,
+host/directory.py says with whose rights; and whoever has named the file, by a link or as the backing file of an image
+of theirs, must be able to read it: else root would show them the disks of others.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable
-from snapchain.host.os_errors import REMEDIES, denied
-
-_WALK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a FIFO"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-    (stat.S_ISLNK, "a symbolic link"),
-)
+from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.host.directory import Directory, check_readable
+from snapchain.host.os_errors import REMEDIES, denied, denied_to
+from snapchain.host.rights import DeniedToOther, Rights
 
 
-def open_image(path: Path, *, subject: object, refusal: type[SnapchainError] = InvalidInput) -> int:
-    """A descriptor of `path`, an absolute path without symbolic links (as os.path.realpath gives it).
+@dataclass(frozen=True, slots=True)
+class NamedBy:
+    """Who has named a file that is to be read. where: the link or the image that does it, by its own name.
 
-    Raises NotFound, `refusal` for what is no regular file or block device, InvalidInput where access is denied.
+    beside: whether a file in the same directory may be named that they could read if they could come there
+    """
+
+    rights: Rights
+    where: Path
+    beside: bool = False
+
+
+def owner_of(fd: int, path: Path) -> tuple[NamedBy, ...]:
+    """Who could have written what an opened image says; () for root and where this process is not root."""
+    owner = os.fstat(fd).st_uid
+    return () if owner == 0 or os.geteuid() != 0 else (NamedBy(Rights.of_user(owner), path, beside=True),)
+
+
+def open_image(
+    path: Path,
+    *,
+    subject: object,
+    refusal: type[SnapchainError] = InvalidInput,
+    named_by: Sequence[NamedBy] = (),
+) -> int:
+    """A descriptor of `path`, an absolute path without symbolic links (as `Place.of` gives it).
+
+    Raises NotFound, `refusal` for what is no regular file or block device, InvalidInput where access is denied,
+    Unsupported where it is denied to whoever has named the file.
     """
     try:
-        return _open(path, subject, refusal)
+        return _open(path, subject, refusal, named_by)
     except OSError as error:
         raise _translated(error, path, subject, refusal) from error
 
 
-def _open(path: Path, subject: object, refusal: type[SnapchainError]) -> int:
-    directory = os.open("/", _WALK | os.O_DIRECTORY)
-    try:
-        for name in path.parts[1:-1]:
-            below = os.open(name, _WALK | os.O_DIRECTORY, dir_fd=directory)
-            os.close(directory)
-            directory = below
-        name = path.name or "."
-        before = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        _check_kind(before, subject, refusal)
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
-    finally:
-        os.close(directory)
-    after = os.fstat(fd)
-    if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
-        os.close(fd)
-        raise refusal("the file was replaced while it was being opened", subject=subject)
+def _open(path: Path, subject: object, refusal: type[SnapchainError], named_by: Sequence[NamedBy]) -> int:
+    if not path.name:
+        raise refusal("a directory, not a regular file or block device", subject=subject)
+    with Directory.open(path.parent, follow=False) as directory:
+        fd = directory.open_file(path.name, subject=subject, refusal=refusal)
+        try:
+            for each in named_by:
+                # In a directory of theirs, they could have put there what they like.
+                if each.rights != directory.rights:
+                    _check_named(path, fd, subject, each)
+        except BaseException:
+            os.close(fd)
+            raise
     return fd
 
 
-def _check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError]) -> None:
-    if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
-        return
-    kind = next((name for test, name in _KINDS if test(status.st_mode)), "something unknown")
-    raise refusal(f"{kind}, not a regular file or block device", subject=subject)
+def _check_named(path: Path, fd: int, subject: object, named_by: NamedBy) -> None:
+    is_beside = named_by.beside and named_by.where.parent == path.parent
+    try:
+        check_readable(None if is_beside else path, fd, named_by.rights)
+    except DeniedToOther as error:
+        raise Unsupported(
+            f"{named_by.where} leads root to this file, which {named_by.rights}, to whom that belongs, cannot read",
+            subject=subject,
+            hint=f"let {named_by.rights} read it, or let root own {named_by.where} if you trust what it says",
+        ) from error
 
 
 def _translated(error: OSError, path: Path, subject: object, refusal: type[SnapchainError]) -> SnapchainError:
     named = "" if str(path) == str(subject) else f" ({path})"
     if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
         return NotFound(f"no such file{named}", subject=subject)
+    if isinstance(error, DeniedToOther):
+        return denied_to(error.rights, subject)
     if error.errno in (errno.EACCES, errno.EPERM):
         return denied(subject, detail=named)
     if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENAMETOOLONG):

@@ -14,20 +14,18 @@ from snapchain.errors import Corrupt
 from snapchain.image.backing import Allowed, Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
-from snapchain.image.opening import open_image
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.refcounts import refcounts
 from snapchain.image.qcow2.tables import ImageFd
 
 
 @contextmanager
-def reread(path: Path, below: Sequence[ImageFile]) -> Iterator[ImageChain]:
+def reread(path: Path, fd: int, below: Sequence[ImageFile]) -> Iterator[ImageChain]:
     """The chain of a qcow2 file and the open files `below` it (root first), whatever link it records.
 
-    Errors as `scan`.
+    path: a real path; fd: of the file, which stays the caller's. Errors as `scan`.
     """
-    place = Place.of(path)
-    file = ImageFile(place, open_image(place.real, subject=path), format="qcow2", budget=RunBudget())
+    file = ImageFile(Place(path, path), os.dup(fd), format="qcow2", budget=RunBudget())
     with file:
         yield ImageChain([*below, file], owned=False)
 

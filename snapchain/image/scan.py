@@ -17,7 +17,7 @@ from snapchain.host.terminal import shell_word
 from snapchain.image.backing import Allowed, Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import Format, ImageFile
-from snapchain.image.opening import open_image
+from snapchain.image.opening import open_image, owner_of
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.header import Backing, is_qcow2
 
@@ -38,17 +38,16 @@ def scan(
 
     Raises NotFound, InvalidInput (wrong request), Corrupt (broken or hostile), Unsupported (valid, refused), Busy.
     """
-    try:
-        top = Place.of(path)
-    except ValueError as error:
-        raise InvalidInput("a path cannot hold a NUL byte", subject=repr(path)) from error
+    if "\0" in os.fspath(path):
+        raise InvalidInput("a path cannot hold a NUL byte", subject=repr(path))
+    top = Place.of(path)
     if format not in (None, "qcow2", "raw"):
         raise InvalidInput(f"format {format!r}; known are qcow2 and raw", subject=top.path)
     allowed = Allowed(top, image_dirs)
     budget = RunBudget()
     files: list[ImageFile] = []
     try:
-        fd = open_image(top.real, subject=top.path)
+        fd = open_image(top.real, subject=top.path, named_by=top.named_by)
         files.append(ImageFile(top, fd, format=_top_format(fd, top, format), budget=budget))
         while backing := files[-1].backing:
             files.append(_open_backing(backing, files, allowed, budget))
@@ -88,7 +87,8 @@ def _open_backing(backing: Backing, above: Sequence[ImageFile], allowed: Allowed
     place = allowed.place(backing, overlay=overlay)
     recorded = _recorded_format(backing, overlay)
     try:
-        fd = open_image(place.real, subject=place.path, refusal=Unsupported)
+        named_by = (*place.named_by, *owner_of(above[-1].fileno(), above[-1].real_path))
+        fd = open_image(place.real, subject=place.path, refusal=Unsupported, named_by=named_by)
     except NotFound as error:
         raise NotFound("the backing file is missing", subject=place.path, hint=f"{overlay} is based on it") from error
     try:

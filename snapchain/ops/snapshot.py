@@ -24,13 +24,17 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
+from snapchain.host.directory import Directory, resolve, same_file
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
-from snapchain.image import ImageChain, ImageFile, qemu_img, scan
-from snapchain.image.backing import check_no_layer
+from snapchain.image import ImageFile, scan
+from snapchain.image.backing import Allowed, Place, check_no_layer
 from snapchain.image.dependents import describe
-from snapchain.image.qemu_img import BackingLink, Qcow2Options
+from snapchain.image.file import Format
+from snapchain.image.overlay import write_overlay
+from snapchain.image.physical import RunBudget
+from snapchain.image.qcow2.header import Backing
 from snapchain.ops.dependents import Dependents, Kind, find_dependents, is_linked_elsewhere
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import seal
@@ -56,7 +60,7 @@ class SnapshotPlan(BaseModel):
     sealed: Path
     overlay: Path
     backing: str
-    sealed_format: qemu_img.Format
+    sealed_format: Format
     virtual_size: int
     cluster_size: int | None
     extended_l2: bool
@@ -104,8 +108,11 @@ def plan(
     for label in labels:
         check_label(label)
     with os_errors(image):
-        source = image.resolve(strict=True)
-        status = source.stat()
+        found = resolve(image, strict=True)
+    found.check_may_be_changed(image)
+    source = found.real
+    with files.directory_of(source) as home:
+        status = home.status(source.name)
     _check_kind(source, status)
     check_no_layer(source)
     with scan(image, format=image_format, image_dirs=image_dirs) as chain:
@@ -149,30 +156,14 @@ def plan(
 
 def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
     """Do it. Raises Busy when somebody has the image open, Conflict when it is no longer as planned."""
-    with ImageLock(planned.source, LockMode.WRITE) as lock:
+    with ImageLock(planned.source, LockMode.WRITE) as lock, files.directory_of(planned.overlay) as place:
         if not lock.enforced:
             on_event(Notice.no_locks(planned.source.parent))
         _check_unchanged(planned)
         # Of runs that were killed: nobody else is at work here, we hold the lock.
-        files.remove_temporaries(planned.overlay, purpose=SNAPSHOT)
-        temporary = temporary_beside(planned.overlay, purpose=SNAPSHOT)
-        second_name, done = False, False
-        try:
-            _make_overlay(planned, temporary, on_event)
-            if planned.overlay == planned.source:
-                second_name = _give_second_name(planned.source, planned.sealed)
-            cluster_size = _check_overlay(planned, temporary)
-            _note(planned, on_event)
-            if planned.overlay == planned.source:
-                files.rename(temporary, planned.overlay)
-            else:
-                files.link(temporary, planned.overlay)
-            done = True
-        finally:
-            if second_name and not done:
-                _take_second_name(planned.source, planned.sealed)
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        for name in files.temporary_names(place, planned.overlay.name, purpose=SNAPSHOT):
+            place.remove(name)
+        cluster_size = _replace(planned, lock, place, on_event)
     if planned.incomplete is not None:
         on_event(Notice(planned.incomplete))
     if planned.bitmaps:
@@ -187,6 +178,32 @@ def run(planned: SnapshotPlan, *, on_event: OnEvent = ignore) -> SnapshotReport:
         layers=planned.layers,
         incomplete=planned.incomplete,
     )
+
+
+def _replace(planned: SnapshotPlan, lock: ImageLock, place: Directory, on_event: OnEvent) -> int:
+    """Make the overlay and give it its name. Its cluster size."""
+    in_place = planned.overlay == planned.source
+    temporary = temporary_beside(planned.overlay, purpose=SNAPSHOT)
+    second_name, done = False, False
+    fd = place.create(temporary.name)
+    made = os.fstat(fd)
+    try:
+        _make_overlay(planned, fd, lock.fd, place, on_event)
+        if in_place:
+            second_name = _give_second_name(planned, lock, place)
+        cluster_size = _check_overlay(planned, temporary, fd, lock)
+        _note(planned, on_event)
+        replacing = os.fstat(lock.fd) if in_place else None
+        place.give_name(fd, temporary.name, planned.overlay.name, replacing=replacing)
+        done = True
+    finally:
+        os.close(fd)
+        with suppress(OSError):
+            if second_name and not done and lock.same_file(planned.source):
+                place.remove(planned.sealed.name, only=os.fstat(lock.fd))
+        with suppress(OSError):
+            place.remove(temporary.name, only=made)
+    return cluster_size
 
 
 def _note(planned: SnapshotPlan, on_event: OnEvent) -> None:
@@ -232,22 +249,22 @@ def _check_alone(top: ImageFile, others: Dependents) -> None:
 
 def _beside(overlay: Path, source: Path) -> Path:
     target = source.parent / overlay if overlay.parent == Path() else overlay.absolute()
-    if os.path.lexists(target):
-        raise Conflict("it exists already", subject=target)
-    if not target.parent.is_dir():
-        raise NotFound("no such directory", subject=target.parent)
-    return target
+    try:
+        with files.directory_of(target) as place:
+            if not place.has(target.name):
+                return target
+    except NotFound as error:
+        raise NotFound("no such directory", subject=target.parent) from error
+    raise Conflict("it exists already", subject=target)
 
 
 def _sealed_path(source: Path, status: os.stat_result, own_name: str | None) -> Path:
     """The name for the sealed file; one that a crashed run has given it already is taken up again."""
-    twins = [
-        entry
-        for entry in sorted(source.parent.iterdir())
-        if entry != source and not entry.is_symlink() and _same_inode(entry, status)
-    ]
+    with files.directory_of(source) as home:
+        names = home.names()
+        twins = [name for name in names if name != source.name and _is(home, name, status)]
     numbered = re.compile(re.escape(source.stem) + r"\.(\d+)" + re.escape(source.suffix))
-    ours = [entry for entry in twins if entry.name == own_name or numbered.fullmatch(entry.name)]
+    ours = [name for name in twins if name == own_name or numbered.fullmatch(name)]
     if status.st_nlink != 1 + len(ours):
         raise Unsupported(
             "it has further hard links, which would stay with the sealed file",
@@ -261,22 +278,21 @@ def _sealed_path(source: Path, status: os.stat_result, own_name: str | None) -> 
             )
         if not own_name.isprintable() and not numbered.fullmatch(own_name):
             raise InvalidInput("the sealed file's name holds control characters", subject=repr(own_name))
-        wanted = source.with_name(own_name)
-        if wanted not in ours and os.path.lexists(wanted):
-            raise Conflict("it exists already", subject=wanted)
-        return wanted
+        if own_name not in ours and own_name in names:
+            raise Conflict("it exists already", subject=source.with_name(own_name))
+        return source.with_name(own_name)
     if ours:
-        return ours[-1]
-    taken = [int(found[1]) for entry in source.parent.iterdir() if (found := numbered.fullmatch(entry.name))]
+        return source.with_name(ours[-1])
+    taken = [int(found[1]) for name in names if (found := numbered.fullmatch(name))]
     return source.with_name(f"{source.stem}.{max(taken, default=0) + 1}{source.suffix}")
 
 
-def _same_inode(entry: Path, status: os.stat_result) -> bool:
+def _is(home: Directory, name: str, status: os.stat_result) -> bool:
+    """Whether a name, which may be gone meanwhile, is of this file."""
     try:
-        found = entry.lstat()
+        return same_file(home.status(name), status)
     except FileNotFoundError:
         return False
-    return (found.st_dev, found.st_ino) == (status.st_dev, status.st_ino)
 
 
 def _recorded(sealed: Path, overlay: Path, *, is_linked: bool) -> str:
@@ -290,7 +306,7 @@ def _recorded(sealed: Path, overlay: Path, *, is_linked: bool) -> str:
 def _check_names(image: Path, overlay: Path, backing: str) -> None:
     """Refuse control characters in a name that the overlay records: snapchain would not follow it afterwards.
 
-    The overlay's own name goes to qemu-img, whose messages are read line by line.
+    The overlay's own name is printed, line by line.
     """
     if any(character < " " or character == "\x7f" for character in backing) or "\n" in str(overlay):
         raise Unsupported(
@@ -316,50 +332,55 @@ def _check_unchanged(planned: SnapshotPlan) -> None:
         raise Conflict("it was changed after the snapshot was planned", subject=planned.image, hint="run it again")
 
 
-def _make_overlay(planned: SnapshotPlan, temporary: Path, on_event: OnEvent) -> None:
-    os.close(files.open_new(temporary))
-    options = Qcow2Options(cluster_size=planned.cluster_size, extended_l2=planned.extended_l2 or None)
-    link = BackingLink(planned.backing, planned.sealed_format)
-    qemu_img.create(temporary, planned.virtual_size, options=options, backing=link)
-    if lost := files.copy_standing(planned.source, temporary):
+def _make_overlay(planned: SnapshotPlan, fd: int, replaced: int, place: Directory, on_event: OnEvent) -> None:
+    write_overlay(
+        fd,
+        planned.virtual_size,
+        Backing(planned.backing, planned.sealed_format),
+        cluster_size=planned.cluster_size,
+        extended_l2=planned.extended_l2,
+        subject=planned.overlay.parent,
+    )
+    if lost := files.copy_standing(replaced, fd, subject=planned.source, directory=place):
         on_event(Notice.of(planned.image, lost))
-    files.fsync_file(temporary)
+    with os_errors(planned.overlay.parent):
+        os.fsync(fd)
 
 
-def _give_second_name(source: Path, sealed: Path) -> bool:
+def _give_second_name(planned: SnapshotPlan, lock: ImageLock, place: Directory) -> bool:
     """Whether it was given just now."""
-    if os.path.lexists(sealed):
-        return False  # by a run that was killed right after this step; `plan` has seen that it is the same file
-    try:
-        files.link(source, sealed)
-    except InvalidInput as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.EPERM, errno.ENOTSUP):
+    name, locked = planned.sealed.name, os.fstat(lock.fd)
+    if not place.has(name):
+        try:
+            place.link(planned.source.name, name)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP):
+                raise
             raise Unsupported(
                 "its filesystem has no hard links (or you do not own the file), so it cannot be renamed safely",
-                subject=source,
+                subject=planned.source,
                 hint="say --overlay NEW.qcow2, and let the guest use that file",
             ) from error
-        raise
-    return True
+        place.sync()
+        if same_file(place.status(name), locked):
+            return True
+    # By a run that was killed right after this step; `plan` has seen that it is the same file.
+    if not same_file(place.status(name), locked):
+        raise Conflict("another file took its name", subject=planned.sealed)
+    return False
 
 
-def _take_second_name(source: Path, sealed: Path) -> None:
-    """After a failure: remove the second name, if the image is still the same file."""
-    with suppress(OSError):
-        if _same_inode(source, sealed.lstat()):
-            sealed.unlink()
-
-
-def _check_overlay(planned: SnapshotPlan, temporary: Path) -> int:
+def _check_overlay(planned: SnapshotPlan, temporary: Path, fd: int, lock: ImageLock) -> int:
     """Read the overlay back with our own parser: it must be the old view, and nothing else. Its cluster size."""
-    with scan(temporary, format="qcow2", image_dirs=(*planned.image_dirs, planned.sealed.parent)) as chain:
-        below = chain.files[-2] if len(chain.files) > 1 else None
-        if below is None or not _same_inode(planned.source, below.path.stat()) or not _is_empty(chain):
-            raise Conflict("the new overlay does not have the sealed file as its backing file", subject=planned.source)
-        return chain.top.cluster_size
+    whole = Place.of(temporary)
+    with ImageFile(whole, os.dup(fd), format="qcow2", budget=RunBudget()) as overlay:
+        recorded = overlay.backing
+        if recorded is not None and recorded.format == planned.sealed_format and _is_empty(overlay):
+            found = Allowed(whole, [*planned.image_dirs, planned.sealed.parent]).place(recorded, overlay=whole.path)
+            if lock.same_file(found.real):
+                return overlay.cluster_size
+    raise Conflict("the new overlay does not have the sealed file as its backing file", subject=planned.source)
 
 
-def _is_empty(chain: ImageChain) -> bool:
-    top = chain.files[-1]
-    return not top.extents.data_bytes and not top.extents.zero_bytes
+def _is_empty(image: ImageFile) -> bool:
+    return not image.extents.data_bytes and not image.extents.zero_bytes

@@ -16,10 +16,11 @@ from pathlib import Path
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
 from snapchain.image.dependents import SEEN
+from snapchain.image.overlay import write_overlay
+from snapchain.image.qcow2.header import Backing
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.store import ReplicaDisk
@@ -103,23 +104,28 @@ def _path(disk: ReplicaDisk, asked: Active) -> Path:
 def _make(backing: Path, asked: Active, path: Path) -> None:
     if asked.size % _SECTOR:
         raise InvalidInput(f"a qcow2 overlay cannot have {asked.size} bytes", subject=path)
-    with os_errors(path.parent), suppress(FileExistsError):
-        path.parent.mkdir(mode=0o755)
-    files.fsync_dir(path.parent.parent)
-    temporary = temporary_beside(path, purpose=ACTIVE)
-    try:
-        os.close(files.open_new(temporary))
-        # inside: few streams make an overlay, and programs come with it
-        from snapchain.image import qemu_img
-        from snapchain.image.qemu_img import BackingLink, Qcow2Options
-
-        options = Qcow2Options(cluster_size=asked.cluster_size, extended_l2=asked.extended_l2 or None)
-        qemu_img.create(temporary, asked.size, options=options, backing=BackingLink(str(backing), "qcow2"))
-        files.fsync_file(temporary)
-        files.link(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with files.directory_of(path.parent) as above:
+        with suppress(FileExistsError):
+            above.make_directory(path.parent.name, mode=0o755)
+        above.sync()
+    temporary = temporary_beside(path, purpose=ACTIVE).name
+    with files.directory_of(path) as place:
+        fd = place.create(temporary)
+        made = os.fstat(fd)
+        try:
+            write_overlay(
+                fd,
+                asked.size,
+                Backing(str(backing), "qcow2"),
+                cluster_size=asked.cluster_size,
+                extended_l2=asked.extended_l2,
+                subject=path.parent,
+            )
+            place.give_name(fd, temporary, path.name, replacing=None)
+        finally:
+            os.close(fd)
+            with suppress(OSError):
+                place.remove(temporary, only=made)
 
 
 def _state(disk: ReplicaDisk, catalogue: Catalogue, asked: Active, path: Path) -> ActiveState:

@@ -18,6 +18,7 @@ from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Un
 from snapchain.image import scan
 from snapchain.image.backing import Place
 from snapchain.image.opening import open_image
+from tests.host.others import ALICE, BOB, directory, file, link, root_only
 from tests.image.oracle import our_bytes, their_bytes
 
 
@@ -234,3 +235,70 @@ def test_places_keep_the_name_and_know_the_file(tmp_path: Path, monkeypatch: pyt
     place = Place.of("link/../disk.qcow2")
     assert place.path == Path.cwd() / "link/../disk.qcow2"
     assert place.real == tmp_path.resolve() / "disk.qcow2"
+
+
+# --- root, and files of other users
+
+
+def stacked(overlay: Path, base: str | Path, *, uid: int) -> Path:
+    link = ("-u", "-b", str(base), "-F", "raw")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *link, overlay, "64k"], check=True)
+    os.chown(overlay, uid, uid)
+    overlay.chmod(0o600)
+    return overlay
+
+
+@root_only
+@pytest.mark.parametrize(
+    ("base", "allowed"),
+    [
+        ("open", True),  # anybody may read it
+        ("secret", False),  # root's own
+        ("hidden/open", False),  # in a directory that only root may enter
+        ("own", True),
+        ("bobs", False),
+    ],
+)
+def test_a_backing_file_is_read_only_if_the_overlays_owner_may_read_it(
+    open_host: Path, base: str, *, allowed: bool
+) -> None:
+    """Else a guest that has broken out shows root's backup the disks of others, or has them merged into its own."""
+    directory(open_host / "hidden", mode=0o700)
+    for name, uid, mode in (("open", 0, 0o644), ("secret", 0, 0o600), ("own", ALICE, 0o600), ("bobs", BOB, 0o600)):
+        for place in (open_host, open_host / "hidden"):
+            file(place / name, "x" * 65536, uid=uid, mode=mode)
+    overlay = stacked(open_host / "disk.qcow2", base, uid=ALICE)
+    if allowed:
+        scan(overlay, image_dirs=[open_host]).close()
+    else:
+        with pytest.raises(Unsupported, match=f"leads root to this file, which user {ALICE}.* cannot read") as raised:
+            scan(overlay, image_dirs=[open_host])
+        assert raised.value.subject == str(open_host / base)
+        assert f"let user {ALICE} read it" in str(raised.value.hint)
+    os.chown(overlay, 0, 0)
+    scan(overlay, image_dirs=[open_host]).close()
+
+
+@root_only
+def test_a_layer_in_a_directory_of_somebody_is_opened_as_theirs(open_host: Path) -> None:
+    """As nova has it: the directory is its own, the files are libvirt's."""
+    nova = directory(open_host / "nova", uid=BOB)
+    file(nova / "base", "x" * 65536, uid=ALICE)
+    overlay = stacked(nova / "disk.qcow2", "base", uid=ALICE)
+    scan(overlay).close()
+    os.chown(overlay, BOB, BOB)
+    scan(overlay).close()
+
+
+@root_only
+def test_a_link_of_somebody_leads_only_where_they_may_read(open_host: Path) -> None:
+    secret = directory(open_host / "secret", mode=0o755)
+    file(secret / "a.raw", "x" * 65536)
+    file(secret / "b.raw", "x" * 65536, mode=0o644)
+    alices = directory(open_host / "alice", uid=ALICE)
+    for name in ("a.raw", "b.raw"):
+        link(alices / name, secret / name, uid=ALICE)
+    with pytest.raises(Unsupported, match=f"a.raw leads root to this file, which user {ALICE}"):
+        scan(alices / "a.raw")
+    with scan(alices / "b.raw") as chain, pytest.raises(Unsupported, match="root does not change for them"):
+        chain.top.check_may_be_changed()

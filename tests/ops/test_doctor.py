@@ -46,7 +46,7 @@ def test_nothing_to_find(stack: list[Path]) -> None:
 def test_a_merge_killed_early_is_undone(stack: list[Path], tmp_path: Path) -> None:
     reference = flat(stack[-1], tmp_path / "reference")
     before = names(stack[0].parent)
-    killed_at(stack[-1], "replace")
+    killed_at(stack[-1], "rename")
     planned = doctor.plan([stack[-1]])
     assert {finding.kind for finding in planned.findings} == {Kind.NEW_FILE}
     assert names(stack[0].parent) != before, "planning changes nothing"

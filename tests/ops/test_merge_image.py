@@ -369,14 +369,14 @@ def test_a_killed_merge_keeps_a_clone_made_since(stack: list[Path], reference: P
 
 
 @pytest.mark.parametrize(
-    "call", ["link", "replace", "fsync", "chmod", "unlink", pytest.param("chown", marks=pytest.mark.root)]
+    "call", ["link", "rename", "fsync", "fchmod", "unlink", pytest.param("fchown", marks=pytest.mark.root)]
 )
 def test_a_failing_call_leaves_all_as_it_was(
     call: str, stack: list[Path], reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each one of its kind in turn, until the merge makes no further one."""
     stack[-1].chmod(0o640)
-    if call == "chown":
+    if call == "fchown":
         os.chown(stack[-1], 64055, 994)
     directory = stack[0].parent
     pristine = directory.with_name("pristine")

@@ -196,7 +196,7 @@ def memory() -> Iterator[Path]:
 
 def killed_while_committing(stack: list[Path]) -> None:
     """A merge of all above the root that dies when its lowest input holds everything already."""
-    killed_before(lambda: merge(stack[-1], strategy=COMMIT), stack[0].parent, "chmod")
+    killed_before(lambda: merge(stack[-1], strategy=COMMIT), stack[0].parent, "fchmod")
 
 
 def test_a_killed_commit_is_done_to_its_end_first(memory: Path) -> None:

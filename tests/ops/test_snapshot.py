@@ -14,7 +14,7 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.host import files
-from snapchain.image import qemu_img, scan
+from snapchain.image import overlay as overlay_module, qemu_img, scan
 from snapchain.image.qemu_img import Qcow2Options
 from snapchain.ops import snapshot
 from snapchain.ops.events import Event, Notice
@@ -145,7 +145,7 @@ def test_killed_at_every_step(image: Path, before: Path) -> None:
     assert deaths >= 7
 
 
-@pytest.mark.parametrize("call", ["link", "replace", "fsync", "chmod"])
+@pytest.mark.parametrize("call", ["link", "rename", "fsync", "fchmod"])
 def test_a_failing_call_leaves_the_image(call: str, image: Path, before: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: object, **_named: object) -> None:
         raise OSError(28, "No space left on device")
@@ -181,14 +181,14 @@ def rebase(overlay: Path, backing: str) -> None:
 def test_a_wrong_overlay_does_not_take_the_place_of_the_image(
     wrong: Callable[[Path], None], image: Path, before: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = qemu_img.create
+    real = overlay_module.write_overlay
 
-    def create(path: Path, *arguments: Any, **named: Any) -> None:
-        real(path, *arguments, **named)
+    def write_overlay(fd: int, *arguments: Any, **named: Any) -> None:
+        real(fd, *arguments, **named)
         monkeypatch.undo()
-        wrong(path)
+        wrong(Path(f"/proc/self/fd/{fd}").readlink())
 
-    monkeypatch.setattr(qemu_img, "create", create)
+    monkeypatch.setattr(snapshot, "write_overlay", write_overlay)
     with pytest.raises(Conflict, match="the new overlay does not have the sealed file as its backing file") as caught:
         take(image)
     assert caught.value.subject == str(image)
@@ -351,8 +351,8 @@ def test_a_group_that_the_guest_may_need_and_the_caller_cannot_give(
     """Nothing is changed, and nothing is left."""
     before = names(image.parent), image.read_bytes(), standing(image)
 
-    def refuse(source: Path, _target: Path) -> None:
-        raise InvalidInput("cannot get the group of the old one, kvm", subject=source)
+    def refuse(_source: int, _target: int, *, subject: Path, **_named: object) -> None:
+        raise InvalidInput("cannot get the group of the old one, kvm", subject=subject)
 
     monkeypatch.setattr(files, "copy_standing", refuse)
     with pytest.raises(InvalidInput, match="cannot get the group of the old one, kvm"):
@@ -362,7 +362,7 @@ def test_a_group_that_the_guest_may_need_and_the_caller_cannot_give(
 
 def test_a_group_that_nobody_needs_is_a_note(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
-    monkeypatch.setattr(files, "copy_standing", lambda _source, _target: "its group is now users, not kvm")
+    monkeypatch.setattr(files, "copy_standing", lambda *_given, **_named: "its group is now users, not kvm")
     snapshot.run(snapshot.plan(image), on_event=events.append)
     assert [each for each in events if isinstance(each, Notice)] == [
         Notice(f"{image}: its group is now users, not kvm", about=str(image))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Corrupt, Diverged, InvalidInput, SnapchainError, ToolFailed, Unsupported
+from snapchain.errors import Corrupt, Diverged, InvalidInput, SnapchainError, Unsupported
 from snapchain.ops.sync import Destination, SyncRequest, check, sealed_request
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
 from tests.ops.stacks import Layer, build, clean, same
@@ -74,7 +74,11 @@ HOSTILE: dict[str, tuple[dict[str, Any], type[SnapchainError], str]] = {
     "no layer": ({"on": "x"}, Corrupt, "the sender: .* unsound: on"),
     "half a sector": ({"size": 1000}, InvalidInput, "cannot have 1000 bytes"),
     "a disk beyond all": ({"size": 1 << 60}, Corrupt, "the sender: .* unsound: size"),
-    "no power of two": ({"cluster_size": 65537}, ToolFailed, "must be a power of two"),
+    "no power of two": (
+        {"cluster_size": 65537},
+        InvalidInput,
+        "choose a power of two|cluster size of 65537 bytes is not allowed",
+    ),
     "a field too many": ({"backing": "/etc/passwd"}, Corrupt, "the sender: .* unsound: backing"),
 }
 

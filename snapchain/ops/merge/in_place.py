@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
-from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile, inplace
 from snapchain.image.inplace import Amendment
 from snapchain.image.reread import check_link, check_refcounts, reread
@@ -41,7 +39,8 @@ def make(
     check_still_allowed(old, planned.first, planned.last)
     sweep(planned.result)
     if planned.strategy is Strategy.COMMIT:
-        files.check_standing(planned.result, work.file.real_path)
+        standing = [os.fstat(file.fileno()) for file in (old.files[planned.last], work.file)]
+        files.check_standing(standing[0], standing[1], subject=planned.result)
     with _opened(work.file) as fd:
         journal = OpenJournal(_record(planned, work, old))
         try:
@@ -49,11 +48,11 @@ def make(
             if planned.strategy is Strategy.ABSORB:
                 inplace.relink(work, fd, subject=planned.result)
             inplace.settle(fd, subject=work.file.path)
-            with reread(work.file.real_path, old.files[: planned.first]) as new:
+            with reread(work.file.real_path, fd, old.files[: planned.first]) as new:
                 check_link(new, place=work.file.real_path)
                 check_refcounts(new.top)
             if planned.strategy is Strategy.COMMIT:
-                _take_place(planned, work.file.real_path, on_event)
+                _take_place(planned, work, old, fd, on_event)
         except BaseException:
             _undo(planned, journal, fd)
             raise
@@ -81,17 +80,19 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
     inplace.fill(work, fd, subject=planned.result, on_bytes=on_bytes, prove=check)
     if planned.strategy is Strategy.COMMIT:
         inplace.relink(work, fd, subject=planned.result)
-    with reread(work.file.real_path, below) as new:
+    with reread(work.file.real_path, fd, below) as new:
         if not inplace.same_map(new.top, shown[0]):
             raise Corrupt("the tables on the disk are not those that were proven", subject=planned.result)
 
 
-def _take_place(planned: MergePlan, lowest: Path, on_event: OnEvent) -> None:
+def _take_place(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:
     """The lowest input under the path of the uppermost."""
-    if lost := files.copy_standing(planned.result, lowest):
-        on_event(Notice.of(planned.result, lost))
-    files.fsync_file(lowest)
-    files.rename(lowest, planned.result)
+    lowest, replaced = work.file, old.files[planned.last].fileno()
+    with files.directory_of(planned.result) as directory:
+        if lost := files.copy_standing(replaced, fd, subject=planned.result, directory=directory):
+            on_event(Notice.of(planned.result, lost))
+        os.fsync(fd)
+        directory.give_name(fd, lowest.real_path.name, planned.result.name, replacing=os.fstat(replaced))
 
 
 def _undo(planned: MergePlan, journal: OpenJournal, fd: int) -> None:
@@ -123,8 +124,7 @@ def _record(planned: MergePlan, work: Amendment, old: ImageChain) -> MergeJourna
 @contextmanager
 def _opened(file: ImageFile) -> Iterator[int]:
     """For writing; the very file that was scanned."""
-    with os_errors(file.path):
-        fd = os.open(file.real_path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    fd = files.open_file(file.real_path, writing=True)
     try:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != file.device:

@@ -10,7 +10,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Unsupported
-from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.backing import check_no_layer, is_layer_below_active
@@ -41,8 +40,8 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
                 subject=file.path,
                 hint="`qemu-img snapshot -l` lists them, `-d` deletes one",
             )
-        with os_errors(file.path):  # another merge may just have removed it
-            status = file.real_path.stat()
+        file.check_may_be_changed()
+        status = os.fstat(file.fileno())
         # A second name that a killed merge gave goes when that is settled.
         ours = sum(
             journal.replaced.path == file.real_path

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.host import files
+from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
@@ -37,38 +38,54 @@ def make(
 ) -> OpenJournal:
     """Write, prove and switch; what is left to do is in the journal. Before the switch nothing was changed."""
     sweep(planned.result)
+    with files.directory_of(planned.result) as place:
+        return _make(planned, work, old, place, locks=locks, on_event=on_event)
+
+
+def _make(
+    planned: MergePlan,
+    work: Assembly,
+    old: ImageChain,
+    place: Directory,
+    *,
+    locks: Sequence[ImageLock],
+    on_event: OnEvent,
+) -> OpenJournal:
     temporary = temporary_beside(planned.result, purpose=MERGE)
     journal: OpenJournal | None = None
-    fd = files.open_new(temporary)
+    fd = place.create(temporary.name)
+    made, replaced = os.fstat(fd), os.fstat(old.files[planned.last].fileno())
     try:
-        with os_errors(temporary):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the doctor leaves it alone
-        _write(planned, work, old, (temporary, fd), on_event)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the doctor leaves it alone
+        _write(planned, work, old, (temporary, fd), place, on_event)
         open_files = OpenFiles()
         for lock in locks:
             lock.change(LockMode.WRITE, open_files=open_files)
         check_unchanged(old)
         check_still_allowed(old, planned.first, planned.last)
-        journal = OpenJournal(_record(planned, old, temporary), durable=False)
+        journal = OpenJournal(_record(planned, old, temporary, fd), durable=False)
         if planned.kept_as is not None:
-            with os_errors(planned.kept_as):
-                os.link(planned.result, planned.kept_as, follow_symlinks=False)
-        files.rename(temporary, planned.result)
+            place.link(planned.result.name, planned.kept_as.name)
+            place.check_is(planned.kept_as.name, replaced)
+        place.give_name(fd, temporary.name, planned.result.name, replacing=replaced)
     except BaseException:
         if journal is not None and journal.journal.result.still(planned.result):
             journal.close()
             raise  # it failed past the switch: the next run finishes by the journal
-        _undo(planned, temporary, journal)
+        _undo(planned, temporary, made, journal, place)
         raise
     finally:
         os.close(fd)
     return journal
 
 
-def _undo(planned: MergePlan, temporary: Path, journal: OpenJournal | None) -> None:
+def _undo(
+    planned: MergePlan, temporary: Path, made: os.stat_result, journal: OpenJournal | None, place: Directory
+) -> None:
     """As it was; what cannot be undone now, the next run does."""
     with suppress(SnapchainError, OSError):
-        files.remove(temporary)
+        place.remove(temporary.name, only=made)
+        place.sync()
         if journal is not None:
             kept_as = planned.kept_as
             if kept_as is not None and journal.journal.replaced.still(kept_as):
@@ -78,11 +95,11 @@ def _undo(planned: MergePlan, temporary: Path, journal: OpenJournal | None) -> N
         journal.close()
 
 
-def _record(planned: MergePlan, old: ImageChain, temporary: Path) -> MergeJournal:
+def _record(planned: MergePlan, old: ImageChain, temporary: Path, fd: int) -> MergeJournal:
     return MergeJournal(
         stage="switching",
         replaced=FileId.of(planned.result),
-        result=FileId.of(temporary),
+        result=FileId.of_open(temporary, fd),
         lowest=old.files[planned.first].real_path,
         link=planned.backing,
         remove=tuple(FileId.of(path) for path in planned.remove),
@@ -94,7 +111,14 @@ def _record(planned: MergePlan, old: ImageChain, temporary: Path) -> MergeJourna
     )
 
 
-def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Path, int], on_event: OnEvent) -> None:
+def _write(
+    planned: MergePlan,
+    work: Assembly,
+    old: ImageChain,
+    target: tuple[Path, int],
+    place: Directory,
+    on_event: OnEvent,
+) -> None:
     """The new file, proven and on the disk."""
     temporary, fd = target
     total, done = work.bytes_moved, 0
@@ -104,10 +128,12 @@ def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Pa
         done += count
         on_event(Progress("merge", done, total))
 
-    files.check_standing(planned.result, temporary)  # before anything is moved
+    replaced = old.files[planned.last].fileno()
+    with os_errors(planned.result):
+        files.check_standing(os.fstat(replaced), os.fstat(fd), subject=planned.result)  # before anything is moved
     on_event(Progress("merge", 0, total))
     assemble(work, fd, subject=planned.result, on_bytes=on_bytes)
-    if lost := files.copy_standing(planned.result, temporary):
+    if lost := files.copy_standing(replaced, fd, subject=planned.result, directory=place):
         on_event(Notice.of(planned.result, lost))
     with os_errors(planned.result):
         # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
@@ -115,7 +141,7 @@ def _write(planned: MergePlan, work: Assembly, old: ImageChain, target: tuple[Pa
         os.utime(fd, ns=(written, written))
     flush = _Flush(fd)
     try:
-        with reread(temporary, old.files[: planned.first]) as new:
+        with reread(temporary, fd, old.files[: planned.first]) as new:
             _check_as_planned(planned, new)
             check_refcounts(new.top)
             prove(old.at(planned.last), new, shared=planned.first, subject=planned.result, on_event=on_event)

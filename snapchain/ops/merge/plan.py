@@ -175,6 +175,7 @@ def decide(chain: ImageChain, asked: Asked, *, others: Dependents | None = None)
         shares, runs = surviving_bytes(merged, last + 1), len(merged)
         del merged
         shadowed = sum(file.shown_extents().data_bytes for file in files) - int(shares.sum())
+        chain.top.check_may_be_changed()
         inputs.check(files, journals, keep_inputs=asked.keep_inputs)
         inputs.check_holds(chain, first, last)
         inputs.check_may_be_replaced(chain, upper.real_path, asked.confirmed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Unsupported
+from snapchain.host.directory import Directory
 from snapchain.image import ImageChain
 from snapchain.image.assemble import Assembly, plan as assemble
 from snapchain.image.assemble.kernel import share_range
@@ -184,10 +185,10 @@ def shares_extents(view: ImageChain, first: int) -> bool:
 
     Tried with one block and a file that never has a name.
     """
-    directory = view.top.real_path.parent
-    block = os.statvfs(directory).f_bsize
     try:
-        probe = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        with Directory.open(view.top.real_path.parent) as directory:
+            block = os.fstatvfs(directory.fd).f_bsize
+            probe = directory.create_unnamed()
     except OSError:  # no such files here, or no permission: then nothing is promised
         return False
     try:

@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import SnapchainError
-from snapchain.host.files import read_small, write_atomically
+from snapchain.host.files import write_atomically
 from snapchain.host.places import make_directory, state_dir
+from snapchain.host.records import read_own
 from snapchain.ops.merge.plan import MergePlan
 
 COPIED = 200_000_000
@@ -40,7 +41,7 @@ class Rates(BaseModel):
     def remembered(cls) -> Rates:
         """What is known; nothing where the file is missing or damaged."""
         with suppress(SnapchainError, ValidationError, OSError, RuntimeError):
-            return cls.model_validate_json(read_small(_path()))
+            return cls.model_validate_json(read_own(_path(), cap=1 << 20))
         return cls()
 
     def rate(self, directory: Path, way: str, *, shared: bool) -> float:

@@ -20,7 +20,7 @@ from pathlib import Path
 from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import descriptors, files
 from snapchain.host.os_errors import os_errors
-from snapchain.host.places import make_directory, state_dir
+from snapchain.host.places import SYSTEM_STATE, make_directory, state_dir
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
@@ -38,7 +38,6 @@ from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.nightly.upkeep import Upkeep
 
 LAST_REPORT = "last-report.json"
-SYSTEM_STATE = Path("/var/lib/snapchain")
 
 
 def now_utc() -> datetime:

@@ -1,0 +1,493 @@
+"""A directory that is pinned by a descriptor, and the rights with which its names are used.
+
+Root meets directories of other users, who may swap any name in them at any moment.  The rule:
+
+    /  var  lib  nova  instances  disk        on the way from the root, the first directory that somebody else
+    root........ nova >>>>>>>>>>>>>>>>        than root may write to decides: from there on, with the rights of nova
+
+- An owner other than root is that somebody.  In a directory of root's it is the group, or everybody, that may write.
+  What is sticky protects the entries of each user: those of root are trusted, those of others are used as theirs.
+- Symbolic links are followed here, one at a time, with the rights in force where they lie.
+- Two different such users on one path: each could use root against the other.  That is refused.
+- In a directory of that somebody's own, root makes, renames and removes names itself: they could do so, too, and a file
+  that they may not read stays safe from them.  A file that they could not open is opened for root alone if it is a
+  regular file with one name: so it cannot be a link to a file elsewhere.
+
+Whoever is not root uses the same descriptors, and no other rights than their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
+from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights, acting_as
+
+_LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_QUIETLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST_LINKS = 40
+"""As many as Linux follows in one name."""
+_ACCESS_LIST = "system.posix_acl_access"
+_ENTRY = struct.Struct("<HHI")
+_ACL_USER, _ACL_GROUP_OWNER, _ACL_GROUP, _ACL_MASK, _ACL_WRITE = 0x02, 0x04, 0x08, 0x10, 0x02
+MOST_MODE = 0o666
+"""No file of ours gets more: neither the right to run, nor the rights of its owner for whoever runs it."""
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISLNK, "a symbolic link"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Where a path leads. real: without links, as far as it is there
+
+    chosen_by: who has chosen this place by a link, and could not have chosen it by where it lies; None for root, for
+    whoever is not root, and for a place below the same user's directories
+    """
+
+    real: Path
+    chosen_by: Rights | None
+
+    def check_may_be_changed(self, path: Path) -> None:
+        """Raises Unsupported for a file that a link of somebody else has chosen, when root is about to change it."""
+        if self.chosen_by is not None:
+            raise Unsupported(
+                f"a symbolic link of {self.chosen_by} leads to {self.real}, which root does not change for them",
+                subject=path,
+                hint="name the file itself, if that is the one you mean",
+            )
+
+
+@dataclass(slots=True)
+class _Walked:
+    """A walk's place. fd: an O_PATH descriptor; real: its path without links; missing: what follows is not there."""
+
+    fd: int
+    real: Path
+    rights: Rights | None
+    links: int
+    missing: bool
+
+
+class Directory:
+    """A context manager. path: as it was named; fd: a descriptor for use as dir_fd only; rights: see the module.
+
+    Methods take single names, follow no link and raise OSError, unless something else is said.
+    """
+
+    def __init__(self, path: Path, fd: int, rights: Rights | None) -> None:
+        """Owns `fd`. Callers use `open`."""
+        self.path, self.fd, self.rights = path, fd, rights
+        self._listed = -1
+        status = os.fstat(fd)
+        self._is_sticky = _is_root() and _is_shared_by_sticky(status)
+        own = rights is not None and _writer(status, fd) == rights
+        # With these rights names are made and removed here.
+        self._naming = None if own else rights
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others than root may make names here; False where this process is not root."""
+        return self.rights is not None or self._is_sticky
+
+    @classmethod
+    def open(cls, path: Path, *, follow: bool = True) -> Self:
+        """Walk there. follow: False where the path should hold no symbolic links.
+
+        Raises OSError, Unsupported where two users could use root against each other.
+        """
+        walked = _walk(path, follow=follow)
+        if walked.missing or not stat.S_ISDIR(os.fstat(walked.fd).st_mode):
+            os.close(walked.fd)
+            number = errno.ENOENT if walked.missing else errno.ENOTDIR
+            raise OSError(number, os.strerror(number), str(path))
+        return cls(path, walked.fd, walked.rights)
+
+    def create(self, name: str, *, mode: int = 0o600) -> int:
+        """A new file of ours, open for reading and writing. Raises FileExistsError also for a dangling link."""
+        with acting_as(self._naming):
+            return os.open(_single(name), _NEW, mode & MOST_MODE, dir_fd=self.fd)
+
+    def make_directory(self, name: str, *, mode: int = 0o700) -> None:
+        """A new directory, which belongs to the user of this one, so that they may enter it as well."""
+        with acting_as(self.rights):
+            os.mkdir(_single(name), mode & 0o777, dir_fd=self.fd)
+
+    def create_unnamed(self, *, mode: int = 0o600) -> int:
+        """A new file without a name, open for reading and writing."""
+        with acting_as(self._naming):
+            return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode & MOST_MODE, dir_fd=self.fd)
+
+    def open_file(
+        self,
+        name: str,
+        *,
+        writing: bool = False,
+        exclusive: bool = False,
+        subject: object = None,
+        refusal: type[SnapchainError] = InvalidInput,
+    ) -> int:
+        """A descriptor of a regular file or a block device. Raises `refusal` for anything else, which is not opened.
+
+        exclusive: of a device that nobody else claims or has mounted; subject: what errors name, else the path
+        """
+        with acting_as(self._naming):
+            place = os.open(_single(name), _LOOK, dir_fd=self.fd)
+        try:
+            status = os.fstat(place)
+            check_kind(status, subject or self.path / name, refusal)
+            flags = (os.O_RDWR if writing else os.O_RDONLY) | (os.O_EXCL if exclusive else 0) | _QUIETLY
+            return self._open_judged(place, status, flags)
+        finally:
+            os.close(place)
+
+    def _open_judged(self, place: int, status: os.stat_result, flags: int) -> int:
+        try:
+            return _reopened(place, flags, self.rights_of_file(status))
+        except DeniedToOther:
+            if not self._is_safe_for_root(status):
+                raise
+            return _reopened(place, flags, None)
+
+    def rights_of_file(self, status: os.stat_result) -> Rights | None:
+        """With whose rights an existing file of this directory is opened, as fstat shows it."""
+        if self._is_sticky:
+            if status.st_uid != 0:
+                return Rights.of_user(status.st_uid)
+            # Anybody may have linked a file of root's into here.
+            return EVERYBODY if stat.S_ISREG(status.st_mode) and status.st_nlink > 1 else None
+        return self.rights
+
+    def _is_safe_for_root(self, status: os.stat_result) -> bool:
+        """Whether a file that its directory's user may not open can be nothing but a file of this directory."""
+        own = self.rights is not None and self._naming is None
+        return own and stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+
+    @contextmanager
+    def changing(self, status: os.stat_result) -> Iterator[None]:
+        """A block in which owner, mode and attributes of an existing, opened file of this directory are changed."""
+        with acting_as(None if self._is_safe_for_root(status) else self.rights_of_file(status)):
+            yield
+
+    def status(self, name: str) -> os.stat_result:
+        """Of the entry itself, be it a link."""
+        with acting_as(self._naming):
+            return os.stat(_single(name), dir_fd=self.fd, follow_symlinks=False)
+
+    def has(self, name: str) -> bool:
+        """Whether something has this name, be it a dangling link."""
+        try:
+            self.status(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def names(self) -> list[str]:
+        """All of them, sorted."""
+        return sorted(os.listdir(self.opened()))  # noqa: PTH208 - by descriptor
+
+    def opened(self) -> int:
+        """A descriptor that can be listed, locked and synced; the object's own."""
+        if self._listed < 0:
+            with acting_as(self._naming):
+                self._listed = os.open(".", _LIST, dir_fd=self.fd)
+        return self._listed
+
+    def rename(self, old: str, new: str) -> None:
+        """Replaces what has the new name."""
+        with acting_as(self._naming):
+            os.rename(_single(old), _single(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def link(self, old: str, new: str) -> None:
+        """A second name for a file; for a link itself, not for what it leads to."""
+        with acting_as(self._naming):
+            os.link(_single(old), _single(new), src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+
+    def remove(self, name: str, *, only: os.stat_result | None = None) -> bool:
+        """Remove a name. only: if it still is that file. Whether it was removed; False where it is gone already."""
+        with acting_as(self._naming):
+            try:
+                if only is not None and not same_file(self.status(name), only):
+                    return False
+                os.unlink(_single(name), dir_fd=self.fd)
+            except FileNotFoundError:
+                return False
+        return True
+
+    def give_name(self, fd: int, old: str, new: str, *, replacing: os.stat_result | None) -> None:
+        """Give a file of ours, which is known by a temporary name, its final one, durably.
+
+        replacing: the file that has the final name and loses it; None where nothing has it
+        Raises Conflict where another file has either name, or took it in between; FileExistsError for a name that
+        should be free.
+        """
+        ours = os.fstat(fd)
+        self.check_is(old, ours)
+        if replacing is None:
+            self.link(old, new)
+        else:
+            self.check_is(new, replacing)
+            self.rename(old, new)
+        # Between a look and a change whoever may write here can swap the names.
+        self.check_is(new, ours)
+        if replacing is None:
+            self.remove(old, only=ours)
+        self.sync()
+
+    def check_is(self, name: str, status: os.stat_result) -> None:
+        """Raises Conflict unless a name is that of a file."""
+        try:
+            if same_file(self.status(name), status):
+                return
+        except FileNotFoundError:
+            pass
+        raise Conflict("another file took its name meanwhile", subject=self.path / name, hint="run it again")
+
+    def sync(self) -> None:
+        """Force its names to the disk."""
+        os.fsync(self.opened())
+
+    def close(self) -> None:
+        """Harmless when repeated."""
+        for fd in (self.fd, self._listed):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._listed = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_behind(path: Path, *, writing: bool = False, exclusive: bool = False, subject: object = None) -> int:
+    """A descriptor of the regular file or block device behind all links of a path. Errors as `Directory.open_file`.
+
+    subject: what errors name, else the file behind the links
+    Whoever has chosen the file by a link must be able to read it.
+    """
+    resolved = resolve(path)
+    with Directory.open(resolved.real.parent, follow=False) as directory:
+        name = resolved.real.name
+        fd = directory.open_file(name, writing=writing, exclusive=exclusive, subject=subject)
+        try:
+            if resolved.chosen_by is not None and resolved.chosen_by != directory.rights:
+                check_readable(resolved.real, fd, resolved.chosen_by)
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
+
+
+def check_readable(path: Path | None, fd: int, rights: Rights | None) -> None:
+    """Raises DeniedToOther unless somebody else could open an opened file for reading themselves.
+
+    path: by which they would; None where it does not matter whether they can come to it
+    """
+    if path is None:
+        os.close(_reopened(fd, os.O_RDONLY | _QUIETLY, rights))
+        return
+    with acting_as(rights):
+        place = os.open(path, _LOOK)
+        try:
+            if not same_file(os.fstat(place), os.fstat(fd)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            os.close(_reopened(place, os.O_RDONLY | _QUIETLY, None))
+        finally:
+            os.close(place)
+
+
+def _reopened(place: int, flags: int, rights: Rights | None) -> int:
+    """The very file that an O_PATH descriptor is of, whatever has its name by now."""
+    with acting_as(rights):
+        return os.open(f"/proc/self/fd/{place}", flags)
+
+
+def resolve(path: Path, *, strict: bool = False) -> Resolved:
+    """Follow all links of a path, as `Directory.open` does; for root only, `os.path.realpath` of this user else.
+
+    strict: something must be there. Raises OSError, and Unsupported as `Directory.open`.
+    """
+    if not _is_root():
+        return Resolved(Path(os.path.realpath(path, strict=strict)), None)
+    walked = _walk(path, follow=True)
+    os.close(walked.fd)
+    if walked.missing and strict:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if walked.rights is None or not walked.links:
+        return Resolved(walked.real, None)
+    direct = _walk(walked.real.parent, follow=True)
+    os.close(direct.fd)
+    return Resolved(walked.real, None if direct.rights == walked.rights else walked.rights)
+
+
+def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError] = InvalidInput) -> None:
+    """Raises `refusal` for what is no regular file or block device."""
+    if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
+        return
+    kind = next((name for test, name in _KINDS if test(status.st_mode)), "something unknown")
+    raise refusal(f"{kind}, not a regular file or block device", subject=subject)
+
+
+def same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Whether both are of one file."""
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _single(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise InvalidInput("not the name of a file in a directory", subject=repr(name))
+    return name
+
+
+def _walk(path: Path, *, follow: bool) -> _Walked:
+    """Open every part of a path. The last may be any kind of file, or missing: then fd is the one above."""
+    rest = list(reversed((Path.cwd() / path).parts[1:]))
+    at = _Walked(os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), None, links=0, missing=False)
+    with ExitStack() as acting:
+        try:
+            at.rights = _entered(at.fd, path, None, acting)
+            while rest:
+                name = rest.pop()
+                try:
+                    below = os.open(name, _LOOK | (0 if follow else os.O_DIRECTORY), dir_fd=at.fd)
+                except FileNotFoundError:
+                    if not follow:
+                        raise
+                    at.real = Path(os.path.normpath(at.real.joinpath(name, *reversed(rest))))
+                    at.missing = True
+                    break
+                try:
+                    status = os.fstat(below)
+                    if stat.S_ISLNK(status.st_mode):
+                        at.rights = _entered_link(at.fd, status, at.rights, acting)
+                        rest.extend(reversed(_follow(at, os.readlink("", dir_fd=below), path)))
+                        continue
+                    if rest and not stat.S_ISDIR(status.st_mode):
+                        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+                    at.fd, below = below, at.fd
+                    at.real = at.real.parent if name == ".." else at.real / name
+                finally:
+                    os.close(below)
+                if stat.S_ISDIR(status.st_mode):
+                    at.rights = _entered(at.fd, path, at.rights, acting)
+        except BaseException:
+            os.close(at.fd)
+            raise
+    return at
+
+
+def _follow(at: _Walked, target: str, path: Path) -> list[str]:
+    """The parts of a link's target; an absolute one begins at the root again."""
+    at.links += 1
+    if at.links > _MOST_LINKS:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    if target.startswith("/"):
+        root = os.open("/", _LOOK | os.O_DIRECTORY)
+        os.close(at.fd)
+        at.fd, at.real = root, Path("/")
+    return [each for each in target.split("/") if each not in ("", ".")]
+
+
+def _entered(fd: int, path: Path, rights: Rights | None, acting: ExitStack) -> Rights | None:
+    """The rights in force in a directory of the way, which are taken on."""
+    status = os.fstat(fd)
+    if not _is_root() or (status.st_uid == 0 and not status.st_mode & 0o022):
+        return rights
+    writer = _writer(status, fd, path)
+    if writer is None or writer == rights:
+        return rights
+    if rights is not None:
+        raise _two_users(path, [rights, writer])
+    acting.enter_context(acting_as(writer))
+    return writer
+
+
+def _entered_link(fd: int, link: os.stat_result, rights: Rights | None, acting: ExitStack) -> Rights | None:
+    """The rights in force behind a link. Where the directory protects the entries of each user, it is its owner's."""
+    if rights is not None or not _is_root() or not _is_shared_by_sticky(os.fstat(fd)):
+        return rights
+    if link.st_uid == 0 and link.st_nlink == 1:
+        return None
+    chooser = EVERYBODY if link.st_uid == 0 else Rights.of_user(link.st_uid)
+    acting.enter_context(acting_as(chooser))
+    return chooser
+
+
+def _is_shared_by_sticky(status: os.stat_result) -> bool:
+    """Whether it is a directory of root's in which others may make names, and change only their own."""
+    return status.st_uid == 0 and bool(status.st_mode & stat.S_ISVTX) and bool(status.st_mode & 0o022)
+
+
+def _writer(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
+    """Who besides root may change any name of a directory. Raises Unsupported for several different ones."""
+    if not _is_root():
+        return None
+    if status.st_uid != 0:
+        return Rights.of_user(status.st_uid)
+    if status.st_mode & stat.S_ISVTX:
+        return None
+    if status.st_mode & stat.S_IWOTH:
+        return EVERYBODY
+    if not status.st_mode & stat.S_IWGRP:
+        return None
+    writers = list(dict.fromkeys(_group_writers(status, fd)))
+    if len(writers) > 1:
+        raise _two_users(path, writers)
+    return writers[0] if writers else None
+
+
+def _group_writers(status: os.stat_result, fd: int) -> Iterator[Rights]:
+    """Whom the bits of the group let write; with an access list these are its mask. Group 0 is root's own."""
+    entries = _access_list(fd)
+    if not entries:
+        entries = [(_ACL_GROUP_OWNER, _ACL_WRITE, 0)]
+    mask = next((allowed for tag, allowed, _ in entries if tag == _ACL_MASK), _ACL_WRITE)
+    for tag, allowed, number in entries:
+        if not allowed & mask & _ACL_WRITE:
+            continue
+        if tag == _ACL_USER and number != 0:
+            yield Rights.of_user(number)
+        elif tag == _ACL_GROUP and number != 0:
+            yield Rights.of_group(number)
+        elif tag == _ACL_GROUP_OWNER and status.st_gid != 0:
+            yield Rights.of_group(status.st_gid)
+
+
+def _access_list(fd: int) -> list[tuple[int, int, int]]:
+    """(tag, rights, id) of each entry of a directory's access list; none where it has no list."""
+    with suppress(OSError):
+        value = os.getxattr(f"/proc/self/fd/{fd}", _ACCESS_LIST)
+        return [_ENTRY.unpack_from(value, at) for at in range(4, len(value) - _ENTRY.size + 1, _ENTRY.size)]
+    return []
+
+
+def _two_users(path: Path | None, writers: Sequence[Rights]) -> Unsupported:
+    names = " and ".join(map(str, writers[:2]))
+    return Unsupported(
+        f"{names} may both change what this path leads to, and could use root against each other",
+        subject=path,
+        hint="run snapchain as one of them, or let one user own every directory of the path below root's",
+    )
