@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -121,14 +121,25 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         write_in(directory, path.name, data, mode=mode)
 
 
-def write_in(directory: Directory, name: str, data: bytes, *, mode: int = 0o600) -> None:
-    """As `write_atomically`, in a directory that is open already. Raises OSError."""
+def write_in(
+    directory: Directory,
+    name: str,
+    data: bytes,
+    *,
+    mode: int = 0o600,
+    prepare: Callable[[int], None] = lambda _fd: None,
+) -> None:
+    """As `write_atomically`, in a directory that is open already. Raises OSError.
+
+    prepare: called with the new file's descriptor before it gets its name
+    """
     temporary = temporary_beside(directory.path / name, purpose=NEW).name
     fd = directory.create(temporary, mode=mode)
     try:
         with os.fdopen(fd, "wb") as file:
             file.write(data)
             file.flush()
+            prepare(fd)
             os.fsync(fd)
         directory.rename(temporary, name)
         directory.sync()

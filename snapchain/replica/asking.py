@@ -151,8 +151,6 @@ def _checked(said: str, wanted: str | None, channel: Channel) -> str:
 def _check_points(points: Sequence[HeldPoint], channel: Channel) -> None:
     if any(upper.point <= lower.point for lower, upper in pairwise(points)):
         raise Corrupt("its points do not ascend", subject=channel.peer)
-    if not all(label.isprintable() for point in points for label in point.labels):
-        raise Corrupt("a label holds control characters", subject=channel.peer)
 
 
 def _printable(finding: Finding) -> Finding:

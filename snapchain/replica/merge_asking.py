@@ -12,7 +12,6 @@ from snapchain.host.remote_channel import Channel
 from snapchain.model.retention import Policy
 from snapchain.replica.asking import OnBeat, OnBytes, answers, unexpected
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.names import check_offered
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.merge_messages import DecidedPoint, Merge, Merged, Outcome
@@ -84,8 +83,6 @@ def merged_at(
 def _check_points(points: Sequence[DecidedPoint], channel: Channel) -> None:
     if any(upper.point <= lower.point for lower, upper in pairwise(points)):
         raise Corrupt("its points do not ascend", subject=channel.peer)
-    if not all(label.isprintable() for point in points for label in point.labels):
-        raise Corrupt("a label holds control characters", subject=channel.peer)
 
 
 def _printable(point: DecidedPoint) -> DecidedPoint:
@@ -93,9 +90,6 @@ def _printable(point: DecidedPoint) -> DecidedPoint:
 
 
 def _judged(said: Outcome, *, done: bool, peer: str) -> Outcome:
-    files = [file for members in said.merges for file in members] + [each.file for each in said.staying]
-    for file in files:
-        check_offered(file, subject=peer)
     fewer = sum(len(members) - 1 for members in said.merges)
     if said.done is not done or said.layers_before - said.layers_after != fewer or not all(map(len, said.merges)):
         raise Corrupt("what it says of the merge contradicts itself, or what it was asked for", subject=peer)
