@@ -217,7 +217,7 @@ def _follows(name: str, arguments: list[int]) -> bool:
 def _looks(name: str, arguments: list[int]) -> bool:
     """Whether the call neither changes anything nor gives a descriptor that could be read."""
     flags = OPENS.get(name)
-    return name in LOOKS or flags is not None and bool(arguments[flags] & os.O_PATH)
+    return name in LOOKS or (flags is not None and bool(arguments[flags] & os.O_PATH))
 
 
 def _path(thread: int, directory: int | None, address: int) -> LookedUp | None:
