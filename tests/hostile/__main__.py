@@ -82,7 +82,9 @@ def _run(world: World, cases: Sequence[tuple[str, int]], *, verbose: bool) -> in
     begun = child.now()
     largest, bad = 0, 0
     ends: Counter[str] = Counter()
-    for kind, number in cases:
+    for done, (kind, number) in enumerate(cases):
+        if done and done % 250 == 0:
+            print(f"{done} of {len(cases)}, {child.now() - begun:.0f} s", file=sys.stderr, flush=True)
         outcome, found = one(world, kind, number)
         largest = max(largest, outcome.rss)
         ends.update(f"{kind} {'done' if step.code == 0 else step.code}" for step in outcome.steps[:1])

@@ -7,15 +7,17 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
+from snapchain.replica import sender
 from snapchain.replica.levels import Link
 from snapchain.replica.stream.frames import Kind
 from tests.hostile import child
 from tests.hostile.child import Outcome, Shell, Step
 from tests.hostile.judge import Plan, unlike
 from tests.hostile.mutate import Draw
-from tests.hostile.wire import Frame, Script, Talk, meddling, pass_on, recorder, strings
+from tests.hostile.wire import End, Frame, Script, Talk, meddling, pass_on, recorder, strings
 from tests.hostile.world import DB, GIVEN, MERGED, WEB, World, enter, standing
 
 PARTS = ("images", "replica")
@@ -26,6 +28,7 @@ class Conversation:
     """words: of the command, where {case} is filled in; stage: of the world; empty: the replica is not there yet
 
     gives: the points of which the command must write one to out/; writes: it may change the images
+    cut: it was run before, and its stream ended after so many frames
     """
 
     name: str
@@ -35,6 +38,7 @@ class Conversation:
     gives: tuple[str, tuple[int, ...]] | None = None
     sends: int | None = None
     writes: bool = False
+    cut: int = 0
 
 
 _W = f"dir:{{case}}/replica::{WEB}"
@@ -42,6 +46,8 @@ _D = f"dir:{{case}}/replica::{DB}"
 CONVERSATIONS = (
     Conversation("send", f"send {{case}}/images/web1.qcow2 {_W} --label n4", sends=4),
     Conversation("send all", f"send {{case}}/images/web1.qcow2 {_W} --each-layer", empty=True, sends=4),
+    Conversation("send again", f"send {{case}}/images/web1.qcow2 {_W} --each-layer", empty=True, sends=4, cut=6),
+    Conversation("send later again", f"send {{case}}/images/web1.qcow2 {_W} --each-layer", empty=True, sends=4, cut=11),
     Conversation("send over a base", f"send {{case}}/images/web1.qcow2 {_W}", stage=MERGED, sends=4),
     Conversation("send and cut", f"send {{case}}/images/db.qcow2 {_W} --cut-replica", stage=MERGED),
     Conversation("send dry", f"send {{case}}/images/web1.qcow2 {_W} --dry-run"),
@@ -73,16 +79,32 @@ def record(world: World) -> None:
 
         def talk(shell: Shell, held: Conversation = held) -> None:
             enter(world, random.Random(held.name))
+            _run_before(world, held, shell)
             there, back = Talk(), Talk()
             with meddling(recorder(there), recorder(back), patience=60.0):
                 step = shell.run(*_words(world, held))
-            assert step.code == (10 if held.name == "sync check" else 0) or held.name == "sync check", step
+            assert step.code == 0 or held.name == "sync check", step
             said = {"there": _kept(there), "back": _kept(back)}
             (place / f"{held.name}.json").write_text(json.dumps(said))
 
         done = child.run(talk, world.root / "build" / f"talk-{held.name}", limited=False)
         assert not done.failure, (held, done.failure, done.steps)
     talks.cache_clear()
+
+
+def _run_before(world: World, held: Conversation, shell: Shell) -> None:
+    """What has led to the state in which the conversation is held."""
+    sender.MARK_BYTES = 1  # a mark after each frame of data
+    if held.cut:
+        left = [held.cut]
+
+        def first_frames(frames: Iterator[Frame]) -> Iterator[Frame | bytes]:
+            count = left.pop() if left else 0  # each time that it tries again, none
+            yield from islice(frames, count)
+            raise End
+
+        with meddling(first_frames, pass_on, patience=60.0):
+            shell.run(*_words(world, held))
 
 
 def _kept(talk: Talk) -> list[tuple[int, str]]:
@@ -130,6 +152,7 @@ def plan(world: World, draw: Draw) -> Plan:
 
     def run(shell: Shell) -> None:
         enter(world, random.Random(draw.random()))
+        _run_before(world, held, shell)
         if by_hand:
             stream = world.case / "home" / "stream"
             if Kind.OPEN in {frame.kind for frame in there.frames} and draw.random() < 0.6:
@@ -150,14 +173,17 @@ def plan(world: World, draw: Draw) -> Plan:
             shell.run("restore", f"dir:{world.case}/replica::{WEB}@{point}", world.case / "out" / "again.raw")
 
     def judge(outcome: Outcome) -> Iterator[str]:
-        if len(outcome.steps) < 1 or outcome.steps[0].code is None:
+        steps = outcome.steps[bool(held.cut) :]
+        if len(steps) < 1 or steps[0].code is None:
             return
-        first = outcome.steps[0]
+        first = steps[0]
+        if hostile_client and held.stage in (MERGED, GIVEN) and _two_masters(world):
+            yield f"two masters: exit {first.code}"
         if not by_hand and first.code == 0:
             yield from _done(world, held, first, hostile_client=hostile_client)
         if images != (now := _images(world)) and not held.writes:
             yield f"the images were changed: {sorted(name for name in images if images[name] != now.get(name))}"
-        for step in outcome.steps[1:]:
+        for step in steps[1:]:
             if step.words[0] == "verify" and step.code not in (0, 3, 2) and not held.empty:
                 yield f"the replica is not sound any more: {step.err}{step.out[-800:]}"
             if step.words[0] == "restore" and step.code == 0:
@@ -186,6 +212,13 @@ def _done(world: World, held: Conversation, first: Step, *, hostile_client: bool
             yield "exit 0 and no point over there"
         elif unlike(catalogue.parent / _newest(catalogue), [world.truth(WEB, held.sends)], "qcow2"):
             yield "exit 0 and the newest point over there is another one"
+
+
+def _two_masters(world: World) -> bool:
+    """Whether the disk may be written both here and there: only what was asked of an honest server was changed."""
+    catalogue = world.case / "replica" / DB.replace("/", "%2F") / "catalogue.json"
+    given = catalogue.exists() and json.loads(catalogue.read_text()).get("handover") is not None
+    return given and bool((world.case / "images" / "db.qcow2").stat().st_mode & 0o222)
 
 
 def _newest(catalogue: Path) -> str:
