@@ -75,7 +75,7 @@ def preload() -> None:
 class Campaign:
     def __init__(self, verb: Verb, place: Path) -> None:
         self.verb = verb
-        self.world = World(place)
+        self.world = World(place, verb.access)
         self.scene = Scene(self.world, self._plain)
         verb.make(self.scene)
         self.world.keep()
