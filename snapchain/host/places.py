@@ -17,13 +17,3 @@ def state_dir() -> Path:
 def cache_dir() -> Path:
     """$XDG_CACHE_HOME/snapchain, by default ~/.cache/snapchain."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snapchain"
-
-
-def make_directory(directory: Path, *, mode: int = 0o700) -> None:
-    """Make a directory and those above it that are missing, each with this mode, whatever the umask allows.
-
-    `Path.mkdir(mode=..., parents=True)` gives the mode to the last one only.
-    """
-    missing = [each for each in (directory, *directory.parents) if not each.exists()]
-    for each in reversed(missing):
-        each.mkdir(mode=mode, exist_ok=True)

@@ -83,15 +83,20 @@ class CountedSums:
         on_bytes: told how much was read since it was last told
         Raises Conflict when a file was written to meanwhile; errors as ImageChain.read_into.
         """
-        known = count
-        while (total := self.of(chain, known)) is None:
-            known -= 1
+        known = count - self.unread(chain, count)
+        total = self.of(chain, known)
         for number in range(known, count):
+            assert total is not None, "nothing shows nothing"
             view, below = chain.at(number), chain.at(number - 1) if number else None
             total = counted(view.top.extents, view, below, total, on_bytes=on_bytes)
             check_unchanged(view)
             self.note(chain, number + 1, total)
+        assert total is not None, "nothing shows nothing"
         return total
+
+    def unread(self, chain: ImageChain, count: int) -> int:
+        """How many of the lowest `count` files must be read to know what they show."""
+        return next(number for number in range(count + 1) if self.of(chain, count - number) is not None)
 
     def note(self, chain: ImageChain, count: int, total: Sum) -> None:
         """The lowest `count` files were read just now, and show that; nobody has written to them meanwhile."""

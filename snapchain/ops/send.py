@@ -268,7 +268,8 @@ class _Run:
         if total is None and not self._reads:
             return True
         if total is None:
-            self._on_event(Notice(f"reading {count} files, to compare them with what the replica says that it shows"))
+            unread = self.sums.unread(self._chain, count)
+            self._on_event(Notice(f"reading {unread} files, to compare them with what the replica says that it shows"))
             total = self._counted(count)
         size = self._chain.files[count - 1].size
         return (layer.size, layer.content_id) == (size, content_id(size, total))

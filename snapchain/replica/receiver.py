@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.errors import Corrupt, NotFound, SnapchainError
+from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
@@ -36,6 +36,7 @@ from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kin
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    MOST_POINTS,
     Active,
     ActiveState,
     Cut,
@@ -356,6 +357,12 @@ class _Reception:
             raise Corrupt("a point is announced that is not what the chain shows", subject=self._channel.peer)
         if any((point.time, point.content_id) == (offer.time, offer.content_id) for point in catalogue.points):
             return catalogue  # the same stream, received again
+        if len(catalogue.points) >= MOST_POINTS:
+            raise Unsupported(
+                f"this disk has {len(catalogue.points)} points, and no more are allowed",
+                subject=disk.directory,
+                hint="merge points away: `snapchain merge DEST::DISK --keep-last N`",
+            )
         point = Point(
             point=catalogue.next_point,
             time=offer.time,

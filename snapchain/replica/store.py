@@ -150,7 +150,7 @@ class ReplicaDisk:
     def _make(self) -> None:
         name = self.directory.name
         with os_errors(self.directory), Directory.open(self.root) as root:
-            if not root.has(name):
+            if not self.directory.is_dir():
                 names.check_new_disk(self.name)
                 with suppress(FileExistsError):
                     root.make_directory(name)

@@ -75,7 +75,7 @@ def preload() -> None:
 class Campaign:
     def __init__(self, verb: Verb, place: Path) -> None:
         self.verb = verb
-        self.world = World(place)
+        self.world = World(place, verb.access)
         self.scene = Scene(self.world, self._plain)
         verb.make(self.scene)
         self.world.keep()
@@ -249,7 +249,8 @@ class _Attacker:
         self._act(call)
         if self._trace and self._swap is not None and not call.looks:
             outside = f"{self._campaign.world.out}/"
-            if any(destination(path, follow=call.follows).startswith(outside) for path in call.paths):
+            leads = [*(destination(path, follow=call.follows) for path in call.paths), *call.files]
+            if any(path.startswith(outside) for path in leads):
                 self._trace = False
                 with suppress(OSError):
                     if Path(f"/proc/{call.thread}/comm").read_text().startswith("python"):

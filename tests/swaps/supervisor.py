@@ -54,6 +54,7 @@ class Call:
     """One stopped call. thread: its id; name: of the system call; paths: as given, no link resolved.
 
     follows: whether a symbolic link at the end of a path is followed; looks: whether it only looks
+    files: where the descriptors lead that are named by /proc/self/fd, as nobody can swap them
     """
 
     thread: int
@@ -61,6 +62,7 @@ class Call:
     paths: tuple[LookedUp, ...]
     follows: bool
     looks: bool
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +171,20 @@ class _Supervisor:
         identity, thread, _, call_number, _, _, *arguments = _NOTICE.unpack(notice)
         known = self._calls[call_number]
         try:
-            paths = tuple(
+            found = [
                 path
                 for directory, argument in known.paths
                 if (path := _path(thread, None if directory is None else arguments[directory], arguments[argument]))
-            )
+            ]
         except (FileNotFoundError, ProcessLookupError):
-            paths = ()
-        if paths:
-            call = Call(thread, known.name, paths, _follows(known.name, arguments), _looks(known.name, arguments))
-            self._threads[thread] = f"{known.name} {paths[0]}"
+            found = []
+        paths = tuple(path for path in found if isinstance(path, LookedUp))
+        files = tuple(path for path in found if isinstance(path, str))
+        if found:
+            call = Call(
+                thread, known.name, paths, _follows(known.name, arguments), _looks(known.name, arguments), files
+            )
+            self._threads[thread] = f"{known.name} {found[0]}"
             self._on_call(call)
         with suppress(FileNotFoundError):
             fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(identity, 0, 0, _CONTINUE))
@@ -217,11 +223,11 @@ def _follows(name: str, arguments: list[int]) -> bool:
 def _looks(name: str, arguments: list[int]) -> bool:
     """Whether the call neither changes anything nor gives a descriptor that could be read."""
     flags = OPENS.get(name)
-    return name in LOOKS or flags is not None and bool(arguments[flags] & os.O_PATH)
+    return name in LOOKS or (flags is not None and bool(arguments[flags] & os.O_PATH))
 
 
-def _path(thread: int, directory: int | None, address: int) -> LookedUp | None:
-    """None for the empty path, which means the descriptor itself, and for none."""
+def _path(thread: int, directory: int | None, address: int) -> LookedUp | str | None:
+    """None for the empty path, which means the descriptor itself, and for none. Text for a file named by descriptor."""
     if address == 0:
         return None
     given = _string(thread, address)
@@ -238,15 +244,16 @@ def _path(thread: int, directory: int | None, address: int) -> LookedUp | None:
     return LookedUp(_link(link), given)
 
 
-def _through_proc(given: str) -> LookedUp | None:
-    """A name below /proc/N/fd/M; what ends there has no name that could be swapped."""
+def _through_proc(given: str) -> LookedUp | str | None:
+    """A name below /proc/N/fd/M, or where that itself leads."""
     parts = given.split("/", 5)
-    if len(parts) < 6 or parts[3] not in ("fd", "cwd", "root"):
+    if len(parts) < 5 or parts[3] not in ("fd", "cwd", "root"):
         return None
     try:
-        return LookedUp(_link("/".join(parts[:5])), parts[5])
+        target = _link("/".join(parts[:5]))
     except OSError:
         return None
+    return LookedUp(target, parts[5]) if len(parts) == 6 else target
 
 
 def _link(path: str) -> str:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import descriptors, files
-from snapchain.host.os_errors import os_errors
-from snapchain.host.places import SYSTEM_STATE, make_directory, state_dir
+from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
@@ -72,8 +71,7 @@ def run(
     faults, and that it was interrupted.
     """
     directory = directory_of(config, path)
-    with os_errors(directory):
-        make_directory(directory)
+    files.make_directories(directory)
 
     def on_notice(words: str) -> None:
         on_event(Notice(words))

@@ -33,6 +33,8 @@ MAX_RUNS = 1 << 22
 LARGEST_EPOCH = 1 << 31
 LARGEST_NUMBER = 1 << 53
 """Of a point: what a program in any language counts exactly."""
+MOST_POINTS = 30_000
+"""Of one disk at a replica: one a night for 80 years. Whoever asks for them takes no more."""
 POINTS_AT_ONCE = 256
 """In one DISK frame; each may have a hundred labels of a hundred characters."""
 
