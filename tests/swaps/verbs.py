@@ -40,8 +40,9 @@ class Scene:
 class Verb:
     """words: the command line, with {u}, {images}, {disk} and {root}.
 
-    prepare: makes what is found, once; first: command lines before each run, whose records are bound to a file; killed: a command line that dies before each run, at its n-th call of these
-    names in the user's tree; stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk
+    prepare: makes what is found, once; first: command lines before each run, where a record is bound to its file
+    killed: a command line that dies before each run, at its n-th call of these names in the user's tree
+    stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk
     ends: exits without a swap; function: is run instead of the command line
     """
 
