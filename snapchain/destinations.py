@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.objects import open_store
 from snapchain.objects.cache import CachedStore
-from snapchain.objects.store import ObjectStore
+from snapchain.objects.store import ObjectStore, Placed
 from snapchain.objects.throttle import ThrottledStore
+from snapchain.objects.wrapper import innermost
 from snapchain.repository import known
 from snapchain.repository.crypto import AES
-from snapchain.repository.known import Known
-from snapchain.repository.repository import BLOCK_BYTES, CONFIG, Passphrase, Repository, check_pack_size
+from snapchain.repository.known import Recalled
+from snapchain.repository.repository import BLOCK_BYTES, CONFIG, Config, Passphrase, Repository, check_pack_size
 from snapchain.repository.vacancy import check_vacant
 
 _REPLICAS = ("ssh://", "dir:")
@@ -26,24 +28,39 @@ def open_destination(
     writing: bool = False,
     limit_rate: int | None = None,
     pack_size: int | None = None,
+    accept: str | None = None,
 ) -> Repository:
     """The repository at `url`: a path, file:///path, or s3://bucket/prefix.
 
     passphrase: asked when the repository is encrypted; writing: whether points will be published or layers merged;
     limit_rate: bytes per second to and from the store; pack_size: bytes that new objects have at most, instead of what
     the repository was made with.
-    Raises NotFound when there is none, and what its store raises.
+    accept: id of a repository that is taken whatever this machine knew of the address (repository/known.py)
+    Raises NotFound when there is none, Corrupt when it is another one or an older one than this machine knows, and what
+    its store raises.
     """
     check_pack_size(pack_size)
     store = _store(url, limit_rate=limit_rate)
-    seen = known.recall(_place(store)) is not None
+    recalled = Recalled(_places(store), store.url)
+
+    def judge(config: Config) -> None:
+        if accept is None:
+            recalled.judge(config.id, config.encryption)
+        elif accept != config.id:
+            raise InvalidInput(f"the id of the repository here is {config.id}, not {accept}", subject=store.url)
+
     try:
-        opened = Repository.open(store, passphrase=passphrase, writing=writing, known=seen)
+        opened = Repository.open(
+            store, passphrase=passphrase, writing=writing, known=recalled.is_known, judge=judge, slot=recalled.slot
+        )
     except NotFound:
         _check_no_replica(store, NotFound)
         raise
-    known.check(_seen(opened))
-    opened.memory = known.Memory(_seen(opened))
+    if accept is not None:
+        _remember(opened)
+    else:
+        opened.memory = recalled.begin(opened.config.id, opened.config.encryption, opened.slot)
+        opened.notices += recalled.notices
     check_pack_size(pack_size, opened.config.block_size)
     opened.pack_size = pack_size or opened.pack_size
     return opened
@@ -63,8 +80,7 @@ def create_destination(
     made = Repository.create(
         store, passphrase=passphrase, encryption=encryption, block_size=block_size, pack_size=pack_size
     )
-    known.remember(_seen(made))
-    made.memory = known.Memory(_seen(made))
+    _remember(made)
     return made
 
 
@@ -95,12 +111,34 @@ def _check_no_replica(store: ObjectStore, error: type[SnapchainError]) -> None:
         )
 
 
-def _seen(repository: Repository) -> Known:
-    return Known(place=_place(repository.store), id=repository.config.id, encryption=repository.config.encryption)
+def _remember(repository: Repository) -> None:
+    """Know this repository, and no other one, at its address."""
+    repository.memory, notices = known.remember(
+        _places(repository.store),
+        repository.store.url,
+        id=repository.config.id,
+        encryption=repository.config.encryption,
+        slot=repository.slot,
+    )
+    repository.notices += notices
+
+
+def _places(store: ObjectStore) -> list[str]:
+    """The address of a store in all the ways in which it is remembered: without links or spellings, and as it is given.
+
+    With the endpoint that it was found at: one bucket name may be several buckets.
+    """
+    bottom = innermost(store)
+    as_given = _place(store)
+    if isinstance(bottom, Placed):
+        return [f"{store.url} ({bottom.place})", as_given]
+    if store.url.startswith("/"):
+        real = os.path.realpath(store.url)
+        return [f"{real} (directory {real})", as_given]
+    return [as_given]
 
 
 def _place(store: ObjectStore) -> str:
-    """The URL, and the endpoint that it was found at: one bucket name may be several buckets."""
     return f"{store.url} ({store.properties.description})"
 
 

@@ -49,8 +49,8 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
 class _CheapSlot(keys.KeySlot):
     """Takes a millisecond where a real one takes a fifth of a second and 64 MiB."""
 
-    memory_kib: Annotated[int, Field(ge=8, le=1024 * 1024)] = 8
-    iterations: Annotated[int, Field(ge=1, le=16)] = 1
+    memory_kib: Annotated[int, Field(ge=8, le=4 * keys.MEMORY_KIB)] = 8
+    iterations: Annotated[int, Field(ge=1, le=4 * keys.ITERATIONS)] = 1
     lanes: Annotated[int, Field(ge=1, le=16)] = 1
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     snapchain log /backup
     snapchain log s3://bucket/prefix::web1/vda
     snapchain log ssh://root@kvm2/srv/replica
+    snapchain log /backup --accept-repository 5c1d3f0c7a2b4e6d8f9a0b1c2d3e4f50
     snapchain log /backup --json | jq '.disks[].points[-1].time'
     """,
     when_interrupted="nothing was being changed",
@@ -29,6 +30,14 @@ if TYPE_CHECKING:
 def log(
     target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
+    accept_repository: Annotated[
+        str | None,
+        typer.Option(
+            "--accept-repository",
+            metavar="ID",
+            help="Take the repository with this id, although this machine knows another one, or a newer state, at DEST.",
+        ),
+    ] = None,
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
     json: options.Json = False,
@@ -37,12 +46,23 @@ def log(
 
     DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Points of one content id have the same
     bytes.
+
+    A machine remembers which repository it has used at an address, and how far each disk was. When another repository or
+    an older state is there, every command stops with exit code 5. If you know why (a disk was replaced, a backup of the
+    repository was put back), accept it once with --accept-repository and the id that the error shows. From then on
+    this machine knows that state. Two repositories that take turns at one address need two addresses.
     """
     from snapchain.ops.address import parse_destination
 
     address = parse_destination(target)
     with Output(as_json=json) as out:
-        place = options.destination(address.dest, out, password_file=password_file, password_command=password_command)
+        place = options.destination(
+            address.dest,
+            out,
+            password_file=password_file,
+            password_command=password_command,
+            accept=accept_repository,
+        )
         out.show(place.log(options.disk_of(address)), _draw)
 
 

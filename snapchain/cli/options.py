@@ -169,6 +169,7 @@ def destination(
     limit_rate: str | None = None,
     pack_size_text: str | None = None,
     connections: int = 1,
+    accept: str | None = None,
 ) -> Destination:
     """A repository or a replica, as the shared options say; tells what it has to say.
 
@@ -180,6 +181,8 @@ def destination(
 
     if is_replica(dest):
         no_passphrase(dest, password_file, password_command)
+        if accept is not None:
+            raise InvalidInput("--accept-repository is for repositories; a replica has no id", subject=dest)
         if pack_size_text is not None:
             raise InvalidInput("--pack-size is for repositories; a replica has no packs", subject=dest)
     found = destination_at(
@@ -189,6 +192,7 @@ def destination(
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text),
         connections=connections,
+        accept=accept,
     )
     for notice in found.notices:
         out.on_event(Notice(notice))

@@ -82,6 +82,8 @@ class Output:
     def _write(self, row: Any, value: T, draw: Draw[T], problems: Draw[T] | None) -> None:
         self.on_event.__exit__(None, None, None)
         if self.as_json:
+            if isinstance(row, dict) and self.on_event.notes:
+                row.setdefault("notices", list(self.on_event.notes))
             sys.stdout.write(json.dumps(row) + "\n")
             sys.stdout.flush()
             return

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Often enough to look alive, rare enough to cost nothing.
 _INTERVAL_SECONDS = 0.5
+_MOST_NOTES = 1000
 
 
 class Mode(StrEnum):
@@ -50,13 +51,17 @@ class Phase:
 
 
 class Reporter:
-    """The `on_event` of every verb: a context manager, callable from any thread."""
+    """The `on_event` of every verb: a context manager, callable from any thread.
+
+    notes: the messages of the notices so far, each once, also where they are not shown
+    """
 
     def __init__(self, mode: Mode, *, quiet: bool) -> None:
         self._mode = Mode.NONE if quiet and mode is Mode.AUTO else mode
         self._lock = threading.Lock()
         self._phases: dict[str, Phase] = {}
         self._notices: Counter[str] = Counter()
+        self.notes: dict[str, None] = {}
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -75,6 +80,8 @@ class Reporter:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        if hasattr(event, "message") and len(self.notes) < _MOST_NOTES:
+            self.notes[event.message] = None
         if self._mode is Mode.NONE:
             return
         with self._lock:

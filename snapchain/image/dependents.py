@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from snapchain.errors import SnapchainError
 from snapchain.host import libvirt
-from snapchain.host.directory import Directory, open_behind
+from snapchain.host.directory import Directory, Resolved, open_behind, resolve
 from snapchain.host.rights import Rights, acting_as
 from snapchain.image.references import mentions, named_files, recorded_names
 
@@ -113,7 +113,7 @@ def describe(dependents: Sequence[Dependent]) -> str | None:
 
 def search(
     files: Sequence[Path],
-    roots: Iterable[Path],
+    roots: Iterable[Path | Resolved],
     *,
     near: Collection[Path] = (),
     own: Collection[Identity] = (),
@@ -163,12 +163,12 @@ class _Search:
 
     # --- trees
 
-    def walk(self, roots: Iterable[Path]) -> None:
+    def walk(self, roots: Iterable[Path | Resolved]) -> None:
         """All files below the roots, those of the first ones first."""
         began = time.monotonic()
-        named = list(dict.fromkeys(os.path.realpath(root) for root in roots))
-        passed_over = {each for each in _SYSTEM if not any(Path(root).is_relative_to(each) for root in named)}
-        waiting: deque[_Tree] = deque(_Tree(each, None) for each in named)
+        named = [tree for tree in map(self._root, roots) if tree is not None]
+        passed_over = {each for each in _SYSTEM if not any(Path(tree.path).is_relative_to(each) for tree in named)}
+        waiting = deque(named)
         while waiting:
             tree = waiting.popleft()
             directory = tree.path
@@ -180,6 +180,14 @@ class _Search:
             )
             self._follow_names()
         self._seconds += time.monotonic() - began
+
+    def _root(self, root: Path | Resolved) -> _Tree | None:
+        try:
+            found = root if isinstance(root, Resolved) else resolve(root)
+        except (OSError, SnapchainError):
+            self._unseen.append(str(root))
+            return None
+        return _Tree(str(found.real), found.chosen_by)
 
     def _directory(self, tree: _Tree) -> Iterator[_Tree]:
         """Read the images of one directory; gives the directories in it."""

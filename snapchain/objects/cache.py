@@ -2,24 +2,24 @@
 
 Every ship needs the whole index, which grows with the repository; with a cache it fetches what is new.  Objects are
 kept as they are stored (sealed), each behind its own hash, so a damaged cache is a slow one and never a wrong one.
+The hash is no proof against people: a directory in which others could put files is not used, nor is a file of theirs.
 A cache that cannot be written is no error: the store is asked instead.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
-from snapchain.host.files import read_small, write_atomically
+from snapchain.host.private import PrivateDirectory
+from snapchain.objects.limits import largest
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
 
 _HASH = 32
-LARGEST = 256 * 1024 * 1024
 
 
 class CachedStore(StoreWrapper):
@@ -32,21 +32,24 @@ class CachedStore(StoreWrapper):
         super().__init__(inner)
         self._directory = directory
         self._prefix = prefix
-        with suppress(OSError):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         if not name.startswith(self._prefix) or offset or length is not None:
             return self.inner.get(name, offset=offset, length=length)
-        path = self._path(name)
-        with suppress(SnapchainError):
-            kept = read_small(path, cap=LARGEST)
-            if _digest(kept[_HASH:]) == kept[:_HASH]:
-                return kept[_HASH:]
+        kept = self._kept(name)
+        if kept is not None:
+            return kept
         data = self.inner.get(name)
-        with suppress(SnapchainError, OSError):
-            write_atomically(path, _digest(data) + data)
+        with suppress(SnapchainError, OSError), PrivateDirectory(self._directory, make=True) as directory:
+            directory.write(self._file(name), _digest(data) + data)
         return data
+
+    def _kept(self, name: str) -> bytes | None:
+        with suppress(SnapchainError, OSError), PrivateDirectory(self._directory) as directory:
+            kept = directory.read(self._file(name), cap=largest(name) + _HASH)
+            if kept is not None and _digest(memoryview(kept)[_HASH:]) == kept[:_HASH]:
+                return kept[_HASH:]
+        return None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """A complete listing of the prefix also forgets what the store no longer has."""
@@ -55,16 +58,16 @@ class CachedStore(StoreWrapper):
             return
         there = set[str]()
         for info in self.inner.list(prefix):
-            there.add(self._path(info.name).name)
+            there.add(self._file(info.name))
             yield info
-        with suppress(OSError):
-            for entry in os.scandir(self._directory):
-                if entry.name not in there:
-                    Path(entry.path).unlink(missing_ok=True)
+        with suppress(SnapchainError, OSError), PrivateDirectory(self._directory) as directory:
+            for name in directory.names():
+                if name not in there:
+                    directory.remove(name)
 
-    def _path(self, name: str) -> Path:
-        return self._directory / name.removeprefix(self._prefix).replace("/", "_")
+    def _file(self, name: str) -> str:
+        return name.removeprefix(self._prefix).replace("/", "_")
 
 
-def _digest(data: bytes) -> bytes:
+def _digest(data: bytes | memoryview) -> bytes:
     return hashlib.sha256(data).digest()

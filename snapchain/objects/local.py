@@ -18,6 +18,7 @@ from pathlib import Path
 from snapchain.errors import Corrupt, NotFound, Unsupported
 from snapchain.host.batches import batches, rest
 from snapchain.objects.disk_errors import from_os_error
+from snapchain.objects.limits import check_size
 from snapchain.objects.link_once import link_once
 from snapchain.objects.reserve import Reserve
 from snapchain.objects.rooted import Rooted
@@ -30,7 +31,6 @@ from snapchain.objects.store import (
     valid_name,
     valid_prefix,
     valid_range,
-    valid_size,
 )
 
 TEMPORARY_LIFE = 86400.0
@@ -67,7 +67,7 @@ class LocalStore:
         valid_name(name)
         valid_range(name, offset, length)
         with self._reading(name) as (fd, size):
-            wanted = valid_size(str(self._rooted.path(name)), max(0, size - offset)) if length is None else length
+            wanted = check_size(name, max(0, size - offset) if length is None else length, subject=self._rooted.path(name))
             if offset + wanted > size:
                 raise Corrupt(
                     f"object has {size} bytes, bytes {offset} to {offset + wanted} were asked for",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound
+from snapchain.objects.limits import check_size
 from snapchain.objects.store import (
     Data,
     ObjectInfo,
@@ -62,6 +63,7 @@ class MemoryStore:
             raise NotFound("no such object", subject=f"{self.url}/{name}")
         body = entry[0]
         stop = len(body) if length is None else offset + length
+        check_size(name, stop - offset, subject=f"{self.url}/{name}")
         if offset > len(body) or stop > len(body):
             raise Corrupt(
                 f"object has {len(body)} bytes, bytes {offset} to {stop} were asked for", subject=f"{self.url}/{name}"

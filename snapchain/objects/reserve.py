@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from threading import Lock
@@ -94,14 +95,20 @@ def _fill(folder: int, mode: int, *, all_of_it: bool) -> None:
     room = os.fstatvfs(folder)
     free = room.f_bavail * room.f_frsize
     try:
-        held: int | None = os.stat(NAME, dir_fd=folder, follow_symlinks=False).st_size
+        found = os.stat(NAME, dir_fd=folder, follow_symlinks=False)
+        if not _is_ours(found):  # a link or a FIFO, or another name of somebody's file: not for us to write to
+            return
+        held: int | None = found.st_size
     except FileNotFoundError:
         held = None
     wanted = min(LARGEST, free if all_of_it else free // SHARE)
     if wanted < LEAST or (held is not None and (held >= LARGEST or wanted < 2 * held)):
         return
-    fd = os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE, dir_fd=folder)
+    how = os.O_CREAT | os.O_EXCL if held is None else 0
+    fd = os.open(NAME, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | how, _MODE, dir_fd=folder)
     try:
+        if not _is_ours(os.fstat(fd)):
+            return
         if held is None:
             os.fchmod(fd, mode)
         _allocate(fd, wanted)
@@ -109,6 +116,10 @@ def _fill(folder: int, mode: int, *, all_of_it: bool) -> None:
             os.unlink(NAME, dir_fd=folder)
     finally:
         os.close(fd)
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def _allocate(fd: int, wanted: int) -> None:

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from snapchain.errors import InvalidInput, NotFound
+from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.host.links import follow
 from snapchain.objects.disk_errors import from_os_error
 from snapchain.objects.store import TEMPORARY, is_segment
 
@@ -32,6 +33,7 @@ _IMAGE = "a repository is a directory; of an image, `snapchain inspect` shows th
 
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_WAY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Rooted:
@@ -47,10 +49,8 @@ class Rooted:
         self._synced: set[str] = set()  # directories whose entry in their parent is known to be on disk
         self._tmp: int | None = None
         try:
-            if make:
-                make_directories(root)
             # The path that the user named may be or hold a link; what lies below must not.
-            self._fd: int | None = os.open(root, _DIRECTORY)
+            self._fd: int | None = _opened(root, make=make)
             found = os.fstat(self._fd)
             self.is_shared, self._group = _is_shared(found.st_mode), found.st_gid
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -150,8 +150,7 @@ class Rooted:
             raise
 
     def _make(self, parent: int, folder: str, path: str) -> None:
-        with suppress(FileExistsError):
-            os.mkdir(folder, DIRECTORY_MODE, dir_fd=parent)
+        _make_private(parent, folder)
         if self.is_shared:
             self._share(parent, folder)
         # Synced also when another writer made it: they may not have come to their own sync yet.
@@ -161,8 +160,7 @@ class Rooted:
     def new_file(self, name: str, *, folder: int) -> int:
         """A descriptor, to write to, of a file that must not exist yet."""
         fd = os.open(name, _WRITE_NEW, FILE_MODE, dir_fd=folder)
-        if self.is_shared:
-            os.fchmod(fd, FILE_MODE | _GROUP_FILE)
+        os.fchmod(fd, FILE_MODE | _GROUP_FILE if self.is_shared else FILE_MODE)
         return fd
 
     def _share(self, parent: int, folder: str) -> None:
@@ -185,17 +183,78 @@ def _is_shared(mode: int) -> bool:
     return mode & _GROUP_DIRECTORY == _GROUP_DIRECTORY
 
 
-def make_directories(path: Path) -> None:
-    """Like `mkdir -p`, but durable, and private; shared as well in a shared directory, where the umask allows that."""
-    if path.is_dir():
+def _opened(path: Path, *, make: bool) -> int:
+    """A descriptor of a directory; with `make` it and those above it are made, durably.
+
+    Symbolic links are followed once, and then none is any more. Root follows none that others could have put there:
+    they would choose where root makes and removes files.  Raises Unsupported for such a link; OSError as it comes.
+    """
+    _check_links(path)
+    fd = os.open("/", _WAY)
+    try:
+        for name in Path(os.path.realpath(path)).parts[1:]:
+            above, fd = fd, _entered(fd, name, make=make)
+            os.close(above)
+        return os.open(".", _DIRECTORY, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _check_links(path: Path) -> None:
+    try:
+        exposed = follow(path).exposed
+    except InvalidInput:  # no directory, or a loop of links: opening it says so
         return
-    if path.parent != path:
-        make_directories(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir(mode=DIRECTORY_MODE)
-        if _is_shared(path.parent.stat().st_mode) and not _umask() & 0o070:
-            path.chmod(DIRECTORY_MODE | _GROUP_DIRECTORY)
-    fd = os.open(path.parent, _DIRECTORY)
+    if exposed and os.geteuid() == 0:
+        raise Unsupported(
+            "another user could have made a symbolic link on the way to this directory",
+            subject=path,
+            hint=f"if {os.path.realpath(path)} is the directory that you mean, name that",
+        )
+
+
+def _entered(parent: int, name: str, *, make: bool) -> int:
+    """A descriptor, for use as dir_fd only, of a directory below `parent`; what is made is private.
+
+    In a shared directory it is shared as well, where the umask allows that.
+    """
+    try:
+        return os.open(name, _WAY | os.O_NOFOLLOW, dir_fd=parent)
+    except FileNotFoundError:
+        if not make:
+            raise
+    is_new = _make_private(parent, name)
+    fd = os.open(name, _WAY | os.O_NOFOLLOW, dir_fd=parent)
+    if is_new and _is_shared(os.fstat(parent).st_mode) and not _umask() & 0o070:
+        _allow(fd, _GROUP_DIRECTORY)
+    _sync(parent)
+    return fd
+
+
+def _make_private(parent: int, name: str) -> bool:
+    """Make a directory, 0700 whatever the umask; False when it is there. What was put in its place is not touched."""
+    try:
+        os.mkdir(name, DIRECTORY_MODE, dir_fd=parent)
+    except FileExistsError:
+        return False
+    with suppress(NotADirectoryError):
+        fd = os.open(name, _WAY | os.O_NOFOLLOW, dir_fd=parent)
+        try:
+            _allow(fd, DIRECTORY_MODE)
+        finally:
+            os.close(fd)
+    return True
+
+
+def _allow(folder: int, mode: int) -> None:
+    """Add to the mode of a directory of ours. folder: an O_PATH descriptor, since its mode may forbid another one."""
+    found = os.fstat(folder)
+    if found.st_uid == os.geteuid() and found.st_mode & mode != mode:
+        os.chmod(f"/proc/self/fd/{folder}", stat.S_IMODE(found.st_mode) | mode)  # noqa: PTH101
+
+
+def _sync(folder: int) -> None:
+    fd = os.open(".", _DIRECTORY, dir_fd=folder)
     try:
         os.fsync(fd)
     finally:

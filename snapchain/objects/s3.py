@@ -9,16 +9,20 @@ Source: Amazon S3 User Guide, "How to prevent object overwrites with conditional
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 import time
+from array import array
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects.s3_client import expect_no_continue, is_amazon, new_client, warnings_about
-from snapchain.objects.s3_errors import from_s3_error, page_error, s3_errors, status_of, was_retried
+from snapchain.objects.s3_client import canonical, expect_no_continue, is_amazon, new_client, warnings_about
+from snapchain.objects.limits import LARGEST_LISTED_SIZE, check_size, most_listed
+from snapchain.objects.s3_errors import from_s3_error, malformed, page_error, s3_errors, status_of, was_retried
 from snapchain.objects.s3_patience import ANSWER_WITHIN, Patience, Watch, WatchedBody
 from snapchain.objects.store import (
     Data,
@@ -29,7 +33,6 @@ from snapchain.objects.store import (
     valid_name,
     valid_prefix,
     valid_range,
-    valid_size,
 )
 
 if TYPE_CHECKING:
@@ -49,12 +52,15 @@ CONFLICT_ATTEMPTS = 8
 """Of a create that the server answers with 409: another conditional request for the name was under way."""
 PAGE = 1000
 """Names a listing's page, S3's own limit."""
-LONGEST_LISTING = 10_000_000
-"""Objects. A listing is held in memory, some 250 bytes each; packs of 16 MiB would be 150 TiB."""
-IDLE_PAGES = 1000
-"""Consecutive pages without a new name, after which the listing is given up."""
+IDLE_PAGES = 200
+IDLE_SECONDS = 600.0
+"""Consecutive pages without a new name, and their time, after which the listing is given up."""
+_LONGEST_TOKEN = 4096
+"""Bytes of a continuation token; those of AWS have some 100."""
 _PART = 64 * 1024
 """Bytes of a body that are progress."""
+_NO_TIME = -1e18
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 Result = TypeVar("Result")
 
@@ -93,6 +99,7 @@ class S3Store:
         self.endpoint = self._client.meta.endpoint_url
         self._patience = Patience(urlsplit(self.endpoint).netloc, limit=answer_within)
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self.place = f"bucket {bucket} at {canonical(self.endpoint)}"
         self.properties = Properties(conditional_put=None, description=f"bucket {bucket} at {self.endpoint}")
         self.warnings = warnings_about(self.endpoint)
 
@@ -177,26 +184,27 @@ class S3Store:
                     self._raise_reason(name)
                 return None
         _check_page(answer, self._subject(name))
-        return answer["ContentLength"]
+        length = answer.get("ContentLength")
+        if length is None or not 0 <= length <= LARGEST_LISTED_SIZE:
+            raise malformed(self._subject(name), f"the length of the object is {length}")
+        return length
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """As ObjectStore.list. The whole listing is fetched first: not every server sorts its pages."""
-        found, _ = self._listed(valid_prefix(prefix))
-        for name in sorted(found):
-            yield found.pop(name)
+        return iter(self._listed(valid_prefix(prefix)))
 
     def list_dirs(self, prefix: str) -> Iterator[str]:
-        return iter(sorted(self._listed(directory_prefix(prefix), delimiter="/")[1]))
+        return iter(sorted(self._listed(directory_prefix(prefix), delimiter="/").folders))
 
     def list_in_pages(self, prefix: str, page: int) -> Sequence[str]:
         """The names that `list` gives, asked for in pages of so many; for the probe."""
-        return sorted(self._listed(valid_prefix(prefix), page=page)[0])
+        return [info.name for info in self._listed(valid_prefix(prefix), page=page)]
 
     def top_names(self) -> Sequence[str]:
         """First segments of keys below the prefix, ours or not, from one page."""
         page = next(self._pages(self._prefix, delimiter="/", page=PAGE))
-        keys = [each["Key"] for each in page.get("Contents", [])]
-        folders = [each["Prefix"].rstrip("/") for each in page.get("CommonPrefixes", [])]
+        keys = [each.get("Key", "") for each in page.get("Contents", [])]
+        folders = [each.get("Prefix", "").rstrip("/") for each in page.get("CommonPrefixes", [])]
         names = (key.removeprefix(self._prefix) for key in [*keys, *folders])
         return [name for name in names if name]  # without: a folder that a console has made
 
@@ -235,8 +243,13 @@ class S3Store:
         return f"{self.url}/{name}"
 
     def _ask(self, name: str, request: Callable[[Watch], Result]) -> Result:
-        """What the request returns. Raises botocore's errors, and Silent when no answer comes."""
-        answer = self._patience.within(request, subject=self._subject(name))
+        """What the request returns. Raises botocore's errors, Silent when no answer comes, Unsupported for nonsense."""
+        try:
+            answer = self._patience.within(request, subject=self._subject(name))
+        except SnapchainError:
+            raise
+        except _NONSENSE as error:  # botocore's parser, about a number, a time or a tag that is none
+            raise malformed(self._subject(name), f"{type(error).__name__}: {error}") from error
         self._bucket_seen = True
         return answer
 
@@ -294,25 +307,39 @@ class S3Store:
         except NotFound:
             raise doubt from None
 
-    def _read(self, name: str, more: dict[str, Any]) -> tuple[bytes, GetObjectOutputTypeDef]:
-        """Body and head of one GetObject."""
+    def _read(
+        self, name: str, more: dict[str, Any], *, offset: int = 0, length: int | None = None
+    ) -> tuple[bytes, GetObjectOutputTypeDef]:
+        """Body and head of one GetObject, of which no more is read than was asked for, or than the object may have.
+
+        offset, length: as of `get`; a server may ignore the range and send the whole object
+        """
+        subject = self._subject(name)
 
         def request(watch: Watch) -> tuple[bytes, GetObjectOutputTypeDef]:
             answer = self._client.get_object(Bucket=self._bucket, Key=self._key(name), **more)
             watch.progress()
-            parts: list[bytes] = []
             stream = answer["Body"]
             try:
-                valid_size(self._subject(name), answer["ContentLength"])
+                _check_length(name, answer, subject)
+                # Not by the status: rclone sends a range with 200.
+                begin = offset if more and not answer.get("ContentRange") else 0
+                stop = None if length is None else begin + length
+                body = io.BytesIO()  # whose value is not copied
+                seen = 0
                 for part in stream.iter_chunks(_PART):
-                    parts.append(part)
+                    body.write(part[max(0, begin - seen) : None if stop is None else max(0, stop - seen)])
+                    seen += len(part)
+                    check_size(name, seen if begin else body.tell(), subject=subject)
                     watch.progress()
+                    if stop is not None and seen >= stop:
+                        break
             finally:
                 stream.close()
-            return b"".join(parts), answer
+            return body.getvalue(), answer
 
         body, answer = self._ask(name, request)
-        _check_page(answer, self._subject(name))
+        _check_page(answer, subject)
         return body, answer
 
     def _received(self, name: str, offset: int, length: int | None) -> tuple[bytes, str | None]:
@@ -323,26 +350,23 @@ class S3Store:
         """
         from botocore.exceptions import ClientError
 
+        subject = self._subject(name)
+        check_size(name, length or 0, subject=subject)
         whole = offset == 0 and length is None
         asked: dict[str, Any] = (
             {} if whole else {"Range": f"bytes={offset}-{'' if length is None else offset + length - 1}"}
         )
         try:
-            body, answer = self._read(name, asked)
+            body, answer = self._read(name, asked, offset=offset, length=length)
         except ClientError as error:
             if status_of(error) == 416 and length is None:
                 return self._nothing_at(name, offset), None
             raise
-        # Not by the status: rclone sends a range with 200.  A server may also ignore the range and send the whole.
         sent = answer.get("ContentRange", "")
-        if not sent:
-            body = body[offset:] if length is None else body[offset : offset + length]
-        elif not sent.startswith(f"bytes {offset}-"):
-            raise Unsupported(f"the server sends {sent}, not bytes from {offset} on", subject=self._subject(name))
+        if sent and not sent.startswith(f"bytes {offset}-"):
+            raise Unsupported(f"the server sends {sent[:100]}, not bytes from {offset} on", subject=subject)
         if length is not None and len(body) != length:
-            raise Corrupt(
-                f"object ends {length - len(body)} bytes before {offset + length}", subject=self._subject(name)
-            )
+            raise Corrupt(f"object ends {length - len(body)} bytes before {offset + length}", subject=subject)
         etag = _md5_of(answer) if whole else None
         same = etag is None or etag == hashlib.md5(body, usedforsecurity=False).hexdigest()
         return body, None if same else etag
@@ -358,20 +382,18 @@ class S3Store:
 
     # ---- listings
 
-    def _listed(
-        self, prefix: str, *, delimiter: str | None = None, page: int | None = None
-    ) -> tuple[dict[str, ObjectInfo], set[str]]:
-        """Our objects below the prefix by name; with a delimiter only those of its own level, and the next segments.
+    def _listed(self, prefix: str, *, delimiter: str | None = None, page: int | None = None) -> _Listing:
+        """Our objects below the prefix; with a delimiter only the next segments.
 
         Nothing is taken for granted: pages may come in any order, be empty, repeat keys, and hold keys of others.
         Raises Unsupported for a listing that does not end.
         """
         start = self._prefix + prefix
-        found: dict[str, ObjectInfo] = {}
-        folders: set[str] = set()
-        idle = 0
+        found = _Listing()
+        most = most_listed(prefix)
+        idle, moved = 0, time.monotonic()
         for answer in self._pages(start, delimiter=delimiter, page=page or self._page):
-            before = len(found) + len(folders)
+            before = len(found)
             for entry in answer.get("Contents", []):
                 key = entry.get("Key", "")
                 name = key.removeprefix(self._prefix)
@@ -380,20 +402,27 @@ class S3Store:
                     continue
                 segment, more, _ = key.removeprefix(start).partition("/")
                 if delimiter is not None and more:  # a server without delimiters
-                    folders.add(segment)
+                    found.folders.add(segment)
                 elif delimiter is None:
-                    modified = entry.get("LastModified")
-                    found[name] = ObjectInfo(name, entry["Size"], None if modified is None else modified.timestamp())
+                    found.add(name, entry.get("Size"), entry.get("LastModified"), subject=self._subject(name))
             for common in answer.get("CommonPrefixes", []):
                 folder = common.get("Prefix", "")
                 if folder.startswith(start) and _is_ours(folder.removeprefix(self._prefix).rstrip("/")):
-                    folders.add(folder.removeprefix(start).rstrip("/"))
-            idle = 0 if len(found) + len(folders) > before else idle + 1
-            if idle > IDLE_PAGES:
+                    found.folders.add(folder.removeprefix(start).rstrip("/"))
+            if len(found) > before:
+                idle, moved = 0, time.monotonic()
+            else:
+                idle += 1
+            if idle > IDLE_PAGES or (idle > 1 and time.monotonic() - moved > IDLE_SECONDS):
                 raise Unsupported("the server's listing does not end, and brings no new names", subject=self.url)
-            if len(found) > LONGEST_LISTING:
-                raise Unsupported(f"the server lists more than {LONGEST_LISTING} objects", subject=self.url)
-        return found, folders
+            if len(found) > most:
+                raise Unsupported(
+                    f"the server lists more than {most} objects under {prefix}",
+                    subject=self.url,
+                    hint="check that it is the right server. A repository with so many packs needs larger ones: "
+                    "--pack-size 128M",
+                )
+        return found
 
     def _pages(self, start: str, *, delimiter: str | None, page: int) -> Iterator[ListObjectsV2OutputTypeDef]:
         more: dict[str, Any] = {} if delimiter is None else {"Delimiter": delimiter}
@@ -402,8 +431,8 @@ class S3Store:
         def request(_: Watch) -> ListObjectsV2OutputTypeDef:
             return self._client.list_objects_v2(Bucket=self._bucket, Prefix=start, MaxKeys=page, **more)
 
+        name = start.removeprefix(self._prefix)
         while True:
-            name = start.removeprefix(self._prefix)
             with s3_errors(self._subject(name)):
                 answer = self._ask(name, request)
             if "IsTruncated" not in answer:  # a page that happens to be XML would pass for an empty listing
@@ -418,10 +447,63 @@ class S3Store:
                     subject=self.url,
                     hint="it must support ListObjectsV2",
                 )
+            if len(following) > _LONGEST_TOKEN:
+                raise malformed(self.url, f"a continuation token of {len(following)} characters")
             if following in tokens:
                 raise Unsupported("the server returned the same continuation token twice", subject=self.url)
             tokens.add(following)
             more["ContinuationToken"] = following
+
+
+class _Listing:
+    """What a listing has brought: names, sizes and times in columns, since there may be a million."""
+
+    def __init__(self) -> None:
+        self.folders: set[str] = set()
+        self._names: list[str] = []
+        self._sizes = array("q")
+        self._times = array("d")
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self.folders)
+
+    def add(self, name: str, size: int | None, modified: datetime | None, *, subject: str) -> None:
+        """One entry. Raises Unsupported for a size that no object has."""
+        if size is None or not 0 <= size <= LARGEST_LISTED_SIZE:
+            raise malformed(subject, f"the size of the object is {size}")
+        if self._names and name == self._names[-1]:
+            return
+        self._names.append(name)
+        self._sizes.append(size)
+        self._times.append(_NO_TIME if modified is None else _seconds(modified, subject))
+
+    def __iter__(self) -> Iterator[ObjectInfo]:
+        """By name, each once; of several the last."""
+        names = self._names
+        order: Sequence[int] = range(len(names))
+        if any(names[at] >= names[at + 1] for at in range(len(names) - 1)):
+            order = sorted(order, key=names.__getitem__)
+        for place, at in enumerate(order):
+            if place + 1 < len(order) and names[order[place + 1]] == names[at]:
+                continue
+            modified = self._times[at]
+            yield ObjectInfo(names[at], self._sizes[at], None if modified == _NO_TIME else modified)
+
+
+def _seconds(modified: datetime, subject: str) -> float:
+    try:
+        return modified.timestamp()
+    except (ValueError, OverflowError, OSError) as error:
+        raise malformed(subject, f"the time of the object is {modified}") from error
+
+
+def _check_length(name: str, answer: GetObjectOutputTypeDef, subject: str) -> None:
+    """Raises Corrupt for an object that is too large, Unsupported for one of which the end could not be told."""
+    length = answer.get("ContentLength")
+    if length is not None:
+        check_size(name, length, subject=subject)
+    if length is None and answer["ResponseMetadata"]["HTTPHeaders"].get("transfer-encoding", "").lower() != "chunked":
+        raise malformed(subject, "the length of the object is missing")
 
 
 def _check_page(

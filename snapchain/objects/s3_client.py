@@ -7,12 +7,15 @@ inside the object.  We send Content-MD5 instead, which even old servers check.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from snapchain.errors import InvalidInput
-from snapchain.objects.s3_errors import s3_errors
+from snapchain.objects.s3_errors import is_region, malformed, s3_errors
 from snapchain.objects.s3_patience import WatchedBody
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 18.0
 """Seconds. A server that is silent for longer is asked once more, within s3_patience.ANSWER_WITHIN."""
 TOTAL_ATTEMPTS = 5
+LARGEST_ANSWER = 4 * 1024 * 1024
+"""Bytes of a response that is no object. A page of 1000 keys of 1024 bytes, each of them escaped, has 3.5 MB."""
+LARGEST_ERROR = 256 * 1024
 CONNECTIONS = 16
 """Requests in flight at once; more threads than this wait for a connection."""
 
@@ -67,6 +73,8 @@ def new_client(
                 _accept_tenants(made)
         except ValueError as error:
             raise InvalidInput(str(error), subject=where, hint="give http://host:port or https://host") from error
+    endpoint_of: Any = made
+    endpoint_of._endpoint.http_session = _BoundedSession(endpoint_of._endpoint.http_session)  # noqa: SLF001
     made.meta.events.register("before-send.s3", _begin_attempt)
     made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
     return made
@@ -86,16 +94,90 @@ def _begin_attempt(request: Any, **_: object) -> None:
         request.body.begin_attempt()
 
 
-def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, operation: Any, **_: object) -> None:
-    """Raise what redirects without naming a region: botocore would ask for the region until its stack ends."""
+def _refuse_redirect(
+    response: tuple[Any, dict[str, Any]] | None, operation: Any, **_: object
+) -> None:
+    """Raise what redirects, but for AWS that names another region of its own.
+
+    Elsewhere botocore would send the request to an address that the server has chosen, or ask for the bucket's region
+    until its stack ends.
+    """
     from botocore.exceptions import ClientError
 
     if response is None or response[0].status_code not in {301, 302, 303, 307, 308}:
         return
     answer = response[1]
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if "x-amz-bucket-region" not in headers and "Region" not in answer.get("Error", {}):
+    region = headers.get("x-amz-bucket-region") or answer.get("Error", {}).get("Region")
+    if not is_region(str(region or "")) or not is_amazon(response[0].url):
         raise ClientError(answer, operation.name)  # type: ignore[arg-type]
+
+
+class _NoRedirects:
+    """Mixed into urllib3's pools of connections: a redirect is a response like others."""
+
+    def urlopen(self, *args: Any, **more: Any) -> Any:
+        return super().urlopen(*args, **(more | {"redirect": False}))  # type: ignore[misc]
+
+
+class _BoundedSession:
+    """botocore's HTTP session, whose responses are not read further than a response of S3 reaches.
+
+    botocore reads every body but that of an object as a whole, however long it is.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        # Also of proxies, which the session makes later. urllib3 looks at redirects even where it must not follow any.
+        pools = {scheme: type("Pool", (_NoRedirects, pool), {}) for scheme, pool in inner._pool_classes_by_scheme.items()}
+        inner._pool_classes_by_scheme = inner._manager.pool_classes_by_scheme = pools
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def send(self, request: Any) -> Any:
+        """As URLLib3Session.send. Raises Unsupported for a response that is too long."""
+        is_object = request.stream_output
+        request.stream_output = True  # so that the session leaves the body to us
+        response = self._inner.send(request)
+        if is_object and response.status_code < 300:
+            return response
+        with _transport_errors(request):
+            body = _bounded(response.raw, subject=urlsplit(request.url).netloc, is_error=response.status_code >= 300)
+        response.raw = io.BytesIO()
+        response._content = body  # noqa: SLF001 -- what its property `content` returns
+        return response
+
+
+def _bounded(raw: Any, *, subject: str, is_error: bool) -> bytes:
+    """The body of a response; of an error that is too long, nothing: its status says what matters."""
+    limit = LARGEST_ERROR if is_error else LARGEST_ANSWER
+    body = io.BytesIO()
+    for part in raw.stream(64 * 1024):
+        body.write(part)
+        if body.tell() > limit:
+            raw.close()
+            if is_error:
+                return b""
+            raise malformed(subject, f"it has more than {limit} bytes")
+    raw.release_conn()
+    return body.getvalue()
+
+
+@contextmanager
+def _transport_errors(request: Any) -> Iterator[None]:
+    """Raise what botocore's session raises, and botocore retries, for a body that breaks off."""
+    from botocore.exceptions import ConnectionClosedError, HTTPClientError, ReadTimeoutError
+    from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError as Timeout
+
+    try:
+        yield
+    except Timeout as error:
+        raise ReadTimeoutError(endpoint_url=request.url, error=error) from error
+    except ProtocolError as error:
+        raise ConnectionClosedError(error=error, request=request, endpoint_url=request.url) from error
+    except HTTPError as error:
+        raise HTTPClientError(error=error) from error
 
 
 def _accept_tenants(client: S3Client) -> None:
@@ -113,6 +195,20 @@ def is_amazon(endpoint: str) -> bool:
     """Whether an endpoint URL is one of AWS itself."""
     host = urlsplit(endpoint).hostname or ""
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def canonical(endpoint: str) -> str:
+    """One spelling for all of an endpoint: capitals, the scheme's own port and a slash at the end do not matter.
+
+    All of AWS is one place, since the names of its buckets are unique.
+    """
+    if is_amazon(endpoint):
+        return "aws"
+    parts = urlsplit(endpoint)
+    host = (parts.hostname or "").rstrip(".")
+    default = {"http": 80, "https": 443}.get(parts.scheme)
+    port = f":{parts.port}" if parts.port not in {None, default} else ""
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
 
 
 def warnings_about(endpoint: str) -> tuple[str, ...]:

@@ -6,10 +6,10 @@ Nothing of botocore leaves snapchain.objects.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.store import Refused
@@ -127,6 +127,8 @@ _REQUEST = Meaning(InvalidInput, "S3 does not take this request")
 _NO_ANSWER = Meaning(Unavailable, "the server does not answer", "look at the endpoint, the network and the firewall")
 _BROKEN_OFF = Meaning(Unavailable, "the connection broke off", "run the command again")
 _TLS = Meaning(Refused, "TLS failed", "https or http? For a private authority set AWS_CA_BUNDLE")
+_REGION = re.compile(r"[a-z0-9][a-z0-9-]{0,40}", re.ASCII)
+_ADDRESS = re.compile(r"https?://(?:[A-Za-z0-9.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\])(?::[0-9]{1,5})?(?=[/?#]|$)", re.ASCII)
 _STRANGE = Meaning(Unsupported, "the server does not speak S3", "look at the endpoint: host, port, http or https")
 
 PERMISSIONS = {
@@ -169,7 +171,6 @@ EXCEPTIONS: dict[str, Meaning] = {
     "ChecksumError": _BROKEN_OFF,
     "ResponseParserError": _STRANGE,
     "UnauthorizedSSOTokenError": _EXPIRED,
-    "RecursionError": _ELSEWHERE,  # botocore follows a redirect that leads to itself until the stack ends
 }
 """By class name along the method resolution order; BotoCoreErrors that are not here are taken for configuration."""
 
@@ -187,7 +188,7 @@ def s3_errors(subject: str, *, sent: int | None = None) -> Iterator[None]:
 
     try:
         yield
-    except (ClientError, BotoCoreError, ResponseParserError, HTTPError, RecursionError) as error:
+    except (ClientError, BotoCoreError, ResponseParserError, HTTPError) as error:
         raise from_s3_error(error, subject, sent=sent) from error
 
 
@@ -208,6 +209,13 @@ def from_s3_error(error: Exception, subject: str, *, sent: int | None = None) ->
         meaning = meaning._replace(hint=f"run it again; if only large objects fail, a proxy limits them: {_SMALLER}")
     message = f"{message} ({words[:300]})" if words else message
     return meaning.error(message, subject=subject, hint=meaning.hint)
+
+
+def malformed(subject: str, words: str) -> SnapchainError:
+    """The error for a response that has the form of S3 and makes no sense."""
+    return Unsupported(
+        f"the server's response is malformed ({' '.join(words.split())[:300]})", subject=subject, hint=_STRANGE.hint
+    )
 
 
 def page_error(subject: str) -> SnapchainError:
@@ -250,18 +258,24 @@ def _answer_means(response: dict[str, dict[str, Any]], operation: str) -> tuple[
 
 def _redirected(error: dict[str, Any], headers: dict[str, str], *, is_s3: bool) -> Meaning:
     """Where the server wants the request to go: another region of its own, or another address."""
-    region = headers.get("x-amz-bucket-region") or error.get("Region")
-    if region:
+    region = str(headers.get("x-amz-bucket-region") or error.get("Region") or "")
+    if is_region(region):
         return _ELSEWHERE._replace(hint=f"set AWS_DEFAULT_REGION to the bucket's region: {region}")
     location = headers.get("location", "")
     if location and not is_s3:
-        parts = urlsplit(location)
-        there = f"{parts.scheme}://{parts.netloc}" if parts.netloc else location[:200]
+        found = _ADDRESS.match(location)
+        if found is None:  # what a server says is no part of a command
+            return _REDIRECTED
         return _REDIRECTED._replace(
-            message=f"the endpoint redirects to {there}",
-            hint=f"if that is the S3 server, set AWS_ENDPOINT_URL_S3={there}",
+            message=f"the endpoint redirects to {found[0]}",
+            hint=f"if that is the S3 server, set AWS_ENDPOINT_URL_S3={found[0]}",
         )
-    return _ELSEWHERE
+    return _ELSEWHERE if is_s3 else _REDIRECTED
+
+
+def is_region(text: str) -> bool:
+    """Whether `text` may be the name of a region."""
+    return _REGION.fullmatch(text) is not None
 
 
 def _is_page(headers: dict[str, str], operation: str) -> bool:

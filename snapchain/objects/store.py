@@ -11,9 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
-from snapchain.errors import Corrupt, InvalidInput, Unavailable
+from snapchain.errors import InvalidInput, Unavailable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Data: TypeAlias = Buffer | Sequence[Buffer]
@@ -22,8 +22,6 @@ LONGEST_NAME = 512
 """Bytes.  S3 keys end at 1024, which leaves room for the prefix of the repository inside its bucket."""
 LONGEST_SEGMENT = 200
 """Bytes.  File names end at 255 (NAME_MAX), or 143 under eCryptfs, which is not worth refusing the rest for."""
-LARGEST_OBJECT = 257 * 1024 * 1024
-"""Bytes.  No record is larger (256 MiB and what sealing adds); a hostile store shall not fill our memory."""
 TEMPORARY = "tmp"
 """First segment that no object may have: the local store keeps unfinished files there."""
 
@@ -95,7 +93,10 @@ class ObjectStore(Protocol):
         ...
 
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        """The bytes [offset, offset+length), or to the end.  Never fewer: a shorter object is Corrupt."""
+        """The bytes [offset, offset+length), or to the end.  Never fewer: a shorter object is Corrupt.
+
+        So is one that is larger than its kind may be (limits.py), of which no more than that is read.
+        """
         ...
 
     def size(self, name: str) -> int | None:
@@ -123,6 +124,13 @@ class ObjectStore(Protocol):
     def close(self) -> None:
         """Give back connections and descriptors.  Idempotent; the store is not used afterwards."""
         ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A store whose address can be spelled in several ways. place: the one spelling by which it is known again."""
+
+    place: str
 
 
 def valid_name(name: str) -> str:
@@ -173,13 +181,6 @@ def valid_range(name: str, offset: int, length: int | None) -> None:
     """Raises InvalidInput for a negative offset or length."""
     if offset < 0 or (length is not None and length < 0):
         raise InvalidInput(f"not a byte range: offset {offset}, length {length}", subject=name)
-
-
-def valid_size(name: str, size: int) -> int:
-    """`size`, when an object of it may be held in memory.  Raises Corrupt."""
-    if size > LARGEST_OBJECT:
-        raise Corrupt(f"an object of {size} bytes; at most {LARGEST_OBJECT} are plausible", subject=name)
-    return size
 
 
 def buffers(data: Data) -> list[memoryview]:

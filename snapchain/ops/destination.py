@@ -118,12 +118,13 @@ def destination_at(
     limit_rate: int | None = None,
     pack_size: int | None = None,
     connections: int = 1,
+    accept: str | None = None,
 ) -> Destination:
     """What an address means: dir:/path and ssh://[user@]host/path are replicas, everything else is a repository.
 
     passphrase: asked where it is encrypted; writing: whether points will be delivered or merged
     limit_rate: bytes a second to and from it; pack_size: bytes that new objects of a repository have at most
-    connections: of ssh, to a replica
+    connections: of ssh, to a replica; accept: as of `open_destination`
     A replica is not touched here. Raises InvalidInput, and as `open_destination`.
     """
     if is_replica(url):
@@ -134,6 +135,11 @@ def destination_at(
     from snapchain.ops.repository_destination import RepositoryDestination
 
     opened = open_destination(
-        located(url), passphrase=passphrase, writing=writing, limit_rate=limit_rate, pack_size=pack_size
+        located(url),
+        passphrase=passphrase,
+        writing=writing,
+        limit_rate=limit_rate,
+        pack_size=pack_size,
+        accept=accept,
     )
     return RepositoryDestination(opened)

@@ -15,6 +15,9 @@ from snapchain.repository.packs import Location, PackReader
 
 GAP_BYTES = 128 * 1024
 """Read through a hole of this size rather than ask again: cheaper than a request on every store."""
+_GROUP_BYTES = 16 * 1024 * 1024
+_GROUP_RAW = 32 * 1024 * 1024
+"""Stored and plain bytes that are read together: a record of many blobs that unpack well must not fill the memory."""
 _READERS = 256
 
 
@@ -114,15 +117,17 @@ class BlobReader:
 def _neighbours(wanted: Sequence[tuple[bytes, Location]], order: Iterable[int]) -> Iterator[list[int]]:
     """Places, grouped so that each group is worth one ranged read."""
     group: list[int] = []
-    pack, reach = "", 0
+    pack, begin, reach, raw = "", 0, 0, 0
     for at in order:
         where = wanted[at][1]
-        if group and (where.pack != pack or where.offset > reach + GAP_BYTES):
+        stop = max(reach, where.offset + where.stored)
+        is_apart = where.pack != pack or where.offset > reach + GAP_BYTES
+        if group and (is_apart or stop - begin > _GROUP_BYTES or raw + where.raw > _GROUP_RAW):
             yield group
             group = []
         if not group:
-            pack, reach = where.pack, where.offset
+            pack, begin, raw, stop = where.pack, where.offset, 0, where.offset + where.stored
         group.append(at)
-        reach = max(reach, where.offset + where.stored)
+        reach, raw = stop, raw + where.raw
     if group:
         yield group

@@ -13,10 +13,10 @@ from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import blake3
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.objects.exclusive import create_exclusively
@@ -25,7 +25,7 @@ from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import generation_name
 from snapchain.repository.known import Memory
-from snapchain.repository.stored import made_by, parse as parse_stored
+from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
 KIND = b"C"
 ATTEMPTS = 8
@@ -50,17 +50,15 @@ class Consistency(StrEnum):
     CRASH = "crash"
 
 
-class Hold(BaseModel):
+class Hold(StoredModel):
     """A reason to keep a point whatever the rules of retention say. tag: names it, once a point; reason: for people."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tag: str
     since: AwareDatetime
     reason: str = ""
 
 
-class Point(BaseModel):
+class Point(StoredModel):
     """A restorable moment of a disk.
 
     layer: the top of the chain that gives it; size: virtual, bytes
@@ -68,15 +66,13 @@ class Point(BaseModel):
     made_by: the program that published it, None until it is published
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     point: int = Field(ge=1)
     time: AwareDatetime
-    labels: tuple[str, ...] = ()
+    labels: Many[str] = ()
     layer: str
     size: int = Field(ge=0)
     content_id: str
-    holds: tuple[Hold, ...] = ()
+    holds: Many[Hold] = ()
     instant: str | None = Field(default=None, pattern=r"^[0-9a-f]{32}$")
     consistency: Consistency | None = None
     made_by: str | None = None
@@ -88,7 +84,7 @@ class Point(BaseModel):
         return self
 
 
-class Catalogue(BaseModel):
+class Catalogue(StoredModel):
     """One generation.
 
     previous: BLAKE3 of the object of the generation before, "" at the first
@@ -96,8 +92,6 @@ class Catalogue(BaseModel):
     epoch, owner: who may write the disk; 0 and None until it was failed over, then the epoch grows each time
     nonce: tells our own write from another's
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
     disk: str
@@ -108,8 +102,16 @@ class Catalogue(BaseModel):
     epoch: int = Field(default=0, ge=0)
     owner: str | None = None
     next_point: int = Field(ge=1)
-    points: tuple[Point, ...]
+    points: Many[Point]
     parents: Mapping[str, str | None]
+
+    @field_validator("parents", mode="before")
+    @classmethod
+    def _stops_at_the_first_bad_parent(cls, parents: Any) -> Any:
+        for below in parents.values() if isinstance(parents, dict) else ():
+            if below is not None and not isinstance(below, str):
+                raise ValueError("a layer lies on something that is no layer")
+        return parents
 
     @model_validator(mode="after")
     def _ascends(self) -> Self:

@@ -45,7 +45,7 @@ class Cipher(Protocol):
         """Ciphertext and a tag of 16 bytes."""
         ...
 
-    def decrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes:
+    def decrypt(self, nonce: bytes, data: bytes | memoryview, associated_data: bytes | None, /) -> bytes:
         """The plaintext. Raises InvalidTag."""
         ...
 
@@ -59,13 +59,13 @@ class _Tagged:
     def encrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes:
         return b"".join((data, self._tag(nonce, data, associated_data or b"")))
 
-    def decrypt(self, nonce: bytes, data: bytes, associated_data: bytes | None, /) -> bytes:
+    def decrypt(self, nonce: bytes, data: bytes | memoryview, associated_data: bytes | None, /) -> bytes:
         body, tag = data[:-TAG_BYTES], data[-TAG_BYTES:]
         if not hmac.compare_digest(tag, self._tag(nonce, body, associated_data or b"")):
             raise InvalidTag
-        return body
+        return bytes(body)
 
-    def _tag(self, nonce: bytes, data: bytes, extra: bytes) -> bytes:
+    def _tag(self, nonce: bytes, data: bytes | memoryview, extra: bytes) -> bytes:
         hasher = blake3.blake3(len(extra).to_bytes(8, "little"), key=self._key)
         return hasher.update(extra).update(nonce).update(data).digest(length=TAG_BYTES)
 
@@ -123,6 +123,6 @@ class Keyring:
 def decrypt(cipher: Cipher, nonce: bytes, data: bytes | memoryview, extra: bytes, *, subject: str) -> bytes:
     """Decrypt and check. Raises Corrupt naming `subject` when a byte was altered."""
     try:
-        return cipher.decrypt(nonce, bytes(data), extra)
+        return cipher.decrypt(nonce, data, extra)
     except (InvalidTag, ValueError) as error:
         raise Corrupt("the stored bytes were altered or belong elsewhere", subject=subject) from error

@@ -13,14 +13,12 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from snapchain.errors import SnapchainError
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import damage_name, fresh_id, is_damage, is_id, pack_name
-from snapchain.repository.stored import made_by, parse as parse_stored
+from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
 KIND = b"D"
 MOST_LISTED = 16_000
@@ -28,14 +26,12 @@ MOST_LISTED = 16_000
 _FOLDERS = tuple(f"{number:02x}" for number in range(256))
 
 
-class DamageRecord(BaseModel):
+class DamageRecord(StoredModel):
     """One record. packs: ids of the packs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
     time: datetime
-    packs: tuple[str, ...]
+    packs: Many[str]
     made_by: str | None = None
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import struct
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,10 @@ ATTEMPTS = 8
 """How often the indexes are listed again when some of them are replaced meanwhile."""
 _LAST_ERA = 10**10 - 1
 _READERS = 8
+_AHEAD_BYTES = 64 * 1024 * 1024
 _COUNTS = struct.Struct("<II")
+_LARGEST_INDEX = 32 * 1024 * 1024
+"""Bytes, however large packs may be: half of what readers accept."""
 _OVERHEAD = 256
 """Bytes of head, salt, counts, tag and zstd frame."""
 _PACK_ROW = np.dtype([("pack", "u1", (PACK_ID_BYTES,)), ("size", "<u8")])
@@ -184,7 +188,7 @@ def write(store: ObjectStore, keys: Keyring, listed: Sequence[IndexedPack], *, e
 
 def split(listed: Iterable[IndexedPack], limit: int | None = None) -> Iterator[list[IndexedPack]]:
     """The packs in as many groups as it takes for no index to be larger than a pack may be (limit: bytes)."""
-    most = (PACK_BYTES if limit is None else limit) - _OVERHEAD
+    most = min(PACK_BYTES if limit is None else limit, _LARGEST_INDEX) - _OVERHEAD
     group: list[IndexedPack] = []
     size = 0
     for pack in listed:
@@ -227,6 +231,8 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[dict[str, int], Ids, R
     table = np.frombuffer(body, _PACK_ROW, packs, _COUNTS.size)
     ids = np.frombuffer(body, np.uint8, blobs * ID_BYTES, at_ids).reshape(-1, ID_BYTES)
     rows = np.frombuffer(body, BLOB_ROW, blobs, at_rows)
+    if packs > blobs:
+        raise Corrupt("the index lists more packs than blobs", subject=name)
     if blobs and int(rows["pack"].max()) >= packs:
         raise Corrupt("the index names a pack that it does not list", subject=name)
     return {bytes(row["pack"]).hex(): int(row["size"]) for row in table}, ids, rows
@@ -253,7 +259,7 @@ def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
         found = _of_newest_era(listed)
         index = BlobIndex(found[0])
         try:
-            _load(store, keys, [info.name for info in found[1]], index)
+            _load(store, keys, found[1], index)
         except NotFound:  # a writer has put some of its own together
             if attempt == ATTEMPTS - 1:
                 raise
@@ -264,13 +270,27 @@ def load(store: ObjectStore, keys: Keyring) -> BlobIndex:
     raise AssertionError("the loop returns or raises")
 
 
-def _load(store: ObjectStore, keys: Keyring, names: Sequence[str], index: BlobIndex) -> None:
+def _load(store: ObjectStore, keys: Keyring, listed: Sequence[ObjectInfo], index: BlobIndex) -> None:
+    for name, data in _read_ahead(store, listed):
+        try:
+            packs, ids, rows = parse(keys, name, data)
+        except Corrupt as error:
+            index.unreadable.append(error)
+            continue
+        index.load(ids, rows, list(packs))
+        index.sizes.update(packs)
+
+
+def _read_ahead(store: ObjectStore, listed: Sequence[ObjectInfo]) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of these objects, some of them read at once: as many as fit into _AHEAD_BYTES."""
+    waiting = deque(listed)
+    ahead: deque[tuple[ObjectInfo, Future[bytes]]] = deque()
     with ThreadPoolExecutor(_READERS, "index") as pool:
-        for name, data in zip(names, pool.map(store.get, names), strict=True):
-            try:
-                packs, ids, rows = parse(keys, name, data)
-            except Corrupt as error:
-                index.unreadable.append(error)
+        while waiting or ahead:
+            held = sum(info.size for info, _ in ahead)
+            if waiting and (not ahead or (len(ahead) < _READERS and held + waiting[0].size <= _AHEAD_BYTES)):
+                info = waiting.popleft()
+                ahead.append((info, pool.submit(store.get, info.name)))
                 continue
-            index.load(ids, rows, list(packs))
-            index.sizes.update(packs)
+            info, read = ahead.popleft()
+            yield info.name, read.result()

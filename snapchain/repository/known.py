@@ -1,73 +1,195 @@
-"""What this machine remembers of repositories: that one was encrypted, and how far each of its disks had come.
+"""What this machine remembers of repositories: which one is at an address, and how far each of its disks had come.
 
-A store in hostile hands could put an unencrypted `config` in the place of an encrypted one, and would be sent the next
-point in plain text.  A machine that has seen the repository encrypted refuses that.  Or it could take the newest
-generations of a disk away: the older ones are whole and true, and only who has seen a newer one can tell.
+A store in hostile hands could put another repository at a known address: an older one of the same passphrase, or one
+without encryption, which would be sent the next point in plain text.  Or it could take the newest generations of a disk
+away: the older ones are whole and true, and only who has seen a newer one can tell.  A machine that has seen more refuses
+all of these, until somebody accepts by name what is there now (`snapchain log DEST --accept-repository ID`).
+
+One address may be written in several ways, so it is remembered under several: as it was given, and without links.
+Where nothing can be remembered, or nothing was, a notice says so: then these attacks would not be seen.
 """
 
 from __future__ import annotations
 
+import shlex
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import Corrupt, SnapchainError
-from snapchain.host.files import read_small, write_atomically
 from snapchain.host.places import cache_dir, state_dir
+from snapchain.host.private import PrivateDirectory
 from snapchain.repository.crypto import NONE
 
 _LARGEST = 64 * 1024 * 1024
+_LARGEST_KNOWN = 64 * 1024
+_UNSEEN = "another repository put in its place, or an older state of it, is not noticed"
+Result = TypeVar("Result")
 
 
 class Known(BaseModel):
-    """One remembered repository. place: its address and endpoint."""
+    """One remembered repository. place: its address and endpoint; slot: name of the key slot that opened it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     place: str
     id: str
     encryption: str
+    slot: str | None = None
 
 
-def check(seen: Known) -> None:
-    """Compare with what is remembered of this address, and remember it.
+class _Generations(BaseModel):
+    """How far the disks had come. id: of the repository; disks: generation by key of the disk."""
 
-    Raises Corrupt for a repository that was encrypted and no longer is.  Where nothing can be remembered (no home
-    directory), nothing is checked.
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str
+    disks: dict[str, int]
+
+
+class Recalled:
+    """What is remembered of one address, before the repository there is opened.
+
+    places: the ways in which its address is written, the one that counts first; url: for hints
     """
-    path = _path(seen.place)
-    before = _read(path)
-    if before is not None and before.encryption != NONE and seen.encryption == NONE:
-        raise Corrupt(
-            "this repository was encrypted when this machine last used it, and now says that it is not",
-            subject=seen.place,
-            hint=f"if somebody made a new one here on purpose, remove {path}",
+
+    def __init__(self, places: Sequence[str], url: str) -> None:
+        self.places = tuple(dict.fromkeys(places))
+        self.notices: list[str] = []
+        self._url = url
+        self._known: list[Known] = []
+        self._damaged: Path | None = None
+        self._is_readable = True
+        for place in self.places:
+            name = _file_of(place)
+            try:
+                text = _in_state(lambda state, name=name: state.read(name, cap=_LARGEST_KNOWN))  # type: ignore[misc]
+                self._known += [] if text is None else [Known.model_validate_json(text)]
+            except ValidationError:
+                self._damaged = _directory() / name
+            except (SnapchainError, OSError, RuntimeError) as error:
+                if not self._is_readable:
+                    continue
+                self._is_readable = False
+                self.notices.append(f"what this machine knows of the repository cannot be read ({error}): {_UNSEEN}")
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the address was used before."""
+        return bool(self._known)
+
+    @property
+    def slot(self) -> str | None:
+        """The key slot that opened the repository last."""
+        return self._known[0].slot if self._known else None
+
+    def judge(self, repository: str, encryption: str) -> None:
+        """Raises Corrupt when another repository was here, when it was encrypted and is no longer, or cannot be told.
+
+        repository: the id of the one that is here now
+        """
+        if self._damaged is not None:
+            raise Corrupt(
+                "this file is damaged, by which this machine would know the repository again",
+                subject=self._damaged,
+                hint=self._remedy(repository),
+            )
+        for before in self._known:
+            if before.id != repository:
+                raise Corrupt(
+                    f"another repository is here than this machine last used: its id is {repository}, and was {before.id}",
+                    subject=self._url,
+                    hint=self._remedy(repository),
+                )
+            if before.encryption != NONE and encryption == NONE:
+                raise Corrupt(
+                    "this repository was encrypted when this machine last used it, and now says that it is not",
+                    subject=self._url,
+                    hint=self._remedy(repository),
+                )
+
+    def begin(self, repository: str, encryption: str, slot: str | None) -> Memory:
+        """Remember the repository that was opened; how far its disks were seen. Raises Corrupt for damaged state."""
+        fresh = not self._known
+        memory = Memory(
+            Known(place=self.places[0], id=repository, encryption=encryption, slot=slot), self._remedy(repository)
         )
-    if before != seen:
-        remember(seen)
+        try:
+            for place in self.places:
+                seen = Known(place=place, id=repository, encryption=encryption, slot=slot)
+                if seen not in self._known:
+                    _write_known(seen)
+            is_new = memory.begin()
+        except Corrupt:
+            raise
+        except (SnapchainError, OSError, RuntimeError) as error:
+            if self._is_readable:
+                self.notices.append(f"this machine cannot remember the repository ({error}): {_UNSEEN}")
+            return memory
+        if fresh and self._is_readable:
+            self.notices.append(
+                f"this machine does not know the repository at {self._url} yet (id {repository}): from now on it notices "
+                "when another one, or an older state, is put there"
+            )
+        elif is_new and self._is_readable:
+            self.notices.append(
+                f"this machine no longer knows how far the disks at {self._url} had come: an older state is not noticed "
+                "this time"
+            )
+        return memory
 
+    def forget(self) -> None:
+        """Know nothing of the address any more. Raises as the state directory."""
 
-def recall(place: str) -> Known | None:
-    """What is remembered of this address."""
-    return _read(_path(place))
+        def remove(state: PrivateDirectory) -> None:
+            for place in self.places:
+                state.remove(_generations_of(place))
+                state.remove(_file_of(place))
+
+        _in_state(remove)
+        self._known, self._damaged = [], None
+
+    def _remedy(self, repository: str) -> str:
+        return (
+            "if nobody has put it there on purpose, the store is not to be trusted. If you know why, accept it: "
+            f"snapchain log {shlex.quote(self._url)} --accept-repository {repository}"
+        )
 
 
 class Memory:
     """How far the disks of one repository had come when this machine last saw them. Thread-safe.
 
-    Kept in a file beside the Known of the place.  Where nothing can be remembered, nothing is checked; of two processes
-    that remember at once, one may be forgotten.
+    Kept in a file beside the Known of the place, which several processes may extend at once.
     """
 
-    def __init__(self, seen: Known) -> None:
-        self._path = _path(seen.place).with_suffix(".generations")
+    def __init__(self, seen: Known, remedy: str | None = None) -> None:
+        self._name = _generations_of(seen.place)
         self._seen = seen
+        self._remedy = remedy
         self._lock = threading.Lock()
         self._generations: dict[str, int] | None = None
         self._written: dict[str, int] = {}
+
+    def begin(self) -> bool:
+        """Read what is remembered, and write it down again; whether nothing was.
+
+        Raises Corrupt for a damaged file, and as the state directory.
+        """
+        with self._lock:
+
+            def make(state: PrivateDirectory) -> bool:
+                with state.locked():
+                    there = self._read(state)
+                    self._write(state, there or {})  # always: a state that cannot be written is told at once
+                    self._generations = {} if there is None else there
+                    self._written = dict(self._generations)
+                    return there is None
+
+            return _in_state(make)
 
     def floor(self, disk: str) -> int:
         """The highest generation known of a disk (its key); ask before looking at the store. 0: none."""
@@ -84,57 +206,95 @@ class Memory:
                 f"a disk is at generation {generation}, and was at {floor} when this machine last saw it: "
                 "its newest points were taken away",
                 subject=self._seen.place,
-                hint=f"if somebody put back an older state of the repository on purpose, remove {self._path}",
+                hint=self._remedy,
             )
         with self._lock:
             known = self._loaded()
             known[disk] = max(generation, known.get(disk, 0))
 
     def flush(self) -> None:
-        """Write down what is new."""
-        with self._lock, suppress(SnapchainError, OSError, RuntimeError):
+        """Write down what is new. What cannot be written was told when the repository was opened."""
+        with self._lock:
             known = self._loaded()
-            if known != self._written:
-                self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                write_atomically(self._path, _Generations(id=self._seen.id, disks=known).model_dump_json().encode())
-                self._written = dict(known)
+            if known == self._written:
+                return
+
+            def write(state: PrivateDirectory) -> None:
+                with state.locked():
+                    for disk, generation in (self._read(state) or {}).items():
+                        known[disk] = max(generation, known.get(disk, 0))
+                    self._write(state, known)
+
+            try:
+                _in_state(write)
+            except (SnapchainError, OSError, RuntimeError):
+                return
+            self._written = dict(known)
 
     def _loaded(self) -> dict[str, int]:
         if self._generations is None:
-            self._generations = {}
-            with suppress(SnapchainError, ValidationError, OSError, RuntimeError):
-                found = _Generations.model_validate_json(read_small(self._path, cap=_LARGEST))
-                if found.id == self._seen.id:  # another repository, made anew in the place of the first
-                    self._generations = dict(found.disks)
+            try:
+                self._generations = _in_state(self._read) or {}
+            except Corrupt:
+                raise
+            except (SnapchainError, OSError, RuntimeError):
+                self._generations = {}
             self._written = dict(self._generations)
         return self._generations
 
+    def _read(self, state: PrivateDirectory) -> dict[str, int] | None:
+        """None: nothing is remembered of this repository."""
+        text = state.read(self._name, cap=_LARGEST)
+        if text is None:
+            return None
+        try:
+            found = _Generations.model_validate_json(text)
+        except ValidationError as error:
+            raise Corrupt(
+                "this file is damaged, by which this machine would know an older state of the repository",
+                subject=state.path / self._name,
+                hint=self._remedy or "remove it",
+            ) from error
+        return dict(found.disks) if found.id == self._seen.id else None
 
-class _Generations(BaseModel):
-    """The file. id: of the repository; disks: by key."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    id: str
-    disks: dict[str, int]
-
-
-def remember(seen: Known) -> None:
-    """Note a repository, whatever was known of its address."""
-    path = _path(seen.place)
-    with suppress(SnapchainError, OSError, RuntimeError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(path, seen.model_dump_json().encode())
-
-
-def _path(place: str) -> Path:
-    return state_dir() / "repositories" / f"{blake3.blake3(place.encode()).hexdigest(length=16)}.json"
+    def _write(self, state: PrivateDirectory, disks: dict[str, int]) -> None:
+        state.write(self._name, _Generations(id=self._seen.id, disks=disks).model_dump_json().encode())
 
 
-def _read(path: Path) -> Known | None:
-    with suppress(SnapchainError, ValidationError, OSError, RuntimeError):
-        return Known.model_validate_json(read_small(path))
-    return None
+def remember(places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None) -> tuple[Memory, list[str]]:
+    """Note a repository that was just made here, whatever was known of its address; notices where that fails."""
+    recalled = Recalled(places, url)
+    notices = [notice for notice in recalled.notices if not recalled.is_known]
+    memory = Memory(Known(place=recalled.places[0], id=id, encryption=encryption, slot=slot), recalled._remedy(id))
+    try:
+        recalled.forget()
+        for place in recalled.places:
+            _write_known(Known(place=place, id=id, encryption=encryption, slot=slot))
+        memory.begin()
+    except (SnapchainError, OSError, RuntimeError) as error:
+        notices = [f"this machine cannot remember the repository ({error}): {_UNSEEN}"]
+    return memory, notices
 
 
-__all__ = ["Known", "cache_dir", "check", "remember", "state_dir"]
+def _write_known(seen: Known) -> None:
+    _in_state(lambda state: state.write(_file_of(seen.place), seen.model_dump_json().encode()))
+
+
+def _in_state(act: Callable[[PrivateDirectory], Result]) -> Result:
+    with PrivateDirectory(state_dir(), make=True), PrivateDirectory(_directory(), make=True) as state:
+        return act(state)
+
+
+def _directory() -> Path:
+    return state_dir() / "repositories"
+
+
+def _file_of(place: str) -> str:
+    return f"{blake3.blake3(place.encode()).hexdigest(length=16)}.json"
+
+
+def _generations_of(place: str) -> str:
+    return _file_of(place).replace(".json", ".generations")
+
+
+__all__ = ["Known", "Memory", "Recalled", "cache_dir", "remember", "state_dir"]

@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from snapchain.errors import Corrupt, NotFound
 from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
@@ -31,20 +31,21 @@ from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
-from snapchain.repository.packs import Location
+from snapchain.repository.packs import LARGEST_BLOB, Location
 from snapchain.repository.pages import Page
 from snapchain.repository.source import Source
-from snapchain.repository.stored import made_by, parse as parse_stored
+from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
 KIND = b"L"
 _LENGTH = struct.Struct("<I")
+_LONGEST_HEADER = 16 * 1024 * 1024
 _WIDE_RANGE = 64
 """Leaves. Longer ranges of flags are set one by one, shorter ones all at once."""
 LARGEST_DISK = 1 << 56
 """Bytes. qcow2 with clusters of 2 MiB ends at 8 EiB; no signed offset may overflow with two of these added."""
 
 
-class LayerHeader(BaseModel):
+class LayerHeader(StoredModel):
     """What a layer record says beside its map.
 
     What lies below it, the catalogue of its disk says, since a merge changes that.
@@ -55,8 +56,6 @@ class LayerHeader(BaseModel):
     made_by: the program that wrote it
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     format: Literal[1] = 1
     id: str
     size: int = Field(ge=0, le=LARGEST_DISK)
@@ -64,8 +63,8 @@ class LayerHeader(BaseModel):
     name: str
     image_format: Literal["qcow2", "raw"]
     cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
-    sources: tuple[Source, ...] = ()
-    replaces: tuple[str, ...] = ()
+    sources: Many[Source] = ()
+    replaces: Many[str] = ()
     data_bytes: int = Field(ge=0)
     zero_bytes: int = Field(ge=0)
     content_sum: str
@@ -103,6 +102,8 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
         raise Corrupt("the layer record is missing from the store", subject=name) from error
     try:
         (length,) = _LENGTH.unpack_from(body)
+        if length > _LONGEST_HEADER:
+            raise Corrupt(f"the layer record is unsound: a header of {length} bytes", subject=name)
         text = body[_LENGTH.size : _LENGTH.size + length]
         header = parse_stored(LayerHeader, text, what="the layer record", subject=name)
         pages = np.frombuffer(body, PAGE_ROW, offset=_LENGTH.size + length)
@@ -117,6 +118,7 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
         and bool((pages["first"] < pages["stop"]).all())
         and bool((pages["first"][1:] >= pages["stop"][:-1]).all())
         and (not len(pages) or int(pages["stop"][-1]) <= stop)
+        and bool((pages["raw"] <= LARGEST_BLOB).all())
     )
     if not sound:
         raise Corrupt("the layer record contradicts itself", subject=name)

@@ -26,7 +26,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict
 
 from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.host.identity import machine, started
@@ -36,12 +36,11 @@ from snapchain.objects.retire import is_retired, retire, stays
 from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.stored import Many, StoredModel, parse as parse_stored
 
 KIND = b"E"
 REFRESH_SECONDS = 300.0
 DEAD_SECONDS = 1800.0
-LARGEST_LEASE = 16 * 1024 * 1024
-"""Bytes of the object: a reader of a million layers."""
 _POLL_SECONDS = 1.0
 
 
@@ -62,7 +61,7 @@ class Mode(Enum):
         return f"leases/{self.value}-"
 
 
-class Holder(BaseModel):
+class Holder(StoredModel):
     """What a lease says of who holds it; sealed, since a store need not know host names.
 
     machine, started: see host/identity.py; with them a killed process of this machine is known to be gone
@@ -77,8 +76,8 @@ class Holder(BaseModel):
     started: int = 0
     work: str
     since: datetime
-    disks: tuple[str, ...] = ()
-    layers: tuple[str, ...] = ()
+    disks: Many[str] = ()
+    layers: Many[str] = ()
 
     @property
     def is_gone(self) -> bool:
@@ -247,9 +246,8 @@ class Lease:
         return str(self._holder(info) or "another snapchain")
 
     def _holder(self, info: ObjectInfo) -> Holder | None:
-        if info.size > LARGEST_LEASE:
-            return None
         try:
-            return Holder.model_validate_json(unseal(self._keys, KIND, info.name, self._store.get(info.name)))
-        except (SnapchainError, ValidationError):
+            body = unseal(self._keys, KIND, info.name, self._store.get(info.name))
+            return parse_stored(Holder, body, what="the lease", subject=info.name)
+        except SnapchainError:
             return None  # gone meanwhile, or sealed by nobody we know: its age decides

@@ -24,7 +24,7 @@ import zstandard
 from snapchain.errors import Corrupt
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import TAG_BYTES, Cipher, Keyring, decrypt
-from snapchain.repository.envelope import HEAD_BYTES, check_head, decompress, head
+from snapchain.repository.envelope import EXPANSIONS, HEAD_BYTES, check_head, decompress, head
 from snapchain.repository.format import (
     BLOB_ROW,
     ID_BYTES,
@@ -121,7 +121,7 @@ class PackReader:
         """The plain bytes of a blob, checked. text: what is stored of it. Raises Corrupt naming pack and offset."""
         subject = f"{pack_name(self.pack)} at {offset}"
         payload = self.payload(blob, offset, raw, text)
-        plain = payload if len(payload) == raw else decompress(payload, LARGEST_BLOB, subject=subject)
+        plain = payload if len(payload) == raw else decompress(payload, raw, subject=subject)
         if len(plain) != raw:
             raise Corrupt(f"a blob of {raw} bytes unpacked to {len(plain)}", subject=subject)
         return plain
@@ -137,10 +137,11 @@ class PackReader:
         """ids (uint8[n, 32]) and BLOB_ROWs (column `pack` is 0) of the blobs in the pack."""
         subject = f"{pack_name(self.pack)} directory"
         bound = _bound(self._keys, self.pack, b"directory", count)
-        body = decompress(
-            decrypt(self._cipher, _nonce(offset), text, bound, subject=subject), _LARGEST_DIRECTORY, subject=subject
-        )
-        if len(body) != count * (ID_BYTES + BLOB_ROW.itemsize):
+        size = count * (ID_BYTES + BLOB_ROW.itemsize)
+        if size > _LARGEST_DIRECTORY or size > EXPANSIONS[b"I"].limit(len(text)):
+            raise Corrupt(f"a directory of {count} blobs in {len(text)} bytes is not plausible", subject=subject)
+        body = decompress(decrypt(self._cipher, _nonce(offset), text, bound, subject=subject), size, subject=subject)
+        if len(body) != size:
             raise Corrupt("the pack's directory has another length than its trailer says", subject=subject)
         ids = np.frombuffer(body, np.uint8, count * ID_BYTES).reshape(-1, ID_BYTES)
         return ids, np.frombuffer(body, BLOB_ROW, count, count * ID_BYTES)
@@ -159,6 +160,8 @@ def read_directory(
     offset = size - TRAILER.size - stored
     if end != _END or offset < FIRST_BLOB:
         raise Corrupt("the pack has no trailer: it is cut short or was altered", subject=name)
+    if stored > _LARGEST_DIRECTORY:
+        raise Corrupt(f"a directory of {stored} bytes is not plausible", subject=name)
     ids, rows = reader.directory(offset, count, store.get(name, offset=offset, length=stored))
     return reader, ids, rows
 

@@ -26,6 +26,8 @@ from snapchain.repository.format import LEAF_ROW, PACK_ID_BYTES, RUN_ROW
 from snapchain.repository.packs import LARGEST_BLOB
 
 _COUNTS = struct.Struct("<IIII")
+_NAME_BYTES = 96
+"""Bytes of memory that the name of a pack takes in a table."""
 PAGE_LEAVES = 1024
 PAGE_RUNS = 2048
 
@@ -105,7 +107,8 @@ class Page:
 
     def memory(self) -> int:
         """Bytes that keeping the page takes."""
-        return sum(column.nbytes for column in (self.runs, self.leaves, self.start, self.stop, self.index))
+        arrays = sum(column.nbytes for column in (self.runs, self.leaves, self.start, self.stop, self.index))
+        return arrays + len(self.packs) * _NAME_BYTES
 
     def data_bytes(self) -> int:
         """Guest bytes that are DATA."""

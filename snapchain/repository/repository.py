@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable, Unsupported
 from snapchain.objects.exclusive import create_exclusively
+from snapchain.objects.limits import check_size
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.objects.store import ObjectStore
@@ -33,17 +34,13 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import Memory
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
-from snapchain.repository.stored import newer, parse as parse_stored
+from snapchain.repository.stored import StoredModel, newer, parse as parse_stored
 from snapchain.repository.vacancy import check_vacant, nothing_here
 
 CONFIG = "config"
 _READERS = 8
 _BESIDE_A_BLOCK = 4096
 """Bytes of a pack with one blob that are not the blob, and some more."""
-_LARGEST_TEXT = 64 * 1024
-"""Bytes of `config` and of a key slot."""
-_MOST_SLOTS = 64
-"""Each costs 0.1 s to try: a hostile store shall not keep us busy for ever."""
 PATIENCE = 600.0
 READERS_PATIENCE = 60.0
 """Seconds that a restore waits for a collector: it is wanted more."""
@@ -60,14 +57,12 @@ def _unheard(_: str) -> None:
     """Nobody listens."""
 
 
-class Config(BaseModel):
+class Config(StoredModel):
     """The object `config`, JSON in plain text.
 
     block_size: guest bytes at whose multiples blobs are cut
     pack_size: bytes that a pack has at most; None: the default, and then the field is not written
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = 1
     id: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -81,7 +76,7 @@ class Config(BaseModel):
 class Repository:
     """An open repository. Thread-safe for reading.
 
-    memory: how far its disks were seen before (known.py), if known
+    memory: how far its disks were seen before (known.py), if known; slot: name of the key slot that opened it
     pack_size: bytes that new packs and indexes have at most; None: the default
     """
 
@@ -92,6 +87,7 @@ class Repository:
         self.conditional = conditional
         self.notices: list[str] = list(store.warnings)
         self.memory: Memory | None = None
+        self.slot: str | None = None
         self.pack_size = config.pack_size
         self.blobs = BlobReader(store, keys, self._load_index)
         self._pages = PageCache(self.blobs)
@@ -139,39 +135,50 @@ class Repository:
             pack_size=pack_size,
         )
         text = config.model_dump_json(indent=1, exclude_none=True).encode()
-        master = Keyring.public_master(config.id)
+        master, slot = Keyring.public_master(config.id), None
         if secret:
             master = secrets.token_bytes(KEY_BYTES)
-            slot = slots.wrap(master, secret, text)
-            store.put(f"keys/{fresh_id()}", slot.model_dump_json().encode())
+            slot = f"keys/{fresh_id()}"
+            store.put(slot, slots.wrap(master, secret, text).model_dump_json().encode())
         store.put(_WITNESS, _WITNESS_BODY)
         # The configuration comes last: what has none is no repository, and a second `init` may begin anew.
         if not create_exclusively(store, CONFIG, text, conditional=found.conditional_put):
             raise taken
         made = cls(store, config, Keyring(encryption, config.id, master), conditional=found.conditional_put)
         made.notices += found.findings
+        made.slot = slot
         fill_reserve(store)
         return made
 
     @classmethod
     def open(
-        cls, store: ObjectStore, *, passphrase: Passphrase, writing: bool = False, known: bool = False
+        cls,
+        store: ObjectStore,
+        *,
+        passphrase: Passphrase,
+        writing: bool = False,
+        known: bool = False,
+        judge: Callable[[Config], None] | None = None,
+        slot: str | None = None,
     ) -> Repository:
         """Open an existing repository.
 
         writing: find out (with one request) whether the store still honours create-if-absent.
         known: whether it was seen before, so that the caller can tell whether it has always been without encryption.
+        judge: raises for a configuration that the caller does not accept; called before the passphrase is asked for.
+        slot: name of the key slot that opened it before.
         Raises NotFound, InvalidInput (passphrase), Corrupt (no longer encrypted), Unsupported (a newer format).
         """
         size = store.size(CONFIG)
         if size is None:
             raise nothing_here(store)
-        _check_small(CONFIG, size)
-        text = store.get(CONFIG)
+        text = store.get(CONFIG, length=check_size(CONFIG, size, subject=CONFIG))
         config = parse_config(text, subject=store.url)
-        master = Keyring.public_master(config.id)
+        if judge is not None:
+            judge(config)
+        master, opened_by = Keyring.public_master(config.id), None
         if config.encryption != NONE:
-            master = _unlock(store, passphrase, text)
+            master, opened_by = slots.unlock(store, _secret(store, passphrase), text, first=slot)
         elif not known and _is_given(passphrase):
             raise Corrupt(
                 "a passphrase is given, and the repository says that it is not encrypted: it may have been changed",
@@ -180,6 +187,7 @@ class Repository:
             )
         conditional = config.conditional_put
         opened = cls(store, config, Keyring(config.encryption, config.id, master), conditional=conditional)
+        opened.slot = opened_by
         if writing and conditional and not still_conditional(store, _WITNESS, _WITNESS_BODY):
             opened.conditional = False
             opened.notices.append(
@@ -437,12 +445,7 @@ def _is_given(passphrase: Passphrase) -> bool:
         return False
 
 
-def _check_small(name: str, size: int) -> None:
-    if size > _LARGEST_TEXT:
-        raise Corrupt(f"it has {size} bytes; at most {_LARGEST_TEXT} are plausible", subject=name)
-
-
-def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
+def _secret(store: ObjectStore, passphrase: Passphrase) -> str:
     secret = passphrase()
     if not secret:
         raise InvalidInput(
@@ -450,18 +453,4 @@ def _unlock(store: ObjectStore, passphrase: Passphrase, config: bytes) -> bytes:
             subject=store.url,
             hint="set SNAPCHAIN_PASSWORD, --password-file or --password-command",
         )
-    found = list(store.list("keys/"))
-    names: Sequence[str] = [info.name for info in found if info.size <= _LARGEST_TEXT]
-    if not found:
-        raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
-    damaged: Corrupt | Unsupported | None = None
-    for name in names[:_MOST_SLOTS]:
-        try:
-            slot = slots.parse(store.get(name), subject=name)
-            master = slots.unwrap(slot, secret, config, subject=name)
-        except (Corrupt, Unsupported) as error:
-            damaged = error  # another slot may hold the same key
-            continue
-        if master is not None:
-            return master
-    raise damaged or slots.wrong_passphrase(store.url)
+    return secret

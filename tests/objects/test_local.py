@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from snapchain.errors import InvalidInput, NotFound, Unavailable, Unsupported
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects import link_once as linking
 from snapchain.objects.disk_errors import MEANINGS, from_os_error
 from snapchain.objects.local import LocalStore
@@ -314,3 +315,88 @@ def test_an_unknown_errno_is_unavailable() -> None:
     error = from_os_error(OSError(errno.EBADE, "?"), "x")
     assert type(error) is Unavailable
     assert type(from_os_error(OSError("odd"), "x")) is Unavailable
+
+
+# ---- a store in hostile hands
+
+
+@pytest.mark.parametrize("name", ["config", "keys/a", "leases/a", "disks/a", "index/a", "layers/a", "packs/aa/a", "a"])
+@pytest.mark.parametrize("kind", ["sparse", "fifo", "directory", "link", "socket", "device"])
+def test_what_is_no_plausible_object_is_refused_at_once(kind: str, name: str, local: LocalStore, tmp_path: Path) -> None:
+    """No wait for a writer, no terabyte in memory, nothing from outside."""
+    path = local.root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "outside").write_text("secret")
+    if kind == "sparse":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(tmp_path / "outside")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            fd = os.open(path.parent, os.O_RDONLY)
+            made.bind(f"/proc/self/fd/{fd}/{path.name}")
+            os.close(fd)
+    elif os.geteuid() == 0:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
+    else:
+        path.symlink_to("/dev/zero")
+    expected: dict[str, type[SnapchainError]] = {"sparse": Corrupt, "directory": NotFound}
+    with pytest.raises(expected.get(kind, SnapchainError)):
+        local.get(name)
+    with pytest.raises(SnapchainError):
+        local.get(name, offset=0, length=1 << 39)
+    assert all(info.size == 1 << 40 for info in local.list(""))
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
+def test_modes_do_not_depend_on_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        store = LocalStore(tmp_path / "new" / "root", make=True)
+        store.put("a/b/c", b"x")
+        store.create("a/d", b"x")
+        with store.spending():
+            pass
+        store.close()
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.parametrize("kind", ["fifo", "hard link", "link"])
+def test_a_planted_reserve_is_not_written_to(kind: str, local: LocalStore, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("of somebody else")
+    path = local.root / ".reserve"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        path.hardlink_to(victim)
+    else:
+        path.symlink_to(victim)
+    with local.spending():
+        local.put("a", b"x")
+    assert victim.read_text() == "of somebody else"
+
+
+@pytest.mark.root
+def test_root_follows_no_link_that_another_user_could_have_made(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (tmp_path / "empty").mkdir()
+    (theirs / "repo").symlink_to(tmp_path / "empty")
+    os.chown(theirs, 65534, 65534)
+    for make in (False, True):
+        for place in (theirs / "repo", theirs / "repo" / "below"):
+            with pytest.raises(Unsupported, match="another user could have made a symbolic link") as caught:
+                LocalStore(place, make=make)
+            assert str(tmp_path / "empty") in str(caught.value.hint)
+    assert list((tmp_path / "empty").iterdir()) == []
+    (tmp_path / "mine").symlink_to(tmp_path / "empty")
+    LocalStore(tmp_path / "mine", make=True).close()

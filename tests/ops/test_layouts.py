@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 
 from tests.exhaustive import chosen
 from tests.ops import owners
-from tests.ops.owners import Host, Standing, make
+from tests.ops.owners import KVM, OTHER, QEMU, USER, Host, Standing, add_accounts, make, own
 from tests.ops.stacks import clean, same
 from tests.swaps.campaign import preload
 
@@ -37,11 +37,15 @@ class Ended:
 
 @dataclass
 class Desk:
-    """Where a command is run from. mine: the caller's own directory, for repositories and replicas."""
+    """Where a command is run from. mine: the caller's own directory, for repositories and replicas.
+
+    accounts: of users and their only groups, by number, that there are besides those of this machine
+    """
 
     host: Host
     mine: Path
     caller: tuple[int, int]
+    accounts: dict[int, int] = field(default_factory=dict)
 
     def run(self, *words: str | Path) -> Ended:
         """The command in a child with the caller's identity."""
@@ -74,6 +78,8 @@ class Desk:
         os.environ |= {"HOME": str(self.mine), "TMPDIR": str(self.mine), "SNAPCHAIN_PASSWORD": "secret"}
         os.environ |= {"XDG_STATE_HOME": str(self.mine / "state"), "XDG_CACHE_HOME": str(self.mine / "cache")}
         os.umask(0o022)
+        if self.accounts:
+            add_accounts(self.accounts, self.mine)
         uid, gid = self.caller
         if uid:
             os.setgroups([])
@@ -288,3 +294,69 @@ def test_as_the_owner_of_the_images(layout: str, verb: str, place: Path) -> None
     before = {path: Standing.of(path) for path in _images(at.host.tree)}
     new = VERBS[verb](at)
     _check(at, before, new)
+
+
+# What is refused, and with which remedy.
+
+READERS = ("inspect {disk}", "ship {disk} {mine}/repo::d", "send {disk} dir:{mine}/replica::d", "merge {disk}")
+
+
+def _refused(at: Desk, words: str, image_dirs: Sequence[Path] = ()) -> str:
+    """What a command says that is refused."""
+    options = [word for each in image_dirs for word in ("--image-dir", str(each))]
+    ended = at.run(*words.format(disk=at.host.disk, mine=at.mine).split(), *options)
+    assert ended.status == 6, ended.err
+    assert "snapchain: hint: " in ended.err
+    return ended.err
+
+
+@pytest.mark.parametrize("words", [*READERS, "snapshot {disk}"])
+def test_a_base_that_the_owner_of_the_image_cannot_read(words: str, place: Path) -> None:
+    at = desk("home", place)
+    base = place / "tree" / "roots"
+    base.mkdir()
+    secret, overlay = base / "secret.qcow2", at.host.disk.with_name("over.qcow2")
+    owners.chain(secret, overlay, links=[str(secret)])
+    own(secret, 0, 0, 0o600)
+    own(overlay, USER, USER, 0o600)
+    at.host.disk = overlay
+    at.done("init", at.mine / "repo", "--no-encryption")
+    before = [Standing.of(path) for path in (secret, overlay)]
+    said = _refused(at, words, [base])
+    assert f"which user {USER}, to whom that belongs, cannot read" in said
+    assert str(secret) in said
+    assert [Standing.of(path) for path in (secret, overlay)] == before
+    secret.chmod(0o644)
+    at.done(*words.format(disk=overlay, mine=at.mine).split(), "--image-dir", base)
+
+
+@pytest.mark.parametrize("words", [*READERS, "snapshot {disk}", "restore {mine}/repo::d {disk} --force"])
+def test_two_users_on_one_path(words: str, place: Path) -> None:
+    at = desk("home", place)
+    at.done("init", at.mine / "repo", "--no-encryption")
+    at.done("ship", at.host.disk, f"{at.mine}/repo::d")
+    directory = at.host.disk.parent
+    os.chown(directory, OTHER, OTHER)
+    said = _refused(at, words)
+    assert f"user {USER} and user {OTHER} may both change what this path leads to" in said
+    os.chown(directory, USER, USER)
+    assert same(at.host.disk, at.host.truth)
+
+
+@pytest.mark.parametrize("has_account", [False, True])
+def test_a_base_that_only_a_group_may_read(place: Path, *, has_account: bool) -> None:
+    """The groups of an account count; a user without one has none."""
+    at = desk("nova", place)
+    base = at.host.layers[0]
+    own(base.parent, 0, 0, 0o755)
+    own(base.parent.parent, 0, 0, 0o755)
+    own(base, OTHER, KVM, 0o640)
+    if has_account:
+        at.accounts = {QEMU: KVM}
+        at.done("inspect", at.host.disk, *at.host.options)
+        at.done("snapshot", at.host.disk, *at.host.options)
+        assert same(at.host.disk, at.host.truth)
+    else:
+        assert f"which user {QEMU}, to whom that belongs, cannot read" in _refused(
+            at, "inspect {disk} --format qcow2", at.host.image_dirs
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from unittest import mock
 
 import pytest
 import zstandard
@@ -141,9 +142,33 @@ def test_a_frame_that_claims_too_much_is_refused_before_it_is_unpacked(monkeypat
     assert len(bomb) < 8192
     with pytest.raises(Corrupt, match="claim 67108864 bytes"):
         decompress(bomb, 1024 * 1024, subject="x")
-    monkeypatch.setattr(envelope, "LONGEST_RECORD", 1024)
+    sealed = seal(keys(), b"L", "layers/x", bytes(2048))
+    monkeypatch.setitem(envelope.EXPANSIONS, b"L", envelope.Expansion(1024, 8, 1024))
     with pytest.raises(Corrupt, match="at most 1024"):
-        unseal(keys(), b"L", "layers/x", seal(keys(), b"L", "layers/x", bytes(2048)))
+        unseal(keys(), b"L", "layers/x", sealed)
+    with pytest.raises(Unsupported, match=r"^layers/x: a record of 2048 bytes is larger than any reader accepts"):
+        seal(keys(), b"L", "layers/x", bytes(2048))
+
+
+@pytest.mark.parametrize("kind", sorted(envelope.EXPANSIONS))
+def test_a_record_unpacks_to_no_more_than_a_few_times_what_is_stored(kind: bytes) -> None:
+    """A bomb of 4 KiB is refused before it is unpacked; what a writer seals is read again, however well it packs."""
+    size = 12 * 1024 * 1024
+    true = seal(keys(), kind, "disks/x", bytes(size))
+    assert unseal(keys(), kind, "disks/x", true) == bytes(size)
+    with mock.patch.object(envelope, "EXPANSIONS", {kind: envelope.Expansion(1 << 30, 1 << 30, 1 << 30)}):
+        bomb = seal(keys(), kind, "disks/x", bytes(size))
+    assert len(bomb) < 4096
+    with pytest.raises(Corrupt, match="claim 12582912 bytes; at most"):
+        unseal(keys(), kind, "disks/x", bomb)
+
+
+@given(st.binary(max_size=300), st.sampled_from([0, 1, 131071, 131072, 131073, 400_000]))
+def test_a_frame_of_raw_blocks_is_what_zstd_reads(start: bytes, size: int) -> None:
+    body = start + bytes(size)
+    frame = b"".join(envelope._plain_frame(body))
+    assert zstandard.ZstdDecompressor().decompress(frame) == body
+    assert decompress(frame, len(body), subject="x") == body
 
 
 def test_a_frame_that_does_not_say_its_size_is_refused() -> None:

@@ -116,6 +116,9 @@ def test_a_body_of_another_length_than_its_counts_say_is_corrupt(counts: tuple[i
     if length != true_length:
         with pytest.raises(Corrupt, match="another length than it says"):
             indexes.parse(KEYS, "index/x", sealed)
+    elif counts[0] > counts[1]:
+        with pytest.raises(Corrupt, match="more packs than blobs"):
+            indexes.parse(KEYS, "index/x", sealed)
     elif counts[1] and not counts[0]:
         with pytest.raises(Corrupt, match="does not list"):
             indexes.parse(KEYS, "index/x", sealed)

@@ -10,6 +10,7 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.objects.memory import MemoryStore
+from snapchain.repository import keys as slots
 from snapchain.repository.crypto import NONE
 from snapchain.repository.repository import Repository, check_disk_name, parse_config
 
@@ -105,10 +106,10 @@ def test_what_is_implausibly_large_is_not_even_read(name: str) -> None:
 @pytest.mark.parametrize(
     "costs",
     [
-        {"memory_kib": 1024 * 1024 + 1},
+        {"memory_kib": 4 * 65536 + 1},
         {"memory_kib": 2**40},
         {"memory_kib": 0},
-        {"iterations": 17},
+        {"iterations": 13},
         {"iterations": 0},
         {"lanes": 17},
         {"lanes": 0},
@@ -120,6 +121,9 @@ def test_what_is_implausibly_large_is_not_even_read(name: str) -> None:
         {"salt": "not base64!"},
         {"wrapped": "not base64!"},
         {"wrapped": ""},
+        {"wrapped": base64.b64encode(bytes(49)).decode()},
+        {"wrapped": base64.b64encode(bytes(4096)).decode()},
+        {"salt": base64.b64encode(bytes(31)).decode()},
         {"more": 1},
     ],
 )
@@ -171,6 +175,84 @@ def test_thousands_of_slots_do_not_keep_us_busy() -> None:
     with pytest.raises(InvalidInput, match="wrong passphrase"):
         Repository.open(many, passphrase=lambda: "wrong")
     assert len(asked) < 100
+
+
+PLANTED = {
+    "format": 1,
+    "kdf": "argon2id",
+    "memory_kib": 65536,
+    "iterations": 3,
+    "lanes": 4,
+    "salt": base64.b64encode(bytes(32)).decode(),
+    "wrapped": base64.b64encode(bytes(48)).decode(),
+}
+
+
+@pytest.mark.costly_slots
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"memory_kib": 65535}, "memory_kib"),
+        ({"memory_kib": 8}, "memory_kib"),
+        ({"memory_kib": 262145}, "memory_kib"),
+        ({"memory_kib": 1048576, "iterations": 16, "lanes": 1}, "memory_kib"),
+        ({"iterations": 2}, "iterations"),
+        ({"iterations": 13}, "iterations"),
+        ({"lanes": 0}, "lanes"),
+        ({"lanes": 17}, "lanes"),
+    ],
+)
+def test_no_slot_is_cheaper_or_much_dearer_than_those_that_are_written(change: dict[str, int], words: str) -> None:
+    with pytest.raises(Corrupt, match=rf"^keys/0: the key slot is damaged: {words}"):
+        slots.parse(json.dumps(PLANTED | change).encode(), subject="keys/0")
+    slots.parse(json.dumps(PLANTED).encode(), subject="keys/0")
+
+
+class Derived:
+    """Counts what would be derived, and derives nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.work = 0.0
+        self.slots: list[str] = []
+
+        def unwrap(slot: slots.KeySlot, _passphrase: str, _config: bytes, *, subject: str) -> bytes | None:
+            self.work += slot.cost
+            self.slots.append(subject)
+            return None
+
+        monkeypatch.setattr(slots, "unwrap", unwrap)
+
+
+@pytest.mark.costly_slots
+@pytest.mark.parametrize("change", [{}, {"memory_kib": 262144}, {"memory_kib": 262144, "iterations": 12}])
+def test_all_planted_slots_together_have_a_budget(change: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    for number in range(200):
+        store.put(f"keys/{number:032x}", json.dumps(PLANTED | change).encode())
+    derived = Derived(monkeypatch)
+    with pytest.raises(InvalidInput, match="were not tried") as caught:
+        slots.unlock(store, "secret", b"config")
+    assert caught.value.hint is not None
+    assert "planted" in caught.value.hint
+    assert 0 < derived.work <= slots.MOST_WORK
+
+
+def test_the_slot_that_opened_before_comes_first_and_then_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter(range(100, 0, -1))
+    store = MemoryStore(clock=lambda: next(times))
+    names = [f"keys/{number:032x}" for number in range(5)]  # the last one is the oldest
+    for name in names:
+        store.put(name, json.dumps(PLANTED).encode())
+    derived = Derived(monkeypatch)
+    with pytest.raises(InvalidInput, match="wrong passphrase"):
+        slots.unlock(store, "secret", b"config", first=names[2])
+    assert derived.slots == [names[2], names[4], names[3], names[1], names[0]]
+
+
+def test_opening_says_which_slot_it_was() -> None:
+    store = MemoryStore()
+    made = Repository.create(store, passphrase=secret)
+    assert made.slot == slot_of(store) == Repository.open(store, passphrase=secret, slot="keys/gone").slot
 
 
 def test_a_repository_without_a_slot_says_that_its_key_is_lost() -> None:

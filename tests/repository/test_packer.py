@@ -243,7 +243,7 @@ def test_indexes_that_are_put_together_meanwhile_are_loaded_all_the_same() -> No
         def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
             if name == small and self.inner.size(small) is not None:
                 packs_listed, ids, rows = indexes.parse(KEYS, small, self.inner.get(small))
-                sizes = [indexes.IndexedPack(pack, size, ids[:0], rows[:0]) for pack, size in packs_listed.items()]
+                sizes = [indexes.IndexedPack(pack, size, ids[:1], rows[:1]) for pack, size in packs_listed.items()]
                 indexes.write(self.inner, KEYS, sizes, era=0)
                 self.inner.delete(small)
             return super().get(name, offset=offset, length=length)

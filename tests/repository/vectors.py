@@ -109,7 +109,7 @@ def closed_pack(suite: str) -> ClosedPack:
 
 def _slot() -> str:
     salt = base64.b64encode(SALT).decode()
-    slot = slots.KeySlot(memory_kib=64, iterations=1, lanes=1, salt=salt, wrapped="")
+    slot = slots.KeySlot(memory_kib=65536, iterations=3, lanes=4, salt=salt, wrapped="")
     with mock.patch("snapchain.repository.keys.KeySlot", return_value=slot):
         return slots.wrap(MASTER, PASSPHRASE, CONFIG.encode()).model_dump_json()
 

@@ -67,7 +67,6 @@ def _attacked(verb: Verb, given: argparse.Namespace) -> int:
         else:
             attacks = attacks[given.start :: 1 if EXHAUSTIVE else given.each]
         for attack in attacks:
-            campaign.more = {"SNAPCHAIN_DEBUG": "1"} if given.trace else {}
             did = list(campaign.attack(attack, trace=given.trace))
             found += did
             runs += 1
@@ -97,11 +96,10 @@ def _attacked(verb: Verb, given: argparse.Namespace) -> int:
 
 def _site(campaign: Campaign, attack: Attack) -> str:
     """The lines of snapchain where the first call was made that the attack leads outside, innermost last."""
-    campaign.more = {"SNAPCHAIN_DEBUG": "1"}
     list(campaign.attack(attack, trace=True))
-    said = (campaign.world.logs / "stderr").read_text().split("\nThe above exception")[0]
-    frames = re.findall(r'File "[^"]*/snapchain/([^"]+)", line (\d+)', said)
-    return " > ".join(f"{name}:{line}" for name, line in frames[-3:]) or campaign.where(attack)
+    said = (campaign.world.logs / "stderr").read_text()
+    frames = re.findall(r'File "[^"]*/snapchain/([^"]+)", line (\d+) in (\w+)', said)
+    return " < ".join(f"{name}:{line} {function}" for name, line, function in frames[:4]) or campaign.where(attack)
 
 
 if __name__ == "__main__":

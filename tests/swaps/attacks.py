@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from tests.swaps.world import USER, World, as_user
+from tests.swaps.world import GROUP, USER, World, as_user
 
 
 class Kind(Enum):
@@ -63,7 +63,7 @@ def may_swap(directory: str, name: str) -> bool:
         return False
     if status.st_uid == USER:
         return True
-    if not status.st_mode & 0o002:
+    if not status.st_mode & (0o022 if status.st_gid == GROUP else 0o002):
         return False
     if not status.st_mode & 0o1000:
         return True

@@ -7,25 +7,27 @@ for attack in campaign.attacks():   # every name, every kind, there to stay and 
 
 from __future__ import annotations
 
-import errno
+import faulthandler
 import importlib
 import os
 import pkgutil
 import re
+import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import snapchain.cli
 from tests.swaps.attacks import OF_NAMES, OF_PARENTS, Attack, Kind, Swap, may_swap
-from tests.swaps.path_calls import LOOKS
-from tests.swaps.supervisor import Call, Ended, OnCall, destination, names_on_the_way, supervise
+from tests.swaps.supervisor import Call, Ended, destination, names_on_the_way, supervise
 from tests.swaps.verbs import Scene, Verb, environment
 from tests.swaps.world import World
 
+_SHOW_STACK = signal.SIGUSR2
 _RANDOM = re.compile(r"[0-9a-f]{8,}|(?<=-)[0-9]{5,}(?=[.]json)")
 
 
@@ -39,6 +41,7 @@ class Name:
     directory: str
     name: str
     is_last: bool
+    looks: bool
 
     @property
     def label(self) -> str:
@@ -72,9 +75,8 @@ def preload() -> None:
 class Campaign:
     def __init__(self, verb: Verb, place: Path) -> None:
         self.verb = verb
-        self.world = World(place)
+        self.world = World(place, verb.access)
         self.scene = Scene(self.world, self._plain)
-        self.more: dict[str, str] = {}
         verb.make(self.scene)
         self.world.keep()
         self.world.make_outside([path.name for path in self.world.images.iterdir() if not path.name.startswith(".")])
@@ -99,7 +101,7 @@ class Campaign:
         for name in self.names:
             kinds = OF_NAMES if name.is_last else OF_PARENTS
             ways = [(kind, back) for kind in kinds for back in (False, True)]
-            if name.call in LOOKS:
+            if name.looks:
                 share = max(2, -(-len(ways) // often[name.label]))
                 first = turn[name.label] * share
                 ways = [ways[number % len(ways)] for number in range(first, first + min(share, len(ways)))]
@@ -108,7 +110,7 @@ class Campaign:
                 yield Attack(name.number, name.step, kind, back)
 
     def attack(self, attack: Attack, *, trace: bool = False) -> Iterator[Finding]:
-        """What this attack did. trace: the first call that it leads outside fails, and where it was made is shown."""
+        """What this attack did. trace: the first call that it leads outside is shown with its Python stack."""
         yield from self._run(attack, _Attacker(self, attack, trace=trace))
 
     def where(self, attack: Attack) -> str:
@@ -131,9 +133,9 @@ class Campaign:
         found = self.candidates(call)
         if found:
             number = self.names[-1].number + 1 if self.names else 0
-            self.names += [Name(number, step, call.name, *each) for step, each in enumerate(found)]
+            self.names += [Name(number, step, call.name, *each, call.looks) for step, each in enumerate(found)]
 
-    def _run(self, attack: Attack | None, on_call: OnCall) -> Iterator[Finding]:
+    def _run(self, attack: Attack | None, on_call: Callable[[Call], None]) -> Iterator[Finding]:
         self.world.reset()
         if self.verb.killed is not None:
             self._die()
@@ -194,9 +196,10 @@ class Campaign:
     def _job(self, words: list[str], stdin: str | None, *, stdout: Path | None = None) -> int:
         """In a child: the command, with streams of its own."""
         try:
+            faulthandler.register(_SHOW_STACK, file=2, all_threads=False)
             self._redirect(self.world.root / stdin if stdin else Path(os.devnull), stdout or self.world.logs / "stdout")
             os.environ.clear()
-            os.environ.update(environment(self.world) | self.more)
+            os.environ.update(environment(self.world))
             os.chdir(self.world.root)
             status = self._command(words)
             sys.stdout.flush()
@@ -242,14 +245,16 @@ class _Attacker:
         self._swap: Swap | None = None
         self._undone: bool | None = None
 
-    def __call__(self, call: Call) -> int | None:
+    def __call__(self, call: Call) -> None:
         self._act(call)
-        if self._trace and self._swap is not None and call.name not in LOOKS:
+        if self._trace and self._swap is not None and not call.looks:
             outside = f"{self._campaign.world.out}/"
-            if any(destination(path, follow=call.follows).startswith(outside) for path in call.paths):
+            leads = [*(destination(path, follow=call.follows) for path in call.paths), *call.files]
+            if any(path.startswith(outside) for path in leads):
                 self._trace = False
-                return errno.EIO
-        return None
+                with suppress(OSError):
+                    if Path(f"/proc/{call.thread}/comm").read_text().startswith("python"):
+                        os.kill(call.thread, _SHOW_STACK)
 
     def _act(self, call: Call) -> None:
         if self._swap is not None and not (self._attack.back and self._undone is None):

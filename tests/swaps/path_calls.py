@@ -71,7 +71,8 @@ TABLES: dict[str, tuple[int, int, dict[int, PathCall]]] = {
 }
 """By os.uname().machine: the audit architecture, the number of seccomp(2), the calls."""
 
-OPENS = {"open", "openat", "openat2", "creat"}
+OPENS: dict[str, int | None] = {"open": 1, "openat": 2, "openat2": None, "creat": None}
+"""The argument of their flags."""
 NO_FOLLOW = {
     "open": (1, os.O_NOFOLLOW), "openat": (2, os.O_NOFOLLOW), "newfstatat": (3, 0x100), "fchownat": (4, 0x100),
     "fchmodat2": (3, 0x100), "faccessat2": (3, 0x100), "utimensat": (3, 0x100), "statx": (2, 0x100),

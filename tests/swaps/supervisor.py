@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.swaps.path_calls import AT_FDCWD, NEVER_FOLLOW, NO_FOLLOW, OPENS, TABLES
+from tests.swaps.path_calls import AT_FDCWD, LOOKS, NEVER_FOLLOW, NO_FOLLOW, OPENS, TABLES
 
 _SET_MODE_FILTER, _NEW_LISTENER, _WAIT_KILLABLE = 1, 8, 32
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101
@@ -53,16 +53,16 @@ class LookedUp:
 class Call:
     """One stopped call. thread: its id; name: of the system call; paths: as given, no link resolved.
 
-    follows: whether a symbolic link at the end of a path is followed
+    follows: whether a symbolic link at the end of a path is followed; looks: whether it only looks
+    files: where the descriptors lead that are named by /proc/self/fd, as nobody can swap them
     """
 
     thread: int
     name: str
     paths: tuple[LookedUp, ...]
     follows: bool
-
-
-OnCall = Callable[[Call], int | None]
+    looks: bool
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +97,8 @@ def _install() -> int:
     return int(listener)
 
 
-def supervise(job: Callable[[], int], on_call: OnCall) -> Ended:
-    """Run `job` in a child; its value is the exit status.
-
-    on_call: called while the child's thread stands still; a number that it returns is the error that the call gets
-    """
+def supervise(job: Callable[[], int], on_call: Callable[[Call], None]) -> Ended:
+    """Run `job` in a child; its value is the exit status. on_call: called while the child's thread stands still."""
     mine, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -130,7 +127,7 @@ def supervise(job: Callable[[], int], on_call: OnCall) -> Ended:
 
 
 class _Supervisor:
-    def __init__(self, pid: int, listener: int, on_call: OnCall) -> None:
+    def __init__(self, pid: int, listener: int, on_call: Callable[[Call], None]) -> None:
         self._pid = pid
         self._listener = listener
         self._on_call = on_call
@@ -173,22 +170,24 @@ class _Supervisor:
             return
         identity, thread, _, call_number, _, _, *arguments = _NOTICE.unpack(notice)
         known = self._calls[call_number]
-        number = None
         try:
-            paths = tuple(
+            found = [
                 path
                 for directory, argument in known.paths
                 if (path := _path(thread, None if directory is None else arguments[directory], arguments[argument]))
-            )
+            ]
         except (FileNotFoundError, ProcessLookupError):
-            paths = ()
-        if paths:
-            call = Call(thread, known.name, paths, _follows(known.name, arguments))
-            self._threads[thread] = f"{known.name} {paths[0]}"
-            number = self._on_call(call)
-        answer = (0, _CONTINUE) if number is None else (-number, 0)
+            found = []
+        paths = tuple(path for path in found if isinstance(path, LookedUp))
+        files = tuple(path for path in found if isinstance(path, str))
+        if found:
+            call = Call(
+                thread, known.name, paths, _follows(known.name, arguments), _looks(known.name, arguments), files
+            )
+            self._threads[thread] = f"{known.name} {found[0]}"
+            self._on_call(call)
         with suppress(FileNotFoundError):
-            fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(identity, 0, *answer))
+            fcntl.ioctl(self._listener, _SEND, _ANSWER.pack(identity, 0, 0, _CONTINUE))
 
     def _stuck_call(self) -> str | None:
         """A thread that waits in the same open, or the same read of a pipe with a name, as when we looked last."""
@@ -221,8 +220,14 @@ def _follows(name: str, arguments: list[int]) -> bool:
     return not arguments[at[0]] & at[1]
 
 
-def _path(thread: int, directory: int | None, address: int) -> LookedUp | None:
-    """None for the empty path, which means the descriptor itself, and for none."""
+def _looks(name: str, arguments: list[int]) -> bool:
+    """Whether the call neither changes anything nor gives a descriptor that could be read."""
+    flags = OPENS.get(name)
+    return name in LOOKS or (flags is not None and bool(arguments[flags] & os.O_PATH))
+
+
+def _path(thread: int, directory: int | None, address: int) -> LookedUp | str | None:
+    """None for the empty path, which means the descriptor itself, and for none. Text for a file named by descriptor."""
     if address == 0:
         return None
     given = _string(thread, address)
@@ -239,15 +244,16 @@ def _path(thread: int, directory: int | None, address: int) -> LookedUp | None:
     return LookedUp(_link(link), given)
 
 
-def _through_proc(given: str) -> LookedUp | None:
-    """A name below /proc/N/fd/M; what ends there has no name that could be swapped."""
+def _through_proc(given: str) -> LookedUp | str | None:
+    """A name below /proc/N/fd/M, or where that itself leads."""
     parts = given.split("/", 5)
-    if len(parts) < 6 or parts[3] not in ("fd", "cwd", "root"):
+    if len(parts) < 5 or parts[3] not in ("fd", "cwd", "root"):
         return None
     try:
-        return LookedUp(_link("/".join(parts[:5])), parts[5])
+        target = _link("/".join(parts[:5]))
     except OSError:
         return None
+    return LookedUp(target, parts[5]) if len(parts) == 6 else target
 
 
 def _link(path: str) -> str:

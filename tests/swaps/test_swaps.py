@@ -24,7 +24,7 @@ from tests.swaps.verbs import VERBS, Verb
 from tests.swaps.world import USER, World
 
 pytestmark = pytest.mark.root
-SHARE = 4
+SHARE = 3
 """Attacks on each verb in `make test`."""
 
 

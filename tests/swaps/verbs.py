@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.ops.stacks import qemu_img
 from tests.swaps.supervisor import Call, Ended
-from tests.swaps.world import World, make_chain, truth
+from tests.swaps.world import Access, World, make_chain, truth
 
 Check = Callable[["Scene"], Iterator[str]]
 RENAMES = ("rename", "renameat", "renameat2")
@@ -54,6 +54,7 @@ class Verb:
     layers: int = 4
     ends: Sequence[int] = (0,)
     function: Callable[[World], object] | None = None
+    access: Access = Access.OWN
 
     def make(self, scene: Scene) -> None:
         make_chain(scene.world, self.layers)
@@ -294,6 +295,19 @@ VERBS: Sequence[Verb] = (
     Verb("serve-replica", "send {disk} ssh://here{u}/replica::d", prepare=_fake_ssh, check=_replicas("u/replica")),
     Verb("init", "init {u}/repo --no-encryption"),
     Verb("gc", "gc {u}/repo", prepare=_users_repository),
+    *(
+        Verb(f"{name}-{access.name.lower()}", words, layers=3, prepare=prepare, check=check, access=access,
+             killed=killed)
+        for access in (Access.GROUP, Access.ALL, Access.STICKY)
+        for name, words, prepare, check, killed in (
+            ("snapshot", "snapshot {disk}", None, None, None),
+            ("merge", "merge {disk} --strategy new-file", None, None, None),
+            ("merge-commit", "merge {disk} --strategy commit", None, None, None),
+            ("doctor", "doctor {images}", None, None, ("merge {disk} --strategy new-file", UNLINKS, 1)),
+            ("ship", "ship {disk} {root}/repo::d", _repository, _in_repository("{root}/repo"), None),
+            ("restore", "restore {root}/repo::d {images}/new.qcow2", _shipped, _restored("new.qcow2"), None),
+        )
+    ),
 )  # fmt: skip
 
 

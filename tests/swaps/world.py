@@ -19,12 +19,13 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from tests.ops.stacks import qemu_img, write
 
-USER = 61234
-"""Needs no account."""
+USER, GROUP = 61234, 61235
+"""The attacker, who needs no account, and a group of theirs."""
 _libc = ctypes.CDLL(None, use_errno=True)
 _OPEN, _ACCESS, _MODIFY = 0x20, 0x1, 0x2
 _EVENT = struct.Struct("=iIII")
@@ -38,13 +39,22 @@ class Fact:
     what: str
 
 
+class Access(Enum):
+    """How the user may write to the directory of the images: their own, their group's, everybody's."""
+
+    OWN = (USER, USER, 0o755)
+    GROUP = (0, GROUP, 0o2775)
+    ALL = (0, 0, 0o777)
+    STICKY = (0, 0, 0o1777)
+
+
 @contextmanager
-def as_user(user: int = USER) -> Iterator[None]:
-    """This process acts with the rights of that user."""
+def as_user() -> Iterator[None]:
+    """This process acts with the rights of the user."""
     groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(user)
-    os.seteuid(user)
+    os.setgroups([GROUP])
+    os.setegid(USER)
+    os.seteuid(USER)
     try:
         yield
     finally:
@@ -54,8 +64,9 @@ def as_user(user: int = USER) -> Iterator[None]:
 
 
 class World:
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, access: Access = Access.OWN) -> None:
         self.place = place
+        self._access = access
         self.user = place / "u"
         self.images = self.user / "images"
         self.root = place / "root"
@@ -165,8 +176,15 @@ class World:
         self.drain()
 
     def give(self) -> None:
-        """Everything in the user's directory becomes the user's."""
-        subprocess.run(["chown", "-R", f"{USER}:{USER}", self.user], check=True)
+        """Everything in the user's directory becomes the user's, but the directories that are shared."""
+        uid, gid, mode = self._access.value
+        subprocess.run(
+            ["chown", "-R", f"{USER}:{gid if self._access is Access.GROUP else USER}", self.user], check=True
+        )
+        os.chown(self.images, uid, gid)
+        self.images.chmod(mode)
+        if self._access is not Access.OWN:
+            os.chown(self.user, 0, 0)
 
     def judge(self, *, by_hard_link: bool) -> Iterator[Fact]:
         """Everything but the verb's own result."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import SnapchainError
-from snapchain.host.files import write_atomically
+from snapchain.host.files import make_directories, write_atomically
 from snapchain.host.places import state_dir
 from snapchain.host.records import read_own
 from snapchain.ops.merge.plan import MergePlan
@@ -70,7 +70,7 @@ def remember(directory: Path, way: str, *, moved: int, seconds: float, shared: b
     rates = {**known.rates, key: before + (measured - before) * _WEIGHT}
     with suppress(SnapchainError, OSError, RuntimeError):
         path = _path()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directories(path.parent)
         write_atomically(path, known.model_copy(update={"rates": rates}).model_dump_json().encode())
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import descriptors, files
-from snapchain.host.os_errors import os_errors
 from snapchain.host.places import SYSTEM_STATE
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
@@ -73,8 +72,7 @@ def run(
     faults, and that it was interrupted.
     """
     directory = directory_of(config, path)
-    with os_errors(directory):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.make_directories(directory)
 
     def on_notice(words: str) -> None:
         on_event(Notice(words))

@@ -17,7 +17,6 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.host import files, records
-from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import NEW
 
 _CAP = 64 << 20
@@ -118,8 +117,7 @@ class StateFile:
             if found is None:
                 aside = path.with_name(path.name + _BROKEN)
                 on_notice(f"{path} is damaged: it is kept as {aside.name}, and what the last runs reached is forgotten")
-                with os_errors(path):
-                    path.replace(aside)
+                files.move_aside(path, aside.name)
             else:
                 made._state = found
         except SnapchainError as error:
