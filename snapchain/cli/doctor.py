@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     examples="""
     snapchain doctor /images
     snapchain doctor /images/web1.qcow2 --dry-run
+    snapchain doctor --accept /images/.snapchain-merge-web1.qcow2.json
     """,
     when_interrupted="the images read as before; run it again",
 )
@@ -36,6 +37,14 @@ def doctor(
         ),
     ] = None,
     *,
+    accept: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--accept",
+            metavar="FILE",
+            help="A journal or note that this user did not write, once you have read it; may be repeated.",
+        ),
+    ] = None,
     image_dir: options.ImageDir = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -49,7 +58,9 @@ def doctor(
     from snapchain.ops import doctor as ops
 
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        plan = ops.plan(paths or [Path()], image_dirs=options.image_dirs(image_dir))
+        plan = ops.plan(
+            paths or ([] if accept else [Path()]), image_dirs=options.image_dirs(image_dir), accept=accept or []
+        )
         if out.plan(plan, _draw_plan):
             return
         report = ops.run(plan, on_event=out.on_event)

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import InvalidInput, SnapchainError, Unsupported
+from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights, acting_as
 
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -99,6 +99,11 @@ class Directory:
         own = rights is not None and _writer(status, fd) == rights
         # With these rights names are made and removed here.
         self._naming = None if own else rights
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether others than root may make names here; False where this process is not root."""
+        return self.rights is not None or self._is_sticky
 
     @classmethod
     def open(cls, path: Path, *, follow: bool = True) -> Self:
@@ -224,6 +229,35 @@ class Directory:
                 return False
         return True
 
+    def give_name(self, fd: int, old: str, new: str, *, replacing: os.stat_result | None) -> None:
+        """Give a file of ours, which is known by a temporary name, its final one, durably.
+
+        replacing: the file that has the final name and loses it; None where nothing has it
+        Raises Conflict where another file has either name, or took it in between; FileExistsError for a name that
+        should be free.
+        """
+        ours = os.fstat(fd)
+        self.check_is(old, ours)
+        if replacing is None:
+            self.link(old, new)
+        else:
+            self.check_is(new, replacing)
+            self.rename(old, new)
+        # Between a look and a change whoever may write here can swap the names.
+        self.check_is(new, ours)
+        if replacing is None:
+            self.remove(old, only=ours)
+        self.sync()
+
+    def check_is(self, name: str, status: os.stat_result) -> None:
+        """Raises Conflict unless a name is that of a file."""
+        try:
+            if same_file(self.status(name), status):
+                return
+        except FileNotFoundError:
+            pass
+        raise Conflict("another file took its name meanwhile", subject=self.path / name, hint="run it again")
+
     def sync(self) -> None:
         """Force its names to the disk."""
         os.fsync(self.opened())
@@ -244,14 +278,16 @@ class Directory:
         self.close()
 
 
-def open_behind(path: Path, *, writing: bool = False, exclusive: bool = False) -> int:
+def open_behind(path: Path, *, writing: bool = False, exclusive: bool = False, subject: object = None) -> int:
     """A descriptor of the regular file or block device behind all links of a path. Errors as `Directory.open_file`.
 
+    subject: what errors name, else the file behind the links
     Whoever has chosen the file by a link must be able to read it.
     """
     resolved = resolve(path)
     with Directory.open(resolved.real.parent, follow=False) as directory:
-        fd = directory.open_file(resolved.real.name, writing=writing, exclusive=exclusive)
+        name = resolved.real.name
+        fd = directory.open_file(name, writing=writing, exclusive=exclusive, subject=subject)
         try:
             if resolved.chosen_by is not None and resolved.chosen_by != directory.rights:
                 check_readable(resolved.real, fd, resolved.chosen_by)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from snapchain.errors import InvalidInput
+from snapchain.errors import Busy, InvalidInput
 from snapchain.host.directory import MOST_MODE, Directory
+from snapchain.host.leftovers import remove_leftover
 from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import group_name, user_name
 from snapchain.host.temporary_names import NEW, temporary_beside, temporary_of
@@ -42,6 +43,33 @@ def open_new(path: Path, *, mode: int = 0o600) -> int:
         return directory.create(path.name, mode=mode)
 
 
+def open_or_make(path: Path) -> int:
+    """A descriptor, for reading and writing, of a regular file that is made where it is not there: a file of locks."""
+    with directory_of(path) as directory:
+        try:
+            return directory.create(path.name)
+        except FileExistsError:
+            return directory.open_file(path.name, writing=True)
+
+
+def make_directories(path: Path, *, mode: int = 0o700) -> None:
+    """Make a directory, and those above it, where they are not there; an existing one keeps its mode."""
+    with os_errors(path):
+        if not path.parent.exists():
+            make_directories(path.parent, mode=mode)
+        with Directory.open(path.parent) as above:
+            try:
+                above.make_directory(path.name, mode=mode)
+            except FileExistsError:
+                Directory.open(path).close()  # raises for what is none
+
+
+def move_aside(path: Path, name: str) -> None:
+    """Give a file another name in its directory, in the place of what has that."""
+    with directory_of(path) as directory:
+        directory.rename(path.name, name)
+
+
 def open_file(path: Path, *, writing: bool = False) -> int:
     """A descriptor of a regular file or a block device, and of nothing else; its name may be no link."""
     with directory_of(path) as directory:
@@ -65,7 +93,8 @@ def remove_temporaries(path: Path, *, purpose: str) -> None:
     with directory_of(path) as directory:
         names = temporary_names(directory, path.name, purpose=purpose)
         for name in names:
-            directory.remove(name)
+            with suppress(Busy):  # nobody is at work here: somebody else keeps it locked
+                remove_leftover(directory, name)
         if names:
             directory.sync()
 
@@ -113,10 +142,10 @@ def remove(path: Path) -> None:
         directory.sync()
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o600, whatever_the_umask: bool = False) -> None:
     """Replace a small file's bytes: a reader, or a crash, sees the old ones or the new ones."""
     with directory_of(path) as directory:
-        write_in(directory, path.name, data, mode=mode)
+        write_in(directory, path.name, data, mode=mode, whatever_the_umask=whatever_the_umask)
 
 
 def write_in(
@@ -125,6 +154,7 @@ def write_in(
     data: bytes,
     *,
     mode: int = 0o600,
+    whatever_the_umask: bool = False,
     prepare: Callable[[int], None] = lambda _fd: None,
 ) -> None:
     """As `write_atomically`, in a directory that is open already. Raises OSError.
@@ -135,6 +165,9 @@ def write_in(
     fd = directory.create(temporary, mode=mode)
     try:
         with os.fdopen(fd, "wb") as file:
+            if whatever_the_umask:
+                with directory.changing(os.fstat(fd)):
+                    os.fchmod(fd, mode & MOST_MODE)
             file.write(data)
             file.flush()
             prepare(fd)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 import struct
 from contextlib import suppress
 from enum import Enum
@@ -25,7 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import Busy, Conflict, InvalidInput
+from snapchain.errors import Busy, Conflict
+from snapchain.host.directory import open_behind
 from snapchain.host.openers import Opener, OpenFiles
 from snapchain.host.os_errors import os_errors
 
@@ -75,10 +75,9 @@ class ImageLock:
         self.mode: LockMode | None = None
         self.enforced = True
         with os_errors(path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._fd = open_behind(path, subject=path)
         try:
             self._file = os.fstat(self._fd)
-            self._check_kind()
             self.change(mode, open_files=open_files)
             self._check_name()
         except BaseException:
@@ -126,10 +125,6 @@ class ImageLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.release()
-
-    def _check_kind(self) -> None:
-        if not (stat.S_ISREG(self._file.st_mode) or stat.S_ISBLK(self._file.st_mode)):
-            raise InvalidInput("neither a regular file nor a block device", subject=self.path)
 
     def _check_name(self) -> None:
         if not self.same_file(self.path):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+SYSTEM_STATE = Path("/var/lib/snapchain")
+"""Where an installed nightly run of root keeps its state, whatever its environment says."""
+
 
 def state_dir() -> Path:
     """$XDG_STATE_HOME/snapchain, by default ~/.local/state/snapchain."""

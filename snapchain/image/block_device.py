@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, InvalidInput
+from snapchain.host.directory import open_behind
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
@@ -72,7 +73,7 @@ def open_device(path: Path) -> int:
         if not stat.S_ISBLK(status.st_mode):
             raise InvalidInput("not a block device", subject=path)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_behind(path, writing=True, exclusive=True)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise

@@ -19,13 +19,18 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+from snapchain.errors import SnapchainError
 from snapchain.host import libvirt
+from snapchain.host.directory import Directory, open_behind
+from snapchain.host.rights import Rights, acting_as
 from snapchain.image.references import mentions, named_files, recorded_names
 
 MOST_ENTRIES = 200_000
@@ -38,7 +43,16 @@ _SYSTEM = {"/bin", "/boot", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/sbi
 """The operating system's own directories, which hold no disks; entered only where one is named, or lies below it."""
 _IMAGE_SUFFIXES = {".qcow2", ".qcow", ".img", ".raw", ".qed", ".vmdk", ".snap", ".overlay", ".base"}
 
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
 Identity = tuple[int, int]
+
+
+class _Tree(NamedTuple):
+    """A directory to look into. by: who has led there by a link, None for root and for whoever is not root."""
+
+    path: str
+    by: Rights | None
 
 
 class Kind(Enum):
@@ -140,7 +154,8 @@ class _Search:
         self._found: dict[str, dict[str, Dependent]] = {}
         self._directories: set[Identity] = set()
         self._read: set[str] = set()
-        self._follow: deque[str] = deque()
+        self._follow: deque[tuple[str, Rights | None]] = deque()
+        """Names of files to read, each with the rights of who has named it."""
         self._entries = 0
         self._seconds = 0.0
         self._stopped_at: str | None = None
@@ -153,50 +168,62 @@ class _Search:
         began = time.monotonic()
         named = list(dict.fromkeys(os.path.realpath(root) for root in roots))
         passed_over = {each for each in _SYSTEM if not any(Path(root).is_relative_to(each) for root in named)}
-        waiting = deque(named)
+        waiting: deque[_Tree] = deque(_Tree(each, None) for each in named)
         while waiting:
-            directory = waiting.popleft()
+            tree = waiting.popleft()
+            directory = tree.path
             if self._entries >= MOST_ENTRIES or self._seconds + time.monotonic() - began > MOST_SECONDS:
                 self._stopped_at = self._stopped_at or directory
                 break
             waiting.extend(
-                each for each in self._directory(directory) if each not in _NOT_ENTERED and each not in passed_over
+                each for each in self._directory(tree) if each.path not in _NOT_ENTERED and each.path not in passed_over
             )
             self._follow_names()
         self._seconds += time.monotonic() - began
 
-    def _directory(self, directory: str) -> Iterator[str]:
+    def _directory(self, tree: _Tree) -> Iterator[_Tree]:
         """Read the images of one directory; gives the directories in it."""
-        below: list[str] = []
+        below: list[_Tree] = []
         try:
-            status = os.stat(directory)  # noqa: PTH116 - a hot path
-            if _identity(status) in self._directories or not stat.S_ISDIR(status.st_mode):
-                return
-            self._directories.add(_identity(status))
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    self._entries += 1
-                    with suppress(
-                        OSError
-                    ):  # a link that leads nowhere, or where this user may not look; gone meanwhile
-                        if entry.is_dir():
-                            below.append(os.path.realpath(entry.path) if entry.is_symlink() else entry.path)
-                        else:
-                            self._entry(entry)
-                    if self._entries >= MOST_ENTRIES:
-                        self._stopped_at = directory
-                        break
+            with Directory.open(Path(tree.path)) as home:
+                status = os.fstat(home.fd)
+                if _identity(status) in self._directories:
+                    return
+                self._directories.add(_identity(status))
+                with acting_as(tree.by), os.scandir(home.opened()) as entries:
+                    for entry in entries:
+                        self._entries += 1
+                        # A link that leads nowhere, or where its maker may not look; gone meanwhile.
+                        with suppress(OSError, SnapchainError):
+                            found = self._entry(tree, home, entry)
+                            if found is not None:
+                                below.append(found)
+                        if self._entries >= MOST_ENTRIES:
+                            self._stopped_at = tree.path
+                            break
         except (FileNotFoundError, NotADirectoryError):  # gone meanwhile
             pass
-        except OSError:
-            self._unseen.append(directory)
+        except (OSError, SnapchainError):
+            self._unseen.append(tree.path)
         yield from below
 
-    def _entry(self, entry: os.DirEntry[str]) -> None:
-        status = entry.stat()
-        if entry.is_symlink():
-            self._link(entry.path, status)
-        self._image(entry.path, status)
+    def _entry(self, tree: _Tree, home: Directory, entry: os.DirEntry[str]) -> _Tree | None:
+        """Read an image; gives a directory."""
+        path = f"{tree.path.rstrip('/')}/{entry.name}"
+        if not entry.is_symlink():
+            if entry.is_dir(follow_symlinks=False):
+                return _Tree(path, tree.by)
+            self._image(path, entry.stat(follow_symlinks=False), partial(_opened, home, entry.name, tree.by))
+            return None
+        # A link is followed with the rights of who could have made it, and so is all below.
+        maker = tree.by or home.rights_of_file(entry.stat(follow_symlinks=False))
+        with acting_as(maker):
+            status = entry.stat()
+            if stat.S_ISDIR(status.st_mode):
+                return _Tree(os.path.realpath(path), maker)
+            self._link(path, status)
+            self._image(path, status, partial(os.open, entry.name, _READ, dir_fd=home.fd), counts=maker is None)
+        return None
 
     def _link(self, path: str, status: os.stat_result) -> None:
         """Somebody may open one of our files by a name of his own."""
@@ -206,32 +233,34 @@ class _Search:
 
     # --- images
 
-    def _image(self, path: str, status: os.stat_result) -> None:
-        kind = status.st_mode
-        if not (stat.S_ISBLK(kind) or (stat.S_ISREG(kind) and status.st_size >= _SMALLEST_IMAGE)):
-            return
-        if (status.st_dev, status.st_ino) in self._own or path in self._read:
+    def _image(self, path: str, status: os.stat_result, opened: Callable[[], int], *, counts: bool = True) -> None:
+        """Read an image that is not read yet.
+
+        opened: makes a descriptor of it; counts: whether it may depend on our files where it cannot be read
+        """
+        if not _may_be_image(status) or (status.st_dev, status.st_ino) in self._own or path in self._read:
             return
         self._read.add(path)
-        image = Path(path)
         try:
-            names = recorded_names(image)
-        except FileNotFoundError:  # gone meanwhile
+            names = _names_of(opened)
+        except (FileNotFoundError, SnapchainError):  # gone, or swapped, meanwhile
             return
         except OSError:
-            self._unreadable(path, status)
+            if counts:
+                self._unreadable(path, status)
             return
+        owner = status.st_uid if os.geteuid() == 0 else 0
         for name in names:
-            self._named(image, name)
+            self._named(Path(path), name, Rights.of_user(owner) if owner else None)
 
-    def _named(self, image: Path, name: str) -> None:
+    def _named(self, image: Path, name: str, by_whom: Rights | None) -> None:
         targets: dict[str, str] = {real: real for real, file in self._real.items() if mentions(name, file)}
         for place in named_files(image, name):
             by = os.path.realpath(place)
             found = self._meant(by)
             targets.update(dict.fromkeys(found, by))
             if not found:
-                self._follow.append(str(place))
+                self._follow.append((str(place), by_whom))
         for real, by in targets.items():
             if os.path.realpath(image) != real:
                 self._add(real, str(image), "depends on it", Kind.CONTENT, by=by)
@@ -246,10 +275,11 @@ class _Search:
     def _follow_names(self) -> None:
         """Read the files that images name: these may lie anywhere, and have backing files themselves."""
         while self._follow:
-            path = self._follow.popleft()
+            path, by_whom = self._follow.popleft()
             if path not in self._read:
-                with suppress(OSError):
-                    self._image(path, os.stat(path))  # noqa: PTH116 - a hot path
+                with suppress(OSError, SnapchainError), acting_as(by_whom):
+                    status = os.stat(path)  # noqa: PTH116 - a hot path
+                    self._image(path, status, partial(_opened_by_name, path, by_whom), counts=by_whom is None)
 
     def _unreadable(self, path: str, status: os.stat_result) -> None:
         near = os.path.dirname(os.path.realpath(path)) in self._near  # noqa: PTH120 - a hot path
@@ -267,7 +297,7 @@ class _Search:
         for domain in domains:
             for file in domain.files:
                 self._named_by(domain.name, file)
-                self._follow.append(str(file.path))
+                self._follow.append((str(file.path), None))
         self._follow_names()
 
     def _named_by(self, domain: str, file: libvirt.NamedFile) -> None:
@@ -286,7 +316,7 @@ class _Search:
 
     def read(self, images: Iterable[Path]) -> None:
         """These images, wherever they lie."""
-        self._follow.extend(str(path) for path in images)
+        self._follow.extend((str(path), None) for path in images)
         self._follow_names()
 
     # --- the result
@@ -313,6 +343,32 @@ class _Search:
             sentences.append(fault)
         found = {real: tuple(users[name] for name in sorted(users)) for real, users in self._found.items()}
         return Dependents(" ".join(sentences) or None, found)
+
+
+def _may_be_image(status: os.stat_result) -> bool:
+    kind = status.st_mode
+    return stat.S_ISBLK(kind) or (stat.S_ISREG(kind) and status.st_size >= _SMALLEST_IMAGE)
+
+
+def _names_of(opened: Callable[[], int]) -> tuple[str, ...]:
+    fd = opened()
+    try:
+        # Whoever may swap names can put anything in the place of what was looked at.
+        return recorded_names(fd) if _may_be_image(os.fstat(fd)) else ()
+    finally:
+        os.close(fd)
+
+
+def _opened(home: Directory, name: str, by: Rights | None) -> int:
+    """An image of a directory. by: who has led here by a link: then with their rights, which are in force."""
+    if by is None and home.is_shared:
+        return home.open_file(name)
+    return os.open(name, _READ | os.O_NOFOLLOW, dir_fd=home.fd)
+
+
+def _opened_by_name(path: str, by: Rights | None) -> int:
+    """A file that an image or a domain names. by: whose rights are in force; root's own are limited by the path."""
+    return os.open(path, _READ) if by is not None else open_behind(Path(path))
 
 
 def _printable(name: str) -> str:

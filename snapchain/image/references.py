@@ -16,7 +16,10 @@ from collections.abc import Collection, Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
+from snapchain.errors import SnapchainError
+from snapchain.host.directory import Directory, open_behind
 from snapchain.host.os_errors import os_errors
+from snapchain.host.rights import acting_as
 from snapchain.image.qcow2.format import (
     EXTENSION,
     MAGIC,
@@ -73,46 +76,54 @@ def children(
 
 def _images(directories: Iterable[Path], besides: Collection[tuple[int, int]]) -> Iterator[Path]:
     for directory in dict.fromkeys(Path(os.path.realpath(directory)) for directory in directories):
-        with os_errors(directory):
-            entries = sorted(directory.iterdir())
-        for entry in entries:
-            try:
-                status = entry.stat()
-            except OSError:  # a dangling link, or gone meanwhile
-                continue
-            # Nothing smaller than a header is an image.
-            if (
-                stat.S_ISREG(status.st_mode)
-                and status.st_size >= _BACKING.size
-                and (status.st_dev, status.st_ino) not in besides
-            ):
-                yield entry
+        with os_errors(directory), Directory.open(directory) as home:
+            for name in home.names():
+                try:
+                    status = _looked_at(home, name)
+                except (OSError, SnapchainError):  # a link that leads nowhere, or gone meanwhile
+                    continue
+                # Nothing smaller than a header is an image.
+                if (
+                    stat.S_ISREG(status.st_mode)
+                    and status.st_size >= _BACKING.size
+                    and (status.st_dev, status.st_ino) not in besides
+                ):
+                    yield directory / name
+
+
+def _looked_at(home: Directory, name: str) -> os.stat_result:
+    """The status of a file, or of what a link leads to, with the rights of who has made the link."""
+    status = home.status(name)
+    if stat.S_ISLNK(status.st_mode):
+        with acting_as(home.rights_of_file(status)):
+            return os.stat(name, dir_fd=home.fd)
+    return status
 
 
 def _backing_name(path: Path) -> str | None:
     """What a qcow2 header records, however broken the image is otherwise. Raises OSError for one that is not read."""
     try:
-        names = recorded_names(path)
-    except FileNotFoundError:  # gone meanwhile
+        fd = open_behind(path)
+    except (FileNotFoundError, SnapchainError):  # gone, or swapped, meanwhile
         return None
+    try:
+        names = recorded_names(fd)
+    finally:
+        os.close(fd)
     return names[0] if names else None
 
 
-def recorded_names(path: Path) -> tuple[str, ...]:
-    """The files that an image's header names: its backing file, and files with its data. () for other files.
+def recorded_names(fd: int) -> tuple[str, ...]:
+    """The files that an opened image's header names: its backing file, and files with its data. () for other files.
 
     However broken the image is otherwise. Knows qcow2 (with its external data file), qcow, QED and VMDK; a VHD or VHDX
     names its parent where the header does not show it. Raises OSError for a file that is not read.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        head = os.pread(fd, _FIRST_BYTES, 0)
-        if not head.startswith(_MAGICS):
-            return ()
-        head = os.pread(fd, _HEAD_BYTES, 0)
-        names = _vmdk_names(head) if head.startswith(_VMDK) else _header_names(fd, head)
-    finally:
-        os.close(fd)
+    head = os.pread(fd, _FIRST_BYTES, 0)
+    if not head.startswith(_MAGICS):
+        return ()
+    head = os.pread(fd, _HEAD_BYTES, 0)
+    names = _vmdk_names(head) if head.startswith(_VMDK) else _header_names(fd, head)
     return tuple(os.fsdecode(name) for name in names if name)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from snapchain.host.leftovers import is_leftover
 from snapchain.host.mounts import other_names
 from snapchain.host.temporary_names import MERGE, RESTORE, SNAPSHOT, temporary_of
 from snapchain.image import ImageChain
@@ -72,7 +73,10 @@ def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[P
 
 
 def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
-    """(device, inode) of unfinished files of merges, snapshots and restores: nothing needs their backing files."""
+    """(device, inode) of unfinished files of merges, snapshots and restores: nothing needs their backing files.
+
+    A second name of an image makes it none: anybody may have given that.
+    """
     for directory in set(directories):
         with suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
@@ -80,7 +84,8 @@ def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
                 if found is not None and found.purpose in _UNFINISHED:
                     with suppress(FileNotFoundError):
                         status = entry.stat(follow_symlinks=False)
-                        yield status.st_dev, status.st_ino
+                        if is_leftover(status):
+                            yield status.st_dev, status.st_ino
 
 
 def image_directories() -> Iterator[Path]:

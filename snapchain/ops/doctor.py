@@ -6,40 +6,44 @@
     a part of a restore        of one that was killed: it goes
 
 Everything under the locks that live runs hold: what somebody is at work on is left alone, and said.
+
+Others may write to the directories.  A journal is acted on only if it bears this user's mark, or is accepted by name.
+A file goes only if it is what a run makes (a file of its own with one name), by the descriptor by which it was judged.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Busy, NotFound, SnapchainError
-from snapchain.host import files
+from snapchain.host.directory import Directory, same_file
+from snapchain.host.leftovers import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
-from snapchain.host.temporary_names import MERGE, NEW, SNAPSHOT, temporary_of
+from snapchain.host.temporary_names import MERGE, NEW, RESTORE, SNAPSHOT, Temporary, temporary_of
 from snapchain.image import scan
 from snapchain.image.dependents import describe
 from snapchain.ops.dependents import Kind as Use, find_dependents
 from snapchain.ops.events import Notice, OnEvent, ignore
-from snapchain.ops.merge import recover
+from snapchain.ops.merge import journal as journals, recover
 from snapchain.ops.merge.inputs import KeptFile
 from snapchain.ops.merge.journal import MergeJournal, is_journal, read
 from snapchain.ops.merge.settle import Settled
-from snapchain.ops.output import is_part, meant_for, remove_part
+from snapchain.ops.notes import Notes, is_note
 
 _UNFINISHED = {
     MERGE: "the new file of a merge",
     SNAPSHOT: "the overlay of a snapshot",
     NEW: "the journal of a merge",
+    RESTORE: "the new file of a restore",
 }
 
 
@@ -50,6 +54,7 @@ class Kind(Enum):
     NEW_FILE = "unfinished-file"
     SECOND_NAME = "second-name"
     UNREADABLE = "unreadable-journal"
+    NOTE = "unproven-note"
 
 
 class Finding(BaseModel):
@@ -68,13 +73,17 @@ class Finding(BaseModel):
 
 
 class DoctorPlan(BaseModel):
-    """What was found. directories: searched; image_dirs: searched for other users of the files, too."""
+    """What was found. directories: searched; image_dirs: searched for other users of the files, too.
+
+    accepted: journals and notes that the user has looked at, and vouches for
+    """
 
     model_config = ConfigDict(frozen=True)
 
     directories: tuple[Path, ...]
     findings: tuple[Finding, ...]
     image_dirs: tuple[Path, ...] = ()
+    accepted: tuple[Path, ...] = ()
 
 
 class Treated(BaseModel):
@@ -109,19 +118,33 @@ class DoctorReport(BaseModel):
         return all(each.done for each in self.treated)
 
 
-def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = ()) -> DoctorPlan:
+def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = (), accept: Sequence[Path] = ()) -> DoctorPlan:
     """Look; changes nothing. paths: directories, or images, which stand for the directories of their chains.
 
-    image_dirs: where backing files of images may lie. Raises NotFound.
+    image_dirs: where backing files of images may lie
+    accept: journals and notes that count although nothing proves who wrote them, since the user has looked at them
+    Raises NotFound.
     """
-    directories = tuple(dict.fromkeys(found for path in paths for found in _directories(path, image_dirs)))
-    findings = tuple(each for place in directories for each in _look(place))
-    return DoctorPlan(directories=directories, findings=findings, image_dirs=tuple(image_dirs))
+    accepted = tuple(_whole(path) for path in accept)
+    places = [each for path in paths for each in _directories(path, image_dirs)]
+    directories = tuple(dict.fromkeys([*places, *(path.parent for path in accepted)]))
+    findings = tuple(each for place in directories for each in _look(place, accepted))
+    return DoctorPlan(directories=directories, findings=findings, image_dirs=tuple(image_dirs), accepted=accepted)
+
+
+def _whole(path: Path) -> Path:
+    """Raises NotFound for what is not there, or is neither a journal nor a note by its name."""
+    whole = Path(os.path.realpath(path.parent)) / path.name
+    if not os.path.lexists(whole):
+        raise NotFound("no such file", subject=path)
+    if not is_journal(whole) and not is_note(whole):
+        raise NotFound("neither a merge's journal nor a layer's note", subject=path)
+    return whole
 
 
 def run(planned: DoctorPlan, *, on_event: OnEvent = ignore) -> DoctorReport:
     """Finish or undo each finding; one that cannot be treated now does not keep the others from it."""
-    treated = tuple(_treat(finding, planned.image_dirs, on_event) for finding in planned.findings)
+    treated = tuple(_treat(finding, planned, on_event) for finding in planned.findings)
     return DoctorReport(directories=planned.directories, treated=treated)
 
 
@@ -140,49 +163,71 @@ def _directories(path: Path, image_dirs: Sequence[Path]) -> Iterator[Path]:
         return  # what cannot be opened may be so because of what is found beside it
 
 
-def _look(directory: Path) -> Iterator[Finding]:
-    with os_errors(directory):
-        entries = sorted(directory.iterdir())
-    for path in entries:
-        if is_journal(path):
-            yield _merge(path)
-    for path in entries:
-        found = temporary_of(path)
-        what = None if found is None else _UNFINISHED.get(found.purpose)
-        if found is None or what is None or (found.purpose == NEW and not is_journal(found.target)):
-            continue
-        yield Finding(
-            path=path,
-            kind=Kind.NEW_FILE,
-            image=found.target,
-            says=f"{what} that was not finished; nothing else was changed",
-            remedy="removes it",
-        )
-    yield from _second_names(entries)
-    yield from _parts(entries)
+def _look(place: Path, accepted: Collection[Path]) -> list[Finding]:
+    with os_errors(place), Directory.open(place) as directory:
+        found = dict(_statuses(directory))
+    merges = [_merge(place / name, place / name in accepted) for name in found if is_journal(Path(name))]
+    return [
+        *merges,
+        *_unfinished(place, found),
+        *_second_names(place, found),
+        *_notes(place, accepted),
+    ]
 
 
-def _parts(entries: Sequence[Path]) -> Iterator[Finding]:
-    """Leftovers of killed restores; a file that another user has put under such a name does not count."""
-    for path in entries:
-        target = meant_for(path)
+def _statuses(directory: Directory) -> Iterator[tuple[str, os.stat_result]]:
+    for name in directory.names():
         try:
-            if target is None or not is_part(path, path.lstat(), of_anybody=os.geteuid() == 0):
-                continue
-        except FileNotFoundError:
+            yield name, directory.status(name)
+        except FileNotFoundError:  # it went meanwhile
             continue
+
+
+def _unfinished(place: Path, found: Mapping[str, os.stat_result]) -> Iterator[Finding]:
+    """Leftovers of killed runs; what only bears such a name, and no run makes, is none."""
+    for name, status in found.items():
+        temporary = _leftover_name(place / name)
+        if temporary is None or not is_leftover(status, finished=found.get(_final(temporary) or "")):
+            continue
+        again = "; run the restore again from the start" if temporary.purpose == RESTORE else ""
         yield Finding(
-            path=path,
+            path=place / name,
             kind=Kind.NEW_FILE,
-            image=target,
-            says="the new file of a restore that was not finished; nothing else was changed",
-            remedy="removes it; run the restore again from the start",
+            image=temporary.target,
+            says=f"{_UNFINISHED[temporary.purpose]} that was not finished; nothing else was changed",
+            remedy=f"removes it{again}",
         )
 
 
-def _merge(path: Path) -> Finding:
+def _leftover_name(path: Path) -> Temporary | None:
+    """A name under which merges, snapshots and restores leave files when they are killed."""
+    temporary = temporary_of(path)
+    if temporary is None or temporary.purpose not in _UNFINISHED:
+        return None
+    return None if temporary.purpose == NEW and not is_journal(temporary.target) else temporary
+
+
+def _final(temporary: Temporary) -> str | None:
+    """The name that a run gives its file before it takes the temporary one off; others rename."""
+    return temporary.target.name if temporary.purpose == RESTORE else None
+
+
+def _notes(place: Path, accepted: Collection[Path]) -> Iterator[Finding]:
+    """Notes of which nothing proves that this user or root wrote them, though they may have."""
+    for doubt in Notes().doubts(place):
+        yield Finding(
+            path=doubt.note,
+            kind=Kind.NOTE,
+            image=place if doubt.file is None else place / doubt.file,
+            says=doubt.sentence,
+            remedy="makes it a note of this user" if doubt.note in accepted else "nothing: remove it, or --accept it",
+        )
+
+
+def _merge(path: Path, is_accepted: bool) -> Finding:  # noqa: FBT001 - a finding's own
     try:
-        journal = read(path)
+        journal = journals.unproven(path) if is_accepted else read(path)
+        says, remedy = recover.described(journal)
     except SnapchainError as error:
         return Finding(
             path=path,
@@ -191,26 +236,22 @@ def _merge(path: Path) -> Finding:
             says=error.message,
             remedy=f"nothing: {error.hint or 'look into it, and remove it if you trust nothing in it'}",
         )
-    says, remedy = recover.described(journal)
     return Finding(path=path, kind=Kind.MERGE, image=journal.replaced.path, says=says, remedy=remedy)
 
 
-def _second_names(entries: Sequence[Path]) -> Iterator[Finding]:
+def _second_names(place: Path, found: Mapping[str, os.stat_result]) -> Iterator[Finding]:
     """Images under their own name and the one under which they were to be sealed (ops/snapshot.py), or kept."""
-    journals = [read(path) for path in entries if is_journal(path) and _readable(path)]
+    known = [read(place / name) for name in found if is_journal(Path(name)) and _readable(place / name)]
+    kept = {journal.kept_as for journal in known}
     named: dict[tuple[int, int], list[Path]] = {}
-    for path in entries:
-        try:
-            status = path.lstat()
-        except FileNotFoundError:
-            continue
+    for name, status in found.items():
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 2:
-            named.setdefault((status.st_dev, status.st_ino), []).append(path)
+            named.setdefault((status.st_dev, status.st_ino), []).append(place / name)
     for paths in named.values():
         for image in paths:
             for path in paths:
                 pattern = rf"{re.escape(image.stem)}\.(\d+|unmerged-\d+){re.escape(image.suffix)}"
-                if re.fullmatch(pattern, path.name) and path not in {journal.kept_as for journal in journals}:
+                if re.fullmatch(pattern, path.name) and path not in kept:
                     yield Finding(
                         path=path,
                         kind=Kind.SECOND_NAME,
@@ -228,9 +269,9 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def _treat(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Treated:
+def _treat(finding: Finding, planned: DoctorPlan, on_event: OnEvent) -> Treated:
     try:
-        settled = _done(finding, image_dirs, on_event)
+        settled = _done(finding, planned, on_event)
     except SnapchainError as error:
         return Treated(finding=finding, done=False, error=str(error), hint=error.hint)
     if settled.incomplete is not None:
@@ -244,28 +285,63 @@ def _treat(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> T
     )
 
 
-def _done(finding: Finding, image_dirs: Sequence[Path], on_event: OnEvent) -> Settled:
+def _done(finding: Finding, planned: DoctorPlan, on_event: OnEvent) -> Settled:
+    is_accepted = finding.path in planned.accepted
     if finding.kind is Kind.UNREADABLE:
         read(finding.path)  # raises what is wrong with it
     if not os.path.lexists(finding.path):
         return Settled([])
+    if finding.kind is Kind.NOTE:
+        if is_accepted:
+            Notes().accept(finding.path)
+        return Settled([])
     if finding.kind is Kind.MERGE:
-        return recover.recover(read(finding.path), image_dirs=image_dirs, on_event=on_event)
-    if finding.kind is Kind.SECOND_NAME:
-        with ImageLock(finding.image, LockMode.WRITE):
-            one, other = finding.path.lstat(), finding.image.lstat()
-            if (one.st_dev, one.st_ino) != (other.st_dev, other.st_ino):
-                raise Busy("another file has this name now", subject=finding.path)
-            return _remove_unused(finding, image_dirs)
-    if meant_for(finding.path) is not None:
-        return Settled([finding.path] if remove_part(finding.path, of_anybody=os.geteuid() == 0) else [])
-    with _free(finding):
-        return _remove_unused(finding, image_dirs)
+        if is_accepted:
+            journals.accept(finding.path)
+        return recover.recover(read(finding.path), image_dirs=planned.image_dirs, on_event=on_event)
+    with os_errors(finding.path), Directory.open(finding.path.parent) as directory:
+        if finding.kind is Kind.SECOND_NAME:
+            return _remove_second_name(finding, directory, planned.image_dirs)
+        return _remove_unfinished(finding, directory, planned.image_dirs)
 
 
-def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> Settled:
-    """Remove a name of a file. Raises Busy when something uses the file by this very name."""
-    status = finding.path.lstat()
+def _remove_second_name(finding: Finding, directory: Directory, image_dirs: Sequence[Path]) -> Settled:
+    """Remove a name of an image that keeps another one."""
+    with ImageLock(finding.image, LockMode.WRITE):
+        one, other = directory.status(finding.path.name), directory.status(finding.image.name)
+        if not same_file(one, other):
+            raise Busy("another file has this name now", subject=finding.path)
+        incomplete = _check_unused(finding, one, image_dirs)
+        removed = directory.remove(finding.path.name, only=other)
+        directory.sync()
+    return Settled([finding.path] if removed else [], incomplete=incomplete)
+
+
+def _remove_unfinished(finding: Finding, directory: Directory, image_dirs: Sequence[Path]) -> Settled:
+    """Remove what a killed run has left, while nobody is at work on it: neither a run nor anybody else."""
+    temporary = temporary_of(finding.path)
+    assert temporary is not None
+    name, final = finding.path.name, _final(temporary)
+    with ExitStack() as locks:
+        if temporary.purpose == SNAPSHOT and directory.has(finding.image.name):  # it locks the image, not the overlay
+            locks.enter_context(ImageLock(finding.image, LockMode.WRITE))
+        incomplete = None
+        if temporary.purpose in {MERGE, SNAPSHOT}:
+            incomplete = _check_unused(finding, directory.status(name), image_dirs)
+            with ImageLock(finding.path, LockMode.WRITE):
+                pass  # a guest that was started on it has it locked, or open
+        try:
+            removed = remove_leftover(directory, name, final=final)
+        except Busy as error:
+            if temporary.purpose != RESTORE:
+                raise
+            raise Busy("another snapchain is writing it", subject=finding.image, hint="wait for it") from error
+        directory.sync()
+    return Settled([finding.path] if removed else [], incomplete=incomplete)
+
+
+def _check_unused(finding: Finding, status: os.stat_result, image_dirs: Sequence[Path]) -> str | None:
+    """What could not be looked at. Raises Busy when something uses the file by this very name."""
     others = find_dependents(
         [finding.path], top=finding.image, own=[(status.st_dev, status.st_ino)], image_dirs=image_dirs
     )
@@ -277,28 +353,7 @@ def _remove_unused(finding: Finding, image_dirs: Sequence[Path]) -> Settled:
         raise Busy(
             f"it cannot be removed: {describe(users)}", subject=finding.path, hint="move or remove its user first"
         )
-    files.remove(finding.path)
-    return Settled([finding.path], incomplete=others.incomplete)
-
-
-@contextmanager
-def _free(finding: Finding) -> Iterator[None]:
-    """While nobody is at work on a new file: a merge locks it, a snapshot the image that it is for."""
-    found = temporary_of(finding.path)
-    if found is not None and found.purpose == SNAPSHOT and finding.image.exists():
-        with ImageLock(finding.image, LockMode.WRITE):
-            yield
-        return
-    with os_errors(finding.path):
-        fd = os.open(finding.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy("a run is at work on it", subject=finding.path, hint="wait for its end") from error
-        yield
-    finally:
-        os.close(fd)
+    return others.incomplete
 
 
 __all__ = ["DoctorPlan", "DoctorReport", "Finding", "Kind", "MergeJournal", "Treated", "plan", "run"]

@@ -20,7 +20,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import note_of
-from snapchain.ops.notes import Hold, LayerNote, Notes
+from snapchain.ops.notes import LET_THEM, Hold, LayerNote, Notes
 
 # A merge of files asks here for holds, and needs nothing of a repository.
 if TYPE_CHECKING:
@@ -59,9 +59,13 @@ def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False)
 def release_image(path: Path, tag: str, *, dry_run: bool = False) -> HoldReport:
     """Take a hold off a layer's file; dry_run: as `hold_image`. Raises NotFound when it has none of this tag.
 
+    Raises Conflict for one that another user's note tells of.
     A file that is gone may have left its holds behind; they are released by its name.
     """
     file = path.parent.resolve() / path.name if not path.exists() else _file(path)
+    held = {hold.tag: hold for hold in Notes().of(file).holds}
+    if tag in held and held[tag].word_of is not None:
+        raise word_against(held[tag], file)
 
     def released(note: LayerNote) -> LayerNote:
         left = tuple(each for each in note.holds if each.tag != tag)
@@ -78,7 +82,7 @@ def release_image(path: Path, tag: str, *, dry_run: bool = False) -> HoldReport:
 
 
 def _changed(file: Path, change: Callable[[LayerNote], LayerNote], *, dry_run: bool) -> LayerNote:
-    return change(Notes().of(file)) if dry_run else Notes().change(file, change)
+    return Notes().changed(file, change) if dry_run else Notes().change(file, change)
 
 
 def hold_point(
@@ -139,12 +143,24 @@ def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple
     for place in range(first, last + 1):
         if place in holds:
             hold, path = holds[place][0], chain.files[place].path
+            if hold.word_of is not None:
+                raise word_against(hold, path)
             why = f" ({hold.reason})" if hold.reason else ""
             raise Conflict(
                 f"it is held under {hold.tag!r} since {hold.since:%Y-%m-%d}{why}, so it cannot be merged",
                 subject=path,
                 hint=f"snapchain release {path} --tag {hold.tag}, or merge layers on one side of it (--from, --to)",
             )
+
+
+def word_against(hold: Hold, path: Path) -> Conflict:
+    """The error for a file that is held by nothing but another user's note."""
+    assert hold.word_of is not None
+    return Conflict(
+        f"a note of user {hold.word_of.user} says that it is held, so it cannot be changed",
+        subject=path,
+        hint=f"if that is wrong, remove {hold.word_of.note}; else {LET_THEM}",
+    )
 
 
 def _number(repository: Repository, catalogue: Catalogue, point: str | None) -> int:

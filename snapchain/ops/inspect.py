@@ -99,6 +99,7 @@ def inspect_image(
                 *_findings(chain),
                 *_given(chain, notes),
                 *map(str, notes.faults(file.real_path for file in chain.files)),
+                *notes.ignored(file.real_path for file in chain.files),
             ),
         )
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
+from snapchain.host.files import open_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.fingerprint import Fingerprint, settle
@@ -136,12 +137,12 @@ def _reachable(sources: Sequence[Source], known: Iterable[MergedFile]) -> list[M
 
 
 def _look(path: Path) -> Source:
-    with os_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+    fd = open_file(path)
+    try:
+        with os_errors(path):
             return _source(settle(fd))
-        finally:
-            os.close(fd)
+    finally:
+        os.close(fd)
 
 
 def _source(mark: Fingerprint) -> Source:

@@ -19,11 +19,11 @@ from typing import Self
 
 from snapchain.errors import Busy, Conflict, InvalidInput
 from snapchain.host import files
+from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import RESTORE, temporary_beside, temporary_of
 
-_OURS = 0o600
 _TRIES, _PAUSE = 40, 0.05
 """For the lock on a directory, which is held for a few calls only: then it is done without."""
 
@@ -39,7 +39,7 @@ class OutputFile:
         self.name = path if name is None else name
         self._temporary = temporary_beside(path, purpose=RESTORE)
         self.fd = -1
-        self._directory = -1
+        self._directory: Directory | None = None
 
     @property
     def growing(self) -> Path:
@@ -49,15 +49,16 @@ class OutputFile:
     def __enter__(self) -> Self:
         """Raises Busy when another run is writing the file."""
         with os_errors(self.path.parent):
-            self._directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._directory = directory = Directory.open(self.path.parent)
         try:
+            with os_errors(self.path.parent):
+                listed = directory.opened()
             # One run at a time looks and begins, so that of two that begin at once one sees the other.
-            with _alone_in(self._directory) as alone:
+            with _alone_in(listed) as alone:
                 for part in parts_of(self.path) if alone else ():
                     remove_part(part)
                 with os_errors(self.path):
-                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                    self.fd = os.open(self._temporary.name, flags, _OURS, dir_fd=self._directory)
+                    self.fd = directory.create(self._temporary.name)
                 with suppress(OSError):  # a filesystem without locks: then the file counts as in use
                     fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
@@ -69,8 +70,8 @@ class OutputFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.fd >= 0:
-            with suppress(FileNotFoundError):
-                os.unlink(self._temporary.name, dir_fd=self._directory)
+            with os_errors(self.path):
+                self._place.remove(self._temporary.name, only=os.fstat(self.fd))
         self._close()
 
     def check_can_stand_for(self, replaced: ImageLock) -> None:
@@ -79,8 +80,9 @@ class OutputFile:
         if (theirs.st_uid, theirs.st_gid) == (mine.st_uid, mine.st_gid):
             return
         try:
-            os.fchown(self.fd, theirs.st_uid, theirs.st_gid)
-            os.fchown(self.fd, mine.st_uid, mine.st_gid)
+            with self._place.changing(mine):
+                os.fchown(self.fd, theirs.st_uid, theirs.st_gid)
+                os.fchown(self.fd, mine.st_uid, mine.st_gid)
         except PermissionError as error:
             raise InvalidInput(
                 f"you cannot give the new file the owner {theirs.st_uid} and the group {theirs.st_gid} of the old one",
@@ -95,32 +97,27 @@ class OutputFile:
         Raises Conflict when another file has the name.
         """
         with os_errors(self.path):
-            if replaced is None:
-                try:
-                    os.link(
-                        self._temporary.name,
-                        self.path.name,
-                        src_dir_fd=self._directory,
-                        dst_dir_fd=self._directory,
-                        follow_symlinks=False,
-                    )
-                except FileExistsError as error:
-                    raise exists(self.path) from error
-                os.unlink(self._temporary.name, dir_fd=self._directory)
-            else:
-                files.copy_standing(replaced.fd, self.fd, subject=self.path)
+            if replaced is not None:
+                files.copy_standing(replaced.fd, self.fd, subject=self.path, directory=self._place)
                 os.fsync(self.fd)
-                if not replaced.same_file(self.path):
-                    raise Conflict("another file took its name meanwhile", subject=self.path, hint="run it again")
-                os.rename(self._temporary.name, self.path.name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            os.fsync(self._directory)
+            status = None if replaced is None else os.fstat(replaced.fd)
+            try:
+                self._place.give_name(self.fd, self._temporary.name, self.path.name, replacing=status)
+            except FileExistsError as error:
+                raise exists(self.path) from error
         self._close()
 
+    @property
+    def _place(self) -> Directory:
+        assert self._directory is not None
+        return self._directory
+
     def _close(self) -> None:
-        for fd in (self.fd, self._directory):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self._directory = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+        if self._directory is not None:
+            self._directory.close()
+        self.fd, self._directory = -1, None
 
 
 def exists(path: Path) -> Conflict:
@@ -152,10 +149,10 @@ def is_part(part: Path, status: os.stat_result, *, of_anybody: bool = False) -> 
 
 def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
     """Remove an unfinished file of a killed run. Returns whether it was one. Raises Busy while a run writes it."""
-    with os_errors(part):
+    with files.directory_of(part) as directory:
         try:
-            fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # gone, a link, a socket, another user's: no run of ours is to be waited for
+            fd = directory.open_file(part.name)
+        except (OSError, InvalidInput):  # gone, a link, a socket, another user's: no run of ours is to be waited for
             return False
         try:
             status = os.fstat(fd)
@@ -167,12 +164,10 @@ def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
                 raise Busy("another snapchain is writing it", subject=meant_for(part), hint="wait for it") from error
             except OSError:  # no locks here: it counts as in use
                 return False
-            if not _is(part, status):  # it got its final name before it was locked here
-                return False
-            part.unlink()
+            # Not where it got its final name before it was locked here.
+            return directory.remove(part.name, only=status)
         finally:
             os.close(fd)
-    return True
 
 
 def _is(path: Path, status: os.stat_result) -> bool:

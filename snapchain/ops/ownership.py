@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.host.files import fsync_file
+from snapchain.host.directory import MOST_MODE
+from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
 from snapchain.ops.dependents import Kind, dependents_of_chain
 from snapchain.ops.lineage import note_of
-from snapchain.ops.notes import Given, LayerNote, Notes
+from snapchain.ops.notes import LET_THEM, Given, LayerNote, Notes
 from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
 
 _WRITE_BITS = 0o222
@@ -47,6 +48,8 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
     if not found:
         return
     top, mark = _top(chain, image), found[0][1]
+    if mark.word_of is not None:
+        raise _word_against(mark, found[0][0])
     if found[0][0] != top:
         raise Conflict(
             f"its backing file belongs to a disk that was given away: {told(mark)}",
@@ -67,18 +70,34 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
 
 
 def told(mark: Given) -> str:
-    """To whom a disk was given, as a sentence."""
+    """To whom a disk was given, as a sentence; of a note that another user may have written, only that it says so."""
+    if mark.word_of is not None:
+        return f"a note of user {mark.word_of.user} says that this disk was given to another host"
     said = "was given" if mark.confirmed else "is being given"
     when = f"{mark.time:%Y-%m-%d %H:%M} UTC"
     return f"this disk {said} to {mark.destination}::{mark.disk}, in epoch {mark.epoch}, {when}"
+
+
+def _word_against(mark: Given, path: Path) -> Conflict:
+    """The error for a file that another user's note says was given away: no more of that note counts."""
+    return Conflict(told(mark), subject=path, hint=remedy_against(mark))
+
+
+def remedy_against(mark: Given) -> str:
+    """What to do where only another user's note says that a disk was given away."""
+    assert mark.word_of is not None
+    return f"if it was not, remove {mark.word_of.note}; if it was, {LET_THEM}"
 
 
 def given(chain: ImageChain, notes: Notes) -> Given | None:
     """To whom the disk was given: the mark of its top, which is the first to be set and the last to be taken off.
 
     Raises Corrupt for a note that cannot be read beside a top that is read-only: both signs of a disk that was given.
+    Raises Conflict where only another user's note says so.
     """
     found = _in_force(chain, notes, None)
+    if found and found[0][1].word_of is not None:
+        raise _word_against(found[0][1], found[0][0])
     return found[0][1] if found and found[0][0] == chain.top.real_path else None
 
 
@@ -165,8 +184,7 @@ def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) ->
     above = 1
     for file in files:
         path = file.real_path
-        with os_errors(path):
-            mode = stat.S_IMODE(path.stat().st_mode)
+        mode = _mode(path)
 
         def marked(note: LayerNote, path: Path = path, mode: int = mode, above: int = above) -> LayerNote:
             before = note.given
@@ -178,9 +196,7 @@ def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) ->
             return note.model_copy(update={"given": mark.model_copy(update={"mode": kept})})
 
         above = max(above, _epoch(path, notes.change(path, marked)))
-        with os_errors(path):
-            path.chmod(mode & ~_WRITE_BITS)
-        fsync_file(path)
+        set_mode(path, mode & ~_WRITE_BITS)
     return [file.path for file in files]
 
 
@@ -210,8 +226,7 @@ def unfence(chain: ImageChain, token: str, *, epoch: int = 1) -> None:
 
     # The top last: as long as its mark is there, an interrupted run is known, and done again.
     for file, mark in _marked(chain, token):
-        with os_errors(file.real_path):
-            file.real_path.chmod(mark.mode)
+        set_mode(file.real_path, mark.mode & MOST_MODE or _mode(file.real_path) | stat.S_IWUSR)
         Notes().change(file.real_path, restored)
 
 
@@ -224,7 +239,12 @@ def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
     """The files that bear the mark of a handover, root first."""
     notes = Notes()
     marks = ((file, note_of(file, notes).given) for file in chain.files)
-    return [(file, mark) for file, mark in marks if mark is not None and mark.token == token]
+    return [(file, mark) for file, mark in marks if mark is not None and not mark.word_of and mark.token == token]
+
+
+def _mode(path: Path) -> int:
+    with directory_of(path) as directory:
+        return stat.S_IMODE(directory.status(path.name).st_mode)
 
 
 def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:

@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable, Unsupported
+from snapchain.host.directory import resolve
 from snapchain.host.files import free_bytes
 from snapchain.host.links import follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
@@ -29,9 +30,10 @@ from snapchain.image.block_device import claimed as claimed_device
 from snapchain.image.dependents import Dependents, search
 from snapchain.ops.dependents import find_dependents, image_directories
 from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.ops.hold import word_against
 from snapchain.ops.notes import Notes
 from snapchain.ops.output import OutputFile, exists
-from snapchain.ops.ownership import told
+from snapchain.ops.ownership import remedy_against, told
 
 Format = Literal["qcow2", "raw"]
 _RAW_SUFFIXES = frozenset({".raw", ".img", ".bin", ".dd"})
@@ -98,6 +100,7 @@ class Target:
         """Raises NotFound, InvalidInput, Unsupported and Conflict for a place that does not do."""
         self.output, self.whole_chain, self.force = output, whole_chain, force
         self._followed = follow(output)
+        _check_chosen(output)
         self.file = self._followed.path
         found = _status(self.file)
         self.device = found is not None and stat.S_ISBLK(found.st_mode)
@@ -167,9 +170,10 @@ class Target:
         _check_kind(self.output, found)
         if not self.force and not self.device:
             raise exists(self.output)
-        if not self.force and self._followed.exposed:
+        if self.device and not self.force and not _is_own_name(self.output, self.file):
+            by_whom = "a symbolic link that others may change" if self._followed.exposed else "a symbolic link"
             raise Conflict(
-                f"a symbolic link that others may change leads to the device {self.file}",
+                f"{by_whom} leads to the device {self.file}",
                 subject=self.output,
                 hint="name the device itself, or say --force to overwrite it",
             )
@@ -202,6 +206,7 @@ class Claim:
     def output(self, name: Path) -> OutputFile:
         """Begin a file of the restore, by its name. Raises Busy, and as `Target` for a name that does not do."""
         followed = follow(name) if name != self._target.file else None
+        _check_chosen(name)
         path = name if followed is None else followed.path
         if followed is not None and followed.by_link and _status(path) is None and not self._target.force:
             raise exists(name)
@@ -264,6 +269,18 @@ class Claim:
         return False
 
 
+def _is_own_name(path: Path, device: Path) -> bool:
+    """Whether a device is named by one of the names that the system gives to devices."""
+    whole = path.absolute()
+    return whole == device or (whole.is_relative_to("/dev") and ".." not in whole.parts)
+
+
+def _check_chosen(path: Path) -> None:
+    """Raises Unsupported for a place that somebody else has chosen for root by a link, be it empty."""
+    with os_errors(path):
+        resolve(path).check_may_be_changed(path)
+
+
 def _identity(fd: int) -> tuple[int, int]:
     """(device, inode)"""
     found = os.fstat(fd)
@@ -310,6 +327,8 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
             raise fault
         note = notes.of(path)
         if note.holds:
+            if note.holds[0].word_of is not None:
+                raise word_against(note.holds[0], path)
             tags = ", ".join(hold.tag for hold in note.holds)
             raise Conflict(
                 f"it is held and must stay as it is: {tags}",
@@ -317,10 +336,12 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
                 hint=f"snapchain release {shlex.quote(str(path))} --tag {shlex.quote(note.holds[0].tag)}",
             )
         if note.given is not None:
+            is_word = note.given.word_of is not None
+            back = "`snapchain migrate --take-back` makes the disk this host's again"
             raise Conflict(
                 f"{told(note.given)}: nothing here may write to it",
                 subject=path,
-                hint="restore to another name; `snapchain migrate --take-back` makes the disk this host's again",
+                hint=f"restore to another name; {remedy_against(note.given) if is_word else back}",
             )
     found = find_dependents(paths, top=top, own=own) if top.is_file() else _on_device(paths, top)
     if found.incomplete is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from snapchain.errors import Conflict
+from snapchain.host.directory import open_behind
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image.fingerprint import Fingerprint, settle
@@ -94,7 +95,7 @@ class OfflineSet:
 
 def _mark(path: Path) -> Fingerprint:
     with os_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_behind(path)
         try:
             return settle(fd)
         finally:

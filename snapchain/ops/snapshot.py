@@ -193,15 +193,8 @@ def _replace(planned: SnapshotPlan, lock: ImageLock, place: Directory, on_event:
             second_name = _give_second_name(planned, lock, place)
         cluster_size = _check_overlay(planned, temporary, fd, lock)
         _note(planned, on_event)
-        if not same_file(place.status(temporary.name), made):
-            raise Conflict("another file took the name of the new overlay", subject=planned.overlay)
-        if not in_place:
-            place.link(temporary.name, planned.overlay.name)
-        elif lock.same_file(planned.source):
-            place.rename(temporary.name, planned.overlay.name)
-        else:
-            raise Conflict("another file took its name", subject=planned.source)
-        place.sync()
+        replacing = os.fstat(lock.fd) if in_place else None
+        place.give_name(fd, temporary.name, planned.overlay.name, replacing=replacing)
         done = True
     finally:
         os.close(fd)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
-from snapchain.host.directory import Directory, same_file
+from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
@@ -135,10 +135,7 @@ def _make(disk: ReplicaDisk, backing: Path, asked: Active, path: Path) -> None:
                 subject=path.parent,
             )
             disk.access.give(fd, disk.access.overlay)
-            if not same_file(place.status(temporary), made):
-                raise Conflict("another file took the name of the new overlay", subject=path)
-            place.link(temporary, path.name)
-            place.sync()
+            place.give_name(fd, temporary, path.name, replacing=None)
         finally:
             os.close(fd)
             with suppress(OSError):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.errors import SnapchainError
+from snapchain.host.state_key import made_key
 from snapchain.image.assemble import threads
 from tests.exhaustive import EXHAUSTIVE
 
@@ -53,6 +54,7 @@ def met(function: Callable[[], object], fault: Fault, *, each: int = 1, limit: i
     each: of a test marked `sampled`: without EXHAUSTIVE only one in so many calls meets its fault, each kind of fault
     beginning at another call
     """
+    made_key()  # the faults are for what every run does
     step = 1 if EXHAUSTIVE else each
     first = 1 + list(Fault).index(fault) % step
     for at in range(first, limit, step):
@@ -101,6 +103,7 @@ def _met_at(function: Callable[[], object], fault: Fault, at: int) -> tuple[str,
 
 def counted(function: Callable[[], object]) -> list[str]:
     """The names of the calls that it makes, in order."""
+    made_key()
     seen: list[str] = []
     where, back = os.pipe()
     pid = os.fork()
@@ -140,9 +143,9 @@ def _child(function: Callable[[], object], fault: Fault, at: int, back: int) -> 
             os.close(back)
         return done == at
 
-    def strike(real: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> None:
+    def strike(real: Callable[..., Any], name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if fault is Fault.TORN:
-            _half(real, name, arguments)
+            _half(real, name, arguments, named)
         if fault in {Fault.KILL, Fault.TORN}:
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(fault.value, os.strerror(fault.value))
@@ -158,22 +161,25 @@ def _child(function: Callable[[], object], fault: Fault, at: int, back: int) -> 
     return _FAULTED if done >= at else _FINISHED
 
 
-def _half(real: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> None:
+def _half(real: Callable[..., Any], name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     """As much as a kernel may have done of a call when the power goes."""
     if name in {"write", "pwrite"}:
         data = memoryview(arguments[1]).cast("B")
-        real(arguments[0], data[: len(data) // 2], *arguments[2:])
+        real(arguments[0], data[: len(data) // 2], *arguments[2:], **named)
     elif name == "copy_file_range":
-        real(arguments[0], arguments[1], max(arguments[2] // 2, 1), *arguments[3:])
+        real(arguments[0], arguments[1], max(arguments[2] // 2, 1), *arguments[3:], **named)
     elif name not in {"pwritev", "writev"}:
-        real(*arguments)
+        real(*arguments, **named)
 
 
-def _install(due: Callable[[str], bool], strike: Callable[[Callable[..., Any], str, tuple[Any, ...]], None]) -> None:
+Strike = Callable[[Callable[..., Any], str, tuple[Any, ...], dict[str, Any]], None]
+
+
+def _install(due: Callable[[str], bool], strike: Strike) -> None:
     def wrapped(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             if _changes(name, arguments) and due(name):
-                strike(real, name, arguments)
+                strike(real, name, arguments, named)
             return real(*arguments, **named)
 
         return call

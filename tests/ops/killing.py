@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from snapchain.host.processes import run
+from snapchain.host.state_key import made_key
 from snapchain.image import qemu_img
 from tests.exhaustive import EXHAUSTIVE
 
@@ -43,6 +44,7 @@ def killed_at_every_step(function: Callable[[], object], *, each: int = 1, limit
     The caller puts everything back before it goes on.  A child that fails otherwise fails the test.
     each: of a test marked `sampled`: without EXHAUSTIVE it dies at one in so many steps
     """
+    made_key()  # the steps are those that every run takes
     for at in range(1, limit, 1 if EXHAUSTIVE else each):
         pid = os.fork()
         if pid == 0:
@@ -67,6 +69,7 @@ def killed_after(function: Callable[[], object], steps: int) -> bool:
 
     Errors of the function are the child's own.
     """
+    made_key()
     pid = os.fork()
     if pid == 0:
         try:

@@ -230,9 +230,10 @@ def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     opened: list[object] = []
     real = os.open
 
-    def counted(path: str, *more: int, **named: int) -> int:
-        opened.append(path)
-        return real(path, *more, **named)
+    def counted(path: str, flags: int, *more: int, **named: int) -> int:
+        if not flags & (os.O_PATH | os.O_DIRECTORY):
+            opened.append(path)
+        return real(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", counted)
     find_dependents([base] * 10, top=top)

@@ -13,7 +13,7 @@ from snapchain.host.temporary_names import temporary_beside
 from snapchain.image import dependents
 from snapchain.ops import doctor, merge_image, snapshot
 from snapchain.ops.events import Event, Notice, Progress
-from snapchain.ops.merge.journal import MergeJournal, journal_path
+from snapchain.ops.merge.journal import MergeJournal, OpenJournal, journal_path
 from snapchain.ops.merge.run import MergeReport
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge_set import plan as planning, run as running
@@ -232,8 +232,8 @@ def test_the_doctor_removes_only_what_is_the_disks_own_now(forest: Forest) -> No
     journal = killed_past_its_switch(forest)
     base, top = forest.root / "_base" / "img.qcow2", journal.replaced.path
     listed = (*journal.remove, type(journal.replaced).of(base))
-    old = journal.model_copy(update={"remove": listed}).model_dump_json(exclude={"top", "links", "confirmed"})
-    journal_path(top).write_text(old)
+    listing = {"remove": listed, "top": None, "links": (), "confirmed": ()}
+    OpenJournal(journal.model_copy(update=listing)).close()
     other = clone(forest, "i1/1.qcow2")
     report = doctor.run(doctor.plan([top.parent]))
     (treated,) = report.treated
@@ -249,7 +249,7 @@ def test_the_doctor_asks_for_the_place_of_a_file_too(forest: Forest) -> None:
     journal = killed_past_its_switch(forest)
     base, top = forest.root / "_base" / "img.qcow2", journal.replaced.path
     listed = (*journal.remove, type(journal.replaced).of(base))
-    journal_path(top).write_text(journal.model_copy(update={"remove": listed}).model_dump_json())
+    OpenJournal(journal.model_copy(update={"remove": listed})).close()
     (treated,) = doctor.run(doctor.plan([top.parent])).treated
     assert {each.path.name: each.reason for each in treated.kept} == {"img.qcow2": OUTSIDE.format(top.parent)}
     forest.check(top)

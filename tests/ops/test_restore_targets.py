@@ -184,7 +184,7 @@ def given_away(scene: Scene) -> None:
 
 def of_another_owner(scene: Scene) -> None:
     os.chown(scene.image(), NOBODY, 4321)
-    scene.out.chmod(0o4640)
+    scene.out.chmod(0o640)
     os.setxattr(scene.out, "user.note", b"kept")
 
 
@@ -281,8 +281,9 @@ ROOT_TARGETS: dict[Callable[[Scene], None], tuple[Outcome, Outcome]] = {
     device_with_a_first_byte: ((Conflict, "not empty: there is data at byte 0"), None),
     device_with_a_last_byte: ((Conflict, "not empty: there is data at byte 16777215"), None),
     device_with_data_in_the_middle: ((Conflict, "not empty: there is data at byte 5242880"), None),
-    link_to_an_empty_device: (None, None),
-    link_that_others_may_change_to_an_empty_device: ((Conflict, "a symbolic link that others may change"), None),
+    link_to_an_empty_device: ((Conflict, "a symbolic link leads to the device"), None),
+    link_that_others_may_change_to_an_empty_device: ((Unsupported, "a symbolic link of everybody leads to /dev/loop"),)
+    * 2,
     mounted_device: ((Busy, "the device is mounted at .*/mnt"),) * 2,
     device_held_by_qemu_nbd: ((Busy, r"qemu-nbd \(pid \d+\)"),) * 2,
     device_under_a_loop_device: ((Busy, r"/dev/loop\d+ has it open"),) * 2,

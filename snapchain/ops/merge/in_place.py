@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.host import files
-from snapchain.host.directory import same_file
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.image import ImageChain, ImageFile, inplace
@@ -93,10 +92,7 @@ def _take_place(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, o
         if lost := files.copy_standing(replaced, fd, subject=planned.result, directory=directory):
             on_event(Notice.of(planned.result, lost))
         os.fsync(fd)
-        if not same_file(directory.status(lowest.real_path.name), os.fstat(fd)):
-            raise Conflict("another file took its name", subject=lowest.path)
-        directory.rename(lowest.real_path.name, planned.result.name)
-        directory.sync()
+        directory.give_name(fd, lowest.real_path.name, planned.result.name, replacing=os.fstat(replaced))
 
 
 def _undo(planned: MergePlan, journal: OpenJournal, fd: int) -> None:

@@ -5,8 +5,9 @@
     committing   commit: the lowest input is being added to; its rename is the switch    see by the inode
 
 Until a new file is whole nothing is recorded: its temporary name says enough.  The record is on the disk before the
-step that it names.  It names files to remove, so one that somebody else could have planted is not believed: it must be
-ours, and its files what they were.  While the merge lives it holds a lock on its record (flock(2)).
+step that it names.  It names files to remove, and others may write to its directory.  So it carries the mark of the
+user who merges (host/records.py), and without that mark nothing is done by it.  While the merge lives it holds a lock
+on its record (flock(2)).
 """
 
 from __future__ import annotations
@@ -18,42 +19,117 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from snapchain.errors import Busy, Corrupt, InvalidInput
-from snapchain.host import files
+from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.host import files, records
+from snapchain.host.directory import Directory
+from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.os_errors import os_errors
+from snapchain.host.state_key import StateKey, made_key, own_key
 from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
 from snapchain.image.qcow2.header import Backing
 
 _PREFIX, _SUFFIX = ".snapchain-merge-", ".json"
+_PURPOSE = "merge"
+_CAP = 1 << 20
+_MOST_FILES, _LONGEST_PATH = 10_000, 4096
+_LARGEST = (1 << 64) - 1
+_REMEDY = (
+    "let the user and the host that began this merge finish it with `snapchain doctor`; else read the file, "
+    "and remove it, or name it to `snapchain doctor --accept`"
+)
+
+
+def _is_path(path: Path) -> Path:
+    if "\0" in str(path) or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ValueError("not the path of a file")
+    return path
+
+
+def _is_exact(path: Path) -> Path:
+    if not path.is_absolute() or ".." in path.parts:
+        raise ValueError("the path of a file must lead to it from the root, without '..'")
+    return path
+
+
+_Named = Annotated[Path, AfterValidator(_is_path)]
+_Exact = Annotated[Path, AfterValidator(_is_path), AfterValidator(_is_exact)]
+_Number = Annotated[int, Field(ge=0, le=_LARGEST)]
+_Names = Annotated[tuple[_Named, ...], Field(max_length=_MOST_FILES)]
 
 
 class FileId(BaseModel):
-    """A file by name, device and inode."""
+    """A file by name, device and inode.
+
+    born_ns: when it was made, which tells it from a later file with the same inode; None where nothing knows
+    size, mtime_ns: as they were; None in a record of version 0.1
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    path: Path
-    device: int
-    inode: int
+    path: _Exact
+    device: _Number
+    inode: _Number
+    born_ns: int | None = Field(default=None, ge=-_LARGEST, le=_LARGEST)
+    size: _Number | None = None
+    mtime_ns: int | None = Field(default=None, ge=-_LARGEST, le=_LARGEST)
 
     @classmethod
     def of(cls, path: Path) -> FileId:
         """As it is now."""
+        with os_errors(path), Directory.open(path.parent) as directory:
+            return cls._of(path, look(directory, path.name))
+
+    @classmethod
+    def of_open(cls, path: Path, fd: int) -> FileId:
+        """Of what is open, whose name this is."""
         with os_errors(path):
-            status = path.lstat()
-        return cls(path=path, device=status.st_dev, inode=status.st_ino)
+            return cls._of(path, look_at(fd))
+
+    @classmethod
+    def _of(cls, path: Path, found: Look) -> FileId:
+        status = found.status
+        return cls(
+            path=path,
+            device=status.st_dev,
+            inode=status.st_ino,
+            born_ns=found.born_ns,
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+        )
+
+    def is_at(self, found: Look) -> bool:
+        """Whether what was found under a name is this file, whatever was written to it since.
+
+        Numbers of devices change at a reboot: they count only where nothing knows when a file was made.
+        """
+        if found.status.st_ino != self.inode:
+            return False
+        if self.born_ns is not None and found.born_ns is not None:
+            return self.born_ns == found.born_ns
+        return found.status.st_dev == self.device
+
+    def is_untouched(self, found: Look) -> bool:
+        """Whether it is this file, and nobody has written to it since."""
+        status = found.status
+        same = self.size in (None, status.st_size) and self.mtime_ns in (None, status.st_mtime_ns)
+        return same and self.is_at(found)
+
+    def whatever_written(self) -> FileId:
+        """The same file, also when somebody has written to it since."""
+        return self.model_copy(update={"size": None, "mtime_ns": None})
 
     def still(self, path: Path | None = None) -> bool:
         """Whether `path` (its own by default) is this file."""
+        where = self.path if path is None else path
         try:
-            status = (path or self.path).lstat()
-        except FileNotFoundError:
+            with os_errors(where), Directory.open(where.parent) as directory:
+                return self.is_at(look(directory, where.name))
+        except NotFound:
             return False
-        return (status.st_dev, status.st_ino) == (self.device, self.inode)
 
 
 class MergeJournal(BaseModel):
@@ -74,14 +150,22 @@ class MergeJournal(BaseModel):
     stage: Literal["switching", "absorbing", "committing"]
     replaced: FileId
     result: FileId
-    lowest: Path
+    lowest: _Exact
     link: Backing | None
-    remove: tuple[FileId, ...] = ()
-    kept_as: Path | None = None
-    search: tuple[Path, ...] = ()
-    top: Path | None = None
-    links: tuple[Path, ...] = ()
-    confirmed: tuple[Path, ...] = ()
+    remove: Annotated[tuple[FileId, ...], Field(max_length=_MOST_FILES)] = ()
+    kept_as: _Exact | None = None
+    search: _Names = ()
+    top: _Named | None = None
+    links: _Names = ()
+    confirmed: _Names = ()
+
+    @model_validator(mode="after")
+    def _check_places(self) -> Self:
+        """The result takes a name in its own directory, and so does a second name."""
+        home = self.replaced.path.parent
+        if self.result.path.parent != home or (self.kept_as is not None and self.kept_as.parent != home):
+            raise ValueError("the result of a merge lies in another directory than the file whose place it takes")
+        return self
 
     @property
     def path(self) -> Path:
@@ -90,7 +174,10 @@ class MergeJournal(BaseModel):
 
 
 class OpenJournal:
-    """A record on the disk, held by its merge until `close`; a context manager that closes and does not remove."""
+    """A record on the disk, held by its merge until `close`; a context manager that closes and does not remove.
+
+    unmarked: why it has no mark, so that only `doctor --accept` finishes what it names when the merge is killed
+    """
 
     def __init__(self, journal: MergeJournal, *, durable: bool = True) -> None:
         """Write it. durable: its name too is on the disk when this returns; else with the next flush of the directory.
@@ -98,22 +185,32 @@ class OpenJournal:
         It takes the place of an older one.
         """
         self.journal = journal
+        self.unmarked: SnapchainError | None = None
         self._fd = -1
-        temporary = temporary_beside(journal.path, purpose=NEW)
-        self._fd = files.open_new(temporary)
-        try:
-            with os_errors(journal.path):
+        path = journal.path
+        temporary = temporary_beside(path, purpose=NEW).name
+        with os_errors(path), Directory.open(path.parent) as directory:
+            data = _encoded(journal, directory, self._key())
+            self._fd = directory.create(temporary)
+            try:
                 fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.write(self._fd, journal.model_dump_json(indent=1).encode())
+                os.write(self._fd, data)
                 os.fsync(self._fd)
-                temporary.replace(journal.path)
-            if durable:
-                files.fsync_dir(journal.path.parent)
-        except BaseException:
-            self.close()
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+                directory.rename(temporary, path.name)
+                if durable:
+                    directory.sync()
+            except BaseException:
+                self.close()
+                with suppress(OSError, SnapchainError):
+                    directory.remove(temporary)
+                raise
+
+    def _key(self) -> StateKey | None:
+        try:
+            return made_key()
+        except SnapchainError as error:
+            self.unmarked = error
+            return None
 
     def close(self) -> None:
         """Let go of it; fine when repeated."""
@@ -128,13 +225,26 @@ class OpenJournal:
         self.close()
 
 
+def _encoded(journal: MergeJournal, directory: Directory, key: StateKey | None) -> bytes:
+    try:
+        values = journal.model_dump(mode="json")
+    except ValueError as error:
+        raise Unsupported(
+            "a merge of files whose names are not UTF-8 cannot be recorded",
+            subject=journal.replaced.path,
+            hint="rename the files of its chain, or their directory",
+        ) from error
+    return records.encode(values, purpose=_PURPOSE, place=os.fstat(directory.fd).st_ino, key=key)
+
+
 @contextmanager
 def taken(journal: MergeJournal) -> Iterator[None]:
     """Hold the record of a merge that was killed. Raises Busy while that merge lives."""
-    with os_errors(journal.path):
-        fd = os.open(journal.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    path = journal.path
+    with os_errors(path), Directory.open(path.parent) as directory:
+        fd = directory.open_file(path.name)
     try:
-        with os_errors(journal.path):
+        with os_errors(path):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -161,9 +271,9 @@ def sweep(image: Path) -> None:
 def unsettled(images: Iterable[Path]) -> list[MergeJournal]:
     """The journals that killed merges have left beside any of these images (real paths).
 
-    Raises Corrupt for one that cannot be read, InvalidInput for one that somebody else could have written.
+    Raises Corrupt for one that cannot be read, InvalidInput for one that this user did not write.
     """
-    return [_read(image, path) for image in images if (path := journal_path(image)).exists()]
+    return [_read(image, path) for image in images if _is_there(path := journal_path(image))]
 
 
 def read(path: Path) -> MergeJournal:
@@ -172,28 +282,76 @@ def read(path: Path) -> MergeJournal:
     return _read(journal.replaced.path, path)
 
 
+def unproven(path: Path) -> MergeJournal:
+    """The record at a path, whoever wrote it, for somebody to look at: without files in any directory but its own.
+
+    Raises Corrupt for what is no record of this place.
+    """
+    found = _parsed(path, unproven=True)
+    _check_place(found, found.replaced.path, path)
+    home = path.parent
+    return found.model_copy(
+        update={
+            "remove": tuple(entry for entry in found.remove if entry.path.parent == home),
+            "top": None,
+            "links": (),
+            "confirmed": (),
+        }
+    )
+
+
+def accept(path: Path) -> None:
+    """Make a record this user's, as `unproven` shows it, since they have looked at it.
+
+    Raises as that, Busy while its merge lives, and as `made_key`.
+    """
+    made_key()
+    found = unproven(path)
+    with taken(found), OpenJournal(found):
+        pass
+
+
 def is_journal(path: Path) -> bool:
     """Whether a file bears the name of a record."""
     return path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)
 
 
+def _is_there(path: Path) -> bool:
+    """Whether anything has that name, be it a dangling link."""
+    with os_errors(path), Directory.open(path.parent) as directory:
+        return directory.has(path.name)
+
+
 def _read(image: Path, path: Path) -> MergeJournal:
     journal = _parsed(path)
-    if journal.replaced.path != image or journal_path(image) != path:
-        raise Corrupt("the journal of another directory's merge", subject=path, hint="was the directory moved?")
+    _check_place(journal, image, path)
     return journal
 
 
-def _parsed(path: Path) -> MergeJournal:
-    with os_errors(path):
-        status = path.lstat()
-    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
-        raise InvalidInput(
-            "a merge's journal that others may have written",
-            subject=path,
-            hint="look into it; remove it if you trust nothing in it",
-        )
+def _check_place(journal: MergeJournal, image: Path, path: Path) -> None:
+    if journal.replaced.path != image or journal_path(image) != path:
+        raise Corrupt("the journal of another directory's merge", subject=path, hint="was the directory moved?")
+
+
+def _parsed(path: Path, *, unproven: bool = False) -> MergeJournal:
+    """unproven: whoever wrote it."""
     try:
-        return MergeJournal.model_validate_json(files.read_small(path))
+        with os_errors(path), Directory.open(path.parent) as directory:
+            record = records.read(directory, path.name, purpose=_PURPOSE, key=own_key(), cap=_CAP)
+    except (InvalidInput, Unsupported) as error:
+        raise _no_journal(path, error.message) from error
+    try:
+        journal = MergeJournal.model_validate_json(record.text)
     except ValidationError as error:
-        raise Corrupt(f"not a merge's journal: {error.errors()[0]['msg']}", subject=path) from error
+        raise _no_journal(path, error.errors()[0]["msg"]) from error
+    if not record.is_marked and not unproven:
+        raise InvalidInput(
+            "a merge's journal that this user did not write on this host, or that was changed since",
+            subject=path,
+            hint=_REMEDY,
+        )
+    return journal
+
+
+def _no_journal(path: Path, why: str) -> Corrupt:
+    return Corrupt(f"not a merge's journal: {why}", subject=path, hint="look at it, and remove it")

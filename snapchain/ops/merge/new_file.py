@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from snapchain.errors import Conflict, Corrupt, SnapchainError
+from snapchain.errors import Corrupt, SnapchainError
 from snapchain.host import files
-from snapchain.host.directory import Directory, same_file
+from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
@@ -63,12 +63,11 @@ def _make(
             lock.change(LockMode.WRITE, open_files=open_files)
         check_unchanged(old)
         check_still_allowed(old, planned.first, planned.last)
-        journal = OpenJournal(_record(planned, old, temporary, made), durable=False)
+        journal = OpenJournal(_record(planned, old, temporary, fd), durable=False)
         if planned.kept_as is not None:
             place.link(planned.result.name, planned.kept_as.name)
-        _check_names(place, [(temporary, made), (planned.result, replaced), (planned.kept_as, replaced)])
-        place.rename(temporary.name, planned.result.name)
-        place.sync()
+            place.check_is(planned.kept_as.name, replaced)
+        place.give_name(fd, temporary.name, planned.result.name, replacing=replaced)
     except BaseException:
         if journal is not None and journal.journal.result.still(planned.result):
             journal.close()
@@ -78,12 +77,6 @@ def _make(
     finally:
         os.close(fd)
     return journal
-
-
-def _check_names(place: Directory, wanted: Sequence[tuple[Path | None, os.stat_result]]) -> None:
-    for path, status in wanted:
-        if path is not None and not same_file(place.status(path.name), status):
-            raise Conflict("another file took its name", subject=path)
 
 
 def _undo(
@@ -102,11 +95,11 @@ def _undo(
         journal.close()
 
 
-def _record(planned: MergePlan, old: ImageChain, temporary: Path, made: os.stat_result) -> MergeJournal:
+def _record(planned: MergePlan, old: ImageChain, temporary: Path, fd: int) -> MergeJournal:
     return MergeJournal(
         stage="switching",
         replaced=FileId.of(planned.result),
-        result=FileId(path=temporary, device=made.st_dev, inode=made.st_ino),
+        result=FileId.of_open(temporary, fd),
         lowest=old.files[planned.first].real_path,
         link=planned.backing,
         remove=tuple(FileId.of(path) for path in planned.remove),

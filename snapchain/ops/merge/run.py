@@ -28,6 +28,7 @@ from snapchain.ops.merge.journal import MergeJournal, taken, unsettled
 from snapchain.ops.merge.plan import Asked, MergePlan, decide
 from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge.ways import Way
+from snapchain.ops.notes import Notes
 
 
 class MergeReport(BaseModel):
@@ -64,6 +65,8 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
         return _report(planned, leftovers)
     with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
         _check_room(planned)
+        for sentence in Notes().ignored(file.real_path for file in old.files):
+            on_event(Notice(sentence))
         # The uppermost input goes, too, unless it gets a second name.
         gone = [*planned.remove, *([] if planned.kept_as else [planned.result])]
         before = sum(_allocated(path) for path in gone)
@@ -71,6 +74,8 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
             journal = in_place.make(planned, way.work, old, locks=locks, on_event=on_event)
         else:
             journal = new_file.make(planned, way.work, old, locks=locks, on_event=on_event)
+        if journal.unmarked is not None:
+            on_event(Notice.of(planned.result, f"its journal bears no mark of this user: {journal.unmarked}"))
         if noted:
             _note(planned, old, on_event)
         settled = settle.finish(journal)

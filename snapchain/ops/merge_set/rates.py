@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import SnapchainError
-from snapchain.host.files import read_small, write_atomically
+from snapchain.host.files import make_directories, write_atomically
 from snapchain.host.places import state_dir
+from snapchain.host.records import read_own
 from snapchain.ops.merge.plan import MergePlan
 
 COPIED = 200_000_000
@@ -40,7 +41,7 @@ class Rates(BaseModel):
     def remembered(cls) -> Rates:
         """What is known; nothing where the file is missing or damaged."""
         with suppress(SnapchainError, ValidationError, OSError, RuntimeError):
-            return cls.model_validate_json(read_small(_path()))
+            return cls.model_validate_json(read_own(_path(), cap=1 << 20))
         return cls()
 
     def rate(self, directory: Path, way: str, *, shared: bool) -> float:
@@ -69,7 +70,7 @@ def remember(directory: Path, way: str, *, moved: int, seconds: float, shared: b
     rates = {**known.rates, key: before + (measured - before) * _WEIGHT}
     with suppress(SnapchainError, OSError, RuntimeError):
         path = _path()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_directories(path.parent)
         write_atomically(path, known.model_copy(update={"rates": rates}).model_dump_json().encode())
 
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from snapchain.errors import Busy
+from snapchain.host.files import open_or_make
 from snapchain.host.os_errors import os_errors
 
 _POLL_SECONDS = 0.5
@@ -22,8 +23,7 @@ def only_run(path: Path, *, wait: float, on_wait: Callable[[str], None]) -> Iter
 
     The file keeps who holds it, for people; what counts is the lock, which the kernel drops with the process.
     """
-    with os_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_or_make(path)
     try:
         _take(fd, path, wait=wait, on_wait=on_wait)
         with suppress(OSError):  # for people only: a full disk must not end the run before it has begun

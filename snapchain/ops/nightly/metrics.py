@@ -7,15 +7,12 @@ was never shipped as an infinite one.  Damage that a sample has found stays unti
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from snapchain.host import files
-from snapchain.host.os_errors import os_errors
-from snapchain.host.temporary_names import NEW, temporary_beside
+from snapchain.host.temporary_names import NEW
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.report import NightlyReport, Outcome
 from snapchain.ops.nightly.state import DestinationState, State
@@ -53,20 +50,11 @@ def _escaped(text: str, *, quote: bool = False) -> str:
 
 def write(path: Path, report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> None:
     """Replace the file. former: disks of earlier runs that nobody expects any more. Raises what the place raises."""
-    with os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.remove_temporaries(path, purpose=NEW)
-        temporary = temporary_beside(path, purpose=NEW)
-        try:
-            with os.fdopen(files.open_new(temporary), "wb") as file:
-                # Whatever the umask: the exporter runs as somebody else.
-                os.fchmod(file.fileno(), _READABLE)
-                file.write(text(report, config, state, former=former).encode())
-            files.publish(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+    files.make_directories(path.parent, mode=0o777)
+    files.remove_temporaries(path, purpose=NEW)
+    # Whatever the umask: the exporter runs as somebody else.
+    data = text(report, config, state, former=former).encode()
+    files.write_atomically(path, data, mode=_READABLE, whatever_the_umask=True)
 
 
 def text(report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> str:

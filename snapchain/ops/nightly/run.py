@@ -19,7 +19,7 @@ from pathlib import Path
 
 from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import descriptors, files
-from snapchain.host.os_errors import os_errors
+from snapchain.host.places import SYSTEM_STATE
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
@@ -38,7 +38,6 @@ from snapchain.ops.nightly.upkeep import Upkeep
 from snapchain.repository.known import state_dir
 
 LAST_REPORT = "last-report.json"
-SYSTEM_STATE = Path("/var/lib/snapchain")
 
 
 def now_utc() -> datetime:
@@ -73,8 +72,7 @@ def run(
     faults, and that it was interrupted.
     """
     directory = directory_of(config, path)
-    with os_errors(directory):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.make_directories(directory)
 
     def on_notice(words: str) -> None:
         on_event(Notice(words))

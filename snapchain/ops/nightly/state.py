@@ -16,8 +16,7 @@ from typing import Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import NotFound, SnapchainError
-from snapchain.host import files
-from snapchain.host.os_errors import os_errors
+from snapchain.host import files, records
 from snapchain.host.temporary_names import NEW
 
 _CAP = 64 << 20
@@ -88,7 +87,7 @@ class State(_Part):
 def read_state(path: Path) -> State | None:
     """What is there; None for a file that cannot be understood. Raises what keeps it from being read."""
     try:
-        return State.model_validate_json(files.read_small(path, cap=_CAP))
+        return State.model_validate_json(records.read_own(path, cap=_CAP))
     except NotFound:
         return State()
     except ValidationError:
@@ -118,8 +117,7 @@ class StateFile:
             if found is None:
                 aside = path.with_name(path.name + _BROKEN)
                 on_notice(f"{path} is damaged: it is kept as {aside.name}, and what the last runs reached is forgotten")
-                with os_errors(path):
-                    path.replace(aside)
+                files.move_aside(path, aside.name)
             else:
                 made._state = found
         except SnapchainError as error:
