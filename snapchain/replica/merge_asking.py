@@ -10,7 +10,7 @@ from itertools import pairwise
 from snapchain.errors import Corrupt
 from snapchain.host.remote_channel import Channel
 from snapchain.model.retention import Policy
-from snapchain.replica.asking import OnBeat, OnBytes, answers, unexpected
+from snapchain.replica.asking import OnBeat, OnBytes, answers, check_point_count, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import Kind
@@ -74,6 +74,7 @@ def merged_at(
                 raise Corrupt("it tells of another disk than the one asked for", subject=channel.peer)
             _check_points([*points[-1:], *said.points], channel)
             points += map(_printable, said.points)
+            check_point_count(len(points), channel)
             outcome = said.outcome
     if outcome is None:
         raise Corrupt("it has not said what came of the merge", subject=endpoint.url)
