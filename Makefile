@@ -12,7 +12,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench soak mutate clean
+.PHONY: help demo test check format bench soak hostile mutate clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -44,6 +44,10 @@ bench:  ## measure the promises of speed and memory
 soak:  ## all cases of what enumerates, and the tests that run for minutes, boot guests, move them
 	@.ci/setup soak
 	@EXHAUSTIVE=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m soak --timeout 7200 $(ARGS)
+
+hostile:  ## ten thousand mutated peers, stores, records and images (ARGS='--kind peers --seed 7 --count 1')
+	@.ci/setup test
+	@$(PY) -m tests.hostile --corpus --count 10000 $(ARGS)
 
 mutate:  ## break each line that keeps a promise, and see a test turn red (ARGS: words that choose some)
 	@.ci/setup test

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -149,9 +149,18 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o600, whatever_the
 
 
 def write_in(
-    directory: Directory, name: str, data: bytes, *, mode: int = 0o600, whatever_the_umask: bool = False
+    directory: Directory,
+    name: str,
+    data: bytes,
+    *,
+    mode: int = 0o600,
+    whatever_the_umask: bool = False,
+    prepare: Callable[[int], None] = lambda _fd: None,
 ) -> None:
-    """As `write_atomically`, in a directory that is open already. Raises OSError."""
+    """As `write_atomically`, in a directory that is open already. Raises OSError.
+
+    prepare: called with the new file's descriptor before it gets its name
+    """
     temporary = temporary_beside(directory.path / name, purpose=NEW).name
     fd = directory.create(temporary, mode=mode)
     try:
@@ -161,6 +170,7 @@ def write_in(
                     os.fchmod(fd, mode & MOST_MODE)
             file.write(data)
             file.flush()
+            prepare(fd)
             os.fsync(fd)
         directory.rename(temporary, name)
         directory.sync()

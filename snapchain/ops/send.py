@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from snapchain.errors import Diverged, SnapchainError
+from snapchain.errors import Corrupt, Diverged, SnapchainError
 from snapchain.host.remote_channel import Channel
 from snapchain.host.remote_retry import Persistence, persist
 from snapchain.image import ImageChain
@@ -24,7 +24,8 @@ from snapchain.image.qcow2.aligned import aligned
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import ZERO, Extents, over
-from snapchain.model.inventory import Collapse, Held, Send, UpToDate, missing
+from snapchain.model.inventory import Collapse, Held, Missing, Send, UpToDate, Wanted, missing
+from snapchain.ops.counted_sums import CountedSums
 from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.ops.lineage import noted_lineage
 from snapchain.ops.notes import Notes
@@ -33,34 +34,42 @@ from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.send_geometry import geometry
 from snapchain.ops.send_groups import composed, groups
-from snapchain.ops.send_recognise import counted_up, recognised
+from snapchain.ops.send_recognise import recognised
 from snapchain.ops.send_request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.send_sources import keys, same_source, source_of, sources_of, wanted
+from snapchain.ops.sent_views import SentViews
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
-from snapchain.replica.sender import Sender
+from snapchain.replica.sender import Marks, Sender
 from snapchain.replica.source_keys import keys_of
-from snapchain.replica.stream.messages import Inventory, Open, Source
+from snapchain.replica.stream.messages import HeldLayer, Inventory, Open, Source
 
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What new layers lie on. files: how many of the source's it stands for; total: its content sum.
+    """What new layers lie on. files: how many of the source's it stands for; total: what these show, counted here.
 
-    rest: parts of the next file that the replica lacks, where it has some of them
+    same: whether the replica shows that too; rest: parts of the next file that it lacks, where it has some of them
     """
 
     files: int
     parent: str | None
     size: int
     total: Sum
-    lower_total: Sum
-    same: bool
+    same: bool = True
     rest: tuple[Source, ...] = ()
+
+
+_NOTHING = _Base(0, None, 0, empty_sum())
+
+
+def _covered(found: UpToDate | Send | Collapse, want: Sequence[Wanted]) -> int:
+    """How many of the wanted files a replica has."""
+    return len(want) if isinstance(found, UpToDate) else found.first
 
 
 def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendPlan:
@@ -72,7 +81,7 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
         Sender(channel, link=endpoint.link) as sender,
     ):
         held = sender.open(opening(request, endpoint, chain, look=True))
-        run = _Run(chain, sender, request, endpoint.url, on_event)
+        run = _Run(chain, sender, request, endpoint.url, on_event, reads=False)
         base = run.base(held, cut=lambda _keep: None)
         layers = tuple(run.planned(base))
         sender.finish()
@@ -89,7 +98,9 @@ def plan_send(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignor
 
 def opening(request: Request, endpoint: Endpoint, chain: ImageChain, *, look: bool = False) -> Open:
     """How a transfer of that chain begins. look: only the inventory is wanted."""
-    return Open(disk=request.disk, replica=endpoint.replica, look=look, epoch=_epoch(request, chain))
+    epoch = _epoch(request, chain)
+    by_name = request.epoch == epoch > 1
+    return Open(disk=request.disk, replica=endpoint.replica, look=look, epoch=epoch, by_name=by_name)
 
 
 def _epoch(request: Request, chain: ImageChain) -> int:
@@ -101,53 +112,59 @@ def layers_lacking(
 ) -> tuple[LayerPlan, ...]:
     """The layers that `send` would make of those files of a chain that a replica does not show.
 
-    held: what it said to `sender`. Sends nothing. Raises Diverged.
+    held: what it said to `sender`. Sends nothing. Raises Diverged, and Corrupt as `send_to_replica`.
     """
     run = _Run(chain, sender, request, sender.peer, on_event)
     base = run.base(held, cut=lambda _keep: None)
+    run.sums.flush()
     return tuple(run.planned(base))
 
 
 def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent = ignore) -> SendReport:
     """Send what the replica lacks of an image, and publish a point.
 
-    Raises Diverged when the replica holds what the image never was, Conflict when its epoch is newer, Busy when
-    somebody writes to the image or the replica's disk, Unavailable when the link breaks: then the next run goes on at
-    what is durable.
+    Raises Diverged when the replica holds what the image never was, Corrupt when its layers do not show what the files
+    show that it says they were made of, Conflict when its epoch is newer, Busy when somebody writes to the image or
+    the replica's disk, Unavailable when the link breaks: then the next run goes on at what is durable.
     """
-    return _attempt(request, endpoint, on_event, lambda _count: None)
+    return _attempt(request, endpoint, on_event, lambda _count: None, Marks())
 
 
 def send_persistently(
     request: Request, endpoint: Endpoint, *, policy: Persistence, on_event: OnEvent = ignore
 ) -> SendReport:
     """As `send_to_replica`, again and again while the link breaks and something still becomes durable over there."""
-    durable = 0
+    durable, marks = 0, Marks()
 
     def moved(count: int) -> None:
         nonlocal durable
         durable += count
 
     return persist(
-        lambda: _attempt(request, endpoint, on_event, moved),
+        lambda: _attempt(request, endpoint, on_event, moved, marks),
         policy=policy,
         moved=lambda: durable,
         told=lambda retry: on_event(Notice(str(retry))),
     )
 
 
-def _attempt(request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Callable[[int], None]) -> SendReport:
+def _attempt(
+    request: Request, endpoint: Endpoint, on_event: OnEvent, moved: Callable[[int], None], marks: Marks
+) -> SendReport:
     request.check()
     with (
         request.chain(on_event) as chain,
         endpoint.connect() as channel,
-        Sender(channel, link=endpoint.link, limit_rate=request.limit_rate) as sender,
+        Sender(channel, link=endpoint.link, limit_rate=request.limit_rate, marks=marks) as sender,
     ):
         try:
             held = sender.open(opening(request, endpoint, chain), on_wait=waiting(endpoint, on_event))
             _note_epoch(request, on_event)
             run = _Run(chain, sender, request, endpoint.url, on_event)
-            return run.send(run.base(held, cut=sender.cut))
+            try:
+                return run.send(run.base(held, cut=sender.cut))
+            finally:
+                run.sums.flush()
         finally:
             moved(sender.confirmations)
 
@@ -175,62 +192,122 @@ def send_blindly(request: Request, channel: Channel, *, on_event: OnEvent = igno
     ):
         sender.open_blindly(Open(disk=request.disk, epoch=_epoch(request, chain)))
         run = _Run(chain, sender, request, channel.peer, on_event)
-        return run.send(_Base(0, None, 0, empty_sum(), empty_sum(), same=True))
+        try:
+            return run.send(_NOTHING)
+        finally:
+            run.sums.flush()
 
 
 class _Run:
     def __init__(
-        self, chain: ImageChain, sender: Sender, request: Request, destination: str, on_event: OnEvent
+        self,
+        chain: ImageChain,
+        sender: Sender,
+        request: Request,
+        destination: str,
+        on_event: OnEvent,
+        *,
+        reads: bool = True,
     ) -> None:
+        """reads: whether files are read where it is not remembered what they show; else the replica is believed."""
         self._chain, self._sender, self._destination = chain, sender, destination
-        self._request, self._on_event = request, on_event
+        self._request, self._on_event, self._reads = request, on_event, reads
+        self.sums = CountedSums(request.image, on_event)
 
     def base(self, held: Inventory, *, cut: Callable[[str | None], None]) -> _Base:
-        """Where the new layers begin. cut: drops the replica's layers above the one named. Raises Diverged."""
-        count = len(self._chain.files)
-        if not held.layers:
-            return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
-        lineage = (*self._request.lineage, *noted_lineage(self._chain, self._on_event))
-        found = missing(
-            [Held(layer.id, keys_of(layer)) for layer in held.layers],
-            [wanted(file, lineage) for file in self._chain.files[:count]],
-            same=same_source,
-        )
-        tip = held.layers[-1]
-        total = decode_sum(tip.content_sum)
-        match found:
-            case UpToDate():
-                return _Base(count, tip.id, tip.size, total, total, same=True)
-            case Send() | Collapse():
-                if isinstance(found, Collapse):
-                    self._on_event(
-                        Notice(
-                            f"the replica holds {len(found.merges)} merged layers apart still; it reads the same, and "
-                            "`snapchain merge` with rules merges there too"
-                        )
-                    )
-                if found.inside is None:
-                    return _Base(found.first, tip.id, tip.size, total, total, same=True)
-                # The tip is a part of what was merged into the next layer. That counts from the files below it, and
-                # stands for what the replica lacks of it; what the tip shows no file here knows any more.
-                name = self._chain.files[found.first].path.name
-                self._on_event(Notice(f"{name} was merged with what the replica lacks: all of it is sent"))
-                lower = counted_up(self._chain, found.first, found.inside, held, on_bytes=self._reading("recognise"))
-                return _Base(found.first, tip.id, tip.size, total, lower, False, keys(found.inside.rest))
-            case model.Diverged():
-                known = None if found.is_ahead else self._recognised(found, held, count)
-                if known is not None:
-                    return _Base(known, tip.id, tip.size, total, total, same=True)
-                if self._request.divergence is Divergence.REFUSE:
-                    raise self._diverged(found, held)
-                return self._after_cut(found, held, cut)
+        """Where the new layers begin. cut: drops the replica's layers above the one named.
 
-    def _recognised(self, found: model.Diverged, held: Inventory, count: int) -> int | None:
+        Raises Diverged, and Corrupt where what the replica shows is not what the files here show.
+        """
+        if not held.layers:
+            return _NOTHING
+        lineage = (*self._request.lineage, *noted_lineage(self._chain, self._on_event))
+        want = [wanted(file, lineage) for file in self._chain.files]
+        found = self._missing(held.layers, want)
+        if isinstance(found, model.Diverged):
+            known = None if found.is_ahead else self._recognised(found, held)
+            if known is not None:
+                return self._on(held.layers[-1], known)
+            if self._request.divergence is Divergence.REFUSE:
+                raise self._diverged(found, held)
+            return self._after_cut(held.layers[: found.base_count], held, want, cut)
+        if isinstance(found, Collapse):
+            self._on_event(
+                Notice(
+                    f"the replica holds {len(found.merges)} merged layers apart still; it reads the same, and "
+                    "`snapchain merge` with rules merges there too"
+                )
+            )
+        if not isinstance(found, UpToDate) and found.inside is not None:
+            # The tip is a part of what was merged into the next layer. That counts from the files below it, and
+            # stands for what the replica lacks of it; what the tip shows no file here knows any more.
+            name = self._chain.files[found.first].path.name
+            self._on_event(Notice(f"{name} was merged with what the replica lacks: all of it is sent"))
+            tip, total = held.layers[-1], self._counted(found.first)
+            return _Base(found.first, tip.id, tip.size, total, same=False, rest=keys(found.inside.rest))
+        count = _covered(found, want)
+        if self._is_true(held.layers[-1], count):
+            return self._on(held.layers[-1], count)
+        if self._request.divergence is Divergence.REFUSE:
+            raise self._false(held, want)
+        return self._after_cut(held.layers, held, want, cut)
+
+    def _missing(self, layers: Sequence[HeldLayer], want: Sequence[Wanted]) -> Missing:
+        return missing([Held(layer.id, keys_of(layer)) for layer in layers], want, same=same_source)
+
+    def _on(self, layer: HeldLayer, count: int) -> _Base:
+        return _Base(count, layer.id, layer.size, decode_sum(layer.content_sum))
+
+    def _counted(self, count: int) -> Sum:
+        """What the lowest `count` files show, by our own reading."""
+        return self.sums.count(self._chain, count, on_bytes=self._reading("recognise"))
+
+    def _is_true(self, layer: HeldLayer, count: int) -> bool:
+        """Whether a layer of the replica shows what the lowest `count` files show here."""
+        total = self.sums.of(self._chain, count)
+        if total is None and not self._reads:
+            return True
+        if total is None:
+            unread = self.sums.unread(self._chain, count)
+            self._on_event(Notice(f"reading {unread} files, to compare them with what the replica says that it shows"))
+            total = self._counted(count)
+        size = self._chain.files[count - 1].size
+        return (layer.size, layer.content_id) == (size, content_id(size, total))
+
+    def _ends(self, layers: Sequence[HeldLayer], want: Sequence[Wanted]) -> Iterator[tuple[HeldLayer, int, bool]]:
+        """The layers at whose ends files end, lowest first: how many of these, and whether both show the same.
+
+        Up to the first where they do not.
+        """
+        for number in range(1, len(layers) + 1):
+            found = self._missing(layers[:number], want)
+            if isinstance(found, model.Diverged) or (not isinstance(found, UpToDate) and found.inside is not None):
+                continue
+            count = _covered(found, want)
+            is_true = self._is_true(layers[number - 1], count)
+            yield layers[number - 1], count, is_true
+            if not is_true:
+                return
+
+    def _false(self, held: Inventory, want: Sequence[Wanted]) -> Corrupt:
+        """The error for a replica whose layers are not what they should be; the lowest of them is named."""
+        layer, count, _ = list(self._ends(held.layers, want))[-1]
+        file = self._chain.files[count - 1].path
+        return Corrupt(
+            f"its layer {layer.file} does not show what {file} shows here, though it was made of that file by its own "
+            "account",
+            subject=f"{self._destination}::{self._request.disk}",
+            hint="somebody has put other data there, or that file was changed after it was sent: `snapchain send "
+            "--cut-replica` drops that layer and all above it there, and sends them again",
+        )
+
+    def _recognised(self, found: model.Diverged, held: Inventory) -> int | None:
+        count = len(self._chain.files)
         self._on_event(
             Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
         )
-        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first : count])
-        return recognised(self._chain, count, found, held, on_bytes=self._reading("recognise", whole))
+        whole = sum(file.extents.data_bytes for file in self._chain.files[found.first :])
+        return recognised(self._chain, count, found, held, self.sums, on_bytes=self._reading("recognise", whole))
 
     def _reading(self, phase: str, whole: int = 0) -> Callable[[int], None]:
         done = 0
@@ -242,15 +319,19 @@ class _Run:
 
         return on_bytes
 
-    def _after_cut(self, found: model.Diverged, held: Inventory, cut: Callable[[str | None], None]) -> _Base:
-        self._on_event(Notice(f"the replica drops {len(found.theirs)} layers, and the points that they give"))
-        if not found.base_count:
-            cut(None)
-            return _Base(0, None, 0, empty_sum(), empty_sum(), same=True)
-        keep = held.layers[found.base_count - 1]
-        cut(keep.id)
-        total = decode_sum(keep.content_sum)
-        return _Base(found.first, keep.id, keep.size, total, total, same=True)
+    def _after_cut(
+        self,
+        common: Sequence[HeldLayer],
+        held: Inventory,
+        want: Sequence[Wanted],
+        cut: Callable[[str | None], None],
+    ) -> _Base:
+        """Cut off all above the uppermost of the common layers that shows what the files here show."""
+        keep = next(((each, n) for each, n, is_true in reversed(list(self._ends(common, want))) if is_true), None)
+        dropped = len(held.layers) if keep is None else len(held.layers) - 1 - held.layers.index(keep[0])
+        self._on_event(Notice(f"the replica drops {dropped} layers, and the points that they give"))
+        cut(None if keep is None else keep[0].id)
+        return _NOTHING if keep is None else self._on(*keep)
 
     def _diverged(self, found: model.Diverged, held: Inventory) -> Diverged:
         files = {layer.id: layer.file for layer in held.layers}
@@ -314,9 +395,12 @@ class _Run:
                 on_bytes=on_bytes,
             )
             parent, size, total, resumed = sent.layer, sent.size, sent.total, resumed or sent.resumed_at > 0
+            self.sums.note(self._chain, groups[at].stop, total)
         shown = content_id(size, total)
         self._sender.send_point(time=datetime.now(UTC), labels=self._request.labels, size=size, shown=shown)
         finished = self._sender.finish()
+        if finished is not None:
+            self._remember()
         return SendReport(
             disk=self._request.disk,
             destination=self._destination,
@@ -331,6 +415,13 @@ class _Run:
             content_id=shown,
             seconds=time.monotonic() - begun,
         )
+
+    def _remember(self) -> None:
+        """What was sent, for `verify`."""
+        try:
+            SentViews(self._destination, self._request.disk).note(self._chain, self.sums)
+        except SnapchainError as error:
+            self._on_event(Notice(f"`verify` cannot compare what was sent with what is there: {error}"))
 
     def _groups(self, base: _Base) -> list[range]:
         each = self._request.files is Files.EACH
@@ -354,7 +445,7 @@ class _Run:
             extents=aligned(held, shown, cluster_size=grain),
             view=view,
             below=below,
-            below_sum=base.lower_total if base else empty_sum(),
+            below_sum=base.total if base else empty_sum(),
             same_below=base.same if base else True,
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
+from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
@@ -82,7 +83,7 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
         with ImageLock(path, LockMode.WRITE):
             check_unused(disk, path)
             files.remove(path)
-    _make(disk.path(tip.file).resolve(), asked, path)
+    _make(disk, disk.path(tip.file).resolve(), asked, path)
     state = _state(disk, catalogue, asked, path)
     if state is not ActiveState.READY:
         raise Corrupt("the overlay that was just made is not what was asked for", subject=path)
@@ -97,17 +98,29 @@ def check_unused(disk: ReplicaDisk, overlay: Path) -> None:
         raise Conflict(f"it cannot be removed: {why}", subject=overlay, hint="move or remove that image first")
 
 
+def is_untouched(disk: ReplicaDisk, overlay: Path) -> bool:
+    """Whether a file of `active` is an overlay on which nobody has written anything yet."""
+    try:
+        with scan(overlay, format="qcow2", image_dirs=[disk.directory]) as chain:
+            top = chain.top.extents
+            return len(chain.files) > 1 and not top.data_bytes and not top.zero_bytes
+    except SnapchainError:
+        return False
+
+
 def _path(disk: ReplicaDisk, asked: Active) -> Path:
     return disk.path(names.ACTIVE) / names.check_offered(asked.name, subject=str(disk.directory))
 
 
-def _make(backing: Path, asked: Active, path: Path) -> None:
+def _make(disk: ReplicaDisk, backing: Path, asked: Active, path: Path) -> None:
     if asked.size % _SECTOR:
         raise InvalidInput(f"a qcow2 overlay cannot have {asked.size} bytes", subject=path)
     with files.directory_of(path.parent) as above:
-        with suppress(FileExistsError):
-            above.make_directory(path.parent.name, mode=0o755)
-        above.sync()
+        if not above.has(names.ACTIVE):
+            above.make_directory(names.ACTIVE)
+            above.sync()
+            with Directory.open(path.parent) as place:
+                disk.access.give(place.opened(), disk.access.directory)
     temporary = temporary_beside(path, purpose=ACTIVE).name
     with files.directory_of(path) as place:
         fd = place.create(temporary)
@@ -121,6 +134,7 @@ def _make(backing: Path, asked: Active, path: Path) -> None:
                 extended_l2=asked.extended_l2,
                 subject=path.parent,
             )
+            disk.access.give(fd, disk.access.overlay)
             place.give_name(fd, temporary, path.name, replacing=None)
         finally:
             os.close(fd)

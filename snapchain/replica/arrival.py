@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from snapchain.errors import Conflict, Corrupt, Diverged, SnapchainError, Unavailable, Unsupported
+from snapchain.host.directory import Directory
 from snapchain.host.files import free_bytes, fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import Backing, ImageChain, scan
@@ -24,14 +25,12 @@ from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.extents import Extents
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer, encode_sum
+from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, encode_sum
 from snapchain.replica.leaves import Counting, counted
 from snapchain.replica.progress import Durability, Progress, forget, publish, read_progress, write_progress
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.data import Arrived, DataRuns, Part
 from snapchain.replica.stream.messages import MAX_LAYERS, LayerOffer, Partial
-
-_READ_ONLY = 0o444
 
 
 class Arrival:
@@ -66,6 +65,8 @@ class Arrival:
             )
         if len(catalogue.layers) == MAX_LAYERS:
             raise Unsupported(f"the chain has {MAX_LAYERS} layers, and QEMU opens no more", subject=disk.directory)
+        foreseen = self._record(offer.name, content_id=bytes(32).hex(), total=empty_sum())
+        check_room_for_layer(catalogue, foreseen, subject=disk.directory)
         self._below = None if tip is None else opened_chain(disk, catalogue, tip)
         self._fd = -1
         self._growing: GrowingFile | None = None
@@ -117,16 +118,16 @@ class Arrival:
             )
         if not durable:
             forget(self._disk)
-        with os_errors(path):
-            if durable:
-                # A run that was killed in its last steps has made it read-only, and begun its header.
-                with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as old:
-                    os.fchmod(old.fileno(), 0o600)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if durable and os.fstat(self._fd).st_size != file_bytes:
+        with os_errors(path), Directory.open(self._disk.directory) as here:
+            if not durable:
+                self._fd = here.create(names.INCOMING)
+                return 0
+            _make_writable(here)
+            self._fd = here.open_file(names.INCOMING, writing=True)
+            status = os.fstat(self._fd)
+            if status.st_size != file_bytes or status.st_nlink != 1:
                 raise Corrupt("the file of the layer that is arriving was changed", subject=path, hint="remove it")
-            if durable:
-                write_all(self._fd, bytes(4), 0)
+            write_all(self._fd, bytes(4), 0)
         return durable
 
     def take(self, frame: Arrived) -> None:
@@ -180,25 +181,29 @@ class Arrival:
         path = self._disk.path(names.INCOMING)
         self._writer.finish()
         with os_errors(path):
-            os.fchmod(self._fd, _READ_ONLY)
+            self._disk.access.give(self._fd, self._disk.layer_mode())
         fsync_file(path)
         total = self._proven(announced)
-        offer = self._offer
         taken = {entry.name for entry in self._disk.directory.iterdir()}
-        layer = Layer(
+        file = names.free_name(self._offer.name, self.layer, taken)
+        layer = self._record(file, content_id=announced, total=total)
+        partial = Partial(layer=self.layer, durable=self._offer.size, content_sum=layer.content_sum)
+        write_progress(self._disk, Progress(partial=partial, finished=layer))
+        return publish(self._disk, self._catalogue, layer)
+
+    def _record(self, file: str, *, content_id: str, total: Sum) -> Layer:
+        offer = self._offer
+        return Layer(
             id=self.layer,
-            file=names.free_name(offer.name, self.layer, taken),
+            file=file,
             size=offer.size,
-            content_id=announced,
+            content_id=content_id,
             content_sum=encode_sum(total),
             sources=offer.sources,
             time=datetime.now(UTC),
             cluster_size=offer.cluster_size,
             data_bytes=self._extents.data_bytes,
         )
-        partial = Partial(layer=self.layer, durable=offer.size, content_sum=layer.content_sum)
-        write_progress(self._disk, Progress(partial=partial, finished=layer))
-        return publish(self._disk, self._catalogue, layer)
 
     def _proven(self, announced: str) -> Sum:
         # All bytes have been read from the file, most of them behind a mark, while others were still to come. Unless
@@ -230,6 +235,16 @@ class Arrival:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _make_writable(here: Directory) -> None:
+    """A run that was killed in its last steps has made the file read-only, and begun its header."""
+    fd = here.open_file(names.INCOMING)
+    try:
+        with here.changing(os.fstat(fd)):
+            os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
 
 
 def _check_room(disk: ReplicaDisk, table_bytes: int) -> None:

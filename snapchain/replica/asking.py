@@ -16,8 +16,11 @@ from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, F
 from snapchain.replica.stream.messages import Ask, Failure, Finding, HeldDisk, HeldPoint, Said, Verdict, decode, encode
 
 _PROGRESS = struct.Struct("<QQ")
-MOST_BYTES = 256 << 20
-"""Of a whole answer: a million points, or thousands of findings; beyond that somebody means harm."""
+MOST_BYTES = 16 << 20
+"""Of a whole answer, without its progress. What is kept of it takes ten times as much memory, and more to be shown."""
+MOST_POINTS = 30_000
+"""Of a whole answer: 6 KiB each until they are shown."""
+_ONE_DISK = "name one disk: DEST::DISK; if it was one, look at the other host: it tells of more than it can have"
 OnBytes = Callable[[int, int], None]
 OnBeat = Callable[[], None]
 
@@ -35,6 +38,7 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
     """All disks there, or one. Raises NotFound, Unsupported, and what keeps the other side from answering."""
     found: list[Disk] = []
     seen: set[str] = set()
+    count = 0
     with endpoint.connect() as channel:
         asked = Ask(want="points", disk=disk, replica=endpoint.replica)
         for frame in answers(channel, Kind.ASK, asked, feature=opening.ASK_FEATURE):
@@ -47,6 +51,8 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
                 seen.add(said.disk)
                 found.append(Disk(said.disk, said.epoch, []))
             _check_points([*found[-1].points[-1:], *said.points], channel)
+            count += len(said.points)
+            check_point_count(count, channel)
             found[-1].points.extend(said.points)
     if disk is not None and not found:
         raise Corrupt("it has not told of the disk that it was asked about", subject=endpoint.url)
@@ -95,9 +101,9 @@ def answers(
     reader = ask(channel, kind, asked, feature=feature)
     left = MOST_BYTES
     while (frame := heard(reader, channel, on_beat)).kind is not Kind.DONE:
-        left -= len(frame.body)
+        left -= 0 if frame.kind is Kind.PROGRESS else len(frame.body)
         if left < 0:
-            raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer)
+            raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer, hint=_ONE_DISK)
         yield frame
 
 
@@ -133,6 +139,12 @@ def heard(reader: FrameReader, channel: Channel, on_beat: OnBeat = lambda: None)
         on_beat()
 
 
+def check_point_count(count: int, channel: Channel) -> None:
+    """Raises Corrupt for an answer with more points than this process may hold."""
+    if count > MOST_POINTS:
+        raise Corrupt(f"its answer has more than {MOST_POINTS} points", subject=channel.peer, hint=_ONE_DISK)
+
+
 def unexpected(frame: Frame, channel: Channel) -> Corrupt:
     """For what is no answer to the question."""
     return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=channel.peer)
@@ -151,8 +163,6 @@ def _checked(said: str, wanted: str | None, channel: Channel) -> str:
 def _check_points(points: Sequence[HeldPoint], channel: Channel) -> None:
     if any(upper.point <= lower.point for lower, upper in pairwise(points)):
         raise Corrupt("its points do not ascend", subject=channel.peer)
-    if not all(label.isprintable() for point in points for label in point.labels):
-        raise Corrupt("a label holds control characters", subject=channel.peer)
 
 
 def _printable(finding: Finding) -> Finding:

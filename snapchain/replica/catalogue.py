@@ -17,12 +17,26 @@ import numpy as np
 from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound
-from snapchain.host.files import read_small, write_atomically
+from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
+from snapchain.host.files import directory_of, read_small, write_in
 from snapchain.model.content import SUM_BYTES, Sum, content_id
-from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, Source, SumText
+from snapchain.replica.access import Access
+from snapchain.replica.stream.messages import (
+    LARGEST_EPOCH,
+    MAX_LAYERS,
+    Digest,
+    HeldLayer,
+    Label,
+    LayerId,
+    PointNumber,
+    Source,
+    SumText,
+)
 
 LARGEST_FILE = 16 << 20
+"""Bytes of a record: no more are ever read, so no more are ever written."""
+FOR_A_POINT, FOR_CHANGES = 512 << 10, 512 << 10
+"""What a new layer leaves free in the catalogue for a point on it, and both leave for merges and handovers."""
 _CHECK = re.compile(rb',\n "check": "([0-9a-f]{64})"\n}\n\Z')
 
 M = TypeVar("M", bound=BaseModel)
@@ -45,7 +59,7 @@ class Point(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    point: int = Field(ge=1)
+    point: PointNumber
     time: AwareDatetime
     labels: tuple[Label, ...] = ()
     layer: LayerId
@@ -59,8 +73,8 @@ class HandedOver(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     token: LayerId
-    epoch: int = Field(ge=2)
-    overlay: str
+    epoch: int = Field(ge=2, le=LARGEST_EPOCH)
+    overlay: Annotated[str, StringConstraints(max_length=300)]
     time: AwareDatetime
 
 
@@ -78,8 +92,8 @@ class Catalogue(BaseModel):
     disk: Annotated[str, StringConstraints(min_length=1, max_length=250)]
     generation: int = Field(ge=1)
     time: AwareDatetime
-    epoch: int = Field(ge=1)
-    next_point: int = Field(ge=1)
+    epoch: int = Field(ge=1, le=LARGEST_EPOCH)
+    next_point: PointNumber
     layers: tuple[Layer, ...] = Field(default=(), max_length=MAX_LAYERS)
     points: tuple[Point, ...] = ()
     handover: HandedOver | None = None
@@ -164,20 +178,48 @@ def read_record(shape: type[M], path: Path) -> M | None:
         raise Corrupt(f"it is unsound: {first['loc']}: {first['msg']}", subject=path) from error
 
 
-def write_record(path: Path, record: BaseModel) -> None:
-    """Replace such a file, durably."""
+def write_record(path: Path, record: BaseModel, *, access: Access, reserve: int = 0) -> None:
+    """Replace such a file, durably. access: who may read it; reserve: bytes that it leaves free for what may follow.
+
+    Raises Unsupported for one that would be too large to be read again; then nothing is changed.
+    """
+    text = _encoded(record)
+    _check_size(len(text), subject=path, reserve=reserve)
+    with directory_of(path) as directory:
+        write_in(directory, path.name, text, prepare=lambda fd: access.give(fd, access.record))
+
+
+def check_room_for_layer(catalogue: Catalogue, layer: Layer, *, subject: object) -> None:
+    """Raises Unsupported for a layer that would leave no room in the catalogue for a point on it."""
+    grown = catalogue.model_copy(update={"layers": (*catalogue.layers, layer)})
+    _check_size(len(_encoded(grown)), subject=subject, reserve=FOR_A_POINT + FOR_CHANGES)
+
+
+def _check_size(size: int, *, subject: object, reserve: int) -> None:
+    if size > LARGEST_FILE - reserve:
+        raise Unsupported(
+            f"this record would have {size} bytes, and no more than {LARGEST_FILE - reserve} are allowed",
+            subject=subject,
+            hint="merge points away (`snapchain merge DEST::DISK --keep-last N`), use fewer or shorter labels, or send "
+            "under another disk name",
+        )
+
+
+def _encoded(record: BaseModel) -> bytes:
     text = record.model_dump_json(indent=1).encode().removesuffix(b"\n}")
     check = blake3(text).hexdigest().encode()
-    write_atomically(path, b'%b,\n "check": "%b"\n}\n' % (text, check), mode=0o644)
+    return b'%b,\n "check": "%b"\n}\n' % (text, check)
 
 
 __all__ = [
+    "FOR_CHANGES",
     "Catalogue",
     "HandedOver",
     "Layer",
     "Point",
     "Source",
     "SumText",
+    "check_room_for_layer",
     "decode_sum",
     "empty_catalogue",
     "encode_sum",

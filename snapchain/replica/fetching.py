@@ -134,8 +134,6 @@ class Answer:
         said = decode(HeldDisk, frame.body, subject=self.peer)
         if said.disk != self.asked.disk or len(said.points) != 1:
             raise Corrupt("it tells of something else than it was asked for", subject=self.peer)
-        if not all(label.isprintable() for point in said.points for label in point.labels):
-            raise Corrupt("a label holds control characters", subject=self.peer)
         try:
             return chosen_point(said.disk, said.points, self.asked.point)
         except NotFound as error:

@@ -63,6 +63,17 @@ class _Case:
         """Whether it was taken back, by an earlier run."""
         return (self.catalogue.epoch, self.catalogue.taken_back) == (self.asked.epoch, token)
 
+    def check_free_for(self, token: str) -> None:
+        """Raises Conflict where this host has the disk by another handover, or for another file."""
+        handover = self.catalogue.handover
+        if handover is None or (handover.token, handover.overlay) == (token, self.overlay):
+            return
+        raise self.conflict(
+            f"this host has the disk by another handover, and the disk is in epoch {self.catalogue.epoch}",
+            "find out which host runs the guest before anything else; only the host that has given a disk can take it "
+            "back",
+        )
+
     def conflict(self, message: str, hint: str) -> Conflict:
         return Conflict(message, subject=self.path, hint=hint)
 
@@ -100,12 +111,8 @@ def _case(disk: ReplicaDisk, asked: HandedDisk, engine: Engine | None) -> _Case:
 def _give(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
     new = [case for case in cases if not case.given(token)]
     for case in new:
-        if case.asked.epoch <= case.catalogue.epoch:
-            raise case.conflict(
-                f"the disk is in epoch {case.catalogue.epoch} already, and would be given in {case.asked.epoch}: "
-                "another host has taken it over since",
-                "find out which host runs the guest before anything else",
-            )
+        case.check_free_for(token)
+        _check_next(case, "given", 1)
         if case.state is not ActiveState.READY:
             raise case.conflict(
                 "it is not the empty overlay on the newest layer any more that was prepared for the guest",
@@ -114,6 +121,21 @@ def _give(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
         stack.enter_context(ImageLock(case.path, LockMode.WRITE))  # nobody runs on it yet
     done = {case.disk.name: _record(case, token) for case in new}
     return [done.get(case.disk.name, case) for case in cases]
+
+
+def _check_next(case: _Case, what: str, most: int) -> None:
+    """Raises Conflict for an epoch that is not the disk's next one. most: steps that it may be ahead."""
+    now, asked = case.catalogue.epoch, case.asked.epoch
+    if asked <= now:
+        raise case.conflict(
+            f"the disk is in epoch {now} already, and would be {what} in {asked}: another host has taken it over since",
+            "find out which host runs the guest before anything else",
+        )
+    if asked > now + most:
+        raise case.conflict(
+            f"the disk is in epoch {now}, and would be {what} in {asked}: an epoch rises by one at a time",
+            f"send it there first; if it was handed over elsewhere meanwhile, with --epoch {asked - 1}",
+        )
 
 
 def _record(case: _Case, token: str) -> _Case:
@@ -126,12 +148,9 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
     for case in cases:
         if case.is_back(token):
             continue
-        if case.catalogue.epoch >= case.asked.epoch:
-            raise case.conflict(
-                f"the disk is in epoch {case.catalogue.epoch}, and would go back in {case.asked.epoch}: another host "
-                "has taken it over since",
-                "find out which host runs the guest before anything else",
-            )
+        case.check_free_for(token)
+        # A disk that was not given is two steps behind: the one that its sender had in mind, and the one back.
+        _check_next(case, "taken back", 1 if case.was_given(token) else 2)
         if case.is_given_on and case.was_given(token):
             raise case.conflict(
                 "it is read-only: the host there has given the disk on to another one",
@@ -139,12 +158,12 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
             )
         if not case.given(token):
             continue  # it never came to that, and cannot any more once the epoch is a later one
+        stack.enter_context(ImageLock(case.path, LockMode.WRITE))  # no guest runs on it
         if case.state is not ActiveState.READY:
             raise case.conflict(
                 "a guest has written to it since it was given: to go back now would lose that",
                 "shut that guest down, and migrate it from there to here",
             )
-        stack.enter_context(ImageLock(case.path, LockMode.WRITE))
         check_unused(case.disk, case.path)
     return [case if case.is_back(token) else _revoke(case, token) for case in cases]
 

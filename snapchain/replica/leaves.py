@@ -102,7 +102,7 @@ class Counting:
         """
         total = self._total - hidden(self._size, self._below)
         left = self._windows if self._next is None else chain([self._next], self._windows)
-        for delta, length in _in_order(self._count, left):
+        for delta, length in in_order(self._count, left):
             total += delta
             on_bytes(length)
         return total
@@ -119,7 +119,8 @@ def counted(
     return Counting(extents, view, below, below_sum).rest(on_bytes)
 
 
-def _in_order(work: Callable[[Window], tuple[Sum, int]], portions: Iterator[Window]) -> Iterator[tuple[Sum, int]]:
+def in_order(work: Callable[[Window], tuple[Sum, int]], portions: Iterator[Window]) -> Iterator[tuple[Sum, int]]:
+    """What `work` makes of each, on several threads."""
     under_way: deque[Future[tuple[Sum, int]]] = deque()
     pool = ThreadPoolExecutor(WORKERS, "leaves")
     try:

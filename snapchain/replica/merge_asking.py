@@ -10,9 +10,8 @@ from itertools import pairwise
 from snapchain.errors import Corrupt
 from snapchain.host.remote_channel import Channel
 from snapchain.model.retention import Policy
-from snapchain.replica.asking import OnBeat, OnBytes, answers, unexpected
+from snapchain.replica.asking import OnBeat, OnBytes, answers, check_point_count, unexpected
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.names import check_offered
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.merge_messages import DecidedPoint, Merge, Merged, Outcome
@@ -75,6 +74,7 @@ def merged_at(
                 raise Corrupt("it tells of another disk than the one asked for", subject=channel.peer)
             _check_points([*points[-1:], *said.points], channel)
             points += map(_printable, said.points)
+            check_point_count(len(points), channel)
             outcome = said.outcome
     if outcome is None:
         raise Corrupt("it has not said what came of the merge", subject=endpoint.url)
@@ -84,8 +84,6 @@ def merged_at(
 def _check_points(points: Sequence[DecidedPoint], channel: Channel) -> None:
     if any(upper.point <= lower.point for lower, upper in pairwise(points)):
         raise Corrupt("its points do not ascend", subject=channel.peer)
-    if not all(label.isprintable() for point in points for label in point.labels):
-        raise Corrupt("a label holds control characters", subject=channel.peer)
 
 
 def _printable(point: DecidedPoint) -> DecidedPoint:
@@ -93,9 +91,6 @@ def _printable(point: DecidedPoint) -> DecidedPoint:
 
 
 def _judged(said: Outcome, *, done: bool, peer: str) -> Outcome:
-    files = [file for members in said.merges for file in members] + [each.file for each in said.staying]
-    for file in files:
-        check_offered(file, subject=peer)
     fewer = sum(len(members) - 1 for members in said.merges)
     if said.done is not done or said.layers_before - said.layers_after != fewer or not all(map(len, said.merges)):
         raise Corrupt("what it says of the merge contradicts itself, or what it was asked for", subject=peer)

@@ -65,7 +65,7 @@ def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, asked: Merge) -> Ca
     if catalogue is None:
         raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
     if asked.epoch is not None:
-        check_epoch(disk, catalogue, asked.epoch)
+        check_epoch(disk, catalogue, asked.epoch, by_name=True)  # it stays what it is here
     return catalogue
 
 

@@ -39,6 +39,14 @@ def check_disk_name(name: str) -> str:
     return name
 
 
+def check_new_disk(name: str) -> None:
+    """Raises InvalidInput for a new disk whose directory would be taken for something else of a replica."""
+    if directory_of(name) in (MARKER, CATALOGUE, ACTIVE):
+        raise InvalidInput(
+            f"{name!a} cannot be a new disk's name: a replica has files of that name", hint="such as web1/vda"
+        )
+
+
 def directory_of(disk: str) -> str:
     """The directory of a disk: its name, with all but the plainest characters as %XX.
 
@@ -71,6 +79,11 @@ def offered_name(file_name: str) -> str:
     if plain[0] in ".-+":
         plain = "_" + plain[1:]
     return plain[: _LONGEST - len(SUFFIX)] + SUFFIX
+
+
+def is_layer_name(name: str) -> bool:
+    """Whether a file of a replica can have it: no directory, no sign that means something to a shell or to QEMU."""
+    return _FILE.fullmatch(name) is not None
 
 
 def check_offered(name: str, *, subject: str) -> str:

@@ -50,6 +50,7 @@ class Outbox:
         self._mark_count = self._confirmed_count = self._confirmed = 0
         self._stored: list[Stored] = []
         self._expected: list[str] = []
+        self._points = 0
         self._stopping = False
         self._done: Done | None = None
         self._asked = 0
@@ -78,6 +79,9 @@ class Outbox:
         size = FRAME_BYTES + sum(len(part) for part in body)
         if self._answers is not None:
             self._wait_for_window()
+        if kind is Kind.POINT:
+            with self._state:
+                self._points += 1
         self._give((kind, body, on_sent))
         self._given += size
         return size
@@ -243,4 +247,11 @@ class Outbox:
     def _hear_done(self, frame: Frame) -> None:
         if not self._stopping or self._expected or self._asked:
             raise Corrupt("the end is announced before everything was sent", subject=self._channel.peer)
-        self._done = decode(Done, frame.body, subject=self._channel.peer)
+        done = decode(Done, frame.body, subject=self._channel.peer)
+        if len(done.points) != self._points:
+            raise Corrupt(
+                f"it has published {len(done.points)} points of the {self._points} that were sent",
+                subject=self._channel.peer,
+                hint="run it again: layers that are there are not sent twice",
+            )
+        self._done = done

@@ -20,7 +20,7 @@ from snapchain.host.batches import Buffer
 from snapchain.image import ImageChain
 from snapchain.model.content import Sum
 from snapchain.model.extents import Extents
-from snapchain.replica.leaves import WORKERS, change, hidden, read_window
+from snapchain.replica.leaves import WORKERS, change, hidden, in_order, read_window
 from snapchain.replica.levels import Levels
 from snapchain.replica.stream.data import DataRuns, Part, Piece, encode_data
 from snapchain.replica.stream.messages import Source
@@ -80,6 +80,21 @@ class Outgoing:
     def first_sum(self) -> Sum:
         """The content sum before any window: that of the chain below, less what this layer cuts off."""
         return self.layer.below_sum - hidden(self.layer.extents.size, self.layer.below)
+
+    def sum_up_to(self, until: int) -> Sum:
+        """The content sum after all windows below a guest offset, where a window of this layer ended.
+
+        Reads them. Errors as ImageChain.read_into.
+        """
+        layer, total = self.layer, self.first_sum()
+        for delta, _ in in_order(self._delta, windows(hot_leaves(layer.extents, layer.view, layer.below), until=until)):
+            total = total + delta
+        return total
+
+    def _delta(self, window: Window) -> tuple[Sum, int]:
+        layer = self.layer
+        theirs = None if layer.below is None else read_window(layer.below, window)
+        return change(window, read_window(layer.view, window), theirs), window.length
 
     def portions(self, *, since: int = 0) -> Iterator[Portion]:
         """All windows behind guest offset `since`, ascending. Errors as ImageChain.read_into."""

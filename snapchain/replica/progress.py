@@ -18,7 +18,7 @@ from snapchain.host.files import fsync_file, remove, remove_temporaries, rename
 from snapchain.host.temporary_names import NEW
 from snapchain.model.content import Sum
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue, encode_sum, read_record, write_record
+from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue, encode_sum
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Partial
 from snapchain.replica.unfinished import Engine, settle_merge
@@ -36,7 +36,7 @@ class Progress(BaseModel):
 
 def read_progress(disk: ReplicaDisk) -> Progress | None:
     """What is under way, if anything; nothing where the file that it speaks of is gone."""
-    found = read_record(Progress, disk.path(names.PROGRESS))
+    found = disk.record(Progress, names.PROGRESS)
     if found is None or (found.finished is None and not disk.path(names.INCOMING).exists()):
         return None
     return found
@@ -44,7 +44,7 @@ def read_progress(disk: ReplicaDisk) -> Progress | None:
 
 def write_progress(disk: ReplicaDisk, progress: Progress) -> None:
     """Note it, durably."""
-    write_record(disk.path(names.PROGRESS), progress)
+    disk.put(names.PROGRESS, progress)
 
 
 def forget(disk: ReplicaDisk) -> None:

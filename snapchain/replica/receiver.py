@@ -18,14 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.errors import Corrupt, NotFound, SnapchainError
+from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
+from snapchain.replica import names
 from snapchain.replica.arrival import Arrival
-from snapchain.replica.catalogue import Catalogue, Point, empty_catalogue
+from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
 from snapchain.replica.epochs import check_epoch, enter_epoch
+from snapchain.replica.permissions import EVERYTHING, Permissions
 from snapchain.replica.progress import read_progress, settle
 from snapchain.replica.store import ReplicaDisk, Work, check_free, open_replica
 from snapchain.replica.stream import failures, opening
@@ -34,6 +36,7 @@ from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kin
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    MOST_POINTS,
     Active,
     ActiveState,
     Cut,
@@ -42,6 +45,7 @@ from snapchain.replica.stream.messages import (
     HeldLayer,
     Inventory,
     LayerOffer,
+    M,
     Open,
     PointOffer,
     Stored,
@@ -71,18 +75,25 @@ class Received:
 
 
 def receive(
-    channel: Channel, root: Path | None = None, *, within: Path | None = None, engine: Engine | None = None
+    channel: Channel,
+    root: Path | None = None,
+    *,
+    within: Path | None = None,
+    engine: Engine | None = None,
+    permissions: Permissions = EVERYTHING,
+    group: int | None = None,
 ) -> Received:
     """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
 
     root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
     engine: what merges; without one, MERGE is refused, and a disk on which a merge was killed
+    permissions: what the sender may ask for; group: that may read a replica which is written to
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     voice = Voice(channel)
     try:
         with voice.beating():
-            return _Reception(channel, voice, root, within, engine).run()
+            return _Reception(channel, voice, root, within, engine, permissions, group).run()
     except BaseException as error:
         with suppress(SnapchainError):
             voice.say(Kind.FAIL, encode(failures.told(error)))
@@ -94,14 +105,22 @@ def begun(channel: Channel, root: Path) -> Inventory:
 
     Raises as `receive`, for what that would refuse at once.
     """
-    return _Reception(channel, Voice(channel), root, None, None).begun()
+    return _Reception(channel, Voice(channel), root, None, None, EVERYTHING, None).begun()
 
 
 class _Reception:
     def __init__(
-        self, channel: Channel, voice: Voice, root: Path | None, within: Path | None, engine: Engine | None
+        self,
+        channel: Channel,
+        voice: Voice,
+        root: Path | None,
+        within: Path | None,
+        engine: Engine | None,
+        permissions: Permissions,
+        group: int | None,
     ) -> None:
         self._channel, self._voice, self._root, self._within = channel, voice, root, within
+        self._permissions, self._group = permissions, group
         self._engine = engine
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
@@ -116,8 +135,8 @@ class _Reception:
             return self._received
         if frame.kind is not Kind.OPEN:
             raise self._unexpected(frame)
-        asked = decode(Open, frame.body, subject=self._channel.peer)
-        self._received.disk = asked.disk
+        asked = self._request(Open, frame)
+        self._received.disk = names.check_disk_name(asked.disk)
         if asked.look:
             self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
             if (frame := self._next()).kind is Kind.ACTIVE:
@@ -127,9 +146,10 @@ class _Reception:
                 raise self._unexpected(frame)
             self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
             return self._received
-        disk = open_replica(self._chosen(asked.replica), make=True).disk(asked.disk)
+        disk = open_replica(self._chosen(asked.replica), make=True, group=self._group).disk(asked.disk)
         with in_turn(disk, Work.TRANSFER, make=True):
-            catalogue = enter_epoch(disk, settle(disk, self._engine), asked.epoch)
+            catalogue = settle(disk, self._engine)
+            catalogue = enter_epoch(disk, catalogue, asked.epoch, by_name=asked.by_name)
             if hello:
                 self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue, self._features)))
             self._take_all(disk, catalogue)
@@ -142,7 +162,7 @@ class _Reception:
     def begun(self) -> Inventory:
         self._hello()
         frame = self._expect(Kind.OPEN)
-        asked = decode(Open, frame.body, subject=self._channel.peer)
+        asked = self._request(Open, frame)
         return self._looked(asked).model_copy(update={"disk": asked.disk})
 
     def _hello(self) -> bool:
@@ -164,34 +184,39 @@ class _Reception:
     def _chosen(self, named: str | None) -> Path:
         return chosen(named, only=self._root, within=self._within)
 
+    def _request(self, shape: type[M], frame: Frame) -> M:
+        """What a frame asks for: every request passes here. Raises Corrupt, and as `Permissions.check`."""
+        asked = decode(shape, frame.body, subject=self._channel.peer)
+        self._permissions.check(frame.kind, asked, subject=self._channel.peer)
+        return asked
+
     # What few streams want is loaded where it is wanted: a sender waits for this process to start.
 
     def _answer(self, frame: Frame) -> None:
-        peer = self._channel.peer
         if frame.kind is Kind.FETCH:
             from snapchain.replica.fetch_answering import give
             from snapchain.replica.stream.fetch_messages import Fetch
 
-            wanted = decode(Fetch, frame.body, subject=peer)
+            wanted = self._request(Fetch, frame)
             give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
             return
         if frame.kind is Kind.HANDOVER:
             from snapchain.replica.handover import hand_over
             from snapchain.replica.stream.handover_messages import Handover
 
-            handed = decode(Handover, frame.body, subject=peer)
+            handed = self._request(Handover, frame)
             self._voice.say(Kind.HANDED, encode(hand_over(handed, self._chosen(handed.replica), self._engine)))
         elif frame.kind is Kind.MERGE:
             from snapchain.replica.merging import merge
             from snapchain.replica.stream.merge_messages import Merge
 
-            merged = decode(Merge, frame.body, subject=peer)
+            merged = self._request(Merge, frame)
             merge(merged, self._chosen(merged.replica), self._voice.say, engine=self._engine)
         else:
             from snapchain.replica.answering import answer
             from snapchain.replica.stream.messages import Ask
 
-            asked = decode(Ask, frame.body, subject=peer)
+            asked = self._request(Ask, frame)
             answer(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
         self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
@@ -203,7 +228,7 @@ class _Reception:
             check_free(root)
             return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
         catalogue = disk.read() or empty_catalogue(disk.name)
-        check_epoch(disk, catalogue, asked.epoch)
+        check_epoch(disk, catalogue, asked.epoch, by_name=asked.by_name)
         return inventory(disk, catalogue, self._features)
 
     def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
@@ -218,7 +243,7 @@ class _Reception:
             elif frame.kind is Kind.CUT:
                 from snapchain.replica.cutting import cut
 
-                catalogue = cut(disk, catalogue, decode(Cut, frame.body, subject=self._channel.peer).keep)
+                catalogue = cut(disk, catalogue, self._request(Cut, frame).keep)
             elif frame.kind is Kind.ACTIVE:
                 self._make_active(disk, catalogue, frame)
             elif frame.kind is Kind.POINT:
@@ -230,7 +255,7 @@ class _Reception:
     def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
         from snapchain.replica.active import look_at_active
 
-        offer = decode(Active, frame.body, subject=self._channel.peer)
+        offer = self._request(Active, frame)
         found = undisturbed(
             disk,
             lambda: look_at_active(disk, disk.read() or empty_catalogue(disk.name), offer),
@@ -242,12 +267,12 @@ class _Reception:
     def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
         from snapchain.replica.active import look_at_active, make_active
 
-        offer = decode(Active, frame.body, subject=self._channel.peer)
+        offer = self._request(Active, frame)
         done = make_active if offer.make else look_at_active
         self._voice.say(Kind.READINESS, encode(done(disk, catalogue, offer)))
 
     def _take_layer(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> tuple[Catalogue, tuple[int, str]]:
-        offer = decode(LayerOffer, frame.body, subject=self._channel.peer)
+        offer = self._request(LayerOffer, frame)
         reader = MapReader(offer, subject=self._channel.peer)
         while not reader.complete:
             reader.add(self._expect(Kind.MAP).body)
@@ -323,7 +348,7 @@ class _Reception:
     def _publish(
         self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame, shown: tuple[int, str] | None
     ) -> Catalogue:
-        offer = decode(PointOffer, frame.body, subject=self._channel.peer)
+        offer = self._request(PointOffer, frame)
         tip = catalogue.tip
         if shown is not None and tip is not None and shown != (tip.size, tip.content_id):
             # A saved stream of an older state than the chain has by now: its points are history here.
@@ -332,8 +357,12 @@ class _Reception:
             raise Corrupt("a point is announced that is not what the chain shows", subject=self._channel.peer)
         if any((point.time, point.content_id) == (offer.time, offer.content_id) for point in catalogue.points):
             return catalogue  # the same stream, received again
-        if not all(label.isprintable() for label in offer.labels):
-            raise Corrupt("a label holds control characters", subject=self._channel.peer)
+        if len(catalogue.points) >= MOST_POINTS:
+            raise Unsupported(
+                f"this disk has {len(catalogue.points)} points, and no more are allowed",
+                subject=disk.directory,
+                hint="merge points away: `snapchain merge DEST::DISK --keep-last N`",
+            )
         point = Point(
             point=catalogue.next_point,
             time=offer.time,
@@ -343,7 +372,7 @@ class _Reception:
             content_id=offer.content_id,
         )
         catalogue = catalogue.after(points=(*catalogue.points, point), next_point=point.point + 1)
-        disk.write(catalogue)
+        disk.write(catalogue, reserve=FOR_CHANGES)
         self._received.points.append(point)
         return catalogue
 

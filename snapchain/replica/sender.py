@@ -45,6 +45,8 @@ from snapchain.replica.stream.messages import (
 MARK_BYTES = 32 << 20
 """Bytes on the wire between two marks: what is sent twice at most after a crash."""
 MARK_SECONDS = 2.0
+_MOST_MARKS = 256
+"""More than the window of what is not yet confirmed can hold."""
 _OFFSET = struct.Struct("<Q")
 
 
@@ -57,6 +59,23 @@ class Sent:
     total: Sum
     content_id: str
     resumed_at: int
+
+
+class Marks:
+    """Content sums that were counted at the last marks: at one of them the next attempt goes on."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, int], Sum] = {}
+
+    def note(self, layer: str, offset: int, total: Sum) -> None:
+        """All data of a layer below the guest offset were read, and give that sum."""
+        self._sums[layer, offset] = total
+        if len(self._sums) > _MOST_MARKS:
+            del self._sums[next(iter(self._sums))]
+
+    def of(self, layer: str, offset: int) -> Sum | None:
+        """None where it is not known."""
+        return self._sums.get((layer, offset))
 
 
 @dataclass(slots=True)
@@ -73,7 +92,16 @@ class Sender:
     answers: whether the other side speaks; a stream that is saved has none, and begins with `open_blindly`
     """
 
-    def __init__(self, channel: Channel, *, link: Link, answers: bool = True, limit_rate: int | None = None) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        link: Link,
+        answers: bool = True,
+        limit_rate: int | None = None,
+        marks: Marks | None = None,
+    ) -> None:
+        """marks: of earlier attempts, so that what was counted then need not be read again."""
         self.traffic = Traffic()
         self._channel = channel
         self._frames = FrameWriter(channel)
@@ -85,6 +113,8 @@ class Sender:
         self._features: frozenset[str] = frozenset()
         self._files: frozenset[str] = frozenset()
         self._marked_bytes, self._marked_at = 0, time.monotonic()
+        self._marks = Marks() if marks is None else marks
+        self._points = 0
 
     @property
     def peer(self) -> str:
@@ -113,6 +143,8 @@ class Sender:
             raise Unsupported(
                 "the snapchain there heeds no epochs", subject=self._channel.peer, hint="bring it up to date over there"
             )
+        if opening.NAMED_EPOCH_FEATURE not in self._features:
+            asked = asked.model_copy(update={"by_name": False})
         self._frames.send(Kind.OPEN, encode(asked))
         frame = self._answer(on_wait)
         if frame.kind is not Kind.INVENTORY:
@@ -120,6 +152,11 @@ class Sender:
         found = decode(Inventory, frame.body, subject=self._channel.peer)
         if found.disk != asked.disk:
             raise Corrupt("it tells of another disk than the one asked for", subject=self._channel.peer)
+        if found.epoch > asked.epoch or (found.epoch < asked.epoch and not asked.look):
+            raise Corrupt(
+                f"its disk is in epoch {found.epoch}, and it has taken in a sender of epoch {asked.epoch}",
+                subject=self._channel.peer,
+            )
         for layer in found.layers:
             if content_id(layer.size, decode_sum(layer.content_sum)) != layer.content_id:
                 raise Corrupt(f"its layer {layer.file!a} contradicts itself", subject=self._channel.peer)
@@ -177,6 +214,7 @@ class Sender:
             self.traffic.carried += portion.carried
             if self._marked_bytes >= MARK_BYTES or time.monotonic() - self._marked_at >= MARK_SECONDS:
                 outbox.mark(_OFFSET.pack(portion.stop), total.astype("<u2").tobytes())
+                self._marks.note(name, portion.stop, total)
                 self._marked_bytes, self._marked_at = 0, time.monotonic()
         confirm()
         shown = content_id(offer.size, total)
@@ -191,12 +229,15 @@ class Sender:
             return outgoing.first_sum(), 0
         if partial.durable % LEAF_BYTES and partial.durable != size:
             return outgoing.first_sum(), 0  # no mark of ours lies inside a leaf
-        return decode_sum(partial.content_sum), partial.durable
+        # The sum that the other side gives back may be anything: what is announced is counted here.
+        known = self._marks.of(name, partial.durable)
+        return outgoing.sum_up_to(partial.durable) if known is None else known, partial.durable
 
     def send_point(self, *, time: datetime, labels: Sequence[str], size: int, shown: str) -> None:
         """Publish a point of what the chain shows that is there by now."""
         offer = PointOffer(time=time, labels=tuple(labels), size=size, content_id=shown)
         self._opened().put(Kind.POINT, encode(offer))
+        self._points += 1
 
     def ask_for_active(self, active: Active) -> Readiness:
         """Have the empty overlay for the active top looked at, or made, and end the stream.
@@ -224,8 +265,13 @@ class Sender:
         return said
 
     def finish(self) -> Done | None:
-        """Wait until all is durable over there. Raises what went wrong."""
-        return self._opened().stop()
+        """Wait until all is durable over there. Raises what went wrong, Corrupt for other points than were sent."""
+        done = self._opened().stop()
+        if done is not None and len(done.points) != self._points:
+            raise Corrupt(
+                f"it has published {len(done.points)} points, and was sent {self._points}", subject=self._channel.peer
+            )
+        return done
 
     def _opened(self) -> Outbox:
         assert self._outbox is not None, "open it first"

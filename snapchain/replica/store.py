@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -20,11 +21,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound
-from snapchain.host.files import fsync_dir
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
+from snapchain.host.directory import Directory
+from snapchain.host.files import fsync_dir, read_small
 from snapchain.host.os_errors import os_errors
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer, read_record, write_record
+from snapchain.replica.access import Access, share, tighten, tighten_root
+from snapchain.replica.catalogue import Catalogue, Layer, M, read_record, write_record
 
 
 class Marker(BaseModel):
@@ -52,10 +55,23 @@ class _Begun(BaseModel):
 class ReplicaDisk:
     """One disk's directory. What changes it happens inside `locked`."""
 
-    def __init__(self, root: Path, name: str) -> None:
-        """Touches nothing. Raises InvalidInput for a bad name."""
+    def __init__(self, root: Path, name: str, access: Access | None = None) -> None:
+        """Touches nothing. access: of the replica, as its directory says it unless given.
+
+        Raises InvalidInput for a bad name.
+        """
         self.name = name
+        self.root = root
         self.directory = root / names.directory_of(name)
+        self._access = access
+
+    @property
+    def access(self) -> Access:
+        """Who may read the files that are made here."""
+        if self._access is None:
+            with os_errors(self.root):
+                self._access = Access.of(self.root.stat())
+        return self._access
 
     def path(self, file: str) -> Path:
         """Of one of its files."""
@@ -63,11 +79,11 @@ class ReplicaDisk:
 
     def read(self) -> Catalogue | None:
         """The newest generation; None when the disk has none. Raises Corrupt, also where layers lie without one."""
-        found = self._catalogue()
+        found = self.record(Catalogue, names.CATALOGUE)
         layers = [] if found else [name for name in layers_in(self.directory) if name != self._finished()]
         if layers:
             # A first layer becomes part of the disk just now: then the catalogue was there before its note went.
-            found = self._catalogue()
+            found = self.record(Catalogue, names.CATALOGUE)
         if found is None and layers:
             raise Corrupt(
                 f"its catalogue is gone, and {len(layers)} layers are here, such as {layers[0]!a}",
@@ -78,37 +94,47 @@ class ReplicaDisk:
             raise Conflict(f"this is the disk {found.disk!r}, not {self.name!r}", subject=self.directory)
         return found
 
-    def _catalogue(self) -> Catalogue | None:
-        return read_record(Catalogue, self.path(names.CATALOGUE))
-
     def _finished(self) -> str | None:
         """The file of a first layer whose arrival was cut off in its last steps: it has no catalogue yet."""
-        begun = read_record(_Begun, self.path(names.PROGRESS))
+        begun = self.record(_Begun, names.PROGRESS)
         return None if begun is None or begun.finished is None else begun.finished.file
 
-    def write(self, catalogue: Catalogue) -> None:
-        """Put a generation in place, durably. Only under the lock."""
-        write_record(self.path(names.CATALOGUE), catalogue)
+    def record(self, shape: type[M], name: str) -> M | None:
+        """One of the disk's records; None where it has none. Raises as `read_record`."""
+        return read_record(shape, self.path(name))
+
+    def put(self, name: str, record: BaseModel) -> None:
+        """Put one of its records in place, durably. Only under the lock. Raises as `write_record`."""
+        write_record(self.path(name), record, access=self.access)
+
+    def write(self, catalogue: Catalogue, *, reserve: int = 0) -> None:
+        """Put a generation in place, durably. Only under the lock. reserve and errors: as `write_record`."""
+        write_record(self.path(names.CATALOGUE), catalogue, access=self.access, reserve=reserve)
 
     @contextmanager
     def locked(self, *, make: bool, work: Work = Work.TRANSFER) -> Iterator[None]:
-        """Hold the disk against other writers. make: the directory too. Raises Busy at once, NotFound.
+        """Hold the disk against other writers. make: the directory too.
 
         work: told to those who find it held; `replica.waiting` waits for some of it
+        Raises Busy at once, NotFound, InvalidInput for a name that no new disk can have, Conflict where the directory
+        is a replica.
         """
-        with os_errors(self.directory):
-            if make and not self.directory.is_dir():
-                with suppress(FileExistsError):
-                    self.directory.mkdir(mode=0o755)
-                fsync_dir(self.directory.parent)
-            fd = os.open(self.path(names.LOCK), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
+        if make:
+            self._make()
+        with os_errors(self.directory), Directory.open(self.directory) as here:
+            fd = _opened_lock(here)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Busy(
-                    "another snapchain is changing this disk", subject=self.directory, hint="wait for it to end"
-                ) from error
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise Busy(
+                        "another snapchain is changing this disk", subject=self.directory, hint="wait for it to end"
+                    ) from error
+                self._tighten(here)
+            except BaseException:
+                os.close(fd)
+                raise
+        try:
             with suppress(OSError):  # a full disk: those who come take it for a transfer
                 if os.fstat(fd).st_size:
                     os.ftruncate(fd, 0)
@@ -121,12 +147,62 @@ class ReplicaDisk:
                 fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
+    def _make(self) -> None:
+        name = self.directory.name
+        with os_errors(self.directory), Directory.open(self.root) as root:
+            if not self.directory.is_dir():
+                names.check_new_disk(self.name)
+                with suppress(FileExistsError):
+                    root.make_directory(name)
+                root.sync()
+        with os_errors(self.directory), Directory.open(self.directory) as here:
+            if here.has(names.MARKER) and not here.has(names.CATALOGUE):
+                raise Conflict(
+                    "this directory is a replica of its own, and cannot be a disk's",
+                    subject=self.directory,
+                    hint="send under another disk name, or to that replica",
+                )
+
+    def _tighten(self, here: Directory) -> None:
+        """Older versions let everybody read. Where a guest may run on these files as another user, it still must."""
+        if self.has_overlays():
+            return
+        files = here.names()
+        layers = tuple(name for name in files if is_layer_file(name))
+        records = tuple(name for name in (names.CATALOGUE, names.PROGRESS, names.MERGING) if name in files)
+        tighten(here, self.access, layers=layers, records=records)
+
+    def has_overlays(self) -> bool:
+        """Whether there are overlays on which guests may run."""
+        return bool(layers_in(self.path(names.ACTIVE)))
+
+    def layer_mode(self) -> int:
+        """Of a layer's file. Where a guest may run as another user, what it lies on must stay readable as it was."""
+        mode = self.access.layer
+        if self.has_overlays():
+            for name in layers_in(self.directory):
+                with suppress(OSError):
+                    mode |= self.path(name).stat().st_mode & stat.S_IROTH
+        return mode
+
     def held_for(self) -> Work:
         """What who holds the disk does, as they have said; meaningless while nobody does."""
         try:
-            return Work(self.path(names.LOCK).read_text().strip())
-        except (OSError, ValueError):
+            return Work(read_small(self.path(names.LOCK), cap=100).decode().strip())
+        except (SnapchainError, ValueError):
             return Work.TRANSFER
+
+
+def _opened_lock(here: Directory) -> int:
+    """The lock's file, made unless it is there. Raises InvalidInput for what is no file."""
+    try:
+        return here.open_file(names.LOCK, writing=True)
+    except FileNotFoundError:
+        pass
+    try:
+        return here.create(names.LOCK)
+    except FileExistsError:  # another one was faster
+        return here.open_file(names.LOCK, writing=True)
 
 
 class Replica:
@@ -149,32 +225,71 @@ class Replica:
         return [ReplicaDisk(self.root, name) for name in sorted(name for name in found if name is not None)]
 
 
+def is_layer_file(name: str) -> bool:
+    """Whether a file of a disk's directory may be a layer."""
+    return name.endswith(names.SUFFIX) and not name.startswith(".")
+
+
 def layers_in(directory: Path) -> list[str]:
     """Files that may be layers, by name; none where there is no such directory."""
     try:
         entries = sorted(entry.name for entry in directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [name for name in entries if name.endswith(names.SUFFIX) and not name.startswith(".")]
+    return [name for name in entries if is_layer_file(name)]
 
 
-def open_replica(root: Path, *, make: bool = False) -> Replica:
-    """The replica in a directory. make: where there is nothing yet, begin one.
+def open_replica(root: Path, *, make: bool = False, group: int | None = None) -> Replica:
+    """The replica in a directory. make: to write there; where there is nothing yet, begin one.
 
-    Raises NotFound, and InvalidInput for a directory that holds other things.
+    group: that may read it from now on, where it is opened to write
+    Raises NotFound, and InvalidInput for a directory that holds other things, is everybody's, or lies in a replica.
     """
     root = root.absolute()
     marker = root / names.MARKER
-    if read_record(Marker, marker) is not None:
-        return Replica(root)
+    known = read_record(Marker, marker) is not None
     if not make:
-        raise NotFound("there is no replica here", subject=root)
-    with os_errors(root), suppress(FileExistsError):
-        root.mkdir()
-    check_free(root)
-    write_record(marker, Marker())
-    fsync_dir(root.parent)
+        if not known:
+            raise NotFound("there is no replica here", subject=root)
+        return Replica(root)
+    if not known:
+        _begin(root)
+    with os_errors(root), Directory.open(root) as here:
+        if group is not None:
+            share(here, group)
+        tighten_root(here, guests=any(disk.has_overlays() for disk in Replica(root).disks()))
+        access = Access.of(os.fstat(here.fd))
+    if not known:
+        write_record(marker, Marker(), access=access)
+        fsync_dir(root.parent)
     return Replica(root)
+
+
+def _begin(root: Path) -> None:
+    """Make the directory of a replica, or take one that is empty."""
+    _check_not_nested(root)
+    with os_errors(root), Directory.open(root.parent) as above, suppress(FileExistsError):
+        above.make_directory(root.name)
+    check_free(root)
+    with os_errors(root):
+        if root.stat().st_mode & stat.S_ISVTX:
+            raise InvalidInput(
+                "everybody may make files in this directory", subject=root, hint="name a directory below it"
+            )
+
+
+def _check_not_nested(root: Path) -> None:
+    """Raises InvalidInput for a directory in a replica: only its disks, and what belongs to them, are there."""
+    for above in Path(os.path.realpath(root)).parents:
+        try:
+            marker, directory = (above / names.MARKER).lstat(), above.stat()
+        except OSError:
+            continue
+        # A stranger's file of that name, as in /tmp, is no replica.
+        if stat.S_ISREG(marker.st_mode) and marker.st_uid in (0, os.geteuid(), directory.st_uid):
+            raise InvalidInput(
+                f"this directory lies in the replica {above}", subject=root, hint="name a directory outside of it"
+            )
 
 
 def check_free(root: Path) -> None:

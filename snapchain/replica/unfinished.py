@@ -10,6 +10,7 @@ the files of one and the catalogue of the other meanwhile: what it finds wrong t
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,20 +20,18 @@ from typing import Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unsupported
-from snapchain.host.files import fsync_file, remove
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.host.files import directory_of, remove, set_mode
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
 from snapchain.image.dependents import Dependents, search
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer, read_record, write_record
+from snapchain.replica.catalogue import Catalogue, Layer
 from snapchain.replica.source_keys import joined
 from snapchain.replica.store import ReplicaDisk, Work
 from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
 
-READ_ONLY = 0o444
-_WRITABLE = 0o644
 _PATIENCE = 60.0
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 5
@@ -103,7 +102,7 @@ class Merging(BaseModel):
 
 def begin(disk: ReplicaDisk, members: Sequence[Layer]) -> None:
     """Note, durably, that these are to become one."""
-    write_record(disk.path(names.MERGING), Merging(members=tuple(layer.id for layer in members)))
+    disk.put(names.MERGING, Merging(members=tuple(layer.id for layer in members)))
 
 
 def settle_merge(disk: ReplicaDisk, catalogue: Catalogue, engine: Engine | None) -> Catalogue:
@@ -111,7 +110,7 @@ def settle_merge(disk: ReplicaDisk, catalogue: Catalogue, engine: Engine | None)
 
     Raises Unsupported where there is one and no engine, and what the engine raises: then all is as before.
     """
-    record = read_record(Merging, disk.path(names.MERGING))
+    record = disk.record(Merging, names.MERGING)
     if record is None:
         return catalogue
     known = {layer.id: layer for layer in catalogue.layers}
@@ -141,7 +140,7 @@ def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) 
     merged = tuple(layer for layer in catalogue.layers if layer.id not in gone)
     shown = _chain(disk, catalogue.layers[-1], members[-1])
     for layer in members:
-        _seal(disk.path(layer.file))
+        _seal(disk, layer)
     if shown.keys == [_key(layer) for layer in merged]:
         _drop_leftovers(disk, members[:-1], merged)
         at = merged.index(members[-1])
@@ -178,7 +177,7 @@ def unlocked(paths: Sequence[Path]) -> Iterator[None]:
     for path in paths:
         with os_errors(path), suppress(FileNotFoundError):
             if not os.access(path, os.W_OK):
-                path.chmod(_WRITABLE)
+                set_mode(path, path.stat().st_mode | stat.S_IWUSR)
     yield
 
 
@@ -253,11 +252,21 @@ def _chain(disk: ReplicaDisk, tip: Layer, of: Layer) -> _Shown:
         return _Shown([(file.path.name, file.size, file.format) for file in chain.files], cluster_size, data_bytes)
 
 
-def _seal(path: Path) -> None:
-    with os_errors(path), suppress(FileNotFoundError):
-        if path.stat().st_mode & 0o7777 != READ_ONLY:
-            path.chmod(READ_ONLY)
-            fsync_file(path)
+def _seal(disk: ReplicaDisk, layer: Layer) -> None:
+    """Make its file read-only again, unless a link leads out of the disk's directory."""
+    path = Path(os.path.realpath(real_path(disk, layer)))
+    if path.parent != disk.directory.resolve():
+        return
+    with suppress(NotFound), directory_of(path) as directory:
+        fd = directory.open_file(path.name)
+        try:
+            before = os.fstat(fd)
+            with directory.changing(before):
+                disk.access.give(fd, disk.layer_mode())
+            if os.fstat(fd).st_mode != before.st_mode:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _drop_leftovers(disk: ReplicaDisk, lower: Sequence[Layer], merged: Sequence[Layer]) -> None:

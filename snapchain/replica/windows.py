@@ -64,12 +64,15 @@ def hidden_leaves(size: int, below: ImageChain) -> Extents:
     return where(lower, covering(below.size, np.array([first]), np.array([below.size])))
 
 
-def windows(leaves: Extents, *, since: int = 0) -> Iterator[Window]:
-    """The hot leaves that end behind guest offset `since`, in portions. `since`: where a window ended."""
+def windows(leaves: Extents, *, since: int = 0, until: int | None = None) -> Iterator[Window]:
+    """The hot leaves that end behind guest offset `since`, and begin before `until`, in portions.
+
+    since, until: ends of leaves; `since` where a window ended
+    """
     ranges: list[tuple[int, int]] = []
     room = WINDOW
     for start, length, val in leaves.runs():
-        stop = start + length
+        stop = start + length if until is None else min(start + length, until)
         at = max(start, since)
         if val != DATA:
             continue

@@ -90,7 +90,7 @@ def test_the_guest_is_started_over_there(moving: Moving, tmp_path: Path) -> None
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("call", ["fsync", "rename"])
+@pytest.mark.parametrize("call", ["fsync", "renameat"])
 def test_the_other_host_dies_at_each_call_of_the_handover(moving: Moving, tmp_path: Path, call: str) -> None:
     """Its receiver is killed once, in the session that asks for the disks; the next question ends it."""
     flag, lived = tmp_path / "kill", tmp_path / "lived"

@@ -56,7 +56,7 @@ class Place:
         assert same(files[-1], shown)
         for file in files:
             assert clean(file), file
-            assert file.stat().st_mode & 0o777 == 0o444
+            assert file.stat().st_mode & 0o777 == 0o400
         left = {entry.name for entry in self.directory.iterdir()}
         assert left == {"catalogue.json", ".lock", *(file.name for file in files)}
 

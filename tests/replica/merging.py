@@ -58,7 +58,7 @@ class Pointed:
             assert same(files[point["layer"]], self.shown[point["point"]]), point["point"]
         for path in files.values():
             assert clean(path), path
-            assert path.stat().st_mode & 0o7777 == 0o444
+            assert path.stat().st_mode & 0o7777 == 0o400
         left = {entry.name for entry in self.place.directory.iterdir()}
         assert left == {"catalogue.json", ".lock", *(path.name for path in files.values()), *besides}
         found = verify_replica(endpoint(self.place.root), DISK, read_data=True)

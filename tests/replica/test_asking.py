@@ -306,6 +306,16 @@ def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert over.wait(HANG)
 
 
+def test_points_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from snapchain.replica import asking
+
+    monkeypatch.setattr(asking, "MOST_POINTS", 600)
+    pages = [disk_said("d", *range(first, first + 256)) for first in range(1, 1000, 256)]
+    with puppet(answering(ANSWER, *pages)) as endpoint, pytest.raises(Corrupt, match="more than 600 points") as caught:
+        log_replica(endpoint)
+    assert "one disk" in (caught.value.hint or "")
+
+
 # ---- which directory may be named
 
 

@@ -43,7 +43,7 @@ def test_a_disk_that_fails_at_every_call(tmp_path: Path, fault: Fault) -> None:
     refused = [where for where, end in ends if end is End.REFUSED]
     assert len(refused) >= (20 if EXHAUSTIVE else 3)
     if EXHAUSTIVE:
-        assert {"replace", "fsync", "fchmod"} <= {where.split()[-1] for where in refused}, refused
+        assert {"rename", "fsync", "fchmod"} <= {where.split()[-1] for where in refused}, refused
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
@@ -55,15 +55,15 @@ def test_a_name_that_cannot_be_given(
     files = build(tmp_path / "chain", [Layer(MiB, [f"write -P {n + 1} {n * 64}k 256k"]) for n in range(2)])
     place.send(files[0])
     before = place.catalogue()
-    real = Path.replace
+    real = os.rename
 
-    def fails(self: Path, target: Path) -> Path:
-        if Path(target).name == file:
+    def fails(old: str, new: str, **places: int) -> None:
+        if new == file:
             raise OSError(number, os.strerror(number))
-        return real(self, target)
+        real(old, new, **places)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fails)
+        patch.setattr(os, "rename", fails)
         with pytest.raises(Unavailable, match=rf"{re.escape(file)}: {os.strerror(number).lower()}"):
             place.send(files[1])
     assert place.catalogue() == before

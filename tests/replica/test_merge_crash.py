@@ -65,7 +65,7 @@ class Scene:
         left = {entry.name for entry in self.pointed.place.directory.iterdir()}
         left -= set() if swept else {name for name in left if ".json.new-" in name}
         assert left == {"catalogue.json", ".lock", *(path.name for path in files)}, where
-        assert all(path.stat().st_mode & 0o777 == 0o444 for path in files), where
+        assert all(path.stat().st_mode & 0o777 == 0o400 for path in files), where
         found = verify_replica(endpoint(self.root), DISK, read_data=True)
         assert found.ok, (where, found.findings)
 
@@ -123,7 +123,7 @@ def test_files_that_are_neither_chain_leave_the_record(harm: Callable[[list[Path
     files = scene.pointed.place.files()
     files[-1].chmod(0o644)
     harm(files)
-    files[-1].chmod(0o444)
+    files[-1].chmod(0o400)
     before, record = scene.pointed.place.catalogue(), record_of(scene).read_bytes()
     for _ in range(2):
         with pytest.raises(Corrupt, match="neither the chain that its catalogue names, nor what a merge") as caught:

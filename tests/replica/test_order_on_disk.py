@@ -24,14 +24,17 @@ class Steps(list[str]):
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
         self._directory = directory
         patch.setattr(os, "fsync", self._noting("fsync", os.fsync))
-        patch.setattr(os, "replace", self._noting("rename", os.replace))
+        patch.setattr(os, "rename", self._noting("rename", os.rename))
         patch.setattr(os, "unlink", self._noting("unlink", os.unlink))
 
     def _noting(self, verb: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             done = real(*arguments, **named)
+            where = next((fd for name, fd in named.items() if name.endswith("dir_fd")), None)
+            within = Path() if where is None else Path(f"/proc/self/fd/{where}").readlink()
             paths = [
-                Path(f"/proc/self/fd/{each}").readlink() if isinstance(each, int) else Path(each) for each in arguments
+                Path(f"/proc/self/fd/{each}").readlink() if isinstance(each, int) else within / each
+                for each in arguments
             ]
             if paths[0] == self._directory or paths[0].parent == self._directory:
                 self.append(" ".join([verb, *map(self._name, paths)]))

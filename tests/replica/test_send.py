@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,11 @@ from snapchain.ops.send_sources import source_of
 from snapchain.replica import arrival, sender
 from snapchain.replica.outbox import Outbox
 from snapchain.replica.stream.frames import Kind
+from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import Place
+from tests.waiting import HANG
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -376,3 +378,18 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
 def done_of(event: Event) -> int:
     assert isinstance(event, Progress)
     return event.done
+
+
+def test_a_point_that_was_not_published_is_no_success(place: Place, tmp_path: Path) -> None:
+    (image,) = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"])])
+
+    def without_points(frames: Iterator[Frame]) -> Iterator[Frame | bytes]:
+        return (frame for frame in frames if frame.kind != Kind.POINT)
+
+    with (
+        meddling(without_points, pass_on, patience=HANG),
+        pytest.raises(Corrupt, match="published 0 points of the 1 that were sent") as caught,
+    ):
+        place.send(image)
+    assert caught.value.subject == f"dir:{place.root}"
+    assert not place.catalogue()["points"]

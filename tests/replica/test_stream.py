@@ -433,7 +433,7 @@ BAD_ANSWERS: dict[str, tuple[type[SnapchainError], str, tuple[tuple[int, bytes],
     "stored what was not sent": (
         Corrupt,
         "stored that was not sent",
-        (ANSWER, EMPTY, (34, encode(Stored(layer="0" * 32, file="a")))),
+        (ANSWER, EMPTY, (34, encode(Stored(layer="0" * 32, file="a.qcow2")))),
     ),
     "done at once": (Corrupt, "before everything was sent", (ANSWER, EMPTY, (35, b'{"points":[1],"layers":1}'))),
     "inventory twice": (Corrupt, "INVENTORY has no place here", (ANSWER, EMPTY, EMPTY)),

@@ -19,6 +19,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.image import ImageChain, scan
 from snapchain.image.inplace import Amendment
+from snapchain.ops.counted_sums import carry_over
 from snapchain.ops.events import Notice, OnEvent, ignore
 from snapchain.ops.lineage import record
 from snapchain.ops.merge import in_place, new_file, settle
@@ -78,6 +79,8 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
         if noted:
             _note(planned, old, on_event)
         settled = settle.finish(journal)
+        if noted:
+            _carry_over(planned, old, on_event)
         removed = settled.removed
         if planned.strategy is Strategy.COMMIT:
             removed.append(journal.journal.lowest)
@@ -100,6 +103,21 @@ def _note(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
         record(old.files[planned.first : planned.last + 1], planned.result, is_top=is_top)
     except SnapchainError as error:
         on_event(Notice(f"{planned.result}: cannot note what it was made of, so it is shipped as a whole: {error}"))
+
+
+def _carry_over(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
+    """So that a sender need not read the result again to know what it shows."""
+    try:
+        carry_over(
+            planned.image,
+            old,
+            lambda: scan(planned.image, format=planned.image_format, image_dirs=planned.image_dirs),
+            first=planned.first,
+            last=planned.last,
+            on_event=on_event,
+        )
+    except SnapchainError as error:
+        on_event(Notice(f"{planned.result}: it is read again when it is sent: {error}"))
 
 
 def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from snapchain.replica.stream.messages import LARGEST_EPOCH, Active, LayerId, Said
+from snapchain.replica.stream.messages import LARGEST_EPOCH, Active, Epoch, LayerId, Said
 
 MOST_DISKS = 64
 """Of one guest: as many as virtio-scsi or a long row of virtio-blk has in earnest."""
@@ -55,7 +55,7 @@ class Standing(Said):
 
     disk: str = Field(min_length=1, max_length=250)
     given: bool
-    epoch: int = Field(ge=1)
+    epoch: Epoch
     overlay: str = Field(min_length=1, max_length=4500)
 
 

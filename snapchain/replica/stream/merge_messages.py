@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AwareDatetime, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from snapchain.replica.stream.messages import (
     LARGEST_DISK,
     LARGEST_EPOCH,
     MAX_LAYERS,
     POINTS_AT_ONCE,
+    FileName,
     Label,
+    Moment,
+    PointNumber,
     Said,
 )
 
 _Count = Annotated[int, Field(ge=-1, le=1 << 31)]
 _LARGEST = MAX_LAYERS * LARGEST_DISK
 Reason = Annotated[str, StringConstraints(max_length=1000)]
-File = Annotated[str, StringConstraints(min_length=1, max_length=255)]
 
 
 class Merge(Said):
@@ -46,9 +48,9 @@ class Merge(Said):
 class DecidedPoint(Said):
     """What becomes of one point, and why."""
 
-    point: int = Field(ge=1)
-    time: AwareDatetime
-    labels: tuple[Label, ...]
+    point: PointNumber
+    time: Moment
+    labels: tuple[Label, ...] = Field(max_length=100)
     kept: bool
     reasons: tuple[Reason, ...] = Field(max_length=120)
 
@@ -56,7 +58,7 @@ class DecidedPoint(Said):
 class Staying(Said):
     """A layer that no kept point needs, and why it stays all the same."""
 
-    file: File
+    file: FileName
     reason: Reason
 
 
@@ -71,7 +73,7 @@ class Outcome(Said):
     done: bool
     layers_before: int = Field(ge=0, le=MAX_LAYERS)
     layers_after: int = Field(ge=0, le=MAX_LAYERS)
-    merges: tuple[tuple[File, ...], ...] = Field(max_length=MAX_LAYERS)
+    merges: tuple[tuple[FileName, ...], ...] = Field(max_length=MAX_LAYERS)
     staying: tuple[Staying, ...] = Field(max_length=MAX_LAYERS)
     strategy: Annotated[str, StringConstraints(pattern=r"^[a-z+-]{1,100}$")]
     bytes_moved: int = Field(ge=0, le=_LARGEST)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
@@ -17,6 +19,7 @@ from pydantic import (
 )
 
 from snapchain.errors import Corrupt
+from snapchain.replica.names import is_layer_name
 
 VERSION = 1
 """The one version of the stream that this program speaks."""
@@ -28,12 +31,46 @@ MAX_RUNS = 1 << 22
 """Of a layer's map."""
 
 LARGEST_EPOCH = 1 << 31
+LARGEST_NUMBER = 1 << 53
+"""Of a point: what a program in any language counts exactly."""
+MOST_POINTS = 30_000
+"""Of one disk at a replica: one a night for 80 years. Whoever asks for them takes no more."""
 POINTS_AT_ONCE = 256
 """In one DISK frame; each may have a hundred labels of a hundred characters."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-Label = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a label holds control characters")
+    return text
+
+
+def _file_name(text: str) -> str:
+    if not is_layer_name(text):
+        raise ValueError(f"a layer cannot be named {text!a}")
+    return text
+
+
+def _of_a_calendar(time: datetime) -> datetime:
+    """In UTC. No time zone, and no rule that counts days, leaves the calendar from there."""
+    try:
+        time = time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("no calendar has this time") from None
+    if not 1970 <= time.year <= 9990:
+        raise ValueError("a time is from 1970 to 9990")
+    return time
+
+
+Label = Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_printable)]
+FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_file_name)]
+"""Of a layer at a replica: a name without a directory, plain in every shell and for QEMU."""
+Epoch = Annotated[int, Field(ge=1, le=LARGEST_EPOCH)]
+PointNumber = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
+Moment = Annotated[AwareDatetime, AfterValidator(_of_a_calendar)]
 SHORT_KEY_BYTES = 8
 MOST_OLDER = 1 << 14
 """Files of one layer: one a night for 44 years."""
@@ -69,19 +106,23 @@ class Open(Said):
 
     look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
     epoch: in which the sender writes the disk; 1 goes without saying
+    by_name: a human has named the epoch: it may skip some, and end a handover that nobody has used
     """
 
     disk: str = Field(min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
     look: bool = False
-    epoch: int = Field(default=1, ge=1, le=LARGEST_EPOCH)
+    epoch: Epoch = 1
+    by_name: bool = False
 
     @model_serializer(mode="wrap")
-    def _without_the_first_epoch(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A receiver without the feature knows no such field.
         said: dict[str, Any] = handler(self)
         if said.get("epoch") == 1:
             del said["epoch"]
+        if not said.get("by_name"):
+            said.pop("by_name", None)
         return said
 
 
@@ -120,7 +161,7 @@ class Cut(Said):
 class PointOffer(Said):
     """A point to publish: what the chain shows that is there now."""
 
-    time: AwareDatetime
+    time: Moment
     labels: tuple[Label, ...] = Field(default=(), max_length=100)
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
@@ -130,7 +171,7 @@ class HeldLayer(Said):
     """A layer that is there. older: the files that it was made of below its `sources` (replica/source_keys.py)."""
 
     id: LayerId
-    file: str = Field(min_length=1, max_length=255)
+    file: FileName
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
     content_sum: SumText
@@ -161,9 +202,9 @@ class Inventory(Said):
     """What a replica holds of a disk: layers root first."""
 
     disk: str = Field(max_length=250)
-    epoch: int = Field(ge=1)
+    epoch: Epoch
     layers: tuple[HeldLayer, ...] = Field(max_length=MAX_LAYERS)
-    last_point: int = Field(ge=0)
+    last_point: int = Field(ge=0, le=LARGEST_NUMBER)
     partial: Partial | None
 
 
@@ -171,14 +212,14 @@ class Stored(Said):
     """A layer is whole, proven, and part of the chain."""
 
     layer: LayerId
-    file: str = Field(min_length=1, max_length=255)
+    file: FileName
 
 
 class Done(Said):
     """All is durable. points: numbers of those that were published, ascending; layers: how many came."""
 
-    points: tuple[int, ...] = Field(max_length=4 * MAX_LAYERS)
-    layers: int = Field(ge=0)
+    points: tuple[PointNumber, ...] = Field(max_length=4 * MAX_LAYERS)
+    layers: int = Field(ge=0, le=2 * MAX_LAYERS + 1)
 
 
 class Active(Said):
@@ -220,7 +261,7 @@ class Readiness(Said):
     file: str = Field(min_length=1, max_length=300)
     state: ActiveState
     proven: bool
-    broken: tuple[Annotated[str, StringConstraints(max_length=255)], ...] = Field(default=(), max_length=MAX_LAYERS)
+    broken: tuple[FileName, ...] = Field(default=(), max_length=MAX_LAYERS)
 
 
 class Ask(Said):
@@ -238,8 +279,8 @@ class Ask(Said):
 class HeldPoint(Said):
     """A point of a disk. layers: length of the chain that gives it."""
 
-    point: int = Field(ge=1)
-    time: AwareDatetime
+    point: PointNumber
+    time: Moment
     labels: tuple[Label, ...] = Field(default=(), max_length=100)
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
@@ -250,7 +291,7 @@ class HeldDisk(Said):
     """A disk and some of its points, ascending; those that follow come in the next such frame of the same disk."""
 
     disk: str = Field(min_length=1, max_length=250)
-    epoch: int = Field(ge=1)
+    epoch: Epoch
     points: tuple[HeldPoint, ...] = Field(max_length=POINTS_AT_ONCE)
 
 
@@ -258,7 +299,7 @@ class Verdict(Said):
     """A disk was looked at. checked_bytes: of data that were read; its findings came before."""
 
     disk: str = Field(min_length=1, max_length=250)
-    points: int = Field(ge=0)
+    points: int = Field(ge=0, le=LARGEST_NUMBER)
     layers: int = Field(ge=0, le=MAX_LAYERS)
     checked_bytes: int = Field(ge=0, le=MAX_LAYERS * LARGEST_DISK)
 
@@ -270,7 +311,7 @@ class Finding(Said):
     kind: Annotated[str, StringConstraints(max_length=40)]
     subject: str | None = Field(default=None, max_length=1000)
     message: str = Field(max_length=4000)
-    points: tuple[int, ...] = Field(default=(), max_length=100_000)
+    points: tuple[PointNumber, ...] = Field(default=(), max_length=100_000)
 
 
 class Failure(Said):

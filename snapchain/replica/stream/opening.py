@@ -20,8 +20,10 @@ HANDOVER_FEATURE = "handover"
 """A receiver that answers HANDOVER with HANDED."""
 FETCH_FEATURE = "fetch"
 """A receiver that answers FETCH."""
+NAMED_EPOCH_FEATURE = "named-epoch"
+"""A receiver that lets an epoch rise by one alone, unless OPEN says that a human has named it."""
 FEATURES: tuple[str, ...] = (
-    ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, MERGE_FEATURE, HANDOVER_FEATURE, FETCH_FEATURE,
+    ACTIVE_FEATURE, ASK_FEATURE, EPOCH_FEATURE, MERGE_FEATURE, HANDOVER_FEATURE, FETCH_FEATURE, NAMED_EPOCH_FEATURE,
 )  # fmt: skip
 """Names of what was added to version 1 since. Names that a side does not know mean nothing to it."""
 

@@ -1,0 +1,116 @@
+"""What a peer may ask of a receiver: judged in one place, for every request, before anything is done.
+
+    send      OPEN, and what follows: layers, points, a look at what is here, and the overlay that is ready already
+    fetch     FETCH: the data of points
+    cut       CUT: dropping layers and points
+    merge     MERGE: keeping some points, and merging the layers of the others
+    handover  HANDOVER, and an ACTIVE that makes an overlay: the disk's master changes
+    epochs    an OPEN that skips epochs, or ends a handover, because a human has said so by name
+
+ASK, the points and their soundness, needs `send` or `fetch`: either shows as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from snapchain.errors import InvalidInput
+from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.messages import Active, Open, Said
+
+
+class Right(StrEnum):
+    """One of them; see above."""
+
+    SEND = "send"
+    FETCH = "fetch"
+    CUT = "cut"
+    MERGE = "merge"
+    HANDOVER = "handover"
+    EPOCHS = "epochs"
+
+
+_APPENDING = frozenset({Right.SEND, Right.FETCH})
+"""Rights with which nothing that is there can be removed or replaced."""
+_NEEDED = {
+    Kind.OPEN: frozenset({Right.SEND}),
+    Kind.LAYER: frozenset({Right.SEND}),
+    Kind.POINT: frozenset({Right.SEND}),
+    Kind.ACTIVE: frozenset({Right.SEND}),
+    Kind.ASK: frozenset({Right.SEND, Right.FETCH}),
+    Kind.FETCH: frozenset({Right.FETCH}),
+    Kind.CUT: frozenset({Right.CUT}),
+    Kind.MERGE: frozenset({Right.MERGE}),
+    Kind.HANDOVER: frozenset({Right.HANDOVER}),
+}
+"""For a request of each kind, the rights of which one will do. What is not here nobody may ask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What one peer may do. append_only: for messages; then `granted` has no right to remove or replace anything."""
+
+    granted: frozenset[Right]
+    append_only: bool = False
+
+    def check(self, kind: Kind, request: Said, *, subject: str) -> None:
+        """Raises InvalidInput, which names the right that is missing, and how it is granted."""
+        needed = _NEEDED.get(kind, frozenset())
+        if kind is Kind.ACTIVE and isinstance(request, Active) and request.make:
+            needed = frozenset({Right.HANDOVER})
+        if kind is Kind.OPEN and isinstance(request, Open) and request.by_name:
+            self._check(frozenset({Right.EPOCHS}), "skip epochs, or end a handover", subject)
+        self._check(needed, kind.name, subject)
+
+    def _check(self, needed: frozenset[Right], what: str, subject: str) -> None:
+        if needed & self.granted:
+            return
+        right = min(needed, default=Right.SEND)
+        if self.append_only:
+            raise InvalidInput(
+                f"{what} is not allowed: this server is append-only, and the right {right.value!r} is missing",
+                subject=subject,
+                hint="do it on the replica's host, with dir:/path in the place of ssh://host/path",
+            )
+        words = ",".join(each.value for each in Right if each in self.granted | {right})
+        raise InvalidInput(
+            f"{what} is not allowed: this key lacks the right {right.value!r}",
+            subject=subject,
+            hint="to grant it, change the key's line in authorized_keys on the replica's host: "
+            f'command="snapchain serve-replica --stdio --root DIR --allow {words}"',
+        )
+
+
+EVERYTHING = Permissions(frozenset(Right))
+"""For whoever works as the user of the replica: on its host, or logged in there with a shell."""
+CONFINED = Permissions(frozenset(Right) - {Right.EPOCHS})
+"""For a key that sshd confines to this program."""
+
+
+def parse_permissions(allowed: str | None, *, append_only: bool, confined: bool) -> Permissions:
+    """From `--allow`, a comma-separated set, and `--append-only`.
+
+    confined: whether the peer can do nothing here but what this program lets it do
+    Raises InvalidInput for a word that is no right, and for a right that an append-only server cannot grant.
+    """
+    if allowed is None:
+        if append_only:
+            return Permissions(_APPENDING, append_only=True)
+        return CONFINED if confined else EVERYTHING
+    granted = frozenset(_parse(allowed.split(",")))
+    if append_only and (more := granted - _APPENDING):
+        raise InvalidInput(
+            f"--append-only excludes {', '.join(sorted(more))}", hint="leave out --append-only, or those rights"
+        )
+    return Permissions(granted, append_only=append_only)
+
+
+def _parse(words: Iterable[str]) -> Iterable[Right]:
+    for word in words:
+        try:
+            yield Right(word.strip())
+        except ValueError:
+            known = ", ".join(each.value for each in Right)
+            raise InvalidInput(f"{word!a} is no right that --allow knows", hint=f"rights: {known}") from None
