@@ -261,7 +261,9 @@ class Memory:
         state.write(self._name, _Generations(id=self._seen.id, disks=disks).model_dump_json().encode())
 
 
-def remember(places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None) -> tuple[Memory, list[str]]:
+def remember(
+    places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None
+) -> tuple[Memory, list[str]]:
     """Note a repository that was just made here, whatever was known of its address; notices where that fails."""
     recalled = Recalled(places, url)
     notices = [notice for notice in recalled.notices if not recalled.is_known]
