@@ -96,7 +96,9 @@ def unlock(store: ObjectStore, secret: str, config: bytes, *, first: str | None 
     first: the slot that opened it before, which is tried before all others; then the oldest, by the store's clock
     Raises InvalidInput when no slot opens, and Corrupt or Unsupported when some cannot be read.
     """
-    found = sorted(islice(store.list("keys/"), _MOST_NAMES), key=lambda info: (info.name != first, info.modified or 0.0))
+    found = sorted(
+        islice(store.list("keys/"), _MOST_NAMES), key=lambda info: (info.name != first, info.modified or 0.0)
+    )
     if not found:
         raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
     work = 0.0

@@ -19,6 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Unsupported
+from snapchain.host.directory import real_path
 from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Nightly
 
@@ -186,7 +187,7 @@ def _writable(config: Nightly) -> list[Path]:
     for disks in config.disks:
         images = [disks.path] if disks.path is not None else [Path(_fixed(disks.glob or ""))]
         # Sealed files lie beside the file behind a link.
-        wanted.update(place for image in images for place in {image.parent, Path(os.path.realpath(image)).parent})
+        wanted.update(place for image in images for place in {image.parent, real_path(image).parent})
         wanted.update(disks.image_dirs)
     for destination in config.destinations:
         if destination.url.startswith("file://"):
