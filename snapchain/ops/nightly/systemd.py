@@ -11,7 +11,6 @@ other destinations would have no night either.
 from __future__ import annotations
 
 import glob
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
