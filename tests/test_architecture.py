@@ -202,6 +202,7 @@ OTHER_DOORS: dict[str, str] = {
     "replica": "a replica's own tree, which no other user may write to (replica/store.py)",
     "repository/known.py": "this user's own state",
     "host/state_key.py": "this user's own state",
+    "host/private.py": "this user's own state and cache, in directories that nobody else may write to",
     "testing": "for tests",
 }
 
