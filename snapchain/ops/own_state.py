@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +35,14 @@ def read_own(path: Path, shape: type[M], *, largest: int) -> M:
 
 def write_own(path: Path, record: BaseModel) -> None:
     """Replace it, and make its directory."""
-    with os_errors(path.parent):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make(path.parent)
     write_atomically(path, record.model_dump_json().encode())
+
+
+def _make(directory: Path) -> None:
+    """The directory, and those above it, for this user alone: the umask decides about none of them."""
+    if directory.is_dir():
+        return
+    _make(directory.parent)
+    with os_errors(directory), suppress(FileExistsError):
+        directory.mkdir(mode=0o700)

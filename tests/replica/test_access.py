@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Conflict, InvalidInput, NotFound
+from snapchain.host.places import state_dir
 from snapchain.ops.migrate import MigrateRequest, Move, migrate
 from snapchain.replica.access import Access, group_number
 from snapchain.replica.endpoint import DirectoryEndpoint
@@ -49,12 +50,17 @@ def modes(root: Path) -> dict[str, int]:
 OWNERS = {"directory": 0o700, ".qcow2": 0o400, ".json": 0o600, ".lock": 0o600}
 
 
-def test_a_replica_is_its_owners_alone(place: Place, chain: list[Path], umask: int) -> None:
+def test_a_replica_is_its_owners_alone(
+    place: Place, chain: list[Path], umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state of this test"))
     for image in chain:
         place.send(image)
     assert modes(place.root) == OWNERS
     migrate(MigrateRequest(moves=[Move(chain[-1], DISK)]), DirectoryEndpoint(place.root))
     assert modes(place.root) == {**OWNERS, "overlay": 0o600}
+    made = [path for path in (state_dir() / "sums").parents if path.is_relative_to(state_dir().parent)]
+    assert all(not path.stat().st_mode & 0o077 for path in (state_dir() / "sums", *made)), "what it remembers, too"
     _ = umask
 
 

@@ -117,6 +117,7 @@ def test_verify_tells_it(held: Place) -> None:
 
 
 def test_a_file_that_was_written_to_and_got_its_time_back(held: Place, chain: list[Path]) -> None:
+    held.send(chain[2])
     status = chain[0].stat()
     chain[0].chmod(0o600)
     write(chain[0], "write -P 77 64k 64k")
@@ -124,6 +125,22 @@ def test_a_file_that_was_written_to_and_got_its_time_back(held: Place, chain: li
     os.utime(chain[0], ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(Corrupt, match=r"its layer 0\.qcow2 does not show"):
         held.send(chain[2])
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o620, 0o602, 0o666])
+def test_a_memory_that_others_may_have_written_is_not_believed(held: Place, chain: list[Path], mode: int) -> None:
+    """It says that the file here shows zeroes, as the replica does."""
+    poison(held)
+    for path in (state_dir() / "sums").iterdir():
+        said = json.loads(path.read_text())
+        said["sums"] = dict.fromkeys(said["sums"], "A" * 2731 + "=")
+        path.write_text(json.dumps(said))
+        path.chmod(mode)
+    if mode == 0o600:
+        held.send(chain[1])  # what this user has written is believed: nothing is read again
+        return
+    with pytest.raises(Corrupt, match="does not show what"):
+        held.send(chain[1])
 
 
 def notices(image: Path, place: Place) -> list[str]:
@@ -216,7 +233,10 @@ def test_other_points_than_were_sent(chain: list[Path], points: list[int]) -> No
         frames_said = (34, json.dumps(stored).encode()), (35, json.dumps(done).encode())
         say(stream(ANSWER, EMPTY, *frames_said)[len(begun) :])
 
-    with puppet(answer) as endpoint, pytest.raises(Corrupt, match=f"published {len(points)} points, and was sent 1"):
+    with (
+        puppet(answer) as endpoint,
+        pytest.raises(Corrupt, match=f"published {len(points)} points of the 1 that were sent"),
+    ):
         send(chain[0], endpoint, DISK)
 
 

@@ -203,6 +203,13 @@ def test_a_transfer_does_not_go_on_in_a_file_that_was_changed(held: Place, cut_o
     assert send(image, DirectoryEndpoint(held.root), "other").layers_sent == 1
 
 
+def test_a_transfer_does_not_go_on_in_a_file_with_two_names(held: Place, cut_off: tuple[Path, Path]) -> None:
+    image, incoming = cut_off
+    os.link(incoming, incoming.with_name("another name"))
+    with pytest.raises(Corrupt, match="the file of the layer that is arriving was changed"):
+        send(image, DirectoryEndpoint(held.root), "other")
+
+
 def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> None:
     (held.root / "snapchain-replica.json").unlink()
     there = DirectoryEndpoint(held.root)
