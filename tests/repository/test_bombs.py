@@ -155,6 +155,21 @@ def test_a_disk_of_too_many_layers_is_refused_by_writer_and_reader(monkeypatch: 
         repository.catalogue("x")
 
 
+@pytest.mark.parametrize("name", ["", "x\x1b[2J", "../../etc", "a:b", "/x", "x" * 201, "\ud800"])
+def test_a_forged_name_of_a_disk_is_damage(name: str) -> None:
+    """It is printed, and part of addresses in hints."""
+    repository = Repository.create(MemoryStore(), passphrase=lambda: None, encryption=NONE)
+    key = repository.keys.disk_key("x")
+    stored = generation_name(key, 1)
+    body = _catalogue(repository, name)
+    repository.store.put(stored, seal(repository.keys, b"C", stored, body))
+    if name == "../../etc":  # a name like any other: no path is made of it
+        assert repository.catalogues()[0].disk == name
+        return
+    with pytest.raises(Corrupt, match="the catalogue is damaged"):
+        repository.catalogues()
+
+
 def test_a_page_names_no_more_packs_than_it_has_runs() -> None:
     runs = np.zeros(1, RUN_ROW)
     runs["length"] = 512
