@@ -57,6 +57,13 @@ def _filled(text: bytes, field: bytes, item: bytes, size: int) -> bytes:
     return text.replace(b'"%b": []' % field, b'"%b": [%b1]' % (field, item * (size // len(item))))
 
 
+def _layer_of_nothing(repository: Repository) -> None:
+    layer = "a" * 32
+    _sealed(repository, b"L", f"layers/{layer}", bytes(PAGE_ROW.itemsize * 1_500_000))
+    name = generation_name(repository.keys.disk_key("x"), 1)
+    _sealed(repository, b"C", name, _catalogue(repository, "x", parents={layer: None}))
+
+
 BOMBS: dict[str, Callable[[Repository], None]] = {
     "numbers for points": lambda repository: _sealed(
         repository,
@@ -78,15 +85,7 @@ BOMBS: dict[str, Callable[[Repository], None]] = {
     ),
     "a damage record": lambda repository: _sealed(repository, b"D", damage_name(fresh_id()), b"[" * (70 * MIB)),
     "a lease": lambda repository: _sealed(repository, b"E", f"leases/r-{fresh_id()}", b"[" * (70 * MIB)),
-    "a layer of nothing": lambda repository: (
-        _sealed(repository, b"L", f"layers/{'a' * 32}", bytes(PAGE_ROW.itemsize * 1_500_000)),
-        _sealed(
-            repository,
-            b"C",
-            generation_name(repository.keys.disk_key("x"), 1),
-            _catalogue(repository, "x", parents={"a" * 32: None}),
-        ),
-    )[0],
+    "a layer of nothing": _layer_of_nothing,
 }
 _CHILD = """
 import resource, sys
@@ -174,7 +173,7 @@ def test_a_page_names_no_more_packs_than_it_has_runs() -> None:
     runs = np.zeros(1, RUN_ROW)
     runs["length"] = 512
     body = Page(runs, np.empty(0, LEAF_ROW), ["0" * 32, "1" * 32]).encode()
-    with pytest.raises(Corrupt, match=r"^x: a page of the layer record names more packs than it has runs"):
+    with pytest.raises(Corrupt, match=r"^x: a page of the layer record contradicts itself: it names more packs"):
         Page.decode(body, 0, 512, subject="x")
 
 
