@@ -127,10 +127,9 @@ class _BoundedSession:
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         # Also of proxies, which the session makes later. urllib3 looks at redirects even where it must not follow any.
-        pools = {
-            scheme: type("Pool", (_NoRedirects, pool), {}) for scheme, pool in inner._pool_classes_by_scheme.items()
-        }
-        inner._pool_classes_by_scheme = inner._manager.pool_classes_by_scheme = pools
+        known = inner._pool_classes_by_scheme  # noqa: SLF001
+        pools = {scheme: type("Pool", (_NoRedirects, pool), {}) for scheme, pool in known.items()}
+        inner._pool_classes_by_scheme = inner._manager.pool_classes_by_scheme = pools  # noqa: SLF001
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

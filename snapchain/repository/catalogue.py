@@ -24,7 +24,7 @@ from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
-from snapchain.repository.format import generation_name
+from snapchain.repository.format import generation_name, is_disk_name
 from snapchain.repository.known import Memory
 from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
@@ -108,6 +108,13 @@ class Catalogue(StoredModel):
     next_point: int = Field(ge=1)
     points: Many[Point]
     parents: Mapping[str, str | None]
+
+    @field_validator("disk")
+    @classmethod
+    def _has_a_name_of_a_disk(cls, disk: str) -> str:
+        if not is_disk_name(disk):
+            raise ValueError("this cannot name a disk")
+        return disk
 
     @field_validator("parents", mode="before")
     @classmethod

@@ -28,6 +28,7 @@ from snapchain.repository.format import (
     MIN_BLOCK_BYTES,
     MIN_PACK_BYTES,
     fresh_id,
+    is_disk_name,
     layer_name,
 )
 from snapchain.repository.index import BlobIndex
@@ -421,16 +422,7 @@ def check_disk_name(name: str) -> str:
 
     That is: without ':', '@' and '//', and with neither blanks nor slashes at its ends.
     """
-    bad = (
-        not name
-        or len(name.encode()) > 200
-        or not name.isprintable()
-        or name != name.strip()
-        or any(mark in name for mark in (":", "@", "//"))
-        or name.startswith("/")
-        or name.endswith("/")
-    )
-    if bad:
+    if not is_disk_name(name):
         raise InvalidInput(
             f"{name!r} cannot name a disk",
             hint="printable text of at most 200 bytes without ':' and '@', such as web1/vda",

@@ -147,9 +147,9 @@ def test_an_object_without_end_is_read_no_further_than_its_kind_reaches(
         hostile.body(handler, _endless(), chunked=chunked)
 
     hostile.answer = answer
-    for get in (lambda: store.get(f"{name}/a"), lambda: store.get(f"{name}/a", length=largest + 1)):
+    for length in (None, largest + 1):
         with pytest.raises(Corrupt, match=f"at most {largest} are plausible") as caught:
-            get()
+            store.get(f"{name}/a", length=length)
         assert caught.value.subject == f"s3://b/{name}/a"
     assert hostile.sent < largest + 16 * MIB, "what lies in the buffers of two sockets"
 
