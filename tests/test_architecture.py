@@ -184,3 +184,63 @@ def test_help_starts_without_the_heavy_imports(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.strip() == "[]"
+
+
+# --- files are changed through one door
+
+DOOR = {"host/directory.py", "host/files.py"}
+"""The modules through which every file is made, replaced, given an owner, linked, renamed and removed."""
+BY_PATH = {
+    "chmod", "chown", "lchmod", "lchown", "link", "makedirs", "mkdir", "mkfifo", "mknod", "remove", "removedirs",
+    "removexattr", "rename", "renames", "replace", "rmdir", "setxattr", "symlink", "truncate", "unlink", "utime",
+}  # fmt: skip
+PATH_METHODS = {
+    "chmod", "hardlink_to", "lchmod", "mkdir", "rmdir", "symlink_to", "touch", "unlink", "write_bytes", "write_text",
+}  # fmt: skip
+OTHER_DOORS: dict[str, str] = {
+    "objects": "a repository's own tree, below a pinned root that no name leads out of (objects/rooted.py)",
+    "replica": "a replica's own tree, which no other user may write to (replica/store.py)",
+    "repository/known.py": "this user's own state",
+    "host/state_key.py": "this user's own state",
+    "testing": "for tests",
+}
+
+
+def changes_by_path(path: Path) -> Iterator[tuple[str, int]]:
+    """Calls that change a file by its path, or open it for writing; what takes a descriptor is none."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        first = ast.unparse(node.args[0]) if node.args else ""
+        if isinstance(called, ast.Name) and called.id == "open" and len(node.args) + len(node.keywords) > 1:
+            yield "open", node.lineno
+        if not isinstance(called, ast.Attribute):
+            continue
+        owner, name = ast.unparse(called.value), called.attr
+        if owner == "os" and name in BY_PATH and not first.endswith(("fd", ".fileno()", "memory")):
+            yield f"os.{name}", node.lineno
+        if owner == "os" and name == "open" and "O_CREAT" in ast.unparse(node):
+            yield "os.open(O_CREAT)", node.lineno
+        if owner == "shutil" and name not in {"which", "get_terminal_size"}:
+            yield f"shutil.{name}", node.lineno
+        takes_paths = name in PATH_METHODS or (name in {"rename", "replace"} and len(node.args) == 1)
+        if takes_paths and owner not in {"os", "dataclasses"}:
+            yield f".{name}", node.lineno
+
+
+def test_files_are_changed_through_one_door() -> None:
+    wrong = [
+        f"{where(path, line)}: {name}"
+        for path in MODULES
+        for name, line in changes_by_path(path)
+        if (inside := str(path.relative_to(PACKAGE))) not in DOOR
+        if not {inside, part_of(path)} & set(OTHER_DOORS)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_door_is_seen() -> None:
+    """What the test above looks for is found where it is."""
+    found = {name for module in DOOR for name, _ in changes_by_path(PACKAGE / module)}
+    assert {"os.mkdir", "os.rename", "os.link", "os.unlink"} <= found

@@ -22,14 +22,16 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
+from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights, acting_as
 
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -141,16 +143,20 @@ class Directory:
         exclusive: bool = False,
         subject: object = None,
         refusal: type[SnapchainError] = InvalidInput,
+        check: Callable[[int], None] | None = None,
     ) -> int:
         """A descriptor of a regular file or a block device. Raises `refusal` for anything else, which is not opened.
 
         exclusive: of a device that nobody else claims or has mounted; subject: what errors name, else the path
+        check: raises for a file that is not to be opened; gets an O_PATH descriptor of it
         """
         with acting_as(self._naming):
             place = os.open(_single(name), _LOOK, dir_fd=self.fd)
         try:
             status = os.fstat(place)
             check_kind(status, subject or self.path / name, refusal)
+            if check is not None:
+                check(place)
             flags = (os.O_RDWR if writing else os.O_RDONLY) | (os.O_EXCL if exclusive else 0) | _QUIETLY
             return self._open_judged(place, status, flags)
         finally:
@@ -286,19 +292,16 @@ def open_behind(path: Path, *, writing: bool = False, exclusive: bool = False, s
     """
     resolved = resolve(path)
     with Directory.open(resolved.real.parent, follow=False) as directory:
-        name = resolved.real.name
-        fd = directory.open_file(name, writing=writing, exclusive=exclusive, subject=subject)
-        try:
-            if resolved.chosen_by is not None and resolved.chosen_by != directory.rights:
-                check_readable(resolved.real, fd, resolved.chosen_by)
-        except BaseException:
-            os.close(fd)
-            raise
-    return fd
+        check = None
+        if resolved.chosen_by is not None and resolved.chosen_by != directory.rights:
+            check = partial(check_readable, resolved.real, rights=resolved.chosen_by)
+        return directory.open_file(
+            resolved.real.name, writing=writing, exclusive=exclusive, subject=subject, check=check
+        )
 
 
-def check_readable(path: Path | None, fd: int, rights: Rights | None) -> None:
-    """Raises DeniedToOther unless somebody else could open an opened file for reading themselves.
+def check_readable(path: Path | None, fd: int, *, rights: Rights | None) -> None:
+    """Raises DeniedToOther unless somebody else could open a file for reading themselves. fd: of it, for any use.
 
     path: by which they would; None where it does not matter whether they can come to it
     """
@@ -337,6 +340,12 @@ def resolve(path: Path, *, strict: bool = False) -> Resolved:
     direct = _walk(walked.real.parent, follow=True)
     os.close(direct.fd)
     return Resolved(walked.real, None if direct.rights == walked.rights else walked.rights)
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads, for comparing names. Raises SnapchainError where that cannot be told."""
+    with os_errors(path):
+        return resolve(path).real
 
 
 def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError] = InvalidInput) -> None:

@@ -60,22 +60,20 @@ def _open(path: Path, subject: object, refusal: type[SnapchainError], named_by: 
     if not path.name:
         raise refusal("a directory, not a regular file or block device", subject=subject)
     with Directory.open(path.parent, follow=False) as directory:
-        fd = directory.open_file(path.name, subject=subject, refusal=refusal)
-        try:
+
+        def check(fd: int) -> None:
             for each in named_by:
                 # In a directory of theirs, they could have put there what they like.
                 if each.rights != directory.rights:
                     _check_named(path, fd, subject, each)
-        except BaseException:
-            os.close(fd)
-            raise
-    return fd
+
+        return directory.open_file(path.name, subject=subject, refusal=refusal, check=check)
 
 
 def _check_named(path: Path, fd: int, subject: object, named_by: NamedBy) -> None:
     is_beside = named_by.beside and named_by.where.parent == path.parent
     try:
-        check_readable(None if is_beside else path, fd, named_by.rights)
+        check_readable(None if is_beside else path, fd, rights=named_by.rights)
     except DeniedToOther as error:
         raise Unsupported(
             f"{named_by.where} leads root to this file, which {named_by.rights}, to whom that belongs, cannot read",

@@ -13,8 +13,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from snapchain.errors import SnapchainError
+from snapchain.host.directory import Directory, Resolved, real_path, resolve
 from snapchain.host.leftovers import is_leftover
 from snapchain.host.mounts import other_names
+from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, RESTORE, SNAPSHOT, temporary_of
 from snapchain.image import ImageChain
 from snapchain.image.dependents import Dependent, Dependents, Kind, search
@@ -45,15 +48,29 @@ def find_dependents(
     files that an unfinished merge, snapshot or restore has left beside them
     image_dirs: the directories of --image-dir; those of SNAPCHAIN_IMAGE_DIRS are searched too
     """
-    named = [*image_dirs, *image_directories()]
-    real = Path(os.path.realpath(top))
-    elsewhere = [name.parent for name in other_names(real)]
-    homes = list(dict.fromkeys([real.parent, Path(os.path.realpath(top.parent)), *elsewhere]))
-    near = [*homes, *(Path(os.path.realpath(file)).parent for file in files), *named]
+    real = _resolved(top)
+    elsewhere = [Resolved(name.parent, None) for name in other_names(real.real)]
+    homes = list(dict.fromkeys([_parent(real), _resolved(top.parent), *elsewhere]))
+    places = [_parent(_resolved(file)) for file in files]
+    near = [*homes, *places, *map(_resolved, [*image_dirs, *image_directories()])]
     # A symbolic link in another directory counts as another user of the file.
-    known = [path if Path(os.path.realpath(path.parent)) in homes else Path(os.path.realpath(path)) for path in files]
-    left = _unfinished([*homes, *(Path(os.path.realpath(file)).parent for file in files)])
-    return search(known, [*near, *(home.parent for home in homes)], near=near, own=[*own, *left], disk=top)
+    known = [path if _resolved(path.parent) in homes else _resolved(path).real for path in files]
+    return search(
+        known,
+        dict.fromkeys([*near, *map(_parent, homes)]),
+        near=[place.real for place in near],
+        own=[*own, *_unfinished([*homes, *places])],
+        disk=top,
+    )
+
+
+def _resolved(path: Path) -> Resolved:
+    with os_errors(path):
+        return resolve(path)
+
+
+def _parent(place: Resolved) -> Resolved:
+    return Resolved(place.real.parent, place.chosen_by)
 
 
 def dependents_of_chain(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> Dependents:
@@ -72,18 +89,20 @@ def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[P
     return tuple(dict.fromkeys([*own, *image_dirs]))
 
 
-def _unfinished(directories: Iterable[Path]) -> Iterator[tuple[int, int]]:
+def _unfinished(directories: Iterable[Resolved]) -> Iterator[tuple[int, int]]:
     """(device, inode) of unfinished files of merges, snapshots and restores: nothing needs their backing files.
 
-    A second name of an image makes it none: anybody may have given that.
+    A second name of an image makes it none: anybody may have given that. Nor is one where a link of somebody leads.
     """
-    for directory in set(directories):
-        with suppress(OSError), os.scandir(directory) as entries:
-            for entry in entries:
-                found = temporary_of(Path(entry.path))
+    for place in set(directories):
+        if place.chosen_by is not None:
+            continue
+        with suppress(OSError, SnapchainError), Directory.open(place.real) as directory:
+            for name in directory.names():
+                found = temporary_of(place.real / name)
                 if found is not None and found.purpose in _UNFINISHED:
                     with suppress(FileNotFoundError):
-                        status = entry.stat(follow_symlinks=False)
+                        status = directory.status(name)
                         if is_leftover(status):
                             yield status.st_dev, status.st_ino
 
@@ -95,11 +114,11 @@ def image_directories() -> Iterator[Path]:
 
 def is_outside(file: Path, top: Path) -> bool:
     """Whether a file lies in another directory than the disk's top, links resolved."""
-    return Path(os.path.realpath(file)).parent != Path(os.path.realpath(top)).parent
+    return real_path(file).parent != real_path(top).parent
 
 
 def is_linked_elsewhere(file: Path, others: Dependents) -> bool:
     """Whether a symbolic link in another directory leads to a file: the one by which it was named, or one found."""
-    home = Path(os.path.realpath(file)).parent
+    home = real_path(file).parent
     links = [file, *(user.path for user in others.on(file, Kind.LINK) if user.path is not None)]
-    return any(Path(os.path.realpath(link.parent)) != home for link in links)
+    return any(real_path(link.parent) != home for link in links)

@@ -11,7 +11,6 @@ other destinations would have no night either.
 from __future__ import annotations
 
 import glob
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Unsupported
+from snapchain.host.directory import real_path
 from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Nightly
 
@@ -186,7 +186,7 @@ def _writable(config: Nightly) -> list[Path]:
     for disks in config.disks:
         images = [disks.path] if disks.path is not None else [Path(_fixed(disks.glob or ""))]
         # Sealed files lie beside the file behind a link.
-        wanted.update(place for image in images for place in {image.parent, Path(os.path.realpath(image)).parent})
+        wanted.update(place for image in images for place in {image.parent, real_path(image).parent})
         wanted.update(disks.image_dirs)
     for destination in config.destinations:
         if destination.url.startswith("file://"):
