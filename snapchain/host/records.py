@@ -53,7 +53,7 @@ def read(directory: Directory, name: str, *, purpose: str, key: StateKey | None,
         fd = directory.open_file(name)
         try:
             status = os.fstat(fd)
-            data = os.read(fd, cap + 1) if stat.S_ISREG(status.st_mode) and status.st_size <= cap else None
+            data = os.read(fd, cap + 1) if stat.S_ISREG(status.st_mode) else None
         finally:
             os.close(fd)
     if data is None or len(data) > cap:
@@ -91,10 +91,10 @@ def read_own(path: Path, *, cap: int) -> bytes:
                     subject=path,
                     hint="keep it where only you may write, or remove it",
                 )
-            data = os.read(fd, cap + 1) if status.st_size <= cap else None
+            data = os.read(fd, cap + 1)
         finally:
             os.close(fd)
-    if data is None or len(data) > cap:
+    if len(data) > cap:
         raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=path)
     return data
 

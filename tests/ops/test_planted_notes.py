@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.image import scan
 from snapchain.ops import doctor, hold, merge_image, notes, ownership, snapshot
 from snapchain.ops.doctor import Kind
@@ -25,7 +25,7 @@ from snapchain.ops.migrate import migrate, plan_take_back, take_back
 from snapchain.ops.migrate_request import MigrateRequest, Move
 from snapchain.ops.notes import Given, Hold, LayerNote, Notes, Overlay
 from snapchain.replica.endpoint import DirectoryEndpoint
-from tests.host.others import ALICE, BOB, directory, file, open_host, root_only
+from tests.host.others import ALICE, BOB, KVM, directory, file, open_host, root_only
 from tests.ops.stacks import Layer, MiB, build
 from tests.ops.test_group_shared import as_user
 
@@ -110,6 +110,17 @@ def test_what_a_note_counts_for_to_root(
     assert [each.reason for each in read.holds] == ([""] if word else [EVIL] * wanted[0])
     words = [each.word_of for each in read.holds] + ([read.given.word_of] if read.given else [])
     assert all((each is not None) == word for each in words)
+
+
+def test_a_note_of_roots_may_have_been_put_there_by_a_group_or_by_a_second_name(open_host: Path) -> None:
+    groups = directory(open_host / "groups", gid=KVM, mode=0o775)
+    shared = directory(open_host / "shared", mode=0o1777)
+    for there in (groups, shared):
+        note = note_of(image(there))
+        if there == shared:
+            assert counts(there / "vm.qcow2") == OURS
+            os.link(note, open_host / "second")
+        assert counts(there / "vm.qcow2") == WORD
 
 
 @pytest.mark.parametrize(("place", "of_image", "of_note", "wanted"), TABLE)
@@ -296,6 +307,7 @@ def plants(path: Path, victim: Path) -> dict[str, Callable[[], object]]:
         "directory": path.mkdir,
         "hard link": lambda: os.link(victim, path),
         "without end": lambda: sparse(path),
+        "padded": lambda: path.write_text('{"version": 1, "name": "vm.qcow2", "inode": 1}' + " " * (5 * MiB)),
         "nested": lambda: path.write_text("[" * 1_000_000),
         "deep": lambda: path.write_text('{"a":' * 1_000_000),
         "a long number": lambda: path.write_text('{"inode":' + "1" * 1_000_000 + "}"),
@@ -319,7 +331,7 @@ def test_what_is_no_note_is_told_at_once(kind: str, uid: int, open_host: Path) -
     (fault,) = Notes().faults([path])
     assert isinstance(fault, SnapchainError)
     assert fault.subject in (str(note), str(path))
-    with pytest.raises(SnapchainError, match=r"not the note|permission denied|regular file"):
+    with pytest.raises((Corrupt, InvalidInput), match=r"not the note|permission denied|regular file"):
         Notes().accept(note)
     hold.hold_image(path, "mine")
     assert [each.tag for each in Notes().of(path).holds] == ["mine"]

@@ -7,20 +7,22 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from snapchain.errors import Corrupt, InvalidInput, SnapchainError
+from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.temporary_names import ACTIVE, MERGE, NEW, RESTORE, SNAPSHOT
 from snapchain.ops import doctor, merge_image
+from snapchain.ops.dependents import find_dependents
 from snapchain.ops.doctor import DoctorReport, Kind
 from snapchain.ops.merge import journal as journals
 from snapchain.ops.merge.journal import FileId, MergeJournal, OpenJournal, journal_path
 from snapchain.ops.merge.strategy import Strategy
 from tests.host.others import ALICE, BOB, directory, file, open_host
 from tests.ops.faulty_calls import killed_before
-from tests.ops.stacks import Layer, MiB, build, flat, names, same
+from tests.ops.stacks import Layer, MiB, build, flat, names, qemu_img, same
 
 pytestmark = pytest.mark.root
 __all__ = ["open_host"]
@@ -177,7 +179,7 @@ def test_what_is_no_journal_is_told_at_once(kind: str, stack: list[Path], victim
     path = journal_path(stack[-1])
     no_file(kind)(path, victim)
     before = pictures(path.parent, victim.parent, victim)
-    with pytest.raises(SnapchainError, match=r"journal|permission denied") as caught:
+    with pytest.raises((Corrupt, InvalidInput), match=r"journal|permission denied") as caught:
         merge_image.plan(stack[-1])
     assert caught.value.subject == str(path)
     assert not treat(stack[0].parent).well
@@ -351,6 +353,31 @@ def test_what_took_the_name_of_an_input_stays(put: Callable[[Path], None], kille
     put(killed[1])
     assert treat(killed[0].parent).treated[0].removed == (killed[2],)
     assert os.path.lexists(killed[1])
+
+
+def test_what_takes_the_name_of_an_input_at_the_last_moment_stays(
+    killed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def swapped(*arguments: Any, **named: Any) -> Any:
+        found = find_dependents(*arguments, **named)
+        killed[1].rename(killed[1].with_name("moved"))
+        file(killed[1], "another", uid=ALICE)
+        return found
+
+    monkeypatch.setattr("snapchain.ops.merge.settle.find_dependents", swapped)
+    assert treat(killed[0].parent).treated[0].removed == (killed[2],)
+    assert killed[1].read_text() == "another"
+
+
+def test_a_second_name_of_an_overlay_hides_no_user_of_an_input(stack: list[Path]) -> None:
+    """As if it were a leftover, whose backing file nobody needs."""
+    clone = stack[1].with_name("clone.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", stack[1].name, "-F", "qcow2", clone)
+    os.link(clone, stack[1].with_name(".disk.qcow2.merge-0123abcd"))
+    report = merge_image.run(merge_image.plan(stack[-1], strategy=Strategy.NEW))
+    assert report.removed == (stack[2],)
+    assert [each.path for each in report.kept] == [stack[1]]
 
 
 def test_a_reboot_that_changes_the_number_of_the_device_changes_nothing(killed: list[Path]) -> None:

@@ -283,21 +283,14 @@ def read(path: Path) -> MergeJournal:
 
 
 def unproven(path: Path) -> MergeJournal:
-    """The record at a path, whoever wrote it, for somebody to look at: without files in any directory but its own.
+    """The record at a path, whoever wrote it, for somebody to look at; by it, only files of its own directory go.
 
     Raises Corrupt for what is no record of this place.
     """
     found = _parsed(path, unproven=True)
     _check_place(found, found.replaced.path, path)
-    home = path.parent
-    return found.model_copy(
-        update={
-            "remove": tuple(entry for entry in found.remove if entry.path.parent == home),
-            "top": None,
-            "links": (),
-            "confirmed": (),
-        }
-    )
+    # Without what makes another directory the disk's own, or a file elsewhere, nothing goes that lies elsewhere.
+    return found.model_copy(update={"top": None, "links": (), "confirmed": ()})
 
 
 def accept(path: Path) -> None:
