@@ -13,13 +13,22 @@ from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_disk_name
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
-from snapchain.replica.stream.messages import Ask, Failure, Finding, HeldDisk, HeldPoint, Said, Verdict, decode, encode
+from snapchain.replica.stream.messages import (
+    MOST_POINTS,
+    Ask,
+    Failure,
+    Finding,
+    HeldDisk,
+    HeldPoint,
+    Said,
+    Verdict,
+    decode,
+    encode,
+)
 
 _PROGRESS = struct.Struct("<QQ")
 MOST_BYTES = 16 << 20
 """Of a whole answer, without its progress. What is kept of it takes ten times as much memory, and more to be shown."""
-MOST_POINTS = 30_000
-"""Of a whole answer: 6 KiB each until they are shown."""
 _ONE_DISK = "name one disk: DEST::DISK; if it was one, look at the other host: it tells of more than it can have"
 OnBytes = Callable[[int, int], None]
 OnBeat = Callable[[], None]

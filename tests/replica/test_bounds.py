@@ -66,10 +66,10 @@ def test_what_is_written_can_be_read_again(tmp_path_factory: pytest.TempPathFact
 def test_a_point_is_refused_before_anything_changes(place: Place) -> None:
     take(place, BASE)
     large = [["a" * 100] * 100] * 20
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match="this record would have"):
         take(place, stream(HELLO, OPEN, *points(place, large), STOP))
     before = (place.directory / "catalogue.json").read_bytes()
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match="this record would have"):
         take(place, stream(HELLO, OPEN, *points(place, large)[-1:], STOP))
     assert (place.directory / "catalogue.json").read_bytes() == before
 
@@ -77,7 +77,7 @@ def test_a_point_is_refused_before_anything_changes(place: Place) -> None:
 def test_a_layer_is_refused_before_its_data(place: Place, tmp_path: Path) -> None:
     """One whose point would find no room."""
     take(place, BASE)
-    with pytest.raises(Unsupported):
+    with pytest.raises(Unsupported, match="this record would have"):
         take(place, stream(HELLO, OPEN, *points(place, [["a" * 100] * 100] * 20), STOP))
     files = sorted(place.directory.iterdir())
     layer = place.catalogue()["layers"][-1]
@@ -123,7 +123,7 @@ POINT: dict[str, Any] = {
     ],
 )  # fmt: skip
 def test_points_that_a_replica_cannot_have(change: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ValidationError, match="1 validation error for HeldPoint"):
         HeldPoint.model_validate_json(json.dumps({**POINT, **change}))
     HeldPoint.model_validate_json(json.dumps(POINT))
 

@@ -34,7 +34,7 @@ LARGEST_EPOCH = 1 << 31
 LARGEST_NUMBER = 1 << 53
 """Of a point: what a program in any language counts exactly."""
 MOST_POINTS = 30_000
-"""Of one disk at a replica: one a night for 80 years. Whoever asks for them takes no more."""
+"""Of one disk at a replica: one a night for 80 years. Of a whole answer, too: 6 KiB each until they are shown."""
 POINTS_AT_ONCE = 256
 """In one DISK frame; each may have a hundred labels of a hundred characters."""
 
