@@ -35,7 +35,7 @@ def log(
         typer.Option(
             "--accept-repository",
             metavar="ID",
-            help="Take the repository with this id, although this machine knows another one, or a newer state, at DEST.",
+            help="Accept the repository with this id where this machine knows another one, or a newer state, at DEST.",
         ),
     ] = None,
     password_file: options.PasswordFile = None,
@@ -47,10 +47,10 @@ def log(
     DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Points of one content id have the same
     bytes.
 
-    A machine remembers which repository it has used at an address, and how far each disk was. When another repository or
-    an older state is there, every command stops with exit code 5. If you know why (a disk was replaced, a backup of the
-    repository was put back), accept it once with --accept-repository and the id that the error shows. From then on
-    this machine knows that state. Two repositories that take turns at one address need two addresses.
+    A machine remembers which repository it has used at an address, and how far each disk was. When another repository
+    or an older state is there, every command stops with exit code 5. If you know why (the disk was replaced, a copy of
+    the repository was put back), accept it once with --accept-repository and the id that the error shows. From then on
+    this machine knows that state. Two repositories that take turns at one address need an address each.
     """
     from snapchain.ops.address import parse_destination
 

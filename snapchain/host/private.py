@@ -1,7 +1,7 @@
-"""Directories and small files of this user alone, whatever the umask: 0700 and 0600, and never through a planted link.
+"""Directories and small files of this user alone, whatever the umask: 0700 and 0600, never through a planted link.
 
-What a program remembers steers what it trusts later.  So a directory in which somebody else could put files is not used,
-nor is a file that belongs to somebody else.
+What a program remembers steers what it trusts later.  So a directory in which somebody else could put files is not
+used, nor is a file that belongs to somebody else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def make_private(path: Path) -> None:
 
 
 class PrivateDirectory:
-    """A context manager: one directory, held by a descriptor. Names are used below that, so a swapped path is no matter.
+    """A context manager: one directory, held by a descriptor, below which names are used: its path may be swapped.
 
     Methods raise the errors of `os_errors`.
     """
@@ -52,18 +52,21 @@ class PrivateDirectory:
             self._fd = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
         try:
             with os_errors(path):
-                found = os.fstat(self._fd)
-                if found.st_uid != os.geteuid():
-                    raise InvalidInput(
-                        f"the directory belongs to another user, number {found.st_uid}",
-                        subject=path,
-                        hint="set HOME, XDG_STATE_HOME and XDG_CACHE_HOME to directories of your own",
-                    )
-                if found.st_mode & _OTHERS_MAY_WRITE:
-                    os.fchmod(self._fd, DIRECTORY_MODE)
+                self._close_to_others()
         except BaseException:
             os.close(self._fd)
             raise
+
+    def _close_to_others(self) -> None:
+        found = os.fstat(self._fd)
+        if found.st_uid != os.geteuid():
+            raise InvalidInput(
+                f"the directory belongs to another user, number {found.st_uid}",
+                subject=self.path,
+                hint="set HOME, XDG_STATE_HOME and XDG_CACHE_HOME to directories of your own",
+            )
+        if found.st_mode & _OTHERS_MAY_WRITE:
+            os.fchmod(self._fd, DIRECTORY_MODE)
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +79,7 @@ class PrivateDirectory:
     def names(self) -> list[str]:
         """What is in it."""
         with os_errors(self.path):
-            return os.listdir(self._fd)
+            return os.listdir(self._fd)  # noqa: PTH208 - of a descriptor
 
     def read(self, name: str, *, cap: int) -> bytes | None:
         """The bytes of a small file, None when there is none.

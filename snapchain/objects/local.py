@@ -67,7 +67,9 @@ class LocalStore:
         valid_name(name)
         valid_range(name, offset, length)
         with self._reading(name) as (fd, size):
-            wanted = check_size(name, max(0, size - offset) if length is None else length, subject=self._rooted.path(name))
+            wanted = check_size(
+                name, max(0, size - offset) if length is None else length, subject=self._rooted.path(name)
+            )
             if offset + wanted > size:
                 raise Corrupt(
                     f"object has {size} bytes, bytes {offset} to {offset + wanted} were asked for",

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects.s3_client import canonical, expect_no_continue, is_amazon, new_client, warnings_about
 from snapchain.objects.limits import LARGEST_LISTED_SIZE, check_size, most_listed
+from snapchain.objects.s3_client import canonical, expect_no_continue, is_amazon, new_client, warnings_about
 from snapchain.objects.s3_errors import from_s3_error, malformed, page_error, s3_errors, status_of, was_retried
 from snapchain.objects.s3_patience import ANSWER_WITHIN, Patience, Watch, WatchedBody
 from snapchain.objects.store import (
@@ -184,7 +184,7 @@ class S3Store:
                     self._raise_reason(name)
                 return None
         _check_page(answer, self._subject(name))
-        length = answer.get("ContentLength")
+        length: int | None = answer.get("ContentLength")
         if length is None or not 0 <= length <= LARGEST_LISTED_SIZE:
             raise malformed(self._subject(name), f"the length of the object is {length}")
         return length
@@ -499,7 +499,7 @@ def _seconds(modified: datetime, subject: str) -> float:
 
 def _check_length(name: str, answer: GetObjectOutputTypeDef, subject: str) -> None:
     """Raises Corrupt for an object that is too large, Unsupported for one of which the end could not be told."""
-    length = answer.get("ContentLength")
+    length: int | None = answer.get("ContentLength")
     if length is not None:
         check_size(name, length, subject=subject)
     if length is None and answer["ResponseMetadata"]["HTTPHeaders"].get("transfer-encoding", "").lower() != "chunked":

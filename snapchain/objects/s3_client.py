@@ -94,9 +94,7 @@ def _begin_attempt(request: Any, **_: object) -> None:
         request.body.begin_attempt()
 
 
-def _refuse_redirect(
-    response: tuple[Any, dict[str, Any]] | None, operation: Any, **_: object
-) -> None:
+def _refuse_redirect(response: tuple[Any, dict[str, Any]] | None, operation: Any, **_: object) -> None:
     """Raise what redirects, but for AWS that names another region of its own.
 
     Elsewhere botocore would send the request to an address that the server has chosen, or ask for the bucket's region
@@ -129,8 +127,9 @@ class _BoundedSession:
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         # Also of proxies, which the session makes later. urllib3 looks at redirects even where it must not follow any.
-        pools = {scheme: type("Pool", (_NoRedirects, pool), {}) for scheme, pool in inner._pool_classes_by_scheme.items()}
-        inner._pool_classes_by_scheme = inner._manager.pool_classes_by_scheme = pools
+        known = inner._pool_classes_by_scheme  # noqa: SLF001
+        pools = {scheme: type("Pool", (_NoRedirects, pool), {}) for scheme, pool in known.items()}
+        inner._pool_classes_by_scheme = inner._manager.pool_classes_by_scheme = pools  # noqa: SLF001
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

@@ -60,6 +60,7 @@ def log(repository: Repository, disk: str | None = None) -> LogReport:
 
 
 def _disk(catalogue: Catalogue) -> DiskReport:
+    lengths = catalogue.lengths()
     points = tuple(
         PointReport(
             point=point.point,
@@ -67,7 +68,7 @@ def _disk(catalogue: Catalogue) -> DiskReport:
             labels=point.labels,
             virtual_size=point.size,
             content_id=point.content_id,
-            layers=len(catalogue.chain(point.layer)),
+            layers=lengths.get(point.layer) or len(catalogue.chain(point.layer)),
             holds=point.holds,
             of_the_future=is_future(point.time, datetime.now(UTC)),
         )

@@ -33,6 +33,9 @@ from snapchain.repository.repository import Repository, check_agrees
 from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
 from snapchain.repository.view import ChainView
 
+_MOST_STEPS = 2_000_000
+"""Layers and points looked at to tell which points are affected; in a catalogue that is nothing but damage."""
+
 
 class Finding(BaseModel):
     """Something wrong. subject: the object, file or range; points: those of `disk` that it affects."""
@@ -77,6 +80,7 @@ class _Tally:
     checked_bytes: int = 0
     layers: int = 0
     read: dict[str, list[Int64s]] = field(default_factory=dict)
+    _noted: set[Finding] = field(default_factory=set)
 
     def note_read(self, pack: str, offsets: npt.NDArray[np.uint32]) -> None:
         """These blobs are read with the layers that name them."""
@@ -85,7 +89,8 @@ class _Tally:
     def note(self, error: SnapchainError, catalogue: Catalogue | None, points: Sequence[int], where: str = "") -> None:
         """Turn an error into a finding; the same one twice is one."""
         finding = Finding.of(error, catalogue.disk if catalogue else None, points, where)
-        if finding not in self.findings:
+        if finding not in self._noted:
+            self._noted.add(finding)
             self.findings.append(finding)
 
 
@@ -189,17 +194,17 @@ class Verification:
             except SnapchainError as error:
                 bad.add(layer)
                 tally.note(error, catalogue, affected.get(layer, ()))
+        lengths = catalogue.lengths()
         for point in catalogue.points:
             try:
-                chain = catalogue.chain(point.layer)
+                if point.layer not in lengths:
+                    catalogue.chain(point.layer)  # which says what is wrong
                 top = opened.get(point.layer)
                 if top is not None:
                     check_agrees(catalogue.disk, point, top)
             except SnapchainError as error:
                 tally.note(error, catalogue, (point.point,))
                 bad.add(point.layer)
-                continue
-            bad.update(layer for layer in chain if layer not in opened)
         for layer in opened:
             try:
                 chain_ids = catalogue.chain(layer)
@@ -253,7 +258,7 @@ class Verification:
         self,
         chain: Sequence[StoredLayer],
         catalogue: Catalogue,
-        affected: dict[str, tuple[int, ...]],
+        affected: PointsOn,
         tally: _Tally,
         on_bytes: Callable[[int], None],
     ) -> None:
@@ -290,14 +295,35 @@ def _check_sum(chain: Sequence[StoredLayer]) -> None:
         raise Corrupt("its leaves do not add up to the content id that was recorded", subject=layer_name(layer.id))
 
 
-def points_on(catalogue: Catalogue) -> dict[str, tuple[int, ...]]:
-    """layer -> the points whose chains it is part of."""
-    found: dict[str, list[int]] = {}
-    for point in catalogue.points:
-        try:
-            chain = catalogue.chain(point.layer)
-        except SnapchainError:
-            continue  # `_check_disk` reports the broken chain itself
-        for layer in chain:
-            found.setdefault(layer, []).append(point.point)
-    return {layer: tuple(points) for layer, points in found.items()}
+class PointsOn:
+    """layer -> the points whose chains it is part of; asked layer by layer, since all together may be any number."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._points: dict[str, list[int]] = {}
+        self._above: dict[str, list[str]] = {}
+        self._steps = 0
+        sound = catalogue.lengths()
+        for point in catalogue.points:
+            if point.layer in sound:  # `_check_disk` reports the broken chain itself
+                self._points.setdefault(point.layer, []).append(point.point)
+        for layer, below in catalogue.parents.items():
+            if below is not None and layer in sound:
+                self._above.setdefault(below, []).append(layer)
+
+    def get(self, layer: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The points on a layer, ascending; `default` where it has none, or too much was asked."""
+        if self._steps > _MOST_STEPS:
+            return default
+        found: list[int] = []
+        waiting = [layer]
+        while waiting:
+            at = waiting.pop()
+            self._steps += 1 + len(self._points.get(at, ()))
+            found += self._points.get(at, ())
+            waiting += self._above.get(at, ())
+        return tuple(sorted(found)) or default
+
+
+def points_on(catalogue: Catalogue) -> PointsOn:
+    """As the class says."""
+    return PointsOn(catalogue)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 import blake3
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
@@ -29,6 +29,9 @@ from snapchain.repository.known import Memory
 from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
 KIND = b"C"
+MOST_LAYERS = 50_000
+"""Of one disk: a month of a layer a minute. A reader opens a record for each."""
+_BROKEN = 0
 ATTEMPTS = 8
 """How often a change is tried when others are faster each time."""
 
@@ -109,6 +112,8 @@ class Catalogue(StoredModel):
     @field_validator("parents", mode="before")
     @classmethod
     def _stops_at_the_first_bad_parent(cls, parents: Any) -> Any:
+        if isinstance(parents, dict) and len(parents) > MOST_LAYERS:
+            raise ValueError(f"it has {len(parents)} layers; at most {MOST_LAYERS} are plausible")
         for below in parents.values() if isinstance(parents, dict) else ():
             if below is not None and not isinstance(below, str):
                 raise ValueError("a layer lies on something that is no layer")
@@ -131,6 +136,24 @@ class Catalogue(StoredModel):
             chain.append(at)
             at = self.parents[at]
         return tuple(reversed(chain))
+
+    def lengths(self) -> dict[str, int]:
+        """How long the chain of each layer is; without those whose chain is broken. Costs what the catalogue holds."""
+        found: dict[str, int] = {}
+        for layer in self.parents:
+            way: list[str] = []
+            on_way: set[str] = set()
+            at: str | None = layer
+            while at is not None and at in self.parents and at not in found and at not in on_way:
+                way.append(at)
+                on_way.add(at)
+                at = self.parents[at]
+            if at is None or found.get(at):
+                below = 0 if at is None else found[at]
+                found.update((each, below + place) for place, each in enumerate(reversed(way), 1))
+            else:
+                found.update((each, _BROKEN) for each in way)
+        return {layer: length for layer, length in found.items() if length != _BROKEN}
 
     @property
     def latest(self) -> Point | None:
@@ -203,6 +226,13 @@ class Disk:
             nonce=secrets.token_hex(16),
             time=time,
         )
+        parents = base["parents"]
+        if isinstance(parents, Mapping) and len(parents) > MOST_LAYERS:
+            raise Unsupported(
+                f"the disk would have more than {MOST_LAYERS} layers",
+                subject=self.name,
+                hint="merge some of them, or drop points: snapchain merge DEST::DISK --keep-...",
+            )
         catalogue = Catalogue.model_validate(base)
         name = generation_name(self._key, generation)
         sealed = seal(self._keys, KIND, name, catalogue.model_dump_json().encode())

@@ -31,7 +31,7 @@ class Part:
     size: int
     held: Sequence[Page]
 
-    def pages(self, _first: int, _stop: int) -> Sequence[Page]:
+    def each_page(self, _first: int, _stop: int) -> Sequence[Page]:
         """As a layer gives them; what is asked for lies in the window."""
         return self.held
 

@@ -57,8 +57,8 @@ EXPANSIONS: dict[bytes, Expansion] = {
     b"I": Expansion(64 * _MIB, 8, _MIB // 4),
     b"L": Expansion(128 * _MIB, 8, _MIB // 4),
 }
-"""By kind. Two thirds of an index and half of a page table are hashes, which do not compress: true ones unpack to two or
-three times their size."""
+"""By kind. Two thirds of an index and half of a page table are hashes, which do not compress: true ones unpack to two
+or three times their size."""
 
 
 def head(kind: bytes) -> bytes:
@@ -105,7 +105,7 @@ def unseal(keys: Keyring, kind: bytes, name: str, data: bytes) -> bytes:
 
 
 def _plain_frame(body: bytes) -> Iterator[bytes]:
-    """`body` as a zstd frame of raw blocks (RFC 8878), for what compresses so well that a reader would suspect a bomb."""
+    """`body` as a zstd frame of raw blocks (RFC 8878): what compresses too well, a reader takes for a bomb."""
     yield struct.pack("<IBQ", zstandard.MAGIC_NUMBER, 0xE0, len(body))  # single segment, content size of 8 bytes
     for at in range(0, max(len(body), 1), zstandard.BLOCKSIZE_MAX):
         piece = body[at : at + zstandard.BLOCKSIZE_MAX]

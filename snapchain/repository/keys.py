@@ -4,9 +4,9 @@ Several slots may wrap the same master key.  The hash of `config` is bound to ea
 of the configuration (say, the suite or the repository's id) makes every passphrase fail instead of being believed.  One
 that says there is no encryption has no slot to fail: Repository.open and known.py see to that.
 
-A store can plant slots.  What a slot costs is bounded from above, so that a planted one does not stall us, and from below,
-so that it is no cheaper test of a guessed passphrase than the true slot; all slots together have a budget.  The cipher
-does not commit to its key: docs/decisions/0080-planted-key-slots.md says why the exact length is enough.
+A store can plant slots.  What a slot costs is bounded from above, so that a planted one does not stall us, and from
+below, so that it is no cheaper test of a guessed passphrase than the true slot; all slots together have a budget.  The
+cipher does not commit to its key: docs/decisions/0080-planted-key-slots.md says why the exact length is enough.
 """
 
 from __future__ import annotations
@@ -81,13 +81,18 @@ def unwrap(slot: KeySlot, passphrase: str, config: bytes, *, subject: str) -> by
     """The master key, or None when the passphrase (or `config`) is not the one that this slot was made with."""
     try:
         text = base64.b64decode(slot.wrapped, validate=True)
-        if len(text) != _WRAPPED_BYTES or len(base64.b64decode(slot.salt, validate=True)) != SALT_BYTES:
-            raise ValueError("a salt or a wrapped key of another length")
+        _check_lengths(slot, text)
         return ChaCha20Poly1305(slot.wrapping_key(passphrase)).decrypt(_NONCE, text, _bound(config))
     except InvalidTag:
         return None
     except (ValueError, MemoryError) as error:
         raise Corrupt(f"the key slot is damaged: {error}", subject=subject) from error
+
+
+def _check_lengths(slot: KeySlot, wrapped: bytes) -> None:
+    """A longer text could be made to open with many keys at once (docs/decisions/0080)."""
+    if len(wrapped) != _WRAPPED_BYTES or len(base64.b64decode(slot.salt, validate=True)) != SALT_BYTES:
+        raise ValueError("a salt or a wrapped key of another length")
 
 
 def unlock(store: ObjectStore, secret: str, config: bytes, *, first: str | None = None) -> tuple[bytes, str]:
@@ -96,7 +101,9 @@ def unlock(store: ObjectStore, secret: str, config: bytes, *, first: str | None 
     first: the slot that opened it before, which is tried before all others; then the oldest, by the store's clock
     Raises InvalidInput when no slot opens, and Corrupt or Unsupported when some cannot be read.
     """
-    found = sorted(islice(store.list("keys/"), _MOST_NAMES), key=lambda info: (info.name != first, info.modified or 0.0))
+    found = sorted(
+        islice(store.list("keys/"), _MOST_NAMES), key=lambda info: (info.name != first, info.modified or 0.0)
+    )
     if not found:
         raise Corrupt("the repository has no key slot: its master key is lost", subject=store.url)
     work = 0.0

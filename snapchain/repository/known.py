@@ -2,8 +2,8 @@
 
 A store in hostile hands could put another repository at a known address: an older one of the same passphrase, or one
 without encryption, which would be sent the next point in plain text.  Or it could take the newest generations of a disk
-away: the older ones are whole and true, and only who has seen a newer one can tell.  A machine that has seen more refuses
-all of these, until somebody accepts by name what is there now (`snapchain log DEST --accept-repository ID`).
+away: the older ones are whole and true, and only who has seen a newer one can tell.  A machine that has seen more
+refuses all of these, until somebody accepts by name what is there now (`snapchain log DEST --accept-repository ID`).
 
 One address may be written in several ways, so it is remembered under several: as it was given, and without links.
 Where nothing can be remembered, or nothing was, a notice says so: then these attacks would not be seen.
@@ -96,27 +96,28 @@ class Recalled:
             raise Corrupt(
                 "this file is damaged, by which this machine would know the repository again",
                 subject=self._damaged,
-                hint=self._remedy(repository),
+                hint=self.remedy(repository),
             )
         for before in self._known:
             if before.id != repository:
                 raise Corrupt(
-                    f"another repository is here than this machine last used: its id is {repository}, and was {before.id}",
+                    "another repository is here than this machine last used: "
+                    f"its id is {repository}, and was {before.id}",
                     subject=self._url,
-                    hint=self._remedy(repository),
+                    hint=self.remedy(repository),
                 )
             if before.encryption != NONE and encryption == NONE:
                 raise Corrupt(
                     "this repository was encrypted when this machine last used it, and now says that it is not",
                     subject=self._url,
-                    hint=self._remedy(repository),
+                    hint=self.remedy(repository),
                 )
 
     def begin(self, repository: str, encryption: str, slot: str | None) -> Memory:
         """Remember the repository that was opened; how far its disks were seen. Raises Corrupt for damaged state."""
         fresh = not self._known
         memory = Memory(
-            Known(place=self.places[0], id=repository, encryption=encryption, slot=slot), self._remedy(repository)
+            Known(place=self.places[0], id=repository, encryption=encryption, slot=slot), self.remedy(repository)
         )
         try:
             for place in self.places:
@@ -132,13 +133,13 @@ class Recalled:
             return memory
         if fresh and self._is_readable:
             self.notices.append(
-                f"this machine does not know the repository at {self._url} yet (id {repository}): from now on it notices "
-                "when another one, or an older state, is put there"
+                f"this machine does not know the repository at {self._url} yet (id {repository}): from now on it "
+                "notices when another one, or an older state, is put there"
             )
         elif is_new and self._is_readable:
             self.notices.append(
-                f"this machine no longer knows how far the disks at {self._url} had come: an older state is not noticed "
-                "this time"
+                f"this machine no longer knows how far the disks at {self._url} had come: an older state is not "
+                "noticed this time"
             )
         return memory
 
@@ -153,7 +154,8 @@ class Recalled:
         _in_state(remove)
         self._known, self._damaged = [], None
 
-    def _remedy(self, repository: str) -> str:
+    def remedy(self, repository: str) -> str:
+        """What to do about another repository, or an older state."""
         return (
             "if nobody has put it there on purpose, the store is not to be trusted. If you know why, accept it: "
             f"snapchain log {shlex.quote(self._url)} --accept-repository {repository}"
@@ -261,11 +263,13 @@ class Memory:
         state.write(self._name, _Generations(id=self._seen.id, disks=disks).model_dump_json().encode())
 
 
-def remember(places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None) -> tuple[Memory, list[str]]:
+def remember(
+    places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None
+) -> tuple[Memory, list[str]]:
     """Note a repository that was just made here, whatever was known of its address; notices where that fails."""
     recalled = Recalled(places, url)
     notices = [notice for notice in recalled.notices if not recalled.is_known]
-    memory = Memory(Known(place=recalled.places[0], id=id, encryption=encryption, slot=slot), recalled._remedy(id))
+    memory = Memory(Known(place=recalled.places[0], id=id, encryption=encryption, slot=slot), recalled.remedy(id))
     try:
         recalled.forget()
         for place in recalled.places:

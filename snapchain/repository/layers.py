@@ -15,7 +15,7 @@ import base64
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -39,6 +39,8 @@ from snapchain.repository.stored import Many, StoredModel, made_by, parse as par
 KIND = b"L"
 _LENGTH = struct.Struct("<I")
 _LONGEST_HEADER = 16 * 1024 * 1024
+_AHEAD_BYTES = 16 * 1024 * 1024
+_AHEAD_PAGES = 256
 _WIDE_RANGE = 64
 """Leaves. Longer ranges of flags are set one by one, shorter ones all at once."""
 LARGEST_DISK = 1 << 56
@@ -201,6 +203,20 @@ class StoredLayer:
         subject = layer_name(self.id)
         return self._cache.get(self.table[begin:end], self.size, subject=subject)
 
+    def each_page(self, first: int, stop: int) -> Iterator[Page]:
+        """As `pages`, but no more of them at once than fit into _AHEAD_BYTES: the range may be any."""
+        begin = int(np.searchsorted(self._stop, first, side="right"))
+        end = int(np.searchsorted(self._first, stop, side="left"))
+        raw = self.table["raw"].astype(np.int64)
+        while begin < end:
+            some = max(
+                1, int(np.searchsorted(np.cumsum(raw[begin : begin + _AHEAD_PAGES]), _AHEAD_BYTES, side="right"))
+            )
+            yield from self._cache.get(
+                self.table[begin : min(begin + some, end)], self.size, subject=layer_name(self.id)
+            )
+            begin += some
+
     def extents(self) -> Extents:
         """The whole map: DATA, ZERO, ABSENT. Reads all pages, keeps none."""
         at: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
@@ -228,7 +244,7 @@ class Speaks(Protocol):
     @property
     def size(self) -> int: ...
 
-    def pages(self, first: int, stop: int, /) -> Sequence[Page]: ...
+    def each_page(self, first: int, stop: int, /) -> Iterable[Page]: ...
 
 
 def leaves_shown(
@@ -257,7 +273,7 @@ def leaves_said(
         if not open_.any():
             break
         touched: list[tuple[Int64s, Int64s]] = []
-        for page in layer.pages(first, min(stop, layer.size)):
+        for page in layer.each_page(first, min(stop, layer.size)):
             begin, end = page.index.searchsorted((base, base + count)).tolist()
             if begin < end:
                 number = page.index[begin:end]

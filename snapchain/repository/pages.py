@@ -69,6 +69,8 @@ class Page:
         if len(body) < _COUNTS.size:
             raise Corrupt("a page of the layer record is too short", subject=subject)
         packs, runs, leaves, _ = _COUNTS.unpack_from(body)
+        if packs > runs:  # each is there for some run; names take much more memory than their bytes
+            raise Corrupt("a page of the layer record names more packs than it has runs", subject=subject)
         at_runs = _COUNTS.size + packs * PACK_ID_BYTES
         at_leaves = at_runs + runs * RUN_ROW.itemsize
         if len(body) != at_leaves + leaves * LEAF_ROW.itemsize:

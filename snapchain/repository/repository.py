@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.limits import check_size
 from snapchain.objects.probe import probe, still_conditional

@@ -21,6 +21,9 @@ from snapchain.repository.packs import FIRST_BLOB, TRAILER, Location, read_direc
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
 
+_MOST_TOLD = 100
+"""Packs of one index: an index of nothing but lies has a million."""
+
 
 def check_there(
     repository: Repository, blob: bytes, where: Location, sizes: Mapping[str, int], doubted: Container[str]
@@ -70,24 +73,30 @@ def lost(repository: Repository, layer: StoredLayer, index: BlobIndex) -> Iterat
 
 def damaged_points(repository: Repository, catalogue: Catalogue, index: BlobIndex) -> tuple[int, ...]:
     """The points of a disk of which bytes are lost, as far as `index` knows which packs to look into."""
-    damaged: dict[str, bool] = {}
 
     def is_damaged(layer: str) -> bool:
-        if layer not in damaged:
-            try:
-                damaged[layer] = any(True for _ in lost(repository, repository.layer(layer), index))
-            except Corrupt:  # its record
-                damaged[layer] = True
-        return damaged[layer]
+        try:
+            return any(True for _ in lost(repository, repository.layer(layer), index))
+        except Corrupt:  # its record
+            return True
 
+    lengths = catalogue.lengths()
+    damaged: dict[str | None, bool] = {None: False}  # whether something of the chain up to a layer is
     found: list[int] = []
     for point in catalogue.points:
-        try:
-            chain = catalogue.chain(point.layer)
-        except Corrupt:
+        if point.layer not in lengths:
             found.append(point.point)
             continue
-        if any(is_damaged(layer) for layer in chain):
+        way: list[str] = []
+        at: str | None = point.layer
+        while at not in damaged:
+            assert at is not None
+            way.append(at)
+            at = catalogue.parents[at]
+        is_bad = damaged[at]
+        for layer in reversed(way):
+            is_bad = damaged[layer] = is_bad or is_damaged(layer)
+        if is_bad:
             found.append(point.point)
     return tuple(found)
 
@@ -124,16 +133,23 @@ def check_indexes(repository: Repository, names: list[str], packs: Mapping[str, 
         except SnapchainError as error:
             yield error
             continue
+        told = untold = 0
         for pack, size in listed.items():
             found = packs.get(pack_name(pack))
             # What a layer misses of it is told already, and told each time.
             if found == size or pack in known or pack in repository.blobs.damaged:
                 continue
             repository.blobs.damaged.add(pack)
+            if told >= _MOST_TOLD:
+                untold += 1
+                continue
+            told += 1
             if found is None:
                 yield Corrupt(f"{name} lists the pack, and it is missing from the store", subject=pack_name(pack))
             else:
                 yield Corrupt(f"the pack has {found} bytes, and {name} says {size}", subject=pack_name(pack))
+        if untold:
+            yield Corrupt(f"it lists {untold} further packs that are missing or have another size", subject=name)
 
 
 def check_history(repository: Repository, disk_key: str) -> Iterator[SnapchainError]:

@@ -59,7 +59,7 @@ class ChainView:
         targets: dict[Location, tuple[bytes, list[_Target]]] = {}
         for number in np.unique(owner[~empty]).tolist():
             mine = owner == number
-            for page in self.layers[number].pages(int(begin[mine][0]), int(end[mine][-1])):
+            for page in self.layers[number].each_page(int(begin[mine][0]), int(end[mine][-1])):
                 for blob, where, found in _parts(page, begin[mine], end[mine], piece[mine], first):
                     targets.setdefault(where, (blob, []))[1].extend(found)
         wanted = [(blob, where) for where, (blob, _) in targets.items()]

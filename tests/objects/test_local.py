@@ -322,7 +322,9 @@ def test_an_unknown_errno_is_unavailable() -> None:
 
 @pytest.mark.parametrize("name", ["config", "keys/a", "leases/a", "disks/a", "index/a", "layers/a", "packs/aa/a", "a"])
 @pytest.mark.parametrize("kind", ["sparse", "fifo", "directory", "link", "socket", "device"])
-def test_what_is_no_plausible_object_is_refused_at_once(kind: str, name: str, local: LocalStore, tmp_path: Path) -> None:
+def test_what_is_no_plausible_object_is_refused_at_once(
+    kind: str, name: str, local: LocalStore, tmp_path: Path
+) -> None:
     """No wait for a writer, no terabyte in memory, nothing from outside."""
     path = local.root / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,9 @@ class Hostile:
                 self.sent += len(block)
 
     def page(self, handler: BaseHTTPRequestHandler, inside: str, token: str | None = None) -> None:
-        more = "false" if token is None else f"true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken><x>"
+        more = (
+            "false" if token is None else f"true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken><x>"
+        )
         end = "</IsTruncated>" if token is None else "</x>"
         text = f"<ListBucketResult><Name>b</Name><IsTruncated>{more}{end}{inside}</ListBucketResult>".encode()
         self.head(handler, Content_Length=str(len(text)), Content_Type="application/xml")
@@ -145,9 +147,9 @@ def test_an_object_without_end_is_read_no_further_than_its_kind_reaches(
         hostile.body(handler, _endless(), chunked=chunked)
 
     hostile.answer = answer
-    for get in (lambda: store.get(f"{name}/a"), lambda: store.get(f"{name}/a", length=largest + 1)):
+    for length in (None, largest + 1):
         with pytest.raises(Corrupt, match=f"at most {largest} are plausible") as caught:
-            get()
+            store.get(f"{name}/a", length=length)
         assert caught.value.subject == f"s3://b/{name}/a"
     assert hostile.sent < largest + 16 * MIB, "what lies in the buffers of two sockets"
 
@@ -187,9 +189,9 @@ def test_an_object_without_a_length_is_no_bug(hostile: Hostile, store: S3Store) 
         hostile.body(handler, iter([] if handler.command == "HEAD" else [b"{}"]))
 
     hostile.answer = answer
-    with pytest.raises(Unsupported, match="malformed .the length of the object is missing"):
+    with pytest.raises(Unsupported, match=r"malformed .the length of the object is missing"):
         store.get("config")
-    with pytest.raises(Unsupported, match="malformed .the length of the object is None"):
+    with pytest.raises(Unsupported, match=r"malformed .the length of the object is None"):
         store.size("config")
 
 
@@ -270,7 +272,16 @@ def test_entries_that_make_no_sense(inside: str, hostile: Hostile, store: S3Stor
 
 @pytest.mark.parametrize(
     "key",
-    ["disks/../../etc/passwd", "disks/\x07", "disks/" + "a" * 5000, "/disks/a", "disks//a", "disks/\N{SNOWMAN}", "tmp/x", ""],
+    [
+        "disks/../../etc/passwd",
+        "disks/\x07",
+        "disks/" + "a" * 5000,
+        "/disks/a",
+        "disks//a",
+        "disks/\N{SNOWMAN}",
+        "tmp/x",
+        "",
+    ],
 )
 def test_names_that_are_no_object_of_ours_are_left_out(key: str, hostile: Hostile, store: S3Store) -> None:
     inside = f"<Contents><Key>{key.replace(chr(7), '%07')}</Key><Size>1</Size></Contents>"
@@ -291,7 +302,11 @@ def test_a_page_without_end_is_not_read_to_its_end(hostile: Hostile, store: S3St
         hostile.body(handler, _endless(), chunked=True)
 
     hostile.answer = answer
-    for call in (lambda: list(store.list("disks/")), lambda: store.put("disks/a", b"x"), lambda: store.delete("disks/a")):
+    for call in (
+        lambda: list(store.list("disks/")),
+        lambda: store.put("disks/a", b"x"),
+        lambda: store.delete("disks/a"),
+    ):
         hostile.sent = 0
         with pytest.raises(Unsupported, match=f"more than {LARGEST_ANSWER} bytes"):
             call()
@@ -300,7 +315,8 @@ def test_a_page_without_end_is_not_read_to_its_end(hostile: Hostile, store: S3St
 
 def test_entities_that_expand(hostile: Hostile, store: S3Store) -> None:
     levels = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 12))
-    text = f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY l0 "aaaaaaaaaa">{levels}]><ListBucketResult>&l11;</ListBucketResult>'
+    head = f'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY l0 "aaaaaaaaaa">{levels}]>'
+    text = f"{head}<ListBucketResult>&l11;</ListBucketResult>"
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         hostile.head(handler, Content_Length=str(len(text)), Content_Type="application/xml")

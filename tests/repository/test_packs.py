@@ -173,7 +173,9 @@ def test_a_pack_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(Corrupt, match="cannot be stored"):
             PackReader(ring, closed.pack).blob(b"i" * 32, place.offset, raw, b"x" * 100)
     monkeypatch.setattr(packs, "_LARGEST_DIRECTORY", 10)
-    with pytest.raises(Corrupt, match=r"directory: a directory of 1 blobs in \d+ bytes is not plausible|of \d+ bytes is not"):
+    with pytest.raises(
+        Corrupt, match=r"directory: a directory of 1 blobs in \d+ bytes is not plausible|of \d+ bytes is not"
+    ):
         read_directory(store, ring, closed.pack, closed.size)
 
 
