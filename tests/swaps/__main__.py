@@ -79,6 +79,9 @@ def _attacked(verb: Verb, given: argparse.Namespace) -> int:
                 key = f"{finding.verb} [{finding.attack}] {finding.where}"
                 seen.setdefault(key, []).append(finding.what if finding.harm else f"(look: {finding.what})")
             harm += finding.harm
+    except AssertionError as error:
+        print(f"{verb.name}: {error}")
+        return 1
     finally:
         if campaign is not None:
             campaign.close()

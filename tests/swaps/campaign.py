@@ -137,6 +137,9 @@ class Campaign:
 
     def _run(self, attack: Attack | None, on_call: Callable[[Call], None]) -> Iterator[Finding]:
         self.world.reset()
+        for words in self.verb.first:
+            ended = self._plain(self.verb.line(self.world, words))
+            assert ended.status == 0, (words, (self.world.logs / "stderr").read_text())
         if self.verb.killed is not None:
             self._die()
         self.world.drain()

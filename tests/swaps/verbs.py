@@ -40,8 +40,9 @@ class Scene:
 class Verb:
     """words: the command line, with {u}, {images}, {disk} and {root}.
 
-    prepare: makes what is found, once; killed: a command line that dies before each run, at its n-th call of these
-    names in the user's tree; stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk
+    prepare: makes what is found, once; first: command lines before each run, where a record is bound to its file
+    killed: a command line that dies before each run, at its n-th call of these names in the user's tree
+    stdin: a file in WORLD/root; check: what is wrong after exit 0, besides the user's disk
     ends: exits without a swap; function: is run instead of the command line
     """
 
@@ -50,6 +51,7 @@ class Verb:
     prepare: Callable[[Scene], None] | None = None
     check: Check | None = None
     killed: tuple[str, tuple[str, ...], int] | None = None
+    first: Sequence[str] = ()
     stdin: str | None = None
     layers: int = 4
     ends: Sequence[int] = (0,)
@@ -115,19 +117,6 @@ def _stream(scene: Scene) -> None:
     scene.done("send", scene.disk, "--disk", "d", stdout=scene.world.root / "stream")
     (scene.world.user / "replica").mkdir()
     scene.world.give()
-
-
-def _given(scene: Scene) -> None:
-    scene.done("migrate", scene.disk, f"dir:{scene.world.root}/replica::d", "--offline")
-
-
-def _labelled(scene: Scene) -> None:
-    for label in ("one", "two", "three"):
-        scene.done("snapshot", scene.disk, "--label", label)
-
-
-def _held(scene: Scene) -> None:
-    scene.done("hold", scene.world.images / "1.qcow2", "--tag", "audit", "--reason", "because")
 
 
 def _raw(scene: Scene) -> None:
@@ -221,6 +210,9 @@ def _replicas(*names: str) -> Check:
     return check
 
 
+_MIGRATE = "migrate {disk} dir:{root}/replica::d --offline"
+_LABELLED = tuple(f"snapshot {{disk}} --label {label}" for label in ("one", "two", "three"))
+
 VERBS: Sequence[Verb] = (
     Verb("snapshot", "snapshot {disk}", layers=2),
     Verb("snapshot-label", "snapshot {disk} --sealed-name disk.monday.qcow2 --label monday", layers=2),
@@ -236,7 +228,7 @@ VERBS: Sequence[Verb] = (
     Verb("merge-range-absorb", "merge {disk} --from 1.qcow2 --to 2.qcow2 --strategy absorb", layers=5),
     Verb("merge-flatten", "merge {disk} --flatten"),
     Verb("merge-keep-inputs", "merge {disk} --keep-inputs"),
-    Verb("merge-rules", "merge {disk} --keep-label two", prepare=_labelled, layers=2),
+    Verb("merge-rules", "merge {disk} --keep-label two", first=_LABELLED, layers=2),
     Verb("merge-remove",
          "merge {disk} --strategy new-file --image-dir {u}/other --remove {u}/other/1.qcow2",
          prepare=_elsewhere),
@@ -270,8 +262,9 @@ VERBS: Sequence[Verb] = (
     Verb("migrate", "migrate {disk} dir:{root}/replica::d --offline", check=_replicas("root/replica")),
     Verb("migrate-users-replica", "migrate {disk} dir:{u}/replica::d --offline", prepare=_users_directory,
          check=_replicas("u/replica")),
-    Verb("take-back", "migrate {disk} dir:{root}/replica::d --take-back", prepare=_given),
-    Verb("take-back-alone", "migrate {disk} dir:{root}/replica::d --take-back --destination-is-gone", prepare=_given),
+    Verb("take-back", "migrate {disk} dir:{root}/replica::d --take-back", first=(_MIGRATE,)),
+    Verb("take-back-alone", "migrate {disk} dir:{root}/replica::d --take-back --destination-is-gone",
+         first=(_MIGRATE,)),
     Verb("restore", "restore {root}/repo::d {images}/new.qcow2", prepare=_shipped, check=_restored("new.qcow2")),
     Verb("restore-raw", "restore {root}/repo::d {images}/new.raw", prepare=_shipped, check=_restored("new.raw", "raw")),
     Verb("restore-force", "restore {root}/repo::d {disk} --force", prepare=_shipped),
@@ -289,7 +282,7 @@ VERBS: Sequence[Verb] = (
     Verb("inspect", "inspect {disk}"),
     Verb("inspect-replica", "inspect dir:{u}/replica::d", prepare=_users_replica),
     Verb("hold", "hold {images}/1.qcow2 --tag audit"),
-    Verb("release", "release {images}/1.qcow2 --tag audit", prepare=_held),
+    Verb("release", "release {images}/1.qcow2 --tag audit", first=("hold {images}/1.qcow2 --tag audit",)),
     Verb("receive", "receive {u}/replica", prepare=_stream, stdin="stream", check=_replicas("u/replica")),
     Verb("receive-new", "receive {u}/new", prepare=_stream, stdin="stream", check=_replicas("u/new")),
     Verb("serve-replica", "send {disk} ssh://here{u}/replica::d", prepare=_fake_ssh, check=_replicas("u/replica")),
