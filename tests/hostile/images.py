@@ -25,6 +25,53 @@ _FORMAT = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 
 def plan(world: World, draw: Draw) -> Plan:
     """One case."""
+    return _of_a_replica(world, draw) if draw.random() < 0.35 else _of_a_guest(world, draw)
+
+
+def _of_a_replica(world: World, draw: Draw) -> Plan:
+    """Its files are altered where they lie: what is proven there tells, or the bytes are right all the same."""
+    stage = draw.choice(["4", MERGED])
+    world.set_up(stage, ("images", "replica"))
+    there, out = f"dir:{world.case}/replica::{WEB}", world.case / "out"
+    files = sorted((world.case / "replica" / "web1%2Fvda").glob("*.qcow2"))
+    told = [_altered(draw.choice(files), draw, world) for _ in range(draw.choice([1, 1, 2]))]
+    point = draw.choice([2, 3])
+    between: list[list[str | Path]] = [
+        ["verify", there, "--read-data"], ["verify", there], ["merge", there, "--keep-last", "1"], ["log", there],
+        ["send", world.case / "images" / "web1.qcow2", there], ["inspect", there],
+        ["send", world.case / "images" / "db.qcow2", there, "--cut-replica"],
+        ["sync", world.case / "images" / "web1.qcow2", there, "--prove"],
+    ]  # fmt: skip
+    commands: list[list[str | Path]] = [
+        [
+            "restore",
+            f"{there}@{point}",
+            *_output(out, draw),
+        ],
+        *draw.sample(between, 2),
+        ["restore", f"{there}@{point}", out / "two.raw"],
+    ]
+
+    def run(shell: Shell) -> None:
+        enter(world, random.Random(draw.random()))
+        for words in commands:
+            shell.run(*words)
+
+    def judge(outcome: Outcome) -> Iterator[str]:
+        for step in outcome.steps:
+            path = Path(step.words[-1] if step.words[-1] != "--chain" else step.words[-2])
+            given = step.words[0] == "restore" and step.code == 0
+            if given and unlike(path, [world.truth(WEB, point)], path.suffix[1:]):
+                yield f"{' '.join(step.words)}: exit 0 and other bytes ({told})"
+
+    return Plan(run, judge)
+
+
+def _output(out: Path, draw: Draw) -> list[str | Path]:
+    return draw.choice([[out / "one.raw"], [out / "a.qcow2"], [out / "a.qcow2", "--chain"]])
+
+
+def _of_a_guest(world: World, draw: Draw) -> Plan:
     world.set_up(draw.choice(["4", MERGED]), ("images", "replica", "enc"))
     case = world.case
     images = case / "images"

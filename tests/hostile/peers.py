@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
 
+from snapchain.host import remote_lanes
 from snapchain.replica import sender
 from snapchain.replica.levels import Link
 from snapchain.replica.stream.frames import Kind
 from tests.hostile import child
 from tests.hostile.child import Outcome, Shell, Step
 from tests.hostile.judge import Plan, unlike
-from tests.hostile.mutate import Draw
+from tests.hostile.mutate import Draw, spoil
 from tests.hostile.wire import End, Frame, Script, Talk, meddling, pass_on, recorder, strings
 from tests.hostile.world import DB, GIVEN, MERGED, WEB, World, enter, standing
 
@@ -41,6 +43,7 @@ class Conversation:
     cut: int = 0
 
 
+_PREFACE = struct.Struct("<16s16sBB")
 _W = f"dir:{{case}}/replica::{WEB}"
 _D = f"dir:{{case}}/replica::{DB}"
 CONVERSATIONS = (
@@ -162,7 +165,8 @@ def plan(world: World, draw: Draw) -> Plan:
                 )
             else:
                 script.talk = _naming(there, world.case / "replica")
-                stream.write_bytes(script.talk.encoded(script))
+                stream.write_bytes(_lanes(draw) + script.talk.encoded(script))
+                remote_lanes.JOIN_SECONDS = 0.2
                 shell.run("serve-replica", "--stdio", "--root", world.case / "replica", stdin=stream)
         else:
             with meddling(script if hostile_client else pass_on, pass_on if hostile_client else script, link=link):
@@ -225,6 +229,15 @@ def _newest(catalogue: Path) -> str:
     said = json.loads(catalogue.read_text())
     files = {layer["id"]: layer["file"] for layer in said["layers"]}
     return str(files[said["points"][-1]["layer"]])
+
+
+def _lanes(draw: Draw) -> bytes:
+    """What a stream over several connections begins with; most have only one, and no such thing."""
+    if draw.random() < 0.7:
+        return b""
+    lane, count = draw.choice([(0, 1), (0, 1), (0, 2), (1, 2), (0, 0), (3, 2), (0, 255), (255, 16)])
+    preface = _PREFACE.pack(remote_lanes.MAGIC, draw.randbytes(16), lane, count)
+    return spoil(preface, draw) if draw.random() < 0.2 else preface
 
 
 def _naming(talk: Talk, replica: Path) -> Talk:
