@@ -22,9 +22,9 @@ from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError
 from snapchain.host.directory import Directory
-from snapchain.host.files import make_directories
 from snapchain.host.os_errors import os_errors
 from snapchain.host.places import SYSTEM_STATE, state_dir
+from snapchain.host.private import make_private
 
 NAME = "records.key"
 _BYTES = 32
@@ -118,7 +118,8 @@ def _refused(path: Path, why: str, remedy: str) -> InvalidInput:
 
 def _make(path: Path) -> None:
     """Of two that make one at once, one wins, and both use it."""
-    make_directories(path)
+    with os_errors(path):
+        make_private(path)
     with os_errors(path / NAME), Directory.open(path) as directory:
         temporary = f".{NAME}.{secrets.token_hex(8)}"
         fd = directory.create(temporary, mode=0o600)

@@ -116,6 +116,13 @@ def settle_merge(disk: ReplicaDisk, catalogue: Catalogue, engine: Engine | None)
     known = {layer.id: layer for layer in catalogue.layers}
     members = [known[layer] for layer in record.members if layer in known]
     if len(members) == len(record.members):
+        first = catalogue.layers.index(members[0])
+        if members != list(catalogue.layers[first : first + len(members)]):
+            raise Corrupt(
+                "the record of a merge names layers that are not neighbours in the disk's chain, lowest first",
+                subject=disk.path(names.MERGING),
+                hint="somebody has changed the record; verify the disk, and remove the record if nothing is wrong",
+            )
         if engine is None:
             raise Unsupported(
                 "a merge of this disk was interrupted, and this program cannot finish it",

@@ -46,7 +46,7 @@ def _of_a_replica(world: World, draw: Draw) -> Plan:
         [
             "restore",
             f"{there}@{point}",
-            *draw.choice([[out / "one.raw"], [out / "a.qcow2"], [out / "a.qcow2", "--chain"]]),
+            *_output(out, draw),
         ],
         *draw.sample(between, 2),
         ["restore", f"{there}@{point}", out / "two.raw"],
@@ -65,6 +65,10 @@ def _of_a_replica(world: World, draw: Draw) -> Plan:
                 yield f"{' '.join(step.words)}: exit 0 and other bytes ({told})"
 
     return Plan(run, judge)
+
+
+def _output(out: Path, draw: Draw) -> list[str | Path]:
+    return draw.choice([[out / "one.raw"], [out / "a.qcow2"], [out / "a.qcow2", "--chain"]])
 
 
 def _of_a_guest(world: World, draw: Draw) -> Plan:

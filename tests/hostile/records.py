@@ -223,7 +223,7 @@ def _spoilt(world: World, draw: Draw) -> str:
                 ".merging.json",
                 ".incoming.json",
             ]
-            shutil.copy2(path, path.with_name(draw.choice(names)))
+            path.with_name(draw.choice(names)).write_bytes(_some(path))
         case "odd":
             path.unlink()
             match draw.choice(["link", "fifo", "folder", "loop"]):

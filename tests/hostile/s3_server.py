@@ -10,7 +10,6 @@ import hashlib
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -350,8 +349,7 @@ class Server:
             case "close":
                 self._closing = True
             case "silence":
-                time.sleep(0.0)
-                threading.Event().wait(5.0)
+                threading.Event().wait(3.0)
                 self._closing = True
             case "trickle":
                 yield _head(status, headers, len(body) + 100)

@@ -550,8 +550,8 @@ def hasty() -> None:
     from snapchain.objects import s3_client, s3_patience
 
     for function, shorter in (
-        (s3_client.new_client, {"connect_timeout": 1.0, "read_timeout": 1.0, "attempts": 2}),
-        (s3_patience.Patience.__init__, {"limit": 2.5}),
+        (s3_client.new_client, {"connect_timeout": 1.0, "read_timeout": 0.6, "attempts": 2}),
+        (s3_patience.Patience.__init__, {"limit": 1.5}),
     ):
         assert function.__kwdefaults__ is not None
         function.__kwdefaults__.update(shorter)

@@ -5,6 +5,7 @@ It is told clearly, nobody waits for it, and nothing that it points at is touche
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -256,3 +257,19 @@ def test_somebody_elses(held: Place) -> None:
                 status = 0 if error.message == "permission denied" else 2
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "order", [(1, 0), (0, 2), (0, 0), (1, 1, 0), (0, 1, 0)], ids=lambda order: "".join(map(str, order))
+)
+def test_a_record_of_a_merge_that_cannot_have_been(place: Place, chain: list[Path], order: tuple[int, ...]) -> None:
+    for path in chain:
+        place.send(path)
+    layers = [layer["id"] for layer in place.catalogue()["layers"]]
+    record = place.directory / ".merging.json"
+    record.write_text(json.dumps({"format": 1, "members": [layers[at] for at in order]}))
+    before = place.catalogue()
+    with pytest.raises(Corrupt, match="not neighbours") as caught:
+        place.send(chain[-1])
+    assert str(record) in str(caught.value)
+    assert (place.catalogue(), record.exists()) == (before, True)
