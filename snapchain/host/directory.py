@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Self
 
 from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
+from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights, acting_as
 
 _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -339,6 +340,12 @@ def resolve(path: Path, *, strict: bool = False) -> Resolved:
     direct = _walk(walked.real.parent, follow=True)
     os.close(direct.fd)
     return Resolved(walked.real, None if direct.rights == walked.rights else walked.rights)
+
+
+def real_path(path: Path) -> Path:
+    """Where a path leads, for comparing names. Raises SnapchainError where that cannot be told."""
+    with os_errors(path):
+        return resolve(path).real
 
 
 def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError] = InvalidInput) -> None:

@@ -31,7 +31,7 @@ from snapchain.errors import SnapchainError
 from snapchain.host import libvirt
 from snapchain.host.directory import Directory, Resolved, open_behind, resolve
 from snapchain.host.rights import Rights, acting_as
-from snapchain.image.references import mentions, named_files, recorded_names
+from snapchain.image.references import mentions, named_files, real_name, recorded_names
 
 MOST_ENTRIES = 200_000
 MOST_SECONDS = 5.0
@@ -97,7 +97,7 @@ class Dependents:
 
     def on(self, path: Path, *kinds: Kind) -> tuple[Dependent, ...]:
         """The other users of a file, which must be one of the searched `files`; kinds: only these."""
-        found = self._found.get(os.path.realpath(path), ())
+        found = self._found.get(real_name(path), ())
         return tuple(each for each in found if each.kind in kinds) if kinds else found
 
     def reason(self, path: Path, *kinds: Kind) -> str | None:
@@ -142,14 +142,14 @@ class _Search:
         self._files: dict[Identity, list[str]] = {}
         self._real: dict[str, Path] = {}
         for file in files:
-            real = os.path.realpath(file)
+            real = real_name(file)
             self._real[real] = Path(real)
             with suppress(OSError):
                 self._files.setdefault(_identity(os.stat(real)), []).append(real)  # noqa: PTH116 - a hot path
         self._own = set(own)
         self._names = {name for file in [*files, *([disk] if disk else [])] for name in _links(file)}
-        self._disk = None if disk is None else os.path.realpath(disk)
-        self._near = {os.path.realpath(directory) for directory in near}
+        self._disk = None if disk is None else real_name(disk)
+        self._near = {real_name(directory) for directory in near}
         self._suffixes = {*_IMAGE_SUFFIXES, *(Path(real).suffix for real in self._real)} - {""}
         self._found: dict[str, dict[str, Dependent]] = {}
         self._directories: set[Identity] = set()
@@ -228,7 +228,7 @@ class _Search:
         with acting_as(maker):
             status = entry.stat()
             if stat.S_ISDIR(status.st_mode):
-                return _Tree(os.path.realpath(path), maker)
+                return _Tree(real_name(path), maker)
             self._link(path, status)
             self._image(path, status, partial(os.open, entry.name, _READ, dir_fd=home.fd), counts=maker is None)
         return None
@@ -237,7 +237,7 @@ class _Search:
         """Somebody may open one of our files by a name of his own."""
         if path not in self._names:
             for real in self._files.get(_identity(status), ()):
-                self._add(real, path, "is a symbolic link to it", Kind.LINK, by=os.path.realpath(path))
+                self._add(real, path, "is a symbolic link to it", Kind.LINK, by=real_name(path))
 
     # --- images
 
@@ -264,13 +264,13 @@ class _Search:
     def _named(self, image: Path, name: str, by_whom: Rights | None) -> None:
         targets: dict[str, str] = {real: real for real, file in self._real.items() if mentions(name, file)}
         for place in named_files(image, name):
-            by = os.path.realpath(place)
+            by = real_name(place)
             found = self._meant(by)
             targets.update(dict.fromkeys(found, by))
             if not found:
                 self._follow.append((str(place), by_whom))
         for real, by in targets.items():
-            if os.path.realpath(image) != real:
+            if real_name(image) != real:
                 self._add(real, str(image), "depends on it", Kind.CONTENT, by=by)
 
     def _meant(self, real: str) -> Collection[str]:
@@ -290,7 +290,7 @@ class _Search:
                     self._image(path, status, partial(_opened_by_name, path, by_whom), counts=by_whom is None)
 
     def _unreadable(self, path: str, status: os.stat_result) -> None:
-        near = os.path.dirname(os.path.realpath(path)) in self._near  # noqa: PTH120 - a hot path
+        near = os.path.dirname(real_name(path)) in self._near  # noqa: PTH120 - a hot path
         looks_like_an_image = Path(path).suffix in self._suffixes or Path(path).name.startswith("disk")
         if not near and not looks_like_an_image:
             return
@@ -309,8 +309,8 @@ class _Search:
         self._follow_names()
 
     def _named_by(self, domain: str, file: libvirt.NamedFile) -> None:
-        by = os.path.realpath(file.path)
-        opened = None if file.source is None else os.path.realpath(file.source)
+        by = real_name(file.path)
+        opened = None if file.source is None else real_name(file.source)
         is_own = opened is not None and opened == self._disk
         if is_own and not file.is_lasting:
             return
@@ -394,7 +394,7 @@ def _identity(status: os.stat_result) -> Identity:
 def _links(path: Path) -> Iterator[str]:
     """The symbolic links, one leading to the next, by which a path reaches its file."""
     for _ in range(40):  # as many as the kernel follows
-        at = Path(os.path.realpath(path.parent)) / path.name
+        at = Path(real_name(path.parent)) / path.name
         yield str(at)
         try:
             path = at.parent / os.readlink(at)  # noqa: PTH115 - may be relative

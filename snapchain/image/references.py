@@ -47,6 +47,14 @@ class Unread(Enum):
     PASSED_OVER = "passed over"
 
 
+def real_name(path: str | Path) -> str:
+    """Without links, for comparing names; as it is where a link is swapped while it is looked at."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return os.path.abspath(path)  # noqa: PTH100 - a hot path
+
+
 def children(
     directories: Iterable[Path],
     *,
@@ -58,7 +66,7 @@ def children(
 
     besides: (device, inode) of images that do not count. Files without such images have no entry.
     """
-    wanted = {os.path.realpath(path): path for path in of}
+    wanted = {real_name(path): path for path in of}
     found: dict[Path, list[Path]] = {}
     for entry in _images(directories, besides):
         try:
@@ -75,7 +83,7 @@ def children(
 
 
 def _images(directories: Iterable[Path], besides: Collection[tuple[int, int]]) -> Iterator[Path]:
-    for directory in dict.fromkeys(Path(os.path.realpath(directory)) for directory in directories):
+    for directory in dict.fromkeys(Path(real_name(directory)) for directory in directories):
         with os_errors(directory), Directory.open(directory) as home:
             for name in home.names():
                 try:
@@ -135,7 +143,7 @@ def _as_url(name: bytes) -> bytes:
 def named_files(image: Path, name: str) -> tuple[Path, ...]:
     """Where a recorded name may lead: plain paths, `file:`, and every string of `json:`. () for other protocols."""
     # An image behind a symbolic link may be opened by either path.
-    directories = dict.fromkeys([image.parent, Path(os.path.realpath(image)).parent])
+    directories = dict.fromkeys([image.parent, Path(real_name(image)).parent])
     return tuple(directory / each for each in _paths(name) if "\0" not in each for directory in directories)
 
 
@@ -217,5 +225,5 @@ def _vmdk_names(head: bytes) -> list[bytes]:
 
 
 def _meant(entry: Path, recorded: str, wanted: dict[str, Path]) -> list[Path]:
-    places = {os.path.realpath(path) for path in named_files(entry, recorded)}
+    places = {real_name(path) for path in named_files(entry, recorded)}
     return [path for place, path in wanted.items() if place in places or mentions(recorded, path)]

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
-from snapchain.host.directory import Directory, Resolved, resolve
+from snapchain.host.directory import Directory, Resolved, real_path, resolve
 from snapchain.host.leftovers import is_leftover
 from snapchain.host.mounts import other_names
 from snapchain.host.os_errors import os_errors
@@ -114,11 +114,11 @@ def image_directories() -> Iterator[Path]:
 
 def is_outside(file: Path, top: Path) -> bool:
     """Whether a file lies in another directory than the disk's top, links resolved."""
-    return Path(os.path.realpath(file)).parent != Path(os.path.realpath(top)).parent
+    return real_path(file).parent != real_path(top).parent
 
 
 def is_linked_elsewhere(file: Path, others: Dependents) -> bool:
     """Whether a symbolic link in another directory leads to a file: the one by which it was named, or one found."""
-    home = Path(os.path.realpath(file)).parent
+    home = real_path(file).parent
     links = [file, *(user.path for user in others.on(file, Kind.LINK) if user.path is not None)]
-    return any(Path(os.path.realpath(link.parent)) != home for link in links)
+    return any(real_path(link.parent) != home for link in links)

@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Busy, NotFound, SnapchainError
-from snapchain.host.directory import Directory, same_file
+from snapchain.host.directory import Directory, real_path, same_file
 from snapchain.host.leftovers import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
@@ -134,7 +134,7 @@ def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = (), accept: Sequ
 
 def _whole(path: Path) -> Path:
     """Raises NotFound for what is not there, or is neither a journal nor a note by its name."""
-    whole = Path(os.path.realpath(path.parent)) / path.name
+    whole = real_path(path.parent) / path.name
     if not os.path.lexists(whole):
         raise NotFound("no such file", subject=path)
     if not is_journal(whole) and not is_note(whole):
@@ -149,7 +149,7 @@ def run(planned: DoctorPlan, *, on_event: OnEvent = ignore) -> DoctorReport:
 
 
 def _directories(path: Path, image_dirs: Sequence[Path]) -> Iterator[Path]:
-    whole = Path(os.path.realpath(path))
+    whole = real_path(path)
     if not whole.exists():
         raise NotFound("no such file or directory", subject=path)
     if whole.is_dir():
@@ -345,7 +345,7 @@ def _check_unused(finding: Finding, status: os.stat_result, image_dirs: Sequence
     others = find_dependents(
         [finding.path], top=finding.image, own=[(status.st_dev, status.st_ino)], image_dirs=image_dirs
     )
-    name = Path(os.path.realpath(finding.path))
+    name = real_path(finding.path)
     users = [each for each in others.on(finding.path) if each.by == name]
     if finding.kind is Kind.NEW_FILE:  # only users that were found count: it was never in use
         users = [each for each in users if each.kind is not Use.UNREAD]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.host.directory import MOST_MODE
+from snapchain.host.directory import MOST_MODE, real_path
 from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
@@ -112,7 +112,7 @@ def epoch_of(chain: ImageChain, notes: Notes, *, image: Path | None = None) -> i
 
 
 def _top(chain: ImageChain, image: Path | None) -> Path:
-    return chain.top.real_path if image is None else Path(os.path.realpath(image))
+    return chain.top.real_path if image is None else real_path(image)
 
 
 def _noted(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, LayerNote]]:
@@ -155,7 +155,7 @@ def note_epoch(image: Path, epoch: int) -> None:
 
     Raises Unsupported for what is no regular file, and what writing a small file raises.
     """
-    path = Path(os.path.realpath(image))
+    path = real_path(image)
     if not path.is_file():
         raise Unsupported("only a regular file has notes", subject=image)
     if Notes().of(path).epoch < epoch:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Literal, Self
 
 from snapchain.errors import Corrupt
+from snapchain.host.directory import real_path
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.backing import Place
 from snapchain.image.physical import RunBudget
@@ -52,7 +52,7 @@ class ChainProof:
         size: of the disk, which a raw file rounds up; on_bytes: told how much was read since it was last told
         Raises Corrupt, Unavailable.
         """
-        place = Place(output.path, Path(os.path.realpath(output.growing)))
+        place = Place(output.path, real_path(output.growing))
         file = ImageFile(place, os.dup(output.fd), format=format, budget=RunBudget())
         self._files.append(self._stack.enter_context(file))
         view = ImageChain(self._files, owned=False)

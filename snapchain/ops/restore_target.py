@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable, Unsupported
-from snapchain.host.directory import resolve
+from snapchain.host.directory import real_path, resolve
 from snapchain.host.files import free_bytes
 from snapchain.host.links import follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
@@ -124,7 +124,7 @@ class Target:
 
         QEMU looks for a relative name in the directory of the path that it was given, symbolic link or not.
         """
-        elsewhere = self._followed.by_link and Path(os.path.realpath(self.output.parent)) != self.file.parent
+        elsewhere = self._followed.by_link and real_path(self.output.parent) != self.file.parent
         return str(lower) if of_top and elsewhere else lower.name
 
     def check_space(self, needed: int) -> None:
@@ -311,7 +311,7 @@ def _check_replaceable(path: Path, found: os.stat_result) -> None:
             subject=path,
             hint="remove this name first if the others are to stay as they are (`find -samefile` shows them)",
         )
-    check_no_layer(Path(os.path.realpath(path)))
+    check_no_layer(real_path(path))
 
 
 def _on_device(paths: Sequence[Path], top: Path) -> Dependents:
@@ -322,7 +322,7 @@ def _on_device(paths: Sequence[Path], top: Path) -> Dependents:
 def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, int]], on_event: OnEvent) -> str | None:
     """What could not be looked at. Raises Conflict for a file that has users, that is held, or was given away."""
     notes = Notes()
-    for path in (Path(os.path.realpath(path)) for path in paths):
+    for path in (real_path(path) for path in paths):
         for fault in notes.faults([path]):
             raise fault
         note = notes.of(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Unsupported
+from snapchain.host.directory import real_path
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependents import SEEN
@@ -126,7 +127,7 @@ def _why_kept(path: Path, *, top: Path, others: Dependents, confirmed: Collectio
     found = users_of(path, others, confirmed)
     if found is not None:
         return found if others.on(path, *SEEN) else f"{found}{_REMEDY}"
-    if is_layer_below_active(path, Path(os.path.realpath(top))):
+    if is_layer_below_active(path, real_path(top)):
         return "it is a layer of a replica"
     if path.is_block_device():
         return "it is a device"
@@ -138,7 +139,7 @@ def why_not_own(path: Path, top: Path, confirmed: Collection[Path]) -> str | Non
     """Why a file (a real path) is not the disk's by where it lies, in a clause; None for one that is."""
     if path in confirmed or not is_outside(path, top):
         return None
-    return f"it lies outside {Path(os.path.realpath(top)).parent}, the directory of the disk"
+    return f"it lies outside {real_path(top).parent}, the directory of the disk"
 
 
 def users_of(path: Path, others: Dependents, confirmed: Collection[Path]) -> str | None:

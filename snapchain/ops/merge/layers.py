@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound
+from snapchain.host.directory import real_path
 from snapchain.image import ImageChain
 from snapchain.ops.merge.journal import MergeJournal
 
@@ -37,7 +37,7 @@ def numbers(
 
 def _number(chain: ImageChain, layer: str, journals: Sequence[MergeJournal]) -> int:
     """The file of the chain that the user means by a path, or by a bare name."""
-    whole = Path(os.path.realpath(layer))
+    whole = real_path(Path(layer))
     bare = "/" not in layer
     found = [number for number, file in enumerate(chain.files) if file.real_path == whole]
     if not found and bare:

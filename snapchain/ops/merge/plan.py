@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import InvalidInput, Unsupported
+from snapchain.host.directory import real_path
 from snapchain.host.files import free_bytes
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.assemble.geometry import surviving_bytes
@@ -142,7 +143,7 @@ class Asked:
 
 def real_paths(paths: Iterable[Path]) -> tuple[Path, ...]:
     """With all links resolved, each once."""
-    return tuple(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
+    return tuple(dict.fromkeys(real_path(path) for path in paths))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,6 @@ before, and the next run finishes or undoes by the journal.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, SnapchainError, Unavailable
 from snapchain.host import files
+from snapchain.host.directory import real_path
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.image import ImageChain, scan
@@ -107,7 +107,7 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:
     removed: list[Path] = []
     kept: list[KeptFile] = []
     incomplete: str | None = None
-    for journal in unsettled(Path(os.path.realpath(path)) for path in planned.chain):
+    for journal in unsettled(real_path(path) for path in planned.chain):
         _check_goes_on(planned, journal)
         if _goes_on(planned, journal):
             settle.take_up(journal)
@@ -129,7 +129,7 @@ def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
     """
     if journal.stage != "committing" or settle.switched(journal):
         return
-    paths = [Path(os.path.realpath(path)) for path in planned.chain[planned.first : planned.last + 1]]
+    paths = [real_path(path) for path in planned.chain[planned.first : planned.last + 1]]
     if journal.lowest not in paths or journal.replaced.path not in paths:
         with taken(journal):
             raise Conflict(
@@ -146,7 +146,7 @@ def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:
         and journal.stage == "committing"
         and not settle.switched(journal)
         and journal.replaced.path == planned.result
-        and journal.lowest == Path(os.path.realpath(planned.chain[planned.first]))
+        and journal.lowest == real_path(planned.chain[planned.first])
     )
 
 

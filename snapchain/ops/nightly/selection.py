@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.host.directory import resolve
+from snapchain.host.directory import real_path, resolve
 from snapchain.host.os_errors import os_errors
 from snapchain.image.references import Unread, children
 from snapchain.ops.nightly.config import Disks, Nightly
@@ -57,7 +57,7 @@ def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[
 
     known: images that earlier runs have worked on as disks; sealed: real paths of files that they have seen below them
     """
-    named = {os.path.realpath(each.path) for each in config.disks if each.path is not None}
+    named = {_name_of(each.path) for each in config.disks if each.path is not None}
     found: list[SelectedDisk] = []
     layers: list[Path] = []
     leftovers: list[Path] = []
@@ -74,7 +74,7 @@ def select(config: Nightly, *, known: Collection[Path] = (), sealed: Collection[
             )
         under = _under_others(images, faults)
         for image in images:
-            others, real = under.get(image), os.path.realpath(image)
+            others, real = under.get(image), _name_of(image)
             if settings.glob is not None and image not in known:
                 if others or Path(real) in sealed:
                     layers.append(image)
@@ -125,7 +125,7 @@ def _is_leftover(path: Path, notes: Notes) -> bool:
 def _matches(settings: Disks, elsewhere: Collection[str], faults: list[SnapchainError]) -> Iterator[Path]:
     assert settings.glob is not None
     for match in sorted(glob.glob(settings.glob, recursive=True)):  # noqa: PTH207 -- the pattern is absolute
-        if any(fnmatch(match, pattern) for pattern in settings.exclude) or os.path.realpath(match) in elsewhere:
+        if any(fnmatch(match, pattern) for pattern in settings.exclude) or _name_of(Path(match)) in elsewhere:
             continue
         if not match.isprintable():  # bytes that are no UTF-8, or a line feed: no report could name it
             shown = os.fsencode(match).decode("utf-8", "backslashreplace")
@@ -139,6 +139,14 @@ def _matches(settings: Disks, elsewhere: Collection[str], faults: list[Snapchain
                 faults.append(error)
             else:
                 yield Path(match)
+
+
+def _name_of(path: Path) -> str:
+    """Without links, for telling images apart; as it is where a link cannot be followed."""
+    try:
+        return str(real_path(path))
+    except SnapchainError:
+        return str(path)
 
 
 def _may_be_image(path: str) -> bool:
@@ -156,7 +164,7 @@ def _check_chosen(match: Path) -> None:
 
 
 def _under_others(images: Collection[Path], faults: list[SnapchainError]) -> dict[Path, list[Path]]:
-    directories = {Path(os.path.realpath(image)).parent for image in images} | {image.parent for image in images}
+    directories = {real_path(image).parent for image in images} | {image.parent for image in images}
     found: dict[Path, list[Path]] = {}
     for directory in sorted(directories):
         if not directory.is_dir():

@@ -7,12 +7,12 @@ What root may do is cut down to that.  See systemd.exec(5), systemd.timer(5).
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.host.directory import real_path
 from snapchain.ops.nightly.config import Nightly
 
 _STATE, _CACHE = "/var/lib", "/var/cache"
@@ -146,7 +146,7 @@ def _writable(config: Nightly) -> list[Path]:
     for disks in config.disks:
         images = [disks.path] if disks.path is not None else [Path(_fixed(disks.glob or ""))]
         # Sealed files lie beside the file behind a link.
-        wanted.update(place for image in images for place in {image.parent, Path(os.path.realpath(image)).parent})
+        wanted.update(place for image in images for place in {image.parent, real_path(image).parent})
         wanted.update(disks.image_dirs)
     for destination in config.destinations:
         if destination.url.startswith("file://"):
