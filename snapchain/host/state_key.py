@@ -24,6 +24,7 @@ from snapchain.errors import InvalidInput, NotFound, SnapchainError
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
 from snapchain.host.places import SYSTEM_STATE, state_dir
+from snapchain.host.private import make_private
 
 NAME = "records.key"
 _BYTES = 32
@@ -118,7 +119,7 @@ def _refused(path: Path, why: str, remedy: str) -> InvalidInput:
 def _make(path: Path) -> None:
     """Of two that make one at once, one wins, and both use it."""
     with os_errors(path):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(path)
     with os_errors(path / NAME), Directory.open(path) as directory:
         temporary = f".{NAME}.{secrets.token_hex(8)}"
         fd = directory.create(temporary, mode=0o600)

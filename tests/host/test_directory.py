@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import InvalidInput, SnapchainError, Unsupported
+from snapchain.errors import Conflict, InvalidInput, SnapchainError, Unsupported
 from snapchain.host import files
-from snapchain.host.directory import Directory, resolve
+from snapchain.host.directory import Directory, open_behind, resolve
 from snapchain.host.rights import EVERYBODY, DeniedToOther, Rights
 from tests.host.others import ALICE, BOB, KVM, directory, file, link, root_only
 
@@ -333,3 +333,58 @@ def test_descriptors_are_given_back(open_host: Path) -> None:
         except (OSError, SnapchainError):
             pass
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@root_only
+@pytest.mark.parametrize("moment", ["before", "between"])
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_name_that_is_swapped_is_not_taken_for_ours(
+    open_host: Path, monkeypatch: pytest.MonkeyPatch, moment: str, *, replacing: bool
+) -> None:
+    alices = directory(open_host / "alice", uid=ALICE)
+
+    def swap() -> None:
+        (alices / "temporary").unlink()
+        file(alices / "temporary", "planted", uid=ALICE)
+
+    with Directory.open(alices) as opened:
+        old = file(alices / "final", uid=ALICE).stat() if replacing else None
+        fd = opened.create("temporary")
+        if moment == "before":
+            swap()
+        else:
+            change = "rename" if replacing else "link"
+            real = getattr(Directory, change)
+
+            def swapped(self: Directory, one: str, other: str) -> None:
+                swap()
+                real(self, one, other)
+
+            monkeypatch.setattr(Directory, change, swapped)
+        with pytest.raises(Conflict, match="another file took its name meanwhile") as raised:
+            opened.give_name(fd, "temporary", "final", replacing=old)
+        os.close(fd)
+    assert raised.value.subject == str(alices / ("temporary" if moment == "before" else "final"))
+    assert raised.value.hint
+
+
+@root_only
+def test_a_file_is_not_even_opened_where_its_chooser_may_not_read_it(
+    open_host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alices = directory(open_host / "alice", uid=ALICE)
+    secret = file(open_host / "secret")
+    link(alices / "disk", secret, uid=ALICE)
+    opened: list[int] = []
+    real = os.open
+
+    def counted(path: str, flags: int, *more: int, **named: int) -> int:
+        fd = real(path, flags, *more, **named)
+        if not flags & os.O_PATH:
+            opened.append(fd)
+        return fd
+
+    monkeypatch.setattr(os, "open", counted)
+    with pytest.raises(DeniedToOther):
+        open_behind(alices / "disk")
+    assert opened == []

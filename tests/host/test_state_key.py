@@ -27,11 +27,15 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_it_is_made_once_for_this_user_alone(state: Path) -> None:
     assert own_key() is None
     assert not state.exists(), "asking makes nothing"
-    key = made_key()
+    before = os.umask(0)
+    try:
+        key = made_key()
+    finally:
+        os.umask(before)
     assert own_key() == made_key() == key
     assert [each.name for each in state.iterdir()] == [NAME]
     assert stat.S_IMODE((state / NAME).stat().st_mode) == 0o600
-    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (state, state.parent)} == {0o700}
     assert key.secret.hex() not in repr(key)
 
 

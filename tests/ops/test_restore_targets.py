@@ -28,7 +28,8 @@ from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.hold import hold_image
 from snapchain.ops.notes import Given, Notes, Overlay
 from snapchain.ops.repository_destination import RepositoryDestination
-from snapchain.ops.restore_target import Format, RestoreReport
+from snapchain.ops.restore_target import Format, RestoreReport, Target
+from tests.host import others as people
 from tests.ops.shipping import DISK, MiB
 from tests.ops.stacks import Layer, build, clean, flat, names, qemu_img, same, standing, write
 from tests.repository.synthetic import repository
@@ -629,3 +630,25 @@ def test_a_lower_file_that_somebody_else_may_have_planted_is_not_taken_up(chain_
         restored(chain_source, out)
     assert raised.value.subject == str(lower)
     assert not out.exists()
+
+
+@root_only
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("there", ["a file", "nothing", "a directory"])
+def test_root_restores_nowhere_that_a_link_of_another_user_leads(open_host: Path, there: str, *, force: bool) -> None:
+    """Where they may not write themselves; in a directory of their own a link is theirs to make."""
+    alice = people.directory(open_host / "alice", uid=people.ALICE)
+    roots = people.directory(open_host / "roots")
+    if there == "a file":
+        people.file(roots / "disk.raw", "of root")
+    out = people.link(alice / "disk.raw", roots / "disk.raw", uid=people.ALICE)
+    if there == "a directory":
+        people.link(alice / "in", roots, uid=people.ALICE)
+        out = alice / "in" / "disk.raw"
+    before = sorted(roots.iterdir())
+    with pytest.raises(Unsupported, match=f"a symbolic link of user {people.ALICE} leads to") as raised:
+        Target(out, format="raw", whole_chain=False, force=force)
+    assert (raised.value.subject, sorted(roots.iterdir())) == (str(out), before)
+    assert "name the file itself" in str(raised.value.hint)
+    own = people.link(alice / "own.raw", "there.raw", uid=people.ALICE)
+    assert Target(own, format="raw", whole_chain=False, force=True).file == alice / "there.raw"
