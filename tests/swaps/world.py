@@ -89,7 +89,7 @@ class World:
     def make_outside(self, images: list[str]) -> None:
         """images: names that the user's directory has; others' images of the same names lie outside."""
         secret = self.token * 2048
-        for name, mode in (("etc", 0o755), ("images", 0o711), ("private", 0o700), ("dev", 0o755)):
+        for name, mode in (("etc", 0o755), ("images", 0o711), ("private", 0o700), ("dev", 0o755), ("public", 0o755)):
             (self.out / name).mkdir(mode)
         for path, mode in (
             ("etc/shadow", 0o600),
@@ -108,6 +108,9 @@ class World:
             target.write_bytes(model.read_bytes() if name.endswith(".qcow2") else raw.read_bytes())
             target.chmod(0o600)
             os.setxattr(target, "user.mark", b"root's")
+            public = self.out / "public" / name
+            qemu_img("create", "-q", "-f", "qcow2" if name.endswith(".qcow2") else "raw", public, "1M")
+            public.chmod(0o644)
         block = self.logs / "block"
         block.write_bytes(model.read_bytes())
         done = subprocess.run(["losetup", "-f", "--show", block], check=False, capture_output=True, text=True)
