@@ -103,13 +103,15 @@ class World:
         raw.write_bytes(secret * 16)
         model = self.logs / "model.qcow2"
         qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, model)
-        for name in {"disk.qcow2", *images}:
+        for name in {"disk.qcow2", "root.qcow2", *images}:
             target = self.out / "images" / name
             target.write_bytes(model.read_bytes() if name.endswith(".qcow2") else raw.read_bytes())
             target.chmod(0o600)
             os.setxattr(target, "user.mark", b"root's")
             public = self.out / "public" / name
-            qemu_img("create", "-q", "-f", "qcow2" if name.endswith(".qcow2") else "raw", public, "1M")
+            # Empty overlays, as of a disk of which nothing is left to be sealed.
+            kind = ["qcow2", "-u", "-b", "root.qcow2", "-F", "qcow2"] if name.endswith(".qcow2") else ["raw"]
+            qemu_img("create", "-q", "-f", *(kind[:1] if name == "root.qcow2" else kind), public, "1M")
             public.chmod(0o644)
         block = self.logs / "block"
         block.write_bytes(model.read_bytes())
