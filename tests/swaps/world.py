@@ -16,6 +16,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +38,22 @@ class Fact:
 
     harm: bool
     what: str
+
+
+@contextmanager
+def place_of_its_own() -> Iterator[Path]:
+    """A directory in memory that everybody can reach.
+
+    Below /run, where no other test keeps images: a search for users of theirs would open files here, and be seen.
+    """
+    place = Path(tempfile.mkdtemp(prefix="swaps-", dir="/run"))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "swaps", place], check=False, capture_output=True).returncode == 0
+    try:
+        yield place
+    finally:
+        if mounted:
+            subprocess.run(["umount", place], check=True)
+        shutil.rmtree(place)
 
 
 class Access(Enum):
