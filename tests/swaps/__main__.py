@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from tests.exhaustive import EXHAUSTIVE
 from tests.swaps.attacks import Attack
 from tests.swaps.campaign import Campaign, Finding, preload
 from tests.swaps.verbs import VERBS, Verb
+from tests.swaps.world import place_of_its_own
 
 
 def main() -> int:
@@ -42,12 +41,12 @@ def main() -> int:
     preload()
     harm = 0
     for verb in [by_name[name] for name in given.verbs] or VERBS:
-        harm += _attacked(verb, given)
+        with place_of_its_own() as place:
+            harm += _attacked(verb, given, place)
     return 1 if harm else 0
 
 
-def _attacked(verb: Verb, given: argparse.Namespace) -> int:
-    place = Path(tempfile.mkdtemp(prefix="swaps-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+def _attacked(verb: Verb, given: argparse.Namespace, place: Path) -> int:
     seen: dict[str, list[str]] = {}
     sites: dict[str, list[list[Finding]]] = {}
     started = time.monotonic()
@@ -85,7 +84,6 @@ def _attacked(verb: Verb, given: argparse.Namespace) -> int:
     finally:
         if campaign is not None:
             campaign.close()
-        shutil.rmtree(place)
     for site, attacked in sorted(sites.items(), key=lambda each: -len(each[1])):
         first = "; ".join(finding.what for finding in attacked[0] if finding.harm)
         print(f"{len(attacked):4} {site}\n       as {verb.name} --only {attacked[0][0].attack}: {first}")

@@ -15,6 +15,8 @@ class Kind(Enum):
     """Links are symbolic unless named hard."""
 
     LINK_TO_IMAGE = "link-to-image"
+    LINK_TO_READABLE = "link-to-readable"
+    """To an image of root's that everybody may read: only changing it is harm."""
     LINK_TO_SECRET = "link-to-secret"
     LINK_TO_DIRECTORY = "link-to-directory"
     LINK_TO_NOTHING = "link-to-nothing"
@@ -97,6 +99,7 @@ class Swap:
         etc = world.out / "etc"
         targets = {
             Kind.LINK_TO_IMAGE: self._image(world, name),
+            Kind.LINK_TO_READABLE: self._image(world, name, "public"),
             Kind.LINK_TO_SECRET: etc / "shadow",
             Kind.LINK_TO_DIRECTORY: etc,
             Kind.LINK_TO_NOTHING: etc / "new",
@@ -111,8 +114,8 @@ class Swap:
             os.link(etc / "shared.log", self._path)
 
     @staticmethod
-    def _image(world: World, name: str) -> Path:
-        path = world.out / "images" / name
+    def _image(world: World, name: str, directory: str = "images") -> Path:
+        path = world.out / directory / name
         return path if os.path.lexists(path) else path.with_name("disk.qcow2")
 
     def undo(self) -> bool:

@@ -146,19 +146,21 @@ class Campaign:
         ended = supervise(lambda: self._job(self.verb.line(self.world), self.verb.stdin), on_call)
         undone = on_call.finish() if isinstance(on_call, _Attacker) else True
         facts = [(fact.harm, fact.what) for fact in self.world.judge(by_hard_link=_is_hard(attack))]
-        facts += self._judge_end(ended, undone=undone, undisturbed=attack is None)
+        facts += self._judge_end(ended, undone=undone, attack=attack)
         name = "none" if attack is None else str(attack)
         where = "no call" if attack is None else self.where(attack)
         for harm, what in facts:
             yield Finding(self.verb.name, name, where, harm, what.replace(str(self.world.place) + "/", ""))
 
-    def _judge_end(self, ended: Ended, *, undone: bool, undisturbed: bool) -> Iterator[tuple[bool, str]]:
+    def _judge_end(self, ended: Ended, *, undone: bool, attack: Attack | None) -> Iterator[tuple[bool, str]]:
         said = (self.world.logs / "stderr").read_text(errors="replace")
         out = (self.world.logs / "stdout").read_text(errors="replace")
         if ended.stuck is not None:
             yield True, f"hangs in {ended.stuck}"
             return
-        if undisturbed and ended.status not in self.verb.ends:
+        # The user may let root read what they can read themselves.
+        is_theirs = attack is not None and attack.kind is Kind.LINK_TO_READABLE
+        if attack is None and ended.status not in self.verb.ends:
             yield True, f"ends with {ended.status} without a swap: {said.strip()}"
         if ended.status < 0 or ended.status == 1 or "Traceback" in said or "bug in snapchain" in said + out:
             last = said.strip().splitlines()[-1:] or [""]
@@ -169,10 +171,10 @@ class Campaign:
             yield False, f"no remedy is said with exit {ended.status}: {said.strip()}"
         wrong = self.world.problem(self.world.disk, self.scene.truth)
         if wrong is not None:
-            yield undone and "planted" not in wrong, f"exit {ended.status}, {wrong}"
+            yield undone and "planted" not in wrong and not is_theirs, f"exit {ended.status}, {wrong}"
         if ended.status == 0 and self.verb.check is not None:
             for each in self.verb.check(self.scene):
-                yield "planted" not in each, f"exit 0, {each}"
+                yield "planted" not in each and not is_theirs, f"exit 0, {each}"
 
     def _die(self) -> None:
         assert self.verb.killed is not None

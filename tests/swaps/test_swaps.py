@@ -7,10 +7,8 @@ Of each verb a share of the attacks; `make soak` does them all. One that was fou
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,7 +19,7 @@ from tests.exhaustive import EXHAUSTIVE
 from tests.swaps.attacks import OF_NAMES, Attack, Kind
 from tests.swaps.campaign import Campaign, preload
 from tests.swaps.verbs import VERBS, Verb
-from tests.swaps.world import USER, World
+from tests.swaps.world import USER, World, place_of_its_own
 
 pytestmark = pytest.mark.root
 SHARE = 3
@@ -31,11 +29,8 @@ SHARE = 3
 @pytest.fixture
 def place() -> Iterator[Path]:
     """Reachable for everybody, as what pytest makes is not, and in memory."""
-    found = Path(tempfile.mkdtemp(prefix="swaps-", dir="/dev/shm" if Path("/dev/shm").is_dir() else "/var/tmp"))
-    try:
+    with place_of_its_own() as found:
         yield found
-    finally:
-        shutil.rmtree(found)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -262,6 +262,7 @@ VERBS: Sequence[Verb] = (
     Verb("migrate", "migrate {disk} dir:{root}/replica::d --offline", check=_replicas("root/replica")),
     Verb("migrate-users-replica", "migrate {disk} dir:{u}/replica::d --offline", prepare=_users_directory,
          check=_replicas("u/replica")),
+    Verb("migrate-sealed", _MIGRATE, first=("snapshot {disk}",), check=_replicas("root/replica")),
     Verb("take-back", "migrate {disk} dir:{root}/replica::d --take-back", first=(_MIGRATE,)),
     Verb("take-back-alone", "migrate {disk} dir:{root}/replica::d --take-back --destination-is-gone",
          first=(_MIGRATE,)),

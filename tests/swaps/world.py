@@ -16,6 +16,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +38,22 @@ class Fact:
 
     harm: bool
     what: str
+
+
+@contextmanager
+def place_of_its_own() -> Iterator[Path]:
+    """A directory in memory that everybody can reach.
+
+    Below /run, where no other test keeps images: a search for users of theirs would open files here, and be seen.
+    """
+    place = Path(tempfile.mkdtemp(prefix="swaps-", dir="/run"))
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "swaps", place], check=False, capture_output=True).returncode == 0
+    try:
+        yield place
+    finally:
+        if mounted:
+            subprocess.run(["umount", place], check=True)
+        shutil.rmtree(place)
 
 
 class Access(Enum):
@@ -89,7 +106,7 @@ class World:
     def make_outside(self, images: list[str]) -> None:
         """images: names that the user's directory has; others' images of the same names lie outside."""
         secret = self.token * 2048
-        for name, mode in (("etc", 0o755), ("images", 0o711), ("private", 0o700), ("dev", 0o755)):
+        for name, mode in (("etc", 0o755), ("images", 0o711), ("private", 0o700), ("dev", 0o755), ("public", 0o755)):
             (self.out / name).mkdir(mode)
         for path, mode in (
             ("etc/shadow", 0o600),
@@ -103,11 +120,16 @@ class World:
         raw.write_bytes(secret * 16)
         model = self.logs / "model.qcow2"
         qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, model)
-        for name in {"disk.qcow2", *images}:
+        for name in {"disk.qcow2", "root.qcow2", *images}:
             target = self.out / "images" / name
             target.write_bytes(model.read_bytes() if name.endswith(".qcow2") else raw.read_bytes())
             target.chmod(0o600)
             os.setxattr(target, "user.mark", b"root's")
+            public = self.out / "public" / name
+            # Empty overlays, as of a disk of which nothing is left to be sealed.
+            kind = ["qcow2", "-u", "-b", "root.qcow2", "-F", "qcow2"] if name.endswith(".qcow2") else ["raw"]
+            qemu_img("create", "-q", "-f", *(kind[:1] if name == "root.qcow2" else kind), public, "1M")
+            public.chmod(0o644)
         block = self.logs / "block"
         block.write_bytes(model.read_bytes())
         done = subprocess.run(["losetup", "-f", "--show", block], check=False, capture_output=True, text=True)
