@@ -23,8 +23,9 @@ def calls(work: Path, image: Path, operation: str, options: str = "") -> list[st
     )
     trace = work / "trace"
     subprocess.run(["strace", "-f", "-y", "-o", trace, "-e", TRACED, sys.executable, "-c", script], check=True)
-    lines = trace.read_text().splitlines()
-    own = next(line for line in lines if "rename(" in line).split()[0]
+    # Names in a directory that is open: by their whole paths.
+    lines = re.sub(r'\d+<([^>]*)>, "([^"/]+)"', r'"\1/\2"', trace.read_text()).splitlines()
+    own = next(line for line in lines if "renameat(" in line).split()[0]
     found = []
     for line in lines:
         number, _, call = line.partition(" ")
