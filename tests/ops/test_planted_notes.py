@@ -453,7 +453,7 @@ def test_state_that_another_user_may_have_written_is_not_read(
 ) -> None:
     """It would leave disks out of a night."""
     path = file(directory(open_host / "d", uid=of_place) / "state.json", "{}", uid=of_file, mode=mode)
-    with pytest.raises(InvalidInput, match="state.json: another user may have written it"):
+    with pytest.raises(InvalidInput, match=r"state\.json: another user may have written it"):
         read_state(path)
     own = file(directory(open_host / "own") / "state.json", "{}")
     assert read_state(own) is not None
