@@ -182,4 +182,7 @@ def _changed(line: str, directory: Path) -> str | None:
         return None
     if name == "write" and ".snapchain-layer-" in line:
         return None  # a note (ops/notes.py), by a file object; what is wrong with it is only noticed
-    return {"linkat": "link", "fchmodat": "chmod", "fchownat": "chown"}.get(name, name)
+    plain = {
+        "linkat": "link", "fchmodat": "chmod", "fchownat": "chown", "renameat": "rename", "unlinkat": "unlink",
+    }  # fmt: skip
+    return plain.get(name, name)

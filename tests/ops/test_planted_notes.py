@@ -23,6 +23,7 @@ from snapchain.ops.inspect import inspect_image
 from snapchain.ops.lineage import seal
 from snapchain.ops.migrate import migrate, plan_take_back, take_back
 from snapchain.ops.migrate_request import MigrateRequest, Move
+from snapchain.ops.nightly.state import read_state
 from snapchain.ops.notes import Given, Hold, LayerNote, Notes, Overlay
 from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.host.others import ALICE, BOB, KVM, directory, file, open_host, root_only
@@ -444,3 +445,15 @@ def test_the_images_unprivileged_owner_has_all_as_before() -> None:
         as_user(ALICE, look, groups=())
         assert isinstance(Notes().of(path), LayerNote)
         assert Hold(tag="a", since=NOW).model_dump_json() == '{"tag":"a","since":"2026-05-04T03:02:01Z","reason":""}'
+
+
+@pytest.mark.parametrize(("of_place", "of_file", "mode"), [(ALICE, 0, 0o600), (0, ALICE, 0o600), (0, 0, 0o666)])
+def test_state_that_another_user_may_have_written_is_not_read(
+    of_place: int, of_file: int, mode: int, open_host: Path
+) -> None:
+    """It would leave disks out of a night."""
+    path = file(directory(open_host / "d", uid=of_place) / "state.json", "{}", uid=of_file, mode=mode)
+    with pytest.raises(InvalidInput, match=r"state\.json: another user may have written it"):
+        read_state(path)
+    own = file(directory(open_host / "own") / "state.json", "{}")
+    assert read_state(own) is not None
