@@ -146,6 +146,7 @@ def test_quiet_says_nothing_and_progress_speaks_json(run: Run, disk: Path) -> No
     assert said.json["point"] == 2
 
 
+@pytest.mark.costly_slots  # a child opens it
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_all_points_and_says_how_to_go_on(
     run: Run, disk: Path, tmp_path: Path, number: signal.Signals
@@ -169,6 +170,7 @@ def test_an_interrupt_leaves_all_points_and_says_how_to_go_on(
     assert run("ship", str(disk), DISK, "--json").json["point"] == 2
 
 
+@pytest.mark.costly_slots  # a child opens it
 def test_a_reader_that_goes_away_is_no_error(run: Run, disk: Path, tmp_path: Path) -> None:
     run("init", "repo")
     run("ship", str(disk), DISK)
