@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from snapchain.errors import Corrupt
-from snapchain.host.files import open_file, write_atomically
+from snapchain.host.files import make_directories, open_file, write_atomically
 from snapchain.host.os_errors import os_errors
 
 _REMEDY = "remove it: what it holds is found out again"
@@ -35,14 +34,5 @@ def read_own(path: Path, shape: type[M], *, largest: int) -> M:
 
 def write_own(path: Path, record: BaseModel) -> None:
     """Replace it, and make its directory."""
-    _make(path.parent)
+    make_directories(path.parent)
     write_atomically(path, record.model_dump_json().encode())
-
-
-def _make(directory: Path) -> None:
-    """The directory, and those above it, for this user alone: the umask decides about none of them."""
-    if directory.is_dir():
-        return
-    _make(directory.parent)
-    with os_errors(directory), suppress(FileExistsError):
-        directory.mkdir(mode=0o700)

@@ -105,7 +105,7 @@ def test_links_are_followed_with_the_rights_where_they_lie(open_host: Path, kind
     with Directory.open(alices / "vms") as opened:
         assert opened.rights == Rights.of_user(ALICE)
         for use in (opened.names, lambda: opened.open_file("disk"), lambda: opened.create("new")):
-            with pytest.raises(DeniedToOther):
+            with pytest.raises(DeniedToOther, match="Permission denied"):
                 use()
         changes: list[Callable[[], object]] = [
             lambda: opened.remove("disk"),
@@ -113,7 +113,7 @@ def test_links_are_followed_with_the_rights_where_they_lie(open_host: Path, kind
             lambda: opened.link("disk", "d"),
         ]
         for change in changes:
-            with pytest.raises(DeniedToOther):
+            with pytest.raises(DeniedToOther, match="Permission denied"):
                 change()
     link(open_host / "trusted", secret)
     assert rights_in(open_host / "trusted") is None
@@ -186,7 +186,7 @@ def test_a_file_in_somebodys_directory_is_opened_with_their_rights(open_host: Pa
     with Directory.open(alices) as opened:
         for name in ("own", "libvirt's"):
             os.close(opened.open_file(name, writing=True))
-        with pytest.raises(DeniedToOther):
+        with pytest.raises(DeniedToOther, match="Permission denied"):
             opened.open_file("hard")
         with pytest.raises(InvalidInput, match="soft: a symbolic link, not a regular file"):
             opened.open_file("soft")
@@ -199,7 +199,7 @@ def test_a_file_that_somebody_moved_into_another_directory_is_not_opened_for_roo
     roots = directory(open_host / "roots")
     file(roots / "disk")
     link(alices / "vms", roots, uid=ALICE)
-    with Directory.open(alices / "vms") as opened, pytest.raises(DeniedToOther):
+    with Directory.open(alices / "vms") as opened, pytest.raises(DeniedToOther, match="Permission denied"):
         opened.open_file("disk")
 
 
@@ -214,7 +214,7 @@ def test_files_in_a_sticky_directory(open_host: Path) -> None:
     with Directory.open(shared) as opened:
         for name in ("roots", "alices", "bobs"):
             os.close(opened.open_file(name))
-        with pytest.raises(DeniedToOther):
+        with pytest.raises(DeniedToOther, match="Permission denied"):
             opened.open_file("hard")
 
 
@@ -239,7 +239,7 @@ def test_a_new_file_is_roots_whoever_owns_the_directory(open_host: Path) -> None
             os.close(fd)
             assert (status.st_uid, status.st_mode & 0o7777 & ~0o666) == (0, 0)
             link(open_host / name / "dangling", "nowhere", uid=ALICE)
-            with pytest.raises(FileExistsError):
+            with pytest.raises(FileExistsError, match="File exists"):
                 opened.create("dangling")
 
 
@@ -290,7 +290,7 @@ def test_renames_links_and_removals(tmp_path: Path) -> None:
         os.close(opened.create("one"))
         one = opened.status("one")
         opened.link("one", "two")
-        with pytest.raises(FileExistsError):
+        with pytest.raises(FileExistsError, match="File exists"):
             opened.link("one", "two")
         opened.rename("one", "three")
         assert opened.names() == ["three", "two"]
@@ -385,6 +385,6 @@ def test_a_file_is_not_even_opened_where_its_chooser_may_not_read_it(
         return fd
 
     monkeypatch.setattr(os, "open", counted)
-    with pytest.raises(DeniedToOther):
+    with pytest.raises(DeniedToOther, match="Permission denied"):
         open_behind(alices / "disk")
     assert opened == []

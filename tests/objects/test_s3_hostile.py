@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from snapchain.errors import Corrupt, InvalidInput, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.objects import limits, s3
 from snapchain.objects.limits import LARGEST
 from snapchain.objects.s3 import S3Store
 from snapchain.objects.s3_client import LARGEST_ANSWER, new_client
+from snapchain.objects.store import Refused
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -330,8 +331,12 @@ def test_entities_that_expand(hostile: Hostile, store: S3Store) -> None:
 # ---- errors and redirects
 
 
-@pytest.mark.parametrize("status", [400, 403, 404, 500, 503])
-def test_an_error_of_megabytes_is_one_line(status: int, hostile: Hostile, store: S3Store) -> None:
+@pytest.mark.parametrize(
+    ("status", "error"), [(400, Unsupported), (403, Refused), (404, NotFound), (500, Unavailable), (503, Unavailable)]
+)
+def test_an_error_of_megabytes_is_one_line(
+    status: int, error: type[SnapchainError], hostile: Hostile, store: S3Store
+) -> None:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         hostile.head(handler, status, Transfer_Encoding="chunked", Content_Type="application/xml")
         hostile.body(handler, iter([b"<Error><Code>Bad</Code><Message>", *[BLOCK] * 50]), chunked=True)
@@ -339,7 +344,7 @@ def test_an_error_of_megabytes_is_one_line(status: int, hostile: Hostile, store:
     hostile.answer = answer
     for call in (lambda: store.get("config"), lambda: list(store.list("disks/")), lambda: store.put("disks/a", b"x")):
         hostile.sent = 0
-        with pytest.raises(SnapchainError) as caught:
+        with pytest.raises(error, match=f"HTTP {status}") as caught:
             call()
         assert len(str(caught.value)) < 600
         assert hostile.sent < 50 * MIB
