@@ -7,10 +7,12 @@ nothing, and a green run would hide that.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -36,14 +38,28 @@ settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "dev"))
 
 
+_homes = itertools.count()
+
+
+def _at_home(patch: pytest.MonkeyPatch, home: Path) -> None:
+    """What a user has set for snapchain must not reach a test, nor a test the user's cache and state."""
+    patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    patch.setenv("XDG_STATE_HOME", str(home / "state"))
+    for name in [name for name in os.environ if name.startswith("SNAPCHAIN_")]:
+        patch.delenv(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment_of_shared_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        _at_home(patch, tmp_path_factory.getbasetemp() / "home")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What a user has set for snapchain must not reach a test, nor a test the user's cache and state."""
-    home = tmp_path_factory.getbasetemp() / "home"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
-    for name in [name for name in os.environ if name.startswith("SNAPCHAIN_")]:
-        monkeypatch.delenv(name)
+    """A test begins with nothing that an earlier one has left in the state: no key, no repository, no rates."""
+    _at_home(monkeypatch, tmp_path_factory.getbasetemp() / "homes" / str(next(_homes)))
 
 
 class _CheapSlot(keys.KeySlot):

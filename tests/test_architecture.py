@@ -200,9 +200,6 @@ PATH_METHODS = {
 OTHER_DOORS: dict[str, str] = {
     "objects": "a repository's own tree, below a pinned root that no name leads out of (objects/rooted.py)",
     "replica": "a replica's own tree, which no other user may write to (replica/store.py)",
-    "repository/known.py": "this user's own state",
-    "host/state_key.py": "this user's own state",
-    "host/private.py": "this user's own state and cache, in directories that nobody else may write to",
     "testing": "for tests",
 }
 

@@ -76,6 +76,7 @@ PROMISES: dict[str, list[str]] = {
         "tests/cli/test_umask.py::test_nothing_that_a_verb_makes_is_writable_for_others",
         "tests/objects/test_local.py::test_everything_is_private",
         "tests/repository/test_known.py::test_state_is_private_whatever_the_umask",
+        "tests/host/test_private.py::test_root_uses_no_state_below_a_directory_of_another_user",
     ],
     "host-umask": [
         "tests/cli/test_umask.py::test_nothing_that_a_verb_makes_is_writable_for_others",

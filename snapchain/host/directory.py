@@ -125,10 +125,29 @@ class Directory:
         with acting_as(self._naming):
             return os.open(_single(name), _NEW, mode & MOST_MODE, dir_fd=self.fd)
 
-    def make_directory(self, name: str, *, mode: int = 0o700) -> None:
+    def make_directory(self, name: str, *, mode: int = 0o700, whatever_the_umask: bool = False) -> None:
         """A new directory, which belongs to the user of this one, so that they may enter it as well."""
         with acting_as(self.rights):
             os.mkdir(_single(name), mode & 0o777, dir_fd=self.fd)
+            if whatever_the_umask:
+                with self.open_directory(name) as made:
+                    made.set_own_mode(mode)
+
+    def open_directory(self, name: str) -> Self:
+        """A directory in this one; a link is none."""
+        with ExitStack() as acting:
+            acting.enter_context(acting_as(self.rights))
+            fd = os.open(_single(name), _LOOK | os.O_DIRECTORY, dir_fd=self.fd)
+            try:
+                return type(self)(self.path / name, fd, _entered(fd, self.path / name, self.rights, acting))
+            except BaseException:
+                os.close(fd)
+                raise
+
+    def set_own_mode(self, mode: int) -> None:
+        """Of this directory itself."""
+        with acting_as(self._naming):
+            os.chmod(f"/proc/self/fd/{self.fd}", mode & 0o777)  # noqa: PTH101 - of a descriptor that cannot be used for it
 
     def create_unnamed(self, *, mode: int = 0o600) -> int:
         """A new file without a name, open for reading and writing."""

@@ -52,14 +52,14 @@ def open_or_make(path: Path) -> int:
             return directory.open_file(path.name, writing=True)
 
 
-def make_directories(path: Path, *, mode: int = 0o700) -> None:
+def make_directories(path: Path, *, mode: int, whatever_the_umask: bool = False) -> None:
     """Make a directory, and those above it, where they are not there; an existing one keeps its mode."""
     with os_errors(path):
         if not path.parent.exists():
-            make_directories(path.parent, mode=mode)
+            make_directories(path.parent, mode=mode, whatever_the_umask=whatever_the_umask)
         with Directory.open(path.parent) as above:
             try:
-                above.make_directory(path.name, mode=mode)
+                above.make_directory(path.name, mode=mode, whatever_the_umask=whatever_the_umask)
             except FileExistsError:
                 Directory.open(path).close()  # raises for what is none
 
@@ -186,9 +186,11 @@ def read_small(path: Path, *, cap: int = 1 << 20) -> bytes:
         return read_in(directory, path.name, cap=cap)
 
 
-def read_in(directory: Directory, name: str, *, cap: int = 1 << 20) -> bytes:
-    """As `read_small`, in a directory that is open already. Raises OSError, too."""
-    with os.fdopen(directory.open_file(name), "rb") as file:
+def read_in(
+    directory: Directory, name: str, *, cap: int = 1 << 20, check: Callable[[int], None] | None = None
+) -> bytes:
+    """As `read_small`, in a directory that is open already. Raises OSError, too. check: as of Directory.open_file."""
+    with os.fdopen(directory.open_file(name, check=check), "rb") as file:
         data = file.read(cap + 1)
     if len(data) > cap:
         raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=directory.path / name)

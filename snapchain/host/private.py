@@ -1,14 +1,17 @@
-"""Directories and small files of this user alone, whatever the umask: 0700 and 0600, never through a planted link.
+"""Small files of this user alone, and the directories in which they lie: 0700 and 0600, whatever the umask.
 
-What a program remembers steers what it trusts later.  So a directory in which somebody else could put files is not
-used, nor is a file that belongs to somebody else.
+What a program remembers steers what it trusts later.  So it is believed only where nobody else can have put it:
+
+    PrivateDirectory    this user's state and cache: the directory is this user's, and is closed to others
+    is_own, read_own    a file in any place: it is this user's or root's, and nobody else can rename it there
+
+Both are built on directory.py: a root whose HOME another user owns finds there no file that it believes.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,24 +20,40 @@ from types import TracebackType
 from typing import Self
 
 from snapchain.errors import InvalidInput
+from snapchain.host.directory import Directory
+from snapchain.host.files import make_directories, read_in, write_in
 from snapchain.host.os_errors import os_errors
+from snapchain.host.rights import Rights
+from snapchain.host.temporary_names import NEW, temporary_beside
 
 DIRECTORY_MODE = 0o700
 FILE_MODE = 0o600
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OTHERS_MAY_WRITE = 0o022
+_OTHERS_MAY_USE = 0o077
 
 
 def make_private(path: Path) -> None:
-    """Like `mkdir -p`, but each directory that is made is 0700. Raises OSError as it comes."""
-    if path.is_dir():
-        return
-    make_private(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir(mode=DIRECTORY_MODE)
-        path.chmod(DIRECTORY_MODE)  # a umask may have taken rights of ours away
+    """Like `mkdir -p`, but each directory that is made is 0700. An existing one keeps its mode."""
+    make_directories(path, mode=DIRECTORY_MODE, whatever_the_umask=True)
+
+
+def is_own(directory: Directory, status: os.stat_result) -> bool:
+    """Whether a file was made by this user or root, in a directory in which nobody else can rename their files."""
+    ours = (0, os.geteuid())
+    if status.st_uid not in ours or status.st_mode & _OTHERS_MAY_WRITE or directory.rights_of_file(status) is not None:
+        return False
+    place = os.fstat(directory.fd)
+    is_anybodys = place.st_mode & stat.S_IWOTH and not place.st_mode & stat.S_ISVTX
+    return place.st_uid in ours and not is_anybodys
+
+
+def read_own(path: Path, *, cap: int) -> bytes:
+    """The bytes of a small file, wherever it lies. cap: bytes that it may have.
+
+    Raises InvalidInput for what somebody else may have put there and for more bytes, and what reading a file raises.
+    """
+    with os_errors(path), Directory.open(path.parent) as directory:
+        return _read_own(directory, path.name, cap=cap)
 
 
 class PrivateDirectory:
@@ -44,29 +63,31 @@ class PrivateDirectory:
     """
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
-        """Raises InvalidInput for a link, and for a directory of somebody else. One of ours is closed to others."""
+        """Raises InvalidInput for a link, and for a directory that somebody else may replace.
+
+        One of this user's is closed to others.
+        """
         self.path = path
         with os_errors(path):
             if make:
                 make_private(path)
-            self._fd = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
+            with Directory.open(path.parent) as above:
+                if above.rights is not None:
+                    raise _replaceable(path, above.rights)
+                self._directory = above.open_directory(path.name)
         try:
             with os_errors(path):
                 self._close_to_others()
         except BaseException:
-            os.close(self._fd)
+            self._directory.close()
             raise
 
     def _close_to_others(self) -> None:
-        found = os.fstat(self._fd)
+        found = os.fstat(self._directory.fd)
         if found.st_uid != os.geteuid():
-            raise InvalidInput(
-                f"the directory belongs to another user, number {found.st_uid}",
-                subject=self.path,
-                hint="set HOME, XDG_STATE_HOME and XDG_CACHE_HOME to directories of your own",
-            )
+            raise _replaceable(self.path, Rights.of_user(found.st_uid))
         if found.st_mode & _OTHERS_MAY_WRITE:
-            os.fchmod(self._fd, DIRECTORY_MODE)
+            self._directory.set_own_mode(DIRECTORY_MODE)
 
     def __enter__(self) -> Self:
         return self
@@ -74,63 +95,81 @@ class PrivateDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._fd)
+        self._directory.close()
 
     def names(self) -> list[str]:
         """What is in it."""
         with os_errors(self.path):
-            return os.listdir(self._fd)  # noqa: PTH208 - of a descriptor
+            return self._directory.names()
 
-    def read(self, name: str, *, cap: int) -> bytes | None:
-        """The bytes of a small file, None when there is none.
+    def read(self, name: str, *, cap: int, is_secret: bool = False) -> bytes:
+        """The bytes of a small file. cap: bytes that it may have; is_secret: nobody else may read it, either.
 
-        Raises InvalidInput for more than `cap` bytes, and for what is no regular file of this user.
+        Raises NotFound, and InvalidInput for more bytes, and for what is no regular file of this user alone.
         """
-        path = self.path / name
-        with os_errors(path):
-            try:
-                fd = os.open(name, _READ, dir_fd=self._fd)
-            except FileNotFoundError:
-                return None
-            with os.fdopen(fd, "rb") as file:
-                found = os.fstat(fd)
-                if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-                    raise InvalidInput("not a regular file of this user", subject=path)
-                data = file.read(cap + 1)
-        if len(data) > cap:
-            raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=path)
-        return data
+        with os_errors(self.path / name):
+            return _read_own(self._directory, name, cap=cap, is_secret=is_secret)
 
     def write(self, name: str, data: bytes) -> None:
         """Replace a small file: a reader, or a crash, sees the old bytes or the new ones."""
-        temporary = f".{name[:200]}.new-{secrets.token_hex(4)}"
         with os_errors(self.path / name):
-            fd = os.open(temporary, _WRITE_NEW, FILE_MODE, dir_fd=self._fd)
+            write_in(self._directory, name, data, mode=FILE_MODE, whatever_the_umask=True)
+
+    def write_once(self, name: str, data: bytes) -> None:
+        """Write a small file unless there is one. Of several that do so at once, one wins."""
+        temporary = temporary_beside(self.path / name, purpose=NEW).name
+        with os_errors(self.path / name):
+            fd = self._directory.create(temporary)
             try:
                 with os.fdopen(fd, "wb") as file:
                     os.fchmod(fd, FILE_MODE)
                     file.write(data)
                     file.flush()
                     os.fsync(fd)
-                os.rename(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(temporary, dir_fd=self._fd)
-                raise
-            os.fsync(self._fd)
+                with suppress(FileExistsError):
+                    self._directory.link(temporary, name)
+            finally:
+                self._directory.remove(temporary)
+            self._directory.sync()
 
     def remove(self, name: str) -> None:
         """Idempotent."""
-        with os_errors(self.path / name), suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self._fd)
+        with os_errors(self.path / name):
+            self._directory.remove(name)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Alone with the directory, among all that come through here; not where the filesystem has no such locks."""
-        fd = os.open(".", _DIRECTORY, dir_fd=self._fd)
+        fd = self._directory.opened()
         try:
             with suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(fd)
+            with suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def _replaceable(path: Path, rights: Rights) -> InvalidInput:
+    return InvalidInput(
+        f"{rights} may replace it",
+        subject=path,
+        hint="set HOME, XDG_STATE_HOME and XDG_CACHE_HOME to directories of your own",
+    )
+
+
+def _read_own(directory: Directory, name: str, *, cap: int, is_secret: bool = False) -> bytes:
+    def check(fd: int) -> None:
+        status = os.fstat(fd)
+        if is_secret and (status.st_uid not in (0, os.geteuid()) or status.st_mode & _OTHERS_MAY_USE):
+            raise InvalidInput(
+                "others may read or change it", subject=directory.path / name, hint="remove it: then a new one is made"
+            )
+        if not is_own(directory, status):
+            raise InvalidInput(
+                "another user may have written it",
+                subject=directory.path / name,
+                hint="keep it where only you may write, or remove it",
+            )
+
+    return read_in(directory, name, cap=cap, check=check)

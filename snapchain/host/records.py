@@ -12,11 +12,11 @@ import json
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
+from snapchain.host.private import is_own
 from snapchain.host.state_key import StateKey
 
 _MARK = "mark"
@@ -73,42 +73,9 @@ def read(directory: Directory, name: str, *, purpose: str, key: StateKey | None,
         and not status.st_mode & 0o022
         and key.has_made(mark, purpose, place, text)
     )
-    return Record(text, status, is_marked, is_marked or _is_of_ours(directory, status))
-
-
-def read_own(path: Path, *, cap: int) -> bytes:
-    """The bytes of a small file that nobody but this user and root can have put in its place.
-
-    Raises InvalidInput for what somebody else may have put there, and what reading a file raises.
-    """
-    with os_errors(path), Directory.open(path.parent) as directory:
-        fd = directory.open_file(path.name)
-        try:
-            status = os.fstat(fd)
-            if not _is_of_ours(directory, status):
-                raise InvalidInput(
-                    "another user may have written it",
-                    subject=path,
-                    hint="keep it where only you may write, or remove it",
-                )
-            data = os.read(fd, cap + 1)
-        finally:
-            os.close(fd)
-    if len(data) > cap:
-        raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=path)
-    return data
+    return Record(text, status, is_marked, is_marked or is_own(directory, status))
 
 
 def _canonical(values: dict[str, object]) -> bytes:
     """The same bytes for the same values, in whatever order and spacing a file holds them."""
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _is_of_ours(directory: Directory, status: os.stat_result) -> bool:
-    """Whether a file was made by this user or root, in a directory in which nobody else can rename their files."""
-    ours = (0, os.geteuid())
-    if status.st_uid not in ours or status.st_mode & 0o022 or directory.rights_of_file(status) is not None:
-        return False
-    place = os.fstat(directory.fd)
-    is_anybodys = place.st_mode & stat.S_IWOTH and not place.st_mode & stat.S_ISVTX
-    return place.st_uid in ours and not is_anybodys

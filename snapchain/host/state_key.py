@@ -22,9 +22,8 @@ from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError
 from snapchain.host.directory import Directory
-from snapchain.host.os_errors import os_errors
 from snapchain.host.places import SYSTEM_STATE, state_dir
-from snapchain.host.private import make_private
+from snapchain.host.private import PrivateDirectory
 
 NAME = "records.key"
 _BYTES = 32
@@ -95,40 +94,23 @@ def _is_roots_alone(directory: Path) -> bool:
 
 
 def _read(path: Path) -> StateKey:
-    with os_errors(path / NAME), Directory.open(path) as directory:
-        fd = directory.open_file(NAME)
-        try:
-            status = os.fstat(fd)
-            text = os.read(fd, _FILE_BYTES + 1)
-        finally:
-            os.close(fd)
-    if directory.rights is not None:
-        raise _refused(path, f"{directory.rights} may replace it", "let only yourself write to its directory")
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o077:
-        raise _refused(path, "others may read or change it", "remove it: then a new one is made")
-    found = _FILE.fullmatch(text)
+    try:
+        with PrivateDirectory(path) as directory:
+            found = _FILE.fullmatch(directory.read(NAME, cap=_FILE_BYTES, is_secret=True))
+    except InvalidInput as error:
+        raise InvalidInput(
+            f"the key of this user's records cannot be used: {error.message}", subject=path / NAME, hint=error.hint
+        ) from error
     if found is None:
-        raise _refused(path, "it holds no key", "remove it: then a new one is made")
+        raise InvalidInput(
+            "the key of this user's records cannot be used: it holds no key",
+            subject=path / NAME,
+            hint="remove it: then a new one is made",
+        )
     return StateKey(bytes.fromhex(found[1].decode()))
-
-
-def _refused(path: Path, why: str, remedy: str) -> InvalidInput:
-    return InvalidInput(f"the key of this user's records cannot be used: {why}", subject=path / NAME, hint=remedy)
 
 
 def _make(path: Path) -> None:
     """Of two that make one at once, one wins, and both use it."""
-    with os_errors(path):
-        make_private(path)
-    with os_errors(path / NAME), Directory.open(path) as directory:
-        temporary = f".{NAME}.{secrets.token_hex(8)}"
-        fd = directory.create(temporary, mode=0o600)
-        try:
-            os.write(fd, f"snapchain records 1 {secrets.token_hex(_BYTES)}\n".encode())
-            os.fsync(fd)
-            with suppress(FileExistsError):
-                directory.link(temporary, NAME)
-        finally:
-            os.close(fd)
-            directory.remove(temporary)
-        directory.sync()
+    with PrivateDirectory(path, make=True) as directory:
+        directory.write_once(NAME, f"snapchain records 1 {secrets.token_hex(_BYTES)}\n".encode())

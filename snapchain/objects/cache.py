@@ -47,7 +47,7 @@ class CachedStore(StoreWrapper):
     def _kept(self, name: str) -> bytes | None:
         with suppress(SnapchainError, OSError), PrivateDirectory(self._directory) as directory:
             kept = directory.read(self._file(name), cap=largest(name) + _HASH)
-            if kept is not None and _digest(memoryview(kept)[_HASH:]) == kept[:_HASH]:
+            if _digest(memoryview(kept)[_HASH:]) == kept[:_HASH]:
                 return kept[_HASH:]
         return None
 

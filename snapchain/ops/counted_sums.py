@@ -28,7 +28,7 @@ from snapchain.host.places import state_dir
 from snapchain.image import ImageChain, ImageFile
 from snapchain.model.content import SUM_BYTES, Sum, empty_sum
 from snapchain.ops.events import Notice, OnEvent
-from snapchain.ops.own_state import read_own, write_own
+from snapchain.ops.own_state import read_record, write_record
 from snapchain.ops.source import check_unchanged
 from snapchain.replica.catalogue import decode_sum, encode_sum
 from snapchain.replica.leaves import counted
@@ -62,7 +62,7 @@ class CountedSums:
         try:
             self._path = state_dir() / "sums" / f"{blake3(os.fsencode(self._image)).hexdigest(length=16)}.json"
             self._written = {
-                key: decode_sum(text) for key, text in read_own(self._path, _Remembered, largest=_LARGEST).sums.items()
+                key: decode_sum(text) for key, text in read_record(self._path, _Remembered, cap=_LARGEST).sums.items()
             }
             self._sums = dict(self._written)
         except NotFound:
@@ -112,7 +112,7 @@ class CountedSums:
         kept = dict(list(self._sums.items())[-_MOST:])
         record = _Remembered(image=self._image, sums={key: encode_sum(total) for key, total in kept.items()})
         try:
-            write_own(self._path, record)
+            write_record(self._path, record)
             self._written = kept
         except (SnapchainError, AttributeError) as error:
             self._tell("cannot be remembered", error)

@@ -1,38 +1,34 @@
-"""Small files in the user's state directory that are believed: this user alone can have written them."""
+"""Records in this user's state directory: JSON of one shape, in a file that host/private.py judges."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from snapchain.errors import Corrupt
-from snapchain.host.files import make_directories, open_file, write_atomically
-from snapchain.host.os_errors import os_errors
+from snapchain.host.private import PrivateDirectory
 
-_REMEDY = "remove it: what it holds is found out again"
 M = TypeVar("M", bound=BaseModel)
 
 
-def read_own(path: Path, shape: type[M], *, largest: int) -> M:
-    """Raises NotFound, and Corrupt for a file that somebody else may have written, that is larger, or is unsound."""
-    fd = open_file(path)
-    with os_errors(path), os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise Corrupt("others may have written to this file", subject=path, hint=_REMEDY)
-        text = file.read(largest + 1)
-    if len(text) > largest:
-        raise Corrupt(f"this file has more than {largest} bytes", subject=path, hint=_REMEDY)
+def read_record(path: Path, shape: type[M], *, cap: int) -> M:
+    """cap: bytes that it may have.
+
+    Raises NotFound where there is none, Corrupt for what is no such record, and as PrivateDirectory.
+    """
+    with PrivateDirectory(path.parent) as directory:
+        text = directory.read(path.name, cap=cap)
     try:
         return shape.model_validate_json(text)
     except ValidationError as error:
-        raise Corrupt("this file is unsound", subject=path, hint=_REMEDY) from error
+        raise Corrupt(
+            "this file is unsound", subject=path, hint="remove it: what it holds is found out again"
+        ) from error
 
 
-def write_own(path: Path, record: BaseModel) -> None:
+def write_record(path: Path, record: BaseModel) -> None:
     """Replace it, and make its directory."""
-    make_directories(path.parent)
-    write_atomically(path, record.model_dump_json().encode())
+    with PrivateDirectory(path.parent, make=True) as directory:
+        directory.write(path.name, record.model_dump_json().encode())

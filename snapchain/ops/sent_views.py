@@ -17,7 +17,7 @@ from snapchain.host.places import state_dir
 from snapchain.image import ImageChain
 from snapchain.model.content import content_id
 from snapchain.ops.counted_sums import CountedSums
-from snapchain.ops.own_state import read_own, write_own
+from snapchain.ops.own_state import read_record, write_record
 from snapchain.ops.send_sources import source_of
 from snapchain.replica.source_keys import short_key
 from snapchain.replica.stream.messages import Digest, HeldLayer
@@ -46,7 +46,7 @@ class SentViews:
         self._shown: dict[str, str] = {}
         try:
             self._path = state_dir() / "sent" / f"{blake3(self._disk.encode()).hexdigest(length=16)}.json"
-            self._shown = dict(read_own(self._path, _Sent, largest=_LARGEST).shown)
+            self._shown = dict(read_record(self._path, _Sent, cap=_LARGEST).shown)
         except (NotFound, RuntimeError):  # no home directory
             pass
 
@@ -62,7 +62,7 @@ class SentViews:
                 self._shown[short_key(source).raw.hex()] = content_id(file.size, total)
         if self._shown != before:
             kept = dict(list(self._shown.items())[-_MOST:])
-            write_own(self._path, _Sent(disk=self._disk, shown=kept))
+            write_record(self._path, _Sent(disk=self._disk, shown=kept))
 
     def contradicted(self, layers: Sequence[HeldLayer]) -> list[tuple[int, str]]:
         """Those layers, by number, that show something else than their uppermost file did here: what that was."""

@@ -20,7 +20,7 @@ from typing import TypeVar
 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from snapchain.errors import Corrupt, SnapchainError
+from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.places import cache_dir, state_dir
 from snapchain.host.private import PrivateDirectory
 from snapchain.repository.crypto import NONE
@@ -68,7 +68,9 @@ class Recalled:
             name = _file_of(place)
             try:
                 text = _in_state(lambda state, name=name: state.read(name, cap=_LARGEST_KNOWN))  # type: ignore[misc]
-                self._known += [] if text is None else [Known.model_validate_json(text)]
+                self._known.append(Known.model_validate_json(text))
+            except NotFound:
+                pass
             except ValidationError:
                 self._damaged = _directory() / name
             except (SnapchainError, OSError, RuntimeError) as error:
@@ -246,8 +248,9 @@ class Memory:
 
     def _read(self, state: PrivateDirectory) -> dict[str, int] | None:
         """None: nothing is remembered of this repository."""
-        text = state.read(self._name, cap=_LARGEST)
-        if text is None:
+        try:
+            text = state.read(self._name, cap=_LARGEST)
+        except NotFound:
             return None
         try:
             found = _Generations.model_validate_json(text)

@@ -88,7 +88,7 @@ BOMBS: dict[str, Callable[[Repository], None]] = {
     "a layer of nothing": _layer_of_nothing,
 }
 _CHILD = """
-import resource, sys
+import re, resource, sys
 from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError
 from snapchain.ops.log import log
@@ -100,7 +100,9 @@ for place in sys.argv[1:]:
             act(opened)
         except SnapchainError:
             pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+# Not ru_maxrss: that of the process that started this one counts in it.
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+print(peak >> 10, resource.getrusage(resource.RUSAGE_SELF).ru_utime)
 """
 
 

@@ -10,13 +10,12 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
-from snapchain.host.files import make_directories, write_atomically
 from snapchain.host.places import state_dir
-from snapchain.host.records import read_own
 from snapchain.ops.merge.plan import MergePlan
+from snapchain.ops.own_state import read_record, write_record
 
 COPIED = 200_000_000
 """Bytes a second, copied and compared with what they were."""
@@ -40,8 +39,8 @@ class Rates(BaseModel):
     @classmethod
     def remembered(cls) -> Rates:
         """What is known; nothing where the file is missing or damaged."""
-        with suppress(SnapchainError, ValidationError, OSError, RuntimeError):
-            return cls.model_validate_json(read_own(_path(), cap=1 << 20))
+        with suppress(SnapchainError, RuntimeError):
+            return read_record(_path(), cls, cap=1 << 20)
         return cls()
 
     def rate(self, directory: Path, way: str, *, shared: bool) -> float:
@@ -68,10 +67,8 @@ def remember(directory: Path, way: str, *, moved: int, seconds: float, shared: b
     key = _key(directory, way, shared=shared)
     before = known.rates.get(key, measured)
     rates = {**known.rates, key: before + (measured - before) * _WEIGHT}
-    with suppress(SnapchainError, OSError, RuntimeError):
-        path = _path()
-        make_directories(path.parent)
-        write_atomically(path, known.model_copy(update={"rates": rates}).model_dump_json().encode())
+    with suppress(SnapchainError, RuntimeError):
+        write_record(_path(), known.model_copy(update={"rates": rates}))
 
 
 def _key(directory: Path, way: str, *, shared: bool) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import descriptors, files
 from snapchain.host.places import SYSTEM_STATE, state_dir
+from snapchain.host.private import make_private
 from snapchain.ops.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
@@ -71,7 +72,7 @@ def run(
     faults, and that it was interrupted.
     """
     directory = directory_of(config, path)
-    files.make_directories(directory)
+    make_private(directory)
 
     def on_notice(words: str) -> None:
         on_event(Notice(words))

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import NotFound, SnapchainError
-from snapchain.host import files, records
+from snapchain.host import files, private
 from snapchain.host.temporary_names import NEW
 
 _CAP = 64 << 20
@@ -87,7 +87,7 @@ class State(_Part):
 def read_state(path: Path) -> State | None:
     """What is there; None for a file that cannot be understood. Raises what keeps it from being read."""
     try:
-        return State.model_validate_json(records.read_own(path, cap=_CAP))
+        return State.model_validate_json(private.read_own(path, cap=_CAP))
     except NotFound:
         return State()
     except ValidationError:
