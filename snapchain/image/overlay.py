@@ -15,7 +15,7 @@ from snapchain.model.extents import Extents
 def write_overlay(
     fd: int, size: int, backing: Backing, *, cluster_size: int | None, extended_l2: bool, subject: object
 ) -> None:
-    """Fill a new, empty file, and flush it.
+    """Fill a new, empty file. It is not flushed: do that before it gets the name by which others find it.
 
     size: guest bytes, a multiple of 512; cluster_size: None for QEMU's own choice; subject: the file that errors name
     Raises InvalidInput for a geometry or a backing name that qcow2 cannot have, Unavailable for a full or failing disk.
@@ -25,5 +25,6 @@ def write_overlay(
     if "/" not in name and ":" in name:  # QEMU would take it for a protocol
         backing = Backing(f"./{name}", backing.format)
     layout = plan(Extents.absent(size), cluster_size=chosen, backing=backing, extended_l2=extended_l2)
-    with Qcow2Writer(fd, layout, subject=subject):
-        pass
+    writer = Qcow2Writer(fd, layout, subject=subject)
+    writer.begin()
+    writer.finish(flush=False)

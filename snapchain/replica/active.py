@@ -17,6 +17,7 @@ from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound
 from snapchain.host import files
 from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
 from snapchain.image.dependents import SEEN
@@ -135,6 +136,8 @@ def _make(disk: ReplicaDisk, backing: Path, asked: Active, path: Path) -> None:
                 subject=path.parent,
             )
             disk.access.give(fd, disk.access.overlay)
+            with os_errors(path.parent):
+                os.fsync(fd)
             place.give_name(fd, temporary, path.name, replacing=None)
         finally:
             os.close(fd)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.host.files import set_mode
 from snapchain.image import scan
-from snapchain.ops import merge_image, migrate as module, snapshot
+from snapchain.ops import merge_image, migrate as module, ownership, snapshot
 from snapchain.ops.merge_set import plan as merge_set
 from snapchain.ops.merge_set.request import Request
 from snapchain.ops.migrate import MigrateReport, MigrateRequest, Move, migrate, take_back
@@ -111,10 +112,12 @@ def test_taken_back_before_the_guest_is_started(host: Host, tmp_path: Path, monk
 def test_marks_that_cannot_be_set_go_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the destination was asked, an error leaves the source as it was: notes, modes, epoch."""
 
-    def fail(_path: Path) -> None:
+    def fail(path: Path, mode: int) -> None:
+        monkeypatch.setattr(ownership, "set_mode", set_mode)
+        set_mode(path, mode)
         raise Unsupported("no room")
 
-    meanwhile(monkeypatch, "_fence", 2, lambda: monkeypatch.setattr("snapchain.ops.ownership.fsync_file", fail))
+    meanwhile(monkeypatch, "_fence", 2, lambda: monkeypatch.setattr(ownership, "set_mode", fail))
     with pytest.raises(Unsupported, match="no room"):
         host.migrate()
     monkeypatch.undo()

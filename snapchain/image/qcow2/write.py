@@ -131,14 +131,19 @@ class Qcow2Writer:
                 return layout.host[run] + within
         raise InvalidInput("some of these guest bytes are not data of this image")
 
-    def finish(self) -> None:
-        """Write the tables, flush, write the header, flush. Afterwards the file is an image."""
+    def finish(self, *, flush: bool = True) -> None:
+        """Write the tables, flush, write the header, flush. Afterwards the file is an image.
+
+        flush: False for a file that its caller flushes before anybody is to find it.
+        """
         if self._state is not _State.OPEN:
             raise InvalidInput(f"the writer of this image is {self._state.value}")
         with os_errors(self._subject):
             for offset, table in encode.metadata(self.layout):
                 write_all(self._fd, table, offset)
-            os.fsync(self._fd)
+            if flush:
+                os.fsync(self._fd)
             write_all(self._fd, self._header, 0)
-            os.fsync(self._fd)
+            if flush:
+                os.fsync(self._fd)
         self._state = _State.FINISHED

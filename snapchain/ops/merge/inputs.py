@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, Unsupported
+from snapchain.errors import Conflict, NotFound, Unsupported
 from snapchain.host.directory import real_path
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile
@@ -43,6 +43,8 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
             )
         file.check_may_be_changed()
         status = os.fstat(file.fileno())
+        if not status.st_nlink:  # another merge may just have removed it
+            raise NotFound("it was removed meanwhile", subject=file.path, hint="run it again")
         # A second name that a killed merge gave goes when that is settled.
         ours = sum(
             journal.replaced.path == file.real_path
@@ -57,7 +59,7 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
                 hint="remove the other names (`find -samefile`), or say --keep-inputs",
             )
     upper = inputs[-1]
-    if not upper.real_path.is_file():
+    if not stat.S_ISREG(os.fstat(upper.fileno()).st_mode):
         raise Unsupported("the merged image cannot take the place of a device", subject=upper.path)
 
 
