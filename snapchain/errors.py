@@ -23,6 +23,7 @@ what to do (`hint`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 
 class SnapchainError(Exception):
@@ -41,6 +42,11 @@ class SnapchainError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.subject is None else f"{self.subject}: {self.message}"
+
+    def detached(self) -> Self:
+        """The same error without the frames and causes that raised it: one that is kept holds all that they held."""
+        self.__cause__ = self.__context__ = None
+        return self.with_traceback(None)
 
 
 class InvalidInput(SnapchainError, ValueError):

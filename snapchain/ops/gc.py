@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.objects.store import ObjectStore, Refused
 from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
-from snapchain.ops.verify import Finding, points_on
+from snapchain.ops.verify import Finding, Findings, points_on
 from snapchain.repository.collect import Marked, mark
 from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
@@ -106,12 +106,12 @@ def _check_deletes(store: ObjectStore) -> None:
 
 def _findings(marked: Marked) -> tuple[Finding, ...]:
     """What is lost, by disk and layer, each thing once."""
-    found: list[Finding] = []
+    found = Findings()
     for catalogue in marked.catalogues:
         affected = points_on(catalogue)
         for layer in catalogue.parents:
+            if layer in marked.lost and not marked.lost[layer]:
+                found.add_further(catalogue.disk, affected.get(layer, ()))
             for error in marked.lost.get(layer, ()):
-                finding = Finding.of(error, catalogue.disk, affected.get(layer, ()))
-                if finding not in found:
-                    found.append(finding)
-    return tuple(found)
+                found.add(Finding.of(error, catalogue.disk, affected.get(layer, ())))
+    return found.all()

@@ -9,7 +9,7 @@ Packs in which damage is found are recorded, so that the next shipment stores ag
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Self
@@ -33,6 +33,8 @@ from snapchain.repository.repository import Repository, check_agrees
 from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
 from snapchain.repository.view import ChainView
 
+MOST_FINDINGS = 10_000
+"""That are told one by one: a stored name of 32 bytes that leads nowhere makes one of two kilobytes."""
 _MOST_STEPS = 2_000_000
 """Layers and points looked at to tell which points are affected; in a catalogue that is nothing but damage."""
 
@@ -56,6 +58,37 @@ class Finding(BaseModel):
         )
 
 
+class Findings:
+    """Collects findings: each once, the first MOST_FINDINGS one by one, and the others as one for each disk."""
+
+    def __init__(self) -> None:
+        self._found: dict[Finding, None] = {}
+        self._further: dict[str | None, tuple[int, set[int]]] = {}
+
+    def add(self, finding: Finding) -> None:
+        """Add one, unless it is there."""
+        if finding in self._found:
+            return
+        if len(self._found) < MOST_FINDINGS:
+            self._found[finding] = None
+        else:
+            self.add_further(finding.disk, finding.points)
+
+    def add_further(self, disk: str | None, points: Iterable[int]) -> None:
+        """Add one that is only counted. points: those of the disk that it affects"""
+        count, affected = self._further.get(disk, (0, set()))
+        affected.update(points)
+        self._further[disk] = count + 1, affected
+
+    def all(self) -> tuple[Finding, ...]:
+        """What was added, in that order."""
+        further = (
+            Finding.of(Corrupt(f"there are {count} further errors"), disk, sorted(points))
+            for disk, (count, points) in self._further.items()
+        )
+        return (*self._found, *further)
+
+
 class VerifyReport(BaseModel):
     """What `verify` found.
 
@@ -76,11 +109,10 @@ class VerifyReport(BaseModel):
 
 @dataclass(slots=True)
 class _Tally:
-    findings: list[Finding] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
     checked_bytes: int = 0
     layers: int = 0
     read: dict[str, list[Int64s]] = field(default_factory=dict)
-    _noted: set[Finding] = field(default_factory=set)
 
     def note_read(self, pack: str, offsets: npt.NDArray[np.uint32]) -> None:
         """These blobs are read with the layers that name them."""
@@ -88,10 +120,7 @@ class _Tally:
 
     def note(self, error: SnapchainError, catalogue: Catalogue | None, points: Sequence[int], where: str = "") -> None:
         """Turn an error into a finding; the same one twice is one."""
-        finding = Finding.of(error, catalogue.disk if catalogue else None, points, where)
-        if finding not in self._noted:
-            self._noted.add(finding)
-            self.findings.append(finding)
+        self.findings.add(Finding.of(error, catalogue.disk if catalogue else None, points, where))
 
 
 class Verification:
@@ -143,15 +172,16 @@ class Verification:
             self._check_disk(catalogue, packs, tally, on_bytes)
         if self._disk is None:
             self._check_rest(listed, packs, tally)
+        findings = tally.findings.all()
         return VerifyReport(
-            ok=not tally.findings,
+            ok=not findings,
             destination=self._repository.store.url,
             disks=len(found),
             points=sum(len(catalogue.points) for catalogue in found),
             layers=tally.layers,
             data_read=self._share > 0,
             checked_bytes=tally.checked_bytes,
-            findings=tuple(tally.findings),
+            findings=findings,
         )
 
     def _catalogues(self, tally: _Tally) -> Iterator[Catalogue]:
@@ -194,22 +224,23 @@ class Verification:
             except SnapchainError as error:
                 bad.add(layer)
                 tally.note(error, catalogue, affected.get(layer, ()))
-        lengths = catalogue.lengths()
+        breaks = catalogue.breaks()
         for point in catalogue.points:
             try:
-                if point.layer not in lengths:
-                    catalogue.chain(point.layer)  # which says what is wrong
+                catalogue.check_chain(point.layer, breaks)
                 top = opened.get(point.layer)
                 if top is not None:
                     check_agrees(catalogue.disk, point, top)
             except SnapchainError as error:
                 tally.note(error, catalogue, (point.point,))
                 bad.add(point.layer)
+        bad |= catalogue.above(bad)
         for layer in opened:
+            if layer in bad:
+                continue
             try:
+                catalogue.check_chain(layer, breaks)
                 chain_ids = catalogue.chain(layer)
-                if bad.intersection(chain_ids):
-                    continue
                 _check_sum([opened[each] for each in chain_ids])
                 if self._share:
                     self._check_data([opened[each] for each in chain_ids], catalogue, affected, tally, on_bytes)

@@ -8,7 +8,7 @@ succeed, and the generations before are the history that a repair can go back to
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
@@ -31,7 +31,6 @@ from snapchain.repository.stored import Many, StoredModel, made_by, parse as par
 KIND = b"C"
 MOST_LAYERS = 50_000
 """Of one disk: a month of a layer a minute. A reader opens a record for each."""
-_BROKEN = 0
 ATTEMPTS = 8
 """How often a change is tried when others are faster each time."""
 
@@ -139,14 +138,41 @@ class Catalogue(StoredModel):
         at: str | None = layer
         while at is not None:
             if at not in self.parents or len(chain) == len(self.parents):
-                raise Corrupt(f"the chain of layer {layer} is broken at {at}", subject=self.disk)
+                raise self._broken(layer, at)
             chain.append(at)
             at = self.parents[at]
         return tuple(reversed(chain))
 
     def lengths(self) -> dict[str, int]:
         """How long the chain of each layer is; without those whose chain is broken. Costs what the catalogue holds."""
-        found: dict[str, int] = {}
+        return {layer: found for layer, found in self._followed().items() if isinstance(found, int)}
+
+    def breaks(self) -> dict[str, str]:
+        """Where the chain of each layer is broken, of those whose chain is. Costs what the catalogue holds."""
+        return {layer: found for layer, found in self._followed().items() if isinstance(found, str)}
+
+    def check_chain(self, layer: str, breaks: Mapping[str, str]) -> None:
+        """Raises Corrupt as `chain` does, at no cost. breaks: what `breaks` gave."""
+        if layer in breaks or layer not in self.parents:
+            raise self._broken(layer, breaks.get(layer, layer))
+
+    def above(self, layers: Collection[str]) -> set[str]:
+        """The layers of which the chain holds one of `layers`, these not among them unless they are above another."""
+        upper: dict[str, list[str]] = {}
+        for layer, below in self.parents.items():
+            if below is not None:
+                upper.setdefault(below, []).append(layer)
+        found: set[str] = set()
+        waiting = list(layers)
+        while waiting:
+            fresh = [layer for layer in upper.get(waiting.pop(), ()) if layer not in found]
+            found.update(fresh)
+            waiting += fresh
+        return found
+
+    def _followed(self) -> dict[str, int | str]:
+        """The length of each layer's chain, or where it is broken."""
+        found: dict[str, int | str] = {}
         for layer in self.parents:
             way: list[str] = []
             on_way: set[str] = set()
@@ -155,12 +181,15 @@ class Catalogue(StoredModel):
                 way.append(at)
                 on_way.add(at)
                 at = self.parents[at]
-            if at is None or found.get(at):
-                below = 0 if at is None else found[at]
-                found.update((each, below + place) for place, each in enumerate(reversed(way), 1))
+            below = 0 if at is None else found.get(at, at)
+            if isinstance(below, str):
+                found.update(dict.fromkeys(way, below))
             else:
-                found.update((each, _BROKEN) for each in way)
-        return {layer: length for layer, length in found.items() if length != _BROKEN}
+                found.update((each, below + place) for place, each in enumerate(reversed(way), 1))
+        return found
+
+    def _broken(self, layer: str, at: str) -> Corrupt:
+        return Corrupt(f"the chain of layer {layer} is broken at {at}", subject=self.disk)
 
     @property
     def latest(self) -> Point | None:

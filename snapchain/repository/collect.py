@@ -28,6 +28,8 @@ from snapchain.repository.packs import Location
 from snapchain.repository.repository import Repository
 from snapchain.repository.soundness import named_by_page
 
+MOST_TOLD = 10_000
+"""Errors that are kept of what is lost: each takes a hundred times the memory of the stored name that it is about."""
 KEPT_GENERATIONS = 30
 """Of each disk, the newest: docs/decisions/0015-what-gc-may-delete.md."""
 
@@ -62,7 +64,8 @@ class Marked:
     index: of all blobs, with the packs that are missing or damaged
     replaced: blobs in such packs that have a copy: (pack, offset) -> the copy
     rescued: blobs in such packs that have none, and are whole: (pack, offset) -> id and place
-    lost: what is gone, by layer; unread: layers of which the record or a page is lost, so that nobody knows which packs
+    lost: what is gone, by layer; empty past the first MOST_TOLD errors of all
+    unread: layers of which the record or a page is lost, so that nobody knows which packs
     they need: no pack may go
     pages: which blobs in use are pages: (pack, offset)
     movable: of replaced and rescued, those that a layer names which can be written anew
@@ -84,6 +87,14 @@ class Marked:
     movable: set[tuple[str, int]] = field(default_factory=set)
     suspect: frozenset[str] = frozenset()
     stale: dict[str, int] = field(default_factory=dict)
+    _told: int = 0
+
+    def lose(self, layer: str, error: SnapchainError) -> None:
+        """Note that something of a layer is gone."""
+        told = self.lost.setdefault(layer, [])
+        if self._told < MOST_TOLD:
+            self._told += 1
+            told.append(error.detached())
 
     @property
     def catalogues(self) -> list[Catalogue]:
@@ -136,7 +147,7 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
             places.add(repository.layer(layer), is_read=layer in read)
         except Corrupt as error:
             if layer in alive:
-                found.lost.setdefault(layer, []).append(error)
+                found.lose(layer, error)
                 found.unread.add(layer)
     found.pages = places.pages
     repository.blobs.damaged |= places.short
@@ -175,7 +186,7 @@ def _look_for_copies(repository: Repository, found: Marked, places: _Places, siz
             found.rescued[pack, offset] = blob, where
         else:
             for layer in layers:
-                found.lost.setdefault(layer, []).append(error)
+                found.lose(layer, error)
 
 
 def _error_of(reader: BlobReader, blob: bytes, where: Location) -> SnapchainError | None:

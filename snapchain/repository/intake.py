@@ -25,13 +25,12 @@ from snapchain.model.extents import DATA, Extents, Int64s
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.layers import StoredLayer, leaves_shown
+from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.packer import Packer, Stream
 from snapchain.repository.packs import packed
 from snapchain.repository.pages import Page, PageBuilder, Rows
 from snapchain.repository.runs import SCRAP_BYTES, Blob, RunList
 from snapchain.repository.worklist import (
-    COLD_PIECE,
     WINDOW,
     Item,
     Task,
@@ -260,10 +259,7 @@ def change_of(below: Sequence[StoredLayer], first: Int64s, stop: Int64s, fresh: 
 def sum_beyond(below: Sequence[StoredLayer], size: int) -> Sum:
     """The sum of the leaves that lie wholly past `size`."""
     total = empty_sum()
-    at = -(-size // LEAF_BYTES) * LEAF_BYTES
-    while at < below[-1].size:
-        stop = min(at + COLD_PIECE, below[-1].size)
-        index, hashes = leaves_shown(below, at, stop)
+    for first, stop in bounded_ranges(below, -(-size // LEAF_BYTES) * LEAF_BYTES, below[-1].size):
+        index, hashes = leaves_shown(below, first, stop)
         total += sum_of(index, hashes)
-        at = stop
     return total

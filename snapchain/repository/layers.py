@@ -15,7 +15,7 @@ import base64
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Literal, Protocol
 
@@ -41,6 +41,11 @@ _LENGTH = struct.Struct("<I")
 _LONGEST_HEADER = 16 * 1024 * 1024
 _AHEAD_BYTES = 16 * 1024 * 1024
 _AHEAD_PAGES = 256
+LEAVES_AT_ONCE = 1 << 18
+_PIECE = LEAVES_AT_ONCE * LEAF_BYTES
+_LONGEST_PLAUSIBLE = 1 << 46
+"""Bytes. More is not read or zeroed in pieces of one size: there may be so many that nobody sees their end."""
+_DENSE_LEAVES = 1 << 20
 _WIDE_RANGE = 64
 """Leaves. Longer ranges of flags are set one by one, shorter ones all at once."""
 LARGEST_DISK = 1 << 56
@@ -253,8 +258,43 @@ def leaves_shown(
     """The leaves of [first, stop) that a chain shows and that are not all zero: (leaf numbers ascending, hashes).
 
     layers: root first; first: a multiple of the leaf size.  Reads only pages of that range.
+    Costs what the pages hold, where the range is long.
     """
-    return leaves_said(layers, first, stop)[:2]
+    base, end = first // LEAF_BYTES, -(-stop // LEAF_BYTES)
+    if end - base <= _DENSE_LEAVES:
+        return leaves_said(layers, first, stop)[:2]
+    recorded = [np.empty(0, np.int64)]
+    for layer in layers:
+        for page in layer.each_page(first, min(stop, layer.size)):
+            begin, after = page.index.searchsorted((base, end)).tolist()
+            recorded.append(page.index[begin:after])
+    spots = np.unique(np.concatenate(recorded))
+    return _leaves_said(layers, first, stop, len(spots), spots.searchsorted)[:2]
+
+
+def bounded_ranges(layers: Sequence[StoredLayer], first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """[first, stop) in ranges in which each layer records no more than LEAVES_AT_ONCE leaves.
+
+    Where a range is not longer than a disk can be, it is as long as that many leaves.
+    """
+    at = first
+    while at < stop:
+        end = min(stop, (at // _PIECE + 1) * _PIECE)
+        if stop - at > _LONGEST_PLAUSIBLE:
+            end = min((_full(layer, at, stop) for layer in layers), default=stop)
+        yield at, end
+        at = end
+
+
+def _full(layer: StoredLayer, first: int, stop: int) -> int:
+    """Where the range that begins at `first` has to end, so that a layer records LEAVES_AT_ONCE leaves in it."""
+    left = LEAVES_AT_ONCE
+    for page in layer.each_page(first, min(stop, layer.size)):
+        number = page.index[page.index.searchsorted(first // LEAF_BYTES) :]
+        if len(number) > left:
+            return min(stop, int(number[left]) * LEAF_BYTES)
+        left -= len(number)
+    return stop
 
 
 def leaves_said(
@@ -262,28 +302,36 @@ def leaves_said(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """As `leaves_shown`, and for each leaf of the range whether the layers leave it to what lies below them."""
     base = first // LEAF_BYTES
-    count = max(0, -(-stop // LEAF_BYTES) - base)
-    stop = (base + count) * LEAF_BYTES  # a page that begins past `stop`, in its leaf, speaks of that leaf
+    return _leaves_said(layers, first, stop, max(0, -(-stop // LEAF_BYTES) - base), lambda number: number - base)
+
+
+def _leaves_said(
+    layers: Sequence[Speaks], first: int, stop: int, count: int, place: Callable[[Int64s], Int64s]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """As `leaves_said`, but only of `count` leaves of the range. place: of a leaf, how many of them are before it"""
+    base = first // LEAF_BYTES
+    end = max(base, -(-stop // LEAF_BYTES))
+    stop = end * LEAF_BYTES  # a page that begins past `stop`, in its leaf, speaks of that leaf
     open_ = np.ones(count, np.bool_)
     index: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     hashes: list[npt.NDArray[np.uint8]] = [np.empty((0, 32), np.uint8)]
     for layer in reversed(layers):
         # Past its end a layer hides what is below it (the size law).
-        open_[max(0, -(-layer.size // LEAF_BYTES) - base) :] = False
+        open_[int(place(np.array([max(base, -(-layer.size // LEAF_BYTES))]))[0]) :] = False
         if not open_.any():
             break
         touched: list[tuple[Int64s, Int64s]] = []
         for page in layer.each_page(first, min(stop, layer.size)):
-            begin, end = page.index.searchsorted((base, base + count)).tolist()
-            if begin < end:
-                number = page.index[begin:end]
-                shown = open_[number - base]
+            here = slice(*page.index.searchsorted((base, end)).tolist())
+            number = page.index[here]
+            if len(number):
+                shown = open_[place(number)]
                 index.append(number[shown])
-                hashes.append(page.leaves["hash"][begin:end][shown])
+                hashes.append(page.leaves["hash"][here][shown])
             runs = page.places(first, stop)
             if runs.start < runs.stop:
-                enters = np.maximum(page.start[runs] // LEAF_BYTES - base, 0)
-                leaves = np.minimum(-(-page.stop[runs] // LEAF_BYTES) - base, count)
+                enters = place(np.maximum(page.start[runs] // LEAF_BYTES, base))
+                leaves = place(np.minimum(-(-page.stop[runs] // LEAF_BYTES), end))
                 touched.append((enters, leaves))
         # After all pages: one leaf may be touched by two of them.
         for enters, leaves in touched:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from types import TracebackType
 
@@ -21,7 +22,7 @@ from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, empt
 from snapchain.model.extents import DATA, Extents
 from snapchain.repository.format import LEAF_ROW, layer_name
 from snapchain.repository.intake import change_of, sum_beyond
-from snapchain.repository.layers import StoredLayer, leaves_shown
+from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.pages import Rows
 from snapchain.repository.view import ChainView
 from snapchain.repository.worklist import WINDOW, Item, Task, hot_leaves, pieces, spans, tasks, without_zeroes
@@ -121,7 +122,7 @@ class Replay:
         if self._below and self._layer.size < self._below[-1].size:
             total -= sum_beyond(self._below, self._layer.size)
         # Closed at once when something is raised: its exception would keep the workers' generator alive.
-        with closing(self._results(tasks(self._extents, hot_leaves(self._extents)))) as results:
+        with closing(self._results(self._tasks())) as results:
             for done in results:
                 if done.bad:
                     raise _lost(done.bad[0]) from done.bad[0].error
@@ -133,7 +134,7 @@ class Replay:
 
     def find_bad(self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None]) -> tuple[int, list[Bad]]:
         """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""
-        chosen = (task for at, task in enumerate(tasks(self._extents, hot_leaves(self._extents))) if keep(at))
+        chosen = (task for at, task in enumerate(self._tasks()) if keep(at))
         bytes_read, bad = 0, list[Bad]()
         with closing(self._results(chosen)) as results:
             for done in results:
@@ -141,6 +142,10 @@ class Replay:
                 bad.extend(done.bad)
                 on_bytes(done.bytes_read)
         return bytes_read, bad
+
+    def _tasks(self) -> Iterator[Task]:
+        layers = self._view.layers
+        return tasks(self._extents, hot_leaves(self._extents), partial(bounded_ranges, layers))
 
     def _results(self, work: Iterator[Task]) -> Generator[_Done]:
         pool = ThreadPoolExecutor(WORKERS, "replay")

@@ -9,7 +9,7 @@ of its range (a few pages) are looked up once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,13 +78,27 @@ def _hot(extents: Extents, some: slice) -> Extents:
     return covering(size, starts[order], stops[order])
 
 
-def tasks(extents: Extents, hot: Extents) -> Iterator[Task]:
-    """The items of a layer in guest order, in tasks."""
+def _cut(start: int, stop: int, piece: int) -> Iterator[tuple[int, int]]:
+    at = start
+    while at < stop:
+        end = min(stop, (at // piece + 1) * piece)
+        yield at, end
+        at = end
+
+
+def _alike(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    return _cut(start, stop, COLD_PIECE)
+
+
+def tasks(
+    extents: Extents, hot: Extents, cold: Callable[[int, int], Iterator[tuple[int, int]]] = _alike
+) -> Iterator[Task]:
+    """The items of a layer in guest order, in tasks. cold: cuts a COLD run [start, stop) into pieces."""
     zeroes = extents.mapped(np.where(extents.val == ZERO, ZERO, ABSENT))
     work = over(zeroes, hot)
     pending: list[Item] = []
     hot_bytes = 0
-    for item in _items(work):
+    for item in _items(work, cold):
         size = item.stop - item.start if item.hot else 0
         if pending and (hot_bytes + size > WINDOW or item.stop - pending[0].start > SPAN):
             yield tuple(pending)
@@ -95,17 +109,15 @@ def tasks(extents: Extents, hot: Extents) -> Iterator[Task]:
         yield tuple(pending)
 
 
-def _items(work: Extents) -> Iterator[Item]:
+def _items(work: Extents, cold: Callable[[int, int], Iterator[tuple[int, int]]]) -> Iterator[Item]:
     """Runs cut at multiples of the window, so that equal disks are cut alike."""
     for start, length, val in work.runs():
         if val == ABSENT:
             continue
-        piece = COLD_PIECE if val == ZERO else WINDOW
-        at, stop = start, start + length
-        while at < stop:
-            end = min(stop, (at // piece + 1) * piece)
-            yield Item(at, end, val != ZERO)
-            at = end
+        if val == ZERO:
+            yield from (Item(first, end, hot=False) for first, end in cold(start, start + length))
+            continue
+        yield from (Item(first, end, hot=True) for first, end in _cut(start, start + length, WINDOW))
 
 
 def spans(task: Task) -> tuple[Int64s, Int64s]:

@@ -42,10 +42,17 @@ _LEASE = {
 
 @dataclass
 class Store:
-    """A repository's directory. keys: None where they are secret"""
+    """A repository's directory.
+
+    keys: None where they are secret
+    nights: how many its images have seen
+    is_rolled_back: catalogues are gone, so that a shipment may give their points' numbers to what the images show now
+    """
 
     root: Path
     keys: Keyring | None
+    nights: int
+    is_rolled_back: bool = False
 
     def objects(self, kind: str) -> list[Path]:
         """Those of a kind; sorted, so that a seed means the same ones each time."""
@@ -70,7 +77,8 @@ def plan(world: World, draw: Draw) -> Plan:
     name = "plain" if plain else "enc"
     stage = draw.choice(_STAGES)
     world.set_up(stage, (name, "images", "nightly.toml"))
-    store = Store(world.case / name, keyring(world.case / name))
+    nights = NIGHTS if stage == MERGED else int(stage)
+    store = Store(world.case / name, keyring(world.case / name), nights)
     if draw.random() < 0.4:  # a machine that has never seen it
         shutil.rmtree(world.case / "state")
     if draw.random() < 0.7:
@@ -87,7 +95,13 @@ def plan(world: World, draw: Draw) -> Plan:
         else:
             deeds.append(_from_outside(world, store, draw))
     return commands(
-        world, draw, str(store.root), deeds, nights=NIGHTS if stage == MERGED else int(stage), made_up=made_up
+        world,
+        draw,
+        str(store.root),
+        deeds,
+        nights=nights,
+        made_up=made_up,
+        rolled_back=store.is_rolled_back,
     )
 
 
@@ -99,6 +113,7 @@ def commands(
     *,
     nights: int,
     made_up: bool,
+    rolled_back: bool = False,
     ready: Callable[[], None] = lambda: None,
 ) -> Plan:
     """What is run over a spoilt repository.
@@ -106,6 +121,7 @@ def commands(
     ready: called in the child before anything is run
     nights: points that it had; those that come show what the image shows, and that is what it showed in the last night
     made_up: by who could say anything: then a point may show another's bytes
+    rolled_back: as `Store.is_rolled_back`
     """
     images = standing(world.case / "images")
     out = world.case / "out"
@@ -163,11 +179,12 @@ def commands(
             shell.run(*words, *(["--json"] if draw.random() < 0.5 else []))
 
     def judge(outcome: Outcome) -> Iterator[str]:
-        sound = False
+        sound = shipped = False
         for step in outcome.steps:
             words = tuple(word for word in step.words if word != "--json")
             if words[0] == "verify" and "--read-data" in words and step.code == 0:
                 sound = True
+            shipped |= words[0] in ("ship", "nightly")
             if words not in given:
                 continue
             if step.code == 5 and sound:
@@ -177,6 +194,8 @@ def commands(
                 known = world.truths(disk)
                 last = min(nights, max(known))
                 truths = known if made_up else {at: known[min(at, last)] for at in numbers}
+                if rolled_back and shipped:
+                    truths = {**truths, 0: known[last]}
                 path = Path(words[2])
                 if unlike(path, truths.values(), path.suffix[1:]) and not (
                     made_up and _is_what_it_says(path, step.words, step.out)
@@ -222,6 +241,7 @@ def _from_outside(world: World, store: Store, draw: Draw) -> str:
             gone = draw.choice([[path], [path], objects])
             for each in gone:
                 each.unlink()
+            store.is_rolled_back |= kind == "disks"
         case "again":
             name = draw.choice(
                 [
@@ -247,12 +267,13 @@ def _from_outside(world: World, store: Store, draw: Draw) -> str:
 
 def _replay(world: World, store: Store, path: Path, draw: Draw) -> None:
     """An object, or all of them, as they were earlier."""
-    stage = world.stage(draw.choice(["1", "2", "3"])) / store.root.name
+    stage = world.stage(str(min(int(draw.choice(["1", "2", "3"])), store.nights))) / store.root.name
     if draw.random() < 0.3:
         shutil.rmtree(store.root)
         shutil.copytree(stage, store.root)
+        store.is_rolled_back = True
         return
-    there = Store(stage, store.keys).objects(path.relative_to(store.root).parts[0])
+    there = Store(stage, store.keys, store.nights).objects(path.relative_to(store.root).parts[0])
     if there:
         shutil.copy2(draw.choice(there), path)
 

@@ -14,16 +14,31 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Corrupt, Unsupported
+from snapchain.model.content import content_id, empty_sum
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
-from snapchain.repository import catalogue as catalogues, envelope
+from snapchain.ops import gc, verify as verification
+from snapchain.ops.verify import Finding, Findings, verify
+from snapchain.repository import catalogue as catalogues, collect, envelope, layers
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.crypto import NONE
 from snapchain.repository.envelope import seal
-from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, damage_name, fresh_id, generation_name, index_name
+from snapchain.repository.format import (
+    LEAF_ROW,
+    PAGE_ROW,
+    RUN_ROW,
+    damage_name,
+    fresh_id,
+    generation_name,
+    index_name,
+    pack_name,
+)
+from snapchain.repository.layers import LayerHeader, StoredLayer, encode_sum
+from snapchain.repository.packs import OpenPack
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
 from snapchain.repository.stored import check_density, parse
@@ -185,10 +200,171 @@ def test_lengths_of_chains_are_those_of_the_chains(parents: dict[int, int | None
     found = Catalogue.model_validate_json(fields)
     links = {str(layer): None if below is None else str(below) for layer, below in parents.items()}
     found = found.model_copy(update={"parents": links})
-    lengths = found.lengths()
+    lengths, breaks = found.lengths(), found.breaks()
     for layer in links:
         try:
             length: int | None = len(found.chain(layer))
-        except Corrupt:
+        except Corrupt as error:
             length = None
+            with pytest.raises(Corrupt) as caught:
+                found.check_chain(layer, breaks)
+            at = str(error).rpartition(" ")[2]
+            # A circle is broken anywhere.
+            assert at in links or caught.value.message.endswith(f" is broken at {at}")
+        else:
+            found.check_chain(layer, breaks)
+            assert all((layer in found.above([each])) == (each in found.chain(layer)[:-1]) for each in links)
         assert lengths.get(layer) == length
+
+
+def _chain_of(repository: Repository, disk: str, count: int, points: int, end: str | None) -> Catalogue:
+    """A disk of which no layer is there. end: what the lowest of its layers lies on."""
+    ids = [f"{number:032x}" for number in range(count)]
+    shown = {"time": "2026-01-01T00:00:00Z", "layer": ids[0], "size": 0, "content_id": "0" * 64}
+    body = _catalogue(
+        repository,
+        disk,
+        parents=dict(zip(ids, [*ids[1:], end], strict=True)),
+        points=[shown | {"point": 1 + number} for number in range(points)],
+        next_point=points + 1,
+    )
+    name = generation_name(repository.keys.disk_key(disk), 1)
+    repository.store.put(name, seal(repository.keys, b"C", name, body))
+    return repository.catalogue(disk)
+
+
+def test_many_points_on_a_broken_chain_do_not_follow_it_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Repository.create(MemoryStore(), passphrase=lambda: None, encryption=NONE)
+    _chain_of(repository, "x", 30, 20, "f" * 32)
+    monkeypatch.setattr(Catalogue, "chain", mock.Mock(side_effect=AssertionError("a chain was followed")))
+    report = verify(repository, disk="x")
+    broken = [finding for finding in report.findings if finding.message.endswith(f"is broken at {'f' * 32}")]
+    assert [finding.points for finding in broken] == [(number,) for number in range(1, 21)]
+
+
+def test_further_damage_is_counted_and_names_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By verify and gc, which keeps what may be needed all the same."""
+    monkeypatch.setattr(verification, "MOST_FINDINGS", 3)
+    monkeypatch.setattr(collect, "MOST_TOLD", 3)
+    repository = Repository.create(MemoryStore(), passphrase=lambda: None, encryption=NONE)
+    _chain_of(repository, "x", 10, 2, None)
+    for findings in (verify(repository).findings, gc.plan(repository).findings, gc.run(repository).findings):
+        assert [finding.message for finding in findings[3:]] == ["there are 7 further errors"]
+        assert all("is missing from the store" in finding.message for finding in findings[:3])
+        assert {(finding.kind, finding.disk, finding.points) for finding in findings} == {("corrupt", "x", (1, 2))}
+
+
+def test_each_finding_is_compared_with_few_others() -> None:
+    compared = 0
+
+    def counted(one: Finding, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return str(one) == str(other)
+
+    found = Findings()
+    with mock.patch.object(Finding, "__eq__", counted):
+        for number in [*range(300), *range(300)]:
+            found.add(Finding.of(Corrupt("gone", subject=number), None, ()))
+    assert len(found.all()) == 300
+    assert compared <= 300
+
+
+def test_gc_keeps_few_errors_of_what_is_lost_and_no_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Repository.create(MemoryStore(), passphrase=lambda: None, encryption=NONE)
+    _chain_of(repository, "x", 10, 1, None)
+    monkeypatch.setattr(collect, "MOST_TOLD", 7)
+    lost = [error for errors in collect.mark(repository).lost.values() for error in errors]
+    assert len(lost) == 7
+    assert [held for error in lost for held in (error.__traceback__, error.__cause__, error.__context__) if held] == []
+
+
+def _zeroes(repository: Repository, size: int) -> list[StoredLayer]:
+    """A chain of two layers, each one run of zeroes, and one of a few bytes."""
+    runs = np.zeros(1, RUN_ROW)
+    runs["length"] = size
+    body = Page(runs, np.empty(0, LEAF_ROW), []).encode()
+    pack = OpenPack(repository.keys)
+    where = pack.add(blake3(body).digest(), body, len(body))
+    closed = pack.close()
+    repository.store.put(pack_name(closed.pack), b"".join(closed.parts))
+    table = np.zeros(1, PAGE_ROW)
+    table["stop"], table["offset"], table["stored"], table["raw"] = size, where.offset, where.stored, where.raw
+    table["pack"] = np.frombuffer(bytes.fromhex(where.pack), np.uint8)
+    table["id"] = np.frombuffer(blake3(body).digest(), np.uint8)
+    parents: dict[str, str | None] = {}
+    points = []
+    for number, (end, rows) in enumerate([(size, table), (size, table), (65536, table[:0])], 1):
+        layer = f"{number:032x}"
+        header = LayerHeader(
+            id=layer, size=end, time=NOW, name="x", image_format="raw", cluster_size=65536, data_bytes=0,
+            zero_bytes=end, content_sum=encode_sum(empty_sum()), content_id=content_id(end, empty_sum()),
+        )  # fmt: skip
+        layers.write(repository.store, repository.keys, header, rows)
+        parents[layer] = f"{number - 1:032x}" if number > 1 else None
+        points.append(
+            {"point": number, "time": "2026-01-01T00:00:00Z", "layer": layer, "size": end}
+            | {"content_id": header.content_id}
+        )
+    name = generation_name(repository.keys.disk_key("x"), 1)
+    body = _catalogue(repository, "x", parents=parents, points=points, next_point=4)
+    repository.store.put(name, seal(repository.keys, b"C", name, body))
+    return [repository.layer(layer) for layer in parents]
+
+
+def test_a_disk_of_nothing_costs_nothing_however_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Repository.create(MemoryStore(), passphrase=lambda: None, encryption=NONE)
+    _zeroes(repository, layers.LARGEST_DISK)
+    count = mock.Mock(wraps=layers._leaves_said)
+    monkeypatch.setattr(layers, "_leaves_said", count)
+    assert verify(repository, share=1.0).ok
+    assert count.call_count < 20
+    assert sum(call.args[3] for call in count.call_args_list) < 1 << 20, "leaves"
+
+
+@given(st.integers(1, 6), st.data())
+def test_a_giant_range_is_cut_where_its_leaves_are(most: int, data: st.DataObject) -> None:
+    """All of it, in order, and no layer records more leaves than may be in one range."""
+    leaf = 65536
+    chain = []
+    for numbers in data.draw(st.lists(st.lists(st.integers(0, 40), unique=True), max_size=3)):
+        rows = np.zeros(len(numbers), LEAF_ROW)
+        rows["index"] = sorted(numbers)
+        chain.append(
+            mock.Mock(size=41 * leaf, each_page=mock.Mock(return_value=[Page(np.empty(0, RUN_ROW), rows, [])]))
+        )
+    with mock.patch.multiple(layers, LEAVES_AT_ONCE=most, _LONGEST_PLAUSIBLE=0):
+        ranges = list(layers.bounded_ranges(chain, 3 * leaf, 41 * leaf))
+    assert [first for first, _ in ranges] == [3 * leaf, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == 41 * leaf
+    for first, stop in ranges:
+        for layer in chain:
+            index = layer.each_page(0, 0)[0].index
+            assert ((index >= first // leaf) & (index < stop // leaf)).sum() <= most
+
+
+@given(st.data())
+def test_leaves_of_a_long_range_are_those_of_a_short_one(data: st.DataObject) -> None:
+    """Leaf by leaf, or only those that some layer records: the same."""
+    leaf = 65536
+    chain = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        size = data.draw(st.integers(1, 12 * leaf))
+        cuts = sorted(data.draw(st.sets(st.integers(0, size), max_size=8)))
+        pairs = list(zip(cuts[::2], cuts[1::2], strict=False))
+        runs = np.zeros(len(pairs), RUN_ROW)
+        runs["start"], runs["length"] = [a for a, _ in pairs], [b - a for a, b in pairs]
+        touched = sorted({number for a, b in pairs for number in range(a // leaf, -(-b // leaf))})
+        kept = [number for number in touched if data.draw(st.booleans())]
+        rows = np.zeros(len(kept), LEAF_ROW)
+        rows["index"] = kept
+        rows["hash"] = np.frombuffer(data.draw(st.binary(min_size=32, max_size=32)), np.uint8)
+        page = Page(runs, rows, [])
+        chain.append(mock.Mock(size=size, each_page=mock.Mock(return_value=[page])))
+    first = data.draw(st.integers(0, 11)) * leaf
+    stop = data.draw(st.integers(first + 1, 12 * leaf))
+    expected = layers.leaves_shown(chain, first, stop)
+    with mock.patch.object(layers, "_DENSE_LEAVES", 0):
+        found = layers.leaves_shown(chain, first, stop)
+    assert found[0].tolist() == expected[0].tolist()
+    assert found[1].tolist() == expected[1].tolist()
