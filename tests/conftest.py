@@ -7,6 +7,7 @@ nothing, and a green run would hide that.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import signal
@@ -36,10 +37,14 @@ settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "dev"))
 
 
+_homes = itertools.count()
+"""A cache and a state for each test: a directory that is made only if something is stored there."""
+
+
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What a user has set for snapchain must not reach a test, nor a test the user's cache and state."""
-    home = tmp_path_factory.getbasetemp() / "home"
+    """What a user has set for snapchain must not reach a test, nor what a user or another test has stored."""
+    home = tmp_path_factory.getbasetemp() / "homes" / f"{next(_homes)}"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
     for name in [name for name in os.environ if name.startswith("SNAPCHAIN_")]:
