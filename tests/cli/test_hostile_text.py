@@ -95,14 +95,22 @@ def test_every_verb_is_tried() -> None:
     assert {*READING, *CHANGING, *ELSEWHERE} >= set(VERBS)
 
 
-@pytest.mark.parametrize("name", [*READING, *CHANGING])
-def test_names_of_files_and_directories(name: str, ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = words_of({**READING, **CHANGING}[name])
-    if name in CHANGING:
-        check(run(*words, "--dry-run"))
+def shows_no_escape(words: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_terminal(words, monkeypatch)
     check(run(*words))
     check(run(*words, "--json"))
+
+
+def test_names_of_files_and_directories(ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for template in READING.values():
+        shows_no_escape(words_of(template), run, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_names_of_what_is_changed(name: str, ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = words_of(CHANGING[name])
+    check(run(*words, "--dry-run"))
+    shows_no_escape(words, run, monkeypatch)
 
 
 @pytest.mark.parametrize("verb", VERBS)
