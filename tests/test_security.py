@@ -84,6 +84,7 @@ PROMISES: dict[str, list[str]] = {
     ],
     "host-terminal": [
         "tests/cli/test_hostile_text.py::test_names_of_files_and_directories",
+        "tests/cli/test_hostile_text.py::test_names_of_what_is_changed",
         "tests/cli/test_hostile_text.py::test_labels_and_disks_of_a_plain_store",
         "tests/cli/test_hostile_text.py::test_words_of_a_program",
         "tests/cli/test_hostile_text.py::test_words_of_a_peer",

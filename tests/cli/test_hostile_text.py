@@ -95,14 +95,22 @@ def test_every_verb_is_tried() -> None:
     assert {*READING, *CHANGING, *ELSEWHERE} >= set(VERBS)
 
 
-@pytest.mark.parametrize("name", [*READING, *CHANGING])
-def test_names_of_files_and_directories(name: str, ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = words_of({**READING, **CHANGING}[name])
-    if name in CHANGING:
-        check(run(*words, "--dry-run"))
+def shows_no_escape(words: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     on_a_terminal(words, monkeypatch)
     check(run(*words))
     check(run(*words, "--json"))
+
+
+def test_names_of_files_and_directories(ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for template in READING.values():
+        shows_no_escape(words_of(template), run, monkeypatch)
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_names_of_what_is_changed(name: str, ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = words_of(CHANGING[name])
+    check(run(*words, "--dry-run"))
+    shows_no_escape(words, run, monkeypatch)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -129,23 +137,33 @@ def test_help(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     check(run(verb, "--help"))
 
 
-def test_labels_and_disks_of_a_plain_store(ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("disk", ["d", f"d{EVIL}"], ids=["label", "disk"])
+def test_labels_and_disks_of_a_plain_store(ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch, disk: str) -> None:
     """Whoever can write to a store that is not encrypted writes what they like."""
     from snapchain.ops import ship
-    from snapchain.repository import repository
+    from snapchain.repository import catalogue, repository
 
     with monkeypatch.context() as patch:
         patch.setattr(ship, "check_label", lambda label: label)
         patch.setattr(repository, "check_disk_name", lambda name: name)
-        assert run("ship", "other.qcow2", f"repo::d{EVIL}", "--label", EVIL).status == 0
-    check(run("log", "repo"))
-    check(run("verify", "repo"))
-    check(run("gc", "repo", "--dry-run"))
-    for words in (["log", f"repo::d{EVIL}"], ["inspect", f"repo::d{EVIL}@1"], ["restore", f"repo::d{EVIL}", "out.raw"]):
+        patch.setattr(catalogue, "is_disk_name", lambda _name: True)
+        assert run("ship", "other.qcow2", f"repo::{disk}", "--label", EVIL).status == 0
+    for words in (
+        ["log", "repo"],
+        ["verify", "repo"],
+        ["gc", "repo", "--dry-run"],
+        ["log", f"repo::{disk}"],
+        ["inspect", f"repo::{disk}@1"],
+        ["restore", f"repo::{disk}", "out.raw"],
+    ):
         check(run(*words))
         on_a_terminal(words, monkeypatch)
-    (found,) = [disk for disk in run("log", "repo", "--json").json["disks"] if disk["name"] == f"d{EVIL}"]
-    assert found["points"][0]["labels"] == [EVIL]
+    said = run("log", "repo", "--json").json
+    if disk == "d":
+        (found,) = [shown for shown in said["disks"] if shown["name"] == disk]
+        assert found["points"][0]["labels"] == [EVIL]
+    else:
+        assert (said["error"]["kind"], "cannot name a disk" in said["error"]["message"]) == ("corrupt", True)
 
 
 def test_what_lies_where_a_repository_should(run: Run, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_stream_goes_through_a_pipe_and_a_file(chain: list[Path], place: Place
         (["dir:/r::vda", "--disk", "vda"], 2, "invalid-input"),
         (["dir:/r::vda", "--label", "7"], 2, "invalid-input"),
         (["--disk", "vda", "--dry-run"], 2, "invalid-input"),
-        (["dir:/nowhere/at/all::vda"], 3, "not-found"),
+        (["dir:/no/such/place::vda"], 3, "not-found"),
     ],
 )
 def test_what_is_wrong_is_said(run: Run, chain: list[Path], words: list[str], status: int, kind: str) -> None:
@@ -121,16 +121,16 @@ def test_log_and_verify_of_a_replica(run: Run, chain: list[Path], place: Place) 
 @pytest.mark.parametrize(
     ("words", "status", "kind"),
     [
-        (["log", "dir:/nowhere/at/all"], 3, "not-found"),
+        (["log", "dir:/no/such/place"], 3, "not-found"),
         (["log", "dir:relative"], 2, "invalid-input"),
         (["log", "ssh://h"], 2, "invalid-input"),
         (["log", "dir:/r::vda@1"], 2, "invalid-input"),
         (["log", "dir:/r", "--password-file", "x"], 2, "invalid-input"),
-        (["verify", "dir:/nowhere/at/all"], 3, "not-found"),
+        (["verify", "dir:/no/such/place"], 3, "not-found"),
         (["verify", "dir:/r", "--sample", "5%"], 2, "invalid-input"),
         (["verify", "dir:/r", "--limit-rate", "5M"], 2, "invalid-input"),
         (["gc", "dir:/r"], 2, "invalid-input"),
-        (["serve-replica", "--stdio", "--root", "/nowhere/at/all"], 3, "not-found"),
+        (["serve-replica", "--stdio", "--root", "/no/such/place"], 3, "not-found"),
     ],
 )
 def test_what_is_wrong_with_a_replica_is_said(run: Run, words: list[str], status: int, kind: str) -> None:
@@ -181,12 +181,12 @@ def test_ship_restore_and_inspect(run: Run, chain: list[Path], place: Place, tmp
 @pytest.mark.parametrize(
     ("words", "status", "kind", "hint"),
     [
-        (["restore", "dir:/nowhere/at/all::vda", "a.raw"], 3, "not-found", None),
+        (["restore", "dir:/no/such/place::vda", "a.raw"], 3, "not-found", None),
         (["restore", "dir:relative::vda", "a.raw"], 2, "invalid-input", "dir:/path"),
         (["restore", "dir:/r::vda", "a.raw", "--password-file", "x"], 2, "invalid-input", None),
         (["restore", "dir:/r", "a.raw"], 2, "invalid-input", "DEST::DISK"),
         (["restore", "dir:/r::vda", "a.unknown"], 2, "invalid-input", "--format"),
-        (["inspect", "dir:/nowhere/at/all::vda"], 3, "not-found", None),
+        (["inspect", "dir:/no/such/place::vda"], 3, "not-found", None),
         (["diff", "dir:/r::vda", "dir:/r::vda@1"], 2, "invalid-input", "restore them"),
         (["ship", "IMAGE", "dir:/r::vda", "--each-layer"], 2, "invalid-input", "send --each-layer"),
         (["ship", "IMAGE", "dir:/r::vda", "--password-command", "x"], 2, "invalid-input", None),

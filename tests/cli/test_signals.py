@@ -100,7 +100,7 @@ def test_a_night_ends_with_the_code_of_its_signal(
 def test_what_a_sender_has_started_here_ends_so_too(
     run: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr(serve_replica, "serve_stdio", lambda *, root: signal.raise_signal(number))  # noqa: ARG005
+    monkeypatch.setattr(serve_replica, "serve_stdio", lambda **_options: signal.raise_signal(number))
     said = run("serve-replica", "--stdio")
     assert (said.status, said.err) == (
         CODES[number],

@@ -425,7 +425,7 @@ def test_the_pack_size_is_set_at_init_or_for_a_run(
         "snapshot web1.qcow2",
         "snapshot web1.qcow2 --overlay web1.qcow2",
         "ship web1.qcow2 repo::web1",
-        "send web1.qcow2 dir:/nowhere::web1",
+        "send web1.qcow2 dir:{here}/replica::web1",
         "restore repo::web1 web1.qcow2",
         "merge web1.qcow2 --remove web1.qcow2",
         "inspect web1.qcow2 --image-dir web1.qcow2",
@@ -442,4 +442,4 @@ def test_no_path_is_judged_by_the_parser_of_the_command_line(
     """It would say "not readable" of a file that this user may not read, and hint at --help."""
     monkeypatch.setattr("os.access", lambda *_arguments, **_named: False)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
-    assert "is not readable" not in run(*words.split()).err
+    assert "is not readable" not in run(*words.format(here=disk.parent).split()).err
