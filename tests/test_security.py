@@ -76,6 +76,8 @@ PROMISES: dict[str, list[str]] = {
         "tests/cli/test_umask.py::test_nothing_that_a_verb_makes_is_writable_for_others",
         "tests/objects/test_local.py::test_everything_is_private",
         "tests/repository/test_known.py::test_state_is_private_whatever_the_umask",
+        "tests/host/test_private.py::test_a_directory_that_others_can_replace_is_neither_used_nor_made",
+        "tests/host/test_private.py::test_no_link_of_others_chooses_where_root_makes_directories",
     ],
     "host-umask": [
         "tests/cli/test_umask.py::test_nothing_that_a_verb_makes_is_writable_for_others",

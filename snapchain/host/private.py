@@ -1,7 +1,8 @@
 """Directories and small files of this user alone, whatever the umask: 0700 and 0600, never through a planted link.
 
 What a program remembers steers what it trusts later.  So a directory in which somebody else could put files is not
-used, nor is a file that belongs to somebody else.
+used, nor is a file that belongs to somebody else.  Nor does root use, or make, what another user could replace, as
+where HOME is still that user's: they would choose where root writes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from snapchain.errors import InvalidInput
+from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
 
 DIRECTORY_MODE = 0o700
@@ -25,16 +27,37 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OTHERS_MAY_WRITE = 0o022
+_OWN_PLACES = "set HOME, XDG_STATE_HOME and XDG_CACHE_HOME to directories of your own"
 
 
 def make_private(path: Path) -> None:
-    """Like `mkdir -p`, but each directory that is made is 0700. Raises OSError as it comes."""
+    """Like `mkdir -p`, but each directory that is made is 0700.
+
+    Raises InvalidInput where root would make it in a directory of somebody else; OSError as it comes.
+    """
     if path.is_dir():
         return
     make_private(path.parent)
-    with suppress(FileExistsError):
-        path.mkdir(mode=DIRECTORY_MODE)
-        path.chmod(DIRECTORY_MODE)  # a umask may have taken rights of ours away
+    with Directory.open(path.parent) as above, suppress(FileExistsError):
+        check_not_of_others(above, path)
+        above.make_directory(path.name, mode=DIRECTORY_MODE)
+        _give_mode(above, path.name)
+
+
+def _give_mode(above: Directory, name: str) -> None:
+    """A umask may have taken rights of ours away."""
+    fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above.fd)
+    try:
+        if os.fstat(fd).st_uid == os.geteuid():
+            os.chmod(f"/proc/self/fd/{fd}", DIRECTORY_MODE)  # noqa: PTH101 - of the descriptor, which cannot be changed
+    finally:
+        os.close(fd)
+
+
+def check_not_of_others(above: Directory, path: Path) -> None:
+    """Raises InvalidInput where somebody else could change what root comes to by a path. above: its directory."""
+    if above.rights is not None:
+        raise InvalidInput(f"{above.rights} can replace this directory", subject=path, hint=_OWN_PLACES)
 
 
 class PrivateDirectory:
@@ -44,12 +67,16 @@ class PrivateDirectory:
     """
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
-        """Raises InvalidInput for a link, and for a directory of somebody else. One of ours is closed to others."""
+        """Raises InvalidInput for a link, and for a directory of somebody else, or one that root does not use because
+        somebody else can replace it. One of ours is closed to others.
+        """
         self.path = path
         with os_errors(path):
             if make:
                 make_private(path)
-            self._fd = os.open(path, _DIRECTORY | os.O_NOFOLLOW)
+            with Directory.open(path.parent) as above:
+                check_not_of_others(above, path)
+                self._fd = os.open(path.name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=above.fd)
         try:
             with os_errors(path):
                 self._close_to_others()
@@ -63,7 +90,7 @@ class PrivateDirectory:
             raise InvalidInput(
                 f"the directory belongs to another user, number {found.st_uid}",
                 subject=self.path,
-                hint="set HOME, XDG_STATE_HOME and XDG_CACHE_HOME to directories of your own",
+                hint=_OWN_PLACES,
             )
         if found.st_mode & _OTHERS_MAY_WRITE:
             os.fchmod(self._fd, DIRECTORY_MODE)
