@@ -109,6 +109,7 @@ PROMISES: dict[str, list[str]] = {
     "store-rollback": [
         "tests/repository/test_known.py::test_a_disk_that_lost_its_newest_generation_is_told",
         "tests/repository/test_known.py::test_a_disk_that_vanished_is_told_and_others_are_not_meant",
+        "tests/repository/test_known.py::test_a_disk_that_is_not_named_is_told_as_well",
     ],
     "store-state": [
         "tests/repository/test_known.py::test_a_machine_that_knows_nothing_of_an_address_says_so_once",
