@@ -67,6 +67,11 @@ PROMISES: dict[str, list[str]] = {
         "tests/ops/test_planted_notes.py::test_a_stranger_s_note_changes_nothing_that_root_does",
         "tests/host/test_state_key.py::test_a_mark_is_of_one_key_kind_place_and_text",
     ],
+    "host-config": [
+        "tests/host/test_trusted.py::test_whoever_else_can_write_or_replace_it_is_named",
+        "tests/host/test_trusted.py::test_a_link_of_somebody_else_chooses_none",
+        "tests/ops/nightly/test_owners.py::test_a_configuration_that_another_user_can_write_is_refused",
+    ],
     "host-journals": [
         "tests/ops/test_planted_records.py::test_no_alteration_of_our_own_is_believed",
         "tests/ops/test_planted_records.py::test_a_journal_of_another_directory_is_not_believed",

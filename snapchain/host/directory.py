@@ -98,7 +98,7 @@ class Directory:
         self._listed = -1
         status = os.fstat(fd)
         self._is_sticky = _is_root() and _is_shared_by_sticky(status)
-        own = rights is not None and _writer(status, fd) == rights
+        own = rights is not None and writer_of(status, fd) == rights
         # With these rights names are made and removed here.
         self._naming = None if own else rights
 
@@ -425,7 +425,7 @@ def _entered(fd: int, path: Path, rights: Rights | None, acting: ExitStack) -> R
     status = os.fstat(fd)
     if not _is_root() or (status.st_uid == 0 and not status.st_mode & 0o022):
         return rights
-    writer = _writer(status, fd, path)
+    writer = writer_of(status, fd, path)
     if writer is None or writer == rights:
         return rights
     if rights is not None:
@@ -450,7 +450,7 @@ def _is_shared_by_sticky(status: os.stat_result) -> bool:
     return status.st_uid == 0 and bool(status.st_mode & stat.S_ISVTX) and bool(status.st_mode & 0o022)
 
 
-def _writer(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
+def writer_of(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
     """Who besides root may change any name of a directory. Raises Unsupported for several different ones."""
     if not _is_root():
         return None
