@@ -167,7 +167,9 @@ def _check_not_older(
 
     floors: as they were before the store was asked what is there
     """
-    for key, floor in floors.items() if memory is not None else ():
+    if memory is None:
+        return
+    for key, floor in floors.items():
         newest = int(found[key][-1].name.rpartition("/")[2]) if key in found else 0
         memory.note(key, newest, floor)
 
