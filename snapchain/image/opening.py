@@ -63,9 +63,7 @@ def _open(path: Path, subject: object, refusal: type[SnapchainError], named_by: 
 
         def check(fd: int) -> None:
             for each in named_by:
-                # In a directory of theirs, they could have put there what they like.
-                if each.rights != directory.rights:
-                    _check_named(path, fd, subject, each)
+                _check_named(path, fd, subject, each)
 
         return directory.open_file(path.name, subject=subject, refusal=refusal, check=check)
 

@@ -311,10 +311,12 @@ def _refused(at: Desk, words: str, image_dirs: Sequence[Path] = ()) -> str:
 
 
 @pytest.mark.parametrize("words", [*READERS, "snapshot {disk}"])
-def test_a_base_that_the_owner_of_the_image_cannot_read(words: str, place: Path) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_base_that_the_owner_of_the_image_cannot_read(words: str, place: Path, *, beside: bool) -> None:
+    """Also where root has put it into their own directory: a merge would give them what it holds."""
     at = desk("home", place)
-    base = place / "tree" / "roots"
-    base.mkdir()
+    base = at.host.disk.parent if beside else place / "tree" / "roots"
+    base.mkdir(exist_ok=True)
     secret, overlay = base / "secret.qcow2", at.host.disk.with_name("over.qcow2")
     owners.chain(secret, overlay, links=[str(secret)])
     own(secret, 0, 0, 0o600)
