@@ -28,6 +28,7 @@ PROMISES: dict[str, list[str]] = {
     "image-backing-rights": [
         "tests/image/test_scan_backing.py::test_a_backing_file_is_read_only_if_the_overlays_owner_may_read_it",
         "tests/ops/test_layouts.py::test_a_base_that_the_owner_of_the_image_cannot_read",
+        "tests/ops/test_layouts.py::test_a_base_that_those_cannot_read_who_may_write_to_an_image_of_root",
     ],
     "image-protocols": ["tests/image/test_scan_backing.py::test_protocols_are_not_followed"],
     "image-tools": [

@@ -452,20 +452,21 @@ def _is_shared_by_sticky(status: os.stat_result) -> bool:
 
 def writer_of(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
     """Who besides root may change any name of a directory. Raises Unsupported for several different ones."""
-    if not _is_root():
+    if not _is_root() or (status.st_uid == 0 and status.st_mode & stat.S_ISVTX):
         return None
-    if status.st_uid != 0:
-        return Rights.of_user(status.st_uid)
-    if status.st_mode & stat.S_ISVTX:
-        return None
-    if status.st_mode & stat.S_IWOTH:
-        return EVERYBODY
-    if not status.st_mode & stat.S_IWGRP:
-        return None
-    writers = list(dict.fromkeys(_group_writers(status, fd)))
+    writers = writers_of(status, fd)
     if len(writers) > 1:
         raise _two_users(path, writers)
     return writers[0] if writers else None
+
+
+def writers_of(status: os.stat_result, fd: int) -> list[Rights]:
+    """Who may write to a file or a directory: its owner, who decides who else may; of root's, those who may besides."""
+    if status.st_uid != 0:
+        return [Rights.of_user(status.st_uid)]
+    if status.st_mode & stat.S_IWOTH:
+        return [EVERYBODY]
+    return list(dict.fromkeys(_group_writers(status, fd))) if status.st_mode & stat.S_IWGRP else []
 
 
 def _group_writers(status: os.stat_result, fd: int) -> Iterator[Rights]:

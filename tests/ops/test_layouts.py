@@ -345,6 +345,24 @@ def test_two_users_on_one_path(words: str, place: Path) -> None:
     assert same(at.host.disk, at.host.truth)
 
 
+@pytest.mark.parametrize("words", [*READERS, "snapshot {disk}"])
+@pytest.mark.parametrize("mode", [0o660, 0o666])
+def test_a_base_that_those_cannot_read_who_may_write_to_an_image_of_root(words: str, mode: int, place: Path) -> None:
+    """A guest that has broken out of a QEMU of this group can write another guest's disk into its header."""
+    at = desk("proxmox", place)
+    base, others = at.host.layers[-2], [*at.host.layers[:-2], at.host.disk]
+    for path in others:
+        own(path, 0, KVM, mode)
+    own(base, 0, 0, 0o600)
+    at.done("init", at.mine / "repo", "--no-encryption")
+    said = _refused(at, words)
+    assert f"which {f'group {KVM}' if mode == 0o660 else 'everybody'}, who may write to that, cannot read" in said
+    assert str(base) in said
+    own(base, 0, KVM, mode & 0o664)
+    at.done(*words.format(disk=at.host.disk, mine=at.mine).split())
+    assert same(at.host.disk, at.host.truth)
+
+
 @pytest.mark.parametrize("has_account", [False, True])
 def test_a_base_that_only_a_group_may_read(place: Path, *, has_account: bool) -> None:
     """The groups of an account count; a user without one has none."""
