@@ -136,6 +136,7 @@ PROMISES: dict[str, list[str]] = {
         "tests/objects/test_s3_faults.py::test_a_server_that_does_not_answer",
     ],
     "store-links": [
+        "tests/objects/test_local.py::test_a_directory_that_becomes_a_link_while_it_is_looked_for",
         "tests/objects/test_local.py::test_symbolic_links_lead_nowhere",
         "tests/objects/test_local.py::test_root_follows_no_link_that_another_user_could_have_made",
     ],
