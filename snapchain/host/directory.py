@@ -348,6 +348,14 @@ def real_path(path: Path) -> Path:
         return resolve(path).real
 
 
+def path_to_change(path: Path) -> Path:
+    """Where a path leads, for root to change something there. Raises SnapchainError, as `Resolved` says, too."""
+    with os_errors(path):
+        found = resolve(path)
+        found.check_may_be_changed(path)
+    return found.real
+
+
 def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError] = InvalidInput) -> None:
     """Raises `refusal` for what is no regular file or block device."""
     if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
