@@ -203,6 +203,7 @@ PROMISES: dict[str, list[str]] = {
     "secret-file": [
         "tests/host/test_passphrases.py::test_each_mode_has_its_answer",
         "tests/host/test_passphrases.py::test_a_file_of_another_user_is_told",
+        "tests/host/test_passphrases.py::test_a_directory_that_everybody_may_write_to_is_refused",
     ],
     "secret-core": [
         "tests/host/test_hardening.py::test_no_core_file_and_no_dump_of_root",
