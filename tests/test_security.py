@@ -28,6 +28,7 @@ PROMISES: dict[str, list[str]] = {
     "image-backing-rights": [
         "tests/image/test_scan_backing.py::test_a_backing_file_is_read_only_if_the_overlays_owner_may_read_it",
         "tests/ops/test_layouts.py::test_a_base_that_the_owner_of_the_image_cannot_read",
+        "tests/ops/test_layouts.py::test_a_base_that_those_cannot_read_who_may_write_to_an_image_of_root",
     ],
     "image-protocols": ["tests/image/test_scan_backing.py::test_protocols_are_not_followed"],
     "image-tools": [
@@ -46,6 +47,7 @@ PROMISES: dict[str, list[str]] = {
     ],
     "host-owner": ["tests/ops/test_layouts.py::test_as_the_owner_of_the_images"],
     "host-swaps": [
+        "tests/ops/test_chosen_places.py::test_a_link_of_somebody_chooses_nothing_that_root_changes",
         "tests/swaps/test_swaps.py::test_root_is_not_led_astray",
         "tests/swaps/test_swaps.py::test_each_harm_is_seen",
         "tests/swaps/test_swaps.py::test_every_name_is_attacked_and_each_in_every_way",
@@ -67,6 +69,11 @@ PROMISES: dict[str, list[str]] = {
         "tests/ops/test_planted_notes.py::test_a_stranger_s_note_changes_nothing_that_root_does",
         "tests/host/test_state_key.py::test_a_mark_is_of_one_key_kind_place_and_text",
     ],
+    "host-config": [
+        "tests/host/test_trusted.py::test_whoever_else_can_write_or_replace_it_is_named",
+        "tests/host/test_trusted.py::test_a_link_of_somebody_else_chooses_none",
+        "tests/ops/nightly/test_owners.py::test_a_configuration_that_another_user_can_write_is_refused",
+    ],
     "host-journals": [
         "tests/ops/test_planted_records.py::test_no_alteration_of_our_own_is_believed",
         "tests/ops/test_planted_records.py::test_a_journal_of_another_directory_is_not_believed",
@@ -77,6 +84,7 @@ PROMISES: dict[str, list[str]] = {
         "tests/objects/test_local.py::test_everything_is_private",
         "tests/repository/test_known.py::test_state_is_private_whatever_the_umask",
         "tests/host/test_private.py::test_root_uses_no_state_below_a_directory_of_another_user",
+        "tests/host/test_private.py::test_no_link_of_others_chooses_where_root_makes_directories",
     ],
     "host-umask": [
         "tests/cli/test_umask.py::test_nothing_that_a_verb_makes_is_writable_for_others",
@@ -109,6 +117,7 @@ PROMISES: dict[str, list[str]] = {
     "store-rollback": [
         "tests/repository/test_known.py::test_a_disk_that_lost_its_newest_generation_is_told",
         "tests/repository/test_known.py::test_a_disk_that_vanished_is_told_and_others_are_not_meant",
+        "tests/repository/test_known.py::test_a_disk_that_is_not_named_is_told_as_well",
     ],
     "store-state": [
         "tests/repository/test_known.py::test_a_machine_that_knows_nothing_of_an_address_says_so_once",
@@ -129,6 +138,7 @@ PROMISES: dict[str, list[str]] = {
         "tests/objects/test_s3_faults.py::test_a_server_that_does_not_answer",
     ],
     "store-links": [
+        "tests/objects/test_local.py::test_a_directory_that_becomes_a_link_while_it_is_looked_for",
         "tests/objects/test_local.py::test_symbolic_links_lead_nowhere",
         "tests/objects/test_local.py::test_root_follows_no_link_that_another_user_could_have_made",
     ],
@@ -194,6 +204,7 @@ PROMISES: dict[str, list[str]] = {
     "secret-file": [
         "tests/host/test_passphrases.py::test_each_mode_has_its_answer",
         "tests/host/test_passphrases.py::test_a_file_of_another_user_is_told",
+        "tests/host/test_passphrases.py::test_a_directory_that_everybody_may_write_to_is_refused",
     ],
     "secret-core": [
         "tests/host/test_hardening.py::test_no_core_file_and_no_dump_of_root",

@@ -98,7 +98,7 @@ class Directory:
         self._listed = -1
         status = os.fstat(fd)
         self._is_sticky = _is_root() and _is_shared_by_sticky(status)
-        own = rights is not None and _writer(status, fd) == rights
+        own = rights is not None and writer_of(status, fd) == rights
         # With these rights names are made and removed here.
         self._naming = None if own else rights
 
@@ -367,6 +367,14 @@ def real_path(path: Path) -> Path:
         return resolve(path).real
 
 
+def path_to_change(path: Path) -> Path:
+    """Where a path leads, for root to change something there. Raises SnapchainError, as `Resolved` says, too."""
+    with os_errors(path):
+        found = resolve(path)
+        found.check_may_be_changed(path)
+    return found.real
+
+
 def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError] = InvalidInput) -> None:
     """Raises `refusal` for what is no regular file or block device."""
     if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
@@ -444,7 +452,7 @@ def _entered(fd: int, path: Path, rights: Rights | None, acting: ExitStack) -> R
     status = os.fstat(fd)
     if not _is_root() or (status.st_uid == 0 and not status.st_mode & 0o022):
         return rights
-    writer = _writer(status, fd, path)
+    writer = writer_of(status, fd, path)
     if writer is None or writer == rights:
         return rights
     if rights is not None:
@@ -469,22 +477,23 @@ def _is_shared_by_sticky(status: os.stat_result) -> bool:
     return status.st_uid == 0 and bool(status.st_mode & stat.S_ISVTX) and bool(status.st_mode & 0o022)
 
 
-def _writer(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
+def writer_of(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
     """Who besides root may change any name of a directory. Raises Unsupported for several different ones."""
-    if not _is_root():
+    if not _is_root() or (status.st_uid == 0 and status.st_mode & stat.S_ISVTX):
         return None
-    if status.st_uid != 0:
-        return Rights.of_user(status.st_uid)
-    if status.st_mode & stat.S_ISVTX:
-        return None
-    if status.st_mode & stat.S_IWOTH:
-        return EVERYBODY
-    if not status.st_mode & stat.S_IWGRP:
-        return None
-    writers = list(dict.fromkeys(_group_writers(status, fd)))
+    writers = writers_of(status, fd)
     if len(writers) > 1:
         raise _two_users(path, writers)
     return writers[0] if writers else None
+
+
+def writers_of(status: os.stat_result, fd: int) -> list[Rights]:
+    """Who may write to a file or a directory: its owner, who decides who else may; of root's, those who may besides."""
+    if status.st_uid != 0:
+        return [Rights.of_user(status.st_uid)]
+    if status.st_mode & stat.S_IWOTH:
+        return [EVERYBODY]
+    return list(dict.fromkeys(_group_writers(status, fd))) if status.st_mode & stat.S_IWGRP else []
 
 
 def _group_writers(status: os.stat_result, fd: int) -> Iterator[Rights]:

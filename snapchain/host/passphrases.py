@@ -5,6 +5,8 @@ What is judged is the file that was opened, not the one that has its name a mome
     writable by everybody                   refused: anybody could choose the key of the next repository
     readable by everybody                   a note; secrets that are mounted into containers are so
     of another user, who is not root        a note: that user can read and replace it
+    in a directory of everybody's           refused: anybody could put another file in its place
+    in a directory of another user          a note: that user can replace it
 
 A pipe or a terminal has no such rights: `--password-file <(pass show backup)`.
 """
@@ -38,6 +40,7 @@ def from_file(path: Path, *, on_notice: OnNotice) -> str:
             status = os.fstat(fd)
             if stat.S_ISREG(status.st_mode):
                 _check(path, status, on_notice)
+                _check_place(path, status, on_notice)
                 text = os.read(fd, _LIMIT)
             else:
                 text = _arriving(fd, path)
@@ -64,6 +67,18 @@ def _check(path: Path, status: os.stat_result, on_notice: OnNotice) -> None:
         on_notice(f"{path}: every user of this host can read this passphrase ({remedy})")
     if status.st_uid not in (0, os.geteuid()):
         on_notice(f"{path}: the user {_name(status.st_uid)} can read and replace this passphrase, whose file it is")
+
+
+def _check_place(path: Path, status: os.stat_result, on_notice: OnNotice) -> None:
+    """The same for the directory, in which whoever may write to it can put another file in its place."""
+    place = path.resolve().parent
+    found = place.stat()
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        raise InvalidInput(
+            "every user of this host can replace this passphrase", subject=path, hint=f"chmod o-w {shell_word(place)}"
+        )
+    if found.st_uid not in (0, os.geteuid(), status.st_uid):
+        on_notice(f"{path}: the user {_name(found.st_uid)} can replace this passphrase, whose directory it is")
 
 
 def _name(user: int) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.host.directory import Directory, check_readable
+from snapchain.host.directory import Directory, check_readable, writers_of
 from snapchain.host.os_errors import REMEDIES, denied, denied_to
 from snapchain.host.rights import DeniedToOther, Rights
 
@@ -25,17 +25,22 @@ class NamedBy:
     """Who has named a file that is to be read. where: the link or the image that does it, by its own name.
 
     beside: whether a file in the same directory may be named that they could read if they could come there
+    is_owner: whether it is theirs; else it is root's, and they may write to it
     """
 
     rights: Rights
     where: Path
     beside: bool = False
+    is_owner: bool = True
 
 
-def owner_of(fd: int, path: Path) -> tuple[NamedBy, ...]:
-    """Who could have written what an opened image says; () for root and where this process is not root."""
-    owner = os.fstat(fd).st_uid
-    return () if owner == 0 or os.geteuid() != 0 else (NamedBy(Rights.of_user(owner), path, beside=True),)
+def writers_to(fd: int, path: Path) -> tuple[NamedBy, ...]:
+    """Who could have written what an opened image says, besides root; () where this process is not root."""
+    if os.geteuid() != 0:
+        return ()
+    status = os.fstat(fd)
+    is_roots = status.st_uid == 0
+    return tuple(NamedBy(each, path, beside=True, is_owner=not is_roots) for each in writers_of(status, fd))
 
 
 def open_image(
@@ -62,9 +67,10 @@ def _open(path: Path, subject: object, refusal: type[SnapchainError], named_by: 
     with Directory.open(path.parent, follow=False) as directory:
 
         def check(fd: int) -> None:
+            is_roots = os.fstat(fd).st_uid == 0
             for each in named_by:
-                # In a directory of theirs, they could have put there what they like.
-                if each.rights != directory.rights:
+                # In a directory of theirs, a file may be QEMU's while or since it ran on it. Root's was never theirs.
+                if is_roots or each.rights != directory.rights:
                     _check_named(path, fd, subject, each)
 
         return directory.open_file(path.name, subject=subject, refusal=refusal, check=check)
@@ -75,10 +81,13 @@ def _check_named(path: Path, fd: int, subject: object, named_by: NamedBy) -> Non
     try:
         check_readable(None if is_beside else path, fd, rights=named_by.rights)
     except DeniedToOther as error:
+        who, where = named_by.rights, named_by.where
+        whose = "to whom that belongs" if named_by.is_owner else "who may write to that"
+        remedy = f"let root own {where}" if named_by.is_owner else f"let nobody but root write to {where}"
         raise Unsupported(
-            f"{named_by.where} leads root to this file, which {named_by.rights}, to whom that belongs, cannot read",
+            f"{where} leads root to this file, which {who}, {whose}, cannot read",
             subject=subject,
-            hint=f"let {named_by.rights} read it, or let root own {named_by.where} if you trust what it says",
+            hint=f"let {who} read it, or {remedy} if you trust what it says",
         ) from error
 
 

@@ -17,7 +17,7 @@ from snapchain.host.terminal import shell_word
 from snapchain.image.backing import Allowed, Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import Format, ImageFile
-from snapchain.image.opening import open_image, owner_of
+from snapchain.image.opening import open_image, writers_to
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.header import Backing, is_qcow2
 
@@ -87,7 +87,7 @@ def _open_backing(backing: Backing, above: Sequence[ImageFile], allowed: Allowed
     place = allowed.place(backing, overlay=overlay)
     recorded = _recorded_format(backing, overlay)
     try:
-        named_by = (*place.named_by, *owner_of(above[-1].fileno(), above[-1].real_path))
+        named_by = (*place.named_by, *writers_to(above[-1].fileno(), above[-1].real_path))
         fd = open_image(place.real, subject=place.path, refusal=Unsupported, named_by=named_by)
     except NotFound as error:
         raise NotFound("the backing file is missing", subject=place.path, hint=f"{overlay} is based on it") from error

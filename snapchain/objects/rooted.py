@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, Unsupported
-from snapchain.host.links import follow
+from snapchain.host.links import follow, others_may_write
 from snapchain.objects.disk_errors import from_os_error
 from snapchain.objects.store import TEMPORARY, is_segment
 
@@ -34,6 +34,8 @@ _IMAGE = "a repository is a directory; of an image, `snapchain inspect` shows th
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _WAY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_MOST_LINKS = 40
+"""As many as Linux follows in one name."""
 
 
 class Rooted:
@@ -186,31 +188,48 @@ def _is_shared(mode: int) -> bool:
 def _opened(path: Path, *, make: bool) -> int:
     """A descriptor of a directory; with `make` it and those above it are made, durably.
 
-    Symbolic links are followed once, and then none is any more. Root follows none that others could have put there:
-    they would choose where root makes and removes files.  Raises Unsupported for such a link; OSError as it comes.
+    Symbolic links are followed once, one by one, and then none is any more. Root follows none that others could have
+    put there: they would choose where root makes and removes files.  Raises Unsupported for such a link; OSError.
     """
-    _check_links(path)
+    with suppress(InvalidInput):  # no directory, or a loop of links: opening it says so
+        follow(path)
     fd = os.open("/", _WAY)
+    links = 0
     try:
-        for name in Path(os.path.realpath(path)).parts[1:]:
-            above, fd = fd, _entered(fd, name, make=make)
+        rest = list(reversed(path.absolute().parts[1:]))
+        while rest:
+            name = rest.pop()
+            target = _link(fd, name, path)
+            if target is not None:
+                links += 1
+                if links > _MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                rest.extend(reversed([part for part in target.split("/") if part not in ("", ".")]))
+                above, fd = fd, os.open("/", _WAY) if target.startswith("/") else os.dup(fd)
+            else:
+                above, fd = fd, _entered(fd, name, make=make)
             os.close(above)
         return os.open(".", _DIRECTORY, dir_fd=fd)
     finally:
         os.close(fd)
 
 
-def _check_links(path: Path) -> None:
+def _link(parent: int, name: str, path: Path) -> str | None:
+    """Where a symbolic link leads, None for what is none. Raises Unsupported for one that others could have made."""
     try:
-        exposed = follow(path).exposed
-    except InvalidInput:  # no directory, or a loop of links: opening it says so
-        return
-    if exposed and os.geteuid() == 0:
+        target = os.readlink(name, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOENT):
+            return None
+        raise
+    # Judged by the very directory that was read, whatever has its name by now.
+    if os.geteuid() == 0 and others_may_write(os.fstat(parent)):
         raise Unsupported(
             "another user could have made a symbolic link on the way to this directory",
             subject=path,
             hint=f"if {os.path.realpath(path)} is the directory that you mean, name that",
         )
+    return target
 
 
 def _entered(parent: int, name: str, *, make: bool) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.host.directory import MOST_MODE, real_path
+from snapchain.host.directory import MOST_MODE, path_to_change, real_path
 from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_line
@@ -155,7 +155,7 @@ def note_epoch(image: Path, epoch: int) -> None:
 
     Raises Unsupported for what is no regular file, and what writing a small file raises.
     """
-    path = real_path(image)
+    path = path_to_change(image)
     if not path.is_file():
         raise Unsupported("only a regular file has notes", subject=image)
     if Notes().of(path).epoch < epoch:
@@ -164,6 +164,7 @@ def note_epoch(image: Path, epoch: int) -> None:
 
 def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> list[ImageFile]:
     """The disk's own files, uppermost first. Raises Unsupported for a top that cannot be marked as given away."""
+    chain.top.check_may_be_changed()
     files = _own(chain, image_dirs)
     if not files:
         raise Unsupported(

@@ -192,7 +192,7 @@ class Verification:
             except Corrupt as error:
                 tally.note(error, None, ())
             return
-        for key in repository.store.list_dirs("disks/"):
+        for key in repository.disk_keys():
             try:
                 catalogue = repository.catalogue_of(key)
             except SnapchainError as error:

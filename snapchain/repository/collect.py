@@ -23,6 +23,7 @@ from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.damage import list_packs
 from snapchain.repository.format import is_damage, pack_name
 from snapchain.repository.index import BlobIndex
+from snapchain.repository.known import Memory
 from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.packs import Location
 from snapchain.repository.repository import Repository
@@ -122,9 +123,11 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
     store = repository.store
     found = Marked(index=index)
     generations: dict[str, list[ObjectInfo]] = {}
+    floors = {} if repository.memory is None else repository.memory.floors()
     for info in store.list("disks/"):
         if catalogues.is_generation(info.name):
             generations.setdefault(info.name.split("/")[1], []).append(info)  # ascending
+    _check_not_older(repository.memory, floors, generations)
     for history in generations.values():
         # The last run has added one itself: without this margin each run would delete one and add one, for ever.
         if len(history) > KEPT_GENERATIONS + 1:
@@ -166,6 +169,20 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
         if not packs & found.suspect:
             found.stale[name] = names[name]
     return found
+
+
+def _check_not_older(
+    memory: Memory | None, floors: Mapping[str, int], found: Mapping[str, Sequence[ObjectInfo]]
+) -> None:
+    """Raises Corrupt where this machine has seen a newer state of a disk: what only that needs would be collected.
+
+    floors: as they were before the store was asked what is there
+    """
+    if memory is None:
+        return
+    for key, floor in floors.items():
+        newest = int(found[key][-1].name.rpartition("/")[2]) if key in found else 0
+        memory.note(key, newest, floor)
 
 
 def _look_for_copies(repository: Repository, found: Marked, places: _Places, sizes: Mapping[str, int]) -> None:

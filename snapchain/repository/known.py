@@ -200,6 +200,11 @@ class Memory:
         with self._lock:
             return self._loaded().get(disk, 0)
 
+    def floors(self) -> dict[str, int]:
+        """The same of every disk that is known."""
+        with self._lock:
+            return dict(self._loaded())
+
     def note(self, disk: str, generation: int, floor: int) -> None:
         """A disk was seen at a generation, 0 if there is none, after `floor` was asked for.
 

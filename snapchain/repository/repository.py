@@ -312,11 +312,16 @@ class Repository:
         return self.disk(name).existing()[0]
 
     def catalogues(self) -> list[Catalogue]:
-        """The newest catalogues of all disks, by name."""
-        found = [self.catalogue_of(key) for key in self.store.list_dirs("disks/")]
+        """The newest catalogues of all disks, by name. Raises Corrupt where one that this machine has seen is gone."""
+        found = [self.catalogue_of(key) for key in self.disk_keys()]
         if self.memory is not None:
             self.memory.flush()
         return sorted((catalogue for catalogue in found if catalogue is not None), key=lambda each: each.disk)
+
+    def disk_keys(self) -> list[str]:
+        """The folders of all disks, also of those that this machine has seen and the store leaves out of its list."""
+        known = () if self.memory is None else self.memory.floors()
+        return list(dict.fromkeys([*self.store.list_dirs("disks/"), *known]))
 
     def catalogue_of(self, key: str) -> Catalogue | None:
         """The newest catalogue in a disk's folder, None when there is none."""

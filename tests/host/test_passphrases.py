@@ -46,6 +46,25 @@ def test_a_file_of_another_user_is_told(secret: Path) -> None:
     assert note == f"{secret}: the user nobody can read and replace this passphrase, whose file it is"
 
 
+def test_a_directory_that_everybody_may_write_to_is_refused(secret: Path) -> None:
+    for mode in (0o755, 0o1777, 0o777):
+        secret.parent.chmod(mode)
+        if mode != 0o777:
+            assert read(secret) == ("correct horse", [])
+            continue
+        with pytest.raises(InvalidInput, match="every user of this host can replace this passphrase") as caught:
+            read(secret)
+        assert (caught.value.subject, caught.value.hint) == (str(secret), f"chmod o-w {secret.parent}")
+
+
+@pytest.mark.root
+def test_a_directory_of_another_user_is_told(secret: Path) -> None:
+    os.chown(secret.parent, 65534, 65534)
+    words, (note,) = read(secret)
+    assert words == "correct horse"
+    assert note == f"{secret}: the user nobody can replace this passphrase, whose directory it is"
+
+
 def test_the_file_behind_a_link_is_judged_and_a_command_is_quoted(secret: Path, tmp_path: Path) -> None:
     secret.chmod(0o644)
     link = tmp_path / "a'; id #"

@@ -11,7 +11,7 @@ import pytest
 
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.host.private import PrivateDirectory, make_private, read_own
-from tests.host.others import ALICE, directory, file, open_host, root_only
+from tests.host.others import ALICE, directory, file, link, open_host, root_only
 from tests.ops.test_group_shared import as_user
 
 __all__ = ["open_host"]
@@ -142,3 +142,14 @@ def test_a_swapped_directory_that_was_just_made_gets_no_mode(open_host: Path, mo
     with pytest.raises(InvalidInput, match="not a directory"):
         make_private(home / "state")
     assert stat.S_IMODE(secret.stat().st_mode) == 0o711
+
+
+@root_only
+@pytest.mark.parametrize("sticky", [False, True])
+def test_no_link_of_others_chooses_where_root_makes_directories(open_host: Path, *, sticky: bool) -> None:
+    secret = directory(open_host / "secret", mode=0o700)
+    home = directory(open_host / "home", uid=0 if sticky else ALICE, mode=0o1777 if sticky else 0o700)
+    link(home / ".local", secret, uid=ALICE)
+    with pytest.raises(InvalidInput, match="permission denied to user"):
+        make_private(home / ".local" / "state")
+    assert not list(secret.iterdir())

@@ -288,6 +288,9 @@ def test_a_layer_in_a_directory_of_somebody_is_opened_as_theirs(open_host: Path)
     scan(overlay).close()
     os.chown(overlay, BOB, BOB)
     scan(overlay).close()
+    os.chown(nova / "base", 0, 0)
+    with pytest.raises(Unsupported, match=f"which user {BOB}, to whom that belongs, cannot read"):
+        scan(overlay)
 
 
 @root_only

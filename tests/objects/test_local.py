@@ -14,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects import link_once as linking
+from snapchain.host.links import Followed, follow
+from snapchain.objects import link_once as linking, rooted
 from snapchain.objects.disk_errors import MEANINGS, from_os_error
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import ObjectStore, Refused
@@ -408,3 +409,26 @@ def test_root_follows_no_link_that_another_user_could_have_made(tmp_path: Path) 
     assert list((tmp_path / "empty").iterdir()) == []
     (tmp_path / "mine").symlink_to(tmp_path / "empty")
     LocalStore(tmp_path / "mine", make=True).close()
+
+
+@pytest.mark.root
+def test_a_directory_that_becomes_a_link_while_it_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner swaps it as soon as the way was judged."""
+    (tmp_path / "secret").mkdir(mode=0o700)
+    theirs = tmp_path / "theirs"
+    (theirs / "store").mkdir(parents=True)
+    os.chown(theirs, 4321, 4321)
+    judge = follow
+
+    def judged(path: Path) -> Followed:
+        found = judge(path)
+        (theirs / "store").rename(theirs / "aside")
+        (theirs / "store").symlink_to(tmp_path / "secret")
+        return found
+
+    monkeypatch.setattr(rooted, "follow", judged)
+    with pytest.raises(Unsupported, match="another user could have made a symbolic link"):
+        LocalStore(theirs / "store" / "repository", make=True)
+    assert not list((tmp_path / "secret").iterdir())

@@ -311,10 +311,12 @@ def _refused(at: Desk, words: str, image_dirs: Sequence[Path] = ()) -> str:
 
 
 @pytest.mark.parametrize("words", [*READERS, "snapshot {disk}"])
-def test_a_base_that_the_owner_of_the_image_cannot_read(words: str, place: Path) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_base_that_the_owner_of_the_image_cannot_read(words: str, place: Path, *, beside: bool) -> None:
+    """Also where root has put it into their own directory: a merge would give them what it holds."""
     at = desk("home", place)
-    base = place / "tree" / "roots"
-    base.mkdir()
+    base = at.host.disk.parent if beside else place / "tree" / "roots"
+    base.mkdir(exist_ok=True)
     secret, overlay = base / "secret.qcow2", at.host.disk.with_name("over.qcow2")
     owners.chain(secret, overlay, links=[str(secret)])
     own(secret, 0, 0, 0o600)
@@ -340,6 +342,24 @@ def test_two_users_on_one_path(words: str, place: Path) -> None:
     said = _refused(at, words)
     assert f"user {USER} and user {OTHER} may both change what this path leads to" in said
     os.chown(directory, USER, USER)
+    assert same(at.host.disk, at.host.truth)
+
+
+@pytest.mark.parametrize("words", [*READERS, "snapshot {disk}"])
+@pytest.mark.parametrize("mode", [0o660, 0o666])
+def test_a_base_that_those_cannot_read_who_may_write_to_an_image_of_root(words: str, mode: int, place: Path) -> None:
+    """A guest that has broken out of a QEMU of this group can write another guest's disk into its header."""
+    at = desk("proxmox", place)
+    base, others = at.host.layers[-2], [*at.host.layers[:-2], at.host.disk]
+    for path in others:
+        own(path, 0, KVM, mode)
+    own(base, 0, 0, 0o600)
+    at.done("init", at.mine / "repo", "--no-encryption")
+    said = _refused(at, words)
+    assert f"which {f'group {KVM}' if mode == 0o660 else 'everybody'}, who may write to that, cannot read" in said
+    assert str(base) in said
+    own(base, 0, KVM, mode & 0o664)
+    at.done(*words.format(disk=at.host.disk, mine=at.mine).split())
     assert same(at.host.disk, at.host.truth)
 
 

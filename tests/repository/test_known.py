@@ -18,7 +18,10 @@ from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.private import PrivateDirectory
 from snapchain.objects.s3_client import canonical
+from snapchain.ops import gc
 from snapchain.ops.address import located
+from snapchain.ops.log import log
+from snapchain.ops.verify import verify
 from snapchain.repository.known import Known, Memory
 from snapchain.repository.repository import Repository
 
@@ -115,6 +118,26 @@ def test_a_disk_that_vanished_is_told_and_others_are_not_meant(tmp_path: Path) -
     _advance(place, 1, "other")
     with pytest.raises(Corrupt, match="is at generation 0"):
         _advance(place, 1)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["newest", "all"])
+def test_a_disk_that_is_not_named_is_told_as_well(tmp_path: Path, *, whole: bool) -> None:
+    """By what looks at all disks: a list of them, and gc, which would take away what only the newer state needs."""
+    place = tmp_path / "repo"
+    create_destination(str(place), passphrase=lambda: "x")
+    _advance(place, 2)
+    _advance(place, 1, "other")
+    key = open_destination(str(place), passphrase=lambda: "x").keys.disk_key("d")
+    generations = sorted((place / "disks" / key).iterdir())
+    for gone in generations if whole else generations[1:]:
+        gone.unlink()
+    opened = open_destination(str(place), passphrase=lambda: "x")
+    assert any(
+        f"is at generation {0 if whole else 1}, and was at 2" in each.message for each in verify(opened).findings
+    )
+    for look in (log, gc.plan, gc.run):
+        with pytest.raises(Corrupt, match=f"is at generation {0 if whole else 1}, and was at 2"):
+            look(open_destination(str(place), passphrase=lambda: "x", writing=True))
 
 
 def test_another_repository_in_its_place_begins_anew(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from snapchain.errors import InvalidInput
-from snapchain.host.files import read_small
 from snapchain.host.terminal import printable
+from snapchain.host.trusted import read_trusted
 from snapchain.ops.address import located
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.toml_lines import Place, lines_of
@@ -34,11 +34,11 @@ class _Mistake:
 def load(path: Path) -> Nightly:
     """The configuration in this file, its paths made absolute.
 
-    Raises InvalidInput, one message for all mistakes; NotFound.
+    Raises InvalidInput, one message for all mistakes, and for a file that somebody else can write; NotFound.
     """
     whole = path.absolute()
     # Links are followed: /etc may be managed by them.
-    data = read_small(whole.resolve())
+    data = read_trusted(whole)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

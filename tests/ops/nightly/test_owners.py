@@ -54,3 +54,10 @@ def test_links_of_other_users_add_nothing(open_host: Path, pattern: str) -> None
     refused = {Path(fault.subject).name for fault in found.faults if fault.subject}
     assert {f"to-{name}.qcow2" for name in ("bob", "roots", "hidden")} <= refused
     assert {type(fault) for fault in found.faults} <= {Unsupported, InvalidInput, Conflict}
+
+
+def test_a_configuration_that_another_user_can_write_is_refused(open_host: Path) -> None:
+    """It names programs, which would run as root."""
+    made = file(open_host / "night.toml", "", mode=0o644, uid=ALICE)
+    with pytest.raises(InvalidInput, match=f"user {ALICE} can write or replace this file"):
+        load(made)
