@@ -166,7 +166,7 @@ def write_in(
     try:
         with os.fdopen(fd, "wb") as file:
             if whatever_the_umask:
-                with directory.changing(os.fstat(fd)):
+                with directory.changing(fd):
                     os.fchmod(fd, mode & MOST_MODE)
             file.write(data)
             file.flush()
@@ -201,7 +201,7 @@ def set_mode(path: Path, mode: int) -> None:
         fd = directory.open_file(path.name)
         try:
             now = os.fstat(fd)
-            with directory.changing(now):
+            with directory.changing(fd):
                 os.fchmod(fd, mode & MOST_MODE | now.st_mode & 0o7777 & ~MOST_MODE)
             os.fsync(fd)
         finally:
@@ -220,7 +220,7 @@ def copy_standing(source: int, target: int, *, subject: object, directory: Direc
     """
     with os_errors(subject):
         standing, mine = os.fstat(source), os.fstat(target)
-        with nullcontext() if directory is None else directory.changing(mine):
+        with nullcontext() if directory is None else directory.changing(target):
             return _give_standing(source, standing, target, mine, subject)
 
 
