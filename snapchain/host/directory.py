@@ -82,13 +82,17 @@ class Resolved:
 
 @dataclass(slots=True)
 class _Walked:
-    """A walk's place. fd: an O_PATH descriptor; real: its path without links; missing: what follows is not there."""
+    """A walk's place. fd: an O_PATH descriptor; parts: its path without links; missing: what follows is not there."""
 
     fd: int
-    real: Path
+    parts: list[str]
     rights: Rights | None
     links: int
     missing: bool
+
+    @property
+    def real(self) -> Path:
+        return Path("/" + "/".join(self.parts))
 
 
 class Directory:
@@ -422,7 +426,7 @@ def _single(name: str) -> str:
 def _walk(path: Path, *, follow: bool) -> _Walked:
     """Open every part of a path. The last may be any kind of file, or missing: then fd is the one above."""
     rest = list(reversed((Path.cwd() / path).parts[1:]))
-    at = _Walked(os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), None, links=0, missing=False)
+    at = _Walked(os.open("/", _LOOK | os.O_DIRECTORY), [], None, links=0, missing=False)
     with ExitStack() as acting:
         try:
             at.rights = _entered(at.fd, path, None, acting)
@@ -433,7 +437,8 @@ def _walk(path: Path, *, follow: bool) -> _Walked:
                 except FileNotFoundError:
                     if not follow:
                         raise
-                    at.real = Path(os.path.normpath(at.real.joinpath(name, *reversed(rest))))
+                    for each in (name, *reversed(rest)):
+                        _step(at.parts, each)
                     at.missing = True
                     break
                 try:
@@ -445,7 +450,7 @@ def _walk(path: Path, *, follow: bool) -> _Walked:
                     if rest and not stat.S_ISDIR(status.st_mode):
                         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
                     at.fd, below = below, at.fd
-                    at.real = at.real.parent if name == ".." else at.real / name
+                    _step(at.parts, name)
                 finally:
                     os.close(below)
                 if stat.S_ISDIR(status.st_mode):
@@ -456,6 +461,14 @@ def _walk(path: Path, *, follow: bool) -> _Walked:
     return at
 
 
+def _step(parts: list[str], name: str) -> None:
+    """Into a directory, or out of it."""
+    if name != "..":
+        parts.append(name)
+    elif parts:
+        parts.pop()
+
+
 def _follow(at: _Walked, target: str, path: Path) -> list[str]:
     """The parts of a link's target; an absolute one begins at the root again."""
     at.links += 1
@@ -464,7 +477,7 @@ def _follow(at: _Walked, target: str, path: Path) -> list[str]:
     if target.startswith("/"):
         root = os.open("/", _LOOK | os.O_DIRECTORY)
         os.close(at.fd)
-        at.fd, at.real = root, Path("/")
+        at.fd, at.parts = root, []
     return [each for each in target.split("/") if each not in ("", ".")]
 
 

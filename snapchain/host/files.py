@@ -85,7 +85,8 @@ def temporaries(path: Path, *, purpose: str) -> list[Path]:
 def temporary_names(directory: Directory, name: str, *, purpose: str) -> list[str]:
     """As `temporaries`, of a file `name` in a directory."""
     wanted = temporary_of(temporary_beside(directory.path / name, purpose=purpose))
-    return [each for each in directory.names() if temporary_of(directory.path / each) == wanted]
+    hidden = (each for each in directory.names() if each.startswith("."))
+    return [each for each in hidden if temporary_of(directory.path / each) == wanted]
 
 
 def remove_temporaries(path: Path, *, purpose: str) -> None:

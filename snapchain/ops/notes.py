@@ -405,6 +405,9 @@ def _read(path: Path, chosen_by: Rights | None) -> _Directory:
 def _read_all(directory: Directory, there: _Directory) -> None:
     with os.scandir(directory.opened()) as entries:
         for entry in entries:
+            if not entry.name.startswith(_PREFIX[0]):  # most are images
+                there.inodes[entry.name] = entry.inode()
+                continue
             begun = temporary_of(Path(entry.name))
             if begun is not None and begun.purpose == NEW and begun.target.name.startswith(_PREFIX):
                 there.begun.append(entry.name)
