@@ -47,7 +47,7 @@ PROMISES: dict[str, list[str]] = {
     ],
     "host-owner": ["tests/ops/test_layouts.py::test_as_the_owner_of_the_images"],
     "host-swaps": [
-        "tests/ops/test_chosen_places.py::test_a_link_of_somebody_chooses_nothing_that_root_changes",
+        "tests/ops/test_chosen_places.py::test_nothing_is_changed_where_a_link_of_somebody_else_leads",
         "tests/swaps/test_swaps.py::test_root_is_not_led_astray",
         "tests/swaps/test_swaps.py::test_each_harm_is_seen",
         "tests/swaps/test_swaps.py::test_every_name_is_attacked_and_each_in_every_way",

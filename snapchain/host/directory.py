@@ -11,7 +11,7 @@ Root meets directories of other users, who may swap any name in them at any mome
 - Two different such users on one path: each could use root against the other.  That is refused.
 - In a directory of that somebody's own, root makes, renames and removes names itself: they could do so, too, and a file
   that they may not read stays safe from them.  A file that they could not open is opened for root alone if it is a
-  regular file with one name: so it cannot be a link to a file elsewhere.
+  regular file without a name elsewhere: so it cannot be a link to a file elsewhere.
 
 Whoever is not root uses the same descriptors, and no other rights than their own.
 """
@@ -22,6 +22,7 @@ import errno
 import os
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ _LOOK = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _QUIETLY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_REMOVED = " (deleted)"
+"""At the end of a descriptor's name in /proc, once that name was removed."""
+_STEP, _COARSE_STEP = 20_000_000, 1_000_000_000
+"""Nanoseconds: the kernel stamps files by a clock that steps every 1 to 10 ms, some file systems by whole seconds."""
 _MOST_LINKS = 40
 """As many as Linux follows in one name."""
 _ACCESS_LIST = "system.posix_acl_access"
@@ -77,13 +82,17 @@ class Resolved:
 
 @dataclass(slots=True)
 class _Walked:
-    """A walk's place. fd: an O_PATH descriptor; real: its path without links; missing: what follows is not there."""
+    """A walk's place. fd: an O_PATH descriptor; parts: its path without links; missing: what follows is not there."""
 
     fd: int
-    real: Path
+    parts: list[str]
     rights: Rights | None
     links: int
     missing: bool
+
+    @property
+    def real(self) -> Path:
+        return Path("/" + "/".join(self.parts))
 
 
 class Directory:
@@ -92,7 +101,7 @@ class Directory:
     Methods take single names, follow no link and raise OSError, unless something else is said.
     """
 
-    def __init__(self, path: Path, fd: int, rights: Rights | None) -> None:
+    def __init__(self, path: Path, fd: int, rights: Rights | None, chosen_by: Rights | None = None) -> None:
         """Owns `fd`. Callers use `open`."""
         self.path, self.fd, self.rights = path, fd, rights
         self._listed = -1
@@ -101,6 +110,8 @@ class Directory:
         own = rights is not None and writer_of(status, fd) == rights
         # With these rights names are made and removed here.
         self._naming = None if own else rights
+        # Whoever has chosen it by a link is shown what they may list themselves.
+        self._listing = chosen_by or self._naming
 
     @property
     def is_shared(self) -> bool:
@@ -108,9 +119,10 @@ class Directory:
         return self.rights is not None or self._is_sticky
 
     @classmethod
-    def open(cls, path: Path, *, follow: bool = True) -> Self:
+    def open(cls, path: Path, *, follow: bool = True, chosen_by: Rights | None = None) -> Self:
         """Walk there. follow: False where the path should hold no symbolic links.
 
+        chosen_by: of the `Resolved` that the path is from: its names are listed with these rights
         Raises OSError, Unsupported where two users could use root against each other.
         """
         walked = _walk(path, follow=follow)
@@ -118,7 +130,7 @@ class Directory:
             os.close(walked.fd)
             number = errno.ENOENT if walked.missing else errno.ENOTDIR
             raise OSError(number, os.strerror(number), str(path))
-        return cls(path, walked.fd, walked.rights)
+        return cls(path, walked.fd, walked.rights, chosen_by)
 
     def create(self, name: str, *, mode: int = 0o600) -> int:
         """A new file of ours, open for reading and writing. Raises FileExistsError also for a dangling link."""
@@ -185,7 +197,7 @@ class Directory:
         try:
             return _reopened(place, flags, self.rights_of_file(status))
         except DeniedToOther:
-            if not self._is_safe_for_root(status):
+            if not self._is_safe_for_root(place):
                 raise
             return _reopened(place, flags, None)
 
@@ -198,15 +210,40 @@ class Directory:
             return EVERYBODY if stat.S_ISREG(status.st_mode) and status.st_nlink > 1 else None
         return self.rights
 
-    def _is_safe_for_root(self, status: os.stat_result) -> bool:
+    def _is_safe_for_root(self, fd: int) -> bool:
         """Whether a file that its directory's user may not open can be nothing but a file of this directory."""
         own = self.rights is not None and self._naming is None
-        return own and stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
+        return own and stat.S_ISREG(os.fstat(fd).st_mode) and self._is_only_here(fd)
+
+    def _is_only_here(self, fd: int) -> bool:
+        """Whether a file has no name elsewhere. fd: by which it was opened or made here.
+
+        The user may make and remove links between any two calls.
+        """
+        status = os.fstat(fd)
+        if status.st_nlink <= 1:
+            # A name that was removed never comes back for a descriptor. One that is there now was there a moment ago,
+            # when there was only one, so it is that one.
+            return status.st_nlink == 0 or not str(Path(f"/proc/self/fd/{fd}").readlink()).endswith(_REMOVED)
+        # Each link that is made or removed moves the ctime, once that is older than a step of the clock.
+        step = _COARSE_STEP if status.st_ctime_ns % _COARSE_STEP == 0 else _STEP
+        age = time.time_ns() - status.st_ctime_ns
+        if -step < age < step:
+            time.sleep((step - age) / 1e9)
+        names = sum(self._is_name_of(name, status) for name in self.names())
+        now = os.fstat(fd)
+        return names == now.st_nlink and now.st_ctime_ns == status.st_ctime_ns
+
+    def _is_name_of(self, name: str, status: os.stat_result) -> bool:
+        try:
+            return same_file(self.status(name), status)
+        except FileNotFoundError:
+            return False
 
     @contextmanager
-    def changing(self, status: os.stat_result) -> Iterator[None]:
+    def changing(self, fd: int) -> Iterator[None]:
         """A block in which owner, mode and attributes of an existing, opened file of this directory are changed."""
-        with acting_as(None if self._is_safe_for_root(status) else self.rights_of_file(status)):
+        with acting_as(None if self._is_safe_for_root(fd) else self.rights_of_file(os.fstat(fd))):
             yield
 
     def status(self, name: str) -> os.stat_result:
@@ -229,7 +266,7 @@ class Directory:
     def opened(self) -> int:
         """A descriptor that can be listed, locked and synced; the object's own."""
         if self._listed < 0:
-            with acting_as(self._naming):
+            with acting_as(self._listing):
                 self._listed = os.open(".", _LIST, dir_fd=self.fd)
         return self._listed
 
@@ -362,16 +399,23 @@ def resolve(path: Path, *, strict: bool = False) -> Resolved:
 
 
 def real_path(path: Path) -> Path:
-    """Where a path leads, for comparing names. Raises SnapchainError where that cannot be told."""
+    """Where a path leads, for comparing names. Raises SnapchainError where that cannot be told.
+
+    What is to be changed, or has something made beside it, is found by `place_to_change`.
+    """
     with os_errors(path):
         return resolve(path).real
 
 
-def path_to_change(path: Path) -> Path:
-    """Where a path leads, for root to change something there. Raises SnapchainError, as `Resolved` says, too."""
+def place_to_change(path: Path, *, strict: bool = False) -> Path:
+    """Where a path leads, for whoever writes there or beside it: every verb that changes an image asks here.
+
+    strict: something must be there. Raises SnapchainError, Unsupported for a place that a link of somebody else has
+    chosen for root.
+    """
     with os_errors(path):
-        found = resolve(path)
-        found.check_may_be_changed(path)
+        found = resolve(path, strict=strict)
+    found.check_may_be_changed(path)
     return found.real
 
 
@@ -401,7 +445,7 @@ def _single(name: str) -> str:
 def _walk(path: Path, *, follow: bool) -> _Walked:
     """Open every part of a path. The last may be any kind of file, or missing: then fd is the one above."""
     rest = list(reversed((Path.cwd() / path).parts[1:]))
-    at = _Walked(os.open("/", _LOOK | os.O_DIRECTORY), Path("/"), None, links=0, missing=False)
+    at = _Walked(os.open("/", _LOOK | os.O_DIRECTORY), [], None, links=0, missing=False)
     with ExitStack() as acting:
         try:
             at.rights = _entered(at.fd, path, None, acting)
@@ -412,7 +456,8 @@ def _walk(path: Path, *, follow: bool) -> _Walked:
                 except FileNotFoundError:
                     if not follow:
                         raise
-                    at.real = Path(os.path.normpath(at.real.joinpath(name, *reversed(rest))))
+                    for each in (name, *reversed(rest)):
+                        _step(at.parts, each)
                     at.missing = True
                     break
                 try:
@@ -424,7 +469,7 @@ def _walk(path: Path, *, follow: bool) -> _Walked:
                     if rest and not stat.S_ISDIR(status.st_mode):
                         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
                     at.fd, below = below, at.fd
-                    at.real = at.real.parent if name == ".." else at.real / name
+                    _step(at.parts, name)
                 finally:
                     os.close(below)
                 if stat.S_ISDIR(status.st_mode):
@@ -435,6 +480,14 @@ def _walk(path: Path, *, follow: bool) -> _Walked:
     return at
 
 
+def _step(parts: list[str], name: str) -> None:
+    """Into a directory, or out of it."""
+    if name != "..":
+        parts.append(name)
+    elif parts:
+        parts.pop()
+
+
 def _follow(at: _Walked, target: str, path: Path) -> list[str]:
     """The parts of a link's target; an absolute one begins at the root again."""
     at.links += 1
@@ -443,7 +496,7 @@ def _follow(at: _Walked, target: str, path: Path) -> list[str]:
     if target.startswith("/"):
         root = os.open("/", _LOOK | os.O_DIRECTORY)
         os.close(at.fd)
-        at.fd, at.real = root, Path("/")
+        at.fd, at.parts = root, []
     return [each for each in target.split("/") if each not in ("", ".")]
 
 

@@ -85,7 +85,8 @@ def temporaries(path: Path, *, purpose: str) -> list[Path]:
 def temporary_names(directory: Directory, name: str, *, purpose: str) -> list[str]:
     """As `temporaries`, of a file `name` in a directory."""
     wanted = temporary_of(temporary_beside(directory.path / name, purpose=purpose))
-    return [each for each in directory.names() if temporary_of(directory.path / each) == wanted]
+    hidden = (each for each in directory.names() if each.startswith("."))
+    return [each for each in hidden if temporary_of(directory.path / each) == wanted]
 
 
 def remove_temporaries(path: Path, *, purpose: str) -> None:
@@ -166,7 +167,7 @@ def write_in(
     try:
         with os.fdopen(fd, "wb") as file:
             if whatever_the_umask:
-                with directory.changing(os.fstat(fd)):
+                with directory.changing(fd):
                     os.fchmod(fd, mode & MOST_MODE)
             file.write(data)
             file.flush()
@@ -203,7 +204,7 @@ def set_mode(path: Path, mode: int) -> None:
         fd = directory.open_file(path.name)
         try:
             now = os.fstat(fd)
-            with directory.changing(now):
+            with directory.changing(fd):
                 os.fchmod(fd, mode & MOST_MODE | now.st_mode & 0o7777 & ~MOST_MODE)
             os.fsync(fd)
         finally:
@@ -222,7 +223,7 @@ def copy_standing(source: int, target: int, *, subject: object, directory: Direc
     """
     with os_errors(subject):
         standing, mine = os.fstat(source), os.fstat(target)
-        with nullcontext() if directory is None else directory.changing(mine):
+        with nullcontext() if directory is None else directory.changing(target):
             return _give_standing(source, standing, target, mine, subject)
 
 

@@ -118,9 +118,14 @@ class ImageFile:
             return True
         return (named.st_dev, named.st_ino) != self.device
 
+    @property
+    def resolved(self) -> Resolved:
+        """Where it lies, and who has chosen that."""
+        return Resolved(self.real_path, self.chosen_by)
+
     def check_may_be_changed(self) -> None:
         """Raises Unsupported for a file that root reads by a link of somebody else, and is about to change."""
-        Resolved(self.real_path, self.chosen_by).check_may_be_changed(self.path)
+        self.resolved.check_may_be_changed(self.path)
 
     def fileno(self) -> int:
         """The read-only descriptor; it stays this object's."""

@@ -98,7 +98,7 @@ def _unfinished(directories: Iterable[Resolved]) -> Iterator[tuple[int, int]]:
         if place.chosen_by is not None:
             continue
         with suppress(OSError, SnapchainError), Directory.open(place.real) as directory:
-            for name in directory.names():
+            for name in (name for name in directory.names() if name.startswith(".")):
                 found = temporary_of(place.real / name)
                 if found is not None and found.purpose in _UNFINISHED:
                     with suppress(FileNotFoundError):

@@ -24,7 +24,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Busy, NotFound, SnapchainError
-from snapchain.host.directory import Directory, path_to_change, real_path, same_file
+from snapchain.host.directory import Directory, place_to_change, real_path, same_file
 from snapchain.host.leftovers import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
@@ -123,7 +123,7 @@ def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = (), accept: Sequ
 
     image_dirs: where backing files of images may lie
     accept: journals and notes that count although nothing proves who wrote them, since the user has looked at them
-    Raises NotFound.
+    Raises NotFound, Unsupported for a place that a link of somebody else has chosen.
     """
     accepted = tuple(_whole(path) for path in accept)
     places = [each for path in paths for each in _directories(path, image_dirs)]
@@ -134,7 +134,7 @@ def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = (), accept: Sequ
 
 def _whole(path: Path) -> Path:
     """Raises NotFound for what is not there, or is neither a journal nor a note by its name."""
-    whole = path_to_change(path.parent) / path.name
+    whole = place_to_change(path.parent) / path.name
     if not os.path.lexists(whole):
         raise NotFound("no such file", subject=path)
     if not is_journal(whole) and not is_note(whole):
@@ -149,7 +149,7 @@ def run(planned: DoctorPlan, *, on_event: OnEvent = ignore) -> DoctorReport:
 
 
 def _directories(path: Path, image_dirs: Sequence[Path]) -> Iterator[Path]:
-    whole = path_to_change(path)
+    whole = place_to_change(path)
     if not whole.exists():
         raise NotFound("no such file or directory", subject=path)
     if whole.is_dir():
@@ -158,7 +158,8 @@ def _directories(path: Path, image_dirs: Sequence[Path]) -> Iterator[Path]:
     yield whole.parent
     try:
         with scan(path, image_dirs=image_dirs) as chain:
-            yield from (file.real_path.parent for file in chain.files)
+            # What a link of somebody else has chosen is not mended for them.
+            yield from (file.real_path.parent for file in chain.files if file.chosen_by is None)
     except SnapchainError:
         return  # what cannot be opened may be so because of what is found beside it
 

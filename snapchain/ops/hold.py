@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
-from snapchain.host.directory import path_to_change
-from snapchain.host.os_errors import os_errors
+from snapchain.host.directory import place_to_change
 from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain
 from snapchain.ops.events import Notice, OnEvent, ignore
@@ -64,7 +63,7 @@ def release_image(path: Path, tag: str, *, dry_run: bool = False) -> HoldReport:
     Raises Conflict for one that another user's note tells of.
     A file that is gone may have left its holds behind; they are released by its name.
     """
-    file = path_to_change(path.parent) / path.name if not path.exists() else _file(path)
+    file = _file(path, may_be_gone=True)
     held = {hold.tag: hold for hold in Notes().of(file).holds}
     if tag in held and held[tag].word_of is not None:
         raise word_against(held[tag], file)
@@ -186,11 +185,9 @@ def _of_point(repository: Repository, disk: str, number: int, holds: tuple[Point
     return HoldReport(address=f"{repository.store.url}::{disk}@{number}", holds=shown)
 
 
-def _file(path: Path) -> Path:
-    with os_errors(path):
-        path.stat()
-    found = path_to_change(path)
-    if not found.is_file():
+def _file(path: Path, *, may_be_gone: bool = False) -> Path:
+    found = place_to_change(path, strict=not may_be_gone)
+    if found.exists() and not found.is_file():
         raise Unsupported(
             "only a layer that is a regular file can be held", subject=path, hint="a device is never merged away"
         )

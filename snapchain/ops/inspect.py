@@ -98,8 +98,8 @@ def inspect_image(
             findings=(
                 *_findings(chain),
                 *_given(chain, notes),
-                *map(str, notes.faults(file.real_path for file in chain.files)),
-                *notes.ignored(file.real_path for file in chain.files),
+                *map(str, notes.faults(file.resolved for file in chain.files)),
+                *notes.ignored(file.resolved for file in chain.files),
             ),
         )
 

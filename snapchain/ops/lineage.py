@@ -37,7 +37,7 @@ def source_of(file: ImageFile) -> Source:
 
 def note_of(file: ImageFile, notes: Notes) -> LayerNote:
     """The note of an opened file, also when a merge has taken its name."""
-    return notes.of(file.real_path, inode=file.device[1])
+    return notes.of(file.resolved, inode=file.device[1])
 
 
 def content(source: Source) -> Content:
@@ -60,7 +60,7 @@ def noted_lineage(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
     notes = Notes()
     try:
         known = lineage(chain, notes)
-        faults = notes.faults(file.real_path for file in chain.files)
+        faults = notes.faults(file.resolved for file in chain.files)
     except SnapchainError as error:
         known, faults = (), [error]
     for fault in faults:

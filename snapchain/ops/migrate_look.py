@@ -45,7 +45,9 @@ class Look:
 
 @contextmanager
 def opened(request: MigrateRequest, move: Move) -> Iterator[ImageChain]:
+    """Its chain. Raises Unsupported, before anything is asked or done, for a disk that is not to be marked."""
     with scan(move.image, format=request.format, image_dirs=request.image_dirs) as chain:
+        chain.top.check_may_be_changed()
         yield chain
 
 

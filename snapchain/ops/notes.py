@@ -36,10 +36,10 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files, records
-from snapchain.host.directory import Directory
+from snapchain.host.directory import Directory, Resolved
 from snapchain.host.leftovers import remove_leftover
 from snapchain.host.os_errors import os_errors
-from snapchain.host.rights import user_name
+from snapchain.host.rights import Rights, user_name
 from snapchain.host.state_key import StateKey, made_key, own_key
 from snapchain.host.temporary_names import NEW, temporary_of
 from snapchain.replica.stream.messages import LARGEST_EPOCH
@@ -216,17 +216,21 @@ class _Directory:
 
 
 class Notes:
-    """The notes of the directories in which some files lie; each directory is read once, when first asked for."""
+    """The notes of the directories in which some files lie; each directory is read once, when first asked for.
+
+    A file is a real path, or a Resolved: then a directory that somebody else has chosen by a link is read with their
+    rights, and nothing is written there.
+    """
 
     def __init__(self) -> None:
         self._known: dict[Path, _Directory] = {}
 
-    def of(self, path: Path, *, inode: int | None = None) -> LayerNote:
-        """The note of a file (a real path), an empty one where there is none; `faults` says what could not be read.
+    def of(self, file: Path | Resolved, *, inode: int | None = None) -> LayerNote:
+        """The note of a file, an empty one where there is none; `faults` says what could not be read.
 
         inode: of a file that was opened under this path and may have lost its name since
         """
-        there = self._in(path.parent)
+        there, path = self._beside(file), _path(file)
         present = there.inodes.get(path.name)
         if inode is None or inode == present:
             found = there.of(path.name)
@@ -234,11 +238,11 @@ class Notes:
             found = [each for each in there.notes if each.note.inode == inode]
         return _joined(found, path.name, present if inode is None else inode)
 
-    def faults(self, paths: Iterable[Path]) -> list[SnapchainError]:
+    def faults(self, paths: Iterable[Path | Resolved]) -> list[SnapchainError]:
         """What could not be read in the directories of these files: there may be holds that nobody knows of."""
         return [fault for each in self._all(paths) for fault in each.faults]
 
-    def ignored(self, paths: Iterable[Path]) -> list[str]:
+    def ignored(self, paths: Iterable[Path | Resolved]) -> list[str]:
         """A sentence for each note in the directories of these files that counts for nothing."""
         return [doubt.sentence for each in self._all(paths) for doubt in each.doubts if not doubt.counts]
 
@@ -246,16 +250,19 @@ class Notes:
         """The notes of a directory that count for nothing, and those of root's that count for little."""
         return self._in(directory).doubts
 
-    def changed(self, path: Path, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
-        """What `change` would write."""
+    def changed(self, file: Path | Resolved, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
+        """What `change` would write. Raises as `change`, for a place that somebody else has chosen."""
+        path = _place_to_change(file)
         there = self._in(path.parent)
         return change(_joined(_ours(there.of(path.name)), path.name, there.inodes.get(path.name)))
 
-    def change(self, path: Path, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
-        """Write our note of a file (a real path) anew; one that says nothing any more is removed.
+    def change(self, file: Path | Resolved, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
+        """Write our note of a file anew; one that says nothing any more is removed.
 
-        A file that is gone may still have a note, by its name. Raises NotFound where there is neither.
+        A file that is gone may still have a note, by its name. Raises NotFound where there is neither, Unsupported for
+        a place that a link of somebody else has chosen.
         """
+        path = _place_to_change(file)
         with self._alone_in(path.parent) as (there, directory):
             ours = _ours(there.of(path.name))
             before = _joined(ours, path.name, there.inodes.get(path.name))
@@ -298,7 +305,8 @@ class Notes:
         with os_errors(path):
             directory = Directory.open(path)
         with directory:
-            alone = _lock(directory.opened())
+            with os_errors(path):
+                alone = _lock(directory.opened())
             self._known.pop(path, None)
             there = self._in(path)
             for name in there.begun if alone else ():  # by runs that were killed
@@ -309,13 +317,26 @@ class Notes:
             finally:
                 self._known.pop(path, None)
 
-    def _all(self, paths: Iterable[Path]) -> list[_Directory]:
-        return [self._in(parent) for parent in dict.fromkeys(path.parent for path in paths)]
+    def _all(self, files: Iterable[Path | Resolved]) -> list[_Directory]:
+        return list({_path(file).parent: self._beside(file) for file in files}.values())
 
-    def _in(self, directory: Path) -> _Directory:
+    def _beside(self, file: Path | Resolved) -> _Directory:
+        return self._in(_path(file).parent, file.chosen_by if isinstance(file, Resolved) else None)
+
+    def _in(self, directory: Path, chosen_by: Rights | None = None) -> _Directory:
         if directory not in self._known:
-            self._known[directory] = _read(directory)
+            self._known[directory] = _read(directory, chosen_by)
         return self._known[directory]
+
+
+def _path(file: Path | Resolved) -> Path:
+    return file.real if isinstance(file, Resolved) else file
+
+
+def _place_to_change(file: Path | Resolved) -> Path:
+    if isinstance(file, Resolved):
+        file.check_may_be_changed(file.real)
+    return _path(file)
 
 
 def is_note(path: Path) -> bool:
@@ -371,10 +392,10 @@ def _look(directory: Directory, name: str) -> dict[str, object]:
     return {"name": name, "inode": status.st_ino, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _read(path: Path) -> _Directory:
+def _read(path: Path, chosen_by: Rights | None) -> _Directory:
     there = _Directory()
     try:
-        with os_errors(path), Directory.open(path) as directory:
+        with os_errors(path), Directory.open(path, chosen_by=chosen_by) as directory:
             _read_all(directory, there)
     except SnapchainError as fault:
         there.faults.append(fault)
@@ -384,6 +405,9 @@ def _read(path: Path) -> _Directory:
 def _read_all(directory: Directory, there: _Directory) -> None:
     with os.scandir(directory.opened()) as entries:
         for entry in entries:
+            if not entry.name.startswith(_PREFIX[0]):  # most are images
+                there.inodes[entry.name] = entry.inode()
+                continue
             begun = temporary_of(Path(entry.name))
             if begun is not None and begun.purpose == NEW and begun.target.name.startswith(_PREFIX):
                 there.begun.append(entry.name)

@@ -80,7 +80,7 @@ class OutputFile:
         if (theirs.st_uid, theirs.st_gid) == (mine.st_uid, mine.st_gid):
             return
         try:
-            with self._place.changing(mine):
+            with self._place.changing(self.fd):
                 os.fchown(self.fd, theirs.st_uid, theirs.st_gid)
                 os.fchown(self.fd, mine.st_uid, mine.st_gid)
         except PermissionError as error:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.host.directory import MOST_MODE, path_to_change, real_path
+from snapchain.host.directory import MOST_MODE, Resolved, place_to_change, resolve
 from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_line
@@ -47,7 +47,7 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
     found = _in_force(chain, notes or Notes(), image)
     if not found:
         return
-    top, mark = _top(chain, image), found[0][1]
+    top, mark = _top(chain, image).real, found[0][1]
     if mark.word_of is not None:
         raise _word_against(mark, found[0][0])
     if found[0][0] != top:
@@ -111,15 +111,18 @@ def epoch_of(chain: ImageChain, notes: Notes, *, image: Path | None = None) -> i
     return max(_epoch(path, note) for path, note in _noted(chain, notes, image))
 
 
-def _top(chain: ImageChain, image: Path | None) -> Path:
-    return chain.top.real_path if image is None else real_path(image)
+def _top(chain: ImageChain, image: Path | None) -> Resolved:
+    if image is None:
+        return chain.top.resolved
+    with os_errors(image):
+        return resolve(image)
 
 
 def _noted(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, LayerNote]]:
     """All files with their notes, uppermost first."""
     found = [(file.real_path, note_of(file, notes)) for file in reversed(chain.files)]
     top = _top(chain, image)
-    return found if top == found[0][0] else [(top, notes.of(top)), *found]
+    return found if top.real == found[0][0] else [(top.real, notes.of(top)), *found]
 
 
 def _epoch(path: Path, note: LayerNote) -> int:
@@ -139,9 +142,9 @@ def _marks(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Pa
 
 def _in_force(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, Given]]:
     top = _top(chain, image)
-    with os_errors(top):
-        is_read_only = not top.stat().st_mode & _WRITE_BITS
-    for fault in notes.faults([top, *(file.real_path for file in chain.files)]) if is_read_only else ():
+    with os_errors(top.real):
+        is_read_only = not top.real.stat().st_mode & _WRITE_BITS
+    for fault in notes.faults([top, *(file.resolved for file in chain.files)]) if is_read_only else ():
         raise Corrupt(
             f"{fault.message}: it may have said that this disk was given to another host",
             subject=fault.subject,
@@ -153,9 +156,10 @@ def _in_force(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple
 def note_epoch(image: Path, epoch: int) -> None:
     """This host writes an image in an epoch from now on, unless it does so in a newer one.
 
-    Raises Unsupported for what is no regular file, and what writing a small file raises.
+    Raises Unsupported for what is no regular file or was chosen by a link of somebody else, and what writing a small
+    file raises.
     """
-    path = path_to_change(image)
+    path = place_to_change(image)
     if not path.is_file():
         raise Unsupported("only a regular file has notes", subject=image)
     if Notes().of(path).epoch < epoch:
@@ -196,7 +200,7 @@ def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) ->
             kept = mode if before is None else before.mode
             return note.model_copy(update={"given": mark.model_copy(update={"mode": kept})})
 
-        above = max(above, _epoch(path, notes.change(path, marked)))
+        above = max(above, _epoch(path, notes.change(file.resolved, marked)))
         set_mode(path, mode & ~_WRITE_BITS)
     return [file.path for file in files]
 
@@ -216,7 +220,7 @@ def confirm(chain: ImageChain, token: str, *, started: bool) -> None:
     if not marked or marked[-1][0] is not chain.top:
         raise Conflict("it was taken back meanwhile, by another run", subject=chain.top.path)
     for file, _ in marked:
-        Notes().change(file.real_path, confirmed)
+        Notes().change(file.resolved, confirmed)
 
 
 def unfence(chain: ImageChain, token: str, *, epoch: int = 1) -> None:
@@ -226,9 +230,12 @@ def unfence(chain: ImageChain, token: str, *, epoch: int = 1) -> None:
         return note.model_copy(update={"given": None, "epoch": max(note.epoch, epoch)})
 
     # The top last: as long as its mark is there, an interrupted run is known, and done again.
-    for file, mark in _marked(chain, token):
+    marked = _marked(chain, token)
+    for file, _ in marked:
+        file.check_may_be_changed()
+    for file, mark in marked:
         set_mode(file.real_path, mark.mode & MOST_MODE or _mode(file.real_path) | stat.S_IWUSR)
-        Notes().change(file.real_path, restored)
+        Notes().change(file.resolved, restored)
 
 
 def fenced(chain: ImageChain, token: str) -> list[Path]:
@@ -254,7 +261,7 @@ def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
     own: list[ImageFile] = []
     for file in reversed(chain.files):
         elsewhere = file.real_path.parent != chain.top.real_path.parent
-        if elsewhere or others.on(file.path, Kind.CONTENT) or not _is_ours(file):
+        if elsewhere or file.chosen_by or others.on(file.path, Kind.CONTENT) or not _is_ours(file):
             break
         own.append(file)
     return own
@@ -263,8 +270,7 @@ def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
 def _is_ours(file: ImageFile) -> bool:
     """Whether it is a regular file that this user may change the mode of, with no name in another directory."""
     path = file.real_path
-    with os_errors(path):
-        status = path.stat()
-        with os.scandir(path.parent) as entries:
-            names = sum(entry.inode() == status.st_ino for entry in entries)
+    with directory_of(path) as directory, os.scandir(directory.opened()) as entries:
+        status = directory.status(path.name)
+        names = sum(entry.inode() == status.st_ino for entry in entries)
     return stat.S_ISREG(status.st_mode) and status.st_nlink <= names and os.geteuid() in (0, status.st_uid)

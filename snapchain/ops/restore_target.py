@@ -19,9 +19,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unavailable, Unsupported
-from snapchain.host.directory import real_path, resolve
+from snapchain.host.directory import place_to_change, real_path
 from snapchain.host.files import free_bytes
-from snapchain.host.links import follow, others_may_write
+from snapchain.host.links import Followed, follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_line
@@ -100,8 +100,7 @@ class Target:
         """Raises NotFound, InvalidInput, Unsupported and Conflict for a place that does not do."""
         self.output, self.whole_chain, self.force = output, whole_chain, force
         self._followed = follow(output)
-        _check_chosen(output)
-        self.file = self._followed.path
+        self.file = _file(output, self._followed)
         found = _status(self.file)
         self.device = found is not None and stat.S_ISBLK(found.st_mode)
         self._is_there = found is not None
@@ -206,8 +205,7 @@ class Claim:
     def output(self, name: Path) -> OutputFile:
         """Begin a file of the restore, by its name. Raises Busy, and as `Target` for a name that does not do."""
         followed = follow(name) if name != self._target.file else None
-        _check_chosen(name)
-        path = name if followed is None else followed.path
+        path = _file(name, followed)
         if followed is not None and followed.by_link and _status(path) is None and not self._target.force:
             raise exists(name)
         output = self._stack.enter_context(OutputFile(path, name=name))
@@ -275,10 +273,13 @@ def _is_own_name(path: Path, device: Path) -> bool:
     return whole == device or (whole.is_relative_to("/dev") and ".." not in whole.parts)
 
 
-def _check_chosen(path: Path) -> None:
-    """Raises Unsupported for a place that somebody else has chosen for root by a link, be it empty."""
-    with os_errors(path):
-        resolve(path).check_may_be_changed(path)
+def _file(name: Path, followed: Followed | None) -> Path:
+    """The file that is to be made, by its own name. Raises Unsupported for one that a link of somebody else has chosen.
+
+    Not the place that `follow` has found: the links may have changed since.
+    """
+    place = place_to_change(name)
+    return place if followed is not None and followed.by_link else name
 
 
 def _identity(fd: int) -> tuple[int, int]:
@@ -322,7 +323,7 @@ def _on_device(paths: Sequence[Path], top: Path) -> Dependents:
 def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, int]], on_event: OnEvent) -> str | None:
     """What could not be looked at. Raises Conflict for a file that has users, that is held, or was given away."""
     notes = Notes()
-    for path in (real_path(path) for path in paths):
+    for path in map(place_to_change, paths):
         for fault in notes.faults([path]):
             raise fault
         note = notes.of(path)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
-from snapchain.host.directory import Directory, resolve, same_file
+from snapchain.host.directory import Directory, place_to_change, same_file
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
@@ -107,10 +107,7 @@ def plan(
     """
     for label in labels:
         check_label(label)
-    with os_errors(image):
-        found = resolve(image, strict=True)
-    found.check_may_be_changed(image)
-    source = found.real
+    source = place_to_change(image, strict=True)
     with files.directory_of(source) as home:
         status = home.status(source.name)
     _check_kind(source, status)

@@ -119,7 +119,7 @@ def tighten(disk: Directory, access: Access, *, layers: tuple[str, ...], records
                     continue
                 file = disk.open_file(name)
                 try:
-                    with disk.changing(os.fstat(file)):
+                    with disk.changing(file):
                         access.give(file, mode)
                 finally:
                     os.close(file)

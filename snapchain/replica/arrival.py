@@ -241,7 +241,7 @@ def _make_writable(here: Directory) -> None:
     """A run that was killed in its last steps has made the file read-only, and begun its header."""
     fd = here.open_file(names.INCOMING)
     try:
-        with here.changing(os.fstat(fd)):
+        with here.changing(fd):
             os.fchmod(fd, 0o600)
     finally:
         os.close(fd)

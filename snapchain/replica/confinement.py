@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
-from snapchain.host.directory import path_to_change
+from snapchain.host.directory import place_to_change
 
 
 def chosen(named: str | None, *, only: Path | None, within: Path | None) -> Path:
@@ -27,7 +27,7 @@ def chosen(named: str | None, *, only: Path | None, within: Path | None) -> Path
     # What is used afterwards is what was judged: no link is left in it that could be turned meanwhile by a sender,
     # who can make directories and files here, but no links.
     # Nor does somebody else choose by a link what lies within.
-    real, root = Path(os.path.realpath(named)), path_to_change(within)
+    real, root = Path(os.path.realpath(named)), place_to_change(within)
     if not real.is_relative_to(root):
         raise InvalidInput("only replicas in the directory that this server was given may be named", subject=named)
     return real

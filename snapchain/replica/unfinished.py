@@ -21,6 +21,7 @@ from typing import Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.host.directory import place_to_change, resolve
 from snapchain.host.files import directory_of, remove, set_mode
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
@@ -174,8 +175,11 @@ def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) 
 
 
 def real_path(disk: ReplicaDisk, layer: Layer) -> Path:
-    """Of a layer's file, with no link on the way; the file need not exist."""
-    return disk.directory.resolve() / layer.file
+    """Of a layer's file, with no link on the way; the file need not exist.
+
+    Raises Unsupported for a directory that a link of somebody else has chosen.
+    """
+    return place_to_change(disk.directory) / layer.file
 
 
 @contextmanager
@@ -261,14 +265,17 @@ def _chain(disk: ReplicaDisk, tip: Layer, of: Layer) -> _Shown:
 
 def _seal(disk: ReplicaDisk, layer: Layer) -> None:
     """Make its file read-only again, unless a link leads out of the disk's directory."""
-    path = Path(os.path.realpath(real_path(disk, layer)))
-    if path.parent != disk.directory.resolve():
+    named = real_path(disk, layer)
+    with os_errors(named):
+        found = resolve(named)
+    path = found.real
+    if found.chosen_by is not None or path.parent != named.parent:
         return
     with suppress(NotFound), directory_of(path) as directory:
         fd = directory.open_file(path.name)
         try:
             before = os.fstat(fd)
-            with directory.changing(before):
+            with directory.changing(fd):
                 disk.access.give(fd, disk.layer_mode())
             if os.fstat(fd).st_mode != before.st_mode:
                 os.fsync(fd)

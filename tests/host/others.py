@@ -13,7 +13,8 @@ import pytest
 ALICE, BOB, KVM = 40101, 40102, 40103
 """Users and a group without accounts."""
 
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+root_only = pytest.mark.root
+"""Only root can give files away."""
 
 
 @pytest.fixture

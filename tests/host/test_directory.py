@@ -193,6 +193,66 @@ def test_a_file_in_somebodys_directory_is_opened_with_their_rights(open_host: Pa
 
 
 @root_only
+@pytest.mark.parametrize("names", [1, 2, 3])
+def test_a_file_with_several_names_in_one_directory_is_opened_for_root(open_host: Path, names: int) -> None:
+    """Two of them is what a killed snapshot leaves."""
+    alices = directory(open_host / "alice", uid=ALICE)
+    qemus = file(alices / "disk", uid=BOB)
+    for number in range(1, names):
+        os.link(qemus, alices / f"disk.{number}")
+    with Directory.open(alices) as opened:
+        os.close(opened.open_file("disk"))
+        files.set_mode(qemus, 0o440)
+        os.link(qemus, open_host / "elsewhere")
+        with pytest.raises(DeniedToOther, match="Permission denied"):
+            opened.open_file("disk")
+        with pytest.raises(InvalidInput, match=f"permission denied to user {ALICE}"):
+            files.set_mode(qemus, 0o666)
+
+
+@root_only
+def test_a_link_that_is_removed_while_it_is_judged_is_not_opened_for_root(open_host: Path) -> None:
+    """Then the one name that is left is the one elsewhere."""
+    alices = directory(open_host / "alice", uid=ALICE)
+    os.link(file(open_host / "secret"), alices / "disk")
+    with Directory.open(alices) as opened, pytest.raises(DeniedToOther, match="Permission denied"):
+        opened.open_file("disk", check=lambda _: (alices / "disk").unlink())
+    readable = file(open_host / "passwd", mode=0o644)
+    os.link(readable, alices / "disk")
+    with Directory.open(alices) as opened:
+        fd = opened.open_file("disk")
+        (alices / "disk").unlink()
+        with pytest.raises(DeniedToOther, match="not permitted"), opened.changing(fd):
+            os.fchmod(fd, 0o666)
+        os.close(fd)
+
+
+@root_only
+def test_a_link_that_is_made_while_names_are_counted_does_not_count(
+    open_host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alices = directory(open_host / "alice", uid=ALICE)
+    os.link(file(open_host / "secret"), alices / "disk")
+    names, is_name_of = Directory.names, Directory._is_name_of
+
+    def more(opened: Directory) -> list[str]:
+        os.link(alices / "disk", alices / "more")
+        return names(opened)
+
+    def looked_at(opened: Directory, name: str, status: os.stat_result) -> bool:
+        found = is_name_of(opened, name, status)
+        if name == "more":
+            (alices / "more").unlink()
+        return found
+
+    monkeypatch.setattr(Directory, "names", more)
+    monkeypatch.setattr(Directory, "_is_name_of", looked_at)
+    with Directory.open(alices) as opened, pytest.raises(DeniedToOther, match="Permission denied"):
+        opened.open_file("disk")
+    assert not (alices / "more").exists()
+
+
+@root_only
 def test_a_file_that_somebody_moved_into_another_directory_is_not_opened_for_root(open_host: Path) -> None:
     """Only where it lies in their own; a swapped directory is no such place."""
     alices = directory(open_host / "alice", uid=ALICE)

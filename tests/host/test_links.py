@@ -85,7 +85,7 @@ def test_a_link_that_others_may_change_is_known(tmp_path: Path, mode: int, at: s
     assert follow(path).exposed == (mode != 0o755) == others_may_write(shared.stat())
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("mode", "owner", "of_directory", "is_followed"),
     [

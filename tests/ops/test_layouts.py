@@ -296,6 +296,22 @@ def test_as_the_owner_of_the_images(layout: str, verb: str, place: Path) -> None
     _check(at, before, new)
 
 
+@pytest.mark.parametrize("then", ["doctor", "snapshot"])
+def test_after_a_snapshot_that_was_killed_with_two_names_given(then: str, place: Path) -> None:
+    """The disk is one that only root and QEMU may read, in a directory of nova's."""
+    at = desk("nova-private", place)
+    disk = at.host.disk
+    standing = Standing.of(disk)
+    os.link(disk, disk.with_name("disk.2"))
+    if then == "doctor":
+        assert "removed" in at.done("doctor", disk.parent)
+        assert not disk.with_name("disk.2").exists()
+    at.done("snapshot", disk, *at.host.options)
+    assert same(disk, at.host.truth)
+    assert Standing.of(disk) == Standing.of(disk.with_name("disk.2")) == standing
+    assert sorted(path.name for path in _images(disk.parent)) == ["disk", "disk.1", "disk.2"]
+
+
 # What is refused, and with which remedy.
 
 READERS = ("inspect {disk}", "ship {disk} {mine}/repo::d", "send {disk} dir:{mine}/replica::d", "merge {disk}")

@@ -39,7 +39,8 @@ NOBODY = 65534
 Outcome = tuple[type[SnapchainError], str] | None
 """An error and what it says; None where the restore is done."""
 EXISTS: Outcome = (Conflict, "it exists already")
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away and attach devices")
+root_only = pytest.mark.root
+"""Only root can give files away and attach devices."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ from tests.replica.conftest import DISK, Place
 
 
 class Steps(list[str]):
-    """`fsync NAME`, `rename A B`, `link A B`, `unlink NAME` in one directory (`.` for itself), and what else is noted."""
+    """`fsync NAME`, `rename A B`, `link A B`, `unlink NAME` in one directory (`.` for itself), and further notes."""
 
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
         self._directory = directory

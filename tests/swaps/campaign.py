@@ -7,6 +7,7 @@ for attack in campaign.attacks():   # every name, every kind, there to stay and 
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import os
@@ -22,11 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import snapchain.cli
+from snapchain.host.openers import OpenFiles
 from tests.swaps.attacks import OF_NAMES, OF_PARENTS, Attack, Kind, Swap, may_swap
 from tests.swaps.supervisor import Call, Ended, destination, names_on_the_way, supervise
 from tests.swaps.verbs import Scene, Verb, environment
 from tests.swaps.world import World
 
+_libc = ctypes.CDLL(None)
+_NO_CHANGE = -1
 _SHOW_STACK = signal.SIGUSR2
 _RANDOM = re.compile(r"[0-9a-f]{8,}|(?<=-)[0-9]{5,}(?=[.]json)")
 
@@ -206,6 +210,7 @@ class Campaign:
             os.environ.clear()
             os.environ.update(environment(self.world))
             os.chdir(self.world.root)
+            _watch_looks_at_processes()
             status = self._command(words)
             sys.stdout.flush()
             sys.stderr.flush()
@@ -233,6 +238,18 @@ class Campaign:
             os.dup2(opened, number)
             os.close(opened)
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+
+
+def _watch_looks_at_processes() -> None:
+    """In a child: a look at /proc with the rights of somebody else would see no process but theirs."""
+    look = OpenFiles.__init__
+
+    def checked(self: OpenFiles) -> None:
+        identity = (_libc.setfsuid(_NO_CHANGE), _libc.setfsgid(_NO_CHANGE))
+        assert identity == (0, 0), f"looks at processes as {identity}"
+        look(self)
+
+    OpenFiles.__init__ = checked  # type: ignore[method-assign]
 
 
 def _is_hard(attack: Attack | None) -> bool:

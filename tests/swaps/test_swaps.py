@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.host.openers import OpenFiles
+from snapchain.host.rights import Rights, acting_as
 from tests.exhaustive import EXHAUSTIVE, chosen
 from tests.swaps.attacks import OF_NAMES, Attack, Kind
 from tests.swaps.campaign import Campaign, preload
@@ -111,6 +113,11 @@ def _linked(world: World) -> None:
     (world.root / "second").hardlink_to(world.disk)
 
 
+def _looked_for_users(world: World) -> None:
+    with acting_as(Rights.of_user(USER)):
+        OpenFiles()
+
+
 SECRET, IMAGE = Kind.LINK_TO_SECRET, Kind.LINK_TO_IMAGE
 HARMS: dict[str, tuple[Callable[[World], object], Kind | None, str]] = {
     "owner": (lambda world: os.chown(_temporary(world), USER, USER), SECRET, "changed: out/etc/shadow: owner, group"),
@@ -130,6 +137,7 @@ HARMS: dict[str, tuple[Callable[[World], object], Kind | None, str]] = {
     "a traceback": (lambda world: world.disk.stat(), Kind.LINK_TO_NOTHING, "ends with 1"),
     "set-id": (lambda world: _temporary(world).chmod(0o4755), None, "a set-id file: u/images/temporary"),
     "open to all": (lambda world: _temporary(world).chmod(0o666), None, "others may write u/images/temporary"),
+    "a look at processes": (_looked_for_users, None, f"looks at processes as ({USER}, "),
     "a device node": (lambda world: os.mknod(world.images / "n", 0o20600, 0x103), None, "a device node: u/images/n"),
 }
 

@@ -66,10 +66,10 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
 def check_holds(chain: ImageChain, first: int, last: int) -> None:
     """Raises Conflict for an input that is held, and what reading the notes raises: one may be a hold."""
     notes = Notes()
-    paths = [file.real_path for file in chain.files[first : last + 1]]
-    for fault in notes.faults(paths):
+    files = [file.resolved for file in chain.files[first : last + 1]]
+    for fault in notes.faults(files):
         raise fault
-    if any(notes.of(path).holds for path in paths):
+    if any(notes.of(file).holds for file in files):
         from snapchain.ops.hold import check_range, held_layers
 
         check_range(chain, first, last, held_layers(chain, notes))

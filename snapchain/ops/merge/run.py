@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, SnapchainError, Unavailable
 from snapchain.host import files
-from snapchain.host.directory import real_path
+from snapchain.host.directory import place_to_change
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.terminal import shell_word
@@ -66,7 +66,7 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
         return _report(planned, leftovers)
     with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
         _check_room(planned)
-        for sentence in Notes().ignored(file.real_path for file in old.files):
+        for sentence in Notes().ignored(file.resolved for file in old.files):
             on_event(Notice(sentence))
         # The uppermost input goes, too, unless it gets a second name.
         gone = [*planned.remove, *([] if planned.kept_as else [planned.result])]
@@ -126,7 +126,7 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:
     removed: list[Path] = []
     kept: list[KeptFile] = []
     incomplete: str | None = None
-    for journal in unsettled(real_path(path) for path in planned.chain):
+    for journal in unsettled(place_to_change(path) for path in planned.chain):
         _check_goes_on(planned, journal)
         if _goes_on(planned, journal):
             settle.take_up(journal)
@@ -148,7 +148,7 @@ def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
     """
     if journal.stage != "committing" or settle.switched(journal):
         return
-    paths = [real_path(path) for path in planned.chain[planned.first : planned.last + 1]]
+    paths = [place_to_change(path) for path in planned.chain[planned.first : planned.last + 1]]
     if journal.lowest not in paths or journal.replaced.path not in paths:
         with taken(journal):
             raise Conflict(
@@ -165,7 +165,7 @@ def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:
         and journal.stage == "committing"
         and not settle.switched(journal)
         and journal.replaced.path == planned.result
-        and journal.lowest == real_path(planned.chain[planned.first])
+        and journal.lowest == place_to_change(planned.chain[planned.first])
     )
 
 

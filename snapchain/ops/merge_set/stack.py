@@ -57,7 +57,7 @@ class Stack:
 def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
     """Of an opened chain. Raises what cannot be read of its notes: a hold may be among that."""
     notes = Notes()
-    faults = notes.faults(file.real_path for file in chain.files)
+    faults = notes.faults(file.resolved for file in chain.files)
     if faults:
         raise faults[0]
     places = range(len(chain.files))

@@ -19,8 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.host.directory import real_path, resolve
-from snapchain.host.os_errors import os_errors
+from snapchain.host.directory import place_to_change, real_path
 from snapchain.image.references import Unread, children
 from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.naming import disk_name
@@ -134,7 +133,7 @@ def _matches(settings: Disks, elsewhere: Collection[str], faults: list[Snapchain
             faults.append(Unsupported("its path is not printable text", subject=shown, hint=hint))
         elif _may_be_image(match):
             try:
-                _check_chosen(Path(match))
+                place_to_change(Path(match))  # not by a link of somebody else
             except SnapchainError as error:
                 faults.append(error)
             else:
@@ -155,12 +154,6 @@ def _may_be_image(path: str) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
     except OSError:
         return True
-
-
-def _check_chosen(match: Path) -> None:
-    """Raises Unsupported for a file that a link of somebody else has put under the pattern, and not by its place."""
-    with os_errors(match):
-        resolve(match).check_may_be_changed(match)
 
 
 def _under_others(images: Collection[Path], faults: list[SnapchainError]) -> dict[Path, list[Path]]:
