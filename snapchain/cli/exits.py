@@ -18,6 +18,7 @@ from typing import Any
 from snapchain.cli import signals
 from snapchain.cli.streams import ReaderGone
 from snapchain.errors import InvalidInput, OutputFailed, SnapchainError, ToolFailed
+from snapchain.host.os_errors import translated
 from snapchain.host.terminal import printable
 
 BUG = 1
@@ -63,6 +64,9 @@ def _write_json(facts: dict[str, Any]) -> None:
 
 
 def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        # What the kernel says of a file: as a rule somebody has moved or swapped it since it was looked at.
+        error = translated(error)
     if isinstance(error, SnapchainError):
         facts = _row(error.kind, error.message, error.exit_code, subject=error.subject, hint=error.hint)
         if isinstance(error, ToolFailed):

@@ -407,6 +407,14 @@ def real_path(path: Path) -> Path:
         return resolve(path).real
 
 
+def real_name(path: str | Path) -> str:
+    """As `real_path` with root's own rights, for comparing names only; as it is where a link is swapped meanwhile."""
+    try:
+        return os.path.realpath(path)
+    except OSError:
+        return os.path.abspath(path)  # noqa: PTH100 - a hot path
+
+
 def place_to_change(path: Path, *, strict: bool = False) -> Path:
     """Where a path leads, for whoever writes there or beside it: every verb that changes an image asks here.
 

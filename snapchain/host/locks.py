@@ -116,7 +116,7 @@ class ImageLock:
         """Whether `path` is still the file that is locked here."""
         try:
             now = path.stat()
-        except FileNotFoundError:
+        except OSError:  # gone, or what leads there
             return False
         return (now.st_dev, now.st_ino) == (self._file.st_dev, self._file.st_ino)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Unsupported
-from snapchain.host.directory import resolve
+from snapchain.host.directory import real_name, resolve
 from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import Rights
 from snapchain.host.terminal import shell_word
@@ -56,7 +56,7 @@ class Allowed:
     """The directories, and everything below them, from which backing files may come."""
 
     def __init__(self, top: Place, image_dirs: Sequence[Path]) -> None:
-        named = [os.path.realpath(directory) for directory in (top.path.parent, *image_dirs)]
+        named = [real_name(directory) for directory in (top.path.parent, *image_dirs)]
         own = [*map(Path, named), top.real.parent]
         self._directories = tuple(
             dict.fromkeys([*own, *(place.parent for place in own[:1] + own[-1:] if _active(place))])

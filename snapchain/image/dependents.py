@@ -29,10 +29,10 @@ from typing import NamedTuple
 
 from snapchain.errors import SnapchainError
 from snapchain.host import libvirt
-from snapchain.host.directory import Directory, Resolved, open_behind, resolve
+from snapchain.host.directory import Directory, Resolved, open_behind, real_name, resolve
 from snapchain.host.rights import Rights, acting_as
 from snapchain.host.terminal import encodable
-from snapchain.image.references import mentions, named_files, real_name, recorded_names
+from snapchain.image.references import mentions, named_files, recorded_names
 
 MOST_ENTRIES = 200_000
 MOST_SECONDS = 5.0

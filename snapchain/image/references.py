@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
-from snapchain.host.directory import Directory, open_behind
+from snapchain.host.directory import Directory, open_behind, real_name
 from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import acting_as
 from snapchain.image.qcow2.format import (
@@ -45,14 +45,6 @@ class Unread(Enum):
 
     MAY_STAND_ON_ALL = "may stand on all"
     PASSED_OVER = "passed over"
-
-
-def real_name(path: str | Path) -> str:
-    """Without links, for comparing names; as it is where a link is swapped while it is looked at."""
-    try:
-        return os.path.realpath(path)
-    except OSError:
-        return os.path.abspath(path)  # noqa: PTH100 - a hot path
 
 
 def children(

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Busy, NotFound, SnapchainError
+from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.host.directory import Directory, place_to_change, real_path, same_file
 from snapchain.host.leftovers import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
@@ -290,6 +290,7 @@ def _done(finding: Finding, planned: DoctorPlan, on_event: OnEvent) -> Settled:
     is_accepted = finding.path in planned.accepted
     if finding.kind is Kind.UNREADABLE:
         read(finding.path)  # raises what is wrong with it
+        raise Conflict("another file took its name meanwhile", subject=finding.path, hint="run it again")
     if not os.path.lexists(finding.path):
         return Settled([])
     if finding.kind is Kind.NOTE:

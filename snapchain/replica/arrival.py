@@ -184,7 +184,8 @@ class Arrival:
             self._disk.access.give(self._fd, self._disk.layer_mode())
         fsync_file(path)
         total = self._proven(announced)
-        taken = {entry.name for entry in self._disk.directory.iterdir()}
+        with os_errors(self._disk.directory), Directory.open(self._disk.directory) as here:
+            taken = set(here.names())
         file = names.free_name(self._offer.name, self.layer, taken)
         layer = self._record(file, content_id=announced, total=total)
         partial = Partial(layer=self.layer, durable=self._offer.size, content_sum=layer.content_sum)

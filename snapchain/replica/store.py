@@ -25,6 +25,7 @@ from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Sn
 from snapchain.host.directory import Directory
 from snapchain.host.files import fsync_dir, read_small
 from snapchain.host.os_errors import os_errors
+from snapchain.host.rights import DeniedToOther
 from snapchain.replica import names
 from snapchain.replica.access import Access, share, tighten, tighten_root
 from snapchain.replica.catalogue import Catalogue, Layer, M, read_record, write_record
@@ -219,7 +220,8 @@ class Replica:
     def disks(self) -> list[ReplicaDisk]:
         """All that have a catalogue, sound or not, or layers that have lost it; by name."""
         with os_errors(self.root):
-            entries = list(self.root.iterdir())
+            with Directory.open(self.root) as here:
+                entries = [self.root / name for name in here.names()]
             places = [entry.name for entry in entries if os.path.lexists(entry / names.CATALOGUE) or layers_in(entry)]
         found = (names.disk_of(place) for place in places)
         return [ReplicaDisk(self.root, name) for name in sorted(name for name in found if name is not None)]
@@ -231,10 +233,11 @@ def is_layer_file(name: str) -> bool:
 
 
 def layers_in(directory: Path) -> list[str]:
-    """Files that may be layers, by name; none where there is no such directory."""
+    """Files that may be layers, by name; none where there is no such directory, or none that its owner may list."""
     try:
-        entries = sorted(entry.name for entry in directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+        with Directory.open(directory) as here:
+            entries = here.names()
+    except (FileNotFoundError, NotADirectoryError, DeniedToOther):
         return []
     return [name for name in entries if is_layer_file(name)]
 
@@ -295,7 +298,10 @@ def _check_not_nested(root: Path) -> None:
 def check_free(root: Path) -> None:
     """Raises InvalidInput for a directory that holds other things, where no replica can begin."""
     with os_errors(root):
-        entries = [entry.name for entry in root.iterdir()] if root.is_dir() else []
+        entries: list[str] = []
+        if root.is_dir():
+            with Directory.open(root) as here:
+                entries = here.names()
     strange = [entry for entry in entries if not entry.startswith(f".{names.MARKER}")]
     if strange and not (root / names.MARKER).exists():
         raise InvalidInput(

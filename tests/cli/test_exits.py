@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import typer
@@ -71,6 +73,16 @@ def test_a_bug_says_so_without_a_traceback(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setenv("SNAPCHAIN_DEBUG", "1")
     exits.tell(KeyError("oops"), as_json=False)
     assert "KeyError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOENT, 3), (errno.ENOTDIR, 2), (errno.EACCES, 2)])
+def test_what_the_kernel_says_of_a_file_is_no_bug(number: int, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody has swapped it since it was looked at."""
+    assert exits.tell(OSError(number, os.strerror(number), "/images/disk"), as_json=False) == status
+    said = capsys.readouterr().err
+    assert said.startswith("snapchain: error: /images/disk: ")
+    assert "bug" not in said
+    assert exits.tell(OSError(number, os.strerror(number)), as_json=False) == 1, "of no file: nobody could act on it"
 
 
 def test_a_usage_error_is_an_invalid_input(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,20 @@ def test_a_journal_that_nobody_can_believe(stack: list[Path]) -> None:
     assert stack[1].exists()
 
 
+def test_a_journal_that_could_not_be_read_and_then_can(stack: list[Path]) -> None:
+    """Somebody has swapped it for a moment; the finding is no leftover that may go."""
+    killed_at(stack[-1], "unlink")
+    path = journal_path(stack[-1])
+    right = path.read_bytes()
+    path.write_text("{")
+    planned = doctor.plan([path.parent])
+    path.write_bytes(right)
+    (treated,) = doctor.run(planned).treated
+    assert not treated.done
+    assert treated.error == f"{path}: another file took its name meanwhile"
+    assert path.read_bytes() == right
+
+
 def test_the_command(stack: list[Path]) -> None:
     killed_at(stack[-1], "unlink")
     program = [str(Path(sys.executable).with_name("snapchain")), "doctor", str(stack[-1]), "--json"]
