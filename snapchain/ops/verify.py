@@ -83,7 +83,9 @@ class Findings:
     def all(self) -> tuple[Finding, ...]:
         """What was added, in that order."""
         further = (
-            Finding.of(Corrupt(f"there are {count} further errors"), disk, sorted(points))
+            Finding.of(
+                Corrupt(f"there are {count} further errors", subject=disk or "the repository"), disk, sorted(points)
+            )
             for disk, (count, points) in self._further.items()
         )
         return (*self._found, *further)

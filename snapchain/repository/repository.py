@@ -40,6 +40,7 @@ from snapchain.repository.vacancy import check_vacant, nothing_here
 
 CONFIG = "config"
 _READERS = 8
+_AHEAD = 64
 _BESIDE_A_BLOCK = 4096
 """Bytes of a pack with one blob that are not the blob, and some more."""
 PATIENCE = 600.0
@@ -372,7 +373,9 @@ class Repository:
         if len(names) < 2:
             return {each: self.layer(each) for each in names}
         with ThreadPoolExecutor(min(len(names), _READERS), "layers") as pool:
-            return dict(zip(names, pool.map(self.layer, names), strict=True))
+            # Some at a time: after the first that is missing nobody waits for all others.
+            groups = (names[at : at + _AHEAD] for at in range(0, len(names), _AHEAD))
+            return {layer.id: layer for group in groups for layer in pool.map(self.layer, group)}
 
     def index(self) -> BlobIndex:
         """All blobs of the repository. Packs that are missing or damaged are known as such: see BlobIndex.avoid.

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from snapchain.errors import Corrupt
 from snapchain.model.extents import DATA, Extents, Int64s
 from snapchain.repository.blobs import BlobReader
+from snapchain.repository.format import layer_name
 from snapchain.repository.layers import StoredLayer, resolve
 from snapchain.repository.packs import Location
 from snapchain.repository.pages import Page
 
 _Target = tuple[int, int, int, int]
 """Number of a buffer, offset in it, offset in the blob, length."""
+
+
+_RAW_SLACK = 1 << 30
+_RAW_FOR_A_BYTE = 512
+"""Each sector from another blob of 256 KiB. After many merges a leaf may be of many blobs; no disk is like that."""
+
+
+class _Allowance:
+    """How many bytes of blobs are unpacked for those that are read. A forged map has a blob of 4 MiB for each byte."""
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+        self._lock = threading.Lock()
+        self._left = _RAW_SLACK
+
+    def spend(self, read: int, raw: int) -> None:
+        """Raises Corrupt when unpacking `raw` bytes for `read` bytes is not plausible any more."""
+        with self._lock:
+            left = self._left + read * _RAW_FOR_A_BYTE - raw
+            if left < 0:
+                raise Corrupt(f"unpacking {raw} bytes to read {read} is not plausible", subject=self._subject)
+            self._left = left
 
 
 class ChainView:
@@ -28,6 +53,7 @@ class ChainView:
         self.layers = tuple(layers)
         self.extents = resolve(layers) if extents is None else extents
         self._blobs = blobs
+        self._allowance = _Allowance(layer_name(self.layers[-1].id))
 
     @property
     def size(self) -> int:
@@ -63,6 +89,7 @@ class ChainView:
                 for blob, where, found in _parts(page, begin[mine], end[mine], piece[mine], first):
                     targets.setdefault(where, (blob, []))[1].extend(found)
         wanted = [(blob, where) for where, (blob, _) in targets.items()]
+        self._allowance.spend(sum(len(buffer) for _, buffer in pieces), sum(where.raw for _, where in wanted))
         for number, plain in self._blobs.read_all(wanted):
             view = memoryview(plain)
             for place, at, skip, length in targets[wanted[number][1]][1]:

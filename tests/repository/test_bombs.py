@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
@@ -42,6 +43,7 @@ from snapchain.repository.packs import OpenPack
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
 from snapchain.repository.stored import check_density, parse
+from snapchain.repository.view import ChainView
 
 MOST_MIB = 400
 MIB = 1 << 20
@@ -368,3 +370,46 @@ def test_leaves_of_a_long_range_are_those_of_a_short_one(data: st.DataObject) ->
         found = layers.leaves_shown(chain, first, stop)
     assert found[0].tolist() == expected[0].tolist()
     assert found[1].tolist() == expected[1].tolist()
+
+
+def _mosaic(runs: int, length: int, raw: int) -> mock.Mock:
+    """A layer of which each run is of another blob."""
+    rows = np.zeros(runs, RUN_ROW)
+    rows["start"], rows["length"] = np.arange(runs) * length, length
+    rows["offset"], rows["stored"], rows["raw"] = np.arange(runs) + 16, 1, raw
+    page = Page(rows, np.empty(0, LEAF_ROW), ["0" * 32])
+    size = runs * length
+    return mock.Mock(
+        id="a" * 32, size=size, each_page=mock.Mock(return_value=[page]), extents=lambda: page.extents(size)
+    )
+
+
+def test_a_blob_of_mebibytes_for_each_byte_is_not_unpacked() -> None:
+    blobs = mock.Mock()
+    view = ChainView([_mosaic(4096, 16, 4 * MIB)], blobs)
+    with pytest.raises(Corrupt, match=r"^layers/a+: unpacking 17179869184 bytes to read 65536 is not plausible"):
+        view.read_into(0, memoryview(bytearray(65536)))
+    blobs.read_all.assert_not_called()
+
+
+@pytest.mark.parametrize(("length", "raw"), [(512, 256 << 10), (4096, 2 * MIB)])
+def test_a_disk_of_which_each_sector_is_of_another_blob_can_be_read(length: int, raw: int) -> None:
+    """However large; and one leaf of it even where blobs are as large as they can be."""
+    blobs = mock.Mock()
+    blobs.read_all.return_value = ()
+    view = ChainView([_mosaic(65536 // length * 100, length, raw)], blobs)
+    for leaf in range(100):
+        view.read_into(leaf * 65536, memoryview(bytearray(65536)))
+    ChainView([_mosaic(128, 512, 4 * MIB)], blobs).read_into(0, memoryview(bytearray(65536)))
+    assert blobs.read_all.call_count == 101
+
+
+def test_a_chain_of_which_layers_are_missing_is_not_looked_for_to_its_end() -> None:
+    repository = Repository.create(MemoryStore(), passphrase=lambda: None, encryption=NONE)
+    catalogue = _chain_of(repository, "x", 1000, 1, None)
+    with (
+        mock.patch.object(ThreadPoolExecutor, "submit", autospec=True, side_effect=ThreadPoolExecutor.submit) as submit,
+        pytest.raises(Corrupt, match="the layer record is missing"),
+    ):
+        repository.layers(catalogue.chain(catalogue.points[0].layer))
+    assert submit.call_count < 100
