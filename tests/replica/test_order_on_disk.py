@@ -10,21 +10,25 @@ from typing import Any
 
 import pytest
 
+from snapchain.host.temporary_names import temporary_of
 from snapchain.model.content import empty_sum
+from snapchain.replica.active import make_active
 from snapchain.replica.progress import Durability
 from snapchain.replica.store import Work, open_replica
+from snapchain.replica.stream.messages import Active
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
 
 
 class Steps(list[str]):
-    """`fsync NAME`, `rename A B`, `unlink NAME` in one directory (`.` for itself), and what else is noted."""
+    """`fsync NAME`, `rename A B`, `link A B`, `unlink NAME` in one directory (`.` is that), and what is noted else."""
 
     def __init__(self, directory: Path, patch: pytest.MonkeyPatch) -> None:
         self._directory = directory
         patch.setattr(os, "fsync", self._noting("fsync", os.fsync))
         patch.setattr(os, "rename", self._noting("rename", os.rename))
+        patch.setattr(os, "link", self._noting("link", os.link))
         patch.setattr(os, "unlink", self._noting("unlink", os.unlink))
 
     def _noting(self, verb: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,8 +49,8 @@ class Steps(list[str]):
     def _name(self, path: Path) -> str:
         if path == self._directory:
             return "."
-        stem, new, _ = path.name.partition(".new-")
-        return f"{stem.removeprefix('.')}-tmp" if new else path.name
+        begun = temporary_of(path)
+        return f"{begun.target.name}-tmp" if begun else path.name
 
 
 def record(name: str) -> list[str]:
@@ -94,3 +98,26 @@ def test_a_layer_gets_its_name_when_its_bytes_and_its_record_are_on_the_disk(
         "fsync .",
         *record("catalogue.json"),  # the point
     ]
+
+
+def test_an_overlay_gets_its_name_when_it_is_on_the_disk(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (image,) = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"])], names=["a.qcow2"])
+    place.send(image)
+    disk = open_replica(place.root).disk(DISK)
+    catalogue = disk.read()
+    assert catalogue is not None
+    asked = Active(
+        name="vda.qcow2",
+        size=MiB,
+        cluster_size=65536,
+        extended_l2=False,
+        on=catalogue.layers[-1].id,
+        make=True,
+        prove=False,
+    )
+    steps = Steps(place.directory / "active", monkeypatch)
+    with disk.locked(make=False, work=Work.TRANSFER):
+        make_active(disk, catalogue, asked)
+    assert steps == ["fsync vda.qcow2-tmp", "link vda.qcow2-tmp vda.qcow2", "unlink vda.qcow2-tmp", "fsync ."]
