@@ -10,6 +10,7 @@ import fcntl
 import itertools
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from pydantic import Field
 
+from snapchain.host import state_key
 from snapchain.repository import keys
 from tests.exhaustive import EXHAUSTIVE
 from tests.host.others import open_host as open_host  # noqa: PLC0414 - a fixture
@@ -38,28 +40,41 @@ settings.register_profile("ci", parent=settings.get_profile("dev"), derandomize=
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if IN_CI else "dev"))
 
 
-_homes = itertools.count()
-
-
-def _at_home(patch: pytest.MonkeyPatch, home: Path) -> None:
-    """What a user has set for snapchain must not reach a test, nor a test the user's cache and state."""
+def _set_environment(patch: pytest.MonkeyPatch, home: Path) -> None:
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     patch.setenv("XDG_STATE_HOME", str(home / "state"))
     for name in [name for name in os.environ if name.startswith("SNAPCHAIN_")]:
         patch.delenv(name)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _environment_of_shared_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="session")
+def _shared_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a user has set for snapchain must not reach a test, nor a test the user's cache and state.
+
+    This one is for what several tests share, such as the images of a module.
+    """
+    home = tmp_path_factory.getbasetemp() / "home"
     with pytest.MonkeyPatch.context() as patch:
-        _at_home(patch, tmp_path_factory.getbasetemp() / "home")
-        yield
+        _set_environment(patch, home)
+        state_key.made_key()
+        yield home
+
+
+_HOMES = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A test begins with nothing that an earlier one has left in the state: no key, no repository, no rates."""
-    _at_home(monkeypatch, tmp_path_factory.getbasetemp() / "homes" / str(next(_homes)))
+def _own_home(monkeypatch: pytest.MonkeyPatch, _shared_home: Path) -> None:
+    """What a test knows of stores and replicas no other test does: an address may be given to a server once more.
+
+    The key of records is the same, so that those of shared images count, and making it is no step of any test.
+    """
+    home = _shared_home.with_name("homes") / str(next(_HOMES))
+    _set_environment(monkeypatch, home)
+    key = Path("state", "snapchain", state_key.NAME)
+    if (_shared_home / key).exists():  # (root may have another)
+        (home / key).parent.mkdir(parents=True, mode=0o700)
+        shutil.copy(_shared_home / key, home / key)
 
 
 class _CheapSlot(keys.KeySlot):
