@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -62,6 +63,8 @@ def may_swap(directory: str, name: str) -> bool:
     try:
         status = Path(directory).stat()
     except OSError:
+        return False
+    if not stat.S_ISDIR(status.st_mode):  # asked for below a file, to see that nothing is there
         return False
     if status.st_uid == USER:
         return True
