@@ -31,7 +31,8 @@ WALL_SECONDS = 120.0
 """Nothing here waits, so that only what hangs takes so long, however busy the machine."""
 ADDRESS_SPACE = 6 << 30
 LARGEST_FILE = 1 << 40
-_KEPT = 1 << 20
+LONGEST_OUTPUT = 16 << 20
+"""Bytes that are kept of what a command prints: 20,000 points as JSON take half of it."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class _redirected:  # noqa: N801 -- used as a word of `with`
 def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            return file.read(_KEPT).decode("utf-8", "replace")
+            return file.read(LONGEST_OUTPUT).decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
 

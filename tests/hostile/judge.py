@@ -8,12 +8,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.hostile.child import LARGEST_RSS, MiB, Outcome, Shell, Step
+from tests.hostile.child import LARGEST_RSS, LONGEST_OUTPUT, MiB, Outcome, Shell, Step
 from tests.hostile.world import EXPECTED, Standing, World, standing
 
 CLEAN = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11})
 """Exit codes of the README that a command may end with; 1 is a bug."""
-LONGEST_OUTPUT = 8 << 20
 
 
 @dataclass(frozen=True)
