@@ -105,7 +105,7 @@ def merged_stack_reads_as_before(
         assert new.top.header.version == 3
         assert len(new.files) == first + 1
         assert new.size == shown.size
-        own = new.top.extents
+        own = new.top.physical.extents()  # what its tables say: the filesystem may show holes in it
         assert list(own.runs()) == list(assembly.layout.extents.runs())
         if not first:
             assert not (own.val == ZERO).any()
