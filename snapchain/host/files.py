@@ -95,7 +95,7 @@ def remove_temporaries(path: Path, *, purpose: str) -> None:
         names = temporary_names(directory, path.name, purpose=purpose)
         for name in names:
             with suppress(Busy):  # nobody is at work here: somebody else keeps it locked
-                remove_leftover(directory, name)
+                remove_leftover(directory, name, final=path.name)
         if names:
             directory.sync()
 

@@ -35,7 +35,8 @@ from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
 
 _PATIENCE = 60.0
 _POLL_SECONDS = 0.1
-_ATTEMPTS = 5
+_ATTEMPTS = 20
+"""Looks that a merge may spoil. Each takes milliseconds."""
 OnBytes = Callable[[int, int], None]
 T = TypeVar("T")
 

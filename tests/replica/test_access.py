@@ -65,7 +65,8 @@ def test_a_replica_is_its_owners_alone(
 
 
 @pytest.mark.root
-def test_a_group_may_read_it(place: Place, chain: list[Path], umask: int) -> None:
+def test_a_group_may_read_it(open_host: Path, chain: list[Path], umask: int) -> None:
+    place = Place(open_host / "replica")  # what the group may write to names only what it can reach
     place.send(chain[0])
     os.chown(place.root, -1, GROUP)
     place.root.chmod(0o750)
