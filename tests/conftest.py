@@ -125,7 +125,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if EXHAUSTIVE and item.get_closest_marker("sampled"):
             item.add_marker(pytest.mark.soak)
         if item.get_closest_marker("root") and os.geteuid() != 0:
-            item.add_marker(pytest.mark.skip(reason="needs root, for loop devices and mounts"))
+            item.add_marker(pytest.mark.skip(reason="needs root"))
 
 
 def _forbidden_skips(session: pytest.Session) -> Iterator[tuple[str, str]]:

@@ -242,3 +242,11 @@ def test_the_door_is_seen() -> None:
     """What the test above looks for is found where it is."""
     found = {name for module in DOOR for name, _ in changes_by_path(PACKAGE / module)}
     assert {"os.mkdir", "os.rename", "os.link", "os.unlink"} <= found
+
+
+def test_no_command_runs_qemu_img() -> None:
+    """Images are read and written here; the wrapper is for what makes and judges them in tests."""
+    users = {
+        part_of(path) for path in MODULES for name, _ in imported(path) if name.startswith("snapchain.image.qemu_img")
+    }
+    assert users == {"testing"}

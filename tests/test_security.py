@@ -32,6 +32,7 @@ PROMISES: dict[str, list[str]] = {
     ],
     "image-protocols": ["tests/image/test_scan_backing.py::test_protocols_are_not_followed"],
     "image-tools": [
+        "tests/test_architecture.py::test_no_command_runs_qemu_img",
         "tests/image/test_qemu_img.py::test_every_run_is_bounded",
         "tests/host/test_processes.py::test_limits_hold_in_the_child",
     ],

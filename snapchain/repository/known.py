@@ -14,6 +14,7 @@ from __future__ import annotations
 import shlex
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,7 +68,7 @@ class Recalled:
         for place in self.places:
             name = _file_of(place)
             try:
-                text = _in_state(lambda state, name=name: state.read(name, cap=_LARGEST_KNOWN))  # type: ignore[misc]
+                text = _in_state(partial(_read_known, name))
                 self._known.append(Known.model_validate_json(text))
             except NotFound:
                 pass
@@ -290,6 +291,10 @@ def remember(
 
 def _write_known(seen: Known) -> None:
     _in_state(lambda state: state.write(_file_of(seen.place), seen.model_dump_json().encode()))
+
+
+def _read_known(name: str, state: PrivateDirectory) -> bytes:
+    return state.read(name, cap=_LARGEST_KNOWN)
 
 
 def _in_state(act: Callable[[PrivateDirectory], Result]) -> Result:
