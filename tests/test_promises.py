@@ -20,8 +20,8 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore import Restoration
-from snapchain.ops.ship import shipment
+from snapchain.ops.restore.from_repository import Restoration
+from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import merging
 from snapchain.repository.composing import compose

@@ -43,8 +43,8 @@ def diff(
 
     Points answer from their records, without reading data; images are read where they may differ.
     """
+    from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import diff as ops
-    from snapchain.ops.address import ImageAddress, parse_address
 
     with Output(as_json=json) as out, ExitStack() as stack:
         sides: list[ops.Side] = []

@@ -22,7 +22,7 @@ DiskPairs = Annotated[
 
 def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
     """The replica, and each image with its disk's name there. Raises InvalidInput."""
-    from snapchain.ops.address import parse_disk_address
+    from snapchain.destination.address import parse_disk_address
 
     if len(words) % 2:
         raise InvalidInput(f"{words[-1]} stands alone", hint="name pairs, an image and where it goes: IMAGE DEST::DISK")

@@ -49,8 +49,8 @@ def hold(
     Several holds, each under its own tag, may be on one file or point: it is free when the last is released.
     `snapchain inspect` shows those of an image's layers, `snapchain log` those of points.
     """
+    from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import hold as ops
-    from snapchain.ops.address import ImageAddress, parse_address
 
     address = parse_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

@@ -54,8 +54,8 @@ def init(
     be read again: keep it elsewhere too. The store is probed, and what it cannot do is told: an S3 server that ignores
     conditional writes works, for one writer at a time.
     """
+    from snapchain.destination.address import located
     from snapchain.ops import init as ops
-    from snapchain.ops.address import located
 
     if no_encryption and cipher is not None:
         raise InvalidInput("--no-encryption and --cipher are both given", hint="choose one of them")

@@ -38,8 +38,8 @@ def inspect(
 
     Hidden data is what a merge frees. Reads headers and tables only, never data.
     """
+    from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import inspect as ops
-    from snapchain.ops.address import ImageAddress, parse_address
 
     address = parse_address(target)
     with Output(as_json=json) as out:

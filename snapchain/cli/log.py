@@ -52,7 +52,7 @@ def log(
     the repository was put back), accept it once with --accept-repository and the id that the error shows. From then on
     this machine knows that state. Two repositories that take turns at one address need an address each.
     """
-    from snapchain.ops.address import parse_destination
+    from snapchain.destination.address import parse_destination
 
     address = parse_destination(target)
     with Output(as_json=json) as out:

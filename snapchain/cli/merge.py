@@ -19,10 +19,10 @@ from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.merge.request import At
+    from snapchain.merge.strategy import Strategy
     from snapchain.model.retention import Policy
-    from snapchain.ops.merge.strategy import Strategy
     from snapchain.ops.merge_repository import RepositoryMergePlan, RepositoryMergeReport
-    from snapchain.ops.merge_set.request import At
 
 _RANGE = "Which layers of an image"
 _KEEP = "Which points of a disk, or sealed layers of an image, to keep"
@@ -180,8 +180,8 @@ def merge(
     a replica (ssh://..., dir:...) its files are merged over there, as those of an image, and keep the names of the kept
     points; what a guest or another image uses stays. Transfers to that disk wait meanwhile. -1 means all.
     """
+    from snapchain.destination.address import ImageAddress, is_replica, parse_address, parse_disk_address
     from snapchain.model.retention import Policy, parse_duration
-    from snapchain.ops.address import ImageAddress, is_replica, parse_address, parse_disk_address
 
     policy = Policy(
         last=keep_last,
@@ -197,9 +197,9 @@ def merge(
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            from snapchain.ops.events import Notice
-            from snapchain.ops.merge_set import plan as planning, run as running
-            from snapchain.ops.merge_set.request import Request
+            from snapchain.merge import selection as planning, sequence as running
+            from snapchain.merge.request import Request
+            from snapchain.model.events import Notice
 
             request = Request(
                 image=address.path,
@@ -259,7 +259,7 @@ def merge(
 
 def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name: str | None) -> None:
     from snapchain.ops.merge_replica import ReplicaMerge
-    from snapchain.ops.send import replica_at
+    from snapchain.ops.ship.to_replica import replica_at
 
     work = ReplicaMerge(replica_at(dest), disk, policy, zone=zone_name_of(zone_name))
     if out.dry_run:
@@ -269,7 +269,7 @@ def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name:
 
 
 def _strategy(text: str | None) -> Strategy | None:
-    from snapchain.ops.merge.strategy import Strategy
+    from snapchain.merge.strategy import Strategy
 
     ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
     if text is not None and text not in ways:
@@ -280,8 +280,8 @@ def _strategy(text: str | None) -> Strategy | None:
 def _at(
     names: Sequence[str], out: Output, *, password_file: Path | None, password_command: str | None
 ) -> tuple[At, ...]:
-    from snapchain.ops.address import parse_disk_address
-    from snapchain.ops.merge_set.request import At
+    from snapchain.destination.address import parse_disk_address
+    from snapchain.merge.request import At
 
     found = []
     for name in names:

@@ -12,9 +12,9 @@ from snapchain.cli.quantities import duration, size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.merge.selection import LayerUse, MergeSetPlan, PlannedMerge
+    from snapchain.merge.sequence import MergeSetReport
     from snapchain.ops.merge_replica import ReplicaMergePlan, ReplicaMergeReport, StayingLayer
-    from snapchain.ops.merge_set.plan import LayerUse, MergeSetPlan, PlannedMerge
-    from snapchain.ops.merge_set.run import MergeSetReport
 
 
 def draw_plan(console: Console, plan: MergeSetPlan) -> None:

@@ -18,7 +18,7 @@ from snapchain.errors import InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.migrate import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
+    from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
 
 _BACK = "To go back"
 
@@ -95,9 +95,9 @@ def migrate(
 
     Cut off anywhere, the same command goes on. Where the destination refuses, the disks are this host's as before.
     """
-    from snapchain.ops.migrate import migrate as run, plan, plan_take_back, take_back as undo
-    from snapchain.ops.migrate_request import MigrateRequest, Move
-    from snapchain.ops.send import Divergence, replica_at
+    from snapchain.ops.migrate.request import MigrateRequest, Move
+    from snapchain.ops.migrate.run import migrate as run, plan, plan_take_back, take_back as undo
+    from snapchain.ops.ship.to_replica import Divergence, replica_at
 
     _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

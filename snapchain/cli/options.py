@@ -15,8 +15,8 @@ from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.cli.output import Output
-    from snapchain.ops.address import DestinationAddress, PointAddress
-    from snapchain.ops.destination import Destination
+    from snapchain.destination.address import DestinationAddress, PointAddress
+    from snapchain.destination.protocol import Destination
     from snapchain.repository.repository import Repository
 
 _OUTPUT = "Output"
@@ -143,9 +143,9 @@ def repository(
     pack_size_text: str | None = None,
 ) -> Repository:
     """Open a destination as the shared options say, and tell what it has to say."""
+    from snapchain.destination.address import located
     from snapchain.destinations import open_destination
-    from snapchain.ops.address import located
-    from snapchain.ops.events import Notice
+    from snapchain.model.events import Notice
 
     opened = open_destination(
         located(dest),
@@ -175,9 +175,9 @@ def destination(
 
     Raises InvalidInput for a replica with a passphrase.
     """
-    from snapchain.ops.address import is_replica
-    from snapchain.ops.destination import destination_at
-    from snapchain.ops.events import Notice
+    from snapchain.destination.address import is_replica
+    from snapchain.destination.protocol import destination_at
+    from snapchain.model.events import Notice
 
     if is_replica(dest):
         no_passphrase(dest, password_file, password_command)
@@ -207,6 +207,6 @@ def no_passphrase(dest: str, password_file: Path | None, password_command: str |
 
 def disk_of(address: DestinationAddress | PointAddress) -> str | None:
     """The disk where a command takes a whole destination or one disk. Raises InvalidInput for a point."""
-    from snapchain.ops.address import PointAddress as Point, parse_disk_address
+    from snapchain.destination.address import PointAddress as Point, parse_disk_address
 
     return parse_disk_address(str(address)).disk if isinstance(address, Point) else None

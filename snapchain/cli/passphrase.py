@@ -30,7 +30,7 @@ def source(file: Path | None, command: str | None, out: Output) -> Callable[[], 
 
 def _from_file(path: Path, out: Output) -> str:
     from snapchain.host import passphrases
-    from snapchain.ops.events import Notice
+    from snapchain.model.events import Notice
 
     return passphrases.from_file(path, on_notice=lambda words: out.on_event(Notice(words)))
 

@@ -22,7 +22,7 @@ from snapchain.cli.quantities import size
 from snapchain.host.terminal import printable
 
 if TYPE_CHECKING:
-    from snapchain.ops.events import Event
+    from snapchain.model.events import Event
 
 # Often enough to look alive, rare enough to cost nothing.
 _INTERVAL_SECONDS = 0.5

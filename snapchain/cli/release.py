@@ -37,8 +37,8 @@ def release(
 
     Nothing is dropped now: the next merge may take it. The holds of a file that is gone are released by its old path.
     """
+    from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import hold as ops
-    from snapchain.ops.address import ImageAddress, parse_address
 
     address = parse_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

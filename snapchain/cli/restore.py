@@ -18,7 +18,7 @@ from snapchain.cli.quantities import size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.restore_target import RestorePlan, RestoreReport
+    from snapchain.ops.restore.target import RestorePlan, RestoreReport
 
 
 @verb(
@@ -73,7 +73,7 @@ def restore(
     needs --force; the point's zeroes are written to it too. DEST is a repository, or a replica: ssh://[user@]host/path
     or dir:/path.
     """
-    from snapchain.ops.address import parse_point_address
+    from snapchain.destination.address import parse_point_address
 
     address = parse_point_address(source)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from snapchain.cli import options, quantities, render, streams
-from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
+from snapchain.cli.preconnect import endpoint_at
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import InvalidInput
@@ -21,7 +21,7 @@ from snapchain.errors import InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.send import Request, SendPlan, SendReport
+    from snapchain.ops.ship.to_replica import Request, SendPlan, SendReport
 
 
 @verb(
@@ -74,8 +74,8 @@ def send(
     disk: where it has layers that the image never had, nothing is sent, and the error says what each side has. Over
     ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
     """
-    from snapchain.host.remote_retry import Persistence
-    from snapchain.ops.send import Divergence, Files, Request, Scope, plan_send, send_persistently
+    from snapchain.host.retry import Persistence
+    from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, plan_send, send_persistently
 
     dest, name = _named(target, disk, dry_run=dry_run)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
@@ -104,7 +104,7 @@ def send(
 
 def _named(target: str | None, disk: str | None, *, dry_run: bool) -> tuple[str | None, str]:
     """The replica, None for stdout, and the disk."""
-    from snapchain.ops.address import parse_disk_address
+    from snapchain.destination.address import parse_disk_address
 
     if target is not None:
         if disk is not None:
@@ -123,7 +123,7 @@ def _named(target: str | None, disk: str | None, *, dry_run: bool) -> tuple[str 
 def _to_stdout(request: Request, out: Output) -> None:
     """The stream gets stdout for itself; what else is said there goes to stderr."""
     from snapchain.host.remote_channel import Channel
-    from snapchain.ops.send import send_blindly
+    from snapchain.ops.ship.to_replica import send_blindly
 
     class Stdout(Channel):
         """The stream on stdout, whose errors are those of printed text: quiet for a closed pipe, else a plain error."""

@@ -16,7 +16,7 @@ from snapchain.cli.quantities import size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.ship import ShipPlan, ShipReport
+    from snapchain.ops.ship.to_repository import ShipPlan, ShipReport
 
 
 @verb(
@@ -58,7 +58,7 @@ def ship(
     composed first, so that what was overwritten is neither read nor sent. An image without a chain, raw or qcow2,
     ships too. To a replica (ssh://[user@]host/path or dir:/path) this is `send`, which has more options.
     """
-    from snapchain.ops.address import parse_disk_address
+    from snapchain.destination.address import parse_disk_address
 
     address = parse_disk_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

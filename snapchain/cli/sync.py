@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from snapchain.cli import options, quantities, render
-from snapchain.cli.ahead import endpoint_at
 from snapchain.cli.app import verb
 from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
+from snapchain.cli.preconnect import endpoint_at
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import Conflict, InvalidInput
@@ -18,7 +18,7 @@ from snapchain.errors import Conflict, InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.sync import Destination, Endpoint, Guest, SetDestination, SetReport, SyncReport, SyncRequest
+    from snapchain.ops.sync.run import Destination, Endpoint, Guest, SetDestination, SetReport, SyncReport, SyncRequest
 
 NOT_READY = Conflict.exit_code
 _MIGRATE = "For the migration"
@@ -102,7 +102,7 @@ def sync(
     Exits with 4 when the destination is not ready, or the target is not met; an overlay at the destination that
     anybody has written to is never touched.
     """
-    from snapchain.ops.sync import Divergence, Proof, SyncRequest, sealed_request
+    from snapchain.ops.sync.run import Divergence, Proof, SyncRequest, sealed_request
 
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         dest, pairs = disk_pairs(disks)
@@ -130,7 +130,7 @@ def sync(
 
 def _run(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check: bool) -> None:
     """Ends with NOT_READY where it is not as it was wanted."""
-    from snapchain.ops.sync import check_set, sync_set
+    from snapchain.ops.sync.run import check_set, sync_set
 
     alone = len(requests) == 1
     if check or out.dry_run:
@@ -163,7 +163,7 @@ def _targets(given: list[str] | None, count: int) -> list[str | None]:
 
 def _guest(dest: str, disk: str, *, domain: str | None, target: str | None, uri: str | None) -> Guest | None:
     from snapchain.host.remote_address import is_remote, parse_remote_address
-    from snapchain.ops.sync import guest_of
+    from snapchain.ops.sync.run import guest_of
 
     address = parse_remote_address(dest) if is_remote(dest) else None
     return guest_of(disk, address, domain=domain, target=target, uri=uri)
@@ -243,7 +243,7 @@ def _draw_set_lacking(console: Console, stands: SetDestination | SetReport) -> N
 
 def _draw_lacking(console: Console, disk: Destination | SyncReport) -> None:
     """What keeps it from being as it was wanted."""
-    from snapchain.ops.sync import SyncReport
+    from snapchain.ops.sync.run import SyncReport
 
     if disk.missing:
         render.line(console, f"{disk.destination}::{disk.disk} is not ready")

@@ -49,7 +49,7 @@ def verify(
     chains that they name; with --read-data all that the chains show, compared with what was proven when it came.
     Ends with exit code 5 when anything is damaged or missing, and says which points it concerns.
     """
-    from snapchain.ops.address import parse_destination
+    from snapchain.destination.address import parse_destination
 
     if read_data and sample is not None:
         raise InvalidInput("--read-data and --sample are both given", hint="--read-data reads everything")

@@ -45,7 +45,7 @@ REMEDIES: dict[int, str] = {
 _OF_A_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-# Of a layer (ops/notes.py): `.snapchain-layer-NAME-<inode>.json`.
+# Of a layer (source/notes.py): `.snapchain-layer-NAME-<inode>.json`.
 _NOTE = re.compile(r"\.snapchain-layer-(.+)-\d+\.json", re.DOTALL)
 
 

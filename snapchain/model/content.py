@@ -18,11 +18,14 @@ LtHash16 with 1024 lanes: Lewi, Kim, Maykov, Weis, "Securing Update Propagation 
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
+from typing import Annotated
 
 import blake3
 import numpy as np
 import numpy.typing as npt
+from pydantic import StringConstraints
 
 from snapchain.model.extents import ABSENT, DATA, Extents, Int64s, pairwise, rounded
 
@@ -35,6 +38,8 @@ _CONTENT_ID_KEY = blake3.blake3(b"snapchain content id").digest()
 
 Sum = npt.NDArray[np.uint16]
 Hashes = npt.NDArray[np.uint8]
+SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
+"""A content sum as it is stored: 2,048 bytes in base64."""
 
 ZERO_LEAF = blake3.blake3(bytes(LEAF_BYTES)).digest()
 
@@ -130,3 +135,16 @@ def leaves_over(lower: Leaves, upper: Leaves) -> Leaves:
 def _either(left: Extents, right: Extents) -> Extents:
     at, one, other = pairwise(left, right)
     return Extents.from_starts(left.size, at, np.maximum(one, other))
+
+
+def encode_sum(total: Sum) -> str:
+    """The base64 form of a content sum."""
+    return base64.b64encode(total.astype("<u2").tobytes()).decode()
+
+
+def decode_sum(text: str) -> Sum:
+    """uint16[1024]. `text` has the form of SumText."""
+    raw = base64.b64decode(text)
+    if len(raw) != SUM_BYTES:
+        raise ValueError("not a content sum")
+    return np.frombuffer(raw, "<u2").astype(np.uint16)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import Protocol, TypeVar
 
-from snapchain.errors import NotFound
+from snapchain.errors import InvalidInput, NotFound
 
 LATEST = "latest"
 TODAY, YESTERDAY = "today", "yesterday"
@@ -118,3 +118,15 @@ def _end_of(day: date, zone: tzinfo) -> datetime:
         return datetime.max.replace(tzinfo=UTC)
     following = day + timedelta(days=1)
     return datetime(following.year, following.month, following.day, tzinfo=zone).astimezone(UTC) - _TICK
+
+
+def check_label(label: str) -> str:
+    """Raises InvalidInput for a label that could be taken for a point's number, a time, or the end of an address."""
+    if not label or len(label.encode()) > 100 or not label.isprintable() or label != label.strip():
+        raise InvalidInput(f"{label!r} cannot be a label", hint="printable text of at most 100 bytes")
+    if label in RESERVED or label[0].isdigit() or "@" in label or "::" in label:
+        raise InvalidInput(
+            f"{label!r} cannot be a label",
+            hint=f"it may not be {', '.join(sorted(RESERVED))}, begin with a digit, or hold '@' or '::'",
+        )
+    return label

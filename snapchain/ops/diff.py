@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.image import ImageChain
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import ABSENT, DATA, Extents, Int64s, covering, pairwise, rounded
-from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.points import find_point
-from snapchain.ops.source import check_unchanged, locked_chain
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.repository import Repository
+from snapchain.source.chains import check_unchanged, locked_chain
 
 _WINDOW = 64 * 1024 * 1024
 

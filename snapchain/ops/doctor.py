@@ -30,14 +30,14 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, NEW, RESTORE, SNAPSHOT, Temporary, temporary_of
 from snapchain.image import scan
+from snapchain.image.dependent_search import Kind as Use, find_dependents
 from snapchain.image.dependents import describe
-from snapchain.ops.dependents import Kind as Use, find_dependents
-from snapchain.ops.events import Notice, OnEvent, ignore
-from snapchain.ops.merge import journal as journals, recover
-from snapchain.ops.merge.inputs import KeptFile
-from snapchain.ops.merge.journal import MergeJournal, is_journal, read
-from snapchain.ops.merge.settle import Settled
-from snapchain.ops.notes import Notes, is_note
+from snapchain.merge import journal as journals, recover
+from snapchain.merge.inputs import KeptFile
+from snapchain.merge.journal import MergeJournal, is_journal, read
+from snapchain.merge.settle import Settled
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.source.notes import Notes, is_note
 
 _UNFINISHED = {
     MERGE: "the new file of a merge",
@@ -241,7 +241,7 @@ def _merge(path: Path, is_accepted: bool) -> Finding:  # noqa: FBT001 - a findin
 
 
 def _second_names(place: Path, found: Mapping[str, os.stat_result]) -> Iterator[Finding]:
-    """Images under their own name and the one under which they were to be sealed (ops/snapshot.py), or kept."""
+    """Images under their own name and the one under which they were to be sealed (source/sealing.py), or kept."""
     known = [read(place / name) for name in found if is_journal(Path(name)) and _readable(place / name)]
     kept = {journal.kept_as for journal in known}
     named: dict[tuple[int, int], list[Path]] = {}

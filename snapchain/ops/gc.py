@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.objects.store import ObjectStore, Refused
-from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.ops.verify import Finding, Findings, points_on
 from snapchain.repository.collect import Marked, mark
 from snapchain.repository.format import fresh_id

@@ -19,9 +19,9 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import place_to_change
 from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain
-from snapchain.ops.events import Notice, OnEvent, ignore
-from snapchain.ops.lineage import note_of
-from snapchain.ops.notes import LET_THEM, Hold, LayerNote, Notes
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.source.lineage import note_of
+from snapchain.source.notes import LET_THEM, Hold, LayerNote, Notes
 
 # A merge of files asks here for holds, and needs nothing of a repository.
 if TYPE_CHECKING:

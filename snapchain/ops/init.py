@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destinations import check_can_be_made, create_destination
 from snapchain.errors import InvalidInput
-from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.repository.crypto import AES, SUITES
 from snapchain.repository.repository import BLOCK_BYTES, Passphrase, check_pack_size
 

@@ -11,15 +11,15 @@ from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.model.chain import Chain, LayerUse
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
-from snapchain.ops.events import OnEvent, ignore
-from snapchain.ops.lineage import note_of
-from snapchain.ops.notes import Hold, Notes
-from snapchain.ops.ownership import mark_of, told
 from snapchain.ops.points import find_point
 from snapchain.repository.repository import Repository
+from snapchain.source.lineage import note_of
+from snapchain.source.notes import Hold, Notes
+from snapchain.source.ownership import mark_of, told
 
 STRIP_CELLS = 48
 

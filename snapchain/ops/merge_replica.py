@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.model.events import OnEvent, Progress, ignore
 from snapchain.model.retention import Policy, is_future
-from snapchain.ops.events import OnEvent, Progress, ignore
 from snapchain.ops.merge_repository import PointDecision
 from snapchain.ops.replica_waiting import waiting
 from snapchain.replica.endpoint import Endpoint

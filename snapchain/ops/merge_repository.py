@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.model.collapse import Group, collapse_tree
+from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.model.retention import Policy, decide, is_future
-from snapchain.ops.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.ops.verify import Finding, points_on
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
 from snapchain.repository.holds import reasons

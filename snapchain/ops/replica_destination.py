@@ -10,20 +10,20 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from snapchain.errors import InvalidInput
-from snapchain.host.remote_retry import Persistence
+from snapchain.host.retry import Persistence
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.retention import Policy
-from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.inspect import InspectReport
 from snapchain.ops.log import LogReport
 from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_inspect import inspect_replica
 from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_restore import ReplicaRestoration
 from snapchain.ops.replica_verify import verify_replica
-from snapchain.ops.restore_target import Format
-from snapchain.ops.send import Request, plan_send, send_persistently
-from snapchain.ops.ship import LayerPlan, ShipPlan, ShipReport
+from snapchain.ops.restore.from_replica import ReplicaRestoration
+from snapchain.ops.restore.target import Format
+from snapchain.ops.ship.to_replica import Request, plan_send, send_persistently
+from snapchain.ops.ship.to_repository import LayerPlan, ShipPlan, ShipReport
 from snapchain.ops.verify import VerifyReport
 from snapchain.replica.endpoint import Endpoint
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.errors import Conflict
-from snapchain.ops.events import Event, Progress, ignore
+from snapchain.model.events import Event, Progress, ignore
 
 if TYPE_CHECKING:
-    from snapchain.ops.merge.plan import MergePlan
-    from snapchain.ops.merge.run import MergeReport
-    from snapchain.ops.merge.strategy import Strategy
-    from snapchain.replica.unfinished import OnBytes
+    from snapchain.merge.plan import MergePlan
+    from snapchain.merge.run import MergeReport
+    from snapchain.merge.strategy import Strategy
+    from snapchain.replica.merge_journal import OnBytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class _Planned:
         return self.plan.shadowed_bytes
 
     def run(self, *, on_bytes: OnBytes) -> MergeReport:
-        from snapchain.ops.merge.run import run
+        from snapchain.merge.run import run
 
         moved = 0
 
@@ -59,14 +59,14 @@ class _Planned:
 
 
 class ReplicaEngine:
-    """An `Engine` of the replica (replica/unfinished.py). strategy: the best one unless given."""
+    """An `Engine` of the replica (replica/merge_journal.py). strategy: the best one unless given."""
 
     def __init__(self, strategy: Strategy | None = None) -> None:
         self._strategy = strategy
 
     def plan(self, tip: Path, members: Sequence[Path], *, image_dirs: Sequence[Path]) -> _Planned:
         """As the protocol says."""
-        from snapchain.ops.merge.plan import plan
+        from snapchain.merge.plan import plan
 
         planned = plan(
             tip,
@@ -83,14 +83,14 @@ class ReplicaEngine:
 
     def pending(self, members: Sequence[Path]) -> bool:
         """As the protocol says."""
-        from snapchain.ops.merge.journal import unsettled
+        from snapchain.merge.journal import unsettled
 
         return bool(unsettled([members[-1]]))
 
     def settle(self, members: Sequence[Path]) -> None:
         """As the protocol says."""
-        from snapchain.ops.merge.journal import sweep, unsettled
-        from snapchain.ops.merge.recover import recover
+        from snapchain.merge.journal import sweep, unsettled
+        from snapchain.merge.recover import recover
 
         for journal in unsettled([members[-1]]):
             recover(journal, noted=False, on_event=ignore)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from snapchain.model.retention import is_future
 from snapchain.ops.log import DiskReport, LogReport, PointReport
-from snapchain.replica.asking import Disk, points_at
+from snapchain.replica.client import Disk, points_at
 from snapchain.replica.endpoint import Endpoint
 
 NOT_ENCRYPTED = "none"

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
-from snapchain.ops.events import Notice, OnEvent, Progress, ignore
-from snapchain.ops.sent_views import SentViews
+from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.events import Notice, OnEvent, Progress, ignore
+from snapchain.ops.ship.sent_views import SentViews
 from snapchain.ops.verify import Finding, VerifyReport
-from snapchain.replica.asking import points_at, soundness_at
+from snapchain.replica.client import points_at, soundness_at
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.messages import LARGEST_EPOCH, Open
+from snapchain.replica.stream.messages import Open
 
 
 def verify_replica(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from snapchain.ops.events import Notice, OnEvent
+from snapchain.model.events import Notice, OnEvent
 from snapchain.replica.endpoint import Endpoint
 
 

@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 from datetime import UTC, tzinfo
 from pathlib import Path
 
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.retention import Policy
-from snapchain.ops.events import OnEvent, ignore
 from snapchain.ops.inspect import InspectReport, inspect_point
 from snapchain.ops.log import LogReport, log
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore import Restoration
-from snapchain.ops.restore_target import Format
-from snapchain.ops.ship import Shipment, shipment
+from snapchain.ops.restore.from_repository import Restoration
+from snapchain.ops.restore.target import Format
+from snapchain.ops.ship.to_repository import Shipment, shipment
 from snapchain.ops.verify import VerifyReport, verify
 from snapchain.repository.repository import Repository
 

@@ -20,13 +20,13 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
+from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import DATA, Int64s, rounded
-from snapchain.ops.events import Notice, OnEvent, Progress, ignore
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.damage import recorded
 from snapchain.repository.format import is_id, layer_name, pack_name
 from snapchain.repository.index import newest
-from snapchain.repository.intake import change_of, sum_beyond
+from snapchain.repository.ingest import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository, check_agrees

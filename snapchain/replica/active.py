@@ -25,9 +25,9 @@ from snapchain.image.overlay import write_overlay
 from snapchain.image.qcow2.header import Backing
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
+from snapchain.replica.merge_journal import others_on
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Active, ActiveState, Readiness
-from snapchain.replica.unfinished import others_on
 from snapchain.replica.verifying import verify_disk
 
 _SECTOR = 512
@@ -172,7 +172,7 @@ def _judged(disk: ReplicaDisk, catalogue: Catalogue, asked: Active, chain: Image
         asked.cluster_size,
         asked.extended_l2,
     )
-    # One that the host here has given on to another is read-only (ops/ownership.py): the next guest needs its own.
+    # One that the host here has given on to another is read-only (source/ownership.py): the next guest needs its own.
     exact = exact and bool(top.real_path.stat().st_mode & 0o222)
     is_ready = exact and whole == wanted and catalogue.layers[place].id == asked.on == catalogue.layers[-1].id
     return ActiveState.READY if is_ready else ActiveState.STALE

@@ -19,14 +19,14 @@ from snapchain.host.files import free_bytes, fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import Backing, ImageChain, scan
 from snapchain.image.growing import GrowingFile
+from snapchain.image.leaves import Counting, counted
 from snapchain.image.positioned import write_all
 from snapchain.image.qcow2.layout import plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
-from snapchain.model.content import Sum, content_id, empty_sum
+from snapchain.model.content import Sum, content_id, empty_sum, encode_sum
 from snapchain.model.extents import Extents
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, encode_sum
-from snapchain.replica.leaves import Counting, counted
+from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer
 from snapchain.replica.progress import Durability, Progress, forget, publish, read_progress, write_progress
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.data import Arrived, DataRuns, Part

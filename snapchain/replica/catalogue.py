@@ -6,32 +6,21 @@ the other.  Files that it does not name are not part of the disk.
 
 from __future__ import annotations
 
-import base64
 import re
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-import numpy as np
 from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.host.files import directory_of, read_small, write_in
-from snapchain.model.content import SUM_BYTES, Sum, content_id
+from snapchain.model.content import Sum, content_id, decode_sum
+from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.replica.access import Access
-from snapchain.replica.stream.messages import (
-    LARGEST_EPOCH,
-    MAX_LAYERS,
-    Digest,
-    HeldLayer,
-    Label,
-    LayerId,
-    PointNumber,
-    Source,
-    SumText,
-)
+from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, PointNumber, Source
 
 LARGEST_FILE = 16 << 20
 """Bytes of a record: no more are ever read, so no more are ever written."""
@@ -139,19 +128,6 @@ def empty_catalogue(disk: str) -> Catalogue:
     return Catalogue(disk=disk, generation=1, time=datetime.now(UTC), epoch=1, next_point=1)
 
 
-def encode_sum(total: Sum) -> str:
-    """The base64 form of a content sum."""
-    return base64.b64encode(total.astype("<u2").tobytes()).decode()
-
-
-def decode_sum(text: str) -> Sum:
-    """uint16[1024]. `text` has the form of SumText."""
-    raw = base64.b64decode(text)
-    if len(raw) != SUM_BYTES:
-        raise ValueError("not a content sum")
-    return np.frombuffer(raw, "<u2").astype(np.uint16)
-
-
 def read_record(shape: type[M], path: Path) -> M | None:
     """A small JSON file of snapchain's own; None when it is not there.
 
@@ -218,11 +194,8 @@ __all__ = [
     "Layer",
     "Point",
     "Source",
-    "SumText",
     "check_room_for_layer",
-    "decode_sum",
     "empty_catalogue",
-    "encode_sum",
     "read_record",
     "write_record",
 ]

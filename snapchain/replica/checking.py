@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from snapchain.errors import Busy, NotFound, SnapchainError
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue
+from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Finding, Verdict
-from snapchain.replica.unfinished import Engine, is_under_way, wait_for_merge
 from snapchain.replica.verifying import verify_disk
 
 _ATTEMPTS = 5

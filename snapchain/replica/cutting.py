@@ -12,9 +12,9 @@ from snapchain.errors import Conflict, NotFound
 from snapchain.host.files import remove
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.replica.catalogue import Catalogue
+from snapchain.replica.merge_journal import others_on
 from snapchain.replica.progress import forget
 from snapchain.replica.store import ReplicaDisk
-from snapchain.replica.unfinished import others_on
 
 
 def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:

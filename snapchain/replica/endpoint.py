@@ -21,7 +21,7 @@ from snapchain.replica.levels import Link
 from snapchain.replica.ssh_endpoint import SshEndpoint
 
 if TYPE_CHECKING:
-    from snapchain.replica.unfinished import Engine
+    from snapchain.replica.merge_journal import Engine
 
 _PIPE_BYTES = 1 << 20
 

@@ -78,7 +78,7 @@ def _check_ended(disk: ReplicaDisk, handover: HandedOver, locks: ExitStack, *, b
         except FileNotFoundError:
             return
         if not status.st_mode & 0o222:
-            return  # this host has given the disk on (ops/ownership.py)
+            return  # this host has given the disk on (source/ownership.py)
     locks.enter_context(ImageLock(overlay, LockMode.WRITE))
     from snapchain.replica.active import is_untouched  # inside: few streams end a handover
 

@@ -20,18 +20,18 @@ from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.points import chosen_point
-from snapchain.replica.answering import PROGRESS
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Layer, Point
 from snapchain.replica.levels import Levels, Link
-from snapchain.replica.outbox import Outbox
+from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
+from snapchain.replica.send_queue import Outbox
+from snapchain.replica.status import PROGRESS
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.fetch_messages import Fetch
 from snapchain.replica.stream.frames import FrameWriter, Kind
 from snapchain.replica.stream.maps import layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import MAX_RUNS, Done, HeldDisk, HeldPoint, LayerOffer, encode
-from snapchain.replica.unfinished import Engine, is_under_way, wait_for_merge
 
 _ATTEMPTS = 5
 

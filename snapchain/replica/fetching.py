@@ -22,7 +22,7 @@ from snapchain.host.remote_channel import Channel
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket
-from snapchain.replica.asking import ask, heard, unexpected
+from snapchain.replica.client import ask, heard, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
 from snapchain.replica.names import check_disk_name, check_offered

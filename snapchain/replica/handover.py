@@ -19,11 +19,11 @@ from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.replica.active import check_unused, look_at_active
 from snapchain.replica.catalogue import Catalogue, HandedOver
+from snapchain.replica.merge_journal import Engine
 from snapchain.replica.progress import settle
 from snapchain.replica.store import ReplicaDisk, Work, open_replica
 from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Handover, Standing, Step
 from snapchain.replica.stream.messages import ActiveState
-from snapchain.replica.unfinished import Engine
 from snapchain.replica.waiting import in_turn
 
 
@@ -53,7 +53,7 @@ class _Case:
 
     @property
     def is_given_on(self) -> bool:
-        """Whether this host has given it away itself: then it has made the overlay read-only (ops/ownership.py)."""
+        """Whether this host has given it away itself: then it has made the overlay read-only (source/ownership.py)."""
         try:
             return not self.path.stat().st_mode & 0o222
         except OSError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from snapchain.errors import Corrupt
-from snapchain.replica.asking import answers, unexpected
+from snapchain.replica.client import answers, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream import opening
 from snapchain.replica.stream.frames import Kind

@@ -10,7 +10,7 @@ from itertools import pairwise
 from snapchain.errors import Corrupt
 from snapchain.host.remote_channel import Channel
 from snapchain.model.retention import Policy
-from snapchain.replica.asking import OnBeat, OnBytes, answers, check_point_count, unexpected
+from snapchain.replica.client import OnBeat, OnBytes, answers, check_point_count, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import Kind

@@ -16,16 +16,16 @@ from zoneinfo import ZoneInfo
 
 from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.model.retention import Decision, Policy, parse_duration
-from snapchain.replica import collapsing
+from snapchain.replica import layer_merge as collapsing
 from snapchain.replica.catalogue import Catalogue, Point
-from snapchain.replica.collapsing import Collapsing
 from snapchain.replica.epochs import check_epoch
+from snapchain.replica.layer_merge import Collapsing
+from snapchain.replica.merge_journal import Engine, undisturbed
 from snapchain.replica.progress import settle
 from snapchain.replica.store import ReplicaDisk, Work, open_replica
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.merge_messages import DecidedPoint, Merge, Merged, Outcome, Staying
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, encode
-from snapchain.replica.unfinished import Engine, undisturbed
 from snapchain.replica.waiting import in_turn
 
 Say = Callable[[Kind, bytes], None]

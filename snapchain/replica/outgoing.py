@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from snapchain.host.batches import Buffer
 from snapchain.image import ImageChain
+from snapchain.image.leaves import WORKERS, change, hidden, in_order, read_window
+from snapchain.image.windows import Window, hot_leaves, windows
 from snapchain.model.content import Sum
 from snapchain.model.extents import Extents
-from snapchain.replica.leaves import WORKERS, change, hidden, in_order, read_window
 from snapchain.replica.levels import Levels
 from snapchain.replica.stream.data import DataRuns, Part, Piece, encode_data
 from snapchain.replica.stream.messages import Source
-from snapchain.replica.windows import Window, hot_leaves, windows
 
 _UNDER_WAY = 4
 """Windows in flight a worker: enough behind one slow read, some 60 MiB of buffers."""

@@ -16,12 +16,12 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.host.files import fsync_file, remove, remove_temporaries, rename
 from snapchain.host.temporary_names import NEW
-from snapchain.model.content import Sum
+from snapchain.model.content import Sum, encode_sum
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue, encode_sum
+from snapchain.replica.catalogue import Catalogue, Layer, empty_catalogue
+from snapchain.replica.merge_journal import Engine, settle_merge
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.messages import Partial
-from snapchain.replica.unfinished import Engine, settle_merge
 
 
 class Progress(BaseModel):

@@ -27,8 +27,10 @@ from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
 from snapchain.replica.epochs import check_epoch, enter_epoch
+from snapchain.replica.merge_journal import Engine, undisturbed
 from snapchain.replica.permissions import EVERYTHING, Permissions
 from snapchain.replica.progress import read_progress, settle
+from snapchain.replica.reply_writer import Voice
 from snapchain.replica.store import ReplicaDisk, Work, check_free, open_replica
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.data import DataRuns, decode_data
@@ -52,8 +54,6 @@ from snapchain.replica.stream.messages import (
     decode,
     encode,
 )
-from snapchain.replica.unfinished import Engine, undisturbed
-from snapchain.replica.voice import Voice
 from snapchain.replica.waiting import in_turn
 
 _OFFSET = struct.Struct("<Q")
@@ -213,7 +213,7 @@ class _Reception:
             merged = self._request(Merge, frame)
             merge(merged, self._chosen(merged.replica), self._voice.say, engine=self._engine)
         else:
-            from snapchain.replica.answering import answer
+            from snapchain.replica.status import answer
             from snapchain.replica.stream.messages import Ask
 
             asked = self._request(Ask, frame)

@@ -17,12 +17,11 @@ from typing import Self
 
 from snapchain.errors import Corrupt, Unsupported
 from snapchain.host.remote_channel import Channel
-from snapchain.model.content import LEAF_BYTES, Sum, content_id
-from snapchain.replica.catalogue import decode_sum
+from snapchain.model.content import LEAF_BYTES, Sum, content_id, decode_sum
 from snapchain.replica.levels import Levels, Link
 from snapchain.replica.names import ACTIVE
-from snapchain.replica.outbox import Outbox
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
+from snapchain.replica.send_queue import Outbox
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.maps import layer_id, map_frames, words_of

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from snapchain.errors import Corrupt
 from snapchain.image import ImageChain, ImageFile
+from snapchain.image.leaves import counted
 from snapchain.image.pread import file_bytes
 from snapchain.image.qcow2.refcounts import refcounts
 from snapchain.image.qcow2.tables import ImageFd
 from snapchain.model.content import content_id, empty_sum
 from snapchain.replica.arrival import opened_chain
-from snapchain.replica.leaves import counted
 from snapchain.replica.store import ReplicaDisk
 
 

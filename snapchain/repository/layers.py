@@ -26,6 +26,7 @@ from pydantic import Field
 from snapchain.errors import Corrupt, NotFound
 from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
 from snapchain.model.extents import ABSENT, Extents, Int64s, over
+from snapchain.model.source import Source
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
@@ -33,7 +34,6 @@ from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
 from snapchain.repository.packs import LARGEST_BLOB, Location
 from snapchain.repository.pages import Page
-from snapchain.repository.source import Source
 from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
 KIND = b"L"
@@ -81,11 +81,6 @@ class LayerHeader(StoredModel):
     def sum(self) -> Sum:
         """uint16[1024]"""
         return np.frombuffer(base64.b64decode(self.content_sum), "<u2").astype(np.uint16)
-
-
-def encode_sum(total: Sum) -> str:
-    """The base64 form of a content sum."""
-    return base64.b64encode(total.astype("<u2").tobytes()).decode()
 
 
 PageTable = npt.NDArray[np.void]

@@ -20,7 +20,7 @@ from snapchain.model.content import LEAF_BYTES
 from snapchain.repository import layers as records
 from snapchain.repository.composing import Part, Piece, compose
 from snapchain.repository.format import PAGE_ROW, fresh_id, layer_name
-from snapchain.repository.intake import store_page
+from snapchain.repository.ingest import store_page
 from snapchain.repository.layers import LayerHeader, StoredLayer, leaves_said
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import PAGE_LEAVES, PAGE_RUNS, Page, PageBuilder, Rows

@@ -21,7 +21,7 @@ from snapchain.errors import Corrupt, SnapchainError
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, empty_sum, leaf_hash
 from snapchain.model.extents import DATA, Extents
 from snapchain.repository.format import LEAF_ROW, layer_name
-from snapchain.repository.intake import change_of, sum_beyond
+from snapchain.repository.ingest import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.pages import Rows
 from snapchain.repository.view import ChainView

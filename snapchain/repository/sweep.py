@@ -32,7 +32,7 @@ from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
 from snapchain.repository.fence import fence
 from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, pack_name
 from snapchain.repository.index import BlobIndex, IndexedPack
-from snapchain.repository.intake import store_page_body
+from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease
 from snapchain.repository.packer import Packer

@@ -13,8 +13,8 @@ from uuid import uuid4
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.ops.events import Event, Progress
-from snapchain.ops.ship import ShipReport
+from snapchain.model.events import Event, Progress
+from snapchain.ops.ship.to_repository import ShipReport
 from snapchain.testing.destination_site import DISK, Delivered, OnSites, Site, deliver
 from snapchain.testing.faults import Crash
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay

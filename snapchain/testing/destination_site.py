@@ -11,10 +11,10 @@ from typing import Protocol
 
 import pytest
 
-from snapchain.ops.destination import Destination
-from snapchain.ops.events import Event
+from snapchain.destination.protocol import Destination
+from snapchain.model.events import Event
 from snapchain.ops.log import PointReport
-from snapchain.ops.ship import ShipReport
+from snapchain.ops.ship.to_repository import ShipReport
 from snapchain.testing.history import Moment, build_history
 
 DISK = "web1/vda"

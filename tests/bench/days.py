@@ -18,19 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.destinations import open_destination
-from snapchain.model.content import LEAF_BYTES, content_id
+from snapchain.model.content import LEAF_BYTES, content_id, encode_sum
 from snapchain.model.extents import DATA, Extents, Int64s, covering
+from snapchain.model.source import Source
 from snapchain.repository import layers as records
 from snapchain.repository.catalogue import Point
-from snapchain.repository.deposit import Deposit, Origin
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.intake import store_page
-from snapchain.repository.layers import LayerHeader, StoredLayer, encode_sum
+from snapchain.repository.ingest import store_page
+from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import PAGE_LEAVES, PAGE_RUNS, PageBuilder, Rows
 from snapchain.repository.repository import Repository
-from snapchain.repository.source import Source
 from tests.bench.measure import GiB, KiB, MiB
 
 GRAIN = 4 * KiB

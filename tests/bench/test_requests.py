@@ -12,7 +12,7 @@ import pytest
 from snapchain.objects.cache import CachedStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
-from snapchain.ops.ship import shipment
+from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import damage, index as indexes
 from snapchain.repository.format import BLOB_ROW
 from snapchain.repository.index import IndexedPack

@@ -17,10 +17,10 @@ from typing import Any
 
 def warm() -> None:
     """Import what the verbs import, so that children do not."""
-    import snapchain.ops.address
+    import snapchain.destination.address
     import snapchain.ops.init
     import snapchain.ops.inspect
-    import snapchain.ops.ship  # noqa: F401
+    import snapchain.ops.ship.to_repository  # noqa: F401
     from snapchain.cli.verbs import load
 
     load()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.cli import main
-from snapchain.cli.ahead import endpoint_at, logging_in
+from snapchain.cli.preconnect import endpoint_at, logging_in
 from snapchain.errors import Unavailable
 from snapchain.host.remote_address import parse_remote_address
 from snapchain.replica import ssh_endpoint

@@ -23,7 +23,7 @@ from snapchain.cli.console import EscapingConsole
 from snapchain.cli.progress import Mode, Reporter
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import InvalidInput, ToolFailed
-from snapchain.ops.events import Notice, Progress
+from snapchain.model.events import Notice, Progress
 from tests.cli.conftest import MiB, Run, Said, made_disk, qemu_img
 from tests.cli.test_streams import CHANGING, ELSEWHERE, READING
 from tests.host.test_terminal import is_harmless
@@ -140,7 +140,7 @@ def test_help(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("disk", ["d", f"d{EVIL}"], ids=["label", "disk"])
 def test_labels_and_disks_of_a_plain_store(ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch, disk: str) -> None:
     """Whoever can write to a store that is not encrypted writes what they like."""
-    from snapchain.ops import ship
+    from snapchain.ops.ship import to_repository as ship
     from snapchain.repository import catalogue, repository
 
     with monkeypatch.context() as patch:

@@ -63,8 +63,8 @@ def test_budgets(run: Run, stack: Path) -> None:
 
 def test_what_was_not_merged_is_told(run: Run, stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from snapchain.errors import NotFound
-    from snapchain.ops.merge import run as merge_run
-    from snapchain.ops.merge.plan import MergePlan
+    from snapchain.merge import run as merge_run
+    from snapchain.merge.plan import MergePlan
 
     real = merge_run.run
 

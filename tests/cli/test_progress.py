@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from snapchain.cli.progress import Mode, Reporter, amount
-from snapchain.ops.events import Notice, Progress, Unit
+from snapchain.model.events import Notice, Progress, Unit
 
 
 def test_a_log_file_gets_notices_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from snapchain.host.interrupts import held_back
 from snapchain.ops import serve_replica
 from snapchain.ops.nightly.run import _Run
-from snapchain.ops.output import OutputFile
-from snapchain.ops.ship import Shipment
+from snapchain.ops.restore.output import OutputFile
+from snapchain.ops.ship.to_repository import Shipment
 from snapchain.repository.replay import Replay
 from tests.cli.conftest import Run, write
 from tests.ops.stacks import names

@@ -12,7 +12,7 @@ from snapchain.errors import InvalidInput, Unavailable
 from snapchain.host.os_errors import os_errors, translated
 from snapchain.host.temporary_names import NEW, RESTORE, temporary_beside
 from snapchain.image.opening import open_image
-from snapchain.ops.output import OutputFile
+from snapchain.ops.restore.output import OutputFile
 
 
 def denied(number: int = errno.EACCES) -> OSError:

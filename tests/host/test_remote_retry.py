@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Busy, Diverged, ToolFailed, Unavailable
-from snapchain.host.remote_retry import Lasting, Persistence, Retry, persist
+from snapchain.host.retry import Lasting, Persistence, Retry, persist
 
 
 class World:

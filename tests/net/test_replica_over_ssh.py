@@ -18,10 +18,10 @@ import pytest
 
 from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_retry import Persistence
+from snapchain.host.retry import Persistence
 from snapchain.host.ssh import SshProgram
 from snapchain.ops import serve_replica
-from snapchain.ops.send import Request, SendReport, send_persistently
+from snapchain.ops.ship.to_replica import Request, SendReport, send_persistently
 from snapchain.replica.ssh_endpoint import SshEndpoint
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
@@ -189,9 +189,9 @@ def test_a_killed_sender_leaves_no_process_there(
     script = f"""
 from pathlib import Path
 from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_retry import Persistence
+from snapchain.host.retry import Persistence
 from snapchain.host.ssh import SshProgram
-from snapchain.ops.send import Request, send_to_replica
+from snapchain.ops.ship.to_replica import Request, send_to_replica
 from snapchain.replica.ssh_endpoint import SshEndpoint
 to = SshEndpoint(RemoteAddress("there", {str(place.root)!r}), program=SshProgram({there.ssh!r}, {remote()!r}))
 send_to_replica(Request(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit_rate=4 << 20), to)
@@ -209,7 +209,7 @@ send_to_replica(Request(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit
 
 def test_over_there_it_gives_up_before_the_sender_comes_again() -> None:
     from snapchain.host.ssh import ALIVE_COUNT, ALIVE_INTERVAL
-    from snapchain.replica.outbox import BEAT_SECONDS
+    from snapchain.replica.send_queue import BEAT_SECONDS
 
     assert 3 * BEAT_SECONDS < serve_replica.PATIENCE < ALIVE_COUNT * ALIVE_INTERVAL + ALIVE_INTERVAL
 

@@ -157,7 +157,7 @@ class Forest:
 
     def half_done(self) -> set[Path]:
         """Lower inputs of commits that were killed: by themselves they read wrong, until the doctor removes them."""
-        from snapchain.ops.merge.journal import is_journal, read as read_journal
+        from snapchain.merge.journal import is_journal, read as read_journal
 
         journals = [read_journal(path) for path in self.names() if is_journal(path)]
         commits = [journal for journal in journals if journal.stage == "committing"]

@@ -85,5 +85,5 @@ def standing(path: Path) -> tuple[int, ...]:
 
 
 def names(directory: Path) -> list[str]:
-    """Without the notes of layers, which are no images (ops/notes.py)."""
+    """Without the notes of layers, which are no images (source/notes.py)."""
     return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith(".snapchain-layer-"))

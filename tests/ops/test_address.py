@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from snapchain.errors import InvalidInput
-from snapchain.ops.address import (
+from snapchain.destination.address import (
     DestinationAddress,
     ImageAddress,
     PointAddress,
@@ -18,6 +17,7 @@ from snapchain.ops.address import (
     parse_disk_address,
     parse_point_address,
 )
+from snapchain.errors import InvalidInput
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from snapchain.errors import InvalidInput, SnapchainError, Unsupported
 from snapchain.host.directory import Resolved, resolve
 from snapchain.host.rights import Rights
 from snapchain.ops import doctor, hold
-from snapchain.ops.notes import Notes
-from snapchain.ops.ownership import note_epoch
+from snapchain.source.notes import Notes
+from snapchain.source.ownership import note_epoch
 from tests.host.others import ALICE, directory, file, link, open_host
 from tests.ops.owners import Host, chain
 from tests.ops.stacks import flat

@@ -20,7 +20,7 @@ from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship import shipment
+from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import packs
 from snapchain.repository.repository import Repository

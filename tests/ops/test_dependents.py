@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.host import libvirt
-from snapchain.ops.dependents import Kind, find_dependents
+from snapchain.image.dependent_search import Kind, find_dependents
 from tests.ops import fake_virsh
 from tests.ops.forest import write_image
 from tests.ops.stacks import MiB, qemu_img
@@ -128,7 +128,7 @@ def test_around_the_other_places_of_a_bind_mount(tmp_path: Path, monkeypatch: py
     (tmp_path / "vms" / "_base").symlink_to(base.parent)
     overlay = image(tmp_path / "vms" / "i1" / "disk.qcow2", "../_base/img")
     assert users(base, base) == []
-    monkeypatch.setattr("snapchain.ops.dependents.other_names", lambda _: [tmp_path / "vms" / "_base" / "img"])
+    monkeypatch.setattr("snapchain.image.dependent_search.other_names", lambda _: [tmp_path / "vms" / "_base" / "img"])
     assert [str(each.path) for each in find_dependents([base], top=base).on(base)] == [str(overlay)]
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.destination.protocol import Destination
 from snapchain.image import scan
 from snapchain.objects import open_store
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
-from snapchain.ops.destination import Destination
 from snapchain.ops.replica_destination import ReplicaDestination
 from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.repository_destination import RepositoryDestination

@@ -18,17 +18,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from snapchain.destination.protocol import Destination, destination_at
 from snapchain.errors import SnapchainError
+from snapchain.merge import selection as planning, sequence as running
+from snapchain.merge.request import Request
+from snapchain.merge.strategy import Strategy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import doctor, snapshot
-from snapchain.ops.destination import Destination, destination_at
-from snapchain.ops.merge.strategy import Strategy
-from snapchain.ops.merge_set import plan as planning, run as running
-from snapchain.ops.merge_set.request import Request
+from snapchain.ops import doctor
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Disks
 from snapchain.ops.repository_destination import RepositoryDestination
-from snapchain.ops.restore_target import Format
+from snapchain.ops.restore.target import Format
+from snapchain.source import sealing as snapshot
 from tests.ops.forest import DIRECTORIES, SHM, ZERO, Forest, State, forests, read, write_image
 from tests.ops.killing import killed_after
 from tests.repository.synthetic import repository

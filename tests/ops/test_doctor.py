@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import NotFound
-from snapchain.ops import doctor, merge_image, snapshot
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.journal import journal_path
+from snapchain.merge.strategy import Strategy
+from snapchain.ops import doctor
 from snapchain.ops.doctor import DoctorReport, Kind
-from snapchain.ops.merge.journal import journal_path
-from snapchain.ops.merge.strategy import Strategy
-from snapchain.ops.output import OutputFile
+from snapchain.ops.restore.output import OutputFile
+from snapchain.source import sealing as snapshot
 from tests.ops.faulty_calls import killed_before
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same
 
@@ -30,7 +32,7 @@ def stack(tmp_path: Path) -> list[Path]:
 
 def killed_at(image: Path, wanted: str, nth: int = 1) -> None:
     """A merge of the image that dies before its n-th call of this name."""
-    killed_before(lambda: merge_image.run(merge_image.plan(image, strategy=Strategy.NEW)), image.parent, wanted, nth)
+    killed_before(lambda: merge_run.run(merge_plan.plan(image, strategy=Strategy.NEW)), image.parent, wanted, nth)
 
 
 def treat(*paths: Path) -> DoctorReport:

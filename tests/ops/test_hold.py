@@ -10,7 +10,7 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.image import scan
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold, inspect, log
-from snapchain.ops.notes import Notes
+from snapchain.source.notes import Notes
 from tests.ops.shipping import DISK, ship
 from tests.ops.stacks import Layer, build, names
 from tests.repository.synthetic import repository

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import SnapchainError, Unavailable
+from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore
-from snapchain.ops.events import Event, Progress
-from snapchain.ops.ship import shipment
+from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import packs
 from snapchain.repository.packer import UPLOADS
 from tests.ops.shipping import DISK, MiB, restore, ship

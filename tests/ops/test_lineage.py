@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from snapchain.image import scan
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.strategy import Strategy
 from snapchain.model.inventory import Wanted
+from snapchain.model.source import Source
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import merge_image, snapshot
-from snapchain.ops.lineage import wanted
-from snapchain.ops.merge.strategy import Strategy
-from snapchain.ops.notes import MergedFile, Notes
-from snapchain.ops.ship import source_of
+from snapchain.ops.ship.to_repository import source_of
 from snapchain.repository.repository import Repository
-from snapchain.repository.source import Source
+from snapchain.source import sealing as snapshot
+from snapchain.source.lineage import wanted
+from snapchain.source.notes import MergedFile, Notes
 from tests.ops.shipping import restore, same_bytes, ship
 from tests.ops.stacks import Layer, MiB, build, flat, write
 from tests.repository.synthetic import repository
@@ -39,8 +40,8 @@ def merged(image: Path, *, last: int | None = None, strategy: Strategy | None = 
     with scan(image) as chain:
         upto = len(chain.files) - 1 if last is None else last
         lowest, uppermost = str(chain.files[1].path), str(chain.files[upto].path)
-        plan = merge_image.plan(image, from_layer=lowest, to_layer=uppermost, strategy=strategy)
-    merge_image.run(plan)
+        plan = merge_plan.plan(image, from_layer=lowest, to_layer=uppermost, strategy=strategy)
+    merge_run.run(plan)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.ops import doctor, merge_image
-from snapchain.ops.merge.strategy import Strategy
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.strategy import Strategy
+from snapchain.ops import doctor
 from tests.image.mounts import mounted
 from tests.ops.faulty_calls import CALLS, End, Fault, counted, met
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same
@@ -48,8 +49,8 @@ class Scene:
         self.reset()
 
     def merge(self) -> None:
-        merge_image.run(
-            merge_image.plan(
+        merge_run.run(
+            merge_plan.plan(
                 self.paths[-1],
                 from_layer=str(self.paths[1]),
                 to_layer=str(self.paths[3]),
@@ -148,10 +149,11 @@ def test_no_call_goes_by_another_way(strategy: str, memory: Path) -> None:
     script = (
         "from pathlib import Path\n"
         "from snapchain.image.assemble import threads\n"
-        "from snapchain.ops import merge_image as op\n"
-        "from snapchain.ops.merge.strategy import Strategy\n"
+        "from snapchain.merge.plan import plan\n"
+        "from snapchain.merge.run import run\n"
+        "from snapchain.merge.strategy import Strategy\n"
         "threads.AT_MOST = 1\n"
-        f"op.run(op.plan(Path({str(scene.paths[-1])!r}), from_layer={str(scene.paths[1])!r},"
+        f"run(plan(Path({str(scene.paths[-1])!r}), from_layer={str(scene.paths[1])!r},"
         f" to_layer={str(scene.paths[3])!r}, strategy=Strategy({strategy!r})))\n"
     )
     kinds = (
@@ -181,7 +183,7 @@ def _changed(line: str, directory: Path) -> str | None:
     if name == "ioctl" and "FICLONERANGE" not in line:
         return None
     if name == "write" and ".snapchain-layer-" in line:
-        return None  # a note (ops/notes.py), by a file object; what is wrong with it is only noticed
+        return None  # a note (source/notes.py), by a file object; what is wrong with it is only noticed
     plain = {
         "linkat": "link", "fchmodat": "chmod", "fchownat": "chown", "renameat": "rename", "unlinkat": "unlink",
     }  # fmt: skip

@@ -14,10 +14,11 @@ from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, Unavailable,
 from snapchain.host import files
 from snapchain.image import scan
 from snapchain.image.assemble import Assembly, run as assemble_run
-from snapchain.ops import merge_image
-from snapchain.ops.events import Event, Notice, Progress
-from snapchain.ops.merge import journal as merge_journal, new_file, settle
-from snapchain.ops.merge_image import MergePlan, MergeReport, Strategy
+from snapchain.merge import journal as merge_journal, new_file, plan as merge_plan, run as merge_run, settle
+from snapchain.merge.plan import MergePlan
+from snapchain.merge.run import MergeReport
+from snapchain.merge.strategy import Strategy
+from snapchain.model.events import Event, Notice, Progress
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same, standing, write
 
@@ -31,11 +32,11 @@ STACK = (
 
 def plan(image: Path, **options: object) -> MergePlan:
     """Into a new file unless something else is said; what is chosen else: test_merge_strategy.py."""
-    return merge_image.plan(image, **{"strategy": Strategy.NEW, **options})  # type: ignore[arg-type]
+    return merge_plan.plan(image, **{"strategy": Strategy.NEW, **options})  # type: ignore[arg-type]
 
 
 def merge(image: Path, **options: object) -> MergeReport:
-    return merge_image.run(plan(image, **options))
+    return merge_run.run(plan(image, **options))
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_a_linked_clone_keeps_what_it_stands_on(stack: list[Path], reference: Pa
     assert planned.remove == (stack[2],)
     assert [kept.path for kept in planned.keep] == [stack[1]]
     assert "clone.qcow2" in planned.keep[0].reason
-    report = merge_image.run(planned)
+    report = merge_run.run(planned)
     assert [kept.path for kept in report.kept] == [stack[1]]
     assert same(other, before)
     assert same(stack[-1], reference)
@@ -359,7 +360,7 @@ def test_a_killed_merge_keeps_a_clone_made_since(stack: list[Path], reference: P
     other = clone(stack[1], "clone.qcow2")
     before = flat(other, tmp_path / "clone.raw")
     events: list[Event] = []
-    report = merge_image.run(plan(stack[-1]), on_event=events.append)
+    report = merge_run.run(plan(stack[-1]), on_event=events.append)
     assert report.strategy is Strategy.NOTHING
     assert report.finished == (stack[-1],)
     assert any(isinstance(event, Notice) and "finished" in event.message for event in events)
@@ -389,7 +390,7 @@ def test_a_failing_call_leaves_all_as_it_was(
             failing = Failing(call, nth, patch)
             events: list[Event] = []
             try:
-                merge_image.run(plan(stack[-1], keep_inputs=True), on_event=events.append)
+                merge_run.run(plan(stack[-1], keep_inputs=True), on_event=events.append)
             except Unavailable as error:
                 assert "no space" in str(error)  # noqa: PT017
                 assert failing.failed
@@ -523,7 +524,7 @@ def test_standing_is_kept_and_progress_told(stack: list[Path]) -> None:
     before = stack[-1].stat()
     events: list[Event] = []
     planned = plan(stack[-1])
-    merge_image.run(planned, on_event=events.append)
+    merge_run.run(planned, on_event=events.append)
     after = stack[-1].stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     merged = [event for event in events if isinstance(event, Progress) and event.phase == "merge"]
@@ -541,6 +542,6 @@ def test_the_room_estimate_holds(tmp_path: Path) -> None:
         )
         write(paths[0], "write -P 5 0 32M")
         planned = plan(paths[-1], keep_inputs=True)
-        merge_image.run(planned)
+        merge_run.run(planned)
         assert paths[-1].stat().st_blocks * 512 <= planned.needs_bytes, options
         shutil.rmtree(directory)

@@ -11,8 +11,8 @@ import pytest
 from snapchain.errors import Corrupt
 from snapchain.image.inplace.disk import Disk
 from snapchain.image.positioned import Buffer
-from snapchain.ops import merge_image
-from snapchain.ops.merge_image import Strategy
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.strategy import Strategy
 from tests.ops.stacks import Layer, build, clean, flat, same
 
 KiB = 1 << 10
@@ -54,7 +54,7 @@ def test_whichever_write_is_lost(
         shutil.copytree(tmp_path / "pristine", top.parent)
         with monkeypatch.context() as patch:
             losing = Losing(number, patch)
-            merge_image.run(merge_image.plan(top, strategy=strategy))
+            merge_run.run(merge_plan.plan(top, strategy=strategy))
         return losing
 
     noticed = 0

@@ -11,13 +11,14 @@ import pytest
 from snapchain.errors import Conflict, InvalidInput, Unsupported
 from snapchain.host.temporary_names import temporary_beside
 from snapchain.image import dependents
-from snapchain.ops import doctor, merge_image, snapshot
-from snapchain.ops.events import Event, Notice, Progress
-from snapchain.ops.merge.journal import MergeJournal, OpenJournal, journal_path
-from snapchain.ops.merge.run import MergeReport
-from snapchain.ops.merge.strategy import Strategy
-from snapchain.ops.merge_set import plan as planning, run as running
-from snapchain.ops.merge_set.request import Request
+from snapchain.merge import plan as merge_plan, selection as planning, sequence as running
+from snapchain.merge.journal import MergeJournal, OpenJournal, journal_path
+from snapchain.merge.request import Request
+from snapchain.merge.run import MergeReport
+from snapchain.merge.strategy import Strategy
+from snapchain.model.events import Event, Notice, Progress
+from snapchain.ops import doctor
+from snapchain.source import sealing as snapshot
 from tests.ops import fake_virsh
 from tests.ops.forest import Forest, State, write_image
 from tests.ops.killing import killed_after
@@ -318,8 +319,8 @@ def test_an_unreadable_image_counts_if_its_owner_can_reach_the_file(mode: int) -
         (root / "i1").chmod(mode)
         os.seteuid(65534)
         try:
-            found = merge_image.plan(root / "i1" / "disk.qcow2").keep
-            confirmed = merge_image.plan(root / "i1" / "disk.qcow2", confirmed=[root / "i1" / "1.qcow2"]).keep
+            found = merge_plan.plan(root / "i1" / "disk.qcow2").keep
+            confirmed = merge_plan.plan(root / "i1" / "disk.qcow2", confirmed=[root / "i1" / "1.qcow2"]).keep
         finally:
             os.seteuid(0)
     why = f"{root / 'i2' / 'disk.qcow2'} cannot be read, and may depend on it (--remove FILE removes it)"

@@ -13,19 +13,21 @@ from typing import Any, Self
 import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed, Unavailable
-from snapchain.host.remote_retry import Persistence
+from snapchain.host.retry import Persistence
 from snapchain.image import scan
-from snapchain.ops import merge_image, migrate as module, snapshot
-from snapchain.ops.events import Progress
+from snapchain.merge import plan as merge_plan
+from snapchain.model.events import Progress
 from snapchain.ops.inspect import inspect_image
-from snapchain.ops.migrate import MigrateReport, MigrateRequest, Move, migrate, plan, take_back
-from snapchain.ops.notes import Notes
-from snapchain.ops.ownership import epoch_of
+from snapchain.ops.migrate import run as module
+from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, plan, take_back
 from snapchain.ops.replica_log import log_replica
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.stream.handover_messages import HandedDisk, Step
 from snapchain.replica.stream.messages import Active
+from snapchain.source import sealing as snapshot
+from snapchain.source.notes import Notes
+from snapchain.source.ownership import epoch_of
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, same, write
 from tests.replica.conftest import BentEndpoint, Place, send
@@ -188,7 +190,7 @@ def test_nothing_here_writes_or_sends_it_any_more(host: Host, tmp_path: Path) ->
     other = DirectoryEndpoint(tmp_path / "elsewhere")
     refused: list[Callable[[], object]] = [
         lambda: snapshot.plan(host.vda),
-        lambda: merge_image.plan(host.vda, flatten=True),
+        lambda: merge_plan.plan(host.vda, flatten=True),
         lambda: send(host.vda, host.endpoint, VDA),
         lambda: send(host.vda, other, "another/name"),
         lambda: host.migrate(other),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Conflict
+from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.objects.exclusive import Clockwork, create_exclusively
 from snapchain.objects.memory import MemoryStore
@@ -15,9 +16,8 @@ from snapchain.objects.retire import RETIRED, is_retired
 from snapchain.objects.store import Data, ObjectStore, Refused
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
-from snapchain.ops.events import Event, Notice
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship import shipment
+from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository

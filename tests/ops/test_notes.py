@@ -10,9 +10,9 @@ import pytest
 
 from snapchain.errors import NotFound
 from snapchain.image import scan
-from snapchain.ops import snapshot
-from snapchain.ops.lineage import seal, sealed_at
-from snapchain.ops.notes import Hold, LayerNote, Notes
+from snapchain.source import sealing as snapshot
+from snapchain.source.lineage import seal, sealed_at
+from snapchain.source.notes import Hold, LayerNote, Notes
 from tests.ops.stacks import Layer, build, names
 
 NOW = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)

@@ -14,19 +14,20 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.files import set_mode
 from snapchain.image import scan
-from snapchain.ops import merge_image, migrate as module, ownership, snapshot
-from snapchain.ops.merge_set import plan as merge_set
-from snapchain.ops.merge_set.request import Request
-from snapchain.ops.migrate import MigrateReport, MigrateRequest, Move, migrate, take_back
+from snapchain.merge import plan as merge_plan, run as merge_run, selection as merge_set
+from snapchain.merge.request import Request
+from snapchain.ops.migrate import run as module
+from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, take_back
 from snapchain.ops.nightly.look import look
-from snapchain.ops.notes import Notes
-from snapchain.ops.ownership import epoch_of
-from snapchain.ops.sync import SyncRequest, sealed_request, sync
+from snapchain.ops.sync.run import SyncRequest, sealed_request, sync
 from snapchain.replica import handover
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Step
 from snapchain.replica.stream.messages import Active
+from snapchain.source import ownership, sealing as snapshot
+from snapchain.source.notes import Notes
+from snapchain.source.ownership import epoch_of
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img, same, write
 from tests.ops.test_migrate import VDA, VDB, Host
 from tests.replica.conftest import send
@@ -176,7 +177,7 @@ def test_a_merge_of_the_guests_overlay_leaves_the_replica_whole(host: Host, tmp_
         write(top, f"write -P {number + 9} {number * 64}k 64k")
         snapshot.run(snapshot.plan(top))
     truth = flat(top, tmp_path / "truth.raw")
-    merge_image.run(merge_image.plan(top))
+    merge_run.run(merge_plan.plan(top))
     assert same(top, truth)
     assert all(file.exists() for file in host.place.files())
     third = move(top, tmp_path / "third")

@@ -11,6 +11,7 @@ import pytest
 
 from tests.ops.stacks import Layer, build
 
+OPERATIONS = {"snapshot": "(sealing.plan, sealing.run)", "merge": "(plan.plan, run.run)"}
 TRACED = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
 
 
@@ -18,8 +19,11 @@ def calls(work: Path, image: Path, operation: str, options: str = "") -> list[st
     """`fsync NAME`, `rename A B`, ... by our own process, in order; temporary names as `tmp`."""
     script = (
         "from pathlib import Path\n"
-        f"from snapchain.ops import {operation} as op\n"
-        f"op.run(op.plan(Path({str(image)!r}){options}))\n"
+        "from snapchain.merge import plan, run\n"
+        "from snapchain.merge.strategy import Strategy\n"
+        "from snapchain.source import sealing\n"
+        f"{operation} = {OPERATIONS[operation]}\n"
+        f"{operation}[1]({operation}[0](Path({str(image)!r}){options}))\n"
     )
     trace = work / "trace"
     subprocess.run(["strace", "-f", "-y", "-o", trace, "-e", TRACED, sys.executable, "-c", script], check=True)
@@ -72,7 +76,7 @@ def test_snapshot(tmp_path: Path) -> None:
 def test_merge(tmp_path: Path) -> None:
     image = build(tmp_path / "vm", [Layer(), *[Layer(writes=["write -P 1 0 64k"])] * 3])[-1]
     # The journal and the result get their names in one directory, in this order: one flush makes both last.
-    assert calls(tmp_path, image, "merge_image", ", strategy=op.Strategy.NEW") == [
+    assert calls(tmp_path, image, "merge", ", strategy=Strategy.NEW") == [
         "fsync tmp",
         "fsync journal-tmp",
         "rename journal-tmp journal",
@@ -94,7 +98,7 @@ def test_merge_in_place(strategy: str, tmp_path: Path) -> None:
     target = {"ABSORB": "disk.qcow2", "COMMIT": "1.qcow2"}[strategy]
     layers = [Layer(), *[Layer(writes=[f"write -P 1 {n}M 64k"]) for n in range(3)]]
     image = build(tmp_path / "vm", layers)[-1]
-    found = calls(tmp_path, image, "merge_image", f", strategy=op.Strategy.{strategy}")
+    found = calls(tmp_path, image, "merge", f", strategy=Strategy.{strategy}")
     steps = found.count(f"fsync {target}")
     # Data with their counts; entries; the L1 table; link; counts made exact: none waits for the next.
     assert steps >= 4

@@ -17,15 +17,17 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.image import scan
-from snapchain.ops import doctor, hold, merge_image, notes, ownership, snapshot
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.ops import doctor, hold
 from snapchain.ops.doctor import Kind
 from snapchain.ops.inspect import inspect_image
-from snapchain.ops.lineage import seal
-from snapchain.ops.migrate import migrate, plan_take_back, take_back
-from snapchain.ops.migrate_request import MigrateRequest, Move
+from snapchain.ops.migrate.request import MigrateRequest, Move
+from snapchain.ops.migrate.run import migrate, plan_take_back, take_back
 from snapchain.ops.nightly.state import read_state
-from snapchain.ops.notes import Given, Hold, LayerNote, Notes, Overlay
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.source import notes, ownership, sealing as snapshot
+from snapchain.source.lineage import seal
+from snapchain.source.notes import Given, Hold, LayerNote, Notes, Overlay
 from tests.host.others import ALICE, BOB, KVM, directory, file, open_host, root_only
 from tests.ops.stacks import Layer, MiB, build
 from tests.ops.test_group_shared import as_user
@@ -211,7 +213,7 @@ def verbs(path: Path, place: Path) -> dict[str, Callable[[], object]]:
     there = endpoint(place)
     return {
         "snapshot": lambda: snapshot.plan(path),
-        "merge": lambda: merge_image.plan(path),
+        "merge": lambda: merge_plan.plan(path),
         "migrate": lambda: migrate(request(path), there),
         "take back": lambda: take_back(request(path), there, unasked=True),
         "plan a take back": lambda: plan_take_back(request(path), there),
@@ -250,8 +252,8 @@ def test_a_stranger_s_note_changes_nothing_that_root_does(open_host: Path) -> No
         os.chown(note_of(path), BOB, BOB)
     plain = build(directory(open_host / "plain"), STACK)
     said: list[str] = []
-    report = merge_image.run(merge_image.plan(chain[-1]), on_event=lambda event: said.append(str(event)))
-    other = merge_image.run(merge_image.plan(plain[-1]))
+    report = merge_run.run(merge_plan.plan(chain[-1]), on_event=lambda event: said.append(str(event)))
+    other = merge_run.run(merge_plan.plan(plain[-1]))
     assert [each.name for each in report.removed] == [each.name for each in other.removed]
     assert sum(f"a note of user {BOB}" in each for each in said) == 3
     assert not [each for each in said if "touch" in each]

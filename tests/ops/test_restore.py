@@ -16,11 +16,11 @@ from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Sn
 from snapchain.image.positioned import Buffer
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw_write import RawWriter
+from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import restore_target
-from snapchain.ops.events import Event, Progress
-from snapchain.ops.output import OutputFile
-from snapchain.ops.restore import Restoration
+from snapchain.ops.restore import target as restore_target
+from snapchain.ops.restore.from_repository import Restoration
+from snapchain.ops.restore.output import OutputFile
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Fault, FaultStore, On
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship

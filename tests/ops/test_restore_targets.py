@@ -20,15 +20,15 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.destination.protocol import Destination, destination_at
 from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.events import Event, Notice, Progress
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.destination import Destination, destination_at
-from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.hold import hold_image
-from snapchain.ops.notes import Given, Notes, Overlay
 from snapchain.ops.repository_destination import RepositoryDestination
-from snapchain.ops.restore_target import Format, RestoreReport, Target
+from snapchain.ops.restore.target import Format, RestoreReport, Target
+from snapchain.source.notes import Given, Notes, Overlay
 from tests.host import others as people
 from tests.ops.shipping import DISK, MiB
 from tests.ops.stacks import Layer, build, clean, flat, names, qemu_img, same, standing, write

@@ -12,13 +12,13 @@ import pytest
 
 from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
+from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.ops import gc, init
-from snapchain.ops.events import Event, Notice
 from snapchain.ops.log import log
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore import Restoration
-from snapchain.ops.ship import ShipReport, shipment
+from snapchain.ops.restore.from_repository import Restoration
+from snapchain.ops.ship.to_repository import ShipReport, shipment
 from snapchain.ops.verify import verify
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, random_stack, same_bytes

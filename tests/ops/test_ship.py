@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
+from snapchain.model.events import Event, Notice, Progress
+from snapchain.model.points import check_label
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data
 from snapchain.objects.throttle import ThrottledStore
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
-from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship import check_label, shipment
+from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import packer, packs
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship

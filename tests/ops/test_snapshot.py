@@ -16,8 +16,8 @@ from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable
 from snapchain.host import files
 from snapchain.image import overlay as overlay_module, qemu_img, scan
 from snapchain.image.qemu_img import Qcow2Options
-from snapchain.ops import snapshot
-from snapchain.ops.events import Event, Notice
+from snapchain.model.events import Event, Notice
+from snapchain.source import sealing as snapshot
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import names, standing
 

@@ -17,9 +17,8 @@ import pytest
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput, Unavailable
 from snapchain.host.remote_address import parse_remote_address
 from snapchain.model.convergence import Verdict
-from snapchain.ops.sealer import OfflineSealer
-from snapchain.ops.send import send_to_replica
-from snapchain.ops.sync import (
+from snapchain.ops.ship.to_replica import send_to_replica
+from snapchain.ops.sync.run import (
     Destination,
     Divergence,
     Guest,
@@ -31,8 +30,9 @@ from snapchain.ops.sync import (
     sealed_request,
     sync,
 )
-from snapchain.ops.sync_virsh import migrate_commands
+from snapchain.ops.sync.virsh import migrate_commands
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.source.sealer import OfflineSealer
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place

@@ -11,10 +11,10 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.convergence import Verdict
-from snapchain.ops import snapshot
-from snapchain.ops.sealer import OfflineSealer, OfflineSet
-from snapchain.ops.sync import Guest, SetReport, SyncRequest, check_set, sealed_request, sync_set
+from snapchain.ops.sync.run import Guest, SetReport, SyncRequest, check_set, sealed_request, sync_set
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.source import sealing as snapshot
+from snapchain.source.sealer import OfflineSealer, OfflineSet
 from tests.ops.stacks import Layer, MiB, build, flat, names, same, write
 
 VDA, VDB = "web1/vda", "web1/vdb"

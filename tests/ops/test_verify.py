@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound
+from snapchain.model.events import Event, Progress
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import gc
 from snapchain.ops.diff import point_side
-from snapchain.ops.events import Event, Progress
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore import Restoration
+from snapchain.ops.restore.from_repository import Restoration
 from snapchain.ops.verify import VerifyReport, verify
 from snapchain.repository import index as indexes
 from snapchain.repository.catalogue import Point

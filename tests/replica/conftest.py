@@ -15,7 +15,7 @@ import pytest
 
 from snapchain.errors import SnapchainError
 from snapchain.host.remote_channel import Channel
-from snapchain.ops.send import Request, SendReport, send_to_replica
+from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.receiver import receive
 from tests.ops.stacks import clean, same

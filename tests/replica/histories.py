@@ -20,14 +20,14 @@ import numpy as np
 
 from snapchain.errors import Diverged, SnapchainError, Unavailable
 from snapchain.host.remote_channel import Channel
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.strategy import Strategy
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
 from snapchain.model.retention import Policy
-from snapchain.ops import merge_image
-from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.receive import receive_stream
-from snapchain.ops.replica_restore import ReplicaRestoration
-from snapchain.ops.send import Files, Request, send_blindly
+from snapchain.ops.restore.from_replica import ReplicaRestoration
+from snapchain.ops.ship.to_replica import Files, Request, send_blindly
 from tests.ops.stacks import clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 from tests.replica.merging import endpoint
@@ -174,7 +174,7 @@ class History:
         way = self.draw.choice([Strategy.NEW, Strategy.NEW, Strategy.ABSORB])
         paths = [path for path, _ in self.chain]
         try:
-            plan = merge_image.plan(
+            plan = merge_plan.plan(
                 self.top,
                 from_layer=str(paths[first]),
                 to_layer=str(paths[last]),
@@ -186,7 +186,7 @@ class History:
         except SnapchainError as refused:
             self.note(f"merge {first} to {last} is refused: {refused}")
             return
-        report = merge_image.run(plan)
+        report = merge_run.run(plan)
         self.note(f"merged {first} to {last} by {report.strategy.value}")
         self.happened["merged"] += 1
         self.chain[first : last + 1] = [self.chain[last]]
@@ -253,7 +253,7 @@ class History:
 
     @property
     def _cut(self) -> object:
-        from snapchain.ops.send import Divergence
+        from snapchain.ops.ship.to_replica import Divergence
 
         return Divergence.CUT_REPLICA
 

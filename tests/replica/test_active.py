@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Corrupt, Diverged, InvalidInput, SnapchainError, Unsupported
-from snapchain.ops.sync import Destination, SyncRequest, check, sealed_request
+from snapchain.ops.sync.run import Destination, SyncRequest, check, sealed_request
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
 from tests.ops.stacks import Layer, build, clean, same
 from tests.replica.conftest import DISK, Place

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.ops.events import Event, Progress
+from snapchain.model.events import Event, Progress
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
-from snapchain.replica.asking import MOST_BYTES
+from snapchain.replica.client import MOST_BYTES
 from snapchain.replica.confinement import chosen
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.store import open_replica
@@ -180,7 +180,7 @@ def test_a_question_out_of_place(place: Place, said: tuple[tuple[int, bytes], ..
     ],
 )
 def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import asking
+    from snapchain.replica import client as asking
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
     monkeypatch.setattr(asking, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
@@ -290,7 +290,7 @@ def test_a_finding_cannot_colour_the_terminal() -> None:
 
 
 def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import asking
+    from snapchain.replica import client as asking
 
     monkeypatch.setattr(asking, "MOST_BYTES", 1 << 20)
     assert MOST_BYTES > 1 << 20
@@ -307,7 +307,7 @@ def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_points_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import asking
+    from snapchain.replica import client as asking
 
     monkeypatch.setattr(asking, "MOST_POINTS", 600)
     pages = [disk_said("d", *range(first, first + 256)) for first in range(1, 1000, 256)]

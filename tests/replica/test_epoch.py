@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, Unsupported
-from snapchain.ops.migrate import MigrateRequest, Move, migrate
+from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
 from snapchain.ops.replica_log import log_replica
-from snapchain.ops.send import Request, plan_send
+from snapchain.ops.ship.to_replica import Request, plan_send
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader
-from snapchain.replica.stream.messages import LARGEST_EPOCH, Open, encode
+from snapchain.replica.stream.messages import Open, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import DISK, Place, send

@@ -25,16 +25,16 @@ from snapchain.errors import (
     Unsupported,
 )
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.events import Event, Progress, ignore
 from snapchain.model.retention import Policy
 from snapchain.ops import replica_inspect
-from snapchain.ops.events import Event, Progress, ignore
 from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.replica_destination import ReplicaDestination
 from snapchain.ops.replica_endpoint import replica_at
 from snapchain.ops.replica_inspect import inspect_replica
-from snapchain.ops.replica_restore import ReplicaRestoration
-from snapchain.ops.restore_target import RestoreReport
-from snapchain.ops.send_request import Divergence
+from snapchain.ops.restore.from_replica import ReplicaRestoration
+from snapchain.ops.restore.target import RestoreReport
+from snapchain.ops.ship.request import Divergence
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.stream.fetch_messages import FETCHED, Fetch
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
@@ -219,7 +219,7 @@ def test_what_is_in_the_way(sent: Place, chain: list[Path], out: Path) -> None:
 
 
 def test_no_room(sent: Place, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.ops import replica_restore, restore_target
+    from snapchain.ops.restore import from_replica as replica_restore, target as restore_target
 
     monkeypatch.setattr(replica_restore, "free_bytes", lambda _: 1000)
     with pytest.raises(Unavailable, match="for its tables alone"):
@@ -538,7 +538,7 @@ def test_a_request_out_of_place(place: Place, said: tuple[tuple[int, bytes], ...
     ],
 )
 def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import asking
+    from snapchain.replica import client as asking
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
     monkeypatch.setattr(

@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from snapchain.destination.protocol import destination_at
 from snapchain.destinations import create_destination
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.places import state_dir
+from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.model.content import content_id, empty_sum
-from snapchain.ops import merge_image, snapshot
-from snapchain.ops.destination import destination_at
-from snapchain.ops.events import Event, Notice
+from snapchain.model.events import Event, Notice
 from snapchain.ops.replica_verify import verify_replica
-from snapchain.ops.send import Divergence, Request, plan_send, send_to_replica
+from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader, Kind
 from snapchain.replica.stream.maps import MapReader, layer_id
 from snapchain.replica.stream.messages import Cut, Inventory, LayerOffer, Open, PointOffer, encode
+from snapchain.source import sealing as snapshot
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
@@ -160,7 +161,7 @@ def test_what_was_counted_is_not_read_again(place: Place, chain: list[Path], tmp
         write(image, f"write -P {20 + number} {number * 64}k 64k")
         snapshot.run(snapshot.plan(image))
         assert not any("reading" in each for each in notices(image, place))
-    merge_image.run(merge_image.plan(image, from_layer=str(chain[0]), to_layer=str(chain[1])))
+    merge_run.run(merge_plan.plan(image, from_layer=str(chain[0]), to_layer=str(chain[1])))
     write(image, "write -P 10 0 64k")
     assert not any("reading" in each for each in notices(image, place)), "a merge is proven"
     assert same(place.files()[-1], flat(image, tmp_path / "shown"))

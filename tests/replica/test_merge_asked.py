@@ -163,7 +163,7 @@ REFUSED = (
 def test_a_hostile_question(
     place: Place, tmp_path: Any, question: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from snapchain.replica import asking
+    from snapchain.replica import client as asking
 
     pointed = Pointed(place, tmp_path / "shots")
     for path in build(tmp_path / "c", [Layer(MiB, [f"write -P {n} 0 64k"]) for n in (1, 2)]):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt
-from snapchain.ops.merge.strategy import Strategy
+from snapchain.merge.strategy import Strategy
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
@@ -89,7 +89,7 @@ def memory() -> Iterator[Path]:
 def points_two_three_and_five(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rule of the calendar is so fine."""
     from snapchain.model.retention import Decision
-    from snapchain.replica import collapsing
+    from snapchain.replica import layer_merge as collapsing
     from snapchain.replica.catalogue import Point
 
     def decide(points: list[Point], *_: object, **__: object) -> tuple[Decision[Point], ...]:

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Busy, Conflict, Unavailable, Unsupported
+from snapchain.merge.strategy import Strategy
+from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
-from snapchain.ops.events import Event, Notice
-from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
-from snapchain.ops.send import Request, send_to_replica
-from snapchain.ops.sync import SyncRequest, check, sealed_request, sync
-from snapchain.replica import unfinished, voice, waiting
+from snapchain.ops.ship.to_replica import Request, send_to_replica
+from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
+from snapchain.replica import merge_journal as unfinished, reply_writer as voice, waiting
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.merge_journal import Done, OnBytes, Planned
 from snapchain.replica.store import open_replica
-from snapchain.replica.unfinished import Done, OnBytes, Planned
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
@@ -318,7 +318,7 @@ def test_a_disk_that_is_full(tmp_path: Path, chain: list[Path], place: Place) ->
     pointed = Pointed(place, tmp_path / "shots")
     for path in chain:
         pointed.send(path)
-    from snapchain.replica import collapsing
+    from snapchain.replica import layer_merge as collapsing
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collapsing, "free_bytes", lambda _directory: 1 << 19)

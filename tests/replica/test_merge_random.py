@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.strategy import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops import merge_image
-from snapchain.ops.merge.strategy import Strategy
 from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.replica_engine import ReplicaEngine
-from snapchain.ops.send import Files
+from snapchain.ops.ship.to_replica import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.ops.shipping import random_stack
 from tests.replica.conftest import DISK, Place
@@ -99,10 +99,10 @@ def merge_there(pointed: Pointed, draw: random.Random) -> bool:
 
 def merge_here(image: Path, draw: random.Random) -> str:
     """What came of it: `here`, or that there was nothing to merge."""
-    chain = merge_image.plan(image, image_format=image.suffix[1:]).chain
+    chain = merge_plan.plan(image, image_format=image.suffix[1:]).chain
     if len(chain) < 2:
         return "nothing"
     first = draw.randrange(len(chain) - 1)
-    report = merge_image.run(merge_image.plan(image, from_layer=str(chain[first])))
+    report = merge_run.run(merge_plan.plan(image, from_layer=str(chain[first])))
     assert report.layers_after < report.layers_before
     return "here"

@@ -13,14 +13,14 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
-from snapchain.ops import merge_image
-from snapchain.ops.events import Event, Notice, Progress
 from snapchain.ops.merge_replica import ReplicaMerge
-from snapchain.ops.send import Divergence, Request, send_to_replica
-from snapchain.ops.snapshot import plan as plan_snapshot, run as run_snapshot
+from snapchain.ops.ship.to_replica import Divergence, Request, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.store import open_replica
+from snapchain.source.sealing import plan as plan_snapshot, run as run_snapshot
 from tests.image.mounts import mounted
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
@@ -492,7 +492,7 @@ def seal(image: Path, *writes: str) -> None:
 
 
 def merge_here(image: Path, first: str) -> None:
-    merge_image.run(merge_image.plan(image, from_layer=first))
+    merge_run.run(merge_plan.plan(image, from_layer=first))
 
 
 def guest_on(pointed: Pointed, layer: str) -> Path:

@@ -15,7 +15,7 @@ import pytest
 
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
 from snapchain.host.remote_channel import Channel
-from snapchain.ops.send import Request, send_blindly
+from snapchain.ops.ship.to_replica import Request, send_blindly
 from snapchain.replica import sender
 from snapchain.replica.receiver import Received, receive
 from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC

@@ -21,12 +21,12 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.remote_channel import Channel
 from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
+from snapchain.model.events import Event, Progress
 from snapchain.model.inventory import Wanted
-from snapchain.ops.events import Event, Progress
-from snapchain.ops.send import Divergence, Files, Request, Scope, send_blindly
-from snapchain.ops.send_sources import source_of
+from snapchain.ops.ship.sources import source_of
+from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, send_blindly
 from snapchain.replica import arrival, sender
-from snapchain.replica.outbox import Outbox
+from snapchain.replica.send_queue import Outbox
 from snapchain.replica.stream.frames import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack

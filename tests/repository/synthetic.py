@@ -16,13 +16,13 @@ import blake3
 from hypothesis import strategies as st
 
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.model.source import Source
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import AES, Keyring
-from snapchain.repository.deposit import Deposit, Origin
+from snapchain.repository.layer_writer import Deposit, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.repository import Config, Repository
-from snapchain.repository.source import Source
 from snapchain.repository.view import ChainView
 
 LEAF = 64 * 1024

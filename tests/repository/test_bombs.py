@@ -19,7 +19,7 @@ from blake3 import blake3
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Corrupt, Unsupported
-from snapchain.model.content import content_id, empty_sum
+from snapchain.model.content import content_id, empty_sum, encode_sum
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import gc, verify as verification
@@ -38,7 +38,7 @@ from snapchain.repository.format import (
     index_name,
     pack_name,
 )
-from snapchain.repository.layers import LayerHeader, StoredLayer, encode_sum
+from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packs import OpenPack
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository

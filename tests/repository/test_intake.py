@@ -15,7 +15,7 @@ from snapchain.model.content import content_id
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 from snapchain.repository import pages, worklist
 from snapchain.repository.crypto import AES, CHACHA, NONE
-from snapchain.repository.deposit import Deposit
+from snapchain.repository.layer_writer import Deposit
 from snapchain.repository.layers import leaves_shown, resolve
 from snapchain.repository.replay import Replay, Sink
 from snapchain.repository.repository import Repository

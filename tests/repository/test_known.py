@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.destination.address import located
 from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.private import PrivateDirectory
 from snapchain.objects.s3_client import canonical
 from snapchain.ops import gc
-from snapchain.ops.address import located
 from snapchain.ops.log import log
 from snapchain.ops.verify import verify
 from snapchain.repository.known import Known, Memory

@@ -11,8 +11,8 @@ from hypothesis import given, settings, strategies as st
 from snapchain.model.collapse import collapse_tree
 from snapchain.model.extents import ABSENT, DATA, ZERO
 from snapchain.repository import merging, pages, worklist
-from snapchain.repository.deposit import Deposit
 from snapchain.repository.format import pack_name
+from snapchain.repository.layer_writer import Deposit
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.merging import merge_layers
 from snapchain.repository.packer import Packer

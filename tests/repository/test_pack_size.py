@@ -17,7 +17,7 @@ from snapchain.objects.store import Data, joined
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship import shipment
+from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import index as indexes, sweep
 from snapchain.repository.crypto import Keyring

@@ -17,9 +17,9 @@ from snapchain.objects.wrapper import StoreWrapper
 from snapchain.repository import index as indexes, packer as packers, packs
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.deposit import Deposit
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import BlobIndex
+from snapchain.repository.layer_writer import Deposit
 from snapchain.repository.packer import SMALL, UPLOADS, Packer, Stream
 from snapchain.testing.faults import Crash, Fault, FaultStore, On
 from tests.repository.synthetic import LEAF, ORIGIN, Run, again, drawn, nothing, repository

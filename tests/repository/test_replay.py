@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from snapchain.errors import Corrupt
-from snapchain.model.content import content_id, leaf_hash, sum_of
+from snapchain.model.content import content_id, encode_sum, leaf_hash, sum_of
 from snapchain.repository import layers as records, worklist
 from snapchain.repository.format import LEAF_ROW, layer_name
-from snapchain.repository.intake import store_page_body
-from snapchain.repository.layers import StoredLayer, encode_sum
+from snapchain.repository.ingest import store_page_body
+from snapchain.repository.layers import StoredLayer
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import Page, Rows
 from snapchain.repository.replay import Replay, Sink

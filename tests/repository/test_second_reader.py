@@ -22,8 +22,8 @@ from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.repository import keys as slots
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES
-from snapchain.repository.deposit import Deposit, Origin
 from snapchain.repository.envelope import unseal
+from snapchain.repository.layer_writer import Deposit, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.packs import PackReader
 from snapchain.repository.pages import Page

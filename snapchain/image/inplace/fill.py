@@ -19,8 +19,8 @@ from snapchain.image.assemble.threads import spread
 from snapchain.image.inplace.amendment import Amendment
 from snapchain.image.inplace.counting import NewCounts, count_new
 from snapchain.image.inplace.disk import Disk
-from snapchain.image.inplace.harmless import check_harmless
 from snapchain.image.inplace.link import header_head, relink as new_link
+from snapchain.image.inplace.overwrite_check import check_harmless
 from snapchain.image.inplace.shadow import Pending
 from snapchain.image.inplace.tables import Tables
 from snapchain.image.positioned import write_all

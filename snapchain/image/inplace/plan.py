@@ -14,10 +14,10 @@ from snapchain.image.assemble.pieces import Pieces, joined_runs, pieces_of
 from snapchain.image.assemble.plan import merged_extents
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
+from snapchain.image.inplace.allocation import Rooms, behind_end, rooms
 from snapchain.image.inplace.amendment import Amendment
 from snapchain.image.inplace.cells import Cells, cells, cut, end_of_last_cell
 from snapchain.image.inplace.link import header_head, relink
-from snapchain.image.inplace.rooms import Rooms, behind_end, rooms
 from snapchain.image.physical import Int64s
 from snapchain.image.pread import file_bytes
 from snapchain.image.qcow2.encode import subcluster_bitmaps, values_of

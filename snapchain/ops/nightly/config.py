@@ -18,11 +18,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from snapchain.model.points import check_label
 from snapchain.model.retention import Policy, parse_duration
 from snapchain.ops.nightly.naming import check_template
 from snapchain.ops.nightly.units import Bytes, Seconds, Share
 from snapchain.ops.nightly.window import Window
-from snapchain.ops.ship import check_label
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 
 Text = Annotated[str, Field(min_length=1)]

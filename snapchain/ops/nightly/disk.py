@@ -16,23 +16,23 @@ from functools import partial
 from typing import Any
 
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
-from snapchain.ops import snapshot
-from snapchain.ops.events import Event, Notice, OnEvent, Progress
+from snapchain.merge import sequence as merge_set
+from snapchain.merge.request import At
+from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeReport
-from snapchain.ops.merge_set import run as merge_set
-from snapchain.ops.merge_set.request import At
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.local_merge import Sealed
 from snapchain.ops.nightly.look import ImageFacts, look
-from snapchain.ops.nightly.place import Place
+from snapchain.ops.nightly.open_destination import Place
 from snapchain.ops.nightly.plan import CutOffError, Limits
 from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.ship import ShipReport, shipment
+from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.source import sealing as snapshot
 
 _TRIES = 2
 """Of a step that lost a race with another snapchain."""

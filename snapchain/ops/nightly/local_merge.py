@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snapchain.image import scan
-from snapchain.ops.dependents import dependents_of_chain
-from snapchain.ops.merge.plan import decide
-from snapchain.ops.merge_set import plan as planning
-from snapchain.ops.merge_set.choose import choose
-from snapchain.ops.merge_set.plan import MergeSetPlan, asked
-from snapchain.ops.merge_set.rates import Rates
-from snapchain.ops.merge_set.request import At, Request
-from snapchain.ops.merge_set.stack import look
+from snapchain.image.dependent_search import dependents_of_chain
+from snapchain.merge import selection as planning
+from snapchain.merge.choose import choose
+from snapchain.merge.plan import decide
+from snapchain.merge.rates import Rates
+from snapchain.merge.request import At, Request
+from snapchain.merge.selection import MergeSetPlan, asked
+from snapchain.merge.stack import look
 from snapchain.ops.nightly.config import Disks
 
 _REASONS = 4

@@ -9,13 +9,13 @@ from pathlib import Path
 from snapchain.image import ImageChain
 from snapchain.image.file import Format
 from snapchain.model.chain import Chain
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.layer import Layer
-from snapchain.ops.events import OnEvent, ignore
-from snapchain.ops.ownership import check_not_given
-from snapchain.ops.ship import source_of
-from snapchain.ops.source import locked_chain
-from snapchain.repository.source import Source
+from snapchain.model.source import Source
+from snapchain.ops.ship.to_repository import source_of
+from snapchain.source.chains import locked_chain
+from snapchain.source.ownership import check_not_given
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,24 +9,24 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
-from snapchain.ops import snapshot
-from snapchain.ops.events import Notice, OnEvent, ignore
+from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.disk_list import roster
 from snapchain.ops.nightly.hooks import missing_programs
 from snapchain.ops.nightly.local_merge import Sealed
 from snapchain.ops.nightly.look import ImageFacts, look
-from snapchain.ops.nightly.place import Place
+from snapchain.ops.nightly.maintenance import turns
+from snapchain.ops.nightly.open_destination import Place
 from snapchain.ops.nightly.plan import limits_of
 from snapchain.ops.nightly.report import Fault
-from snapchain.ops.nightly.roster import roster
 from snapchain.ops.nightly.run import directory_of, now_utc
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.nightly.upkeep import turns
-from snapchain.ops.ship import shipment
+from snapchain.ops.ship.to_repository import shipment
+from snapchain.source import sealing as snapshot
 
 
 class _Shown(BaseModel):

@@ -11,9 +11,9 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
+from snapchain.merge.sequence import MergeSetReport
 from snapchain.ops.gc import GcReport
 from snapchain.ops.merge_repository import RepositoryMergeReport
-from snapchain.ops.merge_set.run import MergeSetReport
 
 
 class Outcome(StrEnum):

@@ -21,21 +21,21 @@ from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import descriptors, files
 from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.host.private import make_private
-from snapchain.ops.events import Event, Notice, OnEvent, ignore
+from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.descriptors import Descriptors, needed
 from snapchain.ops.nightly.disk import DiskRun, Night, untouched
+from snapchain.ops.nightly.disk_list import Roster, roster
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.lock import only_run
-from snapchain.ops.nightly.place import Place
+from snapchain.ops.nightly.maintenance import Upkeep
+from snapchain.ops.nightly.open_destination import Place
 from snapchain.ops.nightly.plan import limits_of
 from snapchain.ops.nightly.report import DestinationReport, DiskReport, NightlyReport, Outcome
-from snapchain.ops.nightly.roster import Roster, roster
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import StateFile
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.nightly.upkeep import Upkeep
 
 LAST_REPORT = "last-report.json"
 

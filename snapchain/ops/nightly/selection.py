@@ -23,7 +23,7 @@ from snapchain.host.directory import place_to_change, real_path
 from snapchain.image.references import Unread, children
 from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.naming import disk_name
-from snapchain.ops.notes import Notes
+from snapchain.source.notes import Notes
 
 _NUMBERED = re.compile(r"(.+)\.[0-9]+(\.[^.]+)")
 """A sealed file's name, as `snapshot` gives it: vda.3.qcow2 beside vda.qcow2."""

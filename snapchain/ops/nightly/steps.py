@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from snapchain.errors import Busy, Conflict, Diverged
 from snapchain.ops.nightly.plan import CutOffError
 from snapchain.ops.nightly.report import Fault, Outcome
-from snapchain.ops.ownership import GivenAwayError
+from snapchain.source.ownership import GivenAwayError
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from snapchain.errors import (
     Unavailable,
     Unsupported,
 )
-from snapchain.host.remote_retry import Lasting
+from snapchain.host.retry import Lasting
 from snapchain.replica.stream.messages import Failure
 
 _KINDS: dict[str, type[SnapchainError]] = {

@@ -7,7 +7,8 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from snapchain.replica.stream.messages import LARGEST_EPOCH, Active, Epoch, LayerId, Said
+from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.replica.stream.messages import Active, Epoch, LayerId, Said
 
 MOST_DISKS = 64
 """Of one guest: as many as virtio-scsi or a long row of virtio-blk has in earnest."""

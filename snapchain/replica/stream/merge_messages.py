@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
+from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.replica.stream.messages import (
     LARGEST_DISK,
-    LARGEST_EPOCH,
     MAX_LAYERS,
     POINTS_AT_ONCE,
     FileName,

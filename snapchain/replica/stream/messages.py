@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 from snapchain.errors import Corrupt
+from snapchain.model.content import SumText
+from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.replica.names import is_layer_name
 
 VERSION = 1
@@ -30,7 +32,6 @@ MAX_LAYERS = 200
 MAX_RUNS = 1 << 22
 """Of a layer's map."""
 
-LARGEST_EPOCH = 1 << 31
 LARGEST_NUMBER = 1 << 53
 """Of a point: what a program in any language counts exactly."""
 MOST_POINTS = 30_000
@@ -75,7 +76,6 @@ SHORT_KEY_BYTES = 8
 MOST_OLDER = 1 << 14
 """Files of one layer: one a night for 44 years."""
 ShortKeys = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$", max_length=MOST_OLDER * SHORT_KEY_BYTES * 2)]
-SumText = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{2731}=$")]
 """The base64 form of a content sum: 2048 bytes, u16 little endian a lane."""
 
 

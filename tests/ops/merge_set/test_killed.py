@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.merge import selection as planning, sequence as running
+from snapchain.merge.request import Request
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_set import plan as planning, run as running
-from snapchain.ops.merge_set.request import Request
-from snapchain.ops.notes import Hold, Notes
+from snapchain.source.notes import Hold, Notes
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, build, flat, names, same
 

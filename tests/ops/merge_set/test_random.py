@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.merge import selection as planning, sequence as running
+from snapchain.merge.request import At, Request
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold
-from snapchain.ops.merge_set import plan as planning, run as running
-from snapchain.ops.merge_set.request import At, Request
 from tests.ops.shipping import DISK, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import clean, flat, names
 from tests.repository.synthetic import again, content_id_of, repository

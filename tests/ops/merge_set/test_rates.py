@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.ops.merge_set.rates import COPIED, FIXED_SECONDS, SHARED, Rates, remember
+from snapchain.merge.rates import COPIED, FIXED_SECONDS, SHARED, Rates, remember
 
 MiB = 1 << 20
 

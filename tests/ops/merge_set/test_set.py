@@ -11,16 +11,16 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import scan
+from snapchain.merge import run as merge_run, selection as planning, sequence as running
+from snapchain.merge.plan import MergePlan
+from snapchain.merge.request import At, Request
+from snapchain.merge.selection import MergeSetPlan
+from snapchain.merge.sequence import MergeSetReport
+from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import hold, snapshot
-from snapchain.ops.events import Event, Notice
-from snapchain.ops.merge import run as merge_run
-from snapchain.ops.merge.plan import MergePlan
-from snapchain.ops.merge_set import plan as planning, run as running
-from snapchain.ops.merge_set.plan import MergeSetPlan
-from snapchain.ops.merge_set.request import At, Request
-from snapchain.ops.merge_set.run import MergeSetReport
+from snapchain.ops import hold
+from snapchain.source import sealing as snapshot
 from tests.ops.shipping import DISK, restore, same_bytes, ship
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same, standing, write
 from tests.repository.synthetic import again, repository

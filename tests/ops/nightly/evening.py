@@ -17,7 +17,7 @@ from typing import Any
 from snapchain.cli import main
 from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, NotFound
-from snapchain.ops.restore import Restoration
+from snapchain.ops.restore.from_repository import Restoration
 from snapchain.ops.verify import verify
 from tests.ops.nightly import exposition
 from tests.ops.stacks import flat, qemu_img, same, write

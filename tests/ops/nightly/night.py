@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from snapchain.destinations import create_destination, open_destination
-from snapchain.ops.events import OnEvent, ignore
+from snapchain.model.events import OnEvent, ignore
 from snapchain.ops.nightly import run as runner
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.report import DiskReport, NightlyReport

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.ops import snapshot, source
-from snapchain.ops.events import Event, Notice
-from snapchain.ops.migrate import MigrateRequest, Move, migrate
+from snapchain.model.events import Event, Notice
+from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
 from snapchain.ops.nightly.report import NightlyReport, Outcome
-from snapchain.ops.restore import Restoration
+from snapchain.ops.restore.from_repository import Restoration
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.source import chains as source, sealing as snapshot
 from tests.ops.nightly.night import Host, row
 from tests.ops.stacks import write
 from tests.replica.conftest import Place

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Interrupted, Unavailable
-from snapchain.ops.events import Event
+from snapchain.model.events import Event
 from snapchain.ops.hold import hold_image, release_image
 from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.restore import Restoration
+from snapchain.ops.restore.from_repository import Restoration
 from snapchain.ops.verify import verify
 from tests.ops.nightly.night import EVENING, Clock, Host, MiB, in_use, row
 from tests.ops.stacks import flat, names, same, write

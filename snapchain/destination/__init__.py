@@ -1,0 +1,1 @@
+"""What every destination is: the protocol, its records, its addresses."""

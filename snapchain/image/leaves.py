@@ -1,0 +1,134 @@
+"""What a layer changes of a chain's content sum, counted from the bytes of both sides of the change.
+
+Sender and receiver count it alike, each from its own files; that the results agree is the proof of a transfer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+
+from snapchain.image import ImageChain
+from snapchain.image.windows import Window, hidden_leaves, hot_leaves, windows
+from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Sum, empty_sum, leaf_hash, sum_of
+from snapchain.model.extents import Extents
+
+Words = npt.NDArray[np.uint64]
+WORKERS = max(2, min(4, os.cpu_count() or 1))
+_UNDER_WAY = 4
+
+
+def read_window(chain: ImageChain | None, window: Window) -> memoryview:
+    """The window's leaves as a chain shows them, the last one whole: a chain below may be longer than the disk.
+
+    Zeroes beyond the chain's end.
+    """
+    whole = -(-window.length // LEAF_BYTES) * LEAF_BYTES
+    buffer = memoryview(bytearray(whole))
+    if chain is None:
+        return buffer
+    at = 0
+    for start, end in window.ranges:
+        stop = -(-end // LEAF_BYTES) * LEAF_BYTES
+        inside = max(0, min(stop, chain.size) - start)
+        if inside:
+            chain.read_into(start, buffer[at : at + inside])
+        at += stop - start
+    return buffer
+
+
+def change(window: Window, mine: memoryview, theirs: memoryview | None) -> Sum:
+    """What `mine` in place of `theirs` adds to the content sum. theirs: None where everything below is zero."""
+    new = np.frombuffer(mine, np.uint64).reshape(-1, LEAF_BYTES // 8)
+    if theirs is None:
+        return _sum(window, mine, np.asarray(new.any(axis=1)))
+    old = np.frombuffer(theirs, np.uint64).reshape(-1, LEAF_BYTES // 8)
+    differs = np.fromiter((not np.array_equal(one, other) for one, other in zip(new, old, strict=True)), np.bool_)
+    return _sum(window, mine, differs & new.any(axis=1)) - _sum(window, theirs, differs & old.any(axis=1))
+
+
+def _sum(window: Window, data: memoryview, chosen: npt.NDArray[np.bool_]) -> Sum:
+    if not chosen.any():
+        return empty_sum()
+    places = np.flatnonzero(chosen)
+    hashes = b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in (places * LEAF_BYTES).tolist())
+    numbers = _numbers(window)[places]
+    return sum_of(numbers, np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES))
+
+
+def _numbers(window: Window) -> npt.NDArray[np.int64]:
+    parts = [np.arange(start // LEAF_BYTES, -(-stop // LEAF_BYTES)) for start, stop in window.ranges]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def hidden(size: int, below: ImageChain | None) -> Sum:
+    """The sum of what a layer of `size` bytes cuts off the chain below it."""
+    total = empty_sum()
+    if below is None or below.size <= size:
+        return total
+    for window in windows(hidden_leaves(size, below)):
+        total += change(window, read_window(below, window), None)
+    return total
+
+
+class Counting:
+    """The content sum of a view, from that of the chain below it and the leaves that its top layer touches.
+
+    extents: the top layer's map; may be counted piece by piece, from one thread after the other
+    """
+
+    def __init__(self, extents: Extents, view: ImageChain, below: ImageChain | None, below_sum: Sum) -> None:
+        self._view, self._below, self._size = view, below, extents.size
+        self._total = below_sum.copy()
+        self._windows = windows(hot_leaves(extents, view, below))
+        self._next = next(self._windows, None)
+
+    def up_to(self, offset: int) -> None:
+        """Count the windows that end at that guest offset or before. Errors as ImageChain.read_into."""
+        while self._next is not None and self._next.stop <= offset:
+            self._total += self._count(self._next)[0]
+            self._next = next(self._windows, None)
+
+    def rest(self, on_bytes: Callable[[int], None]) -> Sum:
+        """Count what is left, on several threads; the sum.
+
+        on_bytes: told, in the calling thread, how much was read since it was last told. Errors as ImageChain.read_into.
+        """
+        total = self._total - hidden(self._size, self._below)
+        left = self._windows if self._next is None else chain([self._next], self._windows)
+        for delta, length in in_order(self._count, left):
+            total += delta
+            on_bytes(length)
+        return total
+
+    def _count(self, window: Window) -> tuple[Sum, int]:
+        theirs = None if self._below is None else read_window(self._below, window)
+        return change(window, read_window(self._view, window), theirs), window.length
+
+
+def counted(
+    extents: Extents, view: ImageChain, below: ImageChain | None, below_sum: Sum, *, on_bytes: Callable[[int], None]
+) -> Sum:
+    """As Counting, in one go."""
+    return Counting(extents, view, below, below_sum).rest(on_bytes)
+
+
+def in_order(work: Callable[[Window], tuple[Sum, int]], portions: Iterator[Window]) -> Iterator[tuple[Sum, int]]:
+    """What `work` makes of each, on several threads."""
+    under_way: deque[Future[tuple[Sum, int]]] = deque()
+    pool = ThreadPoolExecutor(WORKERS, "leaves")
+    try:
+        for window in portions:
+            under_way.append(pool.submit(work, window))
+            if len(under_way) > WORKERS * _UNDER_WAY:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""The merge engine over chains of files: request, plan, methods, journal, proof."""

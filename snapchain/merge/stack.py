@@ -1,0 +1,86 @@
+"""A chain as a merge sees it: what each layer holds, what of that is hidden, who wants it to stay, who has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from snapchain.errors import NotFound
+from snapchain.image import ImageChain
+from snapchain.merge.request import At
+from snapchain.model.chain import Chain
+from snapchain.model.economics import RangeGains, gains_of, hidden_by
+from snapchain.model.extents import Int64s
+from snapchain.model.layer import Layer
+from snapchain.ops.hold import held_layers
+from snapchain.source.lineage import lineage, note_of, sealed_at
+from snapchain.source.notes import Hold, Notes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """hidden: see economics.hidden_by; present: for each destination by name, how many files from the root it holds.
+
+    holds: by place; sealed: for each file the time and the labels, also for the top, whose time says little
+    """
+
+    chain: ImageChain
+    hidden: Int64s
+    gains: RangeGains
+    holds: dict[int, tuple[Hold, ...]]
+    present: dict[str, int]
+    sealed: tuple[tuple[datetime, tuple[str, ...]], ...]
+
+    def __len__(self) -> int:
+        return len(self.chain.files)
+
+    @property
+    def held_bytes(self) -> list[int]:
+        """Guest bytes of data in each file."""
+        return [int(count) for count in self.hidden.sum(axis=1)]
+
+    @property
+    def visible_bytes(self) -> list[int]:
+        """Those of them that a reader of the top sees."""
+        return [int(count) for count in self.hidden[:, -1]]
+
+    def after(self, first: int, last: int) -> tuple[int, int]:
+        """(held, visible) bytes of the layer that files `first` to `last` become."""
+        held = sum(self.held_bytes[first : last + 1]) - int(self.gains.freed[first, last])
+        return held, sum(self.visible_bytes[first : last + 1])
+
+    def at(self, place: int) -> tuple[str, ...]:
+        """The destinations that hold a file."""
+        return tuple(name for name, count in self.present.items() if place < count)
+
+
+def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
+    """Of an opened chain. Raises what cannot be read of its notes: a hold may be among that."""
+    notes = Notes()
+    faults = notes.faults(file.resolved for file in chain.files)
+    if faults:
+        raise faults[0]
+    places = range(len(chain.files))
+    # Not by file.extents, which a file keeps as long as it is open.
+    layers = [Layer(str(at), chain.files[at].shown_extents(), str(at - 1) if at else None) for at in places]
+    hidden = hidden_by(Chain(layers))
+    del layers
+    return Stack(
+        chain=chain,
+        hidden=hidden,
+        gains=gains_of(hidden),
+        holds=held_layers(chain, notes),
+        present={each.name: _present(chain, notes, each) for each in destinations},
+        sealed=tuple(sealed_at(file, note_of(file, notes)) for file in chain.files),
+    )
+
+
+def _present(chain: ImageChain, notes: Notes, at: At) -> int:
+    """How many files, from the root on, the destination holds: told from its catalogue, without reading any data."""
+    from snapchain.ops.ship.to_repository import Shipment
+
+    try:
+        shipment = Shipment(chain, at.repository, at.disk, labels=(), each_layer=False, lineage=lineage(chain, notes))
+    except NotFound:
+        return 0
+    return shipment.plan().layers_present

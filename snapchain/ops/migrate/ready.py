@@ -1,0 +1,115 @@
+"""Getting a disk ready to be given: sealed here, sent, and an empty overlay made on it there. The source can go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapchain.errors import Conflict, Unsupported
+from snapchain.host.retry import Persistence
+from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.events import OnEvent
+from snapchain.ops.migrate.look import Look, look_at, opened
+from snapchain.ops.migrate.request import MigrateRequest, Move
+from snapchain.ops.ship.request import Scope
+from snapchain.ops.ship.to_replica import SendReport, layers_lacking, opening, send_persistently
+from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.names import offered_name
+from snapchain.replica.sender import Sender
+from snapchain.replica.stream.messages import Active
+from snapchain.source import ownership
+from snapchain.source.notes import Overlay
+from snapchain.source.sealer import OfflineSealer
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A disk that is at the destination, ready to be given. sent: None where an earlier run has done that."""
+
+    move: Move
+    look: Look
+    overlay: Overlay
+    epoch: int
+    sealed: Path | None = None
+    sent: SendReport | None = None
+    fenced: tuple[Path, ...] = ()
+
+
+def whole(request: MigrateRequest) -> Scope:
+    return Scope.PAUSED if request.paused else Scope.ALL
+
+
+def seals(request: MigrateRequest, look: Look) -> bool:
+    """Whether the top is to be a layer here, too: then whoever goes on here has not diverged."""
+    return look.sealable and not request.paused
+
+
+def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: OnEvent) -> Prepared:
+    """Seal, send, and have the overlay made."""
+    look, sealed = look_at(request, move), None
+    with opened(request, move) as chain:
+        ownership.check_not_given(chain)
+        ownership.check_can_be_given(chain, image_dirs=request.image_dirs)
+    if seals(request, look) and not look.quiet:
+        sealer = OfflineSealer(move.image, format=request.format, image_dirs=request.image_dirs, on_event=on_event)
+        sealed = sealer.seal()
+        look = look_at(request, move)
+    scope = Scope.SEALED if seals(request, look) else whole(request)
+    sent = send_persistently(request.send(move, scope), endpoint, policy=Persistence(), on_event=on_event)
+    overlay, epoch = _overlay(request, move, look, scope, endpoint, on_event)
+    if max(look.epoch, epoch) + 2 > LARGEST_EPOCH:  # one to give it, one to take it back
+        raise Unsupported(f"its epoch is {max(look.epoch, epoch)}, and there is none after it", subject=move.image)
+    return Prepared(move, look, overlay, max(look.epoch, epoch) + 1, sealed, sent)
+
+
+def _overlay(
+    request: MigrateRequest, move: Move, look: Look, scope: Scope, endpoint: Endpoint, on_event: OnEvent
+) -> tuple[Overlay, int]:
+    """Have it made on the newest layer there; with the epoch of the disk there."""
+    send = request.send(move, scope)
+    with (
+        send.chain(on_event) as chain,
+        endpoint.connect() as channel,
+        Sender(channel, link=endpoint.link) as sender,
+    ):
+        held = sender.open(opening(send, endpoint, chain))
+        if not held.layers or layers_lacking(send, chain, sender, held, on_event=on_event):
+            raise Conflict("it was written to after it was sent", subject=move.image, hint="run it again")
+        overlay = Overlay(
+            name=offered_name(move.image.name),
+            layer=held.layers[-1].id,
+            virtual_size=look.size,
+            cluster_size=look.cluster_size,
+            extended_l2=look.extended_l2,
+        )
+        said = sender.ask_for_active(active_of(overlay).model_copy(update={"make": True, "prove": request.prove}))
+        if said.broken:
+            raise Conflict(f"{said.broken[0]} there no longer shows what it did", subject=endpoint.url)
+    return overlay, held.epoch
+
+
+def taken_up(move: Move, look: Look) -> Prepared:
+    """Of a run that had fenced all disks: they were ready then. Raises Conflict for one that was written to since."""
+    mark = look.given
+    assert mark is not None, "else the handover begins anew"
+    last = max(fingerprint.mtime_ns for _, fingerprint in look.files)
+    if not mark.confirmed and last > mark.time.timestamp() * 1e9:
+        raise Conflict(
+            "it was written to while its handover was interrupted, in spite of its mark",
+            subject=move.image,
+            hint="say --take-back, and migrate it again",
+        )
+    return Prepared(move, look, mark.overlay, mark.epoch)
+
+
+def active_of(overlay: Overlay) -> Active:
+    """As the stream asks for it, to be looked at."""
+    return Active(
+        name=overlay.name,
+        size=overlay.virtual_size,
+        cluster_size=overlay.cluster_size,
+        extended_l2=overlay.extended_l2,
+        on=overlay.layer,
+        make=False,
+        prove=False,
+    )

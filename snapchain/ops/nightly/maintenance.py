@@ -1,0 +1,166 @@
+"""What a destination gets after all disks: the room that nobody needs any more, and a look at a sample of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from snapchain.errors import Corrupt, NotFound, SnapchainError
+from snapchain.model.events import Event, Notice, OnEvent, Progress
+from snapchain.ops import gc
+from snapchain.ops.gc import GcReport
+from snapchain.ops.nightly.disk import Night
+from snapchain.ops.nightly.open_destination import Place
+from snapchain.ops.nightly.plan import order
+from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
+from snapchain.ops.nightly.steps import Steps
+from snapchain.ops.verify import verify
+from snapchain.repository.repository import Repository
+
+_LEAST_SAMPLE = 64 << 20
+"""Guest bytes."""
+
+
+def turns(
+    disks: Sequence[str],
+    verified: Mapping[str, datetime],
+    count: int,
+    *,
+    damaged: Collection[str] = (),
+    now: datetime | None = None,
+) -> list[str]:
+    """The disks to be verified: the damaged ones, and `count` that were not for longest, new ones first.
+
+    A sample that happens to miss the damage must not make it forgotten.
+    """
+    others = order([disk for disk in disks if disk not in damaged], str, verified, now=now)
+    return [*(disk for disk in disks if disk in damaged), *others[:count]]
+
+
+class Upkeep:
+    """One destination in one run. `run` does not raise for what is wrong with it: it reports."""
+
+    def __init__(self, night: Night, place: Place, disks: Sequence[str]) -> None:
+        """disks: of the configuration that go there."""
+        self._night, self._place, self._disks = night, place, disks
+        self._steps = Steps()
+        self._report = DestinationReport(destination=place.name, outcome=Outcome.OK)
+
+    def run(self) -> None:
+        """Collect, then verify, as configured. An interrupt passes, and `report` has what was done before it."""
+        steps, config = self._steps, self._place.config
+        if steps.attempt("open", self._place.open).outcome is Outcome.OK:
+            if config.gc:
+                self._show(gc=steps.attempt("gc", self._collect).value)
+                self._note_damage()
+            if config.verify is not None:
+                steps.attempt("verify", self._verify)
+
+    @property
+    def report(self) -> DestinationReport:
+        """As far as it has come."""
+        steps = self._steps
+        values = {"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
+        return self._report.model_copy(update=values)
+
+    def _collect(self) -> GcReport:
+        self._night.limits.check()
+        with self._place.turn() as repository:
+            done = gc.run(repository, on_event=self._on_event)
+        self._night.state.put_destination(self._place.name, gc_at=self._night.clock(), gc_freed_bytes=done.bytes_freed)
+        return done
+
+    def _note_damage(self) -> None:
+        """gc works around damage; that there is some is a fault all the same."""
+        findings = self._report.gc.findings if self._report.gc else ()
+        if findings:
+            first = findings[0]
+            words = f"{len(findings)} findings, the first: {first.subject}: {first.message}"
+            self._steps.note("gc", Corrupt(words, subject=first.disk, hint="snapchain verify shows them all"))
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """The disks of which this run found something to be lost, be it by gc or by verify."""
+        collected = self._report.gc.findings if self._report.gc else ()
+        verified = (each.disk for each in self._report.verified if each.findings)
+        return frozenset(each.disk for each in collected if each.disk is not None).union(verified)
+
+    def _verify(self) -> None:
+        config, known = self._place.config.verify, self._night.state.destination(self._place.name)
+        assert config is not None
+        self._night.limits.check()
+        with self._place.turn() as repository:
+            there = [disk for disk in self._disks if _is_there(repository, disk)]
+        wanted = turns(there, known.verified, config.disks, now=self._night.clock(), damaged=known.damaged)
+        for disk in wanted:
+            self._steps.attempt(f"verify {disk}", partial(self._look_at, disk, 1.0 if disk in known.damaged else None))
+        checked = sum(result.checked_bytes for result in self._report.verified)
+        self._night.state.put_destination(self._place.name, checked_bytes=checked)
+
+    def _look_at(self, disk: str, share: float | None) -> None:
+        """Raises Corrupt for damage, which is remembered until the disk was read whole without any."""
+        config = self._place.config.verify
+        assert config is not None
+        self._night.limits.check()
+
+        def heard(event: Event) -> None:
+            self._on_event(event)
+            self._night.limits.check()
+
+        with self._place.turn() as repository:
+            share = _of_some_size(repository, disk, config.share) if share is None else share
+            found = verify(repository, disk=disk, share=share, on_event=heard)
+        findings = tuple(f"{each.subject}: {each.message}" for each in found.findings)
+        self._show(
+            verified=(
+                *self._report.verified,
+                VerifyResult(disk=disk, checked_bytes=found.checked_bytes, findings=findings),
+            )
+        )
+        self._night.state.put_destination(
+            self._place.name, verified={disk: self._night.clock()}, damaged={disk: len(findings)}
+        )
+        if findings:
+            raise Corrupt(
+                f"{len(findings)} findings, the first: {findings[0]}",
+                subject=disk,
+                hint="snapchain verify shows them all; the next runs read this disk whole until there are none",
+            )
+
+    def _show(self, **values: Any) -> None:
+        self._report = self._report.model_copy(update=values)
+
+    def _on_event(self, event: Event) -> None:
+        on_event: OnEvent = self._night.on_event
+        match event:
+            case Notice():
+                if self._night.is_new(event.text):
+                    on_event(event.within(self._place.name))
+            case Progress(phase):
+                on_event(replace(event, phase=f"{phase} {self._place.name}"))
+
+
+def _of_some_size(repository: Repository, disk: str, share: float) -> float:
+    """Five per cent of a small disk may be nothing at all: a share that is worth to be called a sample."""
+    try:
+        catalogue = repository.catalogue(disk)
+        latest = catalogue.latest
+        layers = repository.chain(catalogue, latest.layer) if latest else []
+    except SnapchainError:
+        return share  # the look itself tells
+    data = sum(layer.header.data_bytes for layer in layers)
+    return min(max(share, _LEAST_SAMPLE / data), 1.0) if share and data else share
+
+
+def _is_there(repository: Repository, disk: str) -> bool:
+    """Also for one whose catalogue is damaged, which its own look tells; the others are looked at all the same."""
+    try:
+        repository.catalogue(disk)
+    except NotFound:
+        return False
+    except SnapchainError:
+        return True
+    return True

@@ -1,0 +1,99 @@
+"""What was just written to a file or device is read back, and the content id counted of what it shows.
+
+A point that comes from a replica is believed only so: the other side may say anything.  What comes from a repository
+was proven before it was written; this proves that the right bytes of it are in the file, at the right places.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Literal, Self
+
+from snapchain.errors import Corrupt
+from snapchain.host.directory import real_path
+from snapchain.image import ImageChain, ImageFile
+from snapchain.image.backing import Place
+from snapchain.image.leaves import counted
+from snapchain.image.physical import RunBudget
+from snapchain.image.pread import pread_into
+from snapchain.image.raw import SECTOR
+from snapchain.model.content import Sum, content_id, empty_sum
+from snapchain.model.extents import Extents
+from snapchain.ops.restore.output import OutputFile
+
+
+def _unheard(count: int) -> None:
+    """Nobody listens to the progress of a proof."""
+
+
+class ChainProof:
+    """Counts a chain of new files, layer by layer, root first; a context manager.
+
+    The files are opened as they are, by descriptor: none of them has its name yet by which the next one knows it.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[ImageFile] = []
+        self._total: Sum = empty_sum()
+        self._stack = ExitStack()
+
+    def add(
+        self,
+        output: OutputFile,
+        *,
+        size: int,
+        format: Literal["qcow2", "raw"] = "qcow2",
+        on_bytes: Callable[[int], None] = _unheard,
+    ) -> str:
+        """The content id that the chain shows with this finished file on top.
+
+        size: of the disk, which a raw file rounds up; on_bytes: told how much was read since it was last told
+        Raises Corrupt, Unavailable.
+        """
+        place = Place(output.path, real_path(output.growing))
+        file = ImageFile(place, os.dup(output.fd), format=format, budget=RunBudget())
+        self._files.append(self._stack.enter_context(file))
+        view = ImageChain(self._files, owned=False)
+        below = ImageChain(self._files[:-1], owned=False) if len(self._files) > 1 else None
+        self._total = counted(file.extents, view, below, self._total, on_bytes=on_bytes)
+        if -(-size // SECTOR) * SECTOR != -(-view.size // SECTOR) * SECTOR:
+            raise Corrupt(f"the new file shows {view.size} bytes, of {size}", subject=output.path)
+        return content_id(size, self._total)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        self._stack.close()
+
+
+def raw_content_id(fd: int, extents: Extents, *, subject: object, on_bytes: Callable[[int], None] = _unheard) -> str:
+    """Of the first bytes of a raw file or device. extents: its map; what is no DATA there must be zero."""
+    view = _Bytes(fd, extents, subject)
+    return content_id(extents.size, counted(extents, view, None, empty_sum(), on_bytes=on_bytes))
+
+
+class _Bytes(ImageChain):
+    """The bytes of a descriptor under a map that is known."""
+
+    def __init__(self, fd: int, extents: Extents, subject: object) -> None:
+        super().__init__((), owned=False)
+        self._fd, self._extents, self._subject = fd, extents, subject
+
+    @property
+    def size(self) -> int:
+        return self._extents.size
+
+    def resolve(self, *, upto: int | None = None) -> Extents:  # noqa: ARG002 -- there is one layer
+        return self._extents
+
+    def read_into(
+        self,
+        offset: int,
+        buffer: memoryview,
+        *,
+        resolved: Extents | None = None,  # noqa: ARG002 -- a file answers for itself
+    ) -> None:
+        pread_into(self._fd, buffer, offset=offset, subject=self._subject)

@@ -1,0 +1,1 @@
+"""Ship: bring what a destination lacks of an image, and publish a point."""

@@ -1,0 +1,149 @@
+"""Which files a merged file was made of: how a shipment knows again what a destination holds in parts.
+
+    before   a  b  c       shipped: the destination knows a, b, c by their fingerprints
+    merge    abc           its note says: made of a, b, c
+    ship     abc  d        a, b, c are there: only d is read
+
+Right only if the files are known to be the ones that were merged: `record` asks for files that were opened before the
+merge and that nobody has written to up to its end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from snapchain.errors import SnapchainError
+from snapchain.host.files import open_file
+from snapchain.host.os_errors import os_errors
+from snapchain.image import ImageChain, ImageFile
+from snapchain.image.fingerprint import Fingerprint, settle
+from snapchain.model.events import Notice, OnEvent
+from snapchain.model.inventory import Wanted
+from snapchain.model.source import Source
+from snapchain.source.notes import LayerNote, MergedFile, Notes, Sealed
+
+_LATEST = 32_503_680_000.0
+"""The year 3000, in seconds since 1970."""
+Content = tuple[int, int, int, int]
+
+
+def source_of(file: ImageFile) -> Source:
+    """The key by which a destination knows a file again."""
+    return _source(file.fingerprint)
+
+
+def note_of(file: ImageFile, notes: Notes) -> LayerNote:
+    """The note of an opened file, also when a merge has taken its name."""
+    return notes.of(file.resolved, inode=file.device[1])
+
+
+def content(source: Source) -> Content:
+    """Equal for two looks at a file between which nothing was written to it (image/fingerprint.py).
+
+    libvirt changes the owner, and so the ctime, at every start of a guest.
+    """
+    coarse = source.mtime_ns % 1_000_000_000 == 0
+    return (source.inode, source.size, source.mtime_ns, source.ctime_ns if coarse else 0)
+
+
+def lineage(chain: ImageChain, notes: Notes) -> tuple[Wanted, ...]:
+    """The merged files of a chain, each with what its note says that it was made of."""
+    known = [each for file in chain.files for each in note_of(file, notes).merged]
+    return wanted([source_of(file) for file in chain.files], known)
+
+
+def noted_lineage(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
+    """As `lineage`; a note that cannot be read costs no more than reading a file again."""
+    notes = Notes()
+    try:
+        known = lineage(chain, notes)
+        faults = notes.faults(file.resolved for file in chain.files)
+    except SnapchainError as error:
+        known, faults = (), [error]
+    for fault in faults:
+        on_event(Notice(str(fault), about=fault.subject or ""))
+    return known
+
+
+def wanted(present: Sequence[Source], known: Iterable[MergedFile]) -> tuple[Wanted, ...]:
+    """The merged files among those of a chain, each with what it was made of, as deep as is known."""
+    parts_of = {content(each.made): each.of for each in known}
+
+    def built_up(source: Source) -> Wanted:
+        # Not recursive: a file that a nightly merge has grown for years is nested as deep. A file is part of one
+        # other at most, so each comes after the one that it is part of.
+        order = [source]
+        for each in order:
+            order += parts_of.get(content(each), ())
+        built: dict[Content, Wanted] = {}
+        for each in reversed(order):
+            parts = parts_of.get(content(each), ())
+            built[content(each)] = Wanted(each, tuple(built[content(part)] for part in parts))
+        return built[content(source)]
+
+    return tuple(built_up(source) for source in present if content(source) in parts_of)
+
+
+def sealed_at(file: ImageFile, note: LayerNote) -> tuple[datetime, tuple[str, ...]]:
+    """When a sealed file was sealed, and its labels: by its note if nobody wrote to it since, else by its mtime."""
+    mark = file.fingerprint
+    # The ctime does not count: the rename that sealed it has moved that, and a lost label may cost a view.
+    if note.sealed is not None and (note.sealed.file.size, note.sealed.file.mtime_ns) == (mark.size, mark.mtime_ns):
+        return note.sealed.time, note.sealed.labels
+    # Some filesystems hold times of years that no calendar here knows.
+    return datetime.fromtimestamp(min(max(mark.mtime_ns / 1e9, 0.0), _LATEST), UTC), ()
+
+
+def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:
+    """Note of a merge's result what it was made of, and when its view was sealed.
+
+    inputs: lowest first, opened before the merge, as nobody has written to them since
+    result: a real path, in its place; is_top: of its chain, so that its view is not sealed
+    Raises what writing a small file raises.
+    """
+    notes = Notes()
+    parts = [note_of(file, notes) for file in inputs]
+    sources = tuple(source_of(file) for file in inputs)
+    made = _look(result)
+    merged = (MergedFile(made=made, of=sources), *_reachable(sources, [each for note in parts for each in note.merged]))
+    sealed = None
+    if not is_top:
+        when, labels = sealed_at(inputs[-1], parts[-1])
+        sealed = Sealed(time=when, labels=labels, file=made)
+    epoch = max(note.epoch for note in parts)
+    notes.change(result, lambda note: note.model_copy(update={"merged": merged, "sealed": sealed, "epoch": epoch}))
+    notes.sweep(result.parent)
+
+
+def seal(path: Path, *, labels: Sequence[str], time: datetime) -> None:
+    """Note of a file (a real path) that it is sealed from now on."""
+    sealed = Sealed(time=time, labels=tuple(labels), file=_look(path))
+    Notes().change(path, lambda note: note.model_copy(update={"sealed": sealed}))
+
+
+def _reachable(sources: Sequence[Source], known: Iterable[MergedFile]) -> list[MergedFile]:
+    """How these files were made, and their parts, and so on; what was written to since is not among them."""
+    made = {content(each.made): each for each in known}
+    found: list[MergedFile] = []
+    pending = list(sources)
+    for each in pending:
+        if content(each) in made:
+            found.append(made[content(each)])
+            pending += found[-1].of
+    return found
+
+
+def _look(path: Path) -> Source:
+    fd = open_file(path)
+    try:
+        with os_errors(path):
+            return _source(settle(fd))
+    finally:
+        os.close(fd)
+
+
+def _source(mark: Fingerprint) -> Source:
+    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)

@@ -1,0 +1,276 @@
+"""Whether this host may write a disk: in which epoch it does, and whether it has given the disk away.
+
+epoch    the newest that a note beside a file of the chain tells; for an overlay at a replica, that of its handover
+given    a mark beside each file that belongs to this disk alone, and the file made read-only
+
+A file on which other images stand belongs to them, too: it is neither marked nor made read-only, and neither is what
+lies in another directory than the top, under a second name elsewhere, or is somebody else's.  A mark counts for all
+above its file, unless something on it has come to this host in a later epoch.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from snapchain.errors import Conflict, Corrupt, Unsupported
+from snapchain.host.directory import MOST_MODE, Resolved, place_to_change, resolve
+from snapchain.host.files import directory_of, set_mode
+from snapchain.host.os_errors import os_errors
+from snapchain.host.terminal import shell_line
+from snapchain.image import ImageChain, ImageFile
+from snapchain.image.dependent_search import Kind, dependents_of_chain
+from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
+from snapchain.source.lineage import note_of
+from snapchain.source.notes import LET_THEM, Given, LayerNote, Notes
+
+_WRITE_BITS = 0o222
+
+
+class GivenAwayError(Conflict):
+    """This host has given the disk to another one, which has it. mark: to whom, and since when."""
+
+    def __init__(self, mark: Given, *, subject: object, hint: str) -> None:
+        super().__init__(f"{told(mark)}: nothing here may write or send it any more", subject=subject, hint=hint)
+        self.mark = mark
+
+
+def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Path | None = None) -> None:
+    """Raises Conflict when a file of the chain was given to another host, and what reading the notes raises.
+
+    GivenAwayError where the disk is that other host's; else the handover is under way, or another disk's.
+
+    image: the top, where the chain is only what is sealed below it
+    """
+    found = _in_force(chain, notes or Notes(), image)
+    if not found:
+        return
+    top, mark = _top(chain, image).real, found[0][1]
+    if mark.word_of is not None:
+        raise _word_against(mark, found[0][0])
+    if found[0][0] != top:
+        raise Conflict(
+            f"its backing file belongs to a disk that was given away: {told(mark)}",
+            subject=found[0][0],
+            hint=f"if {top.name} is a disk of its own, give it a copy of that file as its backing file",
+        )
+    named = chain.top.path if image is None else image
+    again = shell_line(["snapchain", "migrate", named, f"{mark.destination}::{mark.disk}"])
+    others = "" if len(mark.together) < 2 else f" (with {', '.join(sorted({*mark.together} - {mark.disk}))} as well)"
+    if mark.confirmed:
+        back = f"`{again} --take-back`{others} gets it back as long as no guest has written to it there"
+        raise GivenAwayError(mark, subject=named, hint=back)
+    raise Conflict(
+        f"{told(mark)}: nothing here may write or send it any more",
+        subject=named,
+        hint=f"`{again} --offline`{others} finishes the handover; --take-back undoes it",
+    )
+
+
+def told(mark: Given) -> str:
+    """To whom a disk was given, as a sentence; of a note that another user may have written, only that it says so."""
+    if mark.word_of is not None:
+        return f"a note of user {mark.word_of.user} says that this disk was given to another host"
+    said = "was given" if mark.confirmed else "is being given"
+    when = f"{mark.time:%Y-%m-%d %H:%M} UTC"
+    return f"this disk {said} to {mark.destination}::{mark.disk}, in epoch {mark.epoch}, {when}"
+
+
+def _word_against(mark: Given, path: Path) -> Conflict:
+    """The error for a file that another user's note says was given away: no more of that note counts."""
+    return Conflict(told(mark), subject=path, hint=remedy_against(mark))
+
+
+def remedy_against(mark: Given) -> str:
+    """What to do where only another user's note says that a disk was given away."""
+    assert mark.word_of is not None
+    return f"if it was not, remove {mark.word_of.note}; if it was, {LET_THEM}"
+
+
+def given(chain: ImageChain, notes: Notes) -> Given | None:
+    """To whom the disk was given: the mark of its top, which is the first to be set and the last to be taken off.
+
+    Raises Corrupt for a note that cannot be read beside a top that is read-only: both signs of a disk that was given.
+    Raises Conflict where only another user's note says so.
+    """
+    found = _in_force(chain, notes, None)
+    if found and found[0][1].word_of is not None:
+        raise _word_against(found[0][1], found[0][0])
+    return found[0][1] if found and found[0][0] == chain.top.real_path else None
+
+
+def mark_of(chain: ImageChain, notes: Notes) -> Given | None:
+    """The uppermost mark that can be read, and counts."""
+    return next((mark for _, mark in _marks(chain, notes, None)), None)
+
+
+def epoch_of(chain: ImageChain, notes: Notes, *, image: Path | None = None) -> int:
+    """In which epoch this host writes the disk. image: as `check_not_given` takes it."""
+    return max(_epoch(path, note) for path, note in _noted(chain, notes, image))
+
+
+def _top(chain: ImageChain, image: Path | None) -> Resolved:
+    if image is None:
+        return chain.top.resolved
+    with os_errors(image):
+        return resolve(image)
+
+
+def _noted(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, LayerNote]]:
+    """All files with their notes, uppermost first."""
+    found = [(file.real_path, note_of(file, notes)) for file in reversed(chain.files)]
+    top = _top(chain, image)
+    return found if top.real == found[0][0] else [(top.real, notes.of(top)), *found]
+
+
+def _epoch(path: Path, note: LayerNote) -> int:
+    return max(note.epoch, epoch_of_overlay(path))
+
+
+def _marks(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, Given]]:
+    """The marks that count, uppermost first: an overlay of a file may have come back to this host since."""
+    found: list[tuple[Path, Given]] = []
+    above = 1
+    for path, note in _noted(chain, notes, image):
+        if note.given is not None and note.given.epoch >= max(above, epoch_handed(path)):
+            found.append((path, note.given))
+        above = max(above, _epoch(path, note))
+    return found
+
+
+def _in_force(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple[Path, Given]]:
+    top = _top(chain, image)
+    with os_errors(top.real):
+        is_read_only = not top.real.stat().st_mode & _WRITE_BITS
+    for fault in notes.faults([top, *(file.resolved for file in chain.files)]) if is_read_only else ():
+        raise Corrupt(
+            f"{fault.message}: it may have said that this disk was given to another host",
+            subject=fault.subject,
+            hint="make sure that no other host runs its guest before you remove that file",
+        ) from fault
+    return _marks(chain, notes, image)
+
+
+def note_epoch(image: Path, epoch: int) -> None:
+    """This host writes an image in an epoch from now on, unless it does so in a newer one.
+
+    Raises Unsupported for what is no regular file or was chosen by a link of somebody else, and what writing a small
+    file raises.
+    """
+    path = place_to_change(image)
+    if not path.is_file():
+        raise Unsupported("only a regular file has notes", subject=image)
+    if Notes().of(path).epoch < epoch:
+        Notes().change(path, lambda note: note.model_copy(update={"epoch": max(note.epoch, epoch)}))
+
+
+def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> list[ImageFile]:
+    """The disk's own files, uppermost first. Raises Unsupported for a top that cannot be marked as given away."""
+    chain.top.check_may_be_changed()
+    files = _own(chain, image_dirs)
+    if not files:
+        raise Unsupported(
+            "only a regular file of yours that has no other name and no dependents can be marked as given away",
+            subject=chain.top.path,
+            hint="run as its owner or as root; remove its other names (`find -samefile`) and the images on it",
+        )
+    return files
+
+
+def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) -> list[Path]:
+    """Mark the disk's own files as given away and make them read-only, durably; the uppermost first. May be repeated.
+
+    Raises Unsupported as `check_can_be_given`, Conflict where it is being given by another handover.
+    """
+    files = check_can_be_given(chain, image_dirs=image_dirs)
+    notes = Notes()
+    above = 1
+    for file in files:
+        path = file.real_path
+        mode = _mode(path)
+
+        def marked(note: LayerNote, path: Path = path, mode: int = mode, above: int = above) -> LayerNote:
+            before = note.given
+            if before is not None and before.token != mark.token:
+                if before.epoch >= max(above, epoch_handed(path)):
+                    raise Conflict(told(before), subject=chain.top.path, hint="let that run end")
+                before = None
+            kept = mode if before is None else before.mode
+            return note.model_copy(update={"given": mark.model_copy(update={"mode": kept})})
+
+        above = max(above, _epoch(path, notes.change(file.resolved, marked)))
+        set_mode(path, mode & ~_WRITE_BITS)
+    return [file.path for file in files]
+
+
+def confirm(chain: ImageChain, token: str, *, started: bool) -> None:
+    """Note that the destination has the disk, and whether its guest was started there.
+
+    Raises Conflict where the mark of that handover is gone: it was taken back.
+    """
+    change = {"confirmed": True, "started": started}
+
+    def confirmed(note: LayerNote) -> LayerNote:
+        mine = note.given is not None and note.given.token == token
+        return note.model_copy(update={"given": note.given.model_copy(update=change)}) if mine and note.given else note
+
+    marked = _marked(chain, token)
+    if not marked or marked[-1][0] is not chain.top:
+        raise Conflict("it was taken back meanwhile, by another run", subject=chain.top.path)
+    for file, _ in marked:
+        Notes().change(file.resolved, confirmed)
+
+
+def unfence(chain: ImageChain, token: str, *, epoch: int = 1) -> None:
+    """The disk is this host's again, in an epoch: no mark, and modes as they were. May be repeated."""
+
+    def restored(note: LayerNote) -> LayerNote:
+        return note.model_copy(update={"given": None, "epoch": max(note.epoch, epoch)})
+
+    # The top last: as long as its mark is there, an interrupted run is known, and done again.
+    marked = _marked(chain, token)
+    for file, _ in marked:
+        file.check_may_be_changed()
+    for file, mark in marked:
+        set_mode(file.real_path, mark.mode & MOST_MODE or _mode(file.real_path) | stat.S_IWUSR)
+        Notes().change(file.resolved, restored)
+
+
+def fenced(chain: ImageChain, token: str) -> list[Path]:
+    """The files that bear the mark of a handover, uppermost first."""
+    return [file.path for file, _ in reversed(_marked(chain, token))]
+
+
+def _marked(chain: ImageChain, token: str) -> list[tuple[ImageFile, Given]]:
+    """The files that bear the mark of a handover, root first."""
+    notes = Notes()
+    marks = ((file, note_of(file, notes).given) for file in chain.files)
+    return [(file, mark) for file, mark in marks if mark is not None and not mark.word_of and mark.token == token]
+
+
+def _mode(path: Path) -> int:
+    with directory_of(path) as directory:
+        return stat.S_IMODE(directory.status(path.name).st_mode)
+
+
+def _own(chain: ImageChain, image_dirs: Sequence[Path]) -> list[ImageFile]:
+    """The files, uppermost first, that are nothing but this chain's."""
+    others = dependents_of_chain(chain, image_dirs=image_dirs)
+    own: list[ImageFile] = []
+    for file in reversed(chain.files):
+        elsewhere = file.real_path.parent != chain.top.real_path.parent
+        if elsewhere or file.chosen_by or others.on(file.path, Kind.CONTENT) or not _is_ours(file):
+            break
+        own.append(file)
+    return own
+
+
+def _is_ours(file: ImageFile) -> bool:
+    """Whether it is a regular file that this user may change the mode of, with no name in another directory."""
+    path = file.real_path
+    with directory_of(path) as directory, os.scandir(directory.opened()) as entries:
+        status = directory.status(path.name)
+        names = sum(entry.inode() == status.st_ino for entry in entries)
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= names and os.geteuid() in (0, status.st_uid)
