@@ -12,7 +12,7 @@ from gc import set_threshold
 from typing import NoReturn
 
 from snapchain.cli import exits, streams
-from snapchain.cli.signals import interrupting
+from snapchain.cli.exits import interrupting
 from snapchain.errors import Unsupported
 from snapchain.host import descriptors, hardening
 

@@ -8,9 +8,9 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import heading, moment
 
 if TYPE_CHECKING:
     from rich.console import Console
