@@ -1,4 +1,4 @@
-"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, whatever the rules say."""
+"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, until it is released."""
 
 from __future__ import annotations
 

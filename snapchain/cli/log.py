@@ -1,4 +1,4 @@
-"""`snapchain log DEST[::DISK]`: which points there are."""
+"""`snapchain log DEST[::DISK]`: list the points of a destination."""
 
 from __future__ import annotations
 

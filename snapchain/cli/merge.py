@@ -1,4 +1,4 @@
-"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files, in a repository or at a replica."""
+"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files or at a destination."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`snapchain restore DEST::DISK[@POINT] OUT`: get a point back."""
+"""`snapchain restore DEST::DISK[@POINT] OUT`: write a point to a new file or device, or as a whole chain."""
 
 from __future__ import annotations
 
