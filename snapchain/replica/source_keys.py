@@ -15,6 +15,7 @@ from typing import Protocol
 
 from blake3 import blake3
 
+from snapchain.image import ImageFile
 from snapchain.replica.stream.messages import MAX_LAYERS, MOST_OLDER, SHORT_KEY_BYTES, HeldLayer, Source
 
 _FIELDS = struct.Struct("<QQqqqq")
@@ -73,3 +74,9 @@ def joined(members: Sequence[HeldLayer]) -> tuple[str, tuple[Source, ...]]:
     older = found[: len(found) - len(whole)]
     raw = b"".join((key if isinstance(key, ShortKey) else short_key(key)).raw for key in older)
     return raw.hex(), tuple(reversed(whole))
+
+
+def source_of(file: ImageFile) -> Source:
+    """The key by which a replica knows a file again."""
+    mark = file.fingerprint
+    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)

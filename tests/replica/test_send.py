@@ -23,10 +23,10 @@ from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.events import Event, Progress
 from snapchain.model.inventory import Wanted
-from snapchain.ops.ship.sources import source_of
 from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, send_blindly
 from snapchain.replica import arrival, sender
 from snapchain.replica.send_queue import Outbox
+from snapchain.replica.source_keys import source_of
 from snapchain.replica.stream.frames import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack

@@ -11,9 +11,9 @@ from snapchain.model.retention import Policy, decide
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.repository import holds
 from snapchain.repository.catalogue import Catalogue, Point
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from tests.repository.synthetic import LEAF, Run, again, drawn, ship
 

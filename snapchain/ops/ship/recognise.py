@@ -13,7 +13,8 @@ from snapchain.image import ImageChain
 from snapchain.model.content import content_id
 from snapchain.model.extents import Extents
 from snapchain.model.inventory import Diverged
-from snapchain.ops.ship.sources import same_source, source_of
+from snapchain.ops.ship.sources import same_source
+from snapchain.replica.source_keys import source_of
 from snapchain.replica.stream.messages import Inventory
 from snapchain.source.counted_sums import CountedSums
 

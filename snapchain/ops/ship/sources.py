@@ -8,14 +8,8 @@ from snapchain.image import ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
 from snapchain.model.source import Source as NotedSource
-from snapchain.replica.source_keys import ShortKey, short_key
+from snapchain.replica.source_keys import ShortKey, short_key, source_of
 from snapchain.replica.stream.messages import MAX_LAYERS, Source
-
-
-def source_of(file: ImageFile) -> Source:
-    """The key by which a replica knows a file again."""
-    mark = file.fingerprint
-    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)
 
 
 def keys(parts: Iterable[Hashable]) -> tuple[Source, ...]:

@@ -16,7 +16,7 @@ from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.leaves import counted
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import OnEvent, Progress
-from snapchain.ops.ship.sources import same_source, source_of
+from snapchain.ops.ship.sources import same_source
 from snapchain.ops.ship.to_replica import Divergence, LayerPlan, Request, layers_lacking, opening
 from snapchain.ops.sync.request import Destination, LayerThere, Proof, SyncRequest
 from snapchain.ops.sync.virsh import migrate_commands
@@ -24,6 +24,7 @@ from snapchain.replica.client import points_at
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_offered, offered_name
 from snapchain.replica.sender import Sender
+from snapchain.replica.source_keys import source_of
 from snapchain.replica.stream.messages import Active, ActiveState, HeldLayer, Inventory, Readiness
 
 
