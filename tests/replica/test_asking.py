@@ -68,13 +68,18 @@ def test_many_points_come_in_several_frames(sent: Place) -> None:
 
 
 def test_what_is_not_there(place: Place, sent: Place) -> None:
-    for ask in (log_replica, lambda to, disk: verify_replica(to, disk, read_data=True)):
+    nowhere, here = (ReplicaDestination(DirectoryEndpoint(root)) for root in (place.root / "nowhere", sent.root))
+    for share in (None, 1.0):
+
+        def ask(to: ReplicaDestination, disk: str, share: float | None = share) -> object:
+            return to.disks(disk) if share is None else to.verify(disk, share=share)
+
         with pytest.raises(NotFound, match="no replica"):
-            ask(DirectoryEndpoint(place.root / "nowhere"), DISK)
+            ask(nowhere, DISK)
         with pytest.raises(NotFound, match="no disk 'gone'"):
-            ask(DirectoryEndpoint(sent.root), "gone")
+            ask(here, "gone")
         with pytest.raises(InvalidInput, match="cannot be a disk's name"):
-            ask(DirectoryEndpoint(sent.root), "a:b")
+            ask(here, "a:b")
     assert not (place.root / "nowhere").exists()
     assert sorted(entry.name for entry in sent.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
 

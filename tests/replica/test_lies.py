@@ -18,6 +18,7 @@ from snapchain.host.places import state_dir
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
+from snapchain.ops.ship.delivery import delivery
 from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
@@ -258,6 +259,6 @@ def test_a_state_directory_that_cannot_be_written(
 def test_ship_and_send_report_one_content_id(place: Place, chain: list[Path], tmp_path: Path) -> None:
     create_repository(str(tmp_path / "repo"), passphrase=lambda: None, encryption="none")
     for image in chain:
-        with open_destination(str(tmp_path / "repo"), writing=True).deliver(image, DISK) as work:
+        with delivery(open_destination(str(tmp_path / "repo"), writing=True), image, DISK) as work:
             shipped = work.run()
         assert place.send(image).content_id == shipped.content_id
