@@ -124,8 +124,8 @@ class NewestLeaves(Protocol):
         ...
 
 
-class LayerWriter(Protocol):
-    """One disk of a destination, opened for one shipment.
+class DiskLook(Protocol):
+    """One disk of a destination as it stands.
 
     held: the newest point's chain, root first, as far up as new layers can lie on it
     branches: whether points of one disk may lie on different chains
@@ -145,9 +145,6 @@ class LayerWriter(Protocol):
     @property
     def mends(self) -> bool: ...
 
-    @property
-    def traffic(self) -> Traffic: ...
-
     def leaves(self, above: str | None) -> NewestLeaves:
         """What the newest chain shows, for comparing. above: the layer above which it may differ, None for all.
 
@@ -155,12 +152,19 @@ class LayerWriter(Protocol):
         """
         ...
 
-    def cut(self, keep: str | None) -> None:
-        """Drop all layers above `keep` (None: all there are), and the points that they give."""
+    def fitted(self, layer: NewLayer) -> NewLayer:
+        """The layer as this kind holds it: its map, and the amount that `LayerWriter.add` will count."""
         ...
 
-    def fitted(self, layer: NewLayer) -> NewLayer:
-        """The layer as this kind holds it: its map, and the amount that `add` will count."""
+
+class LayerWriter(DiskLook, Protocol):
+    """One disk of a destination, opened for one shipment."""
+
+    @property
+    def traffic(self) -> Traffic: ...
+
+    def cut(self, keep: str | None, /) -> None:
+        """Drop all layers above `keep` (None: all there are), and the points that they give."""
         ...
 
     def add(
@@ -169,7 +173,7 @@ class LayerWriter(Protocol):
         """Write one fitted layer on top of `parent`.
 
         confirm: called when all is read and before the layer counts; raises where the source was modified
-        on_bytes: called in any thread with how many bytes of the amount have arrived in all by now
+        on_bytes: called in any thread with how many bytes of all amounts together have arrived by now
         """
         ...
 
@@ -188,7 +192,7 @@ class Writing(Protocol):
     @property
     def url(self) -> str: ...
 
-    def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[LayerWriter]:
+    def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[DiskLook]:
         """Open a disk to see what it holds; nothing is written."""
         ...
 
