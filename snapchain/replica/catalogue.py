@@ -7,10 +7,13 @@ the other.  Files that it does not name are not part of the disk.
 from __future__ import annotations
 
 import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, Protocol, Self, TypeVar
 
 from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -20,7 +23,17 @@ from snapchain.host.files import directory_of, read_small, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.replica.access import Access
-from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, PointNumber, Source
+from snapchain.replica.stream.messages import (
+    MAX_LAYERS,
+    MOST_OLDER,
+    SHORT_KEY_BYTES,
+    Digest,
+    HeldLayer,
+    Label,
+    LayerId,
+    PointNumber,
+    Source,
+)
 
 LARGEST_FILE = 16 << 20
 """Bytes of a record: no more are ever read, so no more are ever written."""
@@ -199,3 +212,66 @@ __all__ = [
     "read_record",
     "write_record",
 ]
+
+
+# --- The files that a layer was made of, when there are too many to list in full: a hash of 8 bytes each.
+#
+# A layer that absorbs one more each night for years is made of thousands of files. The newest are listed in full, the
+# older ones by a hash. A hash is only compared with one file at one position, so 64 bits are enough.
+
+_FIELDS = struct.Struct("<QQqqqq")
+_SECOND = 1_000_000_000
+_LOW = (1 << 32) - 1
+
+
+class Told(Protocol):
+    """A file as any of those tells of it who know it."""
+
+    @property
+    def inode(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def mtime_ns(self) -> int: ...
+
+    @property
+    def ctime_ns(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ShortKey:
+    """A file, by its hash."""
+
+    raw: bytes
+
+
+def short_key(source: Told) -> ShortKey:
+    """Equal for two looks at a file between which nothing was written to it (image/fingerprint.py)."""
+    ctime = source.ctime_ns if source.mtime_ns % _SECOND == 0 else 0
+    times = (source.mtime_ns >> 32, source.mtime_ns & _LOW, ctime >> 32, ctime & _LOW)
+    return ShortKey(blake3(_FIELDS.pack(source.inode, source.size, *times)).digest(SHORT_KEY_BYTES))
+
+
+def keys_of(layer: HeldLayer) -> tuple[ShortKey | Source, ...]:
+    """All files that a layer was made of, lowest first; none where that is not known."""
+    raw = bytes.fromhex(layer.older)
+    edges = pairwise(range(0, len(raw) + 1, SHORT_KEY_BYTES))
+    return (*(ShortKey(raw[first:stop]) for first, stop in edges), *layer.sources)
+
+
+def joined(members: Sequence[HeldLayer]) -> tuple[str, tuple[Source, ...]]:
+    """(`older`, `sources`) of a layer that several became, lowest first; none where one of them has none."""
+    parts = [keys_of(layer) for layer in members]
+    found = [key for part in parts for key in part]
+    if not all(parts) or len(found) > MOST_OLDER:
+        return "", ()
+    whole: list[Source] = []
+    for key in found[: -2 * MAX_LAYERS - 1 : -1]:
+        if isinstance(key, ShortKey):
+            break
+        whole.append(key)
+    older = found[: len(found) - len(whole)]
+    raw = b"".join((key if isinstance(key, ShortKey) else short_key(key)).raw for key in older)
+    return raw.hex(), tuple(reversed(whole))

@@ -22,8 +22,8 @@ from snapchain.image.leaves import WORKERS, change, hidden, in_order, read_windo
 from snapchain.image.windows import Window, hot_leaves, windows
 from snapchain.model.content import Sum
 from snapchain.model.extents import Extents
-from snapchain.replica.levels import Levels
-from snapchain.replica.stream.data import DataRuns, Part, Piece, encode_data
+from snapchain.replica.stream.compression import Levels
+from snapchain.replica.stream.layers import DataRuns, Part, Piece, encode_data
 from snapchain.replica.stream.messages import Source
 
 _UNDER_WAY = 4

@@ -22,7 +22,7 @@ from snapchain.host.retry import Persistence
 from snapchain.host.ssh import SshProgram
 from snapchain.ops import serve_replica
 from snapchain.ops.ship.to_replica import Request, SendReport, send_persistently
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.replica.endpoint import SshEndpoint
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.ops.stacks import Layer, build, flat, write
@@ -192,7 +192,7 @@ from snapchain.host.remote_address import RemoteAddress
 from snapchain.host.retry import Persistence
 from snapchain.host.ssh import SshProgram
 from snapchain.ops.ship.to_replica import Request, send_to_replica
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.replica.endpoint import SshEndpoint
 to = SshEndpoint(RemoteAddress("there", {str(place.root)!r}), program=SshProgram({there.ssh!r}, {remote()!r}))
 send_to_replica(Request(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit_rate=4 << 20), to)
 """

@@ -21,10 +21,9 @@ from snapchain.ops.inspect import inspect_image
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, plan, take_back
 from snapchain.ops.replica_log import log_replica
+from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.handover_asking import ask_for_handover
-from snapchain.replica.stream.handover_messages import HandedDisk, Step
-from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.messages import Active, HandedDisk, Step
 from snapchain.source import sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of

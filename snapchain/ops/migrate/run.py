@@ -36,11 +36,10 @@ from snapchain.ops.migrate.request import (
 )
 from snapchain.ops.migrate.start import check_hook, start
 from snapchain.ops.ship.to_replica import plan_send
+from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.handover_messages import MOST_DISKS, HandedDisk, Standing, Step
-from snapchain.replica.stream.messages import ActiveState, Open
+from snapchain.replica.stream.messages import MOST_DISKS, ActiveState, HandedDisk, Open, Standing, Step
 from snapchain.source import ownership
 from snapchain.source.notes import Given, Overlay
 

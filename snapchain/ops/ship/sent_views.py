@@ -18,7 +18,7 @@ from snapchain.host.places import state_dir
 from snapchain.image import ImageChain
 from snapchain.model.content import content_id
 from snapchain.ops.ship.sources import source_of
-from snapchain.replica.source_keys import short_key
+from snapchain.replica.catalogue import short_key
 from snapchain.replica.stream.messages import Digest, HeldLayer
 from snapchain.source.counted_sums import CountedSums
 

@@ -8,7 +8,7 @@ from snapchain.image import ImageFile
 from snapchain.image.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
 from snapchain.model.source import Source as NotedSource
-from snapchain.replica.source_keys import ShortKey, short_key
+from snapchain.replica.catalogue import ShortKey, short_key
 from snapchain.replica.stream.messages import MAX_LAYERS, Source
 
 

@@ -34,12 +34,12 @@ from snapchain.ops.ship.recognise import recognised
 from snapchain.ops.ship.request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
 from snapchain.ops.ship.sent_views import SentViews
 from snapchain.ops.ship.sources import keys, same_source, source_of, sources_of, wanted
+from snapchain.replica.catalogue import keys_of
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Marks, Sender
-from snapchain.replica.source_keys import keys_of
+from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.messages import HeldLayer, Inventory, Open, Source
 from snapchain.source.chains import check_unchanged
 from snapchain.source.counted_sums import CountedSums

@@ -24,14 +24,12 @@ from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket
 from snapchain.replica.client import ask, heard, unexpected
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.levels import Link
 from snapchain.replica.names import check_disk_name, check_offered
-from snapchain.replica.stream import opening
-from snapchain.replica.stream.data import Arrived, DataRuns, Part, decode_data
-from snapchain.replica.stream.fetch_messages import FETCHED, Fetch
+from snapchain.replica.stream import session as opening
+from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import FRAME_BYTES, Frame, Kind
-from snapchain.replica.stream.maps import MapReader, layer_id
-from snapchain.replica.stream.messages import Done, HeldDisk, HeldPoint, LayerOffer, decode
+from snapchain.replica.stream.layers import Arrived, DataRuns, MapReader, Part, decode_data, layer_id
+from snapchain.replica.stream.messages import FETCHED, Done, Fetch, HeldDisk, HeldPoint, LayerOffer, decode
 
 _PROGRESS = struct.Struct("<QQ")
 _LONGEST_NAME = 250
