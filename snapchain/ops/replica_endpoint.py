@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from snapchain.host.remote_address import is_remote, parse_remote_address
+from snapchain.host.ssh import is_remote, parse_remote_address
 from snapchain.replica.endpoint import Endpoint, SshEndpoint, open_endpoint
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from snapchain.errors import Corrupt, InvalidInput, Unsupported
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.model.retention import Policy
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_disk_name

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from snapchain.errors import InvalidInput, SnapchainError
 from snapchain.host import ssh
-from snapchain.host.remote_address import RemoteAddress, is_remote, parse_remote_address
-from snapchain.host.remote_channel import PATIENCE, Channel
-from snapchain.host.ssh import SshProgram, open_ssh, open_ssh_lanes
+from snapchain.host.channel import PATIENCE, Channel
+from snapchain.host.ssh import RemoteAddress, SshProgram, is_remote, open_ssh, open_ssh_lanes, parse_remote_address
 from snapchain.replica.stream.compression import Link
 
 if TYPE_CHECKING:

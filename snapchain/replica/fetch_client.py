@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from snapchain.errors import Corrupt, NotFound, Unavailable
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Busy, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.host.channel import Channel
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.remote_channel import Channel
 from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import content_id, empty_sum

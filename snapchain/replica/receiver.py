@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.host.channel import Channel
 from snapchain.host.files import remove
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.extents import Extents
 from snapchain.replica import names

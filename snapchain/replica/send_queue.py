@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.batches import Buffer
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.objects.throttle import TokenBucket
 from snapchain.replica.stream import session as failures
 from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameReader, FrameWriter, Kind

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from snapchain.errors import Corrupt, Unsupported
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.model.content import LEAF_BYTES, Sum, content_id, decode_sum
 from snapchain.replica.names import ACTIVE
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer

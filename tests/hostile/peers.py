@@ -11,7 +11,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from snapchain.host import remote_lanes
+from snapchain.host import lanes as remote_lanes
 from snapchain.replica import sender
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import Kind

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.ssh import SshProgram
+from snapchain.host.ssh import RemoteAddress, SshProgram
 from snapchain.ops.restore.output import parts_of
 from snapchain.replica.endpoint import SshEndpoint
 from snapchain.testing.destination_contract import DestinationContract, Site

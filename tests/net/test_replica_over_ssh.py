@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.retry import Persistence
-from snapchain.host.ssh import SshProgram
+from snapchain.host.retry import RetryPolicy
+from snapchain.host.ssh import RemoteAddress, SshProgram
 from snapchain.ops import serve_replica
 from snapchain.ops.ship.to_replica import Request, SendReport, send_persistently
 from snapchain.replica.endpoint import SshEndpoint
@@ -188,8 +187,8 @@ def test_a_killed_sender_leaves_no_process_there(
 ) -> None:
     script = f"""
 from pathlib import Path
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.retry import Persistence
+from snapchain.host.ssh import RemoteAddress
+from snapchain.host.retry import RetryPolicy
 from snapchain.host.ssh import SshProgram
 from snapchain.ops.ship.to_replica import Request, send_to_replica
 from snapchain.replica.endpoint import SshEndpoint
@@ -241,6 +240,6 @@ def test_a_link_that_is_cut_for_30_s(
     thread = threading.Thread(target=scissors)
     thread.start()
     request = Request(image=noisy[0][1], disk=DISK)
-    send_persistently(request, endpoint(host, place), policy=Persistence())
+    send_persistently(request, endpoint(host, place), policy=RetryPolicy())
     thread.join()
     place.check(noisy[1][1])

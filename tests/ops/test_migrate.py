@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed, Unavailable
-from snapchain.host.retry import Persistence
+from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
 from snapchain.merge import plan as merge_plan
 from snapchain.model.events import Progress
@@ -120,7 +120,7 @@ def host(tmp_path: Path) -> Host:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HANDOVER", Persistence(give_up_after=0.2, first=0.05))
+    monkeypatch.setattr(module, "_HANDOVER", RetryPolicy(give_up_after=0.2, first=0.05))
 
 
 class Guest:

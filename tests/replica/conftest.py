@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from snapchain.errors import SnapchainError
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.receiver import receive

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fixtures.qcow2_bytes import l2_entry, put_u64, u64
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
 from snapchain.host.batches import Buffer
+from snapchain.host.channel import Channel
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.remote_channel import Channel
 from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.events import Event, Progress

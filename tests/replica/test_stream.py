@@ -29,7 +29,7 @@ from snapchain.errors import (
     Unavailable,
     Unsupported,
 )
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.model.content import content_id, leaf_hash, sum_of
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from snapchain.replica.receiver import receive

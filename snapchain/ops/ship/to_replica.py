@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from snapchain.errors import Corrupt, Diverged, SnapchainError
-from snapchain.host.remote_channel import Channel
-from snapchain.host.retry import Persistence, persist
+from snapchain.host.channel import Channel
+from snapchain.host.retry import RetryPolicy, retry
 from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model import inventory as model
@@ -130,7 +130,7 @@ def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent =
 
 
 def send_persistently(
-    request: Request, endpoint: Endpoint, *, policy: Persistence, on_event: OnEvent = ignore
+    request: Request, endpoint: Endpoint, *, policy: RetryPolicy, on_event: OnEvent = ignore
 ) -> SendReport:
     """As `send_to_replica`, again and again while the link breaks and something still becomes durable over there."""
     durable, marks = 0, Marks()
@@ -139,11 +139,11 @@ def send_persistently(
         nonlocal durable
         durable += count
 
-    return persist(
+    return retry(
         lambda: _attempt(request, endpoint, on_event, moved, marks),
         policy=policy,
-        moved=lambda: durable,
-        told=lambda retry: on_event(Notice(str(retry))),
+        progress=lambda: durable,
+        on_retry=lambda notice: on_event(Notice(str(notice))),
     )
 
 

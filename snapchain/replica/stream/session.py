@@ -19,7 +19,7 @@ from snapchain.errors import (
     Unsupported,
 )
 from snapchain.host.batches import Buffer
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.host.retry import Lasting
 from snapchain.replica.stream.frames import Frame, FrameWriter, Kind
 from snapchain.replica.stream.messages import VERSION, Failure, Hello, decode
