@@ -294,7 +294,7 @@ def test_a_directory_of_other_things_is_no_replica(tmp_path: Path) -> None:
 @pytest.mark.parametrize("disk", ["", "a@b", "a::b", "/a", "a/", "a//b", "a\n", "x" * 201])
 def test_names_that_no_disk_has(tmp_path: Path, place: Place, disk: str) -> None:
     image = build(tmp_path / "c", [Layer(MiB)])[0]
-    with pytest.raises(InvalidInput, match="cannot be a disk's name"):
+    with pytest.raises(InvalidInput, match="cannot name a disk"):
         place.send(image, disk=disk)
 
 
