@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -22,6 +22,7 @@ from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.host.files import directory_of, read_small, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.access import Access
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
@@ -32,7 +33,6 @@ from snapchain.replica.stream.messages import (
     Label,
     LayerId,
     PointNumber,
-    Source,
 )
 
 LARGEST_FILE = 16 << 20
@@ -200,44 +200,13 @@ def _encoded(record: BaseModel) -> bytes:
     return b'%b,\n "check": "%b"\n}\n' % (text, check)
 
 
-__all__ = [
-    "FOR_CHANGES",
-    "Catalogue",
-    "HandedOver",
-    "Layer",
-    "Point",
-    "Source",
-    "check_room_for_layer",
-    "empty_catalogue",
-    "read_record",
-    "write_record",
-]
-
-
 # --- The files that a layer was made of, when there are too many to list in full: a hash of 8 bytes each.
 #
 # A layer that absorbs one more each night for years is made of thousands of files. The newest are listed in full, the
 # older ones by a hash. A hash is only compared with one file at one position, so 64 bits are enough.
 
 _FIELDS = struct.Struct("<QQqqqq")
-_SECOND = 1_000_000_000
 _LOW = (1 << 32) - 1
-
-
-class Told(Protocol):
-    """A file as any of those tells of it who know it."""
-
-    @property
-    def inode(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def mtime_ns(self) -> int: ...
-
-    @property
-    def ctime_ns(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,27 +216,27 @@ class ShortKey:
     raw: bytes
 
 
-def short_key(source: Told) -> ShortKey:
-    """Equal for two looks at a file between which nothing was written to it (image/fingerprint.py)."""
-    ctime = source.ctime_ns if source.mtime_ns % _SECOND == 0 else 0
-    times = (source.mtime_ns >> 32, source.mtime_ns & _LOW, ctime >> 32, ctime & _LOW)
-    return ShortKey(blake3(_FIELDS.pack(source.inode, source.size, *times)).digest(SHORT_KEY_BYTES))
+def short_key(source: Fingerprint) -> ShortKey:
+    """Equal for two looks at a file between which nothing was written to it (model/fingerprint.py)."""
+    inode, size, mtime, ctime = source.content_key
+    times = (mtime >> 32, mtime & _LOW, ctime >> 32, ctime & _LOW)
+    return ShortKey(blake3(_FIELDS.pack(inode, size, *times)).digest(SHORT_KEY_BYTES))
 
 
-def keys_of(layer: HeldLayer) -> tuple[ShortKey | Source, ...]:
+def keys_of(layer: HeldLayer) -> tuple[ShortKey | Fingerprint, ...]:
     """All files that a layer was made of, lowest first; none where that is not known."""
     raw = bytes.fromhex(layer.older)
     edges = pairwise(range(0, len(raw) + 1, SHORT_KEY_BYTES))
     return (*(ShortKey(raw[first:stop]) for first, stop in edges), *layer.sources)
 
 
-def joined(members: Sequence[HeldLayer]) -> tuple[str, tuple[Source, ...]]:
+def joined(members: Sequence[HeldLayer]) -> tuple[str, tuple[Fingerprint, ...]]:
     """(`older`, `sources`) of a layer that several became, lowest first; none where one of them has none."""
     parts = [keys_of(layer) for layer in members]
     found = [key for part in parts for key in part]
     if not all(parts) or len(found) > MOST_OLDER:
         return "", ()
-    whole: list[Source] = []
+    whole: list[Fingerprint] = []
     for key in found[: -2 * MAX_LAYERS - 1 : -1]:
         if isinstance(key, ShortKey):
             break

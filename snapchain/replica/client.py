@@ -9,9 +9,9 @@ from itertools import pairwise
 
 from snapchain.errors import Corrupt, InvalidInput, Unsupported
 from snapchain.host.channel import Channel
+from snapchain.model.disk_name import check_disk_name
 from snapchain.model.retention import Policy
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.names import check_disk_name
 from snapchain.replica.stream import session as failures, session as opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.messages import (

@@ -23,6 +23,7 @@ from pydantic import (
 from snapchain.errors import Corrupt
 from snapchain.model.content import SumText
 from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.names import is_layer_name
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, Kind
 
@@ -129,15 +130,6 @@ class Open(Message):
         return said
 
 
-class Source(Message):
-    """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
-
-    inode: int = Field(ge=0, lt=1 << 64)
-    size: int = Field(ge=0, lt=1 << 63)
-    mtime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
-    ctime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
-
-
 class LayerOffer(Message):
     """A layer that is about to come.
 
@@ -150,7 +142,7 @@ class LayerOffer(Message):
     cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
     extended_l2: bool
     parent: LayerId | None
-    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    sources: tuple[Fingerprint, ...] = Field(max_length=2 * MAX_LAYERS)
     runs: int = Field(ge=0, le=MAX_RUNS)
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
@@ -178,7 +170,7 @@ class HeldLayer(Message):
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
     content_sum: SumText
-    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    sources: tuple[Fingerprint, ...] = Field(max_length=2 * MAX_LAYERS)
     older: ShortKeys = ""
 
     @model_serializer(mode="wrap")
