@@ -24,7 +24,6 @@ from snapchain.replica.client import points_at
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_offered, offered_name
 from snapchain.replica.sender import Sender
-from snapchain.replica.source_keys import source_of
 from snapchain.replica.stream.messages import Active, ActiveState, HeldLayer, Inventory, Readiness
 
 
@@ -215,7 +214,7 @@ def _single(layer: HeldLayer, chain: ImageChain) -> ImageFile | None:
     """The file that a layer is, where it is one file and not several in one."""
     if len(layer.sources) != 1:
         return None
-    return next((file for file in chain.files if same_source(source_of(file), layer.sources[0])), None)
+    return next((file for file in chain.files if same_source(file.fingerprint, layer.sources[0])), None)
 
 
 _OVERLAY = {
