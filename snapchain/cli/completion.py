@@ -40,7 +40,8 @@ def prepare(environment: MutableMapping[str, str]) -> None:
     _kept = ""
     if environment[_VARIABLE] != "complete_bash":
         return
-    pieces = environment.get("COMP_WORDS", "").split("\n")[: int(environment.get("COMP_CWORD", "0")) + 1]
+    given = environment.get("COMP_WORDS", "")
+    pieces = given.split("\n" if "\n" in given else None)[: int(environment.get("COMP_CWORD", "0")) + 1]
     words: list[str] = []
     for at, piece in enumerate(pieces):
         glued = at and (_SEPARATOR.fullmatch(piece) or _SEPARATOR.fullmatch(pieces[at - 1]))
