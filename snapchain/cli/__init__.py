@@ -14,7 +14,7 @@ from typing import NoReturn
 from snapchain.cli import exits, streams
 from snapchain.cli.signals import interrupting
 from snapchain.errors import Unsupported
-from snapchain.host import descriptors, hardening
+from snapchain.host import process_limits as descriptors, process_limits as hardening
 
 __all__ = ["main", "program"]
 

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
-from snapchain.host import descriptors
+from snapchain.host import process_limits as descriptors
 from snapchain.host.processes import STDERR_CAP, die_with_parent, find_program
 from snapchain.host.remote_channel import PATIENCE, Bell, Channel
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt
+from snapchain.host.batches import Buffer
 from snapchain.image.inplace.disk import Disk
-from snapchain.image.positioned import Buffer
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.strategy import Strategy
 from tests.ops.stacks import Layer, build, clean, flat, same

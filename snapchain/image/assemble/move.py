@@ -22,8 +22,7 @@ from snapchain.image.assemble.kernel import Refusal, copy_range, share_range, st
 from snapchain.image.assemble.threads import spread
 from snapchain.image.file import ImageFile
 from snapchain.image.holes import stored_range
-from snapchain.image.positioned import write_all
-from snapchain.image.pread import file_bytes, pread_into
+from snapchain.image.pread import file_bytes, pread_into, write_all
 
 JOB = 8 << 20
 _JOB_ROWS = 512

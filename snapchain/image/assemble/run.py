@@ -14,7 +14,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image.assemble.move import JOB, Moved, Mover, OnBytes
 from snapchain.image.assemble.plan import Assembly
 from snapchain.image.assemble.threads import spread
-from snapchain.image.positioned import write_all
+from snapchain.image.pread import write_all
 from snapchain.image.qcow2 import encode
 
 _STEP = 1 << 20

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from snapchain.errors import Unsupported
+from snapchain.host.batches import Buffer
 from snapchain.host.os_errors import os_errors
-from snapchain.image.positioned import Buffer, write_all
-from snapchain.image.pread import file_bytes, pread
+from snapchain.image.pread import file_bytes, pread, write_all
 from snapchain.image.qcow2.format import SECTOR
 from snapchain.image.qcow2.header import read_header
 from snapchain.image.qcow2.tables import ImageFd

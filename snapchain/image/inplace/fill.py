@@ -23,7 +23,7 @@ from snapchain.image.inplace.link import header_head, relink as new_link
 from snapchain.image.inplace.overwrite_check import check_harmless
 from snapchain.image.inplace.shadow import Pending
 from snapchain.image.inplace.tables import Tables
-from snapchain.image.positioned import write_all
+from snapchain.image.pread import write_all
 from snapchain.image.qcow2.format import CryptMethod
 from snapchain.image.qcow2.references import whole_l1
 

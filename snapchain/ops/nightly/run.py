@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from snapchain.errors import Interrupted, SnapchainError
-from snapchain.host import descriptors, files
+from snapchain.host import files, process_limits as descriptors
 from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.host.private import make_private
 from snapchain.model.events import Event, Notice, OnEvent, ignore

@@ -16,7 +16,7 @@ from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
-from snapchain.image.raw_write import RawWriter
+from snapchain.image.raw import RawWriter
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import DATA, Extents
 from snapchain.ops.points import find_point
