@@ -20,7 +20,7 @@ from snapchain.host.files import directory_of, read_small, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.replica.access import Access
-from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, PointNumber, Source
+from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, PointNumber
 
 LARGEST_FILE = 16 << 20
 """Bytes of a record: no more are ever read, so no more are ever written."""
@@ -193,7 +193,6 @@ __all__ = [
     "HandedOver",
     "Layer",
     "Point",
-    "Source",
     "check_room_for_layer",
     "empty_catalogue",
     "read_record",

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from snapchain.errors import Corrupt, InvalidInput, Unsupported
 from snapchain.host.remote_channel import Channel
+from snapchain.model.disk_name import check_disk_name
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.names import check_disk_name
 from snapchain.replica.stream import failures, opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.messages import (

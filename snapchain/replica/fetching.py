@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 
 from snapchain.errors import Corrupt, NotFound, Unavailable
 from snapchain.host.remote_channel import Channel
+from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket
 from snapchain.replica.client import ask, heard, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.levels import Link
-from snapchain.replica.names import check_disk_name, check_offered
+from snapchain.replica.names import check_offered
 from snapchain.replica.stream import opening
 from snapchain.replica.stream.data import Arrived, DataRuns, Part, decode_data
 from snapchain.replica.stream.fetch_messages import FETCHED, Fetch

@@ -21,8 +21,8 @@ import numpy as np
 from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.remote_channel import Channel
 from snapchain.model.content import SUM_BYTES, Sum
+from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
-from snapchain.replica import names
 from snapchain.replica.arrival import Arrival
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.confinement import chosen
@@ -136,7 +136,7 @@ class _Reception:
         if frame.kind is not Kind.OPEN:
             raise self._unexpected(frame)
         asked = self._request(Open, frame)
-        self._received.disk = names.check_disk_name(asked.disk)
+        self._received.disk = check_disk_name(asked.disk)
         if asked.look:
             self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
             if (frame := self._next()).kind is Kind.ACTIVE:

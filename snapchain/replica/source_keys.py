@@ -11,31 +11,14 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 from blake3 import blake3
 
-from snapchain.replica.stream.messages import MAX_LAYERS, MOST_OLDER, SHORT_KEY_BYTES, HeldLayer, Source
+from snapchain.model.fingerprint import Fingerprint
+from snapchain.replica.stream.messages import MAX_LAYERS, MOST_OLDER, SHORT_KEY_BYTES, HeldLayer
 
 _FIELDS = struct.Struct("<QQqqqq")
-_SECOND = 1_000_000_000
 _LOW = (1 << 32) - 1
-
-
-class Told(Protocol):
-    """A file as any of those tells of it who know it."""
-
-    @property
-    def inode(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def mtime_ns(self) -> int: ...
-
-    @property
-    def ctime_ns(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +28,27 @@ class ShortKey:
     raw: bytes
 
 
-def short_key(source: Told) -> ShortKey:
-    """Equal for two looks at a file between which nothing was written to it (image/fingerprint.py)."""
-    ctime = source.ctime_ns if source.mtime_ns % _SECOND == 0 else 0
-    times = (source.mtime_ns >> 32, source.mtime_ns & _LOW, ctime >> 32, ctime & _LOW)
-    return ShortKey(blake3(_FIELDS.pack(source.inode, source.size, *times)).digest(SHORT_KEY_BYTES))
+def short_key(source: Fingerprint) -> ShortKey:
+    """Equal for two looks at a file between which nothing was written to it (model/fingerprint.py)."""
+    inode, size, mtime, ctime = source.content_key
+    times = (mtime >> 32, mtime & _LOW, ctime >> 32, ctime & _LOW)
+    return ShortKey(blake3(_FIELDS.pack(inode, size, *times)).digest(SHORT_KEY_BYTES))
 
 
-def keys_of(layer: HeldLayer) -> tuple[ShortKey | Source, ...]:
+def keys_of(layer: HeldLayer) -> tuple[ShortKey | Fingerprint, ...]:
     """All files that a layer was made of, lowest first; none where that is not known."""
     raw = bytes.fromhex(layer.older)
     edges = pairwise(range(0, len(raw) + 1, SHORT_KEY_BYTES))
     return (*(ShortKey(raw[first:stop]) for first, stop in edges), *layer.sources)
 
 
-def joined(members: Sequence[HeldLayer]) -> tuple[str, tuple[Source, ...]]:
+def joined(members: Sequence[HeldLayer]) -> tuple[str, tuple[Fingerprint, ...]]:
     """(`older`, `sources`) of a layer that several became, lowest first; none where one of them has none."""
     parts = [keys_of(layer) for layer in members]
     found = [key for part in parts for key in part]
     if not all(parts) or len(found) > MOST_OLDER:
         return "", ()
-    whole: list[Source] = []
+    whole: list[Fingerprint] = []
     for key in found[: -2 * MAX_LAYERS - 1 : -1]:
         if isinstance(key, ShortKey):
             break

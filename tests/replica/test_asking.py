@@ -72,7 +72,7 @@ def test_what_is_not_there(place: Place, sent: Place) -> None:
             ask(DirectoryEndpoint(place.root / "nowhere"), DISK)
         with pytest.raises(NotFound, match="no disk 'gone'"):
             ask(DirectoryEndpoint(sent.root), "gone")
-        with pytest.raises(InvalidInput, match="cannot be a disk's name"):
+        with pytest.raises(InvalidInput, match="cannot name a disk"):
             ask(DirectoryEndpoint(sent.root), "a:b")
     assert not (place.root / "nowhere").exists()
     assert sorted(entry.name for entry in sent.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
@@ -186,7 +186,7 @@ def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: 
     monkeypatch.setattr(asking, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of ask is unsound|there is no disk|cannot be a disk's name|may be named|must be named",
+        match=r"of ask is unsound|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         log_replica(DirectoryEndpoint(sent.root))
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}

@@ -202,7 +202,7 @@ def test_what_is_not_there(sent: Place, out: Path) -> None:
         ReplicaRestoration(DirectoryEndpoint(sent.root), "gone", out).run()
     with pytest.raises(NotFound, match="no replica"):
         restore(Place(sent.root / "nowhere"), out)
-    with pytest.raises(InvalidInput, match="cannot be a disk's name"):
+    with pytest.raises(InvalidInput, match="cannot name a disk"):
         ReplicaRestoration(DirectoryEndpoint(sent.root), "a:b", out).run()
     assert names(out.parent) == []
 
@@ -546,7 +546,7 @@ def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], mon
     )
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of fetch is unsound|there is no disk|cannot be a disk's name|may be named|must be named",
+        match=r"of fetch is unsound|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         restore(sent, out)
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}

@@ -218,7 +218,7 @@ HOSTILE: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "not JSON": ("Invalid JSON", (HELLO, OPEN, (3, b"\xff{"))),
     "deep JSON": ("recursion limit", (HELLO, OPEN, (3, b"[" * 100_000))),
     "a field too many": ("x: Extra inputs", (HELLO, (2, b'{"disk":"a","x":1}'))),
-    "a disk outside": ("cannot be a disk's name", (HELLO, (2, b'{"disk":"/a"}'))),
+    "a disk outside": ("cannot name a disk", (HELLO, (2, b'{"disk":"/a"}'))),
     "another replica": ("only the replica of this server", (HELLO, (2, b'{"disk":"a","replica":"/etc"}'))),
     "cut to nothing": ("there is no layer", (HELLO, OPEN, (12, b'{"keep":"' + b"0" * 32 + b'"}'))),
 }

@@ -21,6 +21,7 @@ from pydantic import (
 from snapchain.errors import Corrupt
 from snapchain.model.content import SumText
 from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.names import is_layer_name
 
 VERSION = 1
@@ -126,15 +127,6 @@ class Open(Said):
         return said
 
 
-class Source(Said):
-    """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
-
-    inode: int = Field(ge=0, lt=1 << 64)
-    size: int = Field(ge=0, lt=1 << 63)
-    mtime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
-    ctime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
-
-
 class LayerOffer(Said):
     """A layer that is about to come.
 
@@ -147,7 +139,7 @@ class LayerOffer(Said):
     cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
     extended_l2: bool
     parent: LayerId | None
-    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    sources: tuple[Fingerprint, ...] = Field(max_length=2 * MAX_LAYERS)
     runs: int = Field(ge=0, le=MAX_RUNS)
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
@@ -175,7 +167,7 @@ class HeldLayer(Said):
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
     content_sum: SumText
-    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    sources: tuple[Fingerprint, ...] = Field(max_length=2 * MAX_LAYERS)
     older: ShortKeys = ""
 
     @model_serializer(mode="wrap")
