@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.errors import InvalidInput, ToolFailed
-from snapchain.host import process_limits as descriptors
+from snapchain.host import process_limits
 
 MiB = 1 << 20
 DEFAULT_OUTPUT_CAP = 64 * MiB
@@ -196,7 +196,7 @@ def _commandline(argv: Sequence[str], limits: Limits | None) -> list[str]:
             raise InvalidInput("a program cannot be given this name", subject=repr(argument))
     program = find_program(argv[0], argv)
     limits = limits or Limits(open_files=None)
-    bounds = limits.arguments() + (descriptors.for_children() if limits.open_files is None else [])
+    bounds = limits.arguments() + (process_limits.for_children() if limits.open_files is None else [])
     return [find_program("prlimit", argv), *bounds, "--", program, *argv[1:]]
 
 

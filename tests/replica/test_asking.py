@@ -16,13 +16,13 @@ from snapchain.model.events import Event, Progress
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.replica.client import MOST_BYTES
-from snapchain.replica.confinement import chosen
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.permissions import chosen
+from snapchain.replica.status import verify_disk
 from snapchain.replica.store import open_replica
 from snapchain.replica.stream import frames
 from snapchain.replica.stream.frames import FROM_SENDER, FrameReader, Kind
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, Hello, Verdict, encode
-from snapchain.replica.verifying import verify_disk
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
 from tests.replica.conftest import DISK, Place
@@ -130,7 +130,7 @@ def test_harm_is_found(
 
 def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found wrong of a chain that is no longer the disk's does not count."""
-    from snapchain.replica import checking
+    from snapchain.replica import status as checking
 
     calls: list[int] = []
 
