@@ -24,7 +24,7 @@ from snapchain.ops.restore.from_repository import Restoration
 from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import merging
-from snapchain.repository.composing import compose
+from snapchain.repository.merging import compose
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Crash, FaultStore, crash_points
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship

@@ -2,7 +2,7 @@
 
 What no merge may touch, and which views stay, gives the ranges that may be merged (model/choice.py).  Without a cap or
 a budget all of them are; with a cap as few layers as suffice, at the least cost; with a budget what gains most
-(model/budget.py).  Costs are first what the maps say; then each chosen merge is planned to the byte, and where the
+(model/choice.py).  Costs are first what the maps say; then each chosen merge is planned to the byte, and where the
 budget would not suffice it is chosen again with these numbers.
 """
 
@@ -25,7 +25,7 @@ from snapchain.merge.rates import FIXED_SECONDS, Rates, seconds_of
 from snapchain.merge.request import Request
 from snapchain.merge.stack import Stack
 from snapchain.merge.strategy import Strategy
-from snapchain.model import budget
+from snapchain.model import choice as budget
 from snapchain.model.choice import MergeRange, barred, segments
 from snapchain.model.economics import Into
 from snapchain.model.extents import Int64s

@@ -8,10 +8,9 @@ from datetime import datetime
 from snapchain.errors import NotFound
 from snapchain.image import ImageChain
 from snapchain.merge.request import At
-from snapchain.model.chain import Chain
+from snapchain.model.chain import Chain, Layer
 from snapchain.model.economics import RangeGains, gains_of, hidden_by
 from snapchain.model.extents import Int64s
-from snapchain.model.layer import Layer
 from snapchain.ops.hold import held_layers
 from snapchain.source.lineage import lineage, note_of, sealed_at
 from snapchain.source.notes import Hold, Notes

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from snapchain.errors import NotFound, Unavailable
-from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused, joined
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused, StoreWrapper, joined
 
 Result = TypeVar("Result")
 

@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.objects.store import ObjectStore, Refused
 from snapchain.ops.verify import Finding, Findings, points_on
-from snapchain.repository.collect import Marked, mark
 from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
+from snapchain.repository.mark import Marked, mark
 from snapchain.repository.repository import Repository
 from snapchain.repository.sweep import estimate, index_objects, sweep
 

@@ -44,7 +44,7 @@ def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False)
     dry_run: change nothing, and tell which holds it would have.
     Raises NotFound, InvalidInput for a bad tag, Unsupported for what is no regular file.
     """
-    from snapchain.repository.holds import check_tag
+    from snapchain.repository.catalogue import check_tag
 
     check_tag(tag)
     file = _file(path)
@@ -103,7 +103,7 @@ def hold_point(
     catalogue = repository.catalogue(disk)
     number = _number(repository, catalogue, point)
     if dry_run:
-        from snapchain.repository import holds
+        from snapchain.repository import catalogue as holds
 
         now = datetime.now(UTC)
         would = holds.held(catalogue, point=number, tag=holds.check_tag(tag), reason=reason, now=now)
@@ -125,7 +125,7 @@ def release_point(
     catalogue = repository.catalogue(disk)
     number = _number(repository, catalogue, point)
     if dry_run:
-        from snapchain.repository import holds
+        from snapchain.repository import catalogue as holds
 
         would = holds.released(catalogue, point=number, tag=tag)
         return _of_point(repository, disk, number, _holds(would, number))

@@ -16,8 +16,7 @@ from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.model.retention import Policy, decide, is_future
 from snapchain.ops.verify import Finding, points_on
-from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
-from snapchain.repository.holds import reasons
+from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point, reasons
 from snapchain.repository.index import BlobIndex, newest
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode

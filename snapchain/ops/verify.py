@@ -23,6 +23,7 @@ from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
+from snapchain.repository.chain import ChainView
 from snapchain.repository.damage import recorded
 from snapchain.repository.format import is_id, layer_name, pack_name
 from snapchain.repository.index import newest
@@ -31,7 +32,6 @@ from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository, check_agrees
 from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
-from snapchain.repository.view import ChainView
 
 MOST_FINDINGS = 10_000
 """That are told one by one: a stored name of 32 bytes that leads nowhere makes one of two kilobytes."""

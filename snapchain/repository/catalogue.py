@@ -8,7 +8,7 @@ succeed, and the generations before are the history that a repair can go back to
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
@@ -18,16 +18,15 @@ from typing import Any, Literal, Self
 import blake3
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
 from snapchain.model.disk_name import is_disk_name
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import generation_name
-from snapchain.repository.known import Memory
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
+from snapchain.repository.known import SeenGenerations
+from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 
 KIND = b"C"
 MOST_LAYERS = 50_000
@@ -206,7 +205,7 @@ class Disk:
     """
 
     def __init__(
-        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: Memory | None = None
+        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: SeenGenerations | None = None
     ) -> None:
         self.name = name
         self._store, self._keys, self._conditional, self._memory = store, keys, conditional, memory
@@ -347,7 +346,7 @@ def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
     return newest
 
 
-def newest_known(store: ObjectStore, disk_key: str, memory: Memory | None) -> int | None:
+def newest_known(store: ObjectStore, disk_key: str, memory: SeenGenerations | None) -> int | None:
     """As `newest_generation`. Raises Corrupt when this machine has seen a newer one."""
     if memory is None:
         return newest_generation(store, disk_key)
@@ -368,7 +367,9 @@ def is_generation(name: str) -> bool:
     return number.isdecimal() and name == generation_name(folder.removeprefix("disks/"), int(number))
 
 
-def read_any(store: ObjectStore, keys: Keyring, disk_key: str, memory: Memory | None = None) -> Catalogue | None:
+def read_any(
+    store: ObjectStore, keys: Keyring, disk_key: str, memory: SeenGenerations | None = None
+) -> Catalogue | None:
     """The newest catalogue in a disk's folder, whatever the disk's name."""
     for attempt in range(ATTEMPTS):
         newest = newest_known(store, disk_key, memory)
@@ -391,3 +392,59 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[Catalogue, str]:
     """A catalogue as stored, and the hash of its object. Raises Corrupt, or Unsupported for a newer one."""
     body = unseal(keys, KIND, name, data)
     return parse_stored(Catalogue, body, what="the catalogue", subject=name), blake3.blake3(data).hexdigest()
+
+
+# --- Holds: points that stay whatever the rules of retention say, until each of their holds is released.
+#
+# A point is held under a tag, so that several people or programs may each have their reason and release only their own.
+# Here is what changes in a catalogue; Repository.hold and Repository.release publish it.
+
+_LONGEST_TAG = 100
+
+
+def held(catalogue: Catalogue, *, point: int, tag: str, reason: str, now: datetime) -> Sequence[Point] | None:
+    """The catalogue's points, `point` among them held under `tag`; None when it is so already. Raises NotFound."""
+    found = _point(catalogue, point)
+    before = next((hold for hold in found.holds if hold.tag == tag), None)
+    if before is not None and before.reason == reason:
+        return None
+    hold = Hold(tag=tag, since=before.since if before else now, reason=reason)
+    return _with(catalogue, found, (*(each for each in found.holds if each.tag != tag), hold))
+
+
+def released(catalogue: Catalogue, *, point: int, tag: str) -> Sequence[Point]:
+    """The catalogue's points, `point` among them no longer held under `tag`. Raises NotFound."""
+    found = _point(catalogue, point)
+    left = tuple(hold for hold in found.holds if hold.tag != tag)
+    if len(left) == len(found.holds):
+        tags = ", ".join(hold.tag for hold in found.holds)
+        raise NotFound(
+            f"point {point} is not held under {tag!r}",
+            subject=catalogue.disk,
+            hint=f"its holds: {tags}" if tags else "it is not held at all",
+        )
+    return _with(catalogue, found, left)
+
+
+def reasons(point: Point) -> tuple[str, ...]:
+    """Why a point stays, one for each hold; for model.retention.decide."""
+    return tuple(f"held: {hold.tag}" + (f" ({hold.reason})" if hold.reason else "") for hold in point.holds)
+
+
+def check_tag(tag: str) -> str:
+    """Raises InvalidInput unless `tag` is printable text of at most 100 bytes without blanks at its ends."""
+    if not tag or len(tag.encode()) > _LONGEST_TAG or not tag.isprintable() or tag != tag.strip():
+        raise InvalidInput(f"{tag!r} cannot name a hold", hint=f"printable text of at most {_LONGEST_TAG} bytes")
+    return tag
+
+
+def _point(catalogue: Catalogue, number: int) -> Point:
+    for point in catalogue.points:
+        if point.point == number:
+            return point
+    raise NotFound(f"the disk has no point {number}", subject=catalogue.disk, hint="snapchain log tells its points")
+
+
+def _with(catalogue: Catalogue, point: Point, holds: tuple[Hold, ...]) -> Sequence[Point]:
+    changed = point.model_copy(update={"holds": holds})
+    return tuple(changed if each.point == point.point else each for each in catalogue.points)

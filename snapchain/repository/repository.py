@@ -15,11 +15,17 @@ from pydantic import Field
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.exclusive import create_exclusively
-from snapchain.objects.limits import check_size
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.reserve import fill as fill_reserve
-from snapchain.objects.store import ObjectStore
-from snapchain.repository import catalogue as catalogues, damage, holds, index as indexes, keys as slots, layers
+from snapchain.objects.store import ObjectStore, check_size
+from snapchain.repository import (
+    catalogue as catalogues,
+    catalogue as holds,
+    damage,
+    index as indexes,
+    keys as slots,
+    layers,
+)
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
@@ -32,7 +38,7 @@ from snapchain.repository.format import (
     layer_name,
 )
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.known import Memory
+from snapchain.repository.known import SeenGenerations
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.stored import StoredModel, newer, parse as parse_stored
@@ -88,7 +94,7 @@ class Repository:
         self.keys = keys
         self.conditional = conditional
         self.notices: list[str] = list(store.warnings)
-        self.memory: Memory | None = None
+        self.memory: SeenGenerations | None = None
         self.slot: str | None = None
         self.pack_size = config.pack_size
         self.blobs = BlobReader(store, keys, self._load_index)

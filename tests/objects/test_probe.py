@@ -15,8 +15,7 @@ from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.probe import MOST_DRIFT, ProbeResult, probe, still_conditional
 from snapchain.objects.retry import RetryingStore
-from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused, StoreWrapper
 from tests.servers import S3Server
 from tests.waiting import wait_until
 

@@ -11,9 +11,8 @@ import pytest
 from snapchain.errors import InvalidInput, NotFound, Unavailable
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.retry import Backoff, RetryingStore
-from snapchain.objects.store import ObjectInfo, ObjectStore, Properties, Refused
+from snapchain.objects.store import ObjectInfo, ObjectStore, Properties, Refused, StoreWrapper, innermost
 from snapchain.objects.throttle import BURST, ThrottledStore, TokenBucket
-from snapchain.objects.wrapper import StoreWrapper, innermost
 from snapchain.testing.faults import Crash, Fault, FaultStore, On, crash_points
 from snapchain.testing.object_contract import ObjectStoreContract
 

@@ -23,8 +23,8 @@ from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import packs
+from snapchain.repository.chain import ChainView
 from snapchain.repository.repository import Repository
-from snapchain.repository.view import ChainView
 from snapchain.testing.faults import Fault, FaultStore, On, crash_points
 from tests.exhaustive import EXHAUSTIVE
 from tests.ops.shipping import DISK, MiB, ship

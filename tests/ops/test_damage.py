@@ -24,11 +24,11 @@ from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.points import find_point
 from snapchain.ops.verify import verify
 from snapchain.repository import packs, sweep
+from snapchain.repository.chain import ChainView
 from snapchain.repository.crypto import AES, NONE
 from snapchain.repository.format import is_damage, layer_name
 from snapchain.repository.replay import Replay, Sink
 from snapchain.repository.repository import Repository
-from snapchain.repository.view import ChainView
 from tests.ops.shipping import DISK, MiB, restore, ship
 from tests.ops.stacks import Layer, build, flat, write
 from tests.repository.second_reader import Reader

@@ -24,10 +24,10 @@ from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import gc, verify as verification
 from snapchain.ops.verify import Finding, Findings, verify
-from snapchain.repository import catalogue as catalogues, collect, envelope, layers
+from snapchain.repository import catalogue as catalogues, layers, mark as collect, stored as envelope
 from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.chain import ChainView
 from snapchain.repository.crypto import NONE
-from snapchain.repository.envelope import seal
 from snapchain.repository.format import (
     LEAF_ROW,
     PAGE_ROW,
@@ -42,8 +42,7 @@ from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packs import OpenPack
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
-from snapchain.repository.stored import check_density, parse
-from snapchain.repository.view import ChainView
+from snapchain.repository.stored import check_density, parse, seal
 
 MOST_MIB = 400
 MIB = 1 << 20

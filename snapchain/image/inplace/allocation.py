@@ -17,8 +17,7 @@ from snapchain.image.physical import Int64s, Mask
 from snapchain.image.qcow2.format import COMPRESSED
 from snapchain.image.qcow2.references import host_offsets, whole_l1
 from snapchain.image.qcow2.tables import ImageFd, UInt64s, read_clusters
-from snapchain.model.distinct import distinct
-from snapchain.model.extents import DATA, Extents, covering, rounded, where
+from snapchain.model.extents import DATA, Extents, covering, distinct, rounded, where
 
 _TABLES_BYTES = 2 << 20
 

@@ -24,10 +24,10 @@ from snapchain.ops.restore.output import OutputFile
 from snapchain.ops.restore.proof import ChainProof, raw_content_id
 from snapchain.ops.restore.target import Claim, FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
 from snapchain.repository.catalogue import Point
+from snapchain.repository.chain import ChainView
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.replay import Replay, Sink
 from snapchain.repository.repository import Repository
-from snapchain.repository.view import ChainView
 
 
 @dataclass(frozen=True, slots=True)

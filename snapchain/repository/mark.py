@@ -23,7 +23,7 @@ from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.damage import list_packs
 from snapchain.repository.format import is_damage, pack_name
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.known import Memory
+from snapchain.repository.known import SeenGenerations
 from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.packs import Location
 from snapchain.repository.repository import Repository
@@ -172,7 +172,7 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
 
 
 def _check_not_older(
-    memory: Memory | None, floors: Mapping[str, int], found: Mapping[str, Sequence[ObjectInfo]]
+    memory: SeenGenerations | None, floors: Mapping[str, int], found: Mapping[str, Sequence[ObjectInfo]]
 ) -> None:
     """Raises Corrupt where this machine has seen a newer state of a disk: what only that needs would be collected.
 
