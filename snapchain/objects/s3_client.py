@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 5.0
 READ_TIMEOUT = 18.0
-"""Seconds. A server that is silent for longer is asked once more, within s3_patience.ANSWER_WITHIN."""
+"""Seconds. A server that is silent for longer is asked once more, within ANSWER_WITHIN."""
 TOTAL_ATTEMPTS = 5
 LARGEST_ANSWER = 4 * 1024 * 1024
 """Bytes of a response that is no object. A page of 1000 keys of 1024 bytes, each of them escaped, has 3.5 MB."""

@@ -3,7 +3,7 @@
 An object is a name and bytes, written whole or not at all; there is no append and no rename.  A name is a path
 of lower-case segments, so that every store (a directory, S3, memory) can hold every object of every other.
 `create` is the only arbiter between writers: where `properties.conditional_put` is true exactly one of many
-concurrent creates of a name says True.  Everything else (retry, throttle, faults) wraps a store in a store.
+concurrent creates of a name says True.  Everything else (throttle, cache, faults) wraps a store in a store.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ObjectStore(Protocol):
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         """The bytes [offset, offset+length), or to the end.  Never fewer: a shorter object is Corrupt.
 
-        So is one that is larger than its kind may be (limits.py), of which no more than that is read.
+        So is one that is larger than its kind may be (see LARGEST), of which no more than that is read.
         """
         ...
 
@@ -246,7 +246,7 @@ def check_size(name: str, size: int, *, subject: str) -> int:
     return size
 
 
-# --- A store around a store, which changes nothing: retry, throttle and faults override what they are about.
+# --- A store around a store, which changes nothing: throttle, cache and faults override what they are about.
 
 
 class StoreWrapper:
