@@ -150,7 +150,7 @@ def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> Ob
             "restore, verify and inspect. To compare points of one, restore them and diff the files",
         )
     store = open_store(url, make=make)
-    if store.url.startswith("s3:"):
+    if store.properties.is_remote:
         kept = hashlib.sha256(_place(store).encode()).hexdigest()[:32]
         store = CachedStore(store, known.cache_dir() / kept / "index", prefix="index/")
     return store if limit_rate is None else ThrottledStore(store, upload=limit_rate, download=limit_rate)

@@ -111,7 +111,9 @@ class S3Store:
         self._patience = Patience(urlsplit(self.endpoint).netloc, limit=answer_within)
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self.place = f"bucket {bucket} at {canonical(self.endpoint)}"
-        self.properties = Properties(conditional_put=None, description=f"bucket {bucket} at {self.endpoint}")
+        self.properties = Properties(
+            conditional_put=None, description=f"bucket {bucket} at {self.endpoint}", is_remote=True
+        )
         self.warnings = warnings_about(self.endpoint)
 
     def put(self, name: str, data: Data) -> None:

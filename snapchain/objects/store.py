@@ -48,10 +48,12 @@ class Properties:
 
     conditional_put: `create` is atomic; None until somebody looked (probe.probe), which callers must treat as False
     description: for people, e.g. `directory /backup`
+    is_remote: reached over a network, so that what is read from it is worth a cache on this machine
     """
 
     conditional_put: bool | None
     description: str
+    is_remote: bool = False
 
 
 class Refused(Unavailable):
