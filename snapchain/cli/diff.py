@@ -1,4 +1,4 @@
-"""`snapchain diff ADDRESS ADDRESS`: which bytes differ between two points or images."""
+"""`snapchain diff ADDRESS ADDRESS`: list the bytes that differ between two points or images."""
 
 from __future__ import annotations
 

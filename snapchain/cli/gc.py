@@ -1,4 +1,4 @@
-"""`snapchain gc DEST`: give back the space of what no point needs."""
+"""`snapchain gc DEST`: delete data that no point needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, whatever the rules say."""
+"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, until it is released."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import heading, moment
 
 if TYPE_CHECKING:
     from rich.console import Console

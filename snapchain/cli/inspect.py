@@ -1,4 +1,4 @@
-"""`snapchain inspect ADDRESS`: what each layer of a chain holds, drawn to scale."""
+"""`snapchain inspect ADDRESS`: show what each layer of a chain holds, drawn to scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`snapchain log DEST[::DISK]`: which points there are."""
+"""`snapchain log DEST[::DISK]`: list the points of a destination."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
+from snapchain.cli.quantities import heading, moment
 
 if TYPE_CHECKING:
     from rich.console import Console

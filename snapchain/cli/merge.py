@@ -1,4 +1,4 @@
-"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files, in a repository or at a replica."""
+"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files or at a destination."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from snapchain.cli import merge_tables, options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.quantities import size
-from snapchain.cli.time_zone import zone_name_of, zone_of
+from snapchain.cli.quantities import size, zone_name_of, zone_of
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 
 if TYPE_CHECKING:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from snapchain.cli import render, stack_picture
-from snapchain.cli.moments import heading, moment
-from snapchain.cli.quantities import duration, size
+from snapchain.cli.quantities import duration, heading, moment, size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from snapchain.cli import passphrase, quantities
+from snapchain.cli import quantities
 from snapchain.cli.progress import Mode
 from snapchain.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from snapchain.cli.output import Output
 
 if TYPE_CHECKING:
     from snapchain.cli.output import Output
@@ -149,7 +153,7 @@ def repository(
 
     opened = open_destination(
         located(dest),
-        passphrase=passphrase.source(password_file, password_command, out),
+        passphrase=passphrase_source(password_file, password_command, out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text),
@@ -187,7 +191,7 @@ def destination(
             raise InvalidInput("--pack-size is for repositories; a replica has no packs", subject=dest)
     found = destination_at(
         dest,
-        passphrase=passphrase.source(password_file, password_command, out),
+        passphrase=passphrase_source(password_file, password_command, out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text),
@@ -210,3 +214,62 @@ def disk_of(address: DestinationAddress | PointAddress) -> str | None:
     from snapchain.destination.address import PointAddress as Point, parse_disk_address
 
     return parse_disk_address(str(address)).disk if isinstance(address, Point) else None
+
+
+def passphrase_source(file: Path | None, command: str | None, out: Output) -> Callable[[], str | None]:
+    """A function that returns the passphrase when it is called, or None when there is none.
+
+    From a file, a program, or SNAPCHAIN_PASSWORD; never from a command-line argument. An option beats the environment.
+    Nothing is read or run until a repository turns out to be encrypted.
+    """
+    if file is not None and command is not None:
+        raise InvalidInput("--password-file and --password-command are both given", hint="choose one of them")
+    if file is not None:
+        return lambda: _from_file(file, out)
+    if command is not None:
+        return lambda: _from_command(command)
+    return lambda: os.environ.get("SNAPCHAIN_PASSWORD") or None
+
+
+def _from_file(path: Path, out: Output) -> str:
+    from snapchain.host import passphrases
+    from snapchain.model.events import Notice
+
+    return passphrases.from_file(path, on_notice=lambda words: out.on_event(Notice(words)))
+
+
+def _from_command(command: str) -> str:
+    from snapchain.host import passphrases
+
+    try:
+        argv = shlex.split(command)
+    except ValueError as error:
+        raise InvalidInput(f"not a command: {error}", subject=command) from error
+    if not argv:
+        raise InvalidInput("--password-command is empty")
+    return passphrases.from_program(argv)
+
+
+DiskPairs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE DEST::DISK...",
+        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More such pairs: the "
+        "other disks of the same guest, at the same replica.",
+    ),
+]
+
+
+def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
+    """The replica, and each image with its disk's name there. Raises InvalidInput."""
+    from snapchain.destination.address import parse_disk_address
+
+    if len(words) % 2:
+        raise InvalidInput(f"{words[-1]} stands alone", hint="name pairs, an image and where it goes: IMAGE DEST::DISK")
+    pairs = [(Path(image), parse_disk_address(target)) for image, target in zip(words[::2], words[1::2], strict=True)]
+    dests = {address.dest for _, address in pairs}
+    if len(dests) > 1:
+        raise InvalidInput(
+            "the disks of one guest go to one replica", subject=", ".join(sorted(dests)), hint="name one DEST for all"
+        )
+    return dests.pop(), [(image, address.disk) for image, address in pairs]

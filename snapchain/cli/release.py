@@ -1,4 +1,4 @@
-"""`snapchain release ADDRESS --tag TAG`: take a hold off."""
+"""`snapchain release ADDRESS --tag TAG`: remove a hold."""
 
 from __future__ import annotations
 

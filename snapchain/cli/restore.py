@@ -1,4 +1,4 @@
-"""`snapchain restore DEST::DISK[@POINT] OUT`: get a point back."""
+"""`snapchain restore DEST::DISK[@POINT] OUT`: write a point to a new file or device, or as a whole chain."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.quantities import size
+from snapchain.cli.quantities import moment, size
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""`snapchain send IMAGE [DEST::DISK]`: bring what a replica lacks of an image, or write a stream to stdout."""
+"""`snapchain send IMAGE [DEST::DISK]`: send a chain to a replica, or as a stream to stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`snapchain verify DEST[::DISK]`: is what is stored whole and true?"""
+"""`snapchain verify DEST[::DISK]`: check the records of a destination, and a share of the data."""
 
 from __future__ import annotations
 

@@ -42,6 +42,7 @@ def inspect_replica(endpoint: Endpoint, disk: str, *, point: str | None = None) 
             shadowed_zero_bytes=use.shadowed_zero_bytes,
             snapshots=0,
             bitmaps=(),
+            holds=(),
             strip=strip,
         )
         for name, cluster_size, extents, use, strip in zip(

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given, strategies as st
 
-from snapchain.cli.moments import heading, moment
+from snapchain.cli.quantities import heading, moment
 from snapchain.errors import NotFound
 from snapchain.model.points import instant
 from snapchain.ops.points import find_point, in_full
