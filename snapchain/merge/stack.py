@@ -79,7 +79,8 @@ def _present(chain: ImageChain, notes: Notes, at: At) -> int:
     from snapchain.ops.ship.to_repository import Shipment
 
     try:
-        shipment = Shipment(chain, at.repository, at.disk, labels=(), each_layer=False, lineage=lineage(chain, notes))
+        repository = at.destination.repository  # type: ignore[attr-defined]
+        shipment = Shipment(chain, repository, at.disk, labels=(), each_layer=False, lineage=lineage(chain, notes))
     except NotFound:
         return 0
     return shipment.plan().layers_present

@@ -18,7 +18,7 @@ from snapchain.model.strip import strips
 from snapchain.source import NOTE_PREFIX
 
 if TYPE_CHECKING:
-    from snapchain.repository.repository import Repository
+    from snapchain.destination.reading import ReadableDestination
     from snapchain.source.notes import Hold
 
 STRIP_CELLS = 48
@@ -28,7 +28,7 @@ STRIP_CELLS = 48
 class LayerReport:
     """One layer, in guest bytes. shadowed_bytes: its DATA that layers above hide; strip: see model/strip.py.
 
-    file_bytes: what the file occupies (None in a repository); snapshots, bitmaps: inside the file
+    file_bytes: what the file occupies (None at a destination); snapshots, bitmaps: inside the file
     holds: why it is not merged away
     """
 
@@ -125,20 +125,18 @@ def _may_have_notes(directory: Path) -> bool:
         return True  # reading the notes tells what is wrong with the directory
 
 
-def inspect_point(repository: Repository, disk: str, *, point: str | None = None) -> InspectReport:
-    """The chain of a point as the repository holds it. Raises NotFound."""
-    from snapchain.ops.points import find_point
-
-    catalogue = repository.catalogue(disk)
-    found = find_point(catalogue, point)
-    chain = repository.chain_of(catalogue, found)
-    maps = [layer.extents() for layer in chain]
+def inspect_point(destination: ReadableDestination, disk: str, *, point: str | None = None) -> InspectReport:
+    """The chain of a point as a destination has it. Reads no data. Raises NotFound."""
+    with destination.reader(disk, point, chain=True, clusters=False, maps_only=True) as reader:
+        found = reader.point
+        chain = [(layer.name, layer.format, layer.cluster_size, layer.extents) for layer in reader.layers()]
+    maps = [extents for *_, extents in chain]
     layers = tuple(
         LayerReport(
-            path=layer.id,
-            format=layer.header.image_format,
-            virtual_size=layer.size,
-            cluster_size=layer.header.cluster_size,
+            path=name,
+            format=kind,
+            virtual_size=extents.size,
+            cluster_size=cluster_size,
             file_bytes=None,
             data_bytes=use.data_bytes,
             zero_bytes=use.zero_bytes,
@@ -149,11 +147,13 @@ def inspect_point(repository: Repository, disk: str, *, point: str | None = None
             holds=(),
             strip=strip,
         )
-        for layer, use, strip in zip(chain, usage(maps), strips(maps, STRIP_CELLS), strict=True)
+        for (name, kind, cluster_size, extents), use, strip in zip(
+            chain, usage(maps), strips(maps, STRIP_CELLS), strict=True
+        )
     )
     return InspectReport(
-        address=f"{repository.store.url}::{disk}@{found.point}",
-        virtual_size=found.size,
+        address=f"{destination.url}::{disk}@{found.point}",
+        virtual_size=found.virtual_size,
         content_id=found.content_id,
         layers=layers,
         findings=(),

@@ -7,10 +7,12 @@ changes nothing meanwhile, and the beats of the stream tell the other side that 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from snapchain.errors import Busy
+from snapchain.model.events import Notice, OnEvent
+from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.store import ReplicaDisk, Work
 
 LIMITS = {(Work.TRANSFER, Work.MERGE): 900.0, (Work.MERGE, Work.TRANSFER): 60.0, (Work.MERGE, Work.MERGE): 60.0}
@@ -43,3 +45,16 @@ def in_turn(disk: ReplicaDisk, work: Work, *, make: bool = False) -> Iterator[No
                     ) from error
             time.sleep(_POLL_SECONDS)
         yield
+
+
+def waiting(endpoint: Endpoint, on_event: OnEvent) -> Callable[[], None]:
+    """What to call at each sign of life that says nothing; it is told once."""
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if not told:
+            told = True
+            on_event(Notice(f"{endpoint.url} makes us wait: another snapchain may be at work on that disk"))
+
+    return tell

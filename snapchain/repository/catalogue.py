@@ -8,9 +8,9 @@ succeed, and the generations before are the history that a repair can go back to
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Literal, Self
@@ -18,9 +18,12 @@ from typing import Any, Literal, Self
 import blake3
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.destination.address import in_full
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
 from snapchain.model.disk_name import is_disk_name
+from snapchain.model.holds import Held
+from snapchain.model.points import chosen_point
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
@@ -59,6 +62,11 @@ class Hold(StoredModel):
     tag: str
     since: AwareDatetime
     reason: str = ""
+
+    @classmethod
+    def made(cls, tag: str, reason: str) -> Callable[[Held | None], Self]:
+        """Makes a hold of now, or of the date of the one that it replaces."""
+        return lambda before: cls(tag=tag, since=before.since if before else datetime.now(UTC), reason=reason)
 
 
 class Point(StoredModel):
@@ -394,57 +402,6 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[Catalogue, str]:
     return parse_stored(Catalogue, body, what="the catalogue", subject=name), blake3.blake3(data).hexdigest()
 
 
-# --- Holds: points that stay whatever the rules of retention say, until each of their holds is released.
-#
-# A point is held under a tag, so that several people or programs may each have their reason and release only their own.
-# Here is what changes in a catalogue; Repository.hold and Repository.release publish it.
-
-_LONGEST_TAG = 100
-
-
-def held(catalogue: Catalogue, *, point: int, tag: str, reason: str, now: datetime) -> Sequence[Point] | None:
-    """The catalogue's points, `point` among them held under `tag`; None when it is so already. Raises NotFound."""
-    found = _point(catalogue, point)
-    before = next((hold for hold in found.holds if hold.tag == tag), None)
-    if before is not None and before.reason == reason:
-        return None
-    hold = Hold(tag=tag, since=before.since if before else now, reason=reason)
-    return _with(catalogue, found, (*(each for each in found.holds if each.tag != tag), hold))
-
-
-def released(catalogue: Catalogue, *, point: int, tag: str) -> Sequence[Point]:
-    """The catalogue's points, `point` among them no longer held under `tag`. Raises NotFound."""
-    found = _point(catalogue, point)
-    left = tuple(hold for hold in found.holds if hold.tag != tag)
-    if len(left) == len(found.holds):
-        tags = ", ".join(hold.tag for hold in found.holds)
-        raise NotFound(
-            f"point {point} is not held under {tag!r}",
-            subject=catalogue.disk,
-            hint=f"its holds: {tags}" if tags else "it is not held at all",
-        )
-    return _with(catalogue, found, left)
-
-
-def reasons(point: Point) -> tuple[str, ...]:
-    """Why a point stays, one for each hold; for model.retention.decide."""
-    return tuple(f"held: {hold.tag}" + (f" ({hold.reason})" if hold.reason else "") for hold in point.holds)
-
-
-def check_tag(tag: str) -> str:
-    """Raises InvalidInput unless `tag` is printable text of at most 100 bytes without blanks at its ends."""
-    if not tag or len(tag.encode()) > _LONGEST_TAG or not tag.isprintable() or tag != tag.strip():
-        raise InvalidInput(f"{tag!r} cannot name a hold", hint=f"printable text of at most {_LONGEST_TAG} bytes")
-    return tag
-
-
-def _point(catalogue: Catalogue, number: int) -> Point:
-    for point in catalogue.points:
-        if point.point == number:
-            return point
-    raise NotFound(f"the disk has no point {number}", subject=catalogue.disk, hint="snapchain log tells its points")
-
-
-def _with(catalogue: Catalogue, point: Point, holds: tuple[Hold, ...]) -> Sequence[Point]:
-    changed = point.model_copy(update={"holds": holds})
-    return tuple(changed if each.point == point.point else each for each in catalogue.points)
+def find_point(catalogue: Catalogue, wanted: str | None) -> Point:
+    """The point that the text after '@' of an address means, in this machine's time zone. Raises NotFound."""
+    return chosen_point(catalogue.disk, catalogue.points, in_full(wanted))

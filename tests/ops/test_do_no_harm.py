@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from snapchain.destination.protocol import Destination, destination_at
+from snapchain.destination.protocol import Destination
+from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError
 from snapchain.merge import selection as planning, sequence as running
 from snapchain.merge.request import Request
@@ -27,8 +28,8 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Disks
-from snapchain.ops.repository_destination import RepositoryDestination
 from snapchain.ops.restore.target import Format
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import sealing as snapshot
 from tests.ops.forest import DIRECTORIES, SHM, ZERO, Forest, State, forests, read, write_image
 from tests.ops.killing import killed_after
@@ -124,7 +125,7 @@ def stored(kind: str) -> tuple[Destination, dict[int, bytes]]:
     where: Destination = (
         RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
         if kind == "repository"
-        else destination_at(f"dir:{directory}/replica")
+        else open_destination(f"dir:{directory}/replica")
     )
     write_image(directory / "0.qcow2", {0: 201, 1: 202}, None)
     write_image(directory / "1.qcow2", {1: ZERO, 2: 203}, "0.qcow2")

@@ -20,14 +20,15 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.destination.protocol import Destination, destination_at
+from snapchain.destination.protocol import Destination
+from snapchain.destinations import open_destination
 from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.hold import hold_image
-from snapchain.ops.repository_destination import RepositoryDestination
 from snapchain.ops.restore.target import Format, RestoreReport, Target
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source.notes import Given, Notes, Overlay
 from tests.host import others as people
 from tests.ops.shipping import DISK, MiB
@@ -343,7 +344,7 @@ def delivered(kind: str, directory: Path, layers: Sequence[Layer]) -> Source:
     where: Destination = (
         RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
         if kind == "repository"
-        else destination_at(f"dir:{directory}/replica")
+        else open_destination(f"dir:{directory}/replica")
     )
     files = build(directory / "c", layers)
     for file in files:

@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound
+from snapchain.model import holds
 from snapchain.model.retention import Policy, decide
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, StoreWrapper
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.repository import catalogue as holds
 from snapchain.repository.catalogue import Catalogue, Point
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from tests.repository.synthetic import LEAF, Run, again, drawn, ship
 
