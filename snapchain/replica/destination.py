@@ -31,7 +31,7 @@ from snapchain.model.extents import Extents, Int64s
 from snapchain.model.retention import Policy, is_future
 from snapchain.replica.client import points_at
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.fetching import Answer, FetchedLayer, fetch
+from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
 from snapchain.replica.opening import replica_at
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.messages import HeldPoint

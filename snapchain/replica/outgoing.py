@@ -23,8 +23,8 @@ from snapchain.image.windows import Window, hot_leaves, windows
 from snapchain.model.content import Sum
 from snapchain.model.extents import Extents
 from snapchain.model.fingerprint import Fingerprint
-from snapchain.replica.levels import Levels
-from snapchain.replica.stream.data import DataRuns, Part, Piece, encode_data
+from snapchain.replica.stream.compression import Levels
+from snapchain.replica.stream.layers import DataRuns, Part, Piece, encode_data
 
 _UNDER_WAY = 4
 """Windows in flight a worker: enough behind one slow read, some 60 MiB of buffers."""

@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 from snapchain.destination.records import PointDecision, PointsMergePlan, PointsMergeReport, StayingLayer
 from snapchain.model.events import OnEvent, Progress, ignore
 from snapchain.model.retention import Policy, is_future
+from snapchain.replica.client import Answer, merged_at, waiting
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.merge_asking import Answer, merged_at
-from snapchain.replica.waiting import waiting
 
 
 class ReplicaMerge:

@@ -17,7 +17,7 @@ from snapchain.host.own_state import read_record, write_record
 from snapchain.host.places import state_dir
 from snapchain.image import ImageChain
 from snapchain.model.content import content_id
-from snapchain.replica.source_keys import short_key
+from snapchain.replica.catalogue import short_key
 from snapchain.replica.stream.messages import Digest, HeldLayer
 from snapchain.source.counted_sums import CountedSums
 

@@ -28,7 +28,7 @@ class Origin:
     sources: tuple[Fingerprint, ...]
 
 
-class LayerWriter:
+class LayerUpload:
     """A writing session; a context manager. Loads the whole index once; index: that, and what was added since."""
 
     def __init__(self, repository: Repository, *, on_durable: Callable[[], None] = lambda: None) -> None:

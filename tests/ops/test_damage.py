@@ -123,7 +123,7 @@ def shows(repo: Repository, disk: str, point: int) -> bytes:
         for offset, piece in pieces:
             body[offset : offset + len(piece)] = piece
 
-    Replay(view, view.extents.owned_by(0), Sink(keep)).run(lambda _: None)
+    Replay(view, view.extents.owned_by(0), Sink(keep)).run(lambda _offset, _count: None)
     assert layers[-1].header.content_id == found.content_id
     return bytes(body)
 

@@ -14,7 +14,6 @@ from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.events import Event, Progress
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.diff import point_side
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.restore.run import Restoration
 from snapchain.repository import collecting as gc, index as indexes
@@ -286,7 +285,7 @@ def test_points_that_contradict_their_layers(repo: Repository, tmp_path: Path, h
         lambda: restore(again(repo), place / "x.qcow2", 2, chain=True),
         lambda: Restoration(RepositoryDestination(again(repo)), DISK, place / "x.raw", point="2").plan(),
         lambda: inspect_point(RepositoryDestination(again(repo)), DISK, point="2"),
-        lambda: point_side(again(repo), DISK, "2"),
+        lambda: RepositoryDestination(again(repo)).leaves(DISK, "2").__enter__(),
     ]
     for reader in readers:
         with pytest.raises(Corrupt, match="the point and its layer disagree about the content id") as raised:

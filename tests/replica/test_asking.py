@@ -15,15 +15,15 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Snapchai
 from snapchain.model.events import Event, Progress
 from snapchain.ops.log import log
 from snapchain.replica.client import MOST_BYTES
-from snapchain.replica.confinement import chosen
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.permissions import chosen
+from snapchain.replica.status import verify_disk
 from snapchain.replica.store import open_replica
 from snapchain.replica.stream import frames
 from snapchain.replica.stream.frames import FROM_SENDER, FrameReader, Kind
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, Hello, Verdict, encode
 from snapchain.replica.verification import verify_replica
-from snapchain.replica.verifying import verify_disk
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
 from tests.replica.conftest import DISK, Place
@@ -68,13 +68,18 @@ def test_many_points_come_in_several_frames(sent: Place) -> None:
 
 
 def test_what_is_not_there(place: Place, sent: Place) -> None:
-    for ask in (log_replica, lambda to, disk: verify_replica(to, disk, read_data=True)):
+    nowhere, here = (ReplicaDestination(DirectoryEndpoint(root)) for root in (place.root / "nowhere", sent.root))
+    for share in (None, 1.0):
+
+        def ask(to: ReplicaDestination, disk: str, share: float | None = share) -> object:
+            return to.disks(disk) if share is None else to.verify(disk, share=share)
+
         with pytest.raises(NotFound, match="no replica"):
-            ask(DirectoryEndpoint(place.root / "nowhere"), DISK)
+            ask(nowhere, DISK)
         with pytest.raises(NotFound, match="no disk 'gone'"):
-            ask(DirectoryEndpoint(sent.root), "gone")
+            ask(here, "gone")
         with pytest.raises(InvalidInput, match="cannot name a disk"):
-            ask(DirectoryEndpoint(sent.root), "a:b")
+            ask(here, "a:b")
     assert not (place.root / "nowhere").exists()
     assert sorted(entry.name for entry in sent.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
 
@@ -131,7 +136,7 @@ def test_harm_is_found(
 
 def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found wrong of a chain that is no longer the disk's does not count."""
-    from snapchain.replica import checking
+    from snapchain.replica import status as checking
 
     calls: list[int] = []
 

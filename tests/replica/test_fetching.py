@@ -27,18 +27,18 @@ from snapchain.errors import (
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.events import Event, Progress, ignore
 from snapchain.model.retention import Policy
-from snapchain.ops import replica_inspect
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import RestoreReport
+from snapchain.ops.ship.delivery import delivery
 from snapchain.ops.ship.request import Divergence
+from snapchain.replica import destination as replica_destination
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.opening import replica_at
 from snapchain.replica.points_merge import ReplicaMerge
-from snapchain.replica.stream.fetch_messages import FETCHED, Fetch
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
-from snapchain.replica.stream.messages import Hello, encode
+from snapchain.replica.stream.messages import FETCHED, Fetch, Hello, encode
 from tests.ops.shipping import MiB, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place
@@ -77,7 +77,8 @@ def restore(place: Place | Endpoint, out: Path, point: object = None, **options:
     endpoint: Endpoint = DirectoryEndpoint(place.root) if isinstance(place, Place) else place
     on_event = options.pop("on_event", ignore)
     named = None if point is None else str(point)
-    return Restoration(ReplicaDestination(endpoint), DISK, out, point=named, **options).run(on_event=on_event)
+    destination = ReplicaDestination(endpoint, limit_rate=options.pop("limit_rate", None))
+    return Restoration(destination, DISK, out, point=named, **options).run(on_event=on_event)
 
 
 def counting(lengths: list[int]) -> Bend:
@@ -206,7 +207,7 @@ def test_what_is_not_there(sent: Place, out: Path) -> None:
         Restoration(ReplicaDestination(DirectoryEndpoint(sent.root)), "gone", out).run()
     with pytest.raises(NotFound, match="no replica"):
         restore(Place(sent.root / "nowhere"), out)
-    with pytest.raises(InvalidInput, match="cannot be a disk's name"):
+    with pytest.raises(InvalidInput, match="cannot name a disk"):
         Restoration(ReplicaDestination(DirectoryEndpoint(sent.root)), "a:b", out).run()
     assert names(out.parent) == []
 
@@ -223,9 +224,9 @@ def test_what_is_in_the_way(sent: Place, chain: list[Path], out: Path) -> None:
 
 
 def test_no_room(sent: Place, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.ops.restore import from_replica as replica_restore, target as restore_target
+    from snapchain.ops.restore import run as restore_run, target as restore_target
 
-    monkeypatch.setattr(replica_restore, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(restore_run, "free_bytes", lambda _: 1000)
     with pytest.raises(Unavailable, match="for its tables alone"):
         restore(sent, out.with_suffix(".qcow2"))
     monkeypatch.setattr(restore_target, "free_bytes", lambda _: 1000)
@@ -263,7 +264,7 @@ def test_a_point_that_is_merged_away_between_look_and_lock(
     sent: Place, chain: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is wrong with files counts only where the catalogue still is the one that named them."""
-    from snapchain.replica import fetch_answering
+    from snapchain.replica import fetch_server as fetch_answering
     from snapchain.replica.arrival import opened_chain
 
     calls: list[int] = []
@@ -505,7 +506,7 @@ def test_a_chain_longer_than_told_and_maps_without_end(out: Path, monkeypatch: p
     with puppet(answering(*raw)) as endpoint, pytest.raises(Corrupt, match="LAYER has no place"):
         restore(endpoint, out.with_suffix(".qcow2"), whole_chain=True)
     assert names(out.parent) == []
-    monkeypatch.setattr(replica_inspect, "MOST_RUNS", 1)
+    monkeypatch.setattr(replica_destination, "MOST_RUNS", 1)
     with puppet(answering(*GOOD[:5], end(), DONE)) as endpoint, pytest.raises(Unsupported, match="too many extents"):
         inspect_point(ReplicaDestination(endpoint), DISK)
 
@@ -567,7 +568,7 @@ def test_kinds_go_one_way() -> None:
 
 def test_a_destination_says_what_it_cannot_do(sent: Place, chain: list[Path]) -> None:
     place = ReplicaDestination(DirectoryEndpoint(sent.root))
-    with pytest.raises(InvalidInput, match="one point a transfer"), place.deliver(chain[0], DISK, each_layer=True):
+    with pytest.raises(InvalidInput, match="one point a transfer"), delivery(place, chain[0], DISK, each_layer=True):
         pass
     for share, rate in ((0.5, None), (1.0, 1000)):
         with pytest.raises(InvalidInput, match="read where it is"):

@@ -16,7 +16,7 @@ from snapchain.ops.log import log
 from snapchain.replica import merging
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.engine import ReplicaEngine
-from snapchain.replica.stream.merge_messages import Merge
+from snapchain.replica.stream.messages import Merge
 from snapchain.replica.verification import verify_replica
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB

@@ -22,13 +22,14 @@ from snapchain.ops import doctor
 from snapchain.ops.log import log
 from snapchain.ops.ship.to_replica import Request, send_to_replica
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
-from snapchain.replica import merge_journal as unfinished, reply_writer as voice, waiting
+from snapchain.replica import merge_journal as unfinished, store as waiting
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.merge_journal import Done, OnBytes, Planned
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
+from snapchain.replica.stream import session as voice
 from snapchain.replica.verification import verify_replica
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build

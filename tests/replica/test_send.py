@@ -17,15 +17,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fixtures.qcow2_bytes import l2_entry, put_u64, u64
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
 from snapchain.host.batches import Buffer
+from snapchain.host.channel import Channel
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.remote_channel import Channel
 from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.events import Event, Progress
 from snapchain.model.inventory import Wanted
 from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, send_blindly
 from snapchain.replica import arrival, sender
-from snapchain.replica.send_queue import Outbox
+from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.stream.frames import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack
@@ -347,7 +347,7 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
     shown: list[int] = []
     early: list[int] = []
     gate, given = threading.Event(), 0
-    put = Outbox.put
+    put = SendQueue.put
 
     class Held(Channel):
         def write(self, data: Buffer | Sequence[Buffer]) -> None:
@@ -355,7 +355,7 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
                 gate.wait()
             super().write(data)
 
-    def counted(self: Outbox, kind: Kind, *body: Buffer, **more: Any) -> int:
+    def counted(self: SendQueue, kind: Kind, *body: Buffer, **more: Any) -> int:
         nonlocal given
         given += kind is Kind.DATA
         if given == 3 and not gate.is_set():
@@ -363,7 +363,7 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
             gate.set()
         return put(self, kind, *body, **more)
 
-    monkeypatch.setattr(Outbox, "put", counted)
+    monkeypatch.setattr(SendQueue, "put", counted)
     with (tmp_path / "stream").open("wb") as out:
         channel = Held(-1, os.dup(out.fileno()), peer="stdout")
         send_blindly(Request(image=image, disk="x"), channel, on_event=lambda event: shown.append(done_of(event)))

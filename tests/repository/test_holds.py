@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound
-from snapchain.model import holds
+from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Policy, decide
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, StoreWrapper
@@ -101,7 +101,7 @@ def test_a_merge_keeps_what_is_held(repo: Repository) -> None:
 
 def test_the_reason_is_told_and_a_held_point_counts_as_any_other(repo: Repository) -> None:
     repo.hold(DISK, 1, "audit", reason="case 7")
-    decisions = decide(repo.catalogue(DISK).points, Policy(last=2), zone=UTC, holds=holds.reasons)
+    decisions = decide(repo.catalogue(DISK).points, Policy(last=2), zone=UTC, holds=hold_reasons)
     assert [each.kept for each in decisions] == [True, False, True, True]
     assert decisions[0].reasons == ("held: audit (case 7)",)
 

@@ -17,7 +17,7 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 from snapchain.repository import pages, tasks as worklist
 from snapchain.repository.chain import ChainView
 from snapchain.repository.crypto import AES, CHACHA, NONE
-from snapchain.repository.layer_writer import LayerWriter
+from snapchain.repository.layer_writer import LayerUpload
 from snapchain.repository.layers import leaves_shown, resolve
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
@@ -228,7 +228,7 @@ def test_a_source_that_changed_is_not_recorded() -> None:
         raise Corrupt("changed meanwhile")
 
     repo = repository()
-    with pytest.raises(Corrupt, match="changed meanwhile"), LayerWriter(repo) as deposit:
+    with pytest.raises(Corrupt, match="changed meanwhile"), LayerUpload(repo) as deposit:
         deposit.add(_whole(b"x" * LEAF), [], ORIGIN, on_bytes=nothing, confirm=changed)
     assert list(repo.store.list("layers/")) == []
 
@@ -236,7 +236,7 @@ def test_a_source_that_changed_is_not_recorded() -> None:
 def test_on_bytes_is_told_all_that_is_read() -> None:
     told: list[int] = []
     content = random.Random(4).randbytes(20 * 1024 * 1024 + 77)
-    with LayerWriter(repository()) as deposit:
+    with LayerUpload(repository()) as deposit:
         deposit.add(_whole(content), [], ORIGIN, on_bytes=told.append, confirm=nothing)
         assert sum(told) == deposit.bytes_read == len(content)
 

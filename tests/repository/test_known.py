@@ -20,6 +20,7 @@ from snapchain.host.private import PrivateDirectory
 from snapchain.objects.s3_client import canonical
 from snapchain.ops.log import log
 from snapchain.repository import collecting as gc
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.known import Known, SeenGenerations
 from snapchain.repository.opening import create_repository, open_repository
 from snapchain.repository.repository import Repository
@@ -135,7 +136,7 @@ def test_a_disk_that_is_not_named_is_told_as_well(tmp_path: Path, *, whole: bool
     assert any(
         f"is at generation {0 if whole else 1}, and was at 2" in each.message for each in verify(opened).findings
     )
-    for look in (log, gc.plan, gc.run):
+    for look in (lambda found: log(RepositoryDestination(found)), gc.plan, gc.run):
         with pytest.raises(Corrupt, match=f"is at generation {0 if whole else 1}, and was at 2"):
             look(open_repository(str(place), passphrase=lambda: "x", writing=True))
 

@@ -18,7 +18,7 @@ from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.layer_writer import LayerWriter
+from snapchain.repository.layer_writer import LayerUpload
 from snapchain.repository.packer import SMALL, UPLOADS, Packer, Stream
 from snapchain.testing.faults import Crash, Fault, FaultStore, On
 from tests.repository.synthetic import LEAF, ORIGIN, Run, again, drawn, nothing, repository
@@ -145,7 +145,7 @@ def test_a_failed_upload_ends_a_whole_shipment_with_its_error() -> None:
         opened = repository()
         store = FaultStore(opened.store, [On(1, Fault.UNAVAILABLE, operation="put", prefix=prefix)])
         layer = drawn(40 * LEAF, [Run(0, 40 * LEAF, 5000)], b"")
-        with pytest.raises(Unavailable, match="injected"), LayerWriter(again(opened, store)) as deposit:
+        with pytest.raises(Unavailable, match="injected"), LayerUpload(again(opened, store)) as deposit:
             deposit.add(layer, [], ORIGIN, on_bytes=nothing, confirm=nothing)
         assert list(opened.store.list("layers/")) == []
 

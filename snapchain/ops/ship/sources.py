@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from snapchain.image import ImageFile
 from snapchain.model.fingerprint import Fingerprint, same_file
 from snapchain.model.inventory import Wanted
-from snapchain.replica.source_keys import ShortKey, short_key
+from snapchain.replica.catalogue import ShortKey, short_key
 from snapchain.replica.stream.messages import MAX_LAYERS
 
 
