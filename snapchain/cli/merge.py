@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.merge.request import At
-    from snapchain.merge.strategy import Strategy
+    from snapchain.model.merging import Strategy
     from snapchain.model.retention import Policy
     from snapchain.ops.merge_repository import RepositoryMergePlan, RepositoryMergeReport
 
@@ -197,7 +197,7 @@ def merge(
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            from snapchain.merge import selection as planning, sequence as running
+            from snapchain.merge import plan as planning, sequence as running
             from snapchain.merge.request import Request
             from snapchain.model.events import Notice
 
@@ -269,7 +269,7 @@ def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name:
 
 
 def _strategy(text: str | None) -> Strategy | None:
-    from snapchain.merge.strategy import Strategy
+    from snapchain.model.merging import Strategy
 
     ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
     if text is not None and text not in ways:

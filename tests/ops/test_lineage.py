@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.inventory import Wanted
+from snapchain.model.merging import Strategy
 from snapchain.model.source import Source
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.ship.to_repository import source_of

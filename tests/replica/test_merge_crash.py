@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica

@@ -11,7 +11,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
-from snapchain.merge.sequence import MergeSetReport
+from snapchain.merge.sequence import MergeReport
 from snapchain.ops.gc import GcReport
 from snapchain.ops.merge_repository import RepositoryMergeReport
 
@@ -99,7 +99,7 @@ class DiskReport(_Shown):
     snapshot: str = "none"
     sealed: Path | None = None
     destinations: tuple[ShipResult, ...] = ()
-    merge: MergeSetReport | None = None
+    merge: MergeReport | None = None
     why_not_merged: str | None = None
     chain_length: int | None = None
     shadowed_bytes: int | None = None
