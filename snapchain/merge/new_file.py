@@ -29,7 +29,7 @@ from snapchain.merge.step import MergeStep
 from snapchain.model.events import Notice, OnEvent, Progress
 
 _TICKS = 50_000_000
-"""Nanoseconds; see image/fingerprint.py."""
+"""Nanoseconds; see model/fingerprint.py."""
 
 
 def make(

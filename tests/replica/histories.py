@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.errors import Diverged, SnapchainError, Unavailable
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
 from snapchain.model.merging import Strategy
