@@ -62,7 +62,7 @@ OWED: set[tuple[str, str]] = {
     ("destination/protocol.py", "repository"),
     ("merge/inputs.py", "ops"),
     ("merge/stack.py", "ops"),
-    ("merge/selection.py", "ops"),
+    ("merge/plan.py", "ops"),
     ("merge/request.py", "repository"),
     ("source/ownership.py", "replica"),
 }

@@ -17,7 +17,7 @@ from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
     from snapchain.merge.request import At
-    from snapchain.merge.strategy import Strategy
+    from snapchain.model.merging import Strategy
     from snapchain.model.retention import Policy
 
 _RANGE = "Which layers of an image"
@@ -193,7 +193,7 @@ def merge(
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            from snapchain.merge import selection as planning, sequence as running
+            from snapchain.merge import plan as planning, sequence as running
             from snapchain.merge.request import Request
             from snapchain.model.events import Notice
 
@@ -251,7 +251,7 @@ def merge(
 
 
 def _strategy(text: str | None) -> Strategy | None:
-    from snapchain.merge.strategy import Strategy
+    from snapchain.model.merging import Strategy
 
     ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
     if text is not None and text not in ways:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.errors import InvalidInput
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from snapchain.errors import Conflict
 from snapchain.model.events import Event, Progress, ignore
 
 if TYPE_CHECKING:
-    from snapchain.merge.plan import MergePlan
-    from snapchain.merge.run import MergeReport
-    from snapchain.merge.strategy import Strategy
+    from snapchain.merge.run import StepReport
+    from snapchain.merge.step import MergeStep
+    from snapchain.model.merging import Strategy
     from snapchain.replica.merge_journal import OnBytes
 
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class _Planned:
     """A `Planned` of the replica."""
 
-    plan: MergePlan
+    plan: MergeStep
 
     @property
     def strategy(self) -> str:
@@ -43,7 +43,7 @@ class _Planned:
     def shadowed_bytes(self) -> int:
         return self.plan.shadowed_bytes
 
-    def run(self, *, on_bytes: OnBytes) -> MergeReport:
+    def run(self, *, on_bytes: OnBytes) -> StepReport:
         from snapchain.merge.run import run
 
         moved = 0
@@ -66,7 +66,7 @@ class ReplicaEngine:
 
     def plan(self, tip: Path, members: Sequence[Path], *, image_dirs: Sequence[Path]) -> _Planned:
         """As the protocol says."""
-        from snapchain.merge.plan import plan
+        from snapchain.merge.step import plan
 
         planned = plan(
             tip,

@@ -21,9 +21,9 @@ from hypothesis import given, settings, strategies as st
 from snapchain.destination.protocol import Destination
 from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError
-from snapchain.merge import selection as planning, sequence as running
+from snapchain.merge import plan as planning, sequence as running
 from snapchain.merge.request import Request
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor
 from snapchain.ops.nightly import local_merge

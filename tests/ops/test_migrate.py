@@ -15,7 +15,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed, Unavailable
 from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan
+from snapchain.merge import step as merge_plan
 from snapchain.model.events import Progress
 from snapchain.ops.inspect import inspect_image
 from snapchain.ops.log import log

@@ -20,9 +20,9 @@ import numpy as np
 
 from snapchain.errors import Diverged, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
+from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops.receive import receive_stream
 from snapchain.ops.restore.run import Restoration

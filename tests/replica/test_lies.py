@@ -15,7 +15,7 @@ import pytest
 from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.places import state_dir
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
 from snapchain.ops.ship.delivery import delivery

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from snapchain.ops.log import log
 from snapchain.replica import merging
 from snapchain.replica.destination import ReplicaDestination

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Busy, Conflict, Unavailable, Unsupported
-from snapchain.merge.strategy import Strategy
 from snapchain.model.events import Event, Notice
+from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
 from snapchain.ops.log import log

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.merge import selection as planning, sequence as running
+from snapchain.merge import plan as planning, sequence as running
 from snapchain.merge.request import At, Request
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore

@@ -11,11 +11,11 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import scan
-from snapchain.merge import run as merge_run, selection as planning, sequence as running
+from snapchain.merge import plan as planning, run as merge_run, sequence as running
 from snapchain.merge.plan import MergePlan
 from snapchain.merge.request import At, Request
-from snapchain.merge.selection import MergeSetPlan
-from snapchain.merge.sequence import MergeSetReport
+from snapchain.merge.sequence import MergeReport
+from snapchain.merge.step import MergeStep
 from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
@@ -46,15 +46,15 @@ def views(chain: list[Path], tmp_path: Path) -> dict[str, Path]:
     return {path.name: flat(path, tmp_path / f"{path.name}.raw") for path in chain}
 
 
-def plan(chain: list[Path], **options: object) -> MergeSetPlan:
+def plan(chain: list[Path], **options: object) -> MergePlan:
     return planning.plan(Request(image=chain[-1], **options))  # type: ignore[arg-type]
 
 
-def merge(chain: list[Path], **options: object) -> MergeSetReport:
+def merge(chain: list[Path], **options: object) -> MergeReport:
     return running.run(plan(chain, **options))
 
 
-def ranges(planned: MergeSetPlan) -> list[tuple[int, int]]:
+def ranges(planned: MergePlan) -> list[tuple[int, int]]:
     return [(each.first, each.last) for each in planned.merges]
 
 
@@ -283,7 +283,7 @@ def test_one_failure_leaves_the_others_done(
 ) -> None:
     real = merge_run.run
 
-    def failing(planned: MergePlan, *, on_event: Callable[[Event], None]) -> merge_run.MergeReport:
+    def failing(planned: MergeStep, *, on_event: Callable[[Event], None]) -> merge_run.StepReport:
         if planned.last == 5:
             raise NotFound("somebody took it", subject=planned.result)
         return real(planned, on_event=on_event)
