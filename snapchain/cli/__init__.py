@@ -12,7 +12,8 @@ from gc import set_threshold
 from typing import NoReturn
 
 from snapchain.cli import exits, streams
-from snapchain.cli.signals import interrupting
+from snapchain.cli.exits import interrupting
+from snapchain.cli.verbs import check_verb, help_page
 from snapchain.errors import Unsupported
 from snapchain.host import descriptors, hardening
 
@@ -39,16 +40,35 @@ def _run(words: Sequence[str]) -> int:
         # inside: a Ctrl-C while they load gets a clean end too
         from snapchain.cli.preconnect import logging_in
         from snapchain.cli.serving import serve_directly
-        from snapchain.cli.verbs import load
 
         if serve_directly(words):
             return 0
+        if _answered_from_table(words):
+            sys.stdout.flush()
+            return 0
         with logging_in(words):
-            status = load(words)(words, prog_name="snapchain", standalone_mode=False)
+            from snapchain.cli.app import app
+
+            status = app(words, prog_name="snapchain", standalone_mode=False)
         sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
         return int(status or 0)
     except BaseException as error:  # noqa: BLE001 - the last handler: everything becomes words and an exit code
         return exits.tell(error, as_json="--json" in words)
+
+
+def _answered_from_table(words: Sequence[str]) -> bool:
+    """Whether the command line is answered by the table of verbs alone, without what reads command lines.
+
+    Raises InvalidInput for a first word that is no verb.
+    """
+    if words and not words[0].startswith("-"):
+        check_verb(words[0])
+    if list(words) not in (["--help"], ["-h"]):
+        return False
+    from shutil import get_terminal_size
+
+    sys.stdout.write(help_page(width=get_terminal_size().columns, bold=sys.stdout.isatty()))
+    return True
 
 
 def program() -> NoReturn:

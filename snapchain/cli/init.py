@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, passphrase, quantities, render
+from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
@@ -68,7 +68,7 @@ def init(
         )
         if out.plan(plan, _draw_plan):
             return
-        secret = passphrase.source(password_file, password_command, out)
+        secret = options.passphrase_source(password_file, password_command, out)
         out.report(ops.run(plan, passphrase=secret, on_event=out.on_event), _draw_report)
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from snapchain.cli import passphrase, quantities
+from snapchain.cli import quantities
 from snapchain.cli.progress import Mode
 from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.cli.output import Output
+
+if TYPE_CHECKING:
+    from snapchain.cli.output import Output
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
-    from snapchain.repository.repository import Repository
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
@@ -132,33 +135,6 @@ def pack_size(given: str | None) -> int | None:
     return quantities.parse_size(text) if text else None
 
 
-def repository(
-    dest: str,
-    out: Output,
-    *,
-    password_file: Path | None,
-    password_command: str | None,
-    writing: bool = False,
-    limit_rate: str | None = None,
-    pack_size_text: str | None = None,
-) -> Repository:
-    """Open a destination as the shared options say, and tell what it has to say."""
-    from snapchain.destination.address import located
-    from snapchain.destinations import open_destination
-    from snapchain.model.events import Notice
-
-    opened = open_destination(
-        located(dest),
-        passphrase=passphrase.source(password_file, password_command, out),
-        writing=writing,
-        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-        pack_size=pack_size(pack_size_text),
-    )
-    for notice in opened.notices:
-        out.on_event(Notice(notice))
-    return opened
-
-
 def destination(
     dest: str,
     out: Output,
@@ -171,26 +147,26 @@ def destination(
     connections: int = 1,
     accept: str | None = None,
 ) -> Destination:
-    """A repository or a replica, as the shared options say; tells what it has to say.
+    """Open a destination as the shared options say, and show its notices.
 
-    Raises InvalidInput for a replica with a passphrase.
+    Raises InvalidInput for options that its kind has no use for.
     """
-    from snapchain.destination.address import is_replica
-    from snapchain.destination.protocol import destination_at
+    from snapchain.destinations import open_destination, traits_of
     from snapchain.model.events import Notice
 
-    if is_replica(dest):
-        no_passphrase(dest, password_file, password_command)
-        if accept is not None:
-            raise InvalidInput("--accept-repository is for repositories; a replica has no id", subject=dest)
-        if pack_size_text is not None:
-            raise InvalidInput("--pack-size is for repositories; a replica has no packs", subject=dest)
-    found = destination_at(
+    traits = traits_of(dest)
+    if not traits.encrypts and (password_file is not None or password_command is not None):
+        raise InvalidInput(f"a {traits.kind} is not encrypted, and has no passphrase", subject=dest)
+    if not traits.has_id and accept is not None:
+        raise InvalidInput(f"--accept-repository is for repositories; a {traits.kind} has no id", subject=dest)
+    if not traits.deduplicates and pack_size_text is not None:
+        raise InvalidInput(f"--pack-size is for repositories; a {traits.kind} has no packs", subject=dest)
+    found = open_destination(
         dest,
-        passphrase=passphrase.source(password_file, password_command, out),
+        passphrase=passphrase_source(password_file, password_command, out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-        pack_size=pack_size(pack_size_text),
+        pack_size=pack_size(pack_size_text) if traits.deduplicates else None,
         connections=connections,
         accept=accept,
     )
@@ -199,14 +175,67 @@ def destination(
     return found
 
 
-def no_passphrase(dest: str, password_file: Path | None, password_command: str | None) -> None:
-    """Raises InvalidInput where one is given for a replica."""
-    if password_file is not None or password_command is not None:
-        raise InvalidInput("a replica is not encrypted, and has no passphrase", subject=dest)
-
-
 def disk_of(address: DestinationAddress | PointAddress) -> str | None:
     """The disk where a command takes a whole destination or one disk. Raises InvalidInput for a point."""
     from snapchain.destination.address import PointAddress as Point, parse_disk_address
 
     return parse_disk_address(str(address)).disk if isinstance(address, Point) else None
+
+
+def passphrase_source(file: Path | None, command: str | None, out: Output) -> Callable[[], str | None]:
+    """A function that returns the passphrase when it is called, or None when there is none.
+
+    From a file, a program, or SNAPCHAIN_PASSWORD; never from a command-line argument. An option beats the environment.
+    Nothing is read or run until a repository turns out to be encrypted.
+    """
+    if file is not None and command is not None:
+        raise InvalidInput("--password-file and --password-command are both given", hint="choose one of them")
+    if file is not None:
+        return lambda: _from_file(file, out)
+    if command is not None:
+        return lambda: _from_command(command)
+    return lambda: os.environ.get("SNAPCHAIN_PASSWORD") or None
+
+
+def _from_file(path: Path, out: Output) -> str:
+    from snapchain.host import passphrases
+    from snapchain.model.events import Notice
+
+    return passphrases.from_file(path, on_notice=lambda words: out.on_event(Notice(words)))
+
+
+def _from_command(command: str) -> str:
+    from snapchain.host import passphrases
+
+    try:
+        argv = shlex.split(command)
+    except ValueError as error:
+        raise InvalidInput(f"not a command: {error}", subject=command) from error
+    if not argv:
+        raise InvalidInput("--password-command is empty")
+    return passphrases.from_program(argv)
+
+
+DiskPairs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE DEST::DISK...",
+        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More such pairs: the "
+        "other disks of the same guest, at the same replica.",
+    ),
+]
+
+
+def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
+    """The replica, and each image with its disk's name there. Raises InvalidInput."""
+    from snapchain.destination.address import parse_disk_address
+
+    if len(words) % 2:
+        raise InvalidInput(f"{words[-1]} stands alone", hint="name pairs, an image and where it goes: IMAGE DEST::DISK")
+    pairs = [(Path(image), parse_disk_address(target)) for image, target in zip(words[::2], words[1::2], strict=True)]
+    dests = {address.dest for _, address in pairs}
+    if len(dests) > 1:
+        raise InvalidInput(
+            "the disks of one guest go to one replica", subject=", ".join(sorted(dests)), hint="name one DEST for all"
+        )
+    return dests.pop(), [(image, address.disk) for image, address in pairs]

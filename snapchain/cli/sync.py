@@ -8,7 +8,7 @@ import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
+from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.preconnect import endpoint_at
 from snapchain.cli.progress import Mode
@@ -162,7 +162,7 @@ def _targets(given: list[str] | None, count: int) -> list[str | None]:
 
 
 def _guest(dest: str, disk: str, *, domain: str | None, target: str | None, uri: str | None) -> Guest | None:
-    from snapchain.host.remote_address import is_remote, parse_remote_address
+    from snapchain.host.ssh import is_remote, parse_remote_address
     from snapchain.ops.sync.run import guest_of
 
     address = parse_remote_address(dest) if is_remote(dest) else None

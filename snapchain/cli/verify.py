@@ -1,4 +1,4 @@
-"""`snapchain verify DEST[::DISK]`: is what is stored whole and true?"""
+"""`snapchain verify DEST[::DISK]`: check the records of a destination, and a share of the data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from snapchain.errors import Corrupt, InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.verify import VerifyReport
+    from snapchain.destination.records import VerifyReport
 
 
 @verb(

@@ -22,9 +22,9 @@ from snapchain.image.leaves import WORKERS, change, hidden, in_order, read_windo
 from snapchain.image.windows import Window, hot_leaves, windows
 from snapchain.model.content import Sum
 from snapchain.model.extents import Extents
-from snapchain.replica.levels import Levels
-from snapchain.replica.stream.data import DataRuns, Part, Piece, encode_data
-from snapchain.replica.stream.messages import Source
+from snapchain.model.fingerprint import Fingerprint
+from snapchain.replica.stream.compression import Levels
+from snapchain.replica.stream.layers import DataRuns, Part, Piece, encode_data
 
 _UNDER_WAY = 4
 """Windows in flight a worker: enough behind one slow read, some 60 MiB of buffers."""
@@ -44,7 +44,7 @@ class OutgoingLayer:
     name: str
     cluster_size: int
     extended_l2: bool
-    sources: tuple[Source, ...]
+    sources: tuple[Fingerprint, ...]
     extents: Extents
     view: ImageChain
     below: ImageChain | None

@@ -26,15 +26,14 @@ from pydantic import Field
 from snapchain.errors import Corrupt, NotFound
 from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
 from snapchain.model.extents import ABSENT, Extents, Int64s, over
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
 from snapchain.repository.packs import LARGEST_BLOB, Location
 from snapchain.repository.pages import Page
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
+from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 
 KIND = b"L"
 _LENGTH = struct.Struct("<I")
@@ -70,7 +69,7 @@ class LayerHeader(StoredModel):
     name: str
     image_format: Literal["qcow2", "raw"]
     cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
-    sources: Many[Source] = ()
+    sources: Many[Fingerprint] = ()
     replaces: Many[str] = ()
     data_bytes: int = Field(ge=0)
     zero_bytes: int = Field(ge=0)

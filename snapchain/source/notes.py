@@ -43,9 +43,10 @@ from snapchain.host.rights import Rights, user_name
 from snapchain.host.state_key import StateKey, made_key, own_key
 from snapchain.host.temporary_names import NEW, temporary_of
 from snapchain.model.epoch import LARGEST_EPOCH
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
+from snapchain.source import NOTE_PREFIX
 
-_PREFIX, _SUFFIX = ".snapchain-layer-", ".json"
+_PREFIX, _SUFFIX = NOTE_PREFIX, ".json"
 _PURPOSE = "layer"
 _CAP = 4 << 20
 _MOST_FOREIGN_BYTES, _MOST_FOREIGN = 64 << 20, 10_000
@@ -102,14 +103,14 @@ class Sealed(_Part):
 
     time: AwareDatetime
     labels: Annotated[tuple[_Name, ...], Field(max_length=10_000)] = ()
-    file: Source
+    file: Fingerprint
 
 
 class MergedFile(_Part):
     """A file that a merge has made, and the files that it was made of, lowest first."""
 
-    made: Source
-    of: Annotated[tuple[Source, ...], Field(max_length=10_000)]
+    made: Fingerprint
+    of: Annotated[tuple[Fingerprint, ...], Field(max_length=10_000)]
 
 
 class Overlay(_Part):

@@ -14,9 +14,9 @@ import pytest
 from snapchain.cli import main
 from snapchain.cli.preconnect import endpoint_at, logging_in
 from snapchain.errors import Unavailable
-from snapchain.host.remote_address import parse_remote_address
-from snapchain.replica import ssh_endpoint
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.host.ssh import parse_remote_address
+from snapchain.replica import endpoint as ssh_endpoint
+from snapchain.replica.endpoint import SshEndpoint
 from tests.waiting import gone, wait_until
 
 DEST = "ssh://kvm2/srv/replica"
@@ -87,7 +87,7 @@ def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("snapchain.ops.replica_endpoint", ["numpy", "pydantic", "typer", "sh", "snapchain.replica.receiver"]),
+        ("snapchain.replica.opening", ["numpy", "pydantic", "typer", "sh", "snapchain.replica.receiver"]),
         ("snapchain.cli.serving", ["numpy", "pydantic", "typer", "sh"]),
         ("snapchain.ops.serve_replica", ["typer", "sh", "snapchain.replica.merging", "snapchain.image.qemu_img"]),
     ],

@@ -13,18 +13,18 @@ from typing import Any, Self
 import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed, Unavailable
-from snapchain.host.retry import Persistence
+from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan
+from snapchain.merge import step as merge_plan
 from snapchain.model.events import Progress
 from snapchain.ops.inspect import inspect_image
+from snapchain.ops.log import log
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, plan, take_back
-from snapchain.ops.replica_log import log_replica
+from snapchain.replica.client import ask_for_handover
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.handover_asking import ask_for_handover
-from snapchain.replica.stream.handover_messages import HandedDisk, Step
-from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.messages import Active, HandedDisk, Step
 from snapchain.source import sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of
@@ -74,7 +74,7 @@ class Host:
         for move in self.moves:
             if self.may_write(move.image):
                 found.add(f"{move.disk} here")
-        for disk in log_replica(self.endpoint).disks if self.place.root.exists() else ():
+        for disk in log(ReplicaDestination(self.endpoint)).disks if self.place.root.exists() else ():
             if self.catalogue(disk.name)["handover"] is not None:
                 found.add(f"{disk.name} there")
         return found
@@ -121,7 +121,7 @@ def host(tmp_path: Path) -> Host:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HANDOVER", Persistence(give_up_after=0.2, first=0.05))
+    monkeypatch.setattr(module, "_HANDOVER", RetryPolicy(give_up_after=0.2, first=0.05))
 
 
 class Guest:

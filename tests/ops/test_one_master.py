@@ -14,17 +14,16 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.files import set_mode
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan, run as merge_run, selection as merge_set
+from snapchain.merge import plan as merge_set, run as merge_run, step as merge_plan
 from snapchain.merge.request import Request
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, take_back
 from snapchain.ops.nightly.look import look
 from snapchain.ops.sync.run import SyncRequest, sealed_request, sync
 from snapchain.replica import handover
+from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.handover_asking import ask_for_handover
-from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Step
-from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.messages import Active, Handed, HandedDisk, Step
 from snapchain.source import ownership, sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of

@@ -13,12 +13,12 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
-from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.ship.to_replica import Divergence, Request, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
 from snapchain.source.sealing import plan as plan_snapshot, run as run_snapshot
 from tests.image.mounts import mounted
@@ -222,7 +222,7 @@ def test_sources_that_are_too_many_for_one_message(
     sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
     """The older ones are told by a hash each: nothing has to be read to know them again."""
-    from snapchain.replica import source_keys
+    from snapchain.replica import catalogue as source_keys
 
     monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)  # of 2 sources
     sent.merge(last=keep)
@@ -245,8 +245,8 @@ def test_sources_that_are_too_many_for_one_message(
 def test_sources_that_nobody_can_be_told(
     sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    from snapchain.replica import source_keys
-    from snapchain.replica.stream import opening
+    from snapchain.replica import catalogue as source_keys
+    from snapchain.replica.stream import session as opening
 
     monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)
     if limit == "none are left":
@@ -407,7 +407,7 @@ def test_a_file_with_a_second_name_stays(there: Pointed) -> None:
 
 
 def test_another_that_changes_the_disk(there: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import store, waiting
+    from snapchain.replica import store, store as waiting
 
     monkeypatch.setattr(waiting, "LIMITS", {})
     disk = store.open_replica(there.place.root).disk(DISK)

@@ -13,7 +13,7 @@ from snapchain.image import ImageChain
 from snapchain.model.content import content_id
 from snapchain.model.extents import Extents
 from snapchain.model.inventory import Diverged
-from snapchain.ops.ship.sources import same_source, source_of
+from snapchain.ops.ship.sources import same_source
 from snapchain.replica.stream.messages import Inventory
 from snapchain.source.counted_sums import CountedSums
 
@@ -38,7 +38,7 @@ def recognised(
     tip = held.layers[-1]
     files = enumerate(chain.files[:count])
     # Which file the replica's newest layer was made from, if it is one of these.
-    newest = next((at for at, file in files if tip.sources and same_source(source_of(file), tip.sources[-1])), None)
+    newest = next((at for at, file in files if tip.sources and same_source(file.fingerprint, tip.sources[-1])), None)
     for number in range(found.first, count):
         view, below = chain.at(number), chain.at(number - 1) if number else None
         silent = below is not None and view.top.extents == Extents.absent(below.size)

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import InvalidInput
 from snapchain.image import ImageChain
+from snapchain.model.disk_name import check_disk_name
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.events import OnEvent
 from snapchain.model.inventory import Wanted
-from snapchain.replica.names import check_disk_name
 from snapchain.source.chains import locked_chain, paused_chain, sealed_chain
 from snapchain.source.ownership import check_not_given
 

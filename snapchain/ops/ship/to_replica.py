@@ -17,30 +17,31 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from snapchain.errors import Corrupt, Diverged, SnapchainError
-from snapchain.host.remote_channel import Channel
-from snapchain.host.retry import Persistence, persist
+from snapchain.host.channel import Channel
+from snapchain.host.retry import RetryPolicy, retry
 from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, decode_sum, empty_sum
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import ZERO, Extents, over
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Collapse, Held, Missing, Send, UpToDate, Wanted, missing
-from snapchain.ops.replica_endpoint import replica_at
-from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.ship.geometry import geometry
 from snapchain.ops.ship.groups import composed, groups
 from snapchain.ops.ship.recognise import recognised
 from snapchain.ops.ship.request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
-from snapchain.ops.ship.sent_views import SentViews
-from snapchain.ops.ship.sources import keys, same_source, source_of, sources_of, wanted
+from snapchain.ops.ship.sources import keys, same_source, sources_of, wanted
+from snapchain.replica.catalogue import keys_of
+from snapchain.replica.client import waiting
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.levels import Link
 from snapchain.replica.names import offered_name
+from snapchain.replica.opening import replica_at
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Marks, Sender
-from snapchain.replica.source_keys import keys_of
-from snapchain.replica.stream.messages import HeldLayer, Inventory, Open, Source
+from snapchain.replica.sent_views import SentViews
+from snapchain.replica.stream.compression import Link
+from snapchain.replica.stream.messages import HeldLayer, Inventory, Open
 from snapchain.source.chains import check_unchanged
 from snapchain.source.counted_sums import CountedSums
 from snapchain.source.lineage import noted_lineage
@@ -60,7 +61,7 @@ class _Base:
     size: int
     total: Sum
     same: bool = True
-    rest: tuple[Source, ...] = ()
+    rest: tuple[Fingerprint, ...] = ()
 
 
 _NOTHING = _Base(0, None, 0, empty_sum())
@@ -130,7 +131,7 @@ def send_to_replica(request: Request, endpoint: Endpoint, *, on_event: OnEvent =
 
 
 def send_persistently(
-    request: Request, endpoint: Endpoint, *, policy: Persistence, on_event: OnEvent = ignore
+    request: Request, endpoint: Endpoint, *, policy: RetryPolicy, on_event: OnEvent = ignore
 ) -> SendReport:
     """As `send_to_replica`, again and again while the link breaks and something still becomes durable over there."""
     durable, marks = 0, Marks()
@@ -139,11 +140,11 @@ def send_persistently(
         nonlocal durable
         durable += count
 
-    return persist(
+    return retry(
         lambda: _attempt(request, endpoint, on_event, moved, marks),
         policy=policy,
-        moved=lambda: durable,
-        told=lambda retry: on_event(Notice(str(retry))),
+        progress=lambda: durable,
+        on_retry=lambda notice: on_event(Notice(str(notice))),
     )
 
 
@@ -358,7 +359,7 @@ class _Run:
         files = [
             file.path.name
             for file in self._chain.files
-            if any(same_source(source_of(file), source) for source in sources)
+            if any(same_source(file.fingerprint, source) for source in sources)
         ]
         return _listed(files)
 

@@ -20,24 +20,24 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Corrupt
-from snapchain.image import ImageChain, ImageFile
-from snapchain.image.fingerprint import Fingerprint
+from snapchain.image import ImageChain
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import Extents, fold, over, rounded
+from snapchain.model.fingerprint import same_file
 from snapchain.model.inventory import Held, UpToDate, Wanted, missing
 from snapchain.model.points import check_label
-from snapchain.model.source import Source
 from snapchain.objects.reserve import fill as fill_reserve
+from snapchain.ops.ship.sources import wanted
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
 from snapchain.repository.soundness import damaged_points, is_whole
 from snapchain.source.chains import check_unchanged, locked_chain
-from snapchain.source.lineage import noted_lineage, source_of
+from snapchain.source.lineage import noted_lineage
 from snapchain.source.ownership import check_not_given
 
 _ATTEMPTS = 8
@@ -157,8 +157,8 @@ class Shipment:
         """have: layers of the newest point, from the root up, that can be built on."""
         found = missing(
             [Held(layer.id, layer.header.sources) for layer in have],
-            [_wanted(file, self._lineage) for file in self._chain.files],
-            same=_same,
+            [wanted(file, self._lineage) for file in self._chain.files],
+            same=same_file,
         )
         count = len(self._chain.files)
         self._base = list(have[: found.base_count])
@@ -208,7 +208,7 @@ class Shipment:
 
     def _run(self, points: list[Point], lease: Lease, on_event: OnEvent) -> ShipReport:
         arrival = _Arrival(on_event)
-        with Deposit(self._repository, on_durable=arrival.show) as deposit:
+        with LayerUpload(self._repository, on_durable=arrival.show) as deposit:
             self._avoid_damage(deposit.index, lease, on_event)
             if self._note:
                 on_event(Notice(self._note))
@@ -370,7 +370,7 @@ class Shipment:
         return not below or extents != Extents.absent(below[-1].size)
 
     def _add(
-        self, group: _Group, below: Sequence[StoredLayer], deposit: Deposit, on_bytes: Callable[[int], None]
+        self, group: _Group, below: Sequence[StoredLayer], deposit: LayerUpload, on_bytes: Callable[[int], None]
     ) -> StoredLayer:
         files = self._chain.files[group.first : group.stop]
         top = files[-1]
@@ -378,7 +378,7 @@ class Shipment:
             name=top.path.name,
             image_format=top.format,
             cluster_size=max(512, min(file.cluster_size or _RAW_CLUSTER for file in files)),
-            sources=tuple(map(source_of, files)),
+            sources=tuple(file.fingerprint for file in files),
         )
         composed = _Composed(self._extents(group), self._chain.at(group.stop - 1))
         return deposit.add(composed, below, origin, on_bytes=on_bytes, confirm=lambda: check_unchanged(self._chain))
@@ -422,10 +422,10 @@ class _Arrival:
     def __init__(self, on_event: OnEvent) -> None:
         self._total, self._on_event = 0, on_event
         self._lock = threading.Lock()
-        self._deposit: Deposit | None = None
+        self._deposit: LayerUpload | None = None
         self._read = self._shown = 0
 
-    def begin(self, deposit: Deposit, total: int) -> None:
+    def begin(self, deposit: LayerUpload, total: int) -> None:
         """Nothing of `total` bytes has arrived yet."""
         self._deposit, self._total = deposit, total
         self.show()
@@ -523,17 +523,4 @@ def _check_base(catalogue: Catalogue, base: Sequence[str], links: dict[str, str 
             )
 
 
-def _wanted(file: ImageFile, lineage: Sequence[Wanted]) -> Wanted:
-    source = source_of(file)
-    return next((known for known in lineage if _same(source, known.source)), Wanted(source))
-
-
-def _same(mine: object, theirs: object) -> bool:
-    if not isinstance(mine, Source) or not isinstance(theirs, Source):
-        return False
-    if not mine.size:
-        return False  # a block device: its node says nothing of what was written to it
-    return Fingerprint(**mine.model_dump()).same_content_as(Fingerprint(**theirs.model_dump()))
-
-
-__all__ = ["LayerPlan", "ShipPlan", "ShipReport", "Shipment", "shipment", "source_of"]
+__all__ = ["LayerPlan", "ShipPlan", "ShipReport", "Shipment", "shipment"]
