@@ -2,7 +2,7 @@
 
 What no merge may touch, and which views stay, gives the ranges that may be merged (model/choice.py).  Without a cap or
 a budget all of them are; with a cap as few layers as suffice, at the least cost; with a budget what gains most
-(model/budget.py).  Costs are first what the maps say; then each chosen merge is planned to the byte, and where the
+(model/choice.py).  Costs are first what the maps say; then each chosen merge is planned to the byte, and where the
 budget would not suffice it is chosen again with these numbers.
 """
 
@@ -20,21 +20,21 @@ from snapchain.image.backing import is_layer_below_active
 from snapchain.image.dependent_search import Dependents
 from snapchain.merge.inputs import users_of, why_not_own
 from snapchain.merge.methods import shares_extents
-from snapchain.merge.plan import MergePlan, real_paths
 from snapchain.merge.rates import FIXED_SECONDS, Rates, seconds_of
 from snapchain.merge.request import Request
 from snapchain.merge.stack import Stack
-from snapchain.merge.strategy import Strategy
-from snapchain.model import budget
+from snapchain.merge.step import MergeStep, real_paths
+from snapchain.model import choice as budget
 from snapchain.model.choice import MergeRange, barred, segments
 from snapchain.model.economics import Into
 from snapchain.model.extents import Int64s
+from snapchain.model.merging import Strategy
 from snapchain.model.retention import decide as decide_retention
 
 _ROUNDS = 6
 _INTO = {Strategy.NEW: Into.NEW, Strategy.ABSORB: Into.UPPER, Strategy.COMMIT: Into.LOWER}
 
-PlanRange = Callable[[MergeRange], MergePlan]
+PlanRange = Callable[[MergeRange], MergeStep]
 
 
 @dataclass(slots=True)
@@ -199,7 +199,7 @@ class _Costs:
             found.append((self._seconds * 1e6, request.budget_seconds * 1e6))
         return found
 
-    def correct(self, place: MergeRange, plan: MergePlan) -> None:
+    def correct(self, place: MergeRange, plan: MergeStep) -> None:
         at = place.first, place.last
         self._bytes[at] = 0 if plan.shares_extents else plan.bytes_to_move
         self._seconds[at] = seconds_of(plan, self._rates)

@@ -15,21 +15,20 @@ from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
-from snapchain.image import ImageChain, ImageFile, inplace
+from snapchain.image import ImageChain, ImageFile
 from snapchain.image.dependent_search import search_directories
-from snapchain.image.inplace import Amendment
-from snapchain.image.reread import check_link, check_refcounts, reread
+from snapchain.merge import amendment
+from snapchain.merge.amendment import Amendment
 from snapchain.merge.inputs import check_still_allowed, links_to
-from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, sweep
-from snapchain.merge.linked import linked
-from snapchain.merge.plan import MergePlan
-from snapchain.merge.prove import check_unchanged, prove
-from snapchain.merge.strategy import Strategy
+from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, linked, sweep
+from snapchain.merge.prove import check_link, check_refcounts, check_unchanged, prove, reread
+from snapchain.merge.step import MergeStep
 from snapchain.model.events import Notice, OnEvent, Progress
+from snapchain.model.merging import Strategy
 
 
 def make(
-    planned: MergePlan, work: Amendment, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent
+    planned: MergeStep, work: Amendment, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent
 ) -> OpenJournal:
     """Fill, prove and switch; what is left to do is in the journal."""
     open_files = OpenFiles()
@@ -46,8 +45,8 @@ def make(
         try:
             _fill(planned, work, old, fd, on_event)
             if planned.strategy is Strategy.ABSORB:
-                inplace.relink(work, fd, subject=planned.result)
-            inplace.settle(fd, subject=work.file.path)
+                amendment.relink(work, fd, subject=planned.result)
+            amendment.settle(fd, subject=work.file.path)
             with reread(work.file.real_path, fd, old.files[: planned.first]) as new:
                 check_link(new, place=work.file.real_path)
                 check_refcounts(new.top)
@@ -59,7 +58,7 @@ def make(
     return journal
 
 
-def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:
+def _fill(planned: MergeStep, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:
     total, done = work.bytes_moved, 0
 
     def on_bytes(count: int) -> None:
@@ -70,22 +69,22 @@ def _fill(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_even
     on_event(Progress("merge", 0, total))
     below, view = old.files[: planned.first], old.at(planned.last)
 
-    def check(pending: inplace.Pending) -> None:
-        with inplace.shadow(work.file, fd, pending, below=below) as new:
+    def check(pending: amendment.Pending) -> None:
+        with amendment.shadow(work.file, fd, pending, below=below) as new:
             prove(view, new, shared=planned.first, subject=planned.result, on_event=on_event)
             shown.append(new.top)
         check_unchanged(old, but=work.target)
 
     shown: list[ImageFile] = []
-    inplace.fill(work, fd, subject=planned.result, on_bytes=on_bytes, prove=check)
+    amendment.fill(work, fd, subject=planned.result, on_bytes=on_bytes, prove=check)
     if planned.strategy is Strategy.COMMIT:
-        inplace.relink(work, fd, subject=planned.result)
+        amendment.relink(work, fd, subject=planned.result)
     with reread(work.file.real_path, fd, below) as new:
-        if not inplace.same_map(new.top, shown[0]):
+        if not amendment.same_map(new.top, shown[0]):
             raise Corrupt("the tables on the disk are not those that were proven", subject=planned.result)
 
 
-def _take_place(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:
+def _take_place(planned: MergeStep, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:
     """The lowest input under the path of the uppermost."""
     lowest, replaced = work.file, old.files[planned.last].fileno()
     with files.directory_of(planned.result) as directory:
@@ -95,16 +94,16 @@ def _take_place(planned: MergePlan, work: Amendment, old: ImageChain, fd: int, o
         directory.give_name(fd, lowest.real_path.name, planned.result.name, replacing=os.fstat(replaced))
 
 
-def _undo(planned: MergePlan, journal: OpenJournal, fd: int) -> None:
+def _undo(planned: MergeStep, journal: OpenJournal, fd: int) -> None:
     """Absorb, not relinked: as it was. Else the journal stays, and the next run or the doctor goes on from there."""
     with suppress(SnapchainError, OSError):
         if planned.strategy is Strategy.ABSORB and not linked(fd, journal.journal.link, subject=planned.result):
-            inplace.settle(fd, subject=planned.result)
+            amendment.settle(fd, subject=planned.result)
             files.remove(journal.journal.path)
     journal.close()
 
 
-def _record(planned: MergePlan, work: Amendment, old: ImageChain) -> MergeJournal:
+def _record(planned: MergeStep, work: Amendment, old: ImageChain) -> MergeJournal:
     commits = planned.strategy is Strategy.COMMIT
     result = FileId.of(work.file.real_path)
     return MergeJournal(

@@ -11,13 +11,13 @@ from pathlib import Path
 from snapchain.errors import Unsupported
 from snapchain.host.directory import Directory
 from snapchain.image import ImageChain
-from snapchain.image.assemble import Assembly, plan as assemble
-from snapchain.image.assemble.kernel import share_range
-from snapchain.image.inplace import Amendment, plan_absorb, plan_commit
 from snapchain.image.physical import Int64s
 from snapchain.image.qcow2.header import Backing
+from snapchain.merge.amendment import Amendment, plan_absorb, plan_commit
+from snapchain.merge.assembly import Assembly, plan_assembly
+from snapchain.merge.copying import share_range
 from snapchain.merge.inputs import KeptFile, bitmaps
-from snapchain.merge.strategy import Strategy, cheapest
+from snapchain.model.merging import Strategy, cheapest
 
 _SPARE = 1 << 20
 """For what the filesystem itself needs to note."""
@@ -27,7 +27,7 @@ With more runs a new file is better, which lays them in order, too, unless only 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Way:
+class Method:
     """One way to make the result. Sizes in bytes. shares_extents: what moves is shared, not copied."""
 
     strategy: Strategy
@@ -60,7 +60,7 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
+class Constraints:
     """What bounds the choice.
 
     asked: the strategy, unless the best one is wanted; kept: lower inputs that stay as they are
@@ -76,7 +76,9 @@ class Terms:
     unlocks: bool = False
 
 
-def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Terms, shares: Int64s, runs: int) -> Way:
+def choose(
+    view: ImageChain, first: int, *, backing: Backing | None, terms: Constraints, shares: Int64s, runs: int
+) -> Method:
     """The strategy that is asked for, or the best one. view: up to the uppermost input.
 
     shares: guest bytes that each file of the view gives to the result. They tell what each way moves nearly to the
@@ -122,7 +124,7 @@ def choose(view: ImageChain, first: int, *, backing: Backing | None, terms: Term
         del way  # before the next one is planned
 
 
-def _keeping_bitmaps(view: ImageChain, first: int, terms: Terms) -> Strategy | None:
+def _keeping_bitmaps(view: ImageChain, first: int, terms: Constraints) -> Strategy | None:
     """Those of the uppermost input stay true in its own file; those of the others would not in any."""
     held = bitmaps(view.files[first:])
     if not held:
@@ -138,10 +140,10 @@ def _keeping_bitmaps(view: ImageChain, first: int, terms: Terms) -> Strategy | N
     )
 
 
-def _way(strategy: Strategy, view: ImageChain, first: int, *, backing: Backing | None, terms: Terms) -> Way:
+def _way(strategy: Strategy, view: ImageChain, first: int, *, backing: Backing | None, terms: Constraints) -> Method:
     if strategy is Strategy.NEW:
-        work = assemble(view, first, backing=backing, cluster_size=terms.cluster_size)
-        return Way(strategy, work, shares_extents(view, first))
+        work = plan_assembly(view, first, backing=backing, cluster_size=terms.cluster_size)
+        return Method(strategy, work, shares_extents(view, first))
     if terms.keep_inputs:
         raise Unsupported(
             f"strategy {strategy.value} writes to an input", subject=view.top.path, hint="new-file does not"
@@ -155,12 +157,12 @@ def _way(strategy: Strategy, view: ImageChain, first: int, *, backing: Backing |
         raise Unsupported(f"strategy {strategy.value} writes to it, which is not allowed", subject=target.path)
     shared = shares_extents(view, first)
     if strategy is Strategy.ABSORB:
-        return Way(strategy, plan_absorb(view, first, backing=backing), shared)
+        return Method(strategy, plan_absorb(view, first, backing=backing), shared)
     _check_commit(view, first, kept=terms.kept)
-    return Way(strategy, plan_commit(view, first, backing=backing), shared)
+    return Method(strategy, plan_commit(view, first, backing=backing), shared)
 
 
-def _may_write(path: Path, terms: Terms) -> bool:
+def _may_write(path: Path, terms: Constraints) -> bool:
     return os.access(path, os.W_OK) or (terms.unlocks and path.stat().st_uid == os.geteuid())
 
 

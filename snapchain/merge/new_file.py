@@ -20,13 +20,12 @@ from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, temporary_beside
 from snapchain.image import ImageChain
-from snapchain.image.assemble import Assembly, run as assemble
 from snapchain.image.dependent_search import search_directories
-from snapchain.image.reread import check_link, check_refcounts, reread
+from snapchain.merge.assembly import Assembly, write_assembly
 from snapchain.merge.inputs import check_still_allowed, links_to
 from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, sweep
-from snapchain.merge.plan import MergePlan
-from snapchain.merge.prove import check_unchanged, prove
+from snapchain.merge.prove import check_link, check_refcounts, check_unchanged, prove, reread
+from snapchain.merge.step import MergeStep
 from snapchain.model.events import Notice, OnEvent, Progress
 
 _TICKS = 50_000_000
@@ -34,7 +33,7 @@ _TICKS = 50_000_000
 
 
 def make(
-    planned: MergePlan, work: Assembly, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent
+    planned: MergeStep, work: Assembly, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent
 ) -> OpenJournal:
     """Write, prove and switch; what is left to do is in the journal. Before the switch nothing was changed."""
     sweep(planned.result)
@@ -43,7 +42,7 @@ def make(
 
 
 def _make(
-    planned: MergePlan,
+    planned: MergeStep,
     work: Assembly,
     old: ImageChain,
     place: Directory,
@@ -80,7 +79,7 @@ def _make(
 
 
 def _undo(
-    planned: MergePlan, temporary: Path, made: os.stat_result, journal: OpenJournal | None, place: Directory
+    planned: MergeStep, temporary: Path, made: os.stat_result, journal: OpenJournal | None, place: Directory
 ) -> None:
     """As it was; what cannot be undone now, the next run does."""
     with suppress(SnapchainError, OSError):
@@ -95,7 +94,7 @@ def _undo(
         journal.close()
 
 
-def _record(planned: MergePlan, old: ImageChain, temporary: Path, fd: int) -> MergeJournal:
+def _record(planned: MergeStep, old: ImageChain, temporary: Path, fd: int) -> MergeJournal:
     return MergeJournal(
         stage="switching",
         replaced=FileId.of(planned.result),
@@ -112,7 +111,7 @@ def _record(planned: MergePlan, old: ImageChain, temporary: Path, fd: int) -> Me
 
 
 def _write(
-    planned: MergePlan,
+    planned: MergeStep,
     work: Assembly,
     old: ImageChain,
     target: tuple[Path, int],
@@ -132,7 +131,7 @@ def _write(
     with os_errors(planned.result):
         files.check_standing(os.fstat(replaced), os.fstat(fd), subject=planned.result)  # before anything is moved
     on_event(Progress("merge", 0, total))
-    assemble(work, fd, subject=planned.result, on_bytes=on_bytes)
+    write_assembly(work, fd, subject=planned.result, on_bytes=on_bytes)
     if lost := files.copy_standing(replaced, fd, subject=planned.result, directory=place):
         on_event(Notice.of(planned.result, lost))
     with os_errors(planned.result):
@@ -151,7 +150,7 @@ def _write(
         flush.check()
 
 
-def _check_as_planned(planned: MergePlan, new: ImageChain) -> None:
+def _check_as_planned(planned: MergeStep, new: ImageChain) -> None:
     check_link(new, place=planned.result)
     recorded = new.top.backing
     wanted = planned.backing

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.merge.journal import MergeJournal
-from snapchain.merge.plan import plan
 from snapchain.merge.run import run
 from snapchain.merge.settle import Settled, settle, switched
-from snapchain.merge.strategy import Strategy
+from snapchain.merge.step import plan
 from snapchain.model.events import OnEvent
+from snapchain.model.merging import Strategy
 
 
 def described(journal: MergeJournal) -> tuple[str, str]:

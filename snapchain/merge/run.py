@@ -19,20 +19,20 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, scan
-from snapchain.image.inplace import Amendment
 from snapchain.merge import in_place, new_file, settle
+from snapchain.merge.amendment import Amendment
 from snapchain.merge.inputs import KeptFile
 from snapchain.merge.journal import MergeJournal, taken, unsettled
-from snapchain.merge.methods import Way
-from snapchain.merge.plan import Asked, MergePlan, decide
-from snapchain.merge.strategy import Strategy
+from snapchain.merge.methods import Method
+from snapchain.merge.step import Asked, MergeStep, decide
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.merging import Strategy
 from snapchain.source.counted_sums import carry_over
 from snapchain.source.lineage import record
 from snapchain.source.notes import Notes
 
 
-class MergeReport(BaseModel):
+class StepReport(BaseModel):
     """What `run` did. Sizes in bytes.
 
     bytes_moved: shared with or copied into the result's file; bytes_freed: allocated by the inputs that went, less what
@@ -55,7 +55,7 @@ class MergeReport(BaseModel):
     incomplete: str | None = None
 
 
-def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -> MergeReport:
+def run(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = ignore) -> StepReport:
     """Do it. noted: what the result was made of is recorded beside it (source/notes.py).
 
     Raises Busy when somebody has a file of the chain open, Conflict when it is no longer as planned, Unavailable when
@@ -97,7 +97,7 @@ def run(planned: MergePlan, *, noted: bool = True, on_event: OnEvent = ignore) -
     )
 
 
-def _note(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
+def _note(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
     """So that a shipment knows the inputs again in the result. The merge is done, with this or without."""
     try:
         is_top = planned.last == len(old.files) - 1
@@ -106,7 +106,7 @@ def _note(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
         on_event(Notice(f"{planned.result}: cannot note what it was made of, so it is shipped as a whole: {error}"))
 
 
-def _carry_over(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
+def _carry_over(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
     """So that a sender need not read the result again to know what it shows."""
     try:
         carry_over(
@@ -121,7 +121,7 @@ def _carry_over(planned: MergePlan, old: ImageChain, on_event: OnEvent) -> None:
         on_event(Notice(f"{planned.result}: it is read again when it is sent: {error}"))
 
 
-def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:
+def _settle(planned: MergeStep, on_event: OnEvent) -> settle.Settled:
     """Finish or undo what killed merges have left in this chain."""
     removed: list[Path] = []
     kept: list[KeptFile] = []
@@ -141,7 +141,7 @@ def _settle(planned: MergePlan, on_event: OnEvent) -> settle.Settled:
     return settle.Settled(removed, tuple(kept), incomplete)
 
 
-def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
+def _check_goes_on(planned: MergeStep, journal: MergeJournal) -> None:
     """Raises Conflict where a killed commit must be done to its end first: its lowest input alone reads wrong.
 
     Raises Busy where it is not killed, but at work.
@@ -158,7 +158,7 @@ def _check_goes_on(planned: MergePlan, journal: MergeJournal) -> None:
             )
 
 
-def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:
+def _goes_on(planned: MergeStep, journal: MergeJournal) -> bool:
     """Whether it is the same commit, killed before its switch."""
     return (
         planned.strategy is Strategy.COMMIT
@@ -170,7 +170,7 @@ def _goes_on(planned: MergePlan, journal: MergeJournal) -> bool:
 
 
 @contextmanager
-def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
+def _locks(planned: MergeStep, on_event: OnEvent) -> Iterator[list[ImageLock]]:
     """All files locked against writers, the inputs once found free of anybody; gives the inputs' locks."""
     with ExitStack() as stack:
         inputs: list[ImageLock] = []
@@ -190,7 +190,7 @@ def _locks(planned: MergePlan, on_event: OnEvent) -> Iterator[list[ImageLock]]:
 
 
 @contextmanager
-def _chain(planned: MergePlan) -> Iterator[tuple[ImageChain, Way]]:
+def _chain(planned: MergeStep) -> Iterator[tuple[ImageChain, Method]]:
     """The chain, scanned under the locks and still as planned."""
     asked = Asked(
         image=planned.image,
@@ -221,7 +221,7 @@ def _chain(planned: MergePlan) -> Iterator[tuple[ImageChain, Way]]:
         yield chain, decision.way
 
 
-def _check_room(planned: MergePlan) -> None:
+def _check_room(planned: MergeStep) -> None:
     room = files.free_bytes(planned.result.parent)
     if planned.needs_bytes > room:
         raise Unavailable(
@@ -238,11 +238,11 @@ def _allocated(path: Path) -> int:
         return 0
 
 
-def _report(planned: MergePlan, inputs: settle.Settled, *, moved: int = 0, freed: int = 0) -> MergeReport:
+def _report(planned: MergeStep, inputs: settle.Settled, *, moved: int = 0, freed: int = 0) -> StepReport:
     stayed = (*planned.keep, *(each for each in inputs.kept if each.path not in {known.path for known in planned.keep}))
     if planned.kept_as is not None:
         stayed = (KeptFile(path=planned.kept_as, reason=f"the former {planned.result.name}"), *stayed)
-    return MergeReport(
+    return StepReport(
         image=planned.image,
         result=planned.result,
         strategy=planned.strategy,

@@ -10,13 +10,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, SnapchainError
-from snapchain.merge import plan as merge_plan, rates, run as merge_run
+from snapchain.merge import rates, run as merge_run, step as merge_plan
 from snapchain.merge.inputs import KeptFile
-from snapchain.merge.plan import MergePlan
-from snapchain.merge.run import MergeReport
-from snapchain.merge.selection import NOTHING, MergeSetPlan
-from snapchain.merge.strategy import Strategy
+from snapchain.merge.plan import NOTHING, MergePlan
+from snapchain.merge.run import StepReport
+from snapchain.merge.step import MergeStep
 from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
+from snapchain.model.merging import Strategy
 
 
 class _Shown(BaseModel):
@@ -31,7 +31,7 @@ class Fault(_Shown):
     message: str
 
 
-class MergeSetReport(_Shown):
+class MergeReport(_Shown):
     """What `run` did. Sizes in bytes.
 
     result: the one of a single merge; strategy: of all merges, joined by '+'; bytes_moved, bytes_freed: of all
@@ -52,19 +52,19 @@ class MergeSetReport(_Shown):
     removed: tuple[Path, ...]
     kept: tuple[KeptFile, ...]
     finished: tuple[Path, ...]
-    merges: tuple[MergeReport, ...]
+    merges: tuple[StepReport, ...]
     failed: tuple[Fault, ...]
     incomplete: str | None = None
 
 
-def run(planned: MergeSetPlan, *, on_event: OnEvent = ignore) -> MergeSetReport:
+def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
     """Do it. What cannot be merged is told in the report, when another merge of the set was done.
 
     Raises Unavailable when the room does not suffice, before anything is moved; what merge.run.run raises, when
     nothing was merged; Conflict when the chain is no longer as planned.
     """
     planned.check_room()
-    done: list[MergeReport] = []
+    done: list[StepReport] = []
     failed: list[Fault] = []
     first_error: SnapchainError | None = None
     settled: list[Path] = []
@@ -86,7 +86,7 @@ def run(planned: MergeSetPlan, *, on_event: OnEvent = ignore) -> MergeSetReport:
     return _report(planned, done[::-1], failed[::-1], settled, time.monotonic() - began)
 
 
-def _timed(planned: MergePlan, on_event: OnEvent) -> MergeReport:
+def _timed(planned: MergeStep, on_event: OnEvent) -> StepReport:
     began = time.monotonic()
     report = merge_run.run(planned, on_event=on_event)
     rates.remember(
@@ -99,7 +99,7 @@ def _timed(planned: MergePlan, on_event: OnEvent) -> MergeReport:
     return report
 
 
-def _again(planned: MergePlan) -> MergePlan:
+def _again(planned: MergeStep) -> MergeStep:
     """The plan of one merge after those above it were done. Raises Conflict when others changed its files."""
     files = planned.chain[planned.first : planned.last + 1]
     now = merge_plan.plan(
@@ -119,7 +119,7 @@ def _again(planned: MergePlan) -> MergePlan:
     return now
 
 
-def _settle(planned: MergeSetPlan, on_event: OnEvent) -> list[Path]:
+def _settle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
     """Nothing is to be merged; what killed merges have left is put in order all the same."""
     if planned.idle is None or not planned.unfinished:
         return []
@@ -140,13 +140,13 @@ def _numbered(on_event: OnEvent, number: int, count: int) -> OnEvent:
 
 
 def _report(
-    planned: MergeSetPlan,
-    done: Sequence[MergeReport],
+    planned: MergePlan,
+    done: Sequence[StepReport],
     failed: Sequence[Fault],
     settled: Sequence[Path],
     seconds: float,
-) -> MergeSetReport:
-    return MergeSetReport(
+) -> MergeReport:
+    return MergeReport(
         image=planned.image,
         result=done[0].result if len(done) == 1 else None,
         strategy="+".join(dict.fromkeys(each.strategy.value for each in done)) or NOTHING,

@@ -16,11 +16,10 @@ from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors, translated
-from snapchain.image import inplace
 from snapchain.image.dependent_search import find_dependents
-from snapchain.merge.inputs import KeptFile, fate
-from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, sweep, taken
-from snapchain.merge.linked import linked
+from snapchain.merge import amendment
+from snapchain.merge.inputs import KeptFile, classify
+from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, linked, sweep, taken
 from snapchain.source.notes import Notes
 
 
@@ -120,7 +119,7 @@ def _settle_absorbing(journal: MergeJournal) -> Settled:
 def _make_exact(entry: FileId) -> None:
     """The reference counts of an image that a merge was adding to."""
     with ImageLock(entry.path, LockMode.WRITE), _opened(entry, writing=True) as fd:
-        inplace.settle(fd, subject=entry.path)
+        amendment.settle(fd, subject=entry.path)
 
 
 def _remove_unneeded(journal: MergeJournal) -> Settled:
@@ -153,7 +152,7 @@ def _judged(journal: MergeJournal) -> tuple[list[FileId], tuple[KeptFile, ...], 
         own=[(seen.status.st_dev, seen.status.st_ino) for _, seen in found[:count]],
         image_dirs=journal.search,
     )
-    gone, kept = fate([entry.path for entry in entries], top=top, others=others, confirmed=journal.confirmed)
+    gone, kept = classify([entry.path for entry in entries], top=top, others=others, confirmed=journal.confirmed)
     written = [KeptFile(path=path, reason=_why_written(path, stay[0])) for path in stay]
     return [entry for entry in entries if entry.path in gone], (*kept, *written), others.incomplete
 

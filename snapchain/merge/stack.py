@@ -8,10 +8,9 @@ from datetime import datetime
 from snapchain.errors import NotFound
 from snapchain.image import ImageChain
 from snapchain.merge.request import At
-from snapchain.model.chain import Chain
+from snapchain.model.chain import Chain, Layer
 from snapchain.model.economics import RangeGains, gains_of, hidden_by
 from snapchain.model.extents import Int64s
-from snapchain.model.layer import Layer
 from snapchain.ops.hold import held_layers
 from snapchain.source.lineage import lineage, note_of, sealed_at
 from snapchain.source.notes import Hold, Notes
@@ -80,7 +79,8 @@ def _present(chain: ImageChain, notes: Notes, at: At) -> int:
     from snapchain.ops.ship.to_repository import Shipment
 
     try:
-        shipment = Shipment(chain, at.repository, at.disk, labels=(), each_layer=False, lineage=lineage(chain, notes))
+        repository = at.destination.repository  # type: ignore[attr-defined]
+        shipment = Shipment(chain, repository, at.disk, labels=(), each_layer=False, lineage=lineage(chain, notes))
     except NotFound:
         return 0
     return shipment.plan().layers_present

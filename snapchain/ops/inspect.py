@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain, ImageFile, scan
-from snapchain.model.chain import Chain, LayerUse
+from snapchain.model.chain import Chain, Layer, LayerUse
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
-from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
-from snapchain.ops.points import find_point
-from snapchain.repository.repository import Repository
-from snapchain.source.lineage import note_of
-from snapchain.source.notes import Hold, Notes
-from snapchain.source.ownership import mark_of, told
+from snapchain.source import NOTE_PREFIX
+
+if TYPE_CHECKING:
+    from snapchain.destination.reading import ReadableDestination
+    from snapchain.source.notes import Hold
 
 STRIP_CELLS = 48
 
 
-class LayerReport(BaseModel):
+@dataclass(frozen=True, slots=True)
+class LayerReport:
     """One layer, in guest bytes. shadowed_bytes: its DATA that layers above hide; strip: see model/strip.py.
 
-    file_bytes: what the file occupies (None in a repository); snapshots, bitmaps: inside the file
+    file_bytes: what the file occupies (None at a destination); snapshots, bitmaps: inside the file
     holds: why it is not merged away
     """
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     format: str
@@ -44,14 +43,13 @@ class LayerReport(BaseModel):
     shadowed_zero_bytes: int
     snapshots: int
     bitmaps: tuple[str, ...]
-    holds: tuple[Hold, ...] = ()
+    holds: tuple[Hold, ...]
     strip: str
 
 
-class InspectReport(BaseModel):
+@dataclass(frozen=True, slots=True)
+class InspectReport:
     """A chain, root first. content_id: of what the top shows, where a record tells it."""
-
-    model_config = ConfigDict(frozen=True)
 
     address: str
     virtual_size: int
@@ -70,7 +68,7 @@ def inspect_image(
     """A chain of files. Works while a guest runs, as far as the files are whole; raises what `scan` raises."""
     _ = on_event
     with scan(path, format=format, image_dirs=image_dirs) as chain:
-        notes = Notes()
+        holds, sentences = _noted(chain)
         drawn = strips([file.extents for file in chain.files], STRIP_CELLS)
         layers = tuple(
             LayerReport(
@@ -85,43 +83,60 @@ def inspect_image(
                 shadowed_zero_bytes=use.shadowed_zero_bytes,
                 snapshots=file.header.snapshots if file.header else 0,
                 bitmaps=tuple(bitmap.name for bitmap in file.header.bitmaps) if file.header else (),
-                holds=note_of(file, notes).holds,
+                holds=held,
                 strip=strip,
             )
-            for file, use, strip in zip(chain.files, usage([file.extents for file in chain.files]), drawn, strict=True)
+            for file, use, held, strip in zip(
+                chain.files, usage([file.extents for file in chain.files]), holds, drawn, strict=True
+            )
         )
         return InspectReport(
             address=str(path),
             virtual_size=chain.size,
             content_id=None,
             layers=layers,
-            findings=(
-                *_findings(chain),
-                *_given(chain, notes),
-                *map(str, notes.faults(file.resolved for file in chain.files)),
-                *notes.ignored(file.resolved for file in chain.files),
-            ),
+            findings=(*_findings(chain), *sentences),
         )
 
 
-def _given(chain: ImageChain, notes: Notes) -> Iterator[str]:
+def _noted(chain: ImageChain) -> tuple[Sequence[tuple[Hold, ...]], Sequence[str]]:
+    """The holds of each file, root first, and what the notes beside the files say of the chain.
+
+    What reads notes takes as long to load as all else here, so it is loaded only where there is a note.
+    """
+    if not any(map(_may_have_notes, {file.resolved.real.parent for file in chain.files})):
+        return [()] * len(chain.files), ()
+    from snapchain.source.lineage import note_of
+    from snapchain.source.notes import Notes
+    from snapchain.source.ownership import mark_of, told
+
+    notes = Notes()
     mark = mark_of(chain, notes)
-    if mark is not None:
-        yield told(mark)
+    files = [file.resolved for file in chain.files]
+    sentences = [] if mark is None else [told(mark)]
+    sentences += [*map(str, notes.faults(files)), *notes.ignored(files)]
+    return [note_of(file, notes).holds for file in chain.files], sentences
 
 
-def inspect_point(repository: Repository, disk: str, *, point: str | None = None) -> InspectReport:
-    """The chain of a point as the repository holds it. Raises NotFound."""
-    catalogue = repository.catalogue(disk)
-    found = find_point(catalogue, point)
-    chain = repository.chain_of(catalogue, found)
-    maps = [layer.extents() for layer in chain]
+def _may_have_notes(directory: Path) -> bool:
+    try:
+        return any(name.startswith(NOTE_PREFIX) for name in os.listdir(directory))  # noqa: PTH208 - names alone
+    except OSError:
+        return True  # reading the notes tells what is wrong with the directory
+
+
+def inspect_point(destination: ReadableDestination, disk: str, *, point: str | None = None) -> InspectReport:
+    """The chain of a point as a destination has it. Reads no data. Raises NotFound."""
+    with destination.reader(disk, point, chain=True, clusters=False, maps_only=True) as reader:
+        found = reader.point
+        chain = [(layer.name, layer.format, layer.cluster_size, layer.extents) for layer in reader.layers()]
+    maps = [extents for *_, extents in chain]
     layers = tuple(
         LayerReport(
-            path=layer.id,
-            format=layer.header.image_format,
-            virtual_size=layer.size,
-            cluster_size=layer.header.cluster_size,
+            path=name,
+            format=kind,
+            virtual_size=extents.size,
+            cluster_size=cluster_size,
             file_bytes=None,
             data_bytes=use.data_bytes,
             zero_bytes=use.zero_bytes,
@@ -129,13 +144,16 @@ def inspect_point(repository: Repository, disk: str, *, point: str | None = None
             shadowed_zero_bytes=use.shadowed_zero_bytes,
             snapshots=0,
             bitmaps=(),
+            holds=(),
             strip=strip,
         )
-        for layer, use, strip in zip(chain, usage(maps), strips(maps, STRIP_CELLS), strict=True)
+        for (name, kind, cluster_size, extents), use, strip in zip(
+            chain, usage(maps), strips(maps, STRIP_CELLS), strict=True
+        )
     )
     return InspectReport(
-        address=f"{repository.store.url}::{disk}@{found.point}",
-        virtual_size=found.size,
+        address=f"{destination.url}::{disk}@{found.point}",
+        virtual_size=found.virtual_size,
         content_id=found.content_id,
         layers=layers,
         findings=(),

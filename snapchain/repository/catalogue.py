@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Literal, Self
@@ -18,16 +18,18 @@ from typing import Any, Literal, Self
 import blake3
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
+from snapchain.destination.address import in_full
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
 from snapchain.model.disk_name import is_disk_name
+from snapchain.model.holds import Held
+from snapchain.model.points import chosen_point
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import generation_name
-from snapchain.repository.known import Memory
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
+from snapchain.repository.known import SeenGenerations
+from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 
 KIND = b"C"
 MOST_LAYERS = 50_000
@@ -60,6 +62,11 @@ class Hold(StoredModel):
     tag: str
     since: AwareDatetime
     reason: str = ""
+
+    @classmethod
+    def made(cls, tag: str, reason: str) -> Callable[[Held | None], Self]:
+        """Makes a hold of now, or of the date of the one that it replaces."""
+        return lambda before: cls(tag=tag, since=before.since if before else datetime.now(UTC), reason=reason)
 
 
 class Point(StoredModel):
@@ -206,7 +213,7 @@ class Disk:
     """
 
     def __init__(
-        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: Memory | None = None
+        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: SeenGenerations | None = None
     ) -> None:
         self.name = name
         self._store, self._keys, self._conditional, self._memory = store, keys, conditional, memory
@@ -347,7 +354,7 @@ def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
     return newest
 
 
-def newest_known(store: ObjectStore, disk_key: str, memory: Memory | None) -> int | None:
+def newest_known(store: ObjectStore, disk_key: str, memory: SeenGenerations | None) -> int | None:
     """As `newest_generation`. Raises Corrupt when this machine has seen a newer one."""
     if memory is None:
         return newest_generation(store, disk_key)
@@ -368,7 +375,9 @@ def is_generation(name: str) -> bool:
     return number.isdecimal() and name == generation_name(folder.removeprefix("disks/"), int(number))
 
 
-def read_any(store: ObjectStore, keys: Keyring, disk_key: str, memory: Memory | None = None) -> Catalogue | None:
+def read_any(
+    store: ObjectStore, keys: Keyring, disk_key: str, memory: SeenGenerations | None = None
+) -> Catalogue | None:
     """The newest catalogue in a disk's folder, whatever the disk's name."""
     for attempt in range(ATTEMPTS):
         newest = newest_known(store, disk_key, memory)
@@ -391,3 +400,8 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[Catalogue, str]:
     """A catalogue as stored, and the hash of its object. Raises Corrupt, or Unsupported for a newer one."""
     body = unseal(keys, KIND, name, data)
     return parse_stored(Catalogue, body, what="the catalogue", subject=name), blake3.blake3(data).hexdigest()
+
+
+def find_point(catalogue: Catalogue, wanted: str | None) -> Point:
+    """The point that the text after '@' of an address means, in this machine's time zone. Raises NotFound."""
+    return chosen_point(catalogue.disk, catalogue.points, in_full(wanted))

@@ -31,7 +31,6 @@ from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import damage
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import (
     BLOB_ROW,
     ID_BYTES,
@@ -43,6 +42,7 @@ from snapchain.repository.format import (
     is_damage,
 )
 from snapchain.repository.packs import Location
+from snapchain.repository.stored import seal, unseal
 
 KIND = b"I"
 NOTHING = "0" * 32

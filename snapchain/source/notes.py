@@ -44,8 +44,9 @@ from snapchain.host.rights import Rights, user_name
 from snapchain.host.temporary_names import NEW, temporary_of
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
+from snapchain.source import NOTE_PREFIX
 
-_PREFIX, _SUFFIX = ".snapchain-layer-", ".json"
+_PREFIX, _SUFFIX = NOTE_PREFIX, ".json"
 _PURPOSE = "layer"
 _CAP = 4 << 20
 _MOST_FOREIGN_BYTES, _MOST_FOREIGN = 64 << 20, 10_000

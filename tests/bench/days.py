@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.destinations import open_destination
 from snapchain.model.content import LEAF_BYTES, content_id, encode_sum
 from snapchain.model.extents import DATA, Extents, Int64s, covering
 from snapchain.model.fingerprint import Fingerprint
@@ -26,8 +25,9 @@ from snapchain.repository.catalogue import Point
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.ingest import store_page
-from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import LayerHeader, StoredLayer
+from snapchain.repository.opening import open_repository
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import PAGE_LEAVES, PAGE_RUNS, PageBuilder, Rows
 from snapchain.repository.repository import Repository
@@ -77,11 +77,11 @@ def days(size: int, count: int, *, writes: int = 300) -> Iterator[Day]:
 
 def fill(repository_path: Path, disk: str, layers: Iterator[Day]) -> None:
     """Ship them all, one point a day, into a repository that exists."""
-    repository = open_destination(str(repository_path), passphrase=lambda: "x", writing=True)
+    repository = open_repository(str(repository_path), passphrase=lambda: "x", writing=True)
     chain: list[StoredLayer] = []
     points: list[Point] = []
     began = datetime.now(UTC) - timedelta(days=1000)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         for number, layer in enumerate(layers, 1):
             source = Fingerprint(inode=number, size=1, mtime_ns=1, ctime_ns=1)
             origin = Origin("disk.qcow2", "qcow2", 65536, (source,))

@@ -64,11 +64,11 @@ def test_budgets(run: Run, stack: Path) -> None:
 def test_what_was_not_merged_is_told(run: Run, stack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from snapchain.errors import NotFound
     from snapchain.merge import run as merge_run
-    from snapchain.merge.plan import MergePlan
+    from snapchain.merge.step import MergeStep
 
     real = merge_run.run
 
-    def failing(planned: MergePlan, **more: Any) -> merge_run.MergeReport:
+    def failing(planned: MergeStep, **more: Any) -> merge_run.StepReport:
         if planned.first == 1:
             raise NotFound("somebody took it")
         return real(planned, **more)

@@ -21,9 +21,9 @@ import zstandard
 from blake3 import blake3
 
 from snapchain.repository.crypto import NONE, Keyring
-from snapchain.repository.envelope import head, seal, unseal
 from snapchain.repository.format import BLOB_ROW, PAGE_ROW, RUN_ROW
 from snapchain.repository.packs import OpenPack, PackReader
+from snapchain.repository.stored import head, seal, unseal
 from tests.hostile.child import Outcome, Shell
 from tests.hostile.judge import Plan, unlike
 from tests.hostile.mutate import Draw, Pool, document, number, spoil
@@ -568,7 +568,7 @@ def plan_s3(world: World, draw: Draw) -> Plan:
 
 def hasty() -> None:
     """Servers that are silent are given up soon: by what the program itself waits with."""
-    from snapchain.objects import s3_client, s3_patience
+    from snapchain.objects import s3_client, s3_client as s3_patience
 
     for function, shorter in (
         (s3_client.new_client, {"connect_timeout": 1.0, "read_timeout": 0.6, "attempts": 2}),

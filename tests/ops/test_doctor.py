@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import NotFound
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.journal import journal_path
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from snapchain.ops.doctor import DoctorReport, Kind
 from snapchain.ops.restore.output import OutputFile

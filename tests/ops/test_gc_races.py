@@ -21,14 +21,12 @@ import pytest
 from snapchain.errors import Busy, Conflict, NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, ObjectInfo, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
-from snapchain.repository import packs, repository as repositories, sweep
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper
+from snapchain.repository import collecting as gc, packs, repository as repositories, sweep
 from snapchain.repository.leases import DEAD_SECONDS
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.ops.test_crash import reads
@@ -306,7 +304,7 @@ def test_a_reader_finishes_what_it_began(world: World) -> None:
 
 
 def reads_chain(repo: Repository, layers: object) -> bytes:
-    from snapchain.repository.view import ChainView
+    from snapchain.repository.chain import ChainView
 
     view = ChainView(layers, repo.blobs)  # type: ignore[arg-type]
     buffer = memoryview(bytearray(view.size))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
+from snapchain.model.merging import Strategy
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository.repository import Repository
 from snapchain.source import sealing as snapshot

@@ -15,10 +15,10 @@ from snapchain.errors import Busy, Conflict, SnapchainError, Unsupported
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.journal import journal_path
-from snapchain.merge.strategy import Strategy
 from snapchain.model.events import Event, Progress
+from snapchain.model.merging import Strategy
 from snapchain.ops import hold
 from snapchain.source import sealing as snapshot
 from snapchain.source.notes import Given, Overlay
@@ -134,7 +134,7 @@ def test_a_chain_that_is_not_as_planned_is_not_merged(change: Change, strategy: 
 # ---- while it is at work
 
 
-def at_work(planned: merge_plan.MergePlan, meanwhile: Callable[[], object]) -> merge_run.MergeReport:
+def at_work(planned: merge_plan.MergeStep, meanwhile: Callable[[], object]) -> merge_run.StepReport:
     """The merge, and something else at the moment when it has begun to move data."""
     done: list[object] = []
 

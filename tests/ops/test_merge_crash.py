@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from tests.image.mounts import mounted
 from tests.ops.faulty_calls import CALLS, End, Fault, counted, met
@@ -148,10 +148,10 @@ def test_no_call_goes_by_another_way(strategy: str, memory: Path) -> None:
     scene.reset()
     script = (
         "from pathlib import Path\n"
-        "from snapchain.image.assemble import threads\n"
-        "from snapchain.merge.plan import plan\n"
+        "from snapchain.image import threads\n"
+        "from snapchain.merge.step import plan\n"
         "from snapchain.merge.run import run\n"
-        "from snapchain.merge.strategy import Strategy\n"
+        "from snapchain.model.merging import Strategy\n"
         "threads.AT_MOST = 1\n"
         f"run(plan(Path({str(scene.paths[-1])!r}), from_layer={str(scene.paths[1])!r},"
         f" to_layer={str(scene.paths[3])!r}, strategy=Strategy({strategy!r})))\n"

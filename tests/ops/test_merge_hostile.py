@@ -10,9 +10,9 @@ import pytest
 
 from snapchain.errors import NotFound
 from snapchain.image import scan
-from snapchain.merge import in_place, inputs, plan, run
+from snapchain.merge import in_place, inputs, run, step as plan
 from snapchain.merge.journal import journal_path
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, build, clean, flat, names, qemu_img, same, write
 

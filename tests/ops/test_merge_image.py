@@ -13,12 +13,12 @@ import pytest
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.host import files
 from snapchain.image import scan
-from snapchain.image.assemble import Assembly, run as assemble_run
-from snapchain.merge import journal as merge_journal, new_file, plan as merge_plan, run as merge_run, settle
-from snapchain.merge.plan import MergePlan
-from snapchain.merge.run import MergeReport
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import journal as merge_journal, new_file, run as merge_run, settle, step as merge_plan
+from snapchain.merge.assembly import Assembly, write_assembly
+from snapchain.merge.run import StepReport
+from snapchain.merge.step import MergeStep
 from snapchain.model.events import Event, Notice, Progress
+from snapchain.model.merging import Strategy
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same, standing, write
 
@@ -30,12 +30,12 @@ STACK = (
 )
 
 
-def plan(image: Path, **options: object) -> MergePlan:
+def plan(image: Path, **options: object) -> MergeStep:
     """Into a new file unless something else is said; what is chosen else: test_merge_strategy.py."""
     return merge_plan.plan(image, **{"strategy": Strategy.NEW, **options})  # type: ignore[arg-type]
 
 
-def merge(image: Path, **options: object) -> MergeReport:
+def merge(image: Path, **options: object) -> StepReport:
     return merge_run.run(plan(image, **options))
 
 
@@ -312,8 +312,8 @@ def test_nobody_can_start_on_it_meanwhile(stack: list[Path], monkeypatch: pytest
             seen.append(subprocess.run(argv, check=False, capture_output=True).returncode)
         return real(*arguments, **named)  # type: ignore[arg-type]
 
-    real = assemble_run
-    monkeypatch.setattr(new_file, "assemble", assemble)
+    real = write_assembly
+    monkeypatch.setattr(new_file, "write_assembly", assemble)
     merge(stack[-1])
     assert seen == [1, 0]
 
@@ -460,7 +460,7 @@ def test_a_full_filesystem_met_on_the_way(stack: list[Path], monkeypatch: pytest
 def test_a_wrong_result_is_never_believed(
     wrong: str, stack: list[Path], reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = assemble_run
+    real = write_assembly
 
     def assemble(assembly: Assembly, fd: int, **named: object) -> object:
         done = real(assembly, fd, **named)  # type: ignore[arg-type]
@@ -485,7 +485,7 @@ def test_a_wrong_result_is_never_believed(
                 file.truncate(1001 * assembly.layout.cluster_size)
         return done
 
-    monkeypatch.setattr(new_file, "assemble", assemble)
+    monkeypatch.setattr(new_file, "write_assembly", assemble)
     with pytest.raises(Corrupt) as caught:
         merge(stack[-1])
     if wrong == "content":

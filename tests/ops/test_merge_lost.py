@@ -10,9 +10,9 @@ import pytest
 
 from snapchain.errors import Corrupt
 from snapchain.host.batches import Buffer
-from snapchain.image.inplace.disk import Disk
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.amendment.write import Disk
+from snapchain.model.merging import Strategy
 from tests.ops.stacks import Layer, build, clean, flat, same
 
 KiB = 1 << 10

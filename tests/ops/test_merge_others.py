@@ -11,12 +11,12 @@ import pytest
 from snapchain.errors import Conflict, InvalidInput, Unsupported
 from snapchain.host.temporary_names import temporary_beside
 from snapchain.image import dependents
-from snapchain.merge import plan as merge_plan, selection as planning, sequence as running
+from snapchain.merge import plan as planning, sequence as running, step as merge_plan
 from snapchain.merge.journal import MergeJournal, OpenJournal, journal_path
 from snapchain.merge.request import Request
-from snapchain.merge.run import MergeReport
-from snapchain.merge.strategy import Strategy
+from snapchain.merge.run import StepReport
 from snapchain.model.events import Event, Notice, Progress
+from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from snapchain.source import sealing as snapshot
 from tests.ops import fake_virsh
@@ -59,7 +59,7 @@ def merge(forest: Forest, **options: object) -> tuple[list[str], dict[str, str]]
     return shown(forest, report.merges[0])
 
 
-def shown(forest: Forest, report: MergeReport) -> tuple[list[str], dict[str, str]]:
+def shown(forest: Forest, report: StepReport) -> tuple[list[str], dict[str, str]]:
     kept = {str(each.path.relative_to(forest.root)): each.reason for each in report.kept}
     return [str(path.relative_to(forest.root)) for path in report.removed], kept
 

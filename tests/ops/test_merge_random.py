@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Unsupported
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.model.merging import Strategy
 from tests.exhaustive import examples
 from tests.image.mounts import mounted
 from tests.image.test_assemble import build, growable

@@ -17,15 +17,14 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, Unsupported
 from snapchain.image import ImageChain, scan
-from snapchain.image.assemble import Assembly, Moved
-from snapchain.image.assemble.copies import Copies
-from snapchain.image.assemble.move import Mover
-from snapchain.image.inplace import Amendment
-from snapchain.merge import methods as ways, new_file, plan as merge_plan, run as merge_run
+from snapchain.merge import methods as ways, new_file, run as merge_run, step as merge_plan
+from snapchain.merge.amendment import Amendment
+from snapchain.merge.assembly import Assembly
+from snapchain.merge.copying import Copies, Moved, Mover
 from snapchain.merge.journal import journal_path
-from snapchain.merge.plan import MergePlan
-from snapchain.merge.run import MergeReport
-from snapchain.merge.strategy import Strategy, cheapest
+from snapchain.merge.run import StepReport
+from snapchain.merge.step import MergeStep
+from snapchain.model.merging import Strategy, cheapest
 from snapchain.ops import doctor
 from tests.image.mounts import mounted
 from tests.ops.faulty_calls import Fault, killed_before, met
@@ -34,11 +33,11 @@ from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, sa
 NEW, ABSORB, COMMIT = Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT
 
 
-def merge(image: Path, **options: object) -> MergeReport:
+def merge(image: Path, **options: object) -> StepReport:
     return merge_run.run(merge_plan.plan(image, **options))  # type: ignore[arg-type]
 
 
-def chosen(image: Path, **options: object) -> MergePlan:
+def chosen(image: Path, **options: object) -> MergeStep:
     return merge_plan.plan(image, **options)  # type: ignore[arg-type]
 
 
@@ -100,7 +99,7 @@ def test_a_wrong_byte_is_found_though_extents_are_shared(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof reads nothing of what is one piece of disk; what was written to since is none any more."""
-    real = vars(new_file)["assemble"]
+    real = vars(new_file)["write_assembly"]
 
     def assemble(assembly: Assembly, fd: int, **named: object) -> object:
         done: Moved = real(assembly, fd, **named)
@@ -111,7 +110,7 @@ def test_a_wrong_byte_is_found_though_extents_are_shared(
     with mounted(kind, tmp_path) as place:
         paths = build(place / "vm", [Layer(), Layer(writes=["write -P 2 0 3M"]), Layer(writes=["write -P 3 1M 64k"])])
         os.sync()
-        monkeypatch.setattr(new_file, "assemble", assemble)
+        monkeypatch.setattr(new_file, "write_assembly", assemble)
         with pytest.raises(Corrupt, match=f"bytes {1234 * 1024} to {1234 * 1024 + 1}$"):
             merge(paths[-1])
         assert names(place / "vm") == ["0.qcow2", "1.qcow2", "disk.qcow2"]

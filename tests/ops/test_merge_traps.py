@@ -13,8 +13,8 @@ import pytest
 
 from snapchain.errors import Unsupported
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.model.merging import Strategy
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same
 
 WAYS = [None, Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT]

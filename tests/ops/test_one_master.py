@@ -14,7 +14,7 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.files import set_mode
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan, run as merge_run, selection as merge_set
+from snapchain.merge import plan as merge_set, run as merge_run, step as merge_plan
 from snapchain.merge.request import Request
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, take_back

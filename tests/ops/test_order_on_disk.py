@@ -20,7 +20,7 @@ def calls(work: Path, image: Path, operation: str, options: str = "") -> list[st
     script = (
         "from pathlib import Path\n"
         "from snapchain.merge import plan, run\n"
-        "from snapchain.merge.strategy import Strategy\n"
+        "from snapchain.model.merging import Strategy\n"
         "from snapchain.source import sealing\n"
         f"{operation} = {OPERATIONS[operation]}\n"
         f"{operation}[1]({operation}[0](Path({str(image)!r}){options}))\n"

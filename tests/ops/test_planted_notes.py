@@ -17,7 +17,7 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.image import scan
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.ops import doctor, hold
 from snapchain.ops.doctor import Kind
 from snapchain.ops.inspect import inspect_image

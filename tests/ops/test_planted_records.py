@@ -15,9 +15,9 @@ from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.temporary_names import ACTIVE, MERGE, NEW, RESTORE, SNAPSHOT
 from snapchain.image.dependent_search import find_dependents
-from snapchain.merge import journal as journals, plan as merge_plan, run as merge_run
+from snapchain.merge import journal as journals, run as merge_run, step as merge_plan
 from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, journal_path
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from snapchain.ops.doctor import DoctorReport, Kind
 from tests.host.others import ALICE, BOB, directory, file, open_host

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snapchain.destination.records import PointsMergePlan, PointsMergeReport
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge, ReplicaMergePlan, ReplicaMergeReport
-from snapchain.ops.replica_engine import ReplicaEngine
-from snapchain.ops.replica_verify import verify_replica
 from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.engine import ReplicaEngine
+from snapchain.replica.points_merge import ReplicaMerge
+from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import clean, flat, same
 from tests.replica.conftest import DISK, Place
 
@@ -36,10 +37,10 @@ class Pointed:
             self.shown[report.point] = flat(image, self.shots / f"{report.point}.raw", image.suffix[1:])
         return report
 
-    def merge(self, **rules: Any) -> ReplicaMergeReport:
+    def merge(self, **rules: Any) -> PointsMergeReport:
         return self.merging(**rules).run()
 
-    def plan(self, **rules: Any) -> ReplicaMergePlan:
+    def plan(self, **rules: Any) -> PointsMergePlan:
         return self.merging(**rules).plan()
 
     def merging(self, **rules: Any) -> ReplicaMerge:

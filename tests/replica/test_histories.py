@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
 from tests.exhaustive import examples
 from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import Place

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from snapchain.image import scan
 from snapchain.image.dependent_search import dependents_of_chain
-from snapchain.merge import selection as planning
+from snapchain.merge import plan as planning
 from snapchain.merge.choose import choose
-from snapchain.merge.plan import decide
+from snapchain.merge.plan import MergePlan, asked
 from snapchain.merge.rates import Rates
 from snapchain.merge.request import At, Request
-from snapchain.merge.selection import MergeSetPlan, asked
 from snapchain.merge.stack import look
+from snapchain.merge.step import decide
 from snapchain.ops.nightly.config import Disks
 
 _REASONS = 4
@@ -34,17 +34,17 @@ class Sealed:
     beyond: int
 
 
-def plan(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> MergeSetPlan:
+def plan(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> MergePlan:
     """What brings the chain down to `merge_above` files, or nearest to that within `budget` bytes to be moved."""
     return planning.plan(_request(image, settings, at=at, budget=budget))
 
 
-def moved(planned: MergeSetPlan) -> int:
+def moved(planned: MergePlan) -> int:
     """Bytes of the merges that the filesystem does not share."""
     return sum(0 if each.shares_extents else each.bytes_to_move for each in planned.plans)
 
 
-def why_longer(planned: MergeSetPlan, settings: Disks) -> str | None:
+def why_longer(planned: MergePlan, settings: Disks) -> str | None:
     """Why the chain will have more files than it should."""
     assert settings.merge_above is not None
     if planned.layers_after <= settings.merge_above:

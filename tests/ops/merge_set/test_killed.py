@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.merge import selection as planning, sequence as running
+from snapchain.merge import plan as planning, sequence as running
 from snapchain.merge.request import Request
 from snapchain.model.retention import Policy
 from snapchain.source.notes import Hold, Notes

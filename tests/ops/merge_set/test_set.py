@@ -11,15 +11,16 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import scan
-from snapchain.merge import run as merge_run, selection as planning, sequence as running
+from snapchain.merge import plan as planning, run as merge_run, sequence as running
 from snapchain.merge.plan import MergePlan
 from snapchain.merge.request import At, Request
-from snapchain.merge.selection import MergeSetPlan
-from snapchain.merge.sequence import MergeSetReport
+from snapchain.merge.sequence import MergeReport
+from snapchain.merge.step import MergeStep
 from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import sealing as snapshot
 from tests.ops.shipping import DISK, restore, same_bytes, ship
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same, standing, write
@@ -45,15 +46,15 @@ def views(chain: list[Path], tmp_path: Path) -> dict[str, Path]:
     return {path.name: flat(path, tmp_path / f"{path.name}.raw") for path in chain}
 
 
-def plan(chain: list[Path], **options: object) -> MergeSetPlan:
+def plan(chain: list[Path], **options: object) -> MergePlan:
     return planning.plan(Request(image=chain[-1], **options))  # type: ignore[arg-type]
 
 
-def merge(chain: list[Path], **options: object) -> MergeSetReport:
+def merge(chain: list[Path], **options: object) -> MergeReport:
     return running.run(plan(chain, **options))
 
 
-def ranges(planned: MergeSetPlan) -> list[tuple[int, int]]:
+def ranges(planned: MergePlan) -> list[tuple[int, int]]:
     return [(each.first, each.last) for each in planned.merges]
 
 
@@ -182,7 +183,7 @@ def test_rules_go_round_what_other_images_stand_on(chain: list[Path], views: dic
 def test_what_a_destination_lacks_or_builds_on_stays(chain: list[Path], views: dict[str, Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
     ship(chain[5], repo)
-    at = (At("repo::disk", again(repo), DISK),)
+    at = (At("repo::disk", RepositoryDestination(again(repo)), DISK),)
     planned = plan(chain, policy=Policy(last=1), at=at)
     assert ranges(planned) == [(1, 4)]
     assert [layer.at for layer in planned.layers] == [("repo::disk",)] * 6 + [()] * 2
@@ -198,7 +199,7 @@ def test_what_a_destination_lacks_or_builds_on_stays(chain: list[Path], views: d
 def test_a_range_that_is_named_is_merged_with_a_warning(chain: list[Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
     ship(chain[5], repo)
-    planned = plan(chain, at=(At("repo::disk", again(repo), DISK),))
+    planned = plan(chain, at=(At("repo::disk", RepositoryDestination(again(repo)), DISK),))
     assert ranges(planned) == [(1, 7)]
     assert planned.notices == (
         "not yet at repo::disk: 6.qcow2, disk.qcow2; the next shipment reads all that they become",
@@ -207,7 +208,7 @@ def test_a_range_that_is_named_is_merged_with_a_warning(chain: list[Path]) -> No
 
 def test_a_disk_that_was_never_shipped_keeps_all(chain: list[Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
-    planned = plan(chain, max_layers=3, at=(At("repo::disk", repo, DISK),))
+    planned = plan(chain, max_layers=3, at=(At("repo::disk", RepositoryDestination(repo), DISK),))
     assert (planned.merges, planned.layers_after) == ((), 8)
     assert planned.notices == ("8 layers are left, not 3: no more can be merged without a layer that must stay",)
 
@@ -282,7 +283,7 @@ def test_one_failure_leaves_the_others_done(
 ) -> None:
     real = merge_run.run
 
-    def failing(planned: MergePlan, *, on_event: Callable[[Event], None]) -> merge_run.MergeReport:
+    def failing(planned: MergeStep, *, on_event: Callable[[Event], None]) -> merge_run.StepReport:
         if planned.last == 5:
             raise NotFound("somebody took it", subject=planned.result)
         return real(planned, on_event=on_event)
