@@ -19,9 +19,9 @@ from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.merge.request import At
     from snapchain.model.merging import Strategy
     from snapchain.model.retention import Policy
+    from snapchain.ops.merge import At
     from snapchain.ops.merge_repository import RepositoryMergePlan, RepositoryMergeReport
 
 _RANGE = "Which layers of an image"
@@ -197,11 +197,10 @@ def merge(
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            from snapchain.merge import plan as planning, sequence as running
-            from snapchain.merge.request import Request
             from snapchain.model.events import Notice
+            from snapchain.ops import merge as ops
 
-            request = Request(
+            request = ops.MergeRequest(
                 image=address.path,
                 flatten=flatten,
                 from_layer=first,
@@ -220,12 +219,12 @@ def merge(
                 budget_seconds=budget_seconds,
                 at=_at(at or (), out, password_file=password_file, password_command=password_command),
             )
-            plan = planning.plan(request)
+            plan = ops.plan(request)
             if out.plan(plan, merge_tables.draw_plan):
                 return
             for notice in plan.notices:
                 out.on_event(Notice(notice))
-            report = running.run(plan, on_event=out.on_event)
+            report = ops.run(plan, on_event=out.on_event)
             status = PartialFailure.exit_code if report.failed else 0
             out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
             return
@@ -281,13 +280,14 @@ def _at(
     names: Sequence[str], out: Output, *, password_file: Path | None, password_command: str | None
 ) -> tuple[At, ...]:
     from snapchain.destination.address import parse_disk_address
-    from snapchain.merge.request import At
+    from snapchain.ops.merge import held_at
+    from snapchain.repository.disk_writer import RepositoryWriting
 
     found = []
     for name in names:
         address = parse_disk_address(name)
         opened = options.repository(address.dest, out, password_file=password_file, password_command=password_command)
-        found.append(At(name, opened, address.disk))
+        found.append(held_at(name, RepositoryWriting(opened), address.disk))
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.merge.plan import LayerUse, MergePlan, PlannedMerge
-    from snapchain.merge.sequence import MergeReport
+    from snapchain.merge.run import MergeReport
     from snapchain.ops.merge_replica import ReplicaMergePlan, ReplicaMergeReport, StayingLayer
 
 

@@ -20,7 +20,7 @@ from snapchain.image.leaves import LeafTable
 from snapchain.model.content import Hashes, Sum
 from snapchain.model.events import OnEvent
 from snapchain.model.extents import Extents, Int64s
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 
 Result = TypeVar("Result")
 
@@ -74,7 +74,7 @@ class NewLayer:
     image_format: Literal["qcow2", "raw"]
     cluster_size: int
     grain: int
-    sources: tuple[Source, ...]
+    sources: tuple[Fingerprint, ...]
     extents: Extents
     view: ImageChain
     below: ImageChain | LeafTable | None

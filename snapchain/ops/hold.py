@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import place_to_change
-from snapchain.host.terminal import shell_line
-from snapchain.image import ImageChain
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.source.lineage import note_of
-from snapchain.source.notes import LET_THEM, Hold, LayerNote, Notes
+from snapchain.source.holds import held_by_another
+from snapchain.source.notes import Hold, LayerNote, Notes
 
 # A merge of files asks here for holds, and needs nothing of a repository.
 if TYPE_CHECKING:
@@ -66,7 +64,7 @@ def release_image(path: Path, tag: str, *, dry_run: bool = False) -> HoldReport:
     file = _file(path, may_be_gone=True)
     held = {hold.tag: hold for hold in Notes().of(file).holds}
     if tag in held and held[tag].word_of is not None:
-        raise word_against(held[tag], file)
+        raise held_by_another(held[tag], file)
 
     def released(note: LayerNote) -> LayerNote:
         left = tuple(each for each in note.holds if each.tag != tag)
@@ -131,38 +129,6 @@ def release_point(
         return _of_point(repository, disk, number, _holds(would, number))
     left = repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
     return _of_point(repository, disk, number, left.holds)
-
-
-def held_layers(chain: ImageChain, notes: Notes) -> dict[int, tuple[Hold, ...]]:
-    """The places of a chain, 0 for the root, whose files are held, with their holds."""
-    found = ((place, note_of(file, notes).holds) for place, file in enumerate(chain.files))
-    return {place: holds for place, holds in found if holds}
-
-
-def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple[Hold, ...]]) -> None:
-    """Raises Conflict when a merge of layers `first` to `last` would take a file that is held."""
-    for place in range(first, last + 1):
-        if place in holds:
-            hold, path = holds[place][0], chain.files[place].path
-            if hold.word_of is not None:
-                raise word_against(hold, path)
-            why = f" ({hold.reason})" if hold.reason else ""
-            release = ("snapchain", "release", path, "--tag", hold.tag)
-            raise Conflict(
-                f"it is held under {hold.tag!r} since {hold.since:%Y-%m-%d}{why}, so it cannot be merged",
-                subject=path,
-                hint=f"{shell_line(release)}, or merge layers on one side of it (--from, --to)",
-            )
-
-
-def word_against(hold: Hold, path: Path) -> Conflict:
-    """The error for a file that is held by nothing but another user's note."""
-    assert hold.word_of is not None
-    return Conflict(
-        f"a note of user {hold.word_of.user} says that it is held, so it cannot be changed",
-        subject=path,
-        hint=f"if that is wrong, remove {hold.word_of.note}; else {LET_THEM}",
-    )
 
 
 def _number(repository: Repository, catalogue: Catalogue, point: str | None) -> int:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from snapchain.host.ssh import is_remote, parse_remote_address
+from snapchain.host.ssh import parse_remote_address
 from snapchain.replica.endpoint import Endpoint, SshEndpoint, open_endpoint
 
 
 def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
     """The replica at ssh://... or dir:/... . connections: of ssh. Touches nothing. Raises InvalidInput."""
-    if is_remote(dest):
-        return open_endpoint(dest, connections=connections)
-    from snapchain.ops.replica_engine import ReplicaEngine  # inside: who logs in elsewhere first has no receiver here
-
-    return open_endpoint(dest, engine=ReplicaEngine())
+    return open_endpoint(dest, connections=connections)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import pytest
 
 from snapchain.errors import Corrupt
 from snapchain.model.merging import Strategy
-from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.replica import merging
@@ -21,7 +20,7 @@ from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, qemu_img, same
 from tests.replica.conftest import DISK, Place
-from tests.replica.merging import Pointed, endpoint
+from tests.replica.merging import Pointed, endpoint, merged_by
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 STRATEGIES = {way.value: way for way in (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)}
@@ -40,11 +39,12 @@ class Scene:
             self.pointed.send(path)
         self.root, self.pristine = self.pointed.place.root, directory / "pristine"
         shutil.copytree(self.root, self.pristine)
-        self.engine = ReplicaEngine(strategy)
+        self.strategy = strategy
 
     def merge(self) -> None:
         """As the receiver does, without a stream: all its calls are of the files'."""
-        merging.merge(ASKED, self.root, lambda *_: None, engine=self.engine)
+        with merged_by(self.strategy):
+            merging.merge(ASKED, self.root, lambda *_: None)
 
     def reset(self) -> None:
         shutil.rmtree(self.root)

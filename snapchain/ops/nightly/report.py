@@ -11,7 +11,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
-from snapchain.merge.sequence import MergeReport
+from snapchain.merge.run import MergeReport
 from snapchain.ops.gc import GcReport
 from snapchain.ops.merge_repository import RepositoryMergeReport
 
