@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Opening, Writing
 from snapchain.merge.plan import MergePlan, plan
 from snapchain.merge.request import At, MergeRequest
@@ -10,9 +13,9 @@ from snapchain.model.events import OnEvent, ignore
 from snapchain.model.inventory import Held
 
 
-def held_at(name: str, destination: Writing, disk: str, *, on_event: OnEvent = ignore) -> At:
+def held_at(name: str, destination: Destination, disk: str, *, on_event: OnEvent = ignore) -> At:
     """What a destination holds of a disk, for a merge that must not hinder the next shipment. name: for people."""
-    with destination.look(Opening(disk=disk), on_event=on_event) as found:
+    with cast("Writing", destination).look(Opening(disk=disk), on_event=on_event) as found:
         return At(name, tuple(Held(layer.id, layer.sources) for layer in found.held))
 
 

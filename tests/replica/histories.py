@@ -25,10 +25,11 @@ from snapchain.merge.request import MergeRequest
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.receive import receive_stream
-from snapchain.ops.restore.from_replica import ReplicaRestoration
+from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.to_replica import Files, Request, send_blindly
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.stacks import clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 from tests.replica.merging import endpoint
@@ -208,7 +209,7 @@ class History:
         number = self.draw.choice(sorted(set(known) & set(self.points)) or [0])
         if number:
             out = self.directory / self.draw.choice(["restored.raw", "restored.qcow2"])
-            ReplicaRestoration(endpoint(self.place.root), DISK, out, point=str(number)).run()
+            Restoration(ReplicaDestination(endpoint(self.place.root)), DISK, out, point=str(number)).run()
             assert same(out, self.points[number], image_format=out.suffix[1:])
             out.unlink()
             self.happened["restored"] += 1

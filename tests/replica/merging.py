@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 
+from snapchain.destination.records import PointsMergePlan, PointsMergeReport
 from snapchain.merge.request import MergeRequest
 from snapchain.merge.run import StepReport, run_step
 from snapchain.merge.step import MergeStep, plan_step
 from snapchain.model.events import Event, OnEvent, Progress
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge, ReplicaMergePlan, ReplicaMergeReport
-from snapchain.ops.replica_verify import verify_replica
 from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 from snapchain.replica import layer_merge
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.points_merge import ReplicaMerge
+from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import clean, flat, same
 from tests.replica.conftest import DISK, Place
 
@@ -65,10 +66,10 @@ class Pointed:
             self.shown[report.point] = flat(image, self.shots / f"{report.point}.raw", image.suffix[1:])
         return report
 
-    def merge(self, **rules: Any) -> ReplicaMergeReport:
+    def merge(self, **rules: Any) -> PointsMergeReport:
         return self.merging(**rules).run()
 
-    def plan(self, **rules: Any) -> ReplicaMergePlan:
+    def plan(self, **rules: Any) -> PointsMergePlan:
         return self.merging(**rules).plan()
 
     def merging(self, **rules: Any) -> ReplicaMerge:

@@ -19,14 +19,15 @@ from snapchain.model.events import Event, Notice
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
-from snapchain.ops.merge_replica import ReplicaMerge
-from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_verify import verify_replica
+from snapchain.ops.log import log
 from snapchain.ops.ship.to_replica import Request, send_to_replica
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
 from snapchain.replica import merge_journal as unfinished, store as waiting
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
 from snapchain.replica.stream import session as voice
+from snapchain.replica.verification import verify_replica
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
@@ -93,7 +94,10 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
 def test_whoever_only_looks_sees_nothing_wrong(sent: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Points that the merge drops are told no more before a file is touched; what is judged waits for it."""
     with held_up(sent, last=2) as go, ThreadPoolExecutor(2) as pool:
-        assert [point.point for point in log_replica(endpoint(sent.place.root), DISK).disks[0].points] == [4, 5]
+        assert [point.point for point in log(ReplicaDestination(endpoint(sent.place.root)), DISK).disks[0].points] == [
+            4,
+            5,
+        ]
         looks = [pool.submit(verify_replica, endpoint(sent.place.root), DISK, read_data=data) for data in (True, False)]
         time.sleep(0.5)
         assert not any(look.done() for look in looks)
@@ -141,7 +145,7 @@ def test_all_at_once(sent: Pointed, chain: list[Path]) -> None:
             pool.submit(until_over, lambda: sent.merge(last=2)),
             pool.submit(until_over, lambda: sent.plan(last=1)),
             pool.submit(until_over, verified),
-            pool.submit(until_over, lambda: log_replica(to, DISK)),
+            pool.submit(until_over, lambda: log(ReplicaDestination(to), DISK)),
         ]
         try:
             for number in range(8):

@@ -14,9 +14,9 @@ from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.ship.to_replica import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.shipping import random_stack
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, merged_by

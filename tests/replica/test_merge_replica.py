@@ -17,9 +17,9 @@ from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.request import MergeRequest
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
-from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.ship.to_replica import Divergence, Request, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
 from snapchain.source.sealing import plan as plan_snapshot, run as run_snapshot
 from tests.image.mounts import mounted
