@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.destination.records import PointsMergePlan, PointsMergeReport, StayingLayer
-    from snapchain.merge.selection import LayerUse, MergeSetPlan, PlannedMerge
-    from snapchain.merge.sequence import MergeSetReport
+    from snapchain.merge.plan import LayerUse, MergePlan, PlannedMerge
+    from snapchain.merge.run import MergeReport
 
 
-def draw_plan(console: Console, plan: MergeSetPlan) -> None:
+def draw_plan(console: Console, plan: MergePlan) -> None:
     """What would be done."""
     if plan.merges:
         times = "" if len(plan.merges) == 1 else f" in {len(plan.merges)} merges"
@@ -46,7 +46,7 @@ def draw_plan(console: Console, plan: MergeSetPlan) -> None:
         render.line(console, f"note: {notice}", style="yellow")
 
 
-def _rows(plan: MergeSetPlan) -> list[stack_picture.Row]:
+def _rows(plan: MergePlan) -> list[stack_picture.Row]:
     rows = []
     for place, layer in enumerate(plan.layers):
         now = stack_picture.Held(layer.data_bytes, layer.shadowed_bytes)
@@ -90,7 +90,7 @@ def _draw_merges(console: Console, merges: Sequence[PlannedMerge]) -> None:
     )
 
 
-def draw_report(console: Console, report: MergeSetReport) -> None:
+def draw_report(console: Console, report: MergeReport) -> None:
     """What was done."""
     layers = f"{report.layers_before} layers became {report.layers_after}"
     if report.result is not None:
@@ -116,7 +116,7 @@ def _freed(name: str, count: int) -> tuple[str, str]:
     return (name, size(count)) if count >= 0 else ("added", size(-count))
 
 
-def draw_failed(console: Console, report: MergeSetReport) -> None:
+def draw_failed(console: Console, report: MergeReport) -> None:
     """What could not be merged."""
     for fault in report.failed:
         names = ", ".join(path.name for path in fault.layers)

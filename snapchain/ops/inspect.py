@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain, ImageFile, scan
-from snapchain.model.chain import Chain, LayerUse
+from snapchain.model.chain import Chain, Layer, LayerUse
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
-from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
 from snapchain.source import NOTE_PREFIX
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from snapchain.model.budget import best, cheapest, most_removable
-from snapchain.model.choice import MergeRange, segments
+from snapchain.model.choice import MergeRange, best, cheapest, most_removable, segments
 from snapchain.model.economics import Into, range_gains
 from snapchain.model.extents import Int64s
 from snapchain.testing.strategies import chains

@@ -13,8 +13,7 @@ import pytest
 from snapchain.errors import Conflict, InvalidInput, NotFound
 from snapchain.model.retention import Duration, Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectStore, StoreWrapper
 from snapchain.ops.log import log
 from snapchain.repository import collecting as gc
 from snapchain.repository.destination import RepositoryDestination

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from snapchain.image import ImageChain
 from snapchain.image.file import Format
-from snapchain.model.chain import Chain
+from snapchain.model.chain import Chain, Layer
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.fingerprint import Fingerprint
-from snapchain.model.layer import Layer
 from snapchain.source.chains import locked_chain
 from snapchain.source.ownership import check_not_given
 

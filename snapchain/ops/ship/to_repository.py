@@ -31,7 +31,7 @@ from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.ops.ship.sources import wanted
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
@@ -208,7 +208,7 @@ class Shipment:
 
     def _run(self, points: list[Point], lease: Lease, on_event: OnEvent) -> ShipReport:
         arrival = _Arrival(on_event)
-        with Deposit(self._repository, on_durable=arrival.show) as deposit:
+        with LayerUpload(self._repository, on_durable=arrival.show) as deposit:
             self._avoid_damage(deposit.index, lease, on_event)
             if self._note:
                 on_event(Notice(self._note))
@@ -370,7 +370,7 @@ class Shipment:
         return not below or extents != Extents.absent(below[-1].size)
 
     def _add(
-        self, group: _Group, below: Sequence[StoredLayer], deposit: Deposit, on_bytes: Callable[[int], None]
+        self, group: _Group, below: Sequence[StoredLayer], deposit: LayerUpload, on_bytes: Callable[[int], None]
     ) -> StoredLayer:
         files = self._chain.files[group.first : group.stop]
         top = files[-1]
@@ -422,10 +422,10 @@ class _Arrival:
     def __init__(self, on_event: OnEvent) -> None:
         self._total, self._on_event = 0, on_event
         self._lock = threading.Lock()
-        self._deposit: Deposit | None = None
+        self._deposit: LayerUpload | None = None
         self._read = self._shown = 0
 
-    def begin(self, deposit: Deposit, total: int) -> None:
+    def begin(self, deposit: LayerUpload, total: int) -> None:
         """Nothing of `total` bytes has arrived yet."""
         self._deposit, self._total = deposit, total
         self.show()
