@@ -14,7 +14,6 @@ from tests.ops.stacks import Layer, build
 OPERATIONS = {
     "snapshot": "(sealing.plan, sealing.run)",
     "merge": "(lambda image, **more: step.plan_step(MergeRequest(image=image, **more)), run.run_step)",
-,
 }
 TRACED = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
 
