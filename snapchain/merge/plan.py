@@ -20,6 +20,7 @@ from snapchain.merge.request import MergeRequest
 from snapchain.merge.stack import Stack, look
 from snapchain.merge.step import MergeStep, decide
 from snapchain.model.choice import MergeRange
+from snapchain.model.merging import MergeRow
 from snapchain.source.holds import check_range
 from snapchain.source.notes import Hold
 from snapchain.source.ownership import check_no_layer
@@ -100,6 +101,22 @@ class MergePlan(_Shown):
     unfinished: tuple[Path, ...]
     steps: tuple[InstanceOf[MergeStep], ...] = Field(exclude=True, repr=False)
     idle: InstanceOf[MergeStep] | None = Field(exclude=True, repr=False)
+
+    @property
+    def rows(self) -> tuple[MergeRow, ...]:
+        """The merges as every plan shows them, lowest first."""
+        return tuple(
+            MergeRow(
+                layers=tuple(path.name for path in each.layers),
+                method=each.strategy,
+                bytes_to_move=each.bytes_to_move,
+                bytes_to_free=each.bytes_to_free,
+                needs_bytes=each.needs_bytes,
+                seconds=each.seconds,
+                shares_extents=each.shares_extents,
+            )
+            for each in self.merges
+        )
 
     @property
     def missing_bytes(self) -> int:
