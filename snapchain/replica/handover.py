@@ -27,7 +27,7 @@ from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.write import write_overlay
 from snapchain.replica import names
 from snapchain.replica.arrival import settle
-from snapchain.replica.catalogue import Catalogue, HandedOver
+from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.merge_journal import others_on
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
@@ -41,6 +41,7 @@ from snapchain.replica.stream.messages import (
     Standing,
     Step,
 )
+from snapchain.source.handed_over import HandedOver
 
 
 @dataclass(frozen=True, slots=True)
