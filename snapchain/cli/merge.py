@@ -8,27 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import merge_tables, options, quantities, render
+from snapchain.cli import merge_tables, options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.quantities import size
-from snapchain.cli.time_zone import zone_name_of, zone_of
+from snapchain.cli.time_zone import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
+from snapchain.model.merging import Strategy
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from snapchain.merge.request import At
-    from snapchain.merge.strategy import Strategy
     from snapchain.model.retention import Policy
-    from snapchain.ops.merge_repository import RepositoryMergePlan, RepositoryMergeReport
+    from snapchain.ops.merge import At
 
 _RANGE = "Which layers of an image"
 _KEEP = "Which points of a disk, or sealed layers of an image, to keep"
 _LIMIT = "How much to merge of an image"
 _HOW = "How to merge an image"
 
+_STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)]
 
 
@@ -123,7 +120,7 @@ def merge(
     strategy: Annotated[
         str | None,
         typer.Option(
-            metavar="new-file|absorb|commit",
+            metavar="|".join(_STRATEGIES),
             help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
             rich_help_panel=_HOW,
         ),
@@ -180,7 +177,7 @@ def merge(
     a replica (ssh://..., dir:...) its files are merged over there, as those of an image, and keep the names of the kept
     points; what a guest or another image uses stays. Transfers to that disk wait meanwhile. -1 means all.
     """
-    from snapchain.destination.address import ImageAddress, is_replica, parse_address, parse_disk_address
+    from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
     from snapchain.model.retention import Policy, parse_duration
 
     policy = Policy(
@@ -193,15 +190,14 @@ def merge(
         within=None if keep_within is None else parse_duration(keep_within),
         labels=frozenset(keep_label or ()),
     )
-    zone = zone_of(zone_name)
+    zone = named_zone(zone_name)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            from snapchain.merge import selection as planning, sequence as running
-            from snapchain.merge.request import Request
             from snapchain.model.events import Notice
+            from snapchain.ops import merge as ops
 
-            request = Request(
+            request = ops.MergeRequest(
                 image=address.path,
                 flatten=flatten,
                 from_layer=first,
@@ -220,12 +216,12 @@ def merge(
                 budget_seconds=budget_seconds,
                 at=_at(at or (), out, password_file=password_file, password_command=password_command),
             )
-            plan = planning.plan(request)
+            plan = ops.plan(request)
             if out.plan(plan, merge_tables.draw_plan):
                 return
             for notice in plan.notices:
                 out.on_event(Notice(notice))
-            report = running.run(plan, on_event=out.on_event)
+            report = ops.run(plan, on_event=out.on_event)
             status = PartialFailure.exit_code if report.failed else 0
             out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
             return
@@ -241,53 +237,42 @@ def merge(
             ),
         )
         disk = parse_disk_address(target).disk
-        if is_replica(address.dest):
-            options.no_passphrase(address.dest, password_file, password_command)
-            _at_replica(address.dest, disk, policy, out, zone_name=zone_name)
-            return
-        from snapchain.ops.merge_repository import RepositoryMerge
-
-        repository = options.repository(
+        place = options.destination(
             address.dest, out, password_file=password_file, password_command=password_command, writing=not dry_run
         )
-        work = RepositoryMerge(repository, disk, policy, zone=zone)
-        if not out.plan(work.plan(), _draw_repository_plan):
-            done = work.run(on_event=out.on_event)
-            status = Corrupt.exit_code if done.findings else 0
-            out.report(done, _draw_repository_report, problems=_draw_findings, status=status)
-
-
-def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name: str | None) -> None:
-    from snapchain.ops.merge_replica import ReplicaMerge
-    from snapchain.ops.ship.to_replica import replica_at
-
-    work = ReplicaMerge(replica_at(dest), disk, policy, zone=zone_name_of(zone_name))
-    if out.dry_run:
-        out.plan(work.plan(), merge_tables.draw_replica_plan)
-    else:
-        out.report(work.run(on_event=out.on_event), merge_tables.draw_replica_report)
+        work = place.merging(disk, policy, zone=zone)
+        if dry_run:
+            out.plan(work.plan(), merge_tables.draw_points_plan)
+            return
+        done = work.run(on_event=out.on_event)
+        status = Corrupt.exit_code if done.findings else 0
+        problems = merge_tables.draw_points_findings
+        out.report(done, merge_tables.draw_points_report, problems=problems, status=status)
 
 
 def _strategy(text: str | None) -> Strategy | None:
-    from snapchain.merge.strategy import Strategy
-
-    ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
-    if text is not None and text not in ways:
-        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(ways))
-    return None if text is None else ways[text]
+    if text is not None and text not in _STRATEGIES:
+        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(_STRATEGIES))
+    return None if text is None else Strategy(text)
 
 
 def _at(
     names: Sequence[str], out: Output, *, password_file: Path | None, password_command: str | None
 ) -> tuple[At, ...]:
     from snapchain.destination.address import parse_disk_address
-    from snapchain.merge.request import At
+    from snapchain.ops.merge import held_at
 
     found = []
     for name in names:
         address = parse_disk_address(name)
-        opened = options.repository(address.dest, out, password_file=password_file, password_command=password_command)
-        found.append(At(name, opened, address.disk))
+        opened = options.destination(address.dest, out, password_file=password_file, password_command=password_command)
+        if not opened.traits.branches:
+            raise InvalidInput(
+                f"--at takes a disk of a repository, and that is a {opened.traits.kind}",
+                subject=name,
+                hint="leave it out: `snapchain send` recognises at a replica what a merge has made of its layers",
+            )
+        found.append(held_at(name, opened, address.disk))
     return tuple(found)
 
 
@@ -300,37 +285,3 @@ def _refuse_no_rule(policy: Policy, target: str, *, files_only: bool) -> None:
         )
     if policy.is_empty:
         raise InvalidInput("no rule says which points to keep", subject=target, hint="such as --keep-last 7")
-
-
-def _draw_repository_plan(console: Console, plan: RepositoryMergePlan) -> None:
-    render.headline(console, f"would merge {plan.disk}: {plan.layers_before} layers now, {plan.layers_after} then")
-    render.table(
-        console,
-        ["point>", "", "labels", "because~"],
-        [
-            (str(each.point), "keep" if each.kept else "drop", ", ".join(each.labels), "; ".join(each.reasons))
-            for each in plan.points
-        ],
-    )
-    render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
-    render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
-
-
-def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> None:
-    headline = f"merged {report.disk}: {report.layers_before} layers became {report.layers_after}"
-    render.headline(console, headline if report.strategy != "none" else f"{report.disk}: nothing to merge")
-    render.facts(
-        console,
-        [
-            ("points kept", ", ".join(map(str, report.points_kept))),
-            ("dropped", ", ".join(map(str, report.points_dropped))),
-            ("moved", size(report.bytes_moved)),
-            ("unreferenced", size(report.bytes_dropped)),
-        ],
-    )
-    _draw_findings(console, report)
-    render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))
-
-
-def _draw_findings(console: Console, report: RepositoryMergeReport) -> None:
-    render.findings(console, report.findings)

@@ -59,6 +59,7 @@ def ship(
     ships too. To a replica (ssh://[user@]host/path or dir:/path) this is `send`, which has more options.
     """
     from snapchain.destination.address import parse_disk_address
+    from snapchain.ops.ship.delivery import delivery
 
     address = parse_disk_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
@@ -71,7 +72,8 @@ def ship(
             limit_rate=limit_rate,
             pack_size_text=pack_size,
         )
-        with place.deliver(
+        with delivery(
+            place,
             image,
             address.disk,
             labels=label or (),

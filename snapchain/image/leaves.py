@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
 
@@ -24,6 +25,36 @@ T = TypeVar("T")
 Words = npt.NDArray[np.uint64]
 WORKERS = max(2, min(4, os.cpu_count() or 1))
 _UNDER_WAY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LeafTable:
+    """Leaves of a chain that is known by its hashes alone: those that a layer on it replaces, or cuts off.
+
+    size: of that chain, bytes; numbers: ascending; hashes: of those leaves; a leaf that is not listed is all zero
+    """
+
+    size: int
+    numbers: Int64s
+    hashes: Hashes
+
+    def beyond(self, size: int) -> Sum:
+        """The sum of the leaves that lie wholly past `size`."""
+        first = int(np.searchsorted(self.numbers, -(-size // LEAF_BYTES)))
+        return sum_of(self.numbers[first:], self.hashes[first:])
+
+    def replaced_by(self, window: Window, mine: memoryview) -> Sum:
+        """What a window's leaves, in place of those listed here, add to the content sum."""
+        new = np.frombuffer(mine, np.uint64).reshape(-1, LEAF_BYTES // 8)
+        listed = np.isin(self.numbers, _numbers(window), assume_unique=True)
+        theirs = sum_of(self.numbers[listed], self.hashes[listed])
+        return _sum(window, mine, np.asarray(new.any(axis=1))) - theirs
+
+
+def leaves_of(window: Window, data: memoryview) -> tuple[Int64s, Hashes]:
+    """(int64[n], uint8[n, 32]): numbers and hashes of the leaves of a window that are not all zero."""
+    words = np.frombuffer(data, np.uint64).reshape(-1, LEAF_BYTES // 8)
+    return _hashed(window, data, np.asarray(words.any(axis=1)))
 
 
 def read_window(chain: ImageChain | None, window: Window) -> memoryview:
@@ -131,9 +162,7 @@ def leaf_hashes(view: ImageChain, *, on_bytes: Callable[[int], None]) -> Iterato
     """
 
     def read(window: Window) -> tuple[Int64s, Hashes, int]:
-        data = read_window(view, window)
-        words = np.frombuffer(data, np.uint64).reshape(-1, LEAF_BYTES // 8)
-        return *_hashed(window, data, np.asarray(words.any(axis=1))), window.length
+        return *leaves_of(window, read_window(view, window)), window.length
 
     for numbers, hashes, length in in_order(read, windows(data_leaves(view))):
         yield numbers, hashes

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import ObjectStore
-from snapchain.ops.restore.from_repository import Restoration, RestoreReport
+from snapchain.ops.restore.run import Restoration, RestoreReport
 from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.repository import Repository
 from tests.ops.stacks import flat, qemu_img, write
 from tests.repository.synthetic import again, repository
@@ -125,7 +126,9 @@ def restore(
 ) -> RestoreReport:
     """Restore by a repository opened afresh."""
     named = None if point is None else str(point)
-    return Restoration(again(source), disk, output, point=named, whole_chain=chain, force=force).run()
+    return Restoration(
+        RepositoryDestination(again(source)), disk, output, point=named, whole_chain=chain, force=force
+    ).run()
 
 
 def same_bytes(one: Path, other: Path) -> bool:

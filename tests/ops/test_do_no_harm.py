@@ -18,17 +18,20 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from snapchain.destination.protocol import Destination, destination_at
+from snapchain.destination.protocol import Destination
+from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError
-from snapchain.merge import selection as planning, sequence as running
-from snapchain.merge.request import Request
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import plan as planning, run as merge_run
+from snapchain.merge.request import MergeRequest
+from snapchain.model.merging import Strategy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Disks
-from snapchain.ops.repository_destination import RepositoryDestination
+from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format
+from snapchain.ops.ship.delivery import delivery
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import sealing as snapshot
 from tests.ops.forest import DIRECTORIES, SHM, ZERO, Forest, State, forests, read, write_image
 from tests.ops.killing import killed_after
@@ -41,7 +44,7 @@ done: Counter[str] = Counter()
 """What was really done, so that a law that holds because all was refused is noticed."""
 
 
-def merge_request(forest: Forest, target: Path, data: st.DataObject) -> Request:
+def merge_request(forest: Forest, target: Path, data: st.DataObject) -> MergeRequest:
     """Any range, strategy and option."""
     chain = forest.chain(target)
     named = data.draw(st.booleans())
@@ -50,7 +53,7 @@ def merge_request(forest: Forest, target: Path, data: st.DataObject) -> Request:
     remove = [path for path in chain if data.draw(st.integers(0, 5)) == 0]
     keep_inputs = not remove and data.draw(st.integers(0, 5)) == 0
     forest.may_go |= set(remove)
-    return Request(
+    return MergeRequest(
         image=target,
         flatten=not named and data.draw(st.booleans()),
         from_layer=str(chain[lowest]) if named else None,
@@ -64,14 +67,14 @@ def merge_request(forest: Forest, target: Path, data: st.DataObject) -> Request:
 
 
 def merge(forest: Forest, target: Path, data: st.DataObject) -> None:
-    report = running.run(planning.plan(merge_request(forest, target, data)))
+    report = merge_run.run(planning.plan(merge_request(forest, target, data)))
     done["merged"] += bool(report.merges)
     done["removed"] += len(report.removed)
     done["kept"] += len(report.kept)
 
 
 def merge_by_rules(forest: Forest, target: Path, data: st.DataObject) -> None:
-    request = Request(
+    request = MergeRequest(
         image=target,
         flatten=data.draw(st.booleans()),
         max_layers=data.draw(st.integers(1, 2)),
@@ -79,14 +82,14 @@ def merge_by_rules(forest: Forest, target: Path, data: st.DataObject) -> None:
         image_format="qcow2",
         image_dirs=tuple(forest.image_dirs),
     )
-    report = running.run(planning.plan(request))
+    report = merge_run.run(planning.plan(request))
     done["merged by rules"] += bool(report.merges)
 
 
 def merge_at_night(forest: Forest, target: Path, data: st.DataObject) -> None:
     disks = Disks(path=target, format="qcow2", merge_above=4, image_dirs=tuple(forest.image_dirs))
     disks = disks.model_copy(update={"merge_above": data.draw(st.integers(1, 2))})
-    report = running.run(local_merge.plan(target, disks, at=[], budget=None))
+    report = merge_run.run(local_merge.plan(target, disks, at=[], budget=None))
     done["merged at night"] += bool(report.merges)
 
 
@@ -101,7 +104,7 @@ def kill_and_settle(forest: Forest, target: Path, data: st.DataObject) -> None:
     """A merge is killed, somebody else makes an overlay on one of its inputs, and then the doctor comes."""
     request = merge_request(forest, target, data)
     planned = planning.plan(request)
-    if not killed_after(lambda: running.run(planned), data.draw(st.integers(1, 20))):
+    if not killed_after(lambda: merge_run.run(planned), data.draw(st.integers(1, 20))):
         return
     forest.check(target)
     done["killed"] += 1
@@ -124,13 +127,13 @@ def stored(kind: str) -> tuple[Destination, dict[int, bytes]]:
     where: Destination = (
         RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
         if kind == "repository"
-        else destination_at(f"dir:{directory}/replica")
+        else open_destination(f"dir:{directory}/replica")
     )
     write_image(directory / "0.qcow2", {0: 201, 1: 202}, None)
     write_image(directory / "1.qcow2", {1: ZERO, 2: 203}, "0.qcow2")
     shown = {}
     for number, name in enumerate(("0.qcow2", "1.qcow2"), 1):
-        with where.deliver(directory / name, "d") as work:
+        with delivery(where, directory / name, "d") as work:
             work.run()
         found = read(directory / name, [])
         assert found is not None
@@ -155,7 +158,7 @@ def restore(forest: Forest, target: Path, data: st.DataObject) -> None:
     kind: Format | None = None if whole_chain else "qcow2"
     force = data.draw(st.integers(0, 5)) > 0
     try:
-        where.restoration("d", target, point=str(point), format=kind, whole_chain=whole_chain, force=force).run()
+        Restoration(where, "d", target, point=str(point), format=kind, whole_chain=whole_chain, force=force).run()
     except SnapchainError:
         assert {path: State.of(path) for path in forest.names()} == before, "a refusal changes nothing"
         raise

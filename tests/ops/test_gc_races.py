@@ -23,12 +23,11 @@ from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectInfo, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
-from snapchain.repository import packs, repository as repositories, sweep
+from snapchain.repository import collecting as gc, packs, repository as repositories, sweep
 from snapchain.repository.leases import DEAD_SECONDS
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.ops.test_crash import reads

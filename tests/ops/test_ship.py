@@ -20,10 +20,9 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data
 from snapchain.objects.throttle import ThrottledStore
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.ship.to_repository import shipment
-from snapchain.repository import packer, packs
+from snapchain.repository import collecting as gc, packer, packs
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write

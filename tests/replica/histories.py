@@ -20,14 +20,16 @@ import numpy as np
 
 from snapchain.errors import Diverged, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
-from snapchain.merge import plan as merge_plan, run as merge_run
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
+from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.receive import receive_stream
-from snapchain.ops.restore.from_replica import ReplicaRestoration
+from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.to_replica import Files, Request, send_blindly
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.stacks import clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 from tests.replica.merging import endpoint
@@ -174,19 +176,21 @@ class History:
         way = self.draw.choice([Strategy.NEW, Strategy.NEW, Strategy.ABSORB])
         paths = [path for path, _ in self.chain]
         try:
-            plan = merge_plan.plan(
-                self.top,
-                from_layer=str(paths[first]),
-                to_layer=str(paths[last]),
-                strategy=way,
-                image_format="qcow2",
-                image_dirs=self.images,
-                drop_bitmaps=True,
+            plan = merge_plan.plan_step(
+                MergeRequest(
+                    image=self.top,
+                    from_layer=str(paths[first]),
+                    to_layer=str(paths[last]),
+                    strategy=way,
+                    image_format="qcow2",
+                    image_dirs=self.images,
+                    drop_bitmaps=True,
+                )
             )
         except SnapchainError as refused:
             self.note(f"merge {first} to {last} is refused: {refused}")
             return
-        report = merge_run.run(plan)
+        report = merge_run.run_step(plan)
         self.note(f"merged {first} to {last} by {report.strategy.value}")
         self.happened["merged"] += 1
         self.chain[first : last + 1] = [self.chain[last]]
@@ -205,7 +209,7 @@ class History:
         number = self.draw.choice(sorted(set(known) & set(self.points)) or [0])
         if number:
             out = self.directory / self.draw.choice(["restored.raw", "restored.qcow2"])
-            ReplicaRestoration(endpoint(self.place.root), DISK, out, point=str(number)).run()
+            Restoration(ReplicaDestination(endpoint(self.place.root)), DISK, out, point=str(number)).run()
             assert same(out, self.points[number], image_format=out.suffix[1:])
             out.unlink()
             self.happened["restored"] += 1

@@ -11,9 +11,10 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, Unsupported
 from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.ops.log import log
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
-from snapchain.ops.replica_log import log_replica
 from snapchain.ops.ship.to_replica import Request, plan_send
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.messages import Open, encode
@@ -33,7 +34,7 @@ def test_an_older_epoch_is_refused(place: Place, chain: list[Path], tmp_path: Pa
     theirs = Path(shutil.copytree(chain[0].parent, tmp_path / "another host")) / chain[2].name
     place.send(chain[0])
     place.send(chain[1], epoch=3)
-    assert log_replica(DirectoryEndpoint(place.root)).disks[0].epoch == 3
+    assert log(ReplicaDestination(DirectoryEndpoint(place.root))).disks[0].epoch == 3
     before = {path: path.read_bytes() for path in place.directory.iterdir()}
     to = DirectoryEndpoint(place.root)
     for epoch in (1, 2):

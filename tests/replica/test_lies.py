@@ -12,20 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snapchain.destination.protocol import destination_at
-from snapchain.destinations import create_destination
+from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.places import state_dir
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
-from snapchain.ops.replica_verify import verify_replica
+from snapchain.ops.ship.delivery import delivery
 from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.layers import MapReader, layer_id
 from snapchain.replica.stream.messages import Cut, Inventory, Kind, LayerOffer, Open, PointOffer, encode
+from snapchain.replica.verification import verify_replica
+from snapchain.repository.opening import create_repository
 from snapchain.source import sealing as snapshot
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, same, write
@@ -161,7 +163,9 @@ def test_what_was_counted_is_not_read_again(place: Place, chain: list[Path], tmp
         write(image, f"write -P {20 + number} {number * 64}k 64k")
         snapshot.run(snapshot.plan(image))
         assert not any("reading" in each for each in notices(image, place))
-    merge_run.run(merge_plan.plan(image, from_layer=str(chain[0]), to_layer=str(chain[1])))
+    merge_run.run_step(
+        merge_plan.plan_step(MergeRequest(image=image, from_layer=str(chain[0]), to_layer=str(chain[1])))
+    )
     write(image, "write -P 10 0 64k")
     assert not any("reading" in each for each in notices(image, place)), "a merge is proven"
     assert same(place.files()[-1], flat(image, tmp_path / "shown"))
@@ -256,8 +260,8 @@ def test_a_state_directory_that_cannot_be_written(
 
 
 def test_ship_and_send_report_one_content_id(place: Place, chain: list[Path], tmp_path: Path) -> None:
-    create_destination(str(tmp_path / "repo"), passphrase=lambda: None, encryption="none")
+    create_repository(str(tmp_path / "repo"), passphrase=lambda: None, encryption="none")
     for image in chain:
-        with destination_at(str(tmp_path / "repo"), writing=True).deliver(image, DISK) as work:
+        with delivery(open_destination(str(tmp_path / "repo"), writing=True), image, DISK) as work:
             shipped = work.run()
         assert place.send(image).content_id == shipped.content_id

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge, ReplicaMergeReport
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.messages import FROM_RECEIVER, FROM_SENDER, POINTS_AT_ONCE, Hello, Kind, Merge, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
@@ -55,7 +56,7 @@ def asked(*said: tuple[int, bytes], dry_run: bool = False) -> Any:
 
 def test_an_honest_answer() -> None:
     progress = 40, struct.pack("<QQ", 1, 2)
-    found: ReplicaMergeReport = asked(
+    found: PointsMergeReport = asked(
         ANSWER, progress, (10, b""), merged(1, 2, kept=False), merged(3, outcome=OUTCOME), DONE
     )
     assert (found.points_kept, found.points_dropped, found.bytes_freed) == ((3,), (1, 2), -7)

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt
-from snapchain.merge.strategy import Strategy
-from snapchain.ops.replica_engine import ReplicaEngine
-from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_verify import verify_replica
+from snapchain.model.merging import Strategy
+from snapchain.ops.log import log
 from snapchain.replica import merging
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.stream.messages import Merge
+from snapchain.replica.verification import verify_replica
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, qemu_img, same
 from tests.replica.conftest import DISK, Place
-from tests.replica.merging import Pointed, endpoint
+from tests.replica.merging import Pointed, endpoint, merged_by
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 STRATEGIES = {way.value: way for way in (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)}
@@ -40,11 +40,12 @@ class Scene:
             self.pointed.send(path)
         self.root, self.pristine = self.pointed.place.root, directory / "pristine"
         shutil.copytree(self.root, self.pristine)
-        self.engine = ReplicaEngine(strategy)
+        self.strategy = strategy
 
     def merge(self) -> None:
         """As the receiver does, without a stream: all its calls are of the files'."""
-        merging.merge(ASKED, self.root, lambda *_: None, engine=self.engine)
+        with merged_by(self.strategy):
+            merging.merge(ASKED, self.root, lambda *_: None)
 
     def reset(self) -> None:
         shutil.rmtree(self.root)
@@ -160,7 +161,7 @@ def every_fault(scene: Scene, fault: Fault) -> None:
         assert scene.pointed.send(scene.chain[-1]).layers_sent == 0
 
     def looks() -> None:
-        assert log_replica(nobody, DISK).disks[0].points
+        assert log(ReplicaDestination(nobody), DISK).disks[0].points
 
     def verifies() -> None:
         found = verify_replica(nobody, DISK, read_data=True)

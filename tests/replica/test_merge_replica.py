@@ -13,12 +13,13 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
-from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.ship.to_replica import Divergence, Request, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
 from snapchain.source.sealing import plan as plan_snapshot, run as run_snapshot
 from tests.image.mounts import mounted
@@ -492,7 +493,7 @@ def seal(image: Path, *writes: str) -> None:
 
 
 def merge_here(image: Path, first: str) -> None:
-    merge_run.run(merge_plan.plan(image, from_layer=first))
+    merge_run.run_step(merge_plan.plan_step(MergeRequest(image=image, from_layer=first)))
 
 
 def guest_on(pointed: Pointed, layer: str) -> Path:

@@ -18,13 +18,14 @@ import pytest
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.retry import RetryPolicy
-from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_verify import verify_replica
+from snapchain.ops.log import log
 from snapchain.ops.ship.request import SendReport
 from snapchain.ops.ship.to_replica import Request, plan_send, send_persistently
 from snapchain.replica import sender
 from snapchain.replica.catalogue import Catalogue, read_record
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import Layer, build, flat, same
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 
@@ -114,7 +115,7 @@ def test_in_the_place_of_the_catalogue(held: Place, chain: list[Path], plant: Ca
     plant(held.directory / "catalogue.json")
     refused(held, chain[2])
     with pytest.raises(Corrupt, match=r"it is unsound|larger than|not a regular file"):
-        log_replica(DirectoryEndpoint(held.root))
+        log(ReplicaDestination(DirectoryEndpoint(held.root)))
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -137,7 +138,7 @@ def test_in_the_place_of_a_layer(
     assert re.search(says, finding.message)
     assert finding.disk == DISK
     assert held.catalogue() == before
-    assert len(log_replica(there).disks[0].points) == 2
+    assert len(log(ReplicaDestination(there)).disks[0].points) == 2
 
 
 @pytest.mark.parametrize("file", ["0.qcow2", "1.qcow2"])

@@ -74,12 +74,10 @@ def compared(frames: Frames) -> list[tuple[Kind, Any]]:
 
 
 def test_a_receiver_answers_as_before(tmp_path: Path) -> None:
-    from snapchain.ops.replica_engine import ReplicaEngine
-
     root = tmp_path / "replica"
     for name in SESSIONS:
         raw = stream(*recorded(name, "sent", root))
-        answers = replies(raw, lambda channel: receive(channel, root, engine=ReplicaEngine()))
+        answers = replies(raw, lambda channel: receive(channel, root))
         assert compared(answers) == compared(recorded(name, "replied", root)), name
 
 

@@ -15,11 +15,11 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
-from snapchain.merge import sequence as merge_set
-from snapchain.merge.request import At
+from snapchain.merge import run as merge_run
 from snapchain.model.events import Event, Notice, OnEvent, Progress
-from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeReport
+from snapchain.ops.merge import held_at
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
@@ -32,6 +32,8 @@ from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.source import sealing as snapshot
 
 _TRIES = 2
@@ -280,21 +282,21 @@ class DiskRun:
         assert cap is not None
         if len(captured.facts.files) + sealed.beyond <= cap:
             return
-        at = [At(place.name, place.open(), self._disk.name) for place in self._places]
+        at = [held_at(place.name, RepositoryDestination(place.open()), self._disk.name) for place in self._places]
         planned, cut = local_merge.plan(image, settings, at=at, budget=None), None
         left = limits.left("merge")
         if left is not None and local_merge.moved(planned) > left:
             smaller = local_merge.plan(image, settings, at=at, budget=left)
             cut = f"the budget of bytes to merge has {left} left, and this needs {local_merge.moved(planned)}"
             # What is larger than a whole budget would else never be done.
-            planned = smaller if smaller.plans or limits.has_begun("merge") else planned
+            planned = smaller if smaller.steps or limits.has_begun("merge") else planned
         for notice in planned.notices:
             self._on_event(Notice(notice))
         self._show(why_not_merged=cut or local_merge.why_longer(planned, settings))
-        if planned.plans:
+        if planned.steps:
             limits.take("merge", local_merge.moved(planned))
             try:
-                report = merge_set.run(planned, on_event=self._on_event)
+                report = merge_run.run(planned, on_event=self._on_event)
             except Busy as error:  # the guest was started again, as it may: merging under it is the live path
                 self._show(why_not_merged=str(error))
                 return
@@ -320,7 +322,7 @@ class DiskRun:
         self._keep(destinations={**self._state.destinations, place.name: reached})
         return result.model_copy(update={"retention": done.value, **kept})
 
-    def _retained(self, place: Place) -> RepositoryMergeReport:
+    def _retained(self, place: Place) -> PointsMergeReport:
         with place.turn() as repository:
             self._night.limits.check()
             zone, now = self._night.config.zone, self._night.clock()

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.disk_list import roster
@@ -26,6 +25,7 @@ from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.to_repository import shipment
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.source import sealing as snapshot
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from snapchain.destinations import replica_at
 from snapchain.errors import Corrupt, Diverged, SnapchainError
 from snapchain.host.channel import Channel
 from snapchain.host.retry import RetryPolicy, retry
@@ -27,19 +28,18 @@ from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import ZERO, Extents, over
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Collapse, Held, Missing, Send, UpToDate, Wanted, missing
-from snapchain.ops.replica_endpoint import replica_at
-from snapchain.ops.replica_waiting import waiting
 from snapchain.ops.ship.geometry import geometry
 from snapchain.ops.ship.groups import composed, groups
 from snapchain.ops.ship.recognise import recognised
 from snapchain.ops.ship.request import Divergence, Files, LayerPlan, Request, Scope, SendPlan, SendReport
-from snapchain.ops.ship.sent_views import SentViews
 from snapchain.ops.ship.sources import keys, same_source, sources_of, wanted
 from snapchain.replica.catalogue import keys_of
+from snapchain.replica.client import waiting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Marks, Sender
+from snapchain.replica.sent_views import SentViews
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.messages import HeldLayer, Inventory, Open
 from snapchain.source.chains import check_unchanged
