@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.errors import Unsupported
-from snapchain.image.backing import is_layer_below_active
+from snapchain.host.replica_layout import layers_of
 from snapchain.image.dependent_search import Dependents
 from snapchain.merge.copying import shares_extents
 from snapchain.merge.inputs import real_paths, users_of, why_not_own
@@ -126,11 +126,11 @@ def _allowed(
 def _foreign(stack: Stack, confirmed: Collection[Path]) -> dict[int, str]:
     """Files that would stay: a merge would only copy their data, once for each disk that shares them."""
     top = stack.chain.top
+    layers = layers_of(top.real_path.parent)
     return {
         place: why
         for place, file in enumerate(stack.chain.files)
-        if (why := why_not_own(file.real_path, top.path, confirmed)) is not None
-        and not is_layer_below_active(file.real_path, top.real_path)
+        if (why := why_not_own(file.real_path, top.path, confirmed)) is not None and file.real_path.parent != layers
     }
 
 

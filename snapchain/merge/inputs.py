@@ -11,16 +11,16 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import real_path
+from snapchain.host.replica_layout import layers_of
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependent_search import Dependents, is_outside
 from snapchain.image.dependents import SEEN
 from snapchain.merge.journal import MergeJournal
 from snapchain.merge.request import MergeRequest
 from snapchain.source.holds import check_range, held_layers
 from snapchain.source.notes import Notes
-from snapchain.source.ownership import check_not_given
+from snapchain.source.ownership import check_no_layer, check_not_given
 
 _REMEDY = " (--remove FILE removes it)"
 
@@ -135,7 +135,7 @@ def _why_kept(path: Path, *, top: Path, others: Dependents, confirmed: Collectio
     found = users_of(path, others, confirmed)
     if found is not None:
         return found if others.on(path, *SEEN) else f"{found}{_REMEDY}"
-    if is_layer_below_active(path, real_path(top)):
+    if layers_of(real_path(top).parent) == path.parent:
         return "it is a layer of a replica"
     if path.is_block_device():
         return "it is a device"

@@ -7,11 +7,10 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image import ImageChain, scan
-from snapchain.image.backing import check_no_layer
 from snapchain.image.dependent_search import dependents_of_chain
 from snapchain.merge.choose import choose
 from snapchain.merge.inputs import KeptFile, numbers, real_paths
@@ -21,8 +20,10 @@ from snapchain.merge.request import MergeRequest
 from snapchain.merge.stack import Stack, look
 from snapchain.merge.step import MergeStep, decide
 from snapchain.model.choice import MergeRange
+from snapchain.model.merging import MergeRow
 from snapchain.source.holds import check_range
 from snapchain.source.notes import Hold
+from snapchain.source.ownership import check_no_layer
 
 NOTHING = "nothing"
 
@@ -98,8 +99,24 @@ class MergePlan(_Shown):
     merges: tuple[PlannedMerge, ...]
     notices: tuple[str, ...]
     unfinished: tuple[Path, ...]
-    steps: tuple[MergeStep, ...] = Field(exclude=True, repr=False)
-    idle: MergeStep | None = Field(exclude=True, repr=False)
+    steps: tuple[InstanceOf[MergeStep], ...] = Field(exclude=True, repr=False)
+    idle: InstanceOf[MergeStep] | None = Field(exclude=True, repr=False)
+
+    @property
+    def rows(self) -> tuple[MergeRow, ...]:
+        """The merges as every plan shows them, lowest first."""
+        return tuple(
+            MergeRow(
+                layers=tuple(path.name for path in each.layers),
+                method=each.strategy,
+                bytes_to_move=each.bytes_to_move,
+                bytes_to_free=each.bytes_to_free,
+                needs_bytes=each.needs_bytes,
+                seconds=each.seconds,
+                shares_extents=each.shares_extents,
+            )
+            for each in self.merges
+        )
 
     @property
     def missing_bytes(self) -> int:
