@@ -20,7 +20,7 @@ from snapchain.image.leaves import LeafTable
 from snapchain.model.content import Hashes, Sum
 from snapchain.model.events import OnEvent
 from snapchain.model.extents import Extents, Int64s
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 
 Result = TypeVar("Result")
 
@@ -39,7 +39,7 @@ class Opening:
     limit_rate: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeldLayer:
     """A layer of the disk's newest chain, as the destination records it.
 
@@ -57,7 +57,7 @@ class HeldLayer:
     image_format: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewLayer:
     """A layer to be written.
 
@@ -74,7 +74,7 @@ class NewLayer:
     image_format: Literal["qcow2", "raw"]
     cluster_size: int
     grain: int
-    sources: tuple[Source, ...]
+    sources: tuple[Fingerprint, ...]
     extents: Extents
     view: ImageChain
     below: ImageChain | LeafTable | None
@@ -186,19 +186,23 @@ class LayerWriter(DiskLook, Protocol):
         ...
 
 
-class Writing(Protocol):
-    """The part of a destination that takes layers. url: for people."""
+class TakesLayers(Protocol):
+    """What layers can be written to. url: for people."""
 
     @property
     def url(self) -> str: ...
-
-    def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[DiskLook]:
-        """Open a disk to see what it holds; nothing is written."""
-        ...
 
     def write(self, opening: Opening, work: Callable[[LayerWriter], Result], *, on_event: OnEvent) -> Result:
         """Call `work` with a writer, and again with a new one as long as this kind's policy says that it helps.
 
         Raises Busy, Conflict and Unavailable as the kind does, and what `work` raises.
         """
+        ...
+
+
+class Writing(TakesLayers, Protocol):
+    """The part of a destination that takes layers, and shows what it has of them."""
+
+    def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[DiskLook]:
+        """Open a disk to see what it holds; nothing is written."""
         ...

@@ -61,9 +61,10 @@ class RepositoryWriting:
         with self._repository.lease(
             Mode.WRITE, f"ship {disk}", on_wait=lambda words: on_event(Notice(words)), disks=[disk]
         ) as lease:
+            points: list[int] = []
             for attempt in range(_LOOKS):
                 try:
-                    with DiskWriter(self._repository, disk, lease, on_event) as writer:
+                    with DiskWriter(self._repository, disk, lease, points, on_event) as writer:
                         result = work(writer)
                 except Corrupt:
                     lease.check()  # after a collection meanwhile, a missing object is no damage
@@ -129,13 +130,14 @@ class _Look:
 class DiskWriter(_Look):
     """Implements `LayerWriter`: a disk opened for one shipment, under a lease; a context manager."""
 
-    def __init__(self, repository: Repository, disk: str, lease: Lease, on_event: OnEvent) -> None:
+    def __init__(self, repository: Repository, disk: str, lease: Lease, points: list[int], on_event: OnEvent) -> None:
+        """points: numbers that this shipment has published already; it grows."""
         super().__init__(repository, disk, on_event)
         self._lease = lease
         self._arrival = _Arrival()
         self._deposit = Deposit(repository, on_durable=self._arrival.show)
         self._arrival.deposit = self._deposit
-        self._points: list[int] = []
+        self._points = points
         self._moves_points = False
 
     def __enter__(self) -> Self:
