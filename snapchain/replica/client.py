@@ -10,6 +10,7 @@ from itertools import pairwise
 from snapchain.errors import Corrupt, InvalidInput, Unsupported
 from snapchain.host.channel import Channel
 from snapchain.model.disk_name import check_disk_name
+from snapchain.model.events import Notice, OnEvent
 from snapchain.model.retention import Policy
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream import session as failures, session as opening
@@ -293,3 +294,16 @@ def _judged(said: Outcome, *, done: bool, peer: str) -> Outcome:
         raise Corrupt("what it says of the merge contradicts itself, or what it was asked for", subject=peer)
     staying = tuple(each.model_copy(update={"reason": failures.printable(each.reason)}) for each in said.staying)
     return said.model_copy(update={"staying": staying})
+
+
+def waiting(endpoint: Endpoint, on_event: OnEvent) -> Callable[[], None]:
+    """What to call at each sign of life that says nothing; it is told once."""
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        if not told:
+            told = True
+            on_event(Notice(f"{endpoint.url} makes us wait: another snapchain may be at work on that disk"))
+
+    return tell

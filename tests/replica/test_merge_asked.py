@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge, ReplicaMergeReport
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream import frames
 from snapchain.replica.stream.frames import FROM_SENDER, Kind
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, Hello, Merge, encode
@@ -57,7 +58,7 @@ def asked(*said: tuple[int, bytes], dry_run: bool = False) -> Any:
 
 def test_an_honest_answer() -> None:
     progress = 40, struct.pack("<QQ", 1, 2)
-    found: ReplicaMergeReport = asked(
+    found: PointsMergeReport = asked(
         ANSWER, progress, (10, b""), merged(1, 2, kept=False), merged(3, outcome=OUTCOME), DONE
     )
     assert (found.points_kept, found.points_dropped, found.bytes_freed) == ((3,), (1, 2), -7)

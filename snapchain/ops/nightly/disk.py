@@ -15,11 +15,11 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.merge import sequence as merge_set
 from snapchain.merge.request import At
 from snapchain.model.events import Event, Notice, OnEvent, Progress
-from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeReport
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
@@ -31,7 +31,9 @@ from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.ops.ship.run import ShipReport, ShipRequest, opened
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.source import sealing as snapshot
 
 _TRIES = 2
@@ -232,16 +234,15 @@ class DiskRun:
         sealed = captured.sealed
         with place.turn() as repository:
             self._night.limits.check()  # the turn may have been long in coming
-            with shipment(
-                sealed.path,
-                repository,
-                self._disk.name,
+            request = ShipRequest(
+                image=sealed.path,
+                disk=self._disk.name,
                 labels=self._settings.labels,
                 time=None if captured.how == "off" else captured.moment,
                 format=sealed.format,
                 image_dirs=self._dirs,
-                on_event=self._on_event,
-            ) as work:
+            )
+            with opened(request, RepositoryDestination(repository), on_event=self._on_event) as work:
                 self._night.limits.take("ship", work.plan().bytes_to_read)
                 report = work.run(on_event=self._while_there_is_time)
             catalogue = repository.catalogue(self._disk.name)
@@ -280,7 +281,7 @@ class DiskRun:
         assert cap is not None
         if len(captured.facts.files) + sealed.beyond <= cap:
             return
-        at = [At(place.name, place.open(), self._disk.name) for place in self._places]
+        at = [At(place.name, RepositoryDestination(place.open()), self._disk.name) for place in self._places]
         planned, cut = local_merge.plan(image, settings, at=at, budget=None), None
         left = limits.left("merge")
         if left is not None and local_merge.moved(planned) > left:
@@ -320,7 +321,7 @@ class DiskRun:
         self._keep(destinations={**self._state.destinations, place.name: reached})
         return result.model_copy(update={"retention": done.value, **kept})
 
-    def _retained(self, place: Place) -> RepositoryMergeReport:
+    def _retained(self, place: Place) -> PointsMergeReport:
         with place.turn() as repository:
             self._night.limits.check()
             zone, now = self._night.config.zone, self._night.clock()

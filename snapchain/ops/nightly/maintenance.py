@@ -8,17 +8,17 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from snapchain.destination.records import GcReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.model.events import Event, Notice, OnEvent, Progress
-from snapchain.ops import gc
-from snapchain.ops.gc import GcReport
 from snapchain.ops.nightly.disk import Night
 from snapchain.ops.nightly.open_destination import Place
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.verify import verify
+from snapchain.repository import collecting as gc
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 
 _LEAST_SAMPLE = 64 << 20
 """Guest bytes."""

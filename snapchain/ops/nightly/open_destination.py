@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.ops.nightly import passphrase
 from snapchain.ops.nightly.config import Destination
+from snapchain.repository.opening import open_repository
 from snapchain.repository.repository import CONFIG, Repository
 
 _PATIENCE = 2
@@ -43,7 +43,7 @@ class Place:
                 raise self._fault
             if self._opened is None:
                 try:
-                    self._opened = open_destination(
+                    self._opened = open_repository(
                         self.config.url,
                         passphrase=passphrase.source(self.config, on_notice=self._note),
                         writing=self._writing,

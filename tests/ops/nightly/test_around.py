@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.destinations import create_destination
 from snapchain.errors import Busy, ToolFailed
 from snapchain.ops.nightly import metrics, passphrase
 from snapchain.ops.nightly.config import Hooks
@@ -24,6 +23,7 @@ from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.run import directory_of
 from snapchain.ops.nightly.state import DiskState, StateFile
 from snapchain.ops.nightly.systemd import units
+from snapchain.repository.opening import create_repository
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
 from tests.ops.stacks import write
@@ -462,7 +462,7 @@ def test_a_dry_run_finds_hooks_whose_program_is_not_there(host: Host) -> None:
 
 def test_an_encrypted_destination_without_a_passphrase_says_which_variable_is_meant(host: Host) -> None:
     host.disk("web1")
-    create_destination(str(host.directory / "locked"), passphrase=lambda: "secret")
+    create_repository(str(host.directory / "locked"), passphrase=lambda: "secret")
     report = host.run('[[destinations]]\nname = "vault"\nurl = "locked"\npassword_env = "MY_SECRET"\n')
     (fault,) = row(report, "web1").faults
     assert (fault.step, "MY_SECRET" in fault.message) == ("open", True)

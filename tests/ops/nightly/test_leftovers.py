@@ -10,8 +10,9 @@ import pytest
 from snapchain.model.events import Event, Notice
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
 from snapchain.ops.nightly.report import NightlyReport, Outcome
-from snapchain.ops.restore.from_repository import Restoration
+from snapchain.ops.restore.run import Restoration
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import chains as source, sealing as snapshot
 from tests.ops.nightly.night import Host, row
 from tests.ops.stacks import write
@@ -37,7 +38,7 @@ def restored_alone(host: Host, image: Path, *, by_a_night: bool) -> list[Path]:
             snapshot.run(snapshot.plan(image))
     if not by_a_night:
         host.run(OFF)
-    Restoration(host.repository(), image.stem, image, force=True).run()
+    Restoration(RepositoryDestination(host.repository()), image.stem, image, force=True).run()
     return [image.with_name(f"{image.stem}.{number}.qcow2") for number in (1, 2)]
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from snapchain.destination.records import Finding, VerifyReport
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
-from snapchain.ops.ship.sent_views import SentViews
-from snapchain.ops.verify import Finding, VerifyReport
 from snapchain.replica.client import points_at, soundness_at
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.sender import Sender
+from snapchain.replica.sent_views import SentViews
 from snapchain.replica.stream.messages import Open
 
 
