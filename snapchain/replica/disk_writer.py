@@ -28,7 +28,7 @@ from snapchain.destination.writing import (
 from snapchain.host.channel import Channel
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.image.qcow2.aligned import aligned
-from snapchain.model.content import LEAF_BYTES, Hashes, decode_sum
+from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, decode_sum
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Int64s
 from snapchain.replica.catalogue import keys_of
@@ -39,9 +39,6 @@ from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Marks, Sender
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.messages import Inventory, Open
-
-_PORTION = 1 << 18
-"""Leaves that are compared at once."""
 
 
 class ReplicaWriting:
@@ -160,7 +157,7 @@ class DiskWriter:
 
     def leaves(self) -> NewestLeaves:
         """See `LayerWriter`. They are the word of the other side: who compares proves the result (ops/ship/compare)."""
-        return _TipLeaves(self._held[-1].size, *self._sender.leaves())
+        return _TipLeaves(self._held[-1].size, self._sender)
 
     def cut(self, keep: str | None, /) -> None:
         """See `LayerWriter`."""
@@ -217,14 +214,14 @@ class DiskWriter:
 
 
 class _TipLeaves:
-    """See destination.writing.NewestLeaves: as the other side gave them."""
+    """See destination.writing.NewestLeaves: as the other side gives them, batch by batch."""
 
-    def __init__(self, size: int, numbers: Int64s, hashes: Hashes) -> None:
-        self._size, self._numbers, self._hashes = size, numbers, hashes
+    def __init__(self, size: int, sender: Sender) -> None:
+        self._size, self._sender = size, sender
 
     def portions(self) -> Iterator[tuple[int, Int64s, Hashes]]:
         """See `NewestLeaves`."""
-        for at in range(0, max(1, len(self._numbers)), _PORTION):
-            numbers, hashes = self._numbers[at : at + _PORTION], self._hashes[at : at + _PORTION]
-            is_last = at + _PORTION >= len(self._numbers)
-            yield self._size if is_last else int(np.int64(numbers[-1]) + 1) * LEAF_BYTES, numbers, hashes
+        for numbers, hashes in self._sender.leaf_batches():
+            if len(numbers):
+                yield min(self._size, (int(numbers[-1]) + 1) * LEAF_BYTES), numbers, hashes
+        yield self._size, np.empty(0, np.int64), np.empty((0, HASH_BYTES), np.uint8)

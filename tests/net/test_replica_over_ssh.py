@@ -210,7 +210,7 @@ send_to_replica(ShipRequest(image=Path({str(noisy[0][1])!r}), disk="web1/vda", l
 
 def test_over_there_it_gives_up_before_the_sender_comes_again() -> None:
     from snapchain.host.ssh import ALIVE_COUNT, ALIVE_INTERVAL
-    from snapchain.replica.send_queue import BEAT_SECONDS
+    from snapchain.replica.stream.session import BEAT_SECONDS
 
     assert 3 * BEAT_SECONDS < serve_replica.PATIENCE < ALIVE_COUNT * ALIVE_INTERVAL + ALIVE_INTERVAL
 

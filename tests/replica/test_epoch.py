@@ -82,7 +82,7 @@ def test_the_first_epoch_goes_without_saying(chain: list[Path]) -> None:
         while frames.read_or_end() is not None:
             pass
 
-    with puppet(answer) as endpoint, pytest.raises(Unsupported, match="no epochs"):
+    with puppet(answer) as endpoint, pytest.raises(Unsupported, match="does not support 'epoch'"):
         send(chain[0], endpoint, DISK, epoch=2)
 
 

@@ -26,7 +26,7 @@ from snapchain.model.inventory import Wanted
 from snapchain.ops.ship.run import Divergence, Files, Scope, ShipRequest, send_blindly
 from snapchain.replica import arrival, sender
 from snapchain.replica.send_queue import SendQueue
-from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.messages import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write

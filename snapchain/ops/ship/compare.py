@@ -10,23 +10,20 @@ does not believe the other side compares it with a sum that was counted here.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain as chained
 
 import numpy as np
 
 from snapchain.destination.writing import HeldLayer, NewestLeaves
 from snapchain.image import ImageChain
-from snapchain.image.leaves import WORKERS, LeafTable, leaf_hashes, read_window
+from snapchain.image.leaves import LeafTable, in_order, leaves_of, read_window
 from snapchain.image.windows import Window, windows
 from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, empty_sum, sum_of
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, covering, over, rounded, where
 
-_UNDER_WAY = 4
-_Hashed = tuple[Window, tuple[Int64s, Hashes], Sum]
 _NO_LEAVES = np.empty(0, np.int64), np.empty((0, HASH_BYTES), np.uint8)
 
 
@@ -87,7 +84,7 @@ def compare(
         chosen[inside] = region.values_at(listed[inside] * LEAF_BYTES) == DATA
         numbers, hashes = listed[chosen], listed_hashes[chosen]
         at = 0
-        for window, mine, total in _hashed(view, windows(hot, since=done, until=stop)):
+        for window, mine, total in in_order(partial(_hashed, view), windows(hot, since=done, until=stop)):
             found.read = found.read + total
             upto = int(np.searchsorted(numbers, -(-window.stop // LEAF_BYTES)))
             found.compare(mine, (numbers[at:upto], hashes[at:upto]))
@@ -143,24 +140,10 @@ class _Found:
         return held.mapped(np.where(held.val == DATA, np.int64(val), held.val))
 
 
-def _hashed(view: ImageChain, portions: Iterator[Window]) -> Iterator[_Hashed]:
-    """Each window with the hashes of its leaves and their sum, in order, on several threads."""
-
-    def work(window: Window) -> _Hashed:
-        leaves = leaf_hashes(window, read_window(view, window))
-        return window, leaves, sum_of(*leaves)
-
-    under_way: deque[Future[_Hashed]] = deque()
-    pool = ThreadPoolExecutor(WORKERS, "compare")
-    try:
-        for window in portions:
-            under_way.append(pool.submit(work, window))
-            if len(under_way) > WORKERS * _UNDER_WAY:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _hashed(view: ImageChain, window: Window) -> tuple[Window, tuple[Int64s, Hashes], Sum]:
+    """A window with the hashes of its leaves, and their sum."""
+    leaves = leaves_of(window, read_window(view, window))
+    return window, leaves, sum_of(*leaves)
 
 
 def _end_leaves(size: int, ends: list[int]) -> Extents:
