@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.strategy import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.ship.to_replica import Files
+from snapchain.ops.ship.run import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.points_merge import ReplicaMerge
