@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from snapchain.destination.protocol import Destination
-from snapchain.destination.writing import Opening, Writing
+from snapchain.destination.writing import Opening
 from snapchain.merge.plan import MergePlan, plan
 from snapchain.merge.request import At, MergeRequest
 from snapchain.merge.run import MergeReport, run
