@@ -31,7 +31,6 @@ from snapchain.model.retention import Policy
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import RestoreReport
-from snapchain.ops.ship.delivery import delivery
 from snapchain.ops.ship.request import Divergence
 from snapchain.replica import destination as replica_destination
 from snapchain.replica.destination import ReplicaDestination
@@ -39,7 +38,7 @@ from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, Fetch, Hello, Kind, encode
-from tests.ops.shipping import MiB, random_stack, same_bytes
+from tests.ops.shipping import MiB, delivery, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place
 from tests.replica.test_stream import BLOB, GRAIN, HELLO, HOSTILE, MAP, OPEN, data, end, offer, puppet, stream, take
