@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 from snapchain.cli import main
-from snapchain.cli.verbs import load
+from snapchain.cli.app import whole_group
 from snapchain.errors import SnapchainError
 from tests.pages import GUIDE, PAGES, ROOT, Command, anchors, commands, section
 from tests.test_errors import defined
@@ -44,7 +43,7 @@ OTHERWISE = {
 
 @functools.cache
 def program() -> Any:
-    return typer.main.get_command(load())
+    return whole_group()
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))

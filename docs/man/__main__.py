@@ -18,10 +18,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.text import Text
 
-from snapchain.cli.verbs import load
+from snapchain.cli.app import whole_group
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "man" / "man1"
@@ -280,7 +279,7 @@ def pages_of(program: Any) -> list[str]:
 
 def pages() -> dict[str, str]:
     """File name -> text."""
-    program: Any = typer.main.get_command(load())
+    program: Any = whole_group()
     found = {f"snapchain-{name}.1": verb_page(name, program.commands[name]) for name in pages_of(program)}
     return {"snapchain.1": main_page(program), **found}
 
