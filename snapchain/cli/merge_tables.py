@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from snapchain.destination.records import PointsMergePlan, PointsMergeReport, StayingLayer
     from snapchain.merge.plan import LayerUse, MergePlan, PlannedMerge
-    from snapchain.merge.sequence import MergeReport
+    from snapchain.merge.run import MergeReport
 
 
 def draw_plan(console: Console, plan: MergePlan) -> None:

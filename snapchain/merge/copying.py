@@ -17,14 +17,18 @@ from functools import cache
 import numpy as np
 
 from snapchain.errors import Corrupt
+from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
+from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
 from snapchain.image.holes import stored_range
 from snapchain.image.physical import Int32s, Int64s, Mask
 from snapchain.image.pieces import joined_runs
-from snapchain.image.positioned import write_all
-from snapchain.image.pread import file_bytes, pread_into
+from snapchain.image.pread import file_bytes, pread_into, write_all
 from snapchain.image.threads import spread
+
+SPARE = 1 << 20
+"""Bytes of room for what the filesystem itself needs to record, beside what is copied."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -333,3 +337,28 @@ def _jobs(copies: Copies) -> Iterator[Copies]:
         stop = max(first + 1, min(int(np.searchsorted(total, reach, side="right")), first + _JOB_ROWS))
         yield cut[first:stop]
         first = stop
+
+
+def shares_extents(view: ImageChain, first: int) -> bool:
+    """Whether new files beside the top can share the blocks of all the files from `first` on.
+
+    Tried with one block and a file that never has a name.
+    """
+    try:
+        with Directory.open(view.top.real_path.parent) as directory:
+            block = os.fstatvfs(directory.fd).f_bsize
+            probe = directory.create_unnamed()
+    except OSError:  # no such files here, or no permission: then nothing is promised
+        return False
+    try:
+        for file in view.files[first:]:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return False
+            if status.st_size >= block and share_range(file.fileno(), 0, probe, 0, block) is not None:
+                return False
+    except OSError:  # a full or failing disk: the work itself meets and reports that
+        return False
+    finally:
+        os.close(probe)
+    return True

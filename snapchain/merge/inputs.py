@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -17,6 +17,8 @@ from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependent_search import Dependents, is_outside
 from snapchain.image.dependents import SEEN
 from snapchain.merge.journal import MergeJournal
+from snapchain.merge.request import MergeRequest
+from snapchain.source.holds import check_range, held_layers
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import check_not_given
 
@@ -70,8 +72,6 @@ def check_holds(chain: ImageChain, first: int, last: int) -> None:
     for fault in notes.faults(files):
         raise fault
     if any(notes.of(file).holds for file in files):
-        from snapchain.ops.hold import check_range, held_layers
-
         check_range(chain, first, last, held_layers(chain, notes))
 
 
@@ -82,6 +82,11 @@ def check_still_allowed(chain: ImageChain, first: int, last: int) -> None:
     """
     check_not_given(chain)
     check_holds(chain, first, last)
+
+
+def real_paths(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """With all links resolved, each once."""
+    return tuple(dict.fromkeys(real_path(path) for path in paths))
 
 
 def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
@@ -189,24 +194,17 @@ def second_name(path: Path, journals: Sequence[MergeJournal]) -> Path:
 # --- Which files of a chain the user means: everything above the root, or a range by names or paths.
 
 
-def numbers(
-    chain: ImageChain,
-    *,
-    flatten: bool,
-    from_layer: str | None,
-    to_layer: str | None,
-    journals: Sequence[MergeJournal],
-) -> tuple[int, int]:
-    """(lowest, uppermost) input, the root is 0. Raises NotFound, InvalidInput."""
+def numbers(chain: ImageChain, request: MergeRequest, journals: Sequence[MergeJournal]) -> tuple[int, int]:
+    """(lowest, uppermost) input that a request names, the root is 0. Raises NotFound, InvalidInput."""
     top = len(chain.files) - 1
-    last = top if to_layer is None else _number(chain, to_layer, journals)
-    if from_layer is not None:
-        first = _number(chain, from_layer, journals)
+    last = top if request.to_layer is None else _number(chain, request.to_layer, journals)
+    if request.from_layer is not None:
+        first = _number(chain, request.from_layer, journals)
     else:
-        first = 0 if flatten else min(1, last)
+        first = 0 if request.flatten else min(1, last)
     if first > last:
         raise InvalidInput(
-            f"{from_layer} lies above {to_layer or 'the top'}",
+            f"{request.from_layer} lies above {request.to_layer or 'the top'}",
             subject=chain.top.path,
             hint="swap --from and --to",
         )

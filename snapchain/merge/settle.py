@@ -41,7 +41,8 @@ def finish(journal: OpenJournal) -> Settled:
         gone, kept, incomplete = _judged(journal.journal)
         removed = _remove(journal.journal, gone)
     renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
-    for path in (*removed, *renamed):
+    removed += renamed
+    for path in removed:
         sweep(path)  # what killed merges into it have left
     for directory in {path.parent for path in removed}:
         Notes().sweep(directory)
@@ -93,6 +94,25 @@ def switched(journal: MergeJournal) -> bool:
         return True
     with _opened(journal.result) as fd:
         return linked(fd, journal.link, subject=journal.replaced.path)
+
+
+def describe(journal: MergeJournal) -> tuple[str, str]:
+    """(what happened, what `recover` does)."""
+    count = len(journal.remove)
+    if switched(journal):
+        return (
+            f"a merge ({journal.stage}) whose result is in place; {count} merged files are still there",
+            f"removes {', '.join(entry.path.name for entry in journal.remove) or 'nothing but the journal'}",
+        )
+    if journal.stage == "committing":
+        return (
+            f"a merge into {journal.lowest.name} that was killed; the chain reads as before, that file alone does not",
+            "merges again, to the end",
+        )
+    return (
+        f"a merge ({journal.stage}) that was killed before its result took its place; the image reads as before",
+        "undoes it",
+    )
 
 
 @contextmanager

@@ -21,6 +21,11 @@ class Strategy(Enum):
     ABSORB = "absorb"
     COMMIT = "commit"
 
+    @property
+    def writes_inputs(self) -> bool:
+        """Whether it changes one of the inputs in place, so that nobody may read them meanwhile."""
+        return self in {Strategy.ABSORB, Strategy.COMMIT}
+
 
 def cheapest(moved: dict[Strategy, int], needed: dict[Strategy, int], *, free: int) -> Strategy:
     """Of the ways that are possible: bytes that each moves, and room that each takes; `free`: room that there is.

@@ -205,7 +205,7 @@ def joined(data: Data) -> bytes:
 # --- How large an object may be, by its kind: the one place where that is decided.
 #
 # Every store applies it to every read, counts while it reads, and never trusts a size that it was told.  Writers keep
-# to it as well, so nothing is stored that could not be read again: see repository/stored.py, which also bounds what a
+# to it as well, so nothing is stored that could not be read again: see repository/envelope.py, which also bounds what a
 # record unpacks to.
 
 _KIB, _MIB = 1 << 10, 1 << 20

@@ -22,7 +22,7 @@ from snapchain.model.content import content_id, empty_sum
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Layer, Point
-from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
+from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.status import PROGRESS
@@ -45,14 +45,14 @@ class _Opened:
     chain: ImageChain
 
 
-def give(asked: Fetch, root: Path, channel: Channel, frames: FrameWriter, *, engine: Engine | None) -> None:
-    """Say all of the answer. engine: what settles a merge that was killed.
+def give(asked: Fetch, root: Path, channel: Channel, frames: FrameWriter) -> None:
+    """Say all of the answer.
 
     Raises NotFound where there is no such replica, disk or point, Corrupt when it is not what it was, Busy when
     somebody is changing it.
     """
     disk = open_replica(root).disk(asked.disk)
-    with _opened(disk, asked.point, engine) as found:
+    with _opened(disk, asked.point) as found:
         outbox = SendQueue(channel, frames, None)
         try:
             _Giving(asked, disk, found, outbox).run()
@@ -170,15 +170,15 @@ def _as_they_are(found: _Opened) -> Iterator[OutgoingLayer]:
 
 
 @contextmanager
-def _opened(disk: ReplicaDisk, wanted: str | None, engine: Engine | None) -> Iterator[_Opened]:
+def _opened(disk: ReplicaDisk, wanted: str | None) -> Iterator[_Opened]:
     """A point, its files held. What is wrong with them counts only where the catalogue still is the same."""
     with ExitStack() as held:
-        yield _open(disk, wanted, held, engine)
+        yield _open(disk, wanted, held)
 
 
-def _open(disk: ReplicaDisk, wanted: str | None, held: ExitStack, engine: Engine | None) -> _Opened:
+def _open(disk: ReplicaDisk, wanted: str | None, held: ExitStack) -> _Opened:
     for _ in range(_ATTEMPTS):
-        wait_for_merge(disk, engine=engine)
+        wait_for_merge(disk)
         catalogue = disk.read()
         if catalogue is None:
             raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)

@@ -14,14 +14,14 @@ from datetime import UTC, tzinfo
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.retention import Decision, Policy, parse_duration
 from snapchain.replica import layer_merge as collapsing
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Point
 from snapchain.replica.epochs import check_epoch
 from snapchain.replica.layer_merge import Collapsing
-from snapchain.replica.merge_journal import Engine, undisturbed
+from snapchain.replica.merge_journal import undisturbed
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, DecidedPoint, Merge, Merged, Outcome, Staying, encode
@@ -33,30 +33,27 @@ _PROGRESS_SECONDS = 0.3
 _LONGEST_REASON = 1000
 
 
-def merge(asked: Merge, root: Path, say: Say, *, engine: Engine | None) -> None:
+def merge(asked: Merge, root: Path, say: Say) -> None:
     """Do it, and say all but DONE.
 
     Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
-    when others do not let go of the disk, Unsupported where nothing here can merge, and as `collapsing.plan`, `run`.
+    when others do not let go of the disk, and as `collapsing.plan`, `run`.
     """
-    if engine is None:
-        raise Unsupported("this receiver cannot merge", subject=root)
     policy, zone = _policy(asked), _zone(asked.zone)
     disk = open_replica(root).disk(asked.disk)
     if asked.dry_run:
         planned = undisturbed(
             disk,
-            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), policy, zone=zone, engine=engine),
-            engine=engine,
+            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), policy, zone=zone),
             is_fine=lambda _plan: False,
         )
         _tell(planned, _foreseen(planned), say)
         return
     _checked(disk, disk.read(), asked)
     with in_turn(disk, Work.MERGE):
-        settled = _checked(disk, settle(disk, engine), asked)
-        planned = collapsing.plan(disk, settled, policy, zone=zone, engine=engine)
-        _tell(planned, _done(disk, planned, engine, say), say)
+        settled = _checked(disk, settle(disk), asked)
+        planned = collapsing.plan(disk, settled, policy, zone=zone)
+        _tell(planned, _done(disk, planned, say), say)
 
 
 def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, asked: Merge) -> Catalogue:
@@ -110,7 +107,7 @@ def _foreseen(planned: Collapsing) -> Outcome:
     )
 
 
-def _done(disk: ReplicaDisk, planned: Collapsing, engine: Engine, say: Say) -> Outcome:
+def _done(disk: ReplicaDisk, planned: Collapsing, say: Say) -> Outcome:
     told, last = 0.0, -1
 
     def on_bytes(done: int, total: int) -> None:
@@ -119,7 +116,7 @@ def _done(disk: ReplicaDisk, planned: Collapsing, engine: Engine, say: Say) -> O
             told, last = time.monotonic(), done
             say(Kind.PROGRESS, PROGRESS.pack(done, total))
 
-    done = collapsing.run(disk, planned, engine=engine, on_bytes=on_bytes)
+    done = collapsing.run(disk, planned, on_bytes=on_bytes)
     return Outcome(
         done=True,
         layers_before=len(planned.catalogue.layers),

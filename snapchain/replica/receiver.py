@@ -28,7 +28,7 @@ from snapchain.model.extents import Extents
 from snapchain.replica.arrival import Arrival, forget, read_progress, settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.epochs import check_epoch, enter_epoch
-from snapchain.replica.merge_journal import Engine, others_on, undisturbed
+from snapchain.replica.merge_journal import others_on, undisturbed
 from snapchain.replica.permissions import EVERYTHING, Permissions, chosen
 from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open_replica
 from snapchain.replica.stream import session as failures, session as opening
@@ -77,21 +77,19 @@ def receive(
     root: Path | None = None,
     *,
     within: Path | None = None,
-    engine: Engine | None = None,
     permissions: Permissions = EVERYTHING,
     group: int | None = None,
 ) -> Received:
     """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
 
     root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
-    engine: what merges; without one, MERGE is refused, and a disk on which a merge was killed
     permissions: what the sender may ask for; group: that may read a replica which is written to
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     voice = ReplyWriter(channel)
     try:
         with voice.beating():
-            return _Reception(channel, voice, root, within, engine, permissions, group).run()
+            return _Reception(channel, voice, root, within, permissions, group).run()
     except BaseException as error:
         with suppress(SnapchainError):
             voice.say(Kind.FAIL, encode(failures.told(error)))
@@ -103,7 +101,7 @@ def begun(channel: Channel, root: Path) -> Inventory:
 
     Raises as `receive`, for what that would refuse at once.
     """
-    return _Reception(channel, ReplyWriter(channel), root, None, None, EVERYTHING, None).begun()
+    return _Reception(channel, ReplyWriter(channel), root, None, EVERYTHING, None).begun()
 
 
 class _Reception:
@@ -113,13 +111,11 @@ class _Reception:
         voice: ReplyWriter,
         root: Path | None,
         within: Path | None,
-        engine: Engine | None,
         permissions: Permissions,
         group: int | None,
     ) -> None:
         self._channel, self._voice, self._root, self._within = channel, voice, root, within
         self._permissions, self._group = permissions, group
-        self._engine = engine
         self._frames = FrameReader(channel, FROM_SENDER)
         self._received = Received()
         self._marks = 0
@@ -146,7 +142,7 @@ class _Reception:
             return self._received
         disk = open_replica(self._chosen(asked.replica), make=True, group=self._group).disk(asked.disk)
         with in_turn(disk, Work.TRANSFER, make=True):
-            catalogue = settle(disk, self._engine)
+            catalogue = settle(disk)
             catalogue = enter_epoch(disk, catalogue, asked.epoch, by_name=asked.by_name)
             if hello:
                 self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue, self._features)))
@@ -196,26 +192,26 @@ class _Reception:
             from snapchain.replica.stream.messages import Fetch
 
             wanted = self._request(Fetch, frame)
-            give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
+            give(wanted, self._chosen(wanted.replica), self._channel, self._voice)
             return
         if frame.kind is Kind.HANDOVER:
             from snapchain.replica.handover import hand_over
             from snapchain.replica.stream.messages import Handover
 
             handed = self._request(Handover, frame)
-            self._voice.say(Kind.HANDED, encode(hand_over(handed, self._chosen(handed.replica), self._engine)))
+            self._voice.say(Kind.HANDED, encode(hand_over(handed, self._chosen(handed.replica))))
         elif frame.kind is Kind.MERGE:
             from snapchain.replica.merging import merge
             from snapchain.replica.stream.messages import Merge
 
             merged = self._request(Merge, frame)
-            merge(merged, self._chosen(merged.replica), self._voice.say, engine=self._engine)
+            merge(merged, self._chosen(merged.replica), self._voice.say)
         else:
             from snapchain.replica.status import answer
             from snapchain.replica.stream.messages import Ask
 
             asked = self._request(Ask, frame)
-            answer(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
+            answer(asked, self._chosen(asked.replica), self._voice.say)
         self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
 
     def _looked(self, asked: Open) -> Inventory:
@@ -255,7 +251,6 @@ class _Reception:
         found = undisturbed(
             disk,
             lambda: look_at_active(disk, disk.read() or empty_catalogue(disk.name), offer),
-            engine=self._engine,
             is_fine=lambda seen: seen.state is ActiveState.READY and not seen.broken,
         )
         self._voice.say(Kind.READINESS, encode(found))

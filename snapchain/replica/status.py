@@ -24,7 +24,7 @@ from snapchain.image.qcow2.tables import ImageFd
 from snapchain.model.content import content_id, empty_sum
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue
-from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
+from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.frames import Kind
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, HeldDisk, HeldPoint, Verdict, encode
@@ -35,30 +35,27 @@ PROGRESS = struct.Struct("<QQ")
 _PROGRESS_SECONDS = 0.3
 
 
-def answer(asked: Ask, root: Path, say: Say, *, engine: Engine | None = None) -> None:
-    """Say all but DONE. Raises NotFound where there is no such replica or disk, and what `say` raises.
-
-    engine: for a merge that was killed, which is finished or undone before anything is judged
-    """
+def answer(asked: Ask, root: Path, say: Say) -> None:
+    """Say all but DONE. Raises NotFound where there is no such replica or disk, and what `say` raises."""
     replica = open_replica(root)
     disks = replica.disks() if asked.disk is None else [replica.disk(asked.disk)]
     if asked.want == "points":
         for disk in disks:
-            for page in _pages(_settled(disk, engine)):
+            for page in _pages(_settled(disk)):
                 say(Kind.DISK, encode(page))
         return
     teller = _Teller(disks, say) if asked.want == "data" else None
     for disk in disks:
         on_bytes = _ignored if teller is None else teller.read
-        checked = check_disk(disk, data=asked.want == "data", on_bytes=on_bytes, engine=engine)
+        checked = check_disk(disk, data=asked.want == "data", on_bytes=on_bytes)
         for finding in checked.findings:
             say(Kind.FINDING, encode(finding))
         say(Kind.VERDICT, encode(checked.verdict))
 
 
-def _settled(disk: ReplicaDisk, engine: Engine | None) -> Catalogue:
+def _settled(disk: ReplicaDisk) -> Catalogue:
     with suppress(Busy, InvalidInput, Unsupported):  # its points are told all the same
-        wait_for_merge(disk, engine=engine, patience=0)
+        wait_for_merge(disk, patience=0)
     found = disk.read()
     if found is None:
         raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
@@ -183,16 +180,14 @@ class Checked:
     findings: tuple[Finding, ...]
 
 
-def check_disk(
-    disk: ReplicaDisk, *, data: bool, on_bytes: Callable[[int], None], engine: Engine | None = None
-) -> Checked:
+def check_disk(disk: ReplicaDisk, *, data: bool, on_bytes: Callable[[int], None]) -> Checked:
     """Look at a disk. data: read all layers too, and compare what they show with what was recorded.
 
-    on_bytes: told how much was read since it was last told; engine: for a merge that was killed
+    on_bytes: told how much was read since it was last told
     Raises NotFound for a disk that has no catalogue, Busy when it changes all the time.
     """
     for _ in range(_ATTEMPTS):
-        wait_for_merge(disk, engine=engine)
+        wait_for_merge(disk)
         try:
             catalogue = disk.read()
         except SnapchainError as error:

@@ -27,9 +27,9 @@ from snapchain.model.points import chosen_point
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import generation_name
 from snapchain.repository.known import SeenGenerations
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 
 KIND = b"C"
 MOST_LAYERS = 50_000

@@ -31,6 +31,7 @@ from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectInfo, ObjectStore
 from snapchain.repository import damage
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import seal, unseal
 from snapchain.repository.format import (
     BLOB_ROW,
     ID_BYTES,
@@ -42,7 +43,6 @@ from snapchain.repository.format import (
     is_damage,
 )
 from snapchain.repository.packs import Location
-from snapchain.repository.stored import seal, unseal
 
 KIND = b"I"
 NOTHING = "0" * 32

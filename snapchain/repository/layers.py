@@ -30,10 +30,10 @@ from snapchain.model.fingerprint import Fingerprint
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
 from snapchain.repository.packs import LARGEST_BLOB, Location
 from snapchain.repository.pages import Page
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 
 KIND = b"L"
 _LENGTH = struct.Struct("<I")

@@ -34,7 +34,7 @@ from snapchain.objects.exclusive import boot_time, is_retired, retire, stays
 from snapchain.objects.reserve import spending
 from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.stored import Many, StoredModel, parse as parse_stored, seal, unseal
+from snapchain.repository.envelope import Many, StoredModel, parse as parse_stored, seal, unseal
 
 KIND = b"E"
 REFRESH_SECONDS = 300.0

@@ -1,6 +1,6 @@
 """Packs: many blobs in one object, of at most 16 MiB unless the repository or the command says otherwise.
 
-    0   16  head (stored.py), kind P
+    0   16  head (envelope.py), kind P
     16      blobs, one after the other: cipher text and tag; nonce = the blob's offset as u96 little endian
     ...     directory: cipher text and tag of (zstd of ids and BLOB_ROWs); nonce = its offset
     -16 4   stored bytes of the directory, u32 little endian
@@ -24,6 +24,7 @@ import zstandard
 from snapchain.errors import Corrupt
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import TAG_BYTES, Cipher, Keyring, decrypt
+from snapchain.repository.envelope import EXPANSIONS, HEAD_BYTES, check_head, decompress, head
 from snapchain.repository.format import (
     BLOB_ROW,
     ID_BYTES,
@@ -31,7 +32,6 @@ from snapchain.repository.format import (
     fresh_id,
     pack_name,
 )
-from snapchain.repository.stored import EXPANSIONS, HEAD_BYTES, check_head, decompress, head
 
 KIND = b"P"
 FIRST_BLOB = HEAD_BYTES

@@ -22,6 +22,7 @@ from snapchain.repository import catalogue as catalogues, damage, index as index
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Hold, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
+from snapchain.repository.envelope import StoredModel, newer, parse as parse_stored
 from snapchain.repository.format import (
     MAX_BLOCK_BYTES,
     MAX_PACK_BYTES,
@@ -34,7 +35,6 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import SeenGenerations
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
-from snapchain.repository.stored import StoredModel, newer, parse as parse_stored
 from snapchain.repository.vacancy import check_vacant, nothing_here
 
 CONFIG = "config"

@@ -21,9 +21,9 @@ import zstandard
 from blake3 import blake3
 
 from snapchain.repository.crypto import NONE, Keyring
+from snapchain.repository.envelope import head, seal, unseal
 from snapchain.repository.format import BLOB_ROW, PAGE_ROW, RUN_ROW
 from snapchain.repository.packs import OpenPack, PackReader
-from snapchain.repository.stored import head, seal, unseal
 from tests.hostile.child import Outcome, Shell
 from tests.hostile.judge import Plan, unlike
 from tests.hostile.mutate import Draw, Pool, document, number, spoil

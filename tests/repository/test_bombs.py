@@ -26,14 +26,15 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.repository import (
     catalogue as catalogues,
     collecting as gc,
+    envelope,
     layers,
     mark as collect,
-    stored as envelope,
     verification,
 )
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.chain import ChainView
 from snapchain.repository.crypto import NONE
+from snapchain.repository.envelope import check_density, parse, seal
 from snapchain.repository.format import (
     LEAF_ROW,
     PAGE_ROW,
@@ -48,7 +49,6 @@ from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packs import OpenPack
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
-from snapchain.repository.stored import check_density, parse, seal
 from snapchain.repository.verification import verify
 
 MOST_MIB = 400

@@ -19,8 +19,8 @@ from snapchain.objects.store import ObjectStore
 from snapchain.repository import catalogue as catalogues
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import seal
 from snapchain.repository.format import generation_name
-from snapchain.repository.stored import seal
 from snapchain.testing.faults import Fault, FaultStore, On
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))
@@ -198,7 +198,7 @@ def test_catalogues_that_contradict_themselves(change: dict[str, object]) -> Non
 
 
 def _body(store: MemoryStore, where: str) -> bytes:
-    from snapchain.repository.stored import unseal
+    from snapchain.repository.envelope import unseal
 
     return unseal(KEYS, b"C", where, store.get(where))
 

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Corrupt, Unsupported
-from snapchain.repository import stored as envelope
+from snapchain.repository import envelope
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES, Keyring, cipher, derive
-from snapchain.repository.stored import decompress, head, seal, unseal
+from snapchain.repository.envelope import decompress, head, seal, unseal
 
 MASTER = bytes(range(32))
 REPOSITORY = "00112233445566778899aabbccddeeff"

@@ -12,10 +12,10 @@ from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import index as indexes
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import seal
 from snapchain.repository.format import BLOB_ROW
 from snapchain.repository.index import BlobIndex, IndexedPack
 from snapchain.repository.packs import Location
-from snapchain.repository.stored import seal
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))
 

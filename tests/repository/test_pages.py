@@ -16,10 +16,10 @@ from snapchain.model.content import content_id, empty_sum, encode_sum
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import layers as records
 from snapchain.repository.crypto import Keyring
+from snapchain.repository.envelope import seal
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, layer_name
 from snapchain.repository.layers import LayerHeader
 from snapchain.repository.pages import Page, PageBuilder, Rows
-from snapchain.repository.stored import seal
 from tests.repository.synthetic import LEAF, Drawn, Run, drawn, ship, stacks
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))

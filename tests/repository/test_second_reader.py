@@ -20,13 +20,13 @@ from snapchain.objects.local import LocalStore
 from snapchain.repository import collecting as gc, keys as slots
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES
+from snapchain.repository.envelope import unseal
 from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.packs import PackReader
 from snapchain.repository.pages import Page
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
-from snapchain.repository.stored import unseal
 from tests.repository import second_keys, second_reader, vectors
 from tests.repository.second_keys import Damaged, Keys, Newer, master_key, public_master
 from tests.repository.second_reader import Reader

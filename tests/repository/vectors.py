@@ -18,10 +18,10 @@ from blake3 import blake3
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, leaf_hash, sum_of
 from snapchain.repository import keys as slots
 from snapchain.repository.crypto import AES, CHACHA, NONE, Keyring, derive
+from snapchain.repository.envelope import seal
 from snapchain.repository.format import LEAF_ROW, RUN_ROW
 from snapchain.repository.packs import ClosedPack, OpenPack, packed
 from snapchain.repository.pages import Page
-from snapchain.repository.stored import seal
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
 PASSPHRASE = "correct horse battery staple"
@@ -69,7 +69,7 @@ def vectors() -> dict[str, str]:
     }
     found |= {f"id of pattern({n})": blob_id(aes, pattern(n)).hex() for n in (1, 65536, 65537, 200000)}
     for suite in (AES, CHACHA, NONE):
-        with mock.patch("snapchain.repository.stored.secrets.token_bytes", return_value=SALT):
+        with mock.patch("snapchain.repository.envelope.secrets.token_bytes", return_value=SALT):
             found[f"record {suite}"] = seal(keyring(suite), b"C", RECORD_NAME, BODY).hex()
     found["pack.id"] = PACK
     for suite in (AES, CHACHA, NONE):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from snapchain.destinations import replica_at
 from snapchain.errors import Corrupt, Diverged, SnapchainError
 from snapchain.host.channel import Channel
 from snapchain.host.retry import RetryPolicy, retry
@@ -36,7 +37,6 @@ from snapchain.replica.catalogue import keys_of
 from snapchain.replica.client import waiting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import offered_name
-from snapchain.replica.opening import replica_at
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Marks, Sender
 from snapchain.replica.sent_views import SentViews
