@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import snapchain
+from docs.modules import START, folders
 from snapchain.cli import main
 from snapchain.cli.app import command
 from snapchain.cli.verbs import VERBS
@@ -297,3 +298,32 @@ def test_the_index_of_the_decisions_is_complete() -> None:
     missing = [f"| [{number}]({there[number]}) | ... |" for number in sorted(there.keys() - told.keys())]
     assert missing == [], "add these lines to docs/decisions/README.md"
     assert told == there
+
+
+# ---- architecture
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_architecture_names_what_exists() -> None:
+    """Every path, and every name that stands behind a path."""
+    by_hand = ARCHITECTURE.read_text().split(START)[0]
+    quoted = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|\w+\.py)`(?: `(\w+)`)?", by_hand)
+    assert len(quoted) > 60
+    for path, name in quoted:
+        if "NAME" in path:
+            continue
+        found = [base / path for base in (ROOT / "snapchain", ROOT) if (base / path).exists()]
+        assert found, path
+        if name:
+            assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b", found[0].read_text(), re.MULTILINE), (path, name)
+
+
+def test_the_architecture_names_every_module() -> None:
+    told: dict[str, set[str]] = {}
+    for title, rows in re.findall(
+        r"^### `([^`]+)/`\n(.*?)(?=^### |\Z)", ARCHITECTURE.read_text(), re.MULTILINE | re.DOTALL
+    ):
+        told[title] = set(re.findall(r"^\| `([^`]+)`", rows, re.MULTILINE))
+    there = {str(folder.relative_to(ROOT)): {path.name for path in modules} for folder, modules in folders()}
+    assert told == there, "run `make map`"
