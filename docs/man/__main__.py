@@ -187,6 +187,22 @@ def option_list(command: Any) -> str:
     return text + tagged("\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show a short help and exit.")
 
 
+def configuration() -> str:
+    """What a file for `nightly` holds: the example and the table of fields of the guide."""
+    text = (ROOT / "docs" / "guide" / "nightly.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    lines = "".join(f"{literal(line) or '.sp'}\n" for line in example.splitlines())
+    fields = re.findall(r"^\| (\S+) \| (.*) \|$", text.split("\n## Fields\n", 1)[1].split("\n## ", 1)[0], re.MULTILINE)
+    rows = [
+        tagged(f"\\fB{literal(where.strip('`'))}\\fR", names)
+        for where, names in fields
+        if where not in {"where", "---"}
+    ]
+    return f".SH CONFIGURATION\n{prose('A TOML file, such as:')}\n.PP\n.EX\n{lines}.EE\n.PP\n" + (
+        prose("Every field, with its default in parentheses:") + "\n" + "".join(rows)
+    )
+
+
 def exit_status(name: str) -> str:
     text = ".SH EXIT STATUS\n"
     for code, kind, meaning in table("Exit codes"):
@@ -251,6 +267,7 @@ def verb_page(name: str) -> str:
         + synopsis(name, found)
         + description(found)
         + option_list(found)
+        + (configuration() if name == "nightly" else "")
         + exit_status(name)
         + examples(found)
         + described("ENVIRONMENT", variables)
