@@ -16,6 +16,14 @@ Trees = tuple[dict[str, str | None], set[str]]
 MAPS = extents(max_size=24)
 
 
+def merge_group(layers: Sequence[Extents], *, root: bool) -> Extents:
+    """The map of a group's merged layer: only at the root may a ZERO be dropped."""
+    merged = fold(layers)
+    if not root:
+        return merged
+    return merged.mapped(np.where(merged.val == ZERO, np.int64(ABSENT), merged.val))
+
+
 @st.composite
 def trees(draw: st.DrawFn, *, roots: bool = False) -> Trees:
     """Parents of up to 10 layers, in any order, and a few kept ones."""
@@ -53,14 +61,6 @@ def spelled(groups: Collection[Group]) -> str:
         ("a", "[a]"),
     ],
 )
-def merge_group(layers: Sequence[Extents], *, root: bool) -> Extents:
-    """The map of a group's merged layer: only at the root may a ZERO be dropped."""
-    merged = fold(layers)
-    if not root:
-        return merged
-    return merged.mapped(np.where(merged.val == ZERO, np.int64(ABSENT), merged.val))
-
-
 def test_chains(keep: str, want: str) -> None:
     assert spelled(collapse(list("abcdef"), keep.split())) == want
 
