@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.events import ByteCount
-from snapchain.model.retention import Decision, Policy, parse_duration
+from snapchain.model.retention import Decision
 from snapchain.replica import layer_merge as collapsing
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Point
@@ -55,12 +55,14 @@ def merge(asked: Merge, root: Path, say: Reply) -> None:
     Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
     when others do not let go of the disk, Unsupported where nothing here can merge, and as `collapsing.plan`, `run`.
     """
-    policy, zone = _policy(asked), _zone(asked.zone)
+    if asked.is_empty:
+        raise InvalidInput("no rule says which points to keep", subject=asked.disk, hint="such as --keep-last 7")
+    zone = _zone(asked.zone)
     disk = open_replica(root).disk(asked.disk)
     if asked.dry_run:
         planned = undisturbed(
             disk,
-            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), policy, zone=zone),
+            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), asked, zone=zone),
             is_fine=lambda _plan: False,
         )
         _tell(planned, _foreseen(planned), say)
@@ -68,7 +70,7 @@ def merge(asked: Merge, root: Path, say: Reply) -> None:
     _checked(disk, disk.read(), asked)
     with in_turn(disk, Work.MERGE):
         settled = _checked(disk, settle(disk), asked)
-        planned = collapsing.plan(disk, settled, policy, zone=zone)
+        planned = collapsing.plan(disk, settled, asked, zone=zone)
         _tell(planned, _done(disk, planned, say), say)
 
 
@@ -78,22 +80,6 @@ def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, asked: Merge) -> Ca
     if asked.epoch is not None:
         check_epoch(disk, catalogue, asked.epoch, by_name=True)  # it stays what it is here
     return catalogue
-
-
-def _policy(asked: Merge) -> Policy:
-    policy = Policy(
-        last=asked.last,
-        hourly=asked.hourly,
-        daily=asked.daily,
-        weekly=asked.weekly,
-        monthly=asked.monthly,
-        yearly=asked.yearly,
-        within=None if asked.within is None else parse_duration(asked.within),
-        labels=frozenset(asked.labels),
-    )
-    if policy.is_empty:
-        raise InvalidInput("no rule says which points to keep", subject=asked.disk, hint="such as --keep-last 7")
-    return policy
 
 
 def _zone(name: str) -> tzinfo:
