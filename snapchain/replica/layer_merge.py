@@ -230,8 +230,6 @@ def _run(step: MergeStep, on_bytes: OnBytes) -> StepReport:
 def _merge(
     disk: ReplicaDisk, members: Layers, planned: MergeStep, done: LayerMergeResult, *, on_bytes: OnBytes
 ) -> None:
-    disk: ReplicaDisk, members: Layers, planned: MergeStep, done: LayerMergeResult, *, on_bytes: OnBytes
-) -> None:
     """Merge one group: its record, its points, its files, and the catalogue."""
     room = free_bytes(disk.directory)
     if planned.needs_bytes > room:
