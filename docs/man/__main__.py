@@ -287,7 +287,7 @@ def main_page() -> str:
             text += "".join(tagged(f"\\fB{literal(name)}\\fR", sentence) for name, sentence in summaries.items())
     text += ".SH ADDRESSES\n" + ".PP\n".join(f"{prose(line)}\n" for line in verbs.ADDRESSES.split("\n"))
     text += ".SH OPTIONS\n"
-    for names, sentence in verbs.OPTIONS.items():
+    for names, sentence in verbs._OPTIONS.items():
         text += tagged(", ".join(f"\\fB{literal(name)}\\fR" for name in names.split(", ")), sentence)
     text += exit_status("") + ".SH EXAMPLES\n.EX\n" + "".join(f"{literal(line)}\n" for line in EXAMPLES) + ".EE\n"
     text += described("ENVIRONMENT", table("Environment")) + described("FILES", table("Files"))
