@@ -14,7 +14,7 @@ PREFIX ?= .venv
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format man bench soak hostile mutate lock audit clean
+.PHONY: help demo test check format man map bench soak hostile mutate lock audit clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -44,6 +44,10 @@ man:  ## write the man pages from the command line, and install them below PREFI
 	@$(PY) -m docs.man
 	@install -d $(PREFIX)/share/man/man1
 	@install -m 644 docs/man/man1/*.1 $(PREFIX)/share/man/man1
+
+map:  ## write the list of modules in docs/architecture.md again
+	@.ci/setup lint
+	@$(PY) -m docs.modules
 
 bench:  ## measure the promises of speed and memory
 	@.ci/setup bench

@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 
+import snapchain
+from docs.modules import START, folders
 from snapchain.cli import main
-from snapchain.cli.app import whole_group
+from snapchain.cli.app import command
+from snapchain.cli.verbs import VERBS
 from snapchain.errors import SnapchainError
 from tests.pages import GUIDE, PAGES, ROOT, Command, anchors, commands, section
 from tests.test_errors import defined
@@ -26,11 +29,11 @@ from tests.test_errors import defined
 DOCUMENTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
              ROOT / "docs" / "architecture.md", ROOT / "docs" / "format.md", ROOT / "docs" / "stream.md",
              *sorted((ROOT / "docs" / "decisions").glob("*.md"))]  # fmt: skip
-ALL = [command for page in PAGES for command in commands(page)]
+ALL = [each for page in PAGES for each in commands(page)]
 SCRIPTING = (GUIDE / "scripting.md").read_text()
 
-# What a test cannot reach: a bucket, a device, a password manager, a configuration in /etc.
-ELSEWHERE = re.compile(r"s3://|/dev/|pass show|^nightly /etc/")
+# What a test cannot reach: a bucket, a device, a password manager, another host, /etc.
+ELSEWHERE = re.compile(r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/")
 # Commands that a page shows for a state that the world is not in -> how they end here.
 OTHERWISE = {
     "log /backup --accept-repository": 2,
@@ -42,8 +45,9 @@ OTHERWISE = {
 
 
 @functools.cache
-def program() -> Any:
-    return whole_group()
+def program() -> dict[str, Any]:
+    """The parser of every verb."""
+    return {name: command(name) for name in VERBS}
 
 
 @pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
@@ -69,7 +73,7 @@ def test_the_index_names_every_page() -> None:
 def test_the_index_names_every_command() -> None:
     table = section((GUIDE / "README.md").read_text(), "Commands")
     told = set(re.findall(r"^\| `snapchain ([a-z-]+)", table, re.MULTILINE))
-    assert told == {name for name, command in program().commands.items() if not command.hidden}
+    assert told == {name for name, verb in VERBS.items() if verb.group}
 
 
 def test_the_exit_codes_are_those_of_the_errors() -> None:
@@ -82,17 +86,16 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
     assert told == {**errors, "bug": 1, "interrupted": 130}
 
 
-@pytest.mark.parametrize("command", ALL, ids=lambda command: f"{command.page}: {' '.join(command.words)}")
-def test_each_command_is_one_of_the_program(command: Command) -> None:
-    verb, *words = command.words
-    program().commands[verb].make_context(verb, words)
+@pytest.mark.parametrize("shown", ALL, ids=lambda shown: f"{shown.page}: {' '.join(shown.words)}")
+def test_each_command_is_one_of_the_program(shown: Command) -> None:
+    verb, *words = shown.words
+    program()[verb].make_context(verb, words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_each_option_is_one_of_the_program(page: Path) -> None:
     """In sentences and tables: `snapchain VERB --option` has the option, and `--option` alone is one of some verb."""
-    verbs = program().commands
-    options = {name: {each for param in verb.params for each in param.opts} for name, verb in verbs.items()}
+    options = {name: {each for param in verb.params for each in param.opts} for name, verb in program().items()}
     known = {"--help", "--version", "--install-completion"}.union(*options.values())
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for quoted in re.findall(r"`([^`]+)`", text):
@@ -175,25 +178,25 @@ def placed(words: tuple[str, ...], here: Path) -> list[str]:
 def test_the_commands_do_what_the_page_says(
     page: Path, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in commands(page):
-        line = " ".join(command.words)
-        if not command.plain or ELSEWHERE.search(line):
+    for shown in commands(page):
+        line, verb = " ".join(shown.words), shown.words[0]
+        if not shown.plain or ELSEWHERE.search(line):
             continue
         here = fresh(world)
         monkeypatch.chdir(here)
-        if command.words[0] == "init":
+        if verb == "init":
             shutil.rmtree(here / "repo")
             shutil.rmtree(here / "backup")
-        if command.words[0] == "release":
-            run(["hold", *placed(command.words[1:4], here)])
-        if command.words[0] == "restore":
+        if verb == "release":
+            run(["hold", *placed(shown.words[1:4], here)])
+        if verb == "restore":
             shutil.rmtree(here / "images")
             (here / "images").mkdir()
             (here / "web1.qcow2").unlink()
-        if command.words[0] in {"sync", "migrate"}:  # each file is a layer; the template's replica has composed ones
+        if verb in {"sync", "migrate"}:  # each file is a layer; the template's replica has composed ones
             shutil.rmtree(here / "srv" / "replica")
         capsys.readouterr()
-        status = main(placed(command.words, here))
+        status = main(placed(shown.words, here))
         expected = next((code for start, code in OTHERWISE.items() if line.startswith(start)), 0)
         assert status == expected, (line, capsys.readouterr().err)
 
@@ -267,9 +270,7 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", image], check=True, capture_output=True)
 
-    from snapchain.destinations import create_destination
-
-    create_destination(str(backup), passphrase=lambda: "correct horse")
+    snapchain.create_repository(backup, passphrase="correct horse")
     (example,) = re.findall(r"```python\n(.*?)```", (GUIDE / "python.md").read_text(), re.DOTALL)
     raw = tmp_path / "web1.raw"
     for told, here in {'"/images/web1.qcow2"': image, '"/backup"': backup, '"/tmp/web1.raw"': raw}.items():
@@ -278,6 +279,12 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
     exec(compile(example, "python.md", "exec"), {})
     judged = ["qemu-img", "compare", "-f", "qcow2", "-F", "raw", str(image), str(raw)]
     assert subprocess.run(judged, capture_output=True, check=False).returncode == 0
+
+
+def test_the_python_page_names_every_public_name() -> None:
+    table = (GUIDE / "python.md").read_text().split("| name |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(snapchain.__all__)
 
 
 # ---- decisions
@@ -291,3 +298,32 @@ def test_the_index_of_the_decisions_is_complete() -> None:
     missing = [f"| [{number}]({there[number]}) | ... |" for number in sorted(there.keys() - told.keys())]
     assert missing == [], "add these lines to docs/decisions/README.md"
     assert told == there
+
+
+# ---- architecture
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_architecture_names_what_exists() -> None:
+    """Every path, and every name that stands behind a path."""
+    by_hand = ARCHITECTURE.read_text().split(START)[0]
+    quoted = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|\w+\.py)`(?: `(\w+)`)?", by_hand)
+    assert len(quoted) > 60
+    for path, name in quoted:
+        if "NAME" in path:
+            continue
+        found = [base / path for base in (ROOT / "snapchain", ROOT) if (base / path).exists()]
+        assert found, path
+        if name:
+            assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b", found[0].read_text(), re.MULTILINE), (path, name)
+
+
+def test_the_architecture_names_every_module() -> None:
+    told: dict[str, set[str]] = {}
+    for title, rows in re.findall(
+        r"^### `([^`]+)/`\n(.*?)(?=^### |\Z)", ARCHITECTURE.read_text(), re.MULTILINE | re.DOTALL
+    ):
+        told[title] = set(re.findall(r"^\| `([^`]+)`", rows, re.MULTILINE))
+    there = {str(folder.relative_to(ROOT)): {path.name for path in modules} for folder, modules in folders()}
+    assert told == there, "run `make map`"

@@ -20,7 +20,8 @@ from typing import Any
 
 from rich.text import Text
 
-from snapchain.cli.app import whole_group
+from snapchain.cli import verbs
+from snapchain.cli.app import command
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "man" / "man1"
@@ -47,6 +48,22 @@ RELATED: Mapping[str, Sequence[str]] = {
     "nightly": ("ship", "merge", "gc", "verify"),
     "doctor": ("merge", "snapshot", "restore"),
 }
+
+DESCRIPTION = """\
+A virtual machine's disk is a stack of qcow2 overlays. snapchain seals, ships, merges and restores the layers of that
+stack. A destination keeps points of a disk: a repository (a directory or an S3 bucket, deduplicated, compressed and
+encrypted), or a replica (a plain qcow2 chain on another host, which stock QEMU boots).
+
+Every command that changes something takes --dry-run, and every command takes --json. Progress, notes and errors go to
+stderr. Ctrl-C, SIGTERM and SIGHUP leave everything as good as before the command."""
+EXAMPLES = (
+    "snapchain init /backup",
+    "snapchain snapshot /images/web1.qcow2",
+    "snapchain ship /images/web1.qcow2 /backup::web1/vda",
+    "snapchain log /backup",
+    "snapchain restore /backup::web1/vda@yesterday old.qcow2",
+    "snapchain merge /images/web1.qcow2 --dry-run",
+)
 
 
 # ---- roff
@@ -127,18 +144,12 @@ def options(command: Any) -> Iterator[Any]:
     return (param for param in command.params if param.param_type_name == "option" and not param.hidden)
 
 
-def summary(command: Any) -> str:
-    """The first sentence of the help, as NAME wants it."""
-    first = " ".join(plain(command.help).split("\n\n")[0].split())
-    sentence = re.split(r"(?<=[.?!])\s", first)[0].rstrip(".")
-    return sentence[:1].lower() + sentence[1:]
-
-
 # ---- sections
 
 
 def head(name: str, sentence: str) -> str:
     title = literal(name.upper())
+    sentence = sentence[:1].lower() + sentence[1:].removesuffix(".")
     return (
         f'.\\" Made by `make man` from the command line. Change the help texts, not this file.\n'
         f'.TH {title} 1 "" "snapchain {version()}" "snapchain"\n'
@@ -174,6 +185,22 @@ def option_list(command: Any) -> str:
                 f"{names} \\fI{literal(value)}\\fR" if value else names, plain(param.help) or kept(param.opts[0])
             )
     return text + tagged("\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show a short help and exit.")
+
+
+def configuration() -> str:
+    """What a file for `nightly` holds: the example and the table of fields of the guide."""
+    text = (ROOT / "docs" / "guide" / "nightly.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    lines = "".join(f"{literal(line) or '.sp'}\n" for line in example.splitlines())
+    fields = re.findall(r"^\| (\S+) \| (.*) \|$", text.split("\n## Fields\n", 1)[1].split("\n## ", 1)[0], re.MULTILINE)
+    rows = [
+        tagged(f"\\fB{literal(where.strip('`'))}\\fR", names)
+        for where, names in fields
+        if where not in {"where", "---"}
+    ]
+    return f".SH CONFIGURATION\n{prose('A TOML file, such as:')}\n.PP\n.EX\n{lines}.EE\n.PP\n" + (
+        prose("Every field, with its default in parentheses:") + "\n" + "".join(rows)
+    )
 
 
 def exit_status(name: str) -> str:
@@ -214,9 +241,11 @@ def concerns(row: str, name: str, command: Any) -> bool:
     return next((wanted[key] for key in wanted if key in row), True)
 
 
-def described(title: str, heading: str, rows: Sequence[Sequence[str]]) -> str:
+def described(heading: str, rows: Sequence[Sequence[str]]) -> str:
     """ENVIRONMENT or FILES."""
-    entries = [tagged(f"\\fB{literal(name.replace('`', ''))}\\fR", meaning) for name, meaning in rows]
+    entries = [
+        tagged(f"\\fB{literal(name.replace('`', ''))}\\fR", meaning[:1].upper() + meaning[1:]) for name, meaning in rows
+    ]
     return f".SH {heading}\n" + "".join(entries) if entries else ""
 
 
@@ -228,60 +257,46 @@ def see_also(names: Sequence[str]) -> str:
 # ---- pages
 
 
-def verb_page(name: str, command: Any) -> str:
-    tables = [("Environment", "ENVIRONMENT"), ("Files", "FILES")]
-    return "".join([
-        head(f"snapchain-{name}", summary(command)),
-        synopsis(name, command),
-        description(command),
-        option_list(command),
-        exit_status(name),
-        examples(command),
-        *(described(title, heading, [row for row in table(title) if concerns(row[0], name, command)])
-          for title, heading in tables),
-        see_also(RELATED.get(name, ())),
-    ])  # fmt: skip
+def verb_page(name: str) -> str:
+    found: Any = command(name)
+    variables, files = (
+        [row for row in table(title) if concerns(row[0], name, found)] for title in ("Environment", "Files")
+    )
+    return (
+        head(f"snapchain-{name}", verbs.VERBS[name].summary)
+        + synopsis(name, found)
+        + description(found)
+        + option_list(found)
+        + (configuration() if name == "nightly" else "")
+        + exit_status(name)
+        + examples(found)
+        + described("ENVIRONMENT", variables)
+        + described("FILES", files)
+        + see_also(RELATED.get(name, ()))
+    )
 
 
-def main_page(program: Any) -> str:
-    text = head("snapchain", summary(program))
-    text += ".SH SYNOPSIS\n\\fBsnapchain\\fR \\fIcommand\\fR [\\fIoptions\\fR] \\fIarguments\\fR\n"
-    text += description(program) + ".SH COMMANDS\n"
-    panels: dict[str, list[str]] = {}
-    for name, command in program.commands.items():
-        if not command.hidden:
-            panel = getattr(command, "rich_help_panel", None) or ""
-            tag = f"\\fBsnapchain {literal(name)}\\fR"
-            sentence = summary(command)
-            panels.setdefault(panel, []).append(tagged(tag, f"{sentence[:1].upper()}{sentence[1:]}."))
-    for panel, entries in panels.items():
-        text += (f".SS {literal(panel)}\n" if panel else "") + "".join(entries)
-    text += option_list(program) + exit_status("")
-    text += ".SH EXAMPLES\n.EX\n"
-    for line in (
-        "snapchain init /backup",
-        "snapchain snapshot /images/web1.qcow2",
-        "snapchain ship /images/web1.qcow2 /backup::web1/vda",
-        "snapchain log /backup",
-        "snapchain restore /backup::web1/vda@yesterday old.qcow2",
-        "snapchain merge /images/web1.qcow2 --dry-run",
-    ):
-        text += literal(line) + "\n"
-    text += ".EE\n" + described("Environment", "ENVIRONMENT", table("Environment"))
-    text += described("Files", "FILES", table("Files"))
-    return text + see_also(pages_of(program))
-
-
-def pages_of(program: Any) -> list[str]:
-    """The verbs that have a page: all that people type, and what an authorized_keys file names."""
-    return [name for name, command in program.commands.items() if not command.hidden or name == "serve-replica"]
+def main_page() -> str:
+    text = head("snapchain", "ship, merge and restore the snapshot chains of QEMU disks")
+    text += ".SH SYNOPSIS\n\\fBsnapchain\\fR \\fIverb\\fR [\\fIoptions\\fR] \\fIarguments\\fR\n.SH DESCRIPTION\n"
+    text += ".PP\n".join(f"{prose(each)}\n" for each in DESCRIPTION.split("\n\n"))
+    text += ".SH VERBS\n"
+    for group, summaries in verbs.GROUPS.items():
+        if group:
+            text += f".SS {literal(group)}\n"
+            text += "".join(tagged(f"\\fB{literal(name)}\\fR", sentence) for name, sentence in summaries.items())
+    text += ".SH ADDRESSES\n" + ".PP\n".join(f"{prose(line)}\n" for line in verbs.ADDRESSES.split("\n"))
+    text += ".SH OPTIONS\n"
+    for names, sentence in verbs._OPTIONS.items():
+        text += tagged(", ".join(f"\\fB{literal(name)}\\fR" for name in names.split(", ")), sentence)
+    text += exit_status("") + ".SH EXAMPLES\n.EX\n" + "".join(f"{literal(line)}\n" for line in EXAMPLES) + ".EE\n"
+    text += described("ENVIRONMENT", table("Environment")) + described("FILES", table("Files"))
+    return text + see_also(list(verbs.VERBS))
 
 
 def pages() -> dict[str, str]:
     """File name -> text."""
-    program: Any = whole_group()
-    found = {f"snapchain-{name}.1": verb_page(name, program.commands[name]) for name in pages_of(program)}
-    return {"snapchain.1": main_page(program), **found}
+    return {"snapchain.1": main_page()} | {f"snapchain-{name}.1": verb_page(name) for name in verbs.VERBS}
 
 
 def main() -> None:
