@@ -102,7 +102,7 @@ class ReplicaPoint:
         """Root first. Raises Corrupt for an answer that contradicts itself, Unsupported for absurdly many extents."""
         runs = 0
         for layer in self.answer.layers():
-            if self.answer.asked.look:
+            if self.answer.request.look:
                 runs += len(layer.extents.at)
                 if runs > MOST_RUNS:
                     raise Unsupported("its layers are cut into too many extents to be shown", subject=self.answer.peer)
