@@ -21,10 +21,10 @@ from snapchain.host.files import free_bytes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.model.collapse import collapse
+from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Decision, Policy, decide
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, Point
-from snapchain.replica.holds import reasons
 from snapchain.replica.merge_journal import (
     Engine,
     Planned,
@@ -96,7 +96,7 @@ def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinf
 
     Raises Corrupt when the files are not the chain that they should be.
     """
-    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=reasons)
+    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=hold_reasons)
     stays: list[Stays] = []
     groups: list[tuple[Layers, Planned]] = []
     for members in _groups(disk, catalogue, decisions, stays):
