@@ -58,7 +58,7 @@ def _answer(receiver: Receiver, request: HoldPoint | ReleasePoint, change: Chang
         points = change(catalogue, point)
     else:
         with in_turn(disk, Work.TRANSFER):
-            catalogue = _existing(disk, settle(disk, receiver.engine))
+            catalogue = _existing(disk, settle(disk))
             point = chosen_point(disk.name, catalogue.points, request.point)
             points = change(catalogue, point)
             if points is not None:
