@@ -16,7 +16,7 @@ from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Sn
 from snapchain.model.events import Event, Progress
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
-from snapchain.ops.ship.to_repository import ShipReport
+from snapchain.ops.ship.request import ShipReport
 from snapchain.testing.destination_site import DISK, Delivered, OnSites, Site, deliver
 from snapchain.testing.faults import Crash
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
@@ -76,7 +76,7 @@ class DestinationFaults(OnSites):
             reports = list(pool.map(writer, range(3)))
         assert reports[2] is not None
         assert any(reports[:2])
-        shown = {(DISK, 1): history[1].shown}
+        shown: dict[tuple[str, int | None], Path] = {(DISK, 1): history[1].shown}
         for number, report in enumerate(reports):
             if report is not None:
                 place = DISK if number < 2 else "other", report.point
@@ -98,6 +98,8 @@ class DestinationFaults(OnSites):
             assert (found.ok, found.findings, found.data_read) == (True, (), bool(share))
             assert (found.disks, found.points) == (1, len(delivered.history))
             assert (found.checked_bytes > 500 * KiB) is bool(share)
+        part = delivered.site.open().verify(DISK, share=0.5)
+        assert (part.ok, part.data_read, part.checked_bytes <= found.checked_bytes) == (True, True, True)
         assert all(not isinstance(event, Progress) or event.done <= (event.total or 0) for event in said)
 
     def test_a_flipped_byte_is_found_and_never_restored(self, site: Site, history: Sequence[Moment], out: Path) -> None:

@@ -19,8 +19,7 @@ from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.request import MergeRequest
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
-from snapchain.ops.ship.delivery import delivery
-from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
+from snapchain.ops.ship.run import Divergence, ShipRequest
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader
@@ -29,9 +28,10 @@ from snapchain.replica.stream.messages import Cut, Inventory, Kind, LayerOffer, 
 from snapchain.replica.verification import verify_replica
 from snapchain.repository.opening import create_repository
 from snapchain.source import sealing as snapshot
-from tests.ops.shipping import MiB
+from tests.ops.shipping import MiB, delivery
 from tests.ops.stacks import Layer, build, flat, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.replica.sending import plan_send, send_to_replica
 from tests.replica.test_stream import ANSWER, EMPTY, GRAIN, HELLO, STOP, puppet, stream, take, words
 
 ZEROES = content_id(MiB, empty_sum())
@@ -102,21 +102,21 @@ def test_a_plan_says_it_where_it_is_remembered(held: Place, chain: list[Path]) -
     held.send(chain[2])
     poison(held, above=2)
     with pytest.raises(Corrupt, match=r"its layer disk\.qcow2 does not show what"):
-        plan_send(Request(image=chain[2], disk=DISK), DirectoryEndpoint(held.root))
+        plan_send(ShipRequest(image=chain[2], disk=DISK), DirectoryEndpoint(held.root))
 
 
 def test_verify_tells_it(held: Place) -> None:
     there = DirectoryEndpoint(held.root)
-    assert verify_replica(there, read_data=True).ok
+    assert verify_replica(there, share=1.0).ok
     poison(held, above=1)
-    found = verify_replica(there, read_data=True)
+    found = verify_replica(there, share=1.0)
     (finding,) = found.findings
     assert not found.ok
     assert (finding.disk, finding.subject, finding.kind) == (DISK, "1.qcow2", "corrupt")
     assert "somebody has put other data there" in finding.message
     assert finding.points == (3,)
     forgotten()
-    assert verify_replica(there, read_data=True).ok, "another host has nothing to compare with"
+    assert verify_replica(there, share=1.0).ok, "another host has nothing to compare with"
 
 
 def test_a_file_that_was_written_to_and_got_its_time_back(held: Place, chain: list[Path]) -> None:
@@ -153,7 +153,7 @@ def notices(image: Path, place: Place) -> list[str]:
         if isinstance(event, Notice):
             said.append(event.message)
 
-    send_to_replica(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), on_event=on_event)
+    send_to_replica(ShipRequest(image=image, disk=DISK), DirectoryEndpoint(place.root), on_event=on_event)
     return said
 
 

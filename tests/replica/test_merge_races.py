@@ -20,7 +20,7 @@ from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
 from snapchain.ops.log import log
-from snapchain.ops.ship.to_replica import Request, send_to_replica
+from snapchain.ops.ship.run import ShipRequest
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
 from snapchain.replica import merge_journal as unfinished, store as waiting
 from snapchain.replica.destination import ReplicaDestination
@@ -32,6 +32,7 @@ from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint, merged_by
+from tests.replica.sending import send_to_replica
 from tests.replica.test_merge_replica import seal
 from tests.waiting import HANG, wait_until
 
@@ -79,14 +80,14 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
     seal(chain[-1], "write -P 77 2M 64k")
     events: list[Event] = []
     with held_up(sent, last=2) as go, ThreadPoolExecutor(1) as pool:
-        request = Request(image=chain[-1], disk=DISK)
+        request = ShipRequest(image=chain[-1], disk=DISK)
         report = pool.submit(send_to_replica, request, endpoint(sent.place.root), on_event=events.append)
         wait_until(lambda: [event for event in events if isinstance(event, Notice) and "makes us wait" in str(event)])
         assert not report.done()
         go.set()
         assert report.result(HANG).layers_sent == 1
     sent.send(chain[-1])
-    assert verify_replica(endpoint(sent.place.root), DISK, read_data=True).ok
+    assert verify_replica(endpoint(sent.place.root), DISK, share=1.0).ok
     assert sent.points() == [4, 5, 6, 7]
     assert len(sent.place.files()) == 3
 
@@ -98,7 +99,9 @@ def test_whoever_only_looks_sees_nothing_wrong(sent: Pointed, monkeypatch: pytes
             4,
             5,
         ]
-        looks = [pool.submit(verify_replica, endpoint(sent.place.root), DISK, read_data=data) for data in (True, False)]
+        looks = [
+            pool.submit(verify_replica, endpoint(sent.place.root), DISK, share=float(data)) for data in (True, False)
+        ]
         time.sleep(0.5)
         assert not any(look.done() for look in looks)
         go.set()
@@ -137,7 +140,7 @@ def test_all_at_once(sent: Pointed, chain: list[Path]) -> None:
     to = endpoint(sent.place.root)
 
     def verified() -> None:
-        found = verify_replica(to, DISK, read_data=True)
+        found = verify_replica(to, DISK, share=1.0)
         assert found.ok, found.findings
 
     with ThreadPoolExecutor(4) as pool:
@@ -242,7 +245,7 @@ def test_the_doctor_was_there_first(sent: Pointed, chain: list[Path], strategy: 
     killed(sent, strategy)
     doctor.run(doctor.plan([sent.place.directory]))
     assert sent.send(chain[-1]).layers_sent == 0
-    assert verify_replica(endpoint(sent.place.root), DISK, read_data=True).ok
+    assert verify_replica(endpoint(sent.place.root), DISK, share=1.0).ok
     assert len(sent.place.files()) == (1 if strategy is Strategy.COMMIT else 5)
     assert sent.merge(last=2).layers_after == 1
     notes = [path.name for path in sent.place.directory.glob(".snapchain-layer-*")]

@@ -19,8 +19,8 @@ import pytest
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.retry import RetryPolicy
 from snapchain.ops.log import log
-from snapchain.ops.ship.request import SendReport
-from snapchain.ops.ship.to_replica import Request, plan_send, send_persistently
+from snapchain.ops.ship.request import ShipReport
+from snapchain.ops.ship.run import ShipRequest
 from snapchain.replica import sender
 from snapchain.replica.catalogue import Catalogue, read_record
 from snapchain.replica.destination import ReplicaDestination
@@ -28,6 +28,7 @@ from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import Layer, build, flat, same
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.replica.sending import plan_send, send_persistently
 
 MiB = 1 << 20
 SECRET = "not to be touched"
@@ -100,12 +101,12 @@ def refused(place: Place, image: Path) -> None:
     """By all that would build on it, and told by verify; nothing changes."""
     before = {path.name for path in place.directory.iterdir()}
     there = DirectoryEndpoint(place.root)
-    for attempt in (place.send, lambda image: plan_send(Request(image=image, disk=DISK), there)):
+    for attempt in (place.send, lambda image: plan_send(ShipRequest(image=image, disk=DISK), there)):
         with pytest.raises(Corrupt) as caught:
             attempt(image)
         assert str(caught.value.subject).endswith(str(place.directory / "catalogue.json"))
     assert {path.name for path in place.directory.iterdir()} == before
-    found = verify_replica(DirectoryEndpoint(place.root), read_data=True)
+    found = verify_replica(DirectoryEndpoint(place.root), share=1.0)
     assert not found.ok
     assert found.findings[0].disk == DISK
 
@@ -134,7 +135,7 @@ def test_in_the_place_of_a_layer(
     with pytest.raises(kinds[number], match=says) as caught:
         held.send(chain[2])
     assert str(caught.value.subject).endswith(str(held.directory / file))
-    (finding,) = verify_replica(there, read_data=True).findings
+    (finding,) = verify_replica(there, share=1.0).findings
     assert re.search(says, finding.message)
     assert finding.disk == DISK
     assert held.catalogue() == before
@@ -145,7 +146,7 @@ def test_in_the_place_of_a_layer(
 def test_a_layer_may_be_a_link_to_its_file(held: Place, chain: list[Path], file: str, tmp_path: Path) -> None:
     moved(held.directory / file)
     assert held.send(chain[2]).layers_sent == 1
-    assert verify_replica(DirectoryEndpoint(held.root), read_data=True).ok
+    assert verify_replica(DirectoryEndpoint(held.root), share=1.0).ok
     assert same(held.files()[-1], flat(chain[2], tmp_path / "shown"))
 
 
@@ -218,12 +219,12 @@ def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> Non
     with pytest.raises(InvalidInput, match="holds other things"):
         held.send(chain[2])
     with pytest.raises(InvalidInput, match="holds other things"):
-        plan_send(Request(image=chain[2], disk=DISK), there)
+        plan_send(ShipRequest(image=chain[2], disk=DISK), there)
 
 
-def persistently(image: Path, place: Place) -> SendReport:
+def persistently(image: Path, place: Place) -> ShipReport:
     policy = RetryPolicy(give_up_after=100)
-    return send_persistently(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
+    return send_persistently(ShipRequest(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
 
 
 @pytest.mark.root
@@ -234,7 +235,7 @@ def test_a_place_that_may_only_be_read(held: Place, chain: list[Path]) -> None:
         subprocess.run(["mount", "-o", "remount,ro,bind", held.root], check=True)
         with pytest.raises(Unavailable, match="read-only file system"):
             persistently(chain[2], held)
-        assert verify_replica(DirectoryEndpoint(held.root), read_data=True).ok
+        assert verify_replica(DirectoryEndpoint(held.root), share=1.0).ok
     finally:
         subprocess.run(["umount", held.root], check=True)
     assert persistently(chain[2], held).layers_sent == 1
