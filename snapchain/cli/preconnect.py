@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from snapchain.errors import SnapchainError
 
 if TYPE_CHECKING:
-    from snapchain.destinations import Endpoint
+    from snapchain.replica.endpoint import Endpoint
 
 _LOGINS = {"send": 1, "sync": 3}
 """How many connections a verb makes; of sync one may prove not to be needed."""
