@@ -54,7 +54,6 @@ TYPE_ONLY = {("cli", "repository"), ("cli", "merge"), ("cli", "source")}
 OWED: set[tuple[str, str]] = {
     ("cli/merge.py", "merge"),
     ("cli/merge_tables.py", "merge"),
-    ("cli/snapshot.py", "source"),
     ("cli/options.py", "repository"),
     ("cli/diff.py", "repository"),
     ("destination/protocol.py", "destinations"),

@@ -20,6 +20,7 @@ from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.merge import sequence as merge_set
 from snapchain.merge.request import At
 from snapchain.model.events import Event, Notice, OnEvent, Progress
+from snapchain.ops import snapshot
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
@@ -34,7 +35,6 @@ from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.run import ShipReport, ShipRequest, opened
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
-from snapchain.source import sealing as snapshot
 
 _TRIES = 2
 """Of a step that lost a race with another snapchain."""
