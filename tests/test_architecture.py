@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "destination": FLOOR | {"image"},
     # What is sealed and shipped: image files, the notes beside them, who may write them.
     "source": FLOOR | {"image"},
-    "merge": FLOOR | {"image", "source"},
+    "merge": FLOOR | {"destination", "image", "source"},
     "repository": FLOOR | {"objects", "destination", "image", "source"},
     # A replica is a chain of images: it writes them, merges them, and reads them back to prove them.
     "replica": FLOOR | {"objects", "destination", "image", "source", "merge"},
@@ -51,20 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 TYPE_ONLY = {("cli", "repository"), ("cli", "merge"), ("cli", "source")}
 
 # (importing module, imported part): against the directions, to be mended. Shrinks; nothing is added.
-OWED: set[tuple[str, str]] = {
-    ("cli/merge.py", "merge"),
-    ("cli/merge_tables.py", "merge"),
-    ("cli/options.py", "repository"),
-    ("cli/diff.py", "repository"),
-    ("destination/protocol.py", "destinations"),
-    ("destination/protocol.py", "ops"),
-    ("destination/protocol.py", "repository"),
-    ("merge/inputs.py", "ops"),
-    ("merge/stack.py", "ops"),
-    ("merge/selection.py", "ops"),
-    ("merge/request.py", "repository"),
-    ("source/ownership.py", "replica"),
-}
+OWED: set[tuple[str, str]] = {}
 
 # third-party module -> the parts that may import it. What is not listed is no dependency of the project.
 THIRD_PARTY: dict[str, set[str]] = {

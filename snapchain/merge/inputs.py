@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, NotFound, Unsupported
+from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import real_path
+from snapchain.host.replica_layout import layers_of
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependent_search import Dependents, is_outside
 from snapchain.image.dependents import SEEN
 from snapchain.merge.journal import MergeJournal
+from snapchain.merge.request import MergeRequest
+from snapchain.source.holds import check_range, held_layers
 from snapchain.source.notes import Notes
-from snapchain.source.ownership import check_not_given
+from snapchain.source.ownership import check_no_layer, check_not_given
 
 _REMEDY = " (--remove FILE removes it)"
 
@@ -70,8 +72,6 @@ def check_holds(chain: ImageChain, first: int, last: int) -> None:
     for fault in notes.faults(files):
         raise fault
     if any(notes.of(file).holds for file in files):
-        from snapchain.ops.hold import check_range, held_layers
-
         check_range(chain, first, last, held_layers(chain, notes))
 
 
@@ -82,6 +82,11 @@ def check_still_allowed(chain: ImageChain, first: int, last: int) -> None:
     """
     check_not_given(chain)
     check_holds(chain, first, last)
+
+
+def real_paths(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """With all links resolved, each once."""
+    return tuple(dict.fromkeys(real_path(path) for path in paths))
 
 
 def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
@@ -98,7 +103,7 @@ def links_to(chain: ImageChain, files: Collection[Path]) -> tuple[Path, ...]:
     return tuple(file.path for file in chain.files if file.real_path in files and file.path != file.real_path)
 
 
-def fate(
+def classify(
     paths: Sequence[Path],
     *,
     top: Path,
@@ -130,7 +135,7 @@ def _why_kept(path: Path, *, top: Path, others: Dependents, confirmed: Collectio
     found = users_of(path, others, confirmed)
     if found is not None:
         return found if others.on(path, *SEEN) else f"{found}{_REMEDY}"
-    if is_layer_below_active(path, real_path(top)):
+    if layers_of(real_path(top).parent) == path.parent:
         return "it is a layer of a replica"
     if path.is_block_device():
         return "it is a device"
@@ -184,3 +189,44 @@ def second_name(path: Path, journals: Sequence[MergeJournal]) -> Path:
         if candidate in free_again or not os.path.lexists(candidate):
             return candidate
     raise Conflict("no name is left for the old file", subject=path)
+
+
+# --- Which files of a chain the user means: everything above the root, or a range by names or paths.
+
+
+def numbers(chain: ImageChain, request: MergeRequest, journals: Sequence[MergeJournal]) -> tuple[int, int]:
+    """(lowest, uppermost) input that a request names, the root is 0. Raises NotFound, InvalidInput."""
+    top = len(chain.files) - 1
+    last = top if request.to_layer is None else _number(chain, request.to_layer, journals)
+    if request.from_layer is not None:
+        first = _number(chain, request.from_layer, journals)
+    else:
+        first = 0 if request.flatten else min(1, last)
+    if first > last:
+        raise InvalidInput(
+            f"{request.from_layer} lies above {request.to_layer or 'the top'}",
+            subject=chain.top.path,
+            hint="swap --from and --to",
+        )
+    return first, last
+
+
+def _number(chain: ImageChain, layer: str, journals: Sequence[MergeJournal]) -> int:
+    """The file of the chain that the user means by a path, or by a bare name."""
+    whole = real_path(Path(layer))
+    bare = "/" not in layer
+    found = [number for number, file in enumerate(chain.files) if file.real_path == whole]
+    if not found and bare:
+        found = [number for number, file in enumerate(chain.files) if layer in (file.path.name, file.real_path.name)]
+    if len(found) > 1:
+        raise InvalidInput("more than one layer has this name", subject=layer, hint="give its path")
+    if found:
+        return found[0]
+    # The same command again, after one that was killed past its switch: the layer is part of that merge's result.
+    paths = [file.real_path for file in chain.files]
+    for journal in journals:
+        for path in (journal.lowest, *(entry.path for entry in journal.remove)):
+            if journal.replaced.path in paths and (path == whole or (bare and path.name == layer)):
+                return paths.index(journal.replaced.path)
+    names = ", ".join(file.path.name for file in chain.files)
+    raise NotFound(f"no such layer in the chain of {chain.top.path}", subject=layer, hint=f"it holds: {names}")

@@ -30,7 +30,7 @@ from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.os_errors import os_errors
 from snapchain.host.state_key import StateKey, made_key, own_key
 from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
-from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.header import Backing, read_header
 
 _PREFIX, _SUFFIX = ".snapchain-merge-", ".json"
 _PURPOSE = "merge"
@@ -348,3 +348,14 @@ def _parsed(path: Path, *, unproven: bool = False) -> MergeJournal:
 
 def _no_journal(path: Path, why: str) -> Corrupt:
     return Corrupt(f"not a merge's journal: {why}", subject=path, hint="look at it, and remove it")
+
+
+# --- Whether a file's header records a link: by that one knows how far an absorb had come.
+
+
+def linked(fd: int, link: Backing | None, *, subject: object) -> bool:
+    """Whether an open qcow2 file records just this. Errors as `read_header`."""
+    recorded = read_header(fd, subject=subject).backing
+    if recorded is None or link is None:
+        return recorded is None and link is None
+    return (recorded.name, recorded.format) == (link.name, link.format)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import SnapchainError
 from snapchain.host.own_state import read_record, write_record
 from snapchain.host.places import state_dir
-from snapchain.merge.plan import MergePlan
+from snapchain.merge.step import MergeStep
 
 COPIED = 200_000_000
 """Bytes a second, copied and compared with what they were."""
@@ -53,9 +53,9 @@ class Rates(BaseModel):
         return FIXED_SECONDS + moved / self.rate(directory, way, shared=shared)
 
 
-def seconds_of(plan: MergePlan, rates: Rates) -> float:
+def seconds_of(step: MergeStep, rates: Rates) -> float:
     """How long one merge will take."""
-    return rates.seconds(plan.result.parent, plan.strategy.value, moved=plan.bytes_to_move, shared=plan.shares_extents)
+    return rates.seconds(step.result.parent, step.strategy.value, moved=step.bytes_to_move, shared=step.shares_extents)
 
 
 def remember(directory: Path, way: str, *, moved: int, seconds: float, shared: bool) -> None:

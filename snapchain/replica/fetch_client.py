@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from snapchain.errors import Corrupt, NotFound, Unavailable
 from snapchain.host.channel import Channel
+from snapchain.model.content import LEAF_BYTES
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
@@ -31,6 +32,7 @@ from snapchain.replica.stream.messages import (
     FROM_FETCH,
     PROGRESS,
     Done,
+    Feature,
     Fetch,
     HeldDisk,
     HeldPoint,
@@ -56,25 +58,34 @@ class Piece:
 
 @dataclass(slots=True)
 class FetchedLayer:
-    """A layer that comes. id: the same each time it is fetched; announced: known once all batches were read."""
+    """A layer that comes. id: the same each time it is fetched; announced: known once all batches were read.
+
+    position: guest offset below which all data have come, or were not asked for
+    """
 
     id: str
     offer: LayerOffer
     extents: Extents
+    position: int
     announced: str = ""
     _answer: Answer = field(kw_only=True)
 
+    @property
+    def peer(self) -> str:
+        """For errors: who sends it."""
+        return self._answer.peer
+
     def batches(self) -> Iterator[list[Piece]]:
-        """All DATA of its map, in guest order; nothing where one only looks. Raises Corrupt."""
-        runs, position = DataRuns(self.extents), 0
+        """DATA of its map, in guest order, from where they were asked for; none if only maps were. Raises Corrupt."""
+        runs = DataRuns(self.extents)
         while (frame := self._answer.next()).kind is Kind.DATA and not self._answer.asked.look:
-            found = decode_data(frame.body, runs, position, on_base=False, subject=self._answer.peer)
-            position = found.stop
+            found = decode_data(frame.body, runs, self.position, on_base=False, subject=self._answer.peer)
+            self.position = found.stop
             yield list(_pieces(found, runs))
         if frame.kind is not Kind.END or len(frame.body) != 32:
             raise self._answer.unexpected(frame)
-        if not self._answer.asked.look and runs.below(position) != runs.total:
-            left = runs.total - runs.below(position)
+        if not self._answer.asked.look and runs.below(self.position) != runs.total:
+            left = runs.total - runs.below(self.position)
             raise Corrupt(f"the layer ends with {left} bytes of data left out", subject=self._answer.peer)
         self.announced = bytes(frame.body).hex()
 
@@ -84,9 +95,12 @@ class Answer:
 
     def __init__(self, channel: Channel, asked: Fetch, *, limit_rate: int | None) -> None:
         """Raises Unsupported, NotFound, and what the other side refuses with."""
-        self.asked, self.peer = asked, channel.peer
         self._session = ClientSession(channel, FROM_FETCH)
-        self._session.ask(Kind.FETCH, asked)
+        self._session.begin()
+        if Feature.FETCH_FROM not in self._session.features:  # then all comes
+            asked = asked.model_copy(update={"first_layer": 0, "first_offset": 0})
+        self.asked, self.peer = asked, channel.peer
+        self._session.request(Kind.FETCH, asked)
         self._bucket = None if limit_rate is None else TokenBucket(limit_rate)
         self.point = self._point(self._expect(Kind.DISK))
         told = self._expect(Kind.PROGRESS)
@@ -101,7 +115,7 @@ class Answer:
         parent: str | None = None
         size, announced = -1, ""
         count = self.point.layers if self.asked.chain else 1
-        for _ in range(count):
+        for number in range(count):
             offer = decode(LayerOffer, self._expect(Kind.LAYER).body, subject=self.peer)
             check_offered(offer.name, subject=self.peer)
             if offer.parent != parent or offer.resume_at:
@@ -109,7 +123,8 @@ class Answer:
             reader = MapReader(offer, subject=self.peer)
             while not reader.complete:
                 reader.add(self._expect(Kind.MAP).body)
-            layer = FetchedLayer(layer_id(offer, reader.words()), offer, reader.extents(), _answer=self)
+            begin = self._begin(number, offer.size)
+            layer = FetchedLayer(layer_id(offer, reader.words()), offer, reader.extents(), begin, _answer=self)
             yield layer
             if not layer.announced:
                 raise AssertionError("a layer must be read to its end before the next")
@@ -118,6 +133,12 @@ class Answer:
             raise Corrupt("what came is announced as something else than the point", subject=self.peer)
         if decode(Done, self._expect(Kind.DONE).body, subject=self.peer).layers != count:
             raise Corrupt("it has given other layers than it says", subject=self.peer)
+
+    def _begin(self, number: int, size: int) -> int:
+        """The guest offset from which data of a layer come."""
+        if number < self.asked.first_layer:
+            return size
+        return min(self.asked.first_offset, size) if number == self.asked.first_layer else 0
 
     def next(self) -> Frame:
         """The next frame that says something. Raises what the other side fails with."""
@@ -155,11 +176,13 @@ def fetch(
     *,
     chain: bool = False,
     look: bool = False,
+    first: tuple[int, int] = (0, 0),
     limit_rate: int | None = None,
 ) -> Iterator[Answer]:
     """Ask for a point, and read the answer inside the block.
 
     point: as in an address; chain: its layers as they are, else one that shows all; look: their maps only
+    first: number of the layer, from 0, and guest offset in it, with which data are to begin; an older side gives all
     limit_rate: bytes a second that are read
     Raises InvalidInput for names that cannot be, NotFound, Unsupported, and what keeps the other side from answering.
     """
@@ -173,13 +196,15 @@ def fetch(
         chain=chain,
         look=look,
         plain=endpoint.link is Link.LOCAL,
+        first_layer=first[0],
+        first_offset=-(-first[1] // LEAF_BYTES) * LEAF_BYTES,
     )
     try:
         with endpoint.connect() as channel:
             yield Answer(channel, asked, limit_rate=limit_rate)
     except Unavailable as error:
         if error.hint is not None:
-            error.hint = error.hint.replace(_GOES_ON, "it begins anew")
+            error.hint = error.hint.replace(_GOES_ON, "a restore continues what it had written")
         raise
 
 

@@ -14,18 +14,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from snapchain.errors import Busy, Corrupt, Diverged, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Busy, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain
 from snapchain.image.leaves import leaf_hashes
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.windows import data_leaves
-from snapchain.model.content import content_id, empty_sum, sum_of
+from snapchain.model.content import LEAF_BYTES, content_id, empty_sum, sum_of
 from snapchain.model.events import ByteCount
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue, Layer, Point
-from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
+from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.status import held_point
@@ -70,8 +70,10 @@ def answer(receiver: Receiver, request: Fetch) -> None:
     somebody is changing it.
     """
     session = receiver.session
+    if request.first_offset % LEAF_BYTES:
+        raise InvalidInput(f"offset {request.first_offset} is not at a leaf", subject=request.disk)
     disk = open_replica(receiver.root(request.replica)).disk(request.disk)
-    with _opened(disk, lambda catalogue: _point(disk, catalogue, request.point), receiver.engine) as found:
+    with _opened(disk, lambda catalogue: _point(disk, catalogue, request.point)) as found:
         outbox = SendQueue(session.channel, session.writer)
         try:
             _Giving(request, disk, found, outbox, with_holds=Feature.HOLD in session.features).run()
@@ -90,7 +92,7 @@ def answer_leaves(current: Transfer, request: WantLeaves) -> None:
     Raises Diverged when the newest layer is another one by now, Corrupt or Busy as `answer`.
     """
     session, disk = current.session, current.disk
-    with _opened(disk, lambda catalogue: _newest(disk, catalogue, request.layer), current.receiver.engine) as found:
+    with _opened(disk, lambda catalogue: _newest(disk, catalogue, request.layer)) as found:
         chain, record = found.chain, found.layers[-1]
         count = ByteCount(
             data_leaves(chain).data_bytes,
@@ -124,8 +126,8 @@ class _Giving:
         self._outbox.put(Kind.PROGRESS, PROGRESS.pack(0, sum(layer.extents.data_bytes for layer in layers)))
         recorded = found.layers if self._asked.chain else found.layers[-1:]
         parent: str | None = None
-        for layer, record in zip(layers, recorded, strict=True):
-            parent = self._give(layer, record, parent)
+        for number, (layer, record) in enumerate(zip(layers, recorded, strict=True)):
+            parent = self._give(number, layer, record, parent)
         self._outbox.put(Kind.DONE, encode(Done(points=(), layers=len(layers))))
 
     def _told(self) -> HeldDisk:
@@ -134,7 +136,7 @@ class _Giving:
         held = held_point(point, len(self._found.layers), with_holds=self._with_holds)
         return HeldDisk(disk=self._disk.name, epoch=self._found.epoch, points=(held,))
 
-    def _give(self, layer: OutgoingLayer, record: Layer, parent: str | None) -> str:
+    def _give(self, number: int, layer: OutgoingLayer, record: Layer, parent: str | None) -> str:
         """The layer's id."""
         words = words_of(layer.extents, layer.cluster_size // 32 if layer.extended_l2 else layer.cluster_size)
         if len(words) > MAX_RUNS:
@@ -155,20 +157,21 @@ class _Giving:
         self._outbox.put(Kind.LAYER, encode(offer))
         for body in map_frames(words):
             self._outbox.put(Kind.MAP, body)
-        if not self._asked.look:
-            self._give_data(layer, record)
+        if not self._asked.look and number >= self._asked.first_layer:
+            self._give_data(layer, record, since=self._asked.first_offset if number == self._asked.first_layer else 0)
         self._outbox.put(Kind.END, bytes.fromhex(record.content_id))
         return layer_id(offer, words)
 
-    def _give_data(self, layer: OutgoingLayer, record: Layer) -> None:
+    def _give_data(self, layer: OutgoingLayer, record: Layer, *, since: int) -> None:
         outgoing = Outgoing(layer, self._levels)
         total = outgoing.first_sum()
-        for portion in outgoing.portions():
+        for portion in outgoing.portions(since=since):
             total = total + portion.delta
             if portion.frame:
                 self._levels.queue_seen(self._outbox.fullness)
                 self._outbox.put(Kind.DATA, *portion.frame)
-        _check_shown(self._disk, self._found, record, content_id(layer.extents.size, total))
+        if not since:  # else what was not read may be anything: whoever has it proves the whole
+            _check_shown(self._disk, self._found, record, content_id(layer.extents.size, total))
 
 
 def _check_shown(disk: ReplicaDisk, found: _Opened, record: Layer, shown: str) -> None:
@@ -231,25 +234,22 @@ def _newest(disk: ReplicaDisk, catalogue: Catalogue, wanted: str) -> tuple[Point
 
 
 @contextmanager
-def _opened(
-    disk: ReplicaDisk, choose: Callable[[Catalogue], tuple[Point | None, str]], engine: Engine | None
-) -> Iterator[_Opened]:
+def _opened(disk: ReplicaDisk, choose: Callable[[Catalogue], tuple[Point | None, str]]) -> Iterator[_Opened]:
     """A chain whose files are locked for reading. choose: (point, id of the layer that is its top).
 
     An error counts only if the catalogue has not changed since. Raises NotFound, Busy, Corrupt, and as `choose`.
     """
     with ExitStack() as held:
-        yield _open(disk, choose, held, engine)
+        yield _open(disk, choose, held)
 
 
 def _open(
     disk: ReplicaDisk,
     choose: Callable[[Catalogue], tuple[Point | None, str]],
     held: ExitStack,
-    engine: Engine | None,
 ) -> _Opened:
     for _ in range(_ATTEMPTS):
-        wait_for_merge(disk, engine=engine)
+        wait_for_merge(disk)
         catalogue = disk.read()
         if catalogue is None:
             raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)

@@ -20,16 +20,19 @@ from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unava
 from snapchain.host.files import free_bytes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
+from snapchain.merge.request import MergeRequest
+from snapchain.merge.run import StepReport, run_step
+from snapchain.merge.step import MergeStep, plan_step
 from snapchain.model.collapse import collapse
+from snapchain.model.events import Event, Progress
+from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Decision, Policy, decide
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, Point
-from snapchain.replica.holds import reasons
 from snapchain.replica.merge_journal import (
-    Engine,
-    Planned,
     begin,
     conclude,
+    is_begun,
     is_under_way,
     others_on,
     real_path,
@@ -40,7 +43,7 @@ from snapchain.replica.store import ReplicaDisk
 
 NOTHING = "nothing"
 _GOES_ROUND = (Busy, Conflict, Unsupported, InvalidInput)
-"""What an engine refuses one merge with, before anything is changed; the others are not the worse for it."""
+"""What one merge is refused with before anything is changed; the other merges are done all the same."""
 OnBytes = Callable[[int, int], None]
 Layers = tuple[Layer, ...]
 
@@ -59,7 +62,7 @@ class Collapsing:
 
     catalogue: Catalogue
     decisions: tuple[Decision[Point], ...]
-    groups: tuple[tuple[Layers, Planned], ...]
+    groups: tuple[tuple[Layers, MergeStep], ...]
     stays: tuple[Stays, ...]
     free_bytes: int
 
@@ -71,7 +74,7 @@ class Collapsing:
     @property
     def strategy(self) -> str:
         """Of all merges."""
-        return "+".join(dict.fromkeys(planned.strategy for _, planned in self.groups)) or NOTHING
+        return "+".join(dict.fromkeys(planned.strategy.value for _, planned in self.groups)) or NOTHING
 
 
 @dataclass(slots=True)
@@ -91,41 +94,41 @@ class Collapsed:
         return "+".join(dict.fromkeys(self.strategies)) or NOTHING
 
 
-def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinfo, engine: Engine) -> Collapsing:
+def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinfo) -> Collapsing:
     """Look, and decide; changes nothing.
 
     Raises Corrupt when the files are not the chain that they should be.
     """
-    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=reasons)
+    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=hold_reasons)
     stays: list[Stays] = []
-    groups: list[tuple[Layers, Planned]] = []
+    groups: list[tuple[Layers, MergeStep]] = []
     for members in _groups(disk, catalogue, decisions, stays):
         try:
-            groups.append((members, _planned(disk, catalogue, members, engine)))
+            groups.append((members, _planned(disk, catalogue, members)))
         except _GOES_ROUND as error:
             stays += [Stays(layer, error.message) for layer in members[:-1]]
     return Collapsing(catalogue, decisions, tuple(groups), tuple(stays), free_bytes(disk.directory))
 
 
-def run(disk: ReplicaDisk, planned: Collapsing, *, engine: Engine, on_bytes: OnBytes) -> Collapsed:
+def run(disk: ReplicaDisk, planned: Collapsing, *, on_bytes: OnBytes) -> Collapsed:
     """Do it. The disk is locked since before the plan.
 
     on_bytes: told how much is moved, and of how much; what it raises ends the work
-    Raises Unavailable when there is no room, before the points go that need what would be merged; what the engine
-    raises: the next who comes settles that.
+    Raises Unavailable when there is no room, before the points go that need what would be merged; what
+    `run_step` raises: the next process that takes the lock settles that.
     """
     done = Collapsed(planned.catalogue, [], [], list(planned.stays))
     total = sum(each.bytes_to_move for _, each in planned.groups)
     for number, (members, first_look) in enumerate(planned.groups):
         before = done.bytes_moved
 
-        def told(count: int, _of: int, before: int = before) -> None:
+        def counted(count: int, _of: int, before: int = before) -> None:
             on_bytes(min(before + count, total), total)
 
-        told(0, 0)
+        counted(0, 0)
         try:
-            now = first_look if number == 0 else _planned(disk, done.catalogue, members, engine)
-            _merge(disk, members, now, done, engine=engine, on_bytes=told)
+            now = first_look if number == 0 else _planned(disk, done.catalogue, members)
+            _merge(disk, members, now, done, on_bytes=counted)
         except _GOES_ROUND as error:
             if is_under_way(disk):
                 raise  # it was begun, and comes first
@@ -193,18 +196,38 @@ def _open(disk: ReplicaDisk, layers: Sequence[Layer]) -> dict[str, str]:
     return found
 
 
-def _planned(disk: ReplicaDisk, catalogue: Catalogue, members: Layers, engine: Engine) -> Planned:
-    tip = catalogue.layers[-1]
-    return engine.plan(
-        real_path(disk, tip),
-        [real_path(disk, layer) for layer in members],
-        image_dirs=where_images_stand(disk),
+def _planned(disk: ReplicaDisk, catalogue: Catalogue, members: Layers) -> MergeStep:
+    """Raises Conflict, Busy, Unsupported or InvalidInput for layers that cannot be merged."""
+    step = plan_step(
+        MergeRequest(
+            image=real_path(disk, catalogue.layers[-1]),
+            image_format="qcow2",
+            image_dirs=tuple(where_images_stand(disk)),
+            from_layer=str(real_path(disk, members[0])),
+            to_layer=str(real_path(disk, members[-1])),
+            unlocks=True,
+        )
     )
+    if step.keep:
+        raise Conflict(step.keep[0].reason, subject=step.keep[0].path)
+    return step
 
 
-def _merge(
-    disk: ReplicaDisk, members: Layers, planned: Planned, done: Collapsed, *, engine: Engine, on_bytes: OnBytes
-) -> None:
+def _run(step: MergeStep, on_bytes: OnBytes) -> StepReport:
+    """Merge the files. The notes that a chain of images has beside it are the catalogue's here."""
+    moved = 0
+
+    def on_event(event: Event) -> None:
+        nonlocal moved
+        if isinstance(event, Progress):
+            # The proof moves nothing; the peer hears all the same that the work goes on.
+            moved = event.done if event.phase == "merge" else moved
+            on_bytes(moved, step.bytes_to_move)
+
+    return run_step(step, noted=False, on_event=on_event)
+
+
+def _merge(disk: ReplicaDisk, members: Layers, planned: MergeStep, done: Collapsed, *, on_bytes: OnBytes) -> None:
     """One group, from the record that tells of it to the catalogue that has it."""
     room = free_bytes(disk.directory)
     if planned.needs_bytes > room:
@@ -219,14 +242,14 @@ def _merge(
     paths: list[Path] = [real_path(disk, layer) for layer in members]
     try:
         with unlocked([paths[0], paths[-1]]):
-            result = planned.run(on_bytes=on_bytes)
+            result = _run(planned, on_bytes)
     except SnapchainError:
-        if not engine.pending(paths):  # it has changed nothing: the layers are as they were
+        if not is_begun(paths):  # it has changed nothing: the layers are as they were
             done.catalogue = conclude(disk, done.catalogue, members)
         raise
     done.catalogue = conclude(disk, done.catalogue, members)
     done.merged.append(members)
-    done.strategies.append(planned.strategy)
+    done.strategies.append(planned.strategy.value)
     done.bytes_moved += result.bytes_moved
     done.bytes_freed += result.bytes_freed
 

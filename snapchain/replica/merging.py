@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
-from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.events import ByteCount
 from snapchain.model.retention import Decision, Policy, parse_duration
 from snapchain.replica import layer_merge as collapsing
@@ -21,7 +21,7 @@ from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Point
 from snapchain.replica.epochs import check_epoch
 from snapchain.replica.layer_merge import Collapsing
-from snapchain.replica.merge_journal import Engine, undisturbed
+from snapchain.replica.merge_journal import undisturbed
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import (
     POINTS_AT_ONCE,
@@ -45,34 +45,31 @@ Reply = Callable[[Kind, Message | bytes], None]
 
 def answer(receiver: Receiver, request: Merge) -> None:
     """MERGE. Raises as `merge`."""
-    merge(request, receiver.root(request.replica), receiver.session.reply, engine=receiver.engine)
+    merge(request, receiver.root(request.replica), receiver.session.reply)
     receiver.session.done()
 
 
-def merge(asked: Merge, root: Path, say: Reply, *, engine: Engine | None) -> None:
+def merge(asked: Merge, root: Path, say: Reply) -> None:
     """Do it, and say all but DONE.
 
     Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
     when others do not let go of the disk, Unsupported where nothing here can merge, and as `collapsing.plan`, `run`.
     """
-    if engine is None:
-        raise Unsupported("this receiver cannot merge", subject=root)
     policy, zone = _policy(asked), _zone(asked.zone)
     disk = open_replica(root).disk(asked.disk)
     if asked.dry_run:
         planned = undisturbed(
             disk,
-            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), policy, zone=zone, engine=engine),
-            engine=engine,
+            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), policy, zone=zone),
             is_fine=lambda _plan: False,
         )
         _tell(planned, _foreseen(planned), say)
         return
     _checked(disk, disk.read(), asked)
     with in_turn(disk, Work.MERGE):
-        settled = _checked(disk, settle(disk, engine), asked)
-        planned = collapsing.plan(disk, settled, policy, zone=zone, engine=engine)
-        _tell(planned, _done(disk, planned, engine, say), say)
+        settled = _checked(disk, settle(disk), asked)
+        planned = collapsing.plan(disk, settled, policy, zone=zone)
+        _tell(planned, _done(disk, planned, say), say)
 
 
 def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, asked: Merge) -> Catalogue:
@@ -126,9 +123,9 @@ def _foreseen(planned: Collapsing) -> Outcome:
     )
 
 
-def _done(disk: ReplicaDisk, planned: Collapsing, engine: Engine, say: Reply) -> Outcome:
+def _done(disk: ReplicaDisk, planned: Collapsing, say: Reply) -> Outcome:
     count = ByteCount(0, lambda done, total: say(Kind.PROGRESS, PROGRESS.pack(done, total)))
-    done = collapsing.run(disk, planned, engine=engine, on_bytes=count.reach)
+    done = collapsing.run(disk, planned, on_bytes=count.reach)
     return Outcome(
         done=True,
         layers_before=len(planned.catalogue.layers),

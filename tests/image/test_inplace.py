@@ -14,9 +14,9 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.image import ImageChain, scan
-from snapchain.image.assemble.plan import merged_extents
-from snapchain.image.inplace import Amendment, fill, plan_absorb, plan_commit, relink, settle
 from snapchain.image.qcow2.header import Backing
+from snapchain.merge.amendment import Amendment, fill, plan_absorb, plan_commit, relink, settle
+from snapchain.merge.assembly import merged_extents
 from snapchain.model.economics import Into, gain
 from snapchain.testing.strategies import chain_of as model_chain
 from tests.exhaustive import examples

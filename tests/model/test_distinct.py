@@ -26,7 +26,7 @@ def test_as_numpy_says(values: list[list[int]]) -> None:
 def test_a_merge_loads_no_masked_arrays() -> None:
     program = (
         "import sys, numpy as np\n"
-        "import snapchain.merge.selection, snapchain.image.sameness\n"
+        "import snapchain.merge.plan, snapchain.image.sameness\n"
         "from snapchain.model.distinct import distinct\n"
         "distinct(np.arange(3), np.arange(2))\n"
         "print('numpy.ma' in sys.modules)\n"

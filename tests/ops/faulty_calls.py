@@ -18,7 +18,7 @@ from typing import Any
 
 from snapchain.errors import SnapchainError
 from snapchain.host.state_key import made_key
-from snapchain.image.assemble import threads
+from snapchain.image import threads
 from tests.exhaustive import EXHAUSTIVE
 
 CALLS = (

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from snapchain.destinations import replica_at
 from snapchain.errors import (
     Busy,
     Conflict,
@@ -34,11 +35,12 @@ from snapchain.ops.ship.request import Divergence
 from snapchain.replica import destination as replica_destination
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.opening import replica_at
+from snapchain.replica.fetch_client import Answer
 from snapchain.replica.points_merge import ReplicaMerge
+from snapchain.replica.stream import session
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, Fetch, Hello, Kind, encode
-from tests.ops.shipping import MiB, delivery, random_stack, same_bytes
+from tests.ops.shipping import MiB, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place
 from tests.replica.test_stream import BLOB, GRAIN, HELLO, HOSTILE, MAP, OPEN, data, end, offer, puppet, stream, take
@@ -385,7 +387,7 @@ def test_a_line_that_is_cut_or_bent(sent: Place, out: Path) -> None:
 
         with pytest.raises(Unavailable, match=r"ends in the middle|closed") as broken:
             restore(BentEndpoint(sent, back=cut), out)
-        assert broken.value.hint == "run it again: it begins anew"
+        assert broken.value.hint == "run it again: a restore continues what it had written"
         with pytest.raises((Corrupt, Unavailable, Unsupported), match=r"its check is wrong|closed by the other side"):
             restore(BentEndpoint(sent, back=bend), out)
         assert names(out.parent) == []
@@ -433,7 +435,7 @@ ON_FETCHING = {
     "resumed from nothing": "not lie on the one before",
     "clusters of 513": "DONE has no place|cluster size of 513",  # a raw file has no clusters
     "small subclusters": "48 bytes of data left out|cluster size of 512",
-    "other content": "shows the content",
+    "other content": "the restored content id",
     "a point of other content": "kind 8, which is not",
 }
 """What is said of a hostile sender's frames here, if it is something else."""
@@ -466,7 +468,7 @@ LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "another number of layers": ("other layers than it says", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
     "no end": ("closed by the other side", GOOD[:6]),
     "no DONE": ("closed by the other side", GOOD[:7]),
-    "other bytes": ("shows the content", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
+    "other bytes": ("the restored content id", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
     "fewer bytes": ("131072 bytes of data left out", (*GOOD[:5], data(0, GRAIN, BLOB[:GRAIN]), *GOOD[6:])),
     "a sender's word": ("kind 2, which is not", (*GOOD[:3], OPEN)),
     "a receiver's word": ("kind 32, which is not", (*GOOD[:3], (32, b"{}"))),
@@ -565,10 +567,60 @@ def test_kinds_go_one_way() -> None:
     assert not {Kind.OPEN, Kind.MARK, Kind.INVENTORY, Kind.STORED, Kind.ACK} & set(FROM_FETCH)
 
 
-def test_a_destination_says_what_it_cannot_do(sent: Place, chain: list[Path]) -> None:
-    place = ReplicaDestination(DirectoryEndpoint(sent.root))
-    with pytest.raises(InvalidInput, match="one point a transfer"), delivery(place, chain[0], DISK, each_layer=True):
-        pass
-    for share, rate in ((0.5, None), (1.0, 1000)):
-        with pytest.raises(InvalidInput, match="read where it is"):
-            ReplicaDestination(DirectoryEndpoint(sent.root), limit_rate=rate).verify(DISK, share=share)
+def test_a_replica_is_read_on_its_own_host(sent: Place) -> None:
+    with pytest.raises(InvalidInput, match="no rate is kept"):
+        ReplicaDestination(DirectoryEndpoint(sent.root), limit_rate=1000).verify(DISK, share=1.0)
+    for share in (-0.1, 1.1):
+        with pytest.raises(InvalidInput, match="of the data"):
+            ReplicaDestination(DirectoryEndpoint(sent.root)).verify(DISK, share=share)
+
+
+# ---- a restore that was cut off
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Place, Path]:
+    """A replica of 24 MiB of noise, and what it shows."""
+    monkeypatch.setattr("snapchain.ops.restore.output.WORTH", 4 * MiB)
+    noise = tmp_path / "more"
+    noise.write_bytes(random.Random(6).randbytes(24 * MiB))
+    image = build(tmp_path / "big", [Layer(32 * MiB, [f"write -s {noise} 0 24M"])])[0]
+    place = Place(tmp_path / "second")
+    place.send(image)
+    return place, flat(image, tmp_path / "big.raw")
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_only_the_rest_is_fetched(
+    large: tuple[Place, Path], out: Path, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that knows where data are to begin sends no more; an older one sends all, and it comes out right."""
+    place, shown = large
+    carried = 0
+
+    def count(_at: int, raw: bytes) -> bytes:
+        nonlocal carried
+        carried += len(raw)
+        return raw
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done >= 13 * MiB:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore(BentEndpoint(place, back=count), out, on_event=stop)
+    if is_old:
+        monkeypatch.setattr(session, "FEATURES", tuple(each for each in session.FEATURES if each != "fetch-from"))
+    carried = 0
+    report = restore(BentEndpoint(place, back=count), out)
+    assert report.bytes_resumed >= 8 * MiB
+    assert carried > 24 * MiB if is_old else carried < (24 - 8 + 1) * MiB
+    assert same_bytes(out, shown)
+    assert names(out.parent) == [out.name]
+
+
+@pytest.mark.parametrize("first", [(0, 4096), (0, 65537)])
+def test_data_begin_at_a_leaf(large: tuple[Place, Path], first: tuple[int, int]) -> None:
+    request = Fetch(disk=DISK, first_layer=first[0], first_offset=first[1])
+    with DirectoryEndpoint(large[0].root).connect() as channel, pytest.raises(InvalidInput, match="not at a leaf"):
+        Answer(channel, request, limit_rate=None)

@@ -15,7 +15,8 @@ import pytest
 from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.places import state_dir
-from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
 from snapchain.ops.ship.run import Divergence, ShipRequest
@@ -106,16 +107,16 @@ def test_a_plan_says_it_where_it_is_remembered(held: Place, chain: list[Path]) -
 
 def test_verify_tells_it(held: Place) -> None:
     there = DirectoryEndpoint(held.root)
-    assert verify_replica(there, read_data=True).ok
+    assert verify_replica(there, share=1.0).ok
     poison(held, above=1)
-    found = verify_replica(there, read_data=True)
+    found = verify_replica(there, share=1.0)
     (finding,) = found.findings
     assert not found.ok
     assert (finding.disk, finding.subject, finding.kind) == (DISK, "1.qcow2", "corrupt")
     assert "somebody has put other data there" in finding.message
     assert finding.points == (3,)
     forgotten()
-    assert verify_replica(there, read_data=True).ok, "another host has nothing to compare with"
+    assert verify_replica(there, share=1.0).ok, "another host has nothing to compare with"
 
 
 def test_a_file_that_was_written_to_and_got_its_time_back(held: Place, chain: list[Path]) -> None:
@@ -162,7 +163,9 @@ def test_what_was_counted_is_not_read_again(place: Place, chain: list[Path], tmp
         write(image, f"write -P {20 + number} {number * 64}k 64k")
         snapshot.run(snapshot.plan(image))
         assert not any("reading" in each for each in notices(image, place))
-    merge_run.run(merge_plan.plan(image, from_layer=str(chain[0]), to_layer=str(chain[1])))
+    merge_run.run_step(
+        merge_plan.plan_step(MergeRequest(image=image, from_layer=str(chain[0]), to_layer=str(chain[1])))
+    )
     write(image, "write -P 10 0 64k")
     assert not any("reading" in each for each in notices(image, place)), "a merge is proven"
     assert same(place.files()[-1], flat(image, tmp_path / "shown"))

@@ -11,18 +11,17 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt
-from snapchain.merge.strategy import Strategy
+from snapchain.model.merging import Strategy
 from snapchain.ops.log import log
 from snapchain.replica import merging
 from snapchain.replica.destination import ReplicaDestination
-from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.stream.messages import Merge
 from snapchain.replica.verification import verify_replica
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, qemu_img, same
 from tests.replica.conftest import DISK, Place
-from tests.replica.merging import Pointed, endpoint
+from tests.replica.merging import Pointed, endpoint, merged_by
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 STRATEGIES = {way.value: way for way in (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)}
@@ -41,11 +40,12 @@ class Scene:
             self.pointed.send(path)
         self.root, self.pristine = self.pointed.place.root, directory / "pristine"
         shutil.copytree(self.root, self.pristine)
-        self.engine = ReplicaEngine(strategy)
+        self.strategy = strategy
 
     def merge(self) -> None:
         """As the receiver does, without a stream: all its calls are of the files'."""
-        merging.merge(ASKED, self.root, lambda *_: None, engine=self.engine)
+        with merged_by(self.strategy):
+            merging.merge(ASKED, self.root, lambda *_: None)
 
     def reset(self) -> None:
         shutil.rmtree(self.root)
@@ -67,7 +67,7 @@ class Scene:
         left -= set() if swept else {name for name in left if ".json.new-" in name}
         assert left == {"catalogue.json", ".lock", *(path.name for path in files)}, where
         assert all(path.stat().st_mode & 0o777 == 0o400 for path in files), where
-        found = verify_replica(endpoint(self.root), DISK, read_data=True)
+        found = verify_replica(endpoint(self.root), DISK, share=1.0)
         assert found.ok, (where, found.findings)
 
     def check_end(self, where: str) -> None:
@@ -164,7 +164,7 @@ def every_fault(scene: Scene, fault: Fault) -> None:
         assert log(ReplicaDestination(nobody), DISK).disks[0].points
 
     def verifies() -> None:
-        found = verify_replica(nobody, DISK, read_data=True)
+        found = verify_replica(nobody, DISK, share=1.0)
         assert found.ok, found.findings
 
     comers: Iterator[Callable[[], None]] = cycle([sends, looks, verifies, scene.merge])

@@ -423,6 +423,8 @@ class Fetch(Message):
 
     point: as in an address, None for the latest; chain: its layers as they are, else one that shows all of it
     look: no data, only what there is; plain: no compression, for two ends on one machine; replica: as in Open
+    first_layer: number of the layer, from 0, with which data begin, and first_offset: the guest offset in it, a
+        multiple of a leaf or behind the layer's end; only said to a side that names `fetch-from`
     """
 
     disk: str = Field(min_length=1, max_length=250)
@@ -431,6 +433,17 @@ class Fetch(Message):
     chain: bool = False
     look: bool = False
     plain: bool = False
+    first_layer: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    first_offset: int = Field(default=0, ge=0, le=LARGEST_DISK)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature does not know the fields.
+        fields: dict[str, Any] = handler(self)
+        if not fields.get("first_layer") and not fields.get("first_offset"):
+            fields.pop("first_layer", None)
+            fields.pop("first_offset", None)
+        return fields
 
 
 # --- HANDOVER
@@ -648,6 +661,8 @@ class Feature(StrEnum):
     """Also: the holds of points are listed."""
     SAMPLE = "sample"
     """The receiver knows the share in ASK."""
+    FETCH_FROM = "fetch-from"
+    """The receiver knows in FETCH where data are to begin."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,27 +6,106 @@ file.  What the target shows through the inputs above it is never overwritten.  
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from snapchain.errors import InvalidInput, Unsupported
-from snapchain.image.assemble.copies import Copies
-from snapchain.image.assemble.pieces import Pieces, joined_runs, pieces_of
-from snapchain.image.assemble.plan import merged_extents
+from snapchain.errors import Corrupt, InvalidInput, Unsupported
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
-from snapchain.image.inplace.allocation import Rooms, behind_end, rooms
-from snapchain.image.inplace.amendment import Amendment
-from snapchain.image.inplace.cells import Cells, cells, cut, end_of_last_cell
-from snapchain.image.inplace.link import header_head, relink
 from snapchain.image.physical import Int64s
+from snapchain.image.pieces import Pieces, joined_runs, pieces_of
 from snapchain.image.pread import file_bytes
 from snapchain.image.qcow2.encode import subcluster_bitmaps, values_of
 from snapchain.image.qcow2.format import COPIED, ZERO_FLAG, Autoclear
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.tables import ImageFd, UInt64s
+from snapchain.merge.amendment.allocation import (
+    Cells,
+    ClusterAllocation,
+    allocate_clusters,
+    behind_end,
+    cells,
+    cut,
+    end_of_last_cell,
+)
+from snapchain.merge.amendment.link import header_head, relink
+from snapchain.merge.assembly import merged_extents
+from snapchain.merge.copying import Copies
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, where
 
 _AUTOCLEAR = Autoclear.BITMAPS | Autoclear.DATA_FILE_RAW
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Amendment:
+    """A file's change, planned. Bytes throughout.
+
+    view:    the chain up to the uppermost input; target: number of the file in it that is changed
+    backing: the link that it then records; end: of the file now, rounded up to clusters: where new clusters begin
+    copies:  bytes to copy as they are; unpack_*: ranges of compressed clusters to store plain; zero_*: to overwrite
+             with zeroes; all targets are offsets in the changed file
+    cluster, entry, bitmap: the L2 entries that change: number of the guest cluster, ascending, and what its entry and
+             its bitmap of subclusters (None where there are none) become
+    new_clusters: data clusters that come at `end`; surviving: guest bytes of DATA that the inputs hold together
+    """
+
+    view: ImageChain
+    target: int
+    backing: Backing | None
+    end: int
+    copies: Copies
+    unpack_file: Int64s
+    unpack_guest: Int64s
+    unpack_target: Int64s
+    unpack_length: Int64s
+    zero_target: Int64s
+    zero_length: Int64s
+    cluster: Int64s
+    entry: UInt64s
+    bitmap: UInt64s | None
+    new_clusters: int
+    surviving: int
+
+    @property
+    def file(self) -> ImageFile:
+        """The one that is changed, as it was when this was planned."""
+        return self.view.files[self.target]
+
+    @property
+    def cluster_size(self) -> int:
+        """Of the changed file."""
+        return self.file.cluster_size
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that the file takes from others, shared or copied; unpacked ones as they are then."""
+        return self.copies.bytes + self.bytes_unpacked
+
+    @property
+    def bytes_unpacked(self) -> int:
+        """Of compressed clusters, which do not stay so."""
+        return int(self.unpack_length.sum())
+
+    @property
+    def bytes_needed(self) -> int:
+        """Room that the file may grow by: data, tables, and all reference counts anew."""
+        size = self.cluster_size
+        tables = self.new_tables_at_most * size
+        l1 = -(-self.view.size // self._guest_bytes_per_l2) * 8 + size if self.view.size > self.file.size else 0
+        clusters = (self.end + self.new_clusters * size + tables + l1) // size
+        return self.new_clusters * size + tables + l1 + clusters * 8 + 8 * size
+
+    @property
+    def new_tables_at_most(self) -> int:
+        """L2 tables of the clusters whose entries change."""
+        numbers = self.cluster // (self._guest_bytes_per_l2 // self.cluster_size)
+        return int((numbers[1:] != numbers[:-1]).sum()) + min(len(numbers), 1)
+
+    @property
+    def _guest_bytes_per_l2(self) -> int:
+        assert self.file.header is not None
+        return self.file.header.guest_bytes_per_l2
 
 
 def plan_absorb(view: ImageChain, first: int, *, backing: Backing | None) -> Amendment:
@@ -80,7 +159,7 @@ def _amendment(view: ImageChain, first: int, target: int, backing: Backing | Non
     surviving = merged.data_bytes
     change = cells(view, target, merged, rooted=backing is None)
     del merged
-    placed = rooms(image, change, size=view.size)
+    placed = allocate_clusters(image, change, size=view.size)
     shown = view.resolve()
     new, place = _targets(pieces_of(change.fresh, shown, view.files), placed.runs)
     held = _plain_runs(file)
@@ -170,7 +249,9 @@ def _zeroes(chosen: Extents, shown: Extents, runs: tuple[Int64s, Int64s, Int64s]
     return host[run] + (at - begins[run]), np.minimum(ends[run], stop[row]) - at
 
 
-def _entries(image: ImageFd, change: Cells, placed: Rooms, *, rooted: bool) -> tuple[UInt64s, UInt64s | None]:
+def _entries(
+    image: ImageFd, change: Cells, placed: ClusterAllocation, *, rooted: bool
+) -> tuple[UInt64s, UInt64s | None]:
     """What the L2 entries of changed clusters become, and their bitmaps where there are subclusters."""
     guest = placed.cluster * image.header.cluster_size
     entry = np.where(placed.host != 0, placed.host.view(np.uint64) | np.uint64(COPIED), np.uint64(0))
@@ -184,3 +265,36 @@ def _entries(image: ImageFd, change: Cells, placed: Rooms, *, rooted: bool) -> t
         zero = (placed.host == 0) & ~placed.dropped & (values_of(guest, change.content) == ZERO)
         entry[zero] = ZERO_FLAG
     return entry, None
+
+
+# --- No write of an amendment may hit what the view shows from the file that is changed.
+#
+# The proof takes bytes at one place of one file for the same, before and after; this is what makes that true.
+
+
+def check_overwrites(amendment: Amendment) -> None:
+    """Raises Corrupt for an amendment that would overwrite what is to be seen; nothing was written then."""
+    view = amendment.view
+    shown = view.resolve()
+    own = shown.mapped(np.where(shown.val == amendment.target, np.int64(DATA), np.int64(ABSENT)))
+    pieces = pieces_of(own, shown, view.files)
+    if not len(pieces):
+        return
+    order = np.argsort(pieces.host, kind="stable")
+    start = pieces.host[order]
+    length = np.where(pieces.stored > 0, pieces.stored, pieces.length)[order]
+    reach = np.maximum.accumulate(start + length)
+    for target, size in (
+        (amendment.copies.target, amendment.copies.length),
+        (amendment.unpack_target, amendment.unpack_length),
+        (amendment.zero_target, amendment.zero_length),
+    ):
+        # How many visible stretches begin before each write ends, and whether any of those reaches into it.
+        before = np.searchsorted(start, target + size, side="left")
+        hit = (before > 0) & (reach[before - 1] > target)
+        if hit.any():
+            raise Corrupt(
+                f"the merge would overwrite what is seen at offset {int(target[hit.argmax()])} of the file",
+                subject=amendment.file.path,
+                hint="this is a fault of snapchain: merge with --strategy new-file, and report it",
+            )

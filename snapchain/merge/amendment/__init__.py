@@ -17,10 +17,8 @@ happened.
 
 from __future__ import annotations
 
-from snapchain.image.inplace.amendment import Amendment
-from snapchain.image.inplace.fill import fill, relink
-from snapchain.image.inplace.plan import plan_absorb, plan_commit
-from snapchain.image.inplace.settle import settle
-from snapchain.image.inplace.shadow import Pending, same_map, shadow
+from snapchain.merge.amendment.plan import Amendment, plan_absorb, plan_commit
+from snapchain.merge.amendment.shadow import same_map, shadow
+from snapchain.merge.amendment.write import Pending, fill, relink, settle
 
 __all__ = ["Amendment", "Pending", "fill", "plan_absorb", "plan_commit", "relink", "same_map", "settle", "shadow"]

@@ -1,29 +1,166 @@
-"""Carrying out a list of copies: shared where the filesystem can, else copied inside the kernel, else read and written.
-
-Sharing happens first, on one thread: the kernel locks the target for it.  It wants whole blocks, so an odd head or
-tail of a range is copied.  Copying is spread over threads in jobs of some MiB; holes of a source stay holes.  Memory
-is a buffer a thread, whatever the amount.
-"""
+"""Copies from files of a chain into one file: the list, as numpy columns, and its execution."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
 import stat
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cache
 
 import numpy as np
 
 from snapchain.errors import Corrupt
+from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
-from snapchain.image.assemble.copies import Copies
-from snapchain.image.assemble.kernel import Refusal, copy_range, share_range, start_writing
-from snapchain.image.assemble.threads import spread
+from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
 from snapchain.image.holes import stored_range
+from snapchain.image.physical import Int32s, Int64s, Mask
+from snapchain.image.pieces import joined_runs
 from snapchain.image.positioned import write_all
 from snapchain.image.pread import file_bytes, pread_into
+from snapchain.image.threads import spread
+
+SPARE = 1 << 20
+"""Bytes of room for what the filesystem itself needs to record, beside what is copied."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copies:
+    """Columns of equal length. file: number in the chain; source, target: file offsets; length: bytes."""
+
+    file: Int32s
+    source: Int64s
+    target: Int64s
+    length: Int64s
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __getitem__(self, chosen: Mask | Int64s | slice) -> Copies:
+        return Copies(self.file[chosen], self.source[chosen], self.target[chosen], self.length[chosen])
+
+    @property
+    def bytes(self) -> int:
+        """Of all copies together."""
+        return int(self.length.sum())
+
+    def moved(self, offset: int) -> Copies:
+        """With all targets moved up."""
+        return replace(self, target=self.target + offset)
+
+    def joined(self) -> Copies:
+        """Neighbours that go on in the file and in the target, as one."""
+        first, length = joined_runs([self.file, self.target - self.source], self.source, self.length)
+        return Copies(self.file[first], self.source[first], self.target[first], length)
+
+    @staticmethod
+    def none() -> Copies:
+        """Nothing to copy."""
+        nothing = np.empty(0, np.int64)
+        return Copies(nothing.astype(np.int32), nothing, nothing, nothing)
+
+    @staticmethod
+    def concatenated(*parts: Copies) -> Copies:
+        """One list after another."""
+        return Copies(
+            np.concatenate([part.file for part in parts]),
+            np.concatenate([part.source for part in parts]),
+            np.concatenate([part.target for part in parts]),
+            np.concatenate([part.length for part in parts]),
+        )
+
+
+# --- What the kernel does better than a loop of reads and writes: share extents, copy in place, write back early.
+#
+# Each returns whether the kernel did it; what it cannot do here (another filesystem, a device, an odd range) is not an
+# error, since the caller has a slower way.  A full or failing disk is.  Source: Linux ioctl_ficlonerange(2),
+# copy_file_range(2), sync_file_range(2).
+
+FICLONERANGE = 0x4020940D
+_CLONE = struct.Struct("=qQQQ")
+_WRITE = 2
+"""SYNC_FILE_RANGE_WRITE: begin to write dirty pages, wait for nothing."""
+
+
+class Refusal(Enum):
+    """Why a range was not shared."""
+
+    NEVER = "this filesystem shares no extents"
+    NOT_THIS_FILE = "the file lies elsewhere"
+    NOT_THIS_RANGE = "the range does not fit"
+
+
+_REFUSALS = {
+    errno.EOPNOTSUPP: Refusal.NEVER,
+    errno.ENOTTY: Refusal.NEVER,
+    errno.ENOSYS: Refusal.NEVER,
+    errno.EXDEV: Refusal.NOT_THIS_FILE,
+    errno.EPERM: Refusal.NOT_THIS_FILE,
+    errno.ETXTBSY: Refusal.NOT_THIS_FILE,
+    errno.EISDIR: Refusal.NOT_THIS_FILE,
+    errno.EBADF: Refusal.NOT_THIS_FILE,
+    errno.EINVAL: Refusal.NOT_THIS_RANGE,
+}
+_COPY_ELSE = {errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+
+
+def share_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> Refusal | None:
+    """Let `target` share extents of `source`; None when done. Raises OSError where the disk fails or is full."""
+    try:
+        fcntl.ioctl(target, FICLONERANGE, _CLONE.pack(source, source_offset, length, target_offset))
+    except OSError as error:
+        if error.errno in _REFUSALS:
+            return _REFUSALS[error.errno]
+        raise
+    return None
+
+
+def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
+    """Copy inside the kernel; how many bytes were copied until it would not go on, be it at once."""
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(source, target, length - done, source_offset + done, target_offset + done)
+        except OSError as error:
+            if error.errno in _COPY_ELSE:
+                break
+            raise
+        if not count:
+            break
+        done += count
+    return done
+
+
+def start_writing(fd: int, offset: int, length: int) -> None:
+    """Begin to write a range back, so that the flush at the end finds little to do. Only a hint: errors come there."""
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, offset, length, _WRITE)
+
+
+@cache
+def _sync_file_range() -> ctypes._NamedFuncPointer | None:
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except AttributeError:
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
+# --- Carrying out a list of copies: shared where the filesystem can, else copied in the kernel, else read and written.
+#
+# Sharing happens first, on one thread: the kernel locks the target for it.  It wants whole blocks, so an odd head or
+# tail of a range is copied.  Copying is spread over threads in jobs of some MiB; holes of a source stay holes.  Memory
+# is a buffer a thread, whatever the amount.
 
 JOB = 8 << 20
 _JOB_ROWS = 512
@@ -201,3 +338,28 @@ def _jobs(copies: Copies) -> Iterator[Copies]:
         stop = max(first + 1, min(int(np.searchsorted(total, reach, side="right")), first + _JOB_ROWS))
         yield cut[first:stop]
         first = stop
+
+
+def shares_extents(view: ImageChain, first: int) -> bool:
+    """Whether new files beside the top can share the blocks of all the files from `first` on.
+
+    Tried with one block and a file that never has a name.
+    """
+    try:
+        with Directory.open(view.top.real_path.parent) as directory:
+            block = os.fstatvfs(directory.fd).f_bsize
+            probe = directory.create_unnamed()
+    except OSError:  # no such files here, or no permission: then nothing is promised
+        return False
+    try:
+        for file in view.files[first:]:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return False
+            if status.st_size >= block and share_range(file.fileno(), 0, probe, 0, block) is not None:
+                return False
+    except OSError:  # a full or failing disk: the work itself meets and reports that
+        return False
+    finally:
+        os.close(probe)
+    return True

@@ -37,7 +37,7 @@ def spread(jobs: Iterable[T], work: Callable[[T], None], *, threads: int | None 
             failures.append(error)
             stop.set()
 
-    crew = [threading.Thread(target=labour, name=f"assemble-{number}", daemon=True) for number in range(count)]
+    crew = [threading.Thread(target=labour, name=f"worker-{number}", daemon=True) for number in range(count)]
     try:
         for worker in crew:
             worker.start()

@@ -16,7 +16,6 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image.backing import Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
-from snapchain.image.inplace.disk import Disk
 from snapchain.image.physical import RunBudget
 from snapchain.image.positioned import write_all
 from snapchain.image.pread import file_bytes, pread
@@ -24,9 +23,9 @@ from snapchain.image.qcow2.header import Qcow2Header, read_header
 from snapchain.image.qcow2.refcounts import refcount_table
 from snapchain.image.qcow2.references import host_offsets, whole_l1
 from snapchain.image.qcow2.tables import ImageFd
-from snapchain.image.reread import check_refcounts
+from snapchain.merge.amendment.write import Disk, Pending
+from snapchain.merge.prove import check_refcounts
 
-Pending = Sequence[tuple[int, bytes]]
 _OLD = 1_000_000_000
 
 
