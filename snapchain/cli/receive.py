@@ -44,7 +44,7 @@ def receive(
     that are there already are passed over, so a stream may be received again. --dry-run reads only the beginning
     of the stream, and prints the disk's name and what DIR has of it.
     """
-    from snapchain.host.remote_channel import Channel
+    from snapchain.host.channel import Channel
     from snapchain.ops.receive import plan_receive, receive_stream
 
     with Output(as_json=json, dry_run=dry_run, progress=Mode.NONE, quiet=quiet) as out:

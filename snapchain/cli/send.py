@@ -74,7 +74,7 @@ def send(
     disk: where it has layers that the image never had, nothing is sent, and the error says what each side has. Over
     ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
     """
-    from snapchain.host.retry import Persistence
+    from snapchain.host.retry import RetryPolicy
     from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, plan_send, send_persistently
 
     dest, name = _named(target, disk, dry_run=dry_run)
@@ -98,7 +98,7 @@ def send(
         if dry_run:
             out.plan(plan_send(request, endpoint, on_event=out.on_event), _draw_plan)
         else:
-            report = send_persistently(request, endpoint, policy=Persistence(), on_event=out.on_event)
+            report = send_persistently(request, endpoint, policy=RetryPolicy(), on_event=out.on_event)
             out.report(report, _draw_report)
 
 
@@ -122,7 +122,7 @@ def _named(target: str | None, disk: str | None, *, dry_run: bool) -> tuple[str 
 
 def _to_stdout(request: Request, out: Output) -> None:
     """The stream gets stdout for itself; what else is said there goes to stderr."""
-    from snapchain.host.remote_channel import Channel
+    from snapchain.host.channel import Channel
     from snapchain.ops.ship.to_replica import send_blindly
 
     class Stdout(Channel):

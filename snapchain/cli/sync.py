@@ -162,7 +162,7 @@ def _targets(given: list[str] | None, count: int) -> list[str | None]:
 
 
 def _guest(dest: str, disk: str, *, domain: str | None, target: str | None, uri: str | None) -> Guest | None:
-    from snapchain.host.remote_address import is_remote, parse_remote_address
+    from snapchain.host.ssh import is_remote, parse_remote_address
     from snapchain.ops.sync.run import guest_of
 
     address = parse_remote_address(dest) if is_remote(dest) else None

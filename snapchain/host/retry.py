@@ -1,13 +1,12 @@
-"""Go on after a connection was lost: again and again, for a bounded time, telling each time.
+"""Try again after a connection was lost, for a bounded time, with a growing pause.
 
-    result = persist(transfer, policy=Persistence(), moved=lambda: durable, told=notice)
+    result = retry(transfer, policy=RetryPolicy(), progress=lambda: durable, on_retry=notice)
 
-A transfer that resumes where it stopped may simply be called again.  How long it pays to do so depends on whether it
-gets anywhere: time counts from the last moment at which an attempt had moved something, so a long transfer over a bad
-link goes on for as long as it moves, and a host that stays away is given up in good time.  Only Unavailable is tried
-again; a refused login or a diverged chain will not go away by asking once more, nor will what a file here or over
-there fails by, such as a full disk (`Lasting`).  After it, Busy is too: who holds the disk over there may be our own
-last attempt, which has not noticed yet that nobody is at the other end.
+An attempt that resumes where the last one stopped can simply be called again. The time limit counts from the last
+attempt that made progress: a long transfer over a bad link continues as long as it progresses, and a host that stays
+away is given up early. Only Unavailable is retried, except where a file or disk at one end failed (`Lasting`): a
+refused login, a diverged chain or a full disk would fail again. After a first Unavailable, Busy is retried too: our
+own last attempt may still hold the lock over there, until its end notices the lost connection.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from snapchain.errors import Busy, Unavailable
 
 Result = TypeVar("Result")
 _INSTANT = 0.01
-"""Seconds that are not worth waiting: a clock may stand still for less."""
+"""Seconds. Less is not worth a pause: a coarse clock may not even advance."""
 
 
 class Lasting(Unavailable):
-    """Not the link has failed, but a file or disk at one of its ends: another connection finds the same."""
+    """A file or disk at one end has failed, not the link: another attempt would fail in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
-class Persistence:
+class RetryPolicy:
     """give_up_after: seconds without progress.
 
     The pause after n failures in a row is drawn between half and all of `first * 2**(n - 1)`, at most `longest`.
@@ -48,7 +47,7 @@ class Persistence:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """What is told before each pause. failures: in a row; pause, left: seconds."""
+    """An attempt failed, and the next one follows after a pause. failures: in a row; pause, left: seconds."""
 
     error: Unavailable | Busy
     failures: int
@@ -59,21 +58,23 @@ class Retry:
         return f"{self.error}; trying again in {self.pause:.0f} s, for {self.left:.0f} s at most"
 
 
-def persist(
+def retry(
     attempt: Callable[[], Result],
     *,
-    policy: Persistence,
-    moved: Callable[[], int],
-    told: Callable[[Retry], None],
+    policy: RetryPolicy,
+    progress: Callable[[], int],
+    on_retry: Callable[[Retry], None],
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Result:
-    """Call `attempt` until it returns; raise its last error when nothing has moved for `give_up_after` seconds.
+    """The result of `attempt`, which is called until it returns.
 
-    moved: a count that grows as long as attempts get anywhere, such as durable bytes over there; not bytes sent,
-    which a link may swallow again and again
+    progress: a count that grows when an attempt achieves something, such as durable bytes at the other end. Bytes sent
+        do not count: a link may lose the same ones again and again.
+    on_retry: called before each pause
+    Raises the last error when nothing has progressed for `give_up_after` seconds.
     """
-    failures, seen, since, lost = 0, moved(), clock(), False
+    failures, seen, since, lost = 0, progress(), clock(), False
     while True:
         started = clock()
         try:
@@ -82,9 +83,9 @@ def persist(
             if _lasts(error) or (isinstance(error, Busy) and not lost):
                 raise
             lost = True
-            now, count = clock(), moved()
+            now, count = clock(), progress()
             if count != seen:
-                # It got somewhere, at a moment that nobody noted; its end is what is known.
+                # When it progressed was not recorded; the end of the attempt is the latest possible moment.
                 failures, seen, since = 0, count, now
             failures += 1
             left = policy.give_up_after - (now - since)
@@ -92,12 +93,12 @@ def persist(
                 raise
             pause = min(policy.pause(failures), left)
             if now - started >= policy.longest:
-                pause = min(pause, policy.first)  # the attempt itself has waited long enough
-            told(Retry(error, failures, pause, left))
+                pause = min(pause, policy.first)  # the attempt itself has already taken that long
+            on_retry(Retry(error, failures, pause, left))
             sleep(pause)
 
 
 def _lasts(error: Unavailable | Busy) -> bool:
-    """A file here that fails is named by its path, and a link by who is at its other end."""
+    """An error about a local file has its path as the subject; an error about the link names the peer."""
     is_file = error.subject is not None and error.subject.startswith("/")
     return isinstance(error, Lasting) or (is_file and not isinstance(error, Busy))

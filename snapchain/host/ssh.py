@@ -14,18 +14,20 @@ They belong to the user, who may run anything over there in any case; no address
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 import shlex
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from snapchain.errors import InvalidInput
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_channel import Channel
-from snapchain.host.remote_faults import diagnosis
-from snapchain.host.remote_lanes import join_lanes
-from snapchain.host.remote_process import ProcessChannel
+from snapchain.errors import InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
+from snapchain.host.channel import Channel
+from snapchain.host.lanes import join_lanes
+from snapchain.host.process_channel import ProcessChannel
+from snapchain.host.terminal import printable
 
 SERVE = "serve-replica --stdio"
 """The one remote command: what stands after the program's name."""
@@ -143,3 +145,246 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     That may be a passphrase.  LC_ALL=C: ssh's messages are read here.
     """
     return {name: value for name, value in environ.items() if not name.startswith("SNAPCHAIN_")} | {"LC_ALL": "C"}
+
+
+# --- The address ssh://[user@]host[:port]/path, parsed and checked. Pure.
+#
+#     ssh://root@kvm2/srv/replica        as an alias of ssh's configuration, a name or an IPv4 address
+#     ssh://kvm2:2222/srv/replica
+#     ssh://[fd00::2%br0]/srv/replica    an IPv6 address
+#
+# User and host end up on ssh's command line and, by a ProxyCommand in the user's configuration, in a shell: so only
+# characters without a meaning for either are accepted. The path goes through the stream, and nothing in it is decoded
+# or expanded.
+
+SCHEME = "ssh://"
+_FORM = "write ssh://[user@]host[:port]/path, such as ssh://root@kvm2/srv/replica"
+_ALIAS = "give the host an alias of plain letters in ssh's configuration, and write that"
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,254}")
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+_ZONE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}")
+_PORT = re.compile(r"[0-9]{1,5}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteAddress:
+    """host: name, alias or address, without brackets; user, port: None leaves them to ssh; path: absolute."""
+
+    host: str
+    path: str
+    user: str | None = None
+    port: int | None = None
+
+    def __str__(self) -> str:
+        return f"{SCHEME}{self.login}{'' if self.port is None else f':{self.port}'}{self.path}"
+
+    @property
+    def login(self) -> str:
+        """[user@]host, for messages."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.user is None else f"{self.user}@{host}"
+
+
+def is_remote(text: str) -> bool:
+    """Whether that is meant as such an address, right or wrong."""
+    return text[: len(SCHEME)].lower() == SCHEME
+
+
+def parse_remote_address(text: str) -> RemoteAddress:
+    """Take apart an address without ::DISK. Raises InvalidInput, which says what is wrong with it."""
+    if not is_remote(text):
+        raise InvalidInput("not an address of a host", subject=repr(text), hint=_FORM)
+    authority, slash, path = text[len(SCHEME) :].partition("/")
+    if not slash or path.strip("/") == "":
+        raise InvalidInput("no folder is named", subject=repr(text), hint=_FORM)
+    path = f"/{path}"
+    if _UNPRINTABLE.search(path):
+        raise InvalidInput("the path has a character that cannot be in one", subject=repr(text))
+    if path.startswith("/~"):
+        raise InvalidInput("a path is never expanded", subject=repr(text), hint="write the whole path of the folder")
+    user, at, place = authority.rpartition("@")
+    host, port = _host_and_port(place, text)
+    return RemoteAddress(host, path, _user(user, text) if at else None, port)
+
+
+def _user(user: str, text: str) -> str:
+    if ":" in user:
+        raise InvalidInput("a password does not belong in an address", subject=user.partition(":")[0], hint=_FORM)
+    if not _USER.fullmatch(user):
+        raise InvalidInput("not a user's name", subject=repr(text), hint="set User in ssh's configuration instead")
+    return user
+
+
+def _host_and_port(place: str, text: str) -> tuple[str, int | None]:
+    if place.startswith("["):
+        address, bracket, rest = place[1:].partition("]")
+        if not bracket or (rest and not rest.startswith(":")) or not _is_ipv6(address):
+            raise InvalidInput("not an IPv6 address in brackets", subject=repr(text), hint=_FORM)
+        return address, _port(rest[1:], text) if rest else None
+    host, colon, port = place.partition(":")
+    if ":" in port:
+        raise InvalidInput("an IPv6 address stands in brackets", subject=repr(text), hint=_FORM)
+    if not _HOST.fullmatch(host):
+        raise InvalidInput("not a host's name", subject=repr(text), hint=_ALIAS)
+    return host, _port(port, text) if colon else None
+
+
+def _is_ipv6(address: str) -> bool:
+    plain, percent, zone = address.partition("%")
+    try:
+        ipaddress.IPv6Address(plain)
+    except ValueError:
+        return False
+    return not percent or _ZONE.fullmatch(zone) is not None
+
+
+def _port(port: str, text: str) -> int:
+    if not _PORT.fullmatch(port) or not 1 <= int(port) <= 65535:
+        raise InvalidInput("not a port", subject=repr(text), hint="a port is a number from 1 to 65535")
+    return int(port)
+
+
+# --- What a failed ssh means: exit status and end of stderr become one error with a remedy. Pure.
+#
+# ssh ends with 255 for its own errors, and else with the status of the remote program, whose stderr comes through the
+# same pipe. So the text decides; it is OpenSSH's in the C locale.
+
+_OF_SSH = 255
+_GO_ON = "run it again: it goes on where it stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """words: what ssh says, any of it; kind: the error raised; message, hint: may use {host} and {login}."""
+
+    words: str
+    kind: type[SnapchainError]
+    message: str
+    hint: str
+
+
+# The first one that fits. What cannot pass by itself comes before what may.
+_FAULTS = (
+    _Fault(
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key for .* has changed",
+        ToolFailed,
+        "the host key is not the one known for it: another machine may be answering in its name",
+        "find out whether it was set up anew; if so, forget the old key with ssh-keygen -R {host}",
+    ),
+    _Fault(
+        r"Host key verification failed|No .* host key is known",
+        ToolFailed,
+        "the host key is not known here",
+        "log in once by hand with ssh {login}, compare the fingerprint and accept it",
+    ),
+    _Fault(
+        r"Permission denied \(|Too many authentication failures|sign_and_send_pubkey|no such identity",
+        ToolFailed,
+        "the login was refused",
+        "ssh {login} must work without a password: give a key to ssh-agent, or name one in ssh's configuration",
+    ),
+    _Fault(
+        r"Bad configuration option|Bad owner or permissions|Can't open user config|terminating, .* bad configuration"
+        r"|Bad local forwarding|missing argument|invalid quotes|unknown option|illegal option",
+        ToolFailed,
+        "ssh cannot be run as it is configured",
+        "see that ssh {login} works",
+    ),
+    _Fault(
+        r"Could not resolve hostname .*: (Temporary failure|Try again|System error)",
+        Unavailable,
+        "the name of the host cannot be looked up now",
+        "see whether name service works",
+    ),
+    _Fault(
+        r"Could not resolve hostname",
+        NotFound,
+        "no such host",
+        "check its name, or give it an entry in ssh's configuration",
+    ),
+    _Fault(
+        r"Connection refused",
+        Unavailable,
+        "the host takes no ssh connections",
+        "see whether sshd runs there, and on which port",
+    ),
+    _Fault(
+        r"Connection timed out during banner exchange|Operation timed out|Connection timed out|No route to host"
+        r"|Network is (unreachable|down)|Host is (unreachable|down)",
+        Unavailable,
+        "the host does not answer",
+        "see whether it is up and the way to it open",
+    ),
+    _Fault(
+        r"UNKNOWN port 65535",  # what ssh calls the far end of a command's pipes
+        Unavailable,
+        "the ProxyCommand, or the host to jump over, gave no connection, or ended it",
+        "see that ssh {login} works",
+    ),
+    _Fault(
+        r"Timeout, server .* not responding|client_loop: send disconnect|Connection (reset|closed|to .* closed)"
+        r"|kex_exchange_identification|ssh_dispatch_run_fatal|Broken pipe|Control socket|mux_client"
+        r"|Received disconnect",
+        Unavailable,
+        "the connection was lost",
+        _GO_ON,
+    ),
+)
+_SAID_CAP = 300
+_BY_SHELL = 128
+"""What a shell adds to a signal's number to make a status of it."""
+_FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM}
+"""By people, a shutdown, or the kernel that has run out of memory; the same again may end well."""
+
+
+def diagnosis(address: RemoteAddress, ssh: Sequence[str], status: int, stderr: str) -> SnapchainError:
+    """The error that an end with this status (negative: the signal) and these last words is. status: not 0."""
+    said = _last_words(stderr)
+    facts = _Facts(address, (*ssh, address.login), status, stderr)
+    if status == _OF_SSH:
+        for fault in _FAULTS:
+            if re.search(fault.words, stderr):
+                return facts.error(fault.kind, f"{fault.message}{said}", hint=fault.hint)
+        if not said:
+            return facts.error(Unavailable, "the connection was lost", hint=_GO_ON)
+        return facts.error(ToolFailed, f"ssh failed{said}", hint="see that ssh {login} works")
+    if status < 0:
+        return facts.error(Unavailable, f"ssh was ended by {_signal_name(-status)}", hint=_GO_ON)
+    if status - _BY_SHELL in _FROM_OUTSIDE:
+        name = _signal_name(status - _BY_SHELL)
+        return facts.error(Unavailable, f"snapchain over there was ended by {name}", hint=_GO_ON)
+    if status == 127 or (status == 126 and "ermission denied" in stderr):
+        return facts.error(
+            ToolFailed,
+            f"snapchain is not installed there, or not where its shell looks for programs{said}",
+            hint="install snapchain on {host}, or set SNAPCHAIN_REMOTE to where it is there",
+        )
+    return facts.error(ToolFailed, f"snapchain over there ended with status {status}{said}", hint=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    address: RemoteAddress
+    argv: tuple[str, ...]
+    status: int
+    stderr: str
+
+    def error(self, kind: type[SnapchainError], message: str, *, hint: str | None) -> SnapchainError:
+        login = self.address.login
+        said = hint and hint.format(host=self.address.host, login=login)
+        if issubclass(kind, ToolFailed):
+            return kind(message, argv=self.argv, status=self.status, stderr=self.stderr, subject=login, hint=said)
+        return kind(message, subject=login, hint=said)
+
+
+def _last_words(stderr: str) -> str:
+    """The last line that says something, fit for a terminal: the other side may be hostile."""
+    told = [line for line in stderr.splitlines() if re.search(r"\w", line)]
+    if not told:
+        return ""
+    return f": {' '.join(printable(told[-1]).split())[:_SAID_CAP].rstrip('.')}"
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
-from snapchain.image.fingerprint import Fingerprint
 from snapchain.image.physical import Physical
 from snapchain.image.qcow2.header import Backing, Qcow2Header
 from snapchain.image.scan import scan
 
-__all__ = ["Backing", "Fingerprint", "ImageChain", "ImageFile", "Physical", "Qcow2Header", "scan"]
+__all__ = ["Backing", "ImageChain", "ImageFile", "Physical", "Qcow2Header", "scan"]

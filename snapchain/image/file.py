@@ -18,7 +18,7 @@ from snapchain.errors import Busy, Corrupt, InvalidInput
 from snapchain.host.directory import Resolved
 from snapchain.host.rights import Rights
 from snapchain.image.backing import Place
-from snapchain.image.fingerprint import Fingerprint, settle
+from snapchain.image.fingerprint import fingerprint_of, settle
 from snapchain.image.holes import without_holes
 from snapchain.image.physical import Physical, RunBudget
 from snapchain.image.pread import file_bytes, pread, pread_into
@@ -28,6 +28,7 @@ from snapchain.image.qcow2.mapping import map_image
 from snapchain.image.qcow2.tables import ImageFd
 from snapchain.image.raw import SECTOR, map_raw
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.model.fingerprint import Fingerprint
 
 Format = Literal["qcow2", "raw"]
 
@@ -110,7 +111,7 @@ class ImageFile:
     def changed(self) -> bool:
         """Whether the file was written to, or its name given to another file, since the map was read."""
         opened = os.fstat(self._fd)
-        if not Fingerprint.of(opened).same_content_as(self.fingerprint):
+        if not fingerprint_of(opened).same_content_as(self.fingerprint):
             return True
         try:
             named = self.real_path.lstat()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.image.file import ImageFile
-from snapchain.image.fingerprint import Fingerprint
+from snapchain.image.fingerprint import fingerprint_of
 from snapchain.image.physical import Physical, PhysicalBuilder, RunBudget, Runs
 from snapchain.image.qcow2.layout import Layout
 from snapchain.model.extents import DATA, ZERO, Extents
@@ -29,7 +29,7 @@ class GrowingFile(ImageFile):
         self._local = threading.local()
         self._fd = os.dup(fd)
         status = os.fstat(fd)
-        self.fingerprint = Fingerprint.of(status)
+        self.fingerprint = fingerprint_of(status)
         self.device = (status.st_dev, status.st_ino)
         self.physical = _physical(layout, path)
 

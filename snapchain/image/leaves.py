@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -16,12 +17,44 @@ import numpy.typing as npt
 
 from snapchain.image import ImageChain
 from snapchain.image.windows import Window, hidden_leaves, hot_leaves, windows
-from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Sum, empty_sum, leaf_hash, sum_of
-from snapchain.model.extents import Extents
+from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, empty_sum, leaf_hash, sum_of
+from snapchain.model.extents import Extents, Int64s
 
 Words = npt.NDArray[np.uint64]
 WORKERS = max(2, min(4, os.cpu_count() or 1))
 _UNDER_WAY = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LeafTable:
+    """Leaves of a chain that is known by its hashes alone: those that a layer on it replaces, or cuts off.
+
+    size: of that chain, bytes; numbers: ascending; hashes: of those leaves; a leaf that is not listed is all zero
+    """
+
+    size: int
+    numbers: Int64s
+    hashes: Hashes
+
+    def beyond(self, size: int) -> Sum:
+        """The sum of the leaves that lie wholly past `size`."""
+        first = int(np.searchsorted(self.numbers, -(-size // LEAF_BYTES)))
+        return sum_of(self.numbers[first:], self.hashes[first:])
+
+    def replaced_by(self, window: Window, mine: memoryview) -> Sum:
+        """What a window's leaves, in place of those listed here, add to the content sum."""
+        new = np.frombuffer(mine, np.uint64).reshape(-1, LEAF_BYTES // 8)
+        listed = np.isin(self.numbers, _numbers(window), assume_unique=True)
+        theirs = sum_of(self.numbers[listed], self.hashes[listed])
+        return _sum(window, mine, np.asarray(new.any(axis=1))) - theirs
+
+
+def leaf_hashes(window: Window, data: memoryview) -> tuple[Int64s, Hashes]:
+    """(numbers, hashes) of the leaves of a window that are not all zero."""
+    words = np.frombuffer(data, np.uint64).reshape(-1, LEAF_BYTES // 8)
+    places = np.flatnonzero(words.any(axis=1))
+    hashes = b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in (places * LEAF_BYTES).tolist())
+    return _numbers(window)[places], np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
 
 
 def read_window(chain: ImageChain | None, window: Window) -> memoryview:

@@ -30,7 +30,7 @@ from snapchain.merge.prove import check_unchanged, prove
 from snapchain.model.events import Notice, OnEvent, Progress
 
 _TICKS = 50_000_000
-"""Nanoseconds; see image/fingerprint.py."""
+"""Nanoseconds; see model/fingerprint.py."""
 
 
 def make(

@@ -14,8 +14,8 @@ from snapchain.model.events import OnEvent, Progress, ignore
 from snapchain.model.retention import Policy, is_future
 from snapchain.ops.merge_repository import PointDecision
 from snapchain.ops.replica_waiting import waiting
+from snapchain.replica.client import Answer, merged_at
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.merge_asking import Answer, merged_at
 
 
 class StayingLayer(BaseModel):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.replica.receiver import begun, receive
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from snapchain.errors import InvalidInput
-from snapchain.host.retry import Persistence
+from snapchain.host.retry import RetryPolicy
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.retention import Policy
 from snapchain.ops.inspect import InspectReport
@@ -60,7 +60,7 @@ class Delivery:
 
     def run(self, *, on_event: OnEvent = ignore) -> ShipReport:
         """Send and publish. Raises as `send_persistently`."""
-        report = send_persistently(self.request, self.endpoint, policy=Persistence(), on_event=on_event)
+        report = send_persistently(self.request, self.endpoint, policy=RetryPolicy(), on_event=on_event)
         assert report.point is not None, "a replica that answers numbers each point"
         return ShipReport(
             disk=report.disk,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from snapchain.host.remote_address import is_remote, parse_remote_address
-from snapchain.replica.endpoint import Endpoint, open_endpoint
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.host.ssh import is_remote, parse_remote_address
+from snapchain.replica.endpoint import Endpoint, SshEndpoint, open_endpoint
 
 
 def replica_at(dest: str, *, connections: int = 1) -> Endpoint:

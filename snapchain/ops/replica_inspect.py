@@ -8,7 +8,7 @@ from snapchain.model.strip import strips
 from snapchain.ops.inspect import STRIP_CELLS, InspectReport, LayerReport, usage
 from snapchain.ops.points import in_full
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.fetching import fetch
+from snapchain.replica.fetch_client import fetch
 
 MOST_RUNS = 1 << 23
 """Of all maps together, 16 bytes each: beyond it somebody means harm, or has a disk that no picture can show."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from snapchain.errors import NotFound
-from snapchain.host.remote_lanes import accept_lanes
-from snapchain.host.remote_stdio import stdio_channel
+from snapchain.host.channel import stdio_channel
+from snapchain.host.lanes import accept_lanes
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.replica.access import group_number
 from snapchain.replica.permissions import parse_permissions

@@ -7,6 +7,9 @@ the other.  Files that it does not name are not part of the disk.
 from __future__ import annotations
 
 import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +22,18 @@ from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.host.files import directory_of, read_small, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.access import Access
-from snapchain.replica.stream.messages import MAX_LAYERS, Digest, HeldLayer, Label, LayerId, PointNumber, Source
+from snapchain.replica.stream.messages import (
+    MAX_LAYERS,
+    MOST_OLDER,
+    SHORT_KEY_BYTES,
+    Digest,
+    HeldLayer,
+    Label,
+    LayerId,
+    PointNumber,
+)
 
 LARGEST_FILE = 16 << 20
 """Bytes of a record: no more are ever read, so no more are ever written."""
@@ -187,15 +200,47 @@ def _encoded(record: BaseModel) -> bytes:
     return b'%b,\n "check": "%b"\n}\n' % (text, check)
 
 
-__all__ = [
-    "FOR_CHANGES",
-    "Catalogue",
-    "HandedOver",
-    "Layer",
-    "Point",
-    "Source",
-    "check_room_for_layer",
-    "empty_catalogue",
-    "read_record",
-    "write_record",
-]
+# --- The files that a layer was made of, when there are too many to list in full: a hash of 8 bytes each.
+#
+# A layer that absorbs one more each night for years is made of thousands of files. The newest are listed in full, the
+# older ones by a hash. A hash is only compared with one file at one position, so 64 bits are enough.
+
+_FIELDS = struct.Struct("<QQqqqq")
+_LOW = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ShortKey:
+    """A file, by its hash."""
+
+    raw: bytes
+
+
+def short_key(source: Fingerprint) -> ShortKey:
+    """Equal for two looks at a file between which nothing was written to it (model/fingerprint.py)."""
+    inode, size, mtime, ctime = source.content_key
+    times = (mtime >> 32, mtime & _LOW, ctime >> 32, ctime & _LOW)
+    return ShortKey(blake3(_FIELDS.pack(inode, size, *times)).digest(SHORT_KEY_BYTES))
+
+
+def keys_of(layer: HeldLayer) -> tuple[ShortKey | Fingerprint, ...]:
+    """All files that a layer was made of, lowest first; none where that is not known."""
+    raw = bytes.fromhex(layer.older)
+    edges = pairwise(range(0, len(raw) + 1, SHORT_KEY_BYTES))
+    return (*(ShortKey(raw[first:stop]) for first, stop in edges), *layer.sources)
+
+
+def joined(members: Sequence[HeldLayer]) -> tuple[str, tuple[Fingerprint, ...]]:
+    """(`older`, `sources`) of a layer that several became, lowest first; none where one of them has none."""
+    parts = [keys_of(layer) for layer in members]
+    found = [key for part in parts for key in part]
+    if not all(parts) or len(found) > MOST_OLDER:
+        return "", ()
+    whole: list[Fingerprint] = []
+    for key in found[: -2 * MAX_LAYERS - 1 : -1]:
+        if isinstance(key, ShortKey):
+            break
+        whole.append(key)
+    older = found[: len(found) - len(whole)]
+    raw = b"".join((key if isinstance(key, ShortKey) else short_key(key)).raw for key in older)
+    return raw.hex(), tuple(reversed(whole))

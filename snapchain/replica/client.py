@@ -8,19 +8,29 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from snapchain.errors import Corrupt, InvalidInput, Unsupported
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
+from snapchain.model.disk_name import check_disk_name
+from snapchain.model.retention import Policy
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.names import check_disk_name
-from snapchain.replica.stream import failures, opening
+from snapchain.replica.stream import session as failures, session as opening
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.messages import (
     MOST_POINTS,
     Ask,
+    DecidedPoint,
     Failure,
     Finding,
+    Handed,
+    HandedDisk,
+    Handover,
     HeldDisk,
     HeldPoint,
-    Said,
+    Merge,
+    Merged,
+    Message,
+    Outcome,
+    Standing,
+    Step,
     Verdict,
     decode,
     encode,
@@ -101,7 +111,7 @@ def soundness_at(
 
 
 def answers(
-    channel: Channel, kind: Kind, asked: Said, *, feature: str, on_beat: OnBeat = lambda: None
+    channel: Channel, kind: Kind, asked: Message, *, feature: str, on_beat: OnBeat = lambda: None
 ) -> Iterator[Frame]:
     """Ask, as `ask` does; what is said before DONE. Raises what the other side refuses with, too.
 
@@ -117,7 +127,7 @@ def answers(
 
 
 def ask(
-    channel: Channel, kind: Kind, asked: Said, *, feature: str, allowed: Mapping[Kind, int] = FROM_RECEIVER
+    channel: Channel, kind: Kind, asked: Message, *, feature: str, allowed: Mapping[Kind, int] = FROM_RECEIVER
 ) -> FrameReader:
     """Say HELLO, and ask in the place of OPEN; what reads the answer.
 
@@ -169,7 +179,7 @@ def _checked(said: str, wanted: str | None, channel: Channel) -> str:
         raise Corrupt(error.message, subject=channel.peer) from error
 
 
-def _check_points(points: Sequence[HeldPoint], channel: Channel) -> None:
+def _check_points(points: Sequence[HeldPoint | DecidedPoint], channel: Channel) -> None:
     if any(upper.point <= lower.point for lower, upper in pairwise(points)):
         raise Corrupt("its points do not ascend", subject=channel.peer)
 
@@ -178,3 +188,108 @@ def _printable(finding: Finding) -> Finding:
     subject = None if finding.subject is None else failures.printable(finding.subject)
     plain = {"kind": failures.printable(finding.kind), "subject": subject}
     return finding.model_copy(update={**plain, "message": failures.printable(finding.message)})
+
+
+# --- handover
+
+
+def ask_for_handover(
+    endpoint: Endpoint, step: Step, disks: Sequence[HandedDisk], *, token: str
+) -> tuple[Standing, ...]:
+    """How each disk stands after that step, in their order. May be asked again with the same token.
+
+    Raises what the replica refuses with: then nothing was changed there; Unavailable where that is not known.
+    """
+    asked = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica)
+    found: tuple[Standing, ...] | None = None
+    with endpoint.connect() as channel:
+        for frame in answers(channel, Kind.HANDOVER, asked, feature=opening.HANDOVER_FEATURE):
+            if frame.kind is not Kind.HANDED or found is not None:
+                raise unexpected(frame, channel)
+            found = decode(Handed, frame.body, subject=channel.peer).disks
+    if found is None or [each.disk for each in found] != [each.disk for each in disks]:
+        raise Corrupt("it has not told of the disks that it was asked about", subject=endpoint.url)
+    for disk, standing in zip(disks, found, strict=True):
+        name = f"/{disk.overlay.name}"
+        if not standing.overlay.startswith("/") or not standing.overlay.isprintable():
+            raise Corrupt("it names a file that cannot be", subject=endpoint.url)
+        done = step is Step.LOOK or (standing.given, standing.epoch) == (step is Step.GIVE, disk.epoch)
+        if not standing.overlay.endswith(name) or not done:
+            raise Corrupt("it has not done what it was asked for", subject=endpoint.url)
+    return found
+
+
+# --- merge
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What becomes of each point, oldest first, and of the layers."""
+
+    points: tuple[DecidedPoint, ...]
+    outcome: Outcome
+
+
+def merged_at(
+    endpoint: Endpoint,
+    disk: str,
+    policy: Policy,
+    *,
+    zone: str,
+    epoch: int | None = None,
+    dry_run: bool = False,
+    on_bytes: OnBytes,
+    on_wait: OnBeat = lambda: None,
+) -> Answer:
+    """Have it done over there, or only planned (dry_run).
+
+    zone: name of a time zone; epoch: refused there where it is older than the disk's
+    on_bytes: told how many bytes are moved by now, and of how many; on_wait: called while nothing is told
+    Raises Unsupported for a far side that is too old for it, what it refuses with, Corrupt for lies.
+    """
+    asked = Merge(
+        disk=disk,
+        replica=endpoint.replica,
+        last=policy.last,
+        hourly=policy.hourly,
+        daily=policy.daily,
+        weekly=policy.weekly,
+        monthly=policy.monthly,
+        yearly=policy.yearly,
+        within=None if policy.within is None else str(policy.within),
+        labels=tuple(sorted(policy.labels)),
+        zone=zone,
+        epoch=epoch,
+        dry_run=dry_run,
+    )
+    points: list[DecidedPoint] = []
+    outcome: Outcome | None = None
+    with endpoint.connect() as channel:
+        for frame in answers(channel, Kind.MERGE, asked, feature=opening.MERGE_FEATURE, on_beat=on_wait):
+            if frame.kind is Kind.PROGRESS and len(frame.body) == _PROGRESS.size and not dry_run and not points:
+                on_bytes(*_PROGRESS.unpack(frame.body))
+                continue
+            if frame.kind is not Kind.MERGED or outcome is not None:
+                raise unexpected(frame, channel)
+            said = decode(Merged, frame.body, subject=channel.peer)
+            if said.disk != disk:
+                raise Corrupt("it tells of another disk than the one asked for", subject=channel.peer)
+            _check_points([*points[-1:], *said.points], channel)
+            points += map(_printable_point, said.points)
+            check_point_count(len(points), channel)
+            outcome = said.outcome
+    if outcome is None:
+        raise Corrupt("it has not said what came of the merge", subject=endpoint.url)
+    return Answer(tuple(points), _judged(outcome, done=not dry_run, peer=endpoint.url))
+
+
+def _printable_point(point: DecidedPoint) -> DecidedPoint:
+    return point.model_copy(update={"reasons": tuple(map(failures.printable, point.reasons))})
+
+
+def _judged(said: Outcome, *, done: bool, peer: str) -> Outcome:
+    fewer = sum(len(members) - 1 for members in said.merges)
+    if said.done is not done or said.layers_before - said.layers_after != fewer or not all(map(len, said.merges)):
+        raise Corrupt("what it says of the merge contradicts itself, or what it was asked for", subject=peer)
+    staying = tuple(each.model_copy(update={"reason": failures.printable(each.reason)}) for each in said.staying)
+    return said.model_copy(update={"staying": staying})

@@ -80,7 +80,7 @@ def _check_ended(disk: ReplicaDisk, handover: HandedOver, locks: ExitStack, *, b
         if not status.st_mode & 0o222:
             return  # this host has given the disk on (source/ownership.py)
     locks.enter_context(ImageLock(overlay, LockMode.WRITE))
-    from snapchain.replica.active import is_untouched  # inside: few streams end a handover
+    from snapchain.replica.handover import is_untouched  # inside: few streams end a handover
 
     if not is_untouched(disk, overlay):
         raise Conflict(

@@ -28,8 +28,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
 from snapchain.image.dependents import Dependents, search
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, Layer
-from snapchain.replica.source_keys import joined
+from snapchain.replica.catalogue import Catalogue, Layer, joined
 from snapchain.replica.store import ReplicaDisk, Work
 from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
 

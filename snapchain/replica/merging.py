@@ -17,16 +17,14 @@ from zoneinfo import ZoneInfo
 from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.model.retention import Decision, Policy, parse_duration
 from snapchain.replica import layer_merge as collapsing
+from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Point
 from snapchain.replica.epochs import check_epoch
 from snapchain.replica.layer_merge import Collapsing
 from snapchain.replica.merge_journal import Engine, undisturbed
-from snapchain.replica.progress import settle
-from snapchain.replica.store import ReplicaDisk, Work, open_replica
+from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.merge_messages import DecidedPoint, Merge, Merged, Outcome, Staying
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, encode
-from snapchain.replica.waiting import in_turn
+from snapchain.replica.stream.messages import POINTS_AT_ONCE, DecidedPoint, Merge, Merged, Outcome, Staying, encode
 
 Say = Callable[[Kind, bytes], None]
 PROGRESS = struct.Struct("<QQ")

@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.image import backing
+from snapchain.model.disk_name import check_disk_name
 
 MARKER, CATALOGUE, ACTIVE = backing.REPLICA, backing.CATALOGUE, backing.ACTIVE
 LOCK = ".lock"
@@ -19,24 +20,6 @@ _LONGEST = 200
 _PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.+")
 # Overlays for guests have a directory of their own in a disk's: there their names are in no layer's way.
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*\.qcow2", re.ASCII)
-
-
-def check_disk_name(name: str) -> str:
-    """Raises InvalidInput for a name that an address could not hold, as for a repository."""
-    if (
-        not name
-        or len(name.encode(errors="replace")) > _LONGEST
-        or not name.isprintable()
-        or name != name.strip()
-        or any(mark in name for mark in (":", "@", "//"))
-        or name.startswith("/")
-        or name.endswith("/")
-    ):
-        raise InvalidInput(
-            f"{name[:250]!a} cannot be a disk's name",
-            hint=f"printable text of at most {_LONGEST} bytes, without ':' and '@', such as web1/vda",
-        )
-    return name
 
 
 def check_new_disk(name: str) -> None:

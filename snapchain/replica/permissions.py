@@ -12,13 +12,16 @@ ASK, the points and their soundness, needs `send` or `fetch`: either shows as mu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from snapchain.errors import InvalidInput
+from snapchain.host.directory import place_to_change
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import Active, Open, Said
+from snapchain.replica.stream.messages import Active, Message, Open
 
 
 class Right(StrEnum):
@@ -55,7 +58,7 @@ class Permissions:
     granted: frozenset[Right]
     append_only: bool = False
 
-    def check(self, kind: Kind, request: Said, *, subject: str) -> None:
+    def check(self, kind: Kind, request: Message, *, subject: str) -> None:
         """Raises InvalidInput, which names the right that is missing, and how it is granted."""
         needed = _NEEDED.get(kind, frozenset())
         if kind is Kind.ACTIVE and isinstance(request, Active) and request.make:
@@ -114,3 +117,30 @@ def _parse(words: Iterable[str]) -> Iterable[Right]:
         except ValueError:
             known = ", ".join(each.value for each in Right)
             raise InvalidInput(f"{word!a} is no right that --allow knows", hint=f"rights: {known}") from None
+
+
+# --- which directory a sender may name as the replica
+
+
+def chosen(named: str | None, *, only: Path | None, within: Path | None) -> Path:
+    """The replica's directory.
+
+    named: by the sender; only: where this side knows it; within: it must be this directory or lie in it, symbolic
+    links and `..` followed.  With neither, the sender is trusted as far as this process's user is.
+    Raises InvalidInput, which tells nothing of what lies outside.
+    """
+    if only is not None:
+        if named is not None and Path(named) != only:
+            raise InvalidInput("only the replica of this server may be named", subject=ascii(named))
+        return only
+    if named is None or not named.startswith("/") or "\0" in named:
+        raise InvalidInput("the replica's directory must be named, from the root on", subject=ascii(named))
+    if within is None:
+        return Path(named)
+    # What is used afterwards is what was judged: no link is left in it that could be turned meanwhile by a sender,
+    # who can make directories and files here, but no links.
+    # Nor does somebody else choose by a link what lies within.
+    real, root = Path(os.path.realpath(named)), place_to_change(within)
+    if not real.is_relative_to(root):
+        raise InvalidInput("only replicas in the directory that this server was given may be named", subject=named)
+    return real

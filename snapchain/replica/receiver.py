@@ -18,24 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.errors import Corrupt, NotFound, SnapchainError, Unsupported
-from snapchain.host.remote_channel import Channel
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.host.channel import Channel
+from snapchain.host.files import remove
+from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.content import SUM_BYTES, Sum
+from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
-from snapchain.replica import names
-from snapchain.replica.arrival import Arrival
+from snapchain.replica.arrival import Arrival, forget, read_progress, settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
-from snapchain.replica.confinement import chosen
 from snapchain.replica.epochs import check_epoch, enter_epoch
-from snapchain.replica.merge_journal import Engine, undisturbed
-from snapchain.replica.permissions import EVERYTHING, Permissions
-from snapchain.replica.progress import read_progress, settle
-from snapchain.replica.reply_writer import Voice
-from snapchain.replica.store import ReplicaDisk, Work, check_free, open_replica
-from snapchain.replica.stream import failures, opening
-from snapchain.replica.stream.data import DataRuns, decode_data
+from snapchain.replica.merge_journal import Engine, others_on, undisturbed
+from snapchain.replica.permissions import EVERYTHING, Permissions, chosen
+from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open_replica
+from snapchain.replica.stream import session as failures, session as opening
 from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kind
-from snapchain.replica.stream.maps import MapReader, layer_id
+from snapchain.replica.stream.layers import DataRuns, MapReader, decode_data, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
     MOST_POINTS,
@@ -54,7 +52,7 @@ from snapchain.replica.stream.messages import (
     decode,
     encode,
 )
-from snapchain.replica.waiting import in_turn
+from snapchain.replica.stream.session import ReplyWriter
 
 _OFFSET = struct.Struct("<Q")
 _COUNT = struct.Struct("<Q")
@@ -90,7 +88,7 @@ def receive(
     permissions: what the sender may ask for; group: that may read a replica which is written to
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
-    voice = Voice(channel)
+    voice = ReplyWriter(channel)
     try:
         with voice.beating():
             return _Reception(channel, voice, root, within, engine, permissions, group).run()
@@ -105,14 +103,14 @@ def begun(channel: Channel, root: Path) -> Inventory:
 
     Raises as `receive`, for what that would refuse at once.
     """
-    return _Reception(channel, Voice(channel), root, None, None, EVERYTHING, None).begun()
+    return _Reception(channel, ReplyWriter(channel), root, None, None, EVERYTHING, None).begun()
 
 
 class _Reception:
     def __init__(
         self,
         channel: Channel,
-        voice: Voice,
+        voice: ReplyWriter,
         root: Path | None,
         within: Path | None,
         engine: Engine | None,
@@ -136,7 +134,7 @@ class _Reception:
         if frame.kind is not Kind.OPEN:
             raise self._unexpected(frame)
         asked = self._request(Open, frame)
-        self._received.disk = names.check_disk_name(asked.disk)
+        self._received.disk = check_disk_name(asked.disk)
         if asked.look:
             self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
             if (frame := self._next()).kind is Kind.ACTIVE:
@@ -194,21 +192,21 @@ class _Reception:
 
     def _answer(self, frame: Frame) -> None:
         if frame.kind is Kind.FETCH:
-            from snapchain.replica.fetch_answering import give
-            from snapchain.replica.stream.fetch_messages import Fetch
+            from snapchain.replica.fetch_server import give
+            from snapchain.replica.stream.messages import Fetch
 
             wanted = self._request(Fetch, frame)
             give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
             return
         if frame.kind is Kind.HANDOVER:
             from snapchain.replica.handover import hand_over
-            from snapchain.replica.stream.handover_messages import Handover
+            from snapchain.replica.stream.messages import Handover
 
             handed = self._request(Handover, frame)
             self._voice.say(Kind.HANDED, encode(hand_over(handed, self._chosen(handed.replica), self._engine)))
         elif frame.kind is Kind.MERGE:
             from snapchain.replica.merging import merge
-            from snapchain.replica.stream.merge_messages import Merge
+            from snapchain.replica.stream.messages import Merge
 
             merged = self._request(Merge, frame)
             merge(merged, self._chosen(merged.replica), self._voice.say, engine=self._engine)
@@ -241,8 +239,6 @@ class _Reception:
             if frame.kind is Kind.LAYER:
                 catalogue, shown = self._take_layer(disk, catalogue, frame)
             elif frame.kind is Kind.CUT:
-                from snapchain.replica.cutting import cut
-
                 catalogue = cut(disk, catalogue, self._request(Cut, frame).keep)
             elif frame.kind is Kind.ACTIVE:
                 self._make_active(disk, catalogue, frame)
@@ -253,7 +249,7 @@ class _Reception:
         raise Corrupt("the stream has more layers than a chain can have", subject=self._channel.peer)
 
     def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
-        from snapchain.replica.active import look_at_active
+        from snapchain.replica.handover import look_at_active
 
         offer = self._request(Active, frame)
         found = undisturbed(
@@ -265,7 +261,7 @@ class _Reception:
         self._voice.say(Kind.READINESS, encode(found))
 
     def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
-        from snapchain.replica.active import look_at_active, make_active
+        from snapchain.replica.handover import look_at_active, make_active
 
         offer = self._request(Active, frame)
         done = make_active if offer.make else look_at_active
@@ -414,3 +410,40 @@ def inventory(disk: ReplicaDisk, catalogue: Catalogue, features: Collection[str]
         last_point=catalogue.points[-1].point if catalogue.points else 0,
         partial=partial,
     )
+
+
+# --- CUT: dropping the upper layers of a disk, when the user has decided for the other side of a divergence.
+#
+# A file in use stops it before anything is changed: one that is open, or that another image depends on. The catalogue
+# is written before the files go: a crash leaves files that no catalogue names.
+
+
+def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
+    """Drop all layers above `keep`, and the points that they give. The disk is locked.
+
+    Raises NotFound when there is no such layer, Busy or Conflict when what is to go is in use.
+    """
+    ids = [layer.id for layer in catalogue.layers]
+    if keep is not None and keep not in ids:
+        raise NotFound(f"there is no layer {keep}", subject=disk.directory)
+    count = 0 if keep is None else ids.index(keep) + 1
+    kept, dropped = catalogue.layers[:count], catalogue.layers[count:]
+    forget(disk)
+    if not dropped:
+        return catalogue
+    paths = [disk.path(layer.file) for layer in dropped if disk.path(layer.file).exists()]
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(ImageLock(path, LockMode.WRITE))
+        ours = {(status.st_dev, status.st_ino) for status in (path.stat() for path in paths)}
+        others = others_on(disk, paths, own=ours)
+        for path in paths:
+            if why := others.reason(path):
+                raise Conflict(f"it cannot be removed: {why}", subject=path, hint="move or remove that image first")
+        gone = {layer.id for layer in dropped}
+        points = tuple(point for point in catalogue.points if point.layer not in gone)
+        catalogue = catalogue.after(layers=kept, points=points)
+        disk.write(catalogue)
+        for path in reversed(paths):
+            remove(path)
+    return catalogue

@@ -15,9 +15,9 @@ from contextlib import suppress
 
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.batches import Buffer
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.objects.throttle import TokenBucket
-from snapchain.replica.stream import failures
+from snapchain.replica.stream import session as failures
 from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.messages import Done, Failure, Readiness, Stored, decode, encode
 
@@ -34,7 +34,7 @@ _Item = tuple[Kind, tuple[Buffer, ...], Callable[[], None]]
 """A frame, and the callback for when it is on the wire."""
 
 
-class Outbox:
+class SendQueue:
     """Frames given here are sent in order. `frames`: after HELLO and OPEN; `answers`: None where nobody speaks."""
 
     def __init__(

@@ -16,15 +16,15 @@ from types import TracebackType
 from typing import Self
 
 from snapchain.errors import Corrupt, Unsupported
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.model.content import LEAF_BYTES, Sum, content_id, decode_sum
-from snapchain.replica.levels import Levels, Link
 from snapchain.replica.names import ACTIVE
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
-from snapchain.replica.send_queue import Outbox
-from snapchain.replica.stream import failures, opening
+from snapchain.replica.send_queue import SendQueue
+from snapchain.replica.stream import session as failures, session as opening
+from snapchain.replica.stream.compression import Levels, Link
 from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
-from snapchain.replica.stream.maps import layer_id, map_frames, words_of
+from snapchain.replica.stream.layers import layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
     Active,
     ActiveState,
@@ -107,7 +107,7 @@ class Sender:
         self._answers = FrameReader(channel, FROM_RECEIVER) if answers else None
         self._limit_rate = limit_rate
         self._levels = Levels(link)
-        self._outbox: Outbox | None = None
+        self._outbox: SendQueue | None = None
         self._partial: Partial | None = None
         self._features: frozenset[str] = frozenset()
         self._files: frozenset[str] = frozenset()
@@ -160,7 +160,7 @@ class Sender:
                 raise Corrupt(f"its layer {layer.file!a} contradicts itself", subject=self._channel.peer)
         self._partial = found.partial
         self._files = frozenset(layer.file for layer in found.layers)
-        self._outbox = Outbox(self._channel, self._frames, self._answers, limit_rate=self._limit_rate)
+        self._outbox = SendQueue(self._channel, self._frames, self._answers, limit_rate=self._limit_rate)
         return found
 
     def cut(self, keep: str | None) -> None:
@@ -172,7 +172,7 @@ class Sender:
         """Begin a stream that nobody answers."""
         self._frames.send(Kind.HELLO, encode(opening.hello(answers=False)))
         self._frames.send(Kind.OPEN, encode(asked))
-        self._outbox = Outbox(self._channel, self._frames, None, limit_rate=self._limit_rate)
+        self._outbox = SendQueue(self._channel, self._frames, None, limit_rate=self._limit_rate)
 
     def send_layer(
         self, layer: OutgoingLayer, parent: str | None, *, confirm: Callable[[], None], on_bytes: Callable[[int], None]
@@ -265,7 +265,7 @@ class Sender:
         """Wait until all is durable over there. Raises what went wrong."""
         return self._opened().stop()
 
-    def _opened(self) -> Outbox:
+    def _opened(self) -> SendQueue:
         assert self._outbox is not None, "open it first"
         return self._outbox
 

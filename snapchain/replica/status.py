@@ -12,15 +12,22 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from snapchain.errors import Busy, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.image import ImageChain, ImageFile
+from snapchain.image.leaves import counted
+from snapchain.image.pread import file_bytes
+from snapchain.image.qcow2.refcounts import refcounts
+from snapchain.image.qcow2.tables import ImageFd
+from snapchain.model.content import content_id, empty_sum
+from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue
-from snapchain.replica.checking import check_disk
-from snapchain.replica.merge_journal import Engine, wait_for_merge
+from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, HeldDisk, HeldPoint, encode
+from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, HeldDisk, HeldPoint, Verdict, encode
 
 Say = Callable[[Kind, bytes], None]
 PROGRESS = struct.Struct("<QQ")
@@ -101,3 +108,148 @@ def _data_bytes(disk: ReplicaDisk) -> int:
 
 def _ignored(_count: int) -> None:
     """Records are read in no time."""
+
+
+# --- data: every layer is read and compared with its recorded content id
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenLayer:
+    """A layer that does not show what it should, or whose reference counts would lead a writer astray."""
+
+    file: str
+    shown: str
+    recorded: str
+    counts: str | None = None
+
+    @property
+    def message(self) -> str:
+        """What is wrong."""
+        if self.shown != self.recorded:
+            return f"it shows the content {self.shown}, recorded is {self.recorded}"
+        return f"its reference counts are wrong, though it shows what it should: {self.counts}"
+
+
+def verify_disk(disk: ReplicaDisk, *, on_bytes: Callable[[int], None]) -> list[BrokenLayer]:
+    """Read all layers, compare what the chain shows at each with the catalogue, and count; what is wrong, root first.
+
+    A layer is counted from the sum recorded for the one below it: the lowest of the findings has a fault, those above
+    it may only lie on it.
+    on_bytes: told how much was read since it was last told
+    Raises Corrupt when files are missing, replaced, or linked otherwise, or one cannot be read.
+    """
+    catalogue = disk.read()
+    if catalogue is None or catalogue.tip is None:
+        return []
+    found: list[BrokenLayer] = []
+    with opened_chain(disk, catalogue, catalogue.tip) as chain:
+        below: ImageChain | None = None
+        total = empty_sum()
+        for number, layer in enumerate(catalogue.layers):
+            view = chain.at(number)
+            shown = content_id(view.size, counted(view.top.extents, view, below, total, on_bytes=on_bytes))
+            counts = _miscounted(view.top)
+            if shown != layer.content_id or counts is not None:
+                found.append(BrokenLayer(layer.file, shown, layer.content_id, counts))
+            below, total = view, layer.sum()
+    return found
+
+
+def _miscounted(file: ImageFile) -> str | None:
+    """What `qemu-img check` would say; None where it finds neither errors nor leaks."""
+    assert file.header is not None, "a replica's layers are qcow2"
+    try:
+        found = refcounts(ImageFd(file.fileno(), file_bytes(file.fileno()), file.header, file.path))
+    except Corrupt as error:
+        return error.message
+    if not found.errors and not found.leaks:
+        return None
+    return f"{found.errors} clusters have too low a count, {found.leaks} too high a one"
+
+
+# --- one disk
+#
+# A disk may be changed meanwhile. So a finding counts only if the catalogue has not changed since; otherwise the disk
+# is checked again.
+
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found of one disk."""
+
+    verdict: Verdict
+    findings: tuple[Finding, ...]
+
+
+def check_disk(
+    disk: ReplicaDisk, *, data: bool, on_bytes: Callable[[int], None], engine: Engine | None = None
+) -> Checked:
+    """Look at a disk. data: read all layers too, and compare what they show with what was recorded.
+
+    on_bytes: told how much was read since it was last told; engine: for a merge that was killed
+    Raises NotFound for a disk that has no catalogue, Busy when it changes all the time.
+    """
+    for _ in range(_ATTEMPTS):
+        wait_for_merge(disk, engine=engine)
+        try:
+            catalogue = disk.read()
+        except SnapchainError as error:
+            finding = _finding(disk, error.kind, error.subject, error.message, ())
+            return Checked(Verdict(disk=disk.name, points=0, layers=0, checked_bytes=0), (finding,))
+        if catalogue is None:
+            raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory)
+        read = 0
+
+        def counted(count: int) -> None:
+            nonlocal read
+            read += count
+            on_bytes(count)
+
+        findings = _findings(disk, catalogue, data=data, on_bytes=counted)
+        if not findings or (not is_under_way(disk) and disk.read() == catalogue):
+            layers = len(catalogue.layers)
+            verdict = Verdict(disk=disk.name, points=len(catalogue.points), layers=layers, checked_bytes=read)
+            return Checked(verdict, tuple(findings))
+    raise Busy("the disk changes while it is looked at", subject=disk.directory, hint="run it again")
+
+
+def _findings(disk: ReplicaDisk, catalogue: Catalogue, *, data: bool, on_bytes: Callable[[int], None]) -> list[Finding]:
+    if catalogue.tip is None:
+        return []
+    try:
+        if not data:
+            opened_chain(disk, catalogue, catalogue.tip).close()
+            return []
+        wrong = verify_disk(disk, on_bytes=on_bytes)
+    except SnapchainError as error:
+        return [_finding(disk, error.kind, error.subject, error.message, _points_from(catalogue, None))]
+    return [
+        _finding(
+            disk,
+            "corrupt",
+            str(disk.path(each.file)),
+            each.message,
+            _points_from(catalogue, each.file),
+        )
+        for each in wrong
+    ]
+
+
+def _points_from(catalogue: Catalogue, file: str | None) -> tuple[int, ...]:
+    """The points whose chains have that file; all of them where none is named."""
+    files = [layer.file for layer in catalogue.layers]
+    first = 0 if file is None or file not in files else files.index(file)
+    above = {layer.id for layer in catalogue.layers[first:]}
+    return tuple(point.point for point in catalogue.points if point.layer in above)
+
+
+def _finding(disk: ReplicaDisk, kind: str, subject: str | None, message: str, points: tuple[int, ...]) -> Finding:
+    return Finding(
+        disk=disk.name,
+        kind=kind,
+        subject=None if subject is None else subject[:1000],
+        message=message[:4000],
+        points=points,
+    )

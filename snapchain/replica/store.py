@@ -13,8 +13,9 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -143,7 +144,7 @@ class ReplicaDisk:
                     os.pwrite(fd, f"{work.value}\n".encode(), 0)
             yield
         finally:
-            # Said, not left to the close: a child that was just forked may have a copy of the descriptor.
+            # Message, not left to the close: a child that was just forked may have a copy of the descriptor.
             with suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
@@ -309,3 +310,40 @@ def check_free(root: Path) -> None:
             subject=root,
             hint="name a directory that is empty or does not exist yet",
         )
+
+
+# --- Waiting for the lock: a transfer waits for a merge, which ends soon; a merge waits briefly for a transfer.
+#
+# Transfers do not wait for each other: the second would find a chain that its sender does not expect. While one side
+# waits, BEAT frames keep the connection alive.
+
+LIMITS = {(Work.TRANSFER, Work.MERGE): 900.0, (Work.MERGE, Work.TRANSFER): 60.0, (Work.MERGE, Work.MERGE): 60.0}
+"""Seconds that one kind of work waits for another."""
+GRACE = 2.0
+"""For all others, and until who has just got the disk has said for what."""
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def in_turn(disk: ReplicaDisk, work: Work, *, make: bool = False) -> Iterator[None]:
+    """Hold the disk as `ReplicaDisk.locked` does, once those who hold it now are done.
+
+    Raises Busy when that takes too long.
+    """
+    began = time.monotonic()
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(disk.locked(make=make, work=work))
+                break
+            except Busy as error:
+                theirs = disk.held_for()
+                limit = LIMITS.get((work, theirs), GRACE)
+                if time.monotonic() - began >= limit:
+                    raise Busy(
+                        f"another snapchain is changing this disk (a {theirs.value})",
+                        subject=disk.directory,
+                        hint="wait for it to end",
+                    ) from error
+            time.sleep(_POLL_SECONDS)
+        yield

@@ -20,11 +20,12 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
+from snapchain.model.disk_name import is_disk_name
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.envelope import seal, unseal
-from snapchain.repository.format import generation_name, is_disk_name
+from snapchain.repository.format import generation_name
 from snapchain.repository.known import Memory
 from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 

@@ -89,22 +89,6 @@ def is_id(text: str) -> bool:
     return _HEX16.fullmatch(text) is not None
 
 
-def is_disk_name(name: str) -> bool:
-    """Whether `name` is printable text of at most 200 bytes that an address can hold.
-
-    That is: without ':', '@' and '//', and with neither blanks nor slashes at its ends.
-    """
-    return (
-        bool(name)
-        and len(name.encode(errors="surrogatepass")) <= 200
-        and name.isprintable()
-        and name == name.strip()
-        and not any(mark in name for mark in (":", "@", "//"))
-        and not name.startswith("/")
-        and not name.endswith("/")
-    )
-
-
 def pack_name(pack: str) -> str:
     """Object name of a pack; 256 folders keep directories of local repositories small."""
     return f"packs/{pack[:2]}/{pack}"

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from snapchain.model.content import content_id, encode_sum
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.repository import layers as records
 from snapchain.repository.format import fresh_id
 from snapchain.repository.ingest import Intake, LayerSource
@@ -25,7 +25,7 @@ class Origin:
     name: str
     image_format: Literal["qcow2", "raw"]
     cluster_size: int
-    sources: tuple[Source, ...]
+    sources: tuple[Fingerprint, ...]
 
 
 class Deposit:

@@ -26,7 +26,7 @@ from pydantic import Field
 from snapchain.errors import Corrupt, NotFound
 from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
 from snapchain.model.extents import ABSENT, Extents, Int64s, over
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
@@ -70,7 +70,7 @@ class LayerHeader(StoredModel):
     name: str
     image_format: Literal["qcow2", "raw"]
     cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
-    sources: Many[Source] = ()
+    sources: Many[Fingerprint] = ()
     replaces: Many[str] = ()
     data_bytes: int = Field(ge=0)
     zero_bytes: int = Field(ge=0)

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
+from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.limits import check_size
 from snapchain.objects.probe import probe, still_conditional
@@ -28,7 +29,6 @@ from snapchain.repository.format import (
     MIN_BLOCK_BYTES,
     MIN_PACK_BYTES,
     fresh_id,
-    is_disk_name,
     layer_name,
 )
 from snapchain.repository.index import BlobIndex
@@ -423,19 +423,6 @@ def check_pack_size(size: int | None, block_size: int = 0) -> None:
         raise InvalidInput(
             f"a pack of {size} bytes has no room for a block of {block_size}", hint=f"at least {2 * block_size >> 10}K"
         )
-
-
-def check_disk_name(name: str) -> str:
-    """Raises InvalidInput unless `name` is printable text of at most 200 bytes that an address can hold.
-
-    That is: without ':', '@' and '//', and with neither blanks nor slashes at its ends.
-    """
-    if not is_disk_name(name):
-        raise InvalidInput(
-            f"{name!r} cannot name a disk",
-            hint="printable text of at most 200 bytes without ':' and '@', such as web1/vda",
-        )
-    return name
 
 
 def _is_given(passphrase: Passphrase) -> bool:

@@ -19,20 +19,14 @@ from snapchain.errors import SnapchainError
 from snapchain.host.files import open_file
 from snapchain.host.os_errors import os_errors
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.fingerprint import Fingerprint, settle
+from snapchain.image.fingerprint import settle
 from snapchain.model.events import Notice, OnEvent
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
-from snapchain.model.source import Source
 from snapchain.source.notes import LayerNote, MergedFile, Notes, Sealed
 
 _LATEST = 32_503_680_000.0
 """The year 3000, in seconds since 1970."""
-Content = tuple[int, int, int, int]
-
-
-def source_of(file: ImageFile) -> Source:
-    """The key by which a destination knows a file again."""
-    return _source(file.fingerprint)
 
 
 def note_of(file: ImageFile, notes: Notes) -> LayerNote:
@@ -40,19 +34,10 @@ def note_of(file: ImageFile, notes: Notes) -> LayerNote:
     return notes.of(file.resolved, inode=file.device[1])
 
 
-def content(source: Source) -> Content:
-    """Equal for two looks at a file between which nothing was written to it (image/fingerprint.py).
-
-    libvirt changes the owner, and so the ctime, at every start of a guest.
-    """
-    coarse = source.mtime_ns % 1_000_000_000 == 0
-    return (source.inode, source.size, source.mtime_ns, source.ctime_ns if coarse else 0)
-
-
 def lineage(chain: ImageChain, notes: Notes) -> tuple[Wanted, ...]:
     """The merged files of a chain, each with what its note says that it was made of."""
     known = [each for file in chain.files for each in note_of(file, notes).merged]
-    return wanted([source_of(file) for file in chain.files], known)
+    return wanted([file.fingerprint for file in chain.files], known)
 
 
 def noted_lineage(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
@@ -68,23 +53,23 @@ def noted_lineage(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
     return known
 
 
-def wanted(present: Sequence[Source], known: Iterable[MergedFile]) -> tuple[Wanted, ...]:
+def wanted(present: Sequence[Fingerprint], known: Iterable[MergedFile]) -> tuple[Wanted, ...]:
     """The merged files among those of a chain, each with what it was made of, as deep as is known."""
-    parts_of = {content(each.made): each.of for each in known}
+    parts_of = {each.made.content_key: each.of for each in known}
 
-    def built_up(source: Source) -> Wanted:
+    def built_up(source: Fingerprint) -> Wanted:
         # Not recursive: a file that a nightly merge has grown for years is nested as deep. A file is part of one
         # other at most, so each comes after the one that it is part of.
         order = [source]
         for each in order:
-            order += parts_of.get(content(each), ())
-        built: dict[Content, Wanted] = {}
+            order += parts_of.get(each.content_key, ())
+        built: dict[tuple[int, int, int, int], Wanted] = {}
         for each in reversed(order):
-            parts = parts_of.get(content(each), ())
-            built[content(each)] = Wanted(each, tuple(built[content(part)] for part in parts))
-        return built[content(source)]
+            parts = parts_of.get(each.content_key, ())
+            built[each.content_key] = Wanted(each, tuple(built[part.content_key] for part in parts))
+        return built[source.content_key]
 
-    return tuple(built_up(source) for source in present if content(source) in parts_of)
+    return tuple(built_up(source) for source in present if source.content_key in parts_of)
 
 
 def sealed_at(file: ImageFile, note: LayerNote) -> tuple[datetime, tuple[str, ...]]:
@@ -93,8 +78,13 @@ def sealed_at(file: ImageFile, note: LayerNote) -> tuple[datetime, tuple[str, ..
     # The ctime does not count: the rename that sealed it has moved that, and a lost label may cost a view.
     if note.sealed is not None and (note.sealed.file.size, note.sealed.file.mtime_ns) == (mark.size, mark.mtime_ns):
         return note.sealed.time, note.sealed.labels
+    return written_at(mark), ()
+
+
+def written_at(mark: Fingerprint) -> datetime:
+    """When a file was last written to."""
     # Some filesystems hold times of years that no calendar here knows.
-    return datetime.fromtimestamp(min(max(mark.mtime_ns / 1e9, 0.0), _LATEST), UTC), ()
+    return datetime.fromtimestamp(min(max(mark.mtime_ns / 1e9, 0.0), _LATEST), UTC)
 
 
 def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:
@@ -106,7 +96,7 @@ def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:
     """
     notes = Notes()
     parts = [note_of(file, notes) for file in inputs]
-    sources = tuple(source_of(file) for file in inputs)
+    sources = tuple(file.fingerprint for file in inputs)
     made = _look(result)
     merged = (MergedFile(made=made, of=sources), *_reachable(sources, [each for note in parts for each in note.merged]))
     sealed = None
@@ -124,26 +114,22 @@ def seal(path: Path, *, labels: Sequence[str], time: datetime) -> None:
     Notes().change(path, lambda note: note.model_copy(update={"sealed": sealed}))
 
 
-def _reachable(sources: Sequence[Source], known: Iterable[MergedFile]) -> list[MergedFile]:
+def _reachable(sources: Sequence[Fingerprint], known: Iterable[MergedFile]) -> list[MergedFile]:
     """How these files were made, and their parts, and so on; what was written to since is not among them."""
-    made = {content(each.made): each for each in known}
+    made = {each.made.content_key: each for each in known}
     found: list[MergedFile] = []
     pending = list(sources)
     for each in pending:
-        if content(each) in made:
-            found.append(made[content(each)])
+        if each.content_key in made:
+            found.append(made[each.content_key])
             pending += found[-1].of
     return found
 
 
-def _look(path: Path) -> Source:
+def _look(path: Path) -> Fingerprint:
     fd = open_file(path)
     try:
         with os_errors(path):
-            return _source(settle(fd))
+            return settle(fd)
     finally:
         os.close(fd)
-
-
-def _source(mark: Fingerprint) -> Source:
-    return Source(inode=mark.inode, size=mark.size, mtime_ns=mark.mtime_ns, ctime_ns=mark.ctime_ns)

@@ -43,7 +43,7 @@ from snapchain.host.rights import Rights, user_name
 from snapchain.host.state_key import StateKey, made_key, own_key
 from snapchain.host.temporary_names import NEW, temporary_of
 from snapchain.model.epoch import LARGEST_EPOCH
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 
 _PREFIX, _SUFFIX = ".snapchain-layer-", ".json"
 _PURPOSE = "layer"
@@ -102,14 +102,14 @@ class Sealed(_Part):
 
     time: AwareDatetime
     labels: Annotated[tuple[_Name, ...], Field(max_length=10_000)] = ()
-    file: Source
+    file: Fingerprint
 
 
 class MergedFile(_Part):
     """A file that a merge has made, and the files that it was made of, lowest first."""
 
-    made: Source
-    of: Annotated[tuple[Source, ...], Field(max_length=10_000)]
+    made: Fingerprint
+    of: Annotated[tuple[Fingerprint, ...], Field(max_length=10_000)]
 
 
 class Overlay(_Part):

@@ -15,8 +15,9 @@ from snapchain.errors import Conflict
 from snapchain.host.directory import open_behind
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
-from snapchain.image.fingerprint import Fingerprint, settle
+from snapchain.image.fingerprint import settle
 from snapchain.model.events import OnEvent, ignore
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.source import sealing as snapshot
 
 

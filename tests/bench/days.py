@@ -20,7 +20,7 @@ import numpy as np
 from snapchain.destinations import open_destination
 from snapchain.model.content import LEAF_BYTES, content_id, encode_sum
 from snapchain.model.extents import DATA, Extents, Int64s, covering
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.repository import layers as records
 from snapchain.repository.catalogue import Point
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id
@@ -83,7 +83,7 @@ def fill(repository_path: Path, disk: str, layers: Iterator[Day]) -> None:
     began = datetime.now(UTC) - timedelta(days=1000)
     with Deposit(repository) as deposit:
         for number, layer in enumerate(layers, 1):
-            source = Source(inode=number, size=1, mtime_ns=1, ctime_ns=1)
+            source = Fingerprint(inode=number, size=1, mtime_ns=1, ctime_ns=1)
             origin = Origin("disk.qcow2", "qcow2", 65536, (source,))
             chain.append(deposit.add(layer, chain, origin, on_bytes=lambda _: None, confirm=lambda: None))
             head = chain[-1].header

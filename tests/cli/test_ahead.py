@@ -14,9 +14,9 @@ import pytest
 from snapchain.cli import main
 from snapchain.cli.preconnect import endpoint_at, logging_in
 from snapchain.errors import Unavailable
-from snapchain.host.remote_address import parse_remote_address
-from snapchain.replica import ssh_endpoint
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.host.ssh import parse_remote_address
+from snapchain.replica import endpoint as ssh_endpoint
+from snapchain.replica.endpoint import SshEndpoint
 from tests.waiting import gone, wait_until
 
 DEST = "ssh://kvm2/srv/replica"

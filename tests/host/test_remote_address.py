@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import InvalidInput
-from snapchain.host.remote_address import RemoteAddress, is_remote, parse_remote_address
+from snapchain.host.ssh import RemoteAddress, is_remote, parse_remote_address
 
 
 @pytest.mark.parametrize(

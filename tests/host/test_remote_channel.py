@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
-from snapchain.host.remote_channel import Channel
-from snapchain.host.remote_process import PIPE_SIZE, ProcessChannel
+from snapchain.host.channel import Channel
+from snapchain.host.process_channel import PIPE_SIZE, ProcessChannel
 from tests.waiting import HANG, gone, wait_until
 
 MiB = 1 << 20
@@ -244,7 +244,7 @@ def test_the_thread_that_opened_it_may_end() -> None:
 def test_the_child_dies_with_us(sent: signal.Signals) -> None:
     script = textwrap.dedent("""
         import os, time
-        from snapchain.host.remote_process import ProcessChannel
+        from snapchain.host.process_channel import ProcessChannel
         channel = ProcessChannel(["sleep", "1000"], peer="", diagnose=None, env=dict(os.environ))
         print(channel.pid, flush=True)
         time.sleep(1000)
@@ -260,7 +260,7 @@ def test_the_child_dies_with_us(sent: signal.Signals) -> None:
 def test_a_program_that_is_left_open_does_not_keep_python_from_ending() -> None:
     script = textwrap.dedent("""
         import os
-        from snapchain.host.remote_process import ProcessChannel
+        from snapchain.host.process_channel import ProcessChannel
         channel = ProcessChannel(["sleep", "1000"], peer="", diagnose=None, env=dict(os.environ))
     """)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=HANG)

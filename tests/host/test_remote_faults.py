@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from snapchain.errors import NotFound, SnapchainError, ToolFailed, Unavailable
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_faults import diagnosis
+from snapchain.host.ssh import RemoteAddress, diagnosis
 
 KVM2 = RemoteAddress("kvm2", "/srv", "root")
 CHANGED = """\

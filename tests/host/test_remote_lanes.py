@@ -16,19 +16,18 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Corrupt, InvalidInput, SnapchainError, ToolFailed, Unavailable
-from snapchain.host import remote_lanes
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_channel import Channel
-from snapchain.host.remote_lanes import MAGIC, STRIPE, Lanes, accept_lanes, join_lanes
-from snapchain.host.remote_process import ProcessChannel
-from snapchain.host.ssh import SshProgram, open_ssh_lanes
+from snapchain.host import lanes as remote_lanes
+from snapchain.host.channel import Channel
+from snapchain.host.lanes import MAGIC, STRIPE, Lanes, accept_lanes, join_lanes
+from snapchain.host.process_channel import ProcessChannel
+from snapchain.host.ssh import RemoteAddress, SshProgram, open_ssh_lanes
 from tests.net.sshd import SshHost
 from tests.waiting import HANG, gone, wait_until
 
 SERVER = textwrap.dedent("""
     import os
     from snapchain.host import remote_lanes
-    from snapchain.host.remote_stdio import stdio_channel
+    from snapchain.host.channel import stdio_channel
     remote_lanes.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", "60"))
     channel = remote_lanes.accept_lanes(stdio_channel(patience=120))
     if channel is not None:

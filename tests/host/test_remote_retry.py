@@ -1,4 +1,4 @@
-"""How long it is tried again, how often it is told, and what is not tried again."""
+"""How long it is tried again, how often a retry is announced, and what is not tried again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Busy, Diverged, ToolFailed, Unavailable
-from snapchain.host.retry import Lasting, Persistence, Retry, persist
+from snapchain.host.retry import Lasting, Retry, RetryPolicy, retry
 
 
 class World:
     """A clock that only sleeping and attempts move, and a far end that has so many bytes."""
 
-    def __init__(self, *attempts: Callable[[World], str], policy: Persistence = Persistence()) -> None:  # noqa: B008
+    def __init__(self, *attempts: Callable[[World], str], policy: RetryPolicy = RetryPolicy()) -> None:  # noqa: B008
         self.now = 0.0
         self.durable = 0
         self.told: list[Retry] = []
@@ -23,11 +23,11 @@ class World:
         self._policy = policy
 
     def run(self) -> str:
-        return persist(
+        return retry(
             self._attempt,
             policy=self._policy,
-            moved=lambda: self.durable,
-            told=self.told.append,
+            progress=lambda: self.durable,
+            on_retry=self.told.append,
             clock=lambda: self.now,
             sleep=self._sleep,
         )
@@ -70,7 +70,7 @@ def test_it_goes_on_after_a_cut() -> None:
 
 
 def test_a_host_that_stays_away_is_given_up() -> None:
-    world = World(lost(after=2), policy=Persistence(give_up_after=100))
+    world = World(lost(after=2), policy=RetryPolicy(give_up_after=100))
     with pytest.raises(Unavailable, match="connection was lost"):
         world.run()
     assert 100 <= world.now <= 104
@@ -79,14 +79,14 @@ def test_a_host_that_stays_away_is_given_up() -> None:
 
 def test_an_attempt_that_gets_somewhere_starts_the_count_anew() -> None:
     bad_link = [lost(after=60, moved=1) for _ in range(50)]
-    world = World(*bad_link, done, policy=Persistence(give_up_after=90))
+    world = World(*bad_link, done, policy=RetryPolicy(give_up_after=90))
     assert world.run() == "done"
     assert world.now > 50 * 60
     assert {retry.failures for retry in world.told} == {1}
 
 
 def test_moving_once_does_not_help_for_ever() -> None:
-    world = World(lost(), lost(moved=5), lost(), policy=Persistence(give_up_after=50))
+    world = World(lost(), lost(moved=5), lost(), policy=RetryPolicy(give_up_after=50))
     with pytest.raises(Unavailable, match="the connection was lost"):
         world.run()
     assert 50 <= world.now <= 53
@@ -117,7 +117,7 @@ def test_busy_may_be_our_own_ghost_but_not_at_first() -> None:
 
 @given(st.integers(1, 10_000))
 def test_pauses_grow_to_a_bound(failures: int) -> None:
-    policy = Persistence()
+    policy = RetryPolicy()
     whole = min(30.0, 2.0 ** min(failures - 1, 60))
     assert whole / 2 <= policy.pause(failures) <= whole
 
@@ -128,7 +128,7 @@ def test_pauses_grow_to_a_bound(failures: int) -> None:
 )
 def test_it_always_ends(history: list[tuple[float, int]], give_up_after: float) -> None:
     attempts = [lost(after=after, moved=moved) for after, moved in history]
-    world = World(*attempts, lost(), policy=Persistence(give_up_after=give_up_after))
+    world = World(*attempts, lost(), policy=RetryPolicy(give_up_after=give_up_after))
     with pytest.raises(Unavailable, match="the connection was lost"):
         world.run()
     assert world.now <= sum(after for after, _ in history) + (1 + len(history)) * (give_up_after + 1)

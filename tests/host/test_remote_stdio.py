@@ -6,14 +6,13 @@ import subprocess
 import sys
 import textwrap
 
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_stdio import caller
-from snapchain.host.ssh import SshProgram, open_ssh
+from snapchain.host.channel import caller
+from snapchain.host.ssh import RemoteAddress, SshProgram, open_ssh
 from tests.net.sshd import SshHost
 
 SERVER = textwrap.dedent("""
     import os, sys
-    from snapchain.host.remote_stdio import stdio_channel
+    from snapchain.host.channel import stdio_channel
     with stdio_channel() as channel:
         print("a stray print", flush=True)
         os.system("echo a stray program")

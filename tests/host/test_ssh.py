@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_process import ProcessChannel
-from snapchain.host.ssh import SshProgram, command_line, open_ssh
+from snapchain.host.process_channel import ProcessChannel
+from snapchain.host.ssh import RemoteAddress, SshProgram, command_line, open_ssh
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.waiting import gone, wait_until
@@ -194,7 +193,7 @@ def test_a_silent_program_ends_patience(there: SshHost) -> None:
 def test_ssh_dies_with_us_and_the_remote_program_with_ssh(there: SshHost) -> None:
     script = textwrap.dedent(f"""
         import time
-        from snapchain.host.remote_address import RemoteAddress
+        from snapchain.host.ssh import RemoteAddress
         from snapchain.host.ssh import SshProgram, open_ssh
         program = SshProgram({there.ssh!r}, "sh -c 'echo $$; exec cat'")
         channel = open_ssh(RemoteAddress("there", "/srv"), program=program)
@@ -257,7 +256,7 @@ def at_a_terminal(script: str, answer: Callable[[str], bytes]) -> str:
 def test_at_a_terminal_ssh_may_ask(there: SshHost, tmp_path: Path) -> None:
     options = ("-o", "StrictHostKeyChecking=ask", "-o", f"UserKnownHostsFile={tmp_path}/known")
     script = f"""
-        from snapchain.host.remote_address import RemoteAddress
+        from snapchain.host.ssh import RemoteAddress
         from snapchain.host.ssh import SshProgram, open_ssh
         program = SshProgram({(*there.ssh, *options)!r}, {CAT!r})
         with open_ssh(RemoteAddress("there", "/srv"), program=program) as channel:

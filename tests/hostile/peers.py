@@ -11,9 +11,9 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from snapchain.host import remote_lanes
+from snapchain.host import lanes as remote_lanes
 from snapchain.replica import sender
-from snapchain.replica.levels import Link
+from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import Kind
 from tests.hostile import child
 from tests.hostile.child import Outcome, Shell, Step

@@ -22,9 +22,9 @@ import zstandard
 from blake3 import blake3
 
 from snapchain.errors import SnapchainError
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.replica import endpoint
-from snapchain.replica.levels import Link
+from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC, Kind
 from tests.hostile.mutate import Draw, Pool, document, number, spoil
 

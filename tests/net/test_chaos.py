@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from snapchain.errors import Unavailable
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from tests.net.chaos import Fault, Link, chaos
 from tests.waiting import HANG
 

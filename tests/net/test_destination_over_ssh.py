@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.ssh import SshProgram
+from snapchain.host.ssh import RemoteAddress, SshProgram
 from snapchain.ops.restore.output import parts_of
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.replica.endpoint import SshEndpoint
 from snapchain.testing.destination_contract import DestinationContract, Site
 from tests.net.sshd import SshHost
 from tests.net.test_replica_over_ssh import remote

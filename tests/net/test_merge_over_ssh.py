@@ -55,7 +55,7 @@ def test_an_older_far_side(there: SshHost, url: str, tmp_path: Path) -> None:
     """One that does not name the feature."""
     old = tmp_path / "old.py"
     old.write_text(
-        "from snapchain.replica.stream import opening\n"
+        "from snapchain.replica.stream import session as opening\n"
         "opening.FEATURES = tuple(name for name in opening.FEATURES if name != 'merge')\n"
         "import sys\nfrom snapchain.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     )

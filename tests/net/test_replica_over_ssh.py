@@ -17,12 +17,11 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.retry import Persistence
-from snapchain.host.ssh import SshProgram
+from snapchain.host.retry import RetryPolicy
+from snapchain.host.ssh import RemoteAddress, SshProgram
 from snapchain.ops import serve_replica
 from snapchain.ops.ship.to_replica import Request, SendReport, send_persistently
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.replica.endpoint import SshEndpoint
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.ops.stacks import Layer, build, flat, write
@@ -188,11 +187,11 @@ def test_a_killed_sender_leaves_no_process_there(
 ) -> None:
     script = f"""
 from pathlib import Path
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.retry import Persistence
+from snapchain.host.ssh import RemoteAddress
+from snapchain.host.retry import RetryPolicy
 from snapchain.host.ssh import SshProgram
 from snapchain.ops.ship.to_replica import Request, send_to_replica
-from snapchain.replica.ssh_endpoint import SshEndpoint
+from snapchain.replica.endpoint import SshEndpoint
 to = SshEndpoint(RemoteAddress("there", {str(place.root)!r}), program=SshProgram({there.ssh!r}, {remote()!r}))
 send_to_replica(Request(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit_rate=4 << 20), to)
 """
@@ -241,6 +240,6 @@ def test_a_link_that_is_cut_for_30_s(
     thread = threading.Thread(target=scissors)
     thread.start()
     request = Request(image=noisy[0][1], disk=DISK)
-    send_persistently(request, endpoint(host, place), policy=Persistence())
+    send_persistently(request, endpoint(host, place), policy=RetryPolicy())
     thread.join()
     place.check(noisy[1][1])

@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.ssh import SshProgram, open_ssh
+from snapchain.host.ssh import RemoteAddress, SshProgram, open_ssh
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 

@@ -12,17 +12,16 @@ import time
 
 import pytest
 
-from snapchain.host.remote_address import RemoteAddress
-from snapchain.host.remote_channel import Channel
-from snapchain.host.ssh import SshProgram, open_ssh, open_ssh_lanes
+from snapchain.host.channel import Channel
+from snapchain.host.ssh import RemoteAddress, SshProgram, open_ssh, open_ssh_lanes
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 
 MiB = 1 << 20
 SINK = "sh -c 'printf g; dd of=/dev/null bs=256k status=none; printf d'"
 ACCEPTING_SINK = textwrap.dedent("""
-    from snapchain.host.remote_lanes import accept_lanes
-    from snapchain.host.remote_stdio import stdio_channel
+    from snapchain.host.lanes import accept_lanes
+    from snapchain.host.channel import stdio_channel
     channel = accept_lanes(stdio_channel())
     if channel is not None:
         with channel:

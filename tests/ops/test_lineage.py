@@ -9,10 +9,9 @@ import pytest
 from snapchain.image import scan
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.strategy import Strategy
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
-from snapchain.model.source import Source
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.ship.to_repository import source_of
 from snapchain.repository.repository import Repository
 from snapchain.source import sealing as snapshot
 from snapchain.source.lineage import wanted
@@ -106,15 +105,15 @@ def test_the_moment_of_a_merged_layer_is_that_of_its_view(image: Path) -> None:
     with scan(image) as chain:
         after = Notes().of(chain.files[1].real_path).sealed
         assert after is not None
-        assert (after.time, after.file) == (before.time, source_of(chain.files[1]))
+        assert (after.time, after.file) == (before.time, chain.files[1].fingerprint)
 
 
 def test_depth_does_not_matter() -> None:
-    def made(number: int) -> Source:
-        return Source(inode=number, size=1, mtime_ns=5, ctime_ns=5)
+    def made(number: int) -> Fingerprint:
+        return Fingerprint(inode=number, size=1, mtime_ns=5, ctime_ns=5)
 
     known = [MergedFile(made=made(n + 1), of=(made(n), made(100_000 + n))) for n in range(20_000)]
-    (found,) = wanted([made(20_000), made(-1)], known)
+    (found,) = wanted([made(20_000), made(200_000)], known)
     depth, at = 0, found
     while at.replaces:
         depth, at = depth + 1, at.replaces[0]

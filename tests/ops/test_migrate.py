@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed, Unavailable
-from snapchain.host.retry import Persistence
+from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
 from snapchain.merge import plan as merge_plan
 from snapchain.model.events import Progress
@@ -21,10 +21,9 @@ from snapchain.ops.inspect import inspect_image
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, plan, take_back
 from snapchain.ops.replica_log import log_replica
+from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.handover_asking import ask_for_handover
-from snapchain.replica.stream.handover_messages import HandedDisk, Step
-from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.messages import Active, HandedDisk, Step
 from snapchain.source import sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of
@@ -121,7 +120,7 @@ def host(tmp_path: Path) -> Host:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HANDOVER", Persistence(give_up_after=0.2, first=0.05))
+    monkeypatch.setattr(module, "_HANDOVER", RetryPolicy(give_up_after=0.2, first=0.05))
 
 
 class Guest:

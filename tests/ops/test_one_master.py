@@ -21,10 +21,9 @@ from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migra
 from snapchain.ops.nightly.look import look
 from snapchain.ops.sync.run import SyncRequest, sealed_request, sync
 from snapchain.replica import handover
+from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.handover_asking import ask_for_handover
-from snapchain.replica.stream.handover_messages import Handed, HandedDisk, Step
-from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.messages import Active, Handed, HandedDisk, Step
 from snapchain.source import ownership, sealing as snapshot
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of

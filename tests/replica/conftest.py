@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from snapchain.errors import SnapchainError
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.receiver import receive
@@ -74,7 +74,7 @@ class BentEndpoint:
     """A replica here behind two lines, each of which a test may bend."""
 
     def __init__(self, place: Place, *, there: Bend | None = None, back: Bend | None = None) -> None:
-        from snapchain.replica.levels import Link
+        from snapchain.replica.stream.compression import Link
 
         self.url, self.link, self.replica = "bent", Link.NETWORK, None
         self._place, self._there, self._back = place, there or _straight, back or _straight

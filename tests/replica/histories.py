@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.errors import Diverged, SnapchainError, Unavailable
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.strategy import Strategy
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of

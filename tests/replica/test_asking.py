@@ -16,13 +16,13 @@ from snapchain.model.events import Event, Progress
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.replica.client import MOST_BYTES
-from snapchain.replica.confinement import chosen
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.permissions import chosen
+from snapchain.replica.status import verify_disk
 from snapchain.replica.store import open_replica
 from snapchain.replica.stream import frames
 from snapchain.replica.stream.frames import FROM_SENDER, FrameReader, Kind
 from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, Hello, Verdict, encode
-from snapchain.replica.verifying import verify_disk
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
 from tests.replica.conftest import DISK, Place
@@ -72,7 +72,7 @@ def test_what_is_not_there(place: Place, sent: Place) -> None:
             ask(DirectoryEndpoint(place.root / "nowhere"), DISK)
         with pytest.raises(NotFound, match="no disk 'gone'"):
             ask(DirectoryEndpoint(sent.root), "gone")
-        with pytest.raises(InvalidInput, match="cannot be a disk's name"):
+        with pytest.raises(InvalidInput, match="cannot name a disk"):
             ask(DirectoryEndpoint(sent.root), "a:b")
     assert not (place.root / "nowhere").exists()
     assert sorted(entry.name for entry in sent.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
@@ -130,7 +130,7 @@ def test_harm_is_found(
 
 def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is found wrong of a chain that is no longer the disk's does not count."""
-    from snapchain.replica import checking
+    from snapchain.replica import status as checking
 
     calls: list[int] = []
 
@@ -186,7 +186,7 @@ def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: 
     monkeypatch.setattr(asking, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of ask is unsound|there is no disk|cannot be a disk's name|may be named|must be named",
+        match=r"of ask is unsound|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         log_replica(DirectoryEndpoint(sent.root))
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}

@@ -36,9 +36,8 @@ from snapchain.ops.restore.from_replica import ReplicaRestoration
 from snapchain.ops.restore.target import RestoreReport
 from snapchain.ops.ship.request import Divergence
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.stream.fetch_messages import FETCHED, Fetch
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
-from snapchain.replica.stream.messages import Hello, encode
+from snapchain.replica.stream.messages import FETCHED, Fetch, Hello, encode
 from tests.ops.shipping import MiB, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place
@@ -202,7 +201,7 @@ def test_what_is_not_there(sent: Place, out: Path) -> None:
         ReplicaRestoration(DirectoryEndpoint(sent.root), "gone", out).run()
     with pytest.raises(NotFound, match="no replica"):
         restore(Place(sent.root / "nowhere"), out)
-    with pytest.raises(InvalidInput, match="cannot be a disk's name"):
+    with pytest.raises(InvalidInput, match="cannot name a disk"):
         ReplicaRestoration(DirectoryEndpoint(sent.root), "a:b", out).run()
     assert names(out.parent) == []
 
@@ -259,7 +258,7 @@ def test_a_point_that_is_merged_away_between_look_and_lock(
     sent: Place, chain: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is wrong with files counts only where the catalogue still is the one that named them."""
-    from snapchain.replica import fetch_answering
+    from snapchain.replica import fetch_server as fetch_answering
     from snapchain.replica.arrival import opened_chain
 
     calls: list[int] = []
@@ -546,7 +545,7 @@ def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], mon
     )
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of fetch is unsound|there is no disk|cannot be a disk's name|may be named|must be named",
+        match=r"of fetch is unsound|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         restore(sent, out)
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}

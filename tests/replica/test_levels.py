@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from snapchain.replica.levels import LADDER, Levels, Link
+from snapchain.replica.stream.compression import LADDER, Levels, Link
 
 
 def told(levels: Levels, *fullness: float) -> int | None:

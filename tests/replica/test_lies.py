@@ -24,7 +24,7 @@ from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_t
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader, Kind
-from snapchain.replica.stream.maps import MapReader, layer_id
+from snapchain.replica.stream.layers import MapReader, layer_id
 from snapchain.replica.stream.messages import Cut, Inventory, LayerOffer, Open, PointOffer, encode
 from snapchain.source import sealing as snapshot
 from tests.ops.shipping import MiB

@@ -15,11 +15,10 @@ import pytest
 from snapchain.errors import Busy, Conflict, Corrupt, SnapchainError
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate, take_back
+from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.permissions import CONFINED, EVERYTHING
-from snapchain.replica.stream.handover_messages import HandedDisk, Step
-from snapchain.replica.stream.messages import Active
+from snapchain.replica.stream.messages import Active, HandedDisk, Step
 from tests.ops.stacks import Layer, MiB, build, write
 from tests.replica.conftest import DISK, Place, send
 from tests.replica.test_permissions import LISTENS, ask, say

@@ -13,8 +13,7 @@ from snapchain.model.retention import Policy
 from snapchain.ops.merge_replica import ReplicaMerge, ReplicaMergeReport
 from snapchain.replica.stream import frames
 from snapchain.replica.stream.frames import FROM_SENDER, Kind
-from snapchain.replica.stream.merge_messages import Merge
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, Hello, encode
+from snapchain.replica.stream.messages import POINTS_AT_ONCE, Hello, Merge, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place

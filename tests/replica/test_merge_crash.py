@@ -16,7 +16,7 @@ from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.replica import merging
-from snapchain.replica.stream.merge_messages import Merge
+from snapchain.replica.stream.messages import Merge
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, qemu_img, same

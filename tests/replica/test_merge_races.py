@@ -25,10 +25,11 @@ from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.ops.ship.to_replica import Request, send_to_replica
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
-from snapchain.replica import merge_journal as unfinished, reply_writer as voice, waiting
+from snapchain.replica import merge_journal as unfinished, store as waiting
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.merge_journal import Done, OnBytes, Planned
 from snapchain.replica.store import open_replica
+from snapchain.replica.stream import session as voice
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place

@@ -222,7 +222,7 @@ def test_sources_that_are_too_many_for_one_message(
     sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, keep: int
 ) -> None:
     """The older ones are told by a hash each: nothing has to be read to know them again."""
-    from snapchain.replica import source_keys
+    from snapchain.replica import catalogue as source_keys
 
     monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)  # of 2 sources
     sent.merge(last=keep)
@@ -245,8 +245,8 @@ def test_sources_that_are_too_many_for_one_message(
 def test_sources_that_nobody_can_be_told(
     sent: Pointed, chain: list[Path], monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    from snapchain.replica import source_keys
-    from snapchain.replica.stream import opening
+    from snapchain.replica import catalogue as source_keys
+    from snapchain.replica.stream import session as opening
 
     monkeypatch.setattr(source_keys, "MAX_LAYERS", 1)
     if limit == "none are left":
@@ -407,7 +407,7 @@ def test_a_file_with_a_second_name_stays(there: Pointed) -> None:
 
 
 def test_another_that_changes_the_disk(there: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import store, waiting
+    from snapchain.replica import store, store as waiting
 
     monkeypatch.setattr(waiting, "LIMITS", {})
     disk = store.open_replica(there.place.root).disk(DISK)

@@ -12,8 +12,8 @@ import pytest
 
 from snapchain.host.temporary_names import temporary_of
 from snapchain.model.content import empty_sum
-from snapchain.replica.active import make_active
-from snapchain.replica.progress import Durability
+from snapchain.replica.arrival import Durability
+from snapchain.replica.handover import make_active
 from snapchain.replica.store import Work, open_replica
 from snapchain.replica.stream.messages import Active
 from tests.ops.shipping import MiB

@@ -13,7 +13,7 @@ import pytest
 
 from snapchain.cli import serving
 from snapchain.errors import InvalidInput, NotFound, SnapchainError
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.ops import serve_replica
 from snapchain.replica.permissions import CONFINED, EVERYTHING, Permissions, Right, parse_permissions
 from snapchain.replica.receiver import receive

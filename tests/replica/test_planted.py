@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.host.retry import Persistence
+from snapchain.host.retry import RetryPolicy
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.ops.ship.request import SendReport
@@ -221,7 +221,7 @@ def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> Non
 
 
 def persistently(image: Path, place: Place) -> SendReport:
-    policy = Persistence(give_up_after=100)
+    policy = RetryPolicy(give_up_after=100)
     return send_persistently(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.ops.ship.to_replica import Request, send_blindly
 from snapchain.replica import sender
 from snapchain.replica.receiver import Received, receive

@@ -17,16 +17,15 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from fixtures.qcow2_bytes import l2_entry, put_u64, u64
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
 from snapchain.host.batches import Buffer
+from snapchain.host.channel import Channel
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.remote_channel import Channel
 from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.events import Event, Progress
 from snapchain.model.inventory import Wanted
-from snapchain.ops.ship.sources import source_of
 from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, send_blindly
 from snapchain.replica import arrival, sender
-from snapchain.replica.send_queue import Outbox
+from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.stream.frames import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack
@@ -192,12 +191,12 @@ def test_behind_by_a_merge(tmp_path: Path, place: Place) -> None:
     for path in paths[:3]:
         place.send(path)
     with scan(paths[-1]) as chain:
-        old = [Wanted(source_of(file)) for file in chain.files]
+        old = [Wanted(file.fingerprint) for file in chain.files]
     qemu_img("rebase", "-q", "-f", "qcow2", "-b", paths[0].name, "-F", "qcow2", paths[2])
     qemu_img("rebase", "-u", "-q", "-f", "qcow2", "-b", paths[2].name, "-F", "qcow2", paths[3])
     with scan(paths[-1]) as chain:
         merged, top = chain.files[1:]
-        lineage = [Wanted(source_of(merged), tuple(old[1:3])), Wanted(source_of(top), (old[3],))]
+        lineage = [Wanted(merged.fingerprint, tuple(old[1:3])), Wanted(top.fingerprint, (old[3],))]
     report = place.send(paths[-1], lineage=lineage)
     assert (report.layers_present, report.layers_sent) == (2, 1)
     place.check(flat(paths[-1], tmp_path / "flat"))
@@ -208,10 +207,10 @@ def test_the_replica_holds_a_part_of_what_was_merged(tmp_path: Path, place: Plac
     paths = build(tmp_path / "c", [Layer(MiB, [f"write -P {n} {n * 64}k 128k"]) for n in range(1, 4)])
     place.send(paths[1])
     with scan(paths[-1]) as chain:
-        old = [Wanted(source_of(file)) for file in chain.files]
+        old = [Wanted(file.fingerprint) for file in chain.files]
     qemu_img("rebase", "-q", "-f", "qcow2", "-b", paths[0].name, "-F", "qcow2", paths[2])
     with scan(paths[-1]) as chain:
-        lineage = [Wanted(source_of(chain.files[1]), tuple(old[1:]))]
+        lineage = [Wanted(chain.files[1].fingerprint, tuple(old[1:]))]
     assert place.send(paths[-1], lineage=lineage).layers_sent == 1
     place.check(flat(paths[-1], tmp_path / "flat"))
 
@@ -294,7 +293,7 @@ def test_a_directory_of_other_things_is_no_replica(tmp_path: Path) -> None:
 @pytest.mark.parametrize("disk", ["", "a@b", "a::b", "/a", "a/", "a//b", "a\n", "x" * 201])
 def test_names_that_no_disk_has(tmp_path: Path, place: Place, disk: str) -> None:
     image = build(tmp_path / "c", [Layer(MiB)])[0]
-    with pytest.raises(InvalidInput, match="cannot be a disk's name"):
+    with pytest.raises(InvalidInput, match="cannot name a disk"):
         place.send(image, disk=disk)
 
 
@@ -348,7 +347,7 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
     shown: list[int] = []
     early: list[int] = []
     gate, given = threading.Event(), 0
-    put = Outbox.put
+    put = SendQueue.put
 
     class Held(Channel):
         def write(self, data: Buffer | Sequence[Buffer]) -> None:
@@ -356,7 +355,7 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
                 gate.wait()
             super().write(data)
 
-    def counted(self: Outbox, kind: Kind, *body: Buffer, **more: Any) -> int:
+    def counted(self: SendQueue, kind: Kind, *body: Buffer, **more: Any) -> int:
         nonlocal given
         given += kind is Kind.DATA
         if given == 3 and not gate.is_set():
@@ -364,7 +363,7 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
             gate.set()
         return put(self, kind, *body, **more)
 
-    monkeypatch.setattr(Outbox, "put", counted)
+    monkeypatch.setattr(SendQueue, "put", counted)
     with (tmp_path / "stream").open("wb") as out:
         channel = Held(-1, os.dup(out.fileno()), peer="stdout")
         send_blindly(Request(image=image, disk="x"), channel, on_event=lambda event: shown.append(done_of(event)))

@@ -13,8 +13,8 @@ from blake3 import blake3
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.names import check_offered, directory_of, free_name, offered_name
+from snapchain.replica.status import verify_disk
 from snapchain.replica.store import open_replica
-from snapchain.replica.verifying import verify_disk
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
 from tests.replica.conftest import DISK, Place

@@ -29,15 +29,23 @@ from snapchain.errors import (
     Unavailable,
     Unsupported,
 )
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 from snapchain.model.content import content_id, leaf_hash, sum_of
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
-from snapchain.replica.levels import Link
 from snapchain.replica.receiver import receive
-from snapchain.replica.stream import zstd
-from snapchain.replica.stream.data import DataRuns, Part, decode_data, encode_data
+from snapchain.replica.stream import compression as zstd
+from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, MAGIC, MOST_BEATS, FrameReader, Kind
-from snapchain.replica.stream.maps import MapReader, layer_id, map_frames, words_of
+from snapchain.replica.stream.layers import (
+    DataRuns,
+    MapReader,
+    Part,
+    decode_data,
+    encode_data,
+    layer_id,
+    map_frames,
+    words_of,
+)
 from snapchain.replica.stream.messages import Hello, Inventory, LayerOffer, Open, PointOffer, Stored, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, write
@@ -218,7 +226,7 @@ HOSTILE: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "not JSON": ("Invalid JSON", (HELLO, OPEN, (3, b"\xff{"))),
     "deep JSON": ("recursion limit", (HELLO, OPEN, (3, b"[" * 100_000))),
     "a field too many": ("x: Extra inputs", (HELLO, (2, b'{"disk":"a","x":1}'))),
-    "a disk outside": ("cannot be a disk's name", (HELLO, (2, b'{"disk":"/a"}'))),
+    "a disk outside": ("cannot name a disk", (HELLO, (2, b'{"disk":"/a"}'))),
     "another replica": ("only the replica of this server", (HELLO, (2, b'{"disk":"a","replica":"/etc"}'))),
     "cut to nothing": ("there is no layer", (HELLO, OPEN, (12, b'{"keep":"' + b"0" * 32 + b'"}'))),
 }

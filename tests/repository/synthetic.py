@@ -16,7 +16,7 @@ import blake3
 from hypothesis import strategies as st
 
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
-from snapchain.model.source import Source
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import AES, Keyring
@@ -164,7 +164,7 @@ def ship(stack: Sequence[Drawn], into: Repository | None = None) -> Shipped:
     shipped = Shipped(into or repository(), stack)
     with Deposit(shipped.repository) as deposit:
         for number, layer in enumerate(stack):
-            source = Source(inode=number + 1, size=1, mtime_ns=1, ctime_ns=1)
+            source = Fingerprint(inode=number + 1, size=1, mtime_ns=1, ctime_ns=1)
             origin = Origin("disk.qcow2", "qcow2", 65536, (source,))
             shipped.layers.append(deposit.add(layer, shipped.layers[:], origin, on_bytes=nothing, confirm=nothing))
     return shipped

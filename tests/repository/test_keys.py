@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import keys as slots
 from snapchain.repository.crypto import NONE
-from snapchain.repository.repository import Repository, check_disk_name, parse_config
+from snapchain.repository.repository import Repository, parse_config
 
 
 def secret() -> str:

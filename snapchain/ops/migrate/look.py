@@ -9,7 +9,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, Unsupported
 from snapchain.image import ImageChain, scan
-from snapchain.image.fingerprint import Fingerprint
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.ops.migrate.request import MigrateRequest, Move
 from snapchain.replica.endpoint import Endpoint
 from snapchain.source import ownership

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Conflict, Unsupported
-from snapchain.host.retry import Persistence
+from snapchain.host.retry import RetryPolicy
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.events import OnEvent
 from snapchain.ops.migrate.look import Look, look_at, opened
@@ -55,7 +55,7 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
         sealed = sealer.seal()
         look = look_at(request, move)
     scope = Scope.SEALED if seals(request, look) else whole(request)
-    sent = send_persistently(request.send(move, scope), endpoint, policy=Persistence(), on_event=on_event)
+    sent = send_persistently(request.send(move, scope), endpoint, policy=RetryPolicy(), on_event=on_event)
     overlay, epoch = _overlay(request, move, look, scope, endpoint, on_event)
     if max(look.epoch, epoch) + 2 > LARGEST_EPOCH:  # one to give it, one to take it back
         raise Unsupported(f"its epoch is {max(look.epoch, epoch)}, and there is none after it", subject=move.image)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.retry import Persistence, persist
+from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.migrate.look import look_at, opened, token_of
 from snapchain.ops.migrate.ready import Prepared, active_of, prepare, seals, taken_up, whole
@@ -36,15 +36,14 @@ from snapchain.ops.migrate.request import (
 )
 from snapchain.ops.migrate.start import check_hook, start
 from snapchain.ops.ship.to_replica import plan_send
+from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.handover_asking import ask_for_handover
 from snapchain.replica.sender import Sender
-from snapchain.replica.stream.handover_messages import MOST_DISKS, HandedDisk, Standing, Step
-from snapchain.replica.stream.messages import ActiveState, Open
+from snapchain.replica.stream.messages import MOST_DISKS, ActiveState, HandedDisk, Open, Standing, Step
 from snapchain.source import ownership
 from snapchain.source.notes import Given, Overlay
 
-_HANDOVER = Persistence(give_up_after=60.0)
+_HANDOVER = RetryPolicy(give_up_after=60.0)
 """A question that is asked again without harm; who waits for the answer is a guest that does not run."""
 
 
@@ -320,11 +319,11 @@ def _give(
     """Have the destination take them over. Where it refuses, they are this host's again before that is raised."""
     disks = [_handed(each.move.disk, each.overlay, each.epoch) for each in prepared]
     try:
-        return persist(
+        return retry(
             lambda: ask_for_handover(endpoint, Step.GIVE, disks, token=token),
             policy=_HANDOVER,
-            moved=lambda: 0,
-            told=lambda retry: on_event(Notice(str(retry))),
+            progress=lambda: 0,
+            on_retry=lambda notice: on_event(Notice(str(notice))),
         )
     except Unavailable as error:
         raise Unavailable(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from snapchain.errors import NotFound, ToolFailed
 from snapchain.host.processes import run
 from snapchain.ops.migrate.request import Move
-from snapchain.replica.stream.handover_messages import Standing
+from snapchain.replica.stream.messages import Standing
 
 _SECONDS = 600.0
 _CAP = 64 << 10

@@ -11,9 +11,8 @@ from snapchain.image.file import Format
 from snapchain.model.chain import Chain
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.layer import Layer
-from snapchain.model.source import Source
-from snapchain.ops.ship.to_repository import source_of
 from snapchain.source.chains import locked_chain
 from snapchain.source.ownership import check_not_given
 
@@ -25,7 +24,7 @@ class FileFacts:
     path: Path
     real_path: Path
     format: Format
-    source: Source
+    source: Fingerprint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,7 +49,7 @@ def look(
         layers = Chain(tuple(_layers(chain)))
         return ImageFacts(
             files=tuple(
-                FileFacts(path=file.path, real_path=file.real_path, format=file.format, source=source_of(file))
+                FileFacts(path=file.path, real_path=file.real_path, format=file.format, source=file.fingerprint)
                 for file in chain.files
             ),
             fresh=_is_fresh(chain),

@@ -6,7 +6,7 @@ import re
 import socket
 from pathlib import Path
 
-from snapchain.repository.repository import check_disk_name
+from snapchain.model.disk_name import check_disk_name
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _FIELDS = ("stem", "name", "parent", "host")

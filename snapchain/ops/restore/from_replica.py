@@ -23,7 +23,7 @@ from snapchain.ops.restore.output import OutputFile
 from snapchain.ops.restore.proof import ChainProof, raw_content_id
 from snapchain.ops.restore.target import Claim, FilePlan, Format, RestorePlan, RestoreReport, Target, sectors
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.fetching import Answer, FetchedLayer, Piece, fetch
+from snapchain.replica.fetch_client import Answer, FetchedLayer, Piece, fetch
 from snapchain.replica.stream.messages import HeldPoint
 
 OnBytes = Callable[[int], None]

@@ -17,8 +17,7 @@ from snapchain.host.own_state import read_record, write_record
 from snapchain.host.places import state_dir
 from snapchain.image import ImageChain
 from snapchain.model.content import content_id
-from snapchain.ops.ship.sources import source_of
-from snapchain.replica.source_keys import short_key
+from snapchain.replica.catalogue import short_key
 from snapchain.replica.stream.messages import Digest, HeldLayer
 from snapchain.source.counted_sums import CountedSums
 
@@ -57,7 +56,7 @@ class SentViews:
         """The replica has all of a chain. Raises what writing a small file raises."""
         before = dict(self._shown)
         for number, file in enumerate(chain.files, 1):
-            source, total = source_of(file), sums.of(chain, number)
+            source, total = file.fingerprint, sums.of(chain, number)
             if source.size and total is not None:
                 self._shown[short_key(source).raw.hex()] = content_id(file.size, total)
         if self._shown != before:

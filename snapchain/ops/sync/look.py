@@ -16,7 +16,7 @@ from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.leaves import counted
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import OnEvent, Progress
-from snapchain.ops.ship.sources import same_source, source_of
+from snapchain.ops.ship.sources import same_source
 from snapchain.ops.ship.to_replica import Divergence, LayerPlan, Request, layers_lacking, opening
 from snapchain.ops.sync.request import Destination, LayerThere, Proof, SyncRequest
 from snapchain.ops.sync.virsh import migrate_commands
@@ -214,7 +214,7 @@ def _single(layer: HeldLayer, chain: ImageChain) -> ImageFile | None:
     """The file that a layer is, where it is one file and not several in one."""
     if len(layer.sources) != 1:
         return None
-    return next((file for file in chain.files if same_source(source_of(file), layer.sources[0])), None)
+    return next((file for file in chain.files if same_source(file.fingerprint, layer.sources[0])), None)
 
 
 _OVERLAY = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from snapchain.host.retry import Persistence, persist
+from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.convergence import Verdict
 from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.ship.to_replica import SendReport, plan_send, send_persistently
@@ -17,14 +17,14 @@ from snapchain.ops.sync.request import Destination, Round, SyncReport, SyncReque
 from snapchain.replica.endpoint import Endpoint
 
 MiB = 1 << 20
-_LOOK = Persistence(give_up_after=30.0)
+_LOOK = RetryPolicy(give_up_after=30.0)
 """For questions, in which nothing moves: an sshd that many call at once drops some of them (MaxStartups)."""
 Answer = TypeVar("Answer")
 
 
 def patiently(attempt: Callable[[], Answer], on_event: OnEvent) -> Answer:
     """A question, asked again while the link is bad."""
-    return persist(attempt, policy=_LOOK, moved=lambda: 0, told=lambda retry: on_event(Notice(str(retry))))
+    return retry(attempt, policy=_LOOK, progress=lambda: 0, on_retry=lambda notice: on_event(Notice(str(notice))))
 
 
 class Run:
@@ -83,7 +83,7 @@ class Run:
             self._present = planned.layers_present
             if not planned.layers:
                 return None
-        sent = send_persistently(send, self._endpoint, policy=Persistence(), on_event=on_event)
+        sent = send_persistently(send, self._endpoint, policy=RetryPolicy(), on_event=on_event)
         self._point = sent.point
         if self._present is None:
             self._present = sent.layers_present

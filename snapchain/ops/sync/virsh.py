@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from snapchain.errors import InvalidInput
-from snapchain.host.remote_address import RemoteAddress
+from snapchain.host.ssh import RemoteAddress
 from snapchain.host.terminal import shell_line, shell_word
 
 _DOMAIN = re.compile(r"[^/\s'\"\\-][^/\n\0]*")

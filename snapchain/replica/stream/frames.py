@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.batches import Buffer
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
 
 MAGIC = b"snapchain-stream"
 HEAD = struct.Struct("<BBHI")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,12 +17,15 @@ from pydantic import (
     StringConstraints,
     ValidationError,
     model_serializer,
+    model_validator,
 )
 
 from snapchain.errors import Corrupt
 from snapchain.model.content import SumText
 from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.names import is_layer_name
+from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, Kind
 
 VERSION = 1
 """The one version of the stream that this program speaks."""
@@ -79,14 +83,14 @@ ShortKeys = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$", max_l
 """The base64 form of a content sum: 2048 bytes, u16 little endian a lane."""
 
 
-class Said(BaseModel):
+class Message(BaseModel):
     """One message: exactly these fields."""
 
     # Built when they are needed: one stream speaks few of these.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
-class Hello(Said):
+class Hello(Message):
     """first, last: the versions of the stream that the side speaks; answers: whether it listens to the other side.
 
     A later version may say more here: it is what decides about the version.
@@ -101,7 +105,7 @@ class Hello(Said):
     answers: bool
 
 
-class Open(Said):
+class Open(Message):
     """Which disk, in which replica; no replica where the receiver was told by its own user.
 
     look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
@@ -126,16 +130,7 @@ class Open(Said):
         return said
 
 
-class Source(Said):
-    """The file that a layer was read from, as far as it takes to know it again (image/fingerprint.py)."""
-
-    inode: int = Field(ge=0, lt=1 << 64)
-    size: int = Field(ge=0, lt=1 << 63)
-    mtime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
-    ctime_ns: int = Field(ge=-(1 << 70), lt=1 << 70)
-
-
-class LayerOffer(Said):
+class LayerOffer(Message):
     """A layer that is about to come.
 
     name: that the file should have; size: virtual, bytes; runs: of its map; parent: the layer that it lies on
@@ -147,18 +142,18 @@ class LayerOffer(Said):
     cluster_size: int = Field(ge=512, le=2 * 1024 * 1024)
     extended_l2: bool
     parent: LayerId | None
-    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    sources: tuple[Fingerprint, ...] = Field(max_length=2 * MAX_LAYERS)
     runs: int = Field(ge=0, le=MAX_RUNS)
     resume_at: int = Field(default=0, ge=0, le=LARGEST_DISK)
 
 
-class Cut(Said):
+class Cut(Message):
     """The layers above `keep` are to be dropped, all of them where that is None."""
 
     keep: LayerId | None
 
 
-class PointOffer(Said):
+class PointOffer(Message):
     """A point to publish: what the chain shows that is there now."""
 
     time: Moment
@@ -167,15 +162,15 @@ class PointOffer(Said):
     content_id: Digest
 
 
-class HeldLayer(Said):
-    """A layer that is there. older: the files that it was made of below its `sources` (replica/source_keys.py)."""
+class HeldLayer(Message):
+    """A layer that is there. older: the files that it was made of below its `sources` (replica/catalogue.py)."""
 
     id: LayerId
     file: FileName
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
     content_sum: SumText
-    sources: tuple[Source, ...] = Field(max_length=2 * MAX_LAYERS)
+    sources: tuple[Fingerprint, ...] = Field(max_length=2 * MAX_LAYERS)
     older: ShortKeys = ""
 
     @model_serializer(mode="wrap")
@@ -187,7 +182,7 @@ class HeldLayer(Said):
         return said
 
 
-class Partial(Said):
+class Partial(Message):
     """A layer whose transfer was cut off: its data below guest offset `durable` are there.
 
     content_sum: what the sender had counted there, given back to it
@@ -198,7 +193,7 @@ class Partial(Said):
     content_sum: SumText
 
 
-class Inventory(Said):
+class Inventory(Message):
     """What a replica holds of a disk: layers root first."""
 
     disk: str = Field(max_length=250)
@@ -208,21 +203,21 @@ class Inventory(Said):
     partial: Partial | None
 
 
-class Stored(Said):
+class Stored(Message):
     """A layer is whole, proven, and part of the chain."""
 
     layer: LayerId
     file: FileName
 
 
-class Done(Said):
+class Done(Message):
     """All is durable. points: numbers of those that were published, ascending; layers: how many came."""
 
     points: tuple[PointNumber, ...] = Field(max_length=4 * MAX_LAYERS)
     layers: int = Field(ge=0, le=2 * MAX_LAYERS + 1)
 
 
-class Active(Said):
+class Active(Message):
     """An empty overlay on the newest layer, in which a live migration can put what a guest has not yet sealed.
 
     name: that its file should have; size: virtual, bytes; on: the layer that must be the newest there
@@ -250,7 +245,7 @@ class ActiveState(StrEnum):
     """Something else, such as an overlay that a guest has written to."""
 
 
-class Readiness(Said):
+class Readiness(Message):
     """The answer to Active.
 
     directory: of the disk, absolute; file: the overlay's, from there; state: as it is now, after it was made
@@ -264,7 +259,7 @@ class Readiness(Said):
     broken: tuple[FileName, ...] = Field(default=(), max_length=MAX_LAYERS)
 
 
-class Ask(Said):
+class Ask(Message):
     """A question in the place of OPEN; nothing is made, locked or changed over there.
 
     want: the points of disks; whether what is recorded of them is sound; whether the data are, too
@@ -276,7 +271,7 @@ class Ask(Said):
     replica: str | None = Field(default=None, max_length=4096)
 
 
-class HeldPoint(Said):
+class HeldPoint(Message):
     """A point of a disk. layers: length of the chain that gives it."""
 
     point: PointNumber
@@ -287,7 +282,7 @@ class HeldPoint(Said):
     layers: int = Field(ge=1, le=MAX_LAYERS)
 
 
-class HeldDisk(Said):
+class HeldDisk(Message):
     """A disk and some of its points, ascending; those that follow come in the next such frame of the same disk."""
 
     disk: str = Field(min_length=1, max_length=250)
@@ -295,7 +290,7 @@ class HeldDisk(Said):
     points: tuple[HeldPoint, ...] = Field(max_length=POINTS_AT_ONCE)
 
 
-class Verdict(Said):
+class Verdict(Message):
     """A disk was looked at. checked_bytes: of data that were read; its findings came before."""
 
     disk: str = Field(min_length=1, max_length=250)
@@ -304,7 +299,7 @@ class Verdict(Said):
     checked_bytes: int = Field(ge=0, le=MAX_LAYERS * LARGEST_DISK)
 
 
-class Finding(Said):
+class Finding(Message):
     """Something wrong with a disk. kind: as in errors.py; subject: its file; points: those that it affects."""
 
     disk: str = Field(min_length=1, max_length=250)
@@ -314,7 +309,7 @@ class Finding(Said):
     points: tuple[PointNumber, ...] = Field(default=(), max_length=100_000)
 
 
-class Failure(Said):
+class Failure(Message):
     """An error, as far as it may cross: kind as in errors.py."""
 
     kind: Annotated[str, StringConstraints(max_length=40)]
@@ -323,10 +318,10 @@ class Failure(Said):
     hint: str | None = Field(default=None, max_length=1000)
 
 
-M = TypeVar("M", bound=Said)
+M = TypeVar("M", bound=Message)
 
 
-def encode(message: Said) -> bytes:
+def encode(message: Message) -> bytes:
     """The body of its frame."""
     return message.model_dump_json().encode()
 
@@ -342,3 +337,160 @@ def decode(shape: type[M], body: bytes | memoryview, *, subject: str) -> M:
             f"what it says of {shape.__name__.lower()} is unsound: {ascii(place)[1:-1]}: {first['msg']}",
             subject=subject,
         ) from error
+
+
+# --- FETCH
+
+FETCHED: Mapping[Kind, int] = {
+    **{kind: FROM_RECEIVER[kind] for kind in (Kind.HELLO, Kind.BEAT, Kind.FAIL, Kind.DONE, Kind.PROGRESS)},
+    **{kind: FROM_SENDER[kind] for kind in (Kind.LAYER, Kind.MAP, Kind.DATA, Kind.END)},
+    Kind.DISK: 64 * 1024,
+}
+"""The longest body of each kind that may come in the answer to FETCH."""
+
+
+class Fetch(Message):
+    """A point is wanted, in the place of OPEN; nothing is made or changed over there.
+
+    point: as in an address, None for the latest; chain: its layers as they are, else one that shows all of it
+    look: no data, only what there is; plain: no compression, for two ends on one machine; replica: as in Open
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    point: str | None = Field(default=None, min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+    chain: bool = False
+    look: bool = False
+    plain: bool = False
+
+
+# --- HANDOVER
+
+MOST_DISKS = 64
+"""Of one guest: as many as virtio-scsi or a long row of virtio-blk has in earnest."""
+
+
+class Step(StrEnum):
+    """What is asked for."""
+
+    GIVE = "give"
+    """From now on the replica's host is the master of these disks."""
+    BACK = "back"
+    """It shall not be; refused where a guest has written there."""
+    LOOK = "look"
+    """Whether it is."""
+
+
+class HandedDisk(Message):
+    """A disk of a handover.
+
+    epoch: in which its master will write it then; overlay: what must stand ready for that; it names the newest layer
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    epoch: int = Field(ge=2, le=LARGEST_EPOCH)
+    overlay: Active
+
+
+class Handover(Message):
+    """All disks of a guest, all or none. token: of this handover, the same whenever it is asked for again."""
+
+    step: Step
+    token: LayerId
+    disks: tuple[HandedDisk, ...] = Field(min_length=1, max_length=MOST_DISKS)
+    replica: str | None = Field(default=None, max_length=4096)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len({each.disk for each in self.disks}) < len(self.disks):
+            raise ValueError("a disk is named twice")
+        return self
+
+
+class Standing(Message):
+    """How one disk stands after it. given: whether it was, by this token; epoch: of the disk; overlay: whole path."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    given: bool
+    epoch: Epoch
+    overlay: str = Field(min_length=1, max_length=4500)
+
+
+class Handed(Message):
+    """In the order of the question."""
+
+    disks: tuple[Standing, ...] = Field(max_length=MOST_DISKS)
+
+
+# --- MERGE
+
+_Count = Annotated[int, Field(ge=-1, le=1 << 31)]
+_LARGEST = MAX_LAYERS * LARGEST_DISK
+Reason = Annotated[str, StringConstraints(max_length=1000)]
+
+
+class Merge(Message):
+    """Merge the layers of a disk that no kept point needs. dry_run: only say what that would do.
+
+    last .. labels: the rules (model/retention/policy.py), of which there is one at least; within: as 1y5m7d2h
+    zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+    last: _Count = 0
+    hourly: _Count = 0
+    daily: _Count = 0
+    weekly: _Count = 0
+    monthly: _Count = 0
+    yearly: _Count = 0
+    within: str | None = Field(default=None, max_length=40)
+    labels: tuple[Label, ...] = Field(default=(), max_length=100)
+    zone: str = Field(min_length=1, max_length=100)
+    epoch: int | None = Field(default=None, ge=1, le=LARGEST_EPOCH)
+    dry_run: bool = False
+
+
+class DecidedPoint(Message):
+    """What becomes of one point, and why."""
+
+    point: PointNumber
+    time: Moment
+    labels: tuple[Label, ...] = Field(max_length=100)
+    kept: bool
+    reasons: tuple[Reason, ...] = Field(max_length=120)
+
+
+class Staying(Message):
+    """A layer that no kept point needs, and why it stays all the same."""
+
+    file: FileName
+    reason: Reason
+
+
+class Outcome(Message):
+    """What was done, or would be. Sizes in bytes.
+
+    merges: files that become one, lowest first, each; strategy: of all merges, joined by '+', or none
+    bytes_freed: allocated by the files less what they allocate afterwards; of a dry run, overwritten data that goes
+    needs_bytes: room beside the layers, at most; free_bytes: room that there was
+    """
+
+    done: bool
+    layers_before: int = Field(ge=0, le=MAX_LAYERS)
+    layers_after: int = Field(ge=0, le=MAX_LAYERS)
+    merges: tuple[tuple[FileName, ...], ...] = Field(max_length=MAX_LAYERS)
+    staying: tuple[Staying, ...] = Field(max_length=MAX_LAYERS)
+    strategy: Annotated[str, StringConstraints(pattern=r"^[a-z+-]{1,100}$")]
+    bytes_moved: int = Field(ge=0, le=_LARGEST)
+    bytes_freed: int = Field(ge=-_LARGEST, le=_LARGEST)
+    needs_bytes: int = Field(ge=0, le=_LARGEST)
+    free_bytes: int = Field(ge=0, le=1 << 63)
+
+
+class Merged(Message):
+    """Some points, ascending; the rest comes in the next such frame, and with the last the outcome."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    points: tuple[DecidedPoint, ...] = Field(max_length=POINTS_AT_ONCE)
+    outcome: Outcome | None = None

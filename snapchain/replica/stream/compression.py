@@ -1,17 +1,50 @@
-"""How hard to compress: as hard as costs no time.
-
-Frames wait in a short queue for the link.  While it is full, the link is the bottleneck, and where processors have
-time too, the level rises.  While it is empty, or processors are what is short, it falls, but never so far that more
-bytes would travel than a stream of `zstd -3`, which is rsync's, makes of the same data.  Where both ends are one
-machine there is no link to save.
-"""
+"""zstd frames that hold exactly as many bytes as was said before; nothing else is unpacked."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+
+import zstandard
+
+from snapchain.errors import Corrupt
+from snapchain.host.batches import Buffer
+
+_local = threading.local()
+
+
+def packed(data: Buffer, *, level: int) -> bytes:
+    """One zstd frame that names its content size."""
+    kept: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
+    compressor = kept.get(level)
+    if compressor is None:
+        compressor = kept[level] = zstandard.ZstdCompressor(level=level)
+    return compressor.compress(data)
+
+
+def unpacked(data: Buffer, length: int, *, subject: str) -> bytes:
+    """The content of one zstd frame, `length` bytes. Raises Corrupt when it holds more, less, or is none."""
+    try:
+        # What the frame claims decides how much memory is taken, so it is read first.
+        claimed = zstandard.frame_content_size(data)
+        if claimed != length:
+            raise Corrupt(f"compressed bytes claim to hold {claimed}, not {length}", subject=subject)
+        plain = zstandard.ZstdDecompressor().decompress(data, max_output_size=length, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise Corrupt(f"compressed bytes cannot be unpacked: {error}", subject=subject) from error
+    if len(plain) != length:
+        raise Corrupt(f"compressed bytes hold {len(plain)}, not {length}", subject=subject)
+    return plain
+
+
+# --- The compression level: as high as costs no time.
+#
+# Frames wait in a short queue for the link. While the queue is full, the link is the bottleneck, and the level rises if
+# processors are idle too. While it is empty, or processors are busy, the level falls, but never below a size that a
+# stream of `zstd -3`, as rsync uses, would have. On one machine there is no link to save.
 
 LADDER = (4, 5, 6, 9, 12)
 """Levels of zstd. Each costs some 1.5 times the one before and spares from 0.6 down to 0.1 % of the bytes."""

@@ -16,7 +16,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -261,3 +261,25 @@ class Channel:
                     subject=self.peer,
                     hint=f"look at the link and at the other host, then {_AGAIN}",
                 )
+
+
+# --- The standard streams that sshd has given this process, as a channel.
+#
+# From then on only the channel uses them. Other code that reads stdin finds it empty, and whatever prints to stdout, a
+# library or a child, prints to stderr instead, which ssh shows to the user: nothing gets into the stream.
+
+
+def stdio_channel(*, patience: float = PATIENCE) -> Channel:
+    """The channel to whoever started us. To be called once, before anything is printed."""
+    reader, writer = os.dup(0), os.dup(1)  # not inherited by programs that we start
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return Channel(reader, writer, peer=caller(os.environ), patience=patience)
+
+
+def caller(environ: Mapping[str, str]) -> str:
+    """Who is at the other end, as sshd tells it."""
+    words = environ.get("SSH_CONNECTION", "").split()
+    return words[0] if words else "the other side"

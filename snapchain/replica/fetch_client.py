@@ -18,20 +18,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from snapchain.errors import Corrupt, NotFound, Unavailable
-from snapchain.host.remote_channel import Channel
+from snapchain.host.channel import Channel
+from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket
 from snapchain.replica.client import ask, heard, unexpected
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.levels import Link
-from snapchain.replica.names import check_disk_name, check_offered
-from snapchain.replica.stream import opening
-from snapchain.replica.stream.data import Arrived, DataRuns, Part, decode_data
-from snapchain.replica.stream.fetch_messages import FETCHED, Fetch
+from snapchain.replica.names import check_offered
+from snapchain.replica.stream import session as opening
+from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import FRAME_BYTES, Frame, Kind
-from snapchain.replica.stream.maps import MapReader, layer_id
-from snapchain.replica.stream.messages import Done, HeldDisk, HeldPoint, LayerOffer, decode
+from snapchain.replica.stream.layers import Arrived, DataRuns, MapReader, Part, decode_data, layer_id
+from snapchain.replica.stream.messages import FETCHED, Done, Fetch, HeldDisk, HeldPoint, LayerOffer, decode
 
 _PROGRESS = struct.Struct("<QQ")
 _LONGEST_NAME = 250

@@ -14,24 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import Busy, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.host.channel import Channel
 from snapchain.host.locks import ImageLock, LockMode
-from snapchain.host.remote_channel import Channel
 from snapchain.image import ImageChain
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Layer, Point
-from snapchain.replica.levels import Levels, Link
 from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
-from snapchain.replica.send_queue import Outbox
+from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.status import PROGRESS
 from snapchain.replica.store import ReplicaDisk, open_replica
-from snapchain.replica.stream.fetch_messages import Fetch
+from snapchain.replica.stream.compression import Levels, Link
 from snapchain.replica.stream.frames import FrameWriter, Kind
-from snapchain.replica.stream.maps import layer_id, map_frames, words_of
-from snapchain.replica.stream.messages import MAX_RUNS, Done, HeldDisk, HeldPoint, LayerOffer, encode
+from snapchain.replica.stream.layers import layer_id, map_frames, words_of
+from snapchain.replica.stream.messages import MAX_RUNS, Done, Fetch, HeldDisk, HeldPoint, LayerOffer, encode
 
 _ATTEMPTS = 5
 
@@ -54,7 +53,7 @@ def give(asked: Fetch, root: Path, channel: Channel, frames: FrameWriter, *, eng
     """
     disk = open_replica(root).disk(asked.disk)
     with _opened(disk, asked.point, engine) as found:
-        outbox = Outbox(channel, frames, None)
+        outbox = SendQueue(channel, frames, None)
         try:
             _Giving(asked, disk, found, outbox).run()
         except BaseException:
@@ -66,7 +65,7 @@ def give(asked: Fetch, root: Path, channel: Channel, frames: FrameWriter, *, eng
 
 
 class _Giving:
-    def __init__(self, asked: Fetch, disk: ReplicaDisk, found: _Opened, outbox: Outbox) -> None:
+    def __init__(self, asked: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue) -> None:
         self._asked, self._disk, self._found, self._outbox = asked, disk, found, outbox
         self._levels = Levels(Link.LOCAL if asked.plain else Link.NETWORK)
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
 from snapchain.host import descriptors
+from snapchain.host.channel import PATIENCE, Bell, Channel
 from snapchain.host.processes import STDERR_CAP, die_with_parent, find_program
-from snapchain.host.remote_channel import PATIENCE, Bell, Channel
 
 PIPE_SIZE = 1 << 20
 """Bytes that the kernel holds in each direction: the most that an unprivileged process may ask for."""

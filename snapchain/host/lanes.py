@@ -26,7 +26,7 @@ from contextlib import ExitStack, suppress
 
 from snapchain.errors import Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.host.batches import Buffer
-from snapchain.host.remote_channel import PATIENCE, Channel
+from snapchain.host.channel import PATIENCE, Channel
 
 MAGIC = b"snapchain-lanes\n"
 STRIPE = 128 << 10
