@@ -217,7 +217,11 @@ def test_every_field_of_0_1_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     then = json.loads(RECORDED.read_text())
     now = recorded(tmp_path)
-    gone = [f"{name} is not printed; there are {[each for each in now if each not in then]}" for name in then if name not in now]
+    gone = [
+        f"{name} is not printed; there are {[each for each in now if each not in then]}"
+        for name in then
+        if name not in now
+    ]
     problems = [line for name, each in then.items() if name in now for line in lacking(now[name], each, name)]
     assert gone + problems == []
 

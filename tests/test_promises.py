@@ -10,6 +10,7 @@ from pathlib import Path
 
 import blake3
 import pytest
+from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Busy, Conflict, Corrupt, SnapchainError, Unsupported
@@ -21,7 +22,6 @@ from snapchain.objects.store import ObjectStore
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import merging
 from snapchain.repository.composing import compose

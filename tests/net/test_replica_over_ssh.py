@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_replica import Request, SendReport, send_persistently
 
 from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.retry import RetryPolicy
 from snapchain.host.ssh import RemoteAddress, SshProgram
 from snapchain.ops import serve_replica
-from snapchain.ops.ship.to_replica import Request, SendReport, send_persistently
 from snapchain.replica.endpoint import SshEndpoint
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost

@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
+from snapchain.ops.ship.to_repository import shipment
+
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository.repository import Repository
 from tests.exhaustive import EXHAUSTIVE

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapchain.ops.ship.to_repository import ShipReport, shipment
+
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops.restore.from_repository import Restoration, RestoreReport
-from snapchain.ops.ship.to_repository import ShipReport, shipment
 from snapchain.repository.repository import Repository
 from tests.ops.stacks import flat, qemu_img, write
 from tests.repository.synthetic import again, repository

@@ -15,12 +15,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import packs
 from snapchain.repository.repository import Repository

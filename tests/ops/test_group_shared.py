@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import NotFound
 from snapchain.model.retention import Policy
@@ -17,7 +18,6 @@ from snapchain.objects.local import LocalStore
 from snapchain.objects.store import Refused
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import Busy, Conflict
 from snapchain.model.events import Event, Notice
@@ -17,7 +18,6 @@ from snapchain.objects.store import Data, ObjectStore, Refused
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_repository import ShipReport, shipment
 
 from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
@@ -18,7 +19,6 @@ from snapchain.ops import gc, init
 from snapchain.ops.log import log
 from snapchain.ops.merge_repository import RepositoryMerge
 from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.ship.to_repository import ShipReport, shipment
 from snapchain.ops.verify import verify
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, random_stack, same_bytes

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.model.events import Event, Notice, Progress
@@ -22,7 +23,6 @@ from snapchain.objects.throttle import ThrottledStore
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import packer, packs
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship

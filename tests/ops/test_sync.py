@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snapchain.ops.ship.to_replica import send_to_replica
 
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput, Unavailable
 from snapchain.host.ssh import parse_remote_address
 from snapchain.model.convergence import Verdict
-from snapchain.ops.ship.to_replica import send_to_replica
 from snapchain.ops.sync.run import (
     Destination,
     Divergence,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 
 from snapchain.errors import SnapchainError
 from snapchain.host.channel import Channel
-from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.receiver import receive
 from tests.ops.stacks import clean, same

@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from snapchain.ops.ship.to_replica import Files, Request, send_blindly
 
 from snapchain.errors import Diverged, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
@@ -27,7 +28,6 @@ from snapchain.model.retention import Policy
 from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.receive import receive_stream
 from snapchain.ops.restore.from_replica import ReplicaRestoration
-from snapchain.ops.ship.to_replica import Files, Request, send_blindly
 from tests.ops.stacks import clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 from tests.replica.merging import endpoint

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
+
 from snapchain.model.retention import Policy
 from snapchain.ops.merge_replica import ReplicaMerge, ReplicaMergePlan, ReplicaMergeReport
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_verify import verify_replica
-from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.ops.stacks import clean, flat, same
 from tests.replica.conftest import DISK, Place

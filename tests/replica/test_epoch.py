@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_replica import Request, plan_send
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, Unsupported
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
 from snapchain.ops.replica_log import log_replica
-from snapchain.ops.ship.to_replica import Request, plan_send
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.messages import Open, encode

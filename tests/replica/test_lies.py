@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
 
 from snapchain.destination.protocol import destination_at
 from snapchain.destinations import create_destination
@@ -20,7 +21,6 @@ from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
 from snapchain.ops.replica_verify import verify_replica
-from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader, Kind

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snapchain.ops.ship.to_replica import Request, send_to_replica
 
 from snapchain.errors import Busy, Conflict, Unavailable, Unsupported
 from snapchain.merge.strategy import Strategy
@@ -23,7 +24,6 @@ from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
-from snapchain.ops.ship.to_replica import Request, send_to_replica
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
 from snapchain.replica import merge_journal as unfinished, store as waiting
 from snapchain.replica.endpoint import DirectoryEndpoint

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from snapchain.ops.ship.to_replica import Files
 
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.strategy import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.replica_engine import ReplicaEngine
-from snapchain.ops.ship.to_replica import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.ops.shipping import random_stack
 from tests.replica.conftest import DISK, Place

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_replica import Divergence, Request, send_to_replica
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
@@ -17,7 +18,6 @@ from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
 from snapchain.ops.merge_replica import ReplicaMerge
-from snapchain.ops.ship.to_replica import Divergence, Request, send_to_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.store import open_replica
 from snapchain.source.sealing import plan as plan_snapshot, run as run_snapshot

@@ -15,13 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_replica import Request, plan_send, send_persistently
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.retry import RetryPolicy
 from snapchain.ops.replica_log import log_replica
 from snapchain.ops.replica_verify import verify_replica
 from snapchain.ops.ship.request import SendReport
-from snapchain.ops.ship.to_replica import Request, plan_send, send_persistently
 from snapchain.replica import sender
 from snapchain.replica.catalogue import Catalogue, read_record
 from snapchain.replica.endpoint import DirectoryEndpoint

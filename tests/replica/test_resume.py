@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from snapchain.ops.ship.to_replica import Request, send_blindly
 
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
-from snapchain.ops.ship.to_replica import Request, send_blindly
 from snapchain.replica import sender
 from snapchain.replica.receiver import Received, receive
 from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC

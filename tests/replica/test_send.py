@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, send_blindly
 
 from fixtures.qcow2_bytes import l2_entry, put_u64, u64
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
@@ -23,7 +24,6 @@ from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.events import Event, Progress
 from snapchain.model.inventory import Wanted
-from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, send_blindly
 from snapchain.replica import arrival, sender
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.stream.frames import Kind

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.model.retention import Policy
@@ -17,7 +18,6 @@ from snapchain.objects.store import Data, joined
 from snapchain.objects.wrapper import StoreWrapper
 from snapchain.ops import gc
 from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.ops.verify import verify
 from snapchain.repository import index as indexes, sweep
 from snapchain.repository.crypto import Keyring

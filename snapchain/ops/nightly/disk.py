@@ -23,9 +23,8 @@ from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeRepor
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
-from snapchain.ops.nightly.local_merge import Sealed
-from snapchain.ops.nightly.look import ImageFacts, look
-from snapchain.ops.nightly.open_destination import Place
+from snapchain.ops.nightly.local_merge import ImageFacts, Sealed, look
+from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import CutOffError, Limits
 from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
@@ -43,7 +42,7 @@ class Night:
     """What all disks of a run share. facts: for the hooks."""
 
     config: Nightly
-    places: dict[str, Place]
+    places: dict[str, OpenDestination]
     state: StateFile
     limits: Limits
     clock: Callable[[], datetime]
@@ -209,7 +208,7 @@ class DiskRun:
             else:
                 return
 
-    def _ship(self, place: Place, captured: _Captured) -> ShipResult:
+    def _ship(self, place: OpenDestination, captured: _Captured) -> ShipResult:
         step = f"ship to {place.name}"
         done = self._steps.attempt(step, lambda: self._shipped(place, captured), tries=_TRIES)
         if done.value is None:
@@ -228,7 +227,7 @@ class DiskRun:
             content_id=report.content_id,
         )
 
-    def _shipped(self, place: Place, captured: _Captured) -> ShipReport:
+    def _shipped(self, place: OpenDestination, captured: _Captured) -> ShipReport:
         sealed = captured.sealed
         with place.turn() as repository:
             self._night.limits.check()  # the turn may have been long in coming
@@ -308,7 +307,7 @@ class DiskRun:
         if cut is not None and (self._report.chain_length or 0) > cap:
             raise CutOffError(cut)
 
-    def _retain(self, place: Place, result: ShipResult) -> ShipResult:
+    def _retain(self, place: OpenDestination, result: ShipResult) -> ShipResult:
         """Let points go by the rules, where a new one has come."""
         if result.point is None or place.policy.is_empty:
             return result
@@ -320,7 +319,7 @@ class DiskRun:
         self._keep(destinations={**self._state.destinations, place.name: reached})
         return result.model_copy(update={"retention": done.value, **kept})
 
-    def _retained(self, place: Place) -> RepositoryMergeReport:
+    def _retained(self, place: OpenDestination) -> RepositoryMergeReport:
         with place.turn() as repository:
             self._night.limits.check()
             zone, now = self._night.config.zone, self._night.clock()

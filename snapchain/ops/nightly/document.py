@@ -19,7 +19,7 @@ from snapchain.errors import InvalidInput
 from snapchain.host.terminal import printable
 from snapchain.host.trusted import read_trusted
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.toml_lines import Place, lines_of
+from snapchain.ops.nightly.toml_lines import OpenDestination, lines_of
 
 _AT_LINE = re.compile(r"\(at line (\d+), column \d+\)|\(at end of document\)")
 _SECRET = {"password", "passphrase", "secret"}
@@ -27,7 +27,7 @@ _SECRET = {"password", "passphrase", "secret"}
 
 @dataclass(frozen=True, slots=True)
 class _Mistake:
-    place: Place
+    place: OpenDestination
     message: str
 
 
@@ -71,7 +71,7 @@ def parse(text: str, *, path: Path) -> Nightly:
     return _absolute(config, path.parent)
 
 
-def _mistake(place: Place, kind: str, said: str) -> _Mistake:
+def _mistake(place: OpenDestination, kind: str, said: str) -> _Mistake:
     if kind == "extra_forbidden":
         return _Mistake(place, _unknown(place))
     if kind == "missing":
@@ -83,7 +83,7 @@ def _mistake(place: Place, kind: str, said: str) -> _Mistake:
     return _Mistake(place, message[:1].lower() + message[1:] if message[1:2].islower() else message)
 
 
-def _unknown(place: Place) -> str:
+def _unknown(place: OpenDestination) -> str:
     name = str(place[-1])
     if name in _SECRET:
         return (
@@ -94,7 +94,7 @@ def _unknown(place: Place) -> str:
     return f"is unknown here; did you mean {near[0]}?" if near else f"is unknown here; known are {', '.join(known)}"
 
 
-def _fields_at(place: Place) -> list[str]:
+def _fields_at(place: OpenDestination) -> list[str]:
     """The names that may stand in the table at `place`."""
     model: type[BaseModel] = Nightly
     for step in place:
@@ -141,14 +141,14 @@ def _refusal(mistakes: list[_Mistake], text: str, path: Path) -> InvalidInput:
     return refusal
 
 
-def _line(place: Place, lines: dict[Place, int]) -> int:
+def _line(place: OpenDestination, lines: dict[OpenDestination, int]) -> int:
     """Of what is at `place`, or of the nearest thing around it that is there."""
     while place and place not in lines:
         place = place[:-1]
     return lines.get(place, 1)
 
 
-def _field(place: Place) -> str:
+def _field(place: OpenDestination) -> str:
     """disks[0].hooks.before"""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
     return text.removeprefix(".") or "the whole"

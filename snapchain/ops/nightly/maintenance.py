@@ -13,7 +13,7 @@ from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops import gc
 from snapchain.ops.gc import GcReport
 from snapchain.ops.nightly.disk import Night
-from snapchain.ops.nightly.open_destination import Place
+from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
@@ -40,10 +40,10 @@ def turns(
     return [*(disk for disk in disks if disk in damaged), *others[:count]]
 
 
-class Upkeep:
+class Maintenance:
     """One destination in one run. `run` does not raise for what is wrong with it: it reports."""
 
-    def __init__(self, night: Night, place: Place, disks: Sequence[str]) -> None:
+    def __init__(self, night: Night, place: OpenDestination, disks: Sequence[str]) -> None:
         """disks: of the configuration that go there."""
         self._night, self._place, self._disks = night, place, disks
         self._steps = Steps()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tomllib
 
-Place = tuple[str | int, ...]
+OpenDestination = tuple[str | int, ...]
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SCALAR = re.compile(r"[^,\]}\n#]*")
@@ -24,7 +24,7 @@ _STRINGS = (
 )
 
 
-def lines_of(text: str) -> dict[Place, int]:
+def lines_of(text: str) -> dict[OpenDestination, int]:
     """Lines count from 1. text: a valid TOML document."""
     return _Reader(text).read()
 
@@ -33,11 +33,11 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
-        self._found: dict[Place, int] = {}
-        self._lengths: dict[Place, int] = {}
+        self._found: dict[OpenDestination, int] = {}
+        self._lengths: dict[OpenDestination, int] = {}
 
-    def read(self) -> dict[Place, int]:
-        table: Place = ()
+    def read(self) -> dict[OpenDestination, int]:
+        table: OpenDestination = ()
         while True:
             self._skip(_SPACE)
             if self._at >= len(self._text):
@@ -49,12 +49,12 @@ class _Reader:
             else:
                 self._pair(table)
 
-    def _header(self, *, brackets: int) -> Place:
+    def _header(self, *, brackets: int) -> OpenDestination:
         line = self._line()
         self._at += brackets
         names = self._key()
         self._at += brackets
-        table: Place = ()
+        table: OpenDestination = ()
         for name in names[:-1]:
             table = self._inside((*table, name), line)
         table = (*table, names[-1])
@@ -65,12 +65,12 @@ class _Reader:
         self._found[table] = line
         return table
 
-    def _inside(self, place: Place, line: int) -> Place:
+    def _inside(self, place: OpenDestination, line: int) -> OpenDestination:
         """The table at `place`, or the last one of an array of tables."""
         self._found.setdefault(place, line)
         return (*place, self._lengths[place] - 1) if place in self._lengths else place
 
-    def _pair(self, table: Place) -> None:
+    def _pair(self, table: OpenDestination) -> None:
         line = self._line()
         place = table
         for name in self._key():
@@ -94,7 +94,7 @@ class _Reader:
                 return names
             self._at += 1
 
-    def _value(self, place: Place) -> None:
+    def _value(self, place: OpenDestination) -> None:
         self._found.setdefault(place, self._line())
         if self._string() is not None:
             return

@@ -14,14 +14,13 @@ import pytest
 
 from snapchain.destinations import create_destination
 from snapchain.errors import Busy, ToolFailed
-from snapchain.ops.nightly import metrics, passphrase
+from snapchain.ops.nightly import metrics, open_destination as passphrase
 from snapchain.ops.nightly.config import Hooks
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.hooks import HookRunner
-from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.preview import preview
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.nightly.run import directory_of
+from snapchain.ops.nightly.run import directory_of, only_run
 from snapchain.ops.nightly.state import DiskState, StateFile
 from snapchain.ops.nightly.systemd import units
 from tests.ops.nightly import exposition

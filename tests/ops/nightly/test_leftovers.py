@@ -15,7 +15,7 @@ from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.source import chains as source, sealing as snapshot
 from tests.ops.nightly.night import Host, row
 from tests.ops.stacks import write
-from tests.replica.conftest import Place
+from tests.replica.conftest import OpenDestination
 
 OFF = '[[disks]]\nglob = "images/vda.qcow2"\nsnapshot = false\n'
 
@@ -89,7 +89,7 @@ def test_a_disk_that_was_given_away_is_moved(host: Host, tmp_path: Path) -> None
     """No failure, night after night; what became of it is said, and the other disks have their turn."""
     image, other = host.disk("vda"), host.disk("vdb")
     host.run("")
-    replica = DirectoryEndpoint(Place(tmp_path / "replica").root)
+    replica = DirectoryEndpoint(OpenDestination(tmp_path / "replica").root)
     migrate(MigrateRequest(moves=[Move(image, "web1/vda")]), replica)
     for number in range(2):
         write(other, f"write -P {number + 77} 2M 64k")
