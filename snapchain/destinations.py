@@ -1,157 +1,98 @@
-"""Where layers and points go: the one door from an address to an opened destination."""
+"""The one door from an address to an opened destination.
+
+open_destination("/backup", passphrase=...)              a repository
+open_destination("s3://bucket/prefix", passphrase=...)   a repository
+open_destination("ssh://root@kvm2/srv/replica")          a replica
+open_destination("dir:/srv/replica")                     a replica
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
+from collections.abc import Callable
 
-from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
-from snapchain.objects import open_store
-from snapchain.objects.cache import CachedStore
-from snapchain.objects.store import ObjectStore, Placed
-from snapchain.objects.throttle import ThrottledStore
-from snapchain.objects.wrapper import innermost
-from snapchain.repository import known
-from snapchain.repository.crypto import AES
-from snapchain.repository.known import Recalled
-from snapchain.repository.repository import BLOCK_BYTES, CONFIG, Config, Passphrase, Repository, check_pack_size
-from snapchain.repository.vacancy import check_vacant
+from snapchain.destination.protocol import Destination
+from snapchain.destination.traits import REPLICA, REPOSITORY, Traits
+from snapchain.errors import InvalidInput
 
 _REPLICAS = ("ssh://", "dir:")
+Passphrase = Callable[[], str | None]
+
+
+def traits_of(url: str) -> Traits:
+    """What kind of destination an address means. Touches nothing."""
+    return REPLICA if url.lower().startswith(_REPLICAS) else REPOSITORY
 
 
 def open_destination(
     url: str,
     *,
-    passphrase: Passphrase,
+    passphrase: Passphrase = lambda: None,
     writing: bool = False,
     limit_rate: int | None = None,
     pack_size: int | None = None,
+    connections: int = 1,
     accept: str | None = None,
-) -> Repository:
-    """The repository at `url`: a path, file:///path, or s3://bucket/prefix.
+) -> Destination:
+    """What lies at an address: dir:/path and ssh://[user@]host/path are replicas, everything else is a repository.
 
-    passphrase: asked when the repository is encrypted; writing: whether points will be published or layers merged;
-    limit_rate: bytes per second to and from the store; pack_size: bytes that new objects have at most, instead of what
-    the repository was made with.
-    accept: id of a repository that is taken whatever this machine knew of the address (repository/known.py)
-    Raises NotFound when there is none, Corrupt when it is another one or an older one than this machine knows, and what
-    its store raises.
+    passphrase: asked where it is encrypted; writing: whether points will be published, held or merged
+    limit_rate: bytes a second to and from it; pack_size: bytes that new objects of a repository have at most
+    connections: of ssh, to a replica; accept: id of a repository that is taken whatever this machine knew of it
+    A replica is not touched here. Raises InvalidInput, NotFound where there is no repository, and Corrupt for another
+    or an older one than this machine knows.
     """
-    check_pack_size(pack_size)
-    store = _store(url, limit_rate=limit_rate)
-    recalled = Recalled(_places(store), store.url)
+    if traits_of(url) is REPLICA:
+        from snapchain.replica.destination import ReplicaDestination
 
-    def judge(config: Config) -> None:
-        if accept is None:
-            recalled.judge(config.id, config.encryption)
-        elif accept != config.id:
-            raise InvalidInput(f"the id of the repository here is {config.id}, not {accept}", subject=store.url)
+        if accept is not None:
+            raise InvalidInput("a replica has no id that could be accepted", subject=url)
+        if pack_size is not None:
+            raise InvalidInput("a replica has no packs, so they have no size", subject=url)
+        return ReplicaDestination.at(url, limit_rate=limit_rate, connections=connections)
+    from snapchain.repository.destination import RepositoryDestination
+    from snapchain.repository.opening import open_repository
 
-    try:
-        opened = Repository.open(
-            store, passphrase=passphrase, writing=writing, known=recalled.is_known, judge=judge, slot=recalled.slot
+    return RepositoryDestination(
+        open_repository(
+            url, passphrase=passphrase, writing=writing, limit_rate=limit_rate, pack_size=pack_size, accept=accept
         )
-    except NotFound:
-        _check_no_replica(store, NotFound)
-        raise
-    if accept is not None:
-        _remember(opened)
-    else:
-        opened.memory = recalled.begin(opened.config.id, opened.config.encryption, opened.slot)
-        opened.notices += recalled.notices
-    check_pack_size(pack_size, opened.config.block_size)
-    opened.pack_size = pack_size or opened.pack_size
-    return opened
+    )
 
 
 def create_destination(
     url: str,
     *,
-    passphrase: Passphrase,
-    encryption: str = AES,
-    block_size: int = BLOCK_BYTES,
+    passphrase: Passphrase = lambda: None,
+    encryption: str | None = None,
+    block_size: int | None = None,
     pack_size: int | None = None,
-) -> Repository:
-    """A new, empty repository at `url`. Raises Conflict when there is one, or something else."""
-    store = _store(url, make=True)
-    _check_no_replica(store, Conflict)
-    made = Repository.create(
-        store, passphrase=passphrase, encryption=encryption, block_size=block_size, pack_size=pack_size
-    )
-    _remember(made)
-    return made
+) -> Destination:
+    """A new, empty repository. Raises Conflict when something is there, InvalidInput for the address of a replica.
 
-
-def check_can_be_made(url: str) -> None:
-    """Raises what `create_destination` would find in the way at `url`; makes nothing."""
-    try:
-        store = _store(url)
-    except NotFound:  # a directory that would be made
-        return
-    _check_no_replica(store, Conflict)
-    if store.size(CONFIG) is not None:
-        raise Conflict("there is a snapchain repository here already", subject=store.url)
-    check_vacant(store)
-
-
-def _check_no_replica(store: ObjectStore, error: type[SnapchainError]) -> None:
-    from snapchain.replica.names import CATALOGUE, MARKER  # inside: it loads all that reads images
-
-    root = Path(store.url)
-    if not root.is_absolute():
-        return
-    place = next((path for path in (root, root.parent) if (path / MARKER).is_file()), None)
-    if place is not None and (place == root or (root / CATALOGUE).is_file()):
-        raise error(
-            "this is a replica, not a repository" if place == root else "this is a disk of a replica, not a repository",
-            subject=root,
-            hint=f"use dir:{place} for the replica, or ssh://HOST{place} from another host",
-        )
-
-
-def _remember(repository: Repository) -> None:
-    """Know this repository, and no other one, at its address."""
-    repository.memory, notices = known.remember(
-        _places(repository.store),
-        repository.store.url,
-        id=repository.config.id,
-        encryption=repository.config.encryption,
-        slot=repository.slot,
-    )
-    repository.notices += notices
-
-
-def _places(store: ObjectStore) -> list[str]:
-    """The address of a store in all the ways in which it is remembered: without links or spellings, and as it is given.
-
-    With the endpoint that it was found at: one bucket name may be several buckets.
+    encryption: a cipher's name, or none; block_size: where data is cut for deduplication, for ever
     """
-    bottom = innermost(store)
-    as_given = _place(store)
-    if isinstance(bottom, Placed):
-        return [f"{store.url} ({bottom.place})", as_given]
-    if store.url.startswith("/"):
-        real = os.path.realpath(store.url)
-        return [f"{real} (directory {real})", as_given]
-    return [as_given]
+    check_is_made(url)
+    from snapchain.repository.crypto import AES
+    from snapchain.repository.destination import RepositoryDestination
+    from snapchain.repository.opening import create_repository
+    from snapchain.repository.repository import BLOCK_BYTES
+
+    return RepositoryDestination(
+        create_repository(
+            url,
+            passphrase=passphrase,
+            encryption=encryption or AES,
+            block_size=block_size or BLOCK_BYTES,
+            pack_size=pack_size,
+        )
+    )
 
 
-def _place(store: ObjectStore) -> str:
-    return f"{store.url} ({store.properties.description})"
-
-
-def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:
-    if url.lower().startswith(_REPLICAS):
+def check_is_made(url: str) -> None:
+    """Raises InvalidInput for a kind that is not made in advance."""
+    if traits_of(url) is REPLICA:
         raise InvalidInput(
             "this command takes a repository, and that is a replica",
             subject=url,
-            hint="name a repository: a directory, or s3://bucket/prefix; replicas are for ship, send, sync, log, "
-            "restore, verify and inspect. To compare points of one, restore them and diff the files",
+            hint="a replica needs no init: the first `snapchain ship IMAGE DEST::DISK` makes it",
         )
-    store = open_store(url, make=make)
-    if store.url.startswith("s3:"):
-        kept = hashlib.sha256(_place(store).encode()).hexdigest()[:32]
-        store = CachedStore(store, known.cache_dir() / kept / "index", prefix="index/")
-    return store if limit_rate is None else ThrottledStore(store, upload=limit_rate, download=limit_rate)

@@ -10,24 +10,23 @@ from pathlib import Path
 
 import blake3
 import pytest
-from snapchain.ops.ship.to_repository import shipment
 
-from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Busy, Conflict, Corrupt, SnapchainError, Unsupported
 from snapchain.model.content import leaf_hash
 from snapchain.model.retention import Policy
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.verify import verify
-from snapchain.repository import merging
+from snapchain.ops.restore.run import Restoration
+from snapchain.repository import collecting as gc, merging
 from snapchain.repository.composing import compose
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.opening import create_repository, open_repository
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from snapchain.testing.faults import Crash, FaultStore, crash_points
-from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
+from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship, shipment
 from tests.ops.stacks import Layer, build, flat, qemu_img, standing, write
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository
@@ -149,7 +148,7 @@ def test_promise_5_two_shippers_lose_no_point(repo: Repository, tmp_path: Path) 
             with shipment(image, again(repo), DISK) as work:
                 if not found:
                     start.wait()
-                found.append(work.run().point)
+                found.append(work.run().point or 0)
         return found
 
     with ThreadPoolExecutor(2) as pool:
@@ -231,8 +230,8 @@ def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
     image.write_bytes((MARK * 40_000)[: 2 * MiB])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(directory / "state"))
-        create_destination(str(directory / "repo"), passphrase=lambda: "correct horse")
-        opened = open_destination(str(directory / "repo"), passphrase=lambda: "correct horse", writing=True)
+        create_repository(str(directory / "repo"), passphrase=lambda: "correct horse")
+        opened = open_repository(str(directory / "repo"), passphrase=lambda: "correct horse", writing=True)
         with shipment(image, opened, "secret-disk/vda", labels=["secret-label"]) as work:
             work.run()
         yield directory / "repo", image
@@ -252,7 +251,7 @@ def test_promise_8_the_store_sees_no_plaintext_no_hash_of_it_and_no_name(encrypt
         blake3.blake3(b"secret-disk/vda").digest()[:16],
         b"correct horse",
     ]
-    with shipment(image, open_destination(str(place), passphrase=lambda: "correct horse"), "secret-disk/vda") as work:
+    with shipment(image, open_repository(str(place), passphrase=lambda: "correct horse"), "secret-disk/vda") as work:
         assert work.plan().layers_present == 1
     seen = 0
     for path in place.rglob("*"):
@@ -266,7 +265,7 @@ def test_promise_8_the_store_sees_no_plaintext_no_hash_of_it_and_no_name(encrypt
 
 def test_promise_8_every_altered_byte_is_noticed(encrypted: tuple[Path, Path], tmp_path: Path) -> None:
     place, image = encrypted
-    opened = open_destination(str(place), passphrase=lambda: "correct horse")
+    opened = open_repository(str(place), passphrase=lambda: "correct horse")
     assert verify(opened, share=1.0).ok
     for path in sorted(place.rglob("*")):
         if not path.is_file() or path.name in {"witness", ".reserve"}:
@@ -285,7 +284,7 @@ def test_promise_8_every_altered_byte_is_noticed(encrypted: tuple[Path, Path], t
 
 def _believed(place: Path) -> bool:
     try:
-        return verify(open_destination(str(place), passphrase=lambda: "correct horse"), share=1.0).ok
+        return verify(open_repository(str(place), passphrase=lambda: "correct horse"), share=1.0).ok
     except SnapchainError:
         return False
 
@@ -305,9 +304,9 @@ def test_promise_9_a_restore_needs_the_repository_the_passphrase_and_nothing_els
         patch.setenv("PATH", "/nonexistent")
         patch.setenv("HOME", str(tmp_path))
         patch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-        opened = open_destination(str(moved), passphrase=lambda: "correct horse")
+        opened = open_repository(str(moved), passphrase=lambda: "correct horse")
         for name in ("out.raw", "out.qcow2"):
-            Restoration(opened, "secret-disk/vda", tmp_path / name).run()
+            Restoration(RepositoryDestination(opened), "secret-disk/vda", tmp_path / name).run()
     assert same_bytes(tmp_path / "out.raw", image)
     assert same_bytes(flat(tmp_path / "out.qcow2", tmp_path / "flat"), image)
 
@@ -356,7 +355,7 @@ def test_promise_10_merging_and_restoring_list_nothing_and_move_what_they_need(
     assert store.bytes_of("get", "packs/") < 100_000
     assert store.bytes_of("put") < 100_000
     store = CountingStore(repo.store)
-    Restoration(again(repo, store), DISK, tmp_path / "out.qcow2").run()
+    Restoration(RepositoryDestination(again(repo, store)), DISK, tmp_path / "out.qcow2").run()
     assert {each.name for each in store.asked if each.operation.startswith("list")} <= {
         f"disks/{repo.keys.disk_key(DISK)}/",
         "leases/",

@@ -61,9 +61,9 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", image], check=True, capture_output=True)
 
-    from snapchain.destinations import create_destination
+    from snapchain.repository.opening import create_repository
 
-    create_destination(str(backup), passphrase=lambda: "correct horse")
+    create_repository(str(backup), passphrase=lambda: "correct horse")
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     raw = tmp_path / "web1.raw"
     for told, here in {'"/images/web1.qcow2"': image, '"/backup"': backup, '"/tmp/web1.raw"': raw}.items():

@@ -15,8 +15,9 @@ from snapchain.cli.quantities import size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.destination.protocol import Destination
+    from snapchain.destination.reading import PointLeaves
     from snapchain.ops.diff import DiffReport
-    from snapchain.repository.repository import Repository
 
 _SHOWN = 20
 
@@ -25,6 +26,7 @@ _SHOWN = 20
     examples="""
     snapchain diff /backup::web1/vda@6 /backup::web1/vda@7
     snapchain diff /backup::web1/vda /images/web1.qcow2
+    snapchain diff ssh://root@kvm2/srv/replica::web1/vda /backup::web1/vda
     snapchain diff /backup::web1/vda@before-upgrade /backup::web1/vda --json
     """,
     when_interrupted="nothing was being changed",
@@ -41,14 +43,15 @@ def diff(
 ) -> None:
     """List the ranges of guest bytes that differ between two points, two images, or a point and an image.
 
-    Points answer from their records, without reading data; images are read where they may differ.
+    Points of a repository answer from their records, without reading data; images and points of replicas are read
+    where they may differ.
     """
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import diff as ops
 
     with Output(as_json=json) as out, ExitStack() as stack:
-        sides: list[ops.Side] = []
-        opened: dict[str, Repository] = {}
+        sides: list[PointLeaves] = []
+        opened: dict[str, Destination] = {}
         for address in (parse_address(old), parse_address(new)):
             if isinstance(address, ImageAddress):
                 side = ops.image_side(
@@ -60,10 +63,11 @@ def diff(
                 sides.append(stack.enter_context(side))
                 continue
             if address.dest not in opened:
-                opened[address.dest] = options.repository(
+                opened[address.dest] = options.destination(
                     address.dest, out, password_file=password_file, password_command=password_command
                 )
-            sides.append(ops.point_side(opened[address.dest], address.disk, address.point))
+            point = opened[address.dest].leaves(address.disk, address.point, on_event=out.on_event)
+            sides.append(stack.enter_context(point))
         out.show(ops.diff(*sides), _draw)
 
 

@@ -16,7 +16,7 @@ from snapchain.errors import Corrupt
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.gc import GcPlan, GcReport
+    from snapchain.destination.records import GcPlan, GcReport
 
 
 @verb(
@@ -46,10 +46,8 @@ def gc(
     pointed at copies of their data where there are any, and what a damaged point may still need is kept. While data is
     lost it ends with exit code 5.
     """
-    from snapchain.ops import gc as ops
-
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        repository = options.repository(
+        work = options.destination(
             target,
             out,
             password_file=password_file,
@@ -57,12 +55,12 @@ def gc(
             writing=not dry_run,
             limit_rate=limit_rate,
             pack_size_text=pack_size,
-        )
+        ).collecting()
         if dry_run:
-            plan = ops.plan(repository)
+            plan = work.plan()
             out.plan(plan, _draw_plan, problems=_draw_problems, status=_status(plan))
             return
-        report = ops.run(repository, on_event=out.on_event)
+        report = work.run(on_event=out.on_event)
         out.report(report, _draw_report, problems=_draw_problems, status=_status(report))
 
 

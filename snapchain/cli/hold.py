@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     snapchain hold /images/web1.2.qcow2 --tag audit --reason "until the auditors are done"
     snapchain hold /backup::web1/vda@7 --tag legal
     snapchain hold s3://bucket/prefix::web1/vda@before-upgrade --tag upgrade
+    snapchain hold ssh://root@kvm2/srv/replica::web1/vda@7 --tag legal
     """,
     when_interrupted="it is held or it is not; run it again to be sure",
 )
 def hold(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT in a repository.")
+        str, typer.Argument(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Names the hold, to be released by.")],
@@ -43,8 +44,9 @@ def hold(
     """Keep a layer of an image, or a point of a disk, until it is released under the same tag.
 
     A held file stays byte for byte as it is: a merge by rules goes round it, and a merge that names it is refused.
-    A held point is kept by every merge of its disk, and counts for the rules like any other. A point and its holds
-    are part of the repository; the hold of a file is noted in a small hidden file beside it, and follows a rename.
+    A held point is kept by every merge of its disk, and counts for the rules like any other. The holds
+    of a point are part of the destination; the hold of a file is noted in a small hidden file beside it, and follows a
+    rename.
 
     Several holds, each under its own tag, may be on one file or point: it is free when the last is released.
     `snapchain inspect` shows those of an image's layers, `snapchain log` those of points.
@@ -57,7 +59,7 @@ def hold(
         if isinstance(address, ImageAddress):
             report = ops.hold_image(address.path, tag, reason=reason, dry_run=dry_run)
         else:
-            repository = options.repository(
+            place = options.destination(
                 address.dest,
                 out,
                 password_file=password_file,
@@ -65,7 +67,7 @@ def hold(
                 writing=not dry_run,
             )
             report = ops.hold_point(
-                repository,
+                place,
                 address.disk,
                 tag,
                 point=address.point,

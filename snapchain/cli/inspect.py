@@ -54,7 +54,7 @@ def inspect(
             place = options.destination(
                 address.dest, out, password_file=password_file, password_command=password_command
             )
-            report = place.inspect(address.disk, address.point)
+            report = ops.inspect_point(place, address.disk, point=address.point)
         out.show(report, _draw)
 
 

@@ -53,6 +53,7 @@ def log(
     this machine knows that state. Two repositories that take turns at one address need an address each.
     """
     from snapchain.destination.address import parse_destination
+    from snapchain.ops.log import log as run
 
     address = parse_destination(target)
     with Output(as_json=json) as out:
@@ -63,7 +64,7 @@ def log(
             password_command=password_command,
             accept=accept_repository,
         )
-        out.show(place.log(options.disk_of(address)), _draw)
+        out.show(run(place, options.disk_of(address)), _draw)
 
 
 def _draw(console: Console, report: LogReport) -> None:

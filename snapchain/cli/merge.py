@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import merge_tables, options, quantities, render
+from snapchain.cli import merge_tables, options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.quantities import size
-from snapchain.cli.time_zone import zone_name_of, zone_of
+from snapchain.cli.time_zone import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from snapchain.merge.request import At
     from snapchain.merge.strategy import Strategy
     from snapchain.model.retention import Policy
-    from snapchain.ops.merge_repository import RepositoryMergePlan, RepositoryMergeReport
 
 _RANGE = "Which layers of an image"
 _KEEP = "Which points of a disk, or sealed layers of an image, to keep"
@@ -180,7 +176,7 @@ def merge(
     a replica (ssh://..., dir:...) its files are merged over there, as those of an image, and keep the names of the kept
     points; what a guest or another image uses stays. Transfers to that disk wait meanwhile. -1 means all.
     """
-    from snapchain.destination.address import ImageAddress, is_replica, parse_address, parse_disk_address
+    from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
     from snapchain.model.retention import Policy, parse_duration
 
     policy = Policy(
@@ -193,7 +189,7 @@ def merge(
         within=None if keep_within is None else parse_duration(keep_within),
         labels=frozenset(keep_label or ()),
     )
-    zone = zone_of(zone_name)
+    zone = named_zone(zone_name)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
@@ -241,31 +237,17 @@ def merge(
             ),
         )
         disk = parse_disk_address(target).disk
-        if is_replica(address.dest):
-            options.no_passphrase(address.dest, password_file, password_command)
-            _at_replica(address.dest, disk, policy, out, zone_name=zone_name)
-            return
-        from snapchain.ops.merge_repository import RepositoryMerge
-
-        repository = options.repository(
+        place = options.destination(
             address.dest, out, password_file=password_file, password_command=password_command, writing=not dry_run
         )
-        work = RepositoryMerge(repository, disk, policy, zone=zone)
-        if not out.plan(work.plan(), _draw_repository_plan):
-            done = work.run(on_event=out.on_event)
-            status = Corrupt.exit_code if done.findings else 0
-            out.report(done, _draw_repository_report, problems=_draw_findings, status=status)
-
-
-def _at_replica(dest: str, disk: str, policy: Policy, out: Output, *, zone_name: str | None) -> None:
-    from snapchain.ops.merge_replica import ReplicaMerge
-    from snapchain.ops.ship.to_replica import replica_at
-
-    work = ReplicaMerge(replica_at(dest), disk, policy, zone=zone_name_of(zone_name))
-    if out.dry_run:
-        out.plan(work.plan(), merge_tables.draw_replica_plan)
-    else:
-        out.report(work.run(on_event=out.on_event), merge_tables.draw_replica_report)
+        work = place.merging(disk, policy, zone=zone)
+        if dry_run:
+            out.plan(work.plan(), merge_tables.draw_points_plan)
+            return
+        done = work.run(on_event=out.on_event)
+        status = Corrupt.exit_code if done.findings else 0
+        problems = merge_tables.draw_points_findings
+        out.report(done, merge_tables.draw_points_report, problems=problems, status=status)
 
 
 def _strategy(text: str | None) -> Strategy | None:
@@ -286,7 +268,13 @@ def _at(
     found = []
     for name in names:
         address = parse_disk_address(name)
-        opened = options.repository(address.dest, out, password_file=password_file, password_command=password_command)
+        opened = options.destination(address.dest, out, password_file=password_file, password_command=password_command)
+        if not opened.traits.branches:
+            raise InvalidInput(
+                f"--at takes a disk of a repository, and that is a {opened.traits.kind}",
+                subject=name,
+                hint="leave it out: `snapchain send` recognises at a replica what a merge has made of its layers",
+            )
         found.append(At(name, opened, address.disk))
     return tuple(found)
 
@@ -300,37 +288,3 @@ def _refuse_no_rule(policy: Policy, target: str, *, files_only: bool) -> None:
         )
     if policy.is_empty:
         raise InvalidInput("no rule says which points to keep", subject=target, hint="such as --keep-last 7")
-
-
-def _draw_repository_plan(console: Console, plan: RepositoryMergePlan) -> None:
-    render.headline(console, f"would merge {plan.disk}: {plan.layers_before} layers now, {plan.layers_after} then")
-    render.table(
-        console,
-        ["point>", "", "labels", "because~"],
-        [
-            (str(each.point), "keep" if each.kept else "drop", ", ".join(each.labels), "; ".join(each.reasons))
-            for each in plan.points
-        ],
-    )
-    render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
-    render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
-
-
-def _draw_repository_report(console: Console, report: RepositoryMergeReport) -> None:
-    headline = f"merged {report.disk}: {report.layers_before} layers became {report.layers_after}"
-    render.headline(console, headline if report.strategy != "none" else f"{report.disk}: nothing to merge")
-    render.facts(
-        console,
-        [
-            ("points kept", ", ".join(map(str, report.points_kept))),
-            ("dropped", ", ".join(map(str, report.points_dropped))),
-            ("moved", size(report.bytes_moved)),
-            ("unreferenced", size(report.bytes_dropped)),
-        ],
-    )
-    _draw_findings(console, report)
-    render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))
-
-
-def _draw_findings(console: Console, report: RepositoryMergeReport) -> None:
-    render.findings(console, report.findings)

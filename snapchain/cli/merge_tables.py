@@ -12,9 +12,9 @@ from snapchain.cli.quantities import duration, size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.destination.records import PointsMergePlan, PointsMergeReport, StayingLayer
     from snapchain.merge.selection import LayerUse, MergeSetPlan, PlannedMerge
     from snapchain.merge.sequence import MergeSetReport
-    from snapchain.ops.merge_replica import ReplicaMergePlan, ReplicaMergeReport, StayingLayer
 
 
 def draw_plan(console: Console, plan: MergeSetPlan) -> None:
@@ -124,8 +124,8 @@ def draw_failed(console: Console, report: MergeSetReport) -> None:
         render.line(console, f"not merged: {names}: {fault.message}", style="red")
 
 
-def draw_replica_plan(console: Console, plan: ReplicaMergePlan) -> None:
-    """What would be done at a replica."""
+def draw_points_plan(console: Console, plan: PointsMergePlan) -> None:
+    """What would be done to a disk at a destination."""
     render.headline(console, f"would merge {plan.disk}: {plan.layers_before} layers now, {plan.layers_after} then")
     render.table(
         console,
@@ -136,7 +136,9 @@ def draw_replica_plan(console: Console, plan: ReplicaMergePlan) -> None:
         ],
     )
     render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
-    if plan.merges:
+    if plan.free_bytes is None:
+        render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
+    elif plan.merges:
         render.table(console, ["merge into", "from~"], [(each[-1], ", ".join(each[:-1])) for each in plan.merges[::-1]])
         needs = f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"
         moves = f"{size(plan.bytes_to_move)} by {plan.strategy}"
@@ -144,21 +146,29 @@ def draw_replica_plan(console: Console, plan: ReplicaMergePlan) -> None:
     _draw_staying(console, plan.staying)
 
 
-def draw_replica_report(console: Console, report: ReplicaMergeReport) -> None:
-    """What was done at a replica."""
+def draw_points_report(console: Console, report: PointsMergeReport) -> None:
+    """What was done to a disk at a destination."""
     headline = f"merged {report.disk}: {report.layers_before} layers became {report.layers_after}"
-    render.headline(console, headline if report.merges else f"{report.disk}: no layers to merge")
+    has_merged = bool(report.merges) or report.strategy == "records"
+    render.headline(console, headline if has_merged else f"{report.disk}: no layers to merge")
     render.facts(
         console,
         [
             ("points kept", ", ".join(map(str, report.points_kept))),
             ("dropped", ", ".join(map(str, report.points_dropped))),
             ("moved", f"{size(report.bytes_moved)} by {report.strategy}" if report.merges else ""),
-            _freed("freed there", report.bytes_freed) if report.merges else ("", ""),
+            _freed("freed there", report.bytes_freed) if report.bytes_freed else ("", ""),
+            ("unreferenced", size(report.bytes_dropped) if report.bytes_dropped else ""),
         ],
     )
+    draw_points_findings(console, report)
     render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))
     _draw_staying(console, report.staying)
+
+
+def draw_points_findings(console: Console, report: PointsMergeReport) -> None:
+    """Damage because of which layers were not merged."""
+    render.findings(console, report.findings)
 
 
 def _draw_staying(console: Console, staying: Sequence[StayingLayer]) -> None:

@@ -97,7 +97,8 @@ def migrate(
     """
     from snapchain.ops.migrate.request import MigrateRequest, Move
     from snapchain.ops.migrate.run import migrate as run, plan, plan_take_back, take_back as undo
-    from snapchain.ops.ship.to_replica import Divergence, replica_at
+    from snapchain.ops.ship.run import Divergence
+    from snapchain.replica.opening import replica_at
 
     _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

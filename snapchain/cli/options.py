@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from snapchain.cli.output import Output
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
-    from snapchain.repository.repository import Repository
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
@@ -35,6 +34,15 @@ CutReplica = Annotated[
 ]
 Connections = Annotated[
     int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
+]
+Epoch = Annotated[
+    int,
+    typer.Option(
+        "--epoch",
+        min=1,
+        metavar="N",
+        help="In which this host writes the disk. A replica in a later one refuses; an earlier one becomes this.",
+    ),
 ]
 DryRun = Annotated[
     bool,
@@ -132,33 +140,6 @@ def pack_size(given: str | None) -> int | None:
     return quantities.parse_size(text) if text else None
 
 
-def repository(
-    dest: str,
-    out: Output,
-    *,
-    password_file: Path | None,
-    password_command: str | None,
-    writing: bool = False,
-    limit_rate: str | None = None,
-    pack_size_text: str | None = None,
-) -> Repository:
-    """Open a destination as the shared options say, and tell what it has to say."""
-    from snapchain.destination.address import located
-    from snapchain.destinations import open_destination
-    from snapchain.model.events import Notice
-
-    opened = open_destination(
-        located(dest),
-        passphrase=passphrase.source(password_file, password_command, out),
-        writing=writing,
-        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-        pack_size=pack_size(pack_size_text),
-    )
-    for notice in opened.notices:
-        out.on_event(Notice(notice))
-    return opened
-
-
 def destination(
     dest: str,
     out: Output,
@@ -171,38 +152,32 @@ def destination(
     connections: int = 1,
     accept: str | None = None,
 ) -> Destination:
-    """A repository or a replica, as the shared options say; tells what it has to say.
+    """Open a destination as the shared options say, and show its notices.
 
-    Raises InvalidInput for a replica with a passphrase.
+    Raises InvalidInput for options that its kind has no use for.
     """
-    from snapchain.destination.address import is_replica
-    from snapchain.destination.protocol import destination_at
+    from snapchain.destinations import open_destination, traits_of
     from snapchain.model.events import Notice
 
-    if is_replica(dest):
-        no_passphrase(dest, password_file, password_command)
-        if accept is not None:
-            raise InvalidInput("--accept-repository is for repositories; a replica has no id", subject=dest)
-        if pack_size_text is not None:
-            raise InvalidInput("--pack-size is for repositories; a replica has no packs", subject=dest)
-    found = destination_at(
+    traits = traits_of(dest)
+    if not traits.encrypts and (password_file is not None or password_command is not None):
+        raise InvalidInput(f"a {traits.kind} is not encrypted, and has no passphrase", subject=dest)
+    if not traits.has_id and accept is not None:
+        raise InvalidInput(f"--accept-repository is for repositories; a {traits.kind} has no id", subject=dest)
+    if not traits.deduplicates and pack_size_text is not None:
+        raise InvalidInput(f"--pack-size is for repositories; a {traits.kind} has no packs", subject=dest)
+    found = open_destination(
         dest,
         passphrase=passphrase.source(password_file, password_command, out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-        pack_size=pack_size(pack_size_text),
+        pack_size=pack_size(pack_size_text) if traits.deduplicates else None,
         connections=connections,
         accept=accept,
     )
     for notice in found.notices:
         out.on_event(Notice(notice))
     return found
-
-
-def no_passphrase(dest: str, password_file: Path | None, password_command: str | None) -> None:
-    """Raises InvalidInput where one is given for a replica."""
-    if password_file is not None or password_command is not None:
-        raise InvalidInput("a replica is not encrypted, and has no passphrase", subject=dest)
 
 
 def disk_of(address: DestinationAddress | PointAddress) -> str | None:

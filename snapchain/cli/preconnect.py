@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from snapchain.errors import SnapchainError
 
 if TYPE_CHECKING:
-    from snapchain.ops.replica_endpoint import Endpoint
+    from snapchain.replica.opening import Endpoint
 
 _LOGINS = {"send": 1, "sync": 3}
 """How many connections a verb makes; of sync one may prove not to be needed."""
@@ -31,7 +31,7 @@ def logging_in(words: Sequence[str]) -> Iterator[None]:
     if dest is None:
         yield
         return
-    from snapchain.ops.replica_endpoint import replica_ahead
+    from snapchain.replica.opening import replica_ahead
 
     with ExitStack() as stack:
         with suppress(SnapchainError):  # the verb will meet it again, and say it
@@ -44,7 +44,7 @@ def logging_in(words: Sequence[str]) -> Iterator[None]:
 
 def endpoint_at(dest: str, *, connections: int = 1) -> Endpoint:
     """The replica that an address names, as `replica_at`."""
-    from snapchain.ops.replica_endpoint import replica_at
+    from snapchain.replica.opening import replica_at
 
     known = _begun.get(dest)
     return known if known is not None and connections == 1 else replica_at(dest, connections=connections)

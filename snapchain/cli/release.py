@@ -22,7 +22,7 @@ from snapchain.cli.progress import Mode
 )
 def release(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT in a repository.")
+        str, typer.Argument(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="The hold to take off.")],
@@ -45,7 +45,7 @@ def release(
         if isinstance(address, ImageAddress):
             report = ops.release_image(address.path, tag, dry_run=dry_run)
         else:
-            repository = options.repository(
+            place = options.destination(
                 address.dest,
                 out,
                 password_file=password_file,
@@ -53,7 +53,7 @@ def release(
                 writing=not dry_run,
             )
             report = ops.release_point(
-                repository, address.disk, tag, point=address.point, dry_run=dry_run, on_event=out.on_event
+                place, address.disk, tag, point=address.point, dry_run=dry_run, on_event=out.on_event
             )
         if not out.plan(report, draw_plan):
             out.report(report, draw)

@@ -26,7 +26,7 @@ from snapchain.host.terminal import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.verify import Finding
+    from snapchain.destination.records import Finding
 
 UNBOUNDED = 10_000
 """Columns of a file or a pipe, where lines have no end."""

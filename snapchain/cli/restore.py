@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     snapchain restore /backup::web1/vda@2026-11-30 /dev/vg0/web1 --format raw
     snapchain restore /backup::web1/vda@latest /images/web1.qcow2 --chain
     """,
-    when_interrupted="OUT was not made (a block device holds a part of the point); run it again from the start",
+    when_interrupted="OUT was not made (a block device holds a part of the point); run it again: what was written of a "
+    "file, if it is much, is continued",
 )
 def restore(
     source: Annotated[
@@ -71,9 +72,11 @@ def restore(
     existing file is replaced only with --force, and never while a program has it open or another image depends on it;
     the new file gets its owner, mode and labels, and a symbolic link stays a link. A block device that is not empty
     needs --force; the point's zeroes are written to it too. DEST is a repository, or a replica: ssh://[user@]host/path
-    or dir:/path.
+    or dir:/path. A restore to a file that was cut off continues when it is run again; a partial output is read back and
+    proven like the rest.
     """
     from snapchain.destination.address import parse_point_address
+    from snapchain.ops.restore.run import Restoration
 
     address = parse_point_address(source)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
@@ -85,7 +88,8 @@ def restore(
             limit_rate=limit_rate,
             connections=connections,
         )
-        work = place.restoration(
+        work = Restoration(
+            place,
             address.disk,
             out_path,
             point=address.point,

@@ -49,6 +49,17 @@ def zone_name_of(name: str | None) -> str:
     raise InvalidInput("this machine's time zone has no name that another host would know", hint="say --time-zone")
 
 
+def named_zone(name: str | None) -> tzinfo:
+    """The zone of that name, by default this machine's, under the name that other hosts have for it, if it has one.
+
+    Raises InvalidInput for a name that is not known here.
+    """
+    try:
+        return zone_of(zone_name_of(name))
+    except InvalidInput:
+        return zone_of(name)
+
+
 def _local() -> tzinfo:
     from snapchain.host.local_time import local_zone
 

@@ -15,7 +15,7 @@ from snapchain.errors import Corrupt, InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.verify import VerifyReport
+    from snapchain.destination.records import VerifyReport
 
 
 @verb(

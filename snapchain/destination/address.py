@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
@@ -131,3 +132,23 @@ def located(dest: str, *, directory: Path = Path()) -> str:
         return str((directory / dest).absolute())
     length = len(found["scheme"] or found["bare"])
     return dest[:length].lower() + dest[length:]
+
+
+def local_directory(dest: str) -> Path | None:
+    """The directory of this machine at a located address; None for a bucket or another host."""
+    scheme = next((each for each in ("file://", "dir:") if dest.lower().startswith(each)), "")
+    return Path(dest[len(scheme) :]) if scheme or dest.startswith("/") else None
+
+
+def in_full(wanted: str | None) -> str | None:
+    """The text after '@', with a date or a local time written as an RFC 3339 time; other text as it is.
+
+    Another host has another clock and another zone.
+    """
+    if wanted is None:
+        return None
+    from snapchain.host.local_time import local_zone  # inside: most addresses name no time
+    from snapchain.model.points import instant
+
+    moment = instant(wanted, now=datetime.now(UTC), zone=local_zone())
+    return wanted if moment is None else moment.isoformat()

@@ -108,13 +108,7 @@ class Finished:
 
 
 class NewestLeaves(Protocol):
-    """The leaf hashes of the newest content, in portions of bounded size.
-
-    touched: where layers above the one that was named have anything; None where the kind cannot tell
-    """
-
-    @property
-    def touched(self) -> Extents | None: ...
+    """The leaf hashes of the newest content, in portions of bounded size."""
 
     def portions(self) -> Iterator[tuple[int, Int64s, Hashes]]:
         """(where the portion ends, leaf numbers, hashes) in guest order; only leaves that are not all zero.
@@ -145,11 +139,8 @@ class DiskLook(Protocol):
     @property
     def mends(self) -> bool: ...
 
-    def leaves(self, above: str | None) -> NewestLeaves:
-        """What the newest chain shows, for comparing. above: the layer above which it may differ, None for all.
-
-        Raises Unsupported where the other side is too old for it.
-        """
+    def leaves(self) -> NewestLeaves:
+        """What the newest chain shows, for comparing. Raises Unsupported where the other side is too old for it."""
         ...
 
     def fitted(self, layer: NewLayer) -> NewLayer:

@@ -32,10 +32,12 @@ class RawWriter:
     """Fills a raw image. The file descriptor stays the caller's: it is not closed here.
 
     `fd` is a new empty file, or a device from `block_device.open_device`.  `subject` names it in errors.
+    resumed: an earlier run has begun the file, which has its size already
     """
 
-    def __init__(self, fd: int, size: int, *, subject: object = None) -> None:
+    def __init__(self, fd: int, size: int, *, subject: object = None, resumed: bool = False) -> None:
         self.size = size
+        self._resumed = resumed
         self._fd = fd
         self._subject = subject
         self._target: _Target | None = None
@@ -61,7 +63,7 @@ class RawWriter:
                         hint="choose a larger device",
                     )
                 self._target = _Target.DEVICE
-            elif stat.S_ISREG(status.st_mode) and not status.st_size:
+            elif stat.S_ISREG(status.st_mode) and status.st_size == (self.size if self._resumed else 0):
                 os.ftruncate(self._fd, self.size)
                 self._target = _Target.FILE
             else:

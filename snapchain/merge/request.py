@@ -12,7 +12,7 @@ from snapchain.merge.strategy import Strategy
 from snapchain.model.retention import Policy
 
 if TYPE_CHECKING:
-    from snapchain.repository.repository import Repository
+    from snapchain.destination.protocol import Destination
 
 _NO_RULE = Policy()
 
@@ -22,7 +22,7 @@ class At:
     """A disk at a destination, which must be able to build on the chain afterwards. name: as the user wrote it."""
 
     name: str
-    repository: Repository
+    destination: Destination
     disk: str
 
 

@@ -7,21 +7,18 @@ changed between them; points answer from their records, images are read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.destination.reading import PointLeaves
 from snapchain.image import ImageChain
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import ABSENT, DATA, Extents, Int64s, covering, pairwise, rounded
-from snapchain.ops.points import find_point
-from snapchain.repository.layers import StoredLayer, leaves_shown
-from snapchain.repository.repository import Repository
 from snapchain.source.chains import check_unchanged, locked_chain
 
 _WINDOW = 64 * 1024 * 1024
@@ -51,52 +48,9 @@ class DiffReport(BaseModel):
     ranges: tuple[Range, ...]
 
 
-class Side(Protocol):
-    """One disk of a comparison. parts: (identity, map) of its layers, root first."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def parts(self) -> Sequence[tuple[object, Extents]]: ...
-
-    def kept(self) -> AbstractContextManager[None]:
-        """Nothing that is compared goes away for the length of the `with` block."""
-        ...
-
-    def leaves(self, first: int, stop: int) -> tuple[Int64s, Hashes]:
-        """Numbers and hashes of the leaves of [first, stop) that are not all zero, ascending."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class PointSide:
-    """A point, answered from records."""
-
-    name: str
-    repository: Repository
-    disk: str
-    layers: Sequence[StoredLayer]
-
-    @property
-    def size(self) -> int:
-        return self.layers[-1].size
-
-    def kept(self) -> AbstractContextManager[None]:
-        return self.repository.reading({self.disk: [layer.id for layer in self.layers]}, f"diff {self.disk}")
-
-    def parts(self) -> Sequence[tuple[object, Extents]]:
-        return [(layer.id, layer.extents()) for layer in self.layers]
-
-    def leaves(self, first: int, stop: int) -> tuple[Int64s, Hashes]:
-        return leaves_shown(self.layers, first, min(stop, self.size))
-
-
 @dataclass(frozen=True, slots=True)
 class ImageSide:
-    """An image, read."""
+    """An image, read: a PointLeaves."""
 
     name: str
     chain: ImageChain
@@ -104,9 +58,6 @@ class ImageSide:
     @property
     def size(self) -> int:
         return self.chain.size
-
-    def kept(self) -> AbstractContextManager[None]:
-        return nullcontext()  # it is locked
 
     def parts(self) -> Sequence[tuple[object, Extents]]:
         return [((file.device, file.fingerprint), file.extents) for file in self.chain.files]
@@ -128,14 +79,6 @@ class ImageSide:
         return np.array(index, np.int64), np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, len(ZERO_LEAF))
 
 
-def point_side(repository: Repository, disk: str, point: str | None) -> PointSide:
-    """A point as one side of a comparison. Raises NotFound."""
-    catalogue = repository.catalogue(disk)
-    found = find_point(catalogue, point)
-    layers = repository.chain_of(catalogue, found)
-    return PointSide(f"{repository.store.url}::{disk}@{found.point}", repository, disk, layers)
-
-
 @contextmanager
 def image_side(
     path: Path,
@@ -150,13 +93,8 @@ def image_side(
         check_unchanged(chain)
 
 
-def diff(old: Side, new: Side) -> DiffReport:
-    """Compare two disks."""
-    with old.kept(), new.kept():
-        return _compared(old, new)
-
-
-def _compared(old: Side, new: Side) -> DiffReport:
+def diff(old: PointLeaves, new: PointLeaves) -> DiffReport:
+    """Compare two disks: images, or points of destinations (`destination.leaves`)."""
     ranges: list[tuple[int, int]] = []
     common = min(old.size, new.size)
     for first, stop in _windows(_candidates(old, new), common):
@@ -179,7 +117,7 @@ def _compared(old: Side, new: Side) -> DiffReport:
     )
 
 
-def _candidates(old: Side, new: Side) -> Extents:
+def _candidates(old: PointLeaves, new: PointLeaves) -> Extents:
     """DATA on whole leaves that layers which only one side has speak of."""
     mine, theirs = list(old.parts()), list(new.parts())
     shared = 0

@@ -19,14 +19,14 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import place_to_change
 from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain
-from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.events import OnEvent, ignore
+from snapchain.model.holds import check_tag
 from snapchain.source.lineage import note_of
 from snapchain.source.notes import LET_THEM, Hold, LayerNote, Notes
 
-# A merge of files asks here for holds, and needs nothing of a repository.
 if TYPE_CHECKING:
-    from snapchain.repository.catalogue import Catalogue, Hold as PointHold, Point
-    from snapchain.repository.repository import Repository
+    from snapchain.destination.reading import ReadableDestination
+    from snapchain.destination.records import HoldRecord
 
 
 class HoldReport(BaseModel):
@@ -44,8 +44,6 @@ def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False)
     dry_run: change nothing, and tell which holds it would have.
     Raises NotFound, InvalidInput for a bad tag, Unsupported for what is no regular file.
     """
-    from snapchain.repository.holds import check_tag
-
     check_tag(tag)
     file = _file(path)
 
@@ -87,7 +85,7 @@ def _changed(file: Path, change: Callable[[LayerNote], LayerNote], *, dry_run: b
 
 
 def hold_point(
-    repository: Repository,
+    destination: ReadableDestination,
     disk: str,
     tag: str,
     *,
@@ -96,24 +94,17 @@ def hold_point(
     dry_run: bool = False,
     on_event: OnEvent = ignore,
 ) -> HoldReport:
-    """Keep a point whatever the rules say. point: as after the '@' of an address; dry_run: as `hold_image`.
+    """Keep a point whatever the rules say. point: the text after '@' of an address; dry_run: as `hold_image`.
 
-    Raises NotFound, InvalidInput.
+    Raises NotFound, InvalidInput, Unsupported for a peer that is too old.
     """
-    catalogue = repository.catalogue(disk)
-    number = _number(repository, catalogue, point)
-    if dry_run:
-        from snapchain.repository import holds
-
-        now = datetime.now(UTC)
-        would = holds.held(catalogue, point=number, tag=holds.check_tag(tag), reason=reason, now=now)
-        return _of_point(repository, disk, number, _holds(would or catalogue.points, number))
-    held = repository.hold(disk, number, tag, reason=reason, on_wait=lambda words: on_event(Notice(words)))
-    return _of_point(repository, disk, number, held.holds)
+    wanted = _named(destination, disk, point)
+    number, holds = destination.hold(disk, wanted, tag, reason=reason, dry_run=dry_run, on_event=on_event)
+    return _of_point(destination, disk, number, holds)
 
 
 def release_point(
-    repository: Repository,
+    destination: ReadableDestination,
     disk: str,
     tag: str,
     *,
@@ -122,15 +113,9 @@ def release_point(
     on_event: OnEvent = ignore,
 ) -> HoldReport:
     """Take a hold off a point; dry_run: as `hold_image`. Raises NotFound when it has none of this tag."""
-    catalogue = repository.catalogue(disk)
-    number = _number(repository, catalogue, point)
-    if dry_run:
-        from snapchain.repository import holds
-
-        would = holds.released(catalogue, point=number, tag=tag)
-        return _of_point(repository, disk, number, _holds(would, number))
-    left = repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
-    return _of_point(repository, disk, number, left.holds)
+    wanted = _named(destination, disk, point)
+    number, holds = destination.release(disk, wanted, tag, dry_run=dry_run, on_event=on_event)
+    return _of_point(destination, disk, number, holds)
 
 
 def held_layers(chain: ImageChain, notes: Notes) -> dict[int, tuple[Hold, ...]]:
@@ -165,24 +150,19 @@ def word_against(hold: Hold, path: Path) -> Conflict:
     )
 
 
-def _number(repository: Repository, catalogue: Catalogue, point: str | None) -> int:
-    from snapchain.ops.points import find_point
-
+def _named(destination: ReadableDestination, disk: str, point: str | None) -> str:
+    """Raises InvalidInput where no point is named: the latest is another one tomorrow."""
     if point is None:
-        address = f"{repository.store.url}::{catalogue.disk}"
+        address = f"{destination.url}::{disk}"
         raise InvalidInput(
             "a hold is on one point, and none is named", subject=address, hint=f"such as {address}@latest"
         )
-    return find_point(catalogue, point).point
+    return point
 
 
-def _holds(points: Sequence[Point], number: int) -> tuple[PointHold, ...]:
-    return next(point.holds for point in points if point.point == number)
-
-
-def _of_point(repository: Repository, disk: str, number: int, holds: tuple[PointHold, ...]) -> HoldReport:
+def _of_point(destination: ReadableDestination, disk: str, number: int, holds: Sequence[HoldRecord]) -> HoldReport:
     shown = tuple(Hold(tag=each.tag, since=each.since, reason=each.reason) for each in holds)
-    return HoldReport(address=f"{repository.store.url}::{disk}@{number}", holds=shown)
+    return HoldReport(address=f"{destination.url}::{disk}@{number}", holds=shown)
 
 
 def _file(path: Path, *, may_be_gone: bool = False) -> Path:

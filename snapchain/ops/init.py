@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.destinations import check_can_be_made, create_destination
+from snapchain.destinations import check_is_made
 from snapchain.errors import InvalidInput
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.repository.crypto import AES, SUITES
+from snapchain.repository.opening import check_can_be_made, create_repository
 from snapchain.repository.repository import BLOCK_BYTES, Passphrase, check_pack_size
 
 
@@ -48,6 +49,7 @@ def plan(
     pack_size: int | None = None,
 ) -> InitPlan:
     """Decide the parameters, which are for ever. Raises InvalidInput, and Conflict for a place that is not free."""
+    check_is_made(destination)
     suite = AES if encryption is None else encryption
     if suite not in SUITES:
         raise InvalidInput(f"unknown encryption {suite!r}", hint=f"one of {', '.join(SUITES)}")
@@ -63,7 +65,7 @@ def plan(
 
 def run(plan: InitPlan, *, passphrase: Passphrase, on_event: OnEvent = ignore) -> InitReport:
     """Make the repository. Raises Conflict when there is one, and what the store raises."""
-    made = create_destination(
+    made = create_repository(
         plan.destination,
         passphrase=passphrase,
         encryption=plan.encryption,

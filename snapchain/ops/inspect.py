@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.destination.reading import ReadableDestination
 from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain, ImageFile, scan
@@ -15,8 +16,6 @@ from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
-from snapchain.ops.points import find_point
-from snapchain.repository.repository import Repository
 from snapchain.source.lineage import note_of
 from snapchain.source.notes import Hold, Notes
 from snapchain.source.ownership import mark_of, told
@@ -27,7 +26,7 @@ STRIP_CELLS = 48
 class LayerReport(BaseModel):
     """One layer, in guest bytes. shadowed_bytes: its DATA that layers above hide; strip: see model/strip.py.
 
-    file_bytes: what the file occupies (None in a repository); snapshots, bitmaps: inside the file
+    file_bytes: what the file occupies (None at a destination); snapshots, bitmaps: inside the file
     holds: why it is not merged away
     """
 
@@ -110,18 +109,18 @@ def _given(chain: ImageChain, notes: Notes) -> Iterator[str]:
         yield told(mark)
 
 
-def inspect_point(repository: Repository, disk: str, *, point: str | None = None) -> InspectReport:
-    """The chain of a point as the repository holds it. Raises NotFound."""
-    catalogue = repository.catalogue(disk)
-    found = find_point(catalogue, point)
-    chain = repository.chain_of(catalogue, found)
-    maps = [layer.extents() for layer in chain]
+def inspect_point(destination: ReadableDestination, disk: str, *, point: str | None = None) -> InspectReport:
+    """The chain of a point as a destination has it. Reads no data. Raises NotFound."""
+    with destination.reader(disk, point, chain=True, clusters=False, maps_only=True) as reader:
+        found = reader.point
+        chain = [(layer.name, layer.format, layer.cluster_size, layer.extents) for layer in reader.layers()]
+    maps = [extents for *_, extents in chain]
     layers = tuple(
         LayerReport(
-            path=layer.id,
-            format=layer.header.image_format,
-            virtual_size=layer.size,
-            cluster_size=layer.header.cluster_size,
+            path=name,
+            format=kind,
+            virtual_size=extents.size,
+            cluster_size=cluster_size,
             file_bytes=None,
             data_bytes=use.data_bytes,
             zero_bytes=use.zero_bytes,
@@ -131,11 +130,13 @@ def inspect_point(repository: Repository, disk: str, *, point: str | None = None
             bitmaps=(),
             strip=strip,
         )
-        for layer, use, strip in zip(chain, usage(maps), strips(maps, STRIP_CELLS), strict=True)
+        for (name, kind, cluster_size, extents), use, strip in zip(
+            chain, usage(maps), strips(maps, STRIP_CELLS), strict=True
+        )
     )
     return InspectReport(
-        address=f"{repository.store.url}::{disk}@{found.point}",
-        virtual_size=found.size,
+        address=f"{destination.url}::{disk}@{found.point}",
+        virtual_size=found.virtual_size,
         content_id=found.content_id,
         layers=layers,
         findings=(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.host.channel import Channel
-from snapchain.ops.replica_engine import ReplicaEngine
+from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.receiver import begun, receive
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from snapchain.errors import NotFound
 from snapchain.host.channel import stdio_channel
 from snapchain.host.lanes import accept_lanes
-from snapchain.ops.replica_engine import ReplicaEngine
 from snapchain.replica.access import group_number
+from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.permissions import parse_permissions
 from snapchain.replica.receiver import receive
 

@@ -28,10 +28,11 @@ from snapchain.destination.writing import (
 from snapchain.host.channel import Channel
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.image.qcow2.aligned import aligned
-from snapchain.model.content import LEAF_BYTES, Hashes, decode_sum
+from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, decode_sum
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Int64s
 from snapchain.replica.catalogue import keys_of
+from snapchain.replica.client import waiting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
@@ -39,43 +40,44 @@ from snapchain.replica.sender import Marks, Sender
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.messages import Inventory, Open
 
-_PORTION = 1 << 18
-"""Leaves that are compared at once."""
-
 
 class ReplicaWriting:
-    """Implements `destination.writing.Writing` for a replica. policy: of retries; None: one attempt."""
+    """Implements `destination.writing.Writing` for a replica.
 
-    def __init__(self, endpoint: Endpoint, *, policy: RetryPolicy | None = None) -> None:
-        self._endpoint, self._policy = endpoint, policy
+    policy: of retries; None: one attempt; limit_rate: bytes a second on the wire, where a transfer names no other
+    """
+
+    def __init__(self, endpoint: Endpoint, *, policy: RetryPolicy | None = None, limit_rate: int | None = None) -> None:
+        self.endpoint, self.limit_rate, self._policy = endpoint, limit_rate, policy
 
     @property
     def url(self) -> str:
         """For people."""
-        return self._endpoint.url
+        return self.endpoint.url
 
     @contextmanager
     def look(self, opening: Opening, *, on_event: OnEvent) -> Iterator[DiskLook]:
         """See `Writing`. Raises Unavailable, and Conflict where the replica is in a newer epoch."""
         _ = on_event
-        with self._endpoint.connect() as channel, Sender(channel, link=self._endpoint.link) as sender:
-            held = sender.open(open_message(opening, self._endpoint, look=True))
+        with self.endpoint.connect() as channel, Sender(channel, link=self.endpoint.link) as sender:
+            held = sender.open(open_message(opening, self.endpoint, look=True))
             yield DiskWriter(sender, held)
             sender.finish()
 
     def write(self, opening: Opening, work: Callable[[LayerWriter], Result], *, on_event: OnEvent) -> Result:
         """See `Writing`. Raises Unavailable when the link stays broken, Busy when the replica's disk is in use."""
         durable, marks = 0, Marks()
+        limit_rate = opening.limit_rate or self.limit_rate
 
         def attempt() -> Result:
             nonlocal durable
             with (
-                self._endpoint.connect() as channel,
-                Sender(channel, link=self._endpoint.link, limit_rate=opening.limit_rate, marks=marks) as sender,
+                self.endpoint.connect() as channel,
+                Sender(channel, link=self.endpoint.link, limit_rate=limit_rate, marks=marks) as sender,
             ):
                 try:
-                    message = open_message(opening, self._endpoint)
-                    return work(DiskWriter(sender, sender.open(message, on_wait=waiting(self._endpoint, on_event))))
+                    message = open_message(opening, self.endpoint)
+                    return work(DiskWriter(sender, sender.open(message, on_wait=waiting(self.endpoint, on_event))))
                 finally:
                     durable += sender.confirmations
 
@@ -112,19 +114,6 @@ def open_message(opening: Opening, endpoint: Endpoint, *, look: bool = False) ->
     """How a transfer begins. look: only the inventory is wanted."""
     by_name = opening.epoch_named and opening.epoch > 1
     return Open(disk=opening.disk, replica=endpoint.replica, look=look, epoch=opening.epoch, by_name=by_name)
-
-
-def waiting(endpoint: Endpoint, on_event: OnEvent) -> Callable[[], None]:
-    """A function to call at each sign of life that is no answer; it gives one notice."""
-    noticed = False
-
-    def notice() -> None:
-        nonlocal noticed
-        if not noticed:
-            noticed = True
-            on_event(Notice(f"{endpoint.url} makes us wait: another snapchain may be at work on that disk"))
-
-    return notice
 
 
 class DiskWriter:
@@ -166,10 +155,9 @@ class DiskWriter:
             resumed=self._resumed,
         )
 
-    def leaves(self, above: str | None) -> NewestLeaves:
+    def leaves(self) -> NewestLeaves:
         """See `LayerWriter`. They are the word of the other side: who compares proves the result (ops/ship/compare)."""
-        _ = above
-        return _TipLeaves(self._held[-1].size, *self._sender.leaves())
+        return _TipLeaves(self._held[-1].size, self._sender)
 
     def cut(self, keep: str | None, /) -> None:
         """See `LayerWriter`."""
@@ -226,16 +214,14 @@ class DiskWriter:
 
 
 class _TipLeaves:
-    """See destination.writing.NewestLeaves: as the other side gave them."""
+    """See destination.writing.NewestLeaves: as the other side gives them, batch by batch."""
 
-    touched = None
-
-    def __init__(self, size: int, numbers: Int64s, hashes: Hashes) -> None:
-        self._size, self._numbers, self._hashes = size, numbers, hashes
+    def __init__(self, size: int, sender: Sender) -> None:
+        self._size, self._sender = size, sender
 
     def portions(self) -> Iterator[tuple[int, Int64s, Hashes]]:
         """See `NewestLeaves`."""
-        for at in range(0, max(1, len(self._numbers)), _PORTION):
-            numbers, hashes = self._numbers[at : at + _PORTION], self._hashes[at : at + _PORTION]
-            is_last = at + _PORTION >= len(self._numbers)
-            yield self._size if is_last else int(np.int64(numbers[-1]) + 1) * LEAF_BYTES, numbers, hashes
+        for numbers, hashes in self._sender.leaf_batches():
+            if len(numbers):
+                yield min(self._size, (int(numbers[-1]) + 1) * LEAF_BYTES), numbers, hashes
+        yield self._size, np.empty(0, np.int64), np.empty((0, HASH_BYTES), np.uint8)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Literal, Self
@@ -18,9 +18,12 @@ from typing import Any, Literal, Self
 import blake3
 from pydantic import AwareDatetime, Field, field_validator, model_validator
 
+from snapchain.destination.address import in_full
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
 from snapchain.model.disk_name import is_disk_name
+from snapchain.model.holds import Held
+from snapchain.model.points import chosen_point
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
@@ -60,6 +63,11 @@ class Hold(StoredModel):
     tag: str
     since: AwareDatetime
     reason: str = ""
+
+    @classmethod
+    def made(cls, tag: str, reason: str) -> Callable[[Held | None], Self]:
+        """Makes a hold of now, or of the date of the one that it replaces."""
+        return lambda before: cls(tag=tag, since=before.since if before else datetime.now(UTC), reason=reason)
 
 
 class Point(StoredModel):
@@ -391,3 +399,8 @@ def parse(keys: Keyring, name: str, data: bytes) -> tuple[Catalogue, str]:
     """A catalogue as stored, and the hash of its object. Raises Corrupt, or Unsupported for a newer one."""
     body = unseal(keys, KIND, name, data)
     return parse_stored(Catalogue, body, what="the catalogue", subject=name), blake3.blake3(data).hexdigest()
+
+
+def find_point(catalogue: Catalogue, wanted: str | None) -> Point:
+    """The point that the text after '@' of an address means, in this machine's time zone. Raises NotFound."""
+    return chosen_point(catalogue.disk, catalogue.points, in_full(wanted))

@@ -17,8 +17,9 @@ from types import TracebackType
 
 import numpy as np
 
+from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt, SnapchainError
-from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, content_id, empty_sum, leaf_hash
+from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, empty_sum, leaf_hash
 from snapchain.model.extents import DATA, Extents
 from snapchain.repository.format import LEAF_ROW, layer_name
 from snapchain.repository.ingest import change_of, sum_beyond
@@ -29,22 +30,6 @@ from snapchain.repository.worklist import WINDOW, Item, Task, hot_leaves, pieces
 
 WORKERS = 4
 """More than cores: on object storage the wait is for the network."""
-
-
-def _leave(offset: int, length: int) -> None:
-    """Zeroes in a new file: it reads as zeroes already."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sink:
-    """Where DATA goes; called from several threads, in any order.
-
-    write: (offset, guest bytes) of some pieces, ascending
-    zero: (offset, length) of whole leaves among the DATA that are all zero
-    """
-
-    write: Callable[[Sequence[tuple[int, memoryview]]], None]
-    zero: Callable[[int, int], None] = _leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +43,7 @@ class Bad:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
+    stop: int
     change: Sum
     bytes_read: int
     bad: tuple[Bad, ...]
@@ -113,24 +99,27 @@ class Replay:
         self._below = below
         return self
 
-    def run(self, on_bytes: Callable[[int], None]) -> str:
-        """Replay all of it; the content id of what was read.
+    def run(self, on_copied: Callable[[int, int], None], *, start: int = 0) -> str:
+        """Replay all of it, or what lies at or above guest offset `start`; the content id that is recorded.
 
+        on_copied: called in guest order with (offset below which all is read, bytes since the last call)
         Raises Corrupt naming the guest range that is damaged, or when the content id is not the recorded one.
         """
         total = self._below[-1].header.sum().copy() if self._below else empty_sum()
         if self._below and self._layer.size < self._below[-1].size:
             total -= sum_beyond(self._below, self._layer.size)
         # Closed at once when something is raised: its exception would keep the workers' generator alive.
-        with closing(self._results(self._tasks())) as results:
+        wanted = (task for task in self._tasks() if task[-1].stop > start)
+        with closing(self._results(wanted)) as results:
             for done in results:
                 if done.bad:
                     raise _lost(done.bad[0]) from done.bad[0].error
                 total += done.change
-                on_bytes(done.bytes_read)
-        if not np.array_equal(total, self._layer.header.sum()):
+                on_copied(done.stop, done.bytes_read)
+        # In the middle each leaf was compared with its record, as everywhere; their sum is that of the whole only.
+        if not start and not np.array_equal(total, self._layer.header.sum()):
             raise Corrupt("what was read has not the content id that was recorded", subject=layer_name(self._layer.id))
-        return content_id(self._layer.size, total)
+        return self._layer.header.content_id
 
     def find_bad(self, *, keep: Callable[[int], bool], on_bytes: Callable[[int], None]) -> tuple[int, list[Bad]]:
         """(guest bytes read, all damaged ranges). keep: whether to read the task of this number."""
@@ -190,7 +179,8 @@ class Replay:
         fresh["hash"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
         if not bad:
             bad.extend(self._unlike(task, fresh))
-        return _Done(empty_sum() if bad else change_of(self._below, *spans(task), fresh), bytes_read, tuple(bad))
+        change = empty_sum() if bad else change_of(self._below, *spans(task), fresh)
+        return _Done(task[-1].stop, change, bytes_read, tuple(bad))
 
     def _read(self, items: Sequence[Item]) -> tuple[list[tuple[Item, memoryview]], list[Bad]]:
         """The items that can be read, with their bytes, and the ranges that cannot."""

@@ -7,21 +7,21 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
 from typing import Literal
 
 from pydantic import Field
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
+from snapchain.model import holds
 from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.limits import check_size
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.objects.store import ObjectStore
-from snapchain.repository import catalogue as catalogues, damage, holds, index as indexes, keys as slots, layers
+from snapchain.repository import catalogue as catalogues, damage, index as indexes, keys as slots, layers
 from snapchain.repository.blobs import BlobReader
-from snapchain.repository.catalogue import Catalogue, Disk, Point
+from snapchain.repository.catalogue import Catalogue, Disk, Hold, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
 from snapchain.repository.format import (
     MAX_BLOCK_BYTES,
@@ -283,12 +283,20 @@ class Repository:
         tag: names the hold; one that is there already gets this reason and keeps its date.  on_wait: as in `lease`.
         Raises NotFound for a disk or point that is not there, InvalidInput for a bad tag.
         """
-        change = partial(holds.held, point=point, tag=holds.check_tag(tag), reason=reason, now=datetime.now(UTC))
+        holds.check_tag(tag)
+
+        def change(catalogue: Catalogue) -> Sequence[Point] | None:
+            return holds.held(catalogue.points, point, tag, reason=reason, make=Hold.made(tag, reason), disk=disk)
+
         return self._change(disk, point, change, f"hold {disk}", on_wait)
 
     def release(self, disk: str, point: int, tag: str, *, on_wait: Callable[[str], None] = _unheard) -> Point:
         """Take a hold off a point; the point as it is now. Raises NotFound when disk, point or hold is not there."""
-        return self._change(disk, point, partial(holds.released, point=point, tag=tag), f"release {disk}", on_wait)
+
+        def change(catalogue: Catalogue) -> Sequence[Point]:
+            return holds.released(catalogue.points, point, tag, disk=disk)
+
+        return self._change(disk, point, change, f"release {disk}", on_wait)
 
     def _change(
         self,

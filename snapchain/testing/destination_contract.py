@@ -19,6 +19,10 @@ import pytest
 from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.retention import Policy
+from snapchain.ops.inspect import inspect_point
+from snapchain.ops.log import log
+from snapchain.ops.restore.run import Restoration
+from snapchain.ops.ship.run import ShipRequest, opened
 from snapchain.testing.destination_faults import DestinationFaults
 from snapchain.testing.destination_site import DISK, Delivered, Site, Traits, deliver
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
@@ -37,7 +41,7 @@ class DestinationContract(DestinationFaults):
         chosen = list(enumerate(delivered.history, 1))[:: -delivered.site.traits.every]
         for number, moment in chosen:
             path = out / f"{number}-{name}"
-            report = delivered.site.open().restoration(DISK, path, point=str(number)).run()
+            report = Restoration(delivered.site.open(), DISK, path, point=str(number)).run()
             assert identical(path, moment.shown), moment.name
             assert (report.point, report.virtual_size, report.content_id) == (number, moment.size, moment.content_id)
         assert len(list(out.iterdir())) == len(chosen)
@@ -46,7 +50,7 @@ class DestinationContract(DestinationFaults):
     def test_a_point_comes_back_as_its_layers(self, delivered: Delivered, out: Path, point: int) -> None:
         moment = delivered.history[point - 1]
         path = out / "top.qcow2"
-        work = delivered.site.open().restoration(DISK, path, point=str(point), whole_chain=True)
+        work = Restoration(delivered.site.open(), DISK, path, point=str(point), whole_chain=True)
         plan = work.plan()
         assert list(out.iterdir()) == []
         report = work.run()
@@ -85,16 +89,16 @@ class DestinationContract(DestinationFaults):
         wanted["9999-12-31T23:59:59Z"] = count
         place, every = delivered.site.open(), delivered.site.traits.every
         for name, number in list(wanted.items())[::every]:
-            plan = place.restoration(DISK, out / "a.raw", point=name).plan()
+            plan = Restoration(place, DISK, out / "a.raw", point=name).plan()
             assert (plan.point, plan.content_id) == (number, delivered.history[number - 1].content_id), name
         before = delivered.begun.replace(microsecond=0).isoformat()
         for name in ("0", str(count + 1), "9" * 5000, "no such label", before, "x" * 5000)[::every]:
             with pytest.raises(NotFound):
-                place.restoration(DISK, out / "a.raw", point=name).plan()
+                Restoration(place, DISK, out / "a.raw", point=name).plan()
         assert list(out.iterdir()) == []
 
     def test_its_layers_can_be_seen(self, delivered: Delivered) -> None:
-        found = delivered.site.open().inspect(DISK, "packed")
+        found = inspect_point(delivered.site.open(), DISK, point="packed")
         moment = delivered.history[3]
         assert (found.virtual_size, found.content_id) == (moment.size, moment.content_id)
         assert len(found.layers) == delivered.points[3].layers
@@ -116,27 +120,28 @@ class DestinationContract(DestinationFaults):
             assert deliver(site, image, disk=disk).point == 1
             for name in ("a.raw", "a.qcow2")[:: site.traits.every]:
                 path = out / f"{number}{name}"
-                site.open().restoration(disk, path).run()
+                Restoration(site.open(), disk, path).run()
                 assert identical(path, shown)
-        assert [disk.name for disk in site.open().log().disks] == sorted(disk for disk, _ in chosen)
+        assert [disk.name for disk in log(site.open()).disks] == sorted(disk for disk, _ in chosen)
 
     # ---- again, and beside one another
 
     def test_nothing_new_is_not_sent_again(self, site: Site, history: Sequence[Moment], out: Path) -> None:
         first = deliver(site, history[3].image)
         assert (first.layers_sent > 0, first.bytes_read > 500 * KiB) == (True, True)
-        with site.open(writing=True).deliver(history[3].image, DISK) as work:
+        with opened(ShipRequest(image=history[3].image, disk=DISK), site.open(writing=True)) as work:
             plan = work.plan()
             assert (plan.layers, plan.bytes_to_read, plan.layers_present) == ((), 0, 4)
             again = work.run()
         assert (again.layers_sent, again.bytes_read, again.bytes_stored) == (0, 0, 0)
+        assert first.point is not None
         assert (again.point, again.content_id) == (first.point + 1, first.content_id)
         # Only what lies on top of it goes.
         last = deliver(site, history[4].image)
         assert (last.layers_sent, last.layers_present) == (1, 4)
         assert last.bytes_read < first.bytes_read
         path = out / "a.raw"
-        site.open().restoration(DISK, path, point=str(again.point)).run()
+        Restoration(site.open(), DISK, path, point=str(again.point)).run()
         assert identical(path, history[3].shown)
 
     def test_an_output_is_replaced_only_by_force(self, delivered: Delivered, out: Path) -> None:
@@ -144,9 +149,9 @@ class DestinationContract(DestinationFaults):
         path.write_bytes(b"mine")
         place = delivered.site.open()
         with pytest.raises(Conflict):
-            place.restoration(DISK, path).run()
+            Restoration(place, DISK, path).run()
         assert path.read_bytes() == b"mine"
-        place.restoration(DISK, path, force=True).run()
+        Restoration(place, DISK, path, force=True).run()
         assert identical(path, delivered.history[-1].shown)
 
     def test_an_image_that_does_not_lie_on_what_is_there(
@@ -159,9 +164,9 @@ class DestinationContract(DestinationFaults):
                 deliver(site, image)
         else:
             assert deliver(site, image).point == 2
-            site.open().restoration(DISK, out / "2.raw").run()
+            Restoration(site.open(), DISK, out / "2.raw").run()
             assert identical(out / "2.raw", flat(image, tmp_path / "flat"))
-        site.open().restoration(DISK, out / "1.raw", point="1").run()
+        Restoration(site.open(), DISK, out / "1.raw", point="1").run()
         assert identical(out / "1.raw", history[0].shown)
 
     # ---- what cannot be
@@ -171,17 +176,17 @@ class DestinationContract(DestinationFaults):
         for held in (history[0].image, history[1].image):
             with ImageLock(held, LockMode.WRITE), pytest.raises(Busy):
                 deliver(site, history[1].image)
-        assert len(site.open().log(DISK).disks[0].points) == 1
+        assert len(log(site.open(), DISK).disks[0].points) == 1
 
     def test_what_is_not_there(self, delivered: Delivered, out: Path) -> None:
         place = delivered.site.open()
         asked: list[Callable[[], object]] = [
-            lambda: place.log("gone"),
-            lambda: place.restoration("gone", out / "a.raw").run(),
-            lambda: place.inspect("gone"),
-            lambda: place.inspect(DISK, "99"),
+            lambda: log(place, "gone"),
+            lambda: Restoration(place, "gone", out / "a.raw").run(),
+            lambda: inspect_point(place, "gone"),
+            lambda: inspect_point(place, DISK, point="99"),
             lambda: place.verify("gone"),
-            lambda: place.restoration(DISK, out / "gone" / "a.raw").run(),
+            lambda: Restoration(place, DISK, out / "gone" / "a.raw").run(),
         ]
         for ask in asked:
             with pytest.raises(NotFound):
@@ -193,15 +198,15 @@ class DestinationContract(DestinationFaults):
             with pytest.raises(InvalidInput):
                 deliver(site, history[0].image, disk=disk)
             with pytest.raises(InvalidInput):
-                site.open().restoration(disk, out / "a.raw").run()
+                Restoration(site.open(), disk, out / "a.raw").run()
         for label in BAD_LABELS:
             with pytest.raises(InvalidInput):
                 deliver(site, history[0].image, labels=["good", label])
         deliver(site, history[0].image, disk="good")
         for name in ("a", "a.vmdk"):
             with pytest.raises(InvalidInput):
-                site.open().restoration("good", out / name).run()
-        assert [(disk.name, len(disk.points)) for disk in site.open().log().disks] == [("good", 1)]
+                Restoration(site.open(), "good", out / name).run()
+        assert [(disk.name, len(disk.points)) for disk in log(site.open()).disks] == [("good", 1)]
         assert list(out.iterdir()) == []
 
     # ---- letting go
@@ -217,19 +222,19 @@ class DestinationContract(DestinationFaults):
             return
         place = site.open(writing=True)
         place.merging(DISK, policy).plan()
-        assert len(site.open().log(DISK).disks[0].points) == 5
+        assert len(log(site.open(), DISK).disks[0].points) == 5
         report = place.merging(DISK, policy).run()
         assert (report.points_kept, report.points_dropped) == ((2, 5), (1, 3, 4))
-        kept = site.open().log(DISK).disks[0].points
+        kept = log(site.open(), DISK).disks[0].points
         assert [(point.point, point.content_id) for point in kept] == [
             (number, moments[number - 1].content_id) for number in (2, 5)
         ]
         for number in (2, 5):
-            site.open().restoration(DISK, out / f"{number}.raw", point=str(number)).run()
+            Restoration(site.open(), DISK, out / f"{number}.raw", point=str(number)).run()
             assert identical(out / f"{number}.raw", moments[number - 1].shown)
         for number in (1, 3, 4)[:: site.traits.every]:
             with pytest.raises(NotFound):
-                site.open().restoration(DISK, out / "gone.raw", point=str(number)).run()
+                Restoration(site.open(), DISK, out / "gone.raw", point=str(number)).run()
         assert site.open().verify(share=1.0).ok
         # What was merged is known again: nothing of it is sent, and numbers are not given twice.
         again = deliver(site, moments[-1].image)

@@ -14,7 +14,9 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.model.events import Event, Progress
-from snapchain.ops.ship.to_repository import ShipReport
+from snapchain.ops.log import log
+from snapchain.ops.restore.run import Restoration
+from snapchain.ops.ship.request import ShipReport
 from snapchain.testing.destination_site import DISK, Delivered, OnSites, Site, deliver
 from snapchain.testing.faults import Crash
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
@@ -25,11 +27,11 @@ class DestinationFaults(OnSites):
 
     def test_an_interrupted_restore_leaves_nothing(self, delivered: Delivered, out: Path) -> None:
         for name, whole_chain in (("a.raw", False), ("a.qcow2", True)):
-            work = delivered.site.open().restoration(DISK, out / name, whole_chain=whole_chain)
+            work = Restoration(delivered.site.open(), DISK, out / name, whole_chain=whole_chain)
             with pytest.raises(Crash):
                 work.run(on_event=_crash_at(1))
             assert list(out.iterdir()) == []
-        delivered.site.open().restoration(DISK, out / "a.raw").run()
+        Restoration(delivered.site.open(), DISK, out / "a.raw").run()
         assert identical(out / "a.raw", delivered.history[-1].shown)
 
     def test_a_writer_that_dies_loses_nothing(
@@ -45,12 +47,12 @@ class DestinationFaults(OnSites):
         for at in (2, 1)[:: site.traits.every]:
             with pytest.raises(Crash):
                 deliver(site, image, on_event=_crash_at(at))
-            assert [point.content_id for point in site.open().log(DISK).disks[0].points] == [history[1].content_id]
+            assert [point.content_id for point in log(site.open(), DISK).disks[0].points] == [history[1].content_id]
             path = out / f"{at}.raw"
-            site.open().restoration(DISK, path).run()
+            Restoration(site.open(), DISK, path).run()
             assert identical(path, history[1].shown)
         assert deliver(site, image).point == 2
-        site.open().restoration(DISK, out / "last.raw").run()
+        Restoration(site.open(), DISK, out / "last.raw").run()
         assert identical(out / "last.raw", flat(image, tmp_path / "flat"))
         assert site.open().verify(share=1.0).ok
 
@@ -74,16 +76,16 @@ class DestinationFaults(OnSites):
             reports = list(pool.map(writer, range(3)))
         assert reports[2] is not None
         assert any(reports[:2])
-        shown = {(DISK, 1): history[1].shown}
+        shown: dict[tuple[str, int | None], Path] = {(DISK, 1): history[1].shown}
         for number, report in enumerate(reports):
             if report is not None:
                 place = DISK if number < 2 else "other", report.point
                 shown[place] = flat(images[number], tmp_path / f"{number}.shown")
         assert len(shown) == 1 + sum(report is not None for report in reports)
-        points = {(disk.name, point.point) for disk in site.open().log().disks for point in disk.points}
+        points = {(disk.name, point.point) for disk in log(site.open()).disks for point in disk.points}
         assert points == set(shown)
         for number, ((disk, point), reference) in enumerate(shown.items()):
-            site.open().restoration(disk, out / f"{number}.raw", point=str(point)).run()
+            Restoration(site.open(), disk, out / f"{number}.raw", point=str(point)).run()
             assert identical(out / f"{number}.raw", reference)
         assert site.open().verify(share=1.0).ok
 
@@ -164,7 +166,7 @@ def _is_sound(site: Site) -> bool:
 def _restored_right_or_not(site: Site, history: Sequence[Moment], point: int, out: Path) -> None:
     path = out / "tried.raw"
     try:
-        site.open().restoration(DISK, path, point=str(point)).run()
+        Restoration(site.open(), DISK, path, point=str(point)).run()
     except SnapchainError:
         assert not path.exists()
     else:

@@ -24,8 +24,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from docs.demo.guest import Guest, linux_image
-from snapchain.destinations import open_destination
 from snapchain.repository.index import parse
+from snapchain.repository.opening import open_repository
 from snapchain.repository.repository import Repository
 from tests.bench.measure import Cost, KiB, MiB, mixed, qemu_img, qemu_io, real_files, snapchain, warm
 
@@ -80,7 +80,7 @@ def shipped(folder: Path, ships: Sequence[tuple[Path, str]], block: int) -> Ship
         snapchain(place, "init", "repo", "--block-size", str(block))
         costs = [snapchain(place, "ship", path, f"repo::{disk}") for path, disk in ships]
         restore = snapchain(place, "restore", f"repo::{ships[-1][1]}", "back.raw")
-        repository = open_destination(str(place / "repo"), passphrase=lambda: "x")
+        repository = open_repository(str(place / "repo"), passphrase=lambda: "x")
         opened = [repository.layer(each) for catalogue in repository.catalogues() for each in catalogue.parents]
         pages = sum(int(layer.table["stored"].sum()) for layer in opened)
         return Shipped(

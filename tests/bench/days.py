@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from snapchain.destinations import open_destination
 from snapchain.model.content import LEAF_BYTES, content_id, encode_sum
 from snapchain.model.extents import DATA, Extents, Int64s, covering
 from snapchain.model.fingerprint import Fingerprint
@@ -28,6 +27,7 @@ from snapchain.repository.index import BlobIndex
 from snapchain.repository.ingest import store_page
 from snapchain.repository.layer_writer import Deposit, Origin
 from snapchain.repository.layers import LayerHeader, StoredLayer
+from snapchain.repository.opening import open_repository
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import PAGE_LEAVES, PAGE_RUNS, PageBuilder, Rows
 from snapchain.repository.repository import Repository
@@ -77,7 +77,7 @@ def days(size: int, count: int, *, writes: int = 300) -> Iterator[Day]:
 
 def fill(repository_path: Path, disk: str, layers: Iterator[Day]) -> None:
     """Ship them all, one point a day, into a repository that exists."""
-    repository = open_destination(str(repository_path), passphrase=lambda: "x", writing=True)
+    repository = open_repository(str(repository_path), passphrase=lambda: "x", writing=True)
     chain: list[StoredLayer] = []
     points: list[Point] = []
     began = datetime.now(UTC) - timedelta(days=1000)

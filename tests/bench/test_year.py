@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.destinations import open_destination
+from snapchain.repository.opening import open_repository
 from tests.bench.days import record
 from tests.bench.measure import Cost, GiB, MiB, run, snapchain
 from tests.bench.test_promises import MOST_MEMORY, tell
@@ -28,7 +28,7 @@ def year(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A disk of 1 TiB, a quarter of it used, 4000 writes a day."""
     folder = tmp_path_factory.mktemp("year")
     snapchain(folder, "init", "repo")
-    repository = open_destination(str(folder / "repo"), passphrase=lambda: "x", writing=True)
+    repository = open_repository(str(folder / "repo"), passphrase=lambda: "x", writing=True)
     record(repository, "year", 1024 * GiB, DAYS, used=256 * GiB, writes=4000)
     return folder / "repo"
 
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def ids(repository: Path) -> dict[int, str]:
-    opened = open_destination(str(repository), passphrase=lambda: "x")
+    opened = open_repository(str(repository), passphrase=lambda: "x")
     return {point.point: point.content_id for point in opened.catalogue("year").points}
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.ops.replica_verify import verify_replica
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.verification import verify_replica
 from tests.net import alpine
 from tests.net.sshd import SshHost
 from tests.net.test_many_over_ssh import ended, holds, start

@@ -20,16 +20,15 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
-from snapchain.ops.ship.to_repository import shipment
-
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.verify import verify
+from snapchain.ops.restore.run import Restoration
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from tests.exhaustive import EXHAUSTIVE
-from tests.ops.shipping import DISK, MiB, same_bytes
+from tests.ops.shipping import DISK, MiB, same_bytes, shipment
 from tests.ops.stacks import Layer, build, clean, flat, same
 from tests.repository.synthetic import again, repository
 
@@ -122,7 +121,7 @@ class Scene:
         for point, number in points.items():
             out = self.directory / "checked.raw"
             out.unlink(missing_ok=True)
-            Restoration(opened, DISK, out, point=str(point)).run()
+            Restoration(RepositoryDestination(opened), DISK, out, point=str(point)).run()
             assert same_bytes(out, self.shown[number]), point
 
 
@@ -175,7 +174,7 @@ def _restore(scene: Scene, name: str, *, whole_chain: bool) -> int:
     out = place / name
 
     def job() -> None:
-        Restoration(scene.open(), DISK, out, whole_chain=whole_chain).run()
+        Restoration(RepositoryDestination(scene.open()), DISK, out, whole_chain=whole_chain).run()
 
     def whole() -> bool:
         shown = scene.shown[2]

@@ -15,19 +15,18 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
 from snapchain.repository import packs
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from snapchain.repository.view import ChainView
 from snapchain.testing.faults import Fault, FaultStore, On, crash_points
 from tests.exhaustive import EXHAUSTIVE
-from tests.ops.shipping import DISK, MiB, ship
+from tests.ops.shipping import DISK, MiB, ship, shipment
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.synthetic import again, repository
 

@@ -14,20 +14,20 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.points import find_point
-from snapchain.ops.verify import verify
-from snapchain.repository import packs, sweep
+from snapchain.repository import collecting as gc, packs, sweep
+from snapchain.repository.catalogue import find_point
 from snapchain.repository.crypto import AES, NONE
 from snapchain.repository.format import is_damage, layer_name
-from snapchain.repository.replay import Replay, Sink
+from snapchain.repository.points_merge import RepositoryMerge
+from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from snapchain.repository.view import ChainView
 from tests.ops.shipping import DISK, MiB, restore, ship
 from tests.ops.stacks import Layer, build, flat, write
@@ -123,7 +123,7 @@ def shows(repo: Repository, disk: str, point: int) -> bytes:
         for offset, piece in pieces:
             body[offset : offset + len(piece)] = piece
 
-    Replay(view, view.extents.owned_by(0), Sink(keep)).run(lambda _: None)
+    Replay(view, view.extents.owned_by(0), Sink(keep)).run(lambda _offset, _count: None)
     assert layers[-1].header.content_id == found.content_id
     return bytes(body)
 

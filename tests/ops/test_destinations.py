@@ -15,10 +15,10 @@ from snapchain.objects import open_store
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
-from snapchain.ops.replica_destination import ReplicaDestination
-from snapchain.ops.replica_endpoint import replica_at
-from snapchain.ops.repository_destination import RepositoryDestination
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.opening import replica_at
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.repository import Repository
 from snapchain.testing.destination_contract import DestinationContract, Site, Traits
 from tests.repository.synthetic import again, repository

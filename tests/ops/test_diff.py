@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.destination.reading import PointLeaves
 from snapchain.errors import Conflict, NotFound
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.diff import DiffReport, Side, diff, image_side, point_side
+from snapchain.ops.diff import DiffReport, diff, image_side
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import DISK, MiB, random_stack, ship
 from tests.ops.stacks import Layer, build, flat
@@ -39,6 +41,11 @@ def differing(old: bytes, new: bytes) -> list[tuple[int, int]]:
     return [(first, stop - first) for first, stop in joined]
 
 
+def point_leaves(repo: Repository, point: str | None) -> PointLeaves:
+    with RepositoryDestination(repo).leaves(DISK, point) as found:
+        return found  # it answers from records, and nobody collects here
+
+
 def ranges(report: DiffReport) -> list[tuple[int, int]]:
     return [(each.offset, each.length) for each in report.ranges]
 
@@ -56,11 +63,11 @@ def test_points_and_images_of_random_stacks(tmp_path: Path, seed: int) -> None:
         ]
         for one in range(3):
             for other in range(3):
-                sides: list[tuple[Side, Side]] = [
-                    (point_side(repo, DISK, str(one + 1)), point_side(repo, DISK, str(other + 1))),
+                sides: list[tuple[PointLeaves, PointLeaves]] = [
+                    (point_leaves(repo, str(one + 1)), point_leaves(repo, str(other + 1))),
                     (images[one], images[other]),
-                    (images[one], point_side(repo, DISK, str(other + 1))),
-                    (point_side(repo, DISK, str(one + 1)), images[other]),
+                    (images[one], point_leaves(repo, str(other + 1))),
+                    (point_leaves(repo, str(one + 1)), images[other]),
                 ]
                 want = differing(shown[one], shown[other])
                 for old, new in sides:
@@ -82,7 +89,7 @@ def test_two_points_cost_what_changed_between_them(tmp_path: Path) -> None:
         ship(path, repo)
     store = CountingStore(repo.store)
     fresh = again(repo, store)
-    report = diff(point_side(fresh, DISK, "1"), point_side(fresh, DISK, "2"))
+    report = diff(point_leaves(fresh, "1"), point_leaves(fresh, "2"))
     assert ranges(report) == [(MiB, LEAF)]
     assert store.of("list", "packs/") == store.of("list", "index/") == []
     assert store.bytes_of("get", "packs/") < 100_000, "pages, no data"
@@ -93,7 +100,7 @@ def test_an_image_and_the_point_it_was_shipped_as_are_identical(tmp_path: Path) 
     files = build(tmp_path / "c", [Layer(4 * MiB, ["write -P 1 0 1M"]), Layer(4 * MiB, ["write -z 0 64k"])])
     ship(files[-1], repo)
     with image_side(files[-1]) as side:
-        report = diff(side, point_side(repo, DISK, None))
+        report = diff(side, point_leaves(repo, None))
     assert report.identical
     assert report.ranges == ()
     assert report.granularity == LEAF
@@ -119,6 +126,6 @@ def test_sides_that_are_not_there(tmp_path: Path) -> None:
     ship(image, repo)
     for disk, point in (("none", None), (DISK, "9"), (DISK, "label")):
         with pytest.raises(NotFound, match=r"has no point 9|is no label of this disk|there is no disk"):
-            point_side(repo, disk, point)
+            RepositoryDestination(repo).leaves(disk, point).__enter__()
     with pytest.raises(NotFound, match=r"none.qcow2: no such file"), image_side(tmp_path / "none.qcow2"):
         pass

@@ -18,20 +18,23 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from snapchain.destination.protocol import Destination, destination_at
+from snapchain.destination.protocol import Destination
+from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError
 from snapchain.merge import selection as planning, sequence as running
 from snapchain.merge.request import Request
 from snapchain.merge.strategy import Strategy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor
-from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Disks
-from snapchain.ops.repository_destination import RepositoryDestination
+from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import sealing as snapshot
 from tests.ops.forest import DIRECTORIES, SHM, ZERO, Forest, State, forests, read, write_image
 from tests.ops.killing import killed_after
+from tests.ops.shipping import delivery
 from tests.repository.synthetic import repository
 
 EXAMPLES = settings().max_examples if settings().max_examples > 100 else 60
@@ -86,7 +89,7 @@ def merge_by_rules(forest: Forest, target: Path, data: st.DataObject) -> None:
 def merge_at_night(forest: Forest, target: Path, data: st.DataObject) -> None:
     disks = Disks(path=target, format="qcow2", merge_above=4, image_dirs=tuple(forest.image_dirs))
     disks = disks.model_copy(update={"merge_above": data.draw(st.integers(1, 2))})
-    report = running.run(local_merge.plan(target, disks, at=[], budget=None))
+    report = running.run(local_chain.plan(target, disks, at=[], budget=None))
     done["merged at night"] += bool(report.merges)
 
 
@@ -124,13 +127,13 @@ def stored(kind: str) -> tuple[Destination, dict[int, bytes]]:
     where: Destination = (
         RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
         if kind == "repository"
-        else destination_at(f"dir:{directory}/replica")
+        else open_destination(f"dir:{directory}/replica")
     )
     write_image(directory / "0.qcow2", {0: 201, 1: 202}, None)
     write_image(directory / "1.qcow2", {1: ZERO, 2: 203}, "0.qcow2")
     shown = {}
     for number, name in enumerate(("0.qcow2", "1.qcow2"), 1):
-        with where.deliver(directory / name, "d") as work:
+        with delivery(where, directory / name, "d") as work:
             work.run()
         found = read(directory / name, [])
         assert found is not None
@@ -155,7 +158,7 @@ def restore(forest: Forest, target: Path, data: st.DataObject) -> None:
     kind: Format | None = None if whole_chain else "qcow2"
     force = data.draw(st.integers(0, 5)) > 0
     try:
-        where.restoration("d", target, point=str(point), format=kind, whole_chain=whole_chain, force=force).run()
+        Restoration(where, "d", target, point=str(point), format=kind, whole_chain=whole_chain, force=force).run()
     except SnapchainError:
         assert {path: State.of(path) for path in forest.names()} == before, "a refusal changes nothing"
         raise

@@ -15,11 +15,10 @@ from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
 from snapchain.objects.reserve import LARGEST, NAME
 from snapchain.objects.store import Refused
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
-from snapchain.repository import packs
+from snapchain.repository import collecting as gc, packs
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from tests.image.mounts import mounted
 from tests.ops.shipping import DISK, MiB, local, restore, ship
 from tests.ops.stacks import Layer, build, flat

@@ -15,16 +15,15 @@ from snapchain.objects.exclusive import CLAIM_LIFE
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, Refused
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
-from snapchain.repository import packs, sweep
+from snapchain.repository import collecting as gc, packs, sweep
 from snapchain.repository.catalogue import is_generation
 from snapchain.repository.collect import KEPT_GENERATIONS, mark, wasteful
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import newest
 from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from snapchain.testing.faults import crash_points
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
@@ -114,7 +113,7 @@ def test_what_crashed_shipments_left_goes(files: list[Path], shown: list[bytes])
 
 def test_a_blob_that_another_disk_uses_stays(files: list[Path], shown: list[bytes]) -> None:
     repo = full(files)
-    from snapchain.ops.ship.to_repository import shipment
+    from tests.ops.shipping import shipment
 
     with shipment(files[0], repo, "other") as work:
         work.run()
@@ -317,16 +316,16 @@ def test_a_writer_whose_lease_was_taken_for_dead_must_not_publish(files: list[Pa
 def test_a_killed_process_of_this_machine_holds_up_nobody(tmp_path: Path) -> None:
     place = tmp_path / "repo"
     program = (
-        "import os, sys; from snapchain.destinations import create_destination as make;"
+        "import os, sys; from snapchain.repository.opening import create_repository as make;"
         "from snapchain.repository.leases import Mode;"
         "repo = make(sys.argv[1], passphrase=lambda: None, encryption='none');"
         "repo.lease(Mode.COLLECT, 'gc', on_wait=print).__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", program, str(place)], check=False, env=dict(os.environ))
     assert list((place / "leases").iterdir())
-    from snapchain.destinations import open_destination
+    from snapchain.repository.opening import open_repository
 
-    repo = open_destination(str(place), passphrase=lambda: None, writing=True)
+    repo = open_repository(str(place), passphrase=lambda: None, writing=True)
     with lease(repo, Mode.WRITE):
         pass
     gc.run(repo)

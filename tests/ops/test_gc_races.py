@@ -23,12 +23,11 @@ from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectInfo, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
-from snapchain.repository import packs, repository as repositories, sweep
+from snapchain.repository import collecting as gc, packs, repository as repositories, sweep
 from snapchain.repository.leases import DEAD_SECONDS
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build, flat
 from tests.ops.test_crash import reads
@@ -258,7 +257,7 @@ def test_a_collection_during_which_somebody_ships(world: World, files: list[Path
     numbers: list[int] = []
 
     def other(repo: Repository) -> None:
-        numbers.append(ship(files[2], repo, store=repo.store).point)
+        numbers.append(ship(files[2], repo, store=repo.store).point or 0)
 
     for _ in moments(world, gc.run, other, frozen=frozen):
         world.check(reported=numbers.pop() if numbers else None)

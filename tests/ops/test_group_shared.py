@@ -10,18 +10,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import Refused
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
+from snapchain.repository import collecting as gc
 from snapchain.repository.leases import Mode
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
-from tests.ops.shipping import DISK, MiB
+from snapchain.repository.verification import verify
+from tests.ops.shipping import DISK, MiB, shipment
 from tests.ops.stacks import Layer, build
 
 GROUP = 54_321

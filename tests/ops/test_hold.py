@@ -10,6 +10,7 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.image import scan
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold, inspect, log
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source.notes import Notes
 from tests.ops.shipping import DISK, ship
 from tests.ops.stacks import Layer, build, names
@@ -73,12 +74,13 @@ def test_a_range_with_a_held_layer_is_refused(chain: list[Path]) -> None:
 
 def test_a_point_is_held(chain: list[Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
+    place = RepositoryDestination(repo)
     ship(chain[-1], repo, labels=["golden"])
     with pytest.raises(InvalidInput, match="none is named"):
-        hold.hold_point(repo, DISK, "audit", point=None)
-    report = hold.hold_point(repo, DISK, "audit", point="golden", reason="until May")
+        hold.hold_point(place, DISK, "audit", point=None)
+    report = hold.hold_point(place, DISK, "audit", point="golden", reason="until May")
     assert report.address.endswith(f"::{DISK}@1")
-    assert [each.tag for each in log.log(repo).disks[0].points[0].holds] == ["audit"]
-    assert hold.release_point(repo, DISK, "audit", point="1").holds == ()
+    assert [each.tag for each in log.log(place).disks[0].points[0].holds] == ["audit"]
+    assert hold.release_point(place, DISK, "audit", point="1").holds == ()
     with pytest.raises(NotFound, match="is not held under 'audit'"):
-        hold.release_point(repo, DISK, "audit", point="1")
+        hold.release_point(place, DISK, "audit", point="1")

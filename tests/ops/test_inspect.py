@@ -12,6 +12,7 @@ from snapchain.image import scan
 from snapchain.model.extents import DATA, ZERO
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.inspect import InspectReport, inspect_image, inspect_point
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.testing.reference import bytewise, walk
 from tests.ops.shipping import DISK, MiB, random_stack, ship
 from tests.ops.stacks import Layer, build, qemu_img, write
@@ -79,16 +80,16 @@ def test_a_stored_chain_says_the_same(tmp_path: Path) -> None:
         ],
     )
     ship(files[-1], repo, each_layer=True)
-    stored, local = inspect_point(again(repo), DISK), inspect_image(files[-1])
+    stored, local = inspect_point(RepositoryDestination(again(repo)), DISK), inspect_image(files[-1])
     assert numbers(stored) == numbers(local)
     assert numbers(stored)[0] == (MiB, 0, MiB // 2, 0)
     assert stored.content_id == repo.catalogue(DISK).points[-1].content_id
     assert [layer.strip for layer in stored.layers] == [layer.strip for layer in local.layers]
-    assert len(inspect_point(again(repo), DISK, point="1").layers) == 1
+    assert len(inspect_point(RepositoryDestination(again(repo)), DISK, point="1").layers) == 1
     with pytest.raises(NotFound, match="has no point 9"):
-        inspect_point(repo, DISK, point="9")
+        inspect_point(RepositoryDestination(repo), DISK, point="9")
     with pytest.raises(NotFound, match="there is no disk 'none'"):
-        inspect_point(repo, "none")
+        inspect_point(RepositoryDestination(repo), "none")
 
 
 def test_no_guest_data_is_read(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_no_guest_data_is_read(tmp_path: Path) -> None:
     files = build(tmp_path / "c", [Layer(4 * MiB, ["write -P 1 0 1M"]), Layer(4 * MiB, ["write -P 2 0 64k"])])
     ship(files[-1], repo)
     store = CountingStore(repo.store)
-    inspect_point(again(repo, store), DISK)
+    inspect_point(RepositoryDestination(again(repo, store)), DISK)
     assert store.bytes_of("get", "packs/") < 10_000
 
 

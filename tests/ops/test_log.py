@@ -9,6 +9,7 @@ import pytest
 from snapchain.errors import Corrupt, NotFound
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.log import log
+from snapchain.repository.destination import RepositoryDestination
 from tests.ops.shipping import DISK, MiB, ship
 from tests.ops.stacks import Layer, build
 from tests.repository.counting import CountingStore
@@ -17,13 +18,13 @@ from tests.repository.synthetic import again, content_id_of, repository
 
 def test_disks_by_name_and_points_by_age(tmp_path: Path) -> None:
     repo = repository(MemoryStore())
-    assert log(repo).disks == ()
+    assert log(RepositoryDestination(repo)).disks == ()
     files = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"]), Layer(2 * MiB, ["write -P 2 64k 64k"])])
     ship(files[0], repo, labels=["first"])
     ship(files[1], repo)
     ship(files[1], repo)
     ship(files[0], repo, disk="a/b")
-    report = log(again(repo))
+    report = log(RepositoryDestination(again(repo)))
     assert [disk.name for disk in report.disks] == ["a/b", DISK]
     points = report.disks[1].points
     assert [(point.point, point.labels, point.virtual_size, point.layers) for point in points] == [
@@ -35,9 +36,9 @@ def test_disks_by_name_and_points_by_age(tmp_path: Path) -> None:
     assert points[1].content_id == points[2].content_id != points[0].content_id
     assert [point.time for point in points] == sorted(point.time for point in points)
     assert all(point.time.utcoffset() is not None for point in points)
-    assert log(repo, "a/b").disks == report.disks[:1]
+    assert log(RepositoryDestination(repo), "a/b").disks == report.disks[:1]
     with pytest.raises(NotFound, match="no disk 'none'"):
-        log(repo, "none")
+        log(RepositoryDestination(repo), "none")
 
 
 def test_only_catalogues_are_read(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_only_catalogues_are_read(tmp_path: Path) -> None:
     for _ in range(3):
         ship(image, repo)
     store = CountingStore(repo.store)
-    log(again(repo, store))
+    log(RepositoryDestination(again(repo, store)))
     assert [each.name.split("/")[0] for each in store.of("get")] == ["disks"]
     assert {each.name.split("/")[0] for each in store.asked} == {"disks"}
 
@@ -58,4 +59,4 @@ def test_a_damaged_catalogue_is_named(tmp_path: Path) -> None:
     (name,) = (info.name for info in repo.store.list("disks/"))
     repo.store.put(name, repo.store.get(name)[:-1])
     with pytest.raises(Corrupt, match=name):
-        log(again(repo))
+        log(RepositoryDestination(again(repo)))

@@ -15,12 +15,13 @@ from snapchain.model.retention import Duration, Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
 from snapchain.ops.log import log
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
+from snapchain.repository import collecting as gc
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.layers import leaves_shown
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from tests.bench.days import record
 from tests.ops.shipping import DISK, MiB, Stack, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write
@@ -248,7 +249,12 @@ def test_a_point_of_the_future_is_told_and_counts_for_no_rule(tmp_path: Path) ->
         point.model_copy(update={"time": now - age}) for point, age in zip(current[0].points, ages, strict=True)
     )
     disk.advance(current, time=now, points=points)
-    assert [point.of_the_future for point in log(again(repo), DISK).disks[0].points] == [False, False, True, False]
+    assert [point.of_the_future for point in log(RepositoryDestination(again(repo)), DISK).disks[0].points] == [
+        False,
+        False,
+        True,
+        False,
+    ]
     work = RepositoryMerge(again(repo), DISK, Policy(within=Duration(days=30)))
     assert [(each.kept, each.of_the_future) for each in work.plan().points] == [
         (False, False),

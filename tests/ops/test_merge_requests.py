@@ -8,7 +8,7 @@ import pytest
 
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.merge_repository import RepositoryMerge
+from snapchain.repository.points_merge import RepositoryMerge
 from tests.ops.shipping import DISK, ship
 from tests.ops.stacks import Layer, build
 from tests.repository.counting import CountingStore

@@ -18,10 +18,11 @@ from snapchain.image import scan
 from snapchain.merge import plan as merge_plan
 from snapchain.model.events import Progress
 from snapchain.ops.inspect import inspect_image
+from snapchain.ops.log import log
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, plan, take_back
-from snapchain.ops.replica_log import log_replica
 from snapchain.replica.client import ask_for_handover
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.stream.messages import Active, HandedDisk, Step
 from snapchain.source import sealing as snapshot
@@ -73,7 +74,7 @@ class Host:
         for move in self.moves:
             if self.may_write(move.image):
                 found.add(f"{move.disk} here")
-        for disk in log_replica(self.endpoint).disks if self.place.root.exists() else ():
+        for disk in log(ReplicaDestination(self.endpoint)).disks if self.place.root.exists() else ():
             if self.catalogue(disk.name)["handover"] is not None:
                 found.add(f"{disk.name} there")
         return found

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import Busy, Conflict
 from snapchain.model.events import Event, Notice
@@ -16,12 +15,12 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.retire import RETIRED, is_retired
 from snapchain.objects.store import Data, ObjectStore, Refused
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
+from snapchain.repository import collecting as gc
 from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
-from tests.ops.shipping import DISK, MiB, ship
+from snapchain.repository.verification import verify
+from tests.ops.shipping import DISK, MiB, ship, shipment
 from tests.ops.stacks import Layer, build, flat
 from tests.ops.test_crash import reads
 from tests.repository.synthetic import again, repository

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.cli.moments import heading, moment
+from snapchain.destination.address import in_full
 from snapchain.errors import NotFound
 from snapchain.model.points import instant
-from snapchain.ops.points import find_point, in_full
-from snapchain.repository.catalogue import Catalogue, Point
+from snapchain.repository.catalogue import Catalogue, Point, find_point
 
 START = datetime(2026, 1, 31, 22, tzinfo=UTC)
 

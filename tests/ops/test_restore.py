@@ -19,8 +19,9 @@ from snapchain.image.raw_write import RawWriter
 from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.restore import target as restore_target
-from snapchain.ops.restore.from_repository import Restoration
 from snapchain.ops.restore.output import OutputFile
+from snapchain.ops.restore.run import Restoration
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.repository import Repository
 from snapchain.testing.faults import Fault, FaultStore, On
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
@@ -58,7 +59,7 @@ def test_an_existing_file_is_replaced_only_by_force(repo: Repository, chain: lis
     with pytest.raises(Conflict, match="exists already"):
         restore(repo, out)
     assert out.read_bytes() == b"mine"
-    Restoration(again(repo), DISK, out, force=True).run()
+    Restoration(RepositoryDestination(again(repo)), DISK, out, force=True).run()
     assert same_bytes(out, flat(chain[-1], tmp_path / "flat"))
 
 
@@ -78,7 +79,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(repo: Repository, chain: 
         out.write_bytes(b"theirs")
 
     with pytest.raises(Conflict, match="exists already"):
-        Restoration(again(repo), DISK, out).run(on_event=appear)
+        Restoration(RepositoryDestination(again(repo)), DISK, out).run(on_event=appear)
     assert out.read_bytes() == b"theirs"
     assert names(out.parent) == ["out.raw"]
 
@@ -111,10 +112,10 @@ def test_the_format_is_the_suffix_or_what_is_said(repo: Repository, chain: list[
         ("b.qcow2", "raw", b"\1\1\1\1"),
         ("b", "raw", b"\1\1\1\1"),
     ]:
-        Restoration(again(repo), DISK, tmp_path / name, format=said).run()  # type: ignore[arg-type]
+        Restoration(RepositoryDestination(again(repo)), DISK, tmp_path / name, format=said).run()  # type: ignore[arg-type]
         assert (tmp_path / name).read_bytes()[:4] == magic
     with pytest.raises(InvalidInput, match="own format"):
-        Restoration(again(repo), DISK, tmp_path / "c.raw", format="raw", whole_chain=True)
+        Restoration(RepositoryDestination(again(repo)), DISK, tmp_path / "c.raw", format="raw", whole_chain=True)
 
 
 def test_no_room_is_told_before_anything_is_written(
@@ -169,7 +170,7 @@ def test_a_lower_file_that_somebody_wrote_to_is_replaced_only_by_force(
     assert caught.value.subject == str(lower)
     assert lower.read_bytes() == mine
     assert not out.exists()
-    Restoration(again(repo), DISK, out, whole_chain=True, force=True).run()
+    Restoration(RepositoryDestination(again(repo)), DISK, out, whole_chain=True, force=True).run()
     assert same(out, flat(chain[-1], tmp_path / "flat"))
 
 
@@ -178,7 +179,7 @@ def test_a_lower_file_that_somebody_wrote_to_is_replaced_only_by_force(
 
 def test_a_plan_writes_nothing_and_holds(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
     before = names(tmp_path)
-    work = Restoration(again(repo), DISK, tmp_path / "out.qcow2", point="2")
+    work = Restoration(RepositoryDestination(again(repo)), DISK, tmp_path / "out.qcow2", point="2")
     plan = work.plan()
     assert names(tmp_path) == before
     assert (plan.point, plan.virtual_size, plan.device, plan.replaces) == (2, 8 * MiB, False, False)
@@ -191,7 +192,7 @@ def test_a_plan_writes_nothing_and_holds(repo: Repository, chain: list[Path], tm
 
 def test_only_what_the_point_shows_is_read(repo: Repository, chain: list[Path], tmp_path: Path) -> None:
     store = CountingStore(repo.store)
-    Restoration(again(repo, store), DISK, tmp_path / "out.raw", point="1").run()
+    Restoration(RepositoryDestination(again(repo, store)), DISK, tmp_path / "out.raw", point="1").run()
     assert store.of("list", "packs/") == store.of("list", "index/") == store.of("list", "layers/") == []
     assert store.bytes_of("get", "packs/") < 200_000
     written = [*store.of("put"), *store.of("create"), *store.of("delete")]
@@ -241,7 +242,7 @@ def test_a_store_that_does_not_answer_has_lost_nothing(repo: Repository, chain: 
     """The error says to try again, not that bytes are lost."""
     store = FaultStore(repo.store, [On(2, Fault.UNAVAILABLE, operation="get", prefix="packs/")])
     with pytest.raises(Unavailable, match="overloaded"):
-        Restoration(again(repo, store), DISK, tmp_path / "out.raw", point="1").run()
+        Restoration(RepositoryDestination(again(repo, store)), DISK, tmp_path / "out.raw", point="1").run()
     assert not (tmp_path / "out.raw").exists()
 
 
@@ -254,7 +255,7 @@ def test_a_store_that_lies_once_is_never_believed(
     (tmp_path / "d").mkdir()
     out = tmp_path / "d" / "out.raw"
     try:
-        Restoration(again(repo, store), DISK, out).run()
+        Restoration(RepositoryDestination(again(repo, store)), DISK, out).run()
     except SnapchainError as error:
         assert isinstance(error, Corrupt)  # noqa: PT017
         assert names(out.parent) == []
@@ -316,7 +317,9 @@ def test_an_error_while_writing_leaves_nothing(repo: Repository, chain: list[Pat
 
     for name, whole in (("out.raw", False), ("out.qcow2", True)):
         with pytest.raises(KeyboardInterrupt):
-            Restoration(again(repo), DISK, tmp_path / "d" / name, whole_chain=whole).run(on_event=stop)
+            Restoration(RepositoryDestination(again(repo)), DISK, tmp_path / "d" / name, whole_chain=whole).run(
+                on_event=stop
+            )
         assert names(tmp_path / "d") == []
 
 
@@ -406,7 +409,7 @@ def test_many_at_once_end_with_one_whole_file(repo: Repository, chain: list[Path
     ends: list[str] = []
 
     def one() -> None:
-        work = Restoration(again(repo), DISK, out, point="1")
+        work = Restoration(RepositoryDestination(again(repo)), DISK, out, point="1")
         start.wait()
         try:
             work.run()

@@ -20,17 +20,19 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.destination.protocol import Destination, destination_at
+from snapchain.destination.protocol import Destination
+from snapchain.destinations import open_destination
 from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.hold import hold_image
-from snapchain.ops.repository_destination import RepositoryDestination
+from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format, RestoreReport, Target
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source.notes import Given, Notes, Overlay
 from tests.host import others as people
-from tests.ops.shipping import DISK, MiB
+from tests.ops.shipping import DISK, MiB, delivery
 from tests.ops.stacks import Layer, build, clean, flat, names, qemu_img, same, standing, write
 from tests.repository.synthetic import repository
 
@@ -343,11 +345,11 @@ def delivered(kind: str, directory: Path, layers: Sequence[Layer]) -> Source:
     where: Destination = (
         RepositoryDestination(repository(MemoryStore(), block_size=64 * 1024))
         if kind == "repository"
-        else destination_at(f"dir:{directory}/replica")
+        else open_destination(f"dir:{directory}/replica")
     )
     files = build(directory / "c", layers)
     for file in files:
-        with where.deliver(file, DISK) as work:
+        with delivery(where, file, DISK) as work:
             report = work.run()
     return Source(where, flat(files[-1], directory / "shown"), report.content_id)
 
@@ -398,7 +400,7 @@ def test_every_target_has_its_outcome(
 
         def run() -> RestoreReport:
             kind: Format = "raw" if is_device else "qcow2"
-            return source.destination.restoration(DISK, scene.out, force=force, format=kind).run()
+            return Restoration(source.destination, DISK, scene.out, force=force, format=kind).run()
 
         if expected is not None:
             error, words = expected
@@ -433,10 +435,10 @@ def test_a_search_that_was_cut_off_is_told(source: Source, tmp_path: Path, monke
     with ExitStack() as stack:
         scene = Scene(tmp_path / "d", stack)
         scene.image()
-        assert source.destination.restoration(DISK, scene.out, force=True).run().incomplete is None
+        assert Restoration(source.destination, DISK, scene.out, force=True).run().incomplete is None
         monkeypatch.setattr("snapchain.image.dependents.MOST_ENTRIES", 1)
         events: list[Event] = []
-        report = source.destination.restoration(DISK, scene.out, force=True).run(on_event=events.append)
+        report = Restoration(source.destination, DISK, scene.out, force=True).run(on_event=events.append)
     assert (report.incomplete or "").startswith("The search for other users of these files ended after ")
     assert report.incomplete in [event.message for event in events if isinstance(event, Notice)]
 
@@ -457,7 +459,7 @@ def test_only_what_was_locked_is_replaced(source: Source, tmp_path: Path, kind: 
 
         words = "exists already" if kind == "a new name" else "another file took its name meanwhile"
         with pytest.raises(Conflict, match=words) as raised:
-            source.destination.restoration(DISK, scene.out, force=True).run(on_event=meanwhile)
+            Restoration(source.destination, DISK, scene.out, force=True).run(on_event=meanwhile)
         assert raised.value.subject == str(scene.out)
         assert names(scene.place) == ([] if kind == "nothing" else ["out.qcow2"])
         assert kind == "nothing" or scene.out.read_bytes() == b"theirs"
@@ -474,7 +476,7 @@ def test_a_temporary_name_that_is_taken_is_left_alone(
     planted = tmp_path / "d" / ".out.qcow2.snapchain-part-00000000"
     os.link(victim, planted)
     with pytest.raises(Conflict, match="exists already"):
-        source.destination.restoration(DISK, tmp_path / "d" / "out.qcow2").run()
+        Restoration(source.destination, DISK, tmp_path / "d" / "out.qcow2").run()
     assert victim.read_bytes() == b"precious"
     assert planted.samefile(victim)
 
@@ -539,7 +541,7 @@ def test_what_a_user_may_not_do_is_said_before_anything_is_read(
         before = others(scene)
         done: list[Event] = []
         with as_nobody(), pytest.raises(InvalidInput, match=fact) as raised:
-            stored.destination.restoration(DISK, scene.out, force=True).run(on_event=done.append)
+            Restoration(stored.destination, DISK, scene.out, force=True).run(on_event=done.append)
         assert (raised.value.subject, raised.value.hint) == (str(scene.out), hint)
         assert others(scene) == before
         assert sum(event.done for event in done if isinstance(event, Progress)) == 0
@@ -552,7 +554,7 @@ def test_a_user_replaces_what_is_his(stored: Source, shared: Path) -> None:
         scene.place.chmod(0o777)
         os.chown(scene.image(), NOBODY, NOBODY)
         with as_nobody():
-            stored.destination.restoration(DISK, scene.out, force=True).run()
+            Restoration(stored.destination, DISK, scene.out, force=True).run()
         assert same(scene.out, stored.shown)
         assert scene.out.stat().st_uid == NOBODY
 
@@ -566,7 +568,7 @@ def chain_source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 def restored(source: Source, out: Path, *, force: bool = False) -> list[Path]:
-    report = source.destination.restoration(DISK, out, whole_chain=True, force=force).run()
+    report = Restoration(source.destination, DISK, out, whole_chain=True, force=force).run()
     assert report.content_id == source.content_id
     return [Path(file) for file in report.files]
 

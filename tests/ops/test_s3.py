@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from snapchain.ops.ship.to_repository import ShipReport, shipment
 
-from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
 from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
-from snapchain.ops import gc, init
+from snapchain.ops import init
 from snapchain.ops.log import log
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.verify import verify
+from snapchain.ops.restore.run import Restoration
+from snapchain.ops.ship.request import ShipReport
+from snapchain.repository import collecting as gc
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.opening import create_repository, open_repository
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
-from tests.ops.shipping import DISK, MiB, random_stack, same_bytes
+from snapchain.repository.verification import verify
+from tests.ops.shipping import DISK, MiB, random_stack, same_bytes, shipment
 from tests.ops.stacks import Layer, build, clean, flat, same
 from tests.servers import S3Server, admin_client, free_port
 
@@ -34,10 +36,10 @@ class Bucket:
     conditional: bool
 
     def create(self) -> Repository:
-        return create_destination(self.url, passphrase=lambda: "correct horse")
+        return create_repository(self.url, passphrase=lambda: "correct horse")
 
     def open(self, *, writing: bool = True) -> Repository:
-        return open_destination(self.url, passphrase=lambda: "correct horse", writing=writing)
+        return open_repository(self.url, passphrase=lambda: "correct horse", writing=writing)
 
     def ship(self, image: Path, disk: str = DISK, *, each_layer: bool = False) -> ShipReport:
         with shipment(image, self.open(), disk, each_layer=each_layer) as work:
@@ -80,7 +82,7 @@ def test_packs_that_a_server_has_lost_are_stored_again(bucket: Bucket, tmp_path:
         assert verify(bucket.open(writing=False), share=1.0).ok
         for point, path in enumerate((*files, files[-1]), start=1):
             out = tmp_path / f"{point}-{collected}.raw"
-            Restoration(bucket.open(writing=False), DISK, out, point=str(point)).run()
+            Restoration(RepositoryDestination(bucket.open(writing=False)), DISK, out, point=str(point)).run()
             assert same(path, out)
 
 
@@ -104,7 +106,7 @@ def test_init_takes_no_prefix_that_holds_anything(bucket: Bucket, tmp_path: Path
 def test_ship_merge_and_restore(bucket: Bucket, tmp_path: Path) -> None:
     bucket.create()
     stack = random_stack(tmp_path / "stack", 7, layers=4, grown=lambda path: _ship(bucket, path))
-    points = log(bucket.open(writing=False)).disks[0].points
+    points = log(RepositoryDestination(bucket.open(writing=False))).disks[0].points
     assert [point.point for point in points] == [1, 2, 3, 4]
     _restored(bucket, tmp_path, {number + 1: shown for number, shown in enumerate(stack.shown)})
     merged = RepositoryMerge(bucket.open(), DISK, Policy(last=2)).run()
@@ -115,7 +117,7 @@ def test_ship_merge_and_restore(bucket: Bucket, tmp_path: Path) -> None:
     _restored(bucket, tmp_path / "collected", {3: stack.shown[2], 4: stack.shown[3]})
     report = verify(bucket.open(writing=False), share=1.0)
     assert report.findings == ()
-    assert [point.content_id for point in log(bucket.open(writing=False)).disks[0].points] == [
+    assert [point.content_id for point in log(RepositoryDestination(bucket.open(writing=False))).disks[0].points] == [
         point.content_id for point in points[2:]
     ]
 
@@ -130,7 +132,7 @@ def _restored(bucket: Bucket, directory: Path, shown: dict[int, Path]) -> None:
     for point, content in shown.items():
         for name in (f"{point}.raw", f"{point}.qcow2"):
             out = directory / name
-            Restoration(opened, DISK, out, point=str(point)).run()
+            Restoration(RepositoryDestination(opened), DISK, out, point=str(point)).run()
             if out.suffix == ".raw":
                 assert same_bytes(out, content)
             else:
@@ -147,7 +149,7 @@ def test_two_shippers_of_one_disk_and_of_two(bucket: Bucket, tmp_path: Path) -> 
         opened = bucket.open()
         start.wait()
         with shipment(images[number], opened, "one" if number < 2 else "other") as work:
-            return work.run().point
+            return work.run().point or 0
 
     with ThreadPoolExecutor(3) as pool:
         numbers = list(pool.map(shipper, range(3)))
@@ -155,7 +157,7 @@ def test_two_shippers_of_one_disk_and_of_two(bucket: Bucket, tmp_path: Path) -> 
     assert numbers[2] == 1
     for number, disk in enumerate(["one", "one", "other"]):
         out = tmp_path / f"out{number}.raw"
-        Restoration(bucket.open(writing=False), disk, out, point=str(numbers[number])).run()
+        Restoration(RepositoryDestination(bucket.open(writing=False)), disk, out, point=str(numbers[number])).run()
         assert same_bytes(out, flat(images[number], tmp_path / "flat"))
     assert verify(bucket.open(writing=False), share=1.0).ok
 
@@ -173,9 +175,9 @@ def test_what_is_not_there(bucket: Bucket) -> None:
         bucket.open()
     bucket.create()
     with pytest.raises(InvalidInput, match="wrong passphrase"):
-        open_destination(bucket.url, passphrase=lambda: "wrong")
+        open_repository(bucket.url, passphrase=lambda: "wrong")
     with pytest.raises(NotFound, match="no-such-bucket-here/x/config: there is no such bucket"):
-        open_destination("s3://no-such-bucket-here/x", passphrase=lambda: "correct horse")
+        open_repository("s3://no-such-bucket-here/x", passphrase=lambda: "correct horse")
 
 
 def test_a_server_that_is_gone_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,4 +185,4 @@ def test_a_server_that_is_gone_is_unavailable(tmp_path: Path, monkeypatch: pytes
     for name, value in gone.environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Unavailable, match=r"^s3://bucket/x"):
-        open_destination("s3://bucket/x", passphrase=lambda: "correct horse")
+        open_repository("s3://bucket/x", passphrase=lambda: "correct horse")

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.model.events import Event, Notice, Progress
@@ -21,11 +20,10 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data
 from snapchain.objects.throttle import ThrottledStore
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.repository import packer, packs
+from snapchain.repository import collecting as gc, packer, packs
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
-from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship
+from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship, shipment
 from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, content_id_of, repository
@@ -479,7 +477,7 @@ def test_two_shippers_of_one_disk_both_get_their_point(repo: Repository, tmp_pat
     def shipper(number: int) -> int:
         with shipment(images[number], again(repo), "one" if number < 2 else f"disk{number}") as work:
             start.wait()
-            return work.run().point
+            return work.run().point or 0
 
     with ThreadPoolExecutor(4) as pool:
         numbers = list(pool.map(shipper, range(4)))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snapchain.ops.ship.to_replica import send_to_replica
 
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput, Unavailable
 from snapchain.host.ssh import parse_remote_address
@@ -36,6 +35,7 @@ from snapchain.source.sealer import OfflineSealer
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place
+from tests.replica.sending import send_to_replica
 
 GUEST = Guest("web1", "vda", "qemu+ssh://kvm2/system")
 

@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from snapchain.destination.records import VerifyReport
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.events import Event, Progress
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import gc
-from snapchain.ops.diff import point_side
 from snapchain.ops.inspect import inspect_point
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.verify import VerifyReport, verify
-from snapchain.repository import index as indexes
+from snapchain.ops.restore.run import Restoration
+from snapchain.repository import collecting as gc, index as indexes
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, NONE
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.format import is_damage, layer_name, pack_name
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship
 from tests.ops.stacks import Layer, build, flat, names, write
 from tests.repository.counting import CountingStore
@@ -283,9 +283,9 @@ def test_points_that_contradict_their_layers(repo: Repository, tmp_path: Path, h
         lambda: restore(again(repo), place / "x.raw", 2),
         lambda: restore(again(repo), place / "x.qcow2", 2),
         lambda: restore(again(repo), place / "x.qcow2", 2, chain=True),
-        lambda: Restoration(again(repo), DISK, place / "x.raw", point="2").plan(),
-        lambda: inspect_point(again(repo), DISK, point="2"),
-        lambda: point_side(again(repo), DISK, "2"),
+        lambda: Restoration(RepositoryDestination(again(repo)), DISK, place / "x.raw", point="2").plan(),
+        lambda: inspect_point(RepositoryDestination(again(repo)), DISK, point="2"),
+        lambda: RepositoryDestination(again(repo)).leaves(DISK, "2").__enter__(),
     ]
     for reader in readers:
         with pytest.raises(Corrupt, match="the point and its layer disagree about the content id") as raised:

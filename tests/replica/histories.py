@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from snapchain.ops.ship.to_replica import Files, Request, send_blindly
 
 from snapchain.errors import Diverged, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
@@ -25,9 +24,11 @@ from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.strategy import Strategy
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge
 from snapchain.ops.receive import receive_stream
-from snapchain.ops.restore.from_replica import ReplicaRestoration
+from snapchain.ops.restore.run import Restoration
+from snapchain.ops.ship.run import Files, ShipRequest, send_blindly
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.stacks import clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
 from tests.replica.merging import endpoint
@@ -205,7 +206,7 @@ class History:
         number = self.draw.choice(sorted(set(known) & set(self.points)) or [0])
         if number:
             out = self.directory / self.draw.choice(["restored.raw", "restored.qcow2"])
-            ReplicaRestoration(endpoint(self.place.root), DISK, out, point=str(number)).run()
+            Restoration(ReplicaDestination(endpoint(self.place.root)), DISK, out, point=str(number)).run()
             assert same(out, self.points[number], image_format=out.suffix[1:])
             out.unlink()
             self.happened["restored"] += 1
@@ -253,7 +254,7 @@ class History:
 
     @property
     def _cut(self) -> object:
-        from snapchain.ops.ship.to_replica import Divergence
+        from snapchain.ops.ship.run import Divergence
 
         return Divergence.CUT_REPLICA
 
@@ -286,7 +287,7 @@ class History:
         """As a stream in a file, received by a second replica, twice."""
         saved = self.directory / "saved"
         fd = os.open(saved, os.O_WRONLY | os.O_CREAT)
-        send_blindly(Request(image=self.top, disk=DISK, **self.request()), Channel(-1, fd, peer="a file"))  # type: ignore[arg-type]
+        send_blindly(ShipRequest(image=self.top, disk=DISK, **self.request()), Channel(-1, fd, peer="a file"))  # type: ignore[arg-type]
         second = Place(self.directory / "second")
         for _ in range(2):
             with Channel(os.open(saved, os.O_RDONLY), -1, peer="a file") as channel:

@@ -13,16 +13,26 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.model.events import Event, Progress
-from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_verify import verify_replica
-from snapchain.replica.client import MOST_BYTES
+from snapchain.ops.log import log
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import chosen
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import open_replica
-from snapchain.replica.stream import frames
-from snapchain.replica.stream.frames import FROM_SENDER, FrameReader, Kind
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, Hello, Verdict, encode
+from snapchain.replica.stream.frames import FrameReader
+from snapchain.replica.stream.messages import (
+    FROM_RECEIVER,
+    FROM_SENDER,
+    POINTS_AT_ONCE,
+    Ask,
+    Finding,
+    Hello,
+    Kind,
+    Verdict,
+    encode,
+)
+from snapchain.replica.stream.session import MOST_BYTES
+from snapchain.replica.verification import verify_replica
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
 from tests.replica.conftest import DISK, Place
@@ -44,14 +54,14 @@ def sent(place: Place, chain: list[Path]) -> Place:
 
 def test_points_are_told(sent: Place, chain: list[Path]) -> None:
     sent.send(chain[0], disk="db")
-    found = log_replica(DirectoryEndpoint(sent.root))
+    found = log(ReplicaDestination(DirectoryEndpoint(sent.root)))
     assert (found.encryption, [disk.name for disk in found.disks]) == ("none", ["db", DISK])
     points = found.disks[1].points
     assert [(point.point, point.labels, point.layers) for point in points] == [
         (number + 1, (f"label-{number}",), number + 1) for number in range(3)
     ]
     assert [point.content_id for point in points] == [point["content_id"] for point in sent.catalogue()["points"]]
-    assert log_replica(DirectoryEndpoint(sent.root), DISK).disks == (found.disks[1],)
+    assert log(ReplicaDestination(DirectoryEndpoint(sent.root)), DISK).disks == (found.disks[1],)
 
 
 def test_many_points_come_in_several_frames(sent: Place) -> None:
@@ -61,19 +71,24 @@ def test_many_points_come_in_several_frames(sent: Place) -> None:
     last = catalogue.points[-1]
     points = tuple(last.model_copy(update={"point": number}) for number in range(1, 2 * POINTS_AT_ONCE + 2))
     disk.write(catalogue.after(points=points, next_point=len(points) + 1))
-    assert [point.point for point in log_replica(DirectoryEndpoint(sent.root), DISK).disks[0].points] == [
+    assert [point.point for point in log(ReplicaDestination(DirectoryEndpoint(sent.root)), DISK).disks[0].points] == [
         point.point for point in points
     ]
 
 
 def test_what_is_not_there(place: Place, sent: Place) -> None:
-    for ask in (log_replica, lambda to, disk: verify_replica(to, disk, read_data=True)):
+    nowhere, here = (ReplicaDestination(DirectoryEndpoint(root)) for root in (place.root / "nowhere", sent.root))
+    for share in (None, 1.0):
+
+        def ask(to: ReplicaDestination, disk: str, share: float | None = share) -> object:
+            return to.disks(disk) if share is None else to.verify(disk, share=share)
+
         with pytest.raises(NotFound, match="no replica"):
-            ask(DirectoryEndpoint(place.root / "nowhere"), DISK)
+            ask(nowhere, DISK)
         with pytest.raises(NotFound, match="no disk 'gone'"):
-            ask(DirectoryEndpoint(sent.root), "gone")
+            ask(here, "gone")
         with pytest.raises(InvalidInput, match="cannot name a disk"):
-            ask(DirectoryEndpoint(sent.root), "a:b")
+            ask(here, "a:b")
     assert not (place.root / "nowhere").exists()
     assert sorted(entry.name for entry in sent.root.iterdir()) == ["snapchain-replica.json", "web1%2Fvda"]
 
@@ -134,7 +149,7 @@ def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pyte
 
     calls: list[int] = []
 
-    def meanwhile(disk: Any, *, on_bytes: Any) -> Any:
+    def meanwhile(disk: Any, *, share: float, on_bytes: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             catalogue = disk.read()
@@ -180,15 +195,15 @@ def test_a_question_out_of_place(place: Place, said: tuple[tuple[int, bytes], ..
     ],
 )
 def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
-    monkeypatch.setattr(asking, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
+    monkeypatch.setattr(session, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
         match=r"of ask is unsound|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
-        log_replica(DirectoryEndpoint(sent.root))
+        log(ReplicaDestination(DirectoryEndpoint(sent.root)))
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}
     assert sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*")) == before
 
@@ -213,7 +228,7 @@ OTHER_ERRORS: dict[str, type[SnapchainError]] = {
 }
 """How some of the lies are refused; all others are Corrupt."""
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
-    "an old one": ("does not know 'ask'", (OLD,)),
+    "an old one": ("does not support 'ask'", (OLD,)),
     "another disk": ("another disk than the one asked for", (ANSWER, disk_said("db"), DONE)),
     "no disk": ("not told of the disk", (ANSWER, DONE)),
     "a name for a terminal": ("another disk than the one asked for", (ANSWER, disk_said("\x1b[31m"), DONE)),
@@ -248,7 +263,7 @@ def test_a_hostile_replica_tells_of_points(name: str) -> None:
     says, frames = LIES[name]
     kind = OTHER_ERRORS.get(name, Corrupt)
     with puppet(answering(*frames)) as endpoint, pytest.raises(kind, match=says) as caught:
-        log_replica(endpoint, DISK)
+        log(ReplicaDestination(endpoint), DISK)
     check_refusal(name, caught.value)
 
 
@@ -290,9 +305,9 @@ def test_a_finding_cannot_colour_the_terminal() -> None:
 
 
 def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
-    monkeypatch.setattr(asking, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(session, "MOST_BYTES", 1 << 20)
     assert MOST_BYTES > 1 << 20
     over = threading.Event()
 
@@ -302,7 +317,7 @@ def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         over.set()
 
     with puppet(answer) as endpoint, pytest.raises(Corrupt, match="more than 1048576 bytes"):
-        log_replica(endpoint)
+        log(ReplicaDestination(endpoint))
     assert over.wait(HANG)
 
 
@@ -312,7 +327,7 @@ def test_points_without_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(asking, "MOST_POINTS", 600)
     pages = [disk_said("d", *range(first, first + 256)) for first in range(1, 1000, 256)]
     with puppet(answering(ANSWER, *pages)) as endpoint, pytest.raises(Corrupt, match="more than 600 points") as caught:
-        log_replica(endpoint)
+        log(ReplicaDestination(endpoint))
     assert "one disk" in (caught.value.hint or "")
 
 
@@ -337,4 +352,4 @@ def test_a_root_confines(tmp_path: Path) -> None:
 def test_kinds_go_one_way() -> None:
     answers = {Kind.DISK, Kind.VERDICT, Kind.FINDING, Kind.PROGRESS}
     assert not answers & set(FROM_SENDER)
-    assert Kind.ASK not in frames.FROM_RECEIVER
+    assert Kind.ASK not in FROM_RECEIVER

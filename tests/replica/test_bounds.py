@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from pydantic import ValidationError
 
 from snapchain.errors import Corrupt, Unsupported
-from snapchain.ops.replica_log import log_replica
+from snapchain.ops.log import log
 from snapchain.replica import catalogue, receiver
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.messages import HeldPoint, PointOffer
 from tests.ops.stacks import Layer, MiB, build, flat, same
@@ -59,7 +60,7 @@ def test_what_is_written_can_be_read_again(tmp_path_factory: pytest.TempPathFact
         assert "no more than" in said.message
         assert str(said.subject).endswith("catalogue.json")
         assert "merge points away" in (said.hint or "")
-    found = log_replica(DirectoryEndpoint(place.root)).disks[0].points
+    found = log(ReplicaDestination(DirectoryEndpoint(place.root))).disks[0].points
     assert [list(point.labels) for point in found] == labels[:taken]
 
 

@@ -27,18 +27,18 @@ from snapchain.errors import (
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.events import Event, Progress, ignore
 from snapchain.model.retention import Policy
-from snapchain.ops import replica_inspect
-from snapchain.ops.merge_replica import ReplicaMerge
-from snapchain.ops.replica_destination import ReplicaDestination
-from snapchain.ops.replica_endpoint import replica_at
-from snapchain.ops.replica_inspect import inspect_replica
-from snapchain.ops.restore.from_replica import ReplicaRestoration
+from snapchain.ops.inspect import inspect_point
+from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import RestoreReport
 from snapchain.ops.ship.request import Divergence
+from snapchain.replica import destination as replica_destination
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
-from snapchain.replica.stream.messages import FETCHED, Fetch, Hello, encode
-from tests.ops.shipping import MiB, random_stack, same_bytes
+from snapchain.replica.opening import replica_at
+from snapchain.replica.points_merge import ReplicaMerge
+from snapchain.replica.stream.frames import FrameReader
+from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, Fetch, Hello, Kind, encode
+from tests.ops.shipping import MiB, delivery, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place
 from tests.replica.test_stream import BLOB, GRAIN, HELLO, HOSTILE, MAP, OPEN, data, end, offer, puppet, stream, take
@@ -76,7 +76,8 @@ def restore(place: Place | Endpoint, out: Path, point: object = None, **options:
     endpoint: Endpoint = DirectoryEndpoint(place.root) if isinstance(place, Place) else place
     on_event = options.pop("on_event", ignore)
     named = None if point is None else str(point)
-    return ReplicaRestoration(endpoint, DISK, out, point=named, **options).run(on_event=on_event)
+    destination = ReplicaDestination(endpoint, limit_rate=options.pop("limit_rate", None))
+    return Restoration(destination, DISK, out, point=named, **options).run(on_event=on_event)
 
 
 def counting(lengths: list[int]) -> Bend:
@@ -114,8 +115,12 @@ def test_random_histories_come_back(place: Place, tmp_path: Path, seed: int) -> 
 
 def test_a_plan_writes_nothing_and_holds(sent: Place, chain: list[Path], out: Path) -> None:
     for whole_chain in (False, True):
-        work = ReplicaRestoration(
-            DirectoryEndpoint(sent.root), DISK, out.with_suffix(".qcow2"), point="label-1", whole_chain=whole_chain
+        work = Restoration(
+            ReplicaDestination(DirectoryEndpoint(sent.root)),
+            DISK,
+            out.with_suffix(".qcow2"),
+            point="label-1",
+            whole_chain=whole_chain,
         )
         plan = work.plan()
         assert names(out.parent) == []
@@ -128,7 +133,7 @@ def test_a_plan_writes_nothing_and_holds(sent: Place, chain: list[Path], out: Pa
         assert said[-1] == Progress("restore", plan.bytes_to_write, plan.bytes_to_write)
         for file in report.files:
             Path(file).unlink()
-    work = ReplicaRestoration(DirectoryEndpoint(sent.root), DISK, out)
+    work = Restoration(ReplicaDestination(DirectoryEndpoint(sent.root)), DISK, out)
     assert work.plan().point == 3
     sent.send(chain[-1])
     assert work.run().point == 3, "the latest is what it was when the plan was made"
@@ -154,7 +159,7 @@ def test_zeroes_travel_free_and_a_rate_is_kept(sent: Place, chain: list[Path], o
     write(chain[-1], "write -P 1 0 8M", "write -z 0 8M")
     sent.send(chain[-1], disk="zeroes")
     came: list[int] = []
-    ReplicaRestoration(BentEndpoint(sent, back=counting(came)), "zeroes", out.with_name("z.raw")).run()
+    Restoration(ReplicaDestination(BentEndpoint(sent, back=counting(came))), "zeroes", out.with_name("z.raw")).run()
     assert came[-1] < 100_000
 
 
@@ -184,7 +189,7 @@ def loop(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_inspect(sent: Place, chain: list[Path]) -> None:
-    found = inspect_replica(DirectoryEndpoint(sent.root), DISK, point="2")
+    found = inspect_point(ReplicaDestination(DirectoryEndpoint(sent.root)), DISK, point="2")
     assert [layer.path for layer in found.layers] == [path.name for path in sent.files()[:2]]
     assert (found.virtual_size, found.content_id) == (8 * MiB, sent.catalogue()["points"][1]["content_id"])
     assert [layer.shadowed_bytes for layer in found.layers] == [192 * 1024, 0]
@@ -198,11 +203,11 @@ def test_what_is_not_there(sent: Place, out: Path) -> None:
         with pytest.raises(NotFound, match=r"the disk has no point|is no label of this disk"):
             restore(sent, out, point)
     with pytest.raises(NotFound, match="no disk 'gone'"):
-        ReplicaRestoration(DirectoryEndpoint(sent.root), "gone", out).run()
+        Restoration(ReplicaDestination(DirectoryEndpoint(sent.root)), "gone", out).run()
     with pytest.raises(NotFound, match="no replica"):
         restore(Place(sent.root / "nowhere"), out)
     with pytest.raises(InvalidInput, match="cannot name a disk"):
-        ReplicaRestoration(DirectoryEndpoint(sent.root), "a:b", out).run()
+        Restoration(ReplicaDestination(DirectoryEndpoint(sent.root)), "a:b", out).run()
     assert names(out.parent) == []
 
 
@@ -218,9 +223,9 @@ def test_what_is_in_the_way(sent: Place, chain: list[Path], out: Path) -> None:
 
 
 def test_no_room(sent: Place, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.ops.restore import from_replica as replica_restore, target as restore_target
+    from snapchain.ops.restore import run as restore_run, target as restore_target
 
-    monkeypatch.setattr(replica_restore, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(restore_run, "free_bytes", lambda _: 1000)
     with pytest.raises(Unavailable, match="for its tables alone"):
         restore(sent, out.with_suffix(".qcow2"))
     monkeypatch.setattr(restore_target, "free_bytes", lambda _: 1000)
@@ -490,7 +495,7 @@ def test_a_hostile_replica(name: str, out: Path) -> None:
 
 
 def test_an_older_replica(out: Path) -> None:
-    with puppet(answering(OLD)) as endpoint, pytest.raises(Unsupported, match="does not know 'fetch'"):
+    with puppet(answering(OLD)) as endpoint, pytest.raises(Unsupported, match="does not support 'fetch'"):
         restore(endpoint, out)
 
 
@@ -500,9 +505,9 @@ def test_a_chain_longer_than_told_and_maps_without_end(out: Path, monkeypatch: p
     with puppet(answering(*raw)) as endpoint, pytest.raises(Corrupt, match="LAYER has no place"):
         restore(endpoint, out.with_suffix(".qcow2"), whole_chain=True)
     assert names(out.parent) == []
-    monkeypatch.setattr(replica_inspect, "MOST_RUNS", 1)
+    monkeypatch.setattr(replica_destination, "MOST_RUNS", 1)
     with puppet(answering(*GOOD[:5], end(), DONE)) as endpoint, pytest.raises(Unsupported, match="too many extents"):
-        inspect_replica(endpoint, DISK)
+        inspect_point(ReplicaDestination(endpoint), DISK)
 
 
 def wanted(**fields: Any) -> tuple[int, bytes]:
@@ -537,11 +542,11 @@ def test_a_request_out_of_place(place: Place, said: tuple[tuple[int, bytes], ...
     ],
 )
 def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
     monkeypatch.setattr(
-        asking, "encode", lambda said: wanted(**request_)[1] if isinstance(said, Fetch) else encode(said)
+        session, "encode", lambda said: wanted(**request_)[1] if isinstance(said, Fetch) else encode(said)
     )
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
@@ -557,12 +562,12 @@ def test_kinds_go_one_way() -> None:
     assert Kind.FETCH in FROM_SENDER
     assert Kind.FETCH not in FROM_RECEIVER
     assert not {Kind.LAYER, Kind.MAP, Kind.DATA, Kind.END} & set(FROM_RECEIVER), "only who has fetched is given layers"
-    assert not {Kind.OPEN, Kind.MARK, Kind.INVENTORY, Kind.STORED, Kind.ACK} & set(FETCHED)
+    assert not {Kind.OPEN, Kind.MARK, Kind.INVENTORY, Kind.STORED, Kind.ACK} & set(FROM_FETCH)
 
 
 def test_a_destination_says_what_it_cannot_do(sent: Place, chain: list[Path]) -> None:
     place = ReplicaDestination(DirectoryEndpoint(sent.root))
-    with pytest.raises(InvalidInput, match="one point a transfer"), place.deliver(chain[0], DISK, each_layer=True):
+    with pytest.raises(InvalidInput, match="one point a transfer"), delivery(place, chain[0], DISK, each_layer=True):
         pass
     for share, rate in ((0.5, None), (1.0, 1000)):
         with pytest.raises(InvalidInput, match="read where it is"):

@@ -11,25 +11,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
 
-from snapchain.destination.protocol import destination_at
-from snapchain.destinations import create_destination
+from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.places import state_dir
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
-from snapchain.ops.replica_verify import verify_replica
+from snapchain.ops.ship.run import Divergence, ShipRequest
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.stream.frames import FrameReader, Kind
+from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.layers import MapReader, layer_id
-from snapchain.replica.stream.messages import Cut, Inventory, LayerOffer, Open, PointOffer, encode
+from snapchain.replica.stream.messages import Cut, Inventory, Kind, LayerOffer, Open, PointOffer, encode
+from snapchain.replica.verification import verify_replica
+from snapchain.repository.opening import create_repository
 from snapchain.source import sealing as snapshot
-from tests.ops.shipping import MiB
+from tests.ops.shipping import MiB, delivery
 from tests.ops.stacks import Layer, build, flat, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.replica.sending import plan_send, send_to_replica
 from tests.replica.test_stream import ANSWER, EMPTY, GRAIN, HELLO, STOP, puppet, stream, take, words
 
 ZEROES = content_id(MiB, empty_sum())
@@ -100,7 +101,7 @@ def test_a_plan_says_it_where_it_is_remembered(held: Place, chain: list[Path]) -
     held.send(chain[2])
     poison(held, above=2)
     with pytest.raises(Corrupt, match=r"its layer disk\.qcow2 does not show what"):
-        plan_send(Request(image=chain[2], disk=DISK), DirectoryEndpoint(held.root))
+        plan_send(ShipRequest(image=chain[2], disk=DISK), DirectoryEndpoint(held.root))
 
 
 def test_verify_tells_it(held: Place) -> None:
@@ -151,7 +152,7 @@ def notices(image: Path, place: Place) -> list[str]:
         if isinstance(event, Notice):
             said.append(event.message)
 
-    send_to_replica(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), on_event=on_event)
+    send_to_replica(ShipRequest(image=image, disk=DISK), DirectoryEndpoint(place.root), on_event=on_event)
     return said
 
 
@@ -256,8 +257,8 @@ def test_a_state_directory_that_cannot_be_written(
 
 
 def test_ship_and_send_report_one_content_id(place: Place, chain: list[Path], tmp_path: Path) -> None:
-    create_destination(str(tmp_path / "repo"), passphrase=lambda: None, encryption="none")
+    create_repository(str(tmp_path / "repo"), passphrase=lambda: None, encryption="none")
     for image in chain:
-        with destination_at(str(tmp_path / "repo"), writing=True).deliver(image, DISK) as work:
+        with delivery(open_destination(str(tmp_path / "repo"), writing=True), image, DISK) as work:
             shipped = work.run()
         assert place.send(image).content_id == shipped.content_id

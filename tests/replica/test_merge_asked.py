@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
+from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge, ReplicaMergeReport
-from snapchain.replica.stream import frames
-from snapchain.replica.stream.frames import FROM_SENDER, Kind
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, Hello, Merge, encode
+from snapchain.replica.points_merge import ReplicaMerge
+from snapchain.replica.stream.messages import FROM_RECEIVER, FROM_SENDER, POINTS_AT_ONCE, Hello, Kind, Merge, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
@@ -57,14 +56,14 @@ def asked(*said: tuple[int, bytes], dry_run: bool = False) -> Any:
 
 def test_an_honest_answer() -> None:
     progress = 40, struct.pack("<QQ", 1, 2)
-    found: ReplicaMergeReport = asked(
+    found: PointsMergeReport = asked(
         ANSWER, progress, (10, b""), merged(1, 2, kept=False), merged(3, outcome=OUTCOME), DONE
     )
     assert (found.points_kept, found.points_dropped, found.bytes_freed) == ((3,), (1, 2), -7)
 
 
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
-    "an old one": ("does not know 'merge'", (OLD,)),
+    "an old one": ("does not support 'merge'", (OLD,)),
     "nothing": ("not said what came of", (ANSWER, DONE)),
     "no outcome": ("not said what came of", (ANSWER, merged(1), DONE)),
     "half": ("closed by the other side", (ANSWER, merged(1))),
@@ -162,7 +161,7 @@ REFUSED = (
 def test_a_hostile_question(
     place: Place, tmp_path: Any, question: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
     pointed = Pointed(place, tmp_path / "shots")
     for path in build(tmp_path / "c", [Layer(MiB, [f"write -P {n} 0 64k"]) for n in (1, 2)]):
@@ -172,7 +171,7 @@ def test_a_hostile_question(
     def bent(said: Any) -> bytes:
         return json.dumps(question).encode() if isinstance(said, Merge) else encode(said)
 
-    monkeypatch.setattr(asking, "encode", bent)
+    monkeypatch.setattr(session, "encode", bent)
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
         match=REFUSED,
@@ -189,4 +188,4 @@ def test_rules_that_cannot_be_said() -> None:
 
 def test_kinds_go_one_way() -> None:
     assert Kind.MERGED not in FROM_SENDER
-    assert Kind.MERGE not in frames.FROM_RECEIVER
+    assert Kind.MERGE not in FROM_RECEIVER

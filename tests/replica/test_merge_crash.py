@@ -12,11 +12,12 @@ import pytest
 
 from snapchain.errors import Corrupt
 from snapchain.merge.strategy import Strategy
-from snapchain.ops.replica_engine import ReplicaEngine
-from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_verify import verify_replica
+from snapchain.ops.log import log
 from snapchain.replica import merging
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.stream.messages import Merge
+from snapchain.replica.verification import verify_replica
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, qemu_img, same
@@ -160,7 +161,7 @@ def every_fault(scene: Scene, fault: Fault) -> None:
         assert scene.pointed.send(scene.chain[-1]).layers_sent == 0
 
     def looks() -> None:
-        assert log_replica(nobody, DISK).disks[0].points
+        assert log(ReplicaDestination(nobody), DISK).disks[0].points
 
     def verifies() -> None:
         found = verify_replica(nobody, DISK, read_data=True)

@@ -13,27 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snapchain.ops.ship.to_replica import Request, send_to_replica
 
 from snapchain.errors import Busy, Conflict, Unavailable, Unsupported
 from snapchain.merge.strategy import Strategy
 from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
-from snapchain.ops.merge_replica import ReplicaMerge
-from snapchain.ops.replica_engine import ReplicaEngine
-from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_verify import verify_replica
+from snapchain.ops.log import log
+from snapchain.ops.ship.run import ShipRequest
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
 from snapchain.replica import merge_journal as unfinished, store as waiting
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.merge_journal import Done, OnBytes, Planned
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
 from snapchain.replica.stream import session as voice
+from snapchain.replica.verification import verify_replica
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
+from tests.replica.sending import send_to_replica
 from tests.replica.test_merge_replica import seal
 from tests.waiting import HANG, wait_until
 
@@ -108,7 +110,7 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
     seal(chain[-1], "write -P 77 2M 64k")
     events: list[Event] = []
     with held_up(sent, last=2) as go, ThreadPoolExecutor(1) as pool:
-        request = Request(image=chain[-1], disk=DISK)
+        request = ShipRequest(image=chain[-1], disk=DISK)
         report = pool.submit(send_to_replica, request, endpoint(sent.place.root), on_event=events.append)
         wait_until(lambda: [event for event in events if isinstance(event, Notice) and "makes us wait" in str(event)])
         assert not report.done()
@@ -123,7 +125,10 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
 def test_whoever_only_looks_sees_nothing_wrong(sent: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Points that the merge drops are told no more before a file is touched; what is judged waits for it."""
     with held_up(sent, last=2) as go, ThreadPoolExecutor(2) as pool:
-        assert [point.point for point in log_replica(endpoint(sent.place.root), DISK).disks[0].points] == [4, 5]
+        assert [point.point for point in log(ReplicaDestination(endpoint(sent.place.root)), DISK).disks[0].points] == [
+            4,
+            5,
+        ]
         looks = [pool.submit(verify_replica, endpoint(sent.place.root), DISK, read_data=data) for data in (True, False)]
         time.sleep(0.5)
         assert not any(look.done() for look in looks)
@@ -171,7 +176,7 @@ def test_all_at_once(sent: Pointed, chain: list[Path]) -> None:
             pool.submit(until_over, lambda: sent.merge(last=2)),
             pool.submit(until_over, lambda: sent.plan(last=1)),
             pool.submit(until_over, verified),
-            pool.submit(until_over, lambda: log_replica(to, DISK)),
+            pool.submit(until_over, lambda: log(ReplicaDestination(to), DISK)),
         ]
         try:
             for number in range(8):
@@ -266,12 +271,12 @@ def test_a_program_that_cannot_finish_a_killed_merge_refuses(sent: Pointed, chai
     nobody = DirectoryEndpoint(sent.place.root)
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.place.directory.glob("[!.]*.*"))
     for work in (
-        lambda: send_to_replica(Request(image=chain[-1], disk=DISK), nobody),
+        lambda: send_to_replica(ShipRequest(image=chain[-1], disk=DISK), nobody),
         lambda: verify_replica(nobody, DISK, read_data=False),
     ):
         with pytest.raises(Unsupported, match="cannot finish it"):
             work()
-    assert [point.point for point in log_replica(nobody, DISK).disks[0].points] == [5]
+    assert [point.point for point in log(ReplicaDestination(nobody), DISK).disks[0].points] == [5]
     assert sorted((path, path.stat().st_mtime_ns) for path in sent.place.directory.glob("[!.]*.*")) == before
     assert sent.send(chain[-1]).layers_sent == 0
     sent.check(kept=[5, 6])

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from snapchain.ops.ship.to_replica import Files
 
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.strategy import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.merge_replica import ReplicaMerge
-from snapchain.ops.replica_engine import ReplicaEngine
+from snapchain.ops.ship.run import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.engine import ReplicaEngine
+from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.shipping import random_stack
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed

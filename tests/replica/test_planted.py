@@ -15,18 +15,20 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from snapchain.ops.ship.to_replica import Request, plan_send, send_persistently
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.retry import RetryPolicy
-from snapchain.ops.replica_log import log_replica
-from snapchain.ops.replica_verify import verify_replica
-from snapchain.ops.ship.request import SendReport
+from snapchain.ops.log import log
+from snapchain.ops.ship.request import ShipReport
+from snapchain.ops.ship.run import ShipRequest
 from snapchain.replica import sender
 from snapchain.replica.catalogue import Catalogue, read_record
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import Layer, build, flat, same
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.replica.sending import plan_send, send_persistently
 
 MiB = 1 << 20
 SECRET = "not to be touched"
@@ -99,7 +101,7 @@ def refused(place: Place, image: Path) -> None:
     """By all that would build on it, and told by verify; nothing changes."""
     before = {path.name for path in place.directory.iterdir()}
     there = DirectoryEndpoint(place.root)
-    for attempt in (place.send, lambda image: plan_send(Request(image=image, disk=DISK), there)):
+    for attempt in (place.send, lambda image: plan_send(ShipRequest(image=image, disk=DISK), there)):
         with pytest.raises(Corrupt) as caught:
             attempt(image)
         assert str(caught.value.subject).endswith(str(place.directory / "catalogue.json"))
@@ -114,7 +116,7 @@ def test_in_the_place_of_the_catalogue(held: Place, chain: list[Path], plant: Ca
     plant(held.directory / "catalogue.json")
     refused(held, chain[2])
     with pytest.raises(Corrupt, match=r"it is unsound|larger than|not a regular file"):
-        log_replica(DirectoryEndpoint(held.root))
+        log(ReplicaDestination(DirectoryEndpoint(held.root)))
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -137,7 +139,7 @@ def test_in_the_place_of_a_layer(
     assert re.search(says, finding.message)
     assert finding.disk == DISK
     assert held.catalogue() == before
-    assert len(log_replica(there).disks[0].points) == 2
+    assert len(log(ReplicaDestination(there)).disks[0].points) == 2
 
 
 @pytest.mark.parametrize("file", ["0.qcow2", "1.qcow2"])
@@ -217,12 +219,12 @@ def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> Non
     with pytest.raises(InvalidInput, match="holds other things"):
         held.send(chain[2])
     with pytest.raises(InvalidInput, match="holds other things"):
-        plan_send(Request(image=chain[2], disk=DISK), there)
+        plan_send(ShipRequest(image=chain[2], disk=DISK), there)
 
 
-def persistently(image: Path, place: Place) -> SendReport:
+def persistently(image: Path, place: Place) -> ShipReport:
     policy = RetryPolicy(give_up_after=100)
-    return send_persistently(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
+    return send_persistently(ShipRequest(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
 
 
 @pytest.mark.root

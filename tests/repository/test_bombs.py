@@ -18,13 +18,12 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, strategies as st
 
+from snapchain.destination.records import Finding, Findings
 from snapchain.errors import Corrupt, Unsupported
 from snapchain.model.content import content_id, empty_sum, encode_sum
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import gc, verify as verification
-from snapchain.ops.verify import Finding, Findings, verify
-from snapchain.repository import catalogue as catalogues, collect, envelope, layers
+from snapchain.repository import catalogue as catalogues, collect, collecting as gc, envelope, layers, verification
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.crypto import NONE
 from snapchain.repository.envelope import seal
@@ -43,6 +42,7 @@ from snapchain.repository.packs import OpenPack
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
 from snapchain.repository.stored import check_density, parse
+from snapchain.repository.verification import verify
 from snapchain.repository.view import ChainView
 
 MOST_MIB = 400
@@ -106,12 +106,12 @@ BOMBS: dict[str, Callable[[Repository], None]] = {
 }
 _CHILD = """
 import re, resource, sys
-from snapchain.destinations import open_destination
+from snapchain.repository.opening import open_repository
 from snapchain.errors import SnapchainError
 from snapchain.ops.log import log
-from snapchain.ops.verify import verify
+from snapchain.repository.verification import verify
 for place in sys.argv[1:]:
-    opened = open_destination(place, passphrase=lambda: None)
+    opened = open_repository(place, passphrase=lambda: None)
     for act in (log, verify, lambda repository: repository.index()):
         try:
             act(opened)

@@ -7,13 +7,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from snapchain.errors import Conflict, InvalidInput, NotFound
+from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Policy, decide
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.repository import holds
 from snapchain.repository.catalogue import Catalogue, Point
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from tests.repository.synthetic import LEAF, Run, again, drawn, ship
 
@@ -102,7 +102,7 @@ def test_a_merge_keeps_what_is_held(repo: Repository) -> None:
 
 def test_the_reason_is_told_and_a_held_point_counts_as_any_other(repo: Repository) -> None:
     repo.hold(DISK, 1, "audit", reason="case 7")
-    decisions = decide(repo.catalogue(DISK).points, Policy(last=2), zone=UTC, holds=holds.reasons)
+    decisions = decide(repo.catalogue(DISK).points, Policy(last=2), zone=UTC, holds=hold_reasons)
     assert [each.kept for each in decisions] == [True, False, True, True]
     assert decisions[0].reasons == ("held: audit (case 7)",)
 

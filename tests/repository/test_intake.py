@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt
 from snapchain.model.content import content_id
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
@@ -17,7 +18,7 @@ from snapchain.repository import pages, worklist
 from snapchain.repository.crypto import AES, CHACHA, NONE
 from snapchain.repository.layer_writer import Deposit
 from snapchain.repository.layers import leaves_shown, resolve
-from snapchain.repository.replay import Replay, Sink
+from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
 from snapchain.repository.view import ChainView
 from tests.repository.synthetic import (

@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 
 from snapchain.destination.address import located
-from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.private import PrivateDirectory
 from snapchain.objects.s3_client import canonical
-from snapchain.ops import gc
 from snapchain.ops.log import log
-from snapchain.ops.verify import verify
+from snapchain.repository import collecting as gc
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.known import Known, Memory
+from snapchain.repository.opening import create_repository, open_repository
 from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
 
 
 @pytest.fixture(autouse=True)
@@ -38,50 +39,50 @@ def _turn_encryption_off(repository: Path) -> None:
 
 def test_a_repository_that_stops_being_encrypted_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "repo"
-    create_destination(str(place), passphrase=lambda: "secret")
+    create_repository(str(place), passphrase=lambda: "secret")
     _turn_encryption_off(place)
     with pytest.raises(Corrupt, match="was encrypted when this machine last used it"):
-        open_destination(str(place), passphrase=lambda: "secret", writing=True)
+        open_repository(str(place), passphrase=lambda: "secret", writing=True)
 
 
 def test_what_was_never_encrypted_opens(tmp_path: Path) -> None:
     place = str(tmp_path / "repo")
-    create_destination(place, passphrase=lambda: None, encryption="none")
-    assert open_destination(place, passphrase=lambda: None).config.encryption == "none"
+    create_repository(place, passphrase=lambda: None, encryption="none")
+    assert open_repository(place, passphrase=lambda: None).config.encryption == "none"
 
 
 def test_a_new_repository_in_the_place_of_an_encrypted_one_is_the_users_wish(tmp_path: Path) -> None:
     place = tmp_path / "repo"
-    create_destination(str(place), passphrase=lambda: "secret")
+    create_repository(str(place), passphrase=lambda: "secret")
     (place / "config").unlink()
-    create_destination(str(place), passphrase=lambda: None, encryption="none")
-    open_destination(str(place), passphrase=lambda: None, writing=True)
+    create_repository(str(place), passphrase=lambda: None, encryption="none")
+    open_repository(str(place), passphrase=lambda: None, writing=True)
 
 
 def test_a_machine_without_a_home_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    create_destination(str(tmp_path / "repo"), passphrase=lambda: "secret")
-    open_destination(str(tmp_path / "repo"), passphrase=lambda: "secret")
+    create_repository(str(tmp_path / "repo"), passphrase=lambda: "secret")
+    open_repository(str(tmp_path / "repo"), passphrase=lambda: "secret")
 
 
 def test_a_passphrase_for_others_does_not_matter_where_there_never_was_one(tmp_path: Path) -> None:
     place = str(tmp_path / "repo")
-    create_destination(place, passphrase=lambda: None, encryption="none")
-    open_destination(place, passphrase=lambda: "for others")
+    create_repository(place, passphrase=lambda: None, encryption="none")
+    open_repository(place, passphrase=lambda: "for others")
     shutil.rmtree(tmp_path / "state")
     with pytest.raises(Corrupt, match="says that it is not encrypted") as caught:
-        open_destination(place, passphrase=lambda: "secret")
+        open_repository(place, passphrase=lambda: "secret")
     assert "no passphrase once" in str(caught.value.hint)
-    open_destination(place, passphrase=lambda: None)
-    open_destination(place, passphrase=lambda: "for others")
+    open_repository(place, passphrase=lambda: None)
+    open_repository(place, passphrase=lambda: "for others")
 
 
 # ---- how far a disk had come
 
 
 def _advance(place: Path, times: int, disk: str = "d") -> Repository:
-    opened = open_destination(str(place), passphrase=lambda: "x", writing=True)
+    opened = open_repository(str(place), passphrase=lambda: "x", writing=True)
     for _ in range(times):
         opened.disk(disk).advance(opened.disk(disk).read(), time=datetime.now(UTC))
     return opened
@@ -94,25 +95,25 @@ def _roll_back(place: Path) -> None:
 
 def test_a_disk_that_lost_its_newest_generation_is_told(tmp_path: Path) -> None:
     place = tmp_path / "repo"
-    create_destination(str(place), passphrase=lambda: "x")
+    create_repository(str(place), passphrase=lambda: "x")
     _advance(place, 3)
     _roll_back(place)
     for attempt in (
         lambda: _advance(place, 1),
-        lambda: open_destination(str(place), passphrase=lambda: "x").catalogue("d"),
-        lambda: open_destination(str(place), passphrase=lambda: "x").catalogues(),
+        lambda: open_repository(str(place), passphrase=lambda: "x").catalogue("d"),
+        lambda: open_repository(str(place), passphrase=lambda: "x").catalogues(),
     ):
         with pytest.raises(Corrupt, match="is at generation 2, and was at 3") as caught:
             attempt()
     assert caught.value.hint is not None
     accepted = caught.value.hint.rpartition("--accept-repository ")[2]
-    open_destination(str(place), passphrase=lambda: "x", accept=accepted)
+    open_repository(str(place), passphrase=lambda: "x", accept=accepted)
     assert _advance(place, 1).catalogue("d").generation == 3
 
 
 def test_a_disk_that_vanished_is_told_and_others_are_not_meant(tmp_path: Path) -> None:
     place = tmp_path / "repo"
-    create_destination(str(place), passphrase=lambda: "x")
+    create_repository(str(place), passphrase=lambda: "x")
     _advance(place, 1)
     _roll_back(place)
     _advance(place, 1, "other")
@@ -124,27 +125,27 @@ def test_a_disk_that_vanished_is_told_and_others_are_not_meant(tmp_path: Path) -
 def test_a_disk_that_is_not_named_is_told_as_well(tmp_path: Path, *, whole: bool) -> None:
     """By what looks at all disks: a list of them, and gc, which would take away what only the newer state needs."""
     place = tmp_path / "repo"
-    create_destination(str(place), passphrase=lambda: "x")
+    create_repository(str(place), passphrase=lambda: "x")
     _advance(place, 2)
     _advance(place, 1, "other")
-    key = open_destination(str(place), passphrase=lambda: "x").keys.disk_key("d")
+    key = open_repository(str(place), passphrase=lambda: "x").keys.disk_key("d")
     generations = sorted((place / "disks" / key).iterdir())
     for gone in generations if whole else generations[1:]:
         gone.unlink()
-    opened = open_destination(str(place), passphrase=lambda: "x")
+    opened = open_repository(str(place), passphrase=lambda: "x")
     assert any(
         f"is at generation {0 if whole else 1}, and was at 2" in each.message for each in verify(opened).findings
     )
-    for look in (log, gc.plan, gc.run):
+    for look in (lambda found: log(RepositoryDestination(found)), gc.plan, gc.run):
         with pytest.raises(Corrupt, match=f"is at generation {0 if whole else 1}, and was at 2"):
-            look(open_destination(str(place), passphrase=lambda: "x", writing=True))
+            look(open_repository(str(place), passphrase=lambda: "x", writing=True))
 
 
 def test_another_repository_in_its_place_begins_anew(tmp_path: Path) -> None:
     place = tmp_path / "repo"
     for times in (3, 1):
         shutil.rmtree(place, ignore_errors=True)
-        create_destination(str(place), passphrase=lambda: "x")
+        create_repository(str(place), passphrase=lambda: "x")
         assert _advance(place, times).catalogue("d").generation == times
 
 
@@ -179,8 +180,8 @@ def test_a_memory_that_is_damaged_is_told_and_stays(tmp_path: Path) -> None:
 def _swapped(tmp_path: Path) -> tuple[Path, str, str]:
     """A repository that this machine has used, in whose place the store has put another one of the same passphrase."""
     place = tmp_path / "repo"
-    create_destination(str(tmp_path / "other"), passphrase=lambda: "x")
-    mine = create_destination(str(place), passphrase=lambda: "x").config.id
+    create_repository(str(tmp_path / "other"), passphrase=lambda: "x")
+    mine = create_repository(str(place), passphrase=lambda: "x").config.id
     place.rename(tmp_path / "mine")
     (tmp_path / "other").rename(place)
     return place, mine, json.loads((place / "config").read_text())["id"]
@@ -194,23 +195,23 @@ def test_another_repository_at_a_known_address_is_refused_until_it_is_accepted(t
 
     for writing in (False, True):
         with pytest.raises(Corrupt, match=f"another repository is here .* {other}, and was {mine}") as caught:
-            open_destination(str(place), passphrase=unasked, writing=writing)
+            open_repository(str(place), passphrase=unasked, writing=writing)
         assert caught.value.subject == str(place)
         assert caught.value.hint is not None
         assert caught.value.hint.endswith(f"snapchain log {place} --accept-repository {other}")
     with pytest.raises(InvalidInput, match=f"the id of the repository here is {other}, not {mine}"):
-        open_destination(str(place), passphrase=lambda: "x", accept=mine)
-    opened = open_destination(str(place), passphrase=lambda: "x", accept=other)
+        open_repository(str(place), passphrase=lambda: "x", accept=mine)
+    opened = open_repository(str(place), passphrase=lambda: "x", accept=other)
     assert opened.notices == []
-    assert open_destination(str(place), passphrase=lambda: "x").config.id == other
+    assert open_repository(str(place), passphrase=lambda: "x").config.id == other
 
 
 def test_a_wrong_passphrase_accepts_nothing(tmp_path: Path) -> None:
     place, _, other = _swapped(tmp_path)
     with pytest.raises(InvalidInput, match="wrong passphrase"):
-        open_destination(str(place), passphrase=lambda: "y", accept=other)
+        open_repository(str(place), passphrase=lambda: "y", accept=other)
     with pytest.raises(Corrupt, match="another repository is here"):
-        open_destination(str(place), passphrase=lambda: "x")
+        open_repository(str(place), passphrase=lambda: "x")
 
 
 @pytest.mark.parametrize("spelling", ["link", "relative", "file", "dots", "slash"])
@@ -228,19 +229,19 @@ def test_every_spelling_of_a_known_address_is_known(
         "slash": f"{place}/",
     }[spelling]
     with pytest.raises(Corrupt, match="another repository is here"):
-        open_destination(address, passphrase=lambda: "x")
+        open_repository(address, passphrase=lambda: "x")
 
 
 def test_a_link_that_leads_elsewhere_now_is_another_repository_at_a_known_address(tmp_path: Path) -> None:
     link = tmp_path / "link"
     for name in ("one", "two"):
-        create_destination(str(tmp_path / name), passphrase=lambda: "x")
+        create_repository(str(tmp_path / name), passphrase=lambda: "x")
     link.symlink_to(tmp_path / "one")
-    open_destination(str(link), passphrase=lambda: "x")
+    open_repository(str(link), passphrase=lambda: "x")
     link.unlink()
     link.symlink_to(tmp_path / "two")
     with pytest.raises(Corrupt, match="another repository is here"):
-        open_destination(str(link), passphrase=lambda: "x")
+        open_repository(str(link), passphrase=lambda: "x")
 
 
 @pytest.mark.parametrize(
@@ -261,12 +262,12 @@ def test_one_endpoint_is_one_place_however_it_is_written(endpoint: str, same: st
 
 
 def _notices(place: Path) -> str:
-    return " ".join(open_destination(str(place), passphrase=lambda: "x").notices)
+    return " ".join(open_repository(str(place), passphrase=lambda: "x").notices)
 
 
 def test_a_machine_that_knows_nothing_of_an_address_says_so_once(tmp_path: Path) -> None:
     place = tmp_path / "repo"
-    assert create_destination(str(place), passphrase=lambda: "x").notices == []
+    assert create_repository(str(place), passphrase=lambda: "x").notices == []
     assert _notices(place) == ""
     shutil.rmtree(tmp_path / "state")
     assert "does not know the repository" in _notices(place)
@@ -279,7 +280,7 @@ def test_a_machine_that_knows_nothing_of_an_address_says_so_once(tmp_path: Path)
 @pytest.mark.parametrize("how", ["file", "foreign", "link", "read-only"])
 def test_state_that_cannot_be_used_is_told_each_time(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "repo"
-    create_destination(str(place), passphrase=lambda: "x")
+    create_repository(str(place), passphrase=lambda: "x")
     state = tmp_path / "state" / "snapchain"
     if how == "file":
         shutil.rmtree(state)
@@ -305,16 +306,16 @@ def test_damaged_state_is_told_with_its_file_and_stays_until_it_is_accepted(
     bad: bytes, suffix: str, tmp_path: Path
 ) -> None:
     place = tmp_path / "repo"
-    made = create_destination(str(place), passphrase=lambda: "x").config.id
+    made = create_repository(str(place), passphrase=lambda: "x").config.id
     (path,) = (tmp_path / "state").rglob(f"*{suffix}")
     path.write_bytes(bad)
     for _ in range(2):
         with pytest.raises(Corrupt, match="this file is damaged") as caught:
-            open_destination(str(place), passphrase=lambda: "x")
+            open_repository(str(place), passphrase=lambda: "x")
         assert caught.value.subject == str(path)
         assert str(caught.value.hint).endswith(f"--accept-repository {made}")
         assert path.read_bytes() == bad
-    open_destination(str(place), passphrase=lambda: "x", accept=made)
+    open_repository(str(place), passphrase=lambda: "x", accept=made)
     assert _notices(place) == ""
 
 

@@ -9,24 +9,22 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from snapchain.ops.ship.to_repository import shipment
 
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, joined
 from snapchain.objects.wrapper import StoreWrapper
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.verify import verify
-from snapchain.repository import index as indexes, sweep
+from snapchain.repository import collecting as gc, index as indexes, sweep
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.packer import Packer
 from snapchain.repository.packs import LARGEST_BLOB
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import CONFIG, Config, Repository, check_pack_size, parse_config
-from tests.ops.shipping import DISK, MiB
+from snapchain.repository.verification import verify
+from tests.ops.shipping import DISK, MiB, shipment
 from tests.ops.stacks import Layer, build
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))

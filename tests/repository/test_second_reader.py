@@ -17,9 +17,7 @@ from snapchain.model.content import content_id
 from snapchain.model.extents import DATA, ZERO, Extents
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
-from snapchain.ops import gc
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.repository import keys as slots
+from snapchain.repository import collecting as gc, keys as slots
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES
 from snapchain.repository.envelope import unseal
@@ -27,6 +25,7 @@ from snapchain.repository.layer_writer import Deposit, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.packs import PackReader
 from snapchain.repository.pages import Page
+from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from tests.repository import second_keys, second_reader, vectors
 from tests.repository.second_keys import Damaged, Keys, Newer, master_key, public_master

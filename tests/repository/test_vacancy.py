@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
@@ -16,6 +15,7 @@ from snapchain.ops import init
 from snapchain.replica.store import open_replica
 from snapchain.repository import repository as module
 from snapchain.repository.format import fresh_id, generation_name, index_name, layer_name, pack_name
+from snapchain.repository.opening import create_repository, open_repository
 from snapchain.repository.repository import Repository
 from tests.ops.shipping import local, ship
 from tests.ops.stacks import Layer, MiB, build
@@ -111,15 +111,15 @@ def strange(place: Path, kind: str) -> None:
 def test_names_that_no_object_has_count_as_well(tmp_path: Path, kind: str) -> None:
     strange(tmp_path, kind)
     with pytest.raises(Conflict, match="the place is not empty"):
-        create_destination(str(tmp_path), passphrase=secret)
+        create_repository(str(tmp_path), passphrase=secret)
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(NotFound, match="only other objects"):
-        open_destination(str(tmp_path), passphrase=secret)
+        open_repository(str(tmp_path), passphrase=secret)
 
 
 def test_a_new_filesystem_is_empty(tmp_path: Path) -> None:
     (tmp_path / "lost+found").mkdir()
-    create_destination(str(tmp_path), passphrase=secret)
+    create_repository(str(tmp_path), passphrase=secret)
 
 
 def replica(place: Path) -> Path:
@@ -138,8 +138,8 @@ def disk_of_replica(place: Path) -> Path:
 def test_a_replica_is_named_as_one(tmp_path: Path, make: Callable[[Path], Path], what: str) -> None:
     place = make(tmp_path / "r")
     attempts: list[tuple[type[SnapchainError], Callable[[], object]]] = [
-        (NotFound, lambda: open_destination(str(place), passphrase=secret)),
-        (Conflict, lambda: create_destination(str(place), passphrase=secret)),
+        (NotFound, lambda: open_repository(str(place), passphrase=secret)),
+        (Conflict, lambda: create_repository(str(place), passphrase=secret)),
         (Conflict, lambda: init.plan(str(place))),
     ]
     for error, attempt in attempts:

@@ -44,15 +44,20 @@ class Qcow2Writer:
     `subject` names the file in errors.
     """
 
-    def __init__(self, fd: int, layout: Layout, *, subject: object = None) -> None:
+    def __init__(self, fd: int, layout: Layout, *, subject: object = None, resumed: bool = False) -> None:
+        """resumed: an earlier run has begun the file."""
         self.layout = layout
+        self._resumed = resumed
         self._fd = fd
         self._subject = subject
         self._header = encode.header(layout)
         self._state = _State.NEW
 
     def __enter__(self) -> Self:
-        self.begin()
+        if self._resumed:
+            self.resume()
+        else:
+            self.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

@@ -6,24 +6,21 @@
     [keep]                             merge_above = 8                  password_file = "/etc/snapchain/vault"
     daily = 14
 
-Every field is said here, with its default; `document.py` turns mistakes into lines of the file.
+Every field is here, with its default; values.py has the ways in which values are written.
 """
 
 from __future__ import annotations
 
-import re
-import socket
-from dataclasses import dataclass
-from datetime import UTC, datetime, time, timedelta, tzinfo
+from datetime import UTC, tzinfo
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
-from snapchain.model.disk_name import check_disk_name
 from snapchain.model.points import check_label
 from snapchain.model.retention import Policy, parse_duration
+from snapchain.ops.nightly.values import Bytes, Seconds, Share, Window, check_template
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 
 Text = Annotated[str, Field(min_length=1)]
@@ -149,10 +146,11 @@ class Verify(_Part):
 
 
 class Destination(_Part):
-    """A repository. Its passphrase comes from a file, a program or a variable, SNAPCHAIN_PASSWORD by default.
+    """A repository or a replica. A repository's passphrase comes from a file, a program or a variable, by default
+    SNAPCHAIN_PASSWORD.
 
-    pack_size: bytes that an object has at most, instead of what the repository was made with; concurrency: disks that
-    ship to it at once; keep: instead of the common one
+    pack_size: largest object in bytes, instead of the repository's own limit; concurrency: disks that ship to it at
+    once; keep: instead of the common one; gc: only where the destination needs collecting
     """
 
     name: Text
@@ -218,113 +216,3 @@ class Nightly(_Part):
     def keep_of(self, destination: Destination) -> Policy:
         """The rules of a destination: its own or the common ones."""
         return (self.keep if destination.keep is None else destination.keep).policy
-
-
-# --- Sizes, seconds and shares as people write them in a configuration: "500G", "90s", "10min", "6h", "5%".
-#
-# Minutes are `min` and never `m`: retention writes months as `m`.
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", re.ASCII)
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%", re.ASCII)
-_POWERS = "BKMGT"
-_LENGTHS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-
-
-def to_bytes(value: object) -> object:
-    """Bytes of "500G"; numbers pass. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f'"{value}" is no size: write bytes, or a number with K, M, G or T, such as "500G"')
-    return int(float(match[1]) * 1024 ** _POWERS.index(match[2].upper() or "B"))
-
-
-def to_seconds(value: object) -> object:
-    """Seconds of "10min"; numbers pass. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    match = _SECONDS.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f'"{value}" is no length of time: write seconds, or "90s", "10min", "6h", "2d"')
-    return float(match[1]) * _LENGTHS[match[2]]
-
-
-def to_share(value: object) -> object:
-    """0.05 of "5%"; numbers pass. Raises ValueError."""
-    if not isinstance(value, str):
-        return value
-    match = _SHARE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f'"{value}" is no share: write it like "5%"')
-    return float(match[1]) / 100
-
-
-Bytes = Annotated[int, BeforeValidator(to_bytes)]
-Seconds = Annotated[float, BeforeValidator(to_seconds)]
-Share = Annotated[float, BeforeValidator(to_share)]
-
-
-# --- The hours in which work may be begun: "22:00-06:00", by the wall clock of a named time zone.
-
-_TEXT = re.compile(r"([01]\d|2[0-3]):([0-5]\d)\s*-\s*([01]\d|2[0-3]):([0-5]\d)", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """From `start` to `end`, which lies on the next day when it is not the later one."""
-
-    start: time
-    end: time
-
-    @classmethod
-    def parse(cls, text: str) -> Window:
-        """Raises ValueError."""
-        match = _TEXT.fullmatch(text.strip())
-        if match is None:
-            raise ValueError(f'"{text}" is no window: write it like "22:00-06:00"')
-        hour, minute, end_hour, end_minute = map(int, match.groups())
-        start, end = time(hour, minute), time(end_hour, end_minute)
-        if start == end:
-            raise ValueError(f'"{text}" is no window: leave it out if any hour will do')
-        return cls(start, end)
-
-    def closes(self, now: datetime, zone: tzinfo) -> datetime | None:
-        """When the window that is open at `now` closes, in UTC; None when it is shut."""
-        today = now.astimezone(zone).date()
-        for day in (today - timedelta(days=1), today):
-            # Through UTC: subtracting local times would miss that the clocks were changed in between.
-            opened = datetime.combine(day, self.start, zone).astimezone(UTC)
-            last = day if self.end > self.start else day + timedelta(days=1)
-            closed = datetime.combine(last, self.end, zone).astimezone(UTC)
-            if opened <= now < closed:
-                return closed
-        return None
-
-    def __str__(self) -> str:
-        return f"{self.start:%H:%M}-{self.end:%H:%M}"
-
-
-# --- Names of disks by a template: "{parent}/{stem}" of /images/web1/vda.qcow2 is web1/vda.
-
-_FIELD = re.compile(r"\{([^{}]*)\}")
-_FIELDS = ("stem", "name", "parent", "host")
-
-
-def check_template(template: str) -> str:
-    """Raises ValueError for a template with unknown fields."""
-    # Not str.format: its fields may look into objects.
-    for field in _FIELD.findall(template):
-        if field not in _FIELDS:
-            known = ", ".join(f"{{{each}}}" for each in _FIELDS)
-            raise ValueError(f'"{{{field}}}" is no field of a name: known are {known}')
-    if set("{}") & set(_FIELD.sub("", template)):
-        raise ValueError(f'"{template}" has a brace without its other half')
-    return template
-
-
-def disk_name(template: str, image: Path) -> str:
-    """The name that the template gives an image. Raises InvalidInput when no disk can be named so."""
-    values = {"stem": image.stem, "name": image.name, "parent": image.parent.name, "host": socket.gethostname()}
-    return check_disk_name(_FIELD.sub(lambda match: values[match[1]], template))

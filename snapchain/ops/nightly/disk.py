@@ -15,22 +15,22 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.merge import sequence as merge_set
 from snapchain.merge.request import At
 from snapchain.model.events import Event, Notice, OnEvent, Progress
-from snapchain.ops.merge_repository import RepositoryMerge, RepositoryMergeReport
-from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
-from snapchain.ops.nightly.local_merge import ImageFacts, Sealed, look
+from snapchain.ops.nightly.local_chain import ImageFacts, Sealed, look
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import CutOffError, Limits
 from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.ops.ship.run import ShipReport, ShipRequest, opened
 from snapchain.source import sealing as snapshot
 
 _TRIES = 2
@@ -198,10 +198,10 @@ class DiskRun:
         return _Captured(sealed, facts, moment, how)
 
     def _check_anybody_there(self) -> None:
-        """Without any destination a snapshot would only make the chain longer. Raises what the last of them raised."""
+        """Without any destination a snapshot would only make the chain longer. Raises the error of the last of them."""
         for number, place in enumerate(self._places, start=1):
             try:
-                place.open()
+                place.reach(self._disk.name)
             except SnapchainError:
                 if number == len(self._places):
                     raise
@@ -229,26 +229,26 @@ class DiskRun:
 
     def _shipped(self, place: OpenDestination, captured: _Captured) -> ShipReport:
         sealed = captured.sealed
-        with place.turn() as repository:
+        with place.turn() as destination:
             self._night.limits.check()  # the turn may have been long in coming
-            with shipment(
-                sealed.path,
-                repository,
-                self._disk.name,
+            request = ShipRequest(
+                image=sealed.path,
+                disk=self._disk.name,
                 labels=self._settings.labels,
                 time=None if captured.how == "off" else captured.moment,
                 format=sealed.format,
                 image_dirs=self._dirs,
-                on_event=self._on_event,
-            ) as work:
+            )
+            with opened(request, destination, on_event=self._on_event) as work:
                 self._night.limits.take("ship", work.plan().bytes_to_read)
                 report = work.run(on_event=self._while_there_is_time)
-            catalogue = repository.catalogue(self._disk.name)
+            (there,) = destination.disks(self._disk.name)
+        assert report.point is not None, "a destination that answers numbers each point"
         reached = Reached(
             captured=captured.moment,
             point=report.point,
-            points=len(catalogue.points),
-            layers=len(catalogue.parents),
+            points=len(there.points),
+            layers=there.layers,
             shipped_bytes=report.bytes_read,
             stored_bytes=report.bytes_stored,
         )
@@ -280,18 +280,18 @@ class DiskRun:
         if len(captured.facts.files) + sealed.beyond <= cap:
             return
         at = [At(place.name, place.open(), self._disk.name) for place in self._places]
-        planned, cut = local_merge.plan(image, settings, at=at, budget=None), None
+        planned, cut = local_chain.plan(image, settings, at=at, budget=None), None
         left = limits.left("merge")
-        if left is not None and local_merge.moved(planned) > left:
-            smaller = local_merge.plan(image, settings, at=at, budget=left)
-            cut = f"the budget of bytes to merge has {left} left, and this needs {local_merge.moved(planned)}"
+        if left is not None and local_chain.moved(planned) > left:
+            smaller = local_chain.plan(image, settings, at=at, budget=left)
+            cut = f"the budget of bytes to merge has {left} left, and this needs {local_chain.moved(planned)}"
             # What is larger than a whole budget would else never be done.
             planned = smaller if smaller.plans or limits.has_begun("merge") else planned
         for notice in planned.notices:
             self._on_event(Notice(notice))
-        self._show(why_not_merged=cut or local_merge.why_longer(planned, settings))
+        self._show(why_not_merged=cut or local_chain.why_longer(planned, settings))
         if planned.plans:
-            limits.take("merge", local_merge.moved(planned))
+            limits.take("merge", local_chain.moved(planned))
             try:
                 report = merge_set.run(planned, on_event=self._on_event)
             except Busy as error:  # the guest was started again, as it may: merging under it is the live path
@@ -319,11 +319,11 @@ class DiskRun:
         self._keep(destinations={**self._state.destinations, place.name: reached})
         return result.model_copy(update={"retention": done.value, **kept})
 
-    def _retained(self, place: OpenDestination) -> RepositoryMergeReport:
-        with place.turn() as repository:
+    def _retained(self, place: OpenDestination) -> PointsMergeReport:
+        with place.turn() as destination:
             self._night.limits.check()
             zone, now = self._night.config.zone, self._night.clock()
-            work = RepositoryMerge(repository, self._disk.name, place.policy, zone=zone, now=now)
+            work = destination.merging(self._disk.name, place.policy, zone=zone, now=now)
             return work.run(on_event=partial(self._on_event, where=f" at {place.name}"))
 
     def _show(self, **values: Any) -> None:

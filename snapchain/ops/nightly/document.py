@@ -1,4 +1,4 @@
-"""From a file to a checked configuration: every mistake with the file, its line and its field, all at once."""
+"""From a file to a checked configuration: every mistake by its dotted key (`disks[2].destinations`), all at once."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from snapchain.errors import InvalidInput
 from snapchain.host.terminal import printable
 from snapchain.host.trusted import read_trusted
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.toml_lines import OpenDestination, lines_of
 
-_AT_LINE = re.compile(r"\(at line (\d+), column \d+\)|\(at end of document\)")
+Place = tuple[str | int, ...]
+"""The keys and positions that lead to a value."""
 _SECRET = {"password", "passphrase", "secret"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Mistake:
-    place: OpenDestination
+    place: Place
     message: str
 
 
@@ -47,14 +47,11 @@ def load(path: Path) -> Nightly:
 
 
 def parse(text: str, *, path: Path) -> Nightly:
-    """The configuration that the text of `path` says. Raises InvalidInput."""
+    """The configuration in this text of the file `path`. Raises InvalidInput."""
     try:
         said = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        match = _AT_LINE.search(str(error))
-        line = int(match[1]) if match and match[1] else text.count("\n") + 1
-        message = _AT_LINE.sub("", str(error)).strip()
-        raise InvalidInput(f"not TOML: {message}", subject=f"{path}:{line}") from error
+        raise InvalidInput(f"not TOML: {error}", subject=path) from error
     said.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem) or "nightly")
     try:
         config = Nightly.model_validate(said)
@@ -64,14 +61,14 @@ def parse(text: str, *, path: Path) -> Nightly:
         inside = {each["loc"][:-1] for each in found} | {each["loc"][:1] for each in found if len(each["loc"]) > 1}
         said_twice = [each for each in found if each["type"] == "too_short" and each["loc"] in inside]
         mistakes = [_mistake(each["loc"], each["type"], each["msg"]) for each in found if each not in said_twice]
-        raise _refusal(mistakes, text, path) from error
+        raise _refusal(mistakes, path) from error
     mistakes = list(_contradictions(config))
     if mistakes:
-        raise _refusal(mistakes, text, path)
+        raise _refusal(mistakes, path)
     return _absolute(config, path.parent)
 
 
-def _mistake(place: OpenDestination, kind: str, said: str) -> _Mistake:
+def _mistake(place: Place, kind: str, said: str) -> _Mistake:
     if kind == "extra_forbidden":
         return _Mistake(place, _unknown(place))
     if kind == "missing":
@@ -83,7 +80,7 @@ def _mistake(place: OpenDestination, kind: str, said: str) -> _Mistake:
     return _Mistake(place, message[:1].lower() + message[1:] if message[1:2].islower() else message)
 
 
-def _unknown(place: OpenDestination) -> str:
+def _unknown(place: Place) -> str:
     name = str(place[-1])
     if name in _SECRET:
         return (
@@ -94,7 +91,7 @@ def _unknown(place: OpenDestination) -> str:
     return f"is unknown here; did you mean {near[0]}?" if near else f"is unknown here; known are {', '.join(known)}"
 
 
-def _fields_at(place: OpenDestination) -> list[str]:
+def _fields_at(place: Place) -> list[str]:
     """The names that may stand in the table at `place`."""
     model: type[BaseModel] = Nightly
     for step in place:
@@ -129,26 +126,17 @@ def _contradictions(config: Nightly) -> Iterator[_Mistake]:
                 yield _Mistake(("disks", number, "destinations", place), message)
 
 
-def _refusal(mistakes: list[_Mistake], text: str, path: Path) -> InvalidInput:
-    lines = lines_of(text)
-    told = sorted({(_line(each.place, lines), f"{_field(each.place)}: {each.message}") for each in mistakes})
-    if len(told) == 1:
-        line, message = told[0]
-        return InvalidInput(message, subject=f"{path}:{line}")
-    rows = "".join(f"\n    {path.name}:{line}: {printable(message)}" for line, message in told)
-    refusal = InvalidInput(f"{len(told)} mistakes{rows}", subject=path)
+def _refusal(mistakes: list[_Mistake], path: Path) -> InvalidInput:
+    found = list(dict.fromkeys(f"{_field(each.place)}: {each.message}" for each in mistakes))
+    if len(found) == 1:
+        return InvalidInput(found[0], subject=path)
+    rows = "".join(f"\n    {printable(message)}" for message in found)
+    refusal = InvalidInput(f"{len(found)} mistakes{rows}", subject=path)
     refusal.has_rows = True
     return refusal
 
 
-def _line(place: OpenDestination, lines: dict[OpenDestination, int]) -> int:
-    """Of what is at `place`, or of the nearest thing around it that is there."""
-    while place and place not in lines:
-        place = place[:-1]
-    return lines.get(place, 1)
-
-
-def _field(place: OpenDestination) -> str:
+def _field(place: Place) -> str:
     """disks[0].hooks.before"""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
     return text.removeprefix(".") or "the whole"

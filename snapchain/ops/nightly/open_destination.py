@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from snapchain.destinations import open_destination
+from snapchain.destination.protocol import Destination as AnyDestination
+from snapchain.destination.traits import Traits
+from snapchain.destinations import open_destination, traits_of
 from snapchain.errors import InvalidInput, SnapchainError, Unavailable
 from snapchain.host import passphrases
 from snapchain.model.retention import Policy
-from snapchain.ops.nightly import open_destination as passphrase
 from snapchain.ops.nightly.config import Destination
-from snapchain.repository.repository import CONFIG, Repository
 
 _PATIENCE = 2
-"""So many shipments in a row find it unavailable, and the other disks do not try it: each has retried for minutes."""
+"""After so many failures in a row other disks do not try the destination: each has retried for minutes."""
+_DEFAULT = "SNAPCHAIN_PASSWORD"
 
 
 class OpenDestination:
@@ -28,19 +29,25 @@ class OpenDestination:
         self.name = config.name
         self.policy = policy
         self._writing, self._on_notice = writing, on_notice
-        self._opened: Repository | None = None
+        self._opened: AnyDestination | None = None
         self._fault: SnapchainError | None = None
+        self._answered = False
         self._in_a_row = 0
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(config.concurrency)
+
+    @property
+    def traits(self) -> Traits:
+        """What kind of destination it is; it need not be reachable."""
+        return traits_of(self.config.url)
 
     @property
     def fault(self) -> SnapchainError | None:
         """Why it is not used any more in this run."""
         return self._fault
 
-    def open(self) -> Repository:
-        """The repository. Raises what opening it raised, also later: it is not tried again in this run."""
+    def open(self) -> AnyDestination:
+        """The destination. Raises the error of the first attempt, also later: it is not tried again in this run."""
         with self._lock:
             if self._fault is not None:
                 raise self._fault
@@ -48,7 +55,7 @@ class OpenDestination:
                 try:
                     self._opened = open_destination(
                         self.config.url,
-                        passphrase=passphrase.source(self.config, on_notice=self._note),
+                        passphrase=passphrase_of(self.config, on_notice=self._note),
                         writing=self._writing,
                         limit_rate=self.config.limit_rate,
                         pack_size=self.config.pack_size,
@@ -60,11 +67,25 @@ class OpenDestination:
                     self._note(notice)
             return self._opened
 
-    def _note(self, words: str) -> None:
-        self._on_notice(f"{self.name}: {words}")
+    def reach(self, disk: str) -> None:
+        """Open it, and see once in a run that it answers: opening a replica sends nothing. disk: any name.
+
+        Raises as `open`, and Unavailable.
+        """
+        opened = self.open()
+        if not self._answered:
+            error = _unreachable(opened, disk)
+            if error is not None:
+                with self._lock:
+                    self._fault = error
+                raise error
+            self._answered = True
+
+    def _note(self, text: str) -> None:
+        self._on_notice(f"{self.name}: {text}")
 
     @contextmanager
-    def turn(self) -> Iterator[Repository]:
+    def turn(self) -> Iterator[AnyDestination]:
         """One of the few that may write to it at once."""
         with self._turns:
             opened = self.open()
@@ -73,30 +94,29 @@ class OpenDestination:
             except Unavailable as error:
                 with self._lock:
                     self._in_a_row += 1
-                    if self._in_a_row >= _PATIENCE and not _answers(opened):
+                    if self._in_a_row >= _PATIENCE and _unreachable(opened, "any") is not None:
                         self._fault = error
                 raise
             self._in_a_row = 0
 
 
-def _answers(repository: Repository) -> bool:
-    """Whether it was an image that could not be read, and the destination is sound."""
+def _unreachable(destination: AnyDestination, disk: str) -> Unavailable | None:
+    """The error of a destination that does not answer a small request. Others concern the disk, not the destination."""
     try:
-        repository.store.get(CONFIG)
+        destination.disks(disk)
+    except Unavailable as error:
+        return error
     except SnapchainError:
-        return False
-    return True
+        pass
+    return None
 
 
-# --- Where a destination's passphrase comes from: a file, a program, or a variable of the environment.
-#
-# A service gets the content of files as systemd's credentials, by the destination's name (systemd.py).
+def passphrase_of(destination: Destination, *, on_notice: passphrases.OnNotice) -> Callable[[], str]:
+    """A function that returns the passphrase: from a file, a program, or a variable of the environment.
 
-_DEFAULT = "SNAPCHAIN_PASSWORD"
-
-
-def source(destination: Destination, *, on_notice: passphrases.OnNotice) -> Callable[[], str]:
-    """A function that gives the passphrase when asked. It raises InvalidInput where nobody has set one."""
+    A service gets the content of files as systemd's credentials, by the destination's name (systemd.py).
+    The function raises InvalidInput where nobody has set a passphrase.
+    """
     configured = _configured(destination, on_notice)
     if destination.password_command is not None or destination.password_env is not None:
         return configured
@@ -113,7 +133,7 @@ def _configured(destination: Destination, on_notice: passphrases.OnNotice) -> Ca
 
 
 def _credential(name: str, on_notice: passphrases.OnNotice) -> str | None:
-    """The passphrase that systemd has handed over. None where it has none for this destination, or only a line end."""
+    """The passphrase in systemd's credential for this destination. None where there is none, or only a line end."""
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     if not directory or "/" in name:
         return None

@@ -10,11 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.merge_repository import RepositoryMerge
-from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import missing_programs
-from snapchain.ops.nightly.local_merge import ImageFacts, Sealed, look
+from snapchain.ops.nightly.local_chain import ImageFacts, Sealed, look
 from snapchain.ops.nightly.maintenance import turns
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import limits_of
@@ -23,7 +22,7 @@ from snapchain.ops.nightly.run import directory_of, now_utc
 from snapchain.ops.nightly.selection import SelectedDisk, disk_list
 from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.ship.to_repository import shipment
+from snapchain.ops.ship.run import ShipRequest, plan as plan_ship
 from snapchain.source import sealing as snapshot
 
 
@@ -173,28 +172,19 @@ class _Look:
         shown = ShipPreview(destination=place.name)
 
         def look_there() -> ShipPreview:
-            with (
-                place.turn() as repository,
-                shipment(
-                    sealed.path,
-                    repository,
-                    self._disk.name,
-                    format=sealed.format,
-                    image_dirs=self._dirs,
-                ) as work,
-            ):
-                plan = work.plan()
+            request = ShipRequest(image=sealed.path, disk=self._disk.name, format=sealed.format, image_dirs=self._dirs)
+            with place.turn() as destination:
+                plan = plan_ship(request, destination)
                 update = {"layers_present": plan.layers_present, "bytes_to_read": plan.bytes_to_read}
                 return shown.model_copy(update=update)
 
         def dropped() -> tuple[int, ...]:
+            zone, now = self._config.zone, self._now
             try:
-                merge = RepositoryMerge(
-                    place.open(), self._disk.name, place.policy, zone=self._config.zone, now=self._now
-                )
+                plan = place.open().merging(self._disk.name, place.policy, zone=zone, now=now).plan()
             except NotFound:  # its first point is yet to come
                 return ()
-            return tuple(each.point for each in merge.plan().points if not each.kept)
+            return tuple(each.point for each in plan.points if not each.kept)
 
         done = self._steps.attempt(f"ship to {place.name}", look_there)
         if done.value is None or place.policy.is_empty:
@@ -214,7 +204,7 @@ class _Look:
         present = {place.name: sealed for place in self._places}
         found = self._steps.attempt(
             "local merge",
-            lambda: local_merge.outlook(self._disk.image, self._disk.settings, present=present, more=made),
+            lambda: local_chain.outlook(self._disk.image, self._disk.settings, present=present, more=made),
         ).value
         if not found:
             return (), "no neighbouring layers are free to be merged"
@@ -230,4 +220,6 @@ def _upkeep(
     ]
     known = state.destinations.get(place.name, DestinationState())
     verified = turns(there, known.verified, wanted.disks, now=now, damaged=known.damaged) if wanted else []
-    return MaintenancePreview(destination=place.name, gc=place.config.gc, verify=tuple(verified))
+    return MaintenancePreview(
+        destination=place.name, gc=place.config.gc and place.traits.needs_collecting, verify=tuple(verified)
+    )

@@ -10,10 +10,9 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.destination.records import GcReport, PointsMergeReport
 from snapchain.errors import SnapchainError
 from snapchain.merge.sequence import MergeSetReport
-from snapchain.ops.gc import GcReport
-from snapchain.ops.merge_repository import RepositoryMergeReport
 
 
 class Outcome(StrEnum):
@@ -78,7 +77,7 @@ class ShipResult(_Shown):
     bytes_read: int = 0
     bytes_stored: int = 0
     content_id: str | None = None
-    retention: RepositoryMergeReport | None = None
+    retention: PointsMergeReport | None = None
     points: int | None = None
     layers: int | None = None
     damaged: tuple[int, ...] = ()

@@ -22,9 +22,10 @@ from pathlib import Path
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.directory import place_to_change, real_path
 from snapchain.image.references import Unread, children
-from snapchain.ops.nightly.config import Disks, Nightly, disk_name
+from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.state import State
+from snapchain.ops.nightly.values import disk_name
 from snapchain.source.notes import Notes
 
 _NUMBERED = re.compile(r"(.+)\.[0-9]+(\.[^.]+)")

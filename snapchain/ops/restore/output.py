@@ -1,8 +1,9 @@
 """A new file that appears under its name only when it is whole.
 
 It grows beside its place as `.NAME.snapchain-part-<random>`, made for it alone and locked (flock) as long as it grows.
-So nothing that lies there is ever taken up, and a second run, or the doctor, tells a file that is being written from
-one that a killed run has left: the latter goes.
+So a second run, or the doctor, tells a file that is being written from one that a killed run has left. An extended
+attribute of the file says what it was to hold and how far it had come: a run that is to write the same continues it,
+any other removes it. What it continues is read back with the rest before it gets its name.
 """
 
 from __future__ import annotations
@@ -10,32 +11,54 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from snapchain.errors import Busy, Conflict, InvalidInput
+from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unavailable
 from snapchain.host import files
 from snapchain.host.directory import Directory
 from snapchain.host.locks import ImageLock
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import RESTORE, temporary_beside, temporary_of
 
+WORTH = 32 << 20
+"""Guest bytes: a run that was cut off before it had written so many is begun anew. So often progress is noted."""
+_NOTE = "user.snapchain.restore"
+_WHOLE = "whole"
+_LONGEST_OFFSET = 19
 _TRIES, _PAUSE = 40, 0.05
 """For the lock on a directory, which is held for a few calls only: then it is done without."""
 
 
+@dataclass(slots=True)
+class Effort:
+    """What the files of one restore would cost to write again: guest bytes that this run or an earlier one wrote."""
+
+    bytes: int = 0
+
+
 class OutputFile:
-    """A context manager; without `publish` the file is gone on leaving.
+    """A context manager; without `publish` the file is gone on leaving, unless it is worth to be continued.
 
     path: no symbolic link; name: by which it is known, which may be a link to it
+    origin: equal only where every byte has the same place and the same source; None where nothing is continued
+    effort: of all files that are continued or thrown away together
+    start: guest offset below which an earlier run has written everything; is_whole: whether it had finished the file
     """
 
-    def __init__(self, path: Path, *, name: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, name: Path | None = None, origin: str | None = None, effort: Effort | None = None
+    ) -> None:
         self.path = path
+        self._origin, self._effort = origin, effort or Effort()
+        self._noted = self._since = self.start = 0
+        self.is_whole = False
         self.name = path if name is None else name
         self._temporary = temporary_beside(path, purpose=RESTORE)
         self.fd = -1
@@ -56,11 +79,13 @@ class OutputFile:
             # One run at a time looks and begins, so that of two that begin at once one sees the other.
             with _alone_in(listed) as alone:
                 for part in parts_of(self.path) if alone else ():
-                    remove_part(part)
-                with os_errors(self.path):
-                    self.fd = directory.create(self._temporary.name)
-                with suppress(OSError):  # a filesystem without locks: then the file counts as in use
-                    fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if self.fd >= 0 or not self._continue(part):
+                        remove_part(part)
+                if self.fd < 0:
+                    with os_errors(self.path):
+                        self.fd = directory.create(self._temporary.name)
+                    with suppress(OSError):  # a filesystem without locks: then the file counts as in use
+                        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException:
             self._close()
             raise
@@ -69,10 +94,51 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.fd >= 0:
+        if self.fd >= 0 and not self._is_worth_it(error):
             with os_errors(self.path):
                 self._place.remove(self._temporary.name, only=os.fstat(self.fd))
         self._close()
+
+    def note(self, offset: int, count: int) -> None:
+        """All below guest offset `offset` is in the file, `count` bytes more than at the last call."""
+        self._effort.bytes += count
+        self._since += count
+        if self._since >= WORTH:
+            self._since = 0
+            self._note(str(offset))
+
+    def note_whole(self) -> None:
+        """The file is finished and flushed."""
+        self._note(_WHOLE)
+
+    def _note(self, position: str) -> None:
+        if self._origin is not None:
+            with suppress(OSError):  # a filesystem without extended attributes: then nothing is continued
+                os.setxattr(self.fd, _NOTE, f"{self._origin} {position}".encode())
+
+    def _is_worth_it(self, error: BaseException | None) -> bool:
+        """Whether the next run should continue the file: it was cut off, and is neither wrong nor out of room."""
+        if error is None or self._origin is None or self._effort.bytes < WORTH:
+            return False
+        is_cut_off = isinstance(error, Unavailable) and error.subject != str(self.path)
+        return (is_cut_off or not isinstance(error, SnapchainError)) and _position(self.fd, self._origin) is not None
+
+    def _continue(self, part: Path) -> bool:
+        """Take up a file that an earlier run has left, if it was to hold the same. Raises Busy while it grows."""
+        if self._origin is None:
+            return False
+        fd = _opened_part(self._place, part, writing=True)
+        position = None if fd is None else _position(fd, self._origin)
+        if fd is None:
+            return False
+        if position is None:
+            os.close(fd)
+            return False
+        self.fd, self._temporary = fd, part
+        self.is_whole = position == _WHOLE
+        self.start = sys.maxsize if self.is_whole else int(position)
+        self._effort.bytes += WORTH
+        return True
 
     def check_can_stand_for(self, replaced: ImageLock) -> None:
         """Raises InvalidInput unless the owner and the group of a file that this one is to replace can be kept."""
@@ -97,6 +163,8 @@ class OutputFile:
         Raises Conflict when another file has the name.
         """
         with os_errors(self.path):
+            with suppress(OSError):
+                os.removexattr(self.fd, _NOTE)
             if replaced is not None:
                 files.copy_standing(replaced.fd, self.fd, subject=self.path, directory=self._place)
                 os.fsync(self.fd)
@@ -150,24 +218,61 @@ def is_part(part: Path, status: os.stat_result, *, of_anybody: bool = False) -> 
 def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
     """Remove an unfinished file of a killed run. Returns whether it was one. Raises Busy while a run writes it."""
     with files.directory_of(part) as directory:
-        try:
-            fd = directory.open_file(part.name)
-        except (OSError, InvalidInput):  # gone, a link, a socket, another user's: no run of ours is to be waited for
+        fd = _opened_part(directory, part, of_anybody=of_anybody)
+        if fd is None:
             return False
         try:
-            status = os.fstat(fd)
-            if not is_part(part, status, of_anybody=of_anybody):
-                return False
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Busy("another snapchain is writing it", subject=meant_for(part), hint="wait for it") from error
-            except OSError:  # no locks here: it counts as in use
-                return False
             # Not where it got its final name before it was locked here.
-            return directory.remove(part.name, only=status)
+            return directory.remove(part.name, only=os.fstat(fd))
         finally:
             os.close(fd)
+
+
+def written_before(path: Path, origin: str) -> int:
+    """Guest offset below which an earlier run has written all that a file of this origin is to hold."""
+    for part in parts_of(path):
+        try:
+            with files.directory_of(part) as directory:
+                fd = directory.open_file(part.name)
+        except (OSError, InvalidInput):
+            continue
+        try:
+            position = _position(fd, origin) if is_part(part, os.fstat(fd)) else None
+        finally:
+            os.close(fd)
+        if position is not None:
+            return sys.maxsize if position == _WHOLE else int(position)
+    return 0
+
+
+def _opened_part(directory: Directory, part: Path, *, writing: bool = False, of_anybody: bool = False) -> int | None:
+    """A locked descriptor of an unfinished file of a killed run; None for what is none. Raises Busy."""
+    try:
+        fd = directory.open_file(part.name, writing=writing)
+    except (OSError, InvalidInput):  # gone, a link, a socket, another user's: no run of ours is to be waited for
+        return None
+    try:
+        if not is_part(part, os.fstat(fd), of_anybody=of_anybody):
+            os.close(fd)
+            return None
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise Busy("another snapchain is writing it", subject=meant_for(part), hint="wait for it") from error
+    except OSError:  # no locks here: it counts as in use
+        os.close(fd)
+        return None
+    return fd
+
+
+def _position(fd: int, origin: str) -> str | None:
+    """How far a file of this origin has come; None for another file."""
+    try:
+        said, _, position = os.getxattr(fd, _NOTE).decode("ascii", "replace").partition(" ")
+    except OSError:
+        return None
+    is_sound = position == _WHOLE or (position.isdecimal() and len(position) < _LONGEST_OFFSET)
+    return position if said == origin and is_sound else None
 
 
 def _is(path: Path, status: os.stat_result) -> bool:

@@ -31,7 +31,7 @@ from snapchain.image.dependent_search import find_dependents, image_directories
 from snapchain.image.dependents import Dependents, search
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.hold import word_against
-from snapchain.ops.restore.output import OutputFile, exists
+from snapchain.ops.restore.output import Effort, OutputFile, exists, meant_for
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import remedy_against, told
 
@@ -73,7 +73,7 @@ class RestorePlan(BaseModel):
 class RestoreReport(BaseModel):
     """What `restore` did.
 
-    bytes_written: guest bytes of DATA written
+    bytes_written: guest bytes of DATA written; bytes_resumed: those of them that an earlier run had written
     incomplete: what the search for users of a file that was replaced could not look at, a sentence
     """
 
@@ -85,6 +85,7 @@ class RestoreReport(BaseModel):
     files: tuple[str, ...]
     virtual_size: int
     bytes_written: int
+    bytes_resumed: int = 0
     content_id: str
     incomplete: str | None = None
 
@@ -113,6 +114,12 @@ class Target:
     def replaces(self) -> bool:
         """Whether something is there."""
         return self._is_there
+
+    def has_parts(self) -> bool:
+        """Whether an earlier run has left a part of OUT, or of the files below it."""
+        stem = f"{self.file.stem}."
+        targets = [meant_for(path) for path in self.file.parent.iterdir() if path.name.startswith(f".{stem}")]
+        return any(target is not None and (self.whole_chain or target == self.file) for target in targets)
 
     def lower(self, layer: str, kind: Format) -> Path:
         """The file of a layer below OUT, by its name beside OUT, which may be a link."""
@@ -201,14 +208,25 @@ class Claim:
         self.lock: ImageLock | None = None
         self.incomplete: str | None = None
         self._kept: list[ImageLock] = []
+        self._outputs: list[OutputFile] = []
+        self._effort = Effort()
 
-    def output(self, name: Path) -> OutputFile:
-        """Begin a file of the restore, by its name. Raises Busy, and as `Target` for a name that does not do."""
+    @property
+    def allocated(self) -> int:
+        """Bytes that the files have on disk by now."""
+        return sum(os.fstat(output.fd).st_blocks * 512 for output in self._outputs if output.fd >= 0)
+
+    def output(self, name: Path, *, origin: str | None = None) -> OutputFile:
+        """Begin or continue a file of the restore, by its name. origin: as of OutputFile.
+
+        Raises Busy, and as `Target` for a name that does not do.
+        """
         followed = follow(name) if name != self._target.file else None
         path = _file(name, followed)
         if followed is not None and followed.by_link and _status(path) is None and not self._target.force:
             raise exists(name)
-        output = self._stack.enter_context(OutputFile(path, name=name))
+        output = self._stack.enter_context(OutputFile(path, name=name, origin=origin, effort=self._effort))
+        self._outputs.append(output)
         if followed is None and self.lock is not None:
             output.check_can_stand_for(self.lock)
         return output

@@ -10,22 +10,20 @@ does not believe the other side compares it with a sum that was counted here.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain as chained
 
 import numpy as np
 
 from snapchain.destination.writing import HeldLayer, NewestLeaves
 from snapchain.image import ImageChain
-from snapchain.image.leaves import WORKERS, LeafTable, leaf_hashes, read_window
+from snapchain.image.leaves import LeafTable, in_order, leaves_of, read_window
 from snapchain.image.windows import Window, windows
-from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, sum_of
+from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, empty_sum, sum_of
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, covering, over, rounded, where
 
-_UNDER_WAY = 4
 _NO_LEAVES = np.empty(0, np.int64), np.empty((0, HASH_BYTES), np.uint8)
 
 
@@ -34,11 +32,13 @@ class Difference:
     """A layer that makes the newest content show the image.
 
     extents: its map; table: the leaves there that it replaces or cuts off; total: the content sum of the result
+    read: the content sum of what was read of the view
     """
 
     extents: Extents
     table: LeafTable
     total: Sum
+    read: Sum
 
     @property
     def is_none(self) -> bool:
@@ -70,23 +70,22 @@ def compare(
 
     region: as `region_of` gives it; on_bytes: called with how many bytes were read since the last call
     """
-    if leaves.touched is not None:
-        region = over(region, leaves.touched.resized(view.size, ABSENT))
     found = _Found(view.size)
     hot = to_read(region, view)
     portions: Iterator[tuple[int, Int64s, Hashes]] = leaves.portions()
     if view.size > there.size:
         portions = chained(portions, [(view.size, *_NO_LEAVES)])
     done = 0
-    for end, numbers, hashes in portions:
+    for end, listed, listed_hashes in portions:
         stop = -(-end // LEAF_BYTES) * LEAF_BYTES
-        inside = numbers * LEAF_BYTES < view.size
-        found.cut_off(numbers[~inside], hashes[~inside])
-        numbers, hashes = numbers[inside], hashes[inside]
-        chosen = region.values_at(numbers * LEAF_BYTES) == DATA
-        numbers, hashes = numbers[chosen], hashes[chosen]
+        inside = listed * LEAF_BYTES < view.size
+        found.cut_off(listed[~inside], listed_hashes[~inside])
+        chosen = inside
+        chosen[inside] = region.values_at(listed[inside] * LEAF_BYTES) == DATA
+        numbers, hashes = listed[chosen], listed_hashes[chosen]
         at = 0
-        for window, mine in _hashed(view, windows(hot, since=done, until=stop)):
+        for window, mine, total in in_order(partial(_hashed, view), windows(hot, since=done, until=stop)):
+            found.read = found.read + total
             upto = int(np.searchsorted(numbers, -(-window.stop // LEAF_BYTES)))
             found.compare(mine, (numbers[at:upto], hashes[at:upto]))
             on_bytes(window.length)
@@ -103,6 +102,7 @@ class _Found:
     zeroed: list[Int64s] = field(default_factory=list)
     replaced: list[tuple[Int64s, Hashes]] = field(default_factory=list)
     added: list[Sum] = field(default_factory=list)
+    read: Sum = field(default_factory=empty_sum)
 
     def cut_off(self, numbers: Int64s, hashes: Hashes) -> None:
         """Leaves there that lie wholly past the end of the view."""
@@ -132,7 +132,7 @@ class _Found:
         for added in self.added:
             total = total + added
         data, zero = self._covered(self.changed, DATA), self._covered(self.zeroed, ZERO)
-        return Difference(over(zero, data), table, total)
+        return Difference(over(zero, data), table, total, self.read)
 
     def _covered(self, parts: list[Int64s], val: int) -> Extents:
         first = np.sort(np.concatenate([_NO_LEAVES[0], *parts])) * LEAF_BYTES
@@ -140,28 +140,14 @@ class _Found:
         return held.mapped(np.where(held.val == DATA, np.int64(val), held.val))
 
 
-def _hashed(view: ImageChain, portions: Iterator[Window]) -> Iterator[tuple[Window, tuple[Int64s, Hashes]]]:
-    """Each window with the hashes of its leaves, in order, on several threads."""
-
-    def work(window: Window) -> tuple[Window, tuple[Int64s, Hashes]]:
-        return window, leaf_hashes(window, read_window(view, window))
-
-    under_way: deque[Future[tuple[Window, tuple[Int64s, Hashes]]]] = deque()
-    pool = ThreadPoolExecutor(WORKERS, "compare")
-    try:
-        for window in portions:
-            under_way.append(pool.submit(work, window))
-            if len(under_way) > WORKERS * _UNDER_WAY:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _hashed(view: ImageChain, window: Window) -> tuple[Window, tuple[Int64s, Hashes], Sum]:
+    """A window with the hashes of its leaves, and their sum."""
+    leaves = leaves_of(window, read_window(view, window))
+    return window, leaves, sum_of(*leaves)
 
 
 def _end_leaves(size: int, ends: list[int]) -> Extents:
     """The leaves in which disks end: what one of them cuts off there is not told by any map."""
-    first = np.array(
-        sorted({end // LEAF_BYTES * LEAF_BYTES for end in ends if end % LEAF_BYTES and end <= size}), np.int64
-    )
+    starts = sorted({end // LEAF_BYTES * LEAF_BYTES for end in ends if end % LEAF_BYTES and end <= size})
+    first = np.array(starts, np.int64)
     return covering(size, first, np.minimum(first + LEAF_BYTES, size))

@@ -12,10 +12,11 @@ never had, where the destination keeps one chain a disk; docs/decisions/0102-one
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from snapchain.destination.writing import DiskLook, HeldLayer
+from snapchain.destination.writing import DiskLook, HeldLayer, NewestLeaves
 from snapchain.errors import Corrupt, Diverged
 from snapchain.image import ImageChain, ImageFile
 from snapchain.model import inventory as model
@@ -44,7 +45,6 @@ class Base:
     total: what the files below the new layers show
     same: whether the destination shows that too; rest: parts of the next file that it lacks, where it has some of them
     compares: where the image may differ from `layer`, which shows something else: that difference is the new layer
-    above: the layer above which the destination may differ, None for all
     cut: whether the destination's layers above `layer` are dropped first
     note: for people, on what this costs
     """
@@ -55,7 +55,6 @@ class Base:
     same: bool = True
     rest: tuple[Fingerprint, ...] = ()
     compares: Extents | None = None
-    above: str | None = None
     cut: bool = False
     note: str | None = None
 
@@ -99,7 +98,7 @@ class Recognition:
         self._subject = f"{destination}::{request.disk}"
         self._sums, self._reads = sums, reads and not there.believed
         self._held = list(there.held)
-        self.bytes_read = 0
+        self.bytes_compared = 0
         lineage = (*request.lineage, *noted_lineage(chain, on_event))
         self._want = [_wanted(file, lineage) for file in chain.files]
 
@@ -136,30 +135,60 @@ class Recognition:
             raise self._false()
         return self._after_cut(self._held)
 
-    def difference(self, base: Base) -> Difference:
-        """The one layer that makes the newest content show the image, as it must be counted here or is believed.
+    def difference(self, base: Base) -> Difference | None:
+        """The one layer that makes the newest content show the image; None where records there contradict each other.
 
-        Raises Corrupt where the destination's leaf hashes contradict what it announced; errors as `compare`.
+        Raises Corrupt where another host's do; errors as `compare`.
         """
         assert base.layer is not None
         assert base.compares is not None
         chain, tip = self._chain, base.layer
-        self._on_event(Notice(f"comparing what differs from {tip.name}, the newest layer there"))
-        leaves = self._there.leaves(base.above)
-        on_bytes = self._reading("compare", to_read(base.compares, chain).data_bytes)
-        if self._there.believed:
-            return compare(chain, tip, leaves, base.compares, on_bytes=on_bytes)
-        # What was written since both were equal is in these leaves, if nobody else wrote there: the sum tells.
-        own = self._counted(len(chain.files))
-        for region in (base.compares, region_of(None, chain, tip)):
-            found = compare(chain, tip, leaves, region, on_bytes=on_bytes)
+        self._on_event(Notice(f"comparing the image with {tip.name}, the newest layer there"))
+        leaves, sums = self._there.leaves(), self._sums
+        whole = region_of(None, chain, tip)
+        if base.compares != whole:
+            # What both had before is equal there, unless somebody else has written: the sum tells.
+            if self._there.believed:
+                sums = CountedSums(self._request.image, self._on_event)
+            own = sums.count(chain, len(chain.files), on_bytes=self._reading("recognise"))
+            sums.flush()
+            found = self._compared(tip, leaves, base.compares)
             if (found.total == own).all():
                 return found
+        found = self._compared(tip, leaves, whole)
+        if (found.total == found.read).all():
+            sums.note(chain, len(chain.files), found.read)
+            return found
+        if self._there.believed:
+            return None
         raise Corrupt(
             f"the leaf hashes of its layer {tip.name!a} contradict the content id that it announces",
             subject=self._subject,
             hint="verify the replica: snapchain verify",
         )
+
+    def _compared(self, tip: HeldLayer, leaves: NewestLeaves, region: Extents) -> Difference:
+        shown = self._reading("compare", to_read(region, self._chain).data_bytes)
+
+        def on_bytes(count: int) -> None:
+            self.bytes_compared += count
+            shown(count)
+
+        return compare(self._chain, tip, leaves, region, on_bytes=on_bytes)
+
+    def _common_files(self) -> int:
+        """How many of the lowest files are parts of the newest content there, as they are now."""
+        rows = [
+            [Held(layer.id, layer.sources) for layer in self._held],
+            *(rest for _, rest in self._restarts(self._held)),
+        ]
+        return max(
+            bisect_left(range(1, len(self._want) + 1), True, key=lambda n: not self._lies_in(row, n)) for row in rows
+        )
+
+    def _lies_in(self, row: Sequence[Held], count: int) -> bool:
+        found = missing(row, self._want[:count], same=same_source)
+        return found.is_ahead if isinstance(found, model.Diverged) else isinstance(found, UpToDate | Collapse)
 
     def _missing(self, held: Sequence[HeldLayer]) -> Missing:
         """As model.inventory.missing, also from each layer on that stands for the image as a whole."""
@@ -199,19 +228,18 @@ class Recognition:
         return layer.image_format is None or file is None or file.format == layer.image_format
 
     def _parted(self, found: model.Diverged) -> Base:
-        """The destination's newest layers are not what the image's files were."""
-        went_on = not found.is_ahead and self._went_on(found)
+        """The destination's newest layers are not what the image's files are."""
         if self._there.branches:
-            each = self._request.files is Files.EACH or self._there.mends or found.is_ahead
-            if not each and (went_on or not found.base_count):
-                return self._comparing(found)
-            return self._branch(found)
+            each = self._request.files is Files.EACH or self._there.mends
+            if found.base_count or each:
+                return self._branch(found)
+            return self._comparing(found, note=self._unknown())
         known = None if found.is_ahead else self._recognised(found)
         if known is not None:
             return Base(known, self._held[-1], self._held[-1].total)
         if self._request.divergence is Divergence.CUT_REPLICA:
             return self._after_cut(self._held[: found.base_count])
-        if went_on:
+        if not found.is_ahead and self._went_on(found):
             return self._comparing(found)
         raise self._diverged(found)
 
@@ -224,17 +252,13 @@ class Recognition:
     def _unknown(self) -> str:
         return f"no layer of disk {self._request.disk} is known to be part of this image: all of it is read again"
 
-    def _comparing(self, found: model.Diverged) -> Base:
-        """To compare with the newest content: in what was written since the common base, or in all of it."""
+    def _comparing(self, found: model.Diverged, *, note: str | None = None) -> Base:
+        """To compare with the newest content: in what was written since, or in all of it."""
         chain, tip = self._chain, self._held[-1]
-        extents, above, note = None, None, None
-        if found.base_count:
-            extents = composed(chain, range(found.first, len(chain.files)))
-            above = self._held[found.base_count - 1].id
-        else:
-            note = self._unknown()
+        common = self._common_files()
+        extents = composed(chain, range(common, len(chain.files))) if common else None
         region = region_of(extents, chain, tip)
-        return Base(found.first, tip, tip.total, compares=region, above=above, note=note)
+        return Base(found.first, tip, tip.total, compares=region, note=None if common else note)
 
     def _went_on(self, found: model.Diverged) -> bool:
         """Whether the newest layers there were made of files of this image, as they are now or were before."""
@@ -361,7 +385,6 @@ class Recognition:
         def on_bytes(count: int) -> None:
             nonlocal done
             done += count
-            self.bytes_read += count
             self._on_event(Progress(phase, done, max(done, whole)))
 
         return on_bytes

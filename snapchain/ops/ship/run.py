@@ -25,8 +25,9 @@ from snapchain.ops.ship.compare import Difference, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER, composed, geometry, groups
 from snapchain.ops.ship.recognition import Base, Recognition, sources_of
 from snapchain.ops.ship.request import Divergence, Files, LayerPlan, Scope, ShipPlan, ShipReport, ShipRequest
-from snapchain.ops.ship.sent_views import SentViews
+from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.disk_writer import StreamWriting
+from snapchain.replica.sent_views import SentViews
 from snapchain.source.chains import check_unchanged
 from snapchain.source.counted_sums import CountedSums
 from snapchain.source.lineage import written_at
@@ -233,7 +234,7 @@ class _Work:
             points=points,
             layers_sent=len(todo),
             layers_present=base.files,
-            bytes_read=traffic.read + (self._recognition.bytes_read if base.compares is not None else 0),
+            bytes_read=max(traffic.read, self._recognition.bytes_compared),  # what differs is read twice
             bytes_stored=traffic.stored,
             bytes_sent=traffic.sent,
             data_bytes=traffic.data,
@@ -304,10 +305,10 @@ class _Work:
         """What has to be compared, as one layer; none where both show the same."""
         base, count = self.base, len(self._chain.files)
         found = self._recognition.difference(base)
-        if found.is_none:
+        if found is not None and found.is_none:
             return []
         everything = to_read(Extents.constant(self._chain.size, DATA), self._chain).data_bytes
-        if self._there.branches and not base.files and 2 * found.extents.data_bytes > everything:
+        if found is None or (self._there.branches and 2 * found.extents.data_bytes > everything):
             # Little is left of what is there: a chain of its own is worth more than a layer that hides it.
             self.base = replace(base, files=0, layer=None, compares=None, total=base.total - base.total)
             return self._grouped()
@@ -335,6 +336,7 @@ __all__ = [
     "Divergence",
     "Files",
     "LayerPlan",
+    "ReplicaDestination",
     "Scope",
     "ShipPlan",
     "ShipReport",

@@ -12,6 +12,7 @@ from snapchain.merge.request import At, Request
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold
+from snapchain.repository.destination import RepositoryDestination
 from tests.ops.shipping import DISK, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import clean, flat, names
 from tests.repository.synthetic import again, content_id_of, repository
@@ -29,7 +30,7 @@ def test_random_chains_by_random_rules(tmp_path: Path, seed: int) -> None:
     at: tuple[At, ...] = ()
     if draw.random() < 0.7:
         ship(stack.files[shipped], repo)
-        at = (At("repo::disk", again(repo), DISK),)
+        at = (At("repo::disk", RepositoryDestination(again(repo)), DISK),)
     held = {path: path.read_bytes() for path in stack.files[1:] if draw.random() < 0.2}
     for path in held:
         hold.hold_image(path, "test")

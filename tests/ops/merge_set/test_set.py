@@ -20,6 +20,7 @@ from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import sealing as snapshot
 from tests.ops.shipping import DISK, restore, same_bytes, ship
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same, standing, write
@@ -182,7 +183,7 @@ def test_rules_go_round_what_other_images_stand_on(chain: list[Path], views: dic
 def test_what_a_destination_lacks_or_builds_on_stays(chain: list[Path], views: dict[str, Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
     ship(chain[5], repo)
-    at = (At("repo::disk", again(repo), DISK),)
+    at = (At("repo::disk", RepositoryDestination(again(repo)), DISK),)
     planned = plan(chain, policy=Policy(last=1), at=at)
     assert ranges(planned) == [(1, 4)]
     assert [layer.at for layer in planned.layers] == [("repo::disk",)] * 6 + [()] * 2
@@ -198,7 +199,7 @@ def test_what_a_destination_lacks_or_builds_on_stays(chain: list[Path], views: d
 def test_a_range_that_is_named_is_merged_with_a_warning(chain: list[Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
     ship(chain[5], repo)
-    planned = plan(chain, at=(At("repo::disk", again(repo), DISK),))
+    planned = plan(chain, at=(At("repo::disk", RepositoryDestination(again(repo)), DISK),))
     assert ranges(planned) == [(1, 7)]
     assert planned.notices == (
         "not yet at repo::disk: 6.qcow2, disk.qcow2; the next shipment reads all that they become",
@@ -207,7 +208,7 @@ def test_a_range_that_is_named_is_merged_with_a_warning(chain: list[Path]) -> No
 
 def test_a_disk_that_was_never_shipped_keeps_all(chain: list[Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
-    planned = plan(chain, max_layers=3, at=(At("repo::disk", repo, DISK),))
+    planned = plan(chain, max_layers=3, at=(At("repo::disk", RepositoryDestination(repo), DISK),))
     assert (planned.merges, planned.layers_after) == ((), 8)
     assert planned.notices == ("8 layers are left, not 3: no more can be merged without a layer that must stay",)
 

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.cli import main
-from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, NotFound
-from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.verify import verify
+from snapchain.ops.restore.run import Restoration
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.opening import open_repository
+from snapchain.repository.verification import verify
 from tests.ops.nightly import exposition
 from tests.ops.stacks import flat, qemu_img, same, write
 
@@ -100,19 +101,21 @@ class House:
         """Whether the newest point reads as the image did when it was remembered."""
         out = self.folder / "restored.raw"
         out.unlink(missing_ok=True)
-        Restoration(open_destination(str(self.folder / repository), passphrase=lambda: None), disk, out).run()
+        Restoration(
+            RepositoryDestination(open_repository(str(self.folder / repository), passphrase=lambda: None)), disk, out
+        ).run()
         return out.read_bytes() == (self.truths / f"{disk}.raw").read_bytes()
 
     def is_sound(self, repository: str = "vault") -> bool:
         """Whether everything there can be read and is what was recorded."""
-        return verify(open_destination(str(self.folder / repository), passphrase=lambda: None), share=1.0).ok
+        return verify(open_repository(str(self.folder / repository), passphrase=lambda: None), share=1.0).ok
 
     def reads_as_remembered(self, disk: str) -> bool:
         return same(self.image(disk), self.truths / f"{disk}.raw")
 
     def points(self, disks: Iterable[str], repository: str = "vault") -> dict[str, list[int] | None]:
         """disk -> numbers of its points; None for a disk whose records cannot be read."""
-        opened = open_destination(str(self.folder / repository), passphrase=lambda: None)
+        opened = open_repository(str(self.folder / repository), passphrase=lambda: None)
         found: dict[str, list[int] | None] = {}
         for disk in disks:
             try:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from snapchain.destinations import create_destination, open_destination
 from snapchain.model.events import OnEvent, ignore
 from snapchain.ops.nightly import run as runner
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.report import DiskReport, NightlyReport
+from snapchain.repository.opening import create_repository, open_repository
 from snapchain.repository.repository import Repository
 from tests.ops.stacks import qemu_img, write
 
@@ -52,8 +52,8 @@ class Host:
         """Made when it is not there yet."""
         place = str(self.directory / name)
         if not (self.directory / name / "config").exists():
-            create_destination(place, passphrase=lambda: None, encryption="none")
-        return open_destination(place, passphrase=lambda: None)
+            create_repository(place, passphrase=lambda: None, encryption="none")
+        return open_repository(place, passphrase=lambda: None)
 
     def run(
         self, text: str, *, clock: Clock | None = None, any_time: bool = False, on_event: OnEvent = ignore

@@ -10,12 +10,13 @@ import pytest
 from snapchain.model.events import Event, Notice
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
 from snapchain.ops.nightly.report import NightlyReport, Outcome
-from snapchain.ops.restore.from_repository import Restoration
+from snapchain.ops.restore.run import Restoration
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import chains as source, sealing as snapshot
 from tests.ops.nightly.night import Host, row
 from tests.ops.stacks import write
-from tests.replica.conftest import OpenDestination
+from tests.replica.conftest import Place
 
 OFF = '[[disks]]\nglob = "images/vda.qcow2"\nsnapshot = false\n'
 
@@ -37,7 +38,7 @@ def restored_alone(host: Host, image: Path, *, by_a_night: bool) -> list[Path]:
             snapshot.run(snapshot.plan(image))
     if not by_a_night:
         host.run(OFF)
-    Restoration(host.repository(), image.stem, image, force=True).run()
+    Restoration(RepositoryDestination(host.repository()), image.stem, image, force=True).run()
     return [image.with_name(f"{image.stem}.{number}.qcow2") for number in (1, 2)]
 
 
@@ -89,7 +90,7 @@ def test_a_disk_that_was_given_away_is_moved(host: Host, tmp_path: Path) -> None
     """No failure, night after night; what became of it is said, and the other disks have their turn."""
     image, other = host.disk("vda"), host.disk("vdb")
     host.run("")
-    replica = DirectoryEndpoint(OpenDestination(tmp_path / "replica").root)
+    replica = DirectoryEndpoint(Place(tmp_path / "replica").root)
     migrate(MigrateRequest(moves=[Move(image, "web1/vda")]), replica)
     for number in range(2):
         write(other, f"write -P {number + 77} 2M 64k")

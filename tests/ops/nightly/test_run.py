@@ -17,8 +17,9 @@ from snapchain.model.events import Event
 from snapchain.ops.hold import hold_image, release_image
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.run import only_run
-from snapchain.ops.restore.from_repository import Restoration
-from snapchain.ops.verify import verify
+from snapchain.ops.restore.run import Restoration
+from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.verification import verify
 from tests.ops.nightly.night import EVENING, Clock, Host, MiB, in_use, row
 from tests.ops.stacks import flat, names, same, write
 
@@ -52,7 +53,7 @@ def test_a_week_of_nights_ships_each_change_once_and_every_point_restores(host: 
     assert all(EVENING < point.time < clock.now for point in points), "when it was sealed, not when it had arrived"
     for point in points:
         out = tmp_path / f"restored-{point.point}.raw"
-        Restoration(host.repository(), "web1/vda", out, point=str(point.point)).run()
+        Restoration(RepositoryDestination(host.repository()), "web1/vda", out, point=str(point.point)).run()
         assert out.read_bytes() == (tmp_path / f"{point.point - 1}.raw").read_bytes()
     assert host.metric("chain_length", disk="web1/vda") == 4
     assert host.metric("points", disk="web1/vda", destination="vault") == 3
@@ -414,7 +415,7 @@ def test_an_image_shipped_as_it_is(host: Host, tmp_path: Path) -> None:
     report = host.run("[[disks]]\npath = 'images/web1.qcow2'\nsnapshot = false\nlabels = ['cold']\n")
     assert row(report, "web1").snapshot == "off"
     assert names(host.images) == ["web1.qcow2"]
-    Restoration(host.repository(), "web1", tmp_path / "out.raw", point="cold").run()
+    Restoration(RepositoryDestination(host.repository()), "web1", tmp_path / "out.raw", point="cold").run()
     assert same(image, tmp_path / "out.raw")
 
 
@@ -555,7 +556,7 @@ def test_a_window_that_closes_during_a_shipment_ends_it_and_the_next_night_goes_
     assert host.repository().catalogues() == []
     again = row(host.run(text, clock=Clock(EVENING + timedelta(days=1))), "web1")
     assert (again.outcome, again.snapshot) == (Outcome.OK, "unchanged")
-    Restoration(host.repository(), "web1", tmp_path / "out.raw").run()
+    Restoration(RepositoryDestination(host.repository()), "web1", tmp_path / "out.raw").run()
     assert (tmp_path / "out.raw").read_bytes() == (tmp_path / "truth.raw").read_bytes()
 
 

@@ -11,28 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from snapchain.destination.records import Finding, VerifyReport
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
-from snapchain.ops.ship.sent_views import SentViews
-from snapchain.ops.verify import Finding, VerifyReport
 from snapchain.replica.client import points_at, soundness_at
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.sender import Sender
+from snapchain.replica.sent_views import SentViews
 from snapchain.replica.stream.messages import Open
 
 
 def verify_replica(
-    endpoint: Endpoint, disk: str | None = None, *, read_data: bool, on_event: OnEvent = ignore
+    endpoint: Endpoint,
+    disk: str | None = None,
+    *,
+    read_data: bool,
+    share: float = 1.0,
+    on_event: OnEvent = ignore,
 ) -> VerifyReport:
     """Look at all disks of a replica, or at one; findings are values, not errors.
 
+    share: of the data, where data are read: the probability with which each layer is
     Raises NotFound for a replica or disk that is not there, Unavailable when the link breaks.
     """
     verdicts, findings = soundness_at(
         endpoint,
         disk,
-        data=read_data,
+        share=share if read_data else 0.0,
         on_bytes=lambda done, total: on_event(Progress("verify", done, total)),
     )
     found = [

@@ -13,7 +13,7 @@ def replica_at(dest: str, *, connections: int = 1) -> Endpoint:
     """The replica at ssh://... or dir:/... . connections: of ssh. Touches nothing. Raises InvalidInput."""
     if is_remote(dest):
         return open_endpoint(dest, connections=connections)
-    from snapchain.ops.replica_engine import ReplicaEngine  # inside: who logs in elsewhere first has no receiver here
+    from snapchain.replica.engine import ReplicaEngine  # inside: who logs in elsewhere first has no receiver here
 
     return open_endpoint(dest, engine=ReplicaEngine())
 

@@ -1,4 +1,4 @@
-"""verify: is every point of a repository (or of one disk) still what was shipped?
+"""Verifying a repository, or one disk of it: is every point still what was shipped?
 
 Records always: catalogues, layer records, pages, indexes; every pack named is there and long enough, or what it held
 has a copy; every layer's leaves add up to the content id that was recorded.  Data with `read_data` or a `sample`: every
@@ -9,15 +9,14 @@ Packs in which damage is found are recorded, so that the next shipment stores ag
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
 
+from snapchain.destination.records import Finding, Findings, VerifyReport
 from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
@@ -33,80 +32,8 @@ from snapchain.repository.repository import Repository, check_agrees
 from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
 from snapchain.repository.view import ChainView
 
-MOST_FINDINGS = 10_000
-"""That are told one by one: a stored name of 32 bytes that leads nowhere makes one of two kilobytes."""
 _MOST_STEPS = 2_000_000
 """Layers and points looked at to tell which points are affected; in a catalogue that is nothing but damage."""
-
-
-class Finding(BaseModel):
-    """Something wrong. subject: the object, file or range; points: those of `disk` that it affects."""
-
-    model_config = ConfigDict(frozen=True)
-
-    kind: str
-    subject: str | None
-    message: str
-    disk: str | None
-    points: tuple[int, ...]
-
-    @classmethod
-    def of(cls, error: SnapchainError, disk: str | None, points: Sequence[int], where: str = "") -> Self:
-        """From an error. where: put before its message."""
-        return cls(
-            kind=error.kind, subject=error.subject, message=f"{where}{error.message}", disk=disk, points=tuple(points)
-        )
-
-
-class Findings:
-    """Collects findings: each once, the first MOST_FINDINGS one by one, and the others as one for each disk."""
-
-    def __init__(self) -> None:
-        self._found: dict[Finding, None] = {}
-        self._further: dict[str | None, tuple[int, set[int]]] = {}
-
-    def add(self, finding: Finding) -> None:
-        """Add one, unless it is there."""
-        if finding in self._found:
-            return
-        if len(self._found) < MOST_FINDINGS:
-            self._found[finding] = None
-        else:
-            self.add_further(finding.disk, finding.points)
-
-    def add_further(self, disk: str | None, points: Iterable[int]) -> None:
-        """Add one that is only counted. points: those of the disk that it affects"""
-        count, affected = self._further.get(disk, (0, set()))
-        affected.update(points)
-        self._further[disk] = count + 1, affected
-
-    def all(self) -> tuple[Finding, ...]:
-        """What was added, in that order."""
-        further = (
-            Finding.of(
-                Corrupt(f"there are {count} further errors", subject=disk or "the repository"), disk, sorted(points)
-            )
-            for disk, (count, points) in self._further.items()
-        )
-        return (*self._found, *further)
-
-
-class VerifyReport(BaseModel):
-    """What `verify` found.
-
-    checked_bytes: guest bytes whose data were read and compared, 0 where only records were; layers: distinct ones
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    ok: bool
-    destination: str
-    disks: int
-    points: int
-    layers: int
-    data_read: bool
-    checked_bytes: int
-    findings: tuple[Finding, ...]
 
 
 @dataclass(slots=True)

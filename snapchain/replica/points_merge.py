@@ -8,70 +8,11 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from pydantic import BaseModel, ConfigDict
-
+from snapchain.destination.records import PointDecision, PointsMergePlan, PointsMergeReport, StayingLayer
 from snapchain.model.events import OnEvent, Progress, ignore
 from snapchain.model.retention import Policy, is_future
-from snapchain.ops.merge_repository import PointDecision
-from snapchain.ops.replica_waiting import waiting
-from snapchain.replica.client import Answer, merged_at
+from snapchain.replica.client import Answer, merged_at, waiting
 from snapchain.replica.endpoint import Endpoint
-
-
-class StayingLayer(BaseModel):
-    """A layer that no kept point needs, and why it stays: it is open, or an image depends on it."""
-
-    model_config = ConfigDict(frozen=True)
-
-    file: str
-    reason: str
-
-
-class ReplicaMergePlan(BaseModel):
-    """What a merge at a replica would do. Sizes in bytes.
-
-    merges: the files that become one, lower first, each; the last one's name stays
-    shadowed_bytes: overwritten data that goes; needs_bytes: room that it takes beside the layers
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    destination: str
-    disk: str
-    points: tuple[PointDecision, ...]
-    merges: tuple[tuple[str, ...], ...]
-    staying: tuple[StayingLayer, ...]
-    layers_before: int
-    layers_after: int
-    strategy: str
-    bytes_to_move: int
-    shadowed_bytes: int
-    needs_bytes: int
-    free_bytes: int
-
-
-class ReplicaMergeReport(BaseModel):
-    """What a merge at a replica did. Sizes in bytes.
-
-    bytes_moved: shared with or copied into other files over there; bytes_freed: of its disk
-    strategy: of all merges, joined by '+'; staying: layers that were gone round
-    points_of_the_future: dated later than this host's clock; no rule counts them, and none drops them
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    destination: str
-    disk: str
-    points_kept: tuple[int, ...]
-    points_dropped: tuple[int, ...]
-    points_of_the_future: tuple[int, ...] = ()
-    merges: tuple[tuple[str, ...], ...]
-    staying: tuple[StayingLayer, ...]
-    layers_before: int
-    layers_after: int
-    bytes_moved: int
-    bytes_freed: int
-    strategy: str
 
 
 class ReplicaMerge:
@@ -81,11 +22,11 @@ class ReplicaMerge:
         """Touches nothing. zone: name of a time zone, whose calendar counts; epoch: an older one is refused there."""
         self._endpoint, self._disk, self._policy, self._zone, self._epoch = endpoint, disk, policy, zone, epoch
 
-    def plan(self) -> ReplicaMergePlan:
+    def plan(self) -> PointsMergePlan:
         """What `run` would do; changes nothing. Errors as `run`."""
         answer = self._asked(dry_run=True, on_event=ignore)
         outcome = answer.outcome
-        return ReplicaMergePlan(
+        return PointsMergePlan(
             destination=self._endpoint.url,
             disk=self._disk,
             points=tuple(
@@ -103,7 +44,7 @@ class ReplicaMerge:
             free_bytes=outcome.free_bytes,
         )
 
-    def run(self, *, on_event: OnEvent = ignore) -> ReplicaMergeReport:
+    def run(self, *, on_event: OnEvent = ignore) -> PointsMergeReport:
         """Have it done.
 
         Raises Unsupported for a far side that is too old for it, Busy when a transfer holds the disk for long,
@@ -111,7 +52,7 @@ class ReplicaMerge:
         """
         answer = self._asked(dry_run=False, on_event=on_event)
         outcome = answer.outcome
-        return ReplicaMergeReport(
+        return PointsMergeReport(
             destination=self._endpoint.url,
             disk=self._disk,
             points_kept=tuple(point.point for point in answer.points if point.kept),

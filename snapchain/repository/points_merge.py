@@ -1,4 +1,4 @@
-"""merge DEST::DISK: keep some points of a disk, and merge what they do not need.
+"""Keeping some points of a disk of a repository, and merging the layers that they do not need.
 
 Only records change; the data that nobody needs any more stays in the store until it is collected.
 """
@@ -9,77 +9,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, tzinfo
 
-from pydantic import BaseModel, ConfigDict
-
+from snapchain.destination.records import Finding, PointDecision, PointsMergePlan, PointsMergeReport
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
+from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Policy, decide, is_future
-from snapchain.ops.verify import Finding, points_on
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
-from snapchain.repository.holds import reasons
 from snapchain.repository.index import BlobIndex, newest
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.merging import NotProven, merge_layers
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
-
-
-class PointDecision(BaseModel):
-    """What becomes of one point, and why. of_the_future: dated later than this host's clock."""
-
-    model_config = ConfigDict(frozen=True)
-
-    point: int
-    time: datetime
-    labels: tuple[str, ...]
-    kept: bool
-    reasons: tuple[str, ...]
-    of_the_future: bool = False
-
-
-class RepositoryMergePlan(BaseModel):
-    """What a merge in a repository would do.
-
-    merges: the layers that become one, lower first, each; requests: objects written, at least: the lease, for each
-    merge a pack of map pages, its index and a layer record, and the catalogue
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    destination: str
-    disk: str
-    points: tuple[PointDecision, ...]
-    merges: tuple[tuple[str, ...], ...]
-    layers_before: int
-    layers_after: int
-    requests: int
-
-
-class RepositoryMergeReport(BaseModel):
-    """What a merge in a repository did.
-
-    bytes_moved: guest data read or written, always 0; bytes_dropped: guest bytes that no record names any more;
-    bytes_freed: of the store, 0 until they are collected
-    points_of_the_future: dated later than this host's clock; no rule counts them, and none drops them
-    findings: damage because of which layers were left unmerged
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    destination: str
-    disk: str
-    points_kept: tuple[int, ...]
-    points_dropped: tuple[int, ...]
-    points_of_the_future: tuple[int, ...] = ()
-    layers_before: int
-    layers_after: int
-    bytes_moved: int
-    bytes_freed: int
-    bytes_dropped: int
-    strategy: str
-    findings: tuple[Finding, ...] = ()
+from snapchain.repository.verification import points_on
 
 
 class RepositoryMerge:
@@ -96,7 +39,7 @@ class RepositoryMerge:
         self._disk = repository.disk(disk)
         self._now = now or datetime.now(UTC)
         current = self._disk.existing()
-        self._decisions = decide(current[0].points, policy, zone=zone, now=self._now, holds=reasons)
+        self._decisions = decide(current[0].points, policy, zone=zone, now=self._now, holds=hold_reasons)
         self._drop = frozenset(each.point.point for each in self._decisions if not each.kept)
         self._merged: dict[tuple[str, ...], StoredLayer] = {}
         self._damage: dict[tuple[str, ...], Corrupt] = {}
@@ -111,11 +54,11 @@ class RepositoryMerge:
         )
         self._groups: tuple[Group, ...] = collapse_tree(dict(catalogue.parents), {point.layer for point in self._kept})
 
-    def plan(self) -> RepositoryMergePlan:
+    def plan(self) -> PointsMergePlan:
         """What `run` will do."""
         catalogue = self._current[0]
         merges = tuple(group.members for group in self._groups if group.is_merge)
-        return RepositoryMergePlan(
+        return PointsMergePlan(
             destination=self._repository.store.url,
             disk=catalogue.disk,
             points=tuple(
@@ -132,10 +75,11 @@ class RepositoryMerge:
             merges=merges,
             layers_before=len(catalogue.parents),
             layers_after=len(self._groups),
+            strategy="records" if self._changes_something() else "none",
             requests=3 * len(merges) + 2 * self._changes_something(),
         )
 
-    def run(self, *, on_event: OnEvent = ignore) -> RepositoryMergeReport:
+    def run(self, *, on_event: OnEvent = ignore) -> PointsMergeReport:
         """Merge and publish the new catalogue. Raises Conflict when others change the disk time and again."""
         bytes_dropped, changed = 0, False
         if self._changes_something():
@@ -155,12 +99,15 @@ class RepositoryMerge:
                             raise
         catalogue = self._current[0]
         kept = tuple(point.point for point in self._kept)
-        return RepositoryMergeReport(
+        return PointsMergeReport(
             destination=self._repository.store.url,
             disk=catalogue.disk,
             points_kept=kept,
             points_dropped=tuple(point.point for point in catalogue.points if point.point not in kept),
             points_of_the_future=tuple(point.point for point in self._kept if is_future(point.time, self._now)),
+            merges=tuple(
+                group.members for group in self._groups if group.is_merge and group.members not in self._damage
+            ),
             layers_before=len(catalogue.parents),
             layers_after=len(self._groups) + sum(len(group) - 1 for group in self._damage),
             bytes_moved=0,

@@ -19,7 +19,7 @@ from snapchain.merge.plan import decide
 from snapchain.merge.rates import Rates
 from snapchain.merge.request import At, Request
 from snapchain.merge.selection import MergeSetPlan, asked
-from snapchain.merge.stack import look
+from snapchain.merge.stack import look as look_at_stack
 from snapchain.model.chain import Chain
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
@@ -73,7 +73,7 @@ def outlook(image: Path, settings: Disks, *, present: dict[str, int], more: int)
     request = replace(_request(image, settings, at=(), budget=None), max_layers=max(settings.merge_above - more, 1))
     with scan(image, format=request.image_format, image_dirs=request.image_dirs) as chain:
         paths = [file.real_path for file in chain.files]
-        stack = replace(look(chain), present=present)
+        stack = replace(look_at_stack(chain), present=present)
         others = dependents_of_chain(chain, image_dirs=request.image_dirs)
         found = choose(
             stack,

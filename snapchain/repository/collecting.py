@@ -1,53 +1,16 @@
-"""gc: give back the space of what no point needs."""
+"""Collecting: the space of what no point needs is given back."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
+from snapchain.destination.records import Finding, Findings, GcPlan, GcReport
 from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.objects.store import ObjectStore, Refused
-from snapchain.ops.verify import Finding, Findings, points_on
 from snapchain.repository.collect import Marked, mark
 from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
 from snapchain.repository.repository import Repository
 from snapchain.repository.sweep import estimate, index_objects, sweep
-
-
-class GcPlan(BaseModel):
-    """What `gc` would do, in stored bytes, less the few that new records cost."""
-
-    model_config = ConfigDict(frozen=True)
-
-    destination: str
-    bytes_freed: int
-    bytes_moved: int
-    objects_deleted: int
-    packs_deleted: int
-    packs_moved: int
-    bytes_in_use: int
-    findings: tuple[Finding, ...] = ()
-
-
-class GcReport(BaseModel):
-    """What `gc` did.
-
-    bytes_freed: by how much the stored bytes fell; bytes_added: by how much they grew, where new records cost more than
-    what was deleted
-    bytes_moved: copied out of wasteful or damaged packs
-    findings: damage; all that the damaged points may need was kept
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    destination: str
-    bytes_freed: int
-    bytes_added: int = 0
-    bytes_moved: int
-    objects_deleted: int
-    packs_deleted: int
-    packs_moved: int
-    findings: tuple[Finding, ...] = ()
+from snapchain.repository.verification import points_on
 
 
 def plan(repository: Repository) -> GcPlan:

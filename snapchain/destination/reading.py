@@ -1,0 +1,219 @@
+"""Reading a destination: what disks it has, the bytes of a point, what is wrong with it, and letting go of points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+from typing import Literal, Protocol, TypeVar
+
+from snapchain.destination.records import (
+    DiskRecord,
+    GcPlan,
+    GcReport,
+    HoldRecord,
+    PointRecord,
+    PointsMergePlan,
+    PointsMergeReport,
+    VerifyReport,
+)
+from snapchain.destination.traits import Traits
+from snapchain.model.content import Hashes
+from snapchain.model.events import OnEvent, ignore
+from snapchain.model.extents import Extents, Int64s
+from snapchain.model.retention import Policy
+
+PlanT_co = TypeVar("PlanT_co", covariant=True)
+ReportT_co = TypeVar("ReportT_co", covariant=True)
+
+
+def leave(offset: int, length: int) -> None:
+    """Zeroes in a new file: it reads as zeroes already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """Where DATA goes; may be called from several threads, in any order.
+
+    write: (offset, guest bytes) of some pieces, ascending
+    zero: (offset, length) of ranges among the DATA that are all zero
+    """
+
+    write: Callable[[Sequence[tuple[int, memoryview]]], None]
+    zero: Callable[[int, int], None] = leave
+
+
+class LayerReader(Protocol):
+    """A layer of a point, or the whole point as one layer.
+
+    id: the same at each reading; name: for people; format: of the file that it was
+    extents: which ranges it has as DATA, which as ZERO
+    """
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def format(self) -> Literal["qcow2", "raw"]: ...
+
+    @property
+    def cluster_size(self) -> int: ...
+
+    @property
+    def extended_l2(self) -> bool: ...
+
+    @property
+    def extents(self) -> Extents: ...
+
+    def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
+        """Give all DATA at or above guest offset `start` to the sink; the content id that the chain up to here has.
+
+        on_copied: called in guest order with (offset below which everything was given, bytes since the last call)
+        Raises Corrupt, naming the guest range that is lost.
+        """
+        ...
+
+
+class PointReader(Protocol):
+    """A point that is being read. data_bytes: DATA of all layers."""
+
+    @property
+    def point(self) -> PointRecord: ...
+
+    @property
+    def data_bytes(self) -> int: ...
+
+    def layers(self) -> Iterator[LayerReader]:
+        """The layers, root first; each must be copied before the next is asked for, unless only maps are read."""
+        ...
+
+
+class PointLeaves(Protocol):
+    """A point, for comparing: its size, the maps of its layers, and the hashes of its leaves.
+
+    parts: (identity, map) of its layers, root first
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def parts(self) -> Sequence[tuple[object, Extents]]: ...
+
+    def leaves(self, first: int, stop: int) -> tuple[Int64s, Hashes]:
+        """Numbers and hashes of the leaves of [first, stop) that are not all zero, ascending.
+
+        Asked for in guest order, each range once.
+        """
+        ...
+
+
+class Work(Protocol[PlanT_co, ReportT_co]):
+    """A change that was prepared: what it would do, and doing it."""
+
+    def plan(self) -> PlanT_co:
+        """What `run` will do; changes nothing."""
+        ...
+
+    def run(self, *, on_event: OnEvent = ignore) -> ReportT_co:
+        """Do it. What an error leaves half done is as good as not begun, or the next run finishes it."""
+        ...
+
+
+class ReadableDestination(Protocol):
+    """Points of disks, at one place, as far as they are read and kept.
+
+    url: for people; notices: what its user should know; encryption: the name of its cipher, or none
+    """
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def traits(self) -> Traits: ...
+
+    @property
+    def notices(self) -> Sequence[str]: ...
+
+    @property
+    def encryption(self) -> str: ...
+
+    def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
+        """All disks by name, or one, with their points. Raises NotFound."""
+        ...
+
+    def reader(
+        self,
+        disk: str,
+        point: str | None = None,
+        *,
+        chain: bool = False,
+        clusters: bool = True,
+        maps_only: bool = False,
+        first: tuple[int, int] = (0, 0),
+        on_event: OnEvent = ignore,
+    ) -> AbstractContextManager[PointReader]:
+        """Read a point: one layer that shows all of it, or with `chain` the layers that it is made of.
+
+        point: the text after '@' of an address
+        clusters: maps are rounded to whole clusters, as a qcow2 file needs them; maps_only: no data is read
+        first: number of the layer, from 0, and guest offset from which on data are wanted; layers below give none
+        Raises NotFound, Corrupt, Unavailable, and Unsupported for a peer that cannot begin in the middle.
+        """
+        ...
+
+    def leaves(
+        self, disk: str, point: str | None = None, *, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[PointLeaves]:
+        """A point, for comparing. Raises NotFound."""
+        ...
+
+    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+        """Check the records, and a share (0 to 1) of the data. Findings are values, not errors.
+
+        Raises NotFound, and InvalidInput for a share that the traits do not allow.
+        """
+        ...
+
+    def merging(
+        self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+    ) -> Work[PointsMergePlan, PointsMergeReport]:
+        """Keep the points that the rules name, and merge the layers that they do not need.
+
+        now: the clock of this run, where the destination takes it from here
+        Raises NotFound, Unsupported.
+        """
+        ...
+
+    def hold(
+        self,
+        disk: str,
+        point: str,
+        tag: str,
+        *,
+        reason: str = "",
+        dry_run: bool = False,
+        on_event: OnEvent = ignore,
+    ) -> tuple[int, tuple[HoldRecord, ...]]:
+        """Keep a point whatever the rules say; its number, and all holds that it has then.
+
+        A tag that it has already keeps its date and gets this reason. dry_run: change nothing.
+        Raises NotFound, InvalidInput for a bad tag, Unsupported for a peer that is too old.
+        """
+        ...
+
+    def release(
+        self, disk: str, point: str, tag: str, *, dry_run: bool = False, on_event: OnEvent = ignore
+    ) -> tuple[int, tuple[HoldRecord, ...]]:
+        """Take a hold off a point; as `hold`. Raises NotFound when the point has none of this tag."""
+        ...
+
+    def collecting(self) -> Work[GcPlan, GcReport]:
+        """Give back the space of what no point needs. Raises Unsupported where the traits need no collecting."""
+        ...

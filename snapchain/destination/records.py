@@ -1,0 +1,222 @@
+"""What destinations tell of themselves, in the form in which reports show it: the same for every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.errors import Corrupt, SnapchainError
+
+MOST_FINDINGS = 10_000
+"""Findings that are listed one by one: a stored name of 32 bytes that leads nowhere makes one of two kilobytes."""
+
+
+class Record(BaseModel):
+    """Never changes once it is made."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class HoldRecord(Record):
+    """A reason to keep a point whatever the rules say. tag: names it, once a point; reason: for people."""
+
+    tag: str
+    since: datetime
+    reason: str = ""
+
+
+class PointRecord(Record):
+    """A point. layers: length of the chain that gives it; holds: why it stays whatever the rules say.
+
+    of_the_future: dated later than this host's clock
+    """
+
+    point: int
+    time: datetime
+    labels: tuple[str, ...]
+    virtual_size: int
+    content_id: str
+    layers: int
+    holds: tuple[HoldRecord, ...] = ()
+    of_the_future: bool = False
+
+
+class DiskRecord(Record):
+    """A disk and its points, oldest first.
+
+    epoch: says which host may write it, and grows at each failover; layers: distinct ones of all points
+    """
+
+    name: str
+    epoch: int
+    points: tuple[PointRecord, ...]
+    layers: int = 0
+
+
+class Finding(Record):
+    """Something wrong. subject: the object, file or range; points: those of `disk` that it affects."""
+
+    kind: str
+    subject: str | None
+    message: str
+    disk: str | None
+    points: tuple[int, ...]
+
+    @classmethod
+    def of(cls, error: SnapchainError, disk: str | None, points: Sequence[int], where: str = "") -> Self:
+        """From an error. where: put before its message."""
+        return cls(
+            kind=error.kind, subject=error.subject, message=f"{where}{error.message}", disk=disk, points=tuple(points)
+        )
+
+
+class Findings:
+    """Collects findings: each once, the first MOST_FINDINGS one by one, and the others as one for each disk."""
+
+    def __init__(self) -> None:
+        self._found: dict[Finding, None] = {}
+        self._further: dict[str | None, tuple[int, set[int]]] = {}
+
+    def add(self, finding: Finding) -> None:
+        """Add one, unless it is there."""
+        if finding in self._found:
+            return
+        if len(self._found) < MOST_FINDINGS:
+            self._found[finding] = None
+        else:
+            self.add_further(finding.disk, finding.points)
+
+    def add_further(self, disk: str | None, points: Iterable[int]) -> None:
+        """Add one that is only counted. points: those of the disk that it affects"""
+        count, affected = self._further.get(disk, (0, set()))
+        affected.update(points)
+        self._further[disk] = count + 1, affected
+
+    def all(self) -> tuple[Finding, ...]:
+        """What was added, in that order."""
+        further = (
+            Finding.of(
+                Corrupt(f"there are {count} further errors", subject=disk or "the repository"), disk, sorted(points)
+            )
+            for disk, (count, points) in self._further.items()
+        )
+        return (*self._found, *further)
+
+
+class VerifyReport(Record):
+    """What `verify` found.
+
+    checked_bytes: guest bytes whose data were read and compared, 0 where only records were; layers: distinct ones
+    """
+
+    ok: bool
+    destination: str
+    disks: int
+    points: int
+    layers: int
+    data_read: bool
+    checked_bytes: int
+    findings: tuple[Finding, ...]
+
+
+class PointDecision(Record):
+    """What becomes of one point, and why. of_the_future: dated later than this host's clock."""
+
+    point: int
+    time: datetime
+    labels: tuple[str, ...]
+    kept: bool
+    reasons: tuple[str, ...]
+    of_the_future: bool = False
+
+
+class StayingLayer(Record):
+    """A layer that no kept point needs, and why it stays: it is open, or an image depends on it."""
+
+    file: str
+    reason: str
+
+
+class PointsMergePlan(Record):
+    """What keeping some points of a disk would do to its layers. Sizes in bytes.
+
+    merges: layers (files at a replica) that become one, lower first, each; the last one's view stays
+    staying: layers that no kept point needs and that stay all the same
+    shadowed_bytes: overwritten data that goes; needs_bytes: room that it takes beside the layers
+    free_bytes: room that there is, None where nobody can tell; requests: objects written at least
+    """
+
+    destination: str
+    disk: str
+    points: tuple[PointDecision, ...]
+    merges: tuple[tuple[str, ...], ...]
+    staying: tuple[StayingLayer, ...] = ()
+    layers_before: int
+    layers_after: int
+    strategy: str
+    bytes_to_move: int = 0
+    shadowed_bytes: int = 0
+    needs_bytes: int = 0
+    free_bytes: int | None = None
+    requests: int = 0
+
+
+class PointsMergeReport(Record):
+    """What keeping some points of a disk did to its layers. Sizes in bytes.
+
+    points_of_the_future: dated later than this host's clock; no rule counts them, and none drops them
+    merges, staying: as of the plan; strategy: of all merges, joined by '+'
+    bytes_moved: guest data shared with, or copied into, other files; bytes_freed: of the destination's storage
+    bytes_dropped: guest bytes that no record names any more, which a collection will free
+    findings: damage because of which layers were left unmerged
+    """
+
+    destination: str
+    disk: str
+    points_kept: tuple[int, ...]
+    points_dropped: tuple[int, ...]
+    points_of_the_future: tuple[int, ...] = ()
+    merges: tuple[tuple[str, ...], ...] = ()
+    staying: tuple[StayingLayer, ...] = ()
+    layers_before: int
+    layers_after: int
+    bytes_moved: int
+    bytes_freed: int
+    bytes_dropped: int = 0
+    strategy: str
+    findings: tuple[Finding, ...] = ()
+
+
+class GcPlan(Record):
+    """What a collection would do, in stored bytes, less the few that new records cost."""
+
+    destination: str
+    bytes_freed: int
+    bytes_moved: int
+    objects_deleted: int
+    packs_deleted: int
+    packs_moved: int
+    bytes_in_use: int
+    findings: tuple[Finding, ...] = ()
+
+
+class GcReport(Record):
+    """What a collection did.
+
+    bytes_freed: by how much the stored bytes fell; bytes_added: by how much they grew, where new records cost more than
+    what was deleted
+    bytes_moved: copied out of wasteful or damaged packs
+    findings: damage; all that the damaged points may need was kept
+    """
+
+    destination: str
+    bytes_freed: int
+    bytes_added: int = 0
+    bytes_moved: int
+    objects_deleted: int
+    packs_deleted: int
+    packs_moved: int
+    findings: tuple[Finding, ...] = ()

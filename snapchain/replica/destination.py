@@ -1,0 +1,294 @@
+"""A replica as a Destination: all that is asked of it goes over the stream, wherever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+import numpy as np
+
+from snapchain.destination.address import in_full
+from snapchain.destination.reading import Sink, Work
+from snapchain.destination.records import (
+    DiskRecord,
+    GcPlan,
+    GcReport,
+    HoldRecord,
+    PointRecord,
+    PointsMergePlan,
+    PointsMergeReport,
+    VerifyReport,
+)
+from snapchain.destination.traits import REPLICA, Traits
+from snapchain.errors import InvalidInput, Unsupported
+from snapchain.host.retry import RetryPolicy
+from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
+from snapchain.model.events import OnEvent, ignore
+from snapchain.model.extents import Extents, Int64s
+from snapchain.model.retention import Policy, is_future
+from snapchain.replica.client import points_at
+from snapchain.replica.disk_writer import ReplicaWriting
+from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
+from snapchain.replica.opening import replica_at
+from snapchain.replica.points_merge import ReplicaMerge
+from snapchain.replica.stream.messages import HeldPoint
+from snapchain.replica.verification import verify_replica
+
+NOT_ENCRYPTED = "none"
+MOST_RUNS = 1 << 23
+"""Of all maps of a point together, 16 bytes each: a disk with more cannot be shown, and may be an attack."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLayer:
+    """A LayerReader over what is fetched."""
+
+    fetched: FetchedLayer
+
+    @property
+    def id(self) -> str:
+        return self.fetched.id
+
+    @property
+    def name(self) -> str:
+        return self.fetched.offer.name
+
+    @property
+    def format(self) -> Literal["qcow2"]:
+        return "qcow2"
+
+    @property
+    def cluster_size(self) -> int:
+        return self.fetched.offer.cluster_size
+
+    @property
+    def extended_l2(self) -> bool:
+        return self.fetched.offer.extended_l2
+
+    @property
+    def extents(self) -> Extents:
+        return self.fetched.extents
+
+    def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
+        """As LayerReader; `start` is where the other side was asked to begin."""
+        _ = start
+        for batch in self.fetched.batches():
+            sink.write([(piece.offset, piece.data) for piece in batch if piece.data is not None])
+            for piece in batch:
+                if piece.data is None:
+                    sink.zero(piece.offset, piece.length)
+            on_copied(batch[-1].offset + batch[-1].length, sum(piece.length for piece in batch))
+        return self.fetched.announced
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPoint:
+    """A PointReader over the answer to FETCH."""
+
+    answer: Answer
+    point: PointRecord
+
+    @property
+    def data_bytes(self) -> int:
+        return self.answer.data_bytes
+
+    def layers(self) -> Iterator[ReplicaLayer]:
+        """Root first. Raises Corrupt for an answer that contradicts itself, Unsupported for absurdly many extents."""
+        runs = 0
+        for layer in self.answer.layers():
+            if self.answer.asked.look:
+                runs += len(layer.extents.at)
+                if runs > MOST_RUNS:
+                    raise Unsupported("its layers are cut into too many extents to be shown", subject=self.answer.peer)
+                for _ in layer.batches():
+                    raise AssertionError("no data comes where only maps were asked for")
+            yield ReplicaLayer(layer)
+
+
+class FetchedLeaves:
+    """A PointLeaves: the point is fetched as it is compared, since a replica has no record of its leaves."""
+
+    def __init__(self, name: str, layer: FetchedLayer) -> None:
+        self.name, self._layer = name, layer
+        self._found = self._hashed()
+        self._next: tuple[int, bytes] | None = None
+
+    @property
+    def size(self) -> int:
+        return self._layer.extents.size
+
+    def parts(self) -> Sequence[tuple[object, Extents]]:
+        """All as one layer."""
+        return [(self._layer.id, self._layer.extents)]
+
+    def leaves(self, first: int, stop: int) -> tuple[Int64s, Hashes]:
+        """As PointLeaves."""
+        index: list[int] = []
+        hashes: list[bytes] = []
+        while (found := self._next or next(self._found, None)) is not None:
+            self._next = found
+            if found[0] * LEAF_BYTES >= stop:
+                break
+            if found[0] * LEAF_BYTES >= first:
+                index.append(found[0])
+                hashes.append(found[1])
+            self._next = None
+        return np.array(index, np.int64), np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, len(ZERO_LEAF))
+
+    def finish(self) -> None:
+        """Read what was not asked for: only then the other side has said that it all was as it is recorded."""
+        for _ in self._found:
+            pass
+
+    def _hashed(self) -> Iterator[tuple[int, bytes]]:
+        """(number, hash) of the leaves that are not all zero, ascending."""
+        leaf, buffer = -1, bytearray()
+        for batch in self._layer.batches():
+            for piece in batch:
+                at, stop = piece.offset, piece.offset + piece.length
+                while at < stop:
+                    if at // LEAF_BYTES != leaf:
+                        yield from self._hash(leaf, buffer)
+                        leaf, buffer = at // LEAF_BYTES, bytearray(LEAF_BYTES)
+                    count = min(stop, (leaf + 1) * LEAF_BYTES) - at
+                    if piece.data is not None:
+                        skip = at - piece.offset
+                        buffer[at % LEAF_BYTES : at % LEAF_BYTES + count] = piece.data[skip : skip + count]
+                    at += count
+        yield from self._hash(leaf, buffer)
+
+    def _hash(self, leaf: int, buffer: bytearray) -> Iterator[tuple[int, bytes]]:
+        digest = (
+            leaf_hash(memoryview(buffer)[: min(LEAF_BYTES, self.size - leaf * LEAF_BYTES)]) if buffer else ZERO_LEAF
+        )
+        if digest != ZERO_LEAF:
+            yield leaf, digest
+
+
+class ReplicaDestination(ReplicaWriting):
+    """See destination/protocol.py. limit_rate: bytes a second on the wire."""
+
+    traits: Traits = REPLICA
+    encryption = NOT_ENCRYPTED
+
+    def __init__(self, endpoint: Endpoint, *, limit_rate: int | None = None) -> None:
+        super().__init__(endpoint, policy=RetryPolicy(), limit_rate=limit_rate)
+
+    @staticmethod
+    def at(url: str, *, limit_rate: int | None = None, connections: int = 1) -> ReplicaDestination:
+        """At an address. connections: of ssh. Touches nothing. Raises InvalidInput."""
+        return ReplicaDestination(replica_at(url, connections=connections), limit_rate=limit_rate)
+
+    @property
+    def url(self) -> str:
+        return self.endpoint.url
+
+    @property
+    def notices(self) -> Sequence[str]:
+        return ()
+
+    def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
+        """All disks by name, or one. Raises NotFound, Unavailable when the link breaks. Changes nothing there."""
+        return tuple(
+            DiskRecord(
+                name=each.name,
+                epoch=each.epoch,
+                points=tuple(map(_point_record, each.points)),
+                layers=max((point.layers for point in each.points), default=0),  # all points lie on one chain
+            )
+            for each in points_at(self.endpoint, disk)
+        )
+
+    @contextmanager
+    def reader(
+        self,
+        disk: str,
+        point: str | None = None,
+        *,
+        chain: bool = False,
+        clusters: bool = True,
+        maps_only: bool = False,
+        first: tuple[int, int] = (0, 0),
+        on_event: OnEvent = ignore,
+    ) -> Iterator[ReplicaPoint]:
+        """As ReadableDestination. clusters: the files of a replica hold whole clusters."""
+        _ = clusters, on_event, first
+        with fetch(
+            self.endpoint, disk, in_full(point), chain=chain, look=maps_only, limit_rate=self.limit_rate
+        ) as answer:
+            yield ReplicaPoint(answer, _point_record(answer.point))
+
+    @contextmanager
+    def leaves(self, disk: str, point: str | None = None, *, on_event: OnEvent = ignore) -> Iterator[FetchedLeaves]:
+        """As ReadableDestination. All data of the point cross the link."""
+        _ = on_event
+        with fetch(self.endpoint, disk, in_full(point), limit_rate=self.limit_rate) as answer:
+            for layer in answer.layers():
+                found = FetchedLeaves(f"{self.url}::{disk}@{answer.point.point}", layer)
+                yield found
+                found.finish()
+
+    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+        """As `verify_replica`. No data cross the link, so that a rate has nothing to limit."""
+        return verify_replica(self.endpoint, disk, read_data=share > 0, share=share, on_event=on_event)
+
+    def merging(
+        self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+    ) -> Work[PointsMergePlan, PointsMergeReport]:
+        """As `ReplicaMerge`; its own host's clock counts. Raises InvalidInput for a time zone that has no name."""
+        _ = now
+        return ReplicaMerge(self.endpoint, disk, policy, zone=_name_of(zone))
+
+    def hold(
+        self,
+        disk: str,
+        point: str,
+        tag: str,
+        *,
+        reason: str = "",
+        dry_run: bool = False,
+        on_event: OnEvent = ignore,
+    ) -> tuple[int, tuple[HoldRecord, ...]]:
+        """As ReadableDestination."""
+        _ = disk, point, tag, reason, dry_run, on_event
+        raise Unsupported("points of a replica cannot be held yet", subject=self.url)
+
+    def release(
+        self, disk: str, point: str, tag: str, *, dry_run: bool = False, on_event: OnEvent = ignore
+    ) -> tuple[int, tuple[HoldRecord, ...]]:
+        """As ReadableDestination."""
+        _ = disk, point, tag, dry_run, on_event
+        raise Unsupported("points of a replica cannot be held yet", subject=self.url)
+
+    def collecting(self) -> Work[GcPlan, GcReport]:
+        """Raises InvalidInput: what a merge frees at a replica is free at once."""
+        raise InvalidInput(
+            "this command takes a repository, and that is a replica",
+            subject=self.url,
+            hint="a merge at a replica gives its space back at once: snapchain merge DEST::DISK --keep-last 7",
+        )
+
+
+def _point_record(point: HeldPoint) -> PointRecord:
+    return PointRecord(
+        point=point.point,
+        time=point.time,
+        labels=point.labels,
+        virtual_size=point.size,
+        content_id=point.content_id,
+        layers=point.layers,
+        of_the_future=is_future(point.time, datetime.now(UTC)),
+    )
+
+
+def _name_of(zone: tzinfo) -> str:
+    if zone is UTC:
+        return "UTC"
+    if isinstance(zone, ZoneInfo) and zone.key is not None:
+        return zone.key
+    raise InvalidInput("a time zone without a name means nothing to another host", hint="ZoneInfo('Europe/Berlin')")

@@ -1,0 +1,160 @@
+"""A repository as a Destination."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime, tzinfo
+
+from snapchain.destination.reading import Work
+from snapchain.destination.records import (
+    DiskRecord,
+    GcPlan,
+    GcReport,
+    HoldRecord,
+    PointsMergePlan,
+    PointsMergeReport,
+    VerifyReport,
+)
+from snapchain.destination.traits import REPOSITORY, Traits
+from snapchain.model import holds
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.retention import Policy
+from snapchain.repository import collecting
+from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
+from snapchain.repository.disk_writer import RepositoryWriting
+from snapchain.repository.points_merge import RepositoryMerge
+from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_leaves, point_record, read_point
+from snapchain.repository.repository import Repository
+from snapchain.repository.verification import verify
+
+
+@dataclass(frozen=True, slots=True)
+class Collecting:
+    """Work that gives back the space of what no point needs."""
+
+    repository: Repository
+
+    def plan(self) -> GcPlan:
+        """As `collecting.plan`."""
+        return collecting.plan(self.repository)
+
+    def run(self, *, on_event: OnEvent = ignore) -> GcReport:
+        """As `collecting.run`."""
+        return collecting.run(self.repository, on_event=on_event)
+
+
+class RepositoryDestination(RepositoryWriting):
+    """See destination/protocol.py. repository: opened, for writing where anything is to be changed."""
+
+    traits: Traits = REPOSITORY
+
+    def __init__(self, repository: Repository) -> None:
+        self.repository = repository
+
+    @property
+    def url(self) -> str:
+        return self.repository.store.url
+
+    @property
+    def notices(self) -> Sequence[str]:
+        return self.repository.notices
+
+    @property
+    def encryption(self) -> str:
+        return self.repository.config.encryption
+
+    def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
+        """All disks by name, or one, with their points. Raises NotFound."""
+        repository = self.repository
+        found = repository.catalogues() if disk is None else [repository.catalogue(disk)]
+        return tuple(map(_disk_record, found))
+
+    def reader(
+        self,
+        disk: str,
+        point: str | None = None,
+        *,
+        chain: bool = False,
+        clusters: bool = True,
+        maps_only: bool = False,
+        first: tuple[int, int] = (0, 0),
+        on_event: OnEvent = ignore,
+    ) -> AbstractContextManager[RepositoryPoint]:
+        """As ReadableDestination. first: nothing is read ahead, so it is of no use here."""
+        _ = first
+        return read_point(
+            self.repository,
+            disk,
+            point,
+            chain=chain,
+            clusters=clusters,
+            maps_only=maps_only,
+            on_event=on_event,
+        )
+
+    def leaves(
+        self, disk: str, point: str | None = None, *, on_event: OnEvent = ignore
+    ) -> AbstractContextManager[RecordedLeaves]:
+        """A point, for comparing. Raises NotFound."""
+        _ = on_event
+        return point_leaves(self.repository, disk, point)
+
+    def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
+        """As `verification.verify`."""
+        return verify(self.repository, disk=disk, share=share, on_event=on_event)
+
+    def merging(
+        self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+    ) -> Work[PointsMergePlan, PointsMergeReport]:
+        """As `RepositoryMerge`."""
+        return RepositoryMerge(self.repository, disk, policy, zone=zone, now=now)
+
+    def hold(
+        self,
+        disk: str,
+        point: str,
+        tag: str,
+        *,
+        reason: str = "",
+        dry_run: bool = False,
+        on_event: OnEvent = ignore,
+    ) -> tuple[int, tuple[HoldRecord, ...]]:
+        """As ReadableDestination."""
+        catalogue = self.repository.catalogue(disk)
+        number = find_point(catalogue, point).point
+        if dry_run:
+            make = Hold.made(tag, reason)
+            points = holds.held(catalogue.points, number, tag, reason=reason, make=make, disk=disk)
+            return number, _holds_of(points or catalogue.points, number)
+        held = self.repository.hold(disk, number, tag, reason=reason, on_wait=lambda words: on_event(Notice(words)))
+        return number, _holds_of([held], number)
+
+    def release(
+        self, disk: str, point: str, tag: str, *, dry_run: bool = False, on_event: OnEvent = ignore
+    ) -> tuple[int, tuple[HoldRecord, ...]]:
+        """As ReadableDestination."""
+        catalogue = self.repository.catalogue(disk)
+        number = find_point(catalogue, point).point
+        if dry_run:
+            return number, _holds_of(holds.released(catalogue.points, number, tag, disk=disk), number)
+        left = self.repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
+        return number, _holds_of([left], number)
+
+    def collecting(self) -> Collecting:
+        """As ReadableDestination."""
+        return Collecting(self.repository)
+
+
+def _holds_of(points: Sequence[Point], number: int) -> tuple[HoldRecord, ...]:
+    found = next(point.holds for point in points if point.point == number)
+    return tuple(HoldRecord(tag=hold.tag, since=hold.since, reason=hold.reason) for hold in found)
+
+
+def _disk_record(catalogue: Catalogue) -> DiskRecord:
+    lengths = catalogue.lengths()
+    points = (
+        point_record(point, lengths.get(point.layer) or len(catalogue.chain(point.layer))) for point in catalogue.points
+    )
+    return DiskRecord(name=catalogue.disk, epoch=catalogue.epoch, points=tuple(points), layers=len(catalogue.parents))

@@ -1,0 +1,158 @@
+"""Reading a point of a repository: as one layer that shows all of it, or as the layers that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from snapchain.destination.reading import Sink
+from snapchain.destination.records import HoldRecord, PointRecord
+from snapchain.image.qcow2.aligned import aligned
+from snapchain.model.content import Hashes
+from snapchain.model.events import Notice, OnEvent
+from snapchain.model.extents import Extents, Int64s
+from snapchain.model.retention import is_future
+from snapchain.repository.catalogue import Point, find_point
+from snapchain.repository.layers import StoredLayer, leaves_shown
+from snapchain.repository.replay import Replay
+from snapchain.repository.repository import Repository
+from snapchain.repository.view import ChainView
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryLayer:
+    """A LayerReader. layers: root first, the last is this one; below: those of them whose data it leaves out."""
+
+    view: ChainView
+    extents: Extents
+    below: Sequence[StoredLayer]
+    format: Literal["qcow2", "raw"]
+
+    extended_l2 = False
+
+    @property
+    def id(self) -> str:
+        return self.view.layers[-1].id
+
+    @property
+    def name(self) -> str:
+        return self.id
+
+    @property
+    def cluster_size(self) -> int:
+        return self.view.layers[-1].header.cluster_size
+
+    def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
+        """As LayerReader. Each leaf is proven against its record before it is given to the sink's user as copied."""
+        return Replay(self.view, self.extents, sink).on(self.below).run(on_copied, start=start)
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryPoint:
+    """A PointReader."""
+
+    point: PointRecord
+    read: Sequence[RepositoryLayer]
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(layer.extents.data_bytes for layer in self.read)
+
+    def layers(self) -> Iterator[RepositoryLayer]:
+        """Root first."""
+        return iter(self.read)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedLeaves:
+    """A PointLeaves that answers from records, without reading data."""
+
+    name: str
+    stored: Sequence[StoredLayer]
+
+    @property
+    def size(self) -> int:
+        return self.stored[-1].size
+
+    def parts(self) -> Sequence[tuple[object, Extents]]:
+        """(identity, map) of the layers, root first."""
+        return [(layer.id, layer.extents()) for layer in self.stored]
+
+    def leaves(self, first: int, stop: int) -> tuple[Int64s, Hashes]:
+        """As PointLeaves."""
+        return leaves_shown(self.stored, first, min(stop, self.size))
+
+
+def point_record(point: Point, layers: int) -> PointRecord:
+    """layers: length of its chain."""
+    return PointRecord(
+        point=point.point,
+        time=point.time,
+        labels=point.labels,
+        virtual_size=point.size,
+        content_id=point.content_id,
+        layers=layers,
+        holds=tuple(HoldRecord(tag=hold.tag, since=hold.since, reason=hold.reason) for hold in point.holds),
+        of_the_future=is_future(point.time, datetime.now(UTC)),
+    )
+
+
+@contextmanager
+def read_point(
+    repository: Repository,
+    disk: str,
+    wanted: str | None,
+    *,
+    chain: bool,
+    clusters: bool,
+    maps_only: bool,
+    on_event: OnEvent,
+) -> Iterator[RepositoryPoint]:
+    """As ReadableDestination.reader. While data are read, no collector takes them away."""
+    catalogue = repository.catalogue(disk)
+    point = find_point(catalogue, wanted)
+    layers = repository.chain_of(catalogue, point)
+    with repository.as_of(catalogue):
+        read = (
+            tuple(_each(repository, layers, clusters=clusters))
+            if chain
+            else (_whole(repository, layers, clusters=clusters),)
+        )
+    opened = RepositoryPoint(point_record(point, len(layers)), read)
+    if maps_only:
+        yield opened
+        return
+    with repository.reading(
+        {disk: [layer.id for layer in layers]}, f"restore {disk}", on_wait=lambda words: on_event(Notice(words))
+    ):
+        yield opened
+
+
+@contextmanager
+def point_leaves(repository: Repository, disk: str, wanted: str | None) -> Iterator[RecordedLeaves]:
+    """A point, for comparing. Raises NotFound."""
+    catalogue = repository.catalogue(disk)
+    point = find_point(catalogue, wanted)
+    layers = repository.chain_of(catalogue, point)
+    with repository.reading({disk: [layer.id for layer in layers]}, f"diff {disk}"):
+        yield RecordedLeaves(f"{repository.store.url}::{disk}@{point.point}", layers)
+
+
+def _whole(repository: Repository, layers: Sequence[StoredLayer], *, clusters: bool) -> RepositoryLayer:
+    view = ChainView(layers, repository.blobs)
+    shown = view.extents.owned_by(0)
+    size = layers[-1].header.cluster_size
+    return RepositoryLayer(view, aligned(shown, shown, cluster_size=size) if clusters else shown, (), "qcow2")
+
+
+def _each(repository: Repository, layers: Sequence[StoredLayer], *, clusters: bool) -> Iterator[RepositoryLayer]:
+    for at, layer in enumerate(layers):
+        kind: Literal["qcow2", "raw"] = "qcow2" if at else layer.header.image_format
+        view = ChainView(layers[: at + 1], repository.blobs)
+        own = layer.extents()
+        if clusters and kind == "qcow2":
+            own = aligned(own, view.extents.owned_by(0), cluster_size=layer.header.cluster_size)
+        yield RepositoryLayer(view, own, layers[:at], kind)
