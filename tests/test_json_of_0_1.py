@@ -223,7 +223,7 @@ def test_every_field_of_0_1_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if name not in now
     ]
     problems = [line for name, each in then.items() if name in now for line in lacking(now[name], each, name)]
-    assert gone + problems == []
+    assert "\n".join(gone + problems) == ""
 
 
 if __name__ == "__main__":

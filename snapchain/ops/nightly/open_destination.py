@@ -10,9 +10,11 @@ from pathlib import Path
 
 from snapchain.destination.protocol import Destination as AnyDestination
 from snapchain.destination.traits import Traits
+from snapchain.destination.writing import Opening
 from snapchain.destinations import open_destination, traits_of
-from snapchain.errors import InvalidInput, SnapchainError, Unavailable
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable
 from snapchain.host import passphrases
+from snapchain.model.events import ignore
 from snapchain.model.retention import Policy
 from snapchain.ops.nightly.config import Destination
 
@@ -70,7 +72,7 @@ class OpenDestination:
     def reach(self, disk: str) -> None:
         """Open it, and see once in a run that it answers: opening a replica sends nothing. disk: any name.
 
-        Raises as `open`, and Unavailable.
+        Raises as `open`, and what keeps it from answering.
         """
         opened = self.open()
         if not self._answered:
@@ -100,15 +102,15 @@ class OpenDestination:
             self._in_a_row = 0
 
 
-def _unreachable(destination: AnyDestination, disk: str) -> Unavailable | None:
-    """The error of a destination that does not answer a small request. Others concern the disk, not the destination."""
+def _unreachable(destination: AnyDestination, disk: str) -> SnapchainError | None:
+    """The error of a destination that cannot be used: it does not answer when this disk is looked up."""
     try:
-        destination.disks(disk)
-    except Unavailable as error:
+        with destination.look(Opening(disk=disk), on_event=ignore):
+            return None
+    except (Busy, Conflict, Corrupt):  # the disk's own: its shipment reports it
+        return None
+    except SnapchainError as error:
         return error
-    except SnapchainError:
-        pass
-    return None
 
 
 def passphrase_of(destination: Destination, *, on_notice: passphrases.OnNotice) -> Callable[[], str]:

@@ -179,7 +179,7 @@ def test_metrics_keep_to_the_format_whatever_disks_are_called(host: Host) -> Non
     path = host.directory / "snapchain.prom"
     found = exposition.read(path.read_text())
     assert exposition.value(found, "points", disk=odd, destination="vault") == 1
-    assert all(family.kind == "gauge" for family in found.values())
+    assert all(family.type == "gauge" for family in found.values())
     assert {
         "snapchain_last_success_timestamp_seconds", "snapchain_last_run_timestamp_seconds",
         "snapchain_last_run_success", "snapchain_chain_length", "snapchain_shadowed_bytes", "snapchain_shipped_bytes",
