@@ -94,6 +94,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "ops",
         "testing",
     },
+    "prometheus_client": {"ops"},
     "hypothesis": {"testing"},
     "pytest": {"testing"},
 }
