@@ -191,7 +191,7 @@ def lacking(now: Any, then: Any, at: str) -> Iterator[str]:
             yield from lacking(now[0], then[0], f"{at}[]")
         elif then:
             yield f"{at}[] is empty"
-    elif then != "null" and now != then and not _fits(now, then):
+    elif then not in ("null", now) and not _fits(now, then):
         yield f"{at} was {then} and is {now}"
 
 

@@ -1,4 +1,4 @@
-"""`snapchain doctor [PATH...]`: finish or undo what killed runs have left beside images."""
+"""`snapchain doctor [PATH...]`: finish or undo what interrupted commands left beside images."""
 
 from __future__ import annotations
 

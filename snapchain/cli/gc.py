@@ -1,10 +1,8 @@
-"""`snapchain gc DEST`: give back the space of what no point needs."""
+"""`snapchain gc DEST`: delete data that no point needs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing that a point needs was touched; run it again to finish",
 )
 def gc(
-    target: Annotated[str, typer.Argument(metavar="DEST", help="A repository.")],
+    target: Annotated[str, options.address(metavar="DEST", help="A repository.")],
     *,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,

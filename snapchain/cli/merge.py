@@ -1,4 +1,4 @@
-"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files, in a repository or at a replica."""
+"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files or at a destination."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from snapchain.cli import merge_tables, options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.time_zone import named_zone
+from snapchain.cli.quantities import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
+from snapchain.model.merging import Strategy
+from snapchain.model.retention import Policy
 
 if TYPE_CHECKING:
-    from snapchain.merge.request import At
-    from snapchain.merge.strategy import Strategy
-    from snapchain.model.retention import Policy
+    from snapchain.ops.merge import At
 
 _RANGE = "Which layers of an image"
 _KEEP = "Which points of a disk, or sealed layers of an image, to keep"
 _LIMIT = "How much to merge of an image"
 _HOW = "How to merge an image"
 
-_Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)]
+_STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 
 
 @verb(
@@ -40,9 +40,10 @@ _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)
     """,
     when_interrupted="the chain is as it was, or merged, and reads the same either way; run it again to finish",
 )
+@options.takes_policy(panel=_KEEP)
 def merge(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
+        str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
     ],
     *,
     flatten: Annotated[
@@ -62,25 +63,13 @@ def merge(
         typer.Option(
             "--at",
             metavar="DEST::DISK",
+            autocompletion=options.complete_address,
             help="The image is shipped there: rules go round what it lacks, and round the layer that its next "
             "shipment builds on. May be repeated.",
             rich_help_panel=_RANGE,
         ),
     ] = None,
-    keep_last: _Count = 0,
-    keep_hourly: _Count = 0,
-    keep_daily: _Count = 0,
-    keep_weekly: _Count = 0,
-    keep_monthly: _Count = 0,
-    keep_yearly: _Count = 0,
-    keep_within: Annotated[
-        str | None,
-        typer.Option(metavar="DURATION", help="All points of the last 1y5m7d2h.", rich_help_panel=_KEEP),
-    ] = None,
-    keep_label: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LABEL", help="All points with this label. May be repeated.", rich_help_panel=_KEEP),
-    ] = None,
+    policy: Policy,
     zone_name: Annotated[
         str | None,
         typer.Option(
@@ -119,7 +108,8 @@ def merge(
     strategy: Annotated[
         str | None,
         typer.Option(
-            metavar="new-file|absorb|commit",
+            metavar="|".join(_STRATEGIES),
+            autocompletion=options.of(*_STRATEGIES),
             help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
             rich_help_panel=_HOW,
         ),
@@ -177,27 +167,15 @@ def merge(
     points; what a guest or another image uses stays. Transfers to that disk wait meanwhile. -1 means all.
     """
     from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
-    from snapchain.model.retention import Policy, parse_duration
 
-    policy = Policy(
-        last=keep_last,
-        hourly=keep_hourly,
-        daily=keep_daily,
-        weekly=keep_weekly,
-        monthly=keep_monthly,
-        yearly=keep_yearly,
-        within=None if keep_within is None else parse_duration(keep_within),
-        labels=frozenset(keep_label or ()),
-    )
     zone = named_zone(zone_name)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            from snapchain.merge import selection as planning, sequence as running
-            from snapchain.merge.request import Request
             from snapchain.model.events import Notice
+            from snapchain.ops import merge as ops
 
-            request = Request(
+            request = ops.MergeRequest(
                 image=address.path,
                 flatten=flatten,
                 from_layer=first,
@@ -216,12 +194,12 @@ def merge(
                 budget_seconds=budget_seconds,
                 at=_at(at or (), out, password_file=password_file, password_command=password_command),
             )
-            plan = planning.plan(request)
+            plan = ops.plan(request)
             if out.plan(plan, merge_tables.draw_plan):
                 return
             for notice in plan.notices:
                 out.on_event(Notice(notice))
-            report = running.run(plan, on_event=out.on_event)
+            report = ops.run(plan, on_event=out.on_event)
             status = PartialFailure.exit_code if report.failed else 0
             out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
             return
@@ -251,19 +229,16 @@ def merge(
 
 
 def _strategy(text: str | None) -> Strategy | None:
-    from snapchain.merge.strategy import Strategy
-
-    ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
-    if text is not None and text not in ways:
-        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(ways))
-    return None if text is None else ways[text]
+    if text is not None and text not in _STRATEGIES:
+        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(_STRATEGIES))
+    return None if text is None else Strategy(text)
 
 
 def _at(
     names: Sequence[str], out: Output, *, password_file: Path | None, password_command: str | None
 ) -> tuple[At, ...]:
     from snapchain.destination.address import parse_disk_address
-    from snapchain.merge.request import At
+    from snapchain.ops.merge import held_at
 
     found = []
     for name in names:
@@ -275,7 +250,7 @@ def _at(
                 subject=name,
                 hint="leave it out: `snapchain send` recognises at a replica what a merge has made of its layers",
             )
-        found.append(At(name, opened, address.disk))
+        found.append(held_at(name, opened, address.disk))
     return tuple(found)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
+from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
@@ -95,10 +95,10 @@ def migrate(
 
     Cut off anywhere, the same command goes on. Where the destination refuses, the disks are this host's as before.
     """
+    from snapchain.destinations import replica_at
     from snapchain.ops.migrate.request import MigrateRequest, Move
     from snapchain.ops.migrate.run import migrate as run, plan, plan_take_back, take_back as undo
     from snapchain.ops.ship.run import Divergence
-    from snapchain.replica.opening import replica_at
 
     _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

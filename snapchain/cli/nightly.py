@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render, signals
+from snapchain.cli import exits, options, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.quantities import duration, size
+from snapchain.cli.quantities import duration, moment, size
 from snapchain.errors import InvalidInput, PartialFailure
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def nightly(
         report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
         status = 0 if report.complete else PartialFailure.exit_code
         if report.interrupted:
-            status = signals.exit_code()
+            status = exits.interrupted_code()
         out.report(report, _draw_report, problems=_draw_problems, status=status)
 
 

@@ -1,4 +1,4 @@
-"""`snapchain receive DIR`: take in a stream from stdin."""
+"""`snapchain receive DIR`: receive a stream from stdin into a replica."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`snapchain serve-replica --stdio [--root DIR] [--allow SET]`: what the ssh of a sender runs on the replica's host."""
+"""`snapchain serve-replica --stdio [--root DIR] [--allow SET]`: answer the ssh of a sender on the replica's host."""
 
 from __future__ import annotations
 

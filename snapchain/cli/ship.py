@@ -35,7 +35,7 @@ def ship(
     image: Annotated[
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
     ],
-    target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
+    target: Annotated[str, options.address(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
     *,
     label: options.Labels = None,
     each_layer: Annotated[

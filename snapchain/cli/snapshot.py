@@ -1,4 +1,4 @@
-"""`snapchain snapshot IMAGE`: seal the top of a chain and put a fresh overlay under the same path."""
+"""`snapchain snapshot IMAGE`: seal the top of a chain, and put a fresh overlay under the same path."""
 
 from __future__ import annotations
 

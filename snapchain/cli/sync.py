@@ -8,7 +8,7 @@ import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
+from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.preconnect import endpoint_at
 from snapchain.cli.progress import Mode

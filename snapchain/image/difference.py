@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snapchain.image.assemble.threads import spread
 from snapchain.image.chain import ImageChain
 from snapchain.image.physical import Int64s
 from snapchain.image.pread import pread_into
 from snapchain.image.sameness import Pairs, equal_compressed, pairs_of, same_place
+from snapchain.image.threads import spread
 from snapchain.model.extents import DATA, covering, pairwise
 
 _PIECE = 1 << 20
@@ -39,7 +39,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Doubts:
+class RangesToCompare:
     """What must be read to know whether two chains of one size differ.
 
     plain: stretches that both store plain; start, stop: guest ranges to be read as a guest would
@@ -55,7 +55,7 @@ class Doubts:
         return int(self.plain.length.sum()) + int((self.stop - self.start).sum())
 
 
-def doubts(old: ImageChain, new: ImageChain, *, shared: int, trust_place: bool = True) -> Doubts:
+def ranges_to_compare(old: ImageChain, new: ImageChain, *, shared: int, trust_place: bool = True) -> RangesToCompare:
     """Where two chains of one size could differ; reads no guest data but compressed clusters.
 
     shared: how many of the lowest files are the same files in both; trust_place: bytes at one place are one (they are,
@@ -78,7 +78,7 @@ def doubts(old: ImageChain, new: ImageChain, *, shared: int, trust_place: bool =
     start = np.concatenate([at[one_only], unpack.guest])
     stop = np.concatenate([stop[one_only], unpack.guest + unpack.length])
     order = np.argsort(start, kind="stable")
-    return Doubts(pairs[~squeezed].joined(), *_joined(start[order], stop[order]))
+    return RangesToCompare(pairs[~squeezed].joined(), *_joined(start[order], stop[order]))
 
 
 def _joined(start: Int64s, stop: Int64s) -> tuple[Int64s, Int64s]:
@@ -91,11 +91,11 @@ def _joined(start: Int64s, stop: Int64s) -> tuple[Int64s, Int64s]:
 
 
 def first_difference(
-    old: ImageChain, new: ImageChain, found: Doubts, *, on_bytes: OnBytes = lambda _count: None
+    old: ImageChain, new: ImageChain, found: RangesToCompare, *, on_bytes: OnBytes = lambda _count: None
 ) -> Difference | None:
     """The first range that reads otherwise, to the byte at its start, or None.
 
-    found: of `doubts`; on_bytes: told of bytes of `found.bytes` as they are compared, one call at a time.
+    found: of `ranges_to_compare`; on_bytes: told of bytes of `found.bytes` as they are compared, one call at a time.
     A difference in size counts as one behind the end of the shorter. Errors as ImageChain.read_into.
     """
     if old.size != new.size:
@@ -116,7 +116,7 @@ class _View:
     stop: int
 
 
-def _jobs(found: Doubts) -> Iterator[_Plain | _View]:
+def _jobs(found: RangesToCompare) -> Iterator[_Plain | _View]:
     """Pieces of at most _PIECE bytes, or some smaller ones together."""
     cut = found.plain.cut(_PIECE)
     ends = np.cumsum(cut.length)

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snapchain.image.assemble.fiemap import DiskMap, disk_map, same_blocks
-from snapchain.image.assemble.pieces import Pieces, joined_runs, pieces_of
 from snapchain.image.chain import ImageChain
+from snapchain.image.fiemap import DiskMap, disk_map, same_blocks
 from snapchain.image.file import ImageFile
 from snapchain.image.physical import Int32s, Int64s, Mask
+from snapchain.image.pieces import Pieces, joined_runs, pieces_of
 from snapchain.image.pread import file_bytes, pread
-from snapchain.model.distinct import distinct
-from snapchain.model.extents import Extents
+from snapchain.model.extents import Extents, distinct
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,250 +1,300 @@
-"""What merging a run of neighbouring files of a local chain would do, decided before anything is touched.
-
-    root <- a <- b <- c <- top        merge from a to c        root <- c' <- top
-
-The result takes the path of the uppermost input, so the link of the file above stays true.  The inputs below it go,
-unless another image depends on them.
-"""
+"""What a merge of a local chain would do, layer by layer and merge by merge, before anything moves."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from snapchain.errors import InvalidInput, Unsupported
-from snapchain.host.directory import real_path
-from snapchain.host.files import free_bytes
-from snapchain.image import ImageChain, ImageFile, scan
-from snapchain.image.assemble.geometry import surviving_bytes
-from snapchain.image.assemble.plan import merged_extents
-from snapchain.image.dependent_search import Dependents, dependents_of_chain, is_linked_elsewhere
-from snapchain.image.qcow2.header import Backing
-from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE
-from snapchain.merge import inputs
-from snapchain.merge.inputs import KeptFile
+from snapchain.errors import InvalidInput, Unavailable
+from snapchain.image import ImageChain, scan
+from snapchain.image.dependent_search import dependents_of_chain
+from snapchain.merge.choose import choose
+from snapchain.merge.inputs import KeptFile, numbers, real_paths
 from snapchain.merge.journal import unsettled
-from snapchain.merge.layers import numbers
-from snapchain.merge.methods import Terms, Way, choose
-from snapchain.merge.strategy import Strategy
-from snapchain.source.ownership import check_not_given
+from snapchain.merge.rates import Rates, seconds_of
+from snapchain.merge.request import MergeRequest
+from snapchain.merge.stack import Stack, look
+from snapchain.merge.step import MergeStep, decide
+from snapchain.model.choice import MergeRange
+from snapchain.model.merging import MergeRow
+from snapchain.source.holds import check_range
+from snapchain.source.notes import Hold
+from snapchain.source.ownership import check_no_layer
+
+NOTHING = "nothing"
 
 
-class MergePlan(BaseModel):
-    """What `merge_image.run` will do. Sizes in bytes.
-
-    first, last: numbers of the lowest and uppermost input, the root is 0; result: the path that the merged file takes
-    backing: the link that it records (None: it is the root); bytes_to_move: what is shared with or copied into its file
-    shares_extents: moved bytes take no room, nor reading; needs_bytes: room that it takes while all inputs are there
-    shadowed_bytes: overwritten data that goes; kept_as: a second name for the uppermost input
-    unfinished: results of killed merges, which are settled first
-    confirmed: files, links resolved, that may be removed or replaced although they are not surely the disk's own
-    incomplete: what the search for other users of the inputs could not look at, a sentence
-    """
-
+class _Shown(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    image: Path
-    image_format: str | None
-    image_dirs: tuple[Path, ...]
-    strategy: Strategy
-    chain: tuple[Path, ...]
+
+class LayerUse(_Shown):
+    """One layer as it is, in guest bytes. shadowed_bytes: hidden by layers above.
+
+    sealed: when (None for the top); at: destinations that hold it; stays: why no merge takes it away;
+    merge: number of the planned merge that takes it, from 0 for the lowest
+    """
+
+    path: Path
+    virtual_size: int
+    data_bytes: int
+    shadowed_bytes: int
+    sealed: datetime | None
+    labels: tuple[str, ...]
+    holds: tuple[Hold, ...]
+    at: tuple[str, ...]
+    stays: tuple[str, ...]
+    merge: int | None
+
+
+class PlannedMerge(_Shown):
+    """One merge. Bytes moved and freed are the guest's, needed bytes are of the filesystem, meanwhile.
+
+    layers: its files, lowest first; shares_extents: what is moved is shared with the inputs and costs no room
+    seconds: by the rate of earlier merges here; requests: to an object store
+    held_bytes, shadowed_bytes: of the layer that is made, in its chain
+    """
+
+    layers: tuple[Path, ...]
     first: int
     last: int
     result: Path
-    backing: Backing | None
-    virtual_size: int
+    strategy: str
     cluster_size: int
-    extended_l2: bool
-    layers_before: int
-    layers_after: int
-    bytes_to_move: int
     shares_extents: bool
+    bytes_to_move: int
+    bytes_to_free: int
     needs_bytes: int
-    free_bytes: int
+    seconds: float
+    requests: int
+    held_bytes: int
     shadowed_bytes: int
     remove: tuple[Path, ...]
     keep: tuple[KeptFile, ...]
-    kept_as: Path | None
-    keep_inputs: bool
-    drop_bitmaps: bool
-    unfinished: tuple[Path, ...]
-    confirmed: tuple[Path, ...] = ()
-    incomplete: str | None = None
 
 
-def plan(
-    image: Path,
-    *,
-    flatten: bool = False,
-    from_layer: str | None = None,
-    to_layer: str | None = None,
-    strategy: Strategy | None = None,
-    cluster_size: int | None = None,
-    keep_inputs: bool = False,
-    drop_bitmaps: bool = False,
-    image_format: str | None = None,
-    image_dirs: Sequence[Path] = (),
-    unlocks: bool = False,
-    confirmed: Sequence[Path] = (),
-) -> MergePlan:
-    """Look at the chain and decide; changes nothing.
+class MergePlan(_Shown):
+    """What `run` will do. strategy: of all merges, joined by '+'; merges: lowest first, run from the last on.
 
-    Everything above the root by default; flatten: the root too; from_layer, to_layer: file names or paths of the
-    lowest and uppermost input; strategy: the best one unless given; cluster_size: of a new file, in bytes; by default
-    that of the input which gives most; keep_inputs: nothing is removed, and the uppermost input gets a second name;
-    unlocks: the caller makes read-only files of this user's writable before `run`, so that is not counted against them.
-    confirmed: inputs that may go although they lie elsewhere than the top, or an unreadable image may depend on them.
-
-    Raises NotFound, InvalidInput, Unsupported (inputs that a merge would lose something of, a strategy that does not
-    fit, a result that would replace a file that is not the disk's own), Conflict (a confirmed file that was found
-    to have other users), and as `scan`.
+    bytes_to_move, shadowed_bytes, seconds, requests: of all merges; shadowed_bytes is what they drop
+    needs_bytes: room that is needed at the worst moment; free_bytes: room that there is, where it is scarcest
+    unfinished: results of killed merges, which are settled first; steps: for `run`; idle: where there is no merge
     """
-    if flatten and from_layer is not None:
-        raise InvalidInput("--flatten begins at the root; it cannot be combined with --from")
-    asked = Asked(
-        image=image,
-        flatten=flatten,
-        from_layer=from_layer,
-        to_layer=to_layer,
-        strategy=strategy,
-        cluster_size=cluster_size,
-        keep_inputs=keep_inputs,
-        drop_bitmaps=drop_bitmaps,
-        image_format=image_format,
-        image_dirs=tuple(image_dirs),
-        unlocks=unlocks,
-        confirmed=real_paths(confirmed),
-    )
-    with scan(image, format=image_format, image_dirs=image_dirs) as chain:
-        return decide(chain, asked).plan
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What the caller of `plan` said."""
 
     image: Path
-    flatten: bool
-    from_layer: str | None
-    to_layer: str | None
-    strategy: Strategy | None
-    cluster_size: int | None
-    keep_inputs: bool
-    drop_bitmaps: bool
-    image_format: str | None
-    image_dirs: tuple[Path, ...]
-    unlocks: bool = False
-    confirmed: tuple[Path, ...] = ()
+    strategy: str
+    layers_before: int
+    layers_after: int
+    bytes_to_move: int
+    shadowed_bytes: int
+    needs_bytes: int
+    free_bytes: int
+    seconds: float
+    requests: int
+    layers: tuple[LayerUse, ...]
+    merges: tuple[PlannedMerge, ...]
+    notices: tuple[str, ...]
+    unfinished: tuple[Path, ...]
+    steps: tuple[InstanceOf[MergeStep], ...] = Field(exclude=True, repr=False)
+    idle: InstanceOf[MergeStep] | None = Field(exclude=True, repr=False)
 
-
-def real_paths(paths: Iterable[Path]) -> tuple[Path, ...]:
-    """With all links resolved, each once."""
-    return tuple(dict.fromkeys(real_path(path) for path in paths))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
-    """The plan, and the work that it stands for (None: nothing to do); valid while the chain is open."""
-
-    plan: MergePlan
-    way: Way | None
-
-
-def decide(chain: ImageChain, asked: Asked, *, others: Dependents | None = None) -> Decision:
-    """The plan for an opened chain; errors as `plan`. others: what else depends on its files, if that is known."""
-    others = dependents_of_chain(chain, image_dirs=asked.image_dirs) if others is None else others
-    check_not_given(chain)
-    journals = unsettled(file.real_path for file in chain.files)
-    first, last = numbers(
-        chain, flatten=asked.flatten, from_layer=asked.from_layer, to_layer=asked.to_layer, journals=journals
-    )
-    files = chain.files[first : last + 1]
-    upper = files[-1]
-    link = _link(chain, first, upper, others)
-    lower = [file.real_path for file in files[:-1]][::-1]
-    remove, keep = inputs.fate(
-        lower, top=chain.top.path, others=others, confirmed=asked.confirmed, keep_inputs=asked.keep_inputs
-    )
-    free = free_bytes(upper.real_path.parent)
-    way, shadowed = None, 0
-    if len(files) > 1:
-        merged = merged_extents(chain.at(last), first)
-        shares, runs = surviving_bytes(merged, last + 1), len(merged)
-        del merged
-        shadowed = sum(file.shown_extents().data_bytes for file in files) - int(shares.sum())
-        chain.top.check_may_be_changed()
-        inputs.check(files, journals, keep_inputs=asked.keep_inputs)
-        inputs.check_holds(chain, first, last)
-        inputs.check_may_be_replaced(chain, upper.real_path, asked.confirmed)
-        inputs.check_confirmed(lower, asked.confirmed, others)
-        terms = Terms(
-            asked=asked.strategy,
-            cluster_size=asked.cluster_size,
-            keep_inputs=asked.keep_inputs,
-            drop_bitmaps=asked.drop_bitmaps,
-            kept=keep,
-            unlocks=asked.unlocks,
-            free=free,
+    @property
+    def rows(self) -> tuple[MergeRow, ...]:
+        """The merges as every plan shows them, lowest first."""
+        return tuple(
+            MergeRow(
+                layers=tuple(path.name for path in each.layers),
+                method=each.strategy,
+                bytes_to_move=each.bytes_to_move,
+                bytes_to_free=each.bytes_to_free,
+                needs_bytes=each.needs_bytes,
+                seconds=each.seconds,
+                shares_extents=each.shares_extents,
+            )
+            for each in self.merges
         )
-        way = choose(chain.at(last), first, backing=link, terms=terms, shares=shares, runs=runs)
-    plan = MergePlan(
-        image=asked.image,
-        image_format=asked.image_format,
-        image_dirs=asked.image_dirs,
-        strategy=way.strategy if way else Strategy.NOTHING,
-        chain=tuple(file.path for file in chain.files),
-        first=first,
-        last=last,
-        result=upper.real_path,
-        backing=link,
-        virtual_size=upper.size,
-        cluster_size=way.cluster_size if way else upper.cluster_size or DEFAULT_CLUSTER_SIZE,
-        extended_l2=way.extended_l2 if way else bool(upper.header and upper.header.extended_l2),
-        layers_before=len(chain.files),
-        layers_after=len(chain.files) - (last - first),
-        bytes_to_move=way.bytes_moved if way else 0,
-        shares_extents=way is not None and way.shares_extents,
-        needs_bytes=way.bytes_needed if way else 0,
-        free_bytes=free,
-        shadowed_bytes=shadowed,
-        remove=remove,
-        keep=keep,
-        kept_as=inputs.second_name(upper.real_path, journals) if way and asked.keep_inputs else None,
-        keep_inputs=asked.keep_inputs,
-        drop_bitmaps=asked.drop_bitmaps,
-        unfinished=tuple(journal.replaced.path for journal in journals),
-        confirmed=asked.confirmed,
-        incomplete=others.incomplete,
+
+    @property
+    def missing_bytes(self) -> int:
+        """Room that would have to be freed first."""
+        return max(0, self.needs_bytes - self.free_bytes) if self.merges else 0
+
+    def check_room(self) -> None:
+        """Raises Unavailable with the number when the room does not suffice."""
+        if self.missing_bytes:
+            raise Unavailable(
+                f"it needs {self.needs_bytes} bytes beside the files that are there, and {self.free_bytes} are free",
+                subject=self.image.parent,
+                hint=f"free {self.missing_bytes} bytes more, or merge fewer layers at a time (--from, --to)",
+            )
+
+
+def plan(request: MergeRequest) -> MergePlan:
+    """Look at the chain and decide; changes nothing.
+
+    Raises Conflict for a range with a held layer, Corrupt for a note that cannot be read (it may be a hold), and as
+    `step.plan_step`.
+    """
+    rates = Rates.remembered()
+    with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:
+        stack = look(chain, request.at)
+        _check_remove(chain, request)
+        planner = _Planner(chain, request)
+        if request.chooses:
+            chosen = choose(stack, request, rates, planner.plan, planner.others)
+            ranges, stays, notices = chosen.ranges, chosen.stays, chosen.notices
+        else:
+            ranges = _named(stack, request)
+            stays, notices = {}, _not_there(stack, ranges)
+        plans = tuple(planner.plan(each) for each in ranges)
+        for each in plans:
+            check_no_layer(each.result)
+        notices = [*notices, *([planner.others.incomplete] if plans and planner.others.incomplete else [])]
+        idle = None if plans else planner.plan(MergeRange(len(stack) - 1, len(stack) - 1))
+        of_all = idle or plans[0]
+        merges = tuple(_merge(stack, each, rates) for each in plans)
+        needs, free = _room(plans, of_all.free_bytes)
+        if needs > free and merges:
+            notices = [*notices, f"{needs} bytes are needed meanwhile, and {free} are free: it would be refused"]
+        return MergePlan(
+            image=request.image,
+            strategy="+".join(dict.fromkeys(each.strategy for each in merges)) or NOTHING,
+            layers_before=len(stack),
+            layers_after=len(stack) - sum(each.removes for each in ranges),
+            bytes_to_move=sum(each.bytes_to_move for each in merges),
+            shadowed_bytes=sum(each.bytes_to_free for each in merges),
+            needs_bytes=needs,
+            free_bytes=free,
+            seconds=round(sum(each.seconds for each in merges), 3),
+            requests=0,
+            layers=tuple(_layers(stack, ranges, stays)),
+            merges=merges,
+            notices=tuple(notices),
+            unfinished=of_all.unfinished,
+            steps=plans,
+            idle=idle,
+        )
+
+
+class _Planner:
+    """Plans ranges of one opened chain to the byte, each once."""
+
+    def __init__(self, chain: ImageChain, request: MergeRequest) -> None:
+        self._chain, self._request = chain, request
+        self._known: dict[MergeRange, MergeStep] = {}
+        self.others = dependents_of_chain(chain, image_dirs=request.image_dirs)
+
+    def plan(self, place: MergeRange) -> MergeStep:
+        if place not in self._known:
+            files = self._chain.files
+            wanted = self._request.of_range(files[place.first].real_path, files[place.last].real_path)
+            self._known[place] = decide(self._chain, wanted, others=self.others).step
+        return self._known[place]
+
+
+def outlook(request: MergeRequest, *, present: dict[str, int]) -> list[tuple[Path, ...]]:
+    """The files of each merge that rules would choose, if each destination held so many files from the root on."""
+    with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:
+        planner = _Planner(chain, request)
+        found = choose(replace(look(chain), present=present), request, Rates.remembered(), planner.plan, planner.others)
+        paths = [file.real_path for file in chain.files]
+        return [tuple(paths[each.first : each.last + 1]) for each in found.ranges]
+
+
+def _check_remove(chain: ImageChain, request: MergeRequest) -> None:
+    """Raises InvalidInput where --remove names a file that is not of this chain."""
+    known = {file.real_path for file in chain.files}
+    for path in real_paths(request.remove):
+        if path not in known:
+            raise InvalidInput(
+                "--remove names a file that is not in the chain",
+                subject=path,
+                hint="the chain is " + ", ".join(str(file.path) for file in chain.files),
+            )
+
+
+def _named(stack: Stack, request: MergeRequest) -> tuple[MergeRange, ...]:
+    """The range that the user named, or all above the root. Raises Conflict when a layer of it is held."""
+    journals = unsettled(file.real_path for file in stack.chain.files)
+    first, last = numbers(stack.chain, request, journals)
+    if first == last:
+        return ()
+    check_range(stack.chain, first, last, stack.holds)
+    return (MergeRange(first, last),)
+
+
+def _not_there(stack: Stack, ranges: Sequence[MergeRange]) -> list[str]:
+    """What a destination lacks of layers that the user names: it can be shipped afterwards, but is read again then."""
+    lacking: list[str] = []
+    for name, there in stack.present.items():
+        names = [
+            stack.chain.files[place].path.name
+            for each in ranges
+            for place in range(max(each.first, there), each.last + 1)
+        ]
+        if names:
+            lacking.append(f"not yet at {name}: {', '.join(names)}; the next shipment reads all that they become")
+    return lacking
+
+
+def _merge(stack: Stack, planned: MergeStep, rates: Rates) -> PlannedMerge:
+    held, visible = stack.after(planned.first, planned.last)
+    return PlannedMerge(
+        layers=planned.layers,
+        first=planned.first,
+        last=planned.last,
+        result=planned.result,
+        strategy=planned.strategy.value,
+        cluster_size=planned.cluster_size,
+        shares_extents=planned.shares_extents,
+        bytes_to_move=planned.bytes_to_move,
+        bytes_to_free=planned.shadowed_bytes,
+        needs_bytes=planned.needs_bytes,
+        seconds=round(seconds_of(planned, rates), 3),
+        requests=0,
+        held_bytes=held,
+        shadowed_bytes=held - visible,
+        remove=planned.remove,
+        keep=planned.keep,
     )
-    return Decision(plan, way)
 
 
-def _link(chain: ImageChain, first: int, upper: ImageFile, others: Dependents) -> Backing | None:
-    """The lowest input's backing link, for the place of the uppermost one. Raises Unsupported when it has no name."""
-    if first == 0:
-        return None
-    lowest, below = chain.files[first], chain.files[first - 1]
-    assert lowest.backing is not None
-    name = lowest.backing.name
-    if not name.startswith("/"):
-        if _is_opened_elsewhere(upper, others):
-            # QEMU looks from the directory of the link by which it opened the file: only a whole path suits that, too.
-            name = str(below.real_path)
-        elif lowest.path.parent != upper.path.parent:
-            name = os.path.relpath(below.real_path, upper.real_path.parent)
-    # As QEMU reads it, a colon before the first slash ends the name of a protocol.
-    if ":" in name.split("/", 1)[0]:
-        name = f"./{name}"
-    if any(character < " " for character in name):
-        raise Unsupported("the name of the file below holds control characters", subject=below.path)
-    return Backing(name, below.format)
+def _room(plans: Sequence[MergeStep], free: int) -> tuple[int, int]:
+    """(needed, free) on the filesystem where it is scarcest, at the worst moment of a run from the last plan on.
+
+    What an earlier merge frees is not counted: a compressed or sparse file gives back less than its guest bytes.
+    """
+    worst = 0, free
+    left: dict[int, int] = {}
+    for each in reversed(plans):
+        device = each.result.parent.stat().st_dev
+        needed = left.get(device, 0) + each.needs_bytes
+        if each.free_bytes - needed < worst[1] - worst[0]:
+            worst = needed, each.free_bytes
+        if each.keep:
+            left[device] = needed
+    return worst
 
 
-def _is_opened_elsewhere(upper: ImageFile, others: Dependents) -> bool:
-    """Whether the file may be opened by a link in another directory, and could be so far."""
-    whole = upper.backing is not None and upper.backing.name.startswith("/")
-    return whole or is_linked_elsewhere(upper.path, others)
+def _layers(stack: Stack, ranges: Sequence[MergeRange], stays: dict[int, list[str]]) -> list[LayerUse]:
+    merge_of = {place: at for at, each in enumerate(ranges) for place in range(each.first, each.last + 1)}
+    top = len(stack) - 1
+    return [
+        LayerUse(
+            path=file.path,
+            virtual_size=file.size,
+            data_bytes=stack.held_bytes[place],
+            shadowed_bytes=stack.held_bytes[place] - stack.visible_bytes[place],
+            sealed=None if place == top else stack.sealed[place][0],
+            labels=() if place == top else stack.sealed[place][1],
+            holds=stack.holds.get(place, ()),
+            at=stack.at(place),
+            stays=tuple(stays.get(place, ())),
+            merge=merge_of.get(place),
+        )
+        for place, file in enumerate(stack.chain.files)
+    ]

@@ -34,7 +34,6 @@ from snapchain.replica.client import points_at
 from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
-from snapchain.replica.opening import replica_at
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.messages import HeldPoint
 from snapchain.replica.verification import verify_replica
@@ -49,6 +48,10 @@ class ReplicaLayer:
     """A LayerReader over what is fetched."""
 
     fetched: FetchedLayer
+
+    @property
+    def peer(self) -> str:
+        return self.fetched.peer
 
     @property
     def id(self) -> str:
@@ -178,11 +181,6 @@ class ReplicaDestination(ReplicaWriting):
 
     def __init__(self, endpoint: Endpoint, *, limit_rate: int | None = None) -> None:
         super().__init__(endpoint, policy=RetryPolicy(), limit_rate=limit_rate)
-
-    @staticmethod
-    def at(url: str, *, limit_rate: int | None = None, connections: int = 1) -> ReplicaDestination:
-        """At an address. connections: of ssh. Touches nothing. Raises InvalidInput."""
-        return ReplicaDestination(replica_at(url, connections=connections), limit_rate=limit_rate)
 
     @property
     def url(self) -> str:

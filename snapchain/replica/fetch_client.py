@@ -64,6 +64,11 @@ class FetchedLayer:
     announced: str = ""
     _answer: Answer = field(kw_only=True)
 
+    @property
+    def peer(self) -> str:
+        """For errors: who sends it."""
+        return self._answer.peer
+
     def batches(self) -> Iterator[list[Piece]]:
         """All DATA of its map, in guest order; nothing where one only looks. Raises Corrupt."""
         runs, position = DataRuns(self.extents), 0

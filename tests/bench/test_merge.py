@@ -141,7 +141,7 @@ def test_six_overlays(filesystem: Path) -> None:
 def surviving(folder: Path) -> int:
     """Bytes that the overlays show together."""
     from snapchain.image import scan
-    from snapchain.image.assemble.plan import merged_extents
+    from snapchain.merge.assembly import merged_extents
 
     with scan(folder / TOP, format="qcow2") as chain:
         return merged_extents(chain, 1).data_bytes

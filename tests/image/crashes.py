@@ -51,7 +51,7 @@ class Recorder:
     def recording(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with monkeypatch.context() as patch:
             # One after another, so that two runs are alike.
-            patch.setattr("snapchain.image.assemble.threads.AT_MOST", 1)
+            patch.setattr("snapchain.image.threads.AT_MOST", 1)
             for name in ("pwrite", "pwritev", "copy_file_range", "fsync", "ftruncate"):
                 patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
             yield

@@ -17,8 +17,9 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image import ImageChain, scan
-from snapchain.image.assemble import Assembly, Moved, plan, run
 from snapchain.image.qcow2.header import Backing
+from snapchain.merge.assembly import Assembly, plan_assembly, write_assembly
+from snapchain.merge.copying import Moved
 from snapchain.model.extents import ZERO
 from tests.exhaustive import examples
 from tests.image.mounts import mounted
@@ -34,7 +35,7 @@ def assemble(chain: ImageChain, first: int, last: int, out: Path, **options: Any
     """files[first:last + 1] of a chain as one new file, linked to the one below."""
     below = chain.files[first - 1] if first else None
     backing = Backing(str(below.path), below.format) if below else None
-    assembly = plan(chain.at(last), first, backing=backing, **options)
+    assembly = plan_assembly(chain.at(last), first, backing=backing, **options)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -43,7 +44,7 @@ def assemble(chain: ImageChain, first: int, last: int, out: Path, **options: Any
 
     fd = os.open(out, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        moved = run(assembly, fd, subject=out, on_bytes=on_bytes)
+        moved = write_assembly(assembly, fd, subject=out, on_bytes=on_bytes)
     finally:
         os.close(fd)
     assert done == assembly.bytes_moved == moved.shared + moved.copied
@@ -292,10 +293,10 @@ def test_wrong_requests(tmp_path: Path) -> None:
     with scan(paths[-1]) as chain:
         for first, backing in [(0, Backing("x", "raw")), (1, None), (2, None), (-1, None)]:
             with pytest.raises(InvalidInput, match=r"has a backing file exactly when|is none of the 2"):
-                plan(chain, first, backing=backing)
-        assembly = plan(chain, 0, backing=None)
+                plan_assembly(chain, first, backing=backing)
+        assembly = plan_assembly(chain, 0, backing=None)
         with (tmp_path / "full").open("w+b") as file:
             file.write(b"x")
             file.flush()
             with pytest.raises(InvalidInput, match="only written to an empty file"):
-                run(assembly, file.fileno())
+                write_assembly(assembly, file.fileno())

@@ -14,9 +14,9 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.image import ImageChain, scan
-from snapchain.image.assemble.plan import merged_extents
-from snapchain.image.inplace import Amendment, fill, plan_absorb, plan_commit, relink, settle
 from snapchain.image.qcow2.header import Backing
+from snapchain.merge.amendment import Amendment, fill, plan_absorb, plan_commit, relink, settle
+from snapchain.merge.assembly import merged_extents
 from snapchain.model.economics import Into, gain
 from snapchain.testing.strategies import chain_of as model_chain
 from tests.exhaustive import examples
@@ -319,7 +319,7 @@ def test_wrong_requests(tmp_path: Path) -> None:
     with scan(paths[-1]) as chain:
         for first in (1, 2, -1):
             for make_plan in (plan_absorb, plan_commit):
-                with pytest.raises(InvalidInput, match="are not several of 2"):
+                with pytest.raises(InvalidInput, match="must contain at least two files"):
                     make_plan(chain, first, backing=None)
         with pytest.raises(InvalidInput, match="has a backing file exactly when"):
             plan_absorb(chain, 0, backing=Backing("x", "raw"))

@@ -17,7 +17,7 @@ import pytest
 
 from snapchain.errors import Unavailable
 from snapchain.image import scan
-from snapchain.image.inplace import Amendment, fill, relink, settle
+from snapchain.merge.amendment import Amendment, fill, relink, settle
 from tests.exhaustive import chosen, some
 from tests.image.crashes import Op, Recorder, after, remainders
 from tests.image.oracle import qemu

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from snapchain.image import scan
-from snapchain.image.inplace import fill, plan_commit, relink, settle
+from snapchain.merge.amendment import fill, plan_commit, relink, settle
 from tests.image.oracle import qemu
 from tests.image.test_assemble import assert_same, chain_of
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from snapchain.image import inplace, scan
-from snapchain.image.assemble import threads
-from snapchain.image.inplace import Amendment
+from snapchain.image import scan, threads
 from snapchain.image.qcow2.header import Backing
+from snapchain.merge import amendment as in_place
+from snapchain.merge.amendment import Amendment
 from tests.ops.stacks import Layer, build, flat, same
 
 MiB = 1 << 20
@@ -142,9 +142,9 @@ def test_power_lost_at_any_time(way: str, refcount_bits: str, monkeypatch: pytes
             amendment = planned(way)(chain, 1, backing=Backing("0.qcow2", "qcow2"))
 
             def job() -> None:
-                inplace.fill(amendment, fd)
-                inplace.relink(amendment, fd)
-                inplace.settle(fd)
+                in_place.fill(amendment, fd)
+                in_place.relink(amendment, fd)
+                in_place.settle(fd)
 
             recording.of(fd, job, monkeypatch)
         assert same(paths[-1], shown)
@@ -158,7 +158,7 @@ def test_power_lost_at_any_time(way: str, refcount_bits: str, monkeypatch: pytes
             # What is left to do after a crash works from any state.
             shutil.copy(target, alone)
             with alone.open("r+b") as file:
-                inplace.settle(file.fileno())
+                in_place.settle(file.fileno())
             assert checked(alone).get("corruptions", 0) == checked(alone).get("leaks", 0) == 0, where
 
 
@@ -170,4 +170,4 @@ def with_refcounts(layer: Layer, bits: str) -> Layer:
 
 
 def planned(way: str) -> Callable[..., Amendment]:
-    return inplace.plan_absorb if way == "absorb" else inplace.plan_commit
+    return in_place.plan_absorb if way == "absorb" else in_place.plan_commit

@@ -11,7 +11,7 @@ import pytest
 
 from snapchain.image import scan
 from snapchain.image.chain import ImageChain
-from snapchain.image.difference import Difference, doubts, first_difference
+from snapchain.image.difference import Difference, first_difference, ranges_to_compare
 from snapchain.image.references import Unread, children
 
 MiB = 1 << 20
@@ -92,22 +92,22 @@ def test_difference_looks_only_where_two_chains_could_differ(tmp_path: Path) -> 
     write(other, "write -P 2 1M 64k", "write -P 0 2M 64k", "write -P 1 3M 64k")
     with scan(one) as old, scan(other) as new:
         # What only one of them holds is compared with what the base has there.
-        found = doubts(old, new, shared=1)
+        found = ranges_to_compare(old, new, shared=1)
         assert found.plain.guest.tolist() == [MiB, 3 * MiB]
         assert (found.start.tolist(), found.stop.tolist()) == ([2 * MiB], [2 * MiB + 65536])
         seen: list[int] = []
         assert first_difference(old, new, found, on_bytes=seen.append) is None
         assert sum(seen) == found.bytes == 3 * 65536
         # The base is one file in both, though nobody said so: only what lies elsewhere is read.
-        assert doubts(old, new, shared=0).bytes == 3 * 65536
-        assert doubts(old, new, shared=0, trust_place=False).bytes == 4 * MiB
-        assert first_difference(old, new, doubts(old, new, shared=0, trust_place=False)) is None
+        assert ranges_to_compare(old, new, shared=0).bytes == 3 * 65536
+        assert ranges_to_compare(old, new, shared=0, trust_place=False).bytes == 4 * MiB
+        assert first_difference(old, new, ranges_to_compare(old, new, shared=0, trust_place=False)) is None
 
 
 def compared(old: ImageChain, new: ImageChain) -> Difference | None:
     if old.size != new.size:
-        return first_difference(old, new, doubts(old, old, shared=1))
-    return first_difference(old, new, doubts(old, new, shared=0))
+        return first_difference(old, new, ranges_to_compare(old, old, shared=1))
+    return first_difference(old, new, ranges_to_compare(old, new, shared=0))
 
 
 @pytest.mark.parametrize("at", [0, MiB + 511, 3 * MiB + 17, 4 * MiB - 1])
@@ -134,7 +134,7 @@ def test_compressed_clusters_that_are_stored_otherwise_are_equal(how: str, tmp_p
     option = ["-o", how] if how else []
     subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", *option, one, other], check=True)
     with scan(one) as old, scan(other) as new:
-        assert doubts(old, new, shared=0).bytes == (0 if how in {"", "extended_l2=on"} else 20 * 65536)
+        assert ranges_to_compare(old, new, shared=0).bytes == (0 if how in {"", "extended_l2=on"} else 20 * 65536)
         assert compared(old, new) is None
 
 

@@ -13,12 +13,13 @@ import pytest
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.host import files
 from snapchain.image import scan
-from snapchain.image.assemble import Assembly, run as assemble_run
-from snapchain.merge import journal as merge_journal, new_file, plan as merge_plan, run as merge_run, settle
-from snapchain.merge.plan import MergePlan
-from snapchain.merge.run import MergeReport
-from snapchain.merge.strategy import Strategy
+from snapchain.merge import journal as merge_journal, new_file, run as merge_run, settle, step as merge_plan
+from snapchain.merge.assembly import Assembly, write_assembly
+from snapchain.merge.request import MergeRequest
+from snapchain.merge.run import StepReport
+from snapchain.merge.step import MergeStep
 from snapchain.model.events import Event, Notice, Progress
+from snapchain.model.merging import Strategy
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, same, standing, write
 
@@ -30,13 +31,13 @@ STACK = (
 )
 
 
-def plan(image: Path, **options: object) -> MergePlan:
+def plan(image: Path, **options: object) -> MergeStep:
     """Into a new file unless something else is said; what is chosen else: test_merge_strategy.py."""
-    return merge_plan.plan(image, **{"strategy": Strategy.NEW, **options})  # type: ignore[arg-type]
+    return merge_plan.plan_step(MergeRequest(image=image, **{"strategy": Strategy.NEW, **options}))  # type: ignore[arg-type]
 
 
-def merge(image: Path, **options: object) -> MergeReport:
-    return merge_run.run(plan(image, **options))
+def merge(image: Path, **options: object) -> StepReport:
+    return merge_run.run_step(plan(image, **options))
 
 
 @pytest.fixture
@@ -113,11 +114,10 @@ def test_planning_changes_nothing(stack: list[Path]) -> None:
     before = {entry: standing(entry) for entry in stack[0].parent.iterdir()}
     planned = plan(stack[-1])
     assert {entry: standing(entry) for entry in stack[0].parent.iterdir()} == before
-    said = planned.model_dump(mode="json")
-    assert said["strategy"] == "new-file"
-    assert said["remove"] == [str(stack[2]), str(stack[1])]
-    assert said["needs_bytes"] > said["bytes_to_move"] > 0
-    assert said["shadowed_bytes"] > 0
+    assert planned.strategy is Strategy.NEW
+    assert planned.remove == (stack[2], stack[1])
+    assert planned.needs_bytes > planned.bytes_to_move > 0
+    assert planned.shadowed_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_linked_clone_keeps_what_it_stands_on(stack: list[Path], reference: Pa
     assert planned.remove == (stack[2],)
     assert [kept.path for kept in planned.keep] == [stack[1]]
     assert "clone.qcow2" in planned.keep[0].reason
-    report = merge_run.run(planned)
+    report = merge_run.run_step(planned)
     assert [kept.path for kept in report.kept] == [stack[1]]
     assert same(other, before)
     assert same(stack[-1], reference)
@@ -312,8 +312,8 @@ def test_nobody_can_start_on_it_meanwhile(stack: list[Path], monkeypatch: pytest
             seen.append(subprocess.run(argv, check=False, capture_output=True).returncode)
         return real(*arguments, **named)  # type: ignore[arg-type]
 
-    real = assemble_run
-    monkeypatch.setattr(new_file, "assemble", assemble)
+    real = write_assembly
+    monkeypatch.setattr(new_file, "write_assembly", assemble)
     merge(stack[-1])
     assert seen == [1, 0]
 
@@ -360,7 +360,7 @@ def test_a_killed_merge_keeps_a_clone_made_since(stack: list[Path], reference: P
     other = clone(stack[1], "clone.qcow2")
     before = flat(other, tmp_path / "clone.raw")
     events: list[Event] = []
-    report = merge_run.run(plan(stack[-1]), on_event=events.append)
+    report = merge_run.run_step(plan(stack[-1]), on_event=events.append)
     assert report.strategy is Strategy.NOTHING
     assert report.finished == (stack[-1],)
     assert any(isinstance(event, Notice) and "finished" in event.message for event in events)
@@ -390,7 +390,7 @@ def test_a_failing_call_leaves_all_as_it_was(
             failing = Failing(call, nth, patch)
             events: list[Event] = []
             try:
-                merge_run.run(plan(stack[-1], keep_inputs=True), on_event=events.append)
+                merge_run.run_step(plan(stack[-1], keep_inputs=True), on_event=events.append)
             except Unavailable as error:
                 assert "no space" in str(error)  # noqa: PT017
                 assert failing.failed
@@ -460,7 +460,7 @@ def test_a_full_filesystem_met_on_the_way(stack: list[Path], monkeypatch: pytest
 def test_a_wrong_result_is_never_believed(
     wrong: str, stack: list[Path], reference: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = assemble_run
+    real = write_assembly
 
     def assemble(assembly: Assembly, fd: int, **named: object) -> object:
         done = real(assembly, fd, **named)  # type: ignore[arg-type]
@@ -485,7 +485,7 @@ def test_a_wrong_result_is_never_believed(
                 file.truncate(1001 * assembly.layout.cluster_size)
         return done
 
-    monkeypatch.setattr(new_file, "assemble", assemble)
+    monkeypatch.setattr(new_file, "write_assembly", assemble)
     with pytest.raises(Corrupt) as caught:
         merge(stack[-1])
     if wrong == "content":
@@ -524,7 +524,7 @@ def test_standing_is_kept_and_progress_told(stack: list[Path]) -> None:
     before = stack[-1].stat()
     events: list[Event] = []
     planned = plan(stack[-1])
-    merge_run.run(planned, on_event=events.append)
+    merge_run.run_step(planned, on_event=events.append)
     after = stack[-1].stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     merged = [event for event in events if isinstance(event, Progress) and event.phase == "merge"]
@@ -542,6 +542,6 @@ def test_the_room_estimate_holds(tmp_path: Path) -> None:
         )
         write(paths[0], "write -P 5 0 32M")
         planned = plan(paths[-1], keep_inputs=True)
-        merge_run.run(planned)
+        merge_run.run_step(planned)
         assert paths[-1].stat().st_blocks * 512 <= planned.needs_bytes, options
         shutil.rmtree(directory)

@@ -17,15 +17,15 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, Unsupported
 from snapchain.image import ImageChain, scan
-from snapchain.image.assemble import Assembly, Moved
-from snapchain.image.assemble.copies import Copies
-from snapchain.image.assemble.move import Mover
-from snapchain.image.inplace import Amendment
-from snapchain.merge import methods as ways, new_file, plan as merge_plan, run as merge_run
+from snapchain.merge import methods as ways, new_file, run as merge_run, step as merge_plan
+from snapchain.merge.amendment import Amendment
+from snapchain.merge.assembly import Assembly
+from snapchain.merge.copying import Copies, Moved, Mover
 from snapchain.merge.journal import journal_path
-from snapchain.merge.plan import MergePlan
-from snapchain.merge.run import MergeReport
-from snapchain.merge.strategy import Strategy, cheapest
+from snapchain.merge.request import MergeRequest
+from snapchain.merge.run import StepReport
+from snapchain.merge.step import MergeStep
+from snapchain.model.merging import Strategy, cheapest
 from snapchain.ops import doctor
 from tests.image.mounts import mounted
 from tests.ops.faulty_calls import Fault, killed_before, met
@@ -34,12 +34,12 @@ from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, sa
 NEW, ABSORB, COMMIT = Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT
 
 
-def merge(image: Path, **options: object) -> MergeReport:
-    return merge_run.run(merge_plan.plan(image, **options))  # type: ignore[arg-type]
+def merge(image: Path, **options: object) -> StepReport:
+    return merge_run.run_step(merge_plan.plan_step(MergeRequest(image=image, **options)))  # type: ignore[arg-type]
 
 
-def chosen(image: Path, **options: object) -> MergePlan:
-    return merge_plan.plan(image, **options)  # type: ignore[arg-type]
+def chosen(image: Path, **options: object) -> MergeStep:
+    return merge_plan.plan_step(MergeRequest(image=image, **options))  # type: ignore[arg-type]
 
 
 def test_the_cheapest_by_bytes_and_room() -> None:
@@ -68,7 +68,7 @@ def test_a_large_upper_layer_absorbs_and_a_large_lower_one_is_committed_to(tmp_p
         assert planned.strategy is expected
         # What the large one hides is not moved, nor is the large one.
         assert planned.bytes_to_move == (0 if expected is ABSORB else 128 * 1024)
-        report = merge_run.run(planned)
+        report = merge_run.run_step(planned)
         assert names(directory) == ["0.qcow2", "disk.qcow2"]
         assert report.removed == (paths[1],)
         assert paths[-1].stat().st_ino == inodes[2 if expected is ABSORB else 1]
@@ -89,7 +89,7 @@ def test_where_extents_are_shared_a_new_file_costs_nothing(kind: str, tmp_path: 
         assert planned.bytes_to_move == 3 * MiB
         assert planned.needs_bytes < 3 * MiB
         assert names(place / "vm") == ["0.qcow2", "1.qcow2", "disk.qcow2"]
-        merge_run.run(planned)
+        merge_run.run_step(planned)
         assert same(paths[-1], reference)
 
 
@@ -100,7 +100,7 @@ def test_a_wrong_byte_is_found_though_extents_are_shared(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof reads nothing of what is one piece of disk; what was written to since is none any more."""
-    real = vars(new_file)["assemble"]
+    real = vars(new_file)["write_assembly"]
 
     def assemble(assembly: Assembly, fd: int, **named: object) -> object:
         done: Moved = real(assembly, fd, **named)
@@ -111,7 +111,7 @@ def test_a_wrong_byte_is_found_though_extents_are_shared(
     with mounted(kind, tmp_path) as place:
         paths = build(place / "vm", [Layer(), Layer(writes=["write -P 2 0 3M"]), Layer(writes=["write -P 3 1M 64k"])])
         os.sync()
-        monkeypatch.setattr(new_file, "assemble", assemble)
+        monkeypatch.setattr(new_file, "write_assembly", assemble)
         with pytest.raises(Corrupt, match=f"bytes {1234 * 1024} to {1234 * 1024 + 1}$"):
             merge(paths[-1])
         assert names(place / "vm") == ["0.qcow2", "1.qcow2", "disk.qcow2"]
@@ -131,7 +131,7 @@ def test_what_a_strategy_cannot_do_is_said(strategy: Strategy, stack: list[Path]
     assert chosen(stack[-1], keep_inputs=True).strategy is NEW
     planned = chosen(stack[-1], cluster_size=4096)
     assert (planned.strategy, planned.cluster_size) == (NEW, 4096)
-    merge_run.run(planned)
+    merge_run.run_step(planned)
     with scan(stack[-1]) as chain:
         assert chain.top.cluster_size == 4096
 
@@ -165,7 +165,7 @@ def test_bitmaps_of_the_top_stay_true(stack: list[Path], tmp_path: Path) -> None
     assert planned.strategy is ABSORB
     with pytest.raises(Unsupported, match="daily"):
         chosen(stack[-1], strategy=NEW)
-    merge_run.run(planned)
+    merge_run.run_step(planned)
     assert '"name": "daily"' in qemu_img("info", "--output=json", stack[-1])
     assert same(stack[-1], reference)
     assert clean(stack[-1])

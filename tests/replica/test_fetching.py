@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from snapchain.destinations import replica_at
 from snapchain.errors import (
     Busy,
     Conflict,
@@ -34,7 +35,6 @@ from snapchain.ops.ship.request import Divergence
 from snapchain.replica import destination as replica_destination
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.opening import replica_at
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, Fetch, Hello, Kind, encode
@@ -433,7 +433,7 @@ ON_FETCHING = {
     "resumed from nothing": "not lie on the one before",
     "clusters of 513": "DONE has no place|cluster size of 513",  # a raw file has no clusters
     "small subclusters": "48 bytes of data left out|cluster size of 512",
-    "other content": "shows the content",
+    "other content": "the restored content id",
     "a point of other content": "kind 8, which is not",
 }
 """What is said of a hostile sender's frames here, if it is something else."""
@@ -466,7 +466,7 @@ LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "another number of layers": ("other layers than it says", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
     "no end": ("closed by the other side", GOOD[:6]),
     "no DONE": ("closed by the other side", GOOD[:7]),
-    "other bytes": ("shows the content", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
+    "other bytes": ("the restored content id", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
     "fewer bytes": ("131072 bytes of data left out", (*GOOD[:5], data(0, GRAIN, BLOB[:GRAIN]), *GOOD[6:])),
     "a sender's word": ("kind 2, which is not", (*GOOD[:3], OPEN)),
     "a receiver's word": ("kind 32, which is not", (*GOOD[:3], (32, b"{}"))),

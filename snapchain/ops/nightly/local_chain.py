@@ -10,21 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from snapchain.image import ImageChain, scan
-from snapchain.image.dependent_search import dependents_of_chain
+from snapchain.image import ImageChain
 from snapchain.image.file import Format
-from snapchain.merge import selection as planning
-from snapchain.merge.choose import choose
-from snapchain.merge.plan import decide
-from snapchain.merge.rates import Rates
-from snapchain.merge.request import At, Request
-from snapchain.merge.selection import MergeSetPlan, asked
-from snapchain.merge.stack import look as look_at_stack
-from snapchain.model.chain import Chain
+from snapchain.merge import plan as planning
+from snapchain.merge.plan import MergePlan
+from snapchain.merge.request import At, MergeRequest
+from snapchain.model.chain import Chain, Layer
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.fingerprint import Fingerprint
-from snapchain.model.layer import Layer
 from snapchain.ops.nightly.config import Disks
 from snapchain.source.chains import locked_chain
 from snapchain.source.ownership import check_not_given
@@ -42,17 +36,17 @@ class Sealed:
     beyond: int
 
 
-def plan(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> MergeSetPlan:
+def plan(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> MergePlan:
     """What brings the chain down to `merge_above` files, or nearest to that within `budget` bytes to be moved."""
     return planning.plan(_request(image, settings, at=at, budget=budget))
 
 
-def moved(planned: MergeSetPlan) -> int:
+def moved(planned: MergePlan) -> int:
     """Bytes of the merges that the filesystem does not share."""
-    return sum(0 if each.shares_extents else each.bytes_to_move for each in planned.plans)
+    return sum(0 if each.shares_extents else each.bytes_to_move for each in planned.steps)
 
 
-def why_longer(planned: MergeSetPlan, settings: Disks) -> str | None:
+def why_longer(planned: MergePlan, settings: Disks) -> str | None:
     """Why the chain will have more files than it should."""
     assert settings.merge_above is not None
     if planned.layers_after <= settings.merge_above:
@@ -70,23 +64,12 @@ def outlook(image: Path, settings: Disks, *, present: dict[str, int], more: int)
     have by then beside these
     """
     assert settings.merge_above is not None
-    request = replace(_request(image, settings, at=(), budget=None), max_layers=max(settings.merge_above - more, 1))
-    with scan(image, format=request.image_format, image_dirs=request.image_dirs) as chain:
-        paths = [file.real_path for file in chain.files]
-        stack = replace(look_at_stack(chain), present=present)
-        others = dependents_of_chain(chain, image_dirs=request.image_dirs)
-        found = choose(
-            stack,
-            request,
-            Rates.remembered(),
-            lambda each: decide(chain, asked(request, paths, each), others=others).plan,
-            others,
-        )
-        return [tuple(paths[each.first : each.last + 1]) for each in found.ranges]
+    request = _request(image, settings, at=(), budget=None)
+    return planning.outlook(replace(request, max_layers=max(settings.merge_above - more, 1)), present=present)
 
 
-def _request(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> Request:
-    return Request(
+def _request(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> MergeRequest:
+    return MergeRequest(
         image=image,
         image_format=settings.format,
         image_dirs=(*settings.image_dirs, image.parent),

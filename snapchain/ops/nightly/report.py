@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.records import GcReport, PointsMergeReport
 from snapchain.errors import SnapchainError
-from snapchain.merge.sequence import MergeSetReport
+from snapchain.merge.run import MergeReport
 
 
 class Outcome(StrEnum):
@@ -98,7 +98,7 @@ class DiskReport(_Shown):
     snapshot: str = "none"
     sealed: Path | None = None
     destinations: tuple[ShipResult, ...] = ()
-    merge: MergeSetReport | None = None
+    merge: MergeReport | None = None
     why_not_merged: str | None = None
     chain_length: int | None = None
     shadowed_bytes: int | None = None

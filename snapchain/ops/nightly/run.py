@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from snapchain.errors import Busy, Interrupted, SnapchainError
-from snapchain.host import descriptors, files
+from snapchain.host import files, process_limits
 from snapchain.host.files import open_or_make
 from snapchain.host.os_errors import os_errors
 from snapchain.host.places import SYSTEM_STATE, state_dir
@@ -99,7 +99,7 @@ class _Run:
         self._on_event, self._stop, self._interrupted = on_event, threading.Event(), False
         self._started, self._began = clock(), time.monotonic()
         self._steps = Steps()
-        self._descriptors = Descriptors(descriptors.limit())
+        self._descriptors = Descriptors(process_limits.limit())
         self._reports: dict[str, DiskReport] = {}
         self._destinations: dict[str, DestinationReport] = {}
         self._disk_list = DiskList()

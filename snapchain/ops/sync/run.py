@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from snapchain.destinations import replica_at
 from snapchain.errors import InvalidInput
 from snapchain.model.convergence import Verdict, judge
 from snapchain.model.events import OnEvent, ignore
@@ -23,7 +24,6 @@ from snapchain.ops.sync.request import Destination, Proof, SetDestination, SetRe
 from snapchain.ops.sync.rounds import Run, patiently, seconds_for
 from snapchain.ops.sync.virsh import Guest, guest_of
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.opening import replica_at
 from snapchain.source.sealer import OfflineSealer, OfflineSet, Sealer, SealerOfOne, SetSealer
 
 

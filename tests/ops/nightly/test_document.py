@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from snapchain.errors import InvalidInput, NotFound
-from snapchain.ops.nightly.config import Budget, Destination, DiskHooks, Disks, Hooks, Keep, Nightly, Verify
+from snapchain.model.retention import Policy
+from snapchain.ops.nightly.config import Budget, Destination, DiskHooks, Disks, Hooks, Nightly, Verify
 from snapchain.ops.nightly.document import load, parse
 from tests.ops.nightly.night import Host
 
@@ -152,7 +153,8 @@ def test_all_mistakes_are_named_at_once() -> None:
     ("text", "count"),
     [
         ("512", 512), ("512B", 512), ("64K", 64 << 10), ("64k", 64 << 10), ("64KB", 64 << 10), ("64KiB", 64 << 10),
-        ("64 KiB", 64 << 10), ("10M", 10 << 20), ("10MB", 10 << 20), ("1.5GiB", 3 << 29), ("2T", 2 << 40), (" 1G ", 1 << 30),
+        ("64 KiB", 64 << 10), ("10M", 10 << 20), ("10MB", 10 << 20), ("1.5GiB", 3 << 29), ("2T", 2 << 40),
+        (" 1G ", 1 << 30),
         ("1 P", None), ("much", None), ("-1", None), ("1e3", None), ("1 bit", None), ("", None),
     ],
 )  # fmt: skip
@@ -176,24 +178,24 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert load(tmp_path / "link.toml").name == "link"
 
 
-README = (Path(__file__).resolve().parents[3] / "README.md").read_text().partition("\n## Every night\n")[2]
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "guide" / "nightly.md").read_text()
 
 
-def test_the_configuration_of_the_readme_is_one() -> None:
-    (example,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+def test_the_configuration_of_the_guide_is_one() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     config = parse(example, path=Path("/etc/snapchain/web.toml"))
     assert len(config.destinations) == 2
     assert config.keep_of(config.destinations[1]).monthly == 24
 
 
-def test_the_readme_names_every_field_and_no_other() -> None:
+def test_the_guide_names_every_field_and_no_other() -> None:
     models: dict[str, list[type[BaseModel]]] = {
-        "top": [Nightly], "`[keep]`": [Keep], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
+        "top": [Nightly], "`[keep]`": [Policy], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
         "`[[disks]]`": [Disks, DiskHooks], "`[[destinations]]`": [Destination, Verify],
     }  # fmt: skip
     told = {
         where: set(re.findall(r"`([a-z_]+)`", words))
-        for where, words in re.findall(r"^\| (\S+) \| (.*) \|$", README, re.MULTILINE)
+        for where, words in re.findall(r"^\| (\S+) \| (.*) \|$", PAGE, re.MULTILINE)
     }
     parts = {"keep", "budget", "hooks", "disks", "destinations"}
     for where, kinds in models.items():
@@ -203,10 +205,10 @@ def test_the_readme_names_every_field_and_no_other() -> None:
         assert fields - told[where] - common - (parts if where == "top" else set()) == set(), where
 
 
-def test_the_readme_names_every_metric_and_no_other(tmp_path: Path) -> None:
+def test_the_guide_names_every_metric_and_no_other(tmp_path: Path) -> None:
     host = Host(tmp_path)
     host.repository()
     host.disk("web1")
     host.run("")
     there = set(re.findall(r"^# TYPE (\S+)", (tmp_path / "snapchain.prom").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`(snapchain_[a-z_]+)", README)) == there
+    assert set(re.findall(r"`(snapchain_[a-z_]+)", PAGE)) == there
