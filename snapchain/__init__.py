@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination as Destination
     from snapchain.destination.records import GcReport, PointsMergeReport, VerifyReport
     from snapchain.image import ImageChain
-    from snapchain.merge.sequence import MergeSetReport
+    from snapchain.merge.run import MergeReport
     from snapchain.model.events import Event as Event
     from snapchain.model.retention import Policy as Policy
     from snapchain.ops.init import InitReport
@@ -368,7 +368,7 @@ def merge_image(
     format: Format | None = None,
     image_dirs: Sequence[AnyPath] = (),
     on_event: OnEvent | None = None,
-) -> MergeSetReport:
+) -> MergeReport:
     """Make one layer of several neighbours in a chain of files that nobody has open; without rules, all above the root.
 
     policy: which sealed layers stay, by the times and labels that `snapshot` noted; zone: as of `merge_points`
@@ -384,11 +384,10 @@ def merge_image(
     from datetime import UTC
     from pathlib import Path
 
-    from snapchain.merge import selection, sequence
-    from snapchain.merge.request import Request
     from snapchain.model.retention import Policy
+    from snapchain.ops import merge
 
-    request = Request(
+    request = merge.MergeRequest(
         image=Path(image),
         policy=policy or Policy(),
         zone=zone or UTC,
@@ -400,7 +399,7 @@ def merge_image(
         image_format=format,
         image_dirs=tuple(_paths(image_dirs)),
     )
-    return sequence.run(selection.plan(request), on_event=on_event or _ignore)
+    return merge.run(merge.plan(request), on_event=on_event or _ignore)
 
 
 # --- what they share

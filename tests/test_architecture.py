@@ -58,7 +58,6 @@ OWED: set[tuple[str, str]] = {
     ("destination/protocol.py", "destinations"),
     ("destination/protocol.py", "ops"),
     ("destination/protocol.py", "repository"),
-    ("source/ownership.py", "replica"),
 }
 
 # third-party module -> the parts that may import it. What is not listed is no dependency of the project.

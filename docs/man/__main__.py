@@ -285,7 +285,7 @@ def main_page() -> str:
         if group:
             text += f".SS {literal(group)}\n"
             text += "".join(tagged(f"\\fB{literal(name)}\\fR", sentence) for name, sentence in summaries.items())
-    text += ".SH ADDRESSES\n" + ".PP\n".join(f"{prose(line)}\n" for line in verbs._ADDRESSES.split("\n"))
+    text += ".SH ADDRESSES\n" + ".PP\n".join(f"{prose(line)}\n" for line in verbs.ADDRESSES.split("\n"))
     text += ".SH OPTIONS\n"
     for names, sentence in verbs._OPTIONS.items():
         text += tagged(", ".join(f"\\fB{literal(name)}\\fR" for name in names.split(", ")), sentence)

@@ -46,6 +46,10 @@ def _run(words: Sequence[str]) -> int:
         if _answered_from_table(words):
             sys.stdout.flush()
             return 0
+        if "_SNAPCHAIN_COMPLETE" in os.environ:
+            from snapchain.cli.completion import prepare
+
+            prepare(os.environ)
         with logging_in(words):
             from snapchain.cli.app import app
 

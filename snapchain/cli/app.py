@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import snapchain
 from snapchain.cli import exits
-from snapchain.cli.verbs import VERBS, check_verb, help_page
+from snapchain.cli.verbs import ADDRESSES, SUMMARY, VERBS, check_verb, help_page
 
 P = ParamSpec("P")
 
@@ -77,6 +77,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="snapchain",
     cls=_Group,
+    help=f"{SUMMARY}\n\n{ADDRESSES}".replace("[", "\\["),
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -128,7 +129,11 @@ def verb(
 
         title = name or function.__name__
         alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        alone.command(title, help=_help(function), epilog=_example_lines(examples), hidden=hidden)(guarded)
+        panel = VERBS[title].group or None
+        joined = alone.command(
+            title, help=_help(function), epilog=_example_lines(examples), hidden=hidden, rich_help_panel=panel
+        )
+        joined(guarded)
         _COMMANDS[title] = alone
         return guarded
 

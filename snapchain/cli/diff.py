@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
@@ -32,8 +30,8 @@ _SHOWN = 20
     when_interrupted="nothing was being changed",
 )
 def diff(
-    old: Annotated[str, typer.Argument(metavar="ADDRESS", help="The one side: DEST::DISK[@POINT], or an image.")],
-    new: Annotated[str, typer.Argument(metavar="ADDRESS", help="The other side.")],
+    old: Annotated[str, options.address(metavar="ADDRESS", help="The one side: DEST::DISK[@POINT], or an image.")],
+    new: Annotated[str, options.address(metavar="ADDRESS", help="The other side.")],
     *,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing that a point needs was touched; run it again to finish",
 )
 def gc(
-    target: Annotated[str, typer.Argument(metavar="DEST", help="A repository.")],
+    target: Annotated[str, options.address(metavar="DEST", help="A repository.")],
     *,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,

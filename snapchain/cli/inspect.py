@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT].")],
+    target: Annotated[str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT].")],
     *,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,

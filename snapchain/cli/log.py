@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def log(
-    target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
     accept_repository: Annotated[
         str | None,

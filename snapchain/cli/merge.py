@@ -14,9 +14,9 @@ from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
+from snapchain.model.merging import Strategy
 
 if TYPE_CHECKING:
-    from snapchain.model.merging import Strategy
     from snapchain.model.retention import Policy
     from snapchain.ops.merge import At
 
@@ -25,6 +25,7 @@ _KEEP = "Which points of a disk, or sealed layers of an image, to keep"
 _LIMIT = "How much to merge of an image"
 _HOW = "How to merge an image"
 
+_STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)]
 
 
@@ -42,7 +43,7 @@ _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)
 )
 def merge(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
+        str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
     ],
     *,
     flatten: Annotated[
@@ -62,6 +63,7 @@ def merge(
         typer.Option(
             "--at",
             metavar="DEST::DISK",
+            autocompletion=options.complete_address,
             help="The image is shipped there: rules go round what it lacks, and round the layer that its next "
             "shipment builds on. May be repeated.",
             rich_help_panel=_RANGE,
@@ -119,7 +121,8 @@ def merge(
     strategy: Annotated[
         str | None,
         typer.Option(
-            metavar="new-file|absorb|commit",
+            metavar="|".join(_STRATEGIES),
+            autocompletion=options.of(*_STRATEGIES),
             help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
             rich_help_panel=_HOW,
         ),
@@ -250,12 +253,9 @@ def merge(
 
 
 def _strategy(text: str | None) -> Strategy | None:
-    from snapchain.model.merging import Strategy
-
-    ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
-    if text is not None and text not in ways:
-        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(ways))
-    return None if text is None else ways[text]
+    if text is not None and text not in _STRATEGIES:
+        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(_STRATEGIES))
+    return None if text is None else Strategy(text)
 
 
 def _at(

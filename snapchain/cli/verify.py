@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def verify(
-    target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
     read_data: Annotated[
         bool, typer.Option("--read-data", help="Read all data too, and compare the bytes with what was shipped.")

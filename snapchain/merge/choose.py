@@ -1,4 +1,4 @@
-"""Which ranges to merge when the user says rules and not layers.
+"""Which ranges to merge when the user gives rules and not layers.
 
 What no merge may touch, and which views stay, gives the ranges that may be merged (model/choice.py).  Without a cap or
 a budget all of them are; with a cap as few layers as suffice, at the least cost; with a budget what gains most
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.errors import Unsupported
-from snapchain.image.backing import is_layer_below_active
+from snapchain.host.replica_layout import layers_of
 from snapchain.image.dependent_search import Dependents
 from snapchain.merge.copying import shares_extents
 from snapchain.merge.inputs import real_paths, users_of, why_not_own
@@ -56,7 +56,9 @@ class _View:
 
 
 def choose(stack: Stack, request: MergeRequest, rates: Rates, plan_range: PlanRange, others: Dependents) -> Chosen:
-    """plan_range: of one range, to the byte; may raise Unsupported for files that cannot be merged: these stay.
+    """Choose the ranges that the rules, the cap and the budget of a request ask for.
+
+    plan_range: plans one range to the byte; may raise Unsupported for files that cannot be merged: these stay
 
     others: what else depends on the files of the chain
     """
@@ -74,7 +76,7 @@ def choose(stack: Stack, request: MergeRequest, rates: Rates, plan_range: PlanRa
             refused.add(culprit)
             chosen.notices.append(f"{error}: it stays as it is")
             continue
-        _tell_of_the_cap(stack, request, chosen)
+        _add_notice_of_cap(stack, request, chosen)
         return chosen
 
 
@@ -88,7 +90,7 @@ def _allowed(
     def stays(place: int, why: str) -> None:
         chosen.stays.setdefault(place, []).append(why)
 
-    # A top that will be written to again is shipped whole again once it was merged; without destinations nobody cares.
+    # A top that is written to after a merge is shipped as a whole again; without destinations that does not matter.
     with_top = not stack.present and request.policy.is_empty
     bars = barred(
         count,
@@ -126,11 +128,11 @@ def _allowed(
 def _foreign(stack: Stack, confirmed: Collection[Path]) -> dict[int, str]:
     """Files that would stay: a merge would only copy their data, once for each disk that shares them."""
     top = stack.chain.top
+    layers = layers_of(top.real_path.parent)
     return {
         place: why
         for place, file in enumerate(stack.chain.files)
-        if (why := why_not_own(file.real_path, top.path, confirmed)) is not None
-        and not is_layer_below_active(file.real_path, top.real_path)
+        if (why := why_not_own(file.real_path, top.path, confirmed)) is not None and file.real_path.parent != layers
     }
 
 
@@ -217,7 +219,7 @@ def _place_of(stack: Stack, subject: str | None) -> int | None:
     return None
 
 
-def _tell_of_the_cap(stack: Stack, request: MergeRequest, chosen: Chosen) -> None:
+def _add_notice_of_cap(stack: Stack, request: MergeRequest, chosen: Chosen) -> None:
     if request.max_layers is None:
         return
     left = len(stack) - sum(each.removes for each in chosen.ranges)

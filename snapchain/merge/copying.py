@@ -123,7 +123,7 @@ def share_range(source: int, source_offset: int, target: int, target_offset: int
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
-    """Copy inside the kernel; how many bytes were copied until it would not go on, be it at once."""
+    """Copy inside the kernel; the number of bytes copied until it refused to go on, 0 where it refused at once."""
     done = 0
     while done < length:
         try:

@@ -79,29 +79,32 @@ class InPlace:
     def make(self, step: MergeStep, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent) -> OpenJournal:
         """Fill, prove and switch. The inputs are locked against everybody already."""
         del locks
-        work = self.work
-        check_unchanged(old)
-        check_still_allowed(old, step.first, step.last)
-        sweep(step.result)
-        if step.strategy is Strategy.COMMIT:
-            standing = [os.fstat(file.fileno()) for file in (old.files[step.last], work.file)]
-            files.check_standing(standing[0], standing[1], subject=step.result)
-        with _opened(work.file) as fd:
-            journal = OpenJournal(_record(step, work, old))
-            try:
-                _fill(step, work, old, fd, on_event)
-                if step.strategy is Strategy.ABSORB:
-                    amendment.relink(work, fd, subject=step.result)
-                amendment.settle(fd, subject=work.file.path)
-                with reread(work.file.real_path, fd, old.files[: step.first]) as new:
-                    check_link(new, place=work.file.real_path)
-                    check_refcounts(new.top)
-                if step.strategy is Strategy.COMMIT:
-                    _take_place(step, work, old, fd, on_event)
-            except BaseException:
-                _undo(step, journal, fd)
-                raise
-        return journal
+        return _make(step, self.work, old, on_event)
+
+
+def _make(step: MergeStep, work: Amendment, old: ImageChain, on_event: OnEvent) -> OpenJournal:
+    check_unchanged(old)
+    check_still_allowed(old, step.first, step.last)
+    sweep(step.result)
+    if step.strategy is Strategy.COMMIT:
+        standing = [os.fstat(file.fileno()) for file in (old.files[step.last], work.file)]
+        files.check_standing(standing[0], standing[1], subject=step.result)
+    with _opened(work.file) as fd:
+        journal = OpenJournal(_record(step, work, old))
+        try:
+            _fill(step, work, old, fd, on_event)
+            if step.strategy is Strategy.ABSORB:
+                amendment.relink(work, fd, subject=step.result)
+            amendment.settle(fd, subject=work.file.path)
+            with reread(work.file.real_path, fd, old.files[: step.first]) as new:
+                check_link(new, place=work.file.real_path)
+                check_refcounts(new.top)
+            if step.strategy is Strategy.COMMIT:
+                _take_place(step, work, old, fd, on_event)
+        except BaseException:
+            _undo(step, journal, fd)
+            raise
+    return journal
 
 
 def _fill(step: MergeStep, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:

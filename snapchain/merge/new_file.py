@@ -1,6 +1,6 @@
 """Strategy new-file: what survives goes into a file of its own; one rename is the switch.
 
-The inputs are only read until then, and anybody else may read them too.
+Until then the inputs are only read, and others may read them too.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _write(
     if lost := files.copy_standing(replaced, fd, subject=step.result, directory=place):
         on_event(Notice.of(step.result, lost))
     with os_errors(step.result):
-        # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
+        # As if written a moment ago: a fingerprint need not wait until no write can hide in the tick of the clock.
         written = os.fstat(fd).st_mtime_ns - _TICKS
         os.utime(fd, ns=(written, written))
     flush = _Flush(fd)

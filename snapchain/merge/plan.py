@@ -7,11 +7,10 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image import ImageChain, scan
-from snapchain.image.backing import check_no_layer
 from snapchain.image.dependent_search import dependents_of_chain
 from snapchain.merge.choose import choose
 from snapchain.merge.inputs import KeptFile, numbers, real_paths
@@ -21,8 +20,10 @@ from snapchain.merge.request import MergeRequest
 from snapchain.merge.stack import Stack, look
 from snapchain.merge.step import MergeStep, decide
 from snapchain.model.choice import MergeRange
+from snapchain.model.merging import MergeRow
 from snapchain.source.holds import check_range
 from snapchain.source.notes import Hold
+from snapchain.source.ownership import check_no_layer
 
 NOTHING = "nothing"
 
@@ -51,7 +52,7 @@ class LayerUse(_Shown):
 
 
 class PlannedMerge(_Shown):
-    """One merge. Bytes moved and freed are the guest's, needed those of the filesystem meanwhile.
+    """One merge. Bytes moved and freed are the guest's, needed bytes are of the filesystem, meanwhile.
 
     layers: its files, lowest first; shares_extents: what is moved is shared with the inputs and costs no room
     seconds: by the rate of earlier merges here; requests: to an object store
@@ -98,8 +99,24 @@ class MergePlan(_Shown):
     merges: tuple[PlannedMerge, ...]
     notices: tuple[str, ...]
     unfinished: tuple[Path, ...]
-    steps: tuple[MergeStep, ...] = Field(exclude=True, repr=False)
-    idle: MergeStep | None = Field(exclude=True, repr=False)
+    steps: tuple[InstanceOf[MergeStep], ...] = Field(exclude=True, repr=False)
+    idle: InstanceOf[MergeStep] | None = Field(exclude=True, repr=False)
+
+    @property
+    def rows(self) -> tuple[MergeRow, ...]:
+        """The merges as every plan shows them, lowest first."""
+        return tuple(
+            MergeRow(
+                layers=tuple(path.name for path in each.layers),
+                method=each.strategy,
+                bytes_to_move=each.bytes_to_move,
+                bytes_to_free=each.bytes_to_free,
+                needs_bytes=each.needs_bytes,
+                seconds=each.seconds,
+                shares_extents=each.shares_extents,
+            )
+            for each in self.merges
+        )
 
     @property
     def missing_bytes(self) -> int:
@@ -119,8 +136,8 @@ class MergePlan(_Shown):
 def plan(request: MergeRequest) -> MergePlan:
     """Look at the chain and decide; changes nothing.
 
-    Raises Conflict for a range with a held layer, Corrupt for a note that cannot be read (it may say so), and what
-    `step.plan_step` raises.
+    Raises Conflict for a range with a held layer, Corrupt for a note that cannot be read (it may be a hold), and as
+    `step.plan_step`.
     """
     rates = Rates.remembered()
     with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:

@@ -1,4 +1,4 @@
-"""No merge is believed: the result must read as its inputs did, stand where it should, and have sound counts."""
+"""The proof of a merge: the result must read as its inputs did, stand where it should, and have sound counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_ev
 
 
 def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
-    """Raises Conflict where somebody has written to a file since it was scanned, whatever locks say.
+    """Raises Conflict where a file was written to since it was scanned, in spite of the locks.
 
     but: number of the file that we write to ourselves
     """
@@ -55,7 +55,7 @@ def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
         )
 
 
-# --- A file that was just written, read again on files that are open already: what it says, not what was meant.
+# --- A file that was just written, read again on files that are open already: what is there, not what was meant.
 #
 # Nothing of the plan by which it was made is used, so a fault of the writer shows here, as a wrong map or link.
 

@@ -75,7 +75,7 @@ class MergeRequest:
             raise InvalidInput("--flatten begins at the root; it cannot be combined with --from")
         if named and self.chooses:
             raise InvalidInput(
-                "--from and --to name the layers, and a rule, a cap or a budget would choose others",
+                "--from and --to name the layers; a rule, a cap or a budget would choose them",
                 subject=self.image,
                 hint="give either the layers or the rules",
             )

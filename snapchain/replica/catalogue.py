@@ -6,40 +6,50 @@ the other.  Files that it does not name are not part of the disk.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from blake3 import blake3
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
-from snapchain.host.files import directory_of, read_small, write_in
+from snapchain.errors import Unsupported
+from snapchain.host.files import directory_of, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.access import Access
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    MOST_HOLDS,
     MOST_OLDER,
     SHORT_KEY_BYTES,
     Digest,
     HeldLayer,
+    Hold,
     Label,
     LayerId,
     PointNumber,
 )
+from snapchain.source.handed_over import HandedOver, read_checked
 
 LARGEST_FILE = 16 << 20
 """Bytes of a record: no more are ever read, so no more are ever written."""
 FOR_A_POINT, FOR_CHANGES = 512 << 10, 512 << 10
 """What a new layer leaves free in the catalogue for a point on it, and both leave for merges and handovers."""
-_CHECK = re.compile(rb',\n "check": "([0-9a-f]{64})"\n}\n\Z')
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -57,7 +67,7 @@ class Layer(HeldLayer):
 
 
 class Point(BaseModel):
-    """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes."""
+    """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes; holds: why it stays."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,22 +77,21 @@ class Point(BaseModel):
     layer: LayerId
     size: int = Field(ge=0)
     content_id: Digest
+    holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
 
-
-class HandedOver(BaseModel):
-    """The disk was given to this host. token: of the handover; overlay: the file that its guest writes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    token: LayerId
-    epoch: int = Field(ge=2, le=LARGEST_EPOCH)
-    overlay: Annotated[str, StringConstraints(max_length=300)]
-    time: AwareDatetime
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not fields.get("holds"):
+            fields.pop("holds", None)
+        return fields
 
 
 class Catalogue(BaseModel):
     """One generation.
 
+    format: 2 while a point is held, else 1: a snapchain that does not know holds must not drop a held point, and
+        refuses the file by its format
     layers: root first, each lying on the one before; epoch: who may write the disk, grows at each failover
     handover: by which this host became its master, None where it is a replica only
     taken_back: the token of the last handover that is void, whether it had come to that or not
@@ -90,7 +99,7 @@ class Catalogue(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     disk: Annotated[str, StringConstraints(min_length=1, max_length=250)]
     generation: int = Field(ge=1)
     time: AwareDatetime
@@ -132,6 +141,8 @@ class Catalogue(BaseModel):
         """The next generation, with some fields changed."""
         fields: dict[str, object] = dict(self)
         fields.update(change)
+        points: tuple[Point, ...] = fields["points"]  # type: ignore[assignment]
+        fields["format"] = 2 if any(point.holds for point in points) else 1
         fields.update(generation=self.generation + 1, time=datetime.now(UTC))
         return Catalogue.model_validate(fields)
 
@@ -142,29 +153,8 @@ def empty_catalogue(disk: str) -> Catalogue:
 
 
 def read_record(shape: type[M], path: Path) -> M | None:
-    """A small JSON file of snapchain's own; None when it is not there.
-
-    Its last field, `check`, is the BLAKE3 of all that stands before it: a label or a time is sound in itself, whatever
-    it says, and a point must not be found by a wrong one. A file without it is older than that.
-    Raises Corrupt, and InvalidInput for a user who may not read it.
-    """
-    try:
-        text = read_small(path, cap=LARGEST_FILE)
-    except NotFound:
-        return None
-    except InvalidInput as error:
-        if isinstance(error.__cause__, PermissionError):
-            raise
-        raise Corrupt(error.message, subject=path) from error
-    if (check := _CHECK.search(text)) is not None:
-        if blake3(text[: check.start()]).hexdigest().encode() != check[1]:
-            raise Corrupt("it is not what was written: its check is wrong", subject=path)
-        text = text[: check.start()] + b"}"
-    try:
-        return shape.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise Corrupt(f"it is unsound: {first['loc']}: {first['msg']}", subject=path) from error
+    """A small JSON file of snapchain's own; errors as `read_checked`."""
+    return read_checked(shape, path, cap=LARGEST_FILE)
 
 
 def write_record(path: Path, record: BaseModel, *, access: Access, reserve: int = 0) -> None:

@@ -187,7 +187,8 @@ def test_ship_restore_and_inspect(run: Run, chain: list[Path], place: Place, tmp
         (["restore", "dir:/r", "a.raw"], 2, "invalid-input", "DEST::DISK"),
         (["restore", "dir:/r::vda", "a.unknown"], 2, "invalid-input", "--format"),
         (["inspect", "dir:/no/such/place::vda"], 3, "not-found", None),
-        (["diff", "dir:/r::vda", "dir:/r::vda@1"], 2, "invalid-input", "restore them"),
+        (["gc", "dir:/r"], 2, "invalid-input", "merge"),
+        (["init", "dir:/r"], 2, "invalid-input", "needs no init"),
         (["ship", "IMAGE", "dir:/r::vda", "--each-layer"], 2, "invalid-input", "send --each-layer"),
         (["ship", "IMAGE", "dir:/r::vda", "--password-command", "x"], 2, "invalid-input", None),
     ],
@@ -205,7 +206,7 @@ def test_merge_at_a_replica(run: Run, chain: list[Path], place: Place) -> None:
     for path in chain:
         assert run("send", str(path), at).status == 0
     plan = run("merge", at, "--keep-last", "1", "--dry-run")
-    assert "would merge web1/vda: 2 layers now, 1 then" in plan.out
+    assert "would make 1 layer of 2 of web1/vda" in plan.out
     assert len(place.files()) == 2
     said = run("merge", at, "--keep-last", "1", "--progress", "json")
     assert "merged web1/vda: 2 layers became 1" in said.out

@@ -19,7 +19,8 @@ from snapchain.ops.restore import output
 from snapchain.ops.restore.output import OutputFile
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import RestoreReport
-from snapchain.ops.ship.delivery import delivery
+from snapchain.ops.ship.request import ShipRequest
+from snapchain.ops.ship.run import run as ship
 from snapchain.testing.faults import Crash
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, names, same
@@ -49,8 +50,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     else:
         where = open_destination(f"dir:{directory}/there")
     for file in files:
-        with delivery(where, file, DISK) as work:
-            work.run()
+        ship(ShipRequest(image=file, disk=DISK), where)
     return Source(where, [flat(file, directory / f"{number}.raw") for number, file in enumerate(files)])
 
 

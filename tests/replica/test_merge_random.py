@@ -14,7 +14,7 @@ from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.ship.to_replica import Files
+from snapchain.ops.ship.run import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.shipping import random_stack

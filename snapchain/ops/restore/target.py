@@ -25,7 +25,6 @@ from snapchain.host.links import Followed, follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_line
-from snapchain.image.backing import check_no_layer
 from snapchain.image.block_device import claimed as claimed_device
 from snapchain.image.dependent_search import find_dependents, image_directories
 from snapchain.image.dependents import Dependents, search
@@ -33,7 +32,7 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.restore.output import Effort, OutputFile, exists, meant_for
 from snapchain.source.holds import held_by_another
 from snapchain.source.notes import Notes
-from snapchain.source.ownership import remedy_against, told
+from snapchain.source.ownership import check_no_layer, remedy_against, told
 
 Format = Literal["qcow2", "raw"]
 _RAW_SUFFIXES = frozenset({".raw", ".img", ".bin", ".dd"})
