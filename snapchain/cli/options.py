@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -270,3 +272,58 @@ def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
             "the disks of one guest go to one replica", subject=", ".join(sorted(dests)), hint="name one DEST for all"
         )
     return dests.pop(), [(image, address.disk) for image, address in pairs]
+
+
+def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb with a parameter `policy` the options --keep-*: one for each rule of a retention Policy."""
+    from pydantic import ValidationError
+
+    from snapchain.model.retention import UNLIMITED, Policy
+
+    counts = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, int)}
+    lists = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, frozenset)}
+
+    def option(field: str) -> str:
+        return f"keep_{field.removesuffix('s') if field in lists else field}"
+
+    def parameter(field: str) -> inspect.Parameter:
+        kind: Any = str | None
+        more: dict[str, Any] = {"metavar": "DURATION"}
+        if field in counts:
+            kind, more = int, {"metavar": "N", "min": UNLIMITED}
+        elif field in lists:
+            kind, more = list[str] | None, {"metavar": "LABEL"}
+        shown = typer.Option(help=Policy.model_fields[field].title, rich_help_panel=panel, **more)
+        default = Policy.model_fields[field].default if field in counts else None
+        return inspect.Parameter(
+            option(field), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+        )
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shown = inspect.signature(function, eval_str=True)
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> None:
+            given = {field: kwargs.pop(option(field)) for field in Policy.model_fields}
+            try:
+                policy = Policy.model_validate(
+                    {field: value for field, value in given.items() if value not in (None, [])}
+                )
+            except ValidationError as error:
+                first = error.errors()[0]
+                rule = str(first["loc"][0])
+                cause = first.get("ctx", {}).get("error")
+                if isinstance(cause, InvalidInput):
+                    raise cause from error
+                raise InvalidInput(first["msg"], subject=f"--{option(rule).replace('_', '-')}") from error
+            function(*args, policy=policy, **kwargs)
+
+        parameters = [
+            each
+            for old in shown.parameters.values()
+            for each in ([old] if old.name != "policy" else map(parameter, Policy.model_fields))
+        ]
+        called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorate

@@ -98,11 +98,6 @@ def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
     ]
 
 
-def links_to(chain: ImageChain, files: Collection[Path]) -> tuple[Path, ...]:
-    """The names other than their real paths by which a chain opens some of its files."""
-    return tuple(file.path for file in chain.files if file.real_path in files and file.path != file.real_path)
-
-
 def classify(
     paths: Sequence[Path],
     *,

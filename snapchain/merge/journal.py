@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,7 +30,12 @@ from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.os_errors import os_errors
 from snapchain.host.records import StateKey, made_key, own_key
 from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
+from snapchain.image import ImageChain
+from snapchain.image.dependent_search import search_directories
 from snapchain.image.qcow2.header import Backing, read_header
+
+if TYPE_CHECKING:
+    from snapchain.merge.step import MergeStep
 
 _PREFIX, _SUFFIX = ".snapchain-merge-", ".json"
 _PURPOSE = "merge"
@@ -171,6 +176,27 @@ class MergeJournal(BaseModel):
     def path(self) -> Path:
         """Where the record lies."""
         return journal_path(self.replaced.path)
+
+
+Stage = Literal["switching", "absorbing", "committing"]
+
+
+def of_step(step: MergeStep, old: ImageChain, stage: Stage, result: FileId) -> MergeJournal:
+    """The record of a merge that is about to change files. old: the chain; result: the file that takes the place."""
+    return MergeJournal(
+        stage=stage,
+        replaced=FileId.of(step.result),
+        result=result,
+        lowest=old.files[step.first].real_path,
+        link=step.backing,
+        remove=tuple(FileId.of(path) for path in step.remove if path != result.path),
+        kept_as=step.kept_as,
+        search=search_directories(old, step.request.image_dirs),
+        top=old.top.path,
+        # The symbolic links by which the chain opens inputs that go.
+        links=tuple(file.path for file in old.files if file.real_path in step.remove and file.path != file.real_path),
+        confirmed=step.confirmed,
+    )
 
 
 class OpenJournal:

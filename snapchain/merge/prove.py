@@ -15,7 +15,8 @@ from snapchain.image.file import ImageFile
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.refcounts import refcounts
 from snapchain.image.qcow2.tables import ImageFd
-from snapchain.model.events import OnEvent, Progress
+from snapchain.merge.copying import reporting
+from snapchain.model.events import OnEvent
 
 
 def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_event: OnEvent) -> None:
@@ -27,15 +28,7 @@ def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_ev
     if old.size != new.size:
         raise Corrupt(f"the merged file has {new.size} bytes, not {old.size}", subject=subject)
     found = ranges_to_compare(old, new, shared=shared)
-    total, done = found.bytes, 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_event(Progress("verify", done, total))
-
-    on_event(Progress("verify", 0, total))
-    differs = first_difference(old, new, found, on_bytes=on_bytes)
+    differs = first_difference(old, new, found, on_bytes=reporting("verify", found.bytes, on_event))
     if differs is not None:
         raise Corrupt(f"the merged file reads differently in bytes {differs.start} to {differs.stop}", subject=subject)
 

@@ -40,12 +40,12 @@ def finish(journal: OpenJournal) -> Settled:
     with journal:
         gone, kept, incomplete = _judged(journal.journal)
         removed = _remove(journal.journal, gone)
-    renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
-    removed += renamed
-    for path in removed:
-        sweep(path)  # what killed merges into it have left
     for directory in {path.parent for path in removed}:
         Notes().sweep(directory)
+    if journal.journal.stage == "committing":
+        removed.append(journal.journal.lowest)  # it has another name now
+    for path in removed:
+        sweep(path)  # what killed merges into it have left
     return Settled(removed, kept, incomplete)
 
 

@@ -207,7 +207,7 @@ def damage(repo: Repository, point: int, guest_offset: int) -> str:
     catalogue = repo.catalogue(DISK)
     layer = again(repo).layer(catalogue.points[point - 1].layer)
     (page,) = layer.pages(guest_offset, guest_offset + 1)
-    row = page.between(guest_offset, guest_offset + 1)[0]
+    row = page.runs[page.places(guest_offset, guest_offset + 1)][0]
     pack = page.packs[int(row["pack"])]
     name = f"packs/{pack[:2]}/{pack}"
     body = bytearray(repo.store.get(name))

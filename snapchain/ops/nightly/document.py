@@ -76,7 +76,7 @@ def _mistake(place: Place, kind: str, said: str) -> _Mistake:
         return _Mistake(place, _unknown(place))
     if kind == "missing":
         return _Mistake(place, "is missing")
-    if kind == "tuple_type":
+    if kind in {"tuple_type", "frozen_set_type"}:
         table = f", as a table [[{place[0]}]]" if place in {("disks",), ("destinations",)} else ", in brackets"
         return _Mistake(place, f"is a list{table}")
     message = said.removeprefix("Value error, ")

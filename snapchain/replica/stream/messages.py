@@ -23,6 +23,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -31,6 +32,7 @@ from snapchain.errors import Corrupt
 from snapchain.model.content import SumText
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
+from snapchain.model.retention import Policy
 from snapchain.replica.names import is_layer_name
 
 
@@ -493,31 +495,43 @@ class Handed(Message):
 
 # --- MERGE
 
-_Count = Annotated[int, Field(ge=-1, le=1 << 31)]
 _LARGEST = MAX_LAYERS * LARGEST_DISK
 Reason = Annotated[str, StringConstraints(max_length=1000)]
 
 
-class Merge(Message):
+class _OfDisk(Message):
+    disk: str = Field(min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+
+
+_FIRST_RULES = {"last", "hourly", "daily", "weekly", "monthly", "yearly", "within", "labels"}
+"""Rules that every version of the stream knows."""
+
+
+class Merge(Policy, _OfDisk):
     """Merge the layers of a disk that no kept point needs. dry_run: only say what that would do.
 
-    last .. labels: the rules (model/retention/policy.py), of which there is one at least; within: as 1y5m7d2h
+    The rules are its own fields, of which one at least is set; within: as 1y5m7d2h
     zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
     """
 
-    disk: str = Field(min_length=1, max_length=250)
-    replica: str | None = Field(default=None, max_length=4096)
-    last: _Count = 0
-    hourly: _Count = 0
-    daily: _Count = 0
-    weekly: _Count = 0
-    monthly: _Count = 0
-    yearly: _Count = 0
-    within: str | None = Field(default=None, max_length=40)
-    labels: tuple[Label, ...] = Field(default=(), max_length=100)
     zone: str = Field(min_length=1, max_length=100)
     epoch: int | None = Field(default=None, ge=1, le=LARGEST_EPOCH)
     dry_run: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_newer_rules_that_are_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A peer that does not know such a rule would refuse its field.
+        fields: dict[str, Any] = handler(self)
+        unset = {name for name, rule in Policy.model_fields.items() if getattr(self, name) == rule.default}
+        return {name: value for name, value in fields.items() if name in _FIRST_RULES or name not in unset}
+
+    @field_validator("labels")
+    @classmethod
+    def _has_few_labels(cls, labels: frozenset[str]) -> frozenset[str]:
+        if len(labels) > 100:
+            raise ValueError("it has more than 100 labels")
+        return labels
 
 
 class DecidedPoint(Message):

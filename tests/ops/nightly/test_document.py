@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 from pydantic import BaseModel
 
 from snapchain.errors import InvalidInput, NotFound
-from snapchain.ops.nightly.config import Budget, Destination, DiskHooks, Disks, Hooks, Keep, Nightly, Verify
+from snapchain.model.retention import Policy
+from snapchain.ops.nightly.config import Budget, Destination, DiskHooks, Disks, Hooks, Nightly, Verify
 from snapchain.ops.nightly.document import load, parse
 from snapchain.ops.nightly.toml_lines import lines_of
 from tests.ops.nightly.night import Host
@@ -231,7 +232,7 @@ def test_the_configuration_of_the_guide_is_one() -> None:
 
 def test_the_guide_names_every_field_and_no_other() -> None:
     models: dict[str, list[type[BaseModel]]] = {
-        "top": [Nightly], "`[keep]`": [Keep], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
+        "top": [Nightly], "`[keep]`": [Policy], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
         "`[[disks]]`": [Disks, DiskHooks], "`[[destinations]]`": [Destination, Verify],
     }  # fmt: skip
     told = {
