@@ -8,11 +8,17 @@ open_destination("dir:/srv/replica")                     a replica
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snapchain.destination.protocol import Destination
 from snapchain.destination.traits import REPLICA, REPOSITORY, Traits
 from snapchain.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from snapchain.replica.endpoint import Endpoint
 
 _REPLICAS = ("ssh://", "dir:")
 Passphrase = Callable[[], str | None]
@@ -24,7 +30,7 @@ def traits_of(url: str) -> Traits:
 
 
 def open_destination(
-    url: str,
+    address: str | Path,
     *,
     passphrase: Passphrase = lambda: None,
     writing: bool = False,
@@ -41,6 +47,7 @@ def open_destination(
     A replica is not touched here. Raises InvalidInput, NotFound where there is no repository, and Corrupt for another
     or an older one than this machine knows.
     """
+    url = str(address)
     if traits_of(url) is REPLICA:
         from snapchain.replica.destination import ReplicaDestination
 
@@ -48,7 +55,7 @@ def open_destination(
             raise InvalidInput("a replica has no id that could be accepted", subject=url)
         if pack_size is not None:
             raise InvalidInput("a replica has no packs, so they have no size", subject=url)
-        return ReplicaDestination.at(url, limit_rate=limit_rate, connections=connections)
+        return ReplicaDestination(replica_at(url, connections=connections), limit_rate=limit_rate)
     from snapchain.repository.destination import RepositoryDestination
     from snapchain.repository.opening import open_repository
 
@@ -60,7 +67,7 @@ def open_destination(
 
 
 def create_destination(
-    url: str,
+    address: str | Path,
     *,
     passphrase: Passphrase = lambda: None,
     encryption: str | None = None,
@@ -71,6 +78,7 @@ def create_destination(
 
     encryption: a cipher's name, or none; block_size: where data is cut for deduplication, for ever
     """
+    url = str(address)
     check_is_made(url)
     from snapchain.repository.crypto import AES
     from snapchain.repository.destination import RepositoryDestination
@@ -96,3 +104,26 @@ def check_is_made(url: str) -> None:
             subject=url,
             hint="a replica needs no init: the first `snapchain ship IMAGE DEST::DISK` makes it",
         )
+
+
+def replica_at(url: str, *, connections: int = 1) -> Endpoint:
+    """The endpoint of a replica. connections: of ssh. Touches nothing. Raises InvalidInput."""
+    from snapchain.host.ssh import is_remote
+    from snapchain.replica.endpoint import open_endpoint
+
+    if is_remote(url):
+        return open_endpoint(url, connections=connections)
+    from snapchain.replica.engine import ReplicaEngine  # inside: what only connects elsewhere needs no receiver here
+
+    return open_endpoint(url, engine=ReplicaEngine())
+
+
+@contextmanager
+def preconnected_replica(url: str, *, logins: int) -> Iterator[Endpoint]:
+    """The endpoint of a replica at ssh://..., with ssh already connecting. Raises as `SshEndpoint.ahead`."""
+    from snapchain.host.ssh import parse_remote_address
+    from snapchain.replica.endpoint import SshEndpoint
+
+    endpoint = SshEndpoint(parse_remote_address(url))
+    with endpoint.ahead(logins):
+        yield endpoint

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "destination": FLOOR | {"image"},
     # What is sealed and shipped: image files, the notes beside them, who may write them.
     "source": FLOOR | {"image"},
-    "merge": FLOOR | {"image", "source"},
+    "merge": FLOOR | {"destination", "image", "source"},
     "repository": FLOOR | {"objects", "destination", "image", "source"},
     # A replica is a chain of images: it writes them, merges them, and reads them back to prove them.
     "replica": FLOOR | {"objects", "destination", "image", "source", "merge"},

@@ -95,9 +95,10 @@ def migrate(
 
     Cut off anywhere, the same command goes on. Where the destination refuses, the disks are this host's as before.
     """
+    from snapchain.destinations import replica_at
     from snapchain.ops.migrate.request import MigrateRequest, Move
     from snapchain.ops.migrate.run import migrate as run, plan, plan_take_back, take_back as undo
-    from snapchain.ops.ship.to_replica import Divergence, replica_at
+    from snapchain.ops.ship.run import Divergence
 
     _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:

@@ -41,6 +41,15 @@ CutReplica = Annotated[
 Connections = Annotated[
     int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
 ]
+Epoch = Annotated[
+    int,
+    typer.Option(
+        "--epoch",
+        min=1,
+        metavar="N",
+        help="In which this host writes the disk. A replica in a later one refuses; an earlier one becomes this.",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", "-n", help="Print what would be done, and do nothing.", rich_help_panel=_OUTPUT),

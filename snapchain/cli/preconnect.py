@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from snapchain.errors import SnapchainError
 
 if TYPE_CHECKING:
-    from snapchain.replica.opening import Endpoint
+    from snapchain.replica.endpoint import Endpoint
 
 _LOGINS = {"send": 1, "sync": 3}
 """How many connections a verb makes; of sync one may prove not to be needed."""
@@ -31,11 +31,11 @@ def logging_in(words: Sequence[str]) -> Iterator[None]:
     if dest is None:
         yield
         return
-    from snapchain.replica.opening import replica_ahead
+    from snapchain.destinations import preconnected_replica
 
     with ExitStack() as stack:
         with suppress(SnapchainError):  # the verb will meet it again, and say it
-            _begun[dest] = stack.enter_context(replica_ahead(dest, logins=_LOGINS[words[0]]))
+            _begun[dest] = stack.enter_context(preconnected_replica(dest, logins=_LOGINS[words[0]]))
         try:
             yield
         finally:
@@ -44,7 +44,7 @@ def logging_in(words: Sequence[str]) -> Iterator[None]:
 
 def endpoint_at(dest: str, *, connections: int = 1) -> Endpoint:
     """The replica that an address names, as `replica_at`."""
-    from snapchain.replica.opening import replica_at
+    from snapchain.destinations import replica_at
 
     known = _begun.get(dest)
     return known if known is not None and connections == 1 else replica_at(dest, connections=connections)

@@ -21,7 +21,7 @@ from snapchain.errors import InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.ship.to_replica import Request, SendPlan, SendReport
+    from snapchain.ops.ship.request import ShipPlan, ShipReport, ShipRequest
 
 
 @verb(
@@ -51,15 +51,7 @@ def send(
     ] = False,
     cut_replica: options.CutReplica = False,
     connections: options.Connections = 1,
-    epoch: Annotated[
-        int,
-        typer.Option(
-            "--epoch",
-            min=1,
-            metavar="N",
-            help="In which this host writes the disk. A replica in a later one refuses; an earlier one becomes this.",
-        ),
-    ] = 1,
+    epoch: options.Epoch = 1,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
@@ -74,12 +66,11 @@ def send(
     disk: where it has layers that the image never had, nothing is sent, and the error says what each side has. Over
     ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
     """
-    from snapchain.host.retry import RetryPolicy
-    from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, plan_send, send_persistently
+    from snapchain.ops.ship.run import Divergence, Files, ReplicaDestination, Scope, ShipRequest, plan, run
 
     dest, name = _named(target, disk, dry_run=dry_run)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        request = Request(
+        request = ShipRequest(
             image=image,
             disk=name,
             labels=label or (),
@@ -94,12 +85,11 @@ def send(
         if dest is None:
             _to_stdout(request, out)
             return
-        endpoint = endpoint_at(dest, connections=connections)
+        replica = ReplicaDestination(endpoint_at(dest, connections=connections))
         if dry_run:
-            out.plan(plan_send(request, endpoint, on_event=out.on_event), _draw_plan)
+            out.plan(plan(request, replica, on_event=out.on_event), _draw_plan)
         else:
-            report = send_persistently(request, endpoint, policy=RetryPolicy(), on_event=out.on_event)
-            out.report(report, _draw_report)
+            out.report(run(request, replica, on_event=out.on_event), _draw_report)
 
 
 def _named(target: str | None, disk: str | None, *, dry_run: bool) -> tuple[str | None, str]:
@@ -120,10 +110,10 @@ def _named(target: str | None, disk: str | None, *, dry_run: bool) -> tuple[str 
     return None, disk
 
 
-def _to_stdout(request: Request, out: Output) -> None:
+def _to_stdout(request: ShipRequest, out: Output) -> None:
     """The stream gets stdout for itself; what else is said there goes to stderr."""
     from snapchain.host.channel import Channel
-    from snapchain.ops.ship.to_replica import send_blindly
+    from snapchain.ops.ship.run import send_blindly
 
     class Stdout(Channel):
         """The stream on stdout, whose errors are those of printed text: quiet for a closed pipe, else a plain error."""
@@ -140,7 +130,7 @@ def _to_stdout(request: Request, out: Output) -> None:
         out.report(report, _draw_report)
 
 
-def _draw_plan(console: Console, plan: SendPlan) -> None:
+def _draw_plan(console: Console, plan: ShipPlan) -> None:
     render.headline(console, f"would send {render.place(plan.image)} to {render.place(plan.destination)}::{plan.disk}")
     render.facts(console, [("layers there", str(plan.layers_present)), ("data", size(plan.data_bytes))])
     render.table(
@@ -153,7 +143,7 @@ def _draw_plan(console: Console, plan: SendPlan) -> None:
     )
 
 
-def _draw_report(console: Console, report: SendReport) -> None:
+def _draw_report(console: Console, report: ShipReport) -> None:
     point = "" if report.point is None else f" as point {report.point}"
     render.headline(console, f"sent {report.disk} to {render.place(report.destination)}{point}")
     render.facts(

@@ -12,11 +12,13 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
+from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.ship.to_repository import ShipPlan, ShipReport
+    from snapchain.destination.traits import Traits
+    from snapchain.ops.ship.request import ShipPlan, ShipReport
 
 
 @verb(
@@ -40,6 +42,9 @@ def ship(
         bool,
         typer.Option("--each-layer", help="Make every file of the chain a layer and a point of its own."),
     ] = False,
+    cut_replica: options.CutReplica = False,
+    connections: options.Connections = 1,
+    epoch: options.Epoch = 1,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
@@ -53,13 +58,13 @@ def ship(
 ) -> None:
     """Send what a destination lacks of an image, and publish a point of it.
 
-    The image as given is captured. A sealed layer that is there already is recognised without reading its data; of
-    the others only blocks that the repository does not hold are stored. Overlays that are no points of their own are
-    composed first, so that what was overwritten is neither read nor sent. An image without a chain, raw or qcow2,
-    ships too. To a replica (ssh://[user@]host/path or dir:/path) this is `send`, which has more options.
+    The image as given is captured. A layer that the destination holds already is recognised without reading its data.
+    An image that was written to since is compared with what the destination holds, and only the difference is sent.
+    Overlays that are no points of their own are composed first, so that overwritten data is neither sent nor stored.
+    An image without a chain, raw or qcow2, ships too. `send` does the same to a replica, and writes saved streams.
     """
     from snapchain.destination.address import parse_disk_address
-    from snapchain.ops.ship.delivery import delivery
+    from snapchain.ops.ship.run import Divergence, Files, ShipRequest, plan, run
 
     address = parse_disk_address(target)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
@@ -71,21 +76,41 @@ def ship(
             writing=not dry_run,
             limit_rate=limit_rate,
             pack_size_text=pack_size,
+            connections=connections,
         )
-        with delivery(
-            place,
-            image,
-            address.disk,
+        _check_kind(place.traits, address.dest, cut_replica=cut_replica, connections=connections, epoch=epoch)
+        request = ShipRequest(
+            image=image,
+            disk=address.disk,
             labels=label or (),
-            each_layer=each_layer,
+            files=Files.EACH if each_layer else Files.COMPOSED,
+            each_point=each_layer,
+            divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+            epoch=epoch,
             format=options.format_of(image_format),
             image_dirs=options.image_dirs(image_dir),
-            on_event=out.on_event,
-        ) as work:
-            if dry_run:
-                out.plan(work.plan(), _draw_plan)
-            else:
-                out.report(work.run(on_event=out.on_event), _draw_report, problems=_draw_damaged)
+        )
+        if dry_run:
+            out.plan(plan(request, place, on_event=out.on_event), _draw_plan)
+        else:
+            out.report(run(request, place, on_event=out.on_event), _draw_report, problems=_draw_damaged)
+
+
+def _check_kind(traits: Traits, dest: str, *, cut_replica: bool, connections: int, epoch: int) -> None:
+    """Raises InvalidInput for options that a kind of destination has no use for."""
+    if cut_replica and traits.branches:
+        raise InvalidInput(
+            f"a {traits.kind} keeps every chain of a disk, so there is nothing to cut off",
+            subject=dest,
+            hint="leave out --cut-replica",
+        )
+    for option, is_given in (("--connections", connections > 1), ("--epoch", epoch > 1)):
+        if is_given and not traits.streams:
+            raise InvalidInput(
+                f"{option} is for replicas; a {traits.kind} has no use for it",
+                subject=dest,
+                hint=f"leave out {option}",
+            )
 
 
 def _draw_plan(console: Console, plan: ShipPlan) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from snapchain.destination.reading import ReadableDestination
+from snapchain.destination.writing import Writing
 
 
-class Destination(ReadableDestination, Protocol):
+class Destination(ReadableDestination, Writing, Protocol):
     """Points of disks, at one place."""

@@ -47,9 +47,13 @@ class Sink:
 class LayerReader(Protocol):
     """A layer of a point, or the whole point as one layer.
 
+    peer: who says what it holds, where that is not proven as it is read
     id: the same at each reading; name: for people; format: of the file that it was
     extents: which ranges it has as DATA, which as ZERO
     """
+
+    @property
+    def peer(self) -> str | None: ...
 
     @property
     def id(self) -> str: ...

@@ -18,6 +18,7 @@ class Traits:
     samples: `verify` may read a share of the data; False: none of it or all
     encrypts: it may be encrypted, and then needs a passphrase
     has_id: it has an id, by which this machine knows it again
+    streams: layers reach it over a stream, by one connection or several, and in an epoch that says who may write a disk
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Traits:
     samples: bool
     encrypts: bool
     has_id: bool
+    streams: bool
 
 
 REPOSITORY = Traits(
@@ -41,6 +43,7 @@ REPOSITORY = Traits(
     samples=True,
     encrypts=True,
     has_id=True,
+    streams=False,
 )
 REPLICA = Traits(
     kind="replica",
@@ -52,4 +55,5 @@ REPLICA = Traits(
     samples=False,
     encrypts=False,
     has_id=False,
+    streams=True,
 )

@@ -39,7 +39,7 @@ class Opening:
     limit_rate: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeldLayer:
     """A layer of the disk's newest chain, as the destination records it.
 
@@ -57,7 +57,7 @@ class HeldLayer:
     image_format: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewLayer:
     """A layer to be written.
 
@@ -108,13 +108,7 @@ class Finished:
 
 
 class NewestLeaves(Protocol):
-    """The leaf hashes of the newest content, in portions of bounded size.
-
-    touched: where layers above the one that was named have anything; None where the kind cannot tell
-    """
-
-    @property
-    def touched(self) -> Extents | None: ...
+    """The leaf hashes of the newest content, in portions of bounded size."""
 
     def portions(self) -> Iterator[tuple[int, Int64s, Hashes]]:
         """(where the portion ends, leaf numbers, hashes) in guest order; only leaves that are not all zero.
@@ -145,11 +139,8 @@ class DiskLook(Protocol):
     @property
     def mends(self) -> bool: ...
 
-    def leaves(self, above: str | None) -> NewestLeaves:
-        """What the newest chain shows, for comparing. above: the layer above which it may differ, None for all.
-
-        Raises Unsupported where the other side is too old for it.
-        """
+    def leaves(self) -> NewestLeaves:
+        """What the newest chain shows, for comparing. Raises Unsupported where the other side is too old for it."""
         ...
 
     def fitted(self, layer: NewLayer) -> NewLayer:
@@ -186,19 +177,23 @@ class LayerWriter(DiskLook, Protocol):
         ...
 
 
-class Writing(Protocol):
-    """The part of a destination that takes layers. url: for people."""
+class TakesLayers(Protocol):
+    """What layers can be written to. url: for people."""
 
     @property
     def url(self) -> str: ...
-
-    def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[DiskLook]:
-        """Open a disk to see what it holds; nothing is written."""
-        ...
 
     def write(self, opening: Opening, work: Callable[[LayerWriter], Result], *, on_event: OnEvent) -> Result:
         """Call `work` with a writer, and again with a new one as long as this kind's policy says that it helps.
 
         Raises Busy, Conflict and Unavailable as the kind does, and what `work` raises.
         """
+        ...
+
+
+class Writing(TakesLayers, Protocol):
+    """The part of a destination that takes layers, and shows what it has of them."""
+
+    def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[DiskLook]:
+        """Open a disk to see what it holds; nothing is written."""
         ...

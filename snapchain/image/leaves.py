@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from snapchain.image import ImageChain
-from snapchain.image.windows import Window, hidden_leaves, hot_leaves, windows
+from snapchain.image.windows import Window, data_leaves, hidden_leaves, hot_leaves, windows
 from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, empty_sum, leaf_hash, sum_of
 from snapchain.model.extents import Extents, Int64s
 
+T = TypeVar("T")
 Words = npt.NDArray[np.uint64]
 WORKERS = max(2, min(4, os.cpu_count() or 1))
 _UNDER_WAY = 4
@@ -49,12 +51,10 @@ class LeafTable:
         return _sum(window, mine, np.asarray(new.any(axis=1))) - theirs
 
 
-def leaf_hashes(window: Window, data: memoryview) -> tuple[Int64s, Hashes]:
-    """(numbers, hashes) of the leaves of a window that are not all zero."""
+def leaves_of(window: Window, data: memoryview) -> tuple[Int64s, Hashes]:
+    """(int64[n], uint8[n, 32]): numbers and hashes of the leaves of a window that are not all zero."""
     words = np.frombuffer(data, np.uint64).reshape(-1, LEAF_BYTES // 8)
-    places = np.flatnonzero(words.any(axis=1))
-    hashes = b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in (places * LEAF_BYTES).tolist())
-    return _numbers(window)[places], np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
+    return _hashed(window, data, np.asarray(words.any(axis=1)))
 
 
 def read_window(chain: ImageChain | None, window: Window) -> memoryview:
@@ -87,12 +87,14 @@ def change(window: Window, mine: memoryview, theirs: memoryview | None) -> Sum:
 
 
 def _sum(window: Window, data: memoryview, chosen: npt.NDArray[np.bool_]) -> Sum:
-    if not chosen.any():
-        return empty_sum()
+    return sum_of(*_hashed(window, data, chosen)) if chosen.any() else empty_sum()
+
+
+def _hashed(window: Window, data: memoryview, chosen: npt.NDArray[np.bool_]) -> tuple[Int64s, Hashes]:
+    """(int64[n], uint8[n, 32]): numbers and hashes of the chosen leaves of a window."""
     places = np.flatnonzero(chosen)
     hashes = b"".join(leaf_hash(data[at : at + LEAF_BYTES]) for at in (places * LEAF_BYTES).tolist())
-    numbers = _numbers(window)[places]
-    return sum_of(numbers, np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES))
+    return _numbers(window)[places], np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
 
 
 def _numbers(window: Window) -> npt.NDArray[np.int64]:
@@ -152,9 +154,24 @@ def counted(
     return Counting(extents, view, below, below_sum).rest(on_bytes)
 
 
-def in_order(work: Callable[[Window], tuple[Sum, int]], portions: Iterator[Window]) -> Iterator[tuple[Sum, int]]:
+def leaf_hashes(view: ImageChain, *, on_bytes: Callable[[int], None]) -> Iterator[tuple[Int64s, Hashes]]:
+    """(int64[n], uint8[n, 32]) of each window: numbers and hashes of the leaves that are not all zero, ascending.
+
+    A window is at most 2 MiB of leaves, read and hashed on several threads.
+    on_bytes: called in the calling thread with the bytes of each window. Errors as ImageChain.read_into.
+    """
+
+    def read(window: Window) -> tuple[Int64s, Hashes, int]:
+        return *leaves_of(window, read_window(view, window)), window.length
+
+    for numbers, hashes, length in in_order(read, windows(data_leaves(view))):
+        yield numbers, hashes
+        on_bytes(length)
+
+
+def in_order(work: Callable[[Window], T], portions: Iterator[Window]) -> Iterator[T]:
     """What `work` makes of each, on several threads."""
-    under_way: deque[Future[tuple[Sum, int]]] = deque()
+    under_way: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(WORKERS, "leaves")
     try:
         for window in portions:

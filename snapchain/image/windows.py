@@ -64,6 +64,11 @@ def hidden_leaves(size: int, below: ImageChain) -> Extents:
     return where(lower, covering(below.size, np.array([first]), np.array([below.size])))
 
 
+def data_leaves(view: ImageChain) -> Extents:
+    """DATA on each leaf in which a chain shows data; all others are zero."""
+    return rounded(_data(view.resolve()), LEAF_BYTES)
+
+
 def windows(leaves: Extents, *, since: int = 0, until: int | None = None) -> Iterator[Window]:
     """The hot leaves that end behind guest offset `since`, and begin before `until`, in portions.
 

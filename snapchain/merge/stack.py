@@ -76,11 +76,10 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
 
 def _present(chain: ImageChain, notes: Notes, at: At) -> int:
     """How many files, from the root on, the destination holds: told from its catalogue, without reading any data."""
-    from snapchain.ops.ship.to_repository import Shipment
+    from snapchain.ops.ship.run import ShipRequest, plan_opened
 
     try:
-        repository = at.destination.repository  # type: ignore[attr-defined]
-        shipment = Shipment(chain, repository, at.disk, labels=(), each_layer=False, lineage=lineage(chain, notes))
+        request = ShipRequest(image=chain.top.path, disk=at.disk, lineage=lineage(chain, notes))
+        return plan_opened(request, chain, at.destination).layers_present
     except NotFound:
         return 0
-    return shipment.plan().layers_present

@@ -6,6 +6,7 @@ Python caller may ignore them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -69,3 +70,38 @@ OnEvent = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """The callback of a caller who does not listen."""
+
+
+class ByteCount:
+    """Bytes done of a total, reported now and then, and when all are done. Not thread-safe.
+
+    total: 0 where it is not known; what is reported is never less than what is done
+    report: called with (done, total)
+    every: seconds between two reports; 0 reports each change
+    """
+
+    def __init__(
+        self,
+        total: int,
+        report: Callable[[int, int], None],
+        *,
+        every: float = 0.3,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.done, self.total = 0, total
+        self._report, self._every, self._clock = report, every, clock
+        self._reported_at: float | None = None
+        self._reported = -1
+
+    def add(self, count: int) -> None:
+        """So many bytes more are done."""
+        self.reach(self.done + count)
+
+    def reach(self, done: int, total: int | None = None) -> None:
+        """So many bytes are done by now, of `total` if that has changed."""
+        self.done, self.total = done, self.total if total is None else total
+        now = self._clock()
+        is_due = self._reported_at is None or now - self._reported_at >= self._every
+        if is_due or self._reported < done == self.total:
+            self._reported_at, self._reported = now, done
+            self._report(done, max(done, self.total))

@@ -13,10 +13,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from blake3 import blake3
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.host.files import directory_of, read_small, write_in
@@ -26,10 +36,12 @@ from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.access import Access
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
+    MOST_HOLDS,
     MOST_OLDER,
     SHORT_KEY_BYTES,
     Digest,
     HeldLayer,
+    Hold,
     Label,
     LayerId,
     PointNumber,
@@ -57,7 +69,7 @@ class Layer(HeldLayer):
 
 
 class Point(BaseModel):
-    """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes."""
+    """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes; holds: why it stays."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,6 +79,14 @@ class Point(BaseModel):
     layer: LayerId
     size: int = Field(ge=0)
     content_id: Digest
+    holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not fields.get("holds"):
+            fields.pop("holds", None)
+        return fields
 
 
 class HandedOver(BaseModel):
@@ -83,6 +103,8 @@ class HandedOver(BaseModel):
 class Catalogue(BaseModel):
     """One generation.
 
+    format: 2 while a point is held, else 1: a snapchain that does not know holds must not drop a held point, and
+        refuses the file by its format
     layers: root first, each lying on the one before; epoch: who may write the disk, grows at each failover
     handover: by which this host became its master, None where it is a replica only
     taken_back: the token of the last handover that is void, whether it had come to that or not
@@ -90,7 +112,7 @@ class Catalogue(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     disk: Annotated[str, StringConstraints(min_length=1, max_length=250)]
     generation: int = Field(ge=1)
     time: AwareDatetime
@@ -132,6 +154,8 @@ class Catalogue(BaseModel):
         """The next generation, with some fields changed."""
         fields: dict[str, object] = dict(self)
         fields.update(change)
+        points: tuple[Point, ...] = fields["points"]  # type: ignore[assignment]
+        fields["format"] = 2 if any(point.holds for point in points) else 1
         fields.update(generation=self.generation + 1, time=datetime.now(UTC))
         return Catalogue.model_validate(fields)
 

@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
-from snapchain.errors import Corrupt, InvalidInput, Unsupported
-from snapchain.host.channel import Channel
+from pydantic import ValidationError
+
+from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.retention import Policy
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.stream import session as failures, session as opening
-from snapchain.replica.stream.frames import FROM_RECEIVER, Frame, FrameReader, FrameWriter, Kind
 from snapchain.replica.stream.messages import (
     MOST_POINTS,
+    PROGRESS,
     Ask,
     DecidedPoint,
-    Failure,
+    Feature,
     Finding,
     Handed,
     HandedDisk,
     Handover,
+    Held,
     HeldDisk,
     HeldPoint,
+    HoldPoint,
+    Kind,
+    M,
     Merge,
     Merged,
-    Message,
     Outcome,
+    ReleasePoint,
     Standing,
     Step,
     Verdict,
-    decode,
-    encode,
 )
+from snapchain.replica.stream.session import ONE_DISK, ClientSession, OnBeat, printable
 
-_PROGRESS = struct.Struct("<QQ")
-MOST_BYTES = 16 << 20
-"""Of a whole answer, without its progress. What is kept of it takes ten times as much memory, and more to be shown."""
-_ONE_DISK = "name one disk: DEST::DISK; if it was one, look at the other host: it tells of more than it can have"
 OnBytes = Callable[[int, int], None]
-OnBeat = Callable[[], None]
+
+
+@contextmanager
+def _connected(endpoint: Endpoint) -> Iterator[ClientSession]:
+    with endpoint.connect() as channel:
+        yield ClientSession(channel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +63,20 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
     found: list[Disk] = []
     seen: set[str] = set()
     count = 0
-    with endpoint.connect() as channel:
+    with _connected(endpoint) as session:
         asked = Ask(want="points", disk=disk, replica=endpoint.replica)
-        for frame in answers(channel, Kind.ASK, asked, feature=opening.ASK_FEATURE):
+        for frame in session.responses(Kind.ASK, asked):
             if frame.kind is not Kind.DISK:
-                raise unexpected(frame, channel)
-            said = decode(HeldDisk, frame.body, subject=channel.peer)
+                raise session.unexpected(frame)
+            said = session.decode(HeldDisk, frame)
             if not found or found[-1].name != said.disk:
-                if _checked(said.disk, disk, channel) in seen:
-                    raise Corrupt("it tells of one disk in two places", subject=channel.peer)
+                if _checked(said.disk, disk, session.peer) in seen:
+                    raise Corrupt("it lists one disk in two places", subject=session.peer)
                 seen.add(said.disk)
                 found.append(Disk(said.disk, said.epoch, []))
-            _check_points([*found[-1].points[-1:], *said.points], channel)
+            _check_points([*found[-1].points[-1:], *said.points], session.peer)
             count += len(said.points)
-            check_point_count(count, channel)
+            check_point_count(count, session.peer)
             found[-1].points.extend(said.points)
     if disk is not None and not found:
         raise Corrupt("it has not told of the disk that it was asked about", subject=endpoint.url)
@@ -80,29 +84,32 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
 
 
 def soundness_at(
-    endpoint: Endpoint, disk: str | None = None, *, data: bool, on_bytes: OnBytes
+    endpoint: Endpoint, disk: str | None = None, *, share: float, on_bytes: OnBytes
 ) -> tuple[list[Verdict], list[Finding]]:
-    """What was looked at there, and what was found wrong with it. data: bytes too; errors as `points_at`.
+    """What was checked there, and what was found wrong with it.
 
-    on_bytes: told how many bytes of data were read by now, and of how many
+    share: of the data that is read: 1 all, 0 none; in between, the probability with which each layer is read
+    on_bytes: called with how many bytes of data were read by now, and of how many
+    Raises as `points_at`.
     """
+    data = share > 0
     verdicts: list[Verdict] = []
     findings: list[Finding] = []
-    with endpoint.connect() as channel:
-        asked = Ask(want="data" if data else "records", disk=disk, replica=endpoint.replica)
-        for frame in answers(channel, Kind.ASK, asked, feature=opening.ASK_FEATURE):
+    with _connected(endpoint) as session:
+        asked = Ask(want="data" if data else "records", disk=disk, replica=endpoint.replica, share=share or 1.0)
+        for frame in session.responses(Kind.ASK, asked, feature=Feature.SAMPLE if 0 < share < 1 else None):
             match frame.kind:
-                case Kind.PROGRESS if data and len(frame.body) == _PROGRESS.size:
-                    on_bytes(*_PROGRESS.unpack(frame.body))
+                case Kind.PROGRESS if data and len(frame.body) == PROGRESS.size:
+                    on_bytes(*PROGRESS.unpack(frame.body))
                 case Kind.FINDING:
-                    finding = decode(Finding, frame.body, subject=channel.peer)
-                    _checked(finding.disk, disk, channel)
+                    finding = session.decode(Finding, frame)
+                    _checked(finding.disk, disk, session.peer)
                     findings.append(_printable(finding))
                 case Kind.VERDICT:
-                    verdicts.append(decode(Verdict, frame.body, subject=channel.peer))
-                    _checked(verdicts[-1].disk, disk, channel)
+                    verdicts.append(session.decode(Verdict, frame))
+                    _checked(verdicts[-1].disk, disk, session.peer)
                 case _:
-                    raise unexpected(frame, channel)
+                    raise session.unexpected(frame)
     seen = {verdict.disk for verdict in verdicts}
     if len(seen) < len(verdicts) or any(finding.disk not in seen for finding in findings):
         raise Corrupt("its findings are not of the disks that it has looked at", subject=endpoint.url)
@@ -111,84 +118,31 @@ def soundness_at(
     return verdicts, findings
 
 
-def answers(
-    channel: Channel, kind: Kind, asked: Message, *, feature: str, on_beat: OnBeat = lambda: None
-) -> Iterator[Frame]:
-    """Ask, as `ask` does; what is said before DONE. Raises what the other side refuses with, too.
-
-    on_beat: called while it says nothing but that it lives
-    """
-    reader = ask(channel, kind, asked, feature=feature)
-    left = MOST_BYTES
-    while (frame := heard(reader, channel, on_beat)).kind is not Kind.DONE:
-        left -= 0 if frame.kind is Kind.PROGRESS else len(frame.body)
-        if left < 0:
-            raise Corrupt(f"its answer has more than {MOST_BYTES} bytes", subject=channel.peer, hint=_ONE_DISK)
-        yield frame
-
-
-def ask(
-    channel: Channel, kind: Kind, asked: Message, *, feature: str, allowed: Mapping[Kind, int] = FROM_RECEIVER
-) -> FrameReader:
-    """Say HELLO, and ask in the place of OPEN; what reads the answer.
-
-    feature: that the other side must have to understand it; allowed: what it may answer with
-    Raises Unsupported where it has not.
-    """
-    writer, reader = FrameWriter(channel), FrameReader(channel, allowed)
-    writer.send(Kind.HELLO, encode(opening.hello(answers=True)))
-    there = opening.agree(heard(reader, channel), peer=channel.peer)
-    if feature not in there.features:
-        raise Unsupported(
-            f"the snapchain there is too old to be asked this: it does not know {feature!r}",
-            subject=channel.peer,
-            hint="bring it up to date over there",
-        )
-    writer.send(kind, encode(asked))
-    return reader
-
-
-def heard(reader: FrameReader, channel: Channel, on_beat: OnBeat = lambda: None) -> Frame:
-    """The next frame that says something. Raises what the other side fails with."""
-    while True:
-        frame = reader.read()
-        if frame.kind is Kind.FAIL:
-            raise failures.raised(decode(Failure, frame.body, subject=channel.peer), peer=channel.peer)
-        if frame.kind is not Kind.BEAT:
-            return frame
-        on_beat()
-
-
-def check_point_count(count: int, channel: Channel) -> None:
+def check_point_count(count: int, peer: str) -> None:
     """Raises Corrupt for an answer with more points than this process may hold."""
     if count > MOST_POINTS:
-        raise Corrupt(f"its answer has more than {MOST_POINTS} points", subject=channel.peer, hint=_ONE_DISK)
+        raise Corrupt(f"its answer has more than {MOST_POINTS} points", subject=peer, hint=ONE_DISK)
 
 
-def unexpected(frame: Frame, channel: Channel) -> Corrupt:
-    """For what is no answer to the question."""
-    return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=channel.peer)
-
-
-def _checked(said: str, wanted: str | None, channel: Channel) -> str:
+def _checked(said: str, wanted: str | None, peer: str) -> str:
     """The name of a disk that it tells of."""
     if wanted is not None and said != wanted:
-        raise Corrupt("it tells of another disk than the one asked for", subject=channel.peer)
+        raise Corrupt("it tells of another disk than the one asked for", subject=peer)
     try:
         return check_disk_name(said)
     except InvalidInput as error:
-        raise Corrupt(error.message, subject=channel.peer) from error
+        raise Corrupt(error.message, subject=peer) from error
 
 
-def _check_points(points: Sequence[HeldPoint | DecidedPoint], channel: Channel) -> None:
+def _check_points(points: Sequence[HeldPoint | DecidedPoint], peer: str) -> None:
     if any(upper.point <= lower.point for lower, upper in pairwise(points)):
-        raise Corrupt("its points do not ascend", subject=channel.peer)
+        raise Corrupt("its points do not ascend", subject=peer)
 
 
 def _printable(finding: Finding) -> Finding:
-    subject = None if finding.subject is None else failures.printable(finding.subject)
-    plain = {"kind": failures.printable(finding.kind), "subject": subject}
-    return finding.model_copy(update={**plain, "message": failures.printable(finding.message)})
+    subject = None if finding.subject is None else printable(finding.subject)
+    plain = {"kind": printable(finding.kind), "subject": subject}
+    return finding.model_copy(update={**plain, "message": printable(finding.message)})
 
 
 # --- handover
@@ -203,11 +157,11 @@ def ask_for_handover(
     """
     asked = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica)
     found: tuple[Standing, ...] | None = None
-    with endpoint.connect() as channel:
-        for frame in answers(channel, Kind.HANDOVER, asked, feature=opening.HANDOVER_FEATURE):
+    with _connected(endpoint) as session:
+        for frame in session.responses(Kind.HANDOVER, asked):
             if frame.kind is not Kind.HANDED or found is not None:
-                raise unexpected(frame, channel)
-            found = decode(Handed, frame.body, subject=channel.peer).disks
+                raise session.unexpected(frame)
+            found = session.decode(Handed, frame).disks
     if found is None or [each.disk for each in found] != [each.disk for each in disks]:
         raise Corrupt("it has not told of the disks that it was asked about", subject=endpoint.url)
     for disk, standing in zip(disks, found, strict=True):
@@ -258,19 +212,19 @@ def merged_at(
     )
     points: list[DecidedPoint] = []
     outcome: Outcome | None = None
-    with endpoint.connect() as channel:
-        for frame in answers(channel, Kind.MERGE, asked, feature=opening.MERGE_FEATURE, on_beat=on_wait):
-            if frame.kind is Kind.PROGRESS and len(frame.body) == _PROGRESS.size and not dry_run and not points:
-                on_bytes(*_PROGRESS.unpack(frame.body))
+    with _connected(endpoint) as session:
+        for frame in session.responses(Kind.MERGE, asked, on_wait):
+            if frame.kind is Kind.PROGRESS and len(frame.body) == PROGRESS.size and not dry_run and not points:
+                on_bytes(*PROGRESS.unpack(frame.body))
                 continue
             if frame.kind is not Kind.MERGED or outcome is not None:
-                raise unexpected(frame, channel)
-            said = decode(Merged, frame.body, subject=channel.peer)
+                raise session.unexpected(frame)
+            said = session.decode(Merged, frame)
             if said.disk != disk:
-                raise Corrupt("it tells of another disk than the one asked for", subject=channel.peer)
-            _check_points([*points[-1:], *said.points], channel)
+                raise Corrupt("it tells of another disk than the one asked for", subject=session.peer)
+            _check_points([*points[-1:], *said.points], session.peer)
             points += map(_printable_point, said.points)
-            check_point_count(len(points), channel)
+            check_point_count(len(points), session.peer)
             outcome = said.outcome
     if outcome is None:
         raise Corrupt("it has not said what came of the merge", subject=endpoint.url)
@@ -278,14 +232,14 @@ def merged_at(
 
 
 def _printable_point(point: DecidedPoint) -> DecidedPoint:
-    return point.model_copy(update={"reasons": tuple(map(failures.printable, point.reasons))})
+    return point.model_copy(update={"reasons": tuple(map(printable, point.reasons))})
 
 
 def _judged(said: Outcome, *, done: bool, peer: str) -> Outcome:
     fewer = sum(len(members) - 1 for members in said.merges)
     if said.done is not done or said.layers_before - said.layers_after != fewer or not all(map(len, said.merges)):
         raise Corrupt("what it says of the merge contradicts itself, or what it was asked for", subject=peer)
-    staying = tuple(each.model_copy(update={"reason": failures.printable(each.reason)}) for each in said.staying)
+    staying = tuple(each.model_copy(update={"reason": printable(each.reason)}) for each in said.staying)
     return said.model_copy(update={"staying": staying})
 
 
@@ -300,3 +254,53 @@ def waiting(endpoint: Endpoint, on_event: OnEvent) -> Callable[[], None]:
             on_event(Notice(f"{endpoint.url} makes us wait: another snapchain may be at work on that disk"))
 
     return tell
+
+
+# --- hold and release
+
+
+def hold_at(
+    endpoint: Endpoint, disk: str, point: str | None, tag: str, *, reason: str = "", dry_run: bool = False
+) -> Held:
+    """Keep a point whatever the rules say; its number and all holds that it has then.
+
+    point: as in an address, None for the newest; a tag that it has already keeps its date and gets this reason
+    Raises NotFound, InvalidInput for a bad tag or reason, Unsupported for a server that is too old, Corrupt.
+    """
+    request = _valid(
+        HoldPoint, disk=disk, replica=endpoint.replica, point=point, tag=tag, reason=reason, dry_run=dry_run
+    )
+    held = _held(endpoint, Kind.HOLD, request)
+    if all((each.tag, each.reason) != (tag, reason) for each in held.holds):
+        raise Corrupt("it has not held the point as it was asked to", subject=endpoint.url)
+    return held
+
+
+def release_at(endpoint: Endpoint, disk: str, point: str | None, tag: str, *, dry_run: bool = False) -> Held:
+    """Take a hold off a point; its number and the holds that it has left. Raises as `hold_at`."""
+    request = _valid(ReleasePoint, disk=disk, replica=endpoint.replica, point=point, tag=tag, dry_run=dry_run)
+    held = _held(endpoint, Kind.RELEASE, request)
+    if any(each.tag == tag for each in held.holds):
+        raise Corrupt("it has not released the point", subject=endpoint.url)
+    return held
+
+
+def _valid(model: type[M], **fields: object) -> M:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        what = ".".join(map(str, first["loc"]))
+        raise InvalidInput(f"{what} cannot be used: {first['msg']}") from error
+
+
+def _held(endpoint: Endpoint, kind: Kind, request: HoldPoint | ReleasePoint) -> Held:
+    found: Held | None = None
+    with _connected(endpoint) as session:
+        for frame in session.responses(kind, request):
+            if found is not None:
+                raise session.unexpected(frame)
+            found = session.decode(Held, frame)
+    if found is None or found.disk != request.disk:
+        raise Corrupt("it has not told of the disk that it was asked about", subject=endpoint.url)
+    return found

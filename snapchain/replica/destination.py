@@ -25,14 +25,15 @@ from snapchain.destination.records import (
 )
 from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, Unsupported
+from snapchain.host.retry import RetryPolicy
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
 from snapchain.model.retention import Policy, is_future
 from snapchain.replica.client import points_at
+from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
-from snapchain.replica.opening import replica_at
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.messages import HeldPoint
 from snapchain.replica.verification import verify_replica
@@ -47,6 +48,10 @@ class ReplicaLayer:
     """A LayerReader over what is fetched."""
 
     fetched: FetchedLayer
+
+    @property
+    def peer(self) -> str:
+        return self.fetched.peer
 
     @property
     def id(self) -> str:
@@ -168,19 +173,14 @@ class FetchedLeaves:
             yield leaf, digest
 
 
-class ReplicaDestination:
+class ReplicaDestination(ReplicaWriting):
     """See destination/protocol.py. limit_rate: bytes a second on the wire."""
 
     traits: Traits = REPLICA
     encryption = NOT_ENCRYPTED
 
     def __init__(self, endpoint: Endpoint, *, limit_rate: int | None = None) -> None:
-        self.endpoint, self.limit_rate = endpoint, limit_rate
-
-    @staticmethod
-    def at(url: str, *, limit_rate: int | None = None, connections: int = 1) -> ReplicaDestination:
-        """At an address. connections: of ssh. Touches nothing. Raises InvalidInput."""
-        return ReplicaDestination(replica_at(url, connections=connections), limit_rate=limit_rate)
+        super().__init__(endpoint, policy=RetryPolicy(), limit_rate=limit_rate)
 
     @property
     def url(self) -> str:

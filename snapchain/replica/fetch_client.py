@@ -12,7 +12,6 @@ At most one layer's map and one frame of data are held. That the bytes are the p
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,16 +22,24 @@ from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
 from snapchain.model.points import chosen_point
 from snapchain.objects.throttle import TokenBucket
-from snapchain.replica.client import ask, heard, unexpected
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_offered
-from snapchain.replica.stream import session as opening
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.frames import FRAME_BYTES, Frame, Kind
+from snapchain.replica.stream.frames import FRAME_BYTES, Frame
 from snapchain.replica.stream.layers import Arrived, DataRuns, MapReader, Part, decode_data, layer_id
-from snapchain.replica.stream.messages import FETCHED, Done, Fetch, HeldDisk, HeldPoint, LayerOffer, decode
+from snapchain.replica.stream.messages import (
+    FROM_FETCH,
+    PROGRESS,
+    Done,
+    Fetch,
+    HeldDisk,
+    HeldPoint,
+    Kind,
+    LayerOffer,
+    decode,
+)
+from snapchain.replica.stream.session import ClientSession
 
-_PROGRESS = struct.Struct("<QQ")
 _LONGEST_NAME = 250
 _GOES_ON = "it goes on where it stopped"
 """What is right for a transfer to a replica, and is said wherever a channel breaks."""
@@ -57,6 +64,11 @@ class FetchedLayer:
     announced: str = ""
     _answer: Answer = field(kw_only=True)
 
+    @property
+    def peer(self) -> str:
+        """For errors: who sends it."""
+        return self._answer.peer
+
     def batches(self) -> Iterator[list[Piece]]:
         """All DATA of its map, in guest order; nothing where one only looks. Raises Corrupt."""
         runs, position = DataRuns(self.extents), 0
@@ -77,14 +89,15 @@ class Answer:
 
     def __init__(self, channel: Channel, asked: Fetch, *, limit_rate: int | None) -> None:
         """Raises Unsupported, NotFound, and what the other side refuses with."""
-        self.asked, self.peer, self._channel = asked, channel.peer, channel
-        self._frames = ask(channel, Kind.FETCH, asked, feature=opening.FETCH_FEATURE, allowed=FETCHED)
+        self.asked, self.peer = asked, channel.peer
+        self._session = ClientSession(channel, FROM_FETCH)
+        self._session.ask(Kind.FETCH, asked)
         self._bucket = None if limit_rate is None else TokenBucket(limit_rate)
         self.point = self._point(self._expect(Kind.DISK))
         told = self._expect(Kind.PROGRESS)
-        if len(told.body) != _PROGRESS.size:
+        if len(told.body) != PROGRESS.size:
             raise self.unexpected(told)
-        self.data_bytes: int = _PROGRESS.unpack(told.body)[1]
+        self.data_bytes: int = PROGRESS.unpack(told.body)[1]
         if not asked.chain and self.data_bytes > self.point.size:
             raise Corrupt("it announces more data than the disk holds", subject=self.peer)
 
@@ -113,7 +126,7 @@ class Answer:
 
     def next(self) -> Frame:
         """The next frame that says something. Raises what the other side fails with."""
-        frame = heard(self._frames, self._channel)
+        frame = self._session.next()
         if self._bucket is not None:
             # Who sends is slowed down by what is not read yet.
             self._bucket.take(FRAME_BYTES + len(frame.body))
@@ -121,7 +134,7 @@ class Answer:
 
     def unexpected(self, frame: Frame) -> Corrupt:
         """The error for a frame that should not come now."""
-        return unexpected(frame, self._channel)
+        return self._session.unexpected(frame)
 
     def _expect(self, kind: Kind) -> Frame:
         frame = self.next()

@@ -1,6 +1,7 @@
-"""What a replica answers to FETCH: a point, as one layer that shows all of it, or as the layers of its chain.
+"""What a replica answers when its content is wanted.
 
-    FETCH  ->  DISK PROGRESS (LAYER MAP* DATA* END)+ DONE
+    FETCH   ->  DISK PROGRESS (LAYER MAP* DATA* END)+ DONE    a point: one layer that shows it, or its chain's layers
+    LEAVES  ->  PROGRESS* LEAF_HASHES+                        the leaf hashes of the newest content
 
 Nothing is made, locked against readers, or changed. The files are held as QEMU holds those that it reads, so a merge
 or a cut waits; what they show is counted on the way, and is no answer unless it is what was proven when it came.
@@ -8,64 +9,111 @@ or a cut waits; what they show is counted on the way, and is no answer unless it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from snapchain.errors import Busy, Corrupt, NotFound, SnapchainError, Unsupported
-from snapchain.host.channel import Channel
+from snapchain.errors import Busy, Corrupt, Diverged, NotFound, SnapchainError, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain
+from snapchain.image.leaves import leaf_hashes
 from snapchain.image.qcow2.aligned import aligned
-from snapchain.model.content import content_id, empty_sum
+from snapchain.image.windows import data_leaves
+from snapchain.model.content import content_id, empty_sum, sum_of
+from snapchain.model.events import ByteCount
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import opened_chain
-from snapchain.replica.catalogue import Layer, Point
+from snapchain.replica.catalogue import Catalogue, Layer, Point
 from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.send_queue import SendQueue
-from snapchain.replica.status import PROGRESS
+from snapchain.replica.status import held_point
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.compression import Levels, Link
-from snapchain.replica.stream.frames import FrameWriter, Kind
-from snapchain.replica.stream.layers import layer_id, map_frames, words_of
-from snapchain.replica.stream.messages import MAX_RUNS, Done, Fetch, HeldDisk, HeldPoint, LayerOffer, encode
+from snapchain.replica.stream.layers import encode_leaves, layer_id, map_frames, words_of
+from snapchain.replica.stream.messages import (
+    MAX_RUNS,
+    PROGRESS,
+    Done,
+    Feature,
+    Fetch,
+    HeldDisk,
+    Kind,
+    LayerOffer,
+    WantLeaves,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from snapchain.replica.receiver import Receiver, Transfer
+
 
 _ATTEMPTS = 5
+_LEAVES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A point whose files are open. layers: those of its chain, root first."""
+    """A chain whose files are open. layers: of it, root first; point: that it gives, if one was asked for."""
 
     epoch: int
-    point: Point
+    point: Point | None
     layers: tuple[Layer, ...]
     chain: ImageChain
 
 
-def give(asked: Fetch, root: Path, channel: Channel, frames: FrameWriter, *, engine: Engine | None) -> None:
-    """Say all of the answer. engine: what settles a merge that was killed.
+def answer(receiver: Receiver, request: Fetch) -> None:
+    """FETCH.
 
     Raises NotFound where there is no such replica, disk or point, Corrupt when it is not what it was, Busy when
     somebody is changing it.
     """
-    disk = open_replica(root).disk(asked.disk)
-    with _opened(disk, asked.point, engine) as found:
-        outbox = SendQueue(channel, frames, None)
+    session = receiver.session
+    disk = open_replica(receiver.root(request.replica)).disk(request.disk)
+    with _opened(disk, lambda catalogue: _point(disk, catalogue, request.point), receiver.engine) as found:
+        outbox = SendQueue(session.channel, session.writer)
         try:
-            _Giving(asked, disk, found, outbox).run()
+            _Giving(request, disk, found, outbox, with_holds=Feature.HOLD in session.features).run()
         except BaseException:
-            # What was given before goes out before the reason why no more comes.
+            # What was given before is sent before the reason why no more comes.
             with suppress(SnapchainError):
                 outbox.flush()
             raise
         outbox.flush()
 
 
+def answer_leaves(current: Transfer, request: WantLeaves) -> None:
+    """LEAVES: number and hash of each leaf of the newest content that is not all zero, ascending; an empty frame ends.
+
+    They are checked against the recorded content id on the way. At most some windows of the disk are in memory.
+    Raises Diverged when the newest layer is another one by now, Corrupt or Busy as `answer`.
+    """
+    session, disk = current.session, current.disk
+    with _opened(disk, lambda catalogue: _newest(disk, catalogue, request.layer), current.receiver.engine) as found:
+        chain, record = found.chain, found.layers[-1]
+        count = ByteCount(
+            data_leaves(chain).data_bytes,
+            lambda done, total: session.reply(Kind.PROGRESS, PROGRESS.pack(done, total)),
+        )
+        shown = empty_sum()
+        waiting, entries = 0, bytearray()
+        for numbers, hashes in leaf_hashes(chain, on_bytes=count.add):
+            shown += sum_of(numbers, hashes)
+            entries += encode_leaves(numbers, hashes)
+            waiting += len(numbers)
+            if waiting >= _LEAVES_AT_ONCE:
+                session.reply(Kind.LEAF_HASHES, bytes(entries))
+                waiting, entries = 0, bytearray()
+        if entries:
+            session.reply(Kind.LEAF_HASHES, bytes(entries))
+        _check_shown(disk, found, record, content_id(chain.size, shown))
+        session.reply(Kind.LEAF_HASHES)
+
+
 class _Giving:
-    def __init__(self, asked: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue) -> None:
+    def __init__(self, asked: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue, *, with_holds: bool) -> None:
+        self._with_holds = with_holds
         self._asked, self._disk, self._found, self._outbox = asked, disk, found, outbox
         self._levels = Levels(Link.LOCAL if asked.plain else Link.NETWORK)
 
@@ -82,14 +130,8 @@ class _Giving:
 
     def _told(self) -> HeldDisk:
         point = self._found.point
-        held = HeldPoint(
-            point=point.point,
-            time=point.time,
-            labels=point.labels,
-            size=point.size,
-            content_id=point.content_id,
-            layers=len(self._found.layers),
-        )
+        assert point is not None
+        held = held_point(point, len(self._found.layers), with_holds=self._with_holds)
         return HeldDisk(disk=self._disk.name, epoch=self._found.epoch, points=(held,))
 
     def _give(self, layer: OutgoingLayer, record: Layer, parent: str | None) -> str:
@@ -126,16 +168,20 @@ class _Giving:
             if portion.frame:
                 self._levels.queue_seen(self._outbox.fullness)
                 self._outbox.put(Kind.DATA, *portion.frame)
-        shown = content_id(layer.extents.size, total)
-        if shown == record.content_id:
-            return
-        if self._found.chain.changed():
-            raise Busy("the files were changed while they were read", subject=self._disk.directory, hint="run it again")
-        raise Corrupt(
-            f"its chain shows the content {shown}, recorded is {record.content_id}",
-            subject=self._disk.path(record.file),
-            hint="snapchain verify --read-data tells which points are affected",
-        )
+        _check_shown(self._disk, self._found, record, content_id(layer.extents.size, total))
+
+
+def _check_shown(disk: ReplicaDisk, found: _Opened, record: Layer, shown: str) -> None:
+    """Raises Busy or Corrupt where a chain shows another content than was recorded of it."""
+    if shown == record.content_id:
+        return
+    if found.chain.changed():
+        raise Busy("the files were changed while they were read", subject=disk.directory, hint="run it again")
+    raise Corrupt(
+        f"its chain shows the content {shown}, recorded is {record.content_id}",
+        subject=disk.path(record.file),
+        hint="snapchain verify --read-data tells which points are affected",
+    )
 
 
 def _as_one(found: _Opened) -> OutgoingLayer:
@@ -169,21 +215,46 @@ def _as_they_are(found: _Opened) -> Iterator[OutgoingLayer]:
         )
 
 
+def _point(disk: ReplicaDisk, catalogue: Catalogue, wanted: str | None) -> tuple[Point | None, str]:
+    point = chosen_point(disk.name, catalogue.points, wanted)
+    return point, point.layer
+
+
+def _newest(disk: ReplicaDisk, catalogue: Catalogue, wanted: str) -> tuple[Point | None, str]:
+    if catalogue.tip is None or catalogue.tip.id != wanted:
+        raise Diverged(
+            "that layer is not the newest one here",
+            subject=disk.directory,
+            hint="another transfer was faster: run it again",
+        )
+    return None, wanted
+
+
 @contextmanager
-def _opened(disk: ReplicaDisk, wanted: str | None, engine: Engine | None) -> Iterator[_Opened]:
-    """A point, its files held. What is wrong with them counts only where the catalogue still is the same."""
+def _opened(
+    disk: ReplicaDisk, choose: Callable[[Catalogue], tuple[Point | None, str]], engine: Engine | None
+) -> Iterator[_Opened]:
+    """A chain whose files are locked for reading. choose: (point, id of the layer that is its top).
+
+    An error counts only if the catalogue has not changed since. Raises NotFound, Busy, Corrupt, and as `choose`.
+    """
     with ExitStack() as held:
-        yield _open(disk, wanted, held, engine)
+        yield _open(disk, choose, held, engine)
 
 
-def _open(disk: ReplicaDisk, wanted: str | None, held: ExitStack, engine: Engine | None) -> _Opened:
+def _open(
+    disk: ReplicaDisk,
+    choose: Callable[[Catalogue], tuple[Point | None, str]],
+    held: ExitStack,
+    engine: Engine | None,
+) -> _Opened:
     for _ in range(_ATTEMPTS):
         wait_for_merge(disk, engine=engine)
         catalogue = disk.read()
         if catalogue is None:
             raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
-        point = chosen_point(disk.name, catalogue.points, wanted)
-        count = 1 + [layer.id for layer in catalogue.layers].index(point.layer)
+        point, top = choose(catalogue)
+        count = 1 + [layer.id for layer in catalogue.layers].index(top)
         layers = catalogue.layers[:count]
         with ExitStack() as attempt:
             try:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files
@@ -27,8 +28,8 @@ from snapchain.image.overlay import write_overlay
 from snapchain.image.qcow2.header import Backing
 from snapchain.replica import names
 from snapchain.replica.arrival import settle
-from snapchain.replica.catalogue import Catalogue, HandedOver
-from snapchain.replica.merge_journal import Engine, others_on
+from snapchain.replica.catalogue import Catalogue, HandedOver, empty_catalogue
+from snapchain.replica.merge_journal import Engine, others_on, undisturbed
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import (
@@ -37,10 +38,14 @@ from snapchain.replica.stream.messages import (
     Handed,
     HandedDisk,
     Handover,
+    Kind,
     Readiness,
     Standing,
     Step,
 )
+
+if TYPE_CHECKING:
+    from snapchain.replica.receiver import Receiver, Transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,13 @@ class _Case:
 
     def conflict(self, message: str, hint: str) -> Conflict:
         return Conflict(message, subject=self.path, hint=hint)
+
+
+def answer(receiver: Receiver, request: Handover) -> None:
+    """HANDOVER. Raises as `hand_over`."""
+    handed = hand_over(request, receiver.root(request.replica), receiver.engine)
+    receiver.session.reply(Kind.HANDED, handed)
+    receiver.session.done()
 
 
 def hand_over(asked: Handover, root: Path, engine: Engine | None = None) -> Handed:
@@ -210,6 +222,21 @@ def _standing(case: _Case, token: str) -> Standing:
 # be replaced by the next one; one that was written to, or is open, is never touched.
 
 _SECTOR = 512
+
+
+def answer_active(current: Transfer, offer: Active) -> None:
+    """ACTIVE. Raises as `look_at_active` and `make_active`."""
+    disk = current.disk
+    if current.looks:
+        found = undisturbed(
+            disk,
+            lambda: look_at_active(disk, disk.read() or empty_catalogue(disk.name), offer),
+            engine=current.receiver.engine,
+            is_fine=lambda seen: seen.state is ActiveState.READY and not seen.broken,
+        )
+    else:
+        found = (make_active if offer.make else look_at_active)(disk, current.catalogue, offer)
+    current.session.reply(Kind.READINESS, found)
 
 
 def look_at_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readiness:

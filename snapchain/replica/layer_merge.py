@@ -24,6 +24,7 @@ from snapchain.model.collapse import collapse
 from snapchain.model.retention import Decision, Policy, decide
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, Point
+from snapchain.replica.holds import reasons
 from snapchain.replica.merge_journal import (
     Engine,
     Planned,
@@ -95,7 +96,7 @@ def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinf
 
     Raises Corrupt when the files are not the chain that they should be.
     """
-    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC))
+    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=reasons)
     stays: list[Stays] = []
     groups: list[tuple[Layers, Planned]] = []
     for members in _groups(disk, catalogue, decisions, stays):

@@ -7,14 +7,14 @@ The asker is heard no more: once it is gone the next word to it fails, and the m
 
 from __future__ import annotations
 
-import struct
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, tzinfo
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.model.events import ByteCount
 from snapchain.model.retention import Decision
 from snapchain.replica import layer_merge as collapsing
 from snapchain.replica.arrival import settle
@@ -23,17 +23,33 @@ from snapchain.replica.epochs import check_epoch
 from snapchain.replica.layer_merge import Collapsing
 from snapchain.replica.merge_journal import Engine, undisturbed
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
-from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, DecidedPoint, Merge, Merged, Outcome, Staying, encode
+from snapchain.replica.stream.messages import (
+    POINTS_AT_ONCE,
+    PROGRESS,
+    DecidedPoint,
+    Kind,
+    Merge,
+    Merged,
+    Message,
+    Outcome,
+    Staying,
+)
 
-Say = Callable[[Kind, bytes], None]
-PROGRESS = struct.Struct("<QQ")
-"""Bytes moved so far, and of how many."""
-_PROGRESS_SECONDS = 0.3
+if TYPE_CHECKING:
+    from snapchain.replica.receiver import Receiver
+
+
 _LONGEST_REASON = 1000
+Reply = Callable[[Kind, Message | bytes], None]
 
 
-def merge(asked: Merge, root: Path, say: Say, *, engine: Engine | None) -> None:
+def answer(receiver: Receiver, request: Merge) -> None:
+    """MERGE. Raises as `merge`."""
+    merge(request, receiver.root(request.replica), receiver.session.reply, engine=receiver.engine)
+    receiver.session.done()
+
+
+def merge(asked: Merge, root: Path, say: Reply, *, engine: Engine | None) -> None:
     """Do it, and say all but DONE.
 
     Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
@@ -96,16 +112,9 @@ def _foreseen(planned: Collapsing) -> Outcome:
     )
 
 
-def _done(disk: ReplicaDisk, planned: Collapsing, engine: Engine, say: Say) -> Outcome:
-    told, last = 0.0, -1
-
-    def on_bytes(done: int, total: int) -> None:
-        nonlocal told, last
-        if time.monotonic() - told >= _PROGRESS_SECONDS or last < done == total:
-            told, last = time.monotonic(), done
-            say(Kind.PROGRESS, PROGRESS.pack(done, total))
-
-    done = collapsing.run(disk, planned, engine=engine, on_bytes=on_bytes)
+def _done(disk: ReplicaDisk, planned: Collapsing, engine: Engine, say: Reply) -> Outcome:
+    count = ByteCount(0, lambda done, total: say(Kind.PROGRESS, PROGRESS.pack(done, total)))
+    done = collapsing.run(disk, planned, engine=engine, on_bytes=count.reach)
     return Outcome(
         done=True,
         layers_before=len(planned.catalogue.layers),
@@ -124,11 +133,11 @@ def _staying(stays: Sequence[collapsing.Stays]) -> tuple[Staying, ...]:
     return tuple(Staying(file=each.layer.file, reason=each.reason[:_LONGEST_REASON]) for each in stays)
 
 
-def _tell(planned: Collapsing, outcome: Outcome, say: Say) -> None:
+def _tell(planned: Collapsing, outcome: Outcome, say: Reply) -> None:
     pages = list(_pages(planned.decisions))
     for number, page in enumerate(pages, start=1):
         last = outcome if number == len(pages) else None
-        say(Kind.MERGED, encode(Merged(disk=planned.catalogue.disk, points=page, outcome=last)))
+        say(Kind.MERGED, Merged(disk=planned.catalogue.disk, points=page, outcome=last))
 
 
 def _pages(decisions: Sequence[Decision[Point]]) -> Iterator[tuple[DecidedPoint, ...]]:

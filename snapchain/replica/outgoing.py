@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from snapchain.host.batches import Buffer
 from snapchain.image import ImageChain
-from snapchain.image.leaves import WORKERS, change, hidden, in_order, read_window
+from snapchain.image.leaves import WORKERS, LeafTable, change, hidden, in_order, read_window
 from snapchain.image.windows import Window, hot_leaves, windows
-from snapchain.model.content import Sum
-from snapchain.model.extents import Extents
+from snapchain.model.content import LEAF_BYTES, Sum
+from snapchain.model.extents import Extents, rounded
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.stream.compression import Levels
 from snapchain.replica.stream.layers import DataRuns, Part, Piece, encode_data
@@ -37,7 +37,8 @@ class OutgoingLayer:
     """One layer as a sender has it.
 
     extents: its map, aligned to the grain of the file to be made; DATA are the bytes that `view` shows there
-    below:   what it lies on, None for a root; below_sum: the content sum of that
+    below:   what it lies on, None for a root; by its leaf hashes where no file here shows it, and then each leaf in
+             which the layer has anything may differ; below_sum: the content sum of that
     same_below: whether the receiver's chain shows the same as `below`, so that bytes may be taken from there
     """
 
@@ -47,7 +48,7 @@ class OutgoingLayer:
     sources: tuple[Fingerprint, ...]
     extents: Extents
     view: ImageChain
-    below: ImageChain | None
+    below: ImageChain | LeafTable | None
     below_sum: Sum
     same_below: bool = True
 
@@ -79,31 +80,43 @@ class Outgoing:
 
     def first_sum(self) -> Sum:
         """The content sum before any window: that of the chain below, less what this layer cuts off."""
-        return self.layer.below_sum - hidden(self.layer.extents.size, self.layer.below)
+        size, below = self.layer.extents.size, self.layer.below
+        cut_off = below.beyond(size) if isinstance(below, LeafTable) else hidden(size, below)
+        return self.layer.below_sum - cut_off
+
+    def _hot_leaves(self) -> Extents:
+        layer = self.layer
+        if isinstance(layer.below, LeafTable):
+            return rounded(layer.extents, LEAF_BYTES)
+        return hot_leaves(layer.extents, layer.view, layer.below)
 
     def sum_up_to(self, until: int) -> Sum:
         """The content sum after all windows below a guest offset, where a window of this layer ended.
 
         Reads them. Errors as ImageChain.read_into.
         """
-        layer, total = self.layer, self.first_sum()
-        for delta, _ in in_order(self._delta, windows(hot_leaves(layer.extents, layer.view, layer.below), until=until)):
+        total = self.first_sum()
+        for delta, _ in in_order(self._delta, windows(self._hot_leaves(), until=until)):
             total = total + delta
         return total
 
     def _delta(self, window: Window) -> tuple[Sum, int]:
-        layer = self.layer
-        theirs = None if layer.below is None else read_window(layer.below, window)
-        return change(window, read_window(layer.view, window), theirs), window.length
+        return self._changed(window, read_window(self.layer.view, window))[0], window.length
+
+    def _changed(self, window: Window, mine: memoryview) -> tuple[Sum, memoryview | None]:
+        """What a window adds to the content sum, and what is below it where that can be read."""
+        below = self.layer.below
+        if isinstance(below, LeafTable):
+            return below.replaced_by(window, mine), None
+        theirs = None if below is None else read_window(below, window)
+        return change(window, mine, theirs), theirs
 
     def portions(self, *, since: int = 0) -> Iterator[Portion]:
         """All windows behind guest offset `since`, ascending. Errors as ImageChain.read_into."""
-        layer = self.layer
-        hot = hot_leaves(layer.extents, layer.view, layer.below)
         under_way: deque[Future[Portion]] = deque()
         pool = ThreadPoolExecutor(WORKERS, "outgoing")
         try:
-            for window in windows(hot, since=since):
+            for window in windows(self._hot_leaves(), since=since):
                 under_way.append(pool.submit(self._read, window))
                 if len(under_way) > WORKERS * _UNDER_WAY:
                     yield under_way.popleft().result()
@@ -115,8 +128,7 @@ class Outgoing:
     def _read(self, window: Window) -> Portion:
         layer = self.layer
         mine = read_window(layer.view, window)
-        theirs = None if layer.below is None else read_window(layer.below, window)
-        delta = change(window, mine, theirs)
+        delta, theirs = self._changed(window, mine)
         pieces = self.runs.pieces(window.start, window.stop)
         if not pieces:
             return Portion(window.stop, delta, (), 0, 0)

@@ -15,40 +15,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.directory import place_to_change
-from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import Active, Message, Open
-
-
-class Right(StrEnum):
-    """One of them; see above."""
-
-    SEND = "send"
-    FETCH = "fetch"
-    CUT = "cut"
-    MERGE = "merge"
-    HANDOVER = "handover"
-    EPOCHS = "epochs"
-
+from snapchain.replica.stream.messages import REQUESTS, Active, Kind, Message, Open, Right
 
 _APPENDING = frozenset({Right.SEND, Right.FETCH})
 """Rights with which nothing that is there can be removed or replaced."""
-_NEEDED = {
-    Kind.OPEN: frozenset({Right.SEND}),
-    Kind.LAYER: frozenset({Right.SEND}),
-    Kind.POINT: frozenset({Right.SEND}),
-    Kind.ACTIVE: frozenset({Right.SEND}),
-    Kind.ASK: frozenset({Right.SEND, Right.FETCH}),
-    Kind.FETCH: frozenset({Right.FETCH}),
-    Kind.CUT: frozenset({Right.CUT}),
-    Kind.MERGE: frozenset({Right.MERGE}),
-    Kind.HANDOVER: frozenset({Right.HANDOVER}),
-}
-"""For a request of each kind, the rights of which one will do. What is not here nobody may ask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +34,7 @@ class Permissions:
 
     def check(self, kind: Kind, request: Message, *, subject: str) -> None:
         """Raises InvalidInput, which names the right that is missing, and how it is granted."""
-        needed = _NEEDED.get(kind, frozenset())
+        needed = REQUESTS[kind].rights
         if kind is Kind.ACTIVE and isinstance(request, Active) and request.make:
             needed = frozenset({Right.HANDOVER})
         if kind is Kind.OPEN and isinstance(request, Open) and request.by_name:

@@ -1,11 +1,11 @@
-"""The receiving side of a stream: one state after the other, every frame judged by the state it comes in.
+"""The receiving side of a stream: one loop that reads requests, and the functions that take in layers and points.
 
-    HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT)* STOP
-    HELLO (ASK | HANDOVER | FETCH | MERGE)
+    HELLO OPEN (CUT | LAYER MAP* (DATA | MARK)* END | POINT | ACTIVE | LEAVES)* STOP
+    HELLO (ASK | HANDOVER | FETCH | MERGE | HOLD | RELEASE)
 
-Nothing that a sender says is believed: sizes and counts end what may be said, data must follow the map and leave
-nothing out, and a layer counts only when its file, read back, shows what was announced.  What a sender can cause is a
-clear error, and the loss of its own layer.
+Which function answers a request is in the table `stream.messages.REQUESTS`. Nothing that a sender says is believed:
+sizes and counts have bounds, data must follow the map and be complete, and a layer counts only when its file, read
+back, shows the announced content. A sender can cause a clear error, and the loss of its own layer, and nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -28,35 +29,32 @@ from snapchain.model.extents import Extents
 from snapchain.replica.arrival import Arrival, forget, read_progress, settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.epochs import check_epoch, enter_epoch
-from snapchain.replica.merge_journal import Engine, others_on, undisturbed
+from snapchain.replica.merge_journal import Engine, others_on
 from snapchain.replica.permissions import EVERYTHING, Permissions, chosen
 from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open_replica
-from snapchain.replica.stream import session as failures, session as opening
-from snapchain.replica.stream.frames import FROM_SENDER, Frame, FrameReader, Kind
+from snapchain.replica.stream.frames import Frame
 from snapchain.replica.stream.layers import DataRuns, MapReader, decode_data, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
     MOST_POINTS,
-    Active,
-    ActiveState,
+    REQUESTS,
     Cut,
-    Done,
-    Failure,
+    Feature,
     HeldLayer,
     Inventory,
+    Kind,
     LayerOffer,
-    M,
+    Message,
     Open,
     PointOffer,
     Stored,
-    decode,
-    encode,
 )
-from snapchain.replica.stream.session import ReplyWriter
+from snapchain.replica.stream.session import ServerSession, describe
 
 _OFFSET = struct.Struct("<Q")
 _COUNT = struct.Struct("<Q")
-_QUESTIONS = (Kind.ASK, Kind.FETCH, Kind.HANDOVER, Kind.MERGE)
+_MOST_LOOKS = 16
+"""Requests after an OPEN that only looks."""
 
 OnLayer = Callable[[str, str], None]
 
@@ -81,325 +79,275 @@ def receive(
     permissions: Permissions = EVERYTHING,
     group: int | None = None,
 ) -> Received:
-    """Take one stream in, to its end, or answer a question; tells the sender what went wrong before raising it here.
+    """Receive one stream to its end, or answer one request. The sender is told of an error before it is raised here.
 
-    root: the replica; None lets the sender name it; within: where that must lie (`confinement.chosen`)
-    engine: what merges; without one, MERGE is refused, and a disk on which a merge was killed
-    permissions: what the sender may ask for; group: that may read a replica which is written to
+    root: the replica; None lets the sender name it
+    within: where that must lie (`permissions.chosen`)
+    engine: merges layers; without one, MERGE is refused, and so is a disk on which a merge was killed
+    permissions: what the sender may ask for
+    group: may read a replica that is written to
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
-    voice = ReplyWriter(channel)
+    session = ServerSession(channel)
+    receiver = Receiver(session, root, within, engine, permissions, group)
     try:
-        with voice.beating():
-            return _Reception(channel, voice, root, within, engine, permissions, group).run()
+        with session.beating():
+            receiver.run()
     except BaseException as error:
         with suppress(SnapchainError):
-            voice.say(Kind.FAIL, encode(failures.told(error)))
+            session.reply(Kind.FAIL, describe(error))
         raise
+    return receiver.received
 
 
 def begun(channel: Channel, root: Path) -> Inventory:
-    """What is here of the disk that a stream begins with; reads no more of it, and changes nothing.
+    """The inventory of the disk that a stream begins with; reads no more of the stream, and changes nothing.
 
     Raises as `receive`, for what that would refuse at once.
     """
-    return _Reception(channel, ReplyWriter(channel), root, None, None, EVERYTHING, None).begun()
+    session = ServerSession(channel)
+    session.begin()
+    request = session.decode(Open, session.expect(Kind.OPEN))
+    receiver = Receiver(session, root, None, None, EVERYTHING, None)
+    return receiver.look(request).model_copy(update={"disk": request.disk})
 
 
-class _Reception:
-    def __init__(
-        self,
-        channel: Channel,
-        voice: ReplyWriter,
-        root: Path | None,
-        within: Path | None,
-        engine: Engine | None,
-        permissions: Permissions,
-        group: int | None,
-    ) -> None:
-        self._channel, self._voice, self._root, self._within = channel, voice, root, within
-        self._permissions, self._group = permissions, group
-        self._engine = engine
-        self._frames = FrameReader(channel, FROM_SENDER)
-        self._received = Received()
-        self._marks = 0
-        self._features: frozenset[str] = frozenset()
+@dataclass(slots=True)
+class Receiver:
+    """The receiving end of one stream. Parameters as of `receive`; listens: whether the sender reads responses."""
 
-    def run(self) -> Received:
-        hello = self._hello()
-        frame = self._next()
-        if frame.kind in _QUESTIONS and hello:
-            self._answer(frame)
-            return self._received
-        if frame.kind is not Kind.OPEN:
-            raise self._unexpected(frame)
-        asked = self._request(Open, frame)
-        self._received.disk = check_disk_name(asked.disk)
-        if asked.look:
-            self._voice.say(Kind.INVENTORY, encode(self._looked(asked)))
-            if (frame := self._next()).kind is Kind.ACTIVE:
-                self._tell_of_active(open_replica(self._chosen(asked.replica)).disk(asked.disk), frame)
-                frame = self._next()
-            if frame.kind is not Kind.STOP:
-                raise self._unexpected(frame)
-            self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
-            return self._received
-        disk = open_replica(self._chosen(asked.replica), make=True, group=self._group).disk(asked.disk)
-        with in_turn(disk, Work.TRANSFER, make=True):
-            catalogue = settle(disk, self._engine)
-            catalogue = enter_epoch(disk, catalogue, asked.epoch, by_name=asked.by_name)
-            if hello:
-                self._voice.say(Kind.INVENTORY, encode(inventory(disk, catalogue, self._features)))
-            self._take_all(disk, catalogue)
-        received = self._received
-        received.bytes_read = self._channel.bytes_read
-        numbers = tuple(point.point for point in received.points)
-        self._voice.say(Kind.DONE, encode(Done(points=numbers, layers=len(received.layers))))
-        return received
+    session: ServerSession
+    only: Path | None
+    within: Path | None
+    engine: Engine | None
+    permissions: Permissions
+    group: int | None
+    received: Received = field(default_factory=Received)
+    listens: bool = False
 
-    def begun(self) -> Inventory:
-        self._hello()
-        frame = self._expect(Kind.OPEN)
-        asked = self._request(Open, frame)
-        return self._looked(asked).model_copy(update={"disk": asked.disk})
+    def run(self) -> None:
+        """Read HELLO and the first request, and answer that."""
+        self.listens = self.session.begin()
+        frame = self.session.next()
+        request = REQUESTS.get(frame.kind)
+        if request is None or not request.opens or not (self.listens or frame.kind is Kind.OPEN):
+            raise self.session.unexpected(frame)
+        self.answer(frame, self)
 
-    def _hello(self) -> bool:
-        """Whether the other side listens."""
-        frame = self._frames.read()
+    def answer(self, frame: Frame, context: Receiver | Transfer) -> None:
+        """Check a request and have its function answer it: every request passes here.
+
+        Raises Corrupt, and as `Permissions.check` and that function.
+        """
+        request = REQUESTS[frame.kind]
+        message: Message = self.session.decode(request.model, frame)
+        self.permissions.check(frame.kind, message, subject=self.session.peer)
+        # Loaded when the first such request comes: a sender waits for this process to start.
+        module, _, name = request.handler.partition(":")
+        getattr(import_module(f"snapchain.replica.{module}"), name)(context, message)
+
+    def root(self, named: str | None) -> Path:
+        """The replica's directory, as `permissions.chosen`."""
+        return chosen(named, only=self.only, within=self.within)
+
+    def look(self, request: Open) -> Inventory:
+        """The inventory of a disk that is not locked. Raises Conflict for an older epoch."""
+        root = self.root(request.replica)
         try:
-            said = opening.agree(frame, peer=self._channel.peer)
-        except SnapchainError:
-            # It may well listen: it is told what is spoken here.
-            self._voice.heard = True
-            with suppress(SnapchainError):
-                self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
-            raise
-        self._voice.heard = said.answers
-        self._features = frozenset(said.features)
-        self._voice.say(Kind.HELLO, encode(opening.hello(answers=True)))
-        return said.answers
-
-    def _chosen(self, named: str | None) -> Path:
-        return chosen(named, only=self._root, within=self._within)
-
-    def _request(self, shape: type[M], frame: Frame) -> M:
-        """What a frame asks for: every request passes here. Raises Corrupt, and as `Permissions.check`."""
-        asked = decode(shape, frame.body, subject=self._channel.peer)
-        self._permissions.check(frame.kind, asked, subject=self._channel.peer)
-        return asked
-
-    # What few streams want is loaded where it is wanted: a sender waits for this process to start.
-
-    def _answer(self, frame: Frame) -> None:
-        if frame.kind is Kind.FETCH:
-            from snapchain.replica.fetch_server import give
-            from snapchain.replica.stream.messages import Fetch
-
-            wanted = self._request(Fetch, frame)
-            give(wanted, self._chosen(wanted.replica), self._channel, self._voice, engine=self._engine)
-            return
-        if frame.kind is Kind.HANDOVER:
-            from snapchain.replica.handover import hand_over
-            from snapchain.replica.stream.messages import Handover
-
-            handed = self._request(Handover, frame)
-            self._voice.say(Kind.HANDED, encode(hand_over(handed, self._chosen(handed.replica), self._engine)))
-        elif frame.kind is Kind.MERGE:
-            from snapchain.replica.merging import merge
-            from snapchain.replica.stream.messages import Merge
-
-            merged = self._request(Merge, frame)
-            merge(merged, self._chosen(merged.replica), self._voice.say, engine=self._engine)
-        else:
-            from snapchain.replica.status import answer
-            from snapchain.replica.stream.messages import Ask
-
-            asked = self._request(Ask, frame)
-            answer(asked, self._chosen(asked.replica), self._voice.say, engine=self._engine)
-        self._voice.say(Kind.DONE, encode(Done(points=(), layers=0)))
-
-    def _looked(self, asked: Open) -> Inventory:
-        root = self._chosen(asked.replica)
-        try:
-            disk = open_replica(root).disk(asked.disk)
+            disk = open_replica(root).disk(request.disk)
         except NotFound:
             check_free(root)
-            return Inventory(disk=asked.disk, epoch=1, layers=(), last_point=0, partial=None)
+            return Inventory(disk=request.disk, epoch=1, layers=(), last_point=0, partial=None)
         catalogue = disk.read() or empty_catalogue(disk.name)
-        check_epoch(disk, catalogue, asked.epoch, by_name=asked.by_name)
-        return inventory(disk, catalogue, self._features)
+        check_epoch(disk, catalogue, request.epoch, by_name=request.by_name)
+        return inventory(disk, catalogue, self.session.features)
 
-    def _take_all(self, disk: ReplicaDisk, catalogue: Catalogue) -> None:
+
+@dataclass(slots=True)
+class Transfer:
+    """The part of a stream after OPEN: requests that concern one disk.
+
+    catalogue: as it is by now
+    looks: the disk is not locked, and nothing may be changed
+    shown: (size, content id) of the chain as the last layer of this stream announced it
+    marks: MARK frames so far
+    """
+
+    receiver: Receiver
+    disk: ReplicaDisk
+    catalogue: Catalogue
+    looks: bool
+    shown: tuple[int, str] | None = None
+    marks: int = 0
+
+    @property
+    def session(self) -> ServerSession:
+        return self.receiver.session
+
+    def answer(self, frame: Frame) -> None:
+        """Answer one request. Raises Corrupt for one that may not come here, and as `Receiver.answer`."""
+        request = REQUESTS.get(frame.kind)
+        if request is None or request.opens or (self.looks and not request.after_look):
+            raise self.session.unexpected(frame)
+        self.receiver.answer(frame, self)
+
+    def acknowledge(self, count: int) -> None:
+        """Tell the sender that so many marks are durable."""
+        self.session.reply(Kind.ACK, _COUNT.pack(count))
+
+
+def transfer(receiver: Receiver, request: Open) -> None:
+    """Answer OPEN and what follows it, up to STOP."""
+    session = receiver.session
+    receiver.received.disk = check_disk_name(request.disk)
+    if request.look:
+        _look(receiver, request)
+        return
+    disk = open_replica(receiver.root(request.replica), make=True, group=receiver.group).disk(request.disk)
+    with in_turn(disk, Work.TRANSFER, make=True):
+        catalogue = settle(disk, receiver.engine)
+        catalogue = enter_epoch(disk, catalogue, request.epoch, by_name=request.by_name)
+        if receiver.listens:
+            session.reply(Kind.INVENTORY, inventory(disk, catalogue, session.features))
+        current = Transfer(receiver, disk, catalogue, looks=False)
         # A sender may offer each layer that a chain can have, and publish a point at each; no more.
-        shown: tuple[int, str] | None = None
         for _ in range(2 * MAX_LAYERS + 1):
-            frame = self._next()
-            if frame.kind is Kind.STOP:
-                return
-            if frame.kind is Kind.LAYER:
-                catalogue, shown = self._take_layer(disk, catalogue, frame)
-            elif frame.kind is Kind.CUT:
-                catalogue = cut(disk, catalogue, self._request(Cut, frame).keep)
-            elif frame.kind is Kind.ACTIVE:
-                self._make_active(disk, catalogue, frame)
-            elif frame.kind is Kind.POINT:
-                catalogue = self._publish(disk, catalogue, frame, shown)
-            else:
-                raise self._unexpected(frame)
-        raise Corrupt("the stream has more layers than a chain can have", subject=self._channel.peer)
+            if (frame := session.next()).kind is Kind.STOP:
+                break
+            current.answer(frame)
+        else:
+            raise Corrupt("the stream has more layers than a chain can have", subject=session.peer)
+    received = receiver.received
+    received.bytes_read = session.channel.bytes_read
+    session.done(points=tuple(point.point for point in received.points), layers=len(received.layers))
 
-    def _tell_of_active(self, disk: ReplicaDisk, frame: Frame) -> None:
-        from snapchain.replica.handover import look_at_active
 
-        offer = self._request(Active, frame)
-        found = undisturbed(
-            disk,
-            lambda: look_at_active(disk, disk.read() or empty_catalogue(disk.name), offer),
-            engine=self._engine,
-            is_fine=lambda seen: seen.state is ActiveState.READY and not seen.broken,
-        )
-        self._voice.say(Kind.READINESS, encode(found))
+def _look(receiver: Receiver, request: Open) -> None:
+    session = receiver.session
+    session.reply(Kind.INVENTORY, receiver.look(request))
+    for _ in range(_MOST_LOOKS):
+        if (frame := session.next()).kind is Kind.STOP:
+            session.done()
+            return
+        if not (row := REQUESTS.get(frame.kind)) or not row.after_look:
+            raise session.unexpected(frame)
+        disk = open_replica(receiver.root(request.replica)).disk(request.disk)
+        Transfer(receiver, disk, disk.read() or empty_catalogue(disk.name), looks=True).answer(frame)
+    raise Corrupt("it asks too much of one look", subject=session.peer)
 
-    def _make_active(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> None:
-        from snapchain.replica.handover import look_at_active, make_active
 
-        offer = self._request(Active, frame)
-        done = make_active if offer.make else look_at_active
-        self._voice.say(Kind.READINESS, encode(done(disk, catalogue, offer)))
+def take_layer(current: Transfer, offer: LayerOffer) -> None:
+    """LAYER and what follows it, up to END: the layer becomes the newest one of the disk, unless it is here already."""
+    session, catalogue, received = current.session, current.catalogue, current.receiver.received
+    reader = MapReader(offer, subject=session.peer)
+    while not reader.complete:
+        reader.add(session.expect(Kind.MAP).body)
+    layer, extents = layer_id(offer, reader.words()), reader.extents()
+    known = next((held for held in catalogue.layers if held.id == layer), None)
+    with ExitStack() as stack:
+        arrival = None
+        if known is None:
+            arrival = Arrival(
+                current.disk,
+                catalogue,
+                offer,
+                extents,
+                layer=layer,
+                subject=session.peer,
+                on_durable=current.acknowledge,
+            )
+            stack.callback(arrival.close)
+        announced = _take_data(current, extents, arrival, on_base=offer.parent is not None, since=offer.resume_at)
+        if arrival is not None:
+            current.catalogue = arrival.finish(announced)
+            file = current.catalogue.layers[-1].file
+            received.layers.append(file)
+        elif known is not None:
+            if known.content_id != announced:
+                raise Corrupt("a layer that is here already is announced with other content", subject=known.file)
+            file = known.file
+            received.known += 1
+    session.reply(Kind.STORED, Stored(layer=layer, file=file))
+    current.shown = (offer.size, announced)
 
-    def _take_layer(self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame) -> tuple[Catalogue, tuple[int, str]]:
-        offer = self._request(LayerOffer, frame)
-        reader = MapReader(offer, subject=self._channel.peer)
-        while not reader.complete:
-            reader.add(self._expect(Kind.MAP).body)
-        layer, extents = layer_id(offer, reader.words()), reader.extents()
-        known = next((held for held in catalogue.layers if held.id == layer), None)
-        with ExitStack() as stack:
-            arrival = None
-            if known is None:
-                arrival = Arrival(
-                    disk,
-                    catalogue,
-                    offer,
-                    extents,
-                    layer=layer,
-                    subject=self._channel.peer,
-                    on_durable=self._acknowledge,
-                )
-                stack.callback(arrival.close)
-            announced = self._take_data(extents, arrival, on_base=offer.parent is not None, since=offer.resume_at)
+
+def _take_data(current: Transfer, extents: Extents, arrival: Arrival | None, *, on_base: bool, since: int) -> str:
+    """Take DATA and MARK frames up to END; the content id that it announces."""
+    session = current.session
+    runs = DataRuns(extents) if arrival is None else arrival.runs
+    position = since
+    while True:
+        frame = session.next()
+        if frame.kind is Kind.DATA:
+            found = decode_data(frame.body, runs, position, on_base=on_base, subject=session.peer)
             if arrival is not None:
-                catalogue = arrival.finish(announced)
-                file = catalogue.layers[-1].file
-                self._received.layers.append(file)
-            elif known is not None:
-                if known.content_id != announced:
-                    raise Corrupt("a layer that is here already is announced with other content", subject=known.file)
-                file = known.file
-                self._received.known += 1
-        self._voice.say(Kind.STORED, encode(Stored(layer=layer, file=file)))
-        return catalogue, (offer.size, announced)
-
-    def _take_data(self, extents: Extents, arrival: Arrival | None, *, on_base: bool, since: int) -> str:
-        """Take DATA and MARK frames up to END; the content id that it announces."""
-        runs = DataRuns(extents) if arrival is None else arrival.runs
-        position = since
-        while True:
-            frame = self._next()
-            if frame.kind is Kind.DATA:
-                found = decode_data(frame.body, runs, position, on_base=on_base, subject=self._channel.peer)
-                if arrival is not None:
-                    arrival.take(found)
-                position = found.stop
-            elif frame.kind is Kind.MARK:
-                offset, total = self._mark(frame, runs, position)
-                position = offset
-                self._marks += 1
-                if arrival is None:
-                    self._acknowledge(self._marks)
-                else:
-                    arrival.mark(offset, total, self._marks)
-            elif frame.kind is Kind.END:
-                if len(frame.body) != 32:
-                    raise Corrupt("the end of a layer names no content", subject=self._channel.peer)
-                if runs.below(position) != runs.total:
-                    raise Corrupt(
-                        f"the layer ends with {runs.total - runs.below(position)} bytes of data left out",
-                        subject=self._channel.peer,
-                    )
-                return bytes(frame.body).hex()
+                arrival.take(found)
+            position = found.stop
+        elif frame.kind is Kind.MARK:
+            position, total = _mark(frame, runs, position, peer=session.peer)
+            current.marks += 1
+            if arrival is None:
+                current.acknowledge(current.marks)
             else:
-                raise self._unexpected(frame)
+                arrival.mark(position, total, current.marks)
+        elif frame.kind is Kind.END:
+            if len(frame.body) != 32:
+                raise Corrupt("the end of a layer names no content", subject=session.peer)
+            if runs.below(position) != runs.total:
+                raise Corrupt(
+                    f"the layer ends with {runs.total - runs.below(position)} bytes of data left out",
+                    subject=session.peer,
+                )
+            return bytes(frame.body).hex()
+        else:
+            raise session.unexpected(frame)
 
-    def _mark(self, frame: Frame, runs: DataRuns, position: int) -> tuple[int, Sum]:
-        if len(frame.body) != _OFFSET.size + SUM_BYTES:
-            raise Corrupt("a mark is cut off", subject=self._channel.peer)
-        (offset,) = _OFFSET.unpack_from(frame.body)
-        if not position <= offset <= runs.size or runs.below(offset) != runs.below(position):
-            raise Corrupt(
-                f"a mark at guest byte {offset} does not follow data up to {position}", subject=self._channel.peer
-            )
-        return offset, np.frombuffer(frame.body, "<u2", offset=_OFFSET.size).astype(np.uint16)
 
-    def _publish(
-        self, disk: ReplicaDisk, catalogue: Catalogue, frame: Frame, shown: tuple[int, str] | None
-    ) -> Catalogue:
-        offer = self._request(PointOffer, frame)
-        tip = catalogue.tip
-        if shown is not None and tip is not None and shown != (tip.size, tip.content_id):
-            # A saved stream of an older state than the chain has by now: its points are history here.
-            return catalogue
-        if tip is None or (tip.size, tip.content_id) != (offer.size, offer.content_id):
-            raise Corrupt("a point is announced that is not what the chain shows", subject=self._channel.peer)
-        if any((point.time, point.content_id) == (offer.time, offer.content_id) for point in catalogue.points):
-            return catalogue  # the same stream, received again
-        if len(catalogue.points) >= MOST_POINTS:
-            raise Unsupported(
-                f"this disk has {len(catalogue.points)} points, and no more are allowed",
-                subject=disk.directory,
-                hint="merge points away: `snapchain merge DEST::DISK --keep-last N`",
-            )
-        point = Point(
-            point=catalogue.next_point,
-            time=offer.time,
-            labels=offer.labels,
-            layer=tip.id,
-            size=offer.size,
-            content_id=offer.content_id,
+def _mark(frame: Frame, runs: DataRuns, position: int, *, peer: str) -> tuple[int, Sum]:
+    if len(frame.body) != _OFFSET.size + SUM_BYTES:
+        raise Corrupt("a mark is cut off", subject=peer)
+    (offset,) = _OFFSET.unpack_from(frame.body)
+    if not position <= offset <= runs.size or runs.below(offset) != runs.below(position):
+        raise Corrupt(f"a mark at guest byte {offset} does not follow data up to {position}", subject=peer)
+    return offset, np.frombuffer(frame.body, "<u2", offset=_OFFSET.size).astype(np.uint16)
+
+
+def publish_point(current: Transfer, offer: PointOffer) -> None:
+    """POINT: a point of what the chain shows, unless the disk has it already."""
+    catalogue, shown = current.catalogue, current.shown
+    tip = catalogue.tip
+    if shown is not None and tip is not None and shown != (tip.size, tip.content_id):
+        # A saved stream of an older state than the chain has by now: its points are history here.
+        return
+    if tip is None or (tip.size, tip.content_id) != (offer.size, offer.content_id):
+        raise Corrupt("a point is announced that is not what the chain shows", subject=current.session.peer)
+    if any((point.time, point.content_id) == (offer.time, offer.content_id) for point in catalogue.points):
+        return  # the same stream, received again
+    if len(catalogue.points) >= MOST_POINTS:
+        raise Unsupported(
+            f"this disk has {len(catalogue.points)} points, and no more are allowed",
+            subject=current.disk.directory,
+            hint="merge points away: `snapchain merge DEST::DISK --keep-last N`",
         )
-        catalogue = catalogue.after(points=(*catalogue.points, point), next_point=point.point + 1)
-        disk.write(catalogue, reserve=FOR_CHANGES)
-        self._received.points.append(point)
-        return catalogue
-
-    def _acknowledge(self, count: int) -> None:
-        self._voice.say(Kind.ACK, _COUNT.pack(count))
-
-    def _next(self) -> Frame:
-        """The next frame that says something."""
-        while True:
-            frame = self._frames.read()
-            if frame.kind is Kind.FAIL:
-                raise failures.raised(decode(Failure, frame.body, subject=self._channel.peer), peer=self._channel.peer)
-            if frame.kind is not Kind.BEAT:
-                return frame
-
-    def _expect(self, kind: Kind) -> Frame:
-        frame = self._next()
-        if frame.kind is not kind:
-            raise self._unexpected(frame)
-        return frame
-
-    def _unexpected(self, frame: Frame) -> Corrupt:
-        return Corrupt(f"{frame.kind.name} has no place here in the stream", subject=self._channel.peer)
+    point = Point(
+        point=catalogue.next_point,
+        time=offer.time,
+        labels=offer.labels,
+        layer=tip.id,
+        size=offer.size,
+        content_id=offer.content_id,
+    )
+    current.catalogue = catalogue.after(points=(*catalogue.points, point), next_point=point.point + 1)
+    current.disk.write(current.catalogue, reserve=FOR_CHANGES)
+    current.receiver.received.points.append(point)
 
 
 def inventory(disk: ReplicaDisk, catalogue: Catalogue, features: Collection[str]) -> Inventory:
-    """What a sender is told of a disk, that names these features."""
+    """The INVENTORY of a disk, for a sender that names these features."""
     progress = read_progress(disk)
     partial = progress.partial if progress is not None and progress.finished is None else None
     layers = tuple(HeldLayer(**layer.model_dump(include=set(HeldLayer.model_fields))) for layer in catalogue.layers)
-    if opening.MERGE_FEATURE not in features:  # it does not know the field
+    if Feature.MERGE not in features:  # it does not know the field
         layers = tuple(
             layer.model_copy(update={"older": "", "sources": ()}) if layer.older else layer for layer in layers
         )
@@ -418,16 +366,30 @@ def inventory(disk: ReplicaDisk, catalogue: Catalogue, features: Collection[str]
 # is written before the files go: a crash leaves files that no catalogue names.
 
 
+def cut_layers(current: Transfer, request: Cut) -> None:
+    """CUT. Raises as `cut`."""
+    current.catalogue = cut(current.disk, current.catalogue, request.keep)
+
+
 def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
     """Drop all layers above `keep`, and the points that they give. The disk is locked.
 
-    Raises NotFound when there is no such layer, Busy or Conflict when what is to go is in use.
+    Raises NotFound when there is no such layer, Busy or Conflict when a file to be removed is in use, Conflict for a
+    point that is held.
     """
     ids = [layer.id for layer in catalogue.layers]
     if keep is not None and keep not in ids:
         raise NotFound(f"there is no layer {keep}", subject=disk.directory)
     count = 0 if keep is None else ids.index(keep) + 1
     kept, dropped = catalogue.layers[:count], catalogue.layers[count:]
+    gone = {layer.id for layer in dropped}
+    for point in catalogue.points:
+        if point.layer in gone and point.holds:
+            raise Conflict(
+                f"point {point.point} would be dropped, and it is held under {point.holds[0].tag!r}",
+                subject=disk.directory,
+                hint=f"release it first: snapchain release DEST::{disk.name}@{point.point}",
+            )
     forget(disk)
     if not dropped:
         return catalogue
@@ -440,7 +402,6 @@ def cut(disk: ReplicaDisk, catalogue: Catalogue, keep: str | None) -> Catalogue:
         for path in paths:
             if why := others.reason(path):
                 raise Conflict(f"it cannot be removed: {why}", subject=path, hint="move or remove that image first")
-        gone = {layer.id for layer in dropped}
         points = tuple(point for point in catalogue.points if point.layer not in gone)
         catalogue = catalogue.after(layers=kept, points=points)
         disk.write(catalogue)

@@ -10,6 +10,7 @@ import queue
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,30 +18,39 @@ from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.batches import Buffer
 from snapchain.host.channel import Channel
 from snapchain.objects.throttle import TokenBucket
-from snapchain.replica.stream import session as failures
-from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameReader, FrameWriter, Kind
-from snapchain.replica.stream.messages import Done, Failure, Readiness, Stored, decode, encode
+from snapchain.replica.stream.frames import FRAME_BYTES, Frame, FrameWriter
+from snapchain.replica.stream.messages import REQUESTS, Done, Kind, Message, Stored, decode, encode
+from snapchain.replica.stream.session import BEAT_SECONDS, ClientSession, describe
 
 WINDOW = 256 << 20
 """Bytes that may be on their way or not yet durable: a second of 2 Gbit/s, 25 times what 80 ms of 1 Gbit/s hold."""
 QUEUE = 4
 """Frames. What waits here is sent again after a crash, so on a slow link it should not be much."""
-BEAT_SECONDS = 10.0
 _COUNT = struct.Struct("<Q")
 _GRACE = 2.0
 """Seconds in which the other side's last words may still arrive after it closed its ear."""
 
+OnResponse = Callable[[Frame], bool]
 _Item = tuple[Kind, tuple[Buffer, ...], Callable[[], None]]
 """A frame, and the callback for when it is on the wire."""
 
 
 class SendQueue:
-    """Frames given here are sent in order. `frames`: after HELLO and OPEN; `answers`: None where nobody speaks."""
+    """Frames put here are sent in order.
+
+    frames: the writer, after HELLO and OPEN
+    session: reads the responses; None where nobody responds
+    """
 
     def __init__(
-        self, channel: Channel, frames: FrameWriter, answers: FrameReader | None, *, limit_rate: int | None = None
+        self,
+        channel: Channel,
+        frames: FrameWriter,
+        session: ClientSession | None = None,
+        *,
+        limit_rate: int | None = None,
     ) -> None:
-        self._channel, self._frames, self._answers = channel, frames, answers
+        self._channel, self._frames, self._session = channel, frames, session
         self._bucket = None if limit_rate is None else TokenBucket(limit_rate)
         self._queue: queue.Queue[_Item | None] = queue.Queue(QUEUE)
         self._state = threading.Condition()
@@ -53,11 +63,10 @@ class SendQueue:
         self._points = 0
         self._stopping = False
         self._done: Done | None = None
-        self._asked = 0
-        self.readiness: Readiness | None = None
-        self._threads = [threading.Thread(target=self._write, name="outbox", daemon=True)]
-        if answers is not None:
-            self._threads.append(threading.Thread(target=self._listen, name="answers", daemon=True))
+        self._requests: deque[tuple[Kind, OnResponse]] = deque()  # whose responses are still to come
+        self._threads = [threading.Thread(target=self._write, name="send queue", daemon=True)]
+        if session is not None:
+            self._threads.append(threading.Thread(target=self._listen, name="responses", daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -77,7 +86,7 @@ class SendQueue:
         on_sent: called in another thread when the frame is on the wire; what it raises ends the transfer
         """
         size = FRAME_BYTES + sum(len(part) for part in body)
-        if self._answers is not None:
+        if self._session is not None:
             self._wait_for_window()
         if kind is Kind.POINT:
             with self._state:
@@ -109,18 +118,22 @@ class SendQueue:
             self._expected.append(layer)
         self.put(Kind.END, body)
 
-    def ask(self, body: bytes) -> None:
-        """Give an ACTIVE frame; what is answered is in `readiness` after `stop`."""
+    def request(self, kind: Kind, message: Message, on_response: OnResponse) -> None:
+        """Send a request that is answered within the stream.
+
+        on_response: called in another thread with each frame of its response, until it returns True for the last one;
+            what it raises ends the transfer
+        """
         with self._state:
-            self._asked += 1
-        self.put(Kind.ACTIVE, body)
+            self._requests.append((kind, on_response))
+        self.put(kind, encode(message))
 
     def stop(self) -> Done | None:
         """Give STOP, and wait until the other side has everything; what it says at last, None from one that is mute."""
         with self._state:
             self._stopping = True
         self.put(Kind.STOP)
-        if self._answers is None:
+        if self._session is None:
             self.flush()
             return None
         self._give(None)
@@ -143,7 +156,7 @@ class SendQueue:
         if not told:
             return
         with suppress(queue.Full):
-            self._queue.put((Kind.FAIL, (encode(failures.told(error)),), lambda: None), timeout=_GRACE)
+            self._queue.put((Kind.FAIL, (encode(describe(error)),), lambda: None), timeout=_GRACE)
             self._queue.put(None, timeout=_GRACE)
             self._threads[0].join(_GRACE)
 
@@ -183,15 +196,15 @@ class SendQueue:
                 on_sent()
         except BaseException as error:  # noqa: BLE001 -- raised again where the next frame is given
             # A side that gave up said why before it closed: that is the better error.
-            if self._answers is not None:
+            if self._session is not None:
                 self._threads[1].join(_GRACE)
             self._fail(error)
 
     def _listen(self) -> None:
-        assert self._answers is not None
+        assert self._session is not None
         try:
             while self._done is None:
-                self._hear(self._answers.read())
+                self._hear(self._session.next())
         except BaseException as error:  # noqa: BLE001 -- raised again where the next frame is given
             self._fail(error)
 
@@ -202,21 +215,22 @@ class SendQueue:
             self._state.notify_all()
 
     def _hear(self, frame: Frame) -> None:
-        peer = self._channel.peer
-        if frame.kind is Kind.FAIL:
-            raise failures.raised(decode(Failure, frame.body, subject=peer), peer=peer)
         hear: dict[Kind, Callable[[Frame], None]] = {
             Kind.ACK: self._hear_ack,
             Kind.STORED: self._hear_stored,
             Kind.DONE: self._hear_done,
-            Kind.READINESS: self._hear_readiness,
-            Kind.BEAT: lambda _frame: None,
         }
-        if frame.kind not in hear:
-            raise Corrupt(f"{frame.kind.name} has no place here in the stream", subject=peer)
-        with self._state:
-            hear[frame.kind](frame)
-            self._state.notify_all()
+        if frame.kind in hear:
+            with self._state:
+                hear[frame.kind](frame)
+                self._state.notify_all()
+            return
+        kind, on_response = self._requests[0] if self._requests else (None, None)
+        if kind is None or on_response is None or frame.kind not in REQUESTS[kind].responses:
+            raise Corrupt(f"{frame.kind.name} has no place here in the stream", subject=self._channel.peer)
+        if on_response(frame):  # without the lock: it may wait for the thread that sends
+            with self._state:
+                self._requests.popleft()
 
     def _hear_ack(self, frame: Frame) -> None:
         if len(frame.body) != _COUNT.size:
@@ -238,14 +252,8 @@ class SendQueue:
         self._expected.pop(0)
         self._stored.append(stored)
 
-    def _hear_readiness(self, frame: Frame) -> None:
-        if not self._asked:
-            raise Corrupt("it tells of an overlay that nobody asked for", subject=self._channel.peer)
-        self._asked -= 1
-        self.readiness = decode(Readiness, frame.body, subject=self._channel.peer)
-
     def _hear_done(self, frame: Frame) -> None:
-        if not self._stopping or self._expected or self._asked:
+        if not self._stopping or self._expected or self._requests:
             raise Corrupt("the end is announced before everything was sent", subject=self._channel.peer)
         done = decode(Done, frame.body, subject=self._channel.peer)
         if len(done.points) != self._points:

@@ -8,12 +8,11 @@ Nothing is made, locked or changed, but for what a merge that was killed has lef
 
 from __future__ import annotations
 
-import struct
-import time
+import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.image import ImageChain, ImageFile
@@ -22,38 +21,48 @@ from snapchain.image.pread import file_bytes
 from snapchain.image.qcow2.refcounts import refcounts
 from snapchain.image.qcow2.tables import ImageFd
 from snapchain.model.content import content_id, empty_sum
+from snapchain.model.events import ByteCount
 from snapchain.replica.arrival import opened_chain
-from snapchain.replica.catalogue import Catalogue
+from snapchain.replica.catalogue import Catalogue, Point
 from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
-from snapchain.replica.stream.frames import Kind
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, HeldDisk, HeldPoint, Verdict, encode
+from snapchain.replica.stream.messages import (
+    POINTS_AT_ONCE,
+    PROGRESS,
+    Ask,
+    Feature,
+    Finding,
+    HeldDisk,
+    HeldPoint,
+    Kind,
+    Verdict,
+)
 
-Say = Callable[[Kind, bytes], None]
-PROGRESS = struct.Struct("<QQ")
-"""Bytes of data read so far, and of how many, by the maps of the layers."""
-_PROGRESS_SECONDS = 0.3
+if TYPE_CHECKING:
+    from snapchain.replica.receiver import Receiver
 
 
-def answer(asked: Ask, root: Path, say: Say, *, engine: Engine | None = None) -> None:
-    """Say all but DONE. Raises NotFound where there is no such replica or disk, and what `say` raises.
-
-    engine: for a merge that was killed, which is finished or undone before anything is judged
-    """
-    replica = open_replica(root)
-    disks = replica.disks() if asked.disk is None else [replica.disk(asked.disk)]
-    if asked.want == "points":
+def answer(receiver: Receiver, request: Ask) -> None:
+    """ASK: all but DONE. Raises NotFound where there is no such replica or disk."""
+    session, engine = receiver.session, receiver.engine
+    replica = open_replica(receiver.root(request.replica))
+    disks = replica.disks() if request.disk is None else [replica.disk(request.disk)]
+    if request.want == "points":
         for disk in disks:
-            for page in _pages(_settled(disk, engine)):
-                say(Kind.DISK, encode(page))
+            for page in _pages(_settled(disk, engine), with_holds=Feature.HOLD in session.features):
+                session.reply(Kind.DISK, page)
+        session.done()
         return
-    teller = _Teller(disks, say) if asked.want == "data" else None
+    share = request.share if request.want == "data" else 0.0
+    # A catalogue that cannot be read is a finding later; here it adds nothing.
+    total = int(share * sum(_data_bytes(disk) for disk in disks))
+    count = ByteCount(total, lambda done, total: session.reply(Kind.PROGRESS, PROGRESS.pack(done, total)))
     for disk in disks:
-        on_bytes = _ignored if teller is None else teller.read
-        checked = check_disk(disk, data=asked.want == "data", on_bytes=on_bytes, engine=engine)
+        checked = check_disk(disk, share=share, on_bytes=count.add, engine=engine)
         for finding in checked.findings:
-            say(Kind.FINDING, encode(finding))
-        say(Kind.VERDICT, encode(checked.verdict))
+            session.reply(Kind.FINDING, finding)
+        session.reply(Kind.VERDICT, checked.verdict)
+    session.done()
 
 
 def _settled(disk: ReplicaDisk, engine: Engine | None) -> Catalogue:
@@ -65,37 +74,25 @@ def _settled(disk: ReplicaDisk, engine: Engine | None) -> Catalogue:
     return found
 
 
-def _pages(catalogue: Catalogue) -> Iterator[HeldDisk]:
+def held_point(point: Point, layers: int, *, with_holds: bool) -> HeldPoint:
+    """A point as a client sees it. layers: length of its chain; with_holds: the client knows of holds."""
+    return HeldPoint(
+        point=point.point,
+        time=point.time,
+        labels=point.labels,
+        size=point.size,
+        content_id=point.content_id,
+        layers=layers,
+        holds=point.holds if with_holds else (),
+    )
+
+
+def _pages(catalogue: Catalogue, *, with_holds: bool) -> Iterator[HeldDisk]:
     heights = {layer.id: number for number, layer in enumerate(catalogue.layers, 1)}
-    points = [
-        HeldPoint(
-            point=point.point,
-            time=point.time,
-            labels=point.labels,
-            size=point.size,
-            content_id=point.content_id,
-            layers=heights[point.layer],
-        )
-        for point in catalogue.points
-    ]
+    points = [held_point(point, heights[point.layer], with_holds=with_holds) for point in catalogue.points]
     for at in range(0, max(1, len(points)), POINTS_AT_ONCE):
         page = tuple(points[at : at + POINTS_AT_ONCE])
         yield HeldDisk(disk=catalogue.disk, epoch=catalogue.epoch, points=page)
-
-
-class _Teller:
-    """Says now and then how much was read."""
-
-    def __init__(self, disks: list[ReplicaDisk], say: Say) -> None:
-        # A catalogue that cannot be read is a finding later; here it adds nothing.
-        self._total = sum(_data_bytes(disk) for disk in disks)
-        self._say, self._done, self._told = say, 0, 0.0
-
-    def read(self, count: int) -> None:
-        self._done += count
-        if time.monotonic() - self._told >= _PROGRESS_SECONDS:
-            self._told = time.monotonic()
-            self._say(Kind.PROGRESS, PROGRESS.pack(self._done, max(self._done, self._total)))
 
 
 def _data_bytes(disk: ReplicaDisk) -> int:
@@ -104,10 +101,6 @@ def _data_bytes(disk: ReplicaDisk) -> int:
     except SnapchainError:
         return 0
     return 0 if catalogue is None else sum(layer.data_bytes for layer in catalogue.layers)
-
-
-def _ignored(_count: int) -> None:
-    """Records are read in no time."""
 
 
 # --- data: every layer is read and compared with its recorded content id
@@ -130,8 +123,11 @@ class BrokenLayer:
         return f"its reference counts are wrong, though it shows what it should: {self.counts}"
 
 
-def verify_disk(disk: ReplicaDisk, *, on_bytes: Callable[[int], None]) -> list[BrokenLayer]:
-    """Read all layers, compare what the chain shows at each with the catalogue, and count; what is wrong, root first.
+def verify_disk(disk: ReplicaDisk, *, share: float = 1.0, on_bytes: Callable[[int], None]) -> list[BrokenLayer]:
+    """Read layers, compare what the chain shows at each with the catalogue, and count; what is wrong, root first.
+
+    share: the probability with which each layer is read; its content is counted from the record of the one below it,
+    so a layer can be checked without the others
 
     A layer is counted from the sum recorded for the one below it: the lowest of the findings has a fault, those above
     it may only lie on it.
@@ -147,6 +143,9 @@ def verify_disk(disk: ReplicaDisk, *, on_bytes: Callable[[int], None]) -> list[B
         total = empty_sum()
         for number, layer in enumerate(catalogue.layers):
             view = chain.at(number)
+            if share < 1 and random.random() >= share:  # noqa: S311
+                below, total = view, layer.sum()
+                continue
             shown = content_id(view.size, counted(view.top.extents, view, below, total, on_bytes=on_bytes))
             counts = _miscounted(view.top)
             if shown != layer.content_id or counts is not None:
@@ -184,9 +183,9 @@ class Checked:
 
 
 def check_disk(
-    disk: ReplicaDisk, *, data: bool, on_bytes: Callable[[int], None], engine: Engine | None = None
+    disk: ReplicaDisk, *, share: float, on_bytes: Callable[[int], None], engine: Engine | None = None
 ) -> Checked:
-    """Look at a disk. data: read all layers too, and compare what they show with what was recorded.
+    """Check a disk. share: the probability with which each layer is read too, and compared with its record.
 
     on_bytes: told how much was read since it was last told; engine: for a merge that was killed
     Raises NotFound for a disk that has no catalogue, Busy when it changes all the time.
@@ -207,7 +206,7 @@ def check_disk(
             read += count
             on_bytes(count)
 
-        findings = _findings(disk, catalogue, data=data, on_bytes=counted)
+        findings = _findings(disk, catalogue, share=share, on_bytes=counted)
         if not findings or (not is_under_way(disk) and disk.read() == catalogue):
             layers = len(catalogue.layers)
             verdict = Verdict(disk=disk.name, points=len(catalogue.points), layers=layers, checked_bytes=read)
@@ -215,14 +214,16 @@ def check_disk(
     raise Busy("the disk changes while it is looked at", subject=disk.directory, hint="run it again")
 
 
-def _findings(disk: ReplicaDisk, catalogue: Catalogue, *, data: bool, on_bytes: Callable[[int], None]) -> list[Finding]:
+def _findings(
+    disk: ReplicaDisk, catalogue: Catalogue, *, share: float, on_bytes: Callable[[int], None]
+) -> list[Finding]:
     if catalogue.tip is None:
         return []
     try:
-        if not data:
+        if not share:
             opened_chain(disk, catalogue, catalogue.tip).close()
             return []
-        wrong = verify_disk(disk, on_bytes=on_bytes)
+        wrong = verify_disk(disk, share=share, on_bytes=on_bytes)
     except SnapchainError as error:
         return [_finding(disk, error.kind, error.subject, error.message, _points_from(catalogue, None))]
     return [

@@ -32,7 +32,7 @@ def verify_replica(
     verdicts, findings = soundness_at(
         endpoint,
         disk,
-        data=read_data,
+        share=1.0 if read_data else 0.0,
         on_bytes=lambda done, total: on_event(Progress("verify", done, total)),
     )
     found = [

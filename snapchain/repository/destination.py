@@ -23,6 +23,7 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.retention import Policy
 from snapchain.repository import collecting
 from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
+from snapchain.repository.disk_writer import RepositoryWriting
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_leaves, point_record, read_point
 from snapchain.repository.repository import Repository
@@ -44,7 +45,7 @@ class Collecting:
         return collecting.run(self.repository, on_event=on_event)
 
 
-class RepositoryDestination:
+class RepositoryDestination(RepositoryWriting):
     """See destination/protocol.py. repository: opened, for writing where anything is to be changed."""
 
     traits: Traits = REPOSITORY

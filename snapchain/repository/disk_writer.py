@@ -21,7 +21,7 @@ from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.image import ImageChain
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
-from snapchain.model.extents import Extents, Int64s, fold, rounded
+from snapchain.model.extents import Extents, Int64s, rounded
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.layer_writer import LayerUpload, Origin
@@ -40,17 +40,17 @@ class RepositoryWriting:
     """Implements `destination.writing.Writing` for an opened repository."""
 
     def __init__(self, repository: Repository) -> None:
-        self._repository = repository
+        self.repository = repository
 
     @property
     def url(self) -> str:
         """For people."""
-        return self._repository.store.url
+        return self.repository.store.url
 
     @contextmanager
     def look(self, opening: Opening, *, on_event: OnEvent) -> Iterator[DiskLook]:
         """See `Writing`. Takes no lease."""
-        yield _Look(self._repository, opening.disk, on_event)
+        yield _Look(self.repository, opening.disk, on_event)
 
     def write(self, opening: Opening, work: Callable[[LayerWriter], Result], *, on_event: OnEvent) -> Result:
         """See `Writing`. Begins again when damage comes to light, so that it can be made good.
@@ -58,20 +58,21 @@ class RepositoryWriting:
         Raises Conflict when the disk was changed by others meanwhile, Corrupt for damage that cannot be made good.
         """
         disk = opening.disk
-        with self._repository.lease(
+        with self.repository.lease(
             Mode.WRITE, f"ship {disk}", on_wait=lambda words: on_event(Notice(words)), disks=[disk]
         ) as lease:
+            points: list[int] = []
             for attempt in range(_LOOKS):
                 try:
-                    with DiskWriter(self._repository, disk, lease, on_event) as writer:
+                    with DiskWriter(self.repository, disk, lease, points, on_event) as writer:
                         result = work(writer)
                 except Corrupt:
                     lease.check()  # after a collection meanwhile, a missing object is no damage
                     # What lies below turned out to be damaged: from now on that is known, and can be made good.
-                    if not self._repository.record_damage() or attempt == _LOOKS - 1:
+                    if not self.repository.record_damage() or attempt == _LOOKS - 1:
                         raise
                 else:
-                    fill_reserve(self._repository.store)
+                    fill_reserve(self.repository.store)
                     return result
         raise AssertionError("the loop returns or raises")
 
@@ -93,10 +94,9 @@ class _Look:
     def held(self) -> Sequence[HeldLayer]:
         return [_held(layer) for layer in self._layers]
 
-    def leaves(self, above: str | None) -> _NewestLeaves:
+    def leaves(self) -> _NewestLeaves:
         """See `LayerWriter`."""
-        ids = [layer.id for layer in self._layers]
-        return _NewestLeaves(self._layers, 0 if above is None else ids.index(above) + 1)
+        return _NewestLeaves(self._layers)
 
     def fitted(self, layer: NewLayer) -> NewLayer:
         """See `LayerWriter`: its map as it is, whole leaves to read."""
@@ -129,13 +129,14 @@ class _Look:
 class DiskWriter(_Look):
     """Implements `LayerWriter`: a disk opened for one shipment, under a lease; a context manager."""
 
-    def __init__(self, repository: Repository, disk: str, lease: Lease, on_event: OnEvent) -> None:
+    def __init__(self, repository: Repository, disk: str, lease: Lease, points: list[int], on_event: OnEvent) -> None:
+        """points: numbers that this shipment has published already; it grows."""
         super().__init__(repository, disk, on_event)
         self._lease = lease
         self._arrival = _Arrival()
         self._deposit = LayerUpload(repository, on_durable=self._arrival.show)
         self._arrival.deposit = self._deposit
-        self._points: list[int] = []
+        self._points = points
         self._moves_points = False
 
     def __enter__(self) -> Self:
@@ -272,11 +273,8 @@ class _Composed:
 class _NewestLeaves:
     """See destination.writing.NewestLeaves: from the records of the layers."""
 
-    def __init__(self, layers: Sequence[StoredLayer], common: int) -> None:
-        """common: how many of the lowest layers need not be looked at."""
+    def __init__(self, layers: Sequence[StoredLayer]) -> None:
         self._layers = layers
-        above = [layer.extents() for layer in layers[common:]]
-        self.touched = rounded(fold(above), LEAF_BYTES) if above else Extents.absent(layers[-1].size)
 
     def portions(self) -> Iterator[tuple[int, Int64s, Hashes]]:
         """See `NewestLeaves`."""

@@ -32,6 +32,7 @@ class RepositoryLayer:
     format: Literal["qcow2", "raw"]
 
     extended_l2 = False
+    peer = None
 
     @property
     def id(self) -> str:

@@ -52,11 +52,14 @@ class _Remembered(BaseModel):
 class CountedSums:
     """Of one image's views. Reading and writing the file costs nothing but time when it fails: that is told."""
 
-    def __init__(self, image: Path, on_event: OnEvent) -> None:
-        """image: the top of the chain."""
-        self._image, self._on_event = os.path.realpath(image), on_event
+    def __init__(self, image: Path | None, on_event: OnEvent) -> None:
+        """image: the top of the chain; None: nothing is remembered beyond this object."""
         self._sums: dict[str, Sum] = {}
         self._written: dict[str, Sum] = {}
+        self._path: Path | None = None
+        if image is None:
+            return
+        self._image, self._on_event = os.path.realpath(image), on_event
         try:
             self._path = state_dir() / "sums" / f"{blake3(os.fsencode(self._image)).hexdigest(length=16)}.json"
             self._written = {
@@ -105,7 +108,7 @@ class CountedSums:
 
     def flush(self) -> None:
         """Remember what is new."""
-        if list(self._sums) == list(self._written):
+        if self._path is None or list(self._sums) == list(self._written):
             return
         kept = dict(list(self._sums.items())[-_MOST:])
         record = _Remembered(image=self._image, sums={key: encode_sum(total) for key, total in kept.items()})

@@ -78,8 +78,13 @@ def sealed_at(file: ImageFile, note: LayerNote) -> tuple[datetime, tuple[str, ..
     # The ctime does not count: the rename that sealed it has moved that, and a lost label may cost a view.
     if note.sealed is not None and (note.sealed.file.size, note.sealed.file.mtime_ns) == (mark.size, mark.mtime_ns):
         return note.sealed.time, note.sealed.labels
+    return written_at(mark), ()
+
+
+def written_at(mark: Fingerprint) -> datetime:
+    """When a file was last written to."""
     # Some filesystems hold times of years that no calendar here knows.
-    return datetime.fromtimestamp(min(max(mark.mtime_ns / 1e9, 0.0), _LATEST), UTC), ()
+    return datetime.fromtimestamp(min(max(mark.mtime_ns / 1e9, 0.0), _LATEST), UTC)
 
 
 def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:

@@ -22,7 +22,7 @@ from snapchain.model.retention import Policy
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
-from snapchain.ops.ship.delivery import delivery
+from snapchain.ops.ship.run import ShipRequest, opened
 from snapchain.testing.destination_faults import DestinationFaults
 from snapchain.testing.destination_site import DISK, Delivered, Site, Traits, deliver
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
@@ -129,11 +129,12 @@ class DestinationContract(DestinationFaults):
     def test_nothing_new_is_not_sent_again(self, site: Site, history: Sequence[Moment], out: Path) -> None:
         first = deliver(site, history[3].image)
         assert (first.layers_sent > 0, first.bytes_read > 500 * KiB) == (True, True)
-        with delivery(site.open(writing=True), history[3].image, DISK) as work:
+        with opened(ShipRequest(image=history[3].image, disk=DISK), site.open(writing=True)) as work:
             plan = work.plan()
             assert (plan.layers, plan.bytes_to_read, plan.layers_present) == ((), 0, 4)
             again = work.run()
         assert (again.layers_sent, again.bytes_read, again.bytes_stored) == (0, 0, 0)
+        assert first.point is not None
         assert (again.point, again.content_id) == (first.point + 1, first.content_id)
         # Only what lies on top of it goes.
         last = deliver(site, history[4].image)

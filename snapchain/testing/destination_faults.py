@@ -16,7 +16,7 @@ from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Sn
 from snapchain.model.events import Event, Progress
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
-from snapchain.ops.ship.to_repository import ShipReport
+from snapchain.ops.ship.request import ShipReport
 from snapchain.testing.destination_site import DISK, Delivered, OnSites, Site, deliver
 from snapchain.testing.faults import Crash
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
@@ -76,7 +76,7 @@ class DestinationFaults(OnSites):
             reports = list(pool.map(writer, range(3)))
         assert reports[2] is not None
         assert any(reports[:2])
-        shown = {(DISK, 1): history[1].shown}
+        shown: dict[tuple[str, int | None], Path] = {(DISK, 1): history[1].shown}
         for number, report in enumerate(reports):
             if report is not None:
                 place = DISK if number < 2 else "other", report.point

@@ -15,8 +15,8 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.records import PointRecord
 from snapchain.model.events import Event
 from snapchain.ops.log import log
-from snapchain.ops.ship.delivery import delivery
-from snapchain.ops.ship.to_repository import ShipReport
+from snapchain.ops.ship.request import ShipReport
+from snapchain.ops.ship.run import ShipRequest, opened
 from snapchain.testing.history import Moment, build_history
 
 DISK = "web1/vda"
@@ -126,5 +126,5 @@ def deliver(
     on_event: Callable[[Event], None] | None = None,
 ) -> ShipReport:
     """By a destination opened afresh."""
-    with delivery(site.open(writing=True), image, disk, labels=labels) as work:
+    with opened(ShipRequest(image=image, disk=disk, labels=labels), site.open(writing=True)) as work:
         return work.run() if on_event is None else work.run(on_event=on_event)

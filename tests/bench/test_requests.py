@@ -12,11 +12,11 @@ import pytest
 from snapchain.objects.cache import CachedStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import damage, index as indexes
 from snapchain.repository.format import BLOB_ROW
 from snapchain.repository.index import IndexedPack
 from tests.bench.measure import KiB, MiB
+from tests.ops.shipping import shipment
 from tests.ops.stacks import Layer, build
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository

@@ -20,9 +20,7 @@ def warm() -> None:
     import snapchain.destination.address
     import snapchain.ops.init
     import snapchain.ops.inspect
-    import snapchain.ops.ship.to_repository  # noqa: F401
-    from snapchain.cli.app import command
-    from snapchain.cli.verbs import VERBS
+    import snapchain.ops.ship.run  # noqa: F401
 
     for name in VERBS:
         command(name)

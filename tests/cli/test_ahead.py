@@ -87,7 +87,7 @@ def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("snapchain.replica.opening", ["numpy", "pydantic", "typer", "sh", "snapchain.replica.receiver"]),
+        ("snapchain.destinations", ["numpy", "pydantic", "typer", "sh", "snapchain.replica.receiver"]),
         ("snapchain.cli.serving", ["numpy", "pydantic", "typer", "sh"]),
         ("snapchain.ops.serve_replica", ["typer", "sh", "snapchain.replica.merging", "snapchain.image.qemu_img"]),
     ],

@@ -140,11 +140,12 @@ def test_help(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("disk", ["d", f"d{EVIL}"], ids=["label", "disk"])
 def test_labels_and_disks_of_a_plain_store(ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch, disk: str) -> None:
     """Whoever can write to a store that is not encrypted writes what they like."""
-    from snapchain.ops.ship import to_repository as ship
+    from snapchain.ops.ship import request as ship
     from snapchain.repository import catalogue, repository
 
     with monkeypatch.context() as patch:
         patch.setattr(ship, "check_label", lambda label: label)
+        patch.setattr(ship, "check_disk_name", lambda name: name)
         patch.setattr(repository, "check_disk_name", lambda name: name)
         patch.setattr(catalogue, "is_disk_name", lambda _name: True)
         assert run("ship", "other.qcow2", f"repo::{disk}", "--label", EVIL).status == 0

@@ -15,7 +15,7 @@ from snapchain.host.interrupts import held_back
 from snapchain.ops import serve_replica
 from snapchain.ops.nightly.run import _Run
 from snapchain.ops.restore.output import OutputFile
-from snapchain.ops.ship.to_repository import Shipment
+from snapchain.repository.disk_writer import DiskWriter
 from snapchain.repository.replay import Replay
 from tests.cli.conftest import Run, write
 from tests.ops.stacks import names
@@ -77,7 +77,7 @@ def test_a_shipment_lets_its_lease_go(
     run: Run, shipped: Path, interrupt: Callable[..., None], number: signal.Signals
 ) -> None:
     write(shipped, "write -P 9 4M 1M")
-    interrupt(Shipment, "_add", number)
+    interrupt(DiskWriter, "add", number)
     said = run("ship", str(shipped), DISK)
     assert (said.status, "run it again to finish" in said.err) == (CODES[number], True)
     assert names(shipped.parent / "repo" / "leases") == []

@@ -20,12 +20,13 @@ from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.retry import RetryPolicy
 from snapchain.host.ssh import RemoteAddress, SshProgram
 from snapchain.ops import serve_replica
-from snapchain.ops.ship.to_replica import Request, SendReport, send_persistently
+from snapchain.ops.ship.run import ShipReport, ShipRequest
 from snapchain.replica.endpoint import SshEndpoint
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.ops.stacks import Layer, build, flat, write
 from tests.replica.conftest import DISK, Place, send
+from tests.replica.sending import send_persistently
 from tests.replica.test_resume import arrived
 from tests.waiting import HANG, gone, wait_until
 
@@ -129,7 +130,7 @@ def test_an_error_over_there_is_the_error_here(
     assert not isinstance(caught.value, ToolFailed), "it came by ssh's exit status, and not by the stream"
 
 
-def cut_off(host: SshHost, begin: Callable[[], SendReport], place: Place, cut: Callable[[list[int]], None]) -> None:
+def cut_off(host: SshHost, begin: Callable[[], ShipReport], place: Place, cut: Callable[[list[int]], None]) -> None:
     """Begin a transfer, cut it when some of it is there, and see it fail."""
     known = set(host.sessions())
     failed: list[BaseException] = []
@@ -170,7 +171,7 @@ def test_a_connection_that_breaks_goes_on(
     place.check(shown[1])
 
 
-def retried(again: Callable[[], SendReport]) -> SendReport:
+def retried(again: Callable[[], ShipReport]) -> ShipReport:
     """The process over there may hold the disk a moment longer than its session lives."""
     until = time.monotonic() + HANG
     while True:
@@ -190,10 +191,11 @@ from pathlib import Path
 from snapchain.host.ssh import RemoteAddress
 from snapchain.host.retry import RetryPolicy
 from snapchain.host.ssh import SshProgram
-from snapchain.ops.ship.to_replica import Request, send_to_replica
+from snapchain.ops.ship.run import ShipRequest
+from tests.replica.sending import send_to_replica
 from snapchain.replica.endpoint import SshEndpoint
 to = SshEndpoint(RemoteAddress("there", {str(place.root)!r}), program=SshProgram({there.ssh!r}, {remote()!r}))
-send_to_replica(Request(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit_rate=4 << 20), to)
+send_to_replica(ShipRequest(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit_rate=4 << 20), to)
 """
     known = set(there.sessions())
     with subprocess.Popen([sys.executable, "-c", script]) as sender:
@@ -208,7 +210,7 @@ send_to_replica(Request(image=Path({str(noisy[0][1])!r}), disk="web1/vda", limit
 
 def test_over_there_it_gives_up_before_the_sender_comes_again() -> None:
     from snapchain.host.ssh import ALIVE_COUNT, ALIVE_INTERVAL
-    from snapchain.replica.send_queue import BEAT_SECONDS
+    from snapchain.replica.stream.session import BEAT_SECONDS
 
     assert 3 * BEAT_SECONDS < serve_replica.PATIENCE < ALIVE_COUNT * ALIVE_INTERVAL + ALIVE_INTERVAL
 
@@ -239,7 +241,7 @@ def test_a_link_that_is_cut_for_30_s(
 
     thread = threading.Thread(target=scissors)
     thread.start()
-    request = Request(image=noisy[0][1], disk=DISK)
+    request = ShipRequest(image=noisy[0][1], disk=DISK)
     send_persistently(request, endpoint(host, place), policy=RetryPolicy())
     thread.join()
     place.check(noisy[1][1])

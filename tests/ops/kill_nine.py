@@ -23,13 +23,12 @@ from pathlib import Path
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
 from snapchain.ops.restore.run import Restoration
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from tests.exhaustive import EXHAUSTIVE
-from tests.ops.shipping import DISK, MiB, same_bytes
+from tests.ops.shipping import DISK, MiB, same_bytes, shipment
 from tests.ops.stacks import Layer, build, clean, flat, same
 from tests.repository.synthetic import again, repository
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from snapchain.destination.protocol import Destination
+from snapchain.model.events import OnEvent, ignore
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops.restore.run import Restoration, RestoreReport
-from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.ops.ship.run import Files, Shipment, ShipReport, ShipRequest, opened
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.repository import Repository
 from tests.ops.stacks import flat, qemu_img, write
@@ -99,6 +103,22 @@ def _writes(draw: random.Random, size: int, cluster: int) -> list[str]:
 def local(directory: Path) -> Repository:
     """A repository in a directory, opened; its key costs nothing to derive (see synthetic)."""
     return repository(LocalStore(directory, make=True), block_size=256 * 1024)
+
+
+def shipment(
+    image: Path, into: Repository, disk: str, *, on_event: OnEvent = ignore, **options: Any
+) -> AbstractContextManager[Shipment]:
+    """An image opened to be shipped to a repository."""
+    return delivery(RepositoryDestination(into), image, disk, on_event=on_event, **options)
+
+
+def delivery(
+    to: Destination, image: Path, disk: str, *, each_layer: bool = False, on_event: OnEvent = ignore, **options: Any
+) -> AbstractContextManager[Shipment]:
+    """An image opened to be shipped."""
+    files = Files.EACH if each_layer else Files.COMPOSED
+    request = ShipRequest(image=image, disk=disk, files=files, each_point=each_layer, **options)
+    return opened(request, to, on_event=on_event)
 
 
 def ship(

@@ -19,7 +19,6 @@ import pytest
 from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import packs
 from snapchain.repository.chain import ChainView
 from snapchain.repository.points_merge import RepositoryMerge
@@ -27,7 +26,7 @@ from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import Fault, FaultStore, On, crash_points
 from tests.exhaustive import EXHAUSTIVE
-from tests.ops.shipping import DISK, MiB, ship
+from tests.ops.shipping import DISK, MiB, ship, shipment
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.synthetic import again, repository
 

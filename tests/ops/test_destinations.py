@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.destination.protocol import Destination
+from snapchain.destinations import replica_at
 from snapchain.image import scan
 from snapchain.objects import open_store
 from snapchain.objects.local import LocalStore
@@ -17,7 +18,6 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import Endpoint
-from snapchain.replica.opening import replica_at
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.repository import Repository
 from snapchain.testing.destination_contract import DestinationContract, Site, Traits

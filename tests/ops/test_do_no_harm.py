@@ -30,11 +30,11 @@ from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Disks
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format
-from snapchain.ops.ship.delivery import delivery
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import sealing as snapshot
 from tests.ops.forest import DIRECTORIES, SHM, ZERO, Forest, State, forests, read, write_image
 from tests.ops.killing import killed_after
+from tests.ops.shipping import delivery
 from tests.repository.synthetic import repository
 
 EXAMPLES = settings().max_examples if settings().max_examples > 100 else 60

@@ -112,7 +112,7 @@ def test_what_crashed_shipments_left_goes(files: list[Path], shown: list[bytes])
 
 def test_a_blob_that_another_disk_uses_stays(files: list[Path], shown: list[bytes]) -> None:
     repo = full(files)
-    from snapchain.ops.ship.to_repository import shipment
+    from tests.ops.shipping import shipment
 
     with shipment(files[0], repo, "other") as work:
         work.run()

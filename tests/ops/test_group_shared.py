@@ -15,13 +15,12 @@ from snapchain.errors import NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import Refused
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import collecting as gc
 from snapchain.repository.leases import Mode
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
-from tests.ops.shipping import DISK, MiB
+from tests.ops.shipping import DISK, MiB, shipment
 from tests.ops.stacks import Layer, build
 
 GROUP = 54_321

@@ -11,10 +11,9 @@ from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import packs
 from snapchain.repository.packer import UPLOADS
-from tests.ops.shipping import DISK, MiB, restore, ship
+from tests.ops.shipping import DISK, MiB, restore, ship, shipment
 from tests.ops.stacks import Layer, build, flat
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository

@@ -13,13 +13,12 @@ from snapchain.model.retention import Policy
 from snapchain.objects.exclusive import RETIRED, Clockwork, create_exclusively, is_retired
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, ObjectStore, Refused, StoreWrapper
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import collecting as gc
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
-from tests.ops.shipping import DISK, MiB, ship
+from tests.ops.shipping import DISK, MiB, ship, shipment
 from tests.ops.stacks import Layer, build, flat
 from tests.ops.test_crash import reads
 from tests.repository.synthetic import again, repository

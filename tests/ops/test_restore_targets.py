@@ -29,11 +29,10 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.ops.hold import hold_image
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format, RestoreReport, Target
-from snapchain.ops.ship.delivery import delivery
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.source.notes import Given, Notes, Overlay
 from tests.host import others as people
-from tests.ops.shipping import DISK, MiB
+from tests.ops.shipping import DISK, MiB, delivery
 from tests.ops.stacks import Layer, build, clean, flat, names, qemu_img, same, standing, write
 from tests.repository.synthetic import repository
 

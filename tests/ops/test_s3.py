@@ -16,14 +16,14 @@ from snapchain.model.retention import Policy
 from snapchain.ops import init
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
-from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.ops.ship.request import ShipReport
 from snapchain.repository import collecting as gc
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.opening import create_repository, open_repository
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
-from tests.ops.shipping import DISK, MiB, random_stack, same_bytes
+from tests.ops.shipping import DISK, MiB, random_stack, same_bytes, shipment
 from tests.ops.stacks import Layer, build, clean, flat, same
 from tests.servers import S3Server, admin_client, free_port
 
@@ -149,7 +149,7 @@ def test_two_shippers_of_one_disk_and_of_two(bucket: Bucket, tmp_path: Path) -> 
         opened = bucket.open()
         start.wait()
         with shipment(images[number], opened, "one" if number < 2 else "other") as work:
-            return work.run().point
+            return work.run().point or 0
 
     with ThreadPoolExecutor(3) as pool:
         numbers = list(pool.map(shipper, range(3)))

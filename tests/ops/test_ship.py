@@ -19,11 +19,10 @@ from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, StoreWrapper
 from snapchain.objects.throttle import ThrottledStore
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import collecting as gc, packer, packs
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
-from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship
+from tests.ops.shipping import DISK, MiB, Stack, local, random_stack, restore, same_bytes, ship, shipment
 from tests.ops.stacks import Layer, build, clean, flat, qemu_img, same, write
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, content_id_of, repository
@@ -477,7 +476,7 @@ def test_two_shippers_of_one_disk_both_get_their_point(repo: Repository, tmp_pat
     def shipper(number: int) -> int:
         with shipment(images[number], again(repo), "one" if number < 2 else f"disk{number}") as work:
             start.wait()
-            return work.run().point
+            return work.run().point or 0
 
     with ThreadPoolExecutor(4) as pool:
         numbers = list(pool.map(shipper, range(4)))

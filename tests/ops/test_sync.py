@@ -17,7 +17,6 @@ import pytest
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput, Unavailable
 from snapchain.host.ssh import parse_remote_address
 from snapchain.model.convergence import Verdict
-from snapchain.ops.ship.to_replica import send_to_replica
 from snapchain.ops.sync.run import (
     Destination,
     Divergence,
@@ -36,6 +35,7 @@ from snapchain.source.sealer import OfflineSealer
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place
+from tests.replica.sending import send_to_replica
 
 GUEST = Guest("web1", "vda", "qemu+ssh://kvm2/system")
 

@@ -15,17 +15,18 @@ import pytest
 
 from snapchain.errors import SnapchainError
 from snapchain.host.channel import Channel
-from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
+from snapchain.ops.ship.run import ShipReport, ShipRequest
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
 from snapchain.replica.receiver import receive
 from tests.ops.stacks import clean, same
+from tests.replica.sending import send_to_replica
 from tests.waiting import HANG
 
 DISK = "web1/vda"
 
 
-def send(image: Path, endpoint: Endpoint, disk: str = DISK, **options: Any) -> SendReport:
-    return send_to_replica(Request(image=image, disk=disk, **options), endpoint)
+def send(image: Path, endpoint: Endpoint, disk: str = DISK, **options: Any) -> ShipReport:
+    return send_to_replica(ShipRequest(image=image, disk=disk, **options), endpoint)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Place:
 
     root: Path
 
-    def send(self, image: Path, **options: Any) -> SendReport:
+    def send(self, image: Path, **options: Any) -> ShipReport:
         return send(image, DirectoryEndpoint(self.root), **options)
 
     @property

@@ -26,7 +26,7 @@ from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops.receive import receive_stream
 from snapchain.ops.restore.run import Restoration
-from snapchain.ops.ship.to_replica import Files, Request, send_blindly
+from snapchain.ops.ship.run import Files, ShipRequest, send_blindly
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.stacks import clean, flat, qemu_img, same, write
@@ -254,7 +254,7 @@ class History:
 
     @property
     def _cut(self) -> object:
-        from snapchain.ops.ship.to_replica import Divergence
+        from snapchain.ops.ship.run import Divergence
 
         return Divergence.CUT_REPLICA
 
@@ -287,7 +287,7 @@ class History:
         """As a stream in a file, received by a second replica, twice."""
         saved = self.directory / "saved"
         fd = os.open(saved, os.O_WRONLY | os.O_CREAT)
-        send_blindly(Request(image=self.top, disk=DISK, **self.request()), Channel(-1, fd, peer="a file"))  # type: ignore[arg-type]
+        send_blindly(ShipRequest(image=self.top, disk=DISK, **self.request()), Channel(-1, fd, peer="a file"))  # type: ignore[arg-type]
         second = Place(self.directory / "second")
         for _ in range(2):
             with Channel(os.open(saved, os.O_RDONLY), -1, peer="a file") as channel:

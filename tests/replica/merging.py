@@ -9,13 +9,14 @@ from typing import Any
 
 from snapchain.destination.records import PointsMergePlan, PointsMergeReport
 from snapchain.model.retention import Policy
-from snapchain.ops.ship.to_replica import Request, SendReport, send_to_replica
+from snapchain.ops.ship.run import ShipReport, ShipRequest
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import clean, flat, same
 from tests.replica.conftest import DISK, Place
+from tests.replica.sending import send_to_replica
 
 
 def endpoint(root: Path) -> DirectoryEndpoint:
@@ -30,8 +31,8 @@ class Pointed:
     shots: Path
     shown: dict[int, Path] = field(default_factory=dict)
 
-    def send(self, image: Path, **options: Any) -> SendReport:
-        report = send_to_replica(Request(image=image, disk=DISK, **options), endpoint(self.place.root))
+    def send(self, image: Path, **options: Any) -> ShipReport:
+        report = send_to_replica(ShipRequest(image=image, disk=DISK, **options), endpoint(self.place.root))
         if report.point is not None:
             self.shots.mkdir(exist_ok=True)
             self.shown[report.point] = flat(image, self.shots / f"{report.point}.raw", image.suffix[1:])

@@ -14,15 +14,24 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.model.events import Event, Progress
 from snapchain.ops.log import log
-from snapchain.replica.client import MOST_BYTES
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.permissions import chosen
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import open_replica
-from snapchain.replica.stream import frames
-from snapchain.replica.stream.frames import FROM_SENDER, FrameReader, Kind
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, Ask, Finding, Hello, Verdict, encode
+from snapchain.replica.stream.frames import FrameReader
+from snapchain.replica.stream.messages import (
+    FROM_RECEIVER,
+    FROM_SENDER,
+    POINTS_AT_ONCE,
+    Ask,
+    Finding,
+    Hello,
+    Kind,
+    Verdict,
+    encode,
+)
+from snapchain.replica.stream.session import MOST_BYTES
 from snapchain.replica.verification import verify_replica
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
@@ -140,7 +149,7 @@ def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pyte
 
     calls: list[int] = []
 
-    def meanwhile(disk: Any, *, on_bytes: Any) -> Any:
+    def meanwhile(disk: Any, *, share: float, on_bytes: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             catalogue = disk.read()
@@ -186,10 +195,10 @@ def test_a_question_out_of_place(place: Place, said: tuple[tuple[int, bytes], ..
     ],
 )
 def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
-    monkeypatch.setattr(asking, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
+    monkeypatch.setattr(session, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
         match=r"of ask is unsound|there is no disk|cannot name a disk|may be named|must be named",
@@ -219,7 +228,7 @@ OTHER_ERRORS: dict[str, type[SnapchainError]] = {
 }
 """How some of the lies are refused; all others are Corrupt."""
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
-    "an old one": ("does not know 'ask'", (OLD,)),
+    "an old one": ("does not support 'ask'", (OLD,)),
     "another disk": ("another disk than the one asked for", (ANSWER, disk_said("db"), DONE)),
     "no disk": ("not told of the disk", (ANSWER, DONE)),
     "a name for a terminal": ("another disk than the one asked for", (ANSWER, disk_said("\x1b[31m"), DONE)),
@@ -296,9 +305,9 @@ def test_a_finding_cannot_colour_the_terminal() -> None:
 
 
 def test_an_endless_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
-    monkeypatch.setattr(asking, "MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(session, "MOST_BYTES", 1 << 20)
     assert MOST_BYTES > 1 << 20
     over = threading.Event()
 
@@ -343,4 +352,4 @@ def test_a_root_confines(tmp_path: Path) -> None:
 def test_kinds_go_one_way() -> None:
     answers = {Kind.DISK, Kind.VERDICT, Kind.FINDING, Kind.PROGRESS}
     assert not answers & set(FROM_SENDER)
-    assert Kind.ASK not in frames.FROM_RECEIVER
+    assert Kind.ASK not in FROM_RECEIVER

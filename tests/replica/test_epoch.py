@@ -13,7 +13,7 @@ from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, Unsuppor
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.ops.log import log
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
-from snapchain.ops.ship.to_replica import Request, plan_send
+from snapchain.ops.ship.run import ShipRequest
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.stream.frames import FrameReader
@@ -21,6 +21,7 @@ from snapchain.replica.stream.messages import Open, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import DISK, Place, send
+from tests.replica.sending import plan_send
 from tests.replica.test_asking import OLD
 from tests.replica.test_stream import HELLO, MAP, STOP, TWO, offer, puppet, stream, take
 
@@ -42,7 +43,7 @@ def test_an_older_epoch_is_refused(place: Place, chain: list[Path], tmp_path: Pa
             place.send(theirs, epoch=epoch)
         assert caught.value.kind == "conflict"
         with pytest.raises(Conflict, match="epoch 3"):
-            plan_send(Request(image=theirs, disk=DISK, epoch=epoch), to)
+            plan_send(ShipRequest(image=theirs, disk=DISK, epoch=epoch), to)
     assert {path: path.read_bytes() for path in place.directory.iterdir()} == before
     place.send(chain[2], epoch=3)
     place.check(flat(chain[2], tmp_path / "flat"))
@@ -61,7 +62,7 @@ def test_a_newer_epoch_holds_before_anything_came(place: Place, chain: list[Path
 
 def test_a_look_changes_no_epoch(place: Place, chain: list[Path]) -> None:
     place.send(chain[0])
-    plan_send(Request(image=chain[1], disk=DISK, epoch=7), DirectoryEndpoint(place.root))
+    plan_send(ShipRequest(image=chain[1], disk=DISK, epoch=7), DirectoryEndpoint(place.root))
     assert place.catalogue()["epoch"] == 1
 
 
@@ -81,7 +82,7 @@ def test_the_first_epoch_goes_without_saying(chain: list[Path]) -> None:
         while frames.read_or_end() is not None:
             pass
 
-    with puppet(answer) as endpoint, pytest.raises(Unsupported, match="no epochs"):
+    with puppet(answer) as endpoint, pytest.raises(Unsupported, match="does not support 'epoch'"):
         send(chain[0], endpoint, DISK, epoch=2)
 
 

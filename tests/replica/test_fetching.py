@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from snapchain.destinations import replica_at
 from snapchain.errors import (
     Busy,
     Conflict,
@@ -30,16 +31,14 @@ from snapchain.model.retention import Policy
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import RestoreReport
-from snapchain.ops.ship.delivery import delivery
 from snapchain.ops.ship.request import Divergence
 from snapchain.replica import destination as replica_destination
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
-from snapchain.replica.opening import replica_at
 from snapchain.replica.points_merge import ReplicaMerge
-from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, FrameReader, Kind
-from snapchain.replica.stream.messages import FETCHED, Fetch, Hello, encode
-from tests.ops.shipping import MiB, random_stack, same_bytes
+from snapchain.replica.stream.frames import FrameReader
+from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, Fetch, Hello, Kind, encode
+from tests.ops.shipping import MiB, delivery, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place
 from tests.replica.test_stream import BLOB, GRAIN, HELLO, HOSTILE, MAP, OPEN, data, end, offer, puppet, stream, take
@@ -434,7 +433,7 @@ ON_FETCHING = {
     "resumed from nothing": "not lie on the one before",
     "clusters of 513": "DONE has no place|cluster size of 513",  # a raw file has no clusters
     "small subclusters": "48 bytes of data left out|cluster size of 512",
-    "other content": "shows the content",
+    "other content": "the restored content id",
     "a point of other content": "kind 8, which is not",
 }
 """What is said of a hostile sender's frames here, if it is something else."""
@@ -467,7 +466,7 @@ LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "another number of layers": ("other layers than it says", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
     "no end": ("closed by the other side", GOOD[:6]),
     "no DONE": ("closed by the other side", GOOD[:7]),
-    "other bytes": ("shows the content", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
+    "other bytes": ("the restored content id", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
     "fewer bytes": ("131072 bytes of data left out", (*GOOD[:5], data(0, GRAIN, BLOB[:GRAIN]), *GOOD[6:])),
     "a sender's word": ("kind 2, which is not", (*GOOD[:3], OPEN)),
     "a receiver's word": ("kind 32, which is not", (*GOOD[:3], (32, b"{}"))),
@@ -496,7 +495,7 @@ def test_a_hostile_replica(name: str, out: Path) -> None:
 
 
 def test_an_older_replica(out: Path) -> None:
-    with puppet(answering(OLD)) as endpoint, pytest.raises(Unsupported, match="does not know 'fetch'"):
+    with puppet(answering(OLD)) as endpoint, pytest.raises(Unsupported, match="does not support 'fetch'"):
         restore(endpoint, out)
 
 
@@ -543,11 +542,11 @@ def test_a_request_out_of_place(place: Place, said: tuple[tuple[int, bytes], ...
     ],
 )
 def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.root.rglob("*"))
     monkeypatch.setattr(
-        asking, "encode", lambda said: wanted(**request_)[1] if isinstance(said, Fetch) else encode(said)
+        session, "encode", lambda said: wanted(**request_)[1] if isinstance(said, Fetch) else encode(said)
     )
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
@@ -563,7 +562,7 @@ def test_kinds_go_one_way() -> None:
     assert Kind.FETCH in FROM_SENDER
     assert Kind.FETCH not in FROM_RECEIVER
     assert not {Kind.LAYER, Kind.MAP, Kind.DATA, Kind.END} & set(FROM_RECEIVER), "only who has fetched is given layers"
-    assert not {Kind.OPEN, Kind.MARK, Kind.INVENTORY, Kind.STORED, Kind.ACK} & set(FETCHED)
+    assert not {Kind.OPEN, Kind.MARK, Kind.INVENTORY, Kind.STORED, Kind.ACK} & set(FROM_FETCH)
 
 
 def test_a_destination_says_what_it_cannot_do(sent: Place, chain: list[Path]) -> None:

@@ -18,19 +18,19 @@ from snapchain.host.places import state_dir
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
-from snapchain.ops.ship.delivery import delivery
-from snapchain.ops.ship.to_replica import Divergence, Request, plan_send, send_to_replica
+from snapchain.ops.ship.run import Divergence, ShipRequest
 from snapchain.replica import sender
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.stream.frames import FrameReader, Kind
+from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.layers import MapReader, layer_id
-from snapchain.replica.stream.messages import Cut, Inventory, LayerOffer, Open, PointOffer, encode
+from snapchain.replica.stream.messages import Cut, Inventory, Kind, LayerOffer, Open, PointOffer, encode
 from snapchain.replica.verification import verify_replica
 from snapchain.repository.opening import create_repository
 from snapchain.source import sealing as snapshot
-from tests.ops.shipping import MiB
+from tests.ops.shipping import MiB, delivery
 from tests.ops.stacks import Layer, build, flat, same, write
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.replica.sending import plan_send, send_to_replica
 from tests.replica.test_stream import ANSWER, EMPTY, GRAIN, HELLO, STOP, puppet, stream, take, words
 
 ZEROES = content_id(MiB, empty_sum())
@@ -101,7 +101,7 @@ def test_a_plan_says_it_where_it_is_remembered(held: Place, chain: list[Path]) -
     held.send(chain[2])
     poison(held, above=2)
     with pytest.raises(Corrupt, match=r"its layer disk\.qcow2 does not show what"):
-        plan_send(Request(image=chain[2], disk=DISK), DirectoryEndpoint(held.root))
+        plan_send(ShipRequest(image=chain[2], disk=DISK), DirectoryEndpoint(held.root))
 
 
 def test_verify_tells_it(held: Place) -> None:
@@ -152,7 +152,7 @@ def notices(image: Path, place: Place) -> list[str]:
         if isinstance(event, Notice):
             said.append(event.message)
 
-    send_to_replica(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), on_event=on_event)
+    send_to_replica(ShipRequest(image=image, disk=DISK), DirectoryEndpoint(place.root), on_event=on_event)
     return said
 
 

@@ -12,9 +12,7 @@ from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.retention import Policy
 from snapchain.replica.points_merge import ReplicaMerge
-from snapchain.replica.stream import frames
-from snapchain.replica.stream.frames import FROM_SENDER, Kind
-from snapchain.replica.stream.messages import POINTS_AT_ONCE, Hello, Merge, encode
+from snapchain.replica.stream.messages import FROM_RECEIVER, FROM_SENDER, POINTS_AT_ONCE, Hello, Kind, Merge, encode
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
@@ -65,7 +63,7 @@ def test_an_honest_answer() -> None:
 
 
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
-    "an old one": ("does not know 'merge'", (OLD,)),
+    "an old one": ("does not support 'merge'", (OLD,)),
     "nothing": ("not said what came of", (ANSWER, DONE)),
     "no outcome": ("not said what came of", (ANSWER, merged(1), DONE)),
     "half": ("closed by the other side", (ANSWER, merged(1))),
@@ -163,7 +161,7 @@ REFUSED = (
 def test_a_hostile_question(
     place: Place, tmp_path: Any, question: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from snapchain.replica import client as asking
+    from snapchain.replica.stream import session
 
     pointed = Pointed(place, tmp_path / "shots")
     for path in build(tmp_path / "c", [Layer(MiB, [f"write -P {n} 0 64k"]) for n in (1, 2)]):
@@ -173,7 +171,7 @@ def test_a_hostile_question(
     def bent(said: Any) -> bytes:
         return json.dumps(question).encode() if isinstance(said, Merge) else encode(said)
 
-    monkeypatch.setattr(asking, "encode", bent)
+    monkeypatch.setattr(session, "encode", bent)
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
         match=REFUSED,
@@ -190,4 +188,4 @@ def test_rules_that_cannot_be_said() -> None:
 
 def test_kinds_go_one_way() -> None:
     assert Kind.MERGED not in FROM_SENDER
-    assert Kind.MERGE not in frames.FROM_RECEIVER
+    assert Kind.MERGE not in FROM_RECEIVER

@@ -20,7 +20,7 @@ from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops import doctor
 from snapchain.ops.log import log
-from snapchain.ops.ship.to_replica import Request, send_to_replica
+from snapchain.ops.ship.run import ShipRequest
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
 from snapchain.replica import merge_journal as unfinished, store as waiting
 from snapchain.replica.destination import ReplicaDestination
@@ -35,6 +35,7 @@ from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
+from tests.replica.sending import send_to_replica
 from tests.replica.test_merge_replica import seal
 from tests.waiting import HANG, wait_until
 
@@ -109,7 +110,7 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
     seal(chain[-1], "write -P 77 2M 64k")
     events: list[Event] = []
     with held_up(sent, last=2) as go, ThreadPoolExecutor(1) as pool:
-        request = Request(image=chain[-1], disk=DISK)
+        request = ShipRequest(image=chain[-1], disk=DISK)
         report = pool.submit(send_to_replica, request, endpoint(sent.place.root), on_event=events.append)
         wait_until(lambda: [event for event in events if isinstance(event, Notice) and "makes us wait" in str(event)])
         assert not report.done()
@@ -270,7 +271,7 @@ def test_a_program_that_cannot_finish_a_killed_merge_refuses(sent: Pointed, chai
     nobody = DirectoryEndpoint(sent.place.root)
     before = sorted((path, path.stat().st_mtime_ns) for path in sent.place.directory.glob("[!.]*.*"))
     for work in (
-        lambda: send_to_replica(Request(image=chain[-1], disk=DISK), nobody),
+        lambda: send_to_replica(ShipRequest(image=chain[-1], disk=DISK), nobody),
         lambda: verify_replica(nobody, DISK, read_data=False),
     ):
         with pytest.raises(Unsupported, match="cannot finish it"):

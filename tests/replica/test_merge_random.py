@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
-from snapchain.ops.ship.to_replica import Files
+from snapchain.ops.ship.run import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.points_merge import ReplicaMerge

@@ -16,7 +16,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
-from snapchain.ops.ship.to_replica import Divergence, Request, send_to_replica
+from snapchain.ops.ship.run import Divergence, ShipRequest
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
@@ -26,6 +26,7 @@ from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place
 from tests.replica.merging import Pointed, endpoint
+from tests.replica.sending import send_to_replica
 
 NOBODY = 65534
 
@@ -208,7 +209,7 @@ def test_a_sender_that_merged_beyond_what_the_replica_has(
     sent.check()
     # What it has now is known as a part of that layer: nothing has to be read again to tell.
     events: list[Event] = []
-    again = send_to_replica(Request(image=chain[-1], disk=DISK), endpoint(sent.place.root), on_event=events.append)
+    again = send_to_replica(ShipRequest(image=chain[-1], disk=DISK), endpoint(sent.place.root), on_event=events.append)
     assert again.layers_sent == 0
     assert not [event for event in events if isinstance(event, Notice) and "not known" in str(event)]
     seal(chain[-1], "write -P 78 3M 64k")
@@ -266,7 +267,7 @@ def test_sources_that_nobody_can_be_told(
 def not_known(pointed: Pointed, image: Path) -> list[Event]:
     """What a sender that has nothing new says about files that it has to read to know them again."""
     events: list[Event] = []
-    report = send_to_replica(Request(image=image, disk=DISK), endpoint(pointed.place.root), on_event=events.append)
+    report = send_to_replica(ShipRequest(image=image, disk=DISK), endpoint(pointed.place.root), on_event=events.append)
     assert report.layers_sent == 0
     pointed.shown[report.point or 0] = flat(image, pointed.shots / f"{report.point}.raw")
     return [event for event in events if isinstance(event, Notice) and "not known" in str(event)]

@@ -19,8 +19,8 @@ import pytest
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.retry import RetryPolicy
 from snapchain.ops.log import log
-from snapchain.ops.ship.request import SendReport
-from snapchain.ops.ship.to_replica import Request, plan_send, send_persistently
+from snapchain.ops.ship.request import ShipReport
+from snapchain.ops.ship.run import ShipRequest
 from snapchain.replica import sender
 from snapchain.replica.catalogue import Catalogue, read_record
 from snapchain.replica.destination import ReplicaDestination
@@ -28,6 +28,7 @@ from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import Layer, build, flat, same
 from tests.replica.conftest import DISK, BentEndpoint, Place, send
+from tests.replica.sending import plan_send, send_persistently
 
 MiB = 1 << 20
 SECRET = "not to be touched"
@@ -100,7 +101,7 @@ def refused(place: Place, image: Path) -> None:
     """By all that would build on it, and told by verify; nothing changes."""
     before = {path.name for path in place.directory.iterdir()}
     there = DirectoryEndpoint(place.root)
-    for attempt in (place.send, lambda image: plan_send(Request(image=image, disk=DISK), there)):
+    for attempt in (place.send, lambda image: plan_send(ShipRequest(image=image, disk=DISK), there)):
         with pytest.raises(Corrupt) as caught:
             attempt(image)
         assert str(caught.value.subject).endswith(str(place.directory / "catalogue.json"))
@@ -218,12 +219,12 @@ def test_a_replica_that_has_lost_its_mark(held: Place, chain: list[Path]) -> Non
     with pytest.raises(InvalidInput, match="holds other things"):
         held.send(chain[2])
     with pytest.raises(InvalidInput, match="holds other things"):
-        plan_send(Request(image=chain[2], disk=DISK), there)
+        plan_send(ShipRequest(image=chain[2], disk=DISK), there)
 
 
-def persistently(image: Path, place: Place) -> SendReport:
+def persistently(image: Path, place: Place) -> ShipReport:
     policy = RetryPolicy(give_up_after=100)
-    return send_persistently(Request(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
+    return send_persistently(ShipRequest(image=image, disk=DISK), DirectoryEndpoint(place.root), policy=policy)
 
 
 @pytest.mark.root

@@ -15,7 +15,7 @@ import pytest
 
 from snapchain.errors import Corrupt, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
-from snapchain.ops.ship.to_replica import Request, send_blindly
+from snapchain.ops.ship.run import ShipRequest, send_blindly
 from snapchain.replica import sender
 from snapchain.replica.receiver import Received, receive
 from snapchain.replica.stream.frames import CHECK_BYTES, HEAD, MAGIC
@@ -172,7 +172,7 @@ def test_what_is_no_stream(tmp_path: Path, place: Place) -> None:
 
 def save(image: Path, saved: Path) -> None:
     target = os.open(saved, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    report = send_blindly(Request(image=image, disk=DISK), Channel(-1, target, peer="the file"))
+    report = send_blindly(ShipRequest(image=image, disk=DISK), Channel(-1, target, peer="the file"))
     assert report.point is None
 
 

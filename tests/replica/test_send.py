@@ -23,10 +23,10 @@ from snapchain.image import scan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.events import Event, Progress
 from snapchain.model.inventory import Wanted
-from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, send_blindly
+from snapchain.ops.ship.run import Divergence, Files, Scope, ShipRequest, send_blindly
 from snapchain.replica import arrival, sender
 from snapchain.replica.send_queue import SendQueue
-from snapchain.replica.stream.frames import Kind
+from snapchain.replica.stream.messages import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
@@ -366,7 +366,7 @@ def test_progress_counts_what_is_on_the_wire(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(SendQueue, "put", counted)
     with (tmp_path / "stream").open("wb") as out:
         channel = Held(-1, os.dup(out.fileno()), peer="stdout")
-        send_blindly(Request(image=image, disk="x"), channel, on_event=lambda event: shown.append(done_of(event)))
+        send_blindly(ShipRequest(image=image, disk="x"), channel, on_event=lambda event: shown.append(done_of(event)))
     assert given >= 3
     assert early
     assert set(early) == {0}, "two frames were given, and none was sent"

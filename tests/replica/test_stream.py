@@ -35,7 +35,7 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from snapchain.replica.receiver import receive
 from snapchain.replica.stream import compression as zstd
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, MAGIC, MOST_BEATS, FrameReader, Kind
+from snapchain.replica.stream.frames import MAGIC, MOST_BEATS, FrameReader
 from snapchain.replica.stream.layers import (
     DataRuns,
     MapReader,
@@ -46,7 +46,18 @@ from snapchain.replica.stream.layers import (
     map_frames,
     words_of,
 )
-from snapchain.replica.stream.messages import Hello, Inventory, LayerOffer, Open, PointOffer, Stored, encode
+from snapchain.replica.stream.messages import (
+    FROM_RECEIVER,
+    FROM_SENDER,
+    Hello,
+    Inventory,
+    Kind,
+    LayerOffer,
+    Open,
+    PointOffer,
+    Stored,
+    encode,
+)
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, write
 from tests.replica.conftest import DISK, Place, send

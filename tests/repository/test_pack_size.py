@@ -14,7 +14,6 @@ from snapchain.errors import InvalidInput, Unsupported
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import Data, StoreWrapper, joined
-from snapchain.ops.ship.to_repository import shipment
 from snapchain.repository import collecting as gc, index as indexes, sweep
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
@@ -24,7 +23,7 @@ from snapchain.repository.packs import LARGEST_BLOB
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import CONFIG, Config, Repository, check_pack_size, parse_config
 from snapchain.repository.verification import verify
-from tests.ops.shipping import DISK, MiB
+from tests.ops.shipping import DISK, MiB, shipment
 from tests.ops.stacks import Layer, build
 
 KEYS = Keyring("aes-256-gcm", "00" * 16, bytes(32))

@@ -12,7 +12,8 @@ from snapchain.model.events import OnEvent
 from snapchain.ops.migrate.look import Look, look_at, opened
 from snapchain.ops.migrate.request import MigrateRequest, Move
 from snapchain.ops.ship.request import Scope
-from snapchain.ops.ship.to_replica import SendReport, layers_lacking, opening, send_persistently
+from snapchain.ops.ship.run import ShipReport, layers_lacking, opening_of, run
+from snapchain.replica.disk_writer import DiskWriter, ReplicaWriting, open_message
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import offered_name
 from snapchain.replica.sender import Sender
@@ -31,7 +32,7 @@ class Prepared:
     overlay: Overlay
     epoch: int
     sealed: Path | None = None
-    sent: SendReport | None = None
+    sent: ShipReport | None = None
     fenced: tuple[Path, ...] = ()
 
 
@@ -55,7 +56,7 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
         sealed = sealer.seal()
         look = look_at(request, move)
     scope = Scope.SEALED if seals(request, look) else whole(request)
-    sent = send_persistently(request.send(move, scope), endpoint, policy=RetryPolicy(), on_event=on_event)
+    sent = run(request.send(move, scope), ReplicaWriting(endpoint, policy=RetryPolicy()), on_event=on_event)
     overlay, epoch = _overlay(request, move, look, scope, endpoint, on_event)
     if max(look.epoch, epoch) + 2 > LARGEST_EPOCH:  # one to give it, one to take it back
         raise Unsupported(f"its epoch is {max(look.epoch, epoch)}, and there is none after it", subject=move.image)
@@ -72,8 +73,9 @@ def _overlay(
         endpoint.connect() as channel,
         Sender(channel, link=endpoint.link) as sender,
     ):
-        held = sender.open(opening(send, endpoint, chain))
-        if not held.layers or layers_lacking(send, chain, sender, held, on_event=on_event):
+        held = sender.open(open_message(opening_of(send, chain), endpoint))
+        there = DiskWriter(sender, held)
+        if not held.layers or layers_lacking(send, chain, there, endpoint.url, on_event=on_event):
             raise Conflict("it was written to after it was sent", subject=move.image, hint="run it again")
         overlay = Overlay(
             name=offered_name(move.image.name),

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.ops.disk_set import check_disks
-from snapchain.ops.ship.request import Divergence, Files, Request, Scope
+from snapchain.ops.ship.request import Divergence, Files, Scope, ShipRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,9 @@ class MigrateRequest:
         for move in self.moves:
             self.send(move, Scope.ALL).check()
 
-    def send(self, move: Move, scope: Scope, *, though_given: bool = False) -> Request:
+    def send(self, move: Move, scope: Scope, *, though_given: bool = False) -> ShipRequest:
         """As `send` takes it: every file as a layer under its own name."""
-        return Request(
+        return ShipRequest(
             image=move.image,
             disk=move.disk,
             labels=self.labels,

@@ -35,8 +35,9 @@ from snapchain.ops.migrate.request import (
     TakeBackReport,
 )
 from snapchain.ops.migrate.start import check_hook, start
-from snapchain.ops.ship.to_replica import plan_send
+from snapchain.ops.ship.run import plan as plan_ship
 from snapchain.replica.client import ask_for_handover
+from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import MOST_DISKS, ActiveState, HandedDisk, Open, Standing, Step
@@ -56,7 +57,7 @@ def plan(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = ign
         layers, count, user = 0, 0, None
         if look.given is None:
             try:
-                planned = plan_send(request.send(move, whole(request)), endpoint, on_event=on_event)
+                planned = plan_ship(request.send(move, whole(request)), ReplicaWriting(endpoint), on_event=on_event)
                 layers, count = len(planned.layers), planned.data_bytes
             except Busy as error:
                 user = str(error)

@@ -31,7 +31,7 @@ from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.ship.to_repository import ShipReport, shipment
+from snapchain.ops.ship.run import ShipReport, ShipRequest, opened
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.source import sealing as snapshot
@@ -234,16 +234,15 @@ class DiskRun:
         sealed = captured.sealed
         with place.turn() as repository:
             self._night.limits.check()  # the turn may have been long in coming
-            with shipment(
-                sealed.path,
-                repository,
-                self._disk.name,
+            request = ShipRequest(
+                image=sealed.path,
+                disk=self._disk.name,
                 labels=self._settings.labels,
                 time=None if captured.how == "off" else captured.moment,
                 format=sealed.format,
                 image_dirs=self._dirs,
-                on_event=self._on_event,
-            ) as work:
+            )
+            with opened(request, RepositoryDestination(repository), on_event=self._on_event) as work:
                 self._night.limits.take("ship", work.plan().bytes_to_read)
                 report = work.run(on_event=self._while_there_is_time)
             catalogue = repository.catalogue(self._disk.name)

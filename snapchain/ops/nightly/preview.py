@@ -24,7 +24,8 @@ from snapchain.ops.nightly.run import directory_of, now_utc
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
-from snapchain.ops.ship.to_repository import shipment
+from snapchain.ops.ship.run import ShipRequest, plan as plan_ship
+from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.source import sealing as snapshot
 
@@ -173,17 +174,9 @@ class _Look:
         shown = ShipPreview(destination=place.name)
 
         def look_there() -> ShipPreview:
-            with (
-                place.turn() as repository,
-                shipment(
-                    sealed.path,
-                    repository,
-                    self._disk.name,
-                    format=sealed.format,
-                    image_dirs=self._dirs,
-                ) as work,
-            ):
-                plan = work.plan()
+            request = ShipRequest(image=sealed.path, disk=self._disk.name, format=sealed.format, image_dirs=self._dirs)
+            with place.turn() as repository:
+                plan = plan_ship(request, RepositoryDestination(repository))
                 update = {"layers_present": plan.layers_present, "bytes_to_read": plan.bytes_to_read}
                 return shown.model_copy(update=update)
 

@@ -105,7 +105,7 @@ class OutputFile:
         self._since += count
         if self._since >= WORTH:
             self._since = 0
-            self._note(str(offset))
+            self._note(str(max(offset, self.start)))
 
     def note_whole(self) -> None:
         """The file is finished and flushed."""

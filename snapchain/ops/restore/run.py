@@ -46,7 +46,9 @@ class _Job:
                 layer.extents, cluster_size=layer.cluster_size, backing=self.backing, extended_l2=layer.extended_l2
             )
         except SnapchainError as error:
-            raise Corrupt(f"no qcow2 file can hold this layer: {error.message}", subject=layer.name) from error
+            raise Corrupt(
+                f"no qcow2 file can hold this layer: {error.message}", subject=layer.peer or layer.name
+            ) from error
 
     def file_plan(self) -> FilePlan:
         return FilePlan(
@@ -237,7 +239,7 @@ class Restoration:
             shown = raw_content_id(output.fd, layer.extents, subject=output.path)
         else:
             shown = proof.add(output, size=size, format=job.format)
-        _check_shown(shown, recorded, job.path)
+        _check_shown(shown, recorded, job)
         return shown
 
     def _check_tables(self, layout: Layout) -> None:
@@ -266,7 +268,7 @@ def _write_device(job: _Job, fd: int, on_bytes: Callable[[int], None]) -> str:
                 raw.zero(start, length)
         recorded = layer.copy(Sink(raw.write_pieces, raw.zero), on_copied=lambda _offset, count: on_bytes(count))
     shown = raw_content_id(fd, layer.extents, subject=job.path)
-    _check_shown(shown, recorded, job.path)
+    _check_shown(shown, recorded, job)
     return shown
 
 
@@ -278,12 +280,12 @@ def _data_below(job: _Job, offset: int) -> int:
     return job.layer.extents.window(0, offset).data_bytes if offset else 0
 
 
-def _check_shown(shown: str, recorded: str, path: Path) -> None:
+def _check_shown(shown: str, recorded: str, job: _Job) -> None:
     """Raises Corrupt unless a new file shows the content that its layer's record names."""
     if shown != recorded:
         raise Corrupt(
             f"the restored content id is {shown}, but {recorded} is recorded",
-            subject=path,
+            subject=job.layer.peer or job.path,
             hint="run it again; if it persists, snapchain verify --read-data tells whether the destination is damaged; "
             "if it is not, that disk or this machine's memory is bad: restore elsewhere",
         )

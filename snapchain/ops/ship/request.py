@@ -1,10 +1,11 @@
-"""What may be asked of `send`, and what it says: values only."""
+"""What can be asked of `ship`, and what it answers: values only. `send` is the same for a replica."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from snapchain.errors import InvalidInput
 from snapchain.image import ImageChain
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.epoch import LARGEST_EPOCH
-from snapchain.model.events import OnEvent
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.inventory import Wanted
+from snapchain.model.points import check_label
 from snapchain.source.chains import locked_chain, paused_chain, sealed_chain
 from snapchain.source.ownership import check_not_given
 
@@ -24,13 +26,13 @@ class Files(Enum):
     """How the files of a chain become layers."""
 
     COMPOSED = "composed"
-    """Pending overlays as one."""
+    """By the rules of grouping: redundant overwrites are neither sent nor stored."""
     EACH = "each"
     """Every file under its own name."""
 
 
 class Divergence(Enum):
-    """What to do when the replica holds layers that the image never had."""
+    """What to do when a destination with one chain a disk holds layers that the image never had."""
 
     REFUSE = "refuse"
     CUT_REPLICA = "cut-replica"
@@ -38,7 +40,7 @@ class Divergence(Enum):
 
 
 class Scope(Enum):
-    """How much of a chain is sent."""
+    """How much of a chain is shipped."""
 
     ALL = "all"
     SEALED = "sealed"
@@ -50,72 +52,93 @@ class Scope(Enum):
 _OPENED = {Scope.ALL: locked_chain, Scope.SEALED: sealed_chain, Scope.PAUSED: paused_chain}
 
 
-class LayerPlan(BaseModel):
-    """A layer that would be sent. files: that make it, lower first; data_bytes: of its map."""
-
+class _Shown(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class LayerPlan(_Shown):
+    """A layer that would be made. Sizes in bytes.
+
+    files: that make it, lower first; bytes_to_read: of the guest; data_bytes: of its map
+    publishes: whether a point follows
+    """
 
     files: tuple[str, ...]
     virtual_size: int
+    bytes_to_read: int
     data_bytes: int
+    publishes: bool
 
 
-class SendPlan(BaseModel):
-    """What `send` would do. layers_present: of the image's files, known by the replica."""
+class ShipPlan(_Shown):
+    """What `ship` would do. Sizes in bytes.
 
-    model_config = ConfigDict(frozen=True)
+    layers_present: of the image's files, recognised at the destination
+    note: what makes it cost more than the image's last changes
+    """
 
     image: str
     destination: str
     disk: str
     layers_present: int
     layers: tuple[LayerPlan, ...]
+    bytes_to_read: int
     data_bytes: int
     labels: tuple[str, ...]
+    note: str | None
 
 
-class SendReport(BaseModel):
-    """What `send` did.
+class ShipReport(_Shown):
+    """What `ship` did. Sizes in bytes.
 
-    point: its number, None where a stream was saved and nobody has given one; layers_present: known by the replica
-    bytes_sent: on the wire; data_bytes: of the layers' maps; carried_bytes: those of them that travelled, before
-    compression: the rest was zero, or at the replica already
+    points: all numbers published; point: the last of them, which is the image as given; none where a stream was saved
+    layers_present: files that were recognised at the destination
+    bytes_read: of the guest; bytes_stored: new at the destination; bytes_sent: on the wire, or to the store
+    data_bytes: of the layers' maps; carried_bytes: those of them that travelled, before compression to a replica
+    damaged: earlier points of the disk of which the destination has lost bytes that the image no longer has
+    resumed: whether a transfer that was cut off was continued
     """
-
-    model_config = ConfigDict(frozen=True)
 
     disk: str
     destination: str
     point: int | None
+    points: tuple[int, ...]
     layers_sent: int
     layers_present: int
+    bytes_read: int
+    bytes_stored: int
     bytes_sent: int
     data_bytes: int
     carried_bytes: int
     resumed: bool
     virtual_size: int
     content_id: str
+    damaged: tuple[int, ...] = ()
     seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What is to be sent where.
+class ShipRequest:
+    """What is to be shipped as which disk.
 
-    labels: for the point; lineage: files that local merges have made, each with what it replaces, beside what their own
-    notes say; format, image_dirs: as `scan` takes them; limit_rate: bytes a second on the wire
+    labels: for the points; each_point: a point for every layer, not only for the image as given
+    lineage: files that local merges have made, each with what it replaces, beside what their own notes say
+    time: of the point, for an image that was sealed before now
+    format, image_dirs: as `scan` takes them; limit_rate: bytes a second to the destination
     epoch: in which this host writes the disk, at least: what a handover has left beside its files counts, too; older
-    than the replica's is refused, newer makes it the replica's
-    though_given: to the replica's host, by a handover that was cut off and goes on
+    than the destination's is refused, newer becomes the destination's
+    though_given: to the destination's host, by a handover that was cut off and goes on
     """
 
     image: Path
     disk: str
     labels: Sequence[str] = ()
     files: Files = Files.COMPOSED
+    each_point: bool = False
     scope: Scope = Scope.ALL
     divergence: Divergence = Divergence.REFUSE
     lineage: Sequence[Wanted] = ()
+    time: datetime | None = None
     format: str | None = None
     image_dirs: Sequence[Path] = ()
     limit_rate: int | None = None
@@ -123,19 +146,16 @@ class Request:
     though_given: bool = False
 
     def check(self) -> None:
-        """Raises InvalidInput for labels and names that cannot be."""
-        if self.labels:
-            from snapchain.model.points import check_label  # inside: the whole repository comes with it
-
-            for label in self.labels:
-                check_label(label)
+        """Raises InvalidInput for labels, names and epochs that cannot be."""
+        for label in self.labels:
+            check_label(label)
         check_disk_name(self.disk)
         if not 1 <= self.epoch <= LARGEST_EPOCH:
             raise InvalidInput(f"{self.epoch} is no epoch", hint=f"a number from 1 to {LARGEST_EPOCH}")
 
     @contextmanager
-    def chain(self, on_event: OnEvent) -> Iterator[ImageChain]:
-        """What is to be sent of the image, locked; the top is no part of it where only what is sealed is meant.
+    def chain(self, on_event: OnEvent = ignore) -> Iterator[ImageChain]:
+        """What is to be shipped of the image, locked; the top is no part of it where only what is sealed is meant.
 
         Raises Conflict for a disk that was given to another host.
         """

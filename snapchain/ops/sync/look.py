@@ -16,11 +16,12 @@ from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.leaves import counted
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import OnEvent, Progress
-from snapchain.ops.ship.sources import same_source
-from snapchain.ops.ship.to_replica import Divergence, LayerPlan, Request, layers_lacking, opening
+from snapchain.ops.ship.recognition import same_source
+from snapchain.ops.ship.run import Divergence, LayerPlan, ShipRequest, layers_lacking, opening_of
 from snapchain.ops.sync.request import Destination, LayerThere, Proof, SyncRequest
 from snapchain.ops.sync.virsh import migrate_commands
 from snapchain.replica.client import points_at
+from snapchain.replica.disk_writer import DiskWriter, open_message
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_offered, offered_name
 from snapchain.replica.sender import Sender
@@ -40,7 +41,7 @@ class ActiveTop:
     sealed: tuple[Path, ...]
 
 
-def look_at_top(send: Request) -> ActiveTop:
+def look_at_top(send: ShipRequest) -> ActiveTop:
     """Scan the image; a guest may be writing to it."""
     with scan(send.image, format=send.format, image_dirs=send.image_dirs) as chain:
         header = chain.top.header
@@ -114,11 +115,13 @@ class _Look:
         ):
             if tuple(file.path for file in chain.files) != self._top.sealed:
                 raise Conflict("it was sealed again meanwhile", subject=self._send.image, hint="run it again")
-            held = sender.open(opening(self._send, self._endpoint, chain, look=not make))
+            opening = opening_of(self._send, chain)
+            held = sender.open(open_message(opening, self._endpoint, look=not make))
             yield chain, sender, held
 
     def judged(self, chain: ImageChain, sender: Sender, held: Inventory, *, make: bool) -> Destination:
-        lacking = layers_lacking(self._send, chain, sender, held, on_event=self._on_event)
+        there = DiskWriter(sender, held)
+        lacking = layers_lacking(self._send, chain, there, self._endpoint.url, on_event=self._on_event)
         missing = [_lacks(layer) for layer in lacking]
         if not held.layers:
             missing = missing or ["the replica has nothing of this disk"]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import InvalidInput
 from snapchain.model.convergence import Rules, Verdict
-from snapchain.ops.ship.request import LayerPlan, Request
+from snapchain.ops.ship.request import LayerPlan, ShipRequest
 from snapchain.ops.sync.virsh import Guest
 
 
@@ -30,7 +30,7 @@ class SyncRequest:
     target_downtime: seconds; without it and without rounds nothing is sealed; guest: for the commands that follow
     """
 
-    send: Request
+    send: ShipRequest
     rounds: int | None = None
     target_downtime: float | None = None
     proof: Proof = Proof.RECORDED

@@ -11,9 +11,11 @@ from typing import TypeVar
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.convergence import Verdict
 from snapchain.model.events import Event, Notice, OnEvent, Progress
-from snapchain.ops.ship.to_replica import SendReport, plan_send, send_persistently
+from snapchain.ops.ship import run as ship
+from snapchain.ops.ship.run import ShipReport
 from snapchain.ops.sync.look import look_at_top
 from snapchain.ops.sync.request import Destination, Round, SyncReport, SyncRequest
+from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
 
 MiB = 1 << 20
@@ -75,15 +77,16 @@ class Run:
             event = replace(event, phase=f"{event.phase} {len(self.rounds)}")
         self._on_event(event)
 
-    def _ship(self, on_event: OnEvent, *, known_to_lack: bool) -> SendReport | None:
+    def _ship(self, on_event: OnEvent, *, known_to_lack: bool) -> ShipReport | None:
         """Send what the replica lacks; None when that is nothing, and no point is needed of it."""
         send = self.request.send
         if not known_to_lack:
-            planned = patiently(lambda: plan_send(send, self._endpoint, on_event=on_event), on_event)
+            to = ReplicaWriting(self._endpoint)
+            planned = patiently(lambda: ship.plan(send, to, on_event=on_event), on_event)
             self._present = planned.layers_present
             if not planned.layers:
                 return None
-        sent = send_persistently(send, self._endpoint, policy=RetryPolicy(), on_event=on_event)
+        sent = ship.run(send, ReplicaWriting(self._endpoint, policy=RetryPolicy()), on_event=on_event)
         self._point = sent.point
         if self._present is None:
             self._present = sent.layers_present

@@ -13,10 +13,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from snapchain.destinations import replica_at
 from snapchain.errors import InvalidInput
 from snapchain.model.convergence import Verdict, judge
 from snapchain.model.events import OnEvent, ignore
-from snapchain.ops.ship.to_replica import Divergence, Files, Request, Scope, replica_at
+from snapchain.ops.ship.run import Divergence, Files, Scope, ShipRequest
 from snapchain.ops.sync.guest_set import check_together, commands_for
 from snapchain.ops.sync.look import ActiveTop, asked, look_at_top, not_ready, stand
 from snapchain.ops.sync.request import Destination, Proof, SetDestination, SetReport, SyncReport, SyncRequest
@@ -35,9 +36,9 @@ def sealed_request(
     format: str | None = None,
     image_dirs: Sequence[Path] = (),
     limit_rate: int | None = None,
-) -> Request:
+) -> ShipRequest:
     """What `sync` sends of an image: its sealed files, each under its own name."""
-    return Request(
+    return ShipRequest(
         image=image,
         disk=disk,
         labels=labels,
@@ -138,7 +139,7 @@ def sync_set(
     )
 
 
-def _sealer(send: Request, on_event: OnEvent) -> OfflineSealer:
+def _sealer(send: ShipRequest, on_event: OnEvent) -> OfflineSealer:
     return OfflineSealer(send.image, format=send.format, image_dirs=send.image_dirs, on_event=on_event)
 
 

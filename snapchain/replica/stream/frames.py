@@ -13,13 +13,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 from blake3 import blake3
 
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.batches import Buffer
 from snapchain.host.channel import Channel
+from snapchain.replica.stream.messages import Kind
 
 MAGIC = b"snapchain-stream"
 HEAD = struct.Struct("<BBHI")
@@ -28,76 +28,6 @@ FRAME_BYTES = HEAD.size + CHECK_BYTES
 """What a frame costs beside its body."""
 MOST_BEATS = 24 * 360
 """In a row: a side that does nothing but say every ten seconds that it is alive is given up after a day."""
-
-
-class Kind(IntEnum):
-    """What a frame says; see docs/stream.md."""
-
-    HELLO = 1
-    OPEN = 2
-    LAYER = 3
-    MAP = 4
-    DATA = 5
-    MARK = 6
-    END = 7
-    POINT = 8
-    STOP = 9
-    BEAT = 10
-    FAIL = 11
-    CUT = 12
-    ACTIVE = 13
-    ASK = 14
-    MERGE = 15
-    HANDOVER = 16
-    FETCH = 17
-    INVENTORY = 32
-    ACK = 33
-    STORED = 34
-    DONE = 35
-    READINESS = 36
-    DISK = 37
-    VERDICT = 38
-    FINDING = 39
-    PROGRESS = 40
-    MERGED = 41
-    HANDED = 42
-
-
-KiB = 1024
-_BOTH = {Kind.HELLO: 4 * KiB, Kind.BEAT: 0, Kind.FAIL: 16 * KiB}
-FROM_SENDER: Mapping[Kind, int] = {
-    **_BOTH,
-    Kind.OPEN: 16 * KiB,
-    Kind.LAYER: 256 * KiB,
-    Kind.MAP: 520 * KiB,
-    Kind.DATA: 2120 * KiB,
-    Kind.MARK: 8 + 2048,
-    Kind.END: 32,
-    Kind.POINT: 64 * KiB,
-    Kind.STOP: 0,
-    Kind.CUT: 4 * KiB,
-    Kind.ACTIVE: 4 * KiB,
-    Kind.ASK: 16 * KiB,
-    Kind.MERGE: 64 * KiB,
-    Kind.HANDOVER: 128 * KiB,
-    Kind.FETCH: 16 * KiB,
-}
-"""The longest body of each kind that a sender may send."""
-FROM_RECEIVER: Mapping[Kind, int] = {
-    **_BOTH,
-    Kind.INVENTORY: 16 * KiB * KiB,
-    Kind.ACK: 8,
-    Kind.STORED: 4 * KiB,
-    Kind.DONE: 16 * KiB,
-    Kind.READINESS: 16 * KiB,
-    Kind.DISK: 16 * KiB * KiB,
-    Kind.VERDICT: 4 * KiB,
-    Kind.FINDING: KiB * KiB,
-    Kind.PROGRESS: 16,
-    Kind.MERGED: 16 * KiB * KiB,
-    Kind.HANDED: 512 * KiB,
-}
-"""The same for a receiver."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +67,7 @@ class FrameReader:
         self._check = blake3(MAGIC).digest(CHECK_BYTES)
         self._begun = False
         self._small = memoryview(bytearray(max(HEAD.size, CHECK_BYTES)))
-        self._body = memoryview(bytearray(64 * KiB))
+        self._body = memoryview(bytearray(64 << 10))
         self._count = self._beats = 0
 
     def read(self) -> Frame:

@@ -21,7 +21,8 @@ from blake3 import blake3
 
 from snapchain.errors import Corrupt
 from snapchain.host.batches import Buffer
-from snapchain.model.extents import ABSENT, DATA, Extents
+from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes
+from snapchain.model.extents import ABSENT, DATA, Extents, Int64s
 from snapchain.replica.stream.compression import packed, unpacked
 from snapchain.replica.stream.messages import LayerOffer
 
@@ -255,3 +256,33 @@ class MapReader:
 
     def _bad(self, what: str) -> Corrupt:
         return Corrupt(f"a layer's map is unsound: {what}", subject=self._subject)
+
+
+# --- LEAF_HASHES: count * (u64 leaf number | 32 bytes)
+
+_ENTRY = np.dtype([("leaf", "<u8"), ("hash", "u1", (HASH_BYTES,))])
+
+
+def encode_leaves(numbers: Int64s, hashes: Hashes) -> bytes:
+    """The body, or a part of it. numbers: int64[n]; hashes: uint8[n, 32]."""
+    entries = np.empty(len(numbers), _ENTRY)
+    entries["leaf"], entries["hash"] = numbers, hashes
+    return entries.tobytes()
+
+
+def decode_leaves(body: bytes, after: int, size: int, *, subject: str) -> tuple[Int64s, Hashes]:
+    """(int64[n], uint8[n, 32]): what a body says, of a disk of `size` bytes. after: the last leaf number before, or -1.
+
+    Raises Corrupt for numbers that do not ascend, or lie beyond the disk.
+    """
+    if len(body) % _ENTRY.itemsize:
+        raise Corrupt("leaf hashes are cut off", subject=subject)
+    entries = np.frombuffer(body, _ENTRY)
+    leaves = entries["leaf"]
+    count = -(-size // LEAF_BYTES)
+    if bool((leaves >= np.uint64(count)).any()):
+        raise Corrupt("a leaf hash is beyond the end of the disk", subject=subject)
+    numbers = leaves.astype(np.int64)
+    if bool((np.diff(numbers, prepend=np.int64(after)) <= 0).any()):
+        raise Corrupt("leaf hashes do not ascend", subject=subject)
+    return numbers, np.ascontiguousarray(entries["hash"])

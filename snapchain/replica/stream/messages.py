@@ -1,10 +1,17 @@
-"""What the JSON frames say, judged as they are read: every field has a type and an end."""
+"""Every frame of the stream: its number, its longest body, what stands in it, and what answers it.
+
+`REQUESTS`, at the end, is the one table of what a sender may ask for. A new request is an entry of `Kind`, its models
+here, a row of `REQUESTS` with a function that answers it, and a function of `client.py` or `sender.py` that sends it.
+Models are checked as they are read: every field has a type and a bound.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -27,7 +34,48 @@ from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.retention import Policy
 from snapchain.replica.names import is_layer_name
-from snapchain.replica.stream.frames import FROM_RECEIVER, FROM_SENDER, Kind
+
+
+class Kind(IntEnum):
+    """What a frame is; see docs/stream.md."""
+
+    HELLO = 1
+    OPEN = 2
+    LAYER = 3
+    MAP = 4
+    DATA = 5
+    MARK = 6
+    END = 7
+    POINT = 8
+    STOP = 9
+    BEAT = 10
+    FAIL = 11
+    CUT = 12
+    ACTIVE = 13
+    ASK = 14
+    MERGE = 15
+    HANDOVER = 16
+    FETCH = 17
+    LEAVES = 18
+    HOLD = 19
+    RELEASE = 20
+    INVENTORY = 32
+    ACK = 33
+    STORED = 34
+    DONE = 35
+    READINESS = 36
+    DISK = 37
+    VERDICT = 38
+    FINDING = 39
+    PROGRESS = 40
+    MERGED = 41
+    HANDED = 42
+    LEAF_HASHES = 43
+    HELD = 44
+
+
+KiB = 1024
+MiB = 1024 * KiB
 
 VERSION = 1
 """The one version of the stream that this program speaks."""
@@ -44,6 +92,8 @@ MOST_POINTS = 30_000
 """Of one disk at a replica: one a night for 80 years. Of a whole answer, too: 6 KiB each until they are shown."""
 POINTS_AT_ONCE = 256
 """In one DISK frame; each may have a hundred labels of a hundred characters."""
+MOST_HOLDS = 100
+"""Of one point."""
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -266,15 +316,33 @@ class Ask(Message):
 
     want: the points of disks; whether what is recorded of them is sound; whether the data are, too
     disk: None for all; replica: as in Open
+    share: with `data`, the probability with which each layer is read; only said to a side that names `sample`
     """
 
     want: Literal["points", "records", "data"]
     disk: str | None = Field(default=None, min_length=1, max_length=250)
     replica: str | None = Field(default=None, max_length=4096)
+    share: float = Field(default=1.0, gt=0, le=1)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature does not know the field.
+        fields: dict[str, Any] = handler(self)
+        if fields.get("share") == 1.0:
+            del fields["share"]
+        return fields
+
+
+class Hold(Message):
+    """A reason to keep a point whatever the retention rules say. tag: names it, once a point; reason: for people."""
+
+    tag: Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_printable)]
+    since: Moment
+    reason: Annotated[str, StringConstraints(max_length=1000), AfterValidator(_printable)] = ""
 
 
 class HeldPoint(Message):
-    """A point of a disk. layers: length of the chain that gives it."""
+    """A point of a disk. layers: length of the chain that gives it; holds: only for a side that names `hold`."""
 
     point: PointNumber
     time: Moment
@@ -282,6 +350,14 @@ class HeldPoint(Message):
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
     layers: int = Field(ge=1, le=MAX_LAYERS)
+    holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not fields.get("holds"):
+            fields.pop("holds", None)
+        return fields
 
 
 class HeldDisk(Message):
@@ -342,13 +418,6 @@ def decode(shape: type[M], body: bytes | memoryview, *, subject: str) -> M:
 
 
 # --- FETCH
-
-FETCHED: Mapping[Kind, int] = {
-    **{kind: FROM_RECEIVER[kind] for kind in (Kind.HELLO, Kind.BEAT, Kind.FAIL, Kind.DONE, Kind.PROGRESS)},
-    **{kind: FROM_SENDER[kind] for kind in (Kind.LAYER, Kind.MAP, Kind.DATA, Kind.END)},
-    Kind.DISK: 64 * 1024,
-}
-"""The longest body of each kind that may come in the answer to FETCH."""
 
 
 class Fetch(Message):
@@ -508,3 +577,199 @@ class Merged(Message):
     disk: str = Field(min_length=1, max_length=250)
     points: tuple[DecidedPoint, ...] = Field(max_length=POINTS_AT_ONCE)
     outcome: Outcome | None = None
+
+
+# --- HOLD and RELEASE
+
+
+class HoldPoint(Message):
+    """Keep a point whatever the rules say. point: as in an address, or null for the newest; replica: as in Open.
+
+    A tag that the point has already keeps its date and gets this reason. dry_run: change nothing.
+    """
+
+    disk: str = Field(min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+    point: str | None = Field(default=None, min_length=1, max_length=250)
+    tag: Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_printable)]
+    reason: Annotated[str, StringConstraints(max_length=1000), AfterValidator(_printable)] = ""
+    dry_run: bool = False
+
+
+class ReleasePoint(Message):
+    """Take the hold of this tag off a point. Fields as in HoldPoint."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+    point: str | None = Field(default=None, min_length=1, max_length=250)
+    tag: Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_printable)]
+    dry_run: bool = False
+
+
+class Held(Message):
+    """All holds that a point has after HOLD or RELEASE."""
+
+    disk: str = Field(min_length=1, max_length=250)
+    point: PointNumber
+    holds: tuple[Hold, ...] = Field(max_length=MOST_HOLDS)
+
+
+# --- LEAVES
+
+LEAVES_A_FRAME = 1 << 14
+LEAF_ENTRY_BYTES = 8 + 32
+"""Of a LEAF_HASHES body: u64 leaf number, little endian, and its hash."""
+
+
+class WantLeaves(Message):
+    """The leaf hashes of the newest content are wanted. layer: the id of the newest layer, as the sender knows it."""
+
+    layer: LayerId
+
+
+# --- the table
+
+PROGRESS = struct.Struct("<QQ")
+"""Of a PROGRESS body: bytes done, and bytes in all."""
+
+
+class Right(StrEnum):
+    """What a peer may be allowed to do (permissions.py)."""
+
+    SEND = "send"
+    FETCH = "fetch"
+    CUT = "cut"
+    MERGE = "merge"
+    HANDOVER = "handover"
+    EPOCHS = "epochs"
+
+
+class Feature(StrEnum):
+    """What was added to version 1 since. A side ignores names that it does not know."""
+
+    ACTIVE = "active"
+    ASK = "ask"
+    EPOCH = "epoch"
+    """The receiver checks the epoch in OPEN."""
+    MERGE = "merge"
+    """Also: senders wait while layers are merged."""
+    HANDOVER = "handover"
+    FETCH = "fetch"
+    NAMED_EPOCH = "named-epoch"
+    """The receiver lets an epoch rise by one only, unless OPEN says that a human has named it."""
+    LEAVES = "leaves"
+    HOLD = "hold"
+    """Also: the holds of points are listed."""
+    SAMPLE = "sample"
+    """The receiver knows the share in ASK."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A frame by which a sender asks the receiver for something.
+
+    longest: bytes of its body
+    handler: `module:function` of snapchain.replica that answers it, loaded when the first one comes
+    responses: kinds that may come in answer, besides BEAT, FAIL and, at the end, DONE
+    rights: one of them is needed; feature: that the receiver must have, None for those of the first version
+    opens: stands in the place of OPEN and is the only request of its stream; else it follows OPEN
+    after_look: may follow an OPEN that only looks
+    """
+
+    model: type[Message]
+    longest: int
+    handler: str
+    responses: tuple[Kind, ...]
+    rights: frozenset[Right]
+    feature: Feature | None = None
+    opens: bool = False
+    after_look: bool = False
+
+
+_SEND, _FETCH, _MERGE = frozenset({Right.SEND}), frozenset({Right.FETCH}), frozenset({Right.MERGE})
+
+REQUESTS: Mapping[Kind, Request] = {
+    Kind.OPEN: Request(Open, 16 * KiB, "receiver:transfer", (Kind.INVENTORY,), _SEND, opens=True),
+    Kind.LAYER: Request(LayerOffer, 256 * KiB, "receiver:take_layer", (Kind.ACK, Kind.STORED), _SEND),
+    Kind.POINT: Request(PointOffer, 64 * KiB, "receiver:publish_point", (), _SEND),
+    Kind.CUT: Request(Cut, 4 * KiB, "receiver:cut_layers", (), frozenset({Right.CUT})),
+    Kind.ACTIVE: Request(
+        Active, 4 * KiB, "handover:answer_active", (Kind.READINESS,), _SEND, Feature.ACTIVE, after_look=True
+    ),
+    Kind.LEAVES: Request(
+        WantLeaves,
+        4 * KiB,
+        "fetch_server:answer_leaves",
+        (Kind.PROGRESS, Kind.LEAF_HASHES),
+        _SEND,
+        Feature.LEAVES,
+        after_look=True,
+    ),
+    Kind.ASK: Request(
+        Ask,
+        16 * KiB,
+        "status:answer",
+        (Kind.DISK, Kind.PROGRESS, Kind.FINDING, Kind.VERDICT),
+        _SEND | _FETCH,
+        Feature.ASK,
+        opens=True,
+    ),
+    Kind.FETCH: Request(
+        Fetch,
+        16 * KiB,
+        "fetch_server:answer",
+        (Kind.DISK, Kind.PROGRESS, Kind.LAYER, Kind.MAP, Kind.DATA, Kind.END),
+        _FETCH,
+        Feature.FETCH,
+        opens=True,
+    ),
+    Kind.HANDOVER: Request(
+        Handover,
+        128 * KiB,
+        "handover:answer",
+        (Kind.HANDED,),
+        frozenset({Right.HANDOVER}),
+        Feature.HANDOVER,
+        opens=True,
+    ),
+    Kind.MERGE: Request(
+        Merge, 64 * KiB, "merging:answer", (Kind.PROGRESS, Kind.MERGED), _MERGE, Feature.MERGE, opens=True
+    ),
+    Kind.HOLD: Request(HoldPoint, 16 * KiB, "holds:hold", (Kind.HELD,), _SEND | _MERGE, Feature.HOLD, opens=True),
+    Kind.RELEASE: Request(ReleasePoint, 16 * KiB, "holds:release", (Kind.HELD,), _MERGE, Feature.HOLD, opens=True),
+}
+"""All that a sender may ask for. What is not here, and no part of a layer, is refused."""
+
+_FROM_BOTH = {Kind.HELLO: 4 * KiB, Kind.BEAT: 0, Kind.FAIL: 16 * KiB}
+_LAYER_PARTS = {Kind.MAP: 520 * KiB, Kind.DATA: 2120 * KiB, Kind.MARK: 8 + 2048, Kind.END: 32}
+FROM_SENDER: Mapping[Kind, int] = {
+    **_FROM_BOTH,
+    **_LAYER_PARTS,
+    Kind.STOP: 0,
+    **{kind: request.longest for kind, request in REQUESTS.items()},
+}
+"""The longest body of each kind that a sender may send."""
+FROM_RECEIVER: Mapping[Kind, int] = {
+    **_FROM_BOTH,
+    Kind.INVENTORY: 16 * MiB,
+    Kind.ACK: 8,
+    Kind.STORED: 4 * KiB,
+    Kind.DONE: 16 * KiB,
+    Kind.READINESS: 16 * KiB,
+    Kind.DISK: 16 * MiB,
+    Kind.VERDICT: 4 * KiB,
+    Kind.FINDING: MiB,
+    Kind.PROGRESS: PROGRESS.size,
+    Kind.MERGED: 16 * MiB,
+    Kind.HANDED: 512 * KiB,
+    Kind.LEAF_HASHES: LEAVES_A_FRAME * LEAF_ENTRY_BYTES,
+    Kind.HELD: 512 * KiB,
+}
+"""The same for a receiver."""
+FROM_FETCH: Mapping[Kind, int] = {
+    **_FROM_BOTH,
+    **{kind: FROM_RECEIVER.get(kind, FROM_SENDER.get(kind, 0)) for kind in REQUESTS[Kind.FETCH].responses},
+    Kind.DONE: FROM_RECEIVER[Kind.DONE],
+    Kind.DISK: 64 * KiB,
+}
+"""The same for what answers FETCH: layers come from the receiver."""
