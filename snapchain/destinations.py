@@ -108,14 +108,9 @@ def check_is_made(url: str) -> None:
 
 def replica_at(url: str, *, connections: int = 1) -> Endpoint:
     """The endpoint of a replica. connections: of ssh. Touches nothing. Raises InvalidInput."""
-    from snapchain.host.ssh import is_remote
     from snapchain.replica.endpoint import open_endpoint
 
-    if is_remote(url):
-        return open_endpoint(url, connections=connections)
-    from snapchain.replica.engine import ReplicaEngine  # inside: what only connects elsewhere needs no receiver here
-
-    return open_endpoint(url, engine=ReplicaEngine())
+    return open_endpoint(url, connections=connections)
 
 
 @contextmanager

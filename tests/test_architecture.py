@@ -52,19 +52,12 @@ TYPE_ONLY = {("cli", "repository"), ("cli", "merge"), ("cli", "source")}
 
 # (importing module, imported part): against the directions, to be mended. Shrinks; nothing is added.
 OWED: set[tuple[str, str]] = {
-    ("cli/merge.py", "merge"),
-    ("cli/merge_tables.py", "merge"),
     ("cli/snapshot.py", "source"),
     ("cli/options.py", "repository"),
     ("cli/diff.py", "repository"),
     ("destination/protocol.py", "destinations"),
     ("destination/protocol.py", "ops"),
     ("destination/protocol.py", "repository"),
-    ("merge/inputs.py", "ops"),
-    ("merge/stack.py", "ops"),
-    ("merge/plan.py", "ops"),
-    ("merge/request.py", "repository"),
-    ("source/ownership.py", "replica"),
 }
 
 # third-party module -> the parts that may import it. What is not listed is no dependency of the project.

@@ -14,16 +14,18 @@ from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
+from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 
 if TYPE_CHECKING:
-    from snapchain.merge.request import At
-    from snapchain.model.merging import Strategy
+    from snapchain.ops.merge import At
 
 _RANGE = "Which layers of an image"
 _KEEP = "Which points of a disk, or sealed layers of an image, to keep"
 _LIMIT = "How much to merge of an image"
 _HOW = "How to merge an image"
+
+_STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 
 
 @verb(
@@ -105,7 +107,7 @@ def merge(
     strategy: Annotated[
         str | None,
         typer.Option(
-            metavar="new-file|absorb|commit",
+            metavar="|".join(_STRATEGIES),
             help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
             rich_help_panel=_HOW,
         ),
@@ -168,11 +170,10 @@ def merge(
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)
         if isinstance(address, ImageAddress):
-            from snapchain.merge import plan as planning, sequence as running
-            from snapchain.merge.request import Request
             from snapchain.model.events import Notice
+            from snapchain.ops import merge as ops
 
-            request = Request(
+            request = ops.MergeRequest(
                 image=address.path,
                 flatten=flatten,
                 from_layer=first,
@@ -191,12 +192,12 @@ def merge(
                 budget_seconds=budget_seconds,
                 at=_at(at or (), out, password_file=password_file, password_command=password_command),
             )
-            plan = planning.plan(request)
+            plan = ops.plan(request)
             if out.plan(plan, merge_tables.draw_plan):
                 return
             for notice in plan.notices:
                 out.on_event(Notice(notice))
-            report = running.run(plan, on_event=out.on_event)
+            report = ops.run(plan, on_event=out.on_event)
             status = PartialFailure.exit_code if report.failed else 0
             out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
             return
@@ -226,19 +227,16 @@ def merge(
 
 
 def _strategy(text: str | None) -> Strategy | None:
-    from snapchain.model.merging import Strategy
-
-    ways = {way.value: way for way in Strategy if way is not Strategy.NOTHING}
-    if text is not None and text not in ways:
-        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(ways))
-    return None if text is None else ways[text]
+    if text is not None and text not in _STRATEGIES:
+        raise InvalidInput(f"unknown strategy {text!r}", hint=", ".join(_STRATEGIES))
+    return None if text is None else Strategy(text)
 
 
 def _at(
     names: Sequence[str], out: Output, *, password_file: Path | None, password_command: str | None
 ) -> tuple[At, ...]:
     from snapchain.destination.address import parse_disk_address
-    from snapchain.merge.request import At
+    from snapchain.ops.merge import held_at
 
     found = []
     for name in names:
@@ -250,7 +248,7 @@ def _at(
                 subject=name,
                 hint="leave it out: `snapchain send` recognises at a replica what a merge has made of its layers",
             )
-        found.append(At(name, opened, address.disk))
+        found.append(held_at(name, opened, address.disk))
     return tuple(found)
 
 

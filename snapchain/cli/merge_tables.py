@@ -12,38 +12,68 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.destination.records import PointsMergePlan, PointsMergeReport, StayingLayer
-    from snapchain.merge.plan import LayerUse, MergePlan, PlannedMerge
-    from snapchain.merge.sequence import MergeReport
+    from snapchain.merge.plan import LayerUse, MergePlan
+    from snapchain.merge.run import MergeReport
+    from snapchain.model.merging import MergeRow
 
 
 def draw_plan(console: Console, plan: MergePlan) -> None:
-    """What would be done."""
-    if plan.merges:
-        times = "" if len(plan.merges) == 1 else f" in {len(plan.merges)} merges"
-        render.headline(
-            console, f"would make {plan.layers_after} layers of {plan.layers_before} of {plan.image}{times}"
-        )
-    else:
-        render.headline(console, f"{plan.image}: there is nothing to merge")
+    """What would be done to a chain of files."""
+    _draw_headline(console, str(plan.image), plan.layers_before, plan.layers_after, plan.rows)
     stack_picture.draw(console, _rows(plan))
     _draw_layers(console, plan.layers)
+    _draw_merges(console, plan.rows)
     if plan.merges:
-        _draw_merges(console, plan.merges)
+        removed = (path for each in reversed(plan.merges) for path in each.remove)
+        kept = (kept for each in plan.merges for kept in each.keep)
         render.facts(
             console,
             [
-                ("room", f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"),
+                ("room", _room(plan.needs_bytes, plan.free_bytes)),
                 ("time", f"about {duration(plan.seconds)}"),
-                ("removes", ", ".join(render.place(path) for each in plan.merges[::-1] for path in each.remove)),
-                *(
-                    (("keeps", f"{render.place(kept.path)}: {kept.reason}"))
-                    for each in plan.merges
-                    for kept in each.keep
-                ),
+                ("removes", ", ".join(map(render.place, removed))),
+                *(("keeps", f"{render.place(each.path)}: {each.reason}") for each in kept),
             ],
         )
     for notice in plan.notices:
         render.line(console, f"note: {notice}", style="yellow")
+
+
+def draw_points_plan(console: Console, plan: PointsMergePlan) -> None:
+    """What would be done to a disk at a destination."""
+    changes = plan.layers_after < plan.layers_before
+    _draw_headline(console, plan.disk, plan.layers_before, plan.layers_after, plan.rows, changes=changes)
+    render.table(
+        console,
+        ["point>", "", "labels", "because~"],
+        [
+            (str(each.point), "keep" if each.kept else "drop", ", ".join(each.labels), "; ".join(each.reasons))
+            for each in plan.points
+        ],
+    )
+    render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
+    _draw_merges(console, plan.rows, names=True)
+    if plan.free_bytes is None:
+        render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
+    elif plan.merges:
+        moves = f"{size(plan.bytes_to_move)} by {plan.strategy}"
+        room = _room(plan.needs_bytes, plan.free_bytes)
+        render.facts(console, [("moves", moves), ("drops", size(plan.shadowed_bytes)), ("room there", room)])
+    _draw_staying(console, plan.staying)
+
+
+def _draw_headline(
+    console: Console, subject: str, before: int, after: int, rows: Sequence[MergeRow], *, changes: bool = False
+) -> None:
+    if not rows and not changes:
+        render.headline(console, f"{subject}: there is nothing to merge")
+        return
+    times = "" if len(rows) < 2 else f" in {len(rows)} merges"
+    render.headline(console, f"would make {after} layer{'' if after == 1 else 's'} of {before} of {subject}{times}")
+
+
+def _room(needs: int, free: int) -> str:
+    return f"needs {size(needs)} meanwhile, {size(free)} free"
 
 
 def _rows(plan: MergePlan) -> list[stack_picture.Row]:
@@ -71,23 +101,24 @@ def _draw_layers(console: Console, layers: Sequence[LayerUse]) -> None:
     render.table(console, list(columns), reversed(list(zip(*columns.values(), strict=True))))
 
 
-def _draw_merges(console: Console, merges: Sequence[PlannedMerge]) -> None:
-    render.table(
-        console,
-        ["merge into", "layers>", "by", "moves>", "drops>", "room>", "time>"],
-        [
-            (
-                each.result.name,
-                str(len(each.layers)),
-                each.strategy,
-                f"{size(each.bytes_to_move)}{' shared' if each.shares_extents else ''}",
-                size(each.bytes_to_free),
-                size(each.needs_bytes),
-                duration(each.seconds),
-            )
-            for each in reversed(merges)
-        ],
-    )
+def _draw_merges(console: Console, rows: Sequence[MergeRow], *, names: bool = False) -> None:
+    """The merges of any plan, uppermost first. names: of the layers, too; columns that hold nothing are left out."""
+    columns: dict[str, list[str]] = {
+        "merge into": [each.layers[-1] for each in rows],
+        "layers>": [str(len(each.layers)) for each in rows],
+        "by": [each.method for each in rows],
+        "moves>": [_known(each.bytes_to_move, " shared" if each.shares_extents else "") for each in rows],
+        "drops>": [_known(each.bytes_to_free) for each in rows],
+        "room>": [_known(each.needs_bytes) for each in rows],
+        "time>": ["" if each.seconds is None else duration(each.seconds) for each in rows],
+        "from~": [", ".join(each.layers[:-1]) if names else "" for each in rows],
+    }
+    if rows:
+        render.table(console, list(columns), reversed(list(zip(*columns.values(), strict=True))))
+
+
+def _known(count: int | None, more: str = "") -> str:
+    return "" if count is None else f"{size(count)}{more}"
 
 
 def draw_report(console: Console, report: MergeReport) -> None:
@@ -121,28 +152,6 @@ def draw_failed(console: Console, report: MergeReport) -> None:
     for fault in report.failed:
         names = ", ".join(path.name for path in fault.layers)
         render.line(console, f"not merged: {names}: {fault.message}", style="red")
-
-
-def draw_points_plan(console: Console, plan: PointsMergePlan) -> None:
-    """What would be done to a disk at a destination."""
-    render.headline(console, f"would merge {plan.disk}: {plan.layers_before} layers now, {plan.layers_after} then")
-    render.table(
-        console,
-        ["point>", "", "labels", "because~"],
-        [
-            (str(each.point), "keep" if each.kept else "drop", ", ".join(each.labels), "; ".join(each.reasons))
-            for each in plan.points
-        ],
-    )
-    render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
-    if plan.free_bytes is None:
-        render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
-    elif plan.merges:
-        render.table(console, ["merge into", "from~"], [(each[-1], ", ".join(each[:-1])) for each in plan.merges[::-1]])
-        needs = f"needs {size(plan.needs_bytes)} meanwhile, {size(plan.free_bytes)} free"
-        moves = f"{size(plan.bytes_to_move)} by {plan.strategy}"
-        render.facts(console, [("moves", moves), ("drops", size(plan.shadowed_bytes)), ("room there", needs)])
-    _draw_staying(console, plan.staying)
 
 
 def draw_points_report(console: Console, report: PointsMergeReport) -> None:

@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Corrupt, SnapchainError
+from snapchain.model.merging import MergeRow
 
 MOST_FINDINGS = 10_000
 """Findings that are listed one by one: a stored name of 32 bytes that leads nowhere makes one of two kilobytes."""
@@ -158,6 +159,11 @@ class PointsMergePlan(Record):
     needs_bytes: int = 0
     free_bytes: int | None = None
     requests: int = 0
+
+    @property
+    def rows(self) -> tuple[MergeRow, ...]:
+        """The merges as every plan shows them, lowest first."""
+        return tuple(MergeRow(layers=layers, method=self.strategy) for layers in self.merges)
 
 
 class PointsMergeReport(Record):

@@ -17,13 +17,11 @@ from pathlib import Path
 from snapchain.errors import Unsupported
 from snapchain.host.directory import real_name, resolve
 from snapchain.host.os_errors import os_errors
+from snapchain.host.replica_layout import layers_of
 from snapchain.host.rights import Rights
 from snapchain.host.terminal import shell_word
 from snapchain.image.opening import NamedBy
 from snapchain.image.qcow2.header import Backing
-
-REPLICA, CATALOGUE, ACTIVE = "snapchain-replica.json", "catalogue.json", "active"
-"""What makes a directory a replica, and one in it a disk; where the overlays of guests are (replica/store.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +56,8 @@ class Allowed:
     def __init__(self, top: Place, image_dirs: Sequence[Path]) -> None:
         named = [real_name(directory) for directory in (top.path.parent, *image_dirs)]
         own = [*map(Path, named), top.real.parent]
-        self._directories = tuple(
-            dict.fromkeys([*own, *(place.parent for place in own[:1] + own[-1:] if _active(place))])
-        )
+        layers = [found for place in (own[0], own[-1]) if (found := layers_of(place)) is not None]
+        self._directories = tuple(dict.fromkeys([*own, *layers]))
 
     def place(self, backing: Backing, *, overlay: Path) -> Place:
         """The file that the overlay's backing name means. Raises Unsupported for names that are not followed."""
@@ -81,30 +78,6 @@ class Allowed:
                 hint=f"if you trust the image: --image-dir {shell_word(found.real.parent)}",
             )
         return found
-
-
-def is_layer_below_active(path: Path, top: Path) -> bool:
-    """Whether a file (a real path) belongs to a disk at a replica, below a guest's overlay."""
-    return path.parent == top.parent.parent and _active(top.parent)
-
-
-def check_no_layer(path: Path) -> None:
-    """Raises Unsupported for a layer of a replica (a real path): its catalogue says what it holds."""
-    if _disk(path.parent):
-        raise Unsupported(
-            "it is a layer of a replica, and must stay what its catalogue says",
-            subject=path,
-            hint="`snapchain merge DEST::DISK` merges layers there; a guest's own image is in `active`",
-        )
-
-
-def _active(directory: Path) -> bool:
-    """Whether it holds the overlays of a disk at a replica."""
-    return directory.name == ACTIVE and _disk(directory.parent)
-
-
-def _disk(directory: Path) -> bool:
-    return (directory / CATALOGUE).is_file() and (directory.parent / REPLICA).is_file()
 
 
 def _shown(name: str) -> str:

@@ -1,9 +1,9 @@
-"""Which ranges to merge when the user says rules and not layers.
+"""Which ranges to merge when the user gives rules and not layers.
 
 What no merge may touch, and which views stay, gives the ranges that may be merged (model/choice.py).  Without a cap or
 a budget all of them are; with a cap as few layers as suffice, at the least cost; with a budget what gains most
-(model/choice.py).  Costs are first what the maps say; then each chosen merge is planned to the byte, and where the
-budget would not suffice it is chosen again with these numbers.
+(model/choice.py).  Costs are first estimated from the maps; then each chosen merge is planned to the byte.  Where the
+budget would not suffice, the choice is made again with the exact numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from snapchain.errors import Unsupported
-from snapchain.image.backing import is_layer_below_active
+from snapchain.host.replica_layout import layers_of
 from snapchain.image.dependent_search import Dependents
-from snapchain.merge.inputs import users_of, why_not_own
-from snapchain.merge.methods import shares_extents
+from snapchain.merge.copying import shares_extents
+from snapchain.merge.inputs import real_paths, users_of, why_not_own
+from snapchain.merge.methods import into_of
 from snapchain.merge.rates import FIXED_SECONDS, Rates, seconds_of
-from snapchain.merge.request import Request
+from snapchain.merge.request import MergeRequest
 from snapchain.merge.stack import Stack
-from snapchain.merge.step import MergeStep, real_paths
+from snapchain.merge.step import MergeStep
 from snapchain.model import choice as budget
 from snapchain.model.choice import MergeRange, barred, segments
 from snapchain.model.economics import Into
@@ -32,7 +33,6 @@ from snapchain.model.merging import Strategy
 from snapchain.model.retention import decide as decide_retention
 
 _ROUNDS = 6
-_INTO = {Strategy.NEW: Into.NEW, Strategy.ABSORB: Into.UPPER, Strategy.COMMIT: Into.LOWER}
 
 PlanRange = Callable[[MergeRange], MergeStep]
 
@@ -55,8 +55,10 @@ class _View:
     labels: tuple[str, ...]
 
 
-def choose(stack: Stack, request: Request, rates: Rates, plan_range: PlanRange, others: Dependents) -> Chosen:
-    """plan_range: of one range, to the byte; may raise Unsupported for files that cannot be merged: these stay.
+def choose(stack: Stack, request: MergeRequest, rates: Rates, plan_range: PlanRange, others: Dependents) -> Chosen:
+    """Choose the ranges that the rules, the cap and the budget of a request ask for.
+
+    plan_range: plans one range to the byte; may raise Unsupported for files that cannot be merged: these stay
 
     others: what else depends on the files of the chain
     """
@@ -74,12 +76,12 @@ def choose(stack: Stack, request: Request, rates: Rates, plan_range: PlanRange, 
             refused.add(culprit)
             chosen.notices.append(f"{error}: it stays as it is")
             continue
-        _tell_of_the_cap(stack, request, chosen)
+        _add_notice_of_cap(stack, request, chosen)
         return chosen
 
 
 def _allowed(
-    stack: Stack, request: Request, chosen: Chosen, refused: set[int], others: Dependents
+    stack: Stack, request: MergeRequest, chosen: Chosen, refused: set[int], others: Dependents
 ) -> tuple[MergeRange, ...]:
     count = len(stack)
     confirmed = real_paths(request.remove)
@@ -88,7 +90,7 @@ def _allowed(
     def stays(place: int, why: str) -> None:
         chosen.stays.setdefault(place, []).append(why)
 
-    # A top that will be written to again is shipped whole again once it was merged; without destinations nobody cares.
+    # A top that is written to after a merge is shipped as a whole again; without destinations that does not matter.
     with_top = not stack.present and request.policy.is_empty
     bars = barred(
         count,
@@ -126,16 +128,16 @@ def _allowed(
 def _foreign(stack: Stack, confirmed: Collection[Path]) -> dict[int, str]:
     """Files that would stay: a merge would only copy their data, once for each disk that shares them."""
     top = stack.chain.top
+    layers = layers_of(top.real_path.parent)
     return {
         place: why
         for place, file in enumerate(stack.chain.files)
-        if (why := why_not_own(file.real_path, top.path, confirmed)) is not None
-        and not is_layer_below_active(file.real_path, top.real_path)
+        if (why := why_not_own(file.real_path, top.path, confirmed)) is not None and file.real_path.parent != layers
     }
 
 
 def _pick(
-    stack: Stack, request: Request, rates: Rates, allowed: tuple[MergeRange, ...], plan_range: PlanRange
+    stack: Stack, request: MergeRequest, rates: Rates, allowed: tuple[MergeRange, ...], plan_range: PlanRange
 ) -> tuple[MergeRange, ...]:
     freed = stack.gains.freed
     moved, shared = _moved(stack, request, allowed)
@@ -164,7 +166,7 @@ def _pick(
     return tuple(sorted(ranked))
 
 
-def _moved(stack: Stack, request: Request, allowed: tuple[MergeRange, ...]) -> tuple[Int64s, bool]:
+def _moved(stack: Stack, request: MergeRequest, allowed: tuple[MergeRange, ...]) -> tuple[Int64s, bool]:
     """Bytes that each range moves in the best way, and whether the filesystem shares them instead."""
     moved = stack.gains.moved
     if not allowed:
@@ -174,14 +176,14 @@ def _moved(stack: Stack, request: Request, allowed: tuple[MergeRange, ...]) -> t
         if shares_extents(view, allowed[0].first):
             return moved[Into.NEW], True
     if request.strategy is not None:
-        return moved[_INTO[request.strategy]], False
+        return moved[into_of(request.strategy)], False
     return np.minimum.reduce([moved[into] for into in Into]), False
 
 
 class _Costs:
     """What each range costs of each budget: estimated, then corrected."""
 
-    def __init__(self, stack: Stack, request: Request, rates: Rates, moved: Int64s, *, shared: bool) -> None:
+    def __init__(self, stack: Stack, request: MergeRequest, rates: Rates, moved: Int64s, *, shared: bool) -> None:
         directory = stack.chain.top.real_path.parent
         way = (request.strategy or Strategy.NEW).value
         self._rates = rates
@@ -217,7 +219,7 @@ def _place_of(stack: Stack, subject: str | None) -> int | None:
     return None
 
 
-def _tell_of_the_cap(stack: Stack, request: Request, chosen: Chosen) -> None:
+def _add_notice_of_cap(stack: Stack, request: MergeRequest, chosen: Chosen) -> None:
     if request.max_layers is None:
         return
     left = len(stack) - sum(each.removes for each in chosen.ranges)

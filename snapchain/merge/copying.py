@@ -17,7 +17,9 @@ from functools import cache
 import numpy as np
 
 from snapchain.errors import Corrupt
+from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
+from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
 from snapchain.image.holes import stored_range
 from snapchain.image.physical import Int32s, Int64s, Mask
@@ -25,6 +27,10 @@ from snapchain.image.pieces import joined_runs
 from snapchain.image.positioned import write_all
 from snapchain.image.pread import file_bytes, pread_into
 from snapchain.image.threads import spread
+from snapchain.model.events import ByteCount, OnEvent, Progress
+
+SPARE = 1 << 20
+"""Bytes of room for what the filesystem itself needs to record, beside what is copied."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,7 +125,7 @@ def share_range(source: int, source_offset: int, target: int, target_offset: int
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
-    """Copy inside the kernel; how many bytes were copied until it would not go on, be it at once."""
+    """Copy inside the kernel; the number of bytes copied until it refused to go on, 0 where it refused at once."""
     done = 0
     while done < length:
         try:
@@ -149,6 +155,13 @@ def _sync_file_range() -> ctypes._NamedFuncPointer | None:
         return None
     call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     return call
+
+
+def reporting(phase: str, total: int, on_event: OnEvent) -> OnBytes:
+    """Report the beginning of a phase; call what is returned with the bytes that were just done."""
+    count = ByteCount(total, lambda done, of: on_event(Progress(phase, done, of)), every=0)
+    count.reach(0)
+    return count.add
 
 
 # --- Carrying out a list of copies: shared where the filesystem can, else copied in the kernel, else read and written.
@@ -333,3 +346,28 @@ def _jobs(copies: Copies) -> Iterator[Copies]:
         stop = max(first + 1, min(int(np.searchsorted(total, reach, side="right")), first + _JOB_ROWS))
         yield cut[first:stop]
         first = stop
+
+
+def shares_extents(view: ImageChain, first: int) -> bool:
+    """Whether new files beside the top can share the blocks of all the files from `first` on.
+
+    Tried with one block and a file that never has a name.
+    """
+    try:
+        with Directory.open(view.top.real_path.parent) as directory:
+            block = os.fstatvfs(directory.fd).f_bsize
+            probe = directory.create_unnamed()
+    except OSError:  # no such files here, or no permission: then nothing is promised
+        return False
+    try:
+        for file in view.files[first:]:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return False
+            if status.st_size >= block and share_range(file.fileno(), 0, probe, 0, block) is not None:
+                return False
+    except OSError:  # a full or failing disk: the work itself meets and reports that
+        return False
+    finally:
+        os.close(probe)
+    return True

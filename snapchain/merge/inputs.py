@@ -1,24 +1,26 @@
-"""What may be merged, and what becomes of each input: which go, and which somebody else still needs."""
+"""The inputs of a merge: which files a request names, what may be merged, which of them go and which stay, and why."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import real_path
+from snapchain.host.replica_layout import layers_of
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.backing import check_no_layer, is_layer_below_active
 from snapchain.image.dependent_search import Dependents, is_outside
 from snapchain.image.dependents import SEEN
 from snapchain.merge.journal import MergeJournal
+from snapchain.merge.request import MergeRequest
+from snapchain.source.holds import check_range, held_layers
 from snapchain.source.notes import Notes
-from snapchain.source.ownership import check_not_given
+from snapchain.source.ownership import check_no_layer, check_not_given
 
 _REMEDY = " (--remove FILE removes it)"
 
@@ -33,7 +35,7 @@ class KeptFile(BaseModel):
 
 
 def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep_inputs: bool) -> None:
-    """Raises Unsupported for inputs that a merge would take something from that no copy of their data gives back."""
+    """Raises Unsupported for inputs with something besides their data that a merge would lose."""
     for file in inputs:
         if file.header is not None and file.header.snapshots:
             raise Unsupported(
@@ -56,7 +58,7 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
             raise Unsupported(
                 "it has further hard links, whose users would lose their content",
                 subject=file.path,
-                hint="remove the other names (`find -samefile`), or say --keep-inputs",
+                hint="remove the other names (`find -samefile`), or use --keep-inputs",
             )
     upper = inputs[-1]
     if not stat.S_ISREG(os.fstat(upper.fileno()).st_mode):
@@ -70,18 +72,21 @@ def check_holds(chain: ImageChain, first: int, last: int) -> None:
     for fault in notes.faults(files):
         raise fault
     if any(notes.of(file).holds for file in files):
-        from snapchain.ops.hold import check_range, held_layers
-
         check_range(chain, first, last, held_layers(chain, notes))
 
 
 def check_still_allowed(chain: ImageChain, first: int, last: int) -> None:
-    """Raises Conflict for a disk that was given away, or a layer that was held, since the decision hours before.
+    """Raises Conflict for a disk that was given away, or a layer that was held, since the plan was made.
 
     Also raises what reading the notes raises.
     """
     check_not_given(chain)
     check_holds(chain, first, last)
+
+
+def real_paths(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """With all links resolved, each once."""
+    return tuple(dict.fromkeys(real_path(path) for path in paths))
 
 
 def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
@@ -91,11 +96,6 @@ def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
         for file in files
         if file.header is not None and file.header.bitmaps
     ]
-
-
-def links_to(chain: ImageChain, files: Collection[Path]) -> tuple[Path, ...]:
-    """The names other than their real paths by which a chain opens some of its files."""
-    return tuple(file.path for file in chain.files if file.real_path in files and file.path != file.real_path)
 
 
 def classify(
@@ -130,7 +130,7 @@ def _why_kept(path: Path, *, top: Path, others: Dependents, confirmed: Collectio
     found = users_of(path, others, confirmed)
     if found is not None:
         return found if others.on(path, *SEEN) else f"{found}{_REMEDY}"
-    if is_layer_below_active(path, real_path(top)):
+    if layers_of(real_path(top).parent) == path.parent:
         return "it is a layer of a replica"
     if path.is_block_device():
         return "it is a device"
@@ -161,7 +161,7 @@ def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection
         raise Unsupported(
             f"the merged file would replace it, and {why}",
             subject=result,
-            hint=f"choose a file of that directory by --to, or say --remove {shell_word(result)}",
+            hint=f"choose a file of that directory by --to, or use --remove {shell_word(result)}",
         )
 
 
@@ -186,27 +186,20 @@ def second_name(path: Path, journals: Sequence[MergeJournal]) -> Path:
     raise Conflict("no name is left for the old file", subject=path)
 
 
-# --- Which files of a chain the user means: everything above the root, or a range by names or paths.
+# --- Which files of a chain a request names: everything above the root, or a range by names or paths.
 
 
-def numbers(
-    chain: ImageChain,
-    *,
-    flatten: bool,
-    from_layer: str | None,
-    to_layer: str | None,
-    journals: Sequence[MergeJournal],
-) -> tuple[int, int]:
-    """(lowest, uppermost) input, the root is 0. Raises NotFound, InvalidInput."""
+def numbers(chain: ImageChain, request: MergeRequest, journals: Sequence[MergeJournal]) -> tuple[int, int]:
+    """(lowest, uppermost) input that a request names, the root is 0. Raises NotFound, InvalidInput."""
     top = len(chain.files) - 1
-    last = top if to_layer is None else _number(chain, to_layer, journals)
-    if from_layer is not None:
-        first = _number(chain, from_layer, journals)
+    last = top if request.to_layer is None else _number(chain, request.to_layer, journals)
+    if request.from_layer is not None:
+        first = _number(chain, request.from_layer, journals)
     else:
-        first = 0 if flatten else min(1, last)
+        first = 0 if request.flatten else min(1, last)
     if first > last:
         raise InvalidInput(
-            f"{from_layer} lies above {to_layer or 'the top'}",
+            f"{request.from_layer} lies above {request.to_layer or 'the top'}",
             subject=chain.top.path,
             hint="swap --from and --to",
         )
@@ -214,7 +207,7 @@ def numbers(
 
 
 def _number(chain: ImageChain, layer: str, journals: Sequence[MergeJournal]) -> int:
-    """The file of the chain that the user means by a path, or by a bare name."""
+    """The number of the file that a path or a bare name stands for."""
     whole = real_path(Path(layer))
     bare = "/" not in layer
     found = [number for number, file in enumerate(chain.files) if file.real_path == whole]
@@ -231,4 +224,4 @@ def _number(chain: ImageChain, layer: str, journals: Sequence[MergeJournal]) -> 
             if journal.replaced.path in paths and (path == whole or (bare and path.name == layer)):
                 return paths.index(journal.replaced.path)
     names = ", ".join(file.path.name for file in chain.files)
-    raise NotFound(f"no such layer in the chain of {chain.top.path}", subject=layer, hint=f"it holds: {names}")
+    raise NotFound(f"no such layer in the chain of {chain.top.path}", subject=layer, hint=f"its files are: {names}")

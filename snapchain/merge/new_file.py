@@ -1,6 +1,6 @@
 """Strategy new-file: what survives goes into a file of its own; one rename is the switch.
 
-The inputs are only read until then, and anybody else may read them too.
+Until then the inputs are only read, and others may read them too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.host import files
@@ -20,29 +22,68 @@ from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, temporary_beside
 from snapchain.image import ImageChain
-from snapchain.image.dependent_search import search_directories
-from snapchain.merge.assembly import Assembly, write_assembly
-from snapchain.merge.inputs import check_still_allowed, links_to
-from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, sweep
+from snapchain.image.qcow2.header import Backing
+from snapchain.merge.assembly import Assembly, plan_assembly, write_assembly
+from snapchain.merge.copying import SPARE, reporting, shares_extents
+from snapchain.merge.inputs import check_still_allowed
+from snapchain.merge.journal import FileId, OpenJournal, of_step, sweep
 from snapchain.merge.prove import check_link, check_refcounts, check_unchanged, prove, reread
-from snapchain.merge.step import MergeStep
-from snapchain.model.events import Notice, OnEvent, Progress
+from snapchain.merge.request import MergeRequest
+from snapchain.model.events import Notice, OnEvent
+from snapchain.model.merging import Strategy
+
+if TYPE_CHECKING:
+    from snapchain.merge.step import MergeStep
 
 _TICKS = 50_000_000
 """Nanoseconds; see model/fingerprint.py."""
 
 
-def make(
-    planned: MergeStep, work: Assembly, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent
-) -> OpenJournal:
-    """Write, prove and switch; what is left to do is in the journal. Before the switch nothing was changed."""
-    sweep(planned.result)
-    with files.directory_of(planned.result) as place:
-        return _make(planned, work, old, place, locks=locks, on_event=on_event)
+def plan(view: ImageChain, first: int, backing: Backing | None, request: MergeRequest) -> NewFile:
+    """Plan a new file. Raises InvalidInput for clusters that cannot hold the disk."""
+    return NewFile(
+        plan_assembly(view, first, backing=backing, cluster_size=request.cluster_size), shares_extents(view, first)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewFile:
+    """A `Method` (merge/methods.py)."""
+
+    work: Assembly
+    shares_extents: bool
+    strategy = Strategy.NEW
+    unpacks = False
+
+    @property
+    def bytes_moved(self) -> int:
+        """Shared or copied."""
+        return self.work.bytes_moved
+
+    @property
+    def bytes_needed(self) -> int:
+        """Room that the file takes while the inputs are there."""
+        return (self.work.layout.metadata_bytes if self.shares_extents else self.work.bytes_needed) + SPARE
+
+    @property
+    def cluster_size(self) -> int:
+        """Of the result."""
+        return self.work.geometry.cluster_size
+
+    @property
+    def extended_l2(self) -> bool:
+        """Of the result."""
+        return self.work.geometry.extended_l2
+
+    def make(self, step: MergeStep, old: ImageChain, *, locks: Sequence[ImageLock], on_event: OnEvent) -> OpenJournal:
+        """Write, prove and switch. Before the switch nothing is changed; others may read the inputs until then."""
+        sweep(step.result)
+        with files.directory_of(step.result) as place:
+            return _make(step, self.work, old, place, locks=locks, on_event=on_event)
 
 
 def _make(
-    planned: MergeStep,
+    step: MergeStep,
     work: Assembly,
     old: ImageChain,
     place: Directory,
@@ -50,28 +91,28 @@ def _make(
     locks: Sequence[ImageLock],
     on_event: OnEvent,
 ) -> OpenJournal:
-    temporary = temporary_beside(planned.result, purpose=MERGE)
+    temporary = temporary_beside(step.result, purpose=MERGE)
     journal: OpenJournal | None = None
     fd = place.create(temporary.name)
-    made, replaced = os.fstat(fd), os.fstat(old.files[planned.last].fileno())
+    made, replaced = os.fstat(fd), os.fstat(old.files[step.last].fileno())
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the doctor leaves it alone
-        _write(planned, work, old, (temporary, fd), place, on_event)
+        _write(step, work, old, (temporary, fd), place, on_event)
         open_files = OpenFiles()
         for lock in locks:
             lock.change(LockMode.WRITE, open_files=open_files)
         check_unchanged(old)
-        check_still_allowed(old, planned.first, planned.last)
-        journal = OpenJournal(_record(planned, old, temporary, fd), durable=False)
-        if planned.kept_as is not None:
-            place.link(planned.result.name, planned.kept_as.name)
-            place.check_is(planned.kept_as.name, replaced)
-        place.give_name(fd, temporary.name, planned.result.name, replacing=replaced)
+        check_still_allowed(old, step.first, step.last)
+        journal = OpenJournal(of_step(step, old, "switching", FileId.of_open(temporary, fd)), durable=False)
+        if step.kept_as is not None:
+            place.link(step.result.name, step.kept_as.name)
+            place.check_is(step.kept_as.name, replaced)
+        place.give_name(fd, temporary.name, step.result.name, replacing=replaced)
     except BaseException:
-        if journal is not None and journal.journal.result.still(planned.result):
+        if journal is not None and journal.journal.result.still(step.result):
             journal.close()
             raise  # it failed past the switch: the next run finishes by the journal
-        _undo(planned, temporary, made, journal, place)
+        _undo(step, temporary, made, journal, place)
         raise
     finally:
         os.close(fd)
@@ -79,14 +120,14 @@ def _make(
 
 
 def _undo(
-    planned: MergeStep, temporary: Path, made: os.stat_result, journal: OpenJournal | None, place: Directory
+    step: MergeStep, temporary: Path, made: os.stat_result, journal: OpenJournal | None, place: Directory
 ) -> None:
     """As it was; what cannot be undone now, the next run does."""
     with suppress(SnapchainError, OSError):
         place.remove(temporary.name, only=made)
         place.sync()
         if journal is not None:
-            kept_as = planned.kept_as
+            kept_as = step.kept_as
             if kept_as is not None and journal.journal.replaced.still(kept_as):
                 files.remove(kept_as)
             files.remove(journal.journal.path)
@@ -94,24 +135,8 @@ def _undo(
         journal.close()
 
 
-def _record(planned: MergeStep, old: ImageChain, temporary: Path, fd: int) -> MergeJournal:
-    return MergeJournal(
-        stage="switching",
-        replaced=FileId.of(planned.result),
-        result=FileId.of_open(temporary, fd),
-        lowest=old.files[planned.first].real_path,
-        link=planned.backing,
-        remove=tuple(FileId.of(path) for path in planned.remove),
-        kept_as=planned.kept_as,
-        search=search_directories(old, planned.image_dirs),
-        top=old.top.path,
-        links=links_to(old, planned.remove),
-        confirmed=planned.confirmed,
-    )
-
-
 def _write(
-    planned: MergeStep,
+    step: MergeStep,
     work: Assembly,
     old: ImageChain,
     target: tuple[Path, int],
@@ -120,42 +145,34 @@ def _write(
 ) -> None:
     """The new file, proven and on the disk."""
     temporary, fd = target
-    total, done = work.bytes_moved, 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_event(Progress("merge", done, total))
-
-    replaced = old.files[planned.last].fileno()
-    with os_errors(planned.result):
-        files.check_standing(os.fstat(replaced), os.fstat(fd), subject=planned.result)  # before anything is moved
-    on_event(Progress("merge", 0, total))
-    write_assembly(work, fd, subject=planned.result, on_bytes=on_bytes)
-    if lost := files.copy_standing(replaced, fd, subject=planned.result, directory=place):
-        on_event(Notice.of(planned.result, lost))
-    with os_errors(planned.result):
-        # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
+    replaced = old.files[step.last].fileno()
+    with os_errors(step.result):
+        files.check_standing(os.fstat(replaced), os.fstat(fd), subject=step.result)  # before anything is moved
+    write_assembly(work, fd, subject=step.result, on_bytes=reporting("merge", work.bytes_moved, on_event))
+    if lost := files.copy_standing(replaced, fd, subject=step.result, directory=place):
+        on_event(Notice.of(step.result, lost))
+    with os_errors(step.result):
+        # As if written a moment ago: a fingerprint need not wait until no write can hide in the tick of the clock.
         written = os.fstat(fd).st_mtime_ns - _TICKS
         os.utime(fd, ns=(written, written))
     flush = _Flush(fd)
     try:
-        with reread(temporary, fd, old.files[: planned.first]) as new:
-            _check_as_planned(planned, new)
+        with reread(temporary, fd, old.files[: step.first]) as new:
+            _check_as_planned(step, new)
             check_refcounts(new.top)
-            prove(old.at(planned.last), new, shared=planned.first, subject=planned.result, on_event=on_event)
+            prove(old.at(step.last), new, shared=step.first, subject=step.result, on_event=on_event)
     finally:
         flush.join()
-    with os_errors(planned.result):
+    with os_errors(step.result):
         flush.check()
 
 
-def _check_as_planned(planned: MergeStep, new: ImageChain) -> None:
-    check_link(new, place=planned.result)
+def _check_as_planned(step: MergeStep, new: ImageChain) -> None:
+    check_link(new, place=step.result)
     recorded = new.top.backing
-    wanted = planned.backing
+    wanted = step.backing
     if (recorded and (recorded.name, recorded.format)) != (wanted and (wanted.name, wanted.format)):
-        raise Corrupt("the merged file records a wrong backing file", subject=planned.result)
+        raise Corrupt("the merged file records a wrong backing file", subject=step.result)
 
 
 class _Flush(threading.Thread):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 from snapchain.errors import InvalidInput, Unavailable
 from snapchain.image import ImageChain, scan
-from snapchain.image.backing import check_no_layer
 from snapchain.image.dependent_search import dependents_of_chain
-from snapchain.merge.inputs import KeptFile, numbers
+from snapchain.merge.choose import choose
+from snapchain.merge.inputs import KeptFile, numbers, real_paths
 from snapchain.merge.journal import unsettled
 from snapchain.merge.rates import Rates, seconds_of
-from snapchain.merge.request import Request
+from snapchain.merge.request import MergeRequest
 from snapchain.merge.stack import Stack, look
-from snapchain.merge.step import Asked, MergeStep, decide, real_paths
+from snapchain.merge.step import MergeStep, decide
 from snapchain.model.choice import MergeRange
-from snapchain.ops.hold import check_range
+from snapchain.model.merging import MergeRow
+from snapchain.source.holds import check_range
 from snapchain.source.notes import Hold
+from snapchain.source.ownership import check_no_layer
 
 NOTHING = "nothing"
 
@@ -49,7 +52,7 @@ class LayerUse(_Shown):
 
 
 class PlannedMerge(_Shown):
-    """One merge. Bytes moved and freed are the guest's, needed those of the filesystem meanwhile.
+    """One merge. Bytes moved and freed are the guest's, needed bytes are of the filesystem, meanwhile.
 
     layers: its files, lowest first; shares_extents: what is moved is shared with the inputs and costs no room
     seconds: by the rate of earlier merges here; requests: to an object store
@@ -79,7 +82,7 @@ class MergePlan(_Shown):
 
     bytes_to_move, shadowed_bytes, seconds, requests: of all merges; shadowed_bytes is what they drop
     needs_bytes: room that is needed at the worst moment; free_bytes: room that there is, where it is scarcest
-    unfinished: results of killed merges, which are settled first; plans: for `run`; idle: where there is no merge
+    unfinished: results of killed merges, which are settled first; steps: for `run`; idle: where there is no merge
     """
 
     image: Path
@@ -96,8 +99,24 @@ class MergePlan(_Shown):
     merges: tuple[PlannedMerge, ...]
     notices: tuple[str, ...]
     unfinished: tuple[Path, ...]
-    plans: tuple[MergeStep, ...] = Field(exclude=True, repr=False)
-    idle: MergeStep | None = Field(exclude=True, repr=False)
+    steps: tuple[InstanceOf[MergeStep], ...] = Field(exclude=True, repr=False)
+    idle: InstanceOf[MergeStep] | None = Field(exclude=True, repr=False)
+
+    @property
+    def rows(self) -> tuple[MergeRow, ...]:
+        """The merges as every plan shows them, lowest first."""
+        return tuple(
+            MergeRow(
+                layers=tuple(path.name for path in each.layers),
+                method=each.strategy,
+                bytes_to_move=each.bytes_to_move,
+                bytes_to_free=each.bytes_to_free,
+                needs_bytes=each.needs_bytes,
+                seconds=each.seconds,
+                shares_extents=each.shares_extents,
+            )
+            for each in self.merges
+        )
 
     @property
     def missing_bytes(self) -> int:
@@ -114,11 +133,11 @@ class MergePlan(_Shown):
             )
 
 
-def plan(request: Request) -> MergePlan:
+def plan(request: MergeRequest) -> MergePlan:
     """Look at the chain and decide; changes nothing.
 
-    Raises Conflict for a range with a held layer, Corrupt for a note that cannot be read (it may say so), and what
-    merge.plan.plan raises.
+    Raises Conflict for a range with a held layer, Corrupt for a note that cannot be read (it may be a hold), and as
+    `step.plan_step`.
     """
     rates = Rates.remembered()
     with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:
@@ -126,8 +145,6 @@ def plan(request: Request) -> MergePlan:
         _check_remove(chain, request)
         planner = _Planner(chain, request)
         if request.chooses:
-            from snapchain.merge.choose import choose
-
             chosen = choose(stack, request, rates, planner.plan, planner.others)
             ranges, stays, notices = chosen.ranges, chosen.stays, chosen.notices
         else:
@@ -158,7 +175,7 @@ def plan(request: Request) -> MergePlan:
             merges=merges,
             notices=tuple(notices),
             unfinished=of_all.unfinished,
-            plans=plans,
+            steps=plans,
             idle=idle,
         )
 
@@ -166,39 +183,29 @@ def plan(request: Request) -> MergePlan:
 class _Planner:
     """Plans ranges of one opened chain to the byte, each once."""
 
-    def __init__(self, chain: ImageChain, request: Request) -> None:
+    def __init__(self, chain: ImageChain, request: MergeRequest) -> None:
         self._chain, self._request = chain, request
         self._known: dict[MergeRange, MergeStep] = {}
         self.others = dependents_of_chain(chain, image_dirs=request.image_dirs)
 
     def plan(self, place: MergeRange) -> MergeStep:
         if place not in self._known:
-            wanted = asked(self._request, self._chain_paths(), place)
-            self._known[place] = decide(self._chain, wanted, others=self.others).plan
+            files = self._chain.files
+            wanted = self._request.of_range(files[place.first].real_path, files[place.last].real_path)
+            self._known[place] = decide(self._chain, wanted, others=self.others).step
         return self._known[place]
 
-    def _chain_paths(self) -> Sequence[Path]:
-        return [file.real_path for file in self._chain.files]
+
+def outlook(request: MergeRequest, *, present: dict[str, int]) -> list[tuple[Path, ...]]:
+    """The files of each merge that rules would choose, if each destination held so many files from the root on."""
+    with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:
+        planner = _Planner(chain, request)
+        found = choose(replace(look(chain), present=present), request, Rates.remembered(), planner.plan, planner.others)
+        paths = [file.real_path for file in chain.files]
+        return [tuple(paths[each.first : each.last + 1]) for each in found.ranges]
 
 
-def asked(request: Request, paths: Sequence[Path], place: MergeRange) -> Asked:
-    """One range of a request, as the merge of a range wants it. paths: the chain's, root first."""
-    return Asked(
-        image=request.image,
-        flatten=False,
-        from_layer=str(paths[place.first]),
-        to_layer=str(paths[place.last]),
-        strategy=request.strategy,
-        cluster_size=request.cluster_size,
-        keep_inputs=request.keep_inputs,
-        drop_bitmaps=request.drop_bitmaps,
-        image_format=request.image_format,
-        image_dirs=request.image_dirs,
-        confirmed=real_paths(request.remove),
-    )
-
-
-def _check_remove(chain: ImageChain, request: Request) -> None:
+def _check_remove(chain: ImageChain, request: MergeRequest) -> None:
     """Raises InvalidInput where --remove names a file that is not of this chain."""
     known = {file.real_path for file in chain.files}
     for path in real_paths(request.remove):
@@ -210,15 +217,10 @@ def _check_remove(chain: ImageChain, request: Request) -> None:
             )
 
 
-def _named(stack: Stack, request: Request) -> tuple[MergeRange, ...]:
+def _named(stack: Stack, request: MergeRequest) -> tuple[MergeRange, ...]:
     """The range that the user named, or all above the root. Raises Conflict when a layer of it is held."""
-    first, last = numbers(
-        stack.chain,
-        flatten=request.flatten,
-        from_layer=request.from_layer,
-        to_layer=request.to_layer,
-        journals=unsettled(file.real_path for file in stack.chain.files),
-    )
+    journals = unsettled(file.real_path for file in stack.chain.files)
+    first, last = numbers(stack.chain, request, journals)
     if first == last:
         return ()
     check_range(stack.chain, first, last, stack.holds)
@@ -242,7 +244,7 @@ def _not_there(stack: Stack, ranges: Sequence[MergeRange]) -> list[str]:
 def _merge(stack: Stack, planned: MergeStep, rates: Rates) -> PlannedMerge:
     held, visible = stack.after(planned.first, planned.last)
     return PlannedMerge(
-        layers=planned.chain[planned.first : planned.last + 1],
+        layers=planned.layers,
         first=planned.first,
         last=planned.last,
         result=planned.result,

@@ -1,4 +1,4 @@
-"""Carrying out a merge: settle what killed ones have left, lock, look again, work by the strategy, remove the inputs.
+"""Carrying out merges: settle what killed ones have left, lock, decide again, make the result, remove the inputs.
 
 Nobody can start a guest on any of the files meanwhile (QEMU's own locks).  Killed at any moment: the image reads as
 before, and the next run finishes or undoes by the journal.
@@ -6,8 +6,10 @@ before, and the next run finishes or undoes by the journal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -19,13 +21,15 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, scan
-from snapchain.merge import in_place, new_file, settle
-from snapchain.merge.amendment import Amendment
+from snapchain.merge import settle
 from snapchain.merge.inputs import KeptFile
 from snapchain.merge.journal import MergeJournal, taken, unsettled
 from snapchain.merge.methods import Method
-from snapchain.merge.step import Asked, MergeStep, decide
-from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.merge.plan import NOTHING, MergePlan
+from snapchain.merge.rates import remember as remember_rate
+from snapchain.merge.request import MergeRequest
+from snapchain.merge.step import MergeStep, decide, plan_step
+from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.model.merging import Strategy
 from snapchain.source.counted_sums import carry_over
 from snapchain.source.lineage import record
@@ -33,7 +37,7 @@ from snapchain.source.notes import Notes
 
 
 class StepReport(BaseModel):
-    """What `run` did. Sizes in bytes.
+    """What `run_step` did. Sizes in bytes.
 
     bytes_moved: shared with or copied into the result's file; bytes_freed: allocated by the inputs that went, less what
     the result allocates (below 0 when inputs were kept); removed, kept: the inputs; finished: results of earlier,
@@ -55,26 +59,157 @@ class StepReport(BaseModel):
     incomplete: str | None = None
 
 
-def run(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = ignore) -> StepReport:
+class _Shown(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Fault(_Shown):
+    """A merge that was not done, and why. kind, message: of the error; layers: its files, lowest first."""
+
+    layers: tuple[Path, ...]
+    kind: str
+    message: str
+
+
+class MergeReport(_Shown):
+    """What `run` did. Sizes in bytes.
+
+    result: the one of a single merge; strategy: of all merges, joined by '+'; bytes_moved, bytes_freed: of all
+    merges, lowest first, those that were done; failed: the others; removed, kept: inputs of all
+    finished: results of earlier, killed merges
+    incomplete: what the search for other users of the inputs could not look at, a sentence
+    """
+
+    image: Path
+    result: Path | None
+    strategy: str
+    layers_before: int
+    layers_after: int
+    bytes_moved: int
+    bytes_freed: int
+    seconds: float
+    requests: int
+    removed: tuple[Path, ...]
+    kept: tuple[KeptFile, ...]
+    finished: tuple[Path, ...]
+    merges: tuple[StepReport, ...]
+    failed: tuple[Fault, ...]
+    incomplete: str | None = None
+
+
+def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
+    """Do it. A merge that failed is in the report, where another merge of the plan was done.
+
+    Raises Unavailable when the room does not suffice, before anything is moved; what merge.run.run raises, when
+    nothing was merged; Conflict when the chain is no longer as planned.
+    """
+    planned.check_room()
+    done: list[StepReport] = []
+    failed: list[Fault] = []
+    first_error: SnapchainError | None = None
+    settled: list[Path] = []
+    began = time.monotonic()
+    for number, each in enumerate(reversed(planned.steps), start=1):
+        listener = _numbered(on_event, number, len(planned.steps))
+        try:
+            current = each if number == 1 else _again(each)
+            done.append(_timed(current, listener))
+        except SnapchainError as error:
+            first_error = first_error or error
+            failed.append(Fault(layers=each.layers, kind=error.kind, message=str(error)))
+            if number < len(planned.steps):
+                on_event(Notice(f"{each.result.name} was not merged, the others are: {error}"))
+    if first_error is not None and not done:
+        raise first_error
+    if not planned.steps:
+        settled = _settle_idle(planned, on_event)
+    return _report_all(planned, done[::-1], failed[::-1], settled, time.monotonic() - began)
+
+
+def _timed(planned: MergeStep, on_event: OnEvent) -> StepReport:
+    began = time.monotonic()
+    report = run_step(planned, on_event=on_event)
+    remember_rate(
+        planned.result.parent,
+        planned.strategy.value,
+        moved=report.bytes_moved,
+        seconds=time.monotonic() - began,
+        shared=planned.shares_extents,
+    )
+    return report
+
+
+def _again(step: MergeStep) -> MergeStep:
+    """One merge planned again after those above it were done. Raises Conflict when others changed its files."""
+    now = plan_step(step.request)
+    if now.layers != step.layers:
+        raise Conflict("its chain was changed meanwhile", subject=step.image, hint="run it again")
+    return now
+
+
+def _settle_idle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
+    """Nothing is to be merged; what killed merges have left is put in order all the same."""
+    if planned.idle is None or not planned.unfinished:
+        return []
+    return list(run_step(planned.idle, on_event=on_event).removed)
+
+
+def _numbered(on_event: OnEvent, number: int, count: int) -> OnEvent:
+    """Each merge of several has phases of its own."""
+    if count == 1:
+        return on_event
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Progress):
+            event = replace(event, phase=f"{event.phase} {number}/{count}")
+        on_event(event)
+
+    return listen
+
+
+def _report_all(
+    planned: MergePlan,
+    done: Sequence[StepReport],
+    failed: Sequence[Fault],
+    settled: Sequence[Path],
+    seconds: float,
+) -> MergeReport:
+    return MergeReport(
+        image=planned.image,
+        result=done[0].result if len(done) == 1 else None,
+        strategy="+".join(dict.fromkeys(each.strategy.value for each in done)) or NOTHING,
+        layers_before=planned.layers_before,
+        layers_after=planned.layers_before - sum(each.layers_before - each.layers_after for each in done),
+        bytes_moved=sum(each.bytes_moved for each in done),
+        bytes_freed=sum(each.bytes_freed for each in done),
+        seconds=round(seconds, 3),
+        requests=0,
+        removed=(*settled, *(path for each in reversed(done) for path in each.removed)),
+        kept=tuple(kept for each in reversed(done) for kept in each.kept),
+        finished=planned.unfinished,
+        merges=tuple(done),
+        failed=tuple(failed),
+        incomplete=next(filter(None, (each.incomplete for each in done)), None),
+    )
+
+
+def run_step(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = ignore) -> StepReport:
     """Do it. noted: what the result was made of is recorded beside it (source/notes.py).
 
-    Raises Busy when somebody has a file of the chain open, Conflict when it is no longer as planned, Unavailable when
+    Raises Busy when a file of the chain is open elsewhere, Conflict when it is no longer as planned, Unavailable when
     room would not suffice, Corrupt when the result is not the same as the inputs: then nothing was changed.
     """
     leftovers = _settle(planned, on_event)
     if planned.strategy is Strategy.NOTHING:
         return _report(planned, leftovers)
-    with _locks(planned, on_event) as locks, _chain(planned) as (old, way):
+    with _locks(planned, on_event) as locks, _chain(planned) as (old, method):
         _check_room(planned)
         for sentence in Notes().ignored(file.resolved for file in old.files):
             on_event(Notice(sentence))
         # The uppermost input goes, too, unless it gets a second name.
         gone = [*planned.remove, *([] if planned.kept_as else [planned.result])]
         before = sum(_allocated(path) for path in gone)
-        if isinstance(way.work, Amendment):
-            journal = in_place.make(planned, way.work, old, locks=locks, on_event=on_event)
-        else:
-            journal = new_file.make(planned, way.work, old, locks=locks, on_event=on_event)
+        journal = method.make(planned, old, locks=locks, on_event=on_event)
         if journal.unmarked is not None:
             on_event(Notice.of(planned.result, f"its journal bears no mark of this user: {journal.unmarked}"))
         if noted:
@@ -82,23 +217,20 @@ def run(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = ignore) -
         settled = settle.finish(journal)
         if noted:
             _carry_over(planned, old, on_event)
-        removed = settled.removed
-        if planned.strategy is Strategy.COMMIT:
-            removed.append(journal.journal.lowest)
     return _report(
         planned,
         settle.Settled(
-            [*leftovers.removed, *removed],
+            [*leftovers.removed, *settled.removed],
             (*leftovers.kept, *settled.kept),
             leftovers.incomplete or settled.incomplete,
         ),
-        moved=way.bytes_moved,
+        moved=method.bytes_moved,
         freed=before - sum(_allocated(path) for path in [planned.result, *planned.remove]),
     )
 
 
 def _note(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
-    """So that a shipment knows the inputs again in the result. The merge is done, with this or without."""
+    """Record what the result was made of, so that a shipment recognises the inputs in it. The merge is done already."""
     try:
         is_top = planned.last == len(old.files) - 1
         record(old.files[planned.first : planned.last + 1], planned.result, is_top=is_top)
@@ -107,12 +239,13 @@ def _note(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
 
 
 def _carry_over(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
-    """So that a sender need not read the result again to know what it shows."""
+    """Keep the content sums of the views, so that a sender need not read the result again."""
+    request = planned.request
     try:
         carry_over(
-            planned.image,
+            request.image,
             old,
-            lambda: scan(planned.image, format=planned.image_format, image_dirs=planned.image_dirs),
+            lambda: scan(request.image, format=request.image_format, image_dirs=request.image_dirs),
             first=planned.first,
             last=planned.last,
             on_event=on_event,
@@ -171,7 +304,7 @@ def _goes_on(planned: MergeStep, journal: MergeJournal) -> bool:
 
 @contextmanager
 def _locks(planned: MergeStep, on_event: OnEvent) -> Iterator[list[ImageLock]]:
-    """All files locked against writers, the inputs once found free of anybody; gives the inputs' locks."""
+    """Locks all files against writers, and the inputs against everybody once; the inputs' locks."""
     with ExitStack() as stack:
         inputs: list[ImageLock] = []
         open_files = OpenFiles()
@@ -181,7 +314,7 @@ def _locks(planned: MergeStep, on_event: OnEvent) -> Iterator[list[ImageLock]]:
                 ImageLock(path, LockMode.WRITE if is_input else LockMode.READ, open_files=open_files)
             )
             if is_input:
-                if planned.strategy is Strategy.NEW:
+                if not planned.strategy.writes_inputs:
                     lock.change(LockMode.READ)  # others may read it until the switch
                 inputs.append(lock)
             if not lock.enforced:
@@ -192,33 +325,13 @@ def _locks(planned: MergeStep, on_event: OnEvent) -> Iterator[list[ImageLock]]:
 @contextmanager
 def _chain(planned: MergeStep) -> Iterator[tuple[ImageChain, Method]]:
     """The chain, scanned under the locks and still as planned."""
-    asked = Asked(
-        image=planned.image,
-        flatten=False,
-        from_layer=str(planned.chain[planned.first]),
-        to_layer=str(planned.chain[planned.last]),
-        strategy=planned.strategy,
-        cluster_size=planned.cluster_size if planned.strategy is Strategy.NEW else None,
-        keep_inputs=planned.keep_inputs,
-        drop_bitmaps=planned.drop_bitmaps,
-        image_format=planned.image_format,
-        image_dirs=planned.image_dirs,
-        confirmed=planned.confirmed,
-    )
-    # What room there is, what killed merges had left, and how far the search came, may be otherwise now.
-    passing: dict[str, object] = {
-        "free_bytes": 0,
-        "needs_bytes": 0,
-        "unfinished": (),
-        "kept_as": None,
-        "incomplete": None,
-    }
-    with scan(planned.image, format=planned.image_format, image_dirs=planned.image_dirs) as chain:
-        decision = decide(chain, asked)
-        if decision.plan.model_copy(update=passing) != planned.model_copy(update=passing):
-            raise Conflict("it was changed after the merge was planned", subject=planned.image, hint="run it again")
-        assert decision.way is not None
-        yield chain, decision.way
+    request = planned.request
+    with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:
+        decision = decide(chain, request)
+        if not planned.is_still(decision.step):
+            raise Conflict("it was changed after the merge was planned", subject=request.image, hint="run it again")
+        assert decision.method is not None
+        yield chain, decision.method
 
 
 def _check_room(planned: MergeStep) -> None:
@@ -255,3 +368,27 @@ def _report(planned: MergeStep, inputs: settle.Settled, *, moved: int = 0, freed
         finished=planned.unfinished,
         incomplete=planned.incomplete or inputs.incomplete,
     )
+
+
+def recover(
+    journal: MergeJournal, *, image_dirs: Sequence[Path] = (), noted: bool = True, on_event: OnEvent
+) -> settle.Settled:
+    """Finish a killed merge, or undo it. Errors as `settle.settle` and `run_step`.
+
+    image_dirs: as of `settle.settle`; noted: as of `run_step`
+    """
+    if journal.stage != "committing" or settle.switched(journal):
+        return settle.settle(journal, image_dirs=image_dirs)
+    step = plan_step(
+        MergeRequest(
+            image=journal.replaced.path,
+            image_format="qcow2",
+            image_dirs=(*journal.search, *image_dirs),
+            from_layer=str(journal.lowest),
+            strategy=Strategy.COMMIT,
+            drop_bitmaps=True,
+            remove=journal.confirmed,
+        )
+    )
+    report = run_step(step, noted=noted, on_event=on_event)
+    return settle.Settled(list(report.removed), report.kept, report.incomplete)

@@ -1,17 +1,19 @@
-"""A chain as a merge sees it: what each layer holds, what of that is hidden, who wants it to stay, who has it."""
+"""A chain as a merge sees it: what each layer holds, how much of it is hidden, its holds, and where it was shipped."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from snapchain.errors import NotFound
 from snapchain.image import ImageChain
 from snapchain.merge.request import At
 from snapchain.model.chain import Chain, Layer
 from snapchain.model.economics import RangeGains, gains_of, hidden_by
 from snapchain.model.extents import Int64s
-from snapchain.ops.hold import held_layers
+from snapchain.model.fingerprint import Fingerprint, same_file
+from snapchain.model.inventory import UpToDate, Wanted, missing
+from snapchain.source.holds import held_layers
 from snapchain.source.lineage import lineage, note_of, sealed_at
 from snapchain.source.notes import Hold, Notes
 
@@ -20,7 +22,7 @@ from snapchain.source.notes import Hold, Notes
 class Stack:
     """hidden: see economics.hidden_by; present: for each destination by name, how many files from the root it holds.
 
-    holds: by place; sealed: for each file the time and the labels, also for the top, whose time says little
+    holds: by place; sealed: for each file the time and the labels, also for the top, whose time means little
     """
 
     chain: ImageChain
@@ -54,11 +56,10 @@ class Stack:
 
 
 def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
-    """Of an opened chain. Raises what cannot be read of its notes: a hold may be among that."""
+    """Of an opened chain. Raises what reading the notes raises: a note that cannot be read may be a hold."""
     notes = Notes()
-    faults = notes.faults(file.resolved for file in chain.files)
-    if faults:
-        raise faults[0]
+    for fault in notes.faults(file.resolved for file in chain.files):
+        raise fault
     places = range(len(chain.files))
     # Not by file.extents, which a file keeps as long as it is open.
     layers = [Layer(str(at), chain.files[at].shown_extents(), str(at - 1) if at else None) for at in places]
@@ -69,17 +70,16 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
         hidden=hidden,
         gains=gains_of(hidden),
         holds=held_layers(chain, notes),
-        present={each.name: _present(chain, notes, each) for each in destinations},
+        present={
+            each.name: count for each, count in zip(destinations, _present(chain, notes, destinations), strict=True)
+        },
         sealed=tuple(sealed_at(file, note_of(file, notes)) for file in chain.files),
     )
 
 
-def _present(chain: ImageChain, notes: Notes, at: At) -> int:
-    """How many files, from the root on, the destination holds: told from its catalogue, without reading any data."""
-    from snapchain.ops.ship.run import ShipRequest, plan_opened
-
-    try:
-        request = ShipRequest(image=chain.top.path, disk=at.disk, lineage=lineage(chain, notes))
-        return plan_opened(request, chain, at.destination).layers_present
-    except NotFound:
-        return 0
+def _present(chain: ImageChain, notes: Notes, destinations: Sequence[At]) -> list[int]:
+    """How many files, from the root on, each destination holds: by its records, without reading any data."""
+    known = {each.source.content_key: each for each in lineage(chain, notes) if isinstance(each.source, Fingerprint)}
+    want = [known.get(file.fingerprint.content_key, Wanted(file.fingerprint)) for file in chain.files]
+    found = [missing(each.layers, want, same=same_file) for each in destinations]
+    return [len(want) if isinstance(each, UpToDate) else each.first for each in found]

@@ -32,10 +32,11 @@ from snapchain.host.temporary_names import MERGE, NEW, RESTORE, SNAPSHOT, Tempor
 from snapchain.image import scan
 from snapchain.image.dependent_search import Kind as Use, find_dependents
 from snapchain.image.dependents import describe
-from snapchain.merge import journal as journals, recover
+from snapchain.merge import journal as journals
 from snapchain.merge.inputs import KeptFile
 from snapchain.merge.journal import MergeJournal, is_journal, read
-from snapchain.merge.settle import Settled
+from snapchain.merge.run import recover
+from snapchain.merge.settle import Settled, describe as describe_merge
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.source.notes import Notes, is_note
 
@@ -228,7 +229,7 @@ def _notes(place: Path, accepted: Collection[Path]) -> Iterator[Finding]:
 def _merge(path: Path, is_accepted: bool) -> Finding:  # noqa: FBT001 - a finding's own
     try:
         journal = journals.unproven(path) if is_accepted else read(path)
-        says, remedy = recover.described(journal)
+        says, remedy = describe_merge(journal)
     except SnapchainError as error:
         return Finding(
             path=path,
@@ -300,7 +301,7 @@ def _done(finding: Finding, planned: DoctorPlan, on_event: OnEvent) -> Settled:
     if finding.kind is Kind.MERGE:
         if is_accepted:
             journals.accept(finding.path)
-        return recover.recover(read(finding.path), image_dirs=planned.image_dirs, on_event=on_event)
+        return recover(read(finding.path), image_dirs=planned.image_dirs, on_event=on_event)
     with os_errors(finding.path), Directory.open(finding.path.parent) as directory:
         if finding.kind is Kind.SECOND_NAME:
             return _remove_second_name(finding, directory, planned.image_dirs)

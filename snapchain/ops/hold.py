@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import place_to_change
-from snapchain.host.terminal import shell_line
-from snapchain.image import ImageChain
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.holds import check_tag
-from snapchain.source.lineage import note_of
-from snapchain.source.notes import LET_THEM, Hold, LayerNote, Notes
+from snapchain.source.holds import held_by_another
+from snapchain.source.notes import Hold, LayerNote, Notes
 
 if TYPE_CHECKING:
     from snapchain.destination.reading import ReadableDestination
@@ -64,7 +62,7 @@ def release_image(path: Path, tag: str, *, dry_run: bool = False) -> HoldReport:
     file = _file(path, may_be_gone=True)
     held = {hold.tag: hold for hold in Notes().of(file).holds}
     if tag in held and held[tag].word_of is not None:
-        raise word_against(held[tag], file)
+        raise held_by_another(held[tag], file)
 
     def released(note: LayerNote) -> LayerNote:
         left = tuple(each for each in note.holds if each.tag != tag)
@@ -116,38 +114,6 @@ def release_point(
     wanted = _named(destination, disk, point)
     number, holds = destination.release(disk, wanted, tag, dry_run=dry_run, on_event=on_event)
     return _of_point(destination, disk, number, holds)
-
-
-def held_layers(chain: ImageChain, notes: Notes) -> dict[int, tuple[Hold, ...]]:
-    """The places of a chain, 0 for the root, whose files are held, with their holds."""
-    found = ((place, note_of(file, notes).holds) for place, file in enumerate(chain.files))
-    return {place: holds for place, holds in found if holds}
-
-
-def check_range(chain: ImageChain, first: int, last: int, holds: dict[int, tuple[Hold, ...]]) -> None:
-    """Raises Conflict when a merge of layers `first` to `last` would take a file that is held."""
-    for place in range(first, last + 1):
-        if place in holds:
-            hold, path = holds[place][0], chain.files[place].path
-            if hold.word_of is not None:
-                raise word_against(hold, path)
-            why = f" ({hold.reason})" if hold.reason else ""
-            release = ("snapchain", "release", path, "--tag", hold.tag)
-            raise Conflict(
-                f"it is held under {hold.tag!r} since {hold.since:%Y-%m-%d}{why}, so it cannot be merged",
-                subject=path,
-                hint=f"{shell_line(release)}, or merge layers on one side of it (--from, --to)",
-            )
-
-
-def word_against(hold: Hold, path: Path) -> Conflict:
-    """The error for a file that is held by nothing but another user's note."""
-    assert hold.word_of is not None
-    return Conflict(
-        f"a note of user {hold.word_of.user} says that it is held, so it cannot be changed",
-        subject=path,
-        hint=f"if that is wrong, remove {hold.word_of.note}; else {LET_THEM}",
-    )
 
 
 def _named(destination: ReadableDestination, disk: str, point: str | None) -> str:

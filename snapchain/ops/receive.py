@@ -7,7 +7,6 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.host.channel import Channel
-from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.receiver import begun, receive
 
 
@@ -53,7 +52,7 @@ def receive_stream(channel: Channel, root: Path) -> ReceiveReport:
     Raises Corrupt for what is no sound stream, Unavailable when it ends early: received again, it goes on from there.
     """
     root = root.absolute()
-    received = receive(channel, root, engine=ReplicaEngine())
+    received = receive(channel, root)
     return ReceiveReport(
         disk=received.disk,
         destination=f"dir:{root}",

@@ -13,7 +13,6 @@ from snapchain.errors import NotFound
 from snapchain.host.channel import stdio_channel
 from snapchain.host.lanes import accept_lanes
 from snapchain.replica.access import group_number
-from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.permissions import parse_permissions
 from snapchain.replica.receiver import receive
 
@@ -38,4 +37,4 @@ def serve_stdio(
     channel = accept_lanes(stdio_channel(patience=PATIENCE))
     if channel is not None:  # else this process was a lane of another's
         with channel:
-            receive(channel, within=root, engine=ReplicaEngine(), permissions=permissions, group=number)
+            receive(channel, within=root, permissions=permissions, group=number)

@@ -34,7 +34,7 @@ from snapchain.model.content import Sum, content_id, empty_sum, encode_sum
 from snapchain.model.extents import Extents
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, empty_catalogue
-from snapchain.replica.merge_journal import Engine, settle_merge
+from snapchain.replica.merge_journal import settle_merge
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.layers import Arrived, DataRuns, Part
 from snapchain.replica.stream.messages import MAX_LAYERS, LayerOffer, Partial
@@ -315,10 +315,10 @@ def forget(disk: ReplicaDisk) -> None:
     remove(disk.path(names.INCOMING))
 
 
-def settle(disk: ReplicaDisk, engine: Engine | None = None) -> Catalogue:
+def settle(disk: ReplicaDisk) -> Catalogue:
     """Finish what a killed run had finished but for the catalogue; the catalogue as it is then. Under the lock.
 
-    engine: for a merge that was killed; without one that is left alone. Raises as `settle_merge`.
+    Raises as `settle_merge`.
     """
     for record in (names.CATALOGUE, names.PROGRESS, names.MERGING):
         remove_temporaries(disk.path(record), purpose=NEW)
@@ -326,7 +326,7 @@ def settle(disk: ReplicaDisk, engine: Engine | None = None) -> Catalogue:
     progress = read_progress(disk)
     if progress is not None and progress.finished is not None:
         catalogue = publish(disk, catalogue, progress.finished)
-    return settle_merge(disk, catalogue, engine)
+    return settle_merge(disk, catalogue)
 
 
 def publish(disk: ReplicaDisk, catalogue: Catalogue, layer: Layer) -> Catalogue:

@@ -6,7 +6,6 @@ the other.  Files that it does not name are not part of the disk.
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     StringConstraints,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
-from snapchain.host.files import directory_of, read_small, write_in
+from snapchain.errors import Unsupported
+from snapchain.host.files import directory_of, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
@@ -46,12 +44,12 @@ from snapchain.replica.stream.messages import (
     LayerId,
     PointNumber,
 )
+from snapchain.source.handed_over import HandedOver, read_checked
 
 LARGEST_FILE = 16 << 20
 """Bytes of a record: no more are ever read, so no more are ever written."""
 FOR_A_POINT, FOR_CHANGES = 512 << 10, 512 << 10
 """What a new layer leaves free in the catalogue for a point on it, and both leave for merges and handovers."""
-_CHECK = re.compile(rb',\n "check": "([0-9a-f]{64})"\n}\n\Z')
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -87,17 +85,6 @@ class Point(BaseModel):
         if not fields.get("holds"):
             fields.pop("holds", None)
         return fields
-
-
-class HandedOver(BaseModel):
-    """The disk was given to this host. token: of the handover; overlay: the file that its guest writes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    token: LayerId
-    epoch: int = Field(ge=2, le=LARGEST_EPOCH)
-    overlay: Annotated[str, StringConstraints(max_length=300)]
-    time: AwareDatetime
 
 
 class Catalogue(BaseModel):
@@ -166,29 +153,8 @@ def empty_catalogue(disk: str) -> Catalogue:
 
 
 def read_record(shape: type[M], path: Path) -> M | None:
-    """A small JSON file of snapchain's own; None when it is not there.
-
-    Its last field, `check`, is the BLAKE3 of all that stands before it: a label or a time is sound in itself, whatever
-    it says, and a point must not be found by a wrong one. A file without it is older than that.
-    Raises Corrupt, and InvalidInput for a user who may not read it.
-    """
-    try:
-        text = read_small(path, cap=LARGEST_FILE)
-    except NotFound:
-        return None
-    except InvalidInput as error:
-        if isinstance(error.__cause__, PermissionError):
-            raise
-        raise Corrupt(error.message, subject=path) from error
-    if (check := _CHECK.search(text)) is not None:
-        if blake3(text[: check.start()]).hexdigest().encode() != check[1]:
-            raise Corrupt("it is not what was written: its check is wrong", subject=path)
-        text = text[: check.start()] + b"}"
-    try:
-        return shape.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise Corrupt(f"it is unsound: {first['loc']}: {first['msg']}", subject=path) from error
+    """A small JSON file of snapchain's own; errors as `read_checked`."""
+    return read_checked(shape, path, cap=LARGEST_FILE)
 
 
 def write_record(path: Path, record: BaseModel, *, access: Access, reserve: int = 0) -> None:

@@ -14,16 +14,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from snapchain.errors import InvalidInput, SnapchainError
 from snapchain.host import ssh
 from snapchain.host.channel import PATIENCE, Channel
 from snapchain.host.ssh import RemoteAddress, SshProgram, is_remote, open_ssh, open_ssh_lanes, parse_remote_address
 from snapchain.replica.stream.compression import Link
-
-if TYPE_CHECKING:
-    from snapchain.replica.merge_journal import Engine
 
 _PIPE_BYTES = 1 << 20
 
@@ -51,10 +48,8 @@ class Endpoint(Protocol):
 class DirectoryEndpoint:
     """A replica in a directory of this machine, or of a share that is mounted here."""
 
-    def __init__(self, directory: Path, *, patience: float = PATIENCE, engine: Engine | None = None) -> None:
-        """engine: of the receiver, which merges layers."""
+    def __init__(self, directory: Path, *, patience: float = PATIENCE) -> None:
         self._directory = directory.absolute()
-        self._engine = engine
         self._patience = patience
 
     @property
@@ -80,7 +75,7 @@ class DirectoryEndpoint:
         def serve() -> None:
             with theirs:
                 try:
-                    receive(theirs, self._directory, engine=self._engine)
+                    receive(theirs, self._directory)
                 except SnapchainError:
                     pass  # the sender was told, and raises it
                 except BaseException as error:  # noqa: BLE001 -- raised again below
@@ -97,11 +92,8 @@ class DirectoryEndpoint:
                 raise broken[0]
 
 
-def open_endpoint(url: str, *, connections: int = 1, engine: Engine | None = None) -> Endpoint:
-    """The replica at ssh://[user@]host/path or dir:/path. Touches nothing. Raises InvalidInput.
-
-    engine: what merges layers, where the receiver is here
-    """
+def open_endpoint(url: str, *, connections: int = 1) -> Endpoint:
+    """The replica at ssh://[user@]host/path or dir:/path. Touches nothing. Raises InvalidInput."""
     if is_remote(url):
         return SshEndpoint(parse_remote_address(url), connections=connections)
     scheme, _, path = url.partition(":")
@@ -109,7 +101,7 @@ def open_endpoint(url: str, *, connections: int = 1, engine: Engine | None = Non
         raise InvalidInput(
             "not an address of a replica", subject=url, hint="write dir:/path, or ssh://[user@]host/path"
         )
-    return DirectoryEndpoint(Path(path), engine=engine)
+    return DirectoryEndpoint(Path(path))
 
 
 def _pair(url: str, patience: float) -> tuple[Channel, Channel]:

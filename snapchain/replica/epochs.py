@@ -13,8 +13,9 @@ from snapchain.errors import Conflict
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.replica import names
-from snapchain.replica.catalogue import Catalogue, HandedOver, read_record
+from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.store import ReplicaDisk
+from snapchain.source.handed_over import HandedOver
 
 _FIRST_EPOCHS = 1 << 16
 """In which a sender may begin a disk that is new here: it may have been handed over elsewhere before."""
@@ -102,25 +103,3 @@ def overlay_of(disk: ReplicaDisk, handover: HandedOver) -> Path:
     folder, _, name = handover.overlay.partition("/")
     subject = str(disk.path(names.CATALOGUE))
     return disk.path(names.ACTIVE) / names.check_offered(name if folder == names.ACTIVE else "", subject=subject)
-
-
-def epoch_of_overlay(path: Path) -> int:
-    """The epoch in which a disk was handed over to this host, for a file in the `active` directory of a replica's disk.
-
-    1 for all other files, and where nothing was handed over. Raises Corrupt for a catalogue that cannot be read.
-    """
-    handover = _handover(path)
-    return 1 if handover is None else handover.epoch
-
-
-def epoch_handed(path: Path) -> int:
-    """The same, but only for the very file that was made for the guest then."""
-    handover = _handover(path)
-    return 1 if handover is None or handover.overlay != f"{names.ACTIVE}/{path.name}" else handover.epoch
-
-
-def _handover(path: Path) -> HandedOver | None:
-    if path.parent.name != names.ACTIVE:
-        return None
-    catalogue = read_record(Catalogue, path.parent.parent / names.CATALOGUE)
-    return None if catalogue is None else catalogue.handover

@@ -25,7 +25,7 @@ from snapchain.model.events import ByteCount
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue, Layer, Point
-from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
+from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.status import held_point
@@ -71,7 +71,7 @@ def answer(receiver: Receiver, request: Fetch) -> None:
     """
     session = receiver.session
     disk = open_replica(receiver.root(request.replica)).disk(request.disk)
-    with _opened(disk, lambda catalogue: _point(disk, catalogue, request.point), receiver.engine) as found:
+    with _opened(disk, lambda catalogue: _point(disk, catalogue, request.point)) as found:
         outbox = SendQueue(session.channel, session.writer)
         try:
             _Giving(request, disk, found, outbox, with_holds=Feature.HOLD in session.features).run()
@@ -90,7 +90,7 @@ def answer_leaves(current: Transfer, request: WantLeaves) -> None:
     Raises Diverged when the newest layer is another one by now, Corrupt or Busy as `answer`.
     """
     session, disk = current.session, current.disk
-    with _opened(disk, lambda catalogue: _newest(disk, catalogue, request.layer), current.receiver.engine) as found:
+    with _opened(disk, lambda catalogue: _newest(disk, catalogue, request.layer)) as found:
         chain, record = found.chain, found.layers[-1]
         count = ByteCount(
             data_leaves(chain).data_bytes,
@@ -231,25 +231,22 @@ def _newest(disk: ReplicaDisk, catalogue: Catalogue, wanted: str) -> tuple[Point
 
 
 @contextmanager
-def _opened(
-    disk: ReplicaDisk, choose: Callable[[Catalogue], tuple[Point | None, str]], engine: Engine | None
-) -> Iterator[_Opened]:
+def _opened(disk: ReplicaDisk, choose: Callable[[Catalogue], tuple[Point | None, str]]) -> Iterator[_Opened]:
     """A chain whose files are locked for reading. choose: (point, id of the layer that is its top).
 
     An error counts only if the catalogue has not changed since. Raises NotFound, Busy, Corrupt, and as `choose`.
     """
     with ExitStack() as held:
-        yield _open(disk, choose, held, engine)
+        yield _open(disk, choose, held)
 
 
 def _open(
     disk: ReplicaDisk,
     choose: Callable[[Catalogue], tuple[Point | None, str]],
     held: ExitStack,
-    engine: Engine | None,
 ) -> _Opened:
     for _ in range(_ATTEMPTS):
-        wait_for_merge(disk, engine=engine)
+        wait_for_merge(disk)
         catalogue = disk.read()
         if catalogue is None:
             raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)

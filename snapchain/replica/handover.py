@@ -28,8 +28,8 @@ from snapchain.image.overlay import write_overlay
 from snapchain.image.qcow2.header import Backing
 from snapchain.replica import names
 from snapchain.replica.arrival import settle
-from snapchain.replica.catalogue import Catalogue, HandedOver, empty_catalogue
-from snapchain.replica.merge_journal import Engine, others_on, undisturbed
+from snapchain.replica.catalogue import Catalogue, empty_catalogue
+from snapchain.replica.merge_journal import others_on, undisturbed
 from snapchain.replica.status import verify_disk
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import (
@@ -43,6 +43,7 @@ from snapchain.replica.stream.messages import (
     Standing,
     Step,
 )
+from snapchain.source.handed_over import HandedOver
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver, Transfer
@@ -101,13 +102,13 @@ class _Case:
 
 def answer(receiver: Receiver, request: Handover) -> None:
     """HANDOVER. Raises as `hand_over`."""
-    handed = hand_over(request, receiver.root(request.replica), receiver.engine)
+    handed = hand_over(request, receiver.root(request.replica))
     receiver.session.reply(Kind.HANDED, handed)
     receiver.session.done()
 
 
-def hand_over(asked: Handover, root: Path, engine: Engine | None = None) -> Handed:
-    """Do what is asked, for all disks or none. engine: for a merge of one's layers that was killed.
+def hand_over(asked: Handover, root: Path) -> Handed:
+    """Do what is asked, for all disks or none.
 
     Raises NotFound for a disk that is not here, Busy when one is being changed or its overlay is open, Conflict where
     a disk is not as it was prepared, another host has taken it over, or a guest has written to what is to go back.
@@ -122,7 +123,7 @@ def hand_over(asked: Handover, root: Path, engine: Engine | None = None) -> Hand
             stack.enter_context(in_turn(disk, Work.TRANSFER))
             if disk.read() is None:
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
-        cases = [_case(replica.disk(each.disk), each, engine) for each in asked.disks]
+        cases = [_case(replica.disk(each.disk), each) for each in asked.disks]
         if asked.step is Step.GIVE:
             cases = _give(cases, asked.token, stack)
         elif asked.step is Step.BACK:
@@ -130,8 +131,8 @@ def hand_over(asked: Handover, root: Path, engine: Engine | None = None) -> Hand
     return Handed(disks=tuple(_standing(case, asked.token) for case in cases))
 
 
-def _case(disk: ReplicaDisk, asked: HandedDisk, engine: Engine | None) -> _Case:
-    catalogue = settle(disk, engine)
+def _case(disk: ReplicaDisk, asked: HandedDisk) -> _Case:
+    catalogue = settle(disk)
     look = look_at_active(disk, catalogue, asked.overlay.model_copy(update={"make": False, "prove": False}))
     return _Case(disk, catalogue, asked, look.directory, look.file, look.state)
 
@@ -231,7 +232,6 @@ def answer_active(current: Transfer, offer: Active) -> None:
         found = undisturbed(
             disk,
             lambda: look_at_active(disk, disk.read() or empty_catalogue(disk.name), offer),
-            engine=current.receiver.engine,
             is_fine=lambda seen: seen.state is ActiveState.READY and not seen.broken,
         )
     else:

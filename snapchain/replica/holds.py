@@ -69,7 +69,7 @@ def _answer(
     else:
         _chosen(disk, disk.read(), request.point)  # nothing is locked for a disk that is not there
         with in_turn(disk, Work.TRANSFER):
-            catalogue = settle(disk, receiver.engine)
+            catalogue = settle(disk)
             point = _chosen(disk, catalogue, request.point)
             kept = point.model_copy(update={"holds": changed(point)})
             points = tuple(kept if each.point == point.point else each for each in catalogue.points)

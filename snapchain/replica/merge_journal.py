@@ -1,10 +1,10 @@
-"""A merge of a disk's layers that is under way: the record that tells of it, and what is left to do after a crash.
+"""The record of a merge of a disk's layers that is under way, and what is left to do after a crash.
 
-    .merging.json      which layers are to be one; from before a file is touched until the catalogue says so
+    .merging.json      which layers become one; written before a file is changed, removed when the catalogue has it
 
-Whoever finds it and gets the disk's lock has met a merge that was killed: its engine finishes or undoes what it did to
-the files, and then they tell what they are, the old list of layers or the new one.  Who reads without the lock may see
-the files of one and the catalogue of the other meanwhile: what it finds wrong then is nothing, and it looks again.
+A process that finds the record and gets the disk's lock has met a merge that was killed.  The merge engine finishes
+or undoes the work on the files; they then are the old list of layers or the new one.  A reader without the lock may see
+the files of one list and the catalogue of the other: what it finds wrong meanwhile does not count, and it looks again.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.host.directory import place_to_change, resolve
 from snapchain.host.files import directory_of, remove, set_mode
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
 from snapchain.image.dependents import Dependents, search
+from snapchain.merge import journal as merge_journal
+from snapchain.model.events import ignore
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, joined
 from snapchain.replica.store import ReplicaDisk, Work
@@ -35,65 +37,12 @@ from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
 _PATIENCE = 60.0
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 20
-"""Looks that a merge may spoil. Each takes milliseconds."""
-OnBytes = Callable[[int, int], None]
+"""How often a reader looks again, since a merge changed the files meanwhile. Each look takes milliseconds."""
 T = TypeVar("T")
 
 
-class Done(Protocol):
-    """What a merge did. Sizes in bytes."""
-
-    @property
-    def bytes_moved(self) -> int: ...
-
-    @property
-    def bytes_freed(self) -> int: ...
-
-
-class Planned(Protocol):
-    """A merge that may be done. needs_bytes: room beside its inputs; shadowed_bytes: overwritten data that goes."""
-
-    @property
-    def strategy(self) -> str: ...
-
-    @property
-    def bytes_to_move(self) -> int: ...
-
-    @property
-    def needs_bytes(self) -> int: ...
-
-    @property
-    def shadowed_bytes(self) -> int: ...
-
-    def run(self, *, on_bytes: OnBytes) -> Done:
-        """Do it: the result has the path of the uppermost, the others are gone. Whatever it raises, nothing is lost.
-
-        on_bytes: told how much of the data is moved, and of how much; what it raises ends the merge
-        """
-        ...
-
-
-class Engine(Protocol):
-    """What merges neighbouring files of one chain. members: lowest first, with real paths; others stay as they are."""
-
-    def plan(self, tip: Path, members: Sequence[Path], *, image_dirs: Sequence[Path]) -> Planned:
-        """Look; changes nothing. tip: of the chain; image_dirs: where images may depend on the members, too.
-
-        Raises Conflict, Busy, Unsupported or InvalidInput for what cannot be merged, and as it is why.
-        """
-        ...
-
-    def pending(self, members: Sequence[Path]) -> bool:
-        """Whether a merge of these was begun, and has come neither to its end nor back."""
-        ...
-
-    def settle(self, members: Sequence[Path]) -> None:
-        """Finish what a killed merge of these had begun, or undo it. Raises Busy while somebody has one open."""
-        ...
-
-
 class Merging(BaseModel):
-    """The record. members: layers, lowest first, of which the uppermost is to be all."""
+    """The record. members: layers, lowest first, that are merged into the uppermost."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,14 +51,14 @@ class Merging(BaseModel):
 
 
 def begin(disk: ReplicaDisk, members: Sequence[Layer]) -> None:
-    """Note, durably, that these are to become one."""
+    """Record, durably, that these become one."""
     disk.put(names.MERGING, Merging(members=tuple(layer.id for layer in members)))
 
 
-def settle_merge(disk: ReplicaDisk, catalogue: Catalogue, engine: Engine | None) -> Catalogue:
+def settle_merge(disk: ReplicaDisk, catalogue: Catalogue) -> Catalogue:
     """Finish or undo a merge that was killed; the catalogue as it is then. Under the lock.
 
-    Raises Unsupported where there is one and no engine, and what the engine raises: then all is as before.
+    Raises Busy while a member is open elsewhere, and as merge.run.recover: then all is as before.
     """
     record = disk.record(Merging, names.MERGING)
     if record is None:
@@ -124,23 +73,31 @@ def settle_merge(disk: ReplicaDisk, catalogue: Catalogue, engine: Engine | None)
                 subject=disk.path(names.MERGING),
                 hint="somebody has changed the record; verify the disk, and remove the record if nothing is wrong",
             )
-        if engine is None:
-            raise Unsupported(
-                "a merge of this disk was interrupted, and this program cannot finish it",
-                subject=disk.directory,
-                hint="run `snapchain merge` on that disk, or send to it",
-            )
         paths = [real_path(disk, layer) for layer in members]
         with unlocked([paths[0], paths[-1]]):
-            engine.settle(paths)
+            _settle_files(paths[-1])
         return conclude(disk, catalogue, members)
     # Only the end of it is left: the catalogue does not name them any more.
     remove(disk.path(names.MERGING))
     return catalogue
 
 
+def _settle_files(uppermost: Path) -> None:
+    """Finish or undo what a killed merge has done to the files of which this is the uppermost."""
+    from snapchain.merge.run import recover  # inside: few disks have met a merge that was killed
+
+    for journal in merge_journal.unsettled([uppermost]):
+        recover(journal, noted=False, on_event=ignore)
+    merge_journal.sweep(uppermost)
+
+
+def is_begun(members: Sequence[Path]) -> bool:
+    """Whether a merge of these files, lowest first, was begun and is neither finished nor undone."""
+    return bool(merge_journal.unsettled([members[-1]]))
+
+
 def conclude(disk: ReplicaDisk, catalogue: Catalogue, members: Sequence[Layer]) -> Catalogue:
-    """After the engine is done with the files, either way: the catalogue of what they are now, and the record gone.
+    """After the merge of the files has ended, either way: the catalogue of what they are now, and the record gone.
 
     Raises Corrupt when they are neither the old chain nor the new one; then nothing is changed.
     """
@@ -197,13 +154,13 @@ def is_under_way(disk: ReplicaDisk) -> bool:
     return disk.path(names.MERGING).exists()
 
 
-def undisturbed(disk: ReplicaDisk, look: Callable[[], T], *, engine: Engine | None, is_fine: Callable[[T], bool]) -> T:
+def undisturbed(disk: ReplicaDisk, look: Callable[[], T], *, is_fine: Callable[[T], bool]) -> T:
     """What `look` finds, without the lock, when no merge has changed files under it; errors, too, count only then.
 
     is_fine: what a merge cannot have spoilt. A merge that was killed is settled. Raises Busy when it never is quiet.
     """
     for _ in range(_ATTEMPTS):
-        wait_for_merge(disk, engine=engine)
+        wait_for_merge(disk)
         before = disk.read()
         try:
             found = look()
@@ -216,7 +173,7 @@ def undisturbed(disk: ReplicaDisk, look: Callable[[], T], *, engine: Engine | No
     raise Busy("the disk changes while it is looked at", subject=disk.directory, hint="run it again")
 
 
-def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None, patience: float | None = None) -> None:
+def wait_for_merge(disk: ReplicaDisk, *, patience: float | None = None) -> None:
     """Return when none is under way; one that was killed is settled.
 
     Raises Busy when it takes longer than `patience`, in seconds (by default a minute), and as `settle_merge`.
@@ -227,7 +184,7 @@ def wait_for_merge(disk: ReplicaDisk, *, engine: Engine | None, patience: float 
             with disk.locked(make=False, work=Work.MERGE):
                 catalogue = disk.read()
                 if catalogue is not None:
-                    settle_merge(disk, catalogue, engine)
+                    settle_merge(disk, catalogue)
                 return
         except Busy as error:
             if time.monotonic() > deadline:
@@ -284,7 +241,7 @@ def _seal(disk: ReplicaDisk, layer: Layer) -> None:
 
 
 def _drop_leftovers(disk: ReplicaDisk, lower: Sequence[Layer], merged: Sequence[Layer]) -> None:
-    """Files of layers that are in another one now, of which no journal tells: those that nobody needs go."""
+    """Remove files of merged layers that no journal names, where no image depends on them."""
     named = {layer.file for layer in merged}
     paths = [real_path(disk, layer) for layer in lower if layer.file not in named]
     paths = [path for path in paths if path.exists()]

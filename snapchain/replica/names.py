@@ -7,10 +7,10 @@ from collections.abc import Collection
 from urllib.parse import unquote
 
 from snapchain.errors import Corrupt, InvalidInput
-from snapchain.image import backing
+from snapchain.host import replica_layout
 from snapchain.model.disk_name import check_disk_name
 
-MARKER, CATALOGUE, ACTIVE = backing.REPLICA, backing.CATALOGUE, backing.ACTIVE
+MARKER, CATALOGUE, ACTIVE = replica_layout.MARKER, replica_layout.CATALOGUE, replica_layout.ACTIVE
 LOCK = ".lock"
 INCOMING = ".incoming.qcow2"
 PROGRESS = ".incoming.json"

@@ -29,7 +29,7 @@ from snapchain.model.extents import Extents
 from snapchain.replica.arrival import Arrival, forget, read_progress, settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.epochs import check_epoch, enter_epoch
-from snapchain.replica.merge_journal import Engine, others_on
+from snapchain.replica.merge_journal import others_on
 from snapchain.replica.permissions import EVERYTHING, Permissions, chosen
 from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open_replica
 from snapchain.replica.stream.frames import Frame
@@ -75,7 +75,6 @@ def receive(
     root: Path | None = None,
     *,
     within: Path | None = None,
-    engine: Engine | None = None,
     permissions: Permissions = EVERYTHING,
     group: int | None = None,
 ) -> Received:
@@ -83,13 +82,12 @@ def receive(
 
     root: the replica; None lets the sender name it
     within: where that must lie (`permissions.chosen`)
-    engine: merges layers; without one, MERGE is refused, and so is a disk on which a merge was killed
     permissions: what the sender may ask for
     group: may read a replica that is written to
     Raises Unavailable when the stream ends early (what is durable stays), and whatever a layer is refused for.
     """
     session = ServerSession(channel)
-    receiver = Receiver(session, root, within, engine, permissions, group)
+    receiver = Receiver(session, root, within, permissions, group)
     try:
         with session.beating():
             receiver.run()
@@ -108,7 +106,7 @@ def begun(channel: Channel, root: Path) -> Inventory:
     session = ServerSession(channel)
     session.begin()
     request = session.decode(Open, session.expect(Kind.OPEN))
-    receiver = Receiver(session, root, None, None, EVERYTHING, None)
+    receiver = Receiver(session, root, None, EVERYTHING, None)
     return receiver.look(request).model_copy(update={"disk": request.disk})
 
 
@@ -119,7 +117,6 @@ class Receiver:
     session: ServerSession
     only: Path | None
     within: Path | None
-    engine: Engine | None
     permissions: Permissions
     group: int | None
     received: Received = field(default_factory=Received)
@@ -205,7 +202,7 @@ def transfer(receiver: Receiver, request: Open) -> None:
         return
     disk = open_replica(receiver.root(request.replica), make=True, group=receiver.group).disk(request.disk)
     with in_turn(disk, Work.TRANSFER, make=True):
-        catalogue = settle(disk, receiver.engine)
+        catalogue = settle(disk)
         catalogue = enter_epoch(disk, catalogue, request.epoch, by_name=request.by_name)
         if receiver.listens:
             session.reply(Kind.INVENTORY, inventory(disk, catalogue, session.features))

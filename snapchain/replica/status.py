@@ -24,7 +24,7 @@ from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import ByteCount
 from snapchain.replica.arrival import opened_chain
 from snapchain.replica.catalogue import Catalogue, Point
-from snapchain.replica.merge_journal import Engine, is_under_way, wait_for_merge
+from snapchain.replica.merge_journal import is_under_way, wait_for_merge
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.messages import (
     POINTS_AT_ONCE,
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 
 def answer(receiver: Receiver, request: Ask) -> None:
     """ASK: all but DONE. Raises NotFound where there is no such replica or disk."""
-    session, engine = receiver.session, receiver.engine
+    session = receiver.session
     replica = open_replica(receiver.root(request.replica))
     disks = replica.disks() if request.disk is None else [replica.disk(request.disk)]
     if request.want == "points":
         for disk in disks:
-            for page in _pages(_settled(disk, engine), with_holds=Feature.HOLD in session.features):
+            for page in _pages(_settled(disk), with_holds=Feature.HOLD in session.features):
                 session.reply(Kind.DISK, page)
         session.done()
         return
@@ -58,16 +58,16 @@ def answer(receiver: Receiver, request: Ask) -> None:
     total = int(share * sum(_data_bytes(disk) for disk in disks))
     count = ByteCount(total, lambda done, total: session.reply(Kind.PROGRESS, PROGRESS.pack(done, total)))
     for disk in disks:
-        checked = check_disk(disk, share=share, on_bytes=count.add, engine=engine)
+        checked = check_disk(disk, share=share, on_bytes=count.add)
         for finding in checked.findings:
             session.reply(Kind.FINDING, finding)
         session.reply(Kind.VERDICT, checked.verdict)
     session.done()
 
 
-def _settled(disk: ReplicaDisk, engine: Engine | None) -> Catalogue:
+def _settled(disk: ReplicaDisk) -> Catalogue:
     with suppress(Busy, InvalidInput, Unsupported):  # its points are told all the same
-        wait_for_merge(disk, engine=engine, patience=0)
+        wait_for_merge(disk, patience=0)
     found = disk.read()
     if found is None:
         raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
@@ -182,16 +182,14 @@ class Checked:
     findings: tuple[Finding, ...]
 
 
-def check_disk(
-    disk: ReplicaDisk, *, share: float, on_bytes: Callable[[int], None], engine: Engine | None = None
-) -> Checked:
+def check_disk(disk: ReplicaDisk, *, share: float, on_bytes: Callable[[int], None]) -> Checked:
     """Check a disk. share: the probability with which each layer is read too, and compared with its record.
 
-    on_bytes: told how much was read since it was last told; engine: for a merge that was killed
+    on_bytes: told how much was read since it was last told
     Raises NotFound for a disk that has no catalogue, Busy when it changes all the time.
     """
     for _ in range(_ATTEMPTS):
-        wait_for_merge(disk, engine=engine)
+        wait_for_merge(disk)
         try:
             catalogue = disk.read()
         except SnapchainError as error:

@@ -51,6 +51,7 @@ class RepositoryDestination(RepositoryWriting):
     traits: Traits = REPOSITORY
 
     def __init__(self, repository: Repository) -> None:
+        super().__init__(repository)
         self.repository = repository
 
     @property

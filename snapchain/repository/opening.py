@@ -8,6 +8,7 @@ from pathlib import Path
 
 from snapchain.destination.address import located
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
+from snapchain.host import replica_layout
 from snapchain.objects import open_store
 from snapchain.objects.cache import CachedStore
 from snapchain.objects.store import ObjectStore, Placed, innermost
@@ -95,13 +96,11 @@ def check_can_be_made(url: str) -> None:
 
 
 def _check_no_replica(store: ObjectStore, error: type[SnapchainError]) -> None:
-    from snapchain.image.backing import CATALOGUE, REPLICA  # inside: it loads all that reads images
-
     root = Path(store.url)
     if not root.is_absolute():
         return
-    place = next((path for path in (root, root.parent) if (path / REPLICA).is_file()), None)
-    if place is not None and (place == root or (root / CATALOGUE).is_file()):
+    place = next((path for path in (root, root.parent) if (path / replica_layout.MARKER).is_file()), None)
+    if place is not None and (place == root or (root / replica_layout.CATALOGUE).is_file()):
         raise error(
             "this is a replica, not a repository" if place == root else "this is a disk of a replica, not a repository",
             subject=root,

@@ -19,10 +19,11 @@ from snapchain.errors import Conflict, Corrupt, Unsupported
 from snapchain.host.directory import MOST_MODE, Resolved, place_to_change, resolve
 from snapchain.host.files import directory_of, set_mode
 from snapchain.host.os_errors import os_errors
+from snapchain.host.replica_layout import is_disk
 from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.dependent_search import Kind, dependents_of_chain
-from snapchain.replica.epochs import epoch_handed, epoch_of_overlay
+from snapchain.source.handed_over import epoch_handed, epoch_of_overlay
 from snapchain.source.lineage import note_of
 from snapchain.source.notes import LET_THEM, Given, LayerNote, Notes
 
@@ -151,6 +152,16 @@ def _in_force(chain: ImageChain, notes: Notes, image: Path | None) -> list[tuple
             hint="make sure that no other host runs its guest before you remove that file",
         ) from fault
     return _marks(chain, notes, image)
+
+
+def check_no_layer(path: Path) -> None:
+    """Raises Unsupported for a layer of a replica (a real path): the replica's catalogue records what it holds."""
+    if is_disk(path.parent):
+        raise Unsupported(
+            "it is a layer of a replica, and must stay what its catalogue says",
+            subject=path,
+            hint="`snapchain merge DEST::DISK` merges layers there; a guest's own image is in `active`",
+        )
 
 
 def note_epoch(image: Path, epoch: int) -> None:

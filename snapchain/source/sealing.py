@@ -29,7 +29,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import SNAPSHOT, temporary_beside
 from snapchain.image import ImageFile, scan
-from snapchain.image.backing import Allowed, Place, check_no_layer
+from snapchain.image.backing import Allowed, Place
 from snapchain.image.dependent_search import Dependents, Kind, find_dependents, is_linked_elsewhere
 from snapchain.image.dependents import describe
 from snapchain.image.file import Format
@@ -39,7 +39,7 @@ from snapchain.image.qcow2.header import Backing
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import check_label
 from snapchain.source.lineage import seal
-from snapchain.source.ownership import check_not_given
+from snapchain.source.ownership import check_no_layer, check_not_given
 
 _SECTOR = 512
 

@@ -21,6 +21,8 @@ def warm() -> None:
     import snapchain.ops.init
     import snapchain.ops.inspect
     import snapchain.ops.ship.run  # noqa: F401
+    from snapchain.cli.app import command
+    from snapchain.cli.verbs import VERBS
 
     for name in VERBS:
         command(name)

@@ -66,14 +66,14 @@ def test_what_was_not_merged_is_told(run: Run, stack: Path, monkeypatch: pytest.
     from snapchain.merge import run as merge_run
     from snapchain.merge.step import MergeStep
 
-    real = merge_run.run
+    real = merge_run.run_step
 
     def failing(planned: MergeStep, **more: Any) -> merge_run.StepReport:
         if planned.first == 1:
             raise NotFound("somebody took it")
         return real(planned, **more)
 
-    monkeypatch.setattr(merge_run, "run", failing)
+    monkeypatch.setattr(merge_run, "run_step", failing)
     said = run("merge", str(stack), "--keep-label", "l3", "--keep-last", "1", "--json")
     assert said.status == 10
     assert [each["kind"] for each in json.loads(said.out)["failed"]] == ["not-found"]

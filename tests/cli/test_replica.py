@@ -206,7 +206,7 @@ def test_merge_at_a_replica(run: Run, chain: list[Path], place: Place) -> None:
     for path in chain:
         assert run("send", str(path), at).status == 0
     plan = run("merge", at, "--keep-last", "1", "--dry-run")
-    assert "would merge web1/vda: 2 layers now, 1 then" in plan.out
+    assert "would make 1 layer of 2 of web1/vda" in plan.out
     assert len(place.files()) == 2
     said = run("merge", at, "--keep-last", "1", "--progress", "json")
     assert "merged web1/vda: 2 layers became 1" in said.out

@@ -134,7 +134,7 @@ def meddling(
         def serve() -> None:
             with theirs:
                 try:
-                    receive(theirs, self._directory, engine=self._engine)
+                    receive(theirs, self._directory)
                 except SnapchainError:
                     pass
                 except BaseException as error:  # noqa: BLE001 -- raised again below

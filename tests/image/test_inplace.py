@@ -319,7 +319,7 @@ def test_wrong_requests(tmp_path: Path) -> None:
     with scan(paths[-1]) as chain:
         for first in (1, 2, -1):
             for make_plan in (plan_absorb, plan_commit):
-                with pytest.raises(InvalidInput, match="are not several of 2"):
+                with pytest.raises(InvalidInput, match="must contain at least two files"):
                     make_plan(chain, first, backing=None)
         with pytest.raises(InvalidInput, match="has a backing file exactly when"):
             plan_absorb(chain, 0, backing=Backing("x", "raw"))

@@ -21,8 +21,8 @@ from hypothesis import given, settings, strategies as st
 from snapchain.destination.protocol import Destination
 from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError
-from snapchain.merge import plan as planning, sequence as running
-from snapchain.merge.request import Request
+from snapchain.merge import plan as planning, run as merge_run
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor
@@ -44,7 +44,7 @@ done: Counter[str] = Counter()
 """What was really done, so that a law that holds because all was refused is noticed."""
 
 
-def merge_request(forest: Forest, target: Path, data: st.DataObject) -> Request:
+def merge_request(forest: Forest, target: Path, data: st.DataObject) -> MergeRequest:
     """Any range, strategy and option."""
     chain = forest.chain(target)
     named = data.draw(st.booleans())
@@ -53,7 +53,7 @@ def merge_request(forest: Forest, target: Path, data: st.DataObject) -> Request:
     remove = [path for path in chain if data.draw(st.integers(0, 5)) == 0]
     keep_inputs = not remove and data.draw(st.integers(0, 5)) == 0
     forest.may_go |= set(remove)
-    return Request(
+    return MergeRequest(
         image=target,
         flatten=not named and data.draw(st.booleans()),
         from_layer=str(chain[lowest]) if named else None,
@@ -67,14 +67,14 @@ def merge_request(forest: Forest, target: Path, data: st.DataObject) -> Request:
 
 
 def merge(forest: Forest, target: Path, data: st.DataObject) -> None:
-    report = running.run(planning.plan(merge_request(forest, target, data)))
+    report = merge_run.run(planning.plan(merge_request(forest, target, data)))
     done["merged"] += bool(report.merges)
     done["removed"] += len(report.removed)
     done["kept"] += len(report.kept)
 
 
 def merge_by_rules(forest: Forest, target: Path, data: st.DataObject) -> None:
-    request = Request(
+    request = MergeRequest(
         image=target,
         flatten=data.draw(st.booleans()),
         max_layers=data.draw(st.integers(1, 2)),
@@ -82,14 +82,14 @@ def merge_by_rules(forest: Forest, target: Path, data: st.DataObject) -> None:
         image_format="qcow2",
         image_dirs=tuple(forest.image_dirs),
     )
-    report = running.run(planning.plan(request))
+    report = merge_run.run(planning.plan(request))
     done["merged by rules"] += bool(report.merges)
 
 
 def merge_at_night(forest: Forest, target: Path, data: st.DataObject) -> None:
     disks = Disks(path=target, format="qcow2", merge_above=4, image_dirs=tuple(forest.image_dirs))
     disks = disks.model_copy(update={"merge_above": data.draw(st.integers(1, 2))})
-    report = running.run(local_merge.plan(target, disks, at=[], budget=None))
+    report = merge_run.run(local_merge.plan(target, disks, at=[], budget=None))
     done["merged at night"] += bool(report.merges)
 
 
@@ -104,7 +104,7 @@ def kill_and_settle(forest: Forest, target: Path, data: st.DataObject) -> None:
     """A merge is killed, somebody else makes an overlay on one of its inputs, and then the doctor comes."""
     request = merge_request(forest, target, data)
     planned = planning.plan(request)
-    if not killed_after(lambda: running.run(planned), data.draw(st.integers(1, 20))):
+    if not killed_after(lambda: merge_run.run(planned), data.draw(st.integers(1, 20))):
         return
     forest.check(target)
     done["killed"] += 1

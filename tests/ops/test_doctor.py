@@ -14,6 +14,7 @@ import pytest
 from snapchain.errors import NotFound
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.journal import journal_path
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from snapchain.ops.doctor import DoctorReport, Kind
@@ -32,7 +33,12 @@ def stack(tmp_path: Path) -> list[Path]:
 
 def killed_at(image: Path, wanted: str, nth: int = 1) -> None:
     """A merge of the image that dies before its n-th call of this name."""
-    killed_before(lambda: merge_run.run(merge_plan.plan(image, strategy=Strategy.NEW)), image.parent, wanted, nth)
+    killed_before(
+        lambda: merge_run.run_step(merge_plan.plan_step(MergeRequest(image=image, strategy=Strategy.NEW))),
+        image.parent,
+        wanted,
+        nth,
+    )
 
 
 def treat(*paths: Path) -> DoctorReport:

@@ -11,6 +11,7 @@ from snapchain.image import scan
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold, inspect, log
 from snapchain.repository.destination import RepositoryDestination
+from snapchain.source.holds import check_range, held_layers
 from snapchain.source.notes import Notes
 from tests.ops.shipping import DISK, ship
 from tests.ops.stacks import Layer, build, names
@@ -64,11 +65,11 @@ def test_what_cannot_be_held(chain: list[Path]) -> None:
 def test_a_range_with_a_held_layer_is_refused(chain: list[Path]) -> None:
     hold.hold_image(chain[1], "audit", reason="until May")
     with scan(chain[-1]) as opened:
-        holds = hold.held_layers(opened, Notes())
-        hold.check_range(opened, 2, 3, holds)
+        holds = held_layers(opened, Notes())
+        check_range(opened, 2, 3, holds)
         for first, last in ((0, 1), (1, 3), (1, 1)):
             with pytest.raises(Conflict, match=r"held under 'audit' since .* \(until May\)") as told:
-                hold.check_range(opened, first, last, holds)
+                check_range(opened, first, last, holds)
             assert "snapchain release" in (told.value.hint or "")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from snapchain.image import scan
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
 from snapchain.model.merging import Strategy
@@ -39,8 +40,8 @@ def merged(image: Path, *, last: int | None = None, strategy: Strategy | None = 
     with scan(image) as chain:
         upto = len(chain.files) - 1 if last is None else last
         lowest, uppermost = str(chain.files[1].path), str(chain.files[upto].path)
-        plan = merge_plan.plan(image, from_layer=lowest, to_layer=uppermost, strategy=strategy)
-    merge_run.run(plan)
+        plan = merge_plan.plan_step(MergeRequest(image=image, from_layer=lowest, to_layer=uppermost, strategy=strategy))
+    merge_run.run_step(plan)
 
 
 @pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])

@@ -17,6 +17,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import scan
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.journal import journal_path
+from snapchain.merge.request import MergeRequest
 from snapchain.model.events import Event, Progress
 from snapchain.model.merging import Strategy
 from snapchain.ops import hold
@@ -121,13 +122,13 @@ def test_a_disk_that_is_not_as_planned_is_not_sealed(change: Change, stack: list
 @each_strategy
 def test_a_chain_that_is_not_as_planned_is_not_merged(change: Change, strategy: Strategy, stack: list[Path]) -> None:
     error, said = AFTER_THE_PLAN_OF_A_MERGE[change]
-    planned = merge_plan.plan(stack[-1], strategy=strategy)
+    planned = merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=strategy))
     change(stack)
     if change is clone and strategy is COMMIT:
         error, said = Unsupported, "must stay as it is: .* depends on it"
     before = contents(stack[0].parent)
     with pytest.raises(error, match=said):
-        merge_run.run(planned)
+        merge_run.run_step(planned)
     assert contents(stack[0].parent) == before
 
 
@@ -143,7 +144,7 @@ def at_work(planned: merge_plan.MergeStep, meanwhile: Callable[[], object]) -> m
             done.append(meanwhile())
 
     try:
-        return merge_run.run(planned, on_event=on_event)
+        return merge_run.run_step(planned, on_event=on_event)
     finally:
         assert done
 
@@ -169,7 +170,7 @@ def test_what_a_program_without_locks_writes_during_a_merge_is_not_lost(number: 
     with pytest.raises(
         Conflict, match="the image was modified while it was being merged; nothing was changed"
     ) as caught:
-        at_work(merge_plan.plan(stack[-1], strategy=NEW), lambda: written.append(scribbled()))
+        at_work(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=NEW)), lambda: written.append(scribbled()))
     assert caught.value.subject == str(stack[number])
     assert names(stack[0].parent) == ["0.qcow2", "1.qcow2", "2.qcow2", "disk.qcow2"]
     assert stack[number].read_bytes() == written[0]
@@ -185,12 +186,12 @@ def test_what_is_written_during_a_merge_in_place_is_not_lost(
     scribbled = scribble(stack[number])
     said = "the image was modified while it was being merged; the chain reads as before"
     with pytest.raises(Conflict, match=said) as caught:
-        at_work(merge_plan.plan(stack[-1], strategy=strategy), scribbled)
+        at_work(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=strategy)), scribbled)
     assert caught.value.subject == str(stack[number])
     reference = flat(stack[-1], tmp_path / "flat")
     assert b"scribbled" in reference.read_bytes()
     assert journal_path(stack[-1]).exists() == (strategy is COMMIT)
-    merge_run.run(merge_plan.plan(stack[-1], strategy=strategy))
+    merge_run.run_step(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=strategy)))
     assert same(stack[-1], reference)
     assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
 
@@ -202,7 +203,7 @@ def test_what_was_written_just_before_the_files_are_locked_is_not_lost(
 ) -> None:
     """After the scan by which the merge goes, before its first write."""
     scribbled, real = scribble(stack[number]), files.free_bytes
-    planned = merge_plan.plan(stack[-1], strategy=strategy)
+    planned = merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=strategy))
     done: list[object] = []
 
     def free_bytes(directory: Path) -> int:
@@ -213,7 +214,7 @@ def test_what_was_written_just_before_the_files_are_locked_is_not_lost(
     with pytest.raises(
         Conflict, match="the image was modified while it was being merged; nothing was changed"
     ) as caught:
-        merge_run.run(planned)
+        merge_run.run_step(planned)
     assert len(done) == 1
     assert caught.value.subject == str(stack[number])
     assert stack[number].read_bytes() == done[0]
@@ -228,12 +229,12 @@ def test_files_do_not_go_under_a_reader_that_came_during_the_merge(
     before = contents(stack[0].parent)
     with ExitStack() as reader, pytest.raises(Busy, match="has it") as caught:
         at_work(
-            merge_plan.plan(stack[-1], strategy=NEW),
+            merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=NEW)),
             lambda: reader.enter_context(ImageLock(stack[number], LockMode.READ)),
         )
     assert caught.value.subject == str(stack[number])
     assert contents(stack[0].parent) == before
-    merge_run.run(merge_plan.plan(stack[-1], strategy=NEW))
+    merge_run.run_step(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=NEW)))
     assert same(stack[-1], reference)
     assert clean(stack[-1])
 
@@ -241,7 +242,7 @@ def test_files_do_not_go_under_a_reader_that_came_during_the_merge(
 def test_a_file_below_the_merged_ones_may_be_read_meanwhile(stack: list[Path]) -> None:
     with ExitStack() as reader:
         at_work(
-            merge_plan.plan(stack[-1], strategy=NEW),
+            merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=NEW)),
             lambda: reader.enter_context(ImageLock(stack[0], LockMode.READ)),
         )
     assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
@@ -254,23 +255,23 @@ def test_nobody_comes_during_a_merge_in_place(strategy: Strategy, stack: list[Pa
             with pytest.raises(Busy, match="has it"):
                 ImageLock(path, LockMode.READ)
 
-    at_work(merge_plan.plan(stack[-1], strategy=strategy), knock)
+    at_work(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=strategy)), knock)
     assert names(stack[0].parent) == ["0.qcow2", "disk.qcow2"]
 
 
 @each_strategy
 def test_somebody_who_is_there_already_is_told_before_anything_is_done(strategy: Strategy, stack: list[Path]) -> None:
-    planned = merge_plan.plan(stack[-1], strategy=strategy)
+    planned = merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=strategy))
     events: list[Event] = []
     with ImageLock(stack[2], LockMode.READ), pytest.raises(Busy, match="has it") as caught:
-        merge_run.run(planned, on_event=events.append)
+        merge_run.run_step(planned, on_event=events.append)
     assert caught.value.subject == str(stack[2])
     assert events == []
 
 
 def test_what_a_clone_made_during_the_merge_stands_on_stays(stack: list[Path], tmp_path: Path) -> None:
     reference, other = flat(stack[-1], tmp_path / "flat"), flat(stack[1], tmp_path / "other")
-    report = at_work(merge_plan.plan(stack[-1], strategy=NEW), lambda: clone(stack))
+    report = at_work(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=NEW)), lambda: clone(stack))
     assert report.removed == (stack[2],)
     assert [(kept.path, kept.reason) for kept in report.kept] == [(stack[1], "clone.qcow2 depends on it")]
     assert same(stack[1].with_name("clone.qcow2"), other)
@@ -283,5 +284,5 @@ def test_a_layer_that_is_held_or_given_away_during_the_merge_stays(change: Chang
     error, said = AFTER_THE_PLAN_OF_A_MERGE[change]
     before = contents(stack[0].parent)
     with pytest.raises(error, match=said):
-        at_work(merge_plan.plan(stack[-1], strategy=NEW), lambda: change(stack))
+        at_work(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=NEW)), lambda: change(stack))
     assert contents(stack[0].parent) == before

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from tests.image.mounts import mounted
@@ -49,12 +50,14 @@ class Scene:
         self.reset()
 
     def merge(self) -> None:
-        merge_run.run(
-            merge_plan.plan(
-                self.paths[-1],
-                from_layer=str(self.paths[1]),
-                to_layer=str(self.paths[3]),
-                **self.options,  # type: ignore[arg-type]
+        merge_run.run_step(
+            merge_plan.plan_step(
+                MergeRequest(
+                    image=self.paths[-1],
+                    from_layer=str(self.paths[1]),
+                    to_layer=str(self.paths[3]),
+                    **self.options,  # type: ignore[arg-type]
+                )
             )
         )
 
@@ -149,12 +152,13 @@ def test_no_call_goes_by_another_way(strategy: str, memory: Path) -> None:
     script = (
         "from pathlib import Path\n"
         "from snapchain.image import threads\n"
-        "from snapchain.merge.step import plan\n"
-        "from snapchain.merge.run import run\n"
+        "from snapchain.merge import MergeRequest\n"
+        "from snapchain.merge.step import plan_step\n"
+        "from snapchain.merge.run import run_step\n"
         "from snapchain.model.merging import Strategy\n"
         "threads.AT_MOST = 1\n"
-        f"run(plan(Path({str(scene.paths[-1])!r}), from_layer={str(scene.paths[1])!r},"
-        f" to_layer={str(scene.paths[3])!r}, strategy=Strategy({strategy!r})))\n"
+        f"run_step(plan_step(MergeRequest(image=Path({str(scene.paths[-1])!r}), from_layer={str(scene.paths[1])!r},"
+        f" to_layer={str(scene.paths[3])!r}, strategy=Strategy({strategy!r}))))\n"
     )
     kinds = (
         "openat,write,pwrite64,pwritev,writev,ftruncate,truncate,fallocate,copy_file_range,fsync,fdatasync,link,linkat,"

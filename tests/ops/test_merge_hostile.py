@@ -12,6 +12,7 @@ from snapchain.errors import NotFound
 from snapchain.image import scan
 from snapchain.merge import in_place, inputs, run, step as plan
 from snapchain.merge.journal import journal_path
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, build, clean, flat, names, qemu_img, same, write
@@ -25,7 +26,7 @@ STACK = [
 
 def test_what_is_kept_is_not_told_as_freed(tmp_path: Path) -> None:
     *_, top = build(tmp_path / "vm", STACK)
-    report = run.run(plan.plan(top, flatten=True, keep_inputs=True))
+    report = run.run_step(plan.plan_step(MergeRequest(image=top, flatten=True, keep_inputs=True)))
     assert report.bytes_freed == -top.stat().st_blocks * 512
 
 
@@ -41,7 +42,7 @@ def test_an_input_that_goes_while_the_merge_is_planned(tmp_path: Path) -> None:
 def test_what_killed_merges_into_an_input_have_left_goes_with_it(strategy: Strategy, tmp_path: Path) -> None:
     _, lower, top = build(tmp_path / "vm", STACK)
     lower.with_name(f".{lower.name}.merge-0123abcd").touch()
-    run.run(plan.plan(top, strategy=strategy))
+    run.run_step(plan.plan_step(MergeRequest(image=top, strategy=strategy)))
     assert names(tmp_path / "vm") == ["0.qcow2", top.name]
 
 
@@ -50,7 +51,7 @@ def test_what_a_killed_merge_had_half_written_keeps_no_input(tmp_path: Path) -> 
     root, lower, top = build(tmp_path / "vm", STACK)
     leftover = lower.with_name(f".{lower.name}.merge-0123abcd")
     qemu_img("create", "-q", "-f", "qcow2", "-b", root.name, "-F", "qcow2", leftover)
-    report = run.run(plan.plan(top, flatten=True))
+    report = run.run_step(plan.plan_step(MergeRequest(image=top, flatten=True)))
     assert report.removed == (lower, root)
     assert names(tmp_path / "vm") == [top.name]
 
@@ -72,7 +73,7 @@ def test_a_commit_that_is_killed_again_is_still_known_as_one(tmp_path: Path) -> 
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
     def merge() -> None:
-        run.run(plan.plan(top, strategy=Strategy.COMMIT))
+        run.run_step(plan.plan_step(MergeRequest(image=top, strategy=Strategy.COMMIT)))
 
     killed_once()
     point, view = flat_of(lowest, root, tmp_path / "point"), flat(top, tmp_path / "view")
@@ -106,7 +107,7 @@ def test_an_image_that_is_opened_by_a_link_in_another_directory(strategy: Strate
     qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", f"../below/{lower.name}", "-F", "qcow2", link.resolve(), "1M")
     write(link, "write -P 3 512k 256k")
     before = flat(link, tmp_path / "before")
-    run.run(plan.plan(link, strategy=strategy, image_dirs=[below, there], confirmed=[lower]))
+    run.run_step(plan.plan_step(MergeRequest(image=link, strategy=strategy, image_dirs=[below, there], remove=[lower])))
     assert same(link, before)
     assert same(link.resolve(), before)
     assert not lower.exists()
@@ -128,7 +129,7 @@ def test_a_disk_that_grows_after_a_merge_shows_nothing_of_what_lay_behind_its_en
         ],
     )
     before = flat(top, tmp_path / "before")
-    run.run(plan.plan(top, flatten=flatten, strategy=strategy))
+    run.run_step(plan.plan_step(MergeRequest(image=top, flatten=flatten, strategy=strategy)))
     qemu_img("resize", "-q", "-f", "qcow2", top, "1M")
     os.truncate(before, 1 << 20)
     assert same(top, before)

@@ -15,6 +15,7 @@ from snapchain.host import files
 from snapchain.image import scan
 from snapchain.merge import journal as merge_journal, new_file, run as merge_run, settle, step as merge_plan
 from snapchain.merge.assembly import Assembly, write_assembly
+from snapchain.merge.request import MergeRequest
 from snapchain.merge.run import StepReport
 from snapchain.merge.step import MergeStep
 from snapchain.model.events import Event, Notice, Progress
@@ -32,11 +33,11 @@ STACK = (
 
 def plan(image: Path, **options: object) -> MergeStep:
     """Into a new file unless something else is said; what is chosen else: test_merge_strategy.py."""
-    return merge_plan.plan(image, **{"strategy": Strategy.NEW, **options})  # type: ignore[arg-type]
+    return merge_plan.plan_step(MergeRequest(image=image, **{"strategy": Strategy.NEW, **options}))  # type: ignore[arg-type]
 
 
 def merge(image: Path, **options: object) -> StepReport:
-    return merge_run.run(plan(image, **options))
+    return merge_run.run_step(plan(image, **options))
 
 
 @pytest.fixture
@@ -113,11 +114,10 @@ def test_planning_changes_nothing(stack: list[Path]) -> None:
     before = {entry: standing(entry) for entry in stack[0].parent.iterdir()}
     planned = plan(stack[-1])
     assert {entry: standing(entry) for entry in stack[0].parent.iterdir()} == before
-    said = planned.model_dump(mode="json")
-    assert said["strategy"] == "new-file"
-    assert said["remove"] == [str(stack[2]), str(stack[1])]
-    assert said["needs_bytes"] > said["bytes_to_move"] > 0
-    assert said["shadowed_bytes"] > 0
+    assert planned.strategy is Strategy.NEW
+    assert planned.remove == (stack[2], stack[1])
+    assert planned.needs_bytes > planned.bytes_to_move > 0
+    assert planned.shadowed_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_a_linked_clone_keeps_what_it_stands_on(stack: list[Path], reference: Pa
     assert planned.remove == (stack[2],)
     assert [kept.path for kept in planned.keep] == [stack[1]]
     assert "clone.qcow2" in planned.keep[0].reason
-    report = merge_run.run(planned)
+    report = merge_run.run_step(planned)
     assert [kept.path for kept in report.kept] == [stack[1]]
     assert same(other, before)
     assert same(stack[-1], reference)
@@ -360,7 +360,7 @@ def test_a_killed_merge_keeps_a_clone_made_since(stack: list[Path], reference: P
     other = clone(stack[1], "clone.qcow2")
     before = flat(other, tmp_path / "clone.raw")
     events: list[Event] = []
-    report = merge_run.run(plan(stack[-1]), on_event=events.append)
+    report = merge_run.run_step(plan(stack[-1]), on_event=events.append)
     assert report.strategy is Strategy.NOTHING
     assert report.finished == (stack[-1],)
     assert any(isinstance(event, Notice) and "finished" in event.message for event in events)
@@ -390,7 +390,7 @@ def test_a_failing_call_leaves_all_as_it_was(
             failing = Failing(call, nth, patch)
             events: list[Event] = []
             try:
-                merge_run.run(plan(stack[-1], keep_inputs=True), on_event=events.append)
+                merge_run.run_step(plan(stack[-1], keep_inputs=True), on_event=events.append)
             except Unavailable as error:
                 assert "no space" in str(error)  # noqa: PT017
                 assert failing.failed
@@ -524,7 +524,7 @@ def test_standing_is_kept_and_progress_told(stack: list[Path]) -> None:
     before = stack[-1].stat()
     events: list[Event] = []
     planned = plan(stack[-1])
-    merge_run.run(planned, on_event=events.append)
+    merge_run.run_step(planned, on_event=events.append)
     after = stack[-1].stat()
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
     merged = [event for event in events if isinstance(event, Progress) and event.phase == "merge"]
@@ -542,6 +542,6 @@ def test_the_room_estimate_holds(tmp_path: Path) -> None:
         )
         write(paths[0], "write -P 5 0 32M")
         planned = plan(paths[-1], keep_inputs=True)
-        merge_run.run(planned)
+        merge_run.run_step(planned)
         assert paths[-1].stat().st_blocks * 512 <= planned.needs_bytes, options
         shutil.rmtree(directory)

@@ -12,6 +12,7 @@ from snapchain.errors import Corrupt
 from snapchain.image.positioned import Buffer
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.amendment.write import Disk
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from tests.ops.stacks import Layer, build, clean, flat, same
 
@@ -54,7 +55,7 @@ def test_whichever_write_is_lost(
         shutil.copytree(tmp_path / "pristine", top.parent)
         with monkeypatch.context() as patch:
             losing = Losing(number, patch)
-            merge_run.run(merge_plan.plan(top, strategy=strategy))
+            merge_run.run_step(merge_plan.plan_step(MergeRequest(image=top, strategy=strategy)))
         return losing
 
     noticed = 0

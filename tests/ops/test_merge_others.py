@@ -11,9 +11,9 @@ import pytest
 from snapchain.errors import Conflict, InvalidInput, Unsupported
 from snapchain.host.temporary_names import temporary_beside
 from snapchain.image import dependents
-from snapchain.merge import plan as planning, sequence as running, step as merge_plan
+from snapchain.merge import plan as planning, run as merge_run, step as merge_plan
 from snapchain.merge.journal import MergeJournal, OpenJournal, journal_path
-from snapchain.merge.request import Request
+from snapchain.merge.request import MergeRequest
 from snapchain.merge.run import StepReport
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.merging import Strategy
@@ -47,14 +47,14 @@ def clone(forest: Forest, of: str, name: str = "i2/disk.qcow2") -> Path:
     return path
 
 
-def request(forest: Forest, **options: object) -> Request:
+def request(forest: Forest, **options: object) -> MergeRequest:
     options = {"image": forest.root / "i1" / "disk.qcow2", "flatten": True, **options}
-    return Request(image_format="qcow2", image_dirs=(forest.root / "_base",), **options)  # type: ignore[arg-type]
+    return MergeRequest(image_format="qcow2", image_dirs=(forest.root / "_base",), **options)  # type: ignore[arg-type]
 
 
 def merge(forest: Forest, **options: object) -> tuple[list[str], dict[str, str]]:
     """What was removed, and what was kept with the reason, by name from the root."""
-    report = running.run(planning.plan(request(forest, **options)))
+    report = merge_run.run(planning.plan(request(forest, **options)))
     forest.check(forest.root / "i1" / "disk.qcow2")
     return shown(forest, report.merges[0])
 
@@ -138,7 +138,7 @@ def test_a_result_in_another_directory_is_refused_unless_it_is_named(forest: For
     assert error.value.subject == str(upper)
     forest.may_go = {upper}
     planned = planning.plan(request(forest, image=top, to_layer=str(upper), remove=(upper,)))
-    assert [path.name for path in running.run(planned).removed] == []  # img.qcow2 is the base of i1, too
+    assert [path.name for path in merge_run.run(planned).removed] == []  # img.qcow2 is the base of i1, too
     forest.check(top)
 
 
@@ -166,7 +166,7 @@ def test_a_top_that_is_a_link_owns_the_directory_of_its_file(forest: Forest) -> 
         del forest.shown[forest.root / "i1" / name]
     link.symlink_to(top)
     forest.remember()
-    report = running.run(planning.plan(request(forest, image=link)))
+    report = merge_run.run(planning.plan(request(forest, image=link)))
     assert shown(forest, report.merges[0]) == (["i1/1.qcow2"], {"_base/img.qcow2": OUTSIDE.format(top.parent)})
     forest.check(link)
 
@@ -196,7 +196,7 @@ def test_a_clone_made_after_the_plan_is_found(forest: Forest) -> None:
     planned = planning.plan(request(forest))
     clone(forest, "i1/1.qcow2")
     with pytest.raises(Conflict, match="changed after the merge was planned"):
-        running.run(planned)
+        merge_run.run(planned)
     forest.check(forest.root / "i1" / "disk.qcow2")
 
 
@@ -208,7 +208,7 @@ def test_a_clone_made_while_the_merge_moves_data_keeps_what_it_stands_on(forest:
         if isinstance(event, Progress) and not made:
             made.append(clone(forest, "i1/1.qcow2"))
 
-    report = running.run(planned, on_event=on_event)
+    report = merge_run.run(planned, on_event=on_event)
     removed, kept = shown(forest, report.merges[0])
     assert removed == ["i1/2.qcow2"]
     assert kept["i1/1.qcow2"] == f"{made[0]} depends on it"
@@ -273,7 +273,7 @@ def test_a_search_that_was_cut_off_is_told(forest: Forest, monkeypatch: pytest.M
     planned = planning.plan(request(forest))
     (notice,) = planned.notices
     assert notice.startswith("The search for other users of these files ended after ")
-    report = running.run(planned)
+    report = merge_run.run(planned)
     assert report.incomplete == report.merges[0].incomplete == notice
 
 
@@ -319,8 +319,10 @@ def test_an_unreadable_image_counts_if_its_owner_can_reach_the_file(mode: int) -
         (root / "i1").chmod(mode)
         os.seteuid(65534)
         try:
-            found = merge_plan.plan(root / "i1" / "disk.qcow2").keep
-            confirmed = merge_plan.plan(root / "i1" / "disk.qcow2", confirmed=[root / "i1" / "1.qcow2"]).keep
+            found = merge_plan.plan_step(MergeRequest(image=root / "i1" / "disk.qcow2")).keep
+            confirmed = merge_plan.plan_step(
+                MergeRequest(image=root / "i1" / "disk.qcow2", remove=[root / "i1" / "1.qcow2"])
+            ).keep
         finally:
             os.seteuid(0)
     why = f"{root / 'i2' / 'disk.qcow2'} cannot be read, and may depend on it (--remove FILE removes it)"

@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Unsupported
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from tests.exhaustive import examples
 from tests.image.mounts import mounted
@@ -74,13 +75,19 @@ def merged_by_every_strategy(
         subprocess.run(["cp", "-r", "--sparse=always", pristine, work], check=True)
         paths = [work / path.name for path in built]
         try:
-            plan = merge_plan.plan(
-                paths[-1], from_layer=str(paths[first]), to_layer=str(paths[last]), strategy=way, image_format="qcow2"
+            plan = merge_plan.plan_step(
+                MergeRequest(
+                    image=paths[-1],
+                    from_layer=str(paths[first]),
+                    to_layer=str(paths[last]),
+                    strategy=way,
+                    image_format="qcow2",
+                )
             )
         except Unsupported:
             assert way is not Strategy.NEW
         else:
-            report = merge_run.run(plan)
+            report = merge_run.run_step(plan)
             merges[way] += 1
             assert report.strategy is way
             gone = {path.name for path in built[first:last]}

@@ -22,6 +22,7 @@ from snapchain.merge.amendment import Amendment
 from snapchain.merge.assembly import Assembly
 from snapchain.merge.copying import Copies, Moved, Mover
 from snapchain.merge.journal import journal_path
+from snapchain.merge.request import MergeRequest
 from snapchain.merge.run import StepReport
 from snapchain.merge.step import MergeStep
 from snapchain.model.merging import Strategy, cheapest
@@ -34,11 +35,11 @@ NEW, ABSORB, COMMIT = Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT
 
 
 def merge(image: Path, **options: object) -> StepReport:
-    return merge_run.run(merge_plan.plan(image, **options))  # type: ignore[arg-type]
+    return merge_run.run_step(merge_plan.plan_step(MergeRequest(image=image, **options)))  # type: ignore[arg-type]
 
 
 def chosen(image: Path, **options: object) -> MergeStep:
-    return merge_plan.plan(image, **options)  # type: ignore[arg-type]
+    return merge_plan.plan_step(MergeRequest(image=image, **options))  # type: ignore[arg-type]
 
 
 def test_the_cheapest_by_bytes_and_room() -> None:
@@ -67,7 +68,7 @@ def test_a_large_upper_layer_absorbs_and_a_large_lower_one_is_committed_to(tmp_p
         assert planned.strategy is expected
         # What the large one hides is not moved, nor is the large one.
         assert planned.bytes_to_move == (0 if expected is ABSORB else 128 * 1024)
-        report = merge_run.run(planned)
+        report = merge_run.run_step(planned)
         assert names(directory) == ["0.qcow2", "disk.qcow2"]
         assert report.removed == (paths[1],)
         assert paths[-1].stat().st_ino == inodes[2 if expected is ABSORB else 1]
@@ -88,7 +89,7 @@ def test_where_extents_are_shared_a_new_file_costs_nothing(kind: str, tmp_path: 
         assert planned.bytes_to_move == 3 * MiB
         assert planned.needs_bytes < 3 * MiB
         assert names(place / "vm") == ["0.qcow2", "1.qcow2", "disk.qcow2"]
-        merge_run.run(planned)
+        merge_run.run_step(planned)
         assert same(paths[-1], reference)
 
 
@@ -130,7 +131,7 @@ def test_what_a_strategy_cannot_do_is_said(strategy: Strategy, stack: list[Path]
     assert chosen(stack[-1], keep_inputs=True).strategy is NEW
     planned = chosen(stack[-1], cluster_size=4096)
     assert (planned.strategy, planned.cluster_size) == (NEW, 4096)
-    merge_run.run(planned)
+    merge_run.run_step(planned)
     with scan(stack[-1]) as chain:
         assert chain.top.cluster_size == 4096
 
@@ -164,7 +165,7 @@ def test_bitmaps_of_the_top_stay_true(stack: list[Path], tmp_path: Path) -> None
     assert planned.strategy is ABSORB
     with pytest.raises(Unsupported, match="daily"):
         chosen(stack[-1], strategy=NEW)
-    merge_run.run(planned)
+    merge_run.run_step(planned)
     assert '"name": "daily"' in qemu_img("info", "--output=json", stack[-1])
     assert same(stack[-1], reference)
     assert clean(stack[-1])

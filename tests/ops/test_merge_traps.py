@@ -14,6 +14,7 @@ import pytest
 from snapchain.errors import Unsupported
 from snapchain.image import scan
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from tests.ops.stacks import Layer, MiB, build, clean, flat, names, qemu_img, same
 
@@ -24,7 +25,7 @@ each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.value if way
 def merged(paths: list[Path], way: Strategy | None, tmp_path: Path, *, flatten: bool = False) -> Path:
     """The top after a merge of all above the root; its view is the same, and check has nothing to say."""
     reference = flat(paths[-1], tmp_path / "reference")
-    merge_run.run(merge_plan.plan(paths[-1], strategy=way, flatten=flatten))
+    merge_run.run_step(merge_plan.plan_step(MergeRequest(image=paths[-1], strategy=way, flatten=flatten)))
     assert same(paths[-1], reference)
     assert clean(paths[-1])
     assert names(paths[0].parent) == (["disk.qcow2"] if flatten else [paths[0].name, "disk.qcow2"])
@@ -120,10 +121,12 @@ def test_a_wrong_base_of_the_same_size_is_not_taken(way: Strategy | None, tmp_pa
     reference = flat(top, tmp_path / "flat")
     if way is Strategy.COMMIT:
         with pytest.raises(Unsupported, match="must stay as it is: it lies outside") as caught:
-            merge_plan.plan(top, strategy=way, image_dirs=[tmp_path / "vm"])
+            merge_plan.plan_step(MergeRequest(image=top, strategy=way, image_dirs=[tmp_path / "vm"]))
         assert Path(caught.value.subject or "").resolve() == old[1]
         return
-    report = merge_run.run(merge_plan.plan(top, strategy=way, image_dirs=[tmp_path / "vm"]))
+    report = merge_run.run_step(
+        merge_plan.plan_step(MergeRequest(image=top, strategy=way, image_dirs=[tmp_path / "vm"]))
+    )
     assert (report.layers_before, report.layers_after) == (3, 2)
     with scan(top, image_dirs=[tmp_path / "vm"]) as chain:
         assert [file.real_path for file in chain.files] == [old[0], top]
@@ -140,10 +143,10 @@ def test_two_children_of_one_base(way: Strategy | None, tmp_path: Path) -> None:
     before, reference = flat(other, tmp_path / "other"), flat(paths[-1], tmp_path / "flat")
     if way is Strategy.COMMIT:
         with pytest.raises(Unsupported, match=r"must stay as it is: .* depends on it") as caught:
-            merge_plan.plan(paths[-1], strategy=way, flatten=True)
+            merge_plan.plan_step(MergeRequest(image=paths[-1], strategy=way, flatten=True))
         assert caught.value.subject == str(paths[0])
     else:
-        report = merge_run.run(merge_plan.plan(paths[-1], strategy=way, flatten=True))
+        report = merge_run.run_step(merge_plan.plan_step(MergeRequest(image=paths[-1], strategy=way, flatten=True)))
         assert (report.layers_before, report.layers_after) == (3, 1)
         assert [kept.path for kept in report.kept] == [paths[0]]
     assert same(other, before)

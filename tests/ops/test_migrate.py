@@ -16,6 +16,7 @@ from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed,
 from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
 from snapchain.merge import step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.events import Progress
 from snapchain.ops.inspect import inspect_image
 from snapchain.ops.log import log
@@ -190,7 +191,7 @@ def test_nothing_here_writes_or_sends_it_any_more(host: Host, tmp_path: Path) ->
     other = DirectoryEndpoint(tmp_path / "elsewhere")
     refused: list[Callable[[], object]] = [
         lambda: snapshot.plan(host.vda),
-        lambda: merge_plan.plan(host.vda, flatten=True),
+        lambda: merge_plan.plan_step(MergeRequest(image=host.vda, flatten=True)),
         lambda: send(host.vda, host.endpoint, VDA),
         lambda: send(host.vda, other, "another/name"),
         lambda: host.migrate(other),

@@ -15,7 +15,7 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Snapchai
 from snapchain.host.files import set_mode
 from snapchain.image import scan
 from snapchain.merge import plan as merge_set, run as merge_run, step as merge_plan
-from snapchain.merge.request import Request
+from snapchain.merge.request import MergeRequest
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, take_back
 from snapchain.ops.nightly.look import look
@@ -176,7 +176,7 @@ def test_a_merge_of_the_guests_overlay_leaves_the_replica_whole(host: Host, tmp_
         write(top, f"write -P {number + 9} {number * 64}k 64k")
         snapshot.run(snapshot.plan(top))
     truth = flat(top, tmp_path / "truth.raw")
-    merge_run.run(merge_plan.plan(top))
+    merge_run.run_step(merge_plan.plan_step(MergeRequest(image=top)))
     assert same(top, truth)
     assert all(file.exists() for file in host.place.files())
     third = move(top, tmp_path / "third")
@@ -190,9 +190,9 @@ def test_a_replicas_layer_is_neither_sealed_nor_merged_by_its_name(host: Host) -
     with pytest.raises(Unsupported, match="layer of a replica"):
         snapshot.plan(layer)
     with pytest.raises(Unsupported, match="layer of a replica"):
-        merge_set.plan(Request(image=layer, flatten=True))
+        merge_set.plan(MergeRequest(image=layer, flatten=True))
     with pytest.raises(Unsupported, match="layer of a replica"):
-        merge_set.plan(Request(image=host.overlay(VDA), from_layer="0.qcow2", to_layer=layer.name))
+        merge_set.plan(MergeRequest(image=host.overlay(VDA), from_layer="0.qcow2", to_layer=layer.name))
 
 
 # ---- files that are not the disk's alone

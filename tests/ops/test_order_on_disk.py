@@ -11,7 +11,10 @@ import pytest
 
 from tests.ops.stacks import Layer, build
 
-OPERATIONS = {"snapshot": "(sealing.plan, sealing.run)", "merge": "(plan.plan, run.run)"}
+OPERATIONS = {
+    "snapshot": "(sealing.plan, sealing.run)",
+    "merge": "(lambda image, **more: step.plan_step(MergeRequest(image=image, **more)), run.run_step)",
+}
 TRACED = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
 
 
@@ -19,7 +22,7 @@ def calls(work: Path, image: Path, operation: str, options: str = "") -> list[st
     """`fsync NAME`, `rename A B`, ... by our own process, in order; temporary names as `tmp`."""
     script = (
         "from pathlib import Path\n"
-        "from snapchain.merge import plan, run\n"
+        "from snapchain.merge import MergeRequest, run, step\n"
         "from snapchain.model.merging import Strategy\n"
         "from snapchain.source import sealing\n"
         f"{operation} = {OPERATIONS[operation]}\n"

@@ -18,6 +18,7 @@ import pytest
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.image import scan
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.ops import doctor, hold
 from snapchain.ops.doctor import Kind
 from snapchain.ops.inspect import inspect_image
@@ -213,7 +214,7 @@ def verbs(path: Path, place: Path) -> dict[str, Callable[[], object]]:
     there = endpoint(place)
     return {
         "snapshot": lambda: snapshot.plan(path),
-        "merge": lambda: merge_plan.plan(path),
+        "merge": lambda: merge_plan.plan_step(MergeRequest(image=path)),
         "migrate": lambda: migrate(request(path), there),
         "take back": lambda: take_back(request(path), there, unasked=True),
         "plan a take back": lambda: plan_take_back(request(path), there),
@@ -252,8 +253,10 @@ def test_a_stranger_s_note_changes_nothing_that_root_does(open_host: Path) -> No
         os.chown(note_of(path), BOB, BOB)
     plain = build(directory(open_host / "plain"), STACK)
     said: list[str] = []
-    report = merge_run.run(merge_plan.plan(chain[-1]), on_event=lambda event: said.append(str(event)))
-    other = merge_run.run(merge_plan.plan(plain[-1]))
+    report = merge_run.run_step(
+        merge_plan.plan_step(MergeRequest(image=chain[-1])), on_event=lambda event: said.append(str(event))
+    )
+    other = merge_run.run_step(merge_plan.plan_step(MergeRequest(image=plain[-1])))
     assert [each.name for each in report.removed] == [each.name for each in other.removed]
     assert sum(f"a note of user {BOB}" in each for each in said) == 3
     assert not [each for each in said if "touch" in each]

@@ -17,6 +17,7 @@ from snapchain.host.temporary_names import ACTIVE, MERGE, NEW, RESTORE, SNAPSHOT
 from snapchain.image.dependent_search import find_dependents
 from snapchain.merge import journal as journals, run as merge_run, step as merge_plan
 from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, journal_path
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from snapchain.ops.doctor import DoctorReport, Kind
@@ -125,7 +126,7 @@ def test_a_planted_journal_is_told_and_does_nothing(what: str, uid: int, stack: 
     path = plant(journal_path(stack[-1]), json.dumps(values), uid=uid)
     before = pictures(path.parent, victim)
     with pytest.raises((InvalidInput, Corrupt), match=r"journal") as caught:
-        merge_plan.plan(stack[-1])
+        merge_plan.plan_step(MergeRequest(image=stack[-1]))
     assert (caught.value.subject, bool(caught.value.hint)) == (str(path), True)
     report = treat(stack[0].parent)
     assert [each.finding.kind for each in report.treated] == [Kind.UNREADABLE]
@@ -180,7 +181,7 @@ def test_what_is_no_journal_is_told_at_once(kind: str, stack: list[Path], victim
     no_file(kind)(path, victim)
     before = pictures(path.parent, victim.parent, victim)
     with pytest.raises((Corrupt, InvalidInput), match=r"journal|permission denied") as caught:
-        merge_plan.plan(stack[-1])
+        merge_plan.plan_step(MergeRequest(image=stack[-1]))
     assert caught.value.subject == str(path)
     assert not treat(stack[0].parent).well
     assert not treat(accept=(path,)).well
@@ -202,7 +203,7 @@ def test_what_no_run_makes_stays_under_a_temporary_name(
     assert [path for each in report.treated for path in each.removed] == ([path] if left else [])
     assert victim.read_text() == "precious"
     assert os.path.lexists(path) != left
-    report_of_merge = merge_run.run(merge_plan.plan(stack[-1], strategy=Strategy.NEW))
+    report_of_merge = merge_run.run_step(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=Strategy.NEW)))
     assert report_of_merge.removed == (stack[2], stack[1])
     assert victim.read_text() == "precious"
     assert os.path.lexists(path) != left
@@ -227,7 +228,11 @@ def test_a_leftover_that_somebody_has_open_stays(stack: list[Path]) -> None:
 def killed(open_host: Path) -> list[Path]:
     """A chain of root's in a directory of alice's, whose merge was killed past its switch."""
     paths = build(open_host / "vm", STACK)
-    killed_before(lambda: merge_run.run(merge_plan.plan(paths[-1], strategy=Strategy.NEW)), paths[0].parent, "unlink")
+    killed_before(
+        lambda: merge_run.run_step(merge_plan.plan_step(MergeRequest(image=paths[-1], strategy=Strategy.NEW))),
+        paths[0].parent,
+        "unlink",
+    )
     given_to_alice(open_host / "vm")
     return paths
 
@@ -313,7 +318,9 @@ def test_a_merge_that_cannot_mark_its_journal_says_so(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "no directory"))
     monkeypatch.setattr("snapchain.host.state_key.SYSTEM_STATE", tmp_path / "no directory" / "either")
     said: list[str] = []
-    report = merge_run.run(merge_plan.plan(stack[-1]), on_event=lambda event: said.append(str(event)))
+    report = merge_run.run_step(
+        merge_plan.plan_step(MergeRequest(image=stack[-1])), on_event=lambda event: said.append(str(event))
+    )
     assert report.removed
     assert any("its journal bears no mark" in each for each in said)
 
@@ -373,7 +380,7 @@ def test_a_second_name_of_an_overlay_hides_no_user_of_an_input(stack: list[Path]
     clone = stack[1].with_name("clone.qcow2")
     qemu_img("create", "-q", "-f", "qcow2", "-b", stack[1].name, "-F", "qcow2", clone)
     os.link(clone, stack[1].with_name(".disk.qcow2.merge-0123abcd"))
-    report = merge_run.run(merge_plan.plan(stack[-1], strategy=Strategy.NEW))
+    report = merge_run.run_step(merge_plan.plan_step(MergeRequest(image=stack[-1], strategy=Strategy.NEW)))
     assert report.removed == (stack[2],)
     assert [each.path for each in report.kept] == [stack[1]]
 

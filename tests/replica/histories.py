@@ -21,6 +21,7 @@ import numpy as np
 from snapchain.errors import Diverged, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.content import LEAF_BYTES, content_id, leaf_hash, sum_of
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
@@ -175,19 +176,21 @@ class History:
         way = self.draw.choice([Strategy.NEW, Strategy.NEW, Strategy.ABSORB])
         paths = [path for path, _ in self.chain]
         try:
-            plan = merge_plan.plan(
-                self.top,
-                from_layer=str(paths[first]),
-                to_layer=str(paths[last]),
-                strategy=way,
-                image_format="qcow2",
-                image_dirs=self.images,
-                drop_bitmaps=True,
+            plan = merge_plan.plan_step(
+                MergeRequest(
+                    image=self.top,
+                    from_layer=str(paths[first]),
+                    to_layer=str(paths[last]),
+                    strategy=way,
+                    image_format="qcow2",
+                    image_dirs=self.images,
+                    drop_bitmaps=True,
+                )
             )
         except SnapchainError as refused:
             self.note(f"merge {first} to {last} is refused: {refused}")
             return
-        report = merge_run.run(plan)
+        report = merge_run.run_step(plan)
         self.note(f"merged {first} to {last} by {report.strategy.value}")
         self.happened["merged"] += 1
         self.chain[first : last + 1] = [self.chain[last]]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from snapchain.destination.records import PointsMergePlan, PointsMergeReport
+from snapchain.merge.request import MergeRequest
+from snapchain.merge.run import StepReport, run_step
+from snapchain.merge.step import MergeStep, plan_step
+from snapchain.model.events import Event, OnEvent, Progress
+from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops.ship.run import ShipReport, ShipRequest
+from snapchain.replica import layer_merge
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.verification import verify_replica
 from tests.ops.stacks import clean, flat, same
@@ -20,7 +28,28 @@ from tests.replica.sending import send_to_replica
 
 
 def endpoint(root: Path) -> DirectoryEndpoint:
-    return DirectoryEndpoint(root, engine=ReplicaEngine())
+    return DirectoryEndpoint(root)
+
+
+@contextmanager
+def merged_by(strategy: Strategy | None, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Merges at replicas go by this strategy. meanwhile: called when one has moved something, in the middle of it."""
+
+    def planned(request: MergeRequest) -> MergeStep:
+        return plan_step(replace(request, strategy=strategy))
+
+    def run(step: MergeStep, *, noted: bool, on_event: OnEvent) -> StepReport:
+        def listen(event: Event) -> None:
+            if isinstance(event, Progress) and event.done:
+                meanwhile()
+            on_event(event)
+
+        return run_step(step, noted=noted, on_event=listen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_merge, "plan_step", planned)
+        patch.setattr(layer_merge, "run_step", run)
+        yield
 
 
 @dataclass

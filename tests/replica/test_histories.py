@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from tests.exhaustive import examples
 from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import Place
@@ -57,7 +58,7 @@ def test_a_root_that_was_merged_goes_on_what_the_replica_has_of_it(place: Place,
         [Layer(MiB, ["write -P 1 0 512k"]), Layer(MiB, ["write -z 0 256k"]), Layer(MiB, ["write -P 3 640k 64k"])],
     )
     place.send(chain[0])
-    merge_run.run(merge_plan.plan(chain[2], flatten=True, image_format="qcow2"))
+    merge_run.run_step(merge_plan.plan_step(MergeRequest(image=chain[2], flatten=True, image_format="qcow2")))
     place.send(chain[2])
     place.check(flat(chain[2], tmp_path / "shown"))
     assert place.send(chain[2]).layers_sent == 0

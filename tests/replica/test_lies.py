@@ -16,6 +16,7 @@ from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, Unavailable
 from snapchain.host.places import state_dir
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import Event, Notice
 from snapchain.ops.ship.run import Divergence, ShipRequest
@@ -162,7 +163,9 @@ def test_what_was_counted_is_not_read_again(place: Place, chain: list[Path], tmp
         write(image, f"write -P {20 + number} {number * 64}k 64k")
         snapshot.run(snapshot.plan(image))
         assert not any("reading" in each for each in notices(image, place))
-    merge_run.run(merge_plan.plan(image, from_layer=str(chain[0]), to_layer=str(chain[1])))
+    merge_run.run_step(
+        merge_plan.plan_step(MergeRequest(image=image, from_layer=str(chain[0]), to_layer=str(chain[1])))
+    )
     write(image, "write -P 10 0 64k")
     assert not any("reading" in each for each in notices(image, place)), "a merge is proven"
     assert same(place.files()[-1], flat(image, tmp_path / "shown"))

@@ -15,14 +15,13 @@ from snapchain.model.merging import Strategy
 from snapchain.ops.log import log
 from snapchain.replica import merging
 from snapchain.replica.destination import ReplicaDestination
-from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.stream.messages import Merge
 from snapchain.replica.verification import verify_replica
 from tests.ops.faulty_calls import End, Fault, met
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, clean, qemu_img, same
 from tests.replica.conftest import DISK, Place
-from tests.replica.merging import Pointed, endpoint
+from tests.replica.merging import Pointed, endpoint, merged_by
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 STRATEGIES = {way.value: way for way in (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)}
@@ -41,11 +40,12 @@ class Scene:
             self.pointed.send(path)
         self.root, self.pristine = self.pointed.place.root, directory / "pristine"
         shutil.copytree(self.root, self.pristine)
-        self.engine = ReplicaEngine(strategy)
+        self.strategy = strategy
 
     def merge(self) -> None:
         """As the receiver does, without a stream: all its calls are of the files'."""
-        merging.merge(ASKED, self.root, lambda *_: None, engine=self.engine)
+        with merged_by(self.strategy):
+            merging.merge(ASKED, self.root, lambda *_: None)
 
     def reset(self) -> None:
         shutil.rmtree(self.root)
@@ -90,13 +90,13 @@ def memory() -> Iterator[Path]:
 def points_two_three_and_five(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rule of the calendar is so fine."""
     from snapchain.model.retention import Decision
-    from snapchain.replica import layer_merge as collapsing
+    from snapchain.replica import layer_merge
     from snapchain.replica.catalogue import Point
 
     def decide(points: list[Point], *_: object, **__: object) -> tuple[Decision[Point], ...]:
         return tuple(Decision(each, each.point in {2, 3, 5}, ("so",)) for each in points)
 
-    monkeypatch.setattr(collapsing, "decide", decide)
+    monkeypatch.setattr(layer_merge, "decide", decide)
 
 
 def resize_the_tip(files: list[Path]) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, Unavailable
 from snapchain.model.events import Event, Notice
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
@@ -24,9 +24,6 @@ from snapchain.ops.ship.run import ShipRequest
 from snapchain.ops.sync.run import SyncRequest, check, sealed_request, sync
 from snapchain.replica import merge_journal as unfinished, store as waiting
 from snapchain.replica.destination import ReplicaDestination
-from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.engine import ReplicaEngine
-from snapchain.replica.merge_journal import Done, OnBytes, Planned
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
 from snapchain.replica.stream import session as voice
@@ -34,7 +31,7 @@ from snapchain.replica.verification import verify_replica
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
-from tests.replica.merging import Pointed, endpoint
+from tests.replica.merging import Pointed, endpoint, merged_by
 from tests.replica.sending import send_to_replica
 from tests.replica.test_merge_replica import seal
 from tests.waiting import HANG, wait_until
@@ -42,35 +39,8 @@ from tests.waiting import HANG, wait_until
 LAYERS = [Layer(4 * MiB, [f"write -P {n} {n * 64}k 512k"]) for n in range(1, 6)]
 
 
-class Engine(ReplicaEngine):
-    """Calls `meanwhile` when it has moved something, in the middle of the work."""
-
-    def __init__(self, meanwhile: Callable[[], object], strategy: Strategy | None = None) -> None:
-        super().__init__(strategy)
-        self._meanwhile = meanwhile
-
-    def plan(self, tip: Path, members: Sequence[Path], *, image_dirs: Sequence[Path]) -> Any:
-        return _Watched(super().plan(tip, members, image_dirs=image_dirs), self._meanwhile)
-
-
-class _Watched:
-    def __init__(self, planned: Planned, meanwhile: Callable[[], object]) -> None:
-        self._planned, self._meanwhile = planned, meanwhile
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._planned, name)
-
-    def run(self, *, on_bytes: OnBytes) -> Done:
-        def told(done: int, total: int) -> None:
-            if done:
-                self._meanwhile()
-            on_bytes(done, total)
-
-        return self._planned.run(on_bytes=told)
-
-
-def merging(pointed: Pointed, engine: ReplicaEngine, **rules: Any) -> ReplicaMerge:
-    return ReplicaMerge(DirectoryEndpoint(pointed.place.root, engine=engine), DISK, Policy(**rules), zone="UTC")
+def merging(pointed: Pointed, **rules: Any) -> ReplicaMerge:
+    return ReplicaMerge(endpoint(pointed.place.root), DISK, Policy(**rules), zone="UTC")
 
 
 @pytest.fixture
@@ -95,8 +65,8 @@ def held_up(pointed: Pointed, **rules: Any) -> Iterator[threading.Event]:
         there.set()
         assert go.wait(HANG)
 
-    with ThreadPoolExecutor(1) as pool:
-        merge = pool.submit(merging(pointed, Engine(wait), **rules).run)
+    with merged_by(None, wait), ThreadPoolExecutor(1) as pool:
+        merge = pool.submit(merging(pointed, **rules).run)
         try:
             assert there.wait(HANG)
             yield go
@@ -196,8 +166,8 @@ def test_the_asker_is_gone(sent: Pointed, chain: list[Path], strategy: Strategy)
     def gone() -> None:
         raise Unavailable("the connection was closed by the other side")
 
-    with pytest.raises(Unavailable, match="closed by the other side"):
-        merging(sent, Engine(gone, strategy), last=2).run()
+    with pytest.raises(Unavailable, match="closed by the other side"), merged_by(strategy, gone):
+        merging(sent, last=2).run()
     assert (sent.place.directory / ".merging.json").exists() is (strategy is Strategy.COMMIT)
     assert sent.send(chain[-1]).layers_sent == 0
     sent.check()
@@ -216,7 +186,8 @@ def test_interrupted_in_this_process(sent: Pointed, chain: list[Path]) -> None:
             time.sleep(0.4)
 
         try:
-            merging(sent, Engine(slow, Strategy.ABSORB), last=1).run()
+            with merged_by(Strategy.ABSORB, slow):
+                merging(sent, last=1).run()
         except KeyboardInterrupt:
             os._exit(130)
         os._exit(1)
@@ -242,15 +213,15 @@ def test_one_of_two_merges_is_refused_half_way(sent: Pointed, chain: list[Path],
             refused.append(1)
             raise Conflict("somebody has written to it")
 
-    engine = Engine(refuse, strategy)
     if strategy is Strategy.COMMIT:
-        with pytest.raises(Conflict, match="has written"):
-            merging(sent, engine, last=2).run()
+        with pytest.raises(Conflict, match="has written"), merged_by(strategy, refuse):
+            merging(sent, last=2).run()
         assert (sent.place.directory / ".merging.json").exists()
         assert sent.send(chain[-1]).layers_sent == 0
         assert len(sent.place.files()) == 3
     else:
-        report = merging(sent, engine, last=2).run()
+        with merged_by(strategy, refuse):
+            report = merging(sent, last=2).run()
         assert [each.reason for each in report.staying] == ["somebody has written to it"] * 2
         assert report.layers_after == 4
     sent.check()
@@ -259,27 +230,11 @@ def test_one_of_two_merges_is_refused_half_way(sent: Pointed, chain: list[Path],
 def killed(pointed: Pointed, strategy: Strategy) -> None:
     """A merge that dies in the middle of its work."""
     if not (child := os.fork()):
-        engine = Engine(lambda: os.kill(os.getpid(), signal.SIGKILL), strategy)
-        merging(pointed, engine, last=1).run()
+        with merged_by(strategy, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            merging(pointed, last=1).run()
         os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     assert (pointed.place.directory / ".merging.json").exists()
-
-
-def test_a_program_that_cannot_finish_a_killed_merge_refuses(sent: Pointed, chain: list[Path]) -> None:
-    killed(sent, Strategy.COMMIT)
-    nobody = DirectoryEndpoint(sent.place.root)
-    before = sorted((path, path.stat().st_mtime_ns) for path in sent.place.directory.glob("[!.]*.*"))
-    for work in (
-        lambda: send_to_replica(ShipRequest(image=chain[-1], disk=DISK), nobody),
-        lambda: verify_replica(nobody, DISK, read_data=False),
-    ):
-        with pytest.raises(Unsupported, match="cannot finish it"):
-            work()
-    assert [point.point for point in log(ReplicaDestination(nobody), DISK).disks[0].points] == [5]
-    assert sorted((path, path.stat().st_mtime_ns) for path in sent.place.directory.glob("[!.]*.*")) == before
-    assert sent.send(chain[-1]).layers_sent == 0
-    sent.check(kept=[5, 6])
 
 
 @pytest.mark.parametrize("strategy", [Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT])
@@ -324,10 +279,10 @@ def test_a_disk_that_is_full(tmp_path: Path, chain: list[Path], place: Place) ->
     pointed = Pointed(place, tmp_path / "shots")
     for path in chain:
         pointed.send(path)
-    from snapchain.replica import layer_merge as collapsing
+    from snapchain.replica import layer_merge
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collapsing, "free_bytes", lambda _directory: 1 << 19)
+        patch.setattr(layer_merge, "free_bytes", lambda _directory: 1 << 19)
         with pytest.raises(Unavailable, match="are free"):
             pointed.merge(last=1)
     pointed.check(kept=[1, 2, 3, 4, 5])

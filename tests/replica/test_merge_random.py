@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.ops.ship.run import Files
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.replica.engine import ReplicaEngine
 from snapchain.replica.points_merge import ReplicaMerge
 from tests.ops.shipping import random_stack
 from tests.replica.conftest import DISK, Place
-from tests.replica.merging import Pointed
+from tests.replica.merging import Pointed, merged_by
 
 WAYS = [None, None, Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT]
 
@@ -88,10 +88,11 @@ def resend(pointed: Pointed, image: Path) -> None:
 def merge_there(pointed: Pointed, draw: random.Random) -> bool:
     """Whether there was anything to merge."""
     policy = Policy(last=draw.randrange(1, 4), labels=frozenset(draw.sample("ab", draw.randrange(3))))
-    to = DirectoryEndpoint(pointed.place.root, engine=ReplicaEngine(draw.choice(WAYS)))
+    to = DirectoryEndpoint(pointed.place.root)
     work = ReplicaMerge(to, DISK, policy, zone="UTC")
-    plan = work.plan()
-    report = work.run()
+    with merged_by(draw.choice(WAYS)):
+        plan = work.plan()
+        report = work.run()
     assert report.layers_after == plan.layers_after
     assert pointed.points() == [point.point for point in plan.points if point.kept]
     return report.layers_after < report.layers_before
@@ -99,10 +100,10 @@ def merge_there(pointed: Pointed, draw: random.Random) -> bool:
 
 def merge_here(image: Path, draw: random.Random) -> str:
     """What came of it: `here`, or that there was nothing to merge."""
-    chain = merge_plan.plan(image, image_format=image.suffix[1:]).chain
+    chain = merge_plan.plan_step(MergeRequest(image=image, image_format=image.suffix[1:])).chain
     if len(chain) < 2:
         return "nothing"
     first = draw.randrange(len(chain) - 1)
-    report = merge_run.run(merge_plan.plan(image, from_layer=str(chain[first])))
+    report = merge_run.run_step(merge_plan.plan_step(MergeRequest(image=image, from_layer=str(chain[first]))))
     assert report.layers_after < report.layers_before
     return "here"

@@ -14,6 +14,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.merge import run as merge_run, step as merge_plan
+from snapchain.merge.request import MergeRequest
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
 from snapchain.ops.ship.run import Divergence, ShipRequest
@@ -493,7 +494,7 @@ def seal(image: Path, *writes: str) -> None:
 
 
 def merge_here(image: Path, first: str) -> None:
-    merge_run.run(merge_plan.plan(image, from_layer=first))
+    merge_run.run_step(merge_plan.plan_step(MergeRequest(image=image, from_layer=first)))
 
 
 def guest_on(pointed: Pointed, layer: str) -> Path:

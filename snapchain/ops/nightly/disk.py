@@ -17,9 +17,9 @@ from typing import Any
 
 from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
-from snapchain.merge import sequence as merge_set
-from snapchain.merge.request import At
+from snapchain.merge import run as merge_run
 from snapchain.model.events import Event, Notice, OnEvent, Progress
+from snapchain.ops.merge import held_at
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
@@ -281,21 +281,21 @@ class DiskRun:
         assert cap is not None
         if len(captured.facts.files) + sealed.beyond <= cap:
             return
-        at = [At(place.name, RepositoryDestination(place.open()), self._disk.name) for place in self._places]
+        at = [held_at(place.name, RepositoryDestination(place.open()), self._disk.name) for place in self._places]
         planned, cut = local_merge.plan(image, settings, at=at, budget=None), None
         left = limits.left("merge")
         if left is not None and local_merge.moved(planned) > left:
             smaller = local_merge.plan(image, settings, at=at, budget=left)
             cut = f"the budget of bytes to merge has {left} left, and this needs {local_merge.moved(planned)}"
             # What is larger than a whole budget would else never be done.
-            planned = smaller if smaller.plans or limits.has_begun("merge") else planned
+            planned = smaller if smaller.steps or limits.has_begun("merge") else planned
         for notice in planned.notices:
             self._on_event(Notice(notice))
         self._show(why_not_merged=cut or local_merge.why_longer(planned, settings))
-        if planned.plans:
+        if planned.steps:
             limits.take("merge", local_merge.moved(planned))
             try:
-                report = merge_set.run(planned, on_event=self._on_event)
+                report = merge_run.run(planned, on_event=self._on_event)
             except Busy as error:  # the guest was started again, as it may: merging under it is the live path
                 self._show(why_not_merged=str(error))
                 return

@@ -10,15 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from snapchain.image import scan
-from snapchain.image.dependent_search import dependents_of_chain
 from snapchain.merge import plan as planning
-from snapchain.merge.choose import choose
-from snapchain.merge.plan import MergePlan, asked
-from snapchain.merge.rates import Rates
-from snapchain.merge.request import At, Request
-from snapchain.merge.stack import look
-from snapchain.merge.step import decide
+from snapchain.merge.plan import MergePlan
+from snapchain.merge.request import At, MergeRequest
 from snapchain.ops.nightly.config import Disks
 
 _REASONS = 4
@@ -41,7 +35,7 @@ def plan(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) 
 
 def moved(planned: MergePlan) -> int:
     """Bytes of the merges that the filesystem does not share."""
-    return sum(0 if each.shares_extents else each.bytes_to_move for each in planned.plans)
+    return sum(0 if each.shares_extents else each.bytes_to_move for each in planned.steps)
 
 
 def why_longer(planned: MergePlan, settings: Disks) -> str | None:
@@ -62,23 +56,12 @@ def outlook(image: Path, settings: Disks, *, present: dict[str, int], more: int)
     have by then beside these
     """
     assert settings.merge_above is not None
-    request = replace(_request(image, settings, at=(), budget=None), max_layers=max(settings.merge_above - more, 1))
-    with scan(image, format=request.image_format, image_dirs=request.image_dirs) as chain:
-        paths = [file.real_path for file in chain.files]
-        stack = replace(look(chain), present=present)
-        others = dependents_of_chain(chain, image_dirs=request.image_dirs)
-        found = choose(
-            stack,
-            request,
-            Rates.remembered(),
-            lambda each: decide(chain, asked(request, paths, each), others=others).plan,
-            others,
-        )
-        return [tuple(paths[each.first : each.last + 1]) for each in found.ranges]
+    request = _request(image, settings, at=(), budget=None)
+    return planning.outlook(replace(request, max_layers=max(settings.merge_above - more, 1)), present=present)
 
 
-def _request(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> Request:
-    return Request(
+def _request(image: Path, settings: Disks, *, at: Sequence[At], budget: int | None) -> MergeRequest:
+    return MergeRequest(
         image=image,
         image_format=settings.format,
         image_dirs=(*settings.image_dirs, image.parent),

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.records import GcReport, PointsMergeReport
 from snapchain.errors import SnapchainError
-from snapchain.merge.sequence import MergeReport
+from snapchain.merge.run import MergeReport
 
 
 class Outcome(StrEnum):

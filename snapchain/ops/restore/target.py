@@ -25,15 +25,14 @@ from snapchain.host.links import Followed, follow, others_may_write
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_line
-from snapchain.image.backing import check_no_layer
 from snapchain.image.block_device import claimed as claimed_device
 from snapchain.image.dependent_search import find_dependents, image_directories
 from snapchain.image.dependents import Dependents, search
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.hold import word_against
 from snapchain.ops.restore.output import Effort, OutputFile, exists, meant_for
+from snapchain.source.holds import held_by_another
 from snapchain.source.notes import Notes
-from snapchain.source.ownership import remedy_against, told
+from snapchain.source.ownership import check_no_layer, remedy_against, told
 
 Format = Literal["qcow2", "raw"]
 _RAW_SUFFIXES = frozenset({".raw", ".img", ".bin", ".dd"})
@@ -347,7 +346,7 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
         note = notes.of(path)
         if note.holds:
             if note.holds[0].word_of is not None:
-                raise word_against(note.holds[0], path)
+                raise held_by_another(note.holds[0], path)
             tags = ", ".join(hold.tag for hold in note.holds)
             raise Conflict(
                 f"it is held and must stay as it is: {tags}",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.merge import plan as planning, sequence as running
-from snapchain.merge.request import Request
+from snapchain.merge import plan as planning, run as merge_run
+from snapchain.merge.request import MergeRequest
 from snapchain.model.retention import Policy
 from snapchain.source.notes import Hold, Notes
 from tests.ops.killing import killed_at_every_step
@@ -25,10 +25,10 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
     held = Hold(tag="audit", since=datetime.now(UTC))
     Notes().change(chain[3], lambda note: note.model_copy(update={"holds": (held,)}))
     shutil.copytree(directory, pristine)
-    request = Request(image=chain[-1], policy=Policy(last=1))
+    request = MergeRequest(image=chain[-1], policy=Policy(last=1))
 
     def merge() -> None:
-        running.run(planning.plan(request))
+        merge_run.run(planning.plan(request))
 
     deaths = 0
     for where in killed_at_every_step(merge, each=5):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.merge import plan as planning, sequence as running
-from snapchain.merge.request import At, Request
+from snapchain.merge import plan as planning, run as merge_run
+from snapchain.merge.request import At, MergeRequest
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold
+from snapchain.ops.merge import held_at
 from snapchain.repository.destination import RepositoryDestination
 from tests.ops.shipping import DISK, random_stack, restore, same_bytes, ship
 from tests.ops.stacks import clean, flat, names
@@ -30,7 +31,7 @@ def test_random_chains_by_random_rules(tmp_path: Path, seed: int) -> None:
     at: tuple[At, ...] = ()
     if draw.random() < 0.7:
         ship(stack.files[shipped], repo)
-        at = (At("repo::disk", RepositoryDestination(again(repo)), DISK),)
+        at = (held_at("repo::disk", RepositoryDestination(again(repo)), DISK),)
     held = {path: path.read_bytes() for path in stack.files[1:] if draw.random() < 0.2}
     for path in held:
         hold.hold_image(path, "test")
@@ -41,9 +42,9 @@ def test_random_chains_by_random_rules(tmp_path: Path, seed: int) -> None:
         {"policy": Policy(last=1), "max_layers": 3, "budget_bytes": draw.randrange(8 << 20)},
     ]
     limits = draw.choice(choices)
-    request = Request(image=stack.files[-1], flatten=draw.random() < 0.3, at=at, **limits)  # type: ignore[arg-type]
+    request = MergeRequest(image=stack.files[-1], flatten=draw.random() < 0.3, at=at, **limits)  # type: ignore[arg-type]
     planned = planning.plan(request)
-    running.run(planned)
+    merge_run.run(planned)
     left = names(tmp_path / "vm")
     assert len(left) == planned.layers_after
     assert stack.files[-1].name in left

@@ -11,15 +11,16 @@ import pytest
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.image import scan
-from snapchain.merge import plan as planning, run as merge_run, sequence as running
+from snapchain.merge import plan as planning, run as merge_run
 from snapchain.merge.plan import MergePlan
-from snapchain.merge.request import At, Request
-from snapchain.merge.sequence import MergeReport
+from snapchain.merge.request import MergeRequest
+from snapchain.merge.run import MergeReport
 from snapchain.merge.step import MergeStep
 from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold
+from snapchain.ops.merge import held_at
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.source import sealing as snapshot
 from tests.ops.shipping import DISK, restore, same_bytes, ship
@@ -47,11 +48,11 @@ def views(chain: list[Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def plan(chain: list[Path], **options: object) -> MergePlan:
-    return planning.plan(Request(image=chain[-1], **options))  # type: ignore[arg-type]
+    return planning.plan(MergeRequest(image=chain[-1], **options))  # type: ignore[arg-type]
 
 
 def merge(chain: list[Path], **options: object) -> MergeReport:
-    return running.run(plan(chain, **options))
+    return merge_run.run(plan(chain, **options))
 
 
 def ranges(planned: MergePlan) -> list[tuple[int, int]]:
@@ -72,7 +73,7 @@ def test_without_a_rule_everything_above_the_root(chain: list[Path], views: dict
     assert (planned.layers_before, planned.layers_after, ranges(planned)) == (8, 2, [(1, 7)])
     assert planned.shadowed_bytes == 6 * 256 << 10
     assert [layer.shadowed_bytes for layer in planned.layers] == [2048 << 10, *[256 << 10] * 6, 0]
-    report = running.run(planned)
+    report = merge_run.run(planned)
     assert (report.layers_after, len(report.merges), report.failed) == (2, 1, ())
     assert report.result == chain[-1]
     assert_reads_as_before(chain[0].parent, views)
@@ -82,7 +83,7 @@ def test_nothing_to_merge(chain: list[Path]) -> None:
     merge(chain)
     planned = plan(chain)
     assert (planned.strategy, planned.merges, planned.missing_bytes) == ("nothing", (), 0)
-    report = running.run(planned)
+    report = merge_run.run(planned)
     assert (report.strategy, report.layers_before, report.layers_after) == ("nothing", 2, 2)
 
 
@@ -127,7 +128,7 @@ def test_views_that_a_rule_names_stay(chain: list[Path], views: dict[str, Path])
     assert ranges(planned) == [(1, 2), (3, 5)]
     assert [place for place, layer in enumerate(planned.layers) if layer.stays] == [2, 5, 6]
     assert planned.layers[2].stays == ("weekly 2 of 2: 2026-W18",)
-    report = running.run(planned)
+    report = merge_run.run(planned)
     assert names(chain[0].parent) == ["0.qcow2", "2.qcow2", "5.qcow2", "6.qcow2", "disk.qcow2"]
     assert (report.layers_before, report.layers_after, len(report.merges)) == (8, 5, 2)
     assert_reads_as_before(chain[0].parent, views)
@@ -161,7 +162,7 @@ def test_rules_go_round_what_is_held(chain: list[Path], views: dict[str, Path]) 
     inode, before = chain[3].stat().st_ino, chain[3].read_bytes()
     planned = plan(chain, policy=Policy(last=1))
     assert ranges(planned) == [(1, 2), (4, 6)]
-    running.run(planned)
+    merge_run.run(planned)
     assert (chain[3].stat().st_ino, chain[3].read_bytes()) == (inode, before)
     assert_reads_as_before(chain[0].parent, views)
 
@@ -172,7 +173,7 @@ def test_rules_go_round_what_other_images_stand_on(chain: list[Path], views: dic
     planned = plan(chain, policy=Policy(last=1))
     assert ranges(planned) == [(1, 4), (5, 6)]
     assert planned.layers[4].stays == ("clone.qcow2 depends on it",)
-    running.run(planned)
+    merge_run.run(planned)
     assert same(clone, views[chain[4].name])
     assert_reads_as_before(chain[0].parent, {**views, clone.name: views[chain[4].name]})
 
@@ -183,12 +184,12 @@ def test_rules_go_round_what_other_images_stand_on(chain: list[Path], views: dic
 def test_what_a_destination_lacks_or_builds_on_stays(chain: list[Path], views: dict[str, Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
     ship(chain[5], repo)
-    at = (At("repo::disk", RepositoryDestination(again(repo)), DISK),)
+    at = (held_at("repo::disk", RepositoryDestination(again(repo)), DISK),)
     planned = plan(chain, policy=Policy(last=1), at=at)
     assert ranges(planned) == [(1, 4)]
     assert [layer.at for layer in planned.layers] == [("repo::disk",)] * 6 + [()] * 2
     assert planned.layers[5].stays == ("newest at repo::disk",)
-    running.run(planned)
+    merge_run.run(planned)
     assert_reads_as_before(chain[0].parent, views)
     # The next shipment builds on what is there, and reads nothing but the new layers.
     assert ship(chain[-1], repo).bytes_read == 3 * 256 << 10
@@ -199,7 +200,7 @@ def test_what_a_destination_lacks_or_builds_on_stays(chain: list[Path], views: d
 def test_a_range_that_is_named_is_merged_with_a_warning(chain: list[Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
     ship(chain[5], repo)
-    planned = plan(chain, at=(At("repo::disk", RepositoryDestination(again(repo)), DISK),))
+    planned = plan(chain, at=(held_at("repo::disk", RepositoryDestination(again(repo)), DISK),))
     assert ranges(planned) == [(1, 7)]
     assert planned.notices == (
         "not yet at repo::disk: 6.qcow2, disk.qcow2; the next shipment reads all that they become",
@@ -208,7 +209,7 @@ def test_a_range_that_is_named_is_merged_with_a_warning(chain: list[Path]) -> No
 
 def test_a_disk_that_was_never_shipped_keeps_all(chain: list[Path]) -> None:
     repo = repository(MemoryStore(), block_size=256 * 1024)
-    planned = plan(chain, max_layers=3, at=(At("repo::disk", RepositoryDestination(repo), DISK),))
+    planned = plan(chain, max_layers=3, at=(held_at("repo::disk", RepositoryDestination(repo), DISK),))
     assert (planned.merges, planned.layers_after) == ((), 8)
     assert planned.notices == ("8 layers are left, not 3: no more can be merged without a layer that must stay",)
 
@@ -220,7 +221,7 @@ def test_a_cap_merges_no_more_than_it_takes(chain: list[Path], views: dict[str, 
     assert plan(chain, max_layers=8).merges == ()
     planned = plan(chain, max_layers=5)
     assert planned.layers_after == 5
-    running.run(planned)
+    merge_run.run(planned)
     assert len(names(chain[0].parent)) == 5
     assert_reads_as_before(chain[0].parent, views)
     assert plan(chain, max_layers=5).merges == ()
@@ -244,7 +245,7 @@ def test_a_budget_of_bytes_is_kept_to(chain: list[Path], views: dict[str, Path])
         assert planned.shadowed_bytes >= freed
         freed = planned.shadowed_bytes
     assert 0 < freed <= whole.shadowed_bytes
-    running.run(plan(chain, budget_bytes=MiB))
+    merge_run.run(plan(chain, budget_bytes=MiB))
     assert_reads_as_before(chain[0].parent, views)
 
 
@@ -273,7 +274,7 @@ def test_too_little_room_is_told_before_anything_moves(chain: list[Path]) -> Non
     planned = plan(chain).model_copy(update={"needs_bytes": 1 << 60})
     before = {path: standing(path) for path in chain}
     with pytest.raises(Unavailable, match=str(1 << 60)) as told:
-        running.run(planned)
+        merge_run.run(planned)
     assert str(planned.missing_bytes) in (told.value.hint or "")
     assert {path: standing(path) for path in chain} == before
 
@@ -281,18 +282,20 @@ def test_too_little_room_is_told_before_anything_moves(chain: list[Path]) -> Non
 def test_one_failure_leaves_the_others_done(
     chain: list[Path], views: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = merge_run.run
+    real = merge_run.run_step
 
     def failing(planned: MergeStep, *, on_event: Callable[[Event], None]) -> merge_run.StepReport:
         if planned.last == 5:
             raise NotFound("somebody took it", subject=planned.result)
         return real(planned, on_event=on_event)
 
-    monkeypatch.setattr(merge_run, "run", failing)
+    monkeypatch.setattr(merge_run, "run_step", failing)
     planned = plan(chain, policy=Policy(last=2, weekly=2), zone=UTC)
     assert ranges(planned) == [(1, 2), (3, 5)]
     told: list[str] = []
-    report = running.run(planned, on_event=lambda event: told.append(str(event)) if isinstance(event, Notice) else None)
+    report = merge_run.run(
+        planned, on_event=lambda event: told.append(str(event)) if isinstance(event, Notice) else None
+    )
     assert (report.layers_after, len(report.merges), len(report.failed)) == (7, 1, 1)
     assert report.failed[0].layers == tuple(chain[3:6])
     assert "somebody took it" in report.failed[0].message
@@ -304,7 +307,7 @@ def test_nothing_done_is_the_failure_itself(chain: list[Path], monkeypatch: pyte
     def failing(*_: object, **__: object) -> None:
         raise NotFound("somebody took it")
 
-    monkeypatch.setattr(merge_run, "run", failing)
+    monkeypatch.setattr(merge_run, "run_step", failing)
     with pytest.raises(NotFound, match="somebody took it"):
         merge(chain, policy=Policy(last=2, weekly=2), zone=UTC)
 
@@ -314,7 +317,7 @@ def test_a_chain_that_changed_since_the_plan_is_left_alone(chain: list[Path]) ->
     write(chain[-1], "write -P 9 0 64k")
     snapshot.run(snapshot.plan(chain[-1]))
     with pytest.raises(Conflict, match="changed after the merge was planned"):
-        running.run(planned)
+        merge_run.run(planned)
 
 
 def test_the_notes_of_what_is_gone_go(tmp_path: Path) -> None:

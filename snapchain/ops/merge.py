@@ -1,0 +1,20 @@
+"""merge IMAGE: make one layer of several in a chain of files, by name or by rules."""
+
+from __future__ import annotations
+
+from snapchain.destination.protocol import Destination
+from snapchain.destination.writing import Opening
+from snapchain.merge.plan import MergePlan, plan
+from snapchain.merge.request import At, MergeRequest
+from snapchain.merge.run import MergeReport, run
+from snapchain.model.events import OnEvent, ignore
+from snapchain.model.inventory import Held
+
+
+def held_at(name: str, destination: Destination, disk: str, *, on_event: OnEvent = ignore) -> At:
+    """What a destination holds of a disk, for a merge that must not hinder the next shipment. name: for people."""
+    with destination.look(Opening(disk=disk), on_event=on_event) as found:
+        return At(name, tuple(Held(layer.id, layer.sources) for layer in found.held))
+
+
+__all__ = ["At", "MergePlan", "MergeReport", "MergeRequest", "held_at", "plan", "run"]

@@ -1,0 +1,89 @@
+"""By what this host knows that it became a disk's master: the handover that a replica's catalogue records.
+
+The guest's overlay lies in a directory of the replica, and the catalogue of the disk in the one above it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from blake3 import blake3
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from snapchain.errors import Corrupt, InvalidInput, NotFound
+from snapchain.host.files import read_small
+from snapchain.host.replica_layout import ACTIVE, CATALOGUE
+from snapchain.model.epoch import LARGEST_EPOCH
+
+_LARGEST = 16 << 20
+_CHECK = re.compile(rb',\n "check": "([0-9a-f]{64})"\n}\n\Z')
+M = TypeVar("M", bound=BaseModel)
+
+
+class HandedOver(BaseModel):
+    """The disk was given to this host. token: of the handover; overlay: the file that its guest writes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+    epoch: int = Field(ge=2, le=LARGEST_EPOCH)
+    overlay: Annotated[str, StringConstraints(max_length=300)]
+    time: AwareDatetime
+
+
+class _Catalogue(BaseModel):
+    """What is wanted of it here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    handover: HandedOver | None = None
+
+
+def epoch_of_overlay(path: Path) -> int:
+    """The epoch in which a disk was handed over to this host, for a file in the `active` directory of a replica's disk.
+
+    1 for all other files, and where nothing was handed over. Raises Corrupt for a catalogue that cannot be read.
+    """
+    handover = _handover(path)
+    return 1 if handover is None else handover.epoch
+
+
+def epoch_handed(path: Path) -> int:
+    """The same, but only for the very file that was made for the guest then."""
+    handover = _handover(path)
+    return 1 if handover is None or handover.overlay != f"{ACTIVE}/{path.name}" else handover.epoch
+
+
+def _handover(path: Path) -> HandedOver | None:
+    if path.parent.name != ACTIVE:
+        return None
+    catalogue = read_checked(_Catalogue, path.parent.parent / CATALOGUE, cap=_LARGEST)
+    return None if catalogue is None else catalogue.handover
+
+
+def read_checked(shape: type[M], path: Path, *, cap: int) -> M | None:
+    """A small JSON file of snapchain's own, of at most `cap` bytes; None when it is not there.
+
+    Its last field, `check`, is the BLAKE3 of all that stands before it: a label or a time is sound in itself, whatever
+    it says, and a point must not be found by a wrong one. A file without it is older than that.
+    Raises Corrupt, and InvalidInput for a user who may not read it.
+    """
+    try:
+        text = read_small(path, cap=cap)
+    except NotFound:
+        return None
+    except InvalidInput as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise
+        raise Corrupt(error.message, subject=path) from error
+    if (check := _CHECK.search(text)) is not None:
+        if blake3(text[: check.start()]).hexdigest().encode() != check[1]:
+            raise Corrupt("it is not what was written: its check is wrong", subject=path)
+        text = text[: check.start()] + b"}"
+    try:
+        return shape.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise Corrupt(f"it is unsound: {first['loc']}: {first['msg']}", subject=path) from error
