@@ -74,7 +74,6 @@ def compared(frames: Frames) -> list[tuple[Kind, Any]]:
 
 
 def test_a_receiver_answers_as_before(tmp_path: Path) -> None:
-
     root = tmp_path / "replica"
     for name in SESSIONS:
         raw = stream(*recorded(name, "sent", root))
