@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Literal
 
-    from snapchain.destination.protocol import Destination as Destination, Merged
+    from snapchain.destination.protocol import Destination as Destination
+    from snapchain.destination.records import GcReport, PointsMergeReport, VerifyReport
     from snapchain.image import ImageChain
-    from snapchain.merge.sequence import MergeSetReport
+    from snapchain.merge.run import MergeReport
     from snapchain.model.events import Event as Event
     from snapchain.model.retention import Policy as Policy
     from snapchain.ops.init import InitReport
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from snapchain.ops.log import LogReport
     from snapchain.ops.restore.target import RestoreReport
     from snapchain.ops.ship.to_repository import ShipReport
-    from snapchain.ops.verify import VerifyReport
     from snapchain.source.sealing import SnapshotReport
 
     AnyPath = str | PathLike[str]
@@ -66,6 +66,7 @@ __all__ = [
     "SnapchainError",
     "create_repository",
     "errors",
+    "gc",
     "inspect",
     "log",
     "merge_image",
@@ -127,9 +128,9 @@ def open_destination(
     Corrupt where it is another or an older one than this machine knows at the address, Unavailable for a server that
     does not answer.
     """
-    from snapchain.destination.protocol import destination_at
+    from snapchain.destinations import open_destination
 
-    return destination_at(
+    return open_destination(
         _address(url),
         passphrase=_passphrase(passphrase),
         writing=writing,
@@ -164,7 +165,9 @@ def create_repository(
 
 def log(destination: Destination | AnyPath, disk: str | None = None) -> LogReport:
     """The points of all disks of a destination, or of one disk. Raises NotFound for a disk that is not there."""
-    return _opened(destination, writing=False).log(disk)
+    from snapchain.ops.log import log
+
+    return log(_opened(destination, writing=False), disk)
 
 
 def verify(
@@ -190,7 +193,7 @@ def merge_points(
     *,
     zone: tzinfo | None = None,
     on_event: OnEvent | None = None,
-) -> Merged:
+) -> PointsMergeReport:
     """Keep the points of a disk that the policy names, held points, and the newest point; merge the layers of others.
 
     zone: whose calendar says what a day is; by default UTC
@@ -202,6 +205,15 @@ def merge_points(
 
     work = _opened(destination, writing=True).merging(disk, policy, zone=zone or UTC)
     return work.run(on_event=on_event or _ignore)
+
+
+def gc(destination: Destination | AnyPath, *, on_event: OnEvent | None = None) -> GcReport:
+    """Delete the data of a repository that no point needs. It waits up to ten minutes for ship and merge to end.
+
+    The report has `bytes_freed`, and `findings` where data is lost. Raises Busy where they do not end, InvalidInput for
+    a replica, which needs no collecting.
+    """
+    return _opened(destination, writing=True).collecting().run(on_event=on_event or _ignore)
 
 
 def restore(
@@ -227,7 +239,10 @@ def restore(
     """
     from pathlib import Path
 
-    work = _opened(destination, writing=False).restoration(
+    from snapchain.ops.restore.run import Restoration
+
+    work = Restoration(
+        _opened(destination, writing=False),
         disk,
         Path(output),
         point=None if point is None else str(point),
@@ -324,8 +339,11 @@ def ship(
     """
     from pathlib import Path
 
+    from snapchain.ops.ship.delivery import delivery
+
     events = on_event or _ignore
-    with _opened(destination, writing=True).deliver(
+    with delivery(
+        _opened(destination, writing=True),
         Path(image),
         disk,
         labels=labels,
@@ -350,7 +368,7 @@ def merge_image(
     format: Format | None = None,
     image_dirs: Sequence[AnyPath] = (),
     on_event: OnEvent | None = None,
-) -> MergeSetReport:
+) -> MergeReport:
     """Make one layer of several neighbours in a chain of files that nobody has open; without rules, all above the root.
 
     policy: which sealed layers stay, by the times and labels that `snapshot` noted; zone: as of `merge_points`
@@ -366,11 +384,10 @@ def merge_image(
     from datetime import UTC
     from pathlib import Path
 
-    from snapchain.merge import selection, sequence
-    from snapchain.merge.request import Request
     from snapchain.model.retention import Policy
+    from snapchain.ops import merge
 
-    request = Request(
+    request = merge.MergeRequest(
         image=Path(image),
         policy=policy or Policy(),
         zone=zone or UTC,
@@ -382,7 +399,7 @@ def merge_image(
         image_format=format,
         image_dirs=tuple(_paths(image_dirs)),
     )
-    return sequence.run(selection.plan(request), on_event=on_event or _ignore)
+    return merge.run(merge.plan(request), on_event=on_event or _ignore)
 
 
 # --- what they share

@@ -16,8 +16,8 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Snapchai
 from tests.cli.conftest import made_disk, qemu_img, write
 
 NAMES = {
-    "Destination", "Event", "Policy", "SnapchainError", "create_repository", "errors", "inspect", "log", "merge_image",
-    "merge_points", "open_destination", "open_image", "restore", "ship", "snapshot", "verify",
+    "Destination", "Event", "Policy", "SnapchainError", "create_repository", "errors", "gc", "inspect", "log",
+    "merge_image", "merge_points", "open_destination", "open_image", "restore", "ship", "snapshot", "verify",
 }  # fmt: skip
 """Removing or renaming one breaks programs: a changelog line, and a minor version."""
 MiB = 1 << 20
@@ -113,6 +113,12 @@ def test_points_are_merged_by_a_policy(image: Path, place: snapchain.Destination
     assert (merged.points_kept, merged.points_dropped) == ((1, 3), (2,))
     snapchain.restore(place, "web1/vda", "after.qcow2")
     qemu_img("compare", "-f", "qcow2", "-F", "qcow2", "after.qcow2", image)
+    if place.traits.needs_collecting:
+        assert snapchain.gc(place).findings == ()
+    else:
+        with pytest.raises(InvalidInput, match="replica"):
+            snapchain.gc(place)
+    assert snapchain.verify(place, share=1.0).ok
 
 
 def test_an_image_is_opened_inspected_sealed_and_merged(image: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from snapchain.cli import exits, streams
 from snapchain.cli.exits import interrupting
 from snapchain.cli.verbs import check_verb, help_page
 from snapchain.errors import Unsupported
-from snapchain.host import descriptors, hardening
+from snapchain.host import process_limits
 
 __all__ = ["main", "program"]
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # What a command loads and makes stays until its end: to look for garbage every 700 objects is a tenth of a start.
     set_threshold(50_000, 20, 20)
-    descriptors.raise_limit()
+    process_limits.raise_limit()
     with interrupting(), streams.checked():
         return _run(words)
 
@@ -46,6 +46,10 @@ def _run(words: Sequence[str]) -> int:
         if _answered_from_table(words):
             sys.stdout.flush()
             return 0
+        if "_SNAPCHAIN_COMPLETE" in os.environ:
+            from snapchain.cli.completion import prepare
+
+            prepare(os.environ)
         with logging_in(words):
             from snapchain.cli.app import app
 
@@ -76,7 +80,7 @@ def program() -> NoReturn:
     modules down again would be a fifth of a short command's time. Nothing here is left to an exit handler, and what
     stdout would not take is not offered to it again.
     """
-    hardening.harden()
+    process_limits.harden()
     streams.occupy_descriptors()
     os._exit(main())
 

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import snapchain
 from snapchain.cli import exits
-from snapchain.cli.verbs import VERBS, check_verb, help_page
+from snapchain.cli.verbs import ADDRESSES, SUMMARY, VERBS, check_verb, help_page
 
 P = ParamSpec("P")
 
@@ -77,6 +77,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="snapchain",
     cls=_Group,
+    help=f"{SUMMARY}\n\n{ADDRESSES}".replace("[", "\\["),
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -106,6 +107,13 @@ def command(name: str) -> Any:
     return typer.main.get_command(_COMMANDS[name])
 
 
+def whole_group() -> Any:
+    """The group with every verb loaded, hidden ones too: for documents and tests."""
+    group: Any = typer.main.get_command(app)
+    group.commands |= {name: command(name) for name in VERBS}
+    return group
+
+
 def verb(
     *, examples: str, when_interrupted: str, name: str | None = None, hidden: bool = False
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:
@@ -128,7 +136,11 @@ def verb(
 
         title = name or function.__name__
         alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        alone.command(title, help=_help(function), epilog=_example_lines(examples), hidden=hidden)(guarded)
+        panel = VERBS[title].group or None
+        joined = alone.command(
+            title, help=_help(function), epilog=_example_lines(examples), hidden=hidden, rich_help_panel=panel
+        )
+        joined(guarded)
         _COMMANDS[title] = alone
         return guarded
 

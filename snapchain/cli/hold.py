@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 def hold(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
+        str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Names the hold, to be released by.")],

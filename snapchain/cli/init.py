@@ -27,14 +27,18 @@ if TYPE_CHECKING:
     when_interrupted="without its object `config` there is no repository yet: run init again",
 )
 def init(
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="A directory, file:///path, or s3://bucket/prefix.")],
+    dest: Annotated[str, options.address(metavar="DEST", help="A directory, file:///path, or s3://bucket/prefix.")],
     *,
     no_encryption: Annotated[
         bool, typer.Option("--no-encryption", help="Store names and data readable for whoever reads the store.")
     ] = False,
     cipher: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="aes-256-gcm (default), or chacha20-poly1305 for machines without AES."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=options.of("aes-256-gcm", "chacha20-poly1305"),
+            help="aes-256-gcm (default), or chacha20-poly1305 for machines without AES.",
+        ),
     ] = None,
     block_size: Annotated[
         str | None,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def log(
-    target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
     accept_repository: Annotated[
         str | None,
@@ -88,5 +88,5 @@ def _draw(console: Console, report: LogReport) -> None:
                 for point in disk.points
             ],
         )
-        future = [str(point.point) for point in disk.points if point.of_the_future]
+        future = [point.point for point in disk.points if point.of_the_future]
         render.points_of_the_future(console, disk.name, future)

@@ -43,7 +43,7 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 @options.takes_policy(panel=_KEEP)
 def merge(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
+        str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
     ],
     *,
     flatten: Annotated[
@@ -63,6 +63,7 @@ def merge(
         typer.Option(
             "--at",
             metavar="DEST::DISK",
+            autocompletion=options.complete_address,
             help="The image is shipped there: rules go round what it lacks, and round the layer that its next "
             "shipment builds on. May be repeated.",
             rich_help_panel=_RANGE,
@@ -108,6 +109,7 @@ def merge(
         str | None,
         typer.Option(
             metavar="|".join(_STRATEGIES),
+            autocompletion=options.of(*_STRATEGIES),
             help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
             rich_help_panel=_HOW,
         ),

@@ -27,6 +27,27 @@ if TYPE_CHECKING:
 _OUTPUT = "Output"
 _KEY = "Passphrase"
 
+
+def complete_address(incomplete: str) -> list[str | tuple[str, str]]:
+    from snapchain.cli.completion import addresses
+
+    return addresses(incomplete)
+
+
+def address(*, metavar: str, help: str) -> Any:
+    """An argument that names an image or a place at a destination; a shell completes it."""
+    return typer.Argument(metavar=metavar, help=help, autocompletion=complete_address)
+
+
+def of(*values: str) -> Callable[[str], list[str]]:
+    """The `autocompletion` of an option that takes one of these values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object: sizes in bytes, times in UTC.", rich_help_panel=_OUTPUT),
@@ -101,6 +122,7 @@ Format = Annotated[
         "--format",
         "-f",
         metavar="qcow2|raw",
+        autocompletion=of("qcow2", "raw"),
         help="Format of the image itself. By default by its suffix; never guessed from what it holds.",
     ),
 ]
@@ -229,7 +251,7 @@ def _from_command(command: str) -> str:
 
 DiskPairs = Annotated[
     list[str],
-    typer.Argument(
+    address(
         metavar="IMAGE DEST::DISK...",
         help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More such pairs: the "
         "other disks of the same guest, at the same replica.",

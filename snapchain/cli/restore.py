@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def restore(
     source: Annotated[
         str,
-        typer.Argument(
+        options.address(
             metavar="DEST::DISK[@POINT]",
             help="The disk and the point: latest (default), a number, a label, or a time. A time means the newest "
             "point not after it; a date such as 2026-11-30, or yesterday, means the end of that day here.",
@@ -54,7 +54,13 @@ def restore(
     ] = False,
     image_format: Annotated[
         str | None,
-        typer.Option("--format", "-f", metavar="qcow2|raw", help="Format of OUT. By default by its suffix."),
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="qcow2|raw",
+            autocompletion=options.of("qcow2", "raw"),
+            help="Format of OUT. By default by its suffix.",
+        ),
     ] = None,
     connections: options.Connections = 1,
     limit_rate: options.LimitRate = None,

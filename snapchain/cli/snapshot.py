@@ -11,6 +11,7 @@ from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,7 +83,7 @@ def _draw_plan(console: Console, plan: SnapshotPlan) -> None:
 
 
 def _draw_report(console: Console, report: SnapshotReport) -> None:
-    render.headline(console, f"sealed {report.image}: the chain has {report.layers} layers now")
+    render.headline(console, f"sealed {report.image}: the chain has {counted(report.layers, 'layer')} now")
     _draw_files(console, report)
 
 

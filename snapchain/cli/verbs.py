@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from snapchain.errors import InvalidInput
 
-__all__ = ["ALIASES", "GROUPS", "VERBS", "Verb", "check_verb", "help_page"]
+__all__ = ["ADDRESSES", "ALIASES", "GROUPS", "SUMMARY", "VERBS", "Verb", "check_verb", "help_page"]
 
 
 class Verb(NamedTuple):
@@ -95,13 +95,14 @@ _OPTIONS = {
     "--show-completion": "Print the completion for the current shell, to copy or to change it.",
     "-h, --help": "Print this page; after a verb, the verb's.",
 }
-_ADDRESSES = """\
+ADDRESSES = """\
 An ADDRESS is the path of an image, or DEST::DISK[@POINT].
 DEST is a repository (a directory, or s3://bucket/prefix) or a replica (ssh://[user@]host/path or dir:/path).
 DISK is a name such as web1/vda.
 POINT is latest, a number, a label, or a time: RFC 3339, or a local date and time. A date such as 2026-11-30, today or \
 yesterday means the end of that day. A time means the newest point not after it.
 The path of an existing file is that image, even with '::' in it; ./a::b is always a path."""
+SUMMARY = "Ship, merge and restore the snapshot chains of QEMU disks."
 _EXIT_CODES = """\
 0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, 8 a program failed, 9 busy, \
 10 partly failed, 11 the output could not be written, 129 and 130 interrupted."""
@@ -152,11 +153,11 @@ def help_page(*, width: int, bold: bool) -> str:
         ]
 
     lines = [f"{title('Usage:')} snapchain [OPTIONS] VERB [ARGUMENTS]...", ""]
-    lines += ["  Ship, merge and restore the snapshot chains of QEMU disks.", ""]
+    lines += [f"  {SUMMARY}", ""]
     for group, verbs in GROUPS.items():
         if group:
             lines += [title(group), *rows(verbs), ""]
     lines += [title("Options"), *rows(_OPTIONS), ""]
-    lines += [title("Addresses"), *prose(_ADDRESSES), ""]
+    lines += [title("Addresses"), *prose(ADDRESSES), ""]
     lines += [title("Exit codes"), *prose(_EXIT_CODES)]
     return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
 from snapchain.image.physical import Int32s, Mask
 from snapchain.image.pieces import Pieces, joined_runs, pieces_of
-from snapchain.image.positioned import write_all
+from snapchain.image.pread import write_all
 from snapchain.image.qcow2 import encode
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.format import (

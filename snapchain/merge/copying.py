@@ -24,8 +24,7 @@ from snapchain.image.file import ImageFile
 from snapchain.image.holes import stored_range
 from snapchain.image.physical import Int32s, Int64s, Mask
 from snapchain.image.pieces import joined_runs
-from snapchain.image.positioned import write_all
-from snapchain.image.pread import file_bytes, pread_into
+from snapchain.image.pread import file_bytes, pread_into, write_all
 from snapchain.image.threads import spread
 from snapchain.model.events import ByteCount, OnEvent, Progress
 

@@ -28,7 +28,7 @@ from snapchain.host import files, records
 from snapchain.host.directory import Directory
 from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.os_errors import os_errors
-from snapchain.host.state_key import StateKey, made_key, own_key
+from snapchain.host.records import StateKey, made_key, own_key
 from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
 from snapchain.image import ImageChain
 from snapchain.image.dependent_search import search_directories

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.host.directory import Directory, place_to_change, real_path, same_file
-from snapchain.host.leftovers import is_leftover, remove_leftover
+from snapchain.host.files import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, NEW, RESTORE, SNAPSHOT, Temporary, temporary_of

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.terminal import counted
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.model.chain import Chain, Layer, LayerUse
 from snapchain.model.events import OnEvent, ignore
@@ -187,7 +188,7 @@ def _file_findings(file: ImageFile) -> Iterator[str]:
     if file.header is None:
         return
     if file.header.snapshots:
-        yield f"{file.path} holds {file.header.snapshots} internal snapshots, which are not shipped"
+        yield f"{file.path} holds {counted(file.header.snapshots, 'internal snapshot')}, not shipped with it"
     if file.header.bitmaps:
         yield f"{file.path} holds dirty bitmaps: {', '.join(bitmap.name for bitmap in file.header.bitmaps)}"
     if file.header.version == 2:

@@ -27,7 +27,7 @@ from snapchain.host.temporary_names import NEW
 from snapchain.image import Backing, ImageChain, scan
 from snapchain.image.growing import GrowingFile
 from snapchain.image.leaves import Counting, counted
-from snapchain.image.positioned import write_all
+from snapchain.image.pread import write_all
 from snapchain.image.qcow2.layout import plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.content import Sum, content_id, empty_sum, encode_sum

@@ -24,8 +24,8 @@ from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
 from snapchain.image.dependents import SEEN
-from snapchain.image.overlay import write_overlay
 from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.write import write_overlay
 from snapchain.replica import names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, empty_catalogue

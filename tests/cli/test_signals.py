@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.core import TyperCommand, TyperGroup
 
-from snapchain.host.interrupts import held_back
+from snapchain.host.processes import held_back
 from snapchain.ops import serve_replica
 from snapchain.ops.nightly.run import _Run
 from snapchain.ops.restore.output import OutputFile

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Corrupt
-from snapchain.image.positioned import Buffer
+from snapchain.host.batches import Buffer
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.amendment.write import Disk
 from snapchain.merge.request import MergeRequest

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
-from snapchain.image.positioned import Buffer
+from snapchain.host.batches import Buffer
 from snapchain.image.qcow2.write import Qcow2Writer
-from snapchain.image.raw_write import RawWriter
+from snapchain.image.raw import RawWriter
 from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.restore import target as restore_target

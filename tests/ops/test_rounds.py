@@ -17,6 +17,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Conflict, Diverged
 from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.request import MergeRequest
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.run import Divergence, Files, ShipReport, ShipRequest, plan, run
 from snapchain.source import sealing as snapshot
@@ -131,7 +132,7 @@ def test_merged_after_it_was_written_to(disk: Disk) -> None:
     write(disk.image, "write -P 1 1M 4k")
     disk.ship()
     write(disk.image, "write -P 2 2M 4k")
-    merge_run.run(merge_plan.plan(disk.image, flatten=True, image_format="qcow2"))
+    merge_run.run(merge_plan.plan(MergeRequest(image=disk.image, flatten=True, image_format="qcow2")))
     assert_small(disk.ship())
     write(disk.image, "write -P 3 3M 4k")
     assert_small(disk.ship())
@@ -242,7 +243,7 @@ def seal(disk: Disk, draw: random.Random) -> None:
 
 @step
 def merge(disk: Disk, draw: random.Random) -> None:
-    planned = merge_plan.plan(disk.image, flatten=draw.random() < 0.5, image_format="qcow2")
+    planned = merge_plan.plan(MergeRequest(image=disk.image, flatten=draw.random() < 0.5, image_format="qcow2"))
     merge_run.run(planned)
 
 

@@ -19,9 +19,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from snapchain.errors import Corrupt, Unsupported
+from snapchain.host.batches import Buffer
 from snapchain.host.os_errors import os_errors
-from snapchain.image.positioned import Buffer, write_all
-from snapchain.image.pread import file_bytes, pread
+from snapchain.image.pread import file_bytes, pread, write_all
 from snapchain.image.qcow2.format import SECTOR, CryptMethod
 from snapchain.image.qcow2.header import read_header
 from snapchain.image.qcow2.refcounts import counts_per_block, pack_counts, stored_blocks

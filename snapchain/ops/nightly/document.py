@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from snapchain.destination.address import located
 from snapchain.errors import InvalidInput
+from snapchain.host.private import read_trusted
 from snapchain.host.terminal import printable
-from snapchain.host.trusted import read_trusted
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.toml_lines import Place, lines_of
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from snapchain.destination.records import GcReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError
+from snapchain.host.terminal import counted
 from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.nightly.disk import Night
 from snapchain.ops.nightly.open_destination import Place
@@ -78,7 +79,7 @@ class Upkeep:
         findings = self._report.gc.findings if self._report.gc else ()
         if findings:
             first = findings[0]
-            words = f"{len(findings)} findings, the first: {first.subject}: {first.message}"
+            words = f"{counted(len(findings), 'finding')}, the first: {first.subject}: {first.message}"
             self._steps.note("gc", Corrupt(words, subject=first.disk, hint="snapchain verify shows them all"))
 
     @property
@@ -125,7 +126,7 @@ class Upkeep:
         )
         if findings:
             raise Corrupt(
-                f"{len(findings)} findings, the first: {findings[0]}",
+                f"{counted(len(findings), 'finding')}, the first: {findings[0]}",
                 subject=disk,
                 hint="snapchain verify shows them all; the next runs read this disk whole until there are none",
             )

@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from snapchain.errors import Interrupted, SnapchainError
-from snapchain.host import descriptors, files
+from snapchain.host import files, process_limits
 from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.host.private import make_private
 from snapchain.model.events import Event, Notice, OnEvent, ignore
@@ -98,7 +98,7 @@ class _Run:
         self._on_event, self._stop, self._interrupted = on_event, threading.Event(), False
         self._started, self._began = clock(), time.monotonic()
         self._steps = Steps()
-        self._descriptors = Descriptors(descriptors.limit())
+        self._descriptors = Descriptors(process_limits.limit())
         self._reports: dict[str, DiskReport] = {}
         self._destinations: dict[str, DestinationReport] = {}
         self._roster = Roster()

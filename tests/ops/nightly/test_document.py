@@ -220,24 +220,24 @@ def test_lines_of_dotted_keys_and_nested_tables() -> None:
     assert told['["z", "w", 1, "v", "k"]'] == 13
 
 
-README = (Path(__file__).resolve().parents[3] / "README.md").read_text().partition("\n## Every night\n")[2]
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "guide" / "nightly.md").read_text()
 
 
-def test_the_configuration_of_the_readme_is_one() -> None:
-    (example,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+def test_the_configuration_of_the_guide_is_one() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     config = parse(example, path=Path("/etc/snapchain/web.toml"))
     assert len(config.destinations) == 2
     assert config.keep_of(config.destinations[1]).monthly == 24
 
 
-def test_the_readme_names_every_field_and_no_other() -> None:
+def test_the_guide_names_every_field_and_no_other() -> None:
     models: dict[str, list[type[BaseModel]]] = {
         "top": [Nightly], "`[keep]`": [Policy], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
         "`[[disks]]`": [Disks, DiskHooks], "`[[destinations]]`": [Destination, Verify],
     }  # fmt: skip
     told = {
         where: set(re.findall(r"`([a-z_]+)`", words))
-        for where, words in re.findall(r"^\| (\S+) \| (.*) \|$", README, re.MULTILINE)
+        for where, words in re.findall(r"^\| (\S+) \| (.*) \|$", PAGE, re.MULTILINE)
     }
     parts = {"keep", "budget", "hooks", "disks", "destinations"}
     for where, kinds in models.items():
@@ -247,10 +247,10 @@ def test_the_readme_names_every_field_and_no_other() -> None:
         assert fields - told[where] - common - (parts if where == "top" else set()) == set(), where
 
 
-def test_the_readme_names_every_metric_and_no_other(tmp_path: Path) -> None:
+def test_the_guide_names_every_metric_and_no_other(tmp_path: Path) -> None:
     host = Host(tmp_path)
     host.repository()
     host.disk("web1")
     host.run("")
     there = set(re.findall(r"^# TYPE (\S+)", (tmp_path / "snapchain.prom").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`(snapchain_[a-z_]+)", README)) == there
+    assert set(re.findall(r"`(snapchain_[a-z_]+)", PAGE)) == there
