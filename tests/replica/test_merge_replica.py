@@ -119,7 +119,7 @@ def test_progress_ends_with_the_whole(there: Pointed) -> None:
 
 def test_a_time_zone_and_all_rules_cross(there: Pointed) -> None:
     rules = {"hourly": 1, "daily": -1, "weekly": 1, "monthly": 2, "yearly": 1, "within": parse_duration("1y5m7d2h")}
-    merge = ReplicaMerge(endpoint(there.place.root), DISK, Policy(**rules), zone="Europe/Berlin")  # type: ignore[arg-type]
+    merge = ReplicaMerge(endpoint(there.place.root), DISK, Policy(**rules), zone="Europe/Berlin")
     assert all(point.kept for point in merge.plan().points)
     with pytest.raises(InvalidInput, match="no time zone"):
         ReplicaMerge(endpoint(there.place.root), DISK, Policy(last=1), zone="../../etc/passwd").plan()
