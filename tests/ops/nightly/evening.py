@@ -126,7 +126,7 @@ class House:
                 found[disk] = None
         return found
 
-    def metrics(self) -> dict[str, exposition.Family]:
+    def metrics(self) -> dict[str, exposition.Metric]:
         return exposition.read((self.folder / "metrics" / "web.prom").read_text())
 
 
