@@ -10,10 +10,11 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+from snapchain.errors import InvalidInput
+from snapchain.model.quantities import parse_size
+
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", re.ASCII)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%", re.ASCII)
-_POWERS = "BKMGT"
 _LENGTHS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -21,10 +22,10 @@ def to_bytes(value: object) -> object:
     """Bytes of "500G"; numbers pass. Raises ValueError."""
     if not isinstance(value, str):
         return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f'"{value}" is no size: write bytes, or a number with K, M, G or T, such as "500G"')
-    return int(float(match[1]) * 1024 ** _POWERS.index(match[2].upper() or "B"))
+    try:
+        return parse_size(value)
+    except InvalidInput as error:
+        raise ValueError(f'"{value}" is no size: {error.hint}') from error
 
 
 def to_seconds(value: object) -> object:
