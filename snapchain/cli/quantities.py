@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
-from snapchain.model.quantities import parse_size as parse_size
+from snapchain.model.quantities import parse_size as parse_size  # noqa: PLC0414 - for the verbs, beside `size`
 
 
 def parse_share(text: str) -> float:
