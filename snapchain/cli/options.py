@@ -276,9 +276,7 @@ def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb with a parameter `policy` the options --keep-*: one for each rule of a retention Policy."""
-    from pydantic import ValidationError
-
-    from snapchain.model.retention import UNLIMITED, Policy
+    from snapchain.model.retention import UNLIMITED, Policy, read_policy
 
     counts = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, int)}
     lists = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, frozenset)}
@@ -305,17 +303,7 @@ def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(function)
         def called(*args: Any, **kwargs: Any) -> None:
             given = {field: kwargs.pop(option(field)) for field in Policy.model_fields}
-            try:
-                policy = Policy.model_validate(
-                    {field: value for field, value in given.items() if value not in (None, [])}
-                )
-            except ValidationError as error:
-                first = error.errors()[0]
-                rule = str(first["loc"][0])
-                cause = first.get("ctx", {}).get("error")
-                if isinstance(cause, InvalidInput):
-                    raise cause from error
-                raise InvalidInput(first["msg"], subject=f"--{option(rule).replace('_', '-')}") from error
+            policy = read_policy({rule: value for rule, value in given.items() if value not in (None, [])})
             function(*args, policy=policy, **kwargs)
 
         parameters = [
