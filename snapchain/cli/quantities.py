@@ -8,23 +8,11 @@ an address: a time without seconds means the end of its minute. JSON has RFC 333
 from __future__ import annotations
 
 import os
-import re
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
 from snapchain.errors import InvalidInput
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_UNITS = "BKMGT"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of '512', '64K', '1.5GiB'. Raises InvalidInput."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise InvalidInput(f"not a size: {text!r}", hint="write bytes, or a number with K, M, G or T: 64M")
-    number, unit = match.groups()
-    return int(float(number) * 1024 ** _UNITS.index(unit.upper() or "B"))
+from snapchain.model.quantities import parse_size as parse_size  # noqa: PLC0414 - for the verbs, beside `size`
 
 
 def parse_share(text: str) -> float:

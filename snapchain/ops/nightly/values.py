@@ -18,15 +18,15 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from snapchain.errors import InvalidInput
 from snapchain.model.disk_name import check_disk_name
+from snapchain.model.quantities import parse_size
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", re.ASCII)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%", re.ASCII)
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)\s*-\s*([01]\d|2[0-3]):([0-5]\d)", re.ASCII)
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _FIELDS = ("stem", "name", "parent", "host")
-_POWERS = "BKMGT"
 _LENGTHS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -34,10 +34,10 @@ def to_bytes(value: object) -> object:
     """Bytes of "500G"; numbers pass. Raises ValueError."""
     if not isinstance(value, str):
         return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f'"{value}" is no size: write bytes, or a number with K, M, G or T, such as "500G"')
-    return int(float(match[1]) * 1024 ** _POWERS.index(match[2].upper() or "B"))
+    try:
+        return parse_size(value)
+    except InvalidInput as error:
+        raise ValueError(f'"{value}" is no size: {error.hint}') from error
 
 
 def to_seconds(value: object) -> object:
