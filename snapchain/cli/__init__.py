@@ -38,8 +38,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         _check_words(words)
         # inside: a Ctrl-C while they load gets a clean end too
-        from snapchain.cli.preconnect import logging_in
-        from snapchain.cli.serving import serve_directly
+        from snapchain.cli.preconnect import logging_in, serve_directly
 
         if serve_directly(words):
             return 0

@@ -85,7 +85,7 @@ def nightly(
 
 
 def _seconds(text: str) -> float:
-    from snapchain.ops.nightly.units import to_seconds
+    from snapchain.ops.nightly.values import to_seconds
 
     try:
         seconds = to_seconds(text)
