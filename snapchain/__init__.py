@@ -9,9 +9,13 @@
     snapchain.restore(backup, "web1/vda", "/tmp/web1.raw", point="nightly")
     snapchain.merge_points(backup, "web1/vda", snapchain.Policy(daily=7, weekly=4))
 
+    destinations  open_destination, create_repository; log, verify; merge_points, gc; restore
+    images        open_image, inspect; snapshot, ship; merge_image
+    types         Destination, Policy, Event; SnapchainError, and the tree in `errors`
+
 Where a function takes a destination, it takes an opened one, or its address: a directory or "s3://bucket/prefix" (a
 repository), "dir:/path" or "ssh://[user@]host/path" (a replica). It opens an address with the passphrase in
-SNAPCHAIN_PASSWORD. Paths are `str` or `Path`, relative or absolute.
+SNAPCHAIN_PASSWORD. Paths (`AnyPath`) are `str` or `Path`, relative or absolute.
 
 Sizes are in bytes, rates in bytes a second, times aware `datetime`s. A point is named as on the command line: "latest",
 a number, a label, or a time. Reports are frozen records; their fields are those of the command's JSON. `on_event` gets

@@ -29,23 +29,25 @@ class Command:
     """A line of a console block.
 
     line: without the prompt; words: of `snapchain` alone, without its name and without pipes, redirections, variables
-    plain: nothing but `snapchain` and its words, so that a test may run it
+    plain: nothing but `snapchain` and its words, so that a test may run it; output: the lines that the page shows
     """
 
     page: str
     line: str
     words: tuple[str, ...]
     plain: bool
+    output: tuple[str, ...]
 
 
 def commands(page: Path) -> Iterator[Command]:
     """Every command of `snapchain` in the console blocks of a page, in order; both ends of a pipe."""
     for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        for line in re.findall(r"^[$#] (.*)$", block, re.MULTILINE):
+        for line, shown in re.findall(r"^[$#] (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|<>;")
             lexer.whitespace_split = True
             words = list(lexer)
             for at, word in enumerate(words):
                 if word == "snapchain":
                     end = next((n for n, each in enumerate(words) if n > at and set(each) <= set("|<>;")), len(words))
-                    yield Command(page.name, line, tuple(words[at + 1 : end]), plain=at == 0 and end == len(words))
+                    plain = at == 0 and end == len(words)
+                    yield Command(page.name, line, tuple(words[at + 1 : end]), plain, tuple(shown.splitlines()))

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     # numpy's linear algebra, which nothing here uses, would start a thread for each processor and spin in them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # pydantic would look through all installed packages for plugins, and load what it finds: nobody asked for that.
+    # pydantic would look through all installed packages for plugins, and load what it finds: no command needs any.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # What a command loads and makes stays until its end: to look for garbage every 700 objects is a tenth of a start.
     set_threshold(50_000, 20, 20)
@@ -56,7 +56,7 @@ def _run(words: Sequence[str]) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not in the interpreter's last breath
         return int(status or 0)
     except BaseException as error:  # noqa: BLE001 - the last handler: everything becomes words and an exit code
-        return exits.tell(error, as_json="--json" in words)
+        return exits.report(error, as_json="--json" in words)
 
 
 def _answered_from_table(words: Sequence[str]) -> bool:

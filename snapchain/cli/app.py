@@ -1,8 +1,8 @@
-"""The typer application, and the one way by which a verb joins it.
+"""The typer application, and the decorator that registers a verb.
 
-A verb's function raises; what reaches the user is made here, so that all verbs speak alike. Interrupts must be caught
-inside typer, which would turn them into a bare exit code: those of a verb at its function, others at the group. No path
-is checked by typer (readable=False): a permission that is denied would be told in its words instead of ours.
+A verb's function raises errors; they are printed here, so that all verbs report them alike. Interrupts are caught
+inside typer, which would turn them into a bare exit code: at the function of a verb, and at the group before a verb
+runs. typer checks no path (readable=False): our own errors about a file are better than its message.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ P = ParamSpec("P")
 
 
 @contextmanager
-def _telling_interrupts(words: list[str]) -> Iterator[None]:
-    """An interrupt outside of a verb's function: nothing has been begun, so there is no hint.
+def _reporting_interrupts(words: list[str]) -> Iterator[None]:
+    """Report an interrupt outside of a verb's function: nothing has begun, so there is no hint.
 
     words: of the command line, as far as they are not parsed yet
     """
@@ -36,7 +36,7 @@ def _telling_interrupts(words: list[str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise typer.Exit(exits.tell(error, as_json=as_json)) from error
+        raise typer.Exit(exits.report(error, as_json=as_json)) from error
 
 
 class _Group(TyperGroup):
@@ -45,11 +45,11 @@ class _Group(TyperGroup):
     _listing = False
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
-        with _telling_interrupts(args):
+        with _reporting_interrupts(args):
             return super().make_context(info_name, args, *more, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with _telling_interrupts(ctx.args):
+        with _reporting_interrupts(ctx.args):
             return super().invoke(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -124,7 +124,7 @@ def verb(
                 raise
             except BaseException as error:
                 as_json = bool(kwargs.get("json", False))
-                status = exits.tell(error, as_json=as_json, left_behind=when_interrupted)
+                status = exits.report(error, as_json=as_json, left_behind=when_interrupted)
                 raise typer.Exit(status) from error
 
         title = name or function.__name__

@@ -1,6 +1,6 @@
-"""A rich console that escapes what it is given to print, whoever forgot to.
+"""A rich console that escapes control characters in all text, so that no caller can forget it.
 
-Only its own styles and cursor movements reach the terminal as they are.
+Only its own styles and cursor movements reach the terminal unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from snapchain.host.terminal import printable
 
 
 class EscapingConsole(Console):
-    """Writes to stdout, or to stderr, past the escaping of that stream."""
+    """Writes to stdout or stderr, and bypasses the escaping of that stream."""
 
     def __init__(self, *, stderr: bool, **options: Any) -> None:
         stream = streams.unescaped(sys.stderr if stderr else sys.stdout)

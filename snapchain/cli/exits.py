@@ -3,8 +3,8 @@
     snapchain: error: /images/a.qcow2: L1 table ends outside the file
     snapchain: hint: restore it from a point that verifies
 
-Errors of the tree in `snapchain.errors` are foreseen: they say what is wrong and never show a traceback. Anything
-else that arrives here is a bug in snapchain, and says so; SNAPCHAIN_DEBUG=1 shows where.
+Errors of the tree in `snapchain.errors` are expected, and never show a traceback. Any other exception is a bug in
+snapchain and is reported as one; SNAPCHAIN_DEBUG=1 shows its traceback.
 
 SIGTERM and SIGHUP end a command as Ctrl-C does: it cleans up, and prints what is left to resume. A SIGHUP that was
 ignored when the command began stays ignored, as nohup(1) wants it.
@@ -33,10 +33,11 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
-def tell(error: BaseException, *, as_json: bool, left_behind: str | None = None) -> int:
-    """Report an exception as the user wants it, and return the exit code.
+def report(error: BaseException, *, as_json: bool, left_behind: str | None = None) -> int:
+    """Print an exception, and return the exit code.
 
-    left_behind: what an interrupt of the command that ran leaves, and how to go on.
+    as_json: one object on stdout, else lines on stderr
+    left_behind: the hint after an interrupt: what the command leaves, and how to continue
     """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else BUG
@@ -65,13 +66,13 @@ def _write_json(facts: dict[str, Any]) -> None:
             return
     except (ReaderGone, OutputFailed):
         pass
-    sys.stderr.write(line)  # stdout takes nothing, and the error must be said somewhere
+    sys.stderr.write(line)  # stdout is broken, and the error must not get lost
     sys.stderr.flush()
 
 
 def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
     if isinstance(error, OSError) and isinstance(error.filename, str):
-        # What the kernel says of a file: as a rule somebody has moved or swapped it since it was looked at.
+        # The kernel's error about a file: usually another program moved or replaced it meanwhile.
         error = translated(error)
     if isinstance(error, SnapchainError):
         facts = _row(error.kind, error.message, error.exit_code, subject=error.subject, hint=error.hint)

@@ -30,7 +30,7 @@ _BACK = "To go back"
     snapchain migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --offline --start-hook 'ssh kvm2 virsh start web1'
     snapchain migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --take-back
     """,
-    when_interrupted="run it again to go on; `inspect` tells whether the disk was given away already, and --take-back "
+    when_interrupted="run it again to go on; `inspect` shows whether the disk was given away already, and --take-back "
     "undoes that as long as no guest has written there",
 )
 def migrate(

@@ -39,7 +39,7 @@ _NAMES = 4
     when_interrupted="every point that was reported is whole; the next run begins with what was not reached",
 )
 def nightly(
-    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="TOML: see man snapchain-nightly.")],
+    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file; see the README.")],
     *,
     any_time: Annotated[bool, typer.Option("--any-time", help="Pay no heed to the window.")] = False,
     wait: Annotated[

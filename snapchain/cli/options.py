@@ -1,4 +1,4 @@
-"""The options that several verbs share, each said once: name, environment variable, help."""
+"""The options and arguments that several verbs share, each declared once: name, environment variable, help."""
 
 from __future__ import annotations
 

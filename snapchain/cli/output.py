@@ -31,7 +31,7 @@ Draw = Callable[["Console", T], None]
 
 
 class Output:
-    """One command's voice. A context manager: the progress bar is gone when it ends, however it ends."""
+    """The output of one command. A context manager: at its end the progress bar is removed."""
 
     def __init__(
         self, *, as_json: bool, dry_run: bool = False, progress: Mode = Mode.AUTO, quiet: bool = False
@@ -58,15 +58,15 @@ class Output:
     def show(self, found: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> None:
         """Show what was found by a command that changes nothing.
 
-        problems: draws what is wrong in it, for stderr, where it is said even with --quiet
-        status: how the command ends: another exit code than 0 for a result with problems
+        problems: draws what is wrong in it, on stderr, even with --quiet
+        status: the exit code, not 0 for a result with problems
         Raises OutputFailed.
         """
         self._write(plain(found), found, draw, problems)
         self._end(status)
 
     def report(self, report: T, draw: Draw[T], *, problems: Draw[T] | None = None, status: int = 0) -> None:
-        """Show what was done; as `show`. Raises OutputFailed, which says that it is done."""
+        """Show what was done; as `show`. Raises OutputFailed, with the fact that the work is done."""
         try:
             self._write(plain(report), report, draw, problems)
         except OutputFailed as error:
@@ -92,7 +92,7 @@ class Output:
                 draw(console(), value)
                 sys.stdout.flush()
         finally:
-            # Also where the report is lost. Where one eye sees both, the report has said it already.
+            # Also where the report is lost. If stdout and stderr are one place, the report has it already.
             if problems is not None and (self._quiet or not streams.same_place()):
                 problems(console(stderr=True), value)
                 sys.stderr.flush()

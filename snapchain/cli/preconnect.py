@@ -91,7 +91,7 @@ def serve_directly(words: Sequence[str]) -> bool:
             group=options.get("--group"),
         )
     except BaseException as error:
-        raise SystemExit(exits.tell(error, as_json=False, left_behind=LEFT_BEHIND)) from error
+        raise SystemExit(exits.report(error, as_json=False, left_behind=LEFT_BEHIND)) from error
     return True
 
 

@@ -27,7 +27,7 @@ def parse_share(text: str) -> float:
 
 
 def size(count: int | None) -> str:
-    """'1.5 GiB'; '?' where nobody knows."""
+    """'1.5 GiB'; '?' for None: unknown."""
     if count is None:
         return "?"
     value = float(count)
@@ -63,7 +63,7 @@ def zone_of(name: str | None) -> tzinfo:
         return ZoneInfo(name)
     except (OSError, ValueError, LookupError) as error:
         raise InvalidInput(
-            f"{name!r} is no time zone that this machine knows", hint="such as Europe/Berlin, or UTC"
+            f"{name!r} is not a time zone of this machine", hint="such as Europe/Berlin, or UTC"
         ) from error
 
 
@@ -75,18 +75,18 @@ def zone_name_of(name: str | None) -> str:
     if name is not None:
         zone_of(name)
         return name
-    said = os.environ.get("TZ", "").removeprefix(":")
-    if not said and _LOCALTIME.is_symlink():
-        said = os.path.realpath(_LOCALTIME).rpartition("/zoneinfo/")[2]
-    if not said and not _LOCALTIME.exists():
+    found = os.environ.get("TZ", "").removeprefix(":")
+    if not found and _LOCALTIME.is_symlink():
+        found = os.path.realpath(_LOCALTIME).rpartition("/zoneinfo/")[2]
+    if not found and not _LOCALTIME.exists():
         return "UTC"
     try:
-        zone_of(said or None)
-        if said:
-            return said
+        zone_of(found or None)
+        if found:
+            return found
     except InvalidInput:
         pass
-    raise InvalidInput("this machine's time zone has no name that another host would know", hint="say --time-zone")
+    raise InvalidInput("this machine's time zone has no name that another host knows", hint="name one with --time-zone")
 
 
 def named_zone(name: str | None) -> tzinfo:

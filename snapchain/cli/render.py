@@ -150,7 +150,7 @@ def layout(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
     for at, name in enumerate(columns):
         title = name.rstrip(">?~")
         cells = tuple(printable(row[at]) for row in rows)
-        if any(cells):  # a column that holds nothing tells nothing
+        if any(cells):  # an empty column is left out
             found.append(_Column(title, name[len(title) :], cells))
     if not found:
         return [], []

@@ -89,7 +89,7 @@ class Stderr(Stdout):
 
     def _write(self, text: str) -> None:
         """Write what can be written."""
-        with suppress(ReaderGone, OutputFailed):  # there is no third stream to tell it on
+        with suppress(ReaderGone, OutputFailed):  # there is no third stream to report it on
             super()._write(text)
 
     def flush(self) -> None:

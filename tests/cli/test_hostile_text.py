@@ -270,7 +270,7 @@ def test_errors(
 ) -> None:
     monkeypatch.setenv("SNAPCHAIN_DEBUG", debug)
     with streams.checked():
-        exits.tell(error, as_json=False)
+        exits.report(error, as_json=False)
     said = capsys.readouterr()
     assert is_harmless(said.err.replace("\n", ""))
     if not debug:

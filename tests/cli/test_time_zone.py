@@ -27,7 +27,7 @@ def test_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["Mars/Base", "", "/etc/passwd", "../x", "Europe"])
 def test_no_zone(name: str) -> None:
-    with pytest.raises(InvalidInput, match="no time zone"):
+    with pytest.raises(InvalidInput, match="not a time zone"):
         zone_of(name)
 
 
@@ -44,7 +44,7 @@ def test_the_machines_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 def test_a_name_that_another_host_knows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (zone_name_of("Europe/Berlin"), zone_name_of("UTC")) == ("Europe/Berlin", "UTC")
-    with pytest.raises(InvalidInput, match="no time zone"):
+    with pytest.raises(InvalidInput, match="not a time zone"):
         zone_name_of("Mars/Base")
     monkeypatch.setenv("TZ", ":Europe/Berlin")
     assert zone_name_of(None) == "Europe/Berlin"

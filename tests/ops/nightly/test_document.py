@@ -184,7 +184,7 @@ PAGE = (Path(__file__).resolve().parents[3] / "docs" / "guide" / "nightly.md").r
 def test_the_configuration_of_the_guide_is_one() -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     config = parse(example, path=Path("/etc/snapchain/web.toml"))
-    assert len(config.destinations) == 2
+    assert len(config.destinations) == 3
     assert config.keep_of(config.destinations[1]).monthly == 24
 
 
