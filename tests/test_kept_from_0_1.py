@@ -71,7 +71,7 @@ def write(image: Path, *commands: str) -> None:
 
 
 def same(one: Path, other: Path) -> bool:
-    compare = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", one, other]
+    compare = ["qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", str(one), str(other)]
     return subprocess.run(compare, check=False, capture_output=True).returncode == 0
 
 

@@ -39,7 +39,7 @@ _NAMES = 4
     when_interrupted="every point that was reported is whole; the next run begins with what was not reached",
 )
 def nightly(
-    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file; see the README.")],
+    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="TOML: see man snapchain-nightly.")],
     *,
     any_time: Annotated[bool, typer.Option("--any-time", help="Pay no heed to the window.")] = False,
     wait: Annotated[
@@ -85,7 +85,7 @@ def nightly(
 
 
 def _seconds(text: str) -> float:
-    from snapchain.ops.nightly.units import to_seconds
+    from snapchain.ops.nightly.values import to_seconds
 
     try:
         seconds = to_seconds(text)

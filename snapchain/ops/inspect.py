@@ -109,12 +109,12 @@ def _noted(chain: ImageChain) -> tuple[Sequence[tuple[Hold, ...]], Sequence[str]
         return [()] * len(chain.files), ()
     from snapchain.source.lineage import note_of
     from snapchain.source.notes import Notes
-    from snapchain.source.ownership import mark_of, told
+    from snapchain.source.ownership import describe_gift, mark_of
 
     notes = Notes()
     mark = mark_of(chain, notes)
     files = [file.resolved for file in chain.files]
-    sentences = [] if mark is None else [told(mark)]
+    sentences = [] if mark is None else [describe_gift(mark)]
     sentences += [*map(str, notes.faults(files)), *notes.ignored(files)]
     return [note_of(file, notes).holds for file in chain.files], sentences
 

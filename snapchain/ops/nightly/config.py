@@ -6,7 +6,7 @@
     [keep]                             merge_above = 8                  password_file = "/etc/snapchain/vault"
     daily = 14
 
-Every field is said here, with its default; `document.py` turns mistakes into lines of the file.
+Every field is here, with its default; values.py has the ways in which values are written.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from snapchain.model.points import check_label
 from snapchain.model.retention import Policy
-from snapchain.ops.nightly.naming import check_template
-from snapchain.ops.nightly.units import Bytes, Seconds, Share
-from snapchain.ops.nightly.window import Window
+from snapchain.ops.nightly.values import Bytes, Seconds, Share, Window, check_template
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 
 Text = Annotated[str, Field(min_length=1)]
@@ -114,10 +112,11 @@ class Verify(_Part):
 
 
 class Destination(_Part):
-    """A repository. Its passphrase comes from a file, a program or a variable, SNAPCHAIN_PASSWORD by default.
+    """A repository or a replica. A repository's passphrase comes from a file, a program or a variable, by default
+    SNAPCHAIN_PASSWORD.
 
-    pack_size: bytes that an object has at most, instead of what the repository was made with; concurrency: disks that
-    ship to it at once; keep: instead of the common one
+    pack_size: largest object in bytes, instead of the repository's own limit; concurrency: disks that ship to it at
+    once; keep: instead of the common one; gc: only where the destination needs collecting
     """
 
     name: Text

@@ -1,4 +1,4 @@
-"""From a file to a checked configuration: every mistake with the file, its line and its field, all at once."""
+"""From a file to a checked configuration: every mistake by its dotted key (`disks[2].destinations`), all at once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from snapchain.errors import InvalidInput
 from snapchain.host.private import read_trusted
 from snapchain.host.terminal import printable
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.toml_lines import Place, lines_of
 
-_AT_LINE = re.compile(r"\(at line (\d+), column \d+\)|\(at end of document\)")
+Place = tuple[str | int, ...]
+"""The keys and positions that lead to a value."""
 _SECRET = {"password", "passphrase", "secret"}
 
 
@@ -47,14 +47,11 @@ def load(path: Path) -> Nightly:
 
 
 def parse(text: str, *, path: Path) -> Nightly:
-    """The configuration that the text of `path` says. Raises InvalidInput."""
+    """The configuration in this text of the file `path`. Raises InvalidInput."""
     try:
         said = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        match = _AT_LINE.search(str(error))
-        line = int(match[1]) if match and match[1] else text.count("\n") + 1
-        message = _AT_LINE.sub("", str(error)).strip()
-        raise InvalidInput(f"not TOML: {message}", subject=f"{path}:{line}") from error
+        raise InvalidInput(f"not TOML: {error}", subject=path) from error
     said.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem) or "nightly")
     try:
         config = Nightly.model_validate(said)
@@ -64,10 +61,10 @@ def parse(text: str, *, path: Path) -> Nightly:
         inside = {each["loc"][:-1] for each in found} | {each["loc"][:1] for each in found if len(each["loc"]) > 1}
         said_twice = [each for each in found if each["type"] == "too_short" and each["loc"] in inside]
         mistakes = [_mistake(each["loc"], each["type"], each["msg"]) for each in found if each not in said_twice]
-        raise _refusal(mistakes, text, path) from error
+        raise _refusal(mistakes, path) from error
     mistakes = list(_contradictions(config))
     if mistakes:
-        raise _refusal(mistakes, text, path)
+        raise _refusal(mistakes, path)
     return _absolute(config, path.parent)
 
 
@@ -129,23 +126,14 @@ def _contradictions(config: Nightly) -> Iterator[_Mistake]:
                 yield _Mistake(("disks", number, "destinations", place), message)
 
 
-def _refusal(mistakes: list[_Mistake], text: str, path: Path) -> InvalidInput:
-    lines = lines_of(text)
-    told = sorted({(_line(each.place, lines), f"{_field(each.place)}: {each.message}") for each in mistakes})
-    if len(told) == 1:
-        line, message = told[0]
-        return InvalidInput(message, subject=f"{path}:{line}")
-    rows = "".join(f"\n    {path.name}:{line}: {printable(message)}" for line, message in told)
-    refusal = InvalidInput(f"{len(told)} mistakes{rows}", subject=path)
+def _refusal(mistakes: list[_Mistake], path: Path) -> InvalidInput:
+    found = list(dict.fromkeys(f"{_field(each.place)}: {each.message}" for each in mistakes))
+    if len(found) == 1:
+        return InvalidInput(found[0], subject=path)
+    rows = "".join(f"\n    {printable(message)}" for message in found)
+    refusal = InvalidInput(f"{len(found)} mistakes{rows}", subject=path)
     refusal.has_rows = True
     return refusal
-
-
-def _line(place: Place, lines: dict[Place, int]) -> int:
-    """Of what is at `place`, or of the nearest thing around it that is there."""
-    while place and place not in lines:
-        place = place[:-1]
-    return lines.get(place, 1)
 
 
 def _field(place: Place) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from snapchain.ops.nightly.maintenance import turns
 from snapchain.ops.nightly.plan import CutOffError, Limits, limits_of, order
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.nightly.window import Window
+from snapchain.ops.nightly.values import Window
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NIGHT = Window.parse("22:00-06:00")
