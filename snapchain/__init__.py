@@ -136,7 +136,7 @@ def open_destination(
     from snapchain.destinations import open_destination
 
     return open_destination(
-        _address(url),
+        fspath(url),
         passphrase=_passphrase(passphrase),
         writing=writing,
         limit_rate=limit_rate,
@@ -164,7 +164,7 @@ def create_repository(
     """
     from snapchain.ops import init
 
-    plan = init.plan(_address(url), encryption=encryption, block_size=block_size, pack_size=pack_size)
+    plan = init.plan(fspath(url), encryption=encryption, block_size=block_size, pack_size=pack_size)
     return init.run(plan, passphrase=_passphrase(passphrase), on_event=on_event or _ignore)
 
 
@@ -406,12 +406,6 @@ def merge_image(
 
 
 # --- what they share
-
-
-def _address(url: AnyPath) -> str:
-    from snapchain.destination.address import located
-
-    return located(fspath(url))
 
 
 def _opened(destination: Destination | AnyPath, *, writing: bool) -> Destination:
