@@ -7,6 +7,7 @@ import random
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_a_dry_run_changes_nothing_and_is_right(there: Pointed) -> None:
 def test_progress_ends_with_the_whole(there: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
     from snapchain.replica import merging
 
-    monkeypatch.setattr(merging, "_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(merging, "ByteCount", partial(merging.ByteCount, every=0.0))
     events: list[Event] = []
     report = there.merging(last=3).run(on_event=events.append)
     told = [event for event in events if isinstance(event, Progress)]
