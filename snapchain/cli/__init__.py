@@ -37,8 +37,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         _check_words(words)
         # inside: a Ctrl-C while they load gets a clean end too
-        from snapchain.cli.preconnect import logging_in
-        from snapchain.cli.serving import serve_directly
+        from snapchain.cli.preconnect import logging_in, serve_directly
         from snapchain.cli.verbs import load
 
         if serve_directly(words):

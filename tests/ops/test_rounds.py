@@ -1,0 +1,292 @@
+"""An image goes on in every way that is its owner's, and is shipped by turns: never refused, every point right.
+
+Bytes follow the change, not the disk: what is sent of a rewritten image is compared with what is there.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from snapchain.destination.protocol import Destination
+from snapchain.destinations import create_destination, open_destination
+from snapchain.errors import Conflict, Diverged
+from snapchain.merge import plan as merge_plan, run as merge_run
+from snapchain.merge.request import MergeRequest
+from snapchain.ops.restore.run import Restoration
+from snapchain.ops.ship.run import Divergence, Files, ShipReport, ShipRequest, plan, run
+from snapchain.source import sealing as snapshot
+from tests.exhaustive import examples
+from tests.ops.shipping import DISK, MiB, same_bytes
+from tests.ops.stacks import Layer, build, flat, qemu_img, write
+
+SIZE = 64 * MiB
+LEAF = 64 * 1024
+
+
+class Kind(Protocol):
+    def __call__(self, directory: Path, /) -> str: ...
+
+
+def _repository(directory: Path) -> str:
+    create_destination(str(directory / "repo"), passphrase=lambda: None, encryption="none")
+    return str(directory / "repo")
+
+
+def _replica(directory: Path) -> str:
+    return f"dir:{directory}/replica"
+
+
+both = pytest.mark.parametrize("kind", [_repository, _replica], ids=["repository", "replica"])
+
+
+class Disk:
+    """One image, what each point of it showed, and where it goes."""
+
+    def __init__(self, directory: Path, kind: Kind, *, size: int = SIZE) -> None:
+        self.directory = directory
+        self.noise = directory / "noise"
+        self.noise.write_bytes(random.Random(1).randbytes(32 * MiB))
+        self.image = build(directory / "c", [Layer(size)])[0]
+        write(self.image, f"write -s {self.noise} 0 32M")
+        self.url = kind(directory)
+        self.shown: dict[int, Path] = {}
+
+    def open(self) -> Destination:
+        return open_destination(self.url, passphrase=lambda: None, writing=True)
+
+    def request(self, **options: object) -> ShipRequest:
+        return ShipRequest(image=self.image, disk=DISK, format="qcow2", **options)  # type: ignore[arg-type]
+
+    def ship(self, **options: object) -> ShipReport:
+        report = run(self.request(**options), self.open())
+        assert report.point is not None
+        self.shown[report.point] = flat(self.image, self.directory / f"{report.point}.shown")
+        return report
+
+    def check(self, *points: int) -> None:
+        """These points, or all, restore to what the image showed."""
+        for point in points or self.shown:
+            out = self.directory / "out.raw"
+            Restoration(self.open(), DISK, out, point=str(point)).run()
+            assert same_bytes(out, self.shown[point]), point
+            out.unlink()
+
+
+@pytest.fixture(params=[_repository, _replica], ids=["repository", "replica"])
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Disk:
+    found = Disk(tmp_path, request.param)
+    found.ship()
+    return found
+
+
+def assert_small(report: ShipReport, leaves: int = 1) -> None:
+    assert (report.layers_sent, report.carried_bytes <= leaves * LEAF + 20_000) == (1, True), report
+
+
+def test_written_to_in_place(disk: Disk) -> None:
+    """Refused for ever by replicas, once."""
+    for number in range(3):
+        write(disk.image, f"write -P {number + 1} {number}M 4k")
+        assert_small(disk.ship())
+        again = disk.ship()
+        assert (again.layers_sent, again.bytes_sent < 20_000) == (0, True), "and it is known again"
+    disk.check()
+
+
+def test_written_to_and_sealed(disk: Disk) -> None:
+    write(disk.image, "write -P 1 1M 4k")
+    snapshot.run(snapshot.plan(disk.image))
+    write(disk.image, "write -P 2 2M 4k")
+    assert_small(disk.ship(), leaves=2)
+    write(disk.image, "write -P 3 40M 4k")
+    assert_small(disk.ship(), leaves=2)
+    disk.check()
+
+
+def test_zeroes_hide_what_is_gone(disk: Disk) -> None:
+    write(disk.image, "write -z 1M 8M", "discard 16M 8M", "write -z 30M 512")
+    report = disk.ship()
+    assert_small(report, leaves=1)
+    disk.check()
+
+
+@pytest.mark.parametrize("size", ["32M", str(20 * MiB + 512), "96M", str(70 * MiB + 1536)])
+def test_another_size(disk: Disk, size: str) -> None:
+    qemu_img("resize", "-q", *(["--shrink"] if not size.startswith(("7", "9")) else []), disk.image, size)
+    write(disk.image, "write -P 1 4M 4k")
+    assert_small(disk.ship(), leaves=2)
+    qemu_img("resize", "-q", disk.image, "128M")
+    write(disk.image, "write -P 1 100M 4k")
+    assert_small(disk.ship(), leaves=2)
+    disk.check()
+
+
+def test_merged_after_it_was_written_to(disk: Disk) -> None:
+    snapshot.run(snapshot.plan(disk.image))
+    write(disk.image, "write -P 1 1M 4k")
+    disk.ship()
+    write(disk.image, "write -P 2 2M 4k")
+    merge_run.run(merge_plan.plan(MergeRequest(image=disk.image, flatten=True, image_format="qcow2")))
+    assert_small(disk.ship())
+    write(disk.image, "write -P 3 3M 4k")
+    assert_small(disk.ship())
+    disk.check()
+
+
+def test_a_merge_by_other_hands(disk: Disk) -> None:
+    overlay = disk.image.with_name("overlay.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", disk.image.name, "-F", "qcow2", overlay)
+    write(overlay, "write -P 1 1M 4k")
+    root, disk.image = disk.image, overlay
+    disk.ship()
+    write(overlay, "write -P 2 2M 4k")
+    qemu_img("commit", "-q", "-d", "-f", "qcow2", overlay)
+    disk.image = root
+    assert_small(disk.ship())
+    disk.check()
+
+
+def test_a_top_that_is_shipped_while_it_grows_costs_itself(disk: Disk) -> None:
+    """After a comparison, too: the root is not read again for every night's top."""
+    write(disk.image, "write -P 1 1M 4k")
+    disk.ship()
+    snapshot.run(snapshot.plan(disk.image))
+    for night in range(4):
+        write(disk.image, f"write -P {night + 2} {night * 2}M 64k")
+        disk.ship()
+        write(disk.image, f"write -P {night + 20} {night * 2 + 1}M 64k")
+        report = disk.ship()
+        assert report.bytes_read <= 8 * LEAF * 2, (night, report)
+        snapshot.run(snapshot.plan(disk.image))
+    disk.check()
+
+
+def test_a_plan_of_what_has_to_be_compared_reads_nothing(disk: Disk) -> None:
+    write(disk.image, "write -P 1 1M 4k")
+    planned = plan(disk.request(), disk.open())
+    assert [layer.publishes for layer in planned.layers] == [True]
+    assert planned.bytes_to_read == 32 * MiB
+    report = disk.ship()
+    assert report.bytes_read == planned.bytes_to_read
+
+
+@both
+def test_every_layer_as_a_point(tmp_path: Path, kind: Kind) -> None:
+    disk = Disk(tmp_path, kind)
+    for number in range(2):
+        snapshot.run(snapshot.plan(disk.image))
+        write(disk.image, f"write -P {number + 1} {number}M 4k")
+    report = run(disk.request(files=Files.EACH, each_point=True), disk.open())
+    assert (report.layers_sent, report.points, report.point) == (3, (1, 2, 3), 3)
+    for number, file in enumerate([disk.image.with_name("disk.1.qcow2"), disk.image.with_name("disk.2.qcow2")], 1):
+        disk.shown[number] = flat(file, tmp_path / f"{number}.shown")
+    disk.shown[3] = flat(disk.image, tmp_path / "3.shown")
+    disk.check()
+
+
+def test_what_nothing_connects_with_the_disk(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, _replica)
+    disk.ship()
+    other = build(tmp_path / "d", [Layer(SIZE, ["write -P 9 0 1M"])])[0]
+    with pytest.raises(Diverged, match="the replica holds another disk under this name"):
+        run(ShipRequest(image=other, disk=DISK), disk.open())
+
+
+def test_what_another_host_wrote(tmp_path: Path) -> None:
+    """It has taken the disk over: this host's image went on from what is there, and is refused by the epoch alone."""
+    disk = Disk(tmp_path, _replica)
+    disk.ship()
+    theirs = Path(shutil.copytree(disk.image.parent, tmp_path / "there")) / disk.image.name
+    run(ShipRequest(image=theirs, disk=DISK, epoch=2), disk.open())
+    write(disk.image, "write -P 1 1M 4k")
+    with pytest.raises(Conflict, match="in epoch 1, and here it is in epoch 2"):
+        disk.ship()
+
+
+def test_a_copy_with_new_names_is_known_and_goes_on(disk: Disk, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.qcow2"
+    shutil.copy(disk.image, copy)
+    disk.image = copy
+    assert disk.ship().layers_sent == 0
+    disk.check()
+
+
+STEPS: dict[str, Callable[[Disk, random.Random], None]] = {}
+
+
+def step(work: Callable[[Disk, random.Random], None]) -> Callable[[Disk, random.Random], None]:
+    STEPS[work.__name__] = work
+    return work
+
+
+@step
+def scribble(disk: Disk, draw: random.Random) -> None:
+    size = qemu_size(disk.image)
+    for _ in range(draw.randrange(1, 4)):
+        start = draw.randrange(size) // 512 * 512
+        length = min(size - start, draw.choice([512, 4096, 3 * LEAF, MiB]))
+        verb = draw.choice([f"write -P {draw.randrange(1, 255)}", "write -z", "discard"])
+        write(disk.image, f"{verb} {start} {length}")
+
+
+@step
+def seal(disk: Disk, draw: random.Random) -> None:
+    _ = draw
+    snapshot.run(snapshot.plan(disk.image))
+
+
+@step
+def merge(disk: Disk, draw: random.Random) -> None:
+    planned = merge_plan.plan(MergeRequest(image=disk.image, flatten=draw.random() < 0.5, image_format="qcow2"))
+    merge_run.run(planned)
+
+
+@step
+def resize(disk: Disk, draw: random.Random) -> None:
+    size = draw.randrange(40 * MiB, 80 * MiB) // 512 * 512
+    shrinks = ["--shrink"] if size < qemu_size(disk.image) else []
+    qemu_img("resize", "-q", *shrinks, disk.image, str(size))
+
+
+def qemu_size(image: Path) -> int:
+    return int.from_bytes(image.read_bytes()[24:32])
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("seed", range(examples(2, times=3)))
+@both
+def test_ten_rounds(tmp_path: Path, kind: Kind, seed: int) -> None:
+    draw = random.Random(seed)
+    disk = Disk(tmp_path, kind)
+    disk.ship()
+    for _ in range(10):
+        steps = ["scribble", *draw.choices(list(STEPS), weights=[3, 3, 2, 1], k=draw.randrange(3))]
+        for name in steps:
+            if name == "merge" and qemu_backing(disk.image) is None:
+                continue
+            STEPS[name](disk, draw)
+        report = disk.ship()
+        assert report.carried_bytes < 12 * MiB, "by the change, not by the 32 MiB of the disk"
+        disk.check(*[report.point or 0])
+    disk.check()
+
+
+def qemu_backing(image: Path) -> bytes | None:
+    head = image.read_bytes()[:24]
+    return head[8:16] if int.from_bytes(head[8:16]) else None
+
+
+def test_a_cut_is_still_what_its_user_wants(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, _replica)
+    disk.ship()
+    write(disk.image, "write -P 1 1M 4k")
+    report = disk.ship(divergence=Divergence.CUT_REPLICA)
+    assert report.data_bytes == 32 * MiB
+    disk.shown.pop(1)
+    disk.check()
