@@ -122,14 +122,3 @@ def preconnected_replica(url: str, *, logins: int) -> Iterator[Endpoint]:
     endpoint = SshEndpoint(parse_remote_address(url))
     with endpoint.ahead(logins):
         yield endpoint
-
-
-__all__ = [
-    "Endpoint",
-    "check_is_made",
-    "create_destination",
-    "open_destination",
-    "preconnected_replica",
-    "replica_at",
-    "traits_of",
-]

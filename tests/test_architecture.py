@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # (importer, imported): for annotations only, under `if TYPE_CHECKING:`.
-TYPE_ONLY = {("cli", "repository"), ("cli", "merge"), ("cli", "source")}
+TYPE_ONLY = {("cli", "replica"), ("cli", "merge"), ("cli", "source")}
 
 # (importing module, imported part): against the directions, to be mended. Shrinks; nothing is added.
 OWED: set[tuple[str, str]] = {}
