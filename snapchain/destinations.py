@@ -18,7 +18,7 @@ from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
-    from snapchain.replica.endpoint import Endpoint  # noqa: TC004 - named in __all__ for annotations
+    from snapchain.replica.endpoint import Endpoint
 
 _REPLICAS = ("ssh://", "dir:")
 Passphrase = Callable[[], str | None]
@@ -122,14 +122,3 @@ def preconnected_replica(url: str, *, logins: int) -> Iterator[Endpoint]:
     endpoint = SshEndpoint(parse_remote_address(url))
     with endpoint.ahead(logins):
         yield endpoint
-
-
-__all__ = [
-    "Endpoint",
-    "check_is_made",
-    "create_destination",
-    "open_destination",
-    "preconnected_replica",
-    "replica_at",
-    "traits_of",
-]

@@ -16,7 +16,7 @@ from snapchain.cli import exits
 from snapchain.errors import SnapchainError
 
 if TYPE_CHECKING:
-    from snapchain.destinations import Endpoint
+    from snapchain.replica.endpoint import Endpoint
 
 _LOGINS = {"send": 1, "sync": 3}
 """How many connections a verb makes; of sync one may prove not to be needed."""

@@ -15,7 +15,7 @@ from snapchain.cli.progress import Mode
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.source.sealing import SnapshotPlan, SnapshotReport
+    from snapchain.ops.snapshot import SnapshotPlan, SnapshotReport
 
 
 @verb(
@@ -61,7 +61,7 @@ def snapshot(
 
     A small hidden file beside the sealed one notes the time and the labels, by which `merge IMAGE --keep-...` goes.
     """
-    from snapchain.source import sealing as ops
+    from snapchain.ops import snapshot as ops
 
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         plan = ops.plan(

@@ -1,4 +1,4 @@
-"""A chain as a merge sees it: what each layer holds, what of that is hidden, who wants it to stay, who has it."""
+"""A chain as a merge sees it: what each layer holds, how much of it is hidden, its holds, and where it was shipped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from snapchain.source.notes import Hold, Notes
 class Stack:
     """hidden: see economics.hidden_by; present: for each destination by name, how many files from the root it holds.
 
-    holds: by place; sealed: for each file the time and the labels, also for the top, whose time says little
+    holds: by place; sealed: for each file the time and the labels, also for the top, whose time means little
     """
 
     chain: ImageChain

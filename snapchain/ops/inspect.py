@@ -18,7 +18,7 @@ from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
 from snapchain.source.lineage import note_of
 from snapchain.source.notes import Hold, Notes
-from snapchain.source.ownership import mark_of, told
+from snapchain.source.ownership import describe_gift, mark_of
 
 STRIP_CELLS = 48
 
@@ -106,7 +106,7 @@ def inspect_image(
 def _given(chain: ImageChain, notes: Notes) -> Iterator[str]:
     mark = mark_of(chain, notes)
     if mark is not None:
-        yield told(mark)
+        yield describe_gift(mark)
 
 
 def inspect_point(destination: ReadableDestination, disk: str, *, point: str | None = None) -> InspectReport:

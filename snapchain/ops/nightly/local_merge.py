@@ -1,6 +1,6 @@
 """Keeps a local chain short: of the layers that every destination is found to hold, what gains most within the budget.
 
-What may be merged, and what it brings, `merge IMAGE --max-layers --at` knows as well (ops/merge_set): a night is that
+What may be merged, and what that brings, is decided as for `merge IMAGE --max-layers --at`: a night is that
 command for each disk, with what is left of the night's budget.
 """
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops import snapshot
 from snapchain.ops.nightly import local_merge
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.disk_list import roster
@@ -27,7 +28,6 @@ from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.run import ShipRequest, plan as plan_ship
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.points_merge import RepositoryMerge
-from snapchain.source import sealing as snapshot
 
 
 class _Shown(BaseModel):

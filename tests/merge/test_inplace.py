@@ -21,8 +21,8 @@ from snapchain.model.economics import Into, gain
 from snapchain.testing.strategies import chain_of as model_chain
 from tests.exhaustive import examples
 from tests.image.oracle import qemu
-from tests.image.test_assemble import SHM, build, chain_of, growable, noise
 from tests.image.test_scan_random import Layer, io, layers
+from tests.merge.test_assemble import SHM, build, chain_of, growable, noise
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -319,7 +319,7 @@ def test_wrong_requests(tmp_path: Path) -> None:
     with scan(paths[-1]) as chain:
         for first in (1, 2, -1):
             for make_plan in (plan_absorb, plan_commit):
-                with pytest.raises(InvalidInput, match="are not several of 2"):
+                with pytest.raises(InvalidInput, match="must contain at least two files"):
                     make_plan(chain, first, backing=None)
         with pytest.raises(InvalidInput, match="has a backing file exactly when"):
             plan_absorb(chain, 0, backing=Backing("x", "raw"))
