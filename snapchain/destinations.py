@@ -18,7 +18,7 @@ from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
-    from snapchain.replica.endpoint import Endpoint  # noqa: TC004 - named in __all__ for annotations
+    from snapchain.replica.endpoint import Endpoint
 
 _REPLICAS = ("ssh://", "dir:")
 Passphrase = Callable[[], str | None]
