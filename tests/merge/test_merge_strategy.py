@@ -211,7 +211,7 @@ def test_a_killed_commit_is_done_to_its_end_first(memory: Path) -> None:
     assert journal_path(stack[-1]).exists()
     with journal_path(stack[-1]).open() as at_work:
         fcntl.flock(at_work, fcntl.LOCK_EX)  # one that lives is waited for
-        with pytest.raises(Busy, match="at work"):
+        with pytest.raises(Busy, match="is running"):
             merge(stack[-1], from_layer="2.qcow2", to_layer="3.qcow2", strategy=NEW)
     report = doctor.run(doctor.plan([stack[-1]]))
     assert report.well
