@@ -115,6 +115,8 @@ class Catalogue(BaseModel):
         numbers = [*(point.point for point in self.points), self.next_point]
         if any(upper <= lower for lower, upper in pairwise(numbers)):
             raise ValueError("its points do not ascend")
+        if self.format != _format_of(self.points):
+            raise ValueError("its format is not the one of what it holds")
         known = {layer.id: layer for layer in self.layers}
         if len(known) < len(self.layers) or len({layer.file for layer in self.layers}) < len(self.layers):
             raise ValueError("two of its layers have one name")
@@ -142,9 +144,13 @@ class Catalogue(BaseModel):
         fields: dict[str, object] = dict(self)
         fields.update(change)
         points: tuple[Point, ...] = fields["points"]  # type: ignore[assignment]
-        fields["format"] = 2 if any(point.holds for point in points) else 1
+        fields["format"] = _format_of(points)
         fields.update(generation=self.generation + 1, time=datetime.now(UTC))
         return Catalogue.model_validate(fields)
+
+
+def _format_of(points: Sequence[Point]) -> Literal[1, 2]:
+    return 2 if any(point.holds for point in points) else 1
 
 
 def empty_catalogue(disk: str) -> Catalogue:

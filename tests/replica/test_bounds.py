@@ -106,7 +106,7 @@ TIMES = ("0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "1969-12-31T2
 def test_times_that_no_calendar_has(place: Place, time: str) -> None:
     take(place, BASE)
     ((kind, body),) = points(place, [[]])
-    with pytest.raises(Corrupt, match="unsound: time"):
+    with pytest.raises(Corrupt, match="message is invalid: time"):
         take(place, stream(HELLO, OPEN, (kind, json.dumps({**json.loads(body), "time": time}).encode()), STOP))
     assert not place.catalogue()["points"]
 

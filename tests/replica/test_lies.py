@@ -195,8 +195,8 @@ def test_a_sum_that_the_replica_gives_back_is_not_believed(
 INVENTORY_LIES: dict[str, tuple[dict[str, Any], str]] = {
     "a later epoch": ({"epoch": 2}, "its disk is in epoch 2"),
     "the last epoch": ({"epoch": 1 << 31}, "its disk is in epoch"),
-    "beyond all epochs": ({"epoch": (1 << 31) + 1}, "unsound: epoch"),
-    "a point beyond all": ({"last_point": 1 << 60}, "unsound: last_point"),
+    "beyond all epochs": ({"epoch": (1 << 31) + 1}, "message is invalid: epoch"),
+    "a point beyond all": ({"last_point": 1 << 60}, "message is invalid: last_point"),
     "another disk": ({"disk": "b"}, "another disk"),
 }
 
