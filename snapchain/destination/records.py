@@ -18,7 +18,8 @@ MOST_FINDINGS = 10_000
 class Record(BaseModel):
     """Never changes once it is made."""
 
-    model_config = ConfigDict(frozen=True)
+    # Built when they are needed: a command shows few of these.
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class HoldRecord(Record):

@@ -1,4 +1,4 @@
-"""A repository as a Destination."""
+"""A repository as a Destination. What few commands do is loaded by those that do it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,10 @@ from snapchain.destination.traits import REPOSITORY, Traits
 from snapchain.model import holds
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.retention import Policy
-from snapchain.repository import collecting
 from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
 from snapchain.repository.disk_writer import RepositoryWriting
-from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_leaves, point_record, read_point
 from snapchain.repository.repository import Repository
-from snapchain.repository.verification import verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +35,14 @@ class Collecting:
 
     def plan(self) -> GcPlan:
         """As `collecting.plan`."""
+        from snapchain.repository import collecting
+
         return collecting.plan(self.repository)
 
     def run(self, *, on_event: OnEvent = ignore) -> GcReport:
         """As `collecting.run`."""
+        from snapchain.repository import collecting
+
         return collecting.run(self.repository, on_event=on_event)
 
 
@@ -104,12 +105,16 @@ class RepositoryDestination(RepositoryWriting):
 
     def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
         """As `verification.verify`."""
+        from snapchain.repository.verification import verify
+
         return verify(self.repository, disk=disk, share=share, on_event=on_event)
 
     def merging(
         self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> Work[PointsMergePlan, PointsMergeReport]:
         """As `RepositoryMerge`."""
+        from snapchain.repository.points_merge import RepositoryMerge
+
         return RepositoryMerge(self.repository, disk, policy, zone=zone, now=now)
 
     def hold(

@@ -17,7 +17,7 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, Unsupported
 from snapchain.image import ImageChain, scan
-from snapchain.merge import methods as ways, new_file, run as merge_run, step as merge_plan
+from snapchain.merge import amendment, new_file, run as merge_run, step as merge_plan
 from snapchain.merge.amendment import Amendment
 from snapchain.merge.assembly import Assembly
 from snapchain.merge.copying import Copies, Moved, Mover
@@ -211,7 +211,7 @@ def test_a_killed_commit_is_done_to_its_end_first(memory: Path) -> None:
     assert journal_path(stack[-1]).exists()
     with journal_path(stack[-1]).open() as at_work:
         fcntl.flock(at_work, fcntl.LOCK_EX)  # one that lives is waited for
-        with pytest.raises(Busy, match="at work"):
+        with pytest.raises(Busy, match="is running"):
             merge(stack[-1], from_layer="2.qcow2", to_layer="3.qcow2", strategy=NEW)
     report = doctor.run(doctor.plan([stack[-1]]))
     assert report.well
@@ -283,7 +283,7 @@ def test_what_is_seen_is_never_overwritten(
 ) -> None:
     reference = flat(stack[-1], tmp_path / "flat")
     name = f"plan_{strategy.value}"
-    real = vars(ways)[name]
+    real = vars(amendment)[name]
 
     def wrong(view: ImageChain, first: int, **named: object) -> Amendment:
         """A place is written to from which the guest reads, as a fault of the planner would."""
@@ -293,7 +293,7 @@ def test_what_is_seen_is_never_overwritten(
         host = file.physical.host[np.searchsorted(file.physical.start, view.resolve().at[seen][-1:], side="right") - 1]
         return replace(found, zero_target=host + 512, zero_length=np.array([1], np.int64))
 
-    monkeypatch.setattr(ways, name, wrong)
+    monkeypatch.setattr(amendment, name, wrong)
     with pytest.raises(Corrupt, match="would overwrite what is seen"):
         merge(stack[-1], strategy=strategy)
     assert same(stack[-1], reference)

@@ -300,10 +300,11 @@ class _Work:
         )
 
     def _difference(self) -> list[_Group]:
-        """What has to be compared, as one layer; none where both show the same."""
+        """What has to be compared, as one layer."""
         base, count = self.base, len(self._chain.files)
         found = self._recognition.difference(base)
-        if found is not None and found.is_none:
+        # An empty layer makes the image known by its names, where what was counted here is not remembered.
+        if found is not None and found.is_none and not self._there.believed:
             return []
         everything = to_read(Extents.constant(self._chain.size, DATA), self._chain).data_bytes
         if found is None or (self._there.branches and 2 * found.extents.data_bytes > everything):
