@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from snapchain.errors import Busy, ToolFailed
 from snapchain.ops.nightly import metrics
@@ -214,9 +215,9 @@ def test_metrics_that_cannot_be_written_are_a_failure_and_no_more(host: Host) ->
 
 def test_label_values_are_escaped() -> None:
     family = metrics._Family("x", "y", [({"disk": 'a"b\\c\x1bd'}, 1.0)])
-    registry = metrics.CollectorRegistry()
+    registry = CollectorRegistry()
     registry.register(metrics._Run([family]))
-    text = metrics.generate_latest(registry).decode()
+    text = generate_latest(registry).decode()
     assert "\x1b" not in text
     assert exposition.value(exposition.read(text), "x", disk='a"b\\c\\x1bd') == 1.0
 
