@@ -38,9 +38,7 @@ _NAMES = 4
     when_interrupted="every point that was reported is whole; the next run begins with what was not reached",
 )
 def nightly(
-    config: Annotated[
-        Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file; see docs/guide/nightly.md.")
-    ],
+    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file.")],
     *,
     any_time: Annotated[bool, typer.Option("--any-time", help="Ignore the window.")] = False,
     wait: Annotated[
