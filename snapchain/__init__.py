@@ -17,8 +17,9 @@ Sizes are in bytes, rates in bytes a second, times aware `datetime`s. A point is
 a number, a label, or a time. Reports are frozen records; their fields are those of the command's JSON. `on_event` gets
 `Event`s while an operation runs: progress, and notices that stop nothing. It may be called from any thread.
 
-All errors derive from `SnapchainError`; `snapchain.errors` has the tree, grouped by what the caller should do. An
-operation that raises, or is interrupted, leaves every earlier point whole; calling it again finishes the work.
+All errors of operations derive from `SnapchainError`; `snapchain.errors` has the tree, grouped by what the caller
+should do. A wrong rule of a `Policy` is a `ValueError`, as wrong input is. An operation that raises, or is interrupted,
+leaves every earlier point whole; calling it again finishes the work.
 
 Stable: the names in `snapchain.__all__`, their parameters, the fields of the reports that the documentation names, and
 the errors. Until version 1.0 they change only in a minor version, with a line in the changelog. Everything else is
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from snapchain.ops.inspect import InspectReport
     from snapchain.ops.log import LogReport
     from snapchain.ops.restore.target import RestoreReport
-    from snapchain.ops.ship.to_repository import ShipReport
+    from snapchain.ops.ship.request import ShipReport
     from snapchain.source.sealing import SnapshotReport
 
     AnyPath = str | PathLike[str]
@@ -339,20 +340,18 @@ def ship(
     """
     from pathlib import Path
 
-    from snapchain.ops.ship.delivery import delivery
+    from snapchain.ops.ship.run import Files, ShipRequest, run
 
-    events = on_event or _ignore
-    with delivery(
-        _opened(destination, writing=True),
-        Path(image),
-        disk,
+    request = ShipRequest(
+        image=Path(image),
+        disk=disk,
         labels=labels,
-        each_layer=each_layer,
+        files=Files.EACH if each_layer else Files.COMPOSED,
+        each_point=each_layer,
         format=format,
         image_dirs=_paths(image_dirs),
-        on_event=events,
-    ) as work:
-        return work.run(on_event=events)
+    )
+    return run(request, _opened(destination, writing=True), on_event=on_event or _ignore)
 
 
 def merge_image(

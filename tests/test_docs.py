@@ -239,8 +239,7 @@ def test_the_json_fields_are_those_that_are_documented(
     runs = {
         "`init`": [["init", "new"]],
         "`snapshot`": [["snapshot", image]],
-        "`ship`": [["ship", image, "backup::web1/vda"]],
-        "`send`": [["send", image, replica]],
+        "`ship` and `send`": [["ship", image, "backup::web1/vda"], ["send", image, replica]],
         "`log`": [["log", "backup"], ["log", f"dir:{here}/srv/replica"]],
         "`inspect`": [["inspect", image], ["inspect", "backup::web1/vda"], ["inspect", replica]],
         "`diff`": [["diff", "backup::web1/vda@1", "backup::web1/vda@2"]],

@@ -126,16 +126,6 @@ def metavar(param: Any) -> str:
     return "N" if kind in {int, float} else str(param.name).upper()
 
 
-def kept(option: str) -> str:
-    """The help of a retention rule: --help shows these without words, under a common heading."""
-    unit = {"hourly": "hours", "daily": "days", "weekly": "weeks", "monthly": "months", "yearly": "years"}.get(
-        option[7:]
-    )
-    if unit is None:
-        return "The newest N. -1 means all."
-    return f"The newest of each of the last N {unit} that have one. -1 means all."
-
-
 def arguments(command: Any) -> Iterator[Any]:
     return (param for param in command.params if param.param_type_name == "argument")
 
@@ -181,9 +171,7 @@ def option_list(command: Any) -> str:
         for param in params:
             names = ", ".join(f"\\fB{literal(name)}\\fR" for name in param.opts)
             value = metavar(param)
-            text += tagged(
-                f"{names} \\fI{literal(value)}\\fR" if value else names, plain(param.help) or kept(param.opts[0])
-            )
+            text += tagged(f"{names} \\fI{literal(value)}\\fR" if value else names, plain(param.help))
     return text + tagged("\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show a short help and exit.")
 
 

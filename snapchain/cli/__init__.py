@@ -21,7 +21,7 @@ __all__ = ["main", "program"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code (the table is in the README)."""
+    """Run one command and return its exit code (the table is in docs/guide/scripting.md)."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     # numpy's linear algebra, which nothing here uses, would start a thread for each processor and spin in them.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -38,8 +38,7 @@ def _run(words: Sequence[str]) -> int:
     try:
         _check_words(words)
         # inside: a Ctrl-C while they load gets a clean end too
-        from snapchain.cli.preconnect import logging_in
-        from snapchain.cli.serving import serve_directly
+        from snapchain.cli.preconnect import logging_in, serve_directly
 
         if serve_directly(words):
             return 0

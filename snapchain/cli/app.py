@@ -107,13 +107,6 @@ def command(name: str) -> Any:
     return typer.main.get_command(_COMMANDS[name])
 
 
-def whole_group() -> Any:
-    """The group with every verb loaded, hidden ones too: for documents and tests."""
-    group: Any = typer.main.get_command(app)
-    group.commands |= {name: command(name) for name in VERBS}
-    return group
-
-
 def verb(
     *, examples: str, when_interrupted: str, name: str | None = None, hidden: bool = False
 ) -> Callable[[Callable[P, None]], Callable[P, None]]:

@@ -9,6 +9,7 @@ from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import size
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,8 +74,7 @@ def _draw(console: Console, report: DiffReport) -> None:
     if report.identical:
         render.headline(console, "no difference")
         return
-    ranges = len(report.ranges)
-    render.headline(console, f"{size(report.changed_bytes)} differ in {ranges} range{'s' if ranges != 1 else ''}")
+    render.headline(console, f"{size(report.changed_bytes)} differ in {counted(len(report.ranges), 'range')}")
     if report.old_size != report.new_size:
         render.facts(console, [("size", f"{size(report.old_size)} before, {size(report.new_size)} after")])
     render.table(

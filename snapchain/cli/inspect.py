@@ -8,6 +8,7 @@ from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import size
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,10 +58,8 @@ def inspect(
 
 
 def _draw(console: Console, report: InspectReport) -> None:
-    layers = len(report.layers)
-    render.headline(
-        console, f"{report.address}: {size(report.virtual_size)} in {layers} layer{'s' if layers != 1 else ''}"
-    )
+    layers = counted(len(report.layers), "layer")
+    render.headline(console, f"{report.address}: {size(report.virtual_size)} in {layers}")
     render.picture(
         console,
         [

@@ -88,5 +88,5 @@ def _draw(console: Console, report: LogReport) -> None:
                 for point in disk.points
             ],
         )
-        future = [str(point.point) for point in disk.points if point.of_the_future]
+        future = [point.point for point in disk.points if point.of_the_future]
         render.points_of_the_future(console, disk.name, future)

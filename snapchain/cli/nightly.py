@@ -16,6 +16,7 @@ from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import duration, moment, size
 from snapchain.errors import InvalidInput, PartialFailure
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +39,7 @@ _NAMES = 4
     when_interrupted="every point that was reported is whole; the next run begins with what was not reached",
 )
 def nightly(
-    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file.")],
+    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="TOML: see man snapchain-nightly.")],
     *,
     any_time: Annotated[bool, typer.Option("--any-time", help="Ignore the window.")] = False,
     wait: Annotated[
@@ -134,7 +135,7 @@ def _plan_row(disk: DiskPreview) -> list[str]:
     ships = [f"{each.destination} {size(each.bytes_to_read)}" for each in disk.destinations]
     drops = [f"{each.destination} {len(each.points_dropped)}" for each in disk.destinations if each.points_dropped]
     files = str(disk.chain_length or "")
-    merges = f"{len(disk.merge)} files" if disk.merge else ""
+    merges = counted(len(disk.merge), "file") if disk.merge else ""
     return [disk.disk, disk.sealed.name if disk.sealed else "", files, ", ".join(ships), merges, ", ".join(drops)]
 
 
@@ -164,7 +165,7 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         future = {
             point for each in disk.destinations if each.retention for point in each.retention.points_of_the_future
         }
-        render.points_of_the_future(console, disk.disk, map(str, sorted(future)))
+        render.points_of_the_future(console, disk.disk, future)
 
 
 def _draw_problems(console: Console, report: NightlyReport) -> None:
@@ -195,7 +196,8 @@ def _draw_moved(console: Console, disks: Sequence[DiskReport] | Sequence[DiskPre
 
 def _draw_left_out(console: Console, layers: Sequence[Path], leftovers: Sequence[Path]) -> None:
     if used := len(layers) - len(leftovers):
-        render.line(console, f"{used} matched files are backing files of others: layers, not disks", indent=2)
+        files = "1 matched file is a backing file" if used == 1 else f"{used} matched files are backing files"
+        render.line(console, f"{files} of others: layers, not disks", indent=2)
     for path in leftovers:
         render.line(console, f"left out: {path}: a sealed layer that no image uses", style="yellow", indent=2)
     if leftovers:

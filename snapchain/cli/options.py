@@ -276,9 +276,7 @@ def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb with a parameter `policy` the options --keep-*: one for each rule of a retention Policy."""
-    from pydantic import ValidationError
-
-    from snapchain.model.retention import UNLIMITED, Policy
+    from snapchain.model.retention import UNLIMITED, Policy, policy_of
 
     counts = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, int)}
     lists = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, frozenset)}
@@ -306,16 +304,11 @@ def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[...,
         def called(*args: Any, **kwargs: Any) -> None:
             given = {field: kwargs.pop(option(field)) for field in Policy.model_fields}
             try:
-                policy = Policy.model_validate(
-                    {field: value for field, value in given.items() if value not in (None, [])}
-                )
-            except ValidationError as error:
-                first = error.errors()[0]
-                rule = str(first["loc"][0])
-                cause = first.get("ctx", {}).get("error")
-                if isinstance(cause, InvalidInput):
-                    raise cause from error
-                raise InvalidInput(first["msg"], subject=f"--{option(rule).replace('_', '-')}") from error
+                policy = policy_of({field: value for field, value in given.items() if value not in (None, [])})
+            except InvalidInput as error:
+                if error.subject in Policy.model_fields:
+                    error.subject = f"--{option(error.subject).replace('_', '-')}"
+                raise
             function(*args, policy=policy, **kwargs)
 
         parameters = [

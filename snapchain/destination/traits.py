@@ -15,7 +15,6 @@ class Traits:
     deduplicates: equal blocks of different disks are stored once
     needs_collecting: space of dropped points is given back by `gc` alone
     branches: the points of one disk may lie on different chains; False: a disk is one chain
-    samples: `verify` may read a share of the data; False: none of it or all
     encrypts: it may be encrypted, and then needs a passphrase
     has_id: it has an id, by which this machine knows it again
     streams: layers reach it over a stream, by one connection or several, and in an epoch that says who may write a disk
@@ -27,7 +26,6 @@ class Traits:
     deduplicates: bool
     needs_collecting: bool
     branches: bool
-    samples: bool
     encrypts: bool
     has_id: bool
     streams: bool
@@ -40,7 +38,6 @@ REPOSITORY = Traits(
     deduplicates=True,
     needs_collecting=True,
     branches=True,
-    samples=True,
     encrypts=True,
     has_id=True,
     streams=False,
@@ -52,7 +49,6 @@ REPLICA = Traits(
     deduplicates=False,
     needs_collecting=False,
     branches=False,
-    samples=True,
     encrypts=False,
     has_id=False,
     streams=True,

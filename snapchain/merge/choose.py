@@ -2,8 +2,8 @@
 
 What no merge may touch, and which views stay, gives the ranges that may be merged (model/choice.py).  Without a cap or
 a budget all of them are; with a cap as few layers as suffice, at the least cost; with a budget what gains most
-(model/choice.py).  Costs are first what the maps say; then each chosen merge is planned to the byte, and where the
-budget would not suffice it is chosen again with these numbers.
+(model/choice.py).  Costs are first estimated from the maps; then each chosen merge is planned to the byte.  Where the
+budget would not suffice, the choice is made again with the exact numbers.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import real_path
 from snapchain.host.replica_layout import layers_of
-from snapchain.host.terminal import shell_word
+from snapchain.host.terminal import counted, shell_word
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.dependent_search import Dependents, is_outside
 from snapchain.image.dependents import SEEN
@@ -39,7 +39,7 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
     for file in inputs:
         if file.header is not None and file.header.snapshots:
             raise Unsupported(
-                f"it holds {file.header.snapshots} internal snapshots, which a merge would lose",
+                f"it holds {counted(file.header.snapshots, 'internal snapshot')}, which a merge would lose",
                 subject=file.path,
                 hint="`qemu-img snapshot -l` lists them, `-d` deletes one",
             )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.terminal import counted
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.model.chain import Chain, Layer, LayerUse
 from snapchain.model.events import OnEvent, ignore
@@ -108,12 +109,12 @@ def _noted(chain: ImageChain) -> tuple[Sequence[tuple[Hold, ...]], Sequence[str]
         return [()] * len(chain.files), ()
     from snapchain.source.lineage import note_of
     from snapchain.source.notes import Notes
-    from snapchain.source.ownership import mark_of, told
+    from snapchain.source.ownership import describe_gift, mark_of
 
     notes = Notes()
     mark = mark_of(chain, notes)
     files = [file.resolved for file in chain.files]
-    sentences = [] if mark is None else [told(mark)]
+    sentences = [] if mark is None else [describe_gift(mark)]
     sentences += [*map(str, notes.faults(files)), *notes.ignored(files)]
     return [note_of(file, notes).holds for file in chain.files], sentences
 
@@ -187,7 +188,7 @@ def _file_findings(file: ImageFile) -> Iterator[str]:
     if file.header is None:
         return
     if file.header.snapshots:
-        yield f"{file.path} holds {file.header.snapshots} internal snapshots, which are not shipped"
+        yield f"{file.path} holds {counted(file.header.snapshots, 'internal snapshot')}, not shipped with it"
     if file.header.bitmaps:
         yield f"{file.path} holds dirty bitmaps: {', '.join(bitmap.name for bitmap in file.header.bitmaps)}"
     if file.header.version == 2:

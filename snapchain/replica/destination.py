@@ -29,13 +29,14 @@ from snapchain.host.retry import RetryPolicy
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
+from snapchain.model.holds import check_tag
 from snapchain.model.retention import Policy, is_future
-from snapchain.replica.client import points_at
+from snapchain.replica.client import hold_at, points_at, release_at
 from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
 from snapchain.replica.points_merge import ReplicaMerge
-from snapchain.replica.stream.messages import HeldPoint
+from snapchain.replica.stream.messages import HeldPoint, Hold
 from snapchain.replica.verification import verify_replica
 
 NOT_ENCRYPTED = "none"
@@ -78,14 +79,16 @@ class ReplicaLayer:
         return self.fetched.extents
 
     def copy(self, sink: Sink, *, start: int = 0, on_copied: Callable[[int, int], None]) -> str:
-        """As LayerReader; `start` is where the other side was asked to begin."""
-        _ = start
+        """As LayerReader. An older peer has not begun where it was asked to: what lies below `start` is passed over."""
         for batch in self.fetched.batches():
-            sink.write([(piece.offset, piece.data) for piece in batch if piece.data is not None])
-            for piece in batch:
+            wanted = [piece for piece in batch if piece.offset + piece.length > start]
+            if not wanted:
+                continue
+            sink.write([(piece.offset, piece.data) for piece in wanted if piece.data is not None])
+            for piece in wanted:
                 if piece.data is None:
                     sink.zero(piece.offset, piece.length)
-            on_copied(batch[-1].offset + batch[-1].length, sum(piece.length for piece in batch))
+            on_copied(self.fetched.position, sum(piece.length for piece in wanted))
         return self.fetched.announced
 
 
@@ -104,7 +107,7 @@ class ReplicaPoint:
         """Root first. Raises Corrupt for an answer that contradicts itself, Unsupported for absurdly many extents."""
         runs = 0
         for layer in self.answer.layers():
-            if self.answer.asked.look:
+            if self.answer.request.look:
                 runs += len(layer.extents.at)
                 if runs > MOST_RUNS:
                     raise Unsupported("its layers are cut into too many extents to be shown", subject=self.answer.peer)
@@ -215,9 +218,9 @@ class ReplicaDestination(ReplicaWriting):
         on_event: OnEvent = ignore,
     ) -> Iterator[ReplicaPoint]:
         """As ReadableDestination. clusters: the files of a replica hold whole clusters."""
-        _ = clusters, on_event, first
+        _ = clusters, on_event
         with fetch(
-            self.endpoint, disk, in_full(point), chain=chain, look=maps_only, limit_rate=self.limit_rate
+            self.endpoint, disk, in_full(point), chain=chain, look=maps_only, first=first, limit_rate=self.limit_rate
         ) as answer:
             yield ReplicaPoint(answer, _point_record(answer.point))
 
@@ -232,8 +235,13 @@ class ReplicaDestination(ReplicaWriting):
                 found.finish()
 
     def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
-        """As `verify_replica`. No data cross the link, so that a rate has nothing to limit."""
-        return verify_replica(self.endpoint, disk, read_data=share > 0, share=share, on_event=on_event)
+        """As `verify_replica`. share: each layer is read with that probability.
+
+        No data cross the link, so a rate has nothing to limit.
+        """
+        if not 0 <= share <= 1:
+            raise InvalidInput(f"a share of {share:.0%} of the data", hint="0% to 100%")
+        return verify_replica(self.endpoint, disk, share=share, on_event=on_event)
 
     def merging(
         self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
@@ -253,15 +261,18 @@ class ReplicaDestination(ReplicaWriting):
         on_event: OnEvent = ignore,
     ) -> tuple[int, tuple[HoldRecord, ...]]:
         """As ReadableDestination."""
-        _ = disk, point, tag, reason, dry_run, on_event
-        raise Unsupported("points of a replica cannot be held yet", subject=self.url)
+        _ = on_event
+        check_tag(tag)
+        held = hold_at(self.endpoint, disk, in_full(point), tag, reason=reason, dry_run=dry_run)
+        return held.point, _hold_records(held.holds)
 
     def release(
         self, disk: str, point: str, tag: str, *, dry_run: bool = False, on_event: OnEvent = ignore
     ) -> tuple[int, tuple[HoldRecord, ...]]:
         """As ReadableDestination."""
-        _ = disk, point, tag, dry_run, on_event
-        raise Unsupported("points of a replica cannot be held yet", subject=self.url)
+        _ = on_event
+        held = release_at(self.endpoint, disk, in_full(point), check_tag(tag), dry_run=dry_run)
+        return held.point, _hold_records(held.holds)
 
     def collecting(self) -> Work[GcPlan, GcReport]:
         """Raises InvalidInput: what a merge frees at a replica is free at once."""
@@ -272,6 +283,10 @@ class ReplicaDestination(ReplicaWriting):
         )
 
 
+def _hold_records(holds: Sequence[Hold]) -> tuple[HoldRecord, ...]:
+    return tuple(HoldRecord(tag=hold.tag, since=hold.since, reason=hold.reason) for hold in holds)
+
+
 def _point_record(point: HeldPoint) -> PointRecord:
     return PointRecord(
         point=point.point,
@@ -280,6 +295,7 @@ def _point_record(point: HeldPoint) -> PointRecord:
         virtual_size=point.size,
         content_id=point.content_id,
         layers=point.layers,
+        holds=_hold_records(point.holds),
         of_the_future=is_future(point.time, datetime.now(UTC)),
     )
 

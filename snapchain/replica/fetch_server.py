@@ -3,7 +3,7 @@
     FETCH   ->  DISK PROGRESS (LAYER MAP* DATA* END)+ DONE    a point: one layer that shows it, or its chain's layers
     LEAVES  ->  PROGRESS* LEAF_HASHES+                        the leaf hashes of the newest content
 
-Nothing is made, locked against readers, or changed. The files are held as QEMU holds those that it reads, so a merge
+Nothing is made, locked against readers, or changed. The files are locked as QEMU locks files that it reads, so a merge
 or a cut waits; what they show is counted on the way, and is no answer unless it is what was proven when it came.
 """
 
@@ -14,13 +14,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from snapchain.errors import Busy, Corrupt, Diverged, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Busy, Corrupt, Diverged, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.image import ImageChain
 from snapchain.image.leaves import leaf_hashes
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.windows import data_leaves
-from snapchain.model.content import content_id, empty_sum, sum_of
+from snapchain.model.content import LEAF_BYTES, content_id, empty_sum, sum_of
 from snapchain.model.events import ByteCount
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import opened_chain
@@ -70,6 +70,8 @@ def answer(receiver: Receiver, request: Fetch) -> None:
     somebody is changing it.
     """
     session = receiver.session
+    if request.first_offset % LEAF_BYTES:
+        raise InvalidInput(f"offset {request.first_offset} is not at a leaf", subject=request.disk)
     disk = open_replica(receiver.root(request.replica)).disk(request.disk)
     with _opened(disk, lambda catalogue: _point(disk, catalogue, request.point)) as found:
         outbox = SendQueue(session.channel, session.writer)
@@ -112,20 +114,22 @@ def answer_leaves(current: Transfer, request: WantLeaves) -> None:
 
 
 class _Giving:
-    def __init__(self, asked: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue, *, with_holds: bool) -> None:
+    def __init__(
+        self, request: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue, *, with_holds: bool
+    ) -> None:
         self._with_holds = with_holds
-        self._asked, self._disk, self._found, self._outbox = asked, disk, found, outbox
-        self._levels = Levels(Link.LOCAL if asked.plain else Link.NETWORK)
+        self._request, self._disk, self._found, self._outbox = request, disk, found, outbox
+        self._levels = Levels(Link.LOCAL if request.plain else Link.NETWORK)
 
     def run(self) -> None:
         found = self._found
-        layers = list(_as_they_are(found)) if self._asked.chain else [_as_one(found)]
+        layers = list(_as_they_are(found)) if self._request.chain else [_as_one(found)]
         self._outbox.put(Kind.DISK, encode(self._told()))
         self._outbox.put(Kind.PROGRESS, PROGRESS.pack(0, sum(layer.extents.data_bytes for layer in layers)))
-        recorded = found.layers if self._asked.chain else found.layers[-1:]
+        recorded = found.layers if self._request.chain else found.layers[-1:]
         parent: str | None = None
-        for layer, record in zip(layers, recorded, strict=True):
-            parent = self._give(layer, record, parent)
+        for number, (layer, record) in enumerate(zip(layers, recorded, strict=True)):
+            parent = self._give(number, layer, record, parent)
         self._outbox.put(Kind.DONE, encode(Done(points=(), layers=len(layers))))
 
     def _told(self) -> HeldDisk:
@@ -134,7 +138,7 @@ class _Giving:
         held = held_point(point, len(self._found.layers), with_holds=self._with_holds)
         return HeldDisk(disk=self._disk.name, epoch=self._found.epoch, points=(held,))
 
-    def _give(self, layer: OutgoingLayer, record: Layer, parent: str | None) -> str:
+    def _give(self, number: int, layer: OutgoingLayer, record: Layer, parent: str | None) -> str:
         """The layer's id."""
         words = words_of(layer.extents, layer.cluster_size // 32 if layer.extended_l2 else layer.cluster_size)
         if len(words) > MAX_RUNS:
@@ -155,20 +159,23 @@ class _Giving:
         self._outbox.put(Kind.LAYER, encode(offer))
         for body in map_frames(words):
             self._outbox.put(Kind.MAP, body)
-        if not self._asked.look:
-            self._give_data(layer, record)
+        if not self._request.look and number >= self._request.first_layer:
+            self._give_data(
+                layer, record, since=self._request.first_offset if number == self._request.first_layer else 0
+            )
         self._outbox.put(Kind.END, bytes.fromhex(record.content_id))
         return layer_id(offer, words)
 
-    def _give_data(self, layer: OutgoingLayer, record: Layer) -> None:
+    def _give_data(self, layer: OutgoingLayer, record: Layer, *, since: int) -> None:
         outgoing = Outgoing(layer, self._levels)
         total = outgoing.first_sum()
-        for portion in outgoing.portions():
+        for portion in outgoing.portions(since=since):
             total = total + portion.delta
             if portion.frame:
                 self._levels.queue_seen(self._outbox.fullness)
                 self._outbox.put(Kind.DATA, *portion.frame)
-        _check_shown(self._disk, self._found, record, content_id(layer.extents.size, total))
+        if not since:  # else what was not read may be anything: whoever has it proves the whole
+            _check_shown(self._disk, self._found, record, content_id(layer.extents.size, total))
 
 
 def _check_shown(disk: ReplicaDisk, found: _Opened, record: Layer, shown: str) -> None:
@@ -180,7 +187,7 @@ def _check_shown(disk: ReplicaDisk, found: _Opened, record: Layer, shown: str) -
     raise Corrupt(
         f"its chain shows the content {shown}, recorded is {record.content_id}",
         subject=disk.path(record.file),
-        hint="snapchain verify --read-data tells which points are affected",
+        hint="snapchain verify --read-data lists the affected points",
     )
 
 

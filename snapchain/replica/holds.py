@@ -1,18 +1,16 @@
-"""Holds: points that stay whatever the retention rules say, until each of their holds is released.
+"""Holds of points at a replica, which its catalogue keeps.
 
-    HOLD, RELEASE  ->  HELD DONE
-
-A point is held under a tag, so that several people or programs may each have their reason, and release only their own.
-The catalogue keeps the holds.
+HOLD, RELEASE  ->  HELD DONE
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from snapchain.errors import NotFound, Unsupported
+from snapchain.model import holds
 from snapchain.model.points import chosen_point
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point
@@ -22,65 +20,55 @@ from snapchain.replica.stream.messages import MOST_HOLDS, Held, Hold, HoldPoint,
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
 
+Change = Callable[[Catalogue, Point], Sequence[Point] | None]
+
 
 def hold(receiver: Receiver, request: HoldPoint) -> None:
     """HOLD. Raises NotFound where there is no such disk or point, Unsupported for too many holds, Busy."""
 
-    def changed(point: Point) -> tuple[Hold, ...]:
-        before = next((each for each in point.holds if each.tag == request.tag), None)
+    def made(before: holds.Held | None) -> Hold:
         since = datetime.now(UTC) if before is None else before.since
-        others = tuple(each for each in point.holds if each.tag != request.tag)
-        if len(others) == MOST_HOLDS:
-            raise Unsupported(f"point {point.point} has {MOST_HOLDS} holds, and no more are allowed")
-        return (*others, Hold(tag=request.tag, since=since, reason=request.reason))
+        return Hold(tag=request.tag, since=since, reason=request.reason)
 
-    _answer(receiver, request, changed)
+    def held(catalogue: Catalogue, point: Point) -> Sequence[Point] | None:
+        if len([each for each in point.holds if each.tag != request.tag]) == MOST_HOLDS:
+            raise Unsupported(f"point {point.point} has {MOST_HOLDS} holds, and no more are allowed")
+        return holds.held(
+            catalogue.points, point.point, request.tag, reason=request.reason, make=made, disk=request.disk
+        )
+
+    _answer(receiver, request, held)
 
 
 def release(receiver: Receiver, request: ReleasePoint) -> None:
     """RELEASE. Raises NotFound where there is no such disk, point or hold, Busy."""
-
-    def changed(point: Point) -> tuple[Hold, ...]:
-        left = tuple(each for each in point.holds if each.tag != request.tag)
-        if len(left) == len(point.holds):
-            tags = ", ".join(each.tag for each in point.holds)
-            raise NotFound(
-                f"point {point.point} is not held under {request.tag!r}",
-                subject=request.disk,
-                hint=f"its holds: {tags}" if tags else "it is not held at all",
-            )
-        return left
-
-    _answer(receiver, request, changed)
+    _answer(
+        receiver,
+        request,
+        lambda catalogue, point: holds.released(catalogue.points, point.point, request.tag, disk=request.disk),
+    )
 
 
-def reasons(point: Point) -> tuple[str, ...]:
-    """Why a point stays, one text a hold, for model.retention.decide."""
-    return tuple(f"held: {each.tag}" + (f" ({each.reason})" if each.reason else "") for each in point.holds)
-
-
-def _answer(
-    receiver: Receiver, request: HoldPoint | ReleasePoint, changed: Callable[[Point], tuple[Hold, ...]]
-) -> None:
+def _answer(receiver: Receiver, request: HoldPoint | ReleasePoint, change: Change) -> None:
     disk = open_replica(receiver.root(request.replica)).disk(request.disk)
+    catalogue = _existing(disk, disk.read())  # nothing is locked for a disk that is not there
+    point = chosen_point(disk.name, catalogue.points, request.point)
+    points: Sequence[Point] | None
     if request.dry_run:
-        point = _chosen(disk, disk.read(), request.point)
-        held = Held(disk=disk.name, point=point.point, holds=changed(point))
+        points = change(catalogue, point)
     else:
-        _chosen(disk, disk.read(), request.point)  # nothing is locked for a disk that is not there
         with in_turn(disk, Work.TRANSFER):
-            catalogue = settle(disk)
-            point = _chosen(disk, catalogue, request.point)
-            kept = point.model_copy(update={"holds": changed(point)})
-            points = tuple(kept if each.point == point.point else each for each in catalogue.points)
-            if kept != point:
-                disk.write(catalogue.after(points=points), reserve=FOR_CHANGES)
-        held = Held(disk=disk.name, point=point.point, holds=kept.holds)
-    receiver.session.reply(Kind.HELD, held)
+            catalogue = _existing(disk, settle(disk))
+            point = chosen_point(disk.name, catalogue.points, request.point)
+            points = change(catalogue, point)
+            if points is not None:
+                disk.write(catalogue.after(points=tuple(points)), reserve=FOR_CHANGES)
+    kept = next(each for each in points or catalogue.points if each.point == point.point)
+    receiver.session.reply(Kind.HELD, Held(disk=disk.name, point=kept.point, holds=kept.holds))
     receiver.session.done()
 
 
-def _chosen(disk: ReplicaDisk, catalogue: Catalogue | None, wanted: str | None) -> Point:
+def _existing(disk: ReplicaDisk, catalogue: Catalogue | None) -> Catalogue:
     if catalogue is None:
         raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
-    return chosen_point(disk.name, catalogue.points, wanted)
+    return catalogue

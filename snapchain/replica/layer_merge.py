@@ -25,10 +25,10 @@ from snapchain.merge.run import StepReport, run_step
 from snapchain.merge.step import MergeStep, plan_step
 from snapchain.model.collapse import collapse
 from snapchain.model.events import Event, Progress
+from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Decision, Policy, decide
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, Point
-from snapchain.replica.holds import reasons
 from snapchain.replica.merge_journal import (
     begin,
     conclude,
@@ -99,7 +99,7 @@ def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinf
 
     Raises Corrupt when the files are not the chain that the catalogue names.
     """
-    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=reasons)
+    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=hold_reasons)
     stays: list[Stays] = []
     groups: list[tuple[Layers, MergeStep]] = []
     for members in _groups(disk, catalogue, decisions, stays):

@@ -1,7 +1,7 @@
 """verify of a replica, where it is: nothing but the verdict crosses the link.
 
 Records always: the catalogue is sound, and its files are the chain that it names, by sizes, links and qcow2 tables.
-With `read_data` every byte of every layer, and what the chain shows is compared with what was proven when it came.
+With a share of 1 every byte of every layer, and what the chain shows is compared with what was proven when it came.
 
 All that is the word of the replica's host.  A host that has sent the disk there also compares what each layer shows,
 as its record says, with what the files that the layer was made of showed here.
@@ -23,22 +23,18 @@ from snapchain.replica.stream.messages import Open
 
 
 def verify_replica(
-    endpoint: Endpoint,
-    disk: str | None = None,
-    *,
-    read_data: bool,
-    share: float = 1.0,
-    on_event: OnEvent = ignore,
+    endpoint: Endpoint, disk: str | None = None, *, share: float, on_event: OnEvent = ignore
 ) -> VerifyReport:
     """Look at all disks of a replica, or at one; findings are values, not errors.
 
-    share: of the data, where data are read: the probability with which each layer is
-    Raises NotFound for a replica or disk that is not there, Unavailable when the link breaks.
+    share: the probability with which the data of each layer are read: 0 none, 1 all
+    Raises Unsupported for a share at an older peer, NotFound for a replica or disk that is not there, Unavailable when
+    the link breaks.
     """
     verdicts, findings = soundness_at(
         endpoint,
         disk,
-        share=share if read_data else 0.0,
+        share=share,
         on_bytes=lambda done, total: on_event(Progress("verify", done, total)),
     )
     found = [
@@ -59,7 +55,7 @@ def verify_replica(
         disks=len(verdicts),
         points=sum(verdict.points for verdict in verdicts),
         layers=sum(verdict.layers for verdict in verdicts),
-        data_read=read_data,
+        data_read=share > 0,
         checked_bytes=sum(verdict.checked_bytes for verdict in verdicts),
         findings=tuple(found),
     )

@@ -21,13 +21,13 @@ from snapchain.repository import catalogue as catalogues, damage
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.damage import list_packs
-from snapchain.repository.format import is_damage, pack_name
+from snapchain.repository.format import is_damage
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.known import SeenGenerations
 from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.packs import Location
 from snapchain.repository.repository import Repository
-from snapchain.repository.soundness import named_by_page
+from snapchain.repository.soundness import check_present, find_readable, named_by_page
 
 MOST_TOLD = 10_000
 """Errors that are kept of what is lost: each takes a hundred times the memory of the stored name that it is about."""
@@ -187,31 +187,28 @@ def _check_not_older(
 
 def _look_for_copies(repository: Repository, found: Marked, places: _Places, sizes: Mapping[str, int]) -> None:
     """Decide of each blob in a pack that is missing or damaged whether it has a copy, is whole, or is lost."""
-    whole = BlobReader(repository.store, repository.keys)
+    reader = BlobReader(repository.store, repository.keys)
+
+    def read(blob: bytes, where: Location) -> None:
+        if where.pack not in sizes:
+            check_present(where, None)
+        reader.read(blob, where)
+
+    def is_sound(at: Location) -> bool:
+        return (at.pack, at.offset) not in places.doubted and at.pack not in found.index.avoid
+
     for (pack, offset), (blob, where, layers) in places.doubted.items():
-        copy = found.index.find(blob)
-        if copy is None and pack not in sizes:
-            error: SnapchainError | None = Corrupt("the pack is missing from the store", subject=pack_name(pack))
-        elif copy is None:
-            error = _error_of(whole, blob, where)
-        else:
-            error = None
-        if copy is not None:
-            found.replaced[pack, offset] = copy
-            places.note(copy)
-        elif error is None:
-            found.rescued[pack, offset] = blob, where
-        else:
+        try:
+            place = find_readable(blob, where, is_sound=is_sound, copies=found.index.find_all, read=read)
+        except Corrupt as error:
             for layer in layers:
                 found.lose(layer, error)
-
-
-def _error_of(reader: BlobReader, blob: bytes, where: Location) -> SnapchainError | None:
-    try:
-        reader.read(blob, where)
-    except Corrupt as error:
-        return error
-    return None
+            continue
+        if place is where:
+            found.rescued[pack, offset] = blob, where
+        else:
+            found.replaced[pack, offset] = place
+            places.note(place)
 
 
 def _dead_claims(store: ObjectStore) -> list[ObjectInfo]:

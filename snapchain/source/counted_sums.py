@@ -30,7 +30,7 @@ from snapchain.image import ImageChain, ImageFile
 from snapchain.image.leaves import counted
 from snapchain.model.content import SUM_BYTES, Sum, SumText, decode_sum, empty_sum, encode_sum
 from snapchain.model.events import Notice, OnEvent
-from snapchain.source.chains import check_unchanged
+from snapchain.source.at_rest import check_unchanged
 
 _FILE = struct.Struct("<QQqqqB")
 _MASK = (1 << 63) - 1

@@ -18,7 +18,9 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.content import LEAF_BYTES
 from snapchain.model.retention import Policy
+from snapchain.ops.diff import diff, image_side
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
@@ -28,6 +30,7 @@ from snapchain.testing.destination_site import DISK, Delivered, Site, Traits, de
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
 
 BAD_DISKS = ("", "a:b", "a@b", "/a", "a/", "a//b", "a\n", " a", "x" * 201)
+BAD_TAGS = ("", " a", "a\n", "x" * 101)
 BAD_LABELS = ("", "7", "latest", "a@b", "a::b", "a\n", "x" * 101)
 
 
@@ -208,6 +211,75 @@ class DestinationContract(DestinationFaults):
                 Restoration(site.open(), "good", out / name).run()
         assert [(disk.name, len(disk.points)) for disk in log(site.open()).disks] == [("good", 1)]
         assert list(out.iterdir()) == []
+
+    # ---- comparing
+
+    def test_points_are_compared_by_their_leaves(self, site: Site, history: Sequence[Moment]) -> None:
+        for moment in history[:2]:
+            deliver(site, moment.image)
+        place = site.open()
+        shown = [moment.shown.read_bytes() for moment in history[:2]]
+        wanted = {
+            at // LEAF_BYTES
+            for at in range(0, max(map(len, shown)), LEAF_BYTES)
+            if len({each[at : at + LEAF_BYTES].ljust(LEAF_BYTES, b"\0") for each in shown}) > 1
+        }
+        with place.leaves(DISK, "1") as old, place.leaves(DISK, "2") as new:
+            found = diff(old, new)
+        ranges = [(each.offset // LEAF_BYTES, -(-(each.offset + each.length) // LEAF_BYTES)) for each in found.ranges]
+        assert wanted <= {leaf for first, stop in ranges for leaf in range(first, stop)}
+        assert (found.old_size, found.new_size) == (history[0].size, history[1].size)
+        with place.leaves(DISK, "1") as old, image_side(history[0].image) as new:
+            assert diff(old, new).identical
+        with place.leaves(DISK, "2") as old, image_side(history[0].image) as new:
+            assert {each.offset for each in diff(new, old).ranges} == {each.offset for each in found.ranges}
+
+    # ---- holding
+
+    def test_a_held_point_stays_until_it_is_released(self, site: Site, history: Sequence[Moment]) -> None:
+        for moment in history[:3]:
+            deliver(site, moment.image, labels=[moment.name])
+        place = site.open(writing=True)
+        place.hold(DISK, "1", "audit", dry_run=True)
+        assert place.disks(DISK)[0].points[0].holds == ()
+        number, (hold,) = place.hold(DISK, "1", "audit", reason="case 7")
+        assert (number, hold.tag, hold.reason) == (1, "audit", "case 7")
+        again, holds = place.hold(DISK, history[0].name, "audit", reason="case 8")
+        assert (again, [(each.tag, each.since, each.reason) for each in holds]) == (
+            1,
+            [("audit", hold.since, "case 8")],
+        )
+        place.hold(DISK, "1", "lab")
+        assert [each.tag for each in site.open().disks(DISK)[0].points[0].holds] == ["audit", "lab"]
+        (first, *_) = place.merging(DISK, Policy(last=1)).plan().points
+        assert (first.kept, first.reasons[:2]) == (True, ("held: audit (case 8)", "held: lab"))
+        assert site.open(writing=True).merging(DISK, Policy(last=1)).run().points_kept == (1, 3)
+        place = site.open(writing=True)
+        assert [each.tag for each in place.release(DISK, "1", "lab")[1]] == ["audit"]
+        for tag in ("lab", "other"):
+            with pytest.raises(NotFound, match="is not held under"):
+                place.release(DISK, "1", tag)
+        assert place.release(DISK, "1", "audit", dry_run=True) == (1, ())
+        assert place.release(DISK, "1", "audit") == (1, ())
+        assert site.open(writing=True).merging(DISK, Policy(last=1)).run().points_kept == (3,)
+        assert site.open().verify(share=1.0).ok
+        for tag in BAD_TAGS:
+            with pytest.raises(InvalidInput):
+                place.hold(DISK, "3", tag)
+        for disk, point in (("gone", "1"), (DISK, "9")):
+            with pytest.raises(NotFound):
+                place.hold(disk, point, "audit")
+
+    # ---- what kinds need
+
+    def test_what_needs_no_collecting_says_so(self, site: Site, history: Sequence[Moment]) -> None:
+        deliver(site, history[0].image)
+        place = site.open(writing=True)
+        if place.traits.needs_collecting:
+            assert place.collecting().plan().findings == place.collecting().run().findings == ()
+        else:
+            with pytest.raises(InvalidInput, match="takes a repository"):
+                place.collecting()
 
     # ---- letting go
 

@@ -98,6 +98,8 @@ class DestinationFaults(OnSites):
             assert (found.ok, found.findings, found.data_read) == (True, (), bool(share))
             assert (found.disks, found.points) == (1, len(delivered.history))
             assert (found.checked_bytes > 500 * KiB) is bool(share)
+        part = delivered.site.open().verify(DISK, share=0.5)
+        assert (part.ok, part.data_read, part.checked_bytes <= found.checked_bytes) == (True, True, True)
         assert all(not isinstance(event, Progress) or event.done <= (event.total or 0) for event in said)
 
     def test_a_flipped_byte_is_found_and_never_restored(self, site: Site, history: Sequence[Moment], out: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.core import TyperCommand, TyperGroup
 
 from snapchain.host.processes import held_back
-from snapchain.ops import serve_replica
+from snapchain.ops import receive as serve_replica
 from snapchain.ops.nightly.run import _Run
 from snapchain.ops.restore.output import OutputFile
 from snapchain.repository.disk_writer import DiskWriter

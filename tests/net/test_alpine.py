@@ -44,7 +44,7 @@ def test_a_linux_boots_at_the_replica(there: SshHost, tmp_path: Path) -> None:
     said = alpine.run(Path(report["overlay"]), until="login:")
     assert "altered on monday" in said
     assert "altered on tuesday" in said
-    found = verify_replica(DirectoryEndpoint(root), read_data=True)
+    found = verify_replica(DirectoryEndpoint(root), share=1.0)
     assert found.ok, found.findings
     assert json.loads((root / "web1%2Fvda" / "catalogue.json").read_text()) == before
 

@@ -13,7 +13,7 @@ import pytest
 
 from snapchain.destination.protocol import Destination
 from snapchain.destinations import create_destination, open_destination
-from snapchain.errors import Busy, Corrupt, SnapchainError, Unavailable
+from snapchain.errors import Busy, Corrupt, Unavailable
 from snapchain.model.events import Event, Notice, Progress, ignore
 from snapchain.ops.restore import output
 from snapchain.ops.restore.output import OutputFile
@@ -182,14 +182,15 @@ def _die(*_: object, **__: object) -> None:
 )
 def test_what_is_left_by_which_end(source: Source, tmp_path: Path, error: BaseException, stays: bool) -> None:
     out = tmp_path / "out" / "a.raw"
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error), match=str(error)) as raised:
         restore(source, out, stopping(10 * MiB, error))
+    assert raised.value is error
     assert len(names(out.parent)) == stays
 
 
 def test_a_full_disk_leaves_nothing(source: Source, tmp_path: Path) -> None:
     out = tmp_path / "out" / "a.raw"
-    with pytest.raises(SnapchainError):
+    with pytest.raises(Unavailable, match="no space left"):
         restore(source, out, stopping(10 * MiB, Unavailable("no space left on device", subject=out)))
     assert names(out.parent) == []
 

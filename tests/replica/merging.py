@@ -92,5 +92,5 @@ class Pointed:
             assert path.stat().st_mode & 0o7777 == 0o400
         left = {entry.name for entry in self.place.directory.iterdir()}
         assert left == {"catalogue.json", ".lock", *(path.name for path in files.values()), *besides}
-        found = verify_replica(endpoint(self.place.root), DISK, read_data=True)
+        found = verify_replica(endpoint(self.place.root), DISK, share=1.0)
         assert found.ok, found.findings

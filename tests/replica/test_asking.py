@@ -97,7 +97,7 @@ def test_what_is_not_there(place: Place, sent: Place) -> None:
 def test_a_sound_replica(sent: Place, chain: list[Path], read_data: bool) -> None:
     sent.send(chain[0], disk="db")
     events: list[Event] = []
-    found = verify_replica(DirectoryEndpoint(sent.root), read_data=read_data, on_event=events.append)
+    found = verify_replica(DirectoryEndpoint(sent.root), share=float(read_data), on_event=events.append)
     assert (found.ok, found.disks, found.points, found.layers) == (True, 2, 4, 4)
     assert found.checked_bytes >= 4 * 128 * 1024 if read_data else found.checked_bytes == 0
     assert all(isinstance(event, Progress) and 0 < event.done <= (event.total or 0) for event in events)
@@ -135,12 +135,12 @@ def test_harm_is_found(
     sent.send(chain[0], disk="db")
     harm(sent)
     to = DirectoryEndpoint(sent.root)
-    found = verify_replica(to, read_data=True)
+    found = verify_replica(to, share=1.0)
     assert not found.ok
     assert {finding.disk for finding in found.findings} == {DISK}
     assert found.findings[0].points == points
-    assert verify_replica(to, read_data=False).ok is not records_too
-    assert verify_replica(to, "db", read_data=True).ok
+    assert verify_replica(to, share=0.0).ok is not records_too
+    assert verify_replica(to, "db", share=1.0).ok
 
 
 def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_disk_that_is_cut_while_it_is_looked_at(sent: Place, monkeypatch: pyte
         return verify_disk(disk, on_bytes=on_bytes)
 
     monkeypatch.setattr(checking, "verify_disk", meanwhile)
-    found = verify_replica(DirectoryEndpoint(sent.root), DISK, read_data=True)
+    found = verify_replica(DirectoryEndpoint(sent.root), DISK, share=1.0)
     assert (found.ok, found.points, len(calls)) == (True, 2, 2)
 
 
@@ -201,7 +201,7 @@ def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: 
     monkeypatch.setattr(session, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of ask is unsound|there is no disk|cannot name a disk|may be named|must be named",
+        match=r"ask message is invalid|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         log(ReplicaDestination(DirectoryEndpoint(sent.root)))
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}
@@ -230,7 +230,7 @@ OTHER_ERRORS: dict[str, type[SnapchainError]] = {
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "an old one": ("does not support 'ask'", (OLD,)),
     "another disk": ("another disk than the one asked for", (ANSWER, disk_said("db"), DONE)),
-    "no disk": ("not told of the disk", (ANSWER, DONE)),
+    "no disk": ("lacks the disk", (ANSWER, DONE)),
     "a name for a terminal": ("another disk than the one asked for", (ANSWER, disk_said("\x1b[31m"), DONE)),
     "a label for a terminal": (
         "a label holds control characters",
@@ -277,11 +277,11 @@ def check_refusal(name: str, error: SnapchainError) -> None:
 @pytest.mark.parametrize(
     ("says", "said"),
     [
-        ("not of the disks that it has looked at", (FINDING, DONE)),
-        ("not of the disks that it has looked at", (VERDICT, VERDICT, DONE)),
+        ("of disks that it did not check", (FINDING, DONE)),
+        ("of disks that it did not check", (VERDICT, VERDICT, DONE)),
         ("PROGRESS has no place", (VERDICT, (40, bytes(3)), DONE)),
         ("DISK has no place", (disk_said(DISK, 1), VERDICT, DONE)),
-        ("has not looked at the disk", (DONE,)),
+        ("lacks the disk", (DONE,)),
         ("closed by the other side", (VERDICT,)),
         ("another disk than the one asked for", ((38, VERDICT[1].replace(b"web1", b"web2")), DONE)),
         (
@@ -294,13 +294,13 @@ def test_a_hostile_replica_tells_of_findings(says: str, said: tuple[tuple[int, b
     name = "half" if said == (VERDICT,) else ""
     kind = OTHER_ERRORS.get(name, Corrupt)
     with puppet(answering(ANSWER, *said)) as endpoint, pytest.raises(kind, match=says) as caught:
-        verify_replica(endpoint, DISK, read_data=True)
+        verify_replica(endpoint, DISK, share=1.0)
     check_refusal(name, caught.value)
 
 
 def test_a_finding_cannot_colour_the_terminal() -> None:
     with puppet(answering(ANSWER, (40, struct.pack("<QQ", 1, 2)), FINDING, VERDICT, DONE)) as endpoint:
-        found = verify_replica(endpoint, DISK, read_data=True)
+        found = verify_replica(endpoint, DISK, share=1.0)
     assert (found.ok, found.findings[0].message, found.checked_bytes) == (False, "?[31mbad", 1)
 
 

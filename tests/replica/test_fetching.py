@@ -35,10 +35,12 @@ from snapchain.ops.ship.request import Divergence
 from snapchain.replica import destination as replica_destination
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint, Endpoint
+from snapchain.replica.fetch_client import Answer
 from snapchain.replica.points_merge import ReplicaMerge
+from snapchain.replica.stream import session
 from snapchain.replica.stream.frames import FrameReader
 from snapchain.replica.stream.messages import FROM_FETCH, FROM_RECEIVER, FROM_SENDER, Fetch, Hello, Kind, encode
-from tests.ops.shipping import MiB, delivery, random_stack, same_bytes
+from tests.ops.shipping import MiB, random_stack, same_bytes
 from tests.ops.stacks import Layer, build, clean, flat, names, same, write
 from tests.replica.conftest import DISK, Bend, BentEndpoint, Place
 from tests.replica.test_stream import BLOB, GRAIN, HELLO, HOSTILE, MAP, OPEN, data, end, offer, puppet, stream, take
@@ -385,7 +387,7 @@ def test_a_line_that_is_cut_or_bent(sent: Place, out: Path) -> None:
 
         with pytest.raises(Unavailable, match=r"ends in the middle|closed") as broken:
             restore(BentEndpoint(sent, back=cut), out)
-        assert broken.value.hint == "run it again: it begins anew"
+        assert broken.value.hint == "run it again: a restore continues what it had written"
         with pytest.raises((Corrupt, Unavailable, Unsupported), match=r"its check is wrong|closed by the other side"):
             restore(BentEndpoint(sent, back=bend), out)
         assert names(out.parent) == []
@@ -447,7 +449,7 @@ OTHER_ERRORS: dict[str, type[SnapchainError]] = {
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "another version": ("here 1, there 3 to 4", ((1, b'{"first":3,"last":4,"software":"x","answers":true}'),)),
     "no hello": ("began with DISK", GOOD[1:]),
-    "another disk": ("something else than it was asked for", (ANSWER, told(disk="db"), *GOOD[2:])),
+    "another disk": ("about another disk than", (ANSWER, told(disk="db"), *GOOD[2:])),
     "another point": ("another point than", (ANSWER, told(point=2), *GOOD[2:])),
     "a label for a terminal": ("a label holds control characters", (ANSWER, told(labels=["\x1b[31m"]), *GOOD[2:])),
     "another content": ("announced as something else", (ANSWER, told(content_id="0" * 64), *GOOD[2:])),
@@ -463,7 +465,7 @@ LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "a layer that goes on": ("not lie on the one before", (*GOOD[:3], offer(resume_at=GRAIN), *GOOD[4:])),
     "a name for a terminal": ("cannot be named", (*GOOD[:3], offer(name="\x1b[31m.qcow2"), *GOOD[4:])),
     "two layers": ("LAYER has no place", (*GOOD[:7], *GOOD[3:])),
-    "another number of layers": ("other layers than it says", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
+    "another number of layers": ("another number of layers", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
     "no end": ("closed by the other side", GOOD[:6]),
     "no DONE": ("closed by the other side", GOOD[:7]),
     "other bytes": ("the restored content id", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
@@ -550,7 +552,7 @@ def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], mon
     )
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of fetch is unsound|there is no disk|cannot name a disk|may be named|must be named",
+        match=r"fetch message is invalid|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         restore(sent, out)
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}
@@ -565,10 +567,60 @@ def test_kinds_go_one_way() -> None:
     assert not {Kind.OPEN, Kind.MARK, Kind.INVENTORY, Kind.STORED, Kind.ACK} & set(FROM_FETCH)
 
 
-def test_a_destination_says_what_it_cannot_do(sent: Place, chain: list[Path]) -> None:
-    place = ReplicaDestination(DirectoryEndpoint(sent.root))
-    with pytest.raises(InvalidInput, match="one point a transfer"), delivery(place, chain[0], DISK, each_layer=True):
-        pass
-    for share, rate in ((0.5, None), (1.0, 1000)):
-        with pytest.raises(InvalidInput, match="read where it is"):
-            ReplicaDestination(DirectoryEndpoint(sent.root), limit_rate=rate).verify(DISK, share=share)
+def test_a_replica_is_read_on_its_own_host(sent: Place) -> None:
+    with pytest.raises(InvalidInput, match="no rate is kept"):
+        ReplicaDestination(DirectoryEndpoint(sent.root), limit_rate=1000).verify(DISK, share=1.0)
+    for share in (-0.1, 1.1):
+        with pytest.raises(InvalidInput, match="of the data"):
+            ReplicaDestination(DirectoryEndpoint(sent.root)).verify(DISK, share=share)
+
+
+# ---- a restore that was cut off
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Place, Path]:
+    """A replica of 24 MiB of noise, and what it shows."""
+    monkeypatch.setattr("snapchain.ops.restore.output.WORTH", 4 * MiB)
+    noise = tmp_path / "more"
+    noise.write_bytes(random.Random(6).randbytes(24 * MiB))
+    image = build(tmp_path / "big", [Layer(32 * MiB, [f"write -s {noise} 0 24M"])])[0]
+    place = Place(tmp_path / "second")
+    place.send(image)
+    return place, flat(image, tmp_path / "big.raw")
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_only_the_rest_is_fetched(
+    large: tuple[Place, Path], out: Path, is_old: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that knows where data are to begin sends no more; an older one sends all, and it comes out right."""
+    place, shown = large
+    carried = 0
+
+    def count(_at: int, raw: bytes) -> bytes:
+        nonlocal carried
+        carried += len(raw)
+        return raw
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.done >= 13 * MiB:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        restore(BentEndpoint(place, back=count), out, on_event=stop)
+    if is_old:
+        monkeypatch.setattr(session, "FEATURES", tuple(each for each in session.FEATURES if each != "fetch-from"))
+    carried = 0
+    report = restore(BentEndpoint(place, back=count), out)
+    assert report.bytes_resumed >= 8 * MiB
+    assert carried > 24 * MiB if is_old else carried < (24 - 8 + 1) * MiB
+    assert same_bytes(out, shown)
+    assert names(out.parent) == [out.name]
+
+
+@pytest.mark.parametrize("first", [(0, 4096), (0, 65537)])
+def test_data_begin_at_a_leaf(large: tuple[Place, Path], first: tuple[int, int]) -> None:
+    request = Fetch(disk=DISK, first_layer=first[0], first_offset=first[1])
+    with DirectoryEndpoint(large[0].root).connect() as channel, pytest.raises(InvalidInput, match="not at a leaf"):
+        Answer(channel, request, limit_rate=None)

@@ -107,16 +107,16 @@ def test_a_plan_says_it_where_it_is_remembered(held: Place, chain: list[Path]) -
 
 def test_verify_tells_it(held: Place) -> None:
     there = DirectoryEndpoint(held.root)
-    assert verify_replica(there, read_data=True).ok
+    assert verify_replica(there, share=1.0).ok
     poison(held, above=1)
-    found = verify_replica(there, read_data=True)
+    found = verify_replica(there, share=1.0)
     (finding,) = found.findings
     assert not found.ok
     assert (finding.disk, finding.subject, finding.kind) == (DISK, "1.qcow2", "corrupt")
     assert "somebody has put other data there" in finding.message
     assert finding.points == (3,)
     forgotten()
-    assert verify_replica(there, read_data=True).ok, "another host has nothing to compare with"
+    assert verify_replica(there, share=1.0).ok, "another host has nothing to compare with"
 
 
 def test_a_file_that_was_written_to_and_got_its_time_back(held: Place, chain: list[Path]) -> None:

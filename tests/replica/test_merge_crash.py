@@ -67,7 +67,7 @@ class Scene:
         left -= set() if swept else {name for name in left if ".json.new-" in name}
         assert left == {"catalogue.json", ".lock", *(path.name for path in files)}, where
         assert all(path.stat().st_mode & 0o777 == 0o400 for path in files), where
-        found = verify_replica(endpoint(self.root), DISK, read_data=True)
+        found = verify_replica(endpoint(self.root), DISK, share=1.0)
         assert found.ok, (where, found.findings)
 
     def check_end(self, where: str) -> None:
@@ -164,7 +164,7 @@ def every_fault(scene: Scene, fault: Fault) -> None:
         assert log(ReplicaDestination(nobody), DISK).disks[0].points
 
     def verifies() -> None:
-        found = verify_replica(nobody, DISK, read_data=True)
+        found = verify_replica(nobody, DISK, share=1.0)
         assert found.ok, found.findings
 
     comers: Iterator[Callable[[], None]] = cycle([sends, looks, verifies, scene.merge])

@@ -87,7 +87,7 @@ def test_a_transfer_waits_for_a_merge(sent: Pointed, chain: list[Path], monkeypa
         go.set()
         assert report.result(HANG).layers_sent == 1
     sent.send(chain[-1])
-    assert verify_replica(endpoint(sent.place.root), DISK, read_data=True).ok
+    assert verify_replica(endpoint(sent.place.root), DISK, share=1.0).ok
     assert sent.points() == [4, 5, 6, 7]
     assert len(sent.place.files()) == 3
 
@@ -99,7 +99,9 @@ def test_whoever_only_looks_sees_nothing_wrong(sent: Pointed, monkeypatch: pytes
             4,
             5,
         ]
-        looks = [pool.submit(verify_replica, endpoint(sent.place.root), DISK, read_data=data) for data in (True, False)]
+        looks = [
+            pool.submit(verify_replica, endpoint(sent.place.root), DISK, share=float(data)) for data in (True, False)
+        ]
         time.sleep(0.5)
         assert not any(look.done() for look in looks)
         go.set()
@@ -138,7 +140,7 @@ def test_all_at_once(sent: Pointed, chain: list[Path]) -> None:
     to = endpoint(sent.place.root)
 
     def verified() -> None:
-        found = verify_replica(to, DISK, read_data=True)
+        found = verify_replica(to, DISK, share=1.0)
         assert found.ok, found.findings
 
     with ThreadPoolExecutor(4) as pool:
@@ -243,7 +245,7 @@ def test_the_doctor_was_there_first(sent: Pointed, chain: list[Path], strategy: 
     killed(sent, strategy)
     doctor.run(doctor.plan([sent.place.directory]))
     assert sent.send(chain[-1]).layers_sent == 0
-    assert verify_replica(endpoint(sent.place.root), DISK, read_data=True).ok
+    assert verify_replica(endpoint(sent.place.root), DISK, share=1.0).ok
     assert len(sent.place.files()) == (1 if strategy is Strategy.COMMIT else 5)
     assert sent.merge(last=2).layers_after == 1
     notes = [path.name for path in sent.place.directory.glob(".snapchain-layer-*")]

@@ -106,7 +106,7 @@ def refused(place: Place, image: Path) -> None:
             attempt(image)
         assert str(caught.value.subject).endswith(str(place.directory / "catalogue.json"))
     assert {path.name for path in place.directory.iterdir()} == before
-    found = verify_replica(DirectoryEndpoint(place.root), read_data=True)
+    found = verify_replica(DirectoryEndpoint(place.root), share=1.0)
     assert not found.ok
     assert found.findings[0].disk == DISK
 
@@ -135,7 +135,7 @@ def test_in_the_place_of_a_layer(
     with pytest.raises(kinds[number], match=says) as caught:
         held.send(chain[2])
     assert str(caught.value.subject).endswith(str(held.directory / file))
-    (finding,) = verify_replica(there, read_data=True).findings
+    (finding,) = verify_replica(there, share=1.0).findings
     assert re.search(says, finding.message)
     assert finding.disk == DISK
     assert held.catalogue() == before
@@ -146,7 +146,7 @@ def test_in_the_place_of_a_layer(
 def test_a_layer_may_be_a_link_to_its_file(held: Place, chain: list[Path], file: str, tmp_path: Path) -> None:
     moved(held.directory / file)
     assert held.send(chain[2]).layers_sent == 1
-    assert verify_replica(DirectoryEndpoint(held.root), read_data=True).ok
+    assert verify_replica(DirectoryEndpoint(held.root), share=1.0).ok
     assert same(held.files()[-1], flat(chain[2], tmp_path / "shown"))
 
 
@@ -235,7 +235,7 @@ def test_a_place_that_may_only_be_read(held: Place, chain: list[Path]) -> None:
         subprocess.run(["mount", "-o", "remount,ro,bind", held.root], check=True)
         with pytest.raises(Unavailable, match="read-only file system"):
             persistently(chain[2], held)
-        assert verify_replica(DirectoryEndpoint(held.root), read_data=True).ok
+        assert verify_replica(DirectoryEndpoint(held.root), share=1.0).ok
     finally:
         subprocess.run(["umount", held.root], check=True)
     assert persistently(chain[2], held).layers_sent == 1

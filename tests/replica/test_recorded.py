@@ -160,7 +160,7 @@ def give(there: Endpoint, step: Step, epoch: int) -> None:
     client.ask_for_handover(there, step, [disk], token="c" * 32)
 
 
-def take(there: Endpoint, **options: bool) -> None:
+def take(there: Endpoint, **options: Any) -> None:
     with fetch(there, DISK, None, **options) as answer:
         for layer in answer.layers():
             assert list(layer.batches()) or options.get("look") or not layer.extents.data_bytes
@@ -178,7 +178,7 @@ def cut(there: Endpoint) -> None:
 
 
 def old_epoch(there: Endpoint) -> None:
-    with pytest.raises(Conflict), opened(there, epoch=1):
+    with pytest.raises(Conflict, match="in epoch 1"), opened(there, epoch=1):
         pass
 
 

@@ -23,13 +23,22 @@ of nightly's configuration and the message to a replica follow from the fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from enum import Enum
 from typing import Annotated, Generic, Protocol, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+)
 
 from snapchain.errors import InvalidInput
 from snapchain.model.points import check_label
@@ -190,6 +199,18 @@ class Policy(BaseModel):
         """The count of one period's rule."""
         count: int = getattr(self, period.value)
         return count
+
+
+def policy_of(rules: Mapping[str, object]) -> Policy:
+    """The policy of some rules by name. Raises InvalidInput; its subject is the rule, or what is wrong in it."""
+    try:
+        return Policy.model_validate(dict(rules))
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidInput):
+            raise cause from error
+        raise InvalidInput(first["msg"], subject=first["loc"][0]) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.merge import run as merge_run
 from snapchain.model.events import Event, Notice, OnEvent, Progress
+from snapchain.ops import snapshot
 from snapchain.ops.merge import held_at
 from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
@@ -31,7 +32,6 @@ from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.run import ShipReport, ShipRequest, opened
-from snapchain.source import sealing as snapshot
 
 _TRIES = 2
 """Of a step that lost a race with another snapchain."""

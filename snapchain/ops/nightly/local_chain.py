@@ -20,8 +20,7 @@ from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.ops.nightly.config import Disks
-from snapchain.source.chains import locked_chain
-from snapchain.source.ownership import check_not_given
+from snapchain.source.at_rest import ImageAtRest
 
 _REASONS = 4
 """Layers whose reason to stay is given."""
@@ -109,8 +108,9 @@ def look(
     """Raises what `scan` raises for an image that is broken or refused, Busy when somebody writes to it, and Conflict
     for a disk that was given to another host.
     """
-    with locked_chain(image, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
-        check_not_given(chain)
+    source = ImageAtRest(image, format=format, image_dirs=image_dirs, on_event=on_event)
+    with source.opened() as chain:
+        source.check_not_given(chain)
         layers = Chain(tuple(_layers(chain)))
         return ImageFacts(
             files=tuple(

@@ -11,6 +11,7 @@ from typing import Any
 from snapchain.destination.protocol import Destination
 from snapchain.destination.records import GcReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError
+from snapchain.host.terminal import counted
 from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.nightly.disk import Night
 from snapchain.ops.nightly.open_destination import OpenDestination
@@ -76,7 +77,7 @@ class Maintenance:
         findings = self._report.gc.findings if self._report.gc else ()
         if findings:
             first = findings[0]
-            words = f"{len(findings)} findings, the first: {first.subject}: {first.message}"
+            words = f"{counted(len(findings), 'finding')}, the first: {first.subject}: {first.message}"
             self._steps.note("gc", Corrupt(words, subject=first.disk, hint="snapchain verify shows them all"))
 
     @property
@@ -123,7 +124,7 @@ class Maintenance:
         )
         if findings:
             raise Corrupt(
-                f"{len(findings)} findings, the first: {findings[0]}",
+                f"{counted(len(findings), 'finding')}, the first: {findings[0]}",
                 subject=disk,
                 hint="snapchain verify shows them all; the next runs read this disk whole until there are none",
             )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops import snapshot
 from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import missing_programs
@@ -23,7 +24,6 @@ from snapchain.ops.nightly.selection import SelectedDisk, disk_list
 from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.run import ShipRequest, plan as plan_ship
-from snapchain.source import sealing as snapshot
 
 
 class _Shown(BaseModel):

@@ -145,7 +145,7 @@ class Message(BaseModel):
 class Hello(Message):
     """first, last: the versions of the stream that the side speaks; answers: whether it listens to the other side.
 
-    A later version may say more here: it is what decides about the version.
+    A later version may have more fields here: this message decides about the version.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
@@ -158,9 +158,9 @@ class Hello(Message):
 
 
 class Open(Message):
-    """Which disk, in which replica; no replica where the receiver was told by its own user.
+    """Which disk, in which replica; no replica where the receiver's own user has named it.
 
-    look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
+    look: only the inventory is wanted; nothing is made or locked at the receiver
     epoch: in which the sender writes the disk; 1 goes without saying
     by_name: a human has named the epoch: it may skip some, and end a handover that nobody has used
     """
@@ -172,14 +172,14 @@ class Open(Message):
     by_name: bool = False
 
     @model_serializer(mode="wrap")
-    def _without_what_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A receiver without the feature knows no such field.
-        said: dict[str, Any] = handler(self)
-        if said.get("epoch") == 1:
-            del said["epoch"]
-        if not said.get("by_name"):
-            said.pop("by_name", None)
-        return said
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature does not know the field.
+        fields: dict[str, Any] = handler(self)
+        if fields.get("epoch") == 1:
+            del fields["epoch"]
+        if not fields.get("by_name"):
+            fields.pop("by_name", None)
+        return fields
 
 
 class LayerOffer(Message):
@@ -226,12 +226,12 @@ class HeldLayer(Message):
     older: ShortKeys = ""
 
     @model_serializer(mode="wrap")
-    def _without_older_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Programs from before there was this know no such field, and it is seldom needed.
-        said: dict[str, Any] = handler(self)
-        if not said.get("older"):
-            said.pop("older", None)
-        return said
+        fields: dict[str, Any] = handler(self)
+        if not fields.get("older"):
+            fields.pop("older", None)
+        return fields
 
 
 class Partial(Message):
@@ -312,11 +312,11 @@ class Readiness(Message):
 
 
 class Ask(Message):
-    """A question in the place of OPEN; nothing is made, locked or changed over there.
+    """A question in the place of OPEN; nothing is made, locked or changed at the receiver.
 
     want: the points of disks; whether what is recorded of them is sound; whether the data are, too
     disk: None for all; replica: as in Open
-    share: with `data`, the probability with which each layer is read; only said to a side that names `sample`
+    share: with `data`, the probability with which each layer is read; only for a receiver with the feature `sample`
     """
 
     want: Literal["points", "records", "data"]
@@ -342,7 +342,7 @@ class Hold(Message):
 
 
 class HeldPoint(Message):
-    """A point of a disk. layers: length of the chain that gives it; holds: only for a side that names `hold`."""
+    """A point of a disk. layers: length of the chain that gives it; holds: only if the sender has `hold`."""
 
     point: PointNumber
     time: Moment
@@ -405,14 +405,14 @@ def encode(message: Message) -> bytes:
 
 
 def decode(shape: type[M], body: bytes | memoryview, *, subject: str) -> M:
-    """What a body says. Raises Corrupt for anything that does not fit the shape."""
+    """The message in a body. Raises Corrupt for one that does not fit the model."""
     try:
         return shape.model_validate_json(bytes(body))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "it"
         raise Corrupt(
-            f"what it says of {shape.__name__.lower()} is unsound: {ascii(place)[1:-1]}: {first['msg']}",
+            f"its {shape.__name__.lower()} message is invalid: {ascii(place)[1:-1]}: {first['msg']}",
             subject=subject,
         ) from error
 
@@ -421,10 +421,12 @@ def decode(shape: type[M], body: bytes | memoryview, *, subject: str) -> M:
 
 
 class Fetch(Message):
-    """A point is wanted, in the place of OPEN; nothing is made or changed over there.
+    """A point is wanted, in the place of OPEN; nothing is made or changed at the receiver.
 
     point: as in an address, None for the latest; chain: its layers as they are, else one that shows all of it
     look: no data, only what there is; plain: no compression, for two ends on one machine; replica: as in Open
+    first_layer: number of the layer, from 0, with which data begin, and first_offset: the guest offset in it, a
+        multiple of a leaf or behind the layer's end; only said to a side that names `fetch-from`
     """
 
     disk: str = Field(min_length=1, max_length=250)
@@ -433,6 +435,17 @@ class Fetch(Message):
     chain: bool = False
     look: bool = False
     plain: bool = False
+    first_layer: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    first_offset: int = Field(default=0, ge=0, le=LARGEST_DISK)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature does not know the fields.
+        fields: dict[str, Any] = handler(self)
+        if not fields.get("first_layer") and not fields.get("first_offset"):
+            fields.pop("first_layer", None)
+            fields.pop("first_offset", None)
+        return fields
 
 
 # --- HANDOVER
@@ -442,7 +455,7 @@ MOST_DISKS = 64
 
 
 class Step(StrEnum):
-    """What is asked for."""
+    """What a HANDOVER requests."""
 
     GIVE = "give"
     """From now on the replica's host is the master of these disks."""
@@ -464,7 +477,7 @@ class HandedDisk(Message):
 
 
 class Handover(Message):
-    """All disks of a guest, all or none. token: of this handover, the same whenever it is asked for again."""
+    """All disks of a guest, all or none. token: of this handover, the same in each repetition."""
 
     step: Step
     token: LayerId
@@ -488,7 +501,7 @@ class Standing(Message):
 
 
 class Handed(Message):
-    """In the order of the question."""
+    """In the order of the request."""
 
     disks: tuple[Standing, ...] = Field(max_length=MOST_DISKS)
 
@@ -509,7 +522,7 @@ _FIRST_RULES = {"last", "hourly", "daily", "weekly", "monthly", "yearly", "withi
 
 
 class Merge(Policy, _OfDisk):
-    """Merge the layers of a disk that no kept point needs. dry_run: only say what that would do.
+    """Merge the layers of a disk that no kept point needs. dry_run: only report what it would do.
 
     The rules are its own fields, of which one at least is set; within: as 1y5m7d2h
     zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
@@ -662,6 +675,8 @@ class Feature(StrEnum):
     """Also: the holds of points are listed."""
     SAMPLE = "sample"
     """The receiver knows the share in ASK."""
+    FETCH_FROM = "fetch-from"
+    """The receiver knows in FETCH where data are to begin."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,8 +136,12 @@ class ClientSession(Session):
     def ask(self, kind: Kind, request: Message, *, feature: Feature | None = None) -> None:
         """Begin, and send a request in the place of OPEN. Raises as `begin` and `require`."""
         self.begin()
-        self.require(REQUESTS[kind].feature)
         self.require(feature)
+        self.request(kind, request)
+
+    def request(self, kind: Kind, request: Message) -> None:
+        """Send a request in the place of OPEN, after `begin`. Raises as `require`."""
+        self.require(REQUESTS[kind].feature)
         self.writer.send(kind, encode(request))
 
     def responses(

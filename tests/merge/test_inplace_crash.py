@@ -19,11 +19,11 @@ from snapchain.errors import Unavailable
 from snapchain.image import scan
 from snapchain.merge.amendment import Amendment, fill, relink, settle
 from tests.exhaustive import chosen, some
-from tests.image.crashes import Op, Recorder, after, remainders
 from tests.image.oracle import qemu
-from tests.image.test_assemble import SHM
-from tests.image.test_inplace import Way, assert_clean, check, flat_of, merge, planned, wrong_view
 from tests.image.test_scan_random import io
+from tests.merge.crashes import Op, Recorder, after, remainders
+from tests.merge.test_assemble import SHM
+from tests.merge.test_inplace import Way, assert_clean, check, flat_of, merge, planned, wrong_view
 
 KiB = 1 << 10
 CHECK_ERRORS = {1, 2}

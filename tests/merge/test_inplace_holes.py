@@ -9,7 +9,7 @@ from pathlib import Path
 from snapchain.image import scan
 from snapchain.merge.amendment import fill, plan_commit, relink, settle
 from tests.image.oracle import qemu
-from tests.image.test_assemble import assert_same, chain_of
+from tests.merge.test_assemble import assert_same, chain_of
 
 
 def test_zeroes_that_a_copying_tool_has_made_holes_cover_what_is_below(tmp_path: Path) -> None:

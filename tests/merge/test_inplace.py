@@ -21,8 +21,8 @@ from snapchain.model.economics import Into, gain
 from snapchain.testing.strategies import chain_of as model_chain
 from tests.exhaustive import examples
 from tests.image.oracle import qemu
-from tests.image.test_assemble import SHM, build, chain_of, growable, noise
 from tests.image.test_scan_random import Layer, io, layers
+from tests.merge.test_assemble import SHM, build, chain_of, growable, noise
 
 KiB = 1 << 10
 MiB = 1 << 20

@@ -173,7 +173,7 @@ def test_layers_in_other_directories(tmp_path: Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", "old/disk.qcow2", "-F", "qcow2", top], check=True)
     write(top, "write -P 3 1M 64k")
     reference = flat(top, tmp_path / "reference")
-    report = merge(top, confirmed=[paths[1]])
+    report = merge(top, remove=[paths[1]])
     assert report.removed == (paths[1],)
     assert same(top, reference)
     with scan(top) as chain:

@@ -22,8 +22,8 @@ from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from tests.exhaustive import examples
 from tests.image.mounts import mounted
-from tests.image.test_assemble import build, growable
 from tests.image.test_scan_random import Layer, layers
+from tests.merge.test_assemble import build, growable
 from tests.ops.stacks import clean, flat, names, same
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
