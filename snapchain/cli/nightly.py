@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from snapchain.ops.nightly.systemd import Units
 
 _NAMES = 4
-"""So many disks are named one by one where the same befell more."""
+"""Disks that are named one by one when they share a fault."""
 
 
 @verb(
@@ -41,9 +41,9 @@ _NAMES = 4
 def nightly(
     config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file; see the README.")],
     *,
-    any_time: Annotated[bool, typer.Option("--any-time", help="Pay no heed to the window.")] = False,
+    any_time: Annotated[bool, typer.Option("--any-time", help="Ignore the window.")] = False,
     wait: Annotated[
-        str, typer.Option("--wait", metavar="TIME", help="Wait so long for another run to end: 90s, 10min, 2h.")
+        str, typer.Option("--wait", metavar="TIME", help="Wait this long for another run to end: 90s, 10min, 2h.")
     ] = "0s",
     print_systemd: Annotated[
         bool,
@@ -57,8 +57,9 @@ def nightly(
     """Run every night's work: for each disk snapshot, ship, merge; for each destination merge by its rules, collect,
     verify a sample.
 
-    What is wrong with one disk or one destination stops no other. Nothing new is begun after the window has closed;
-    the next run begins with the disks that were not reached. Ends with exit code 10 when something failed or was left.
+    A destination is a repository or a replica. A failure of one disk or destination stops no other. After the window
+    has closed nothing new begins; the next run begins with the disks that were not reached. Ends with exit code 10 when
+    something failed or was left.
     """
     from snapchain.ops.nightly import run as ops
     from snapchain.ops.nightly.document import load
@@ -139,8 +140,8 @@ def _plan_row(disk: DiskPreview) -> list[str]:
 
 
 def _draw_report(console: Console, report: NightlyReport) -> None:
-    told = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
-    render.headline(console, f"{report.name}: {report.outcome.value} ({told}) in {duration(report.seconds)}")
+    counts = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
+    render.headline(console, f"{report.name}: {report.outcome.value} ({counts}) in {duration(report.seconds)}")
     render.table(
         console,
         ["disk", "outcome", "snapshot", "files>", "hidden>", "shipped", "merged", "time>"],
@@ -204,7 +205,7 @@ def _draw_left_out(console: Console, layers: Sequence[Path], leftovers: Sequence
 
 
 def _draw_faults(console: Console, parts: Iterable[tuple[str, Sequence[Fault], Sequence[str]]]) -> None:
-    """What went wrong and what was left, each once, with all that it befell."""
+    """Faults and unfinished work, each once, with the disks and destinations concerned."""
     faults: dict[tuple[str, str | None], list[str]] = {}
     left: dict[str, list[str]] = {}
     for name, mine, not_done in parts:

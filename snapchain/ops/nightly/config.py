@@ -44,9 +44,7 @@ def zone_of(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise ValueError(
-            f'"{name}" is no time zone that this machine knows, such as "Europe/Berlin" or "UTC"'
-        ) from error
+        raise ValueError(f'"{name}" is not a time zone of this machine, such as "Europe/Berlin" or "UTC"') from error
 
 
 class _Part(BaseModel):

@@ -83,16 +83,14 @@ def _mistake(place: Place, kind: str, said: str) -> _Mistake:
 def _unknown(place: Place) -> str:
     name = str(place[-1])
     if name in _SECRET:
-        return (
-            "a passphrase does not stand in a configuration: name its password_file, password_command or password_env"
-        )
+        return "a configuration holds no passphrase: name its password_file, password_command or password_env"
     known = _fields_at(place[:-1])
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"is unknown here; did you mean {near[0]}?" if near else f"is unknown here; known are {', '.join(known)}"
 
 
 def _fields_at(place: Place) -> list[str]:
-    """The names that may stand in the table at `place`."""
+    """The names that the table at `place` may have."""
     model: type[BaseModel] = Nightly
     for step in place:
         if isinstance(step, str):
@@ -107,7 +105,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _contradictions(config: Nightly) -> Iterator[_Mistake]:
-    """What no field can know by itself."""
+    """Contradictions between fields."""
     names = Counter(each.name for each in config.destinations)
     urls = Counter(each.url for each in config.destinations)
     for number, destination in enumerate(config.destinations):
@@ -122,7 +120,7 @@ def _contradictions(config: Nightly) -> Iterator[_Mistake]:
         for place, name in enumerate(disks.destinations or ()):
             if name not in names:
                 known = ", ".join(names)
-                message = f'"{name}" is none of the destinations, which are {known}'
+                message = f'"{name}" is not a destination: known are {known}'
                 yield _Mistake(("disks", number, "destinations", place), message)
 
 

@@ -1,7 +1,7 @@
-"""Keeps a local chain short: of the layers that every destination is found to hold, what gains most within the budget.
+"""The chain of one image: what it is, and which of its layers to merge.
 
-What may be merged, and what that brings, is decided as for `merge IMAGE --max-layers --at`: a night is that
-command for each disk, with what is left of the night's budget.
+A night is `merge IMAGE --max-layers --at` for each disk, with the rest of the night's budget: of the layers that every
+destination holds, it merges what gains most.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from snapchain.ops.nightly.config import Disks
 from snapchain.source.at_rest import ImageAtRest
 
 _REASONS = 4
-"""So many layers are told with why they stay."""
+"""Layers whose reason to stay is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _request(image: Path, settings: Disks, *, at: Sequence[At], budget: int | No
     )
 
 
-# --- What an image's chain is right now: told under QEMU's read locks, so a running guest shows as Busy.
+# The chain is read under QEMU's read locks, so a running guest raises Busy.
 
 
 @dataclass(frozen=True, slots=True)

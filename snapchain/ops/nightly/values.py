@@ -37,7 +37,7 @@ def to_bytes(value: object) -> object:
     try:
         return parse_size(value)
     except InvalidInput as error:
-        raise ValueError(f'"{value}" is no size: {error.hint}') from error
+        raise ValueError(f'"{value}" is not a size: {error.hint}') from error
 
 
 def to_seconds(value: object) -> object:
@@ -46,7 +46,7 @@ def to_seconds(value: object) -> object:
         return value
     match = _SECONDS.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f'"{value}" is no length of time: write seconds, or "90s", "10min", "6h", "2d"')
+        raise ValueError(f'"{value}" is not a duration: write seconds, or "90s", "10min", "6h", "2d"')
     return float(match[1]) * _LENGTHS[match[2]]
 
 
@@ -56,7 +56,7 @@ def to_share(value: object) -> object:
         return value
     match = _SHARE.fullmatch(value.strip())
     if match is None:
-        raise ValueError(f'"{value}" is no share: write it like "5%"')
+        raise ValueError(f'"{value}" is not a share: write it like "5%"')
     return float(match[1]) / 100
 
 
@@ -77,11 +77,11 @@ class Window:
         """Raises ValueError."""
         match = _WINDOW.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f'"{text}" is no window: write it like "22:00-06:00"')
+            raise ValueError(f'"{text}" is not a window: write it like "22:00-06:00"')
         hour, minute, end_hour, end_minute = map(int, match.groups())
         start, end = time(hour, minute), time(end_hour, end_minute)
         if start == end:
-            raise ValueError(f'"{text}" is no window: leave it out if any hour will do')
+            raise ValueError(f'"{text}" is not a window: leave it out to allow any hour')
         return cls(start, end)
 
     def closes(self, now: datetime, zone: tzinfo) -> datetime | None:
@@ -106,9 +106,9 @@ def check_template(template: str) -> str:
     for field in _FIELD.findall(template):
         if field not in _FIELDS:
             known = ", ".join(f"{{{each}}}" for each in _FIELDS)
-            raise ValueError(f'"{{{field}}}" is no field of a name: known are {known}')
+            raise ValueError(f'"{{{field}}}" is not a field of a name: known are {known}')
     if set("{}") & set(_FIELD.sub("", template)):
-        raise ValueError(f'"{template}" has a brace without its other half')
+        raise ValueError(f'"{template}" has an unmatched brace')
     return template
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from snapchain.destination.writing import DiskLook, HeldLayer, LayerWriter, NewLayer, Opening, TakesLayers, Writing
-from snapchain.errors import SnapchainError
+from snapchain.errors import Corrupt, SnapchainError
 from snapchain.host.channel import Channel
 from snapchain.image import ImageChain
 from snapchain.model.content import Sum
@@ -148,11 +148,15 @@ def _note_epoch(request: ShipRequest, on_event: OnEvent) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Files [start, stop) of the chain as one layer, and then a point or not."""
+    """Files [start, stop) of the chain as one layer, and then a point or not.
+
+    shows: the content sum that must come of it, where that is known before it is written
+    """
 
     files: range
     layer: NewLayer
     publishes: bool
+    shows: Sum | None = None
 
 
 class _Work:
@@ -212,6 +216,12 @@ class _Work:
                 confirm=lambda: self._request.source().check_unchanged(self._chain),
                 on_bytes=lambda done: self._on_event(Progress("ship", done, whole)),
             )
+            if group.shows is not None and not (top.total == group.shows).all():
+                raise Corrupt(
+                    f"its new layer {top.name} does not show what {self._chain.top.path} shows",
+                    subject=f"{self._url}::{self._request.disk}",
+                    hint="no point was published; keep the image, and report this",
+                )
             if not writer.believed:
                 self._sums.note(self._chain, group.files.stop, top.total)
             if group.publishes:
@@ -312,7 +322,7 @@ class _Work:
             self.base = replace(base, files=0, layer=None, compares=None, total=base.total - base.total)
             return self._grouped()
         layer = self._there.fitted(self._compared(found.extents, found))
-        return [_Group(range(base.files, count), layer, publishes=True)]
+        return [_Group(range(base.files, count), layer, publishes=True, shows=found.total)]
 
     def _compared(self, extents: Extents, found: Difference | None) -> NewLayer:
         chain = self._chain

@@ -94,28 +94,28 @@ url = "b"
     ("wrong", "told"),
     [
         ("time_zome = 'UTC'", "time_zome: is unknown here; did you mean time_zone?"),
-        ("time_zone = 'Europe/Berlim'", 'time_zone: "Europe/Berlim" is no time zone'),
-        ("window = '22-6'", 'window: "22-6" is no window'),
+        ("time_zone = 'Europe/Berlim'", 'time_zone: "Europe/Berlim" is not a time zone'),
+        ("window = '22-6'", 'window: "22-6" is not a window'),
         ("window = '22:00-22:00'", "window:"),
         ("concurrency = 0", "concurrency: input should be greater than or equal to 1"),
-        ("budget = { ship = 'much' }", 'budget.ship: "much" is no size'),
+        ("budget = { ship = 'much' }", 'budget.ship: "much" is not a size'),
         ("budget = { shpi = 1 }", "budget.shpi: is unknown here; did you mean ship?"),
         ("keep = { daily = -2 }", "keep.daily: "),
         ("keep = { within = 'long' }", "keep.within: "),
         ("keep = { labels = [\n  'ok',\n  '7' ] }", "keep.labels[1]: "),
         ("hooks = { before = 'echo' }", "hooks.before: "),
-        ("hooks = { timeout = '5m' }", 'hooks.timeout: "5m" is no length of time'),
+        ("hooks = { timeout = '5m' }", 'hooks.timeout: "5m" is not a duration'),
         ("[[disks]]\nname = 'x'", "disks[0]: name either one image (path) or a pattern (glob)"),
         ("[[disks]]\npath = 'a'\n[[disks]]\npath = 'b'\nmerge_above = 2", "disks[1].merge_above: "),
-        ("[[disks]]\nglob = 'a'\nname = '{stem.__class__}'", 'disks[0].name: "{stem.__class__}" is no field'),
+        ("[[disks]]\nglob = 'a'\nname = '{stem.__class__}'", 'disks[0].name: "{stem.__class__}" is not a field'),
         ("[[disks]]\nglob = 'a'\nname = '{stem'", "disks[0].name: "),
         ("[[disks]]\npath = 'a'\n[disks.hooks]\nbefore = []", "disks[0].hooks.before: "),
         ("[[disks]]\npath = 'a'\n[[disks]]\npath = 'a'", "disks[1].path: this image is named twice"),
-        ("[[disks]]\npath = 'a'\ndestinations = ['vualt']", 'disks[0].destinations[0]: "vualt" is none of'),
+        ("[[disks]]\npath = 'a'\ndestinations = ['vualt']", 'disks[0].destinations[0]: "vualt" is not a destination'),
         ("[[destinations]]\nname = 'v'", "destinations[0].url: is missing"),
         (
             "[[destinations]]\nname='v'\nurl='u'\npassword='x'",
-            "destinations[0].password: a passphrase does not stand",
+            "destinations[0].password: a configuration holds no passphrase",
         ),
         (
             "[[destinations]]\nname='v'\nurl='u'\npassword_file='x'\npassword_env='Y'",
@@ -161,7 +161,7 @@ def test_all_mistakes_are_named_at_once() -> None:
 def test_sizes_are_powers_of_1024(text: str, count: int | None) -> None:
     """What pydantic's ByteSize does not have: there 10M is ten million bytes, and `1 bit` and `1 P` are sizes."""
     if count is None:
-        assert "is no size" in refusal(LEAST + f"limit_rate = '{text}'")
+        assert "is not a size" in refusal(LEAST + f"limit_rate = '{text}'")
     else:
         assert parsed(LEAST + f"limit_rate = '{text}'").destinations[0].limit_rate == count
 
