@@ -8,11 +8,13 @@ unexport PYTHONDONTWRITEBYTECODE
 PY := .venv/bin/python
 # Two workers: what the time limits of this project are stated for.
 WORKERS ?= 2
+# Where `make man` installs: `sudo make man PREFIX=/usr/local` for all users.
+PREFIX ?= .venv
 # Further arguments for pytest, as in: make test ARGS='-k qcow2 -x'
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench soak hostile mutate lock audit clean
+.PHONY: help demo test check format man map bench soak hostile mutate lock audit clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*  ## /  make \1\t/' | expand -t 18
@@ -36,6 +38,16 @@ format:  ## put the code in the one layout, and fix what ruff can fix
 	@.ci/setup lint
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
+
+man:  ## write the man pages from the command line, and install them below PREFIX (default: .venv)
+	@.ci/setup lint
+	@$(PY) -m docs.man
+	@install -d $(PREFIX)/share/man/man1
+	@install -m 644 docs/man/man1/*.1 $(PREFIX)/share/man/man1
+
+map:  ## write the list of modules in docs/architecture.md again
+	@.ci/setup lint
+	@$(PY) -m docs.modules
 
 bench:  ## measure the promises of speed and memory
 	@.ci/setup bench

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapchain.destination.protocol import Destination
 from snapchain.destination.traits import REPLICA, REPOSITORY, Traits
 from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from snapchain.destination.protocol import Destination
     from snapchain.replica.endpoint import Endpoint
 
 _REPLICAS = ("ssh://", "dir:")

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from pydantic import Field
 
-from snapchain.host import state_key
+from snapchain.host import records as state_key
 from snapchain.repository import keys
 from tests.exhaustive import EXHAUSTIVE
 from tests.host.others import open_host as open_host  # noqa: PLC0414 - a fixture

@@ -19,8 +19,8 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops.restore.run import Restoration
 from snapchain.repository import collecting as gc, merging
-from snapchain.repository.composing import compose
 from snapchain.repository.destination import RepositoryDestination
+from snapchain.repository.merging import compose
 from snapchain.repository.opening import create_repository, open_repository
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository

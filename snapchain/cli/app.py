@@ -12,12 +12,16 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from shutil import get_terminal_size
 from typing import Annotated, Any, ParamSpec
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+import snapchain
 from snapchain.cli import exits
+from snapchain.cli.verbs import ADDRESSES, SUMMARY, VERBS, check_verb, help_page
 
 P = ParamSpec("P")
 
@@ -36,7 +40,9 @@ def _telling_interrupts(words: list[str]) -> Iterator[None]:
 
 
 class _Group(TyperGroup):
-    """The group of the verbs."""
+    """The group of the verbs. The table in verbs.py lists them; the file of one is imported when it is asked for."""
+
+    _listing = False
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
         with _telling_interrupts(args):
@@ -46,17 +52,32 @@ class _Group(TyperGroup):
         with _telling_interrupts(ctx.args):
             return super().invoke(ctx)
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        _ = ctx
+        return [name for name, verb in VERBS.items() if verb.group]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        _ = ctx
+        if self._listing:
+            return TyperCommand(cmd_name, help=VERBS[cmd_name].summary)
+        if not ctx.resilient_parsing:
+            check_verb(cmd_name)
+        return command(cmd_name) if cmd_name in VERBS else None
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """The verbs from the table, none of which is loaded."""
+        self._listing = True
+        return super().shell_complete(ctx, incomplete)
+
+    def get_help(self, ctx: Any) -> str:
+        _ = ctx
+        return help_page(width=get_terminal_size().columns, bold=sys.stdout.isatty())
+
 
 app = typer.Typer(
     name="snapchain",
     cls=_Group,
-    help="Ship, merge and restore the snapshot chains of QEMU disks.\n\n"
-    "An ADDRESS is the path of an image, or DEST::DISK\\[@POINT]: DEST is a directory or s3://bucket/prefix, DISK a "
-    "name such as web1/vda, and POINT is latest, a number, a label, or a time: an RFC 3339 time, or a local date and "
-    "time. A date such as 2026-11-30, today or yesterday means the end of that day: the newest point not after it. The "
-    "path of an existing file is that image, also with '::' in it; ./a::b is always a path.",
-    epilog="Exit codes: 0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, "
-    "8 a program failed, 9 busy, 10 partly failed, 11 the output could not be written, 129 and 130 interrupted.",
+    help=f"{SUMMARY}\n\n{ADDRESSES}".replace("[", "\\["),
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -70,13 +91,20 @@ def root(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if show_version:
-        from importlib.metadata import version  # inside: it brings an e-mail parser
-
-        sys.stdout.write(f"snapchain {version('snapchain')}\n")
+        sys.stdout.write(f"snapchain {snapchain.__version__}\n")
         raise typer.Exit
     if context.invoked_subcommand is None:
         sys.stderr.write(context.get_help())
         raise typer.Exit(exits.USAGE)
+
+
+_COMMANDS: dict[str, typer.Typer] = {}
+
+
+def command(name: str) -> Any:
+    """The click command of a verb, with its parameters."""
+    import_module(f"snapchain.cli.{VERBS[name].module}")
+    return typer.main.get_command(_COMMANDS[name])
 
 
 def verb(
@@ -99,10 +127,14 @@ def verb(
                 status = exits.tell(error, as_json=as_json, left_behind=when_interrupted)
                 raise typer.Exit(status) from error
 
-        joined = app.command(
-            name or function.__name__, help=_help(function), epilog=_example_lines(examples), hidden=hidden
+        title = name or function.__name__
+        alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        panel = VERBS[title].group or None
+        joined = alone.command(
+            title, help=_help(function), epilog=_example_lines(examples), hidden=hidden, rich_help_panel=panel
         )
         joined(guarded)
+        _COMMANDS[title] = alone
         return guarded
 
     return register

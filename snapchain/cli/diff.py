@@ -1,16 +1,15 @@
-"""`snapchain diff ADDRESS ADDRESS`: which bytes differ between two points or images."""
+"""`snapchain diff ADDRESS ADDRESS`: list the bytes that differ between two points or images."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import size
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +31,8 @@ _SHOWN = 20
     when_interrupted="nothing was being changed",
 )
 def diff(
-    old: Annotated[str, typer.Argument(metavar="ADDRESS", help="The one side: DEST::DISK[@POINT], or an image.")],
-    new: Annotated[str, typer.Argument(metavar="ADDRESS", help="The other side.")],
+    old: Annotated[str, options.address(metavar="ADDRESS", help="The one side: DEST::DISK[@POINT], or an image.")],
+    new: Annotated[str, options.address(metavar="ADDRESS", help="The other side.")],
     *,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
@@ -75,8 +74,7 @@ def _draw(console: Console, report: DiffReport) -> None:
     if report.identical:
         render.headline(console, "no difference")
         return
-    ranges = len(report.ranges)
-    render.headline(console, f"{size(report.changed_bytes)} differ in {ranges} range{'s' if ranges != 1 else ''}")
+    render.headline(console, f"{size(report.changed_bytes)} differ in {counted(len(report.ranges), 'range')}")
     if report.old_size != report.new_size:
         render.facts(console, [("size", f"{size(report.old_size)} before, {size(report.new_size)} after")])
     render.table(

@@ -1,4 +1,4 @@
-"""`snapchain doctor [PATH...]`: finish or undo what killed runs have left beside images."""
+"""`snapchain doctor [PATH...]`: finish or undo what interrupted commands left beside images."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def doctor(
     progress: options.Progress = Mode.AUTO,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find interrupted merges, snapshots and restores, say what each is, and finish or undo it.
+    """Find interrupted merges, snapshots and restores, describe each, and finish or undo it.
 
-    What somebody is at work on is left alone. Ends with exit code 10 when something could not be treated.
+    Work under way is left alone. The exit code is 10 when something could not be treated.
     """
     from snapchain.ops import doctor as ops
 

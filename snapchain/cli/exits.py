@@ -5,19 +5,25 @@
 
 Errors of the tree in `snapchain.errors` are foreseen: they say what is wrong and never show a traceback. Anything
 else that arrives here is a bug in snapchain, and says so; SNAPCHAIN_DEBUG=1 shows where.
+
+SIGTERM and SIGHUP end a command as Ctrl-C does: it cleans up, and prints what is left to resume. A SIGHUP that was
+ignored when the command began stays ignored, as nohup(1) wants it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
-from snapchain.cli import signals
 from snapchain.cli.streams import ReaderGone
-from snapchain.errors import InvalidInput, OutputFailed, SnapchainError, ToolFailed
+from snapchain.errors import Interrupted, InvalidInput, OutputFailed, SnapchainError, ToolFailed
 from snapchain.host.os_errors import translated
 from snapchain.host.terminal import printable
 
@@ -73,7 +79,7 @@ def _facts(error: BaseException, left_behind: str | None) -> dict[str, Any]:
             facts |= {"argv": list(error.argv), "status": error.status, "stderr": error.stderr}
         return facts
     if isinstance(error, KeyboardInterrupt):
-        return _row("interrupted", "interrupted", signals.exit_code(), hint=left_behind)
+        return _row("interrupted", "interrupted", interrupted_code(), hint=left_behind)
     import typer  # inside: what is no error, or one of ours, can do without
 
     # Public names of typer that lead to its usage errors, whichever version keeps them in whichever module.
@@ -108,3 +114,41 @@ def _write(facts: dict[str, Any], *, has_rows: bool, stderr: str) -> None:
         lines.append(f"snapchain: hint: {printable(facts['hint'])}")
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
+
+
+_CODES = {signal.SIGTERM: Interrupted.exit_code, signal.SIGHUP: 128 + signal.SIGHUP}
+_code = Interrupted.exit_code
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """Raise Interrupted in the main thread for these signals during the block; other threads leave them alone."""
+    global _code  # noqa: PLW0603 - a signal is the process's, not a caller's
+    _code = Interrupted.exit_code
+    before = {}
+    try:
+        for number in _CODES:
+            handler = signal.getsignal(number)
+            # What was installed by other means than Python's cannot be put back.
+            if handler is not None and not (number == signal.SIGHUP and handler == signal.SIG_IGN):
+                before[number] = signal.signal(number, _interrupt)
+    except ValueError:  # called from a thread that is not the main one
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupted_code() -> int:
+    """The exit code of an interrupted command: 129 by SIGHUP, 130 by Ctrl-C or SIGTERM."""
+    return _code
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    global _code  # noqa: PLW0603
+    _code = _CODES[signal.Signals(number)]
+    # A terminal that closes sends it twice, by the kernel and by the shell: the second must not cut the clean-up short.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise Interrupted(signal.Signals(number).name)

@@ -1,10 +1,8 @@
-"""`snapchain gc DEST`: give back the space of what no point needs."""
+"""`snapchain gc DEST`: delete data that no point needs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
-
-import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
@@ -12,6 +10,7 @@ from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import Corrupt
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing that a point needs was touched; run it again to finish",
 )
 def gc(
-    target: Annotated[str, typer.Argument(metavar="DEST", help="A repository.")],
+    target: Annotated[str, options.address(metavar="DEST", help="A repository.")],
     *,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,
@@ -77,12 +76,17 @@ def _draw_plan(console: Console, plan: GcPlan) -> None:
     render.facts(
         console,
         [
-            ("delete", f"{plan.objects_deleted} objects, {plan.packs_deleted} of them packs"),
-            ("move", f"{size(plan.bytes_moved)} out of {plan.packs_moved} packs that are mostly waste"),
+            ("delete", _deleted(plan)),
+            ("move", f"{size(plan.bytes_moved)} out of {counted(plan.packs_moved, 'pack')}, mostly waste"),
             ("in use", size(plan.bytes_in_use)),
         ],
     )
     render.findings(console, plan.findings)
+
+
+def _deleted(done: GcPlan | GcReport) -> str:
+    packs = "1 of them a pack" if done.packs_deleted == 1 else f"{done.packs_deleted} of them packs"
+    return f"{counted(done.objects_deleted, 'object')}, {packs}"
 
 
 def _draw_report(console: Console, report: GcReport) -> None:
@@ -90,8 +94,8 @@ def _draw_report(console: Console, report: GcReport) -> None:
     render.facts(
         console,
         [
-            ("deleted", f"{report.objects_deleted} objects, {report.packs_deleted} of them packs"),
-            ("moved", f"{size(report.bytes_moved)} out of {report.packs_moved} packs"),
+            ("deleted", _deleted(report)),
+            ("moved", f"{size(report.bytes_moved)} out of {counted(report.packs_moved, 'pack')}"),
             ("added", f"{size(report.bytes_added)} of new records" if report.bytes_added else ""),
         ],
     )

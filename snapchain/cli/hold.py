@@ -1,4 +1,4 @@
-"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, whatever the rules say."""
+"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, until it is released."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
+from snapchain.cli.quantities import heading, moment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 def hold(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
+        str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Names the hold, to be released by.")],

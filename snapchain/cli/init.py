@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, passphrase, quantities, render
+from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
@@ -27,14 +27,18 @@ if TYPE_CHECKING:
     when_interrupted="without its object `config` there is no repository yet: run init again",
 )
 def init(
-    dest: Annotated[str, typer.Argument(metavar="DEST", help="A directory, file:///path, or s3://bucket/prefix.")],
+    dest: Annotated[str, options.address(metavar="DEST", help="A directory, file:///path, or s3://bucket/prefix.")],
     *,
     no_encryption: Annotated[
         bool, typer.Option("--no-encryption", help="Store names and data readable for whoever reads the store.")
     ] = False,
     cipher: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="aes-256-gcm (default), or chacha20-poly1305 for machines without AES."),
+        typer.Option(
+            metavar="NAME",
+            autocompletion=options.of("aes-256-gcm", "chacha20-poly1305"),
+            help="aes-256-gcm (default), or chacha20-poly1305 for machines without AES.",
+        ),
     ] = None,
     block_size: Annotated[
         str | None,
@@ -68,7 +72,7 @@ def init(
         )
         if out.plan(plan, _draw_plan):
             return
-        secret = passphrase.source(password_file, password_command, out)
+        secret = options.passphrase_source(password_file, password_command, out)
         out.report(ops.run(plan, passphrase=secret, on_event=out.on_event), _draw_report)
 
 

@@ -1,15 +1,14 @@
-"""`snapchain inspect ADDRESS`: what each layer of a chain holds, drawn to scale."""
+"""`snapchain inspect ADDRESS`: show what each layer of a chain holds, drawn to scale."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import size
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def inspect(
-    target: Annotated[str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT].")],
+    target: Annotated[str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT].")],
     *,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
@@ -59,10 +58,8 @@ def inspect(
 
 
 def _draw(console: Console, report: InspectReport) -> None:
-    layers = len(report.layers)
-    render.headline(
-        console, f"{report.address}: {size(report.virtual_size)} in {layers} layer{'s' if layers != 1 else ''}"
-    )
+    layers = counted(len(report.layers), "layer")
+    render.headline(console, f"{report.address}: {size(report.virtual_size)} in {layers}")
     render.picture(
         console,
         [

@@ -1,4 +1,4 @@
-"""`snapchain log DEST[::DISK]`: which points there are."""
+"""`snapchain log DEST[::DISK]`: list the points of a destination."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import heading, moment
 from snapchain.cli.output import Output
+from snapchain.cli.quantities import heading, moment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def log(
-    target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
     accept_repository: Annotated[
         str | None,
@@ -88,5 +88,5 @@ def _draw(console: Console, report: LogReport) -> None:
                 for point in disk.points
             ],
         )
-        future = [str(point.point) for point in disk.points if point.of_the_future]
+        future = [point.point for point in disk.points if point.of_the_future]
         render.points_of_the_future(console, disk.name, future)

@@ -1,4 +1,4 @@
-"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files, in a repository or at a replica."""
+"""`snapchain merge ADDRESS`: make one layer of several, in a chain of files or at a destination."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from snapchain.cli import merge_tables, options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.time_zone import named_zone
+from snapchain.cli.quantities import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 from snapchain.model.merging import Strategy
+from snapchain.model.retention import Policy
 
 if TYPE_CHECKING:
-    from snapchain.model.retention import Policy
     from snapchain.ops.merge import At
 
 _RANGE = "Which layers of an image"
@@ -26,7 +26,6 @@ _LIMIT = "How much to merge of an image"
 _HOW = "How to merge an image"
 
 _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
-_Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)]
 
 
 @verb(
@@ -41,9 +40,10 @@ _Count = Annotated[int, typer.Option(min=-1, metavar="N", rich_help_panel=_KEEP)
     """,
     when_interrupted="the chain is as it was, or merged, and reads the same either way; run it again to finish",
 )
+@options.takes_policy(panel=_KEEP)
 def merge(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
+        str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
     ],
     *,
     flatten: Annotated[
@@ -63,25 +63,13 @@ def merge(
         typer.Option(
             "--at",
             metavar="DEST::DISK",
+            autocompletion=options.complete_address,
             help="The image is shipped there: rules go round what it lacks, and round the layer that its next "
             "shipment builds on. May be repeated.",
             rich_help_panel=_RANGE,
         ),
     ] = None,
-    keep_last: _Count = 0,
-    keep_hourly: _Count = 0,
-    keep_daily: _Count = 0,
-    keep_weekly: _Count = 0,
-    keep_monthly: _Count = 0,
-    keep_yearly: _Count = 0,
-    keep_within: Annotated[
-        str | None,
-        typer.Option(metavar="DURATION", help="All points of the last 1y5m7d2h.", rich_help_panel=_KEEP),
-    ] = None,
-    keep_label: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LABEL", help="All points with this label. May be repeated.", rich_help_panel=_KEEP),
-    ] = None,
+    policy: Policy,
     zone_name: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +109,7 @@ def merge(
         str | None,
         typer.Option(
             metavar="|".join(_STRATEGIES),
+            autocompletion=options.of(*_STRATEGIES),
             help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
             rich_help_panel=_HOW,
         ),
@@ -178,18 +167,7 @@ def merge(
     points; what a guest or another image uses stays. Transfers to that disk wait meanwhile. -1 means all.
     """
     from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
-    from snapchain.model.retention import Policy, parse_duration
 
-    policy = Policy(
-        last=keep_last,
-        hourly=keep_hourly,
-        daily=keep_daily,
-        weekly=keep_weekly,
-        monthly=keep_monthly,
-        yearly=keep_yearly,
-        within=None if keep_within is None else parse_duration(keep_within),
-        labels=frozenset(keep_label or ()),
-    )
     zone = named_zone(zone_name)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         address = parse_address(target)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from snapchain.cli import render, stack_picture
-from snapchain.cli.moments import heading, moment
-from snapchain.cli.quantities import duration, size
+from snapchain.cli.quantities import duration, heading, moment, size
+from snapchain.host.terminal import counted, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,10 +52,10 @@ def draw_points_plan(console: Console, plan: PointsMergePlan) -> None:
             for each in plan.points
         ],
     )
-    render.points_of_the_future(console, plan.disk, [str(each.point) for each in plan.points if each.of_the_future])
+    render.points_of_the_future(console, plan.disk, [each.point for each in plan.points if each.of_the_future])
     _draw_merges(console, plan.rows, names=True)
     if plan.free_bytes is None:
-        render.facts(console, [("writes", f"about {plan.requests} objects, records only: no data is moved")])
+        render.facts(console, [("writes", f"about {counted(plan.requests, 'object')}, records only: no data is moved")])
     elif plan.merges:
         moves = f"{size(plan.bytes_to_move)} by {plan.strategy}"
         room = _room(plan.needs_bytes, plan.free_bytes)
@@ -70,7 +70,7 @@ def _draw_headline(
         render.headline(console, f"{subject}: there is nothing to merge")
         return
     times = "" if len(rows) < 2 else f" in {len(rows)} merges"
-    render.headline(console, f"would make {after} layer{'' if after == 1 else 's'} of {before} of {subject}{times}")
+    render.headline(console, f"would make {counted(after, 'layer')} of {before} of {subject}{times}")
 
 
 def _room(needs: int, free: int) -> str:
@@ -124,7 +124,7 @@ def _known(count: int | None, more: str = "") -> str:
 
 def draw_report(console: Console, report: MergeReport) -> None:
     """What was done."""
-    layers = f"{report.layers_before} layers became {report.layers_after}"
+    layers = f"{counted(report.layers_before, 'layer')} became {report.layers_after}"
     if report.result is not None:
         render.headline(console, f"merged into {render.place(report.result)}: {layers}, and it reads as before")
     elif report.merges:
@@ -157,21 +157,21 @@ def draw_failed(console: Console, report: MergeReport) -> None:
 
 def draw_points_report(console: Console, report: PointsMergeReport) -> None:
     """What was done to a disk at a destination."""
-    headline = f"merged {report.disk}: {report.layers_before} layers became {report.layers_after}"
+    headline = f"merged {report.disk}: {counted(report.layers_before, 'layer')} became {report.layers_after}"
     has_merged = bool(report.merges) or report.strategy == "records"
     render.headline(console, headline if has_merged else f"{report.disk}: no layers to merge")
     render.facts(
         console,
         [
-            ("points kept", ", ".join(map(str, report.points_kept))),
-            ("dropped", ", ".join(map(str, report.points_dropped))),
+            ("points kept", numbered(report.points_kept)),
+            ("dropped", numbered(report.points_dropped)),
             ("moved", f"{size(report.bytes_moved)} by {report.strategy}" if report.merges else ""),
             _freed("freed there", report.bytes_freed) if report.bytes_freed else ("", ""),
             ("unreferenced", size(report.bytes_dropped) if report.bytes_dropped else ""),
         ],
     )
     draw_points_findings(console, report)
-    render.points_of_the_future(console, report.disk, map(str, report.points_of_the_future))
+    render.points_of_the_future(console, report.disk, report.points_of_the_future)
     _draw_staying(console, report.staying)
 
 

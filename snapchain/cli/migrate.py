@@ -9,7 +9,7 @@ import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
+from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size

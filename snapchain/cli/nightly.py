@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from snapchain.cli import options, render, signals
+from snapchain.cli import exits, options, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.quantities import duration, size
+from snapchain.cli.quantities import duration, moment, size
 from snapchain.errors import InvalidInput, PartialFailure
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from snapchain.ops.nightly.systemd import Units
 
 _NAMES = 4
-"""So many disks are named one by one where the same befell more."""
+"""Disks that are named one by one when they share a fault."""
 
 
 @verb(
@@ -39,11 +39,11 @@ _NAMES = 4
     when_interrupted="every point that was reported is whole; the next run begins with what was not reached",
 )
 def nightly(
-    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file; see the README.")],
+    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="TOML: see man snapchain-nightly.")],
     *,
-    any_time: Annotated[bool, typer.Option("--any-time", help="Pay no heed to the window.")] = False,
+    any_time: Annotated[bool, typer.Option("--any-time", help="Ignore the window.")] = False,
     wait: Annotated[
-        str, typer.Option("--wait", metavar="TIME", help="Wait so long for another run to end: 90s, 10min, 2h.")
+        str, typer.Option("--wait", metavar="TIME", help="Wait this long for another run to end: 90s, 10min, 2h.")
     ] = "0s",
     print_systemd: Annotated[
         bool,
@@ -57,8 +57,9 @@ def nightly(
     """Run every night's work: for each disk snapshot, ship, merge; for each destination merge by its rules, collect,
     verify a sample.
 
-    What is wrong with one disk or one destination stops no other. Nothing new is begun after the window has closed;
-    the next run begins with the disks that were not reached. Ends with exit code 10 when something failed or was left.
+    A destination is a repository or a replica. A failure of one disk or destination stops no other. After the window
+    has closed nothing new begins; the next run begins with the disks that were not reached. Ends with exit code 10 when
+    something failed or was left.
     """
     from snapchain.ops.nightly import run as ops
     from snapchain.ops.nightly.document import load
@@ -80,12 +81,12 @@ def nightly(
         report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
         status = 0 if report.complete else PartialFailure.exit_code
         if report.interrupted:
-            status = signals.exit_code()
+            status = exits.interrupted_code()
         out.report(report, _draw_report, problems=_draw_problems, status=status)
 
 
 def _seconds(text: str) -> float:
-    from snapchain.ops.nightly.units import to_seconds
+    from snapchain.ops.nightly.values import to_seconds
 
     try:
         seconds = to_seconds(text)
@@ -134,13 +135,13 @@ def _plan_row(disk: DiskPreview) -> list[str]:
     ships = [f"{each.destination} {size(each.bytes_to_read)}" for each in disk.destinations]
     drops = [f"{each.destination} {len(each.points_dropped)}" for each in disk.destinations if each.points_dropped]
     files = str(disk.chain_length or "")
-    merges = f"{len(disk.merge)} files" if disk.merge else ""
+    merges = counted(len(disk.merge), "file") if disk.merge else ""
     return [disk.disk, disk.sealed.name if disk.sealed else "", files, ", ".join(ships), merges, ", ".join(drops)]
 
 
 def _draw_report(console: Console, report: NightlyReport) -> None:
-    told = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
-    render.headline(console, f"{report.name}: {report.outcome.value} ({told}) in {duration(report.seconds)}")
+    counts = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
+    render.headline(console, f"{report.name}: {report.outcome.value} ({counts}) in {duration(report.seconds)}")
     render.table(
         console,
         ["disk", "outcome", "snapshot", "files>", "hidden>", "shipped", "merged", "time>"],
@@ -164,7 +165,7 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
         future = {
             point for each in disk.destinations if each.retention for point in each.retention.points_of_the_future
         }
-        render.points_of_the_future(console, disk.disk, map(str, sorted(future)))
+        render.points_of_the_future(console, disk.disk, future)
 
 
 def _draw_problems(console: Console, report: NightlyReport) -> None:
@@ -195,7 +196,8 @@ def _draw_moved(console: Console, disks: Sequence[DiskReport] | Sequence[DiskPre
 
 def _draw_left_out(console: Console, layers: Sequence[Path], leftovers: Sequence[Path]) -> None:
     if used := len(layers) - len(leftovers):
-        render.line(console, f"{used} matched files are backing files of others: layers, not disks", indent=2)
+        files = "1 matched file is a backing file" if used == 1 else f"{used} matched files are backing files"
+        render.line(console, f"{files} of others: layers, not disks", indent=2)
     for path in leftovers:
         render.line(console, f"left out: {path}: a sealed layer that no image uses", style="yellow", indent=2)
     if leftovers:
@@ -203,7 +205,7 @@ def _draw_left_out(console: Console, layers: Sequence[Path], leftovers: Sequence
 
 
 def _draw_faults(console: Console, parts: Iterable[tuple[str, Sequence[Fault], Sequence[str]]]) -> None:
-    """What went wrong and what was left, each once, with all that it befell."""
+    """Faults and unfinished work, each once, with the disks and destinations concerned."""
     faults: dict[tuple[str, str | None], list[str]] = {}
     left: dict[str, list[str]] = {}
     for name, mine, not_done in parts:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from snapchain.cli import passphrase, quantities
+from snapchain.cli import quantities
 from snapchain.cli.progress import Mode
 from snapchain.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from snapchain.cli.output import Output
 
 if TYPE_CHECKING:
     from snapchain.cli.output import Output
@@ -20,6 +26,27 @@ if TYPE_CHECKING:
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
+
+
+def complete_address(incomplete: str) -> list[str | tuple[str, str]]:
+    from snapchain.cli.completion import addresses
+
+    return addresses(incomplete)
+
+
+def address(*, metavar: str, help: str) -> Any:
+    """An argument that names an image or a place at a destination; a shell completes it."""
+    return typer.Argument(metavar=metavar, help=help, autocompletion=complete_address)
+
+
+def of(*values: str) -> Callable[[str], list[str]]:
+    """The `autocompletion` of an option that takes one of these values."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
 
 Json = Annotated[
     bool,
@@ -95,6 +122,7 @@ Format = Annotated[
         "--format",
         "-f",
         metavar="qcow2|raw",
+        autocompletion=of("qcow2", "raw"),
         help="Format of the image itself. By default by its suffix; never guessed from what it holds.",
     ),
 ]
@@ -168,7 +196,7 @@ def destination(
         raise InvalidInput(f"--pack-size is for repositories; a {traits.kind} has no packs", subject=dest)
     found = open_destination(
         dest,
-        passphrase=passphrase.source(password_file, password_command, out),
+        passphrase=passphrase_source(password_file, password_command, out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text) if traits.deduplicates else None,
@@ -185,3 +213,110 @@ def disk_of(address: DestinationAddress | PointAddress) -> str | None:
     from snapchain.destination.address import PointAddress as Point, parse_disk_address
 
     return parse_disk_address(str(address)).disk if isinstance(address, Point) else None
+
+
+def passphrase_source(file: Path | None, command: str | None, out: Output) -> Callable[[], str | None]:
+    """A function that returns the passphrase when it is called, or None when there is none.
+
+    From a file, a program, or SNAPCHAIN_PASSWORD; never from a command-line argument. An option beats the environment.
+    Nothing is read or run until a repository turns out to be encrypted.
+    """
+    if file is not None and command is not None:
+        raise InvalidInput("--password-file and --password-command are both given", hint="choose one of them")
+    if file is not None:
+        return lambda: _from_file(file, out)
+    if command is not None:
+        return lambda: _from_command(command)
+    return lambda: os.environ.get("SNAPCHAIN_PASSWORD") or None
+
+
+def _from_file(path: Path, out: Output) -> str:
+    from snapchain.host import passphrases
+    from snapchain.model.events import Notice
+
+    return passphrases.from_file(path, on_notice=lambda words: out.on_event(Notice(words)))
+
+
+def _from_command(command: str) -> str:
+    from snapchain.host import passphrases
+
+    try:
+        argv = shlex.split(command)
+    except ValueError as error:
+        raise InvalidInput(f"not a command: {error}", subject=command) from error
+    if not argv:
+        raise InvalidInput("--password-command is empty")
+    return passphrases.from_program(argv)
+
+
+DiskPairs = Annotated[
+    list[str],
+    address(
+        metavar="IMAGE DEST::DISK...",
+        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More such pairs: the "
+        "other disks of the same guest, at the same replica.",
+    ),
+]
+
+
+def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
+    """The replica, and each image with its disk's name there. Raises InvalidInput."""
+    from snapchain.destination.address import parse_disk_address
+
+    if len(words) % 2:
+        raise InvalidInput(f"{words[-1]} stands alone", hint="name pairs, an image and where it goes: IMAGE DEST::DISK")
+    pairs = [(Path(image), parse_disk_address(target)) for image, target in zip(words[::2], words[1::2], strict=True)]
+    dests = {address.dest for _, address in pairs}
+    if len(dests) > 1:
+        raise InvalidInput(
+            "the disks of one guest go to one replica", subject=", ".join(sorted(dests)), hint="name one DEST for all"
+        )
+    return dests.pop(), [(image, address.disk) for image, address in pairs]
+
+
+def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb with a parameter `policy` the options --keep-*: one for each rule of a retention Policy."""
+    from snapchain.model.retention import UNLIMITED, Policy, policy_of
+
+    counts = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, int)}
+    lists = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, frozenset)}
+
+    def option(field: str) -> str:
+        return f"keep_{field.removesuffix('s') if field in lists else field}"
+
+    def parameter(field: str) -> inspect.Parameter:
+        kind: Any = str | None
+        more: dict[str, Any] = {"metavar": "DURATION"}
+        if field in counts:
+            kind, more = int, {"metavar": "N", "min": UNLIMITED}
+        elif field in lists:
+            kind, more = list[str] | None, {"metavar": "LABEL"}
+        shown = typer.Option(help=Policy.model_fields[field].title, rich_help_panel=panel, **more)
+        default = Policy.model_fields[field].default if field in counts else None
+        return inspect.Parameter(
+            option(field), inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown]
+        )
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shown = inspect.signature(function, eval_str=True)
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> None:
+            given = {field: kwargs.pop(option(field)) for field in Policy.model_fields}
+            try:
+                policy = policy_of({field: value for field, value in given.items() if value not in (None, [])})
+            except InvalidInput as error:
+                if error.subject in Policy.model_fields:
+                    error.subject = f"--{option(error.subject).replace('_', '-')}"
+                raise
+            function(*args, policy=policy, **kwargs)
+
+        parameters = [
+            each
+            for old in shown.parameters.values()
+            for each in ([old] if old.name != "policy" else map(parameter, Policy.model_fields))
+        ]
+        called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorate

@@ -1,4 +1,4 @@
-"""`snapchain receive DIR`: take in a stream from stdin."""
+"""`snapchain receive DIR`: receive a stream from stdin into a replica."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import InvalidInput
+from snapchain.host.terminal import counted, numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +62,7 @@ def receive(
 def _draw_plan(console: Console, plan: ReceivePlan) -> None:
     render.headline(console, f"would receive {plan.disk} into {render.place(plan.destination)}")
     newest = f", newest point {plan.last_point}" if plan.last_point else ""
-    render.facts(console, [("there", f"{plan.layers_present} layers{newest}")])
+    render.facts(console, [("there", f"{counted(plan.layers_present, 'layer')}{newest}")])
 
 
 def _draw_report(console: Console, report: ReceiveReport) -> None:
@@ -70,7 +71,7 @@ def _draw_report(console: Console, report: ReceiveReport) -> None:
         console,
         [
             ("layers", f"{len(report.layers)} new, {report.layers_present} there already"),
-            ("points", ", ".join(map(str, report.points)) or "none new"),
+            ("points", numbered(report.points) or "none new"),
             ("read", size(report.bytes_received)),
         ],
     )

@@ -1,4 +1,4 @@
-"""`snapchain release ADDRESS --tag TAG`: take a hold off."""
+"""`snapchain release ADDRESS --tag TAG`: remove a hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from snapchain.cli.progress import Mode
 )
 def release(
     target: Annotated[
-        str, typer.Argument(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
+        str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="The hold to take off.")],

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.cli import quantities
-from snapchain.host.terminal import printable
+from snapchain.host.terminal import numbered, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,7 +104,7 @@ def folded(text: str, width: int, *, hanging: int = 0) -> list[str]:
 def findings(console: Console, found: Iterable[Finding]) -> None:
     """What is damaged, a line each, with the points that it affects."""
     for finding in found:
-        points = ", ".join(map(str, finding.points))
+        points = numbered(finding.points)
         of = f" (disk {finding.disk}, points {points})" if finding.disk and points else ""
         line(console, f"{finding.kind}: {finding.subject}: {finding.message}{of}", style="red", indent=2)
 
@@ -234,12 +234,12 @@ def is_unicode(console: Console) -> bool:
     return "utf" in (console.encoding or "").lower()
 
 
-def points_of_the_future(console: Console, disk: str, points: Iterable[str]) -> None:
+def points_of_the_future(console: Console, disk: str, points: Iterable[int]) -> None:
     """A note where points are dated later than the clock."""
     named = list(points)
     if not named:
         return
-    which = f"point {named[0]} is" if len(named) == 1 else f"points {', '.join(named)} are"
+    which = f"point {named[0]} is" if len(named) == 1 else f"points {numbered(named)} are"
     words = f"note: {disk}: {which} dated in the future: a clock was wrong. No rule counts or drops such points"
     line(console, words, style="yellow")
 

@@ -1,4 +1,4 @@
-"""`snapchain restore DEST::DISK[@POINT] OUT`: get a point back."""
+"""`snapchain restore DEST::DISK[@POINT] OUT`: write a point to a new file or device, or as a whole chain."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
-from snapchain.cli.moments import moment
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
-from snapchain.cli.quantities import size
+from snapchain.cli.quantities import moment, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 def restore(
     source: Annotated[
         str,
-        typer.Argument(
+        options.address(
             metavar="DEST::DISK[@POINT]",
             help="The disk and the point: latest (default), a number, a label, or a time. A time means the newest "
             "point not after it; a date such as 2026-11-30, or yesterday, means the end of that day here.",
@@ -55,7 +54,13 @@ def restore(
     ] = False,
     image_format: Annotated[
         str | None,
-        typer.Option("--format", "-f", metavar="qcow2|raw", help="Format of OUT. By default by its suffix."),
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="qcow2|raw",
+            autocompletion=options.of("qcow2", "raw"),
+            help="Format of OUT. By default by its suffix.",
+        ),
     ] = None,
     connections: options.Connections = 1,
     limit_rate: options.LimitRate = None,

@@ -1,4 +1,4 @@
-"""`snapchain send IMAGE [DEST::DISK]`: bring what a replica lacks of an image, or write a stream to stdout."""
+"""`snapchain send IMAGE [DEST::DISK]`: send a chain to a replica, or as a stream to stdout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def send(
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
     ],
     target: Annotated[
-        str | None, typer.Argument(metavar="[DEST::DISK]", help="A replica; without it a stream goes to stdout.")
+        str | None, options.address(metavar="[DEST::DISK]", help="A replica; without it a stream goes to stdout.")
     ] = None,
     *,
     disk: Annotated[str | None, typer.Option("--disk", help="The disk's name in a stream that goes to stdout.")] = None,

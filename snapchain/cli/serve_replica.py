@@ -1,4 +1,4 @@
-"""`snapchain serve-replica --stdio [--root DIR] [--allow SET]`: what the ssh of a sender runs on the replica's host."""
+"""`snapchain serve-replica --stdio [--root DIR] [--allow SET]`: answer the ssh of a sender on the replica's host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snapchain.cli.app import verb
-from snapchain.cli.serving import LEFT_BEHIND
+from snapchain.cli.preconnect import LEFT_BEHIND
 
 
 @verb(
@@ -66,7 +66,7 @@ def serve_replica(
     `chgrp GROUP DIR` and `chmod 750 DIR` for the replica's directory.
     """
     from snapchain.errors import InvalidInput
-    from snapchain.ops.serve_replica import serve_stdio
+    from snapchain.ops.receive import serve_stdio
 
     if not stdio:
         raise InvalidInput("a sender speaks over the standard streams", hint="say --stdio")

@@ -13,6 +13,7 @@ from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import InvalidInput
+from snapchain.host.terminal import numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,7 @@ def ship(
     image: Annotated[
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
     ],
-    target: Annotated[str, typer.Argument(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
+    target: Annotated[str, options.address(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
     *,
     label: options.Labels = None,
     each_layer: Annotated[
@@ -140,14 +141,14 @@ def _draw_report(console: Console, report: ShipReport) -> None:
             ("read", size(report.bytes_read)),
             ("stored", size(report.bytes_stored)),
             ("content", report.content_id),
-            ("still damaged", ", ".join(f"point {point}" for point in report.damaged)),
+            ("still damaged points", numbered(report.damaged)),
         ],
     )
 
 
 def _draw_damaged(console: Console, report: ShipReport) -> None:
     if report.damaged:
-        render.line(console, f"{report.disk}: still damaged: points {', '.join(map(str, report.damaged))}", style="red")
+        render.line(console, f"{report.disk}: still damaged: points {numbered(report.damaged)}", style="red")
 
 
 def _mark(publishes: bool) -> str:

@@ -1,4 +1,4 @@
-"""`snapchain snapshot IMAGE`: seal the top of a chain and put a fresh overlay under the same path."""
+"""`snapchain snapshot IMAGE`: seal the top of a chain, and put a fresh overlay under the same path."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.source.sealing import SnapshotPlan, SnapshotReport
+    from snapchain.ops.snapshot import SnapshotPlan, SnapshotReport
 
 
 @verb(
@@ -61,7 +62,7 @@ def snapshot(
 
     A small hidden file beside the sealed one notes the time and the labels, by which `merge IMAGE --keep-...` goes.
     """
-    from snapchain.source import sealing as ops
+    from snapchain.ops import snapshot as ops
 
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
         plan = ops.plan(
@@ -82,7 +83,7 @@ def _draw_plan(console: Console, plan: SnapshotPlan) -> None:
 
 
 def _draw_report(console: Console, report: SnapshotReport) -> None:
-    render.headline(console, f"sealed {report.image}: the chain has {report.layers} layers now")
+    render.headline(console, f"sealed {report.image}: the chain has {counted(report.layers, 'layer')} now")
     _draw_files(console, report)
 
 

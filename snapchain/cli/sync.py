@@ -8,12 +8,13 @@ import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.disk_pairs import DiskPairs, disk_pairs
+from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.preconnect import endpoint_at
 from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import Conflict, InvalidInput
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,7 +158,10 @@ def _targets(given: list[str] | None, count: int) -> list[str | None]:
     if not given:
         return [None] * count
     if len(given) != count:
-        raise InvalidInput(f"--guest-disk is given {len(given)} times for {count} disks", hint="once for each disk")
+        times = counted(len(given), "time")
+        raise InvalidInput(
+            f"--guest-disk is given {times} for {counted(count, 'disk')}", hint="give it once for each disk"
+        )
     return [*given]
 
 
@@ -185,7 +189,9 @@ def _draw_set_report(console: Console, report: SetReport) -> None:
         _draw_report(console, disk.model_copy(update={"commands": ()}), alone=False)
     predicted = report.predicted_cutover_seconds
     said = "are ready" if report.ready else "are not ready"
-    render.headline(console, f"{len(report.disks)} disks {said}, {size(report.bytes_left)} left in their tops")
+    render.headline(
+        console, f"{counted(len(report.disks), 'disk')} {said}, {size(report.bytes_left)} left in their tops"
+    )
     render.facts(
         console, [("predicted cutover", "not measured" if predicted is None else quantities.duration(predicted))]
     )

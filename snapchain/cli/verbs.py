@@ -1,28 +1,163 @@
-"""All verbs by name, in the order of --help. Importing a verb's file registers it.
+"""All verbs in the groups of --help, the words that people come with instead, and the page that --help prints.
 
-A command needs its own verb only; the parser of the other eighteen would be a tenth of its time.
+The table is all that `snapchain --help` and the completion of verbs need: a verb's file is loaded when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import typer
+from snapchain.errors import InvalidInput
 
-VERBS = (
-    "init", "snapshot", "ship", "send", "sync", "migrate", "receive", "log", "restore", "merge", "hold", "release",
-    "verify", "gc", "nightly", "inspect", "diff", "doctor", "serve-replica",
-)  # fmt: skip
+__all__ = ["ADDRESSES", "ALIASES", "GROUPS", "SUMMARY", "VERBS", "Verb", "check_verb", "help_page"]
 
 
-def load(words: Sequence[str] = ()) -> typer.Typer:
-    """The application for a command line: with the verb that it begins with, else with all of them."""
-    from snapchain.cli.app import app
+class Verb(NamedTuple):
+    """One verb. module: its file in snapchain.cli; summary: a sentence, the same as in the module's docstring."""
 
-    wanted = words[:1] if words and words[0] in VERBS else VERBS
-    for verb in wanted:
-        import_module(f"snapchain.cli.{verb.replace('-', '_')}")
-    return app
+    module: str
+    group: str
+    summary: str
+
+
+GROUPS: dict[str, dict[str, str]] = {
+    "Protect": {
+        "snapshot": "Seal the top of a chain, and put a fresh overlay under the same path.",
+        "ship": "Send what a destination lacks, and publish a point.",
+        "nightly": "Snapshot, ship, merge, collect and verify all that a configuration names.",
+    },
+    "Get back": {
+        "restore": "Write a point to a new file or device, or as a whole chain.",
+    },
+    "Look": {
+        "log": "List the points of a destination.",
+        "inspect": "Show what each layer of a chain holds, drawn to scale.",
+        "diff": "List the bytes that differ between two points or images.",
+        "verify": "Check the records of a destination, and a share of the data.",
+    },
+    "Move": {
+        "sync": "Make a replica ready for a live migration of the guest.",
+        "migrate": "Hand the disks of a guest over to another host.",
+    },
+    "Keep small": {
+        "merge": "Make one layer of several, in a chain of files or at a destination.",
+        "gc": "Delete data that no point needs.",
+        "hold": "Keep a layer's file, or a point, until it is released.",
+        "release": "Remove a hold.",
+    },
+    "Set up, repair": {
+        "init": "Make a repository.",
+        "doctor": "Finish or undo what interrupted commands left beside images.",
+        "send": "Send a chain to a replica, or as a stream to stdout.",
+        "receive": "Receive a stream from stdin into a replica.",
+    },
+    "": {  # not for people, and not in --help
+        "serve-replica": "Answer the ssh of a sender on the replica's host.",
+    },
+}
+
+VERBS = {
+    name: Verb(name.replace("-", "_"), group, summary)
+    for group, verbs in GROUPS.items()
+    for name, summary in verbs.items()
+}
+
+ALIASES = {
+    "backup": "ship", "upload": "ship", "push": "ship", "copy": "ship", "cp": "ship",
+    "seal": "snapshot", "snap": "snapshot", "freeze": "snapshot",
+    "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log", "status": "log",
+    "info": "inspect", "show": "inspect", "map": "inspect",
+    "check": "verify", "fsck": "verify", "scrub": "verify",
+    "compare": "diff",
+    "prune": "merge", "forget": "merge", "rm": "merge", "remove": "merge", "delete": "merge", "commit": "merge",
+    "flatten": "merge", "compact": "merge", "rebase": "merge", "expire": "merge",
+    "cleanup": "gc", "clean": "gc", "vacuum": "gc",
+    "convert": "restore", "extract": "restore", "export": "restore", "download": "restore", "recover": "restore",
+    "pin": "hold", "unpin": "release",
+    "replicate": "send", "mirror": "send",
+    "create": "init", "repair": "doctor", "unlock": "doctor", "cron": "nightly", "move": "migrate",
+}  # fmt: skip
+"""A word that people know from other programs -> the verb that does it here."""
+
+_NOTES = {
+    "prune": "`snapchain merge DEST::DISK --keep-last 7` drops points; `snapchain gc DEST` then frees their space",
+    "convert": "`snapchain restore` writes a point as qcow2 or raw; to convert an image file, use `qemu-img convert`",
+    "copy": "ship an image to a second destination as to the first",
+    "rm": "points are dropped by rules: `snapchain merge DEST::DISK --keep-last 7`",
+}
+_NOTES |= dict.fromkeys(("forget", "expire"), _NOTES["prune"])
+_NOTES |= dict.fromkeys(("remove", "delete"), _NOTES["rm"])
+_NOTES["cp"] = _NOTES["copy"]
+
+_OPTIONS = {
+    "--version": "Print the version.",
+    "--install-completion": "Install completion for the current shell.",
+    "--show-completion": "Print the completion for the current shell, to copy or to change it.",
+    "-h, --help": "Print this page; after a verb, the verb's.",
+}
+ADDRESSES = """\
+An ADDRESS is the path of an image, or DEST::DISK[@POINT].
+DEST is a repository (a directory, or s3://bucket/prefix) or a replica (ssh://[user@]host/path or dir:/path).
+DISK is a name such as web1/vda.
+POINT is latest, a number, a label, or a time: RFC 3339, or a local date and time. A date such as 2026-11-30, today or \
+yesterday means the end of that day. A time means the newest point not after it.
+The path of an existing file is that image, even with '::' in it; ./a::b is always a path."""
+SUMMARY = "Ship, merge and restore the snapshot chains of QEMU disks."
+_EXIT_CODES = """\
+0 done, 2 wrong request, 3 not found, 4 conflict, 5 corrupt, 6 unsupported, 7 unavailable, 8 a program failed, 9 busy, \
+10 partly failed, 11 the output could not be written, 129 and 130 interrupted."""
+_WIDEST = 100
+"""Columns: longer lines are hard to read."""
+
+
+def check_verb(word: str) -> None:
+    """Raises InvalidInput for a word that is no verb, with the verb that is probably meant."""
+    if word in VERBS:
+        return
+    meant = ALIASES.get(word.lower())
+    if meant is None:
+        from difflib import get_close_matches
+
+        names = [*(name for name, verb in VERBS.items() if verb.group), *ALIASES]
+        near = get_close_matches(word.lower(), names, n=1)
+        meant = ALIASES.get(near[0], near[0]) if near else None
+    if meant is None:
+        raise InvalidInput("there is no such verb", subject=word, hint="`snapchain --help` lists all verbs")
+    raise InvalidInput(
+        f"did you mean `snapchain {meant}`? {VERBS[meant].summary}",
+        subject=word,
+        hint=_NOTES.get(word.lower(), f"snapchain {meant} --help"),
+    )
+
+
+def help_page(*, width: int, bold: bool) -> str:
+    """The page of `snapchain --help`, in lines of `width` columns at most. bold: titles stand out on a terminal."""
+    import textwrap
+
+    width = max(40, min(width, _WIDEST))
+
+    def title(text: str) -> str:
+        return f"\x1b[1m{text}\x1b[0m" if bold else text
+
+    def rows(entries: dict[str, str]) -> list[str]:
+        longest = max(map(len, _OPTIONS if entries is _OPTIONS else (n for n, verb in VERBS.items() if verb.group)))
+        return [
+            textwrap.fill(text, width, initial_indent=f"  {name:<{longest}}  ", subsequent_indent=" " * (longest + 4))
+            for name, text in entries.items()
+        ]
+
+    def prose(text: str) -> list[str]:
+        return [
+            textwrap.fill(line, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+            for line in text.split("\n")
+        ]
+
+    lines = [f"{title('Usage:')} snapchain [OPTIONS] VERB [ARGUMENTS]...", ""]
+    lines += [f"  {SUMMARY}", ""]
+    for group, verbs in GROUPS.items():
+        if group:
+            lines += [title(group), *rows(verbs), ""]
+    lines += [title("Options"), *rows(_OPTIONS), ""]
+    lines += [title("Addresses"), *prose(ADDRESSES), ""]
+    lines += [title("Exit codes"), *prose(_EXIT_CODES)]
+    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""`snapchain verify DEST[::DISK]`: is what is stored whole and true?"""
+"""`snapchain verify DEST[::DISK]`: check the records of a destination, and a share of the data."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.progress import Mode
 from snapchain.errors import Corrupt, InvalidInput
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     when_interrupted="nothing was being changed",
 )
 def verify(
-    target: Annotated[str, typer.Argument(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
     read_data: Annotated[
         bool, typer.Option("--read-data", help="Read all data too, and compare the bytes with what was shipped.")
@@ -68,9 +69,10 @@ def verify(
 
 
 def _draw(console: Console, report: VerifyReport) -> None:
-    render.headline(console, "all is well" if report.ok else f"damaged: {len(report.findings)} findings")
+    render.headline(console, "all is well" if report.ok else f"damaged: {counted(len(report.findings), 'finding')}")
     how = "records and data" if report.data_read else "records; --read-data reads the data too"
-    checked = f"{report.disks} disks, {report.points} points, {report.layers} layers"
+    parts = {"disk": report.disks, "point": report.points, "layer": report.layers}
+    checked = ", ".join(counted(number, noun) for noun, number in parts.items())
     render.facts(console, [("checked", checked), ("read", f"{quantities.size(report.checked_bytes)} ({how})")])
     _draw_findings(console, report)
 

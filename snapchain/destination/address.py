@@ -134,6 +134,12 @@ def located(dest: str, *, directory: Path = Path()) -> str:
     return dest[:length].lower() + dest[length:]
 
 
+def local_directory(dest: str) -> Path | None:
+    """The directory of this machine at a located address; None for a bucket or another host."""
+    scheme = next((each for each in ("file://", "dir:") if dest.lower().startswith(each)), "")
+    return Path(dest[len(scheme) :]) if scheme or dest.startswith("/") else None
+
+
 def in_full(wanted: str | None) -> str | None:
     """The text after '@', with a date or a local time written as an RFC 3339 time; other text as it is.
 

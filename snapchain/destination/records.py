@@ -47,11 +47,15 @@ class PointRecord(Record):
 
 
 class DiskRecord(Record):
-    """A disk and its points, oldest first. epoch: says which host may write it, and grows at each failover."""
+    """A disk and its points, oldest first.
+
+    epoch: says which host may write it, and grows at each failover; layers: distinct ones of all points
+    """
 
     name: str
     epoch: int
     points: tuple[PointRecord, ...]
+    layers: int = 0
 
 
 class Finding(Record):

@@ -27,7 +27,7 @@ from snapchain.host.batches import Buffer, batches, rest
 PATIENCE = 300.0
 """Seconds. A link that is cut for half a minute comes back: TCP sends again what was lost."""
 _READ_AHEAD = 64 << 10
-_AGAIN = "run it again: it goes on where it stopped"
+_AGAIN = "run it again: it resumes where it stopped"
 
 
 class Bell:

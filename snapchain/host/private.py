@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from snapchain.errors import InvalidInput
-from snapchain.host.directory import Directory
+from pydantic import BaseModel, ValidationError
+
+from snapchain.errors import Corrupt, InvalidInput
+from snapchain.host.directory import Directory, resolve, writer_of
 from snapchain.host.files import make_directories, read_in, write_in
 from snapchain.host.os_errors import os_errors
-from snapchain.host.rights import Rights
+from snapchain.host.rights import EVERYBODY, Rights
 from snapchain.host.temporary_names import NEW, temporary_beside
 
 DIRECTORY_MODE = 0o700
@@ -173,3 +175,70 @@ def _read_own(directory: Directory, name: str, *, cap: int, is_secret: bool = Fa
             )
 
     return read_in(directory, name, cap=cap, check=check)
+
+
+# --- Records in this user's state directory: one pydantic model a file, in JSON.
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_record(path: Path, shape: type[M], *, cap: int) -> M:
+    """cap: bytes that it may have.
+
+    Raises NotFound where there is none, Corrupt for what is no such record, and as PrivateDirectory.
+    """
+    with PrivateDirectory(path.parent) as directory:
+        text = directory.read(path.name, cap=cap)
+    try:
+        return shape.model_validate_json(text)
+    except ValidationError as error:
+        raise Corrupt(
+            "this file is unsound", subject=path, hint="remove it: what it holds is found out again"
+        ) from error
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Replace it, and make its directory."""
+    with PrivateDirectory(path.parent, make=True) as directory:
+        directory.write(path.name, record.model_dump_json().encode())
+
+
+# --- Configuration files decide which programs run: they are read only where no one but this user and root can write.
+#
+# A user who can write a configuration runs programs as its reader, and chooses which files the reader overwrites.
+# So the file's own mode counts, and the mode of each directory through which it could be replaced, as sshd does it.
+
+_REMEDY = "let only yourself or root own it, and write to it and its directory; whoever can write to it runs programs"
+
+
+def read_trusted(path: Path, *, cap: int = 1 << 20) -> bytes:
+    """The bytes of such a file; links are followed.
+
+    Raises InvalidInput where somebody else can write or replace it, or it is larger, and what reading a file raises.
+    """
+    with os_errors(path):
+        found = resolve(path, strict=True)
+        with Directory.open(found.real.parent) as directory:
+            fd = directory.open_file(found.real.name, subject=path)
+            with os.fdopen(fd, "rb") as file:
+                writer = found.chosen_by or _who_else(directory, fd)
+                if writer is not None:
+                    raise InvalidInput(f"{writer} can write or replace this file", subject=path, hint=_REMEDY)
+                data = file.read(cap + 1)
+    if len(data) > cap:
+        raise InvalidInput(f"larger than the {cap} bytes that it may have", subject=path)
+    return data
+
+
+def _who_else(directory: Directory, fd: int) -> Rights | None:
+    """Whoever besides this user and root can write to an open file of a directory, or put another in its place."""
+    status, place = os.fstat(fd), os.fstat(directory.fd)
+    if os.geteuid() == 0:
+        return writer_of(status, fd) or directory.rights_of_file(status)
+    for each in (status, place):
+        if each.st_uid not in (0, os.geteuid()):
+            return Rights.of_user(each.st_uid)
+    is_protected = place.st_mode & stat.S_ISVTX
+    if status.st_mode & stat.S_IWOTH or (place.st_mode & stat.S_IWOTH and not is_protected):
+        return EVERYBODY
+    return None

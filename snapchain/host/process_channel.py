@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
-from snapchain.host import descriptors
+from snapchain.host import process_limits
 from snapchain.host.channel import PATIENCE, Bell, Channel
 from snapchain.host.processes import STDERR_CAP, die_with_parent, find_program
 
@@ -48,7 +48,7 @@ class ProcessChannel(Channel):
     ) -> None:
         """Start it. Raises ToolFailed when the program is missing or cannot be started."""
         command = [find_program(argv[0], argv), *argv[1:]]
-        if limit := descriptors.for_children():
+        if limit := process_limits.for_children():
             command = [find_program("prlimit", argv), *limit, "--", *command]
         its_in, writer = _pipe()
         reader, its_out = _pipe()

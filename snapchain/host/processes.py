@@ -17,15 +17,15 @@ import ctypes
 import os
 import shutil
 import signal
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from snapchain.errors import InvalidInput, ToolFailed
-from snapchain.host import descriptors
-from snapchain.host.interrupts import held_back
+from snapchain.host import process_limits
 
 MiB = 1 << 20
 DEFAULT_OUTPUT_CAP = 64 * MiB
@@ -196,7 +196,7 @@ def _commandline(argv: Sequence[str], limits: Limits | None) -> list[str]:
             raise InvalidInput("a program cannot be given this name", subject=repr(argument))
     program = find_program(argv[0], argv)
     limits = limits or Limits(open_files=None)
-    bounds = limits.arguments() + (descriptors.for_children() if limits.open_files is None else [])
+    bounds = limits.arguments() + (process_limits.for_children() if limits.open_files is None else [])
     return [find_program("prlimit", argv), *bounds, "--", program, *argv[1:]]
 
 
@@ -254,3 +254,31 @@ def _how_it_ended(status: int, stderr: str) -> str:
 
 def _failure(what: str, argv: Sequence[str], status: int, stderr: str) -> ToolFailed:
     return ToolFailed(what, argv=argv, status=status, stderr=stderr, subject=Path(argv[0]).name)
+
+
+# --- Ctrl-C, SIGTERM and SIGHUP are deferred while a program starts, until the code that ends it knows the process.
+#
+# KeyboardInterrupt can be raised anywhere, also halfway through starting a program: then no code could end it.
+# Raised in a fork callback (logging has one), it is printed and lost, so that Ctrl-C has no effect.
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """A signal that comes during the block takes effect at its end. Outside of the main thread none ever does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What was installed by other means than Python's cannot be put back.
+    before = {number: handler for number in _NUMBERS if (handler := signal.getsignal(number)) is not None}
+    came: list[int] = []
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _frame: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])

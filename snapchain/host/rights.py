@@ -14,7 +14,6 @@ import errno
 import functools
 import grp
 import os
-import platform
 import pwd
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,7 +147,7 @@ def _become(rights: Rights) -> None:
 def _set_groups(rights: Rights) -> None:
     import ctypes
 
-    machine = platform.machine()
+    machine = os.uname().machine
     number = _SETGROUPS_GENERIC if machine in _GENERIC else _SETGROUPS.get(machine)
     if number is None:
         raise _refused(rights, f"the groups of a thread cannot be changed on {machine}")

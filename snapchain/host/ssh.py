@@ -251,7 +251,7 @@ def _port(port: str, text: str) -> int:
 # same pipe. So the text decides; it is OpenSSH's in the C locale.
 
 _OF_SSH = 255
-_GO_ON = "run it again: it goes on where it stopped"
+_GO_ON = "run it again: it resumes where it stopped"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +30,8 @@ class Temporary(NamedTuple):
 
 def temporary_beside(path: Path, *, purpose: str) -> Path:
     """An unused name in the directory of `path`, cut to 255 bytes."""
+    import secrets  # inside: it loads OpenSSL, for which a command that only reads need not wait
+
     tail = f".{purpose}-{secrets.token_hex(_RANDOM_BYTES)}"
     name = path.name.encode()[: _LONGEST - 1 - len(tail)].decode(errors="ignore")
     return path.with_name(f".{name}{tail}")

@@ -16,6 +16,9 @@ import shlex
 import unicodedata
 from collections.abc import Iterable
 
+_MOST_PARTS = 12
+"""Of a list of numbers: a year of daily points, each third of which is kept, would fill a screen."""
+
 # Control characters; invisible ones that change what stands around them; lone halves of a pair; line separators.
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = frozenset("\u200c\u200d")  # they belong to words of some languages, and to emoji
@@ -70,3 +73,22 @@ def _in_dollar_quotes(char: str) -> str:
         return char
     errors = "surrogateescape" if "\udc80" <= char <= "\udcff" else "surrogatepass"  # a byte of a name, or half a pair
     return "".join(f"\\x{byte:02x}" for byte in char.encode("utf-8", errors))
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 disk', '2 disks'. noun: in the singular, one that takes an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def numbered(numbers: Iterable[int]) -> str:
+    """'1, 2, 5-365': numbers for people. Three or more in a row become a range; what does not fit is only counted."""
+    left = sorted(set(numbers))
+    parts: list[str] = []
+    while left:
+        if len(parts) == _MOST_PARTS:
+            return f"{', '.join(parts)} and {len(left)} more"
+        row = next((at for at, number in enumerate(left) if number != left[0] + at), len(left))
+        row = row if row > 2 else 1
+        parts.append(str(left[0]) if row == 1 else f"{left[0]}-{left[row - 1]}")
+        left = left[row:]
+    return ", ".join(parts)

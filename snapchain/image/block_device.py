@@ -24,7 +24,7 @@ from snapchain.host.directory import open_behind
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
-from snapchain.image.positioned import write_all
+from snapchain.image.pread import write_all
 
 _BLKSSZGET = 0x1268
 _BLKZEROOUT = 0x127F

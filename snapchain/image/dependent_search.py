@@ -9,14 +9,14 @@ where the file is reached through a bind mount, also the tree around its other p
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
 from snapchain.host.directory import Directory, Resolved, real_path, resolve
-from snapchain.host.leftovers import is_leftover
-from snapchain.host.mounts import other_names
+from snapchain.host.files import is_leftover
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, RESTORE, SNAPSHOT, temporary_of
 from snapchain.image import ImageChain
@@ -122,3 +122,50 @@ def is_linked_elsewhere(file: Path, others: Dependents) -> bool:
     home = real_path(file).parent
     links = [file, *(user.path for user in others.on(file, Kind.LINK) if user.path is not None)]
     return any(real_path(link.parent) != home for link in links)
+
+
+# --- Other names of a file: bind mounts, and filesystems that are mounted twice.
+
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+TABLE = Path("/proc/self/mountinfo")
+_Mount = tuple[str, Path, Path]
+"""The filesystem's number, which of its directories (or files) is shown, and where."""
+
+
+def other_names(path: Path) -> list[Path]:
+    """The other paths of a file or directory whose own path holds no symbolic links. [] where that cannot be told."""
+    mounts = list(_mounts())
+    # Of several mounts at one place the last one is seen.
+    holding = [mount for mount in mounts if path.is_relative_to(mount[2])]
+    if not holding:
+        return []
+    number, shown, at = max(reversed(holding), key=lambda mount: len(mount[2].parts))
+    inside = shown / path.relative_to(at)
+    names = [
+        mounted / inside.relative_to(root)
+        for filesystem, root, mounted in mounts
+        if filesystem == number and inside.is_relative_to(root)
+    ]
+    return [name for name in dict.fromkeys(names) if name != path and _is_same(name, path)]
+
+
+def _mounts() -> Iterator[_Mount]:
+    try:
+        lines = TABLE.read_bytes().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        fields = line.split()
+        yield os.fsdecode(fields[2]), _path(fields[3]), _path(fields[4])
+
+
+def _path(escaped: bytes) -> Path:
+    return Path(os.fsdecode(_ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), escaped)))
+
+
+def _is_same(name: Path, path: Path) -> bool:
+    """Not so where another mount hides it, or it is not there."""
+    try:
+        return name.samefile(path)
+    except OSError:
+        return False

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from snapchain.image.physical import Int64s, Mask
-from snapchain.model.distinct import distinct
+from snapchain.model.extents import distinct
 
 _FIEMAP = 0xC020660B
 _HEAD = struct.Struct("=QQIIII")

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from snapchain.image.file import ImageFile
 from snapchain.image.physical import Int32s, Int64s, Mask, Physical
-from snapchain.model.distinct import distinct
-from snapchain.model.extents import DATA, Extents, pairwise
+from snapchain.model.extents import DATA, Extents, distinct, pairwise
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from snapchain.errors import Corrupt, Unavailable
+from snapchain.host.batches import MOST_BYTES, Buffer, batches, rest
 
 
 def pread_into(fd: int, buffer: memoryview, *, offset: int, subject: object) -> None:
@@ -39,3 +41,25 @@ def pread(fd: int, length: int, *, offset: int, subject: object) -> bytes:
 def file_bytes(fd: int) -> int:
     """Size of a regular file or block device; what a device says by seeking to its end."""
     return os.lseek(fd, 0, os.SEEK_END)
+
+
+# --- Positioned writing: all bytes are written, or an error is raised.
+
+
+def write_all(fd: int, data: Buffer, offset: int) -> None:
+    """Write `data` at a file offset; thread-safe. Raises OSError."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(fd, view[:MOST_BYTES], offset)
+        view = view[written:]
+        offset += written
+
+
+def write_vector(fd: int, parts: Sequence[Buffer], offset: int) -> None:
+    """Write buffers one behind the other from a file offset on, with few system calls; else as `write_all`."""
+    for batch in batches(parts):
+        left = batch
+        while left:
+            done = os.pwritev(fd, left, offset)
+            left = rest(left, done)
+            offset += done

@@ -17,8 +17,7 @@ from snapchain.image.file import ImageFile
 from snapchain.image.physical import Int32s, Int64s, Mask
 from snapchain.image.pieces import Pieces, joined_runs, pieces_of
 from snapchain.image.pread import file_bytes, pread
-from snapchain.model.distinct import distinct
-from snapchain.model.extents import Extents
+from snapchain.model.extents import Extents, distinct
 
 
 @dataclass(frozen=True, slots=True, eq=False)

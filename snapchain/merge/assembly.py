@@ -24,7 +24,7 @@ from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
 from snapchain.image.physical import Int32s, Mask
 from snapchain.image.pieces import Pieces, joined_runs, pieces_of
-from snapchain.image.positioned import write_all
+from snapchain.image.pread import write_all
 from snapchain.image.qcow2 import encode
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.format import (
@@ -195,7 +195,7 @@ def choose_geometry(
         extended_l2 = any(header.extended_l2 for number in givers if (header := files[number].header))
     if cluster_size is not None:
         return Geometry(cluster_size, extended_l2)
-    # Of equal ones the uppermost: it will be asked most.
+    # Of equal ones the uppermost: most reads go there.
     largest = max(givers, key=lambda number: (int(share[number]), number), default=None)
     bits = (files[largest].cluster_size if largest is not None else DEFAULT_CLUSTER_SIZE).bit_length() - 1
     if extended_l2:
@@ -228,7 +228,7 @@ def kept_compressed(
     """Which pieces stay compressed in a file of `size` guest bytes, and the method of that file."""
     fits = pieces.whole & (pieces.stored > 0)
     fits &= np.array([file.cluster_size == cluster_size for file in files], np.bool_)[pieces.file]
-    # A cluster that the old disk's end cuts may hold anything behind it; cut at the new end, nobody sees that.
+    # A cluster that the old disk's end cuts may hold anything behind it; cut at the new end, that stays hidden.
     ends_here = np.array([file.size == size for file in files], np.bool_)[pieces.file]
     fits &= (pieces.length == cluster_size) | (ends_here & (pieces.guest + pieces.length == size))
     is_zstd = np.array([file.compression == "zstd" for file in files], np.bool_)[pieces.file]
@@ -281,7 +281,7 @@ def _placed(source: Int64s, length: Int64s) -> tuple[Int64s, int]:
 
 # --- Making the file that `plan` has laid out: data first, then the tables, then the header that makes it an image.
 #
-# Nothing is flushed between: until the whole file is, it has a temporary name that nobody takes for an image.
+# Nothing is flushed in between: until the whole file is flushed, its temporary name is not taken for an image.
 
 _STEP = 1 << 20
 
@@ -289,10 +289,10 @@ _STEP = 1 << 20
 def write_assembly(
     assembly: Assembly, fd: int, *, subject: object = None, on_bytes: OnBytes = lambda _count: None
 ) -> Moved:
-    """Write a new file; the caller flushes it before anybody relies on it.
+    """Write a new file; the caller flushes it before it is used.
 
-    fd: a new empty file, open for reading and writing; it stays the caller's. on_bytes: told of bytes of
-    `assembly.bytes_moved` as they are done, from several threads, one at a time.
+    fd: a new empty file, open for reading and writing; it stays the caller's. on_bytes: called with the
+    bytes of `assembly.bytes_moved` that were just done, from several threads, one call at a time.
 
     Raises Unavailable (disk full or failing), Corrupt (a source's data); then the file has no header yet.
     """

@@ -1,9 +1,9 @@
-"""Which ranges to merge when the user says rules and not layers.
+"""Which ranges to merge when the user gives rules and not layers.
 
 What no merge may touch, and which views stay, gives the ranges that may be merged (model/choice.py).  Without a cap or
 a budget all of them are; with a cap as few layers as suffice, at the least cost; with a budget what gains most
-(model/budget.py).  Costs are first what the maps say; then each chosen merge is planned to the byte, and where the
-budget would not suffice it is chosen again with these numbers.
+(model/choice.py).  Costs are first estimated from the maps; then each chosen merge is planned to the byte.  Where the
+budget would not suffice, the choice is made again with the exact numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from snapchain.merge.rates import FIXED_SECONDS, Rates, seconds_of
 from snapchain.merge.request import MergeRequest
 from snapchain.merge.stack import Stack
 from snapchain.merge.step import MergeStep
-from snapchain.model import budget
+from snapchain.model import choice as budget
 from snapchain.model.choice import MergeRange, barred, segments
 from snapchain.model.economics import Into
 from snapchain.model.extents import Int64s
@@ -56,7 +56,9 @@ class _View:
 
 
 def choose(stack: Stack, request: MergeRequest, rates: Rates, plan_range: PlanRange, others: Dependents) -> Chosen:
-    """plan_range: of one range, to the byte; may raise Unsupported for files that cannot be merged: these stay.
+    """Choose the ranges that the rules, the cap and the budget of a request ask for.
+
+    plan_range: plans one range to the byte; may raise Unsupported for files that cannot be merged: these stay
 
     others: what else depends on the files of the chain
     """
@@ -74,7 +76,7 @@ def choose(stack: Stack, request: MergeRequest, rates: Rates, plan_range: PlanRa
             refused.add(culprit)
             chosen.notices.append(f"{error}: it stays as it is")
             continue
-        _tell_of_the_cap(stack, request, chosen)
+        _add_notice_of_cap(stack, request, chosen)
         return chosen
 
 
@@ -88,7 +90,7 @@ def _allowed(
     def stays(place: int, why: str) -> None:
         chosen.stays.setdefault(place, []).append(why)
 
-    # A top that will be written to again is shipped whole again once it was merged; without destinations nobody cares.
+    # A top that is written to after a merge is shipped as a whole again; without destinations that does not matter.
     with_top = not stack.present and request.policy.is_empty
     bars = barred(
         count,
@@ -217,7 +219,7 @@ def _place_of(stack: Stack, subject: str | None) -> int | None:
     return None
 
 
-def _tell_of_the_cap(stack: Stack, request: MergeRequest, chosen: Chosen) -> None:
+def _add_notice_of_cap(stack: Stack, request: MergeRequest, chosen: Chosen) -> None:
     if request.max_layers is None:
         return
     left = len(stack) - sum(each.removes for each in chosen.ranges)

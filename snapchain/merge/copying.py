@@ -24,9 +24,9 @@ from snapchain.image.file import ImageFile
 from snapchain.image.holes import stored_range
 from snapchain.image.physical import Int32s, Int64s, Mask
 from snapchain.image.pieces import joined_runs
-from snapchain.image.positioned import write_all
-from snapchain.image.pread import file_bytes, pread_into
+from snapchain.image.pread import file_bytes, pread_into, write_all
 from snapchain.image.threads import spread
+from snapchain.model.events import ByteCount, OnEvent, Progress
 
 SPARE = 1 << 20
 """Bytes of room for what the filesystem itself needs to record, beside what is copied."""
@@ -124,7 +124,7 @@ def share_range(source: int, source_offset: int, target: int, target_offset: int
 
 
 def copy_range(source: int, source_offset: int, target: int, target_offset: int, length: int) -> int:
-    """Copy inside the kernel; how many bytes were copied until it would not go on, be it at once."""
+    """Copy inside the kernel; the number of bytes copied until it refused to go on, 0 where it refused at once."""
     done = 0
     while done < length:
         try:
@@ -154,6 +154,13 @@ def _sync_file_range() -> ctypes._NamedFuncPointer | None:
         return None
     call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     return call
+
+
+def reporting(phase: str, total: int, on_event: OnEvent) -> OnBytes:
+    """Report the beginning of a phase; call what is returned with the bytes that were just done."""
+    count = ByteCount(total, lambda done, of: on_event(Progress(phase, done, of)), every=0)
+    count.reach(0)
+    return count.add
 
 
 # --- Carrying out a list of copies: shared where the filesystem can, else copied in the kernel, else read and written.

@@ -11,22 +11,21 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.host import files
 from snapchain.host.locks import ImageLock
 from snapchain.image import ImageChain, ImageFile
-from snapchain.image.dependent_search import search_directories
 from snapchain.image.qcow2.header import Backing
 from snapchain.merge import amendment
 from snapchain.merge.amendment import Amendment
-from snapchain.merge.copying import SPARE, shares_extents
-from snapchain.merge.inputs import check_still_allowed, links_to
-from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, linked, sweep
+from snapchain.merge.copying import SPARE, reporting, shares_extents
+from snapchain.merge.inputs import check_still_allowed
+from snapchain.merge.journal import FileId, OpenJournal, linked, of_step, sweep
 from snapchain.merge.prove import check_link, check_refcounts, check_unchanged, prove, reread
 from snapchain.merge.request import MergeRequest
-from snapchain.model.events import Notice, OnEvent, Progress
+from snapchain.model.events import Notice, OnEvent
 from snapchain.model.merging import Strategy
 
 if TYPE_CHECKING:
@@ -90,7 +89,8 @@ def _make(step: MergeStep, work: Amendment, old: ImageChain, on_event: OnEvent) 
         standing = [os.fstat(file.fileno()) for file in (old.files[step.last], work.file)]
         files.check_standing(standing[0], standing[1], subject=step.result)
     with _opened(work.file) as fd:
-        journal = OpenJournal(_record(step, work, old))
+        stage: Literal["committing", "absorbing"] = "committing" if step.strategy is Strategy.COMMIT else "absorbing"
+        journal = OpenJournal(of_step(step, old, stage, FileId.of(work.file.real_path)))
         try:
             _fill(step, work, old, fd, on_event)
             if step.strategy is Strategy.ABSORB:
@@ -108,14 +108,6 @@ def _make(step: MergeStep, work: Amendment, old: ImageChain, on_event: OnEvent) 
 
 
 def _fill(step: MergeStep, work: Amendment, old: ImageChain, fd: int, on_event: OnEvent) -> None:
-    total, done = work.bytes_moved, 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_event(Progress("merge", done, total))
-
-    on_event(Progress("merge", 0, total))
     below, view = old.files[: step.first], old.at(step.last)
 
     def check(pending: amendment.Pending) -> None:
@@ -125,7 +117,7 @@ def _fill(step: MergeStep, work: Amendment, old: ImageChain, fd: int, on_event: 
         check_unchanged(old, but=work.target)
 
     shown: list[ImageFile] = []
-    amendment.fill(work, fd, subject=step.result, on_bytes=on_bytes, prove=check)
+    amendment.fill(work, fd, subject=step.result, on_bytes=reporting("merge", work.bytes_moved, on_event), prove=check)
     if step.strategy is Strategy.COMMIT:
         amendment.relink(work, fd, subject=step.result)
     with reread(work.file.real_path, fd, below) as new:
@@ -150,23 +142,6 @@ def _undo(step: MergeStep, journal: OpenJournal, fd: int) -> None:
             amendment.settle(fd, subject=step.result)
             files.remove(journal.journal.path)
     journal.close()
-
-
-def _record(step: MergeStep, work: Amendment, old: ImageChain) -> MergeJournal:
-    commits = step.strategy is Strategy.COMMIT
-    result = FileId.of(work.file.real_path)
-    return MergeJournal(
-        stage="committing" if commits else "absorbing",
-        replaced=FileId.of(step.result),
-        result=result,
-        lowest=old.files[step.first].real_path,
-        link=step.backing,
-        remove=tuple(FileId.of(path) for path in step.remove if path != result.path),
-        search=search_directories(old, step.request.image_dirs),
-        top=old.top.path,
-        links=links_to(old, step.remove),
-        confirmed=step.confirmed,
-    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What may be merged, and what becomes of each input: which go, and which somebody else still needs."""
+"""The inputs of a merge: which files a request names, what may be merged, which of them go and which stay, and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Conflict, InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import real_path
 from snapchain.host.replica_layout import layers_of
-from snapchain.host.terminal import shell_word
+from snapchain.host.terminal import counted, shell_word
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.dependent_search import Dependents, is_outside
 from snapchain.image.dependents import SEEN
@@ -35,11 +35,11 @@ class KeptFile(BaseModel):
 
 
 def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep_inputs: bool) -> None:
-    """Raises Unsupported for inputs that a merge would take something from that no copy of their data gives back."""
+    """Raises Unsupported for inputs with something besides their data that a merge would lose."""
     for file in inputs:
         if file.header is not None and file.header.snapshots:
             raise Unsupported(
-                f"it holds {file.header.snapshots} internal snapshots, which a merge would lose",
+                f"it holds {counted(file.header.snapshots, 'internal snapshot')}, which a merge would lose",
                 subject=file.path,
                 hint="`qemu-img snapshot -l` lists them, `-d` deletes one",
             )
@@ -58,7 +58,7 @@ def check(inputs: Sequence[ImageFile], journals: Sequence[MergeJournal], *, keep
             raise Unsupported(
                 "it has further hard links, whose users would lose their content",
                 subject=file.path,
-                hint="remove the other names (`find -samefile`), or say --keep-inputs",
+                hint="remove the other names (`find -samefile`), or use --keep-inputs",
             )
     upper = inputs[-1]
     if not stat.S_ISREG(os.fstat(upper.fileno()).st_mode):
@@ -76,7 +76,7 @@ def check_holds(chain: ImageChain, first: int, last: int) -> None:
 
 
 def check_still_allowed(chain: ImageChain, first: int, last: int) -> None:
-    """Raises Conflict for a disk that was given away, or a layer that was held, since the decision hours before.
+    """Raises Conflict for a disk that was given away, or a layer that was held, since the plan was made.
 
     Also raises what reading the notes raises.
     """
@@ -96,11 +96,6 @@ def bitmaps(files: Sequence[ImageFile]) -> list[tuple[ImageFile, str]]:
         for file in files
         if file.header is not None and file.header.bitmaps
     ]
-
-
-def links_to(chain: ImageChain, files: Collection[Path]) -> tuple[Path, ...]:
-    """The names other than their real paths by which a chain opens some of its files."""
-    return tuple(file.path for file in chain.files if file.real_path in files and file.path != file.real_path)
 
 
 def classify(
@@ -166,7 +161,7 @@ def check_may_be_replaced(chain: ImageChain, result: Path, confirmed: Collection
         raise Unsupported(
             f"the merged file would replace it, and {why}",
             subject=result,
-            hint=f"choose a file of that directory by --to, or say --remove {shell_word(result)}",
+            hint=f"choose a file of that directory by --to, or use --remove {shell_word(result)}",
         )
 
 
@@ -191,7 +186,7 @@ def second_name(path: Path, journals: Sequence[MergeJournal]) -> Path:
     raise Conflict("no name is left for the old file", subject=path)
 
 
-# --- Which files of a chain the user means: everything above the root, or a range by names or paths.
+# --- Which files of a chain a request names: everything above the root, or a range by names or paths.
 
 
 def numbers(chain: ImageChain, request: MergeRequest, journals: Sequence[MergeJournal]) -> tuple[int, int]:
@@ -212,7 +207,7 @@ def numbers(chain: ImageChain, request: MergeRequest, journals: Sequence[MergeJo
 
 
 def _number(chain: ImageChain, layer: str, journals: Sequence[MergeJournal]) -> int:
-    """The file of the chain that the user means by a path, or by a bare name."""
+    """The number of the file that a path or a bare name stands for."""
     whole = real_path(Path(layer))
     bare = "/" not in layer
     found = [number for number, file in enumerate(chain.files) if file.real_path == whole]
@@ -229,4 +224,4 @@ def _number(chain: ImageChain, layer: str, journals: Sequence[MergeJournal]) -> 
             if journal.replaced.path in paths and (path == whole or (bare and path.name == layer)):
                 return paths.index(journal.replaced.path)
     names = ", ".join(file.path.name for file in chain.files)
-    raise NotFound(f"no such layer in the chain of {chain.top.path}", subject=layer, hint=f"it holds: {names}")
+    raise NotFound(f"no such layer in the chain of {chain.top.path}", subject=layer, hint=f"its files are: {names}")

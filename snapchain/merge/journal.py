@@ -4,9 +4,9 @@
     absorbing    absorb: the uppermost input is being added to, or was just relinked     see by its link
     committing   commit: the lowest input is being added to; its rename is the switch    see by the inode
 
-Until a new file is whole nothing is recorded: its temporary name says enough.  The record is on the disk before the
+Until a new file is whole nothing is recorded: its temporary name is enough.  The record is on the disk before the
 step that it names.  It names files to remove, and others may write to its directory.  So it carries the mark of the
-user who merges (host/records.py), and without that mark nothing is done by it.  While the merge lives it holds a lock
+user who merges (host/records.py), and without that mark it is not acted on.  A living merge holds a lock
 on its record (flock(2)).
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,9 +28,14 @@ from snapchain.host import files, records
 from snapchain.host.directory import Directory
 from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.os_errors import os_errors
-from snapchain.host.state_key import StateKey, made_key, own_key
+from snapchain.host.records import StateKey, made_key, own_key
 from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
+from snapchain.image import ImageChain
+from snapchain.image.dependent_search import search_directories
 from snapchain.image.qcow2.header import Backing, read_header
+
+if TYPE_CHECKING:
+    from snapchain.merge.step import MergeStep
 
 _PREFIX, _SUFFIX = ".snapchain-merge-", ".json"
 _PURPOSE = "merge"
@@ -64,7 +69,7 @@ _Names = Annotated[tuple[_Named, ...], Field(max_length=_MOST_FILES)]
 class FileId(BaseModel):
     """A file by name, device and inode.
 
-    born_ns: when it was made, which tells it from a later file with the same inode; None where nothing knows
+    born_ns: when it was made, which distinguishes it from a later file with the same inode; None where unknown
     size, mtime_ns: as they were; None in a record of version 0.1
     """
 
@@ -85,7 +90,7 @@ class FileId(BaseModel):
 
     @classmethod
     def of_open(cls, path: Path, fd: int) -> FileId:
-        """Of what is open, whose name this is."""
+        """Of an open file that has this name."""
         with os_errors(path):
             return cls._of(path, look_at(fd))
 
@@ -104,7 +109,7 @@ class FileId(BaseModel):
     def is_at(self, found: Look) -> bool:
         """Whether what was found under a name is this file, whatever was written to it since.
 
-        Numbers of devices change at a reboot: they count only where nothing knows when a file was made.
+        Numbers of devices change at a reboot: they count only where the time of birth is unknown.
         """
         if found.status.st_ino != self.inode:
             return False
@@ -113,13 +118,13 @@ class FileId(BaseModel):
         return found.status.st_dev == self.device
 
     def is_untouched(self, found: Look) -> bool:
-        """Whether it is this file, and nobody has written to it since."""
+        """Whether it is this file, unmodified."""
         status = found.status
         same = self.size in (None, status.st_size) and self.mtime_ns in (None, status.st_mtime_ns)
         return same and self.is_at(found)
 
     def whatever_written(self) -> FileId:
-        """The same file, also when somebody has written to it since."""
+        """The same file, modified or not."""
         return self.model_copy(update={"size": None, "mtime_ns": None})
 
     def still(self, path: Path | None = None) -> bool:
@@ -136,7 +141,7 @@ class MergeJournal(BaseModel):
     """One merge.
 
     replaced: the uppermost input, whose path the result takes; result: the file that takes it (absorb: the same)
-    lowest: the lowest input, by which the merge can be asked for again; link: the backing link of the result
+    lowest: the lowest input, by which the merge can be requested again; link: the backing link of the result
     remove: inputs that go, uppermost first; kept_as: a second name for `replaced`, given before the switch
     search: where images may depend on the inputs, besides the tree around the disk's top
     top: the file that the guest opens; None in a record of version 0.1: then the uppermost input
@@ -171,6 +176,27 @@ class MergeJournal(BaseModel):
     def path(self) -> Path:
         """Where the record lies."""
         return journal_path(self.replaced.path)
+
+
+Stage = Literal["switching", "absorbing", "committing"]
+
+
+def of_step(step: MergeStep, old: ImageChain, stage: Stage, result: FileId) -> MergeJournal:
+    """The record of a merge that is about to change files. old: the chain; result: the file that takes the place."""
+    return MergeJournal(
+        stage=stage,
+        replaced=FileId.of(step.result),
+        result=result,
+        lowest=old.files[step.first].real_path,
+        link=step.backing,
+        remove=tuple(FileId.of(path) for path in step.remove if path != result.path),
+        kept_as=step.kept_as,
+        search=search_directories(old, step.request.image_dirs),
+        top=old.top.path,
+        # The symbolic links by which the chain opens inputs that go.
+        links=tuple(file.path for file in old.files if file.real_path in step.remove and file.path != file.real_path),
+        confirmed=step.confirmed,
+    )
 
 
 class OpenJournal:
@@ -249,7 +275,7 @@ def taken(journal: MergeJournal) -> Iterator[None]:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Busy(
-                    "another merge of it is at work", subject=journal.replaced.path, hint="wait for its end"
+                    "another merge of it is running", subject=journal.replaced.path, hint="wait for its end"
                 ) from error
         yield
     finally:
@@ -263,7 +289,7 @@ def journal_path(image: Path) -> Path:
 
 
 def sweep(image: Path) -> None:
-    """Remove half-written files of killed merges into `image`. Only while nobody else merges there."""
+    """Remove half-written files of killed merges into `image`. Only while no other merge works there."""
     files.remove_temporaries(image, purpose=MERGE)
     files.remove_temporaries(journal_path(image), purpose=NEW)
 
@@ -283,7 +309,7 @@ def read(path: Path) -> MergeJournal:
 
 
 def unproven(path: Path) -> MergeJournal:
-    """The record at a path, whoever wrote it, for somebody to look at; by it, only files of its own directory go.
+    """The record at a path, whoever wrote it, for a person to read; by it, only files of its own directory go.
 
     Raises Corrupt for what is no record of this place.
     """
@@ -305,12 +331,12 @@ def accept(path: Path) -> None:
 
 
 def is_journal(path: Path) -> bool:
-    """Whether a file bears the name of a record."""
+    """Whether a file has the name of a record."""
     return path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)
 
 
 def _is_there(path: Path) -> bool:
-    """Whether anything has that name, be it a dangling link."""
+    """Whether anything has that name, even a dangling link."""
     with os_errors(path), Directory.open(path.parent) as directory:
         return directory.has(path.name)
 
@@ -350,7 +376,7 @@ def _no_journal(path: Path, why: str) -> Corrupt:
     return Corrupt(f"not a merge's journal: {why}", subject=path, hint="look at it, and remove it")
 
 
-# --- Whether a file's header records a link: by that one knows how far an absorb had come.
+# --- How far an absorb had come: whether the file's header records the new link.
 
 
 def linked(fd: int, link: Backing | None, *, subject: object) -> bool:

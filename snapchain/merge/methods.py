@@ -106,8 +106,8 @@ def choose(
     """The strategy that is requested, or the best one. view: up to the uppermost input.
 
     kept: lower inputs that stay as they are; free: room in the result's directory, bytes
-    shares: guest bytes that each file of the view gives to the result. They tell what each strategy moves nearly to
-    the byte, so that only the best one has to be planned: with millions of extents a plan is hundreds of MiB.
+    shares: guest bytes that each file of the view gives to the result. By them, what each strategy moves is known
+    nearly to the byte, so that only the best one has to be planned: with millions of extents a plan is hundreds of MiB.
     runs: of the result's map
 
     Raises Unsupported, with the reason, where the requested strategy does not fit.
@@ -149,7 +149,7 @@ def choose(
 
 
 def _keeping_bitmaps(view: ImageChain, first: int, request: MergeRequest) -> Strategy | None:
-    """Persistent bitmaps of the uppermost input stay true in its own file; those of the others in no file."""
+    """Persistent bitmaps of the uppermost input stay true in its own file; bitmaps of other inputs do in no file."""
     held = bitmaps(view.files[first:])
     if not held:
         return request.strategy

@@ -1,6 +1,6 @@
 """Strategy new-file: what survives goes into a file of its own; one rename is the switch.
 
-The inputs are only read until then, and anybody else may read them too.
+Until then the inputs are only read, and others may read them too.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, temporary_beside
 from snapchain.image import ImageChain
-from snapchain.image.dependent_search import search_directories
 from snapchain.image.qcow2.header import Backing
 from snapchain.merge.assembly import Assembly, plan_assembly, write_assembly
-from snapchain.merge.copying import SPARE, shares_extents
-from snapchain.merge.inputs import check_still_allowed, links_to
-from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, sweep
+from snapchain.merge.copying import SPARE, reporting, shares_extents
+from snapchain.merge.inputs import check_still_allowed
+from snapchain.merge.journal import FileId, OpenJournal, of_step, sweep
 from snapchain.merge.prove import check_link, check_refcounts, check_unchanged, prove, reread
 from snapchain.merge.request import MergeRequest
-from snapchain.model.events import Notice, OnEvent, Progress
+from snapchain.model.events import Notice, OnEvent
 from snapchain.model.merging import Strategy
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _make(
             lock.change(LockMode.WRITE, open_files=open_files)
         check_unchanged(old)
         check_still_allowed(old, step.first, step.last)
-        journal = OpenJournal(_record(step, old, temporary, fd), durable=False)
+        journal = OpenJournal(of_step(step, old, "switching", FileId.of_open(temporary, fd)), durable=False)
         if step.kept_as is not None:
             place.link(step.result.name, step.kept_as.name)
             place.check_is(step.kept_as.name, replaced)
@@ -136,22 +135,6 @@ def _undo(
         journal.close()
 
 
-def _record(step: MergeStep, old: ImageChain, temporary: Path, fd: int) -> MergeJournal:
-    return MergeJournal(
-        stage="switching",
-        replaced=FileId.of(step.result),
-        result=FileId.of_open(temporary, fd),
-        lowest=old.files[step.first].real_path,
-        link=step.backing,
-        remove=tuple(FileId.of(path) for path in step.remove),
-        kept_as=step.kept_as,
-        search=search_directories(old, step.request.image_dirs),
-        top=old.top.path,
-        links=links_to(old, step.remove),
-        confirmed=step.confirmed,
-    )
-
-
 def _write(
     step: MergeStep,
     work: Assembly,
@@ -162,22 +145,14 @@ def _write(
 ) -> None:
     """The new file, proven and on the disk."""
     temporary, fd = target
-    total, done = work.bytes_moved, 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_event(Progress("merge", done, total))
-
     replaced = old.files[step.last].fileno()
     with os_errors(step.result):
         files.check_standing(os.fstat(replaced), os.fstat(fd), subject=step.result)  # before anything is moved
-    on_event(Progress("merge", 0, total))
-    write_assembly(work, fd, subject=step.result, on_bytes=on_bytes)
+    write_assembly(work, fd, subject=step.result, on_bytes=reporting("merge", work.bytes_moved, on_event))
     if lost := files.copy_standing(replaced, fd, subject=step.result, directory=place):
         on_event(Notice.of(step.result, lost))
     with os_errors(step.result):
-        # As if written a moment ago: whoever looks at it need not wait until no write can hide in the clock's tick.
+        # As if written a moment ago: a fingerprint need not wait until no write can hide in the tick of the clock.
         written = os.fstat(fd).st_mtime_ns - _TICKS
         os.utime(fd, ns=(written, written))
     flush = _Flush(fd)

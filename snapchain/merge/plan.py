@@ -52,7 +52,7 @@ class LayerUse(_Shown):
 
 
 class PlannedMerge(_Shown):
-    """One merge. Bytes moved and freed are the guest's, needed those of the filesystem meanwhile.
+    """One merge. Bytes moved and freed are the guest's, needed bytes are of the filesystem, meanwhile.
 
     layers: its files, lowest first; shares_extents: what is moved is shared with the inputs and costs no room
     seconds: by the rate of earlier merges here; requests: to an object store
@@ -136,8 +136,8 @@ class MergePlan(_Shown):
 def plan(request: MergeRequest) -> MergePlan:
     """Look at the chain and decide; changes nothing.
 
-    Raises Conflict for a range with a held layer, Corrupt for a note that cannot be read (it may say so), and what
-    `step.plan_step` raises.
+    Raises Conflict for a range with a held layer, Corrupt for a note that cannot be read (it may be a hold), and as
+    `step.plan_step`.
     """
     rates = Rates.remembered()
     with scan(request.image, format=request.image_format, image_dirs=request.image_dirs) as chain:

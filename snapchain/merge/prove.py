@@ -1,4 +1,4 @@
-"""No merge is believed: the result must read as its inputs did, stand where it should, and have sound counts."""
+"""The proof of a merge: the result must read as its inputs did, stand where it should, and have sound counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from snapchain.image.file import ImageFile
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.refcounts import refcounts
 from snapchain.image.qcow2.tables import ImageFd
-from snapchain.model.events import OnEvent, Progress
+from snapchain.merge.copying import reporting
+from snapchain.model.events import OnEvent
 
 
 def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_event: OnEvent) -> None:
@@ -27,21 +28,13 @@ def prove(old: ImageChain, new: ImageChain, *, shared: int, subject: Path, on_ev
     if old.size != new.size:
         raise Corrupt(f"the merged file has {new.size} bytes, not {old.size}", subject=subject)
     found = ranges_to_compare(old, new, shared=shared)
-    total, done = found.bytes, 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_event(Progress("verify", done, total))
-
-    on_event(Progress("verify", 0, total))
-    differs = first_difference(old, new, found, on_bytes=on_bytes)
+    differs = first_difference(old, new, found, on_bytes=reporting("verify", found.bytes, on_event))
     if differs is not None:
         raise Corrupt(f"the merged file reads differently in bytes {differs.start} to {differs.stop}", subject=subject)
 
 
 def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
-    """Raises Conflict where somebody has written to a file since it was scanned, whatever locks say.
+    """Raises Conflict where a file was written to since it was scanned, in spite of the locks.
 
     but: number of the file that we write to ourselves
     """
@@ -55,7 +48,7 @@ def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
         )
 
 
-# --- A file that was just written, read again on files that are open already: what it says, not what was meant.
+# --- A file that was just written, read again on files that are open already: what is there, not what was meant.
 #
 # Nothing of the plan by which it was made is used, so a fault of the writer shows here, as a wrong map or link.
 

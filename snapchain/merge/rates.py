@@ -1,7 +1,7 @@
 """How long a merge takes: by the rate of earlier ones on the same filesystem, remembered in one small file.
 
 Nothing is measured for a plan.  Where no merge has been seen yet, COPIED and SHARED are assumed: slow for a disk of
-today, so that a budget of seconds is rather kept than not.  A merge of few bytes says nothing of a rate.
+today, so that a budget of seconds is kept.  A merge of few bytes is no measure of a rate.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
-from snapchain.host.own_state import read_record, write_record
 from snapchain.host.places import state_dir
+from snapchain.host.private import read_record, write_record
 from snapchain.merge.step import MergeStep
 
 COPIED = 200_000_000
@@ -72,7 +72,7 @@ def remember(directory: Path, way: str, *, moved: int, seconds: float, shared: b
 
 
 def _key(directory: Path, way: str, *, shared: bool) -> str:
-    """The filesystem by its own id, which outlives a reboot as device numbers do not; by those where it has none."""
+    """The filesystem by its id, or by its device number where it has none: that changes at a reboot."""
     try:
         found = os.statvfs(directory).f_fsid or directory.stat().st_dev
     except OSError:

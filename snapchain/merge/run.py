@@ -1,4 +1,4 @@
-"""Carrying out a merge: settle what killed ones have left, lock, look again, work by the strategy, remove the inputs.
+"""Carrying out merges: settle what killed ones have left, lock, decide again, make the result, remove the inputs.
 
 Nobody can start a guest on any of the files meanwhile (QEMU's own locks).  Killed at any moment: the image reads as
 before, and the next run finishes or undoes by the journal.
@@ -98,7 +98,7 @@ class MergeReport(_Shown):
 
 
 def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
-    """Do it. What cannot be merged is told in the report, when another merge of the set was done.
+    """Do it. A merge that failed is in the report, where another merge of the plan was done.
 
     Raises Unavailable when the room does not suffice, before anything is moved; what merge.run.run raises, when
     nothing was merged; Conflict when the chain is no longer as planned.
@@ -196,7 +196,7 @@ def _report_all(
 def run_step(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = ignore) -> StepReport:
     """Do it. noted: what the result was made of is recorded beside it (source/notes.py).
 
-    Raises Busy when somebody has a file of the chain open, Conflict when it is no longer as planned, Unavailable when
+    Raises Busy when a file of the chain is open elsewhere, Conflict when it is no longer as planned, Unavailable when
     room would not suffice, Corrupt when the result is not the same as the inputs: then nothing was changed.
     """
     leftovers = _settle(planned, on_event)
@@ -230,7 +230,7 @@ def run_step(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = igno
 
 
 def _note(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
-    """So that a shipment knows the inputs again in the result. The merge is done, with this or without."""
+    """Record what the result was made of, so that a shipment recognises the inputs in it. The merge is done already."""
     try:
         is_top = planned.last == len(old.files) - 1
         record(old.files[planned.first : planned.last + 1], planned.result, is_top=is_top)
@@ -239,7 +239,7 @@ def _note(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
 
 
 def _carry_over(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
-    """So that a sender need not read the result again to know what it shows."""
+    """Keep the content sums of the views, so that a sender need not read the result again."""
     request = planned.request
     try:
         carry_over(
@@ -304,7 +304,7 @@ def _goes_on(planned: MergeStep, journal: MergeJournal) -> bool:
 
 @contextmanager
 def _locks(planned: MergeStep, on_event: OnEvent) -> Iterator[list[ImageLock]]:
-    """All files locked against writers, the inputs once found free of anybody; gives the inputs' locks."""
+    """Locks all files against writers, and the inputs against everybody once; the inputs' locks."""
     with ExitStack() as stack:
         inputs: list[ImageLock] = []
         open_files = OpenFiles()

@@ -40,12 +40,12 @@ def finish(journal: OpenJournal) -> Settled:
     with journal:
         gone, kept, incomplete = _judged(journal.journal)
         removed = _remove(journal.journal, gone)
-    renamed = [journal.journal.lowest] if journal.journal.stage == "committing" else []
-    removed += renamed
-    for path in removed:
-        sweep(path)  # what killed merges into it have left
     for directory in {path.parent for path in removed}:
         Notes().sweep(directory)
+    if journal.journal.stage == "committing":
+        removed.append(journal.journal.lowest)  # it has another name now
+    for path in removed:
+        sweep(path)  # what killed merges into it have left
     return Settled(removed, kept, incomplete)
 
 
@@ -56,7 +56,7 @@ def settle(journal: MergeJournal, *, image_dirs: Sequence[Path] = ()) -> Settled
     input as far as it had come: the chain reads as before, that file alone does not.
 
     image_dirs: where to look for users of the inputs, besides what the journal names
-    Raises Busy when somebody has an input open, or merges it.
+    Raises Busy when an input is open or being merged elsewhere.
     """
     journal = journal.model_copy(update={"search": (*journal.search, *image_dirs)})
     with taken(journal):
@@ -78,8 +78,8 @@ def settle(journal: MergeJournal, *, image_dirs: Sequence[Path] = ()) -> Settled
 def take_up(journal: MergeJournal) -> None:
     """Before a killed commit is done again: reference counts made exact. Errors as `settle`.
 
-    The record stays until that of the new run takes its place: killed in between, nothing else would tell that the
-    lowest input alone reads wrong.
+    The record stays until that of the new run takes its place: after a kill in between, nothing else would show that
+    the lowest input alone reads wrong.
     """
     with taken(journal):
         if journal.result.still():
@@ -150,7 +150,7 @@ def _remove_unneeded(journal: MergeJournal) -> Settled:
             if entry.still():
                 try:
                     locks.enter_context(ImageLock(entry.path, LockMode.WRITE, open_files=open_files))
-                except Busy as error:  # no matter if it stays
+                except Busy as error:  # matters only if it is to go
                     in_use[entry.path] = error
         gone, kept, incomplete = _judged(journal)
         for entry in gone:

@@ -1,4 +1,4 @@
-"""A chain as a merge sees it: what each layer holds, what of that is hidden, who wants it to stay, who has it."""
+"""A chain as a merge sees it: what each layer holds, how much of it is hidden, its holds, and where it was shipped."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from datetime import datetime
 
 from snapchain.image import ImageChain
 from snapchain.merge.request import At
-from snapchain.model.chain import Chain
+from snapchain.model.chain import Chain, Layer
 from snapchain.model.economics import RangeGains, gains_of, hidden_by
 from snapchain.model.extents import Int64s
 from snapchain.model.fingerprint import Fingerprint, same_file
 from snapchain.model.inventory import UpToDate, Wanted, missing
-from snapchain.model.layer import Layer
 from snapchain.source.holds import held_layers
 from snapchain.source.lineage import lineage, note_of, sealed_at
 from snapchain.source.notes import Hold, Notes
@@ -23,7 +22,7 @@ from snapchain.source.notes import Hold, Notes
 class Stack:
     """hidden: see economics.hidden_by; present: for each destination by name, how many files from the root it holds.
 
-    holds: by place; sealed: for each file the time and the labels, also for the top, whose time says little
+    holds: by place; sealed: for each file the time and the labels, also for the top, whose time means little
     """
 
     chain: ImageChain

@@ -16,10 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from snapchain.errors import InvalidInput
-from snapchain.model.extents import ABSENT, ZERO, Extents, fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +85,6 @@ def collapse_tree(parents: Mapping[str, str | None], keep: Collection[str]) -> t
         else:
             open_below[layer] = (members, parent)
     return tuple(groups)
-
-
-def merge_group(layers: Sequence[Extents], *, root: bool) -> Extents:
-    """The map of a group's merged layer; owners, where the maps name them, stay named.
-
-    root: whether the group contains the root.  Only there a ZERO may be dropped; anywhere else that would bring
-    back old data from below.
-
-    Raises TypeError for no layers.
-    """
-    merged = fold(layers)
-    if not root:
-        return merged
-    return merged.mapped(np.where(merged.val == ZERO, np.int64(ABSENT), merged.val))
 
 
 def _lowest_first(parents: Mapping[str, str | None], keep: Collection[str]) -> list[str]:

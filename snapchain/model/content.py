@@ -19,7 +19,6 @@ LtHash16 with 1024 lanes: Lewi, Kim, Maykov, Weis, "Securing Update Propagation 
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from typing import Annotated
 
 import blake3
@@ -27,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import StringConstraints
 
-from snapchain.model.extents import ABSENT, DATA, Extents, Int64s, pairwise, rounded
+from snapchain.model.extents import Int64s
 
 LEAF_BYTES = 64 * 1024
 HASH_BYTES = 32
@@ -78,73 +77,14 @@ def content_id(size: int, total: Sum) -> str:
     return blake3.blake3(body, key=_CONTENT_ID_KEY).hexdigest()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Leaves:
-    """The leaf hashes of a range of one layer, or of a whole composed disk.
-
-    A leaf that `touched` holds and `index` does not is all zero.
-
-    touched: whole leaves that the layer has something to say about: DATA there, ABSENT elsewhere
-    index:   int64[n], ascending leaf numbers, all inside `touched`
-    hashes:  uint8[n, 32]
-    """
-
-    touched: Extents
-    index: Int64s
-    hashes: Hashes
-
-    @staticmethod
-    def none(size: int) -> Leaves:
-        """A layer that says nothing."""
-        return Leaves(Extents.absent(size), np.empty(0, np.int64), np.empty((0, HASH_BYTES), np.uint8))
-
-    @staticmethod
-    def of(extents: Extents, index: Int64s, hashes: Hashes) -> Leaves:
-        """From a layer's map and the hashes of those of its leaves that are not all zero."""
-        return Leaves(rounded(extents, LEAF_BYTES), index, hashes)
-
-    def sum(self) -> Sum:
-        """The sum over all leaves listed."""
-        return sum_of(self.index, self.hashes)
-
-    def covers(self, index: Int64s) -> npt.NDArray[np.bool_]:
-        """Which of the leaf numbers, all inside the map, are touched."""
-        held: npt.NDArray[np.bool_] = self.touched.values_at(index * LEAF_BYTES) == DATA
-        return held
-
-
-def leaves_over(lower: Leaves, upper: Leaves) -> Leaves:
-    """The leaves of two neighbouring layers together; see `extents.over`.
-
-    A leaf is always whole: the upper layer's hash already counts what the lower one shows through.  Where the
-    upper layer is shorter, it must touch the leaf in which it ends (`extents_to_touch`).
-    """
-    size = upper.touched.size
-    inside = lower.index * LEAF_BYTES < size
-    index, hashes = lower.index[inside], lower.hashes[inside]
-    stay = ~upper.covers(index)
-    merged = np.concatenate([index[stay], upper.index])
-    order = np.argsort(merged, kind="stable")
-    return Leaves(
-        touched=_either(lower.touched.resized(size, ABSENT), upper.touched),
-        index=merged[order],
-        hashes=np.concatenate([hashes[stay], upper.hashes])[order],
-    )
-
-
-def _either(left: Extents, right: Extents) -> Extents:
-    at, one, other = pairwise(left, right)
-    return Extents.from_starts(left.size, at, np.maximum(one, other))
-
-
 def encode_sum(total: Sum) -> str:
     """The base64 form of a content sum."""
     return base64.b64encode(total.astype("<u2").tobytes()).decode()
 
 
 def decode_sum(text: str) -> Sum:
-    """uint16[1024]. `text` has the form of SumText."""
-    raw = base64.b64decode(text)
+    """uint16[1024]. Raises ValueError for a text that is not of the form SumText."""
+    raw = base64.b64decode(text, validate=True)
     if len(raw) != SUM_BYTES:
         raise ValueError("not a content sum")
     return np.frombuffer(raw, "<u2").astype(np.uint16)

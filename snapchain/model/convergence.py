@@ -31,11 +31,6 @@ class Verdict(Enum):
         """No further round."""
         return self is not Verdict.AGAIN
 
-    @property
-    def gives_up(self) -> bool:
-        """Ended because further rounds would not help."""
-        return self in (Verdict.NO_PROGRESS, Verdict.GROWING)
-
 
 @dataclass(frozen=True, slots=True)
 class Rules:

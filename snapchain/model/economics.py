@@ -78,13 +78,11 @@ class RangeGains:
     moved: dict[Into, Int64s]
 
 
-def range_gains(chain: Chain) -> RangeGains:
-    """`gain` of all ranges, for a planner that chooses among them; without the peaks."""
-    return gains_of(hidden_by(chain))
-
-
 def gains_of(hidden: Int64s) -> RangeGains:
-    """`range_gains` of a chain whose `hidden_by` is known."""
+    """`gain` of all ranges of a chain, without the peaks, for a planner that chooses among them.
+
+    hidden: as `hidden_by` gives it
+    """
     count = len(hidden)
     # survivors[k, last]: DATA of k that no layer up to `last` hides.
     survivors = np.cumsum(hidden[:, ::-1], axis=1)[:, ::-1][:, 1:]

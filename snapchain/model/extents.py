@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -299,3 +300,21 @@ def covering(size: int, first: Int64s, stop: Int64s) -> Extents:
         at, val = np.insert(at, 0, 0), np.insert(val, 0, ABSENT)
     inside = at < size
     return _canonical(size, at[inside], val[inside])
+
+
+# --- Distinct values of integer columns. numpy's set functions do the same, but load numpy.ma: 30 ms of each command.
+
+Whole = TypeVar("Whole", bound=np.integer)
+
+
+def distinct(*columns: npt.NDArray[Whole]) -> npt.NDArray[Whole]:
+    """The values of all columns, ascending, each once."""
+    return counted(*columns)[0]
+
+
+def counted(*columns: npt.NDArray[Whole]) -> tuple[npt.NDArray[Whole], npt.NDArray[np.int64]]:
+    """The values of all columns, ascending, each once; and how often each is there."""
+    values = np.concatenate(columns)
+    values.sort()
+    first = np.flatnonzero(np.concatenate([np.ones(min(len(values), 1), np.bool_), values[1:] != values[:-1]]))
+    return values[first], np.diff(first, append=len(values))

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from snapchain.errors import InvalidInput
@@ -35,7 +37,7 @@ __all__ = [
 def open_store(url: str, *, make: bool = False, endpoint: str | None = None) -> ObjectStore:
     """The store at `/path`, `file:///path`, `s3://bucket/prefix`, `memory:` or `memory:NAME`.
 
-    make: create a directory that is not there (a bucket never is created)
+    make: create a directory that is not there (a bucket is never created)
     endpoint: of S3, e.g. `https://minio.example:9000`; otherwise as boto3 finds it (AWS_ENDPOINT_URL_S3, ~/.aws/config)
 
     The scheme may be in capitals. Bucket and prefix are taken as they are written, as other tools for S3 do: `%20` is
@@ -47,29 +49,59 @@ def open_store(url: str, *, make: bool = False, endpoint: str | None = None) -> 
     if endpoint is not None and scheme != "s3":
         raise InvalidInput("only s3:// has an endpoint", subject=url)
     if url.startswith("/"):
-        return _local(url, make=make)
-    if scheme == "memory":
-        from snapchain.objects.memory import shared_store
+        return _directory(url, make=make)
+    opener = SCHEMES.get(scheme)
+    if opener is None:
+        raise _no_place(url)
+    return opener(_Wanted(url, rest, make, endpoint))
 
-        return shared_store(rest)
-    if scheme == "s3" and rest.startswith("//"):
-        from snapchain.objects.s3 import S3Store
 
-        bucket, prefix = _bucket_and_prefix(rest[2:], url)
-        return S3Store(bucket, prefix, endpoint=endpoint)
-    if scheme == "file" and rest.startswith("//"):
-        parts = urlsplit(url)
-        if parts.query or parts.fragment:
-            raise InvalidInput("a destination has no '?' or '#'", subject=url)
-        if parts.netloc in {"", "localhost"} and parts.path.startswith("/"):
-            return _local(unquote(parts.path), make=make)
-    raise InvalidInput(
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """The arguments of `open_store`. rest: what follows the colon of the URL's scheme."""
+
+    url: str
+    rest: str
+    make: bool
+    endpoint: str | None
+
+
+def _no_place(url: str) -> InvalidInput:
+    return InvalidInput(
         "not a place for objects", subject=repr(url), hint="give /path, file:///path or s3://bucket/prefix"
     )
 
 
-def _bucket_and_prefix(text: str, url: str) -> tuple[str, str]:
-    """Bucket and prefix of `bucket/prefix`. Raises InvalidInput for a prefix that clients of S3 would change."""
+def _directory(path: str, *, make: bool) -> ObjectStore:
+    from snapchain.objects.local import LocalStore
+
+    return LocalStore(path, make=make)
+
+
+def _file(wanted: _Wanted) -> ObjectStore:
+    url, parts = wanted.url, urlsplit(wanted.url)
+    if not wanted.rest.startswith("//"):
+        raise _no_place(url)
+    if parts.query or parts.fragment:
+        raise InvalidInput("a destination has no '?' or '#'", subject=url)
+    if parts.netloc not in {"", "localhost"} or not parts.path.startswith("/"):
+        raise _no_place(url)
+    return _directory(unquote(parts.path), make=wanted.make)
+
+
+def _memory(wanted: _Wanted) -> ObjectStore:
+    from snapchain.objects.memory import shared_store
+
+    return shared_store(wanted.rest)
+
+
+def _s3(wanted: _Wanted) -> ObjectStore:
+    """A bucket and a prefix. Raises InvalidInput for a prefix that clients of S3 would change."""
+    from snapchain.objects.s3 import S3Store
+
+    url, text = wanted.url, wanted.rest[2:]
+    if not wanted.rest.startswith("//"):
+        raise _no_place(url)
     bucket, _, prefix = text.partition("/")
     prefix = prefix.strip("/")
     if any(mark in text for mark in "?#"):
@@ -78,10 +110,8 @@ def _bucket_and_prefix(text: str, url: str) -> tuple[str, str]:
         raise InvalidInput("a destination has no control characters", subject=repr(url))
     if {".", ".."} & set(prefix.split("/")):
         raise InvalidInput("a prefix cannot have '.' or '..' as a segment: S3 clients drop them", subject=url)
-    return bucket, prefix
+    return S3Store(bucket, prefix, endpoint=wanted.endpoint)
 
 
-def _local(path: str, *, make: bool) -> ObjectStore:
-    from snapchain.objects.local import LocalStore
-
-    return LocalStore(path, make=make)
+SCHEMES: dict[str, Callable[[_Wanted], ObjectStore]] = {"file": _file, "memory": _memory, "s3": _s3}
+"""URL scheme -> what opens it. A new kind of store is a module and a line here."""

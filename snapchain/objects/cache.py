@@ -15,9 +15,7 @@ from pathlib import Path
 
 from snapchain.errors import SnapchainError
 from snapchain.host.private import PrivateDirectory
-from snapchain.objects.limits import largest
-from snapchain.objects.store import ObjectInfo, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import ObjectInfo, ObjectStore, StoreWrapper, largest
 
 _HASH = 32
 

@@ -22,11 +22,11 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
-from snapchain.errors import Conflict, NotFound, Unavailable
-from snapchain.objects.retire import is_retired, retire
-from snapchain.objects.store import Data, ObjectStore, joined, valid_name
+from snapchain.errors import Conflict, NotFound, SnapchainError, Unavailable
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused, joined, valid_name
 
 CLAIM_LIFE = 600.0
 LONGEST_STALL = 60.0
@@ -161,3 +161,35 @@ def _settled(store: ObjectStore, name: str, body: bytes, doubt: Unavailable) -> 
         return store.get(name) == body
     except NotFound:
         raise doubt from None
+
+
+# --- Take back a lease or a claim, also where nothing can be deleted.
+#
+# A key without the permission to delete, or a bucket whose objects are locked, would leave leases and claims as if
+# their holders were at work, and block others until they count as dead. So one that cannot be deleted is overwritten
+# with RETIRED, and an object of exactly that size counts as gone. gc deletes it.
+
+RETIRED = b"retired\n"
+"""No lease or claim has this size: a sealed lease is longer than 64 bytes, a claim is empty."""
+
+
+def retire(store: ObjectStore, name: str) -> SnapchainError | None:
+    """Delete the object, or else make it count as gone. Returns why it could not be deleted. Raises nothing."""
+    try:
+        store.delete(name)
+    except SnapchainError as error:
+        if isinstance(error, Refused):
+            with suppress(SnapchainError):  # then its age decides
+                store.put(name, RETIRED)
+        return error
+    return None
+
+
+def stays(size: int | None) -> bool:
+    """Whether an object of this size (None: no object) does not count as gone."""
+    return size is not None and size != len(RETIRED)
+
+
+def is_retired(info: ObjectInfo) -> bool:
+    """Whether the object counts as gone."""
+    return not stays(info.size)

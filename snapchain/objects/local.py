@@ -7,6 +7,7 @@ fails when the name is taken) into place, then the directory is synced.  So a ki
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -17,16 +18,14 @@ from pathlib import Path
 
 from snapchain.errors import Corrupt, NotFound, Unsupported
 from snapchain.host.batches import batches, rest
-from snapchain.objects.disk_errors import from_os_error
-from snapchain.objects.limits import check_size
-from snapchain.objects.link_once import link_once
 from snapchain.objects.reserve import Reserve
-from snapchain.objects.rooted import Rooted
+from snapchain.objects.rooted import Rooted, from_os_error
 from snapchain.objects.store import (
     Data,
     ObjectInfo,
     Properties,
     buffers,
+    check_size,
     directory_prefix,
     valid_name,
     valid_prefix,
@@ -232,3 +231,51 @@ def _read_exactly(fd: int, length: int, offset: int) -> bytes:
         parts.append(body)
         done += len(body)
     return b"".join(parts)
+
+
+# --- Give a finished file its final name, unless that name is taken: atomically.
+#
+# link(2) does it on every POSIX file system.  Where hard links are unknown (FAT, exFAT, some FUSE and CIFS mounts) it
+# is renameat2(2) with RENAME_NOREPLACE, and where that is unknown too, nothing: a check before a rename would be a
+# race.
+
+RENAME_NOREPLACE = 1
+"""linux/fs.h"""
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_RENAMEAT2 = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
+
+
+def link_once(source_folder: int, source: str, folder: int, name: str) -> bool:
+    """True: the file `source` is now (also) `name`.  False: `name` exists, and nothing changed.
+
+    Folders are descriptors.  Raises Unsupported where the file system can do neither; OSError as it comes.
+    """
+    try:
+        os.link(source, name, src_dir_fd=source_folder, dst_dir_fd=folder, follow_symlinks=False)
+    except FileExistsError:
+        # NFS may repeat a request whose reply was lost: then the name that is in the way is our own.
+        return os.stat(source, dir_fd=source_folder, follow_symlinks=False).st_nlink == 2
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return rename_once(source_folder, source, folder, name)
+    return True
+
+
+def rename_once(source_folder: int, source: str, folder: int, name: str) -> bool:
+    """As link_once, by renameat2(RENAME_NOREPLACE); `source` is gone afterwards when it is True."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    number = errno.ENOSYS
+    if renameat2 is not None:
+        if renameat2(source_folder, os.fsencode(source), folder, os.fsencode(name), RENAME_NOREPLACE) == 0:
+            return True
+        number = ctypes.get_errno()
+    if number == errno.EEXIST:
+        return False
+    if number in _NO_RENAMEAT2:
+        raise Unsupported(
+            "this file system can neither link nor rename without replacing",
+            subject=name,
+            hint="put the repository on a file system with hard links (ext4, XFS, btrfs, ZFS, NFS)",
+        )
+    raise OSError(number, os.strerror(number))

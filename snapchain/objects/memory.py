@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound
-from snapchain.objects.limits import check_size
 from snapchain.objects.store import (
     Data,
     ObjectInfo,
     Properties,
+    check_size,
     directory_prefix,
     joined,
     valid_name,

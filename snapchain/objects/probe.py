@@ -19,8 +19,7 @@ from typing import Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Unavailable, Unsupported
-from snapchain.objects.store import ObjectStore, Refused
-from snapchain.objects.wrapper import innermost
+from snapchain.objects.store import ObjectStore, Refused, innermost
 
 RACERS = 8
 MOST_DRIFT = 180.0

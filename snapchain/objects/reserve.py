@@ -15,8 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from threading import Lock
 from typing import Protocol, runtime_checkable
 
-from snapchain.objects.store import ObjectStore
-from snapchain.objects.wrapper import innermost
+from snapchain.objects.store import ObjectStore, innermost
 
 NAME = ".reserve"
 LARGEST = 4 * 1024 * 1024

@@ -20,16 +20,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects.limits import LARGEST_LISTED_SIZE, check_size, most_listed
-from snapchain.objects.s3_client import canonical, expect_no_continue, is_amazon, new_client, warnings_about
+from snapchain.objects.s3_client import (
+    ANSWER_WITHIN,
+    Patience,
+    Watch,
+    WatchedBody,
+    canonical,
+    expect_no_continue,
+    is_amazon,
+    new_client,
+    warnings_about,
+)
 from snapchain.objects.s3_errors import from_s3_error, malformed, page_error, s3_errors, status_of, was_retried
-from snapchain.objects.s3_patience import ANSWER_WITHIN, Patience, Watch, WatchedBody
 from snapchain.objects.store import (
+    LARGEST_LISTED_SIZE,
     Data,
     ObjectInfo,
     Properties,
+    check_size,
     directory_prefix,
     joined,
+    most_listed,
     valid_name,
     valid_prefix,
     valid_range,
@@ -100,7 +111,9 @@ class S3Store:
         self._patience = Patience(urlsplit(self.endpoint).netloc, limit=answer_within)
         self.url = f"s3://{bucket}/{self._prefix}".rstrip("/")
         self.place = f"bucket {bucket} at {canonical(self.endpoint)}"
-        self.properties = Properties(conditional_put=None, description=f"bucket {bucket} at {self.endpoint}")
+        self.properties = Properties(
+            conditional_put=None, description=f"bucket {bucket} at {self.endpoint}", is_remote=True
+        )
         self.warnings = warnings_about(self.endpoint)
 
     def put(self, name: str, data: Data) -> None:

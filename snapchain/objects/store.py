@@ -3,7 +3,7 @@
 An object is a name and bytes, written whole or not at all; there is no append and no rename.  A name is a path
 of lower-case segments, so that every store (a directory, S3, memory) can hold every object of every other.
 `create` is the only arbiter between writers: where `properties.conditional_put` is true exactly one of many
-concurrent creates of a name says True.  Everything else (retry, throttle, faults) wraps a store in a store.
+concurrent creates of a name says True.  Everything else (throttle, cache, faults) wraps a store in a store.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from snapchain.errors import InvalidInput, Unavailable
+from snapchain.errors import Corrupt, InvalidInput, Unavailable
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Data: TypeAlias = Buffer | Sequence[Buffer]
@@ -48,10 +48,12 @@ class Properties:
 
     conditional_put: `create` is atomic; None until somebody looked (probe.probe), which callers must treat as False
     description: for people, e.g. `directory /backup`
+    is_remote: reached over a network, so that what is read from it is worth a cache on this machine
     """
 
     conditional_put: bool | None
     description: str
+    is_remote: bool = False
 
 
 class Refused(Unavailable):
@@ -95,7 +97,7 @@ class ObjectStore(Protocol):
     def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
         """The bytes [offset, offset+length), or to the end.  Never fewer: a shorter object is Corrupt.
 
-        So is one that is larger than its kind may be (limits.py), of which no more than that is read.
+        So is one that is larger than its kind may be (see LARGEST), of which no more than that is read.
         """
         ...
 
@@ -198,3 +200,106 @@ def joined(data: Data) -> bytes:
     if isinstance(data, bytes):
         return data
     return b"".join(buffers(data))
+
+
+# --- How large an object may be, by its kind: the one place where that is decided.
+#
+# Every store applies it to every read, counts while it reads, and never trusts a size that it was told.  Writers keep
+# to it as well, so nothing is stored that could not be read again: see repository/envelope.py, which also bounds what a
+# record unpacks to.
+
+_KIB, _MIB = 1 << 10, 1 << 20
+
+LARGEST_OBJECT = 257 * _MIB
+"""Bytes. Of an object of no kind that is listed here."""
+LARGEST: dict[str, int] = {
+    "config": 64 * _KIB,
+    "keys": 64 * _KIB,
+    "witness": 4 * _KIB,
+    "leases": 16 * _MIB,
+    "disks": 16 * _MIB,
+    "index": 65 * _MIB,
+    "layers": 64 * _MIB,
+    "packs": 132 * _MIB,
+}
+"""First segment of a name -> bytes. A pack has at most 128 MiB, or one blob of 4 MiB that found no room in another."""
+MOST_LISTED: dict[str, int] = {"keys": 10_000, "leases": 100_000, "disks": 1_000_000, "index": 100_000}
+"""First segment of a prefix -> names that a listing of it may have."""
+LONGEST_LISTING = 2_000_000
+"""Names that any other listing may have: it is held in memory. Packs of 16 MiB would be 30 TiB, of 128 MiB 240 TiB."""
+LARGEST_LISTED_SIZE = 1 << 53
+"""Bytes. A larger object cannot be, on any store."""
+
+
+def largest(name: str) -> int:
+    """Bytes that an object of this name may have."""
+    return LARGEST.get(name.partition("/")[0], LARGEST_OBJECT)
+
+
+def most_listed(prefix: str) -> int:
+    """Names that the listing of a prefix may have."""
+    return MOST_LISTED.get(prefix.partition("/")[0], LONGEST_LISTING)
+
+
+def check_size(name: str, size: int, *, subject: str) -> int:
+    """`size`, when so many bytes of this object may be held in memory. Raises Corrupt."""
+    if size > largest(name):
+        raise Corrupt(f"it has {size} bytes; at most {largest(name)} are plausible", subject=subject)
+    return size
+
+
+# --- A store around a store, which changes nothing: throttle, cache and faults override what they are about.
+
+
+class StoreWrapper:
+    """An ObjectStore that hands every call to `inner`."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        self.inner = inner
+
+    @property
+    def url(self) -> str:
+        return self.inner.url
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        return self.inner.warnings
+
+    @property
+    def properties(self) -> Properties:
+        return self.inner.properties
+
+    @properties.setter
+    def properties(self, properties: Properties) -> None:
+        self.inner.properties = properties
+
+    def put(self, name: str, data: Data) -> None:
+        self.inner.put(name, data)
+
+    def create(self, name: str, data: Data) -> bool:
+        return self.inner.create(name, data)
+
+    def get(self, name: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        return self.inner.get(name, offset=offset, length=length)
+
+    def size(self, name: str) -> int | None:
+        return self.inner.size(name)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self.inner.list(prefix)
+
+    def list_dirs(self, prefix: str) -> Iterator[str]:
+        return self.inner.list_dirs(prefix)
+
+    def delete(self, name: str) -> None:
+        self.inner.delete(name)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def innermost(store: ObjectStore) -> ObjectStore:
+    """The store at the bottom of all wrappers."""
+    while isinstance(store, StoreWrapper):
+        store = store.inner
+    return store

@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable
 
 from snapchain.errors import InvalidInput
-from snapchain.objects.store import Data, ObjectStore, buffers
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectStore, StoreWrapper, buffers
 
 BURST = 0.25
 """Seconds' worth of tokens that an idle bucket saves up."""

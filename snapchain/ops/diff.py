@@ -19,7 +19,7 @@ from snapchain.image import ImageChain
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import ABSENT, DATA, Extents, Int64s, covering, pairwise, rounded
-from snapchain.source.chains import check_unchanged, locked_chain
+from snapchain.source.at_rest import ImageAtRest
 
 _WINDOW = 64 * 1024 * 1024
 
@@ -88,9 +88,10 @@ def image_side(
     on_event: OnEvent = ignore,
 ) -> Iterator[ImageSide]:
     """An image as one side of a comparison, locked against writers. Raises what `scan` raises."""
-    with locked_chain(path, format=format, image_dirs=image_dirs, on_event=on_event) as chain:
+    source = ImageAtRest(path, format=format, image_dirs=image_dirs, on_event=on_event)
+    with source.opened() as chain:
         yield ImageSide(str(path), chain)
-        check_unchanged(chain)
+        source.check_unchanged(chain)
 
 
 def diff(old: PointLeaves, new: PointLeaves) -> DiffReport:

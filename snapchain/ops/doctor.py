@@ -1,14 +1,14 @@
-"""doctor: finds what killed runs have left beside images, says what it is, and finishes or undoes it.
+"""doctor: find what killed runs have left beside images, describe it, and finish or undo it.
 
     a merge's journal          the merge was killed at work: it is finished, or undone, as far as it had come
     a new file without a name  of a merge or a snapshot that was killed early: it goes
     a second name              of an image that was about to be sealed: it goes, the image stays
     a part of a restore        of one that was killed: it goes
 
-Everything under the locks that live runs hold: what somebody is at work on is left alone, and said.
+Everything is done under the locks that live runs hold: work under way is left alone, and reported.
 
 Others may write to the directories.  A journal is acted on only if it bears this user's mark, or is accepted by name.
-A file goes only if it is what a run makes (a file of its own with one name), by the descriptor by which it was judged.
+A file is removed only if it is what a run makes (a file of its own with one name), by the descriptor that was checked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.host.directory import Directory, place_to_change, real_path, same_file
-from snapchain.host.leftovers import is_leftover, remove_leftover
+from snapchain.host.files import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import MERGE, NEW, RESTORE, SNAPSHOT, Temporary, temporary_of
@@ -61,7 +61,8 @@ class Kind(Enum):
 class Finding(BaseModel):
     """Something that a killed run has left.
 
-    path: the journal, the file or the name; image: whose it is; says: what happened; remedy: what the doctor does
+    path: the journal, the file or the name; image: to which it belongs
+    says: what happened; remedy: what the doctor does
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,7 +77,7 @@ class Finding(BaseModel):
 class DoctorPlan(BaseModel):
     """What was found. directories: searched; image_dirs: searched for other users of the files, too.
 
-    accepted: journals and notes that the user has looked at, and vouches for
+    accepted: journals and notes that the user has read and accepts
     """
 
     model_config = ConfigDict(frozen=True)
@@ -88,7 +89,7 @@ class DoctorPlan(BaseModel):
 
 
 class Treated(BaseModel):
-    """A finding, and what became of it. error: why it was left as it is.
+    """A finding, and what was done about it. error: why it was left as it is.
 
     removed: files that went with it; kept: files that a merge would have removed, each with the reason why it stays
     incomplete: what the search for other users of these files could not look at, a sentence
@@ -120,11 +121,12 @@ class DoctorReport(BaseModel):
 
 
 def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = (), accept: Sequence[Path] = ()) -> DoctorPlan:
-    """Look; changes nothing. paths: directories, or images, which stand for the directories of their chains.
+    """Find what was left; changes nothing.
 
+    paths: directories, or images, which stand for the directories of their chains
     image_dirs: where backing files of images may lie
-    accept: journals and notes that count although nothing proves who wrote them, since the user has looked at them
-    Raises NotFound, Unsupported for a place that a link of somebody else has chosen.
+    accept: journals and notes that the user has read, so that they count although nothing proves who wrote them
+    Raises NotFound, Unsupported for a place that another user's link has chosen.
     """
     accepted = tuple(_whole(path) for path in accept)
     places = [each for path in paths for each in _directories(path, image_dirs)]
@@ -159,10 +161,10 @@ def _directories(path: Path, image_dirs: Sequence[Path]) -> Iterator[Path]:
     yield whole.parent
     try:
         with scan(path, image_dirs=image_dirs) as chain:
-            # What a link of somebody else has chosen is not mended for them.
+            # What another user's link has chosen is not repaired for them.
             yield from (file.real_path.parent for file in chain.files if file.chosen_by is None)
     except SnapchainError:
-        return  # what cannot be opened may be so because of what is found beside it
+        return  # it may not open because of what is found beside it
 
 
 def _look(place: Path, accepted: Collection[Path]) -> list[Finding]:
@@ -186,7 +188,7 @@ def _statuses(directory: Directory) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _unfinished(place: Path, found: Mapping[str, os.stat_result]) -> Iterator[Finding]:
-    """Leftovers of killed runs; what only bears such a name, and no run makes, is none."""
+    """Leftovers of killed runs. A file that only has the name of one, and that no run makes, is none."""
     for name, status in found.items():
         temporary = _leftover_name(place / name)
         if temporary is None or not is_leftover(status, finished=found.get(_final(temporary) or "")):
@@ -321,7 +323,7 @@ def _remove_second_name(finding: Finding, directory: Directory, image_dirs: Sequ
 
 
 def _remove_unfinished(finding: Finding, directory: Directory, image_dirs: Sequence[Path]) -> Settled:
-    """Remove what a killed run has left, while nobody is at work on it: neither a run nor anybody else."""
+    """Remove what a killed run has left, under the locks that show that it is not in use."""
     temporary = temporary_of(finding.path)
     assert temporary is not None
     name, final = finding.path.name, _final(temporary)
@@ -338,13 +340,13 @@ def _remove_unfinished(finding: Finding, directory: Directory, image_dirs: Seque
         except Busy as error:
             if temporary.purpose != RESTORE:
                 raise
-            raise Busy("another snapchain is writing it", subject=finding.image, hint="wait for it") from error
+            raise Busy("another snapchain is writing it", subject=finding.image, hint="wait until it ends") from error
         directory.sync()
     return Settled([finding.path] if removed else [], incomplete=incomplete)
 
 
 def _check_unused(finding: Finding, status: os.stat_result, image_dirs: Sequence[Path]) -> str | None:
-    """What could not be looked at. Raises Busy when something uses the file by this very name."""
+    """What the search could not look at. Raises Busy when something uses the file by this very name."""
     others = find_dependents(
         [finding.path], top=finding.image, own=[(status.st_dev, status.st_ino)], image_dirs=image_dirs
     )

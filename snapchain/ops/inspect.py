@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
-
-from snapchain.destination.reading import ReadableDestination
 from snapchain.errors import Busy
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.terminal import counted
 from snapchain.image import ImageChain, ImageFile, scan
-from snapchain.model.chain import Chain, LayerUse
+from snapchain.model.chain import Chain, Layer, LayerUse
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
-from snapchain.model.layer import Layer
 from snapchain.model.strip import strips
-from snapchain.source.lineage import note_of
-from snapchain.source.notes import Hold, Notes
-from snapchain.source.ownership import mark_of, told
+from snapchain.source import NOTE_PREFIX
+
+if TYPE_CHECKING:
+    from snapchain.destination.reading import ReadableDestination
+    from snapchain.source.notes import Hold
 
 STRIP_CELLS = 48
 
 
-class LayerReport(BaseModel):
+@dataclass(frozen=True, slots=True)
+class LayerReport:
     """One layer, in guest bytes. shadowed_bytes: its DATA that layers above hide; strip: see model/strip.py.
 
     file_bytes: what the file occupies (None at a destination); snapshots, bitmaps: inside the file
     holds: why it is not merged away
     """
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     format: str
@@ -43,14 +44,13 @@ class LayerReport(BaseModel):
     shadowed_zero_bytes: int
     snapshots: int
     bitmaps: tuple[str, ...]
-    holds: tuple[Hold, ...] = ()
+    holds: tuple[Hold, ...]
     strip: str
 
 
-class InspectReport(BaseModel):
+@dataclass(frozen=True, slots=True)
+class InspectReport:
     """A chain, root first. content_id: of what the top shows, where a record tells it."""
-
-    model_config = ConfigDict(frozen=True)
 
     address: str
     virtual_size: int
@@ -69,7 +69,7 @@ def inspect_image(
     """A chain of files. Works while a guest runs, as far as the files are whole; raises what `scan` raises."""
     _ = on_event
     with scan(path, format=format, image_dirs=image_dirs) as chain:
-        notes = Notes()
+        holds, sentences = _noted(chain)
         drawn = strips([file.extents for file in chain.files], STRIP_CELLS)
         layers = tuple(
             LayerReport(
@@ -84,29 +84,46 @@ def inspect_image(
                 shadowed_zero_bytes=use.shadowed_zero_bytes,
                 snapshots=file.header.snapshots if file.header else 0,
                 bitmaps=tuple(bitmap.name for bitmap in file.header.bitmaps) if file.header else (),
-                holds=note_of(file, notes).holds,
+                holds=held,
                 strip=strip,
             )
-            for file, use, strip in zip(chain.files, usage([file.extents for file in chain.files]), drawn, strict=True)
+            for file, use, held, strip in zip(
+                chain.files, usage([file.extents for file in chain.files]), holds, drawn, strict=True
+            )
         )
         return InspectReport(
             address=str(path),
             virtual_size=chain.size,
             content_id=None,
             layers=layers,
-            findings=(
-                *_findings(chain),
-                *_given(chain, notes),
-                *map(str, notes.faults(file.resolved for file in chain.files)),
-                *notes.ignored(file.resolved for file in chain.files),
-            ),
+            findings=(*_findings(chain), *sentences),
         )
 
 
-def _given(chain: ImageChain, notes: Notes) -> Iterator[str]:
+def _noted(chain: ImageChain) -> tuple[Sequence[tuple[Hold, ...]], Sequence[str]]:
+    """The holds of each file, root first, and what the notes beside the files say of the chain.
+
+    What reads notes takes as long to load as all else here, so it is loaded only where there is a note.
+    """
+    if not any(map(_may_have_notes, {file.resolved.real.parent for file in chain.files})):
+        return [()] * len(chain.files), ()
+    from snapchain.source.lineage import note_of
+    from snapchain.source.notes import Notes
+    from snapchain.source.ownership import describe_gift, mark_of
+
+    notes = Notes()
     mark = mark_of(chain, notes)
-    if mark is not None:
-        yield told(mark)
+    files = [file.resolved for file in chain.files]
+    sentences = [] if mark is None else [describe_gift(mark)]
+    sentences += [*map(str, notes.faults(files)), *notes.ignored(files)]
+    return [note_of(file, notes).holds for file in chain.files], sentences
+
+
+def _may_have_notes(directory: Path) -> bool:
+    try:
+        return any(name.startswith(NOTE_PREFIX) for name in os.listdir(directory))  # noqa: PTH208 - names alone
+    except OSError:
+        return True  # reading the notes tells what is wrong with the directory
 
 
 def inspect_point(destination: ReadableDestination, disk: str, *, point: str | None = None) -> InspectReport:
@@ -128,6 +145,7 @@ def inspect_point(destination: ReadableDestination, disk: str, *, point: str | N
             shadowed_zero_bytes=use.shadowed_zero_bytes,
             snapshots=0,
             bitmaps=(),
+            holds=(),
             strip=strip,
         )
         for (name, kind, cluster_size, extents), use, strip in zip(
@@ -170,7 +188,7 @@ def _file_findings(file: ImageFile) -> Iterator[str]:
     if file.header is None:
         return
     if file.header.snapshots:
-        yield f"{file.path} holds {file.header.snapshots} internal snapshots, which are not shipped"
+        yield f"{file.path} holds {counted(file.header.snapshots, 'internal snapshot')}, not shipped with it"
     if file.header.bitmaps:
         yield f"{file.path} holds dirty bitmaps: {', '.join(bitmap.name for bitmap in file.header.bitmaps)}"
     if file.header.version == 2:

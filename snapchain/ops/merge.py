@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from snapchain.destination.protocol import Destination
-from snapchain.destination.writing import Opening, Writing
+from snapchain.destination.writing import Opening
 from snapchain.merge.plan import MergePlan, plan
 from snapchain.merge.request import At, MergeRequest
 from snapchain.merge.run import MergeReport, run
@@ -15,7 +13,7 @@ from snapchain.model.inventory import Held
 
 def held_at(name: str, destination: Destination, disk: str, *, on_event: OnEvent = ignore) -> At:
     """What a destination holds of a disk, for a merge that must not hinder the next shipment. name: for people."""
-    with cast("Writing", destination).look(Opening(disk=disk), on_event=on_event) as found:
+    with destination.look(Opening(disk=disk), on_event=on_event) as found:
         return At(name, tuple(Held(layer.id, layer.sources) for layer in found.held))
 
 

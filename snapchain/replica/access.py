@@ -1,6 +1,6 @@
-"""Who may read a replica besides its owner: nobody, or one group.
+"""Read access to a replica besides its owner: nobody, or one group.
 
-The replica's directory itself says it.  Its mode gives its group r-x and all others nothing: then that group may read
+The mode of the replica's directory decides. Where it gives its group r-x and all others nothing, that group may read
 the replica, such as the group as which QEMU runs.  Any other mode means nobody.
 
     what               for the owner alone     for a group, too
@@ -36,7 +36,7 @@ class Access:
 
     @staticmethod
     def of(root: os.stat_result) -> Access:
-        """What the replica's directory says."""
+        """As the mode of the replica's directory has it."""
         is_shared = root.st_mode & _READ == _READ and not root.st_mode & _OTHERS
         return Access(root.st_gid if is_shared else None)
 

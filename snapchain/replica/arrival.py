@@ -27,7 +27,7 @@ from snapchain.host.temporary_names import NEW
 from snapchain.image import Backing, ImageChain, scan
 from snapchain.image.growing import GrowingFile
 from snapchain.image.leaves import Counting, counted
-from snapchain.image.positioned import write_all
+from snapchain.image.pread import write_all
 from snapchain.image.qcow2.layout import plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.content import Sum, content_id, empty_sum, encode_sum
@@ -43,7 +43,7 @@ from snapchain.replica.stream.messages import MAX_LAYERS, LayerOffer, Partial
 class Arrival:
     """A layer that comes on top of `catalogue`'s chain. The disk is locked for its lifetime.
 
-    on_durable: told how many marks are durable, from another thread
+    on_durable: called, in another thread, with the number of durable marks
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Arrival:
         return self._below is not None
 
     def _open_file(self, file_bytes: int) -> int:
-        """Where the data go on: what an earlier run made durable of this very layer, else 0 in an empty file."""
+        """The guest offset up to which an earlier run made this very layer durable, else 0 with an empty file."""
         offer, path = self._offer, self._disk.path(names.INCOMING)
         progress = read_progress(self._disk)
         known = progress is not None and progress.partial.layer == self.layer
@@ -277,7 +277,7 @@ def opened_chain(disk: ReplicaDisk, catalogue: Catalogue, tip: Layer) -> ImageCh
 
 
 def _unheard(count: int) -> None:
-    """Nobody listens to the progress of a proof."""
+    """The progress of a proof is not reported."""
 
 
 # --- What of an arriving layer is durable: one small record beside its file, replaced as the transfer goes on.
@@ -330,7 +330,7 @@ def settle(disk: ReplicaDisk) -> Catalogue:
 
 
 def publish(disk: ReplicaDisk, catalogue: Catalogue, layer: Layer) -> Catalogue:
-    """Make a finished layer, of which a record tells already, the tip of the chain. May be done again at any step."""
+    """Make a finished layer, which the progress record names, the tip of the chain. May be repeated after any step."""
     incoming = disk.path(names.INCOMING)
     if all(known.id != layer.id for known in catalogue.layers):
         if incoming.exists():
@@ -352,10 +352,12 @@ class _Mark:
 
 
 class Durability:
-    """Makes marks durable one after the other, on a thread of its own, so that data go on arriving meanwhile.
+    """Makes marks durable one after the other, on a thread of its own, while more data arrive.
 
-    Marks that wait while the disk is busy become one. on_durable: told how many marks are durable, in that thread
-    look_back: told after that, in that thread, up to which guest offset
+    Marks that wait while the disk is busy become one.
+
+    on_durable: called, in that thread, with the number of durable marks
+    look_back: called after that, in that thread, with the guest offset of the last one
     """
 
     def __init__(

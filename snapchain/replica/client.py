@@ -1,4 +1,4 @@
-"""Asking a replica, wherever it is, about its points and its soundness; nothing that it says is believed unjudged."""
+"""Requests to a replica, wherever it is: its points, their soundness, merge, handover, holds. Responses are checked."""
 
 from __future__ import annotations
 
@@ -64,29 +64,29 @@ def points_at(endpoint: Endpoint, disk: str | None = None) -> list[Disk]:
     seen: set[str] = set()
     count = 0
     with _connected(endpoint) as session:
-        asked = Ask(want="points", disk=disk, replica=endpoint.replica)
-        for frame in session.responses(Kind.ASK, asked):
+        request = Ask(want="points", disk=disk, replica=endpoint.replica)
+        for frame in session.responses(Kind.ASK, request):
             if frame.kind is not Kind.DISK:
                 raise session.unexpected(frame)
-            said = session.decode(HeldDisk, frame)
-            if not found or found[-1].name != said.disk:
-                if _checked(said.disk, disk, session.peer) in seen:
+            page = session.decode(HeldDisk, frame)
+            if not found or found[-1].name != page.disk:
+                if _checked(page.disk, disk, session.peer) in seen:
                     raise Corrupt("it lists one disk in two places", subject=session.peer)
-                seen.add(said.disk)
-                found.append(Disk(said.disk, said.epoch, []))
-            _check_points([*found[-1].points[-1:], *said.points], session.peer)
-            count += len(said.points)
+                seen.add(page.disk)
+                found.append(Disk(page.disk, page.epoch, []))
+            _check_points([*found[-1].points[-1:], *page.points], session.peer)
+            count += len(page.points)
             check_point_count(count, session.peer)
-            found[-1].points.extend(said.points)
+            found[-1].points.extend(page.points)
     if disk is not None and not found:
-        raise Corrupt("it has not told of the disk that it was asked about", subject=endpoint.url)
+        raise Corrupt("its answer lacks the disk that was asked for", subject=endpoint.url)
     return found
 
 
 def soundness_at(
     endpoint: Endpoint, disk: str | None = None, *, share: float, on_bytes: OnBytes
 ) -> tuple[list[Verdict], list[Finding]]:
-    """What was checked there, and what was found wrong with it.
+    """A verdict for each disk that was checked, and all findings.
 
     share: of the data that is read: 1 all, 0 none; in between, the probability with which each layer is read
     on_bytes: called with how many bytes of data were read by now, and of how many
@@ -96,8 +96,8 @@ def soundness_at(
     verdicts: list[Verdict] = []
     findings: list[Finding] = []
     with _connected(endpoint) as session:
-        asked = Ask(want="data" if data else "records", disk=disk, replica=endpoint.replica, share=share or 1.0)
-        for frame in session.responses(Kind.ASK, asked, feature=Feature.SAMPLE if 0 < share < 1 else None):
+        request = Ask(want="data" if data else "records", disk=disk, replica=endpoint.replica, share=share or 1.0)
+        for frame in session.responses(Kind.ASK, request, feature=Feature.SAMPLE if 0 < share < 1 else None):
             match frame.kind:
                 case Kind.PROGRESS if data and len(frame.body) == PROGRESS.size:
                     on_bytes(*PROGRESS.unpack(frame.body))
@@ -112,24 +112,24 @@ def soundness_at(
                     raise session.unexpected(frame)
     seen = {verdict.disk for verdict in verdicts}
     if len(seen) < len(verdicts) or any(finding.disk not in seen for finding in findings):
-        raise Corrupt("its findings are not of the disks that it has looked at", subject=endpoint.url)
+        raise Corrupt("it reports findings of disks that it did not check", subject=endpoint.url)
     if disk is not None and not verdicts:
-        raise Corrupt("it has not looked at the disk that it was asked about", subject=endpoint.url)
+        raise Corrupt("its answer lacks the disk that was asked for", subject=endpoint.url)
     return verdicts, findings
 
 
 def check_point_count(count: int, peer: str) -> None:
-    """Raises Corrupt for an answer with more points than this process may hold."""
+    """Raises Corrupt for an answer with more points than this process keeps in memory."""
     if count > MOST_POINTS:
         raise Corrupt(f"its answer has more than {MOST_POINTS} points", subject=peer, hint=ONE_DISK)
 
 
-def _checked(said: str, wanted: str | None, peer: str) -> str:
-    """The name of a disk that it tells of."""
-    if wanted is not None and said != wanted:
-        raise Corrupt("it tells of another disk than the one asked for", subject=peer)
+def _checked(name: str, wanted: str | None, peer: str) -> str:
+    """The name of a disk in a response. Raises Corrupt for another one than `wanted`, and for no name of a disk."""
+    if wanted is not None and name != wanted:
+        raise Corrupt("it answered about another disk than the one asked for", subject=peer)
     try:
-        return check_disk_name(said)
+        return check_disk_name(name)
     except InvalidInput as error:
         raise Corrupt(error.message, subject=peer) from error
 
@@ -151,26 +151,26 @@ def _printable(finding: Finding) -> Finding:
 def ask_for_handover(
     endpoint: Endpoint, step: Step, disks: Sequence[HandedDisk], *, token: str
 ) -> tuple[Standing, ...]:
-    """How each disk stands after that step, in their order. May be asked again with the same token.
+    """The state of each disk after that step, in their order. May be repeated with the same token.
 
     Raises what the replica refuses with: then nothing was changed there; Unavailable where that is not known.
     """
-    asked = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica)
+    request = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica)
     found: tuple[Standing, ...] | None = None
     with _connected(endpoint) as session:
-        for frame in session.responses(Kind.HANDOVER, asked):
+        for frame in session.responses(Kind.HANDOVER, request):
             if frame.kind is not Kind.HANDED or found is not None:
                 raise session.unexpected(frame)
             found = session.decode(Handed, frame).disks
     if found is None or [each.disk for each in found] != [each.disk for each in disks]:
-        raise Corrupt("it has not told of the disks that it was asked about", subject=endpoint.url)
+        raise Corrupt("its answer lacks the disks that were asked for", subject=endpoint.url)
     for disk, standing in zip(disks, found, strict=True):
         name = f"/{disk.overlay.name}"
         if not standing.overlay.startswith("/") or not standing.overlay.isprintable():
-            raise Corrupt("it names a file that cannot be", subject=endpoint.url)
+            raise Corrupt("it names an impossible file", subject=endpoint.url)
         done = step is Step.LOOK or (standing.given, standing.epoch) == (step is Step.GIVE, disk.epoch)
         if not standing.overlay.endswith(name) or not done:
-            raise Corrupt("it has not done what it was asked for", subject=endpoint.url)
+            raise Corrupt("it did not do what was requested", subject=endpoint.url)
     return found
 
 
@@ -196,23 +196,16 @@ def merged_at(
     on_bytes: OnBytes,
     on_wait: OnBeat = lambda: None,
 ) -> Answer:
-    """Have it done over there, or only planned (dry_run).
+    """Merge layers at the replica, or only plan it (dry_run).
 
     zone: name of a time zone; epoch: refused there where it is older than the disk's
-    on_bytes: told how many bytes are moved by now, and of how many; on_wait: called while nothing is told
-    Raises Unsupported for a far side that is too old for it, what it refuses with, Corrupt for lies.
+    on_bytes: called with the bytes moved so far, and in all; on_wait: called while the server sends only BEAT
+    Raises Unsupported for a server that is too old, what it refuses with, and Corrupt for an impossible answer.
     """
-    asked = Merge(
+    request = Merge(
         disk=disk,
         replica=endpoint.replica,
-        last=policy.last,
-        hourly=policy.hourly,
-        daily=policy.daily,
-        weekly=policy.weekly,
-        monthly=policy.monthly,
-        yearly=policy.yearly,
-        within=None if policy.within is None else str(policy.within),
-        labels=tuple(sorted(policy.labels)),
+        **dict(policy),
         zone=zone,
         epoch=epoch,
         dry_run=dry_run,
@@ -220,21 +213,21 @@ def merged_at(
     points: list[DecidedPoint] = []
     outcome: Outcome | None = None
     with _connected(endpoint) as session:
-        for frame in session.responses(Kind.MERGE, asked, on_wait):
+        for frame in session.responses(Kind.MERGE, request, on_wait):
             if frame.kind is Kind.PROGRESS and len(frame.body) == PROGRESS.size and not dry_run and not points:
                 on_bytes(*PROGRESS.unpack(frame.body))
                 continue
             if frame.kind is not Kind.MERGED or outcome is not None:
                 raise session.unexpected(frame)
-            said = session.decode(Merged, frame)
-            if said.disk != disk:
-                raise Corrupt("it tells of another disk than the one asked for", subject=session.peer)
-            _check_points([*points[-1:], *said.points], session.peer)
-            points += map(_printable_point, said.points)
+            page = session.decode(Merged, frame)
+            if page.disk != disk:
+                raise Corrupt("it answered about another disk than the one asked for", subject=session.peer)
+            _check_points([*points[-1:], *page.points], session.peer)
+            points += map(_printable_point, page.points)
             check_point_count(len(points), session.peer)
-            outcome = said.outcome
+            outcome = page.outcome
     if outcome is None:
-        raise Corrupt("it has not said what came of the merge", subject=endpoint.url)
+        raise Corrupt("its answer lacks the outcome of the merge", subject=endpoint.url)
     return Answer(tuple(points), _judged(outcome, done=not dry_run, peer=endpoint.url))
 
 
@@ -242,23 +235,24 @@ def _printable_point(point: DecidedPoint) -> DecidedPoint:
     return point.model_copy(update={"reasons": tuple(map(printable, point.reasons))})
 
 
-def _judged(said: Outcome, *, done: bool, peer: str) -> Outcome:
-    fewer = sum(len(members) - 1 for members in said.merges)
-    if said.done is not done or said.layers_before - said.layers_after != fewer or not all(map(len, said.merges)):
-        raise Corrupt("what it says of the merge contradicts itself, or what it was asked for", subject=peer)
-    staying = tuple(each.model_copy(update={"reason": printable(each.reason)}) for each in said.staying)
-    return said.model_copy(update={"staying": staying})
+def _judged(outcome: Outcome, *, done: bool, peer: str) -> Outcome:
+    fewer = sum(len(members) - 1 for members in outcome.merges)
+    layers_gone = outcome.layers_before - outcome.layers_after
+    if outcome.done is not done or layers_gone != fewer or not all(map(len, outcome.merges)):
+        raise Corrupt("its account of the merge contradicts itself, or the request", subject=peer)
+    staying = tuple(each.model_copy(update={"reason": printable(each.reason)}) for each in outcome.staying)
+    return outcome.model_copy(update={"staying": staying})
 
 
 def waiting(endpoint: Endpoint, on_event: OnEvent) -> Callable[[], None]:
-    """What to call at each sign of life that says nothing; it is told once."""
-    told = False
+    """A callback for BEAT that tells the user once that the replica makes them wait."""
+    noted = False
 
     def tell() -> None:
-        nonlocal told
-        if not told:
-            told = True
-            on_event(Notice(f"{endpoint.url} makes us wait: another snapchain may be at work on that disk"))
+        nonlocal noted
+        if not noted:
+            noted = True
+            on_event(Notice(f"{endpoint.url} makes us wait: another snapchain may be working on that disk"))
 
     return tell
 
@@ -279,7 +273,7 @@ def hold_at(
     )
     held = _held(endpoint, Kind.HOLD, request)
     if all((each.tag, each.reason) != (tag, reason) for each in held.holds):
-        raise Corrupt("it has not held the point as it was asked to", subject=endpoint.url)
+        raise Corrupt("it did not hold the point as requested", subject=endpoint.url)
     return held
 
 
@@ -288,7 +282,7 @@ def release_at(endpoint: Endpoint, disk: str, point: str | None, tag: str, *, dr
     request = _valid(ReleasePoint, disk=disk, replica=endpoint.replica, point=point, tag=tag, dry_run=dry_run)
     held = _held(endpoint, Kind.RELEASE, request)
     if any(each.tag == tag for each in held.holds):
-        raise Corrupt("it has not released the point", subject=endpoint.url)
+        raise Corrupt("it did not release the point", subject=endpoint.url)
     return held
 
 
@@ -309,5 +303,5 @@ def _held(endpoint: Endpoint, kind: Kind, request: HoldPoint | ReleasePoint) -> 
                 raise session.unexpected(frame)
             found = session.decode(Held, frame)
     if found is None or found.disk != request.disk:
-        raise Corrupt("it has not told of the disk that it was asked about", subject=endpoint.url)
+        raise Corrupt("its answer lacks the disk that was asked for", subject=endpoint.url)
     return found

@@ -107,7 +107,7 @@ class ReplicaPoint:
         """Root first. Raises Corrupt for an answer that contradicts itself, Unsupported for absurdly many extents."""
         runs = 0
         for layer in self.answer.layers():
-            if self.answer.asked.look:
+            if self.answer.request.look:
                 runs += len(layer.extents.at)
                 if runs > MOST_RUNS:
                     raise Unsupported("its layers are cut into too many extents to be shown", subject=self.answer.peer)
@@ -196,7 +196,12 @@ class ReplicaDestination(ReplicaWriting):
     def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
         """All disks by name, or one. Raises NotFound, Unavailable when the link breaks. Changes nothing there."""
         return tuple(
-            DiskRecord(name=each.name, epoch=each.epoch, points=tuple(map(_point_record, each.points)))
+            DiskRecord(
+                name=each.name,
+                epoch=each.epoch,
+                points=tuple(map(_point_record, each.points)),
+                layers=max((point.layers for point in each.points), default=0),  # all points lie on one chain
+            )
             for each in points_at(self.endpoint, disk)
         )
 
@@ -230,15 +235,12 @@ class ReplicaDestination(ReplicaWriting):
                 found.finish()
 
     def verify(self, disk: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore) -> VerifyReport:
-        """As `verify_replica`. share: each layer is read with that probability. Raises InvalidInput for a rate."""
+        """As `verify_replica`. share: each layer is read with that probability.
+
+        No data cross the link, so a rate has nothing to limit.
+        """
         if not 0 <= share <= 1:
             raise InvalidInput(f"a share of {share:.0%} of the data", hint="0% to 100%")
-        if self.limit_rate is not None:
-            raise InvalidInput(
-                "a replica is read on its own host, where no rate is kept",
-                subject=self.url,
-                hint="leave out --limit-rate; --sample reads a share of the data",
-            )
         return verify_replica(self.endpoint, disk, share=share, on_event=on_event)
 
     def merging(

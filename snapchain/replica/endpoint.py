@@ -1,4 +1,4 @@
-"""Where a replica is, and how to reach it: an endpoint gives a channel to a receiver that runs over there.
+"""Where a replica is, and how to reach it: an endpoint gives a channel to a receiver that runs there.
 
 `dir:/path` is this machine: the receiver is a thread behind two pipes, so it goes the same way, word for word, as one
 behind ssh.
@@ -28,7 +28,7 @@ _PIPE_BYTES = 1 << 20
 class Endpoint(Protocol):
     """A replica somewhere.
 
-    url: for people; link: what lies between; replica: the directory to name to the receiver, None when it knows
+    url: for people; link: what lies between; replica: the directory to name to the receiver, None if it knows it
     """
 
     @property
@@ -67,7 +67,7 @@ class DirectoryEndpoint:
     @contextmanager
     def connect(self) -> Iterator[Channel]:
         """A receiver on a thread; what breaks it in a way that nobody foresaw is raised on leaving."""
-        from snapchain.replica.receiver import receive  # inside: who connects over ssh has no receiver here
+        from snapchain.replica.receiver import receive  # inside: a client over ssh needs no receiver here
 
         ours, theirs = _pair(self.url, self._patience)
         broken: list[BaseException] = []
@@ -77,7 +77,7 @@ class DirectoryEndpoint:
                 try:
                     receive(theirs, self._directory)
                 except SnapchainError:
-                    pass  # the sender was told, and raises it
+                    pass  # the sender got it as FAIL, and raises it
                 except BaseException as error:  # noqa: BLE001 -- raised again below
                     broken.append(error)
 
@@ -118,7 +118,7 @@ def _pair(url: str, patience: float) -> tuple[Channel, Channel]:
 # --- over ssh: the receiver is a process on the other host
 
 _FRESH = 20.0
-"""Seconds. Who is logged in and says nothing is given up over there (`ops.serve_replica.PATIENCE`)."""
+"""Seconds. The other side gives up a login that stays silent (`ops.receive.PATIENCE`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class SshEndpoint:
 
     @contextmanager
     def connect(self) -> Iterator[Channel]:
-        """Start `snapchain serve-replica` over there. Raises what keeps ssh or snapchain from it."""
+        """Start `snapchain serve-replica` on the host. Raises what keeps ssh or snapchain from it."""
         begun, self._begun = self._begun, None
         if begun is not None and time.monotonic() - begun.at > _FRESH:
             self._drop(begun)

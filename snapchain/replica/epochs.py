@@ -1,4 +1,4 @@
-"""Who may write a disk: a sender in an older epoch than the disk's was replaced by another host, and is refused.
+"""Epochs: a sender in an older epoch than the disk's was replaced by another host, and is refused.
 
 An epoch rises by one: each handover is one step, and a disk whose epoch had run out could never be handed over again.
 More than that, and what ends a handover, needs the word of a human.

@@ -1,11 +1,11 @@
-"""Taking a point from a replica, wherever it is: every word of the answer is judged before it is used.
+"""Fetch a point from a replica, wherever it is. Each response is checked before it is used.
 
     with fetch(endpoint, "web1/vda", "7") as answer:
         answer.point, answer.data_bytes         # what will come
         for layer in answer.layers():           # root first; each must be read to its end before the next
             for pieces in layer.batches():
                 ...
-            layer.announced                     # the content id that its chain has over there
+            layer.announced                     # the content id that its chain has at the replica
 
 At most one layer's map and one frame of data are held. That the bytes are the point's is for the reader to prove.
 """
@@ -43,8 +43,8 @@ from snapchain.replica.stream.messages import (
 from snapchain.replica.stream.session import ClientSession
 
 _LONGEST_NAME = 250
-_GOES_ON = "it goes on where it stopped"
-"""What is right for a transfer to a replica, and is said wherever a channel breaks."""
+_GOES_ON = "it resumes where it stopped"
+"""Right for a transfer to a replica; the errors of a channel say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,43 +78,43 @@ class FetchedLayer:
     def batches(self) -> Iterator[list[Piece]]:
         """DATA of its map, in guest order, from where they were asked for; none if only maps were. Raises Corrupt."""
         runs = DataRuns(self.extents)
-        while (frame := self._answer.next()).kind is Kind.DATA and not self._answer.asked.look:
+        while (frame := self._answer.next()).kind is Kind.DATA and not self._answer.request.look:
             found = decode_data(frame.body, runs, self.position, on_base=False, subject=self._answer.peer)
             self.position = found.stop
             yield list(_pieces(found, runs))
         if frame.kind is not Kind.END or len(frame.body) != 32:
             raise self._answer.unexpected(frame)
-        if not self._answer.asked.look and runs.below(self.position) != runs.total:
+        if not self._answer.request.look and runs.below(self.position) != runs.total:
             left = runs.total - runs.below(self.position)
             raise Corrupt(f"the layer ends with {left} bytes of data left out", subject=self._answer.peer)
         self.announced = bytes(frame.body).hex()
 
 
 class Answer:
-    """What the other side says to FETCH. point: the one that was asked for; data_bytes: of all maps, as it says."""
+    """The answer to FETCH. point: the one that was asked for; data_bytes: of all maps, as announced."""
 
-    def __init__(self, channel: Channel, asked: Fetch, *, limit_rate: int | None) -> None:
+    def __init__(self, channel: Channel, request: Fetch, *, limit_rate: int | None) -> None:
         """Raises Unsupported, NotFound, and what the other side refuses with."""
         self._session = ClientSession(channel, FROM_FETCH)
         self._session.begin()
         if Feature.FETCH_FROM not in self._session.features:  # then all comes
-            asked = asked.model_copy(update={"first_layer": 0, "first_offset": 0})
-        self.asked, self.peer = asked, channel.peer
-        self._session.request(Kind.FETCH, asked)
+            request = request.model_copy(update={"first_layer": 0, "first_offset": 0})
+        self.request, self.peer = request, channel.peer
+        self._session.request(Kind.FETCH, request)
         self._bucket = None if limit_rate is None else TokenBucket(limit_rate)
         self.point = self._point(self._expect(Kind.DISK))
-        told = self._expect(Kind.PROGRESS)
-        if len(told.body) != PROGRESS.size:
-            raise self.unexpected(told)
-        self.data_bytes: int = PROGRESS.unpack(told.body)[1]
-        if not asked.chain and self.data_bytes > self.point.size:
+        progress = self._expect(Kind.PROGRESS)
+        if len(progress.body) != PROGRESS.size:
+            raise self.unexpected(progress)
+        self.data_bytes: int = PROGRESS.unpack(progress.body)[1]
+        if not request.chain and self.data_bytes > self.point.size:
             raise Corrupt("it announces more data than the disk holds", subject=self.peer)
 
     def layers(self) -> Iterator[FetchedLayer]:
         """The layers, root first: one, or those of the chain. Raises Corrupt."""
         parent: str | None = None
         size, announced = -1, ""
-        count = self.point.layers if self.asked.chain else 1
+        count = self.point.layers if self.request.chain else 1
         for number in range(count):
             offer = decode(LayerOffer, self._expect(Kind.LAYER).body, subject=self.peer)
             check_offered(offer.name, subject=self.peer)
@@ -132,19 +132,19 @@ class Answer:
         if (size, announced) != (self.point.size, self.point.content_id):
             raise Corrupt("what came is announced as something else than the point", subject=self.peer)
         if decode(Done, self._expect(Kind.DONE).body, subject=self.peer).layers != count:
-            raise Corrupt("it has given other layers than it says", subject=self.peer)
+            raise Corrupt("it gave another number of layers than it announced", subject=self.peer)
 
     def _begin(self, number: int, size: int) -> int:
         """The guest offset from which data of a layer come."""
-        if number < self.asked.first_layer:
+        if number < self.request.first_layer:
             return size
-        return min(self.asked.first_offset, size) if number == self.asked.first_layer else 0
+        return min(self.request.first_offset, size) if number == self.request.first_layer else 0
 
     def next(self) -> Frame:
-        """The next frame that says something. Raises what the other side fails with."""
+        """The next frame but BEAT. Raises the error that the other side reports."""
         frame = self._session.next()
         if self._bucket is not None:
-            # Who sends is slowed down by what is not read yet.
+            # Unread bytes slow the sender down.
             self._bucket.take(FRAME_BYTES + len(frame.body))
         return frame
 
@@ -159,13 +159,13 @@ class Answer:
         return frame
 
     def _point(self, frame: Frame) -> HeldPoint:
-        said = decode(HeldDisk, frame.body, subject=self.peer)
-        if said.disk != self.asked.disk or len(said.points) != 1:
-            raise Corrupt("it tells of something else than it was asked for", subject=self.peer)
+        held = decode(HeldDisk, frame.body, subject=self.peer)
+        if held.disk != self.request.disk or len(held.points) != 1:
+            raise Corrupt("it answered about another disk than the one asked for", subject=self.peer)
         try:
-            return chosen_point(said.disk, said.points, self.asked.point)
+            return chosen_point(held.disk, held.points, self.request.point)
         except NotFound as error:
-            raise Corrupt("it gives another point than it was asked for", subject=self.peer) from error
+            raise Corrupt("it gives another point than the one asked for", subject=self.peer) from error
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def fetch(
     check_disk_name(disk)
     if point is not None and not 0 < len(point) <= _LONGEST_NAME:
         raise NotFound(f"the disk has no point {point[:40]!a}", subject=f"{endpoint.url}::{disk}")
-    asked = Fetch(
+    request = Fetch(
         disk=disk,
         point=point,
         replica=endpoint.replica,
@@ -201,7 +201,7 @@ def fetch(
     )
     try:
         with endpoint.connect() as channel:
-            yield Answer(channel, asked, limit_rate=limit_rate)
+            yield Answer(channel, request, limit_rate=limit_rate)
     except Unavailable as error:
         if error.hint is not None:
             error.hint = error.hint.replace(_GOES_ON, "a restore continues what it had written")

@@ -3,7 +3,7 @@
     FETCH   ->  DISK PROGRESS (LAYER MAP* DATA* END)+ DONE    a point: one layer that shows it, or its chain's layers
     LEAVES  ->  PROGRESS* LEAF_HASHES+                        the leaf hashes of the newest content
 
-Nothing is made, locked against readers, or changed. The files are held as QEMU holds those that it reads, so a merge
+Nothing is made, locked against readers, or changed. The files are locked as QEMU locks files that it reads, so a merge
 or a cut waits; what they show is counted on the way, and is no answer unless it is what was proven when it came.
 """
 
@@ -114,17 +114,19 @@ def answer_leaves(current: Transfer, request: WantLeaves) -> None:
 
 
 class _Giving:
-    def __init__(self, asked: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue, *, with_holds: bool) -> None:
+    def __init__(
+        self, request: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue, *, with_holds: bool
+    ) -> None:
         self._with_holds = with_holds
-        self._asked, self._disk, self._found, self._outbox = asked, disk, found, outbox
-        self._levels = Levels(Link.LOCAL if asked.plain else Link.NETWORK)
+        self._request, self._disk, self._found, self._outbox = request, disk, found, outbox
+        self._levels = Levels(Link.LOCAL if request.plain else Link.NETWORK)
 
     def run(self) -> None:
         found = self._found
-        layers = list(_as_they_are(found)) if self._asked.chain else [_as_one(found)]
+        layers = list(_as_they_are(found)) if self._request.chain else [_as_one(found)]
         self._outbox.put(Kind.DISK, encode(self._told()))
         self._outbox.put(Kind.PROGRESS, PROGRESS.pack(0, sum(layer.extents.data_bytes for layer in layers)))
-        recorded = found.layers if self._asked.chain else found.layers[-1:]
+        recorded = found.layers if self._request.chain else found.layers[-1:]
         parent: str | None = None
         for number, (layer, record) in enumerate(zip(layers, recorded, strict=True)):
             parent = self._give(number, layer, record, parent)
@@ -157,8 +159,10 @@ class _Giving:
         self._outbox.put(Kind.LAYER, encode(offer))
         for body in map_frames(words):
             self._outbox.put(Kind.MAP, body)
-        if not self._asked.look and number >= self._asked.first_layer:
-            self._give_data(layer, record, since=self._asked.first_offset if number == self._asked.first_layer else 0)
+        if not self._request.look and number >= self._request.first_layer:
+            self._give_data(
+                layer, record, since=self._request.first_offset if number == self._request.first_layer else 0
+            )
         self._outbox.put(Kind.END, bytes.fromhex(record.content_id))
         return layer_id(offer, words)
 
@@ -183,7 +187,7 @@ def _check_shown(disk: ReplicaDisk, found: _Opened, record: Layer, shown: str) -
     raise Corrupt(
         f"its chain shows the content {shown}, recorded is {record.content_id}",
         subject=disk.path(record.file),
-        hint="snapchain verify --read-data tells which points are affected",
+        hint="snapchain verify --read-data lists the affected points",
     )
 
 

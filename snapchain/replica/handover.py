@@ -1,7 +1,7 @@
-"""The master of a disk changes: what the replica's side does when it is given disks, or asked to give them back.
+"""The master of a disk changes: the replica's side of giving disks to a host, and of taking them back.
 
 All disks of a guest at once: every one is locked and judged before the first is changed, and what is written is one
-catalogue a disk, by the token of the handover.  Cut off in between, the same question asked again does the rest.
+catalogue a disk, by the token of the handover.  Interrupted in between, the same request completes the rest.
 
 The epoch does the work: from the moment that a catalogue has the new one, whoever writes in the old one is refused.
 To give a disk back is a step forward, too: what was still on its way in the epoch in between comes too late.
@@ -24,8 +24,8 @@ from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import ACTIVE, temporary_beside
 from snapchain.image import ImageChain, scan
 from snapchain.image.dependents import SEEN
-from snapchain.image.overlay import write_overlay
 from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.write import write_overlay
 from snapchain.replica import names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, empty_catalogue
@@ -107,8 +107,8 @@ def answer(receiver: Receiver, request: Handover) -> None:
     receiver.session.done()
 
 
-def hand_over(asked: Handover, root: Path) -> Handed:
-    """Do what is asked, for all disks or none.
+def hand_over(request: Handover, root: Path) -> Handed:
+    """Do what the request says, for all disks or none.
 
     Raises NotFound for a disk that is not here, Busy when one is being changed or its overlay is open, Conflict where
     a disk is not as it was prepared, another host has taken it over, or a guest has written to what is to go back.
@@ -116,19 +116,19 @@ def hand_over(asked: Handover, root: Path) -> Handed:
     replica = open_replica(root)
     with ExitStack() as stack:
         # In one order, whatever the sender's: two handovers at once must not wait for each other.
-        for name in sorted(each.disk for each in asked.disks):
+        for name in sorted(each.disk for each in request.disks):
             disk = replica.disk(name)
             if not disk.directory.is_dir():
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
             stack.enter_context(in_turn(disk, Work.TRANSFER))
             if disk.read() is None:
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
-        cases = [_case(replica.disk(each.disk), each) for each in asked.disks]
-        if asked.step is Step.GIVE:
-            cases = _give(cases, asked.token, stack)
-        elif asked.step is Step.BACK:
-            cases = _take_back(cases, asked.token, stack)
-    return Handed(disks=tuple(_standing(case, asked.token) for case in cases))
+        cases = [_case(replica.disk(each.disk), each) for each in request.disks]
+        if request.step is Step.GIVE:
+            cases = _give(cases, request.token, stack)
+        elif request.step is Step.BACK:
+            cases = _take_back(cases, request.token, stack)
+    return Handed(disks=tuple(_standing(case, request.token) for case in cases))
 
 
 def _case(disk: ReplicaDisk, asked: HandedDisk) -> _Case:
@@ -183,7 +183,7 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
         if case.is_given_on and case.was_given(token):
             raise case.conflict(
                 "it is read-only: the host there has given the disk on to another one",
-                "`snapchain inspect` of it there tells to which; take it back to there first",
+                "`snapchain inspect` of it there shows which one; take it back to there first",
             )
         if not case.given(token):
             continue  # it never came to that, and cannot any more once the epoch is a later one
@@ -239,33 +239,33 @@ def answer_active(current: Transfer, offer: Active) -> None:
     current.session.reply(Kind.READINESS, found)
 
 
-def look_at_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readiness:
+def look_at_active(disk: ReplicaDisk, catalogue: Catalogue, offer: Active) -> Readiness:
     """What stands there now; with `prove`, whether each layer still shows what it did. Changes nothing.
 
     Raises Corrupt for a name that no sender of ours would ask for.
     """
-    path = _path(disk, asked)
+    path = _path(disk, offer)
     directory = str(disk.directory.resolve())
     if not directory.isprintable():
         raise Unsupported("its path has characters that no command can be given", subject=ascii(directory))
     return Readiness(
         directory=directory,
         file=f"{names.ACTIVE}/{path.name}",
-        state=_state(disk, catalogue, asked, path),
-        proven=asked.prove,
-        broken=tuple(_broken(disk, catalogue)) if asked.prove else (),
+        state=_state(disk, catalogue, offer, path),
+        proven=offer.prove,
+        broken=tuple(_broken(disk, catalogue)) if offer.prove else (),
     )
 
 
-def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readiness:
+def make_active(disk: ReplicaDisk, catalogue: Catalogue, offer: Active) -> Readiness:
     """Make the overlay unless it is there. The disk is locked.
 
-    Raises Diverged when `asked.on` is not the newest layer, Conflict when the name is taken by what is not to be
+    Raises Diverged when `offer.on` is not the newest layer, Conflict when the name is taken by what is not to be
     replaced, Busy when somebody has it open, Corrupt when a layer no longer is what it was.
     """
-    path = _path(disk, asked)
+    path = _path(disk, offer)
     tip = catalogue.tip
-    if tip is None or tip.id != asked.on:
+    if tip is None or tip.id != offer.on:
         raise Diverged(
             "the layer below the overlay is not the newest one here",
             subject=disk.directory,
@@ -273,7 +273,7 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
         )
     if path.parent.is_dir():
         files.remove_temporaries(path, purpose=ACTIVE)  # of runs that were killed: we hold the lock
-    found = look_at_active(disk, catalogue, asked)
+    found = look_at_active(disk, catalogue, offer)
     if found.broken:
         raise Corrupt(
             "it no longer shows what it did when it came", subject=disk.path(found.broken[0]), hint="verify that disk"
@@ -290,8 +290,8 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, asked: Active) -> Readi
         with ImageLock(path, LockMode.WRITE):
             check_unused(disk, path)
             files.remove(path)
-    _make(disk, disk.path(tip.file).resolve(), asked, path)
-    state = _state(disk, catalogue, asked, path)
+    _make(disk, disk.path(tip.file).resolve(), offer, path)
+    state = _state(disk, catalogue, offer, path)
     if state is not ActiveState.READY:
         raise Corrupt("the overlay that was just made is not what was asked for", subject=path)
     return found.model_copy(update={"state": state})
@@ -315,13 +315,13 @@ def is_untouched(disk: ReplicaDisk, overlay: Path) -> bool:
         return False
 
 
-def _path(disk: ReplicaDisk, asked: Active) -> Path:
-    return disk.path(names.ACTIVE) / names.check_offered(asked.name, subject=str(disk.directory))
+def _path(disk: ReplicaDisk, offer: Active) -> Path:
+    return disk.path(names.ACTIVE) / names.check_offered(offer.name, subject=str(disk.directory))
 
 
-def _make(disk: ReplicaDisk, backing: Path, asked: Active, path: Path) -> None:
-    if asked.size % _SECTOR:
-        raise InvalidInput(f"a qcow2 overlay cannot have {asked.size} bytes", subject=path)
+def _make(disk: ReplicaDisk, backing: Path, offer: Active, path: Path) -> None:
+    if offer.size % _SECTOR:
+        raise InvalidInput(f"a qcow2 overlay cannot have {offer.size} bytes", subject=path)
     with files.directory_of(path.parent) as above:
         if not above.has(names.ACTIVE):
             above.make_directory(names.ACTIVE)
@@ -335,10 +335,10 @@ def _make(disk: ReplicaDisk, backing: Path, asked: Active, path: Path) -> None:
         try:
             write_overlay(
                 fd,
-                asked.size,
+                offer.size,
                 Backing(str(backing), "qcow2"),
-                cluster_size=asked.cluster_size,
-                extended_l2=asked.extended_l2,
+                cluster_size=offer.cluster_size,
+                extended_l2=offer.extended_l2,
                 subject=path.parent,
             )
             disk.access.give(fd, disk.access.overlay)
@@ -351,19 +351,19 @@ def _make(disk: ReplicaDisk, backing: Path, asked: Active, path: Path) -> None:
                 place.remove(temporary, only=made)
 
 
-def _state(disk: ReplicaDisk, catalogue: Catalogue, asked: Active, path: Path) -> ActiveState:
+def _state(disk: ReplicaDisk, catalogue: Catalogue, offer: Active, path: Path) -> ActiveState:
     if not os.path.lexists(path):
         return ActiveState.ABSENT
     try:
         with scan(path, format="qcow2", image_dirs=[disk.directory]) as chain:
-            return _judged(disk, catalogue, asked, chain)
+            return _judged(disk, catalogue, offer, chain)
     except NotFound:
         return ActiveState.ABSENT if not os.path.lexists(path) else ActiveState.FOREIGN
     except SnapchainError:
         return ActiveState.FOREIGN
 
 
-def _judged(disk: ReplicaDisk, catalogue: Catalogue, asked: Active, chain: ImageChain) -> ActiveState:
+def _judged(disk: ReplicaDisk, catalogue: Catalogue, offer: Active, chain: ImageChain) -> ActiveState:
     top = chain.top
     if top.extents.data_bytes or top.extents.zero_bytes or top.header is None or len(chain.files) < 2:
         return ActiveState.FOREIGN
@@ -374,13 +374,13 @@ def _judged(disk: ReplicaDisk, catalogue: Catalogue, asked: Active, chain: Image
     whole = [(file.path.name, file.size, file.format) for file in chain.files[:-1]]
     wanted = [(layer.file, layer.size, "qcow2") for layer in catalogue.layers[: place + 1]]
     exact = (chain.size, top.cluster_size, top.header.extended_l2) == (
-        asked.size,
-        asked.cluster_size,
-        asked.extended_l2,
+        offer.size,
+        offer.cluster_size,
+        offer.extended_l2,
     )
     # One that the host here has given on to another is read-only (source/ownership.py): the next guest needs its own.
     exact = exact and bool(top.real_path.stat().st_mode & 0o222)
-    is_ready = exact and whole == wanted and catalogue.layers[place].id == asked.on == catalogue.layers[-1].id
+    is_ready = exact and whole == wanted and catalogue.layers[place].id == offer.on == catalogue.layers[-1].id
     return ActiveState.READY if is_ready else ActiveState.STALE
 
 

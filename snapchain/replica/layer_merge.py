@@ -1,11 +1,11 @@
-"""Merging the layers of a disk that no kept point needs, where the disk is: which, and around what.
+"""Which layers of a replica's disk are merged when points are dropped, and the merges themselves, where the disk is.
 
     layers    a   b   c   d   e | f      kept: the points on c and e; f came without a point yet
     become   [a   b   c] [d   e]  f      each under the name and id of its uppermost
 
-Points go from the catalogue before the first file is touched that they need; their layers when the files are one.
-Open layers stay, and so do those on which an image of the replica depends, such as the overlay of a
-guest; the others are merged around them.  What lies above the newest point is a transfer that was cut off.
+A point is removed from the catalogue before any file that it needs is changed; its layers are when the files are one.
+Open layers stay, and so do layers on which an image of the replica depends, such as the overlay of a guest; the others
+are merged around them.  What lies above the newest point is a transfer that was cut off.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from snapchain.replica.merge_journal import (
 from snapchain.replica.store import ReplicaDisk
 
 NOTHING = "nothing"
-_GOES_ROUND = (Busy, Conflict, Unsupported, InvalidInput)
+_REFUSALS = (Busy, Conflict, Unsupported, InvalidInput)
 """What one merge is refused with before anything is changed; the other merges are done all the same."""
 OnBytes = Callable[[int, int], None]
 Layers = tuple[Layer, ...]
@@ -50,15 +50,15 @@ Layers = tuple[Layer, ...]
 
 @dataclass(frozen=True, slots=True)
 class Stays:
-    """A layer that no kept point needs, and why it is left alone."""
+    """A layer that no kept point needs and that stays, with the reason."""
 
     layer: Layer
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Collapsing:
-    """What is to be done to a disk. groups: layers that become one, lowest first, each with what that takes."""
+class LayerMergePlan:
+    """What is to be done to a disk. groups: layers that become one, lowest first, each with its merge."""
 
     catalogue: Catalogue
     decisions: tuple[Decision[Point], ...]
@@ -78,7 +78,7 @@ class Collapsing:
 
 
 @dataclass(slots=True)
-class Collapsed:
+class LayerMergeResult:
     """What was done."""
 
     catalogue: Catalogue
@@ -94,10 +94,10 @@ class Collapsed:
         return "+".join(dict.fromkeys(self.strategies)) or NOTHING
 
 
-def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinfo) -> Collapsing:
-    """Look, and decide; changes nothing.
+def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinfo) -> LayerMergePlan:
+    """Decide; changes nothing.
 
-    Raises Corrupt when the files are not the chain that they should be.
+    Raises Corrupt when the files are not the chain that the catalogue names.
     """
     decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=hold_reasons)
     stays: list[Stays] = []
@@ -105,19 +105,19 @@ def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinf
     for members in _groups(disk, catalogue, decisions, stays):
         try:
             groups.append((members, _planned(disk, catalogue, members)))
-        except _GOES_ROUND as error:
+        except _REFUSALS as error:
             stays += [Stays(layer, error.message) for layer in members[:-1]]
-    return Collapsing(catalogue, decisions, tuple(groups), tuple(stays), free_bytes(disk.directory))
+    return LayerMergePlan(catalogue, decisions, tuple(groups), tuple(stays), free_bytes(disk.directory))
 
 
-def run(disk: ReplicaDisk, planned: Collapsing, *, on_bytes: OnBytes) -> Collapsed:
+def run(disk: ReplicaDisk, planned: LayerMergePlan, *, on_bytes: OnBytes) -> LayerMergeResult:
     """Do it. The disk is locked since before the plan.
 
-    on_bytes: told how much is moved, and of how much; what it raises ends the work
-    Raises Unavailable when there is no room, before the points go that need what would be merged; what
-    `run_step` raises: the next process that takes the lock settles that.
+    on_bytes: called with the bytes moved so far, and their total; what it raises ends the work
+    Raises Unavailable when there is no room, before points are dropped; and as `run_step`: the next process that takes
+    the lock settles that merge.
     """
-    done = Collapsed(planned.catalogue, [], [], list(planned.stays))
+    done = LayerMergeResult(planned.catalogue, [], [], list(planned.stays))
     total = sum(each.bytes_to_move for _, each in planned.groups)
     for number, (members, first_look) in enumerate(planned.groups):
         before = done.bytes_moved
@@ -129,9 +129,9 @@ def run(disk: ReplicaDisk, planned: Collapsing, *, on_bytes: OnBytes) -> Collaps
         try:
             now = first_look if number == 0 else _planned(disk, done.catalogue, members)
             _merge(disk, members, now, done, on_bytes=counted)
-        except _GOES_ROUND as error:
+        except _REFUSALS as error:
             if is_under_way(disk):
-                raise  # it was begun, and comes first
+                raise  # it was begun: it is settled before anything else
             done.stays += [Stays(layer, error.message) for layer in members[:-1]]
     kept = {each.point.point for each in planned.decisions if each.kept}
     _drop_points(disk, done, [point for point in done.catalogue.points if point.point not in kept])
@@ -141,40 +141,40 @@ def run(disk: ReplicaDisk, planned: Collapsing, *, on_bytes: OnBytes) -> Collaps
 def _groups(
     disk: ReplicaDisk, catalogue: Catalogue, decisions: Sequence[Decision[Point]], stays: list[Stays]
 ) -> list[Layers]:
-    """The runs of layers that may become one; `stays`: takes in what is gone round."""
+    """The runs of layers that may become one. stays: receives the layers that are left out."""
     layers = catalogue.layers
     if not decisions or not layers:
         return []
     places = {layer.id: place for place, layer in enumerate(layers)}
     kept = {each.point.layer for each in decisions if each.kept}
-    # Above the newest point lies what a transfer has brought so far, which will want its layers as they are.
+    # Above the newest point lies a transfer that was cut off; it goes on from its layers as they are.
     newest = max(places[each.point.layer] for each in decisions)
     kept |= {layer.id for layer in layers[newest:]}
-    wanted = [members for members in _collapsed(layers, kept) if len(members) > 1]
+    wanted = [members for members in _grouped(layers, kept) if len(members) > 1]
     lower = [layer for members in wanted for layer in members[:-1]]
     upper = [members[-1] for members in wanted]
     used, opened = _dependents_of(disk, layers, lower), _open(disk, [*lower, *upper])
     stays += [Stays(layer, why) for layer in lower if (why := opened.get(layer.id) or used.get(layer.id))]
-    # An open file keeps to itself, so that the one below it is the uppermost of its own.
+    # An open file is not merged, and the file below it is the uppermost of its own group.
     alone = {*opened, *(layers[places[layer] - 1].id for layer in opened if places[layer])}
-    groups = [members for members in _collapsed(layers, kept | used.keys() | alone) if len(members) > 1]
+    groups = [members for members in _grouped(layers, kept | used.keys() | alone) if len(members) > 1]
     gone = {layer.id for members in groups for layer in members[:-1]}
-    told = {each.layer.id for each in stays}
+    known = {each.layer.id for each in stays}
     stays += [
         Stays(layer, "the layer above it, into which it would go, is open")
         for layer in lower
-        if layer.id not in gone | told
+        if layer.id not in gone | known
     ]
     return groups
 
 
-def _collapsed(layers: Layers, keep: set[str]) -> list[Layers]:
+def _grouped(layers: Layers, keep: set[str]) -> list[Layers]:
     known = {layer.id: layer for layer in layers}
     return [tuple(known[member] for member in group.members) for group in collapse(list(known), keep)]
 
 
 def _dependents_of(disk: ReplicaDisk, layers: Layers, lower: Sequence[Layer]) -> dict[str, str]:
-    """Those of the layers on which an image stands that is no layer, each with the reason."""
+    """The layers on which an image depends that is no layer itself, each with the reason."""
     ours: set[tuple[int, int]] = set()
     for path in (*(disk.path(layer.file) for layer in layers), disk.path(names.INCOMING)):
         with suppress(OSError):
@@ -185,7 +185,7 @@ def _dependents_of(disk: ReplicaDisk, layers: Layers, lower: Sequence[Layer]) ->
 
 
 def _open(disk: ReplicaDisk, layers: Sequence[Layer]) -> dict[str, str]:
-    """Those of the layers that somebody has open, each with who."""
+    """The layers that are open elsewhere, each with what has it open."""
     found: dict[str, str] = {}
     open_files = OpenFiles() if layers else None
     for layer in layers:
@@ -214,25 +214,27 @@ def _planned(disk: ReplicaDisk, catalogue: Catalogue, members: Layers) -> MergeS
 
 
 def _run(step: MergeStep, on_bytes: OnBytes) -> StepReport:
-    """Merge the files. The notes that a chain of images has beside it are the catalogue's here."""
+    """Merge the files, without notes beside them: the catalogue records the same."""
     moved = 0
 
     def on_event(event: Event) -> None:
         nonlocal moved
         if isinstance(event, Progress):
-            # The proof moves nothing; the peer hears all the same that the work goes on.
+            # The proof moves nothing, but it too is reported, as a sign of life.
             moved = event.done if event.phase == "merge" else moved
             on_bytes(moved, step.bytes_to_move)
 
     return run_step(step, noted=False, on_event=on_event)
 
 
-def _merge(disk: ReplicaDisk, members: Layers, planned: MergeStep, done: Collapsed, *, on_bytes: OnBytes) -> None:
-    """One group, from the record that tells of it to the catalogue that has it."""
+def _merge(
+    disk: ReplicaDisk, members: Layers, planned: MergeStep, done: LayerMergeResult, *, on_bytes: OnBytes
+) -> None:
+    """Merge one group: its record, its points, its files, and the catalogue."""
     room = free_bytes(disk.directory)
     if planned.needs_bytes > room:
         raise Unavailable(
-            f"the merged layer needs {planned.needs_bytes} bytes beside those that it is made of, and {room} are free",
+            f"the merged layer needs {planned.needs_bytes} bytes beside its inputs, and {room} are free",
             subject=disk.directory,
             hint=f"free {planned.needs_bytes - room} bytes more there, or keep more points",
         )
@@ -254,8 +256,8 @@ def _merge(disk: ReplicaDisk, members: Layers, planned: MergeStep, done: Collaps
     done.bytes_freed += result.bytes_freed
 
 
-def _drop_points(disk: ReplicaDisk, done: Collapsed, points: Sequence[Point]) -> None:
-    """They are not promised any more, durably."""
+def _drop_points(disk: ReplicaDisk, done: LayerMergeResult, points: Sequence[Point]) -> None:
+    """Remove points from the catalogue, durably."""
     if points:
         gone = {point.point for point in points}
         left = tuple(point for point in done.catalogue.points if point.point not in gone)

@@ -1,6 +1,6 @@
-"""A merge of a disk's layers that is under way: the record that tells of it, and what is left to do after a crash.
+"""The record of a merge of a disk's layers that is under way, and what is left to do after a crash.
 
-    .merging.json      which layers are to be one; from before a file is touched until the catalogue says so
+    .merging.json      which layers become one; written before a file is changed, removed when the catalogue has it
 
 A process that finds the record and gets the disk's lock has met a merge that was killed.  The merge engine finishes
 or undoes the work on the files; they then are the old list of layers or the new one.  A reader without the lock may see
@@ -37,12 +37,12 @@ from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
 _PATIENCE = 60.0
 _POLL_SECONDS = 0.1
 _ATTEMPTS = 20
-"""Looks that a merge may spoil. Each takes milliseconds."""
+"""How often a reader looks again, since a merge changed the files meanwhile. Each look takes milliseconds."""
 T = TypeVar("T")
 
 
 class Merging(BaseModel):
-    """The record. members: layers, lowest first, of which the uppermost is to be all."""
+    """The record. members: layers, lowest first, that are merged into the uppermost."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -51,14 +51,14 @@ class Merging(BaseModel):
 
 
 def begin(disk: ReplicaDisk, members: Sequence[Layer]) -> None:
-    """Note, durably, that these are to become one."""
+    """Record, durably, that these become one."""
     disk.put(names.MERGING, Merging(members=tuple(layer.id for layer in members)))
 
 
 def settle_merge(disk: ReplicaDisk, catalogue: Catalogue) -> Catalogue:
     """Finish or undo a merge that was killed; the catalogue as it is then. Under the lock.
 
-    Raises Busy while somebody has a member open, and as merge.run.recover: then all is as before.
+    Raises Busy while a member is open elsewhere, and as merge.run.recover: then all is as before.
     """
     record = disk.record(Merging, names.MERGING)
     if record is None:
@@ -241,7 +241,7 @@ def _seal(disk: ReplicaDisk, layer: Layer) -> None:
 
 
 def _drop_leftovers(disk: ReplicaDisk, lower: Sequence[Layer], merged: Sequence[Layer]) -> None:
-    """Files of layers that are in another one now, of which no journal tells: those that nobody needs go."""
+    """Remove files of merged layers that no journal names, where no image depends on them."""
     named = {layer.file for layer in merged}
     paths = [real_path(disk, layer) for layer in lower if layer.file not in named]
     paths = [path for path in paths if path.exists()]

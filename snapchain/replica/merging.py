@@ -1,8 +1,8 @@
-"""The answer to MERGE: the layers that no kept point needs become one with the next, or what that would do.
+"""The response to MERGE: layers that no kept point needs are merged into the next, or a plan of that.
 
     MERGE  ->  PROGRESS* MERGED+ DONE
 
-The asker is heard no more: once it is gone the next word to it fails, and the merge that is at work ends as it was.
+The client sends nothing more.  When it is gone, the next response to it fails, and the merge under way is undone.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from zoneinfo import ZoneInfo
 
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.events import ByteCount
-from snapchain.model.retention import Decision, Policy, parse_duration
-from snapchain.replica import layer_merge as collapsing
+from snapchain.model.retention import Decision
+from snapchain.replica import layer_merge
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Point
 from snapchain.replica.epochs import check_epoch
-from snapchain.replica.layer_merge import Collapsing
+from snapchain.replica.layer_merge import LayerMergePlan
 from snapchain.replica.merge_journal import undisturbed
 from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import (
@@ -49,51 +49,37 @@ def answer(receiver: Receiver, request: Merge) -> None:
     receiver.session.done()
 
 
-def merge(asked: Merge, root: Path, say: Reply) -> None:
-    """Do it, and say all but DONE.
+def merge(request: Merge, root: Path, reply: Reply) -> None:
+    """Do it, and send all responses but DONE.
 
     Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
-    when others do not let go of the disk, Unsupported where nothing here can merge, and as `collapsing.plan`, `run`.
+    when the disk stays locked, and as `layer_merge.plan`, `run`.
     """
-    policy, zone = _policy(asked), _zone(asked.zone)
-    disk = open_replica(root).disk(asked.disk)
-    if asked.dry_run:
+    if request.is_empty:
+        raise InvalidInput("no rule says which points to keep", subject=request.disk, hint="such as --keep-last 7")
+    zone = _zone(request.zone)
+    disk = open_replica(root).disk(request.disk)
+    if request.dry_run:
         planned = undisturbed(
             disk,
-            lambda: collapsing.plan(disk, _checked(disk, disk.read(), asked), policy, zone=zone),
+            lambda: layer_merge.plan(disk, _checked(disk, disk.read(), request), request, zone=zone),
             is_fine=lambda _plan: False,
         )
-        _tell(planned, _foreseen(planned), say)
+        _send_pages(planned, _foreseen(planned), reply)
         return
-    _checked(disk, disk.read(), asked)
+    _checked(disk, disk.read(), request)
     with in_turn(disk, Work.MERGE):
-        settled = _checked(disk, settle(disk), asked)
-        planned = collapsing.plan(disk, settled, policy, zone=zone)
-        _tell(planned, _done(disk, planned, say), say)
+        settled = _checked(disk, settle(disk), request)
+        planned = layer_merge.plan(disk, settled, request, zone=zone)
+        _send_pages(planned, _done(disk, planned, reply), reply)
 
 
-def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, asked: Merge) -> Catalogue:
+def _checked(disk: ReplicaDisk, catalogue: Catalogue | None, request: Merge) -> Catalogue:
     if catalogue is None:
         raise NotFound(f"there is no disk {disk.name!r} here", subject=disk.directory.parent)
-    if asked.epoch is not None:
-        check_epoch(disk, catalogue, asked.epoch, by_name=True)  # it stays what it is here
+    if request.epoch is not None:
+        check_epoch(disk, catalogue, request.epoch, by_name=True)  # the epoch of the disk does not change here
     return catalogue
-
-
-def _policy(asked: Merge) -> Policy:
-    policy = Policy(
-        last=asked.last,
-        hourly=asked.hourly,
-        daily=asked.daily,
-        weekly=asked.weekly,
-        monthly=asked.monthly,
-        yearly=asked.yearly,
-        within=None if asked.within is None else parse_duration(asked.within),
-        labels=frozenset(asked.labels),
-    )
-    if policy.is_empty:
-        raise InvalidInput("no rule says which points to keep", subject=asked.disk, hint="such as --keep-last 7")
-    return policy
 
 
 def _zone(name: str) -> tzinfo:
@@ -103,11 +89,11 @@ def _zone(name: str) -> tzinfo:
         return ZoneInfo(name)
     except (OSError, ValueError, LookupError) as error:
         raise InvalidInput(
-            f"{name[:100]!a} is no time zone that the replica's host knows", hint="say --time-zone, such as UTC"
+            f"{name[:100]!a} is no time zone known on the replica's host", hint="say --time-zone, such as UTC"
         ) from error
 
 
-def _foreseen(planned: Collapsing) -> Outcome:
+def _foreseen(planned: LayerMergePlan) -> Outcome:
     each = [what for _, what in planned.groups]
     return Outcome(
         done=False,
@@ -123,9 +109,9 @@ def _foreseen(planned: Collapsing) -> Outcome:
     )
 
 
-def _done(disk: ReplicaDisk, planned: Collapsing, say: Reply) -> Outcome:
-    count = ByteCount(0, lambda done, total: say(Kind.PROGRESS, PROGRESS.pack(done, total)))
-    done = collapsing.run(disk, planned, on_bytes=count.reach)
+def _done(disk: ReplicaDisk, planned: LayerMergePlan, reply: Reply) -> Outcome:
+    count = ByteCount(0, lambda done, total: reply(Kind.PROGRESS, PROGRESS.pack(done, total)))
+    done = layer_merge.run(disk, planned, on_bytes=count.reach)
     return Outcome(
         done=True,
         layers_before=len(planned.catalogue.layers),
@@ -140,15 +126,15 @@ def _done(disk: ReplicaDisk, planned: Collapsing, say: Reply) -> Outcome:
     )
 
 
-def _staying(stays: Sequence[collapsing.Stays]) -> tuple[Staying, ...]:
+def _staying(stays: Sequence[layer_merge.Stays]) -> tuple[Staying, ...]:
     return tuple(Staying(file=each.layer.file, reason=each.reason[:_LONGEST_REASON]) for each in stays)
 
 
-def _tell(planned: Collapsing, outcome: Outcome, say: Reply) -> None:
+def _send_pages(planned: LayerMergePlan, outcome: Outcome, reply: Reply) -> None:
     pages = list(_pages(planned.decisions))
     for number, page in enumerate(pages, start=1):
         last = outcome if number == len(pages) else None
-        say(Kind.MERGED, Merged(disk=planned.catalogue.disk, points=page, outcome=last))
+        reply(Kind.MERGED, Merged(disk=planned.catalogue.disk, points=page, outcome=last))
 
 
 def _pages(decisions: Sequence[Decision[Point]]) -> Iterator[tuple[DecidedPoint, ...]]:

@@ -29,7 +29,7 @@ from snapchain.replica.stream.layers import DataRuns, Part, Piece, encode_data
 _UNDER_WAY = 4
 """Windows in flight a worker: enough behind one slow read, some 60 MiB of buffers."""
 BLOCK = 4096
-"""The grain in which zeroes, and bytes that are below already, are told from others."""
+"""Bytes. Zeroes, and bytes that the layers below have already, are recognized in blocks of this size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Portion:
 
 @dataclass(slots=True)
 class Outgoing:
-    """A layer being read. levels: of compression, asked anew for each window."""
+    """A layer being read. levels: the compression level, for each window anew."""
 
     layer: OutgoingLayer
     levels: Levels

@@ -1,13 +1,14 @@
-"""What a peer may ask of a receiver: judged in one place, for every request, before anything is done.
+"""What a peer may request from a receiver: checked in one place, before anything is done.
 
-    send      OPEN, and what follows: layers, points, a look at what is here, and the overlay that is ready already
+    send      OPEN, and what follows: layers, points, leaf hashes, a look at the disk and its overlay
     fetch     FETCH: the data of points
     cut       CUT: dropping layers and points
-    merge     MERGE: keeping some points, and merging the layers of the others
+    merge     MERGE: keeping some points, and merging the layers of the others; RELEASE
     handover  HANDOVER, and an ACTIVE that makes an overlay: the disk's master changes
-    epochs    an OPEN that skips epochs, or ends a handover, because a human has said so by name
+    epochs    an OPEN that skips epochs, or ends a handover, because a human has named it
 
-ASK, the points and their soundness, needs `send` or `fetch`: either shows as much.
+ASK, the points and their soundness, needs `send` or `fetch`: either shows as much. HOLD needs `send` or `merge`. Which
+request needs which right is in `stream.messages.REQUESTS`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _parse(words: Iterable[str]) -> Iterable[Right]:
             yield Right(word.strip())
         except ValueError:
             known = ", ".join(each.value for each in Right)
-            raise InvalidInput(f"{word!a} is no right that --allow knows", hint=f"rights: {known}") from None
+            raise InvalidInput(f"--allow does not support {word!a}", hint=f"rights: {known}") from None
 
 
 # --- which directory a sender may name as the replica
@@ -101,7 +102,7 @@ def chosen(named: str | None, *, only: Path | None, within: Path | None) -> Path
 
     named: by the sender; only: where this side knows it; within: it must be this directory or lie in it, symbolic
     links and `..` followed.  With neither, the sender is trusted as far as this process's user is.
-    Raises InvalidInput, which tells nothing of what lies outside.
+    Raises InvalidInput, which reveals nothing about what lies outside.
     """
     if only is not None:
         if named is not None and Path(named) != only:
@@ -112,7 +113,7 @@ def chosen(named: str | None, *, only: Path | None, within: Path | None) -> Path
     if within is None:
         return Path(named)
     # What is used afterwards is what was judged: no link is left in it that could be turned meanwhile by a sender,
-    # who can make directories and files here, but no links.
+    # which can make directories and files here, but no links.
     # Nor does somebody else choose by a link what lies within.
     real, root = Path(os.path.realpath(named)), place_to_change(within)
     if not real.is_relative_to(root):

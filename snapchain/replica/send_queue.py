@@ -1,6 +1,6 @@
 """The sender's two threads at the channel: one writes what waits in a short queue, one reads what comes back.
 
-So neither latency nor a slow disk over there stops the reading here, until a window of bytes is not yet confirmed.
+So neither latency nor a slow disk at the other side stops the reading here, until a window of bytes is unconfirmed.
 The first failure of either thread ends both, and is raised where the next frame is given.
 """
 
@@ -77,7 +77,7 @@ class SendQueue:
 
     @property
     def confirmations(self) -> int:
-        """How often the other side has said that something is durable."""
+        """How often the other side has confirmed that something is durable."""
         return self._confirmed_count + len(self._stored)
 
     def put(self, kind: Kind, *body: Buffer, on_sent: Callable[[], None] = lambda: None) -> int:
@@ -113,7 +113,7 @@ class SendQueue:
         self.put(Kind.MARK, *body)
 
     def end_layer(self, layer: str, body: bytes) -> None:
-        """Give an END frame; the layer will be said to be stored."""
+        """Put an END frame; STORED will confirm it."""
         with self._state:
             self._expected.append(layer)
         self.put(Kind.END, body)
@@ -129,7 +129,7 @@ class SendQueue:
         self.put(kind, encode(message))
 
     def stop(self) -> Done | None:
-        """Give STOP, and wait until the other side has everything; what it says at last, None from one that is mute."""
+        """Put STOP, and wait until the other side has everything; its DONE, or None where nobody responds."""
         with self._state:
             self._stopping = True
         self.put(Kind.STOP)
@@ -151,9 +151,9 @@ class SendQueue:
     def fail(self, error: BaseException) -> None:
         """Tell the other side why nothing more comes, as far as it still listens."""
         with self._state:
-            told = self._failure is None and self._done is None
+            is_open = self._failure is None and self._done is None
             self._failure = self._failure or error
-        if not told:
+        if not is_open:
             return
         with suppress(queue.Full):
             self._queue.put((Kind.FAIL, (encode(describe(error)),), lambda: None), timeout=_GRACE)
@@ -195,7 +195,7 @@ class SendQueue:
                     self._bucket.take(0)  # wait until the frame fits the rate, before it counts as sent
                 on_sent()
         except BaseException as error:  # noqa: BLE001 -- raised again where the next frame is given
-            # A side that gave up said why before it closed: that is the better error.
+            # A side that gave up has sent the reason before it closed: that is the better error.
             if self._session is not None:
                 self._threads[1].join(_GRACE)
             self._fail(error)
@@ -248,7 +248,7 @@ class SendQueue:
     def _hear_stored(self, frame: Frame) -> None:
         stored = decode(Stored, frame.body, subject=self._channel.peer)
         if not self._expected or self._expected[0] != stored.layer:
-            raise Corrupt("a layer is said to be stored that was not sent", subject=self._channel.peer)
+            raise Corrupt("it reports a layer as stored that was not sent", subject=self._channel.peer)
         self._expected.pop(0)
         self._stored.append(stored)
 

@@ -103,7 +103,7 @@ class Traffic:
 
 
 class Sender:
-    """A context manager around one stream; the channel stays the caller's. An exception is told to the other side.
+    """A context manager around one stream; the channel stays the caller's. The other side is told of an exception.
 
     answers: whether the other side speaks; a stream that is saved has none, and begins with `open_blindly`
     """
@@ -134,7 +134,7 @@ class Sender:
 
     @property
     def peer(self) -> str:
-        """Who is at the other end, for messages."""
+        """The other end, for messages."""
         return self._channel.peer
 
     @property
@@ -144,31 +144,31 @@ class Sender:
 
     @property
     def confirmations(self) -> int:
-        """How often the other side has said that something is durable."""
+        """How often the other side has confirmed that something is durable."""
         return 0 if self._outbox is None else self._outbox.confirmations
 
-    def open(self, asked: Open, *, on_wait: Callable[[], None] = lambda: None) -> Inventory:
+    def open(self, request: Open, *, on_wait: Callable[[], None] = lambda: None) -> Inventory:
         """Name the disk; what the other side holds of it. Raises Unsupported, or what the other side refuses with.
 
-        on_wait: called now and then while it makes us wait, for a merge of that disk to end
+        on_wait: called now and then while the other side waits for a merge of that disk to end
         """
         assert self._answers
         session = self._session
         session.begin()
-        if asked.epoch > 1:
+        if request.epoch > 1:
             session.require(Feature.EPOCH)
         if Feature.NAMED_EPOCH not in session.features:
-            asked = asked.model_copy(update={"by_name": False})
-        session.writer.send(Kind.OPEN, encode(asked))
+            request = request.model_copy(update={"by_name": False})
+        session.writer.send(Kind.OPEN, encode(request))
         frame = session.next(on_wait)
         if frame.kind is not Kind.INVENTORY:
             raise Corrupt(f"it answered with {frame.kind.name}, not with INVENTORY", subject=self._channel.peer)
         found = session.decode(Inventory, frame)
-        if found.disk != asked.disk:
-            raise Corrupt("it tells of another disk than the one asked for", subject=self._channel.peer)
-        if found.epoch > asked.epoch or (found.epoch < asked.epoch and not asked.look):
+        if found.disk != request.disk:
+            raise Corrupt("it answered about another disk than the one asked for", subject=self._channel.peer)
+        if found.epoch > request.epoch or (found.epoch < request.epoch and not request.look):
             raise Corrupt(
-                f"its disk is in epoch {found.epoch}, and it has taken in a sender of epoch {asked.epoch}",
+                f"its disk is in epoch {found.epoch}, and it accepted a sender of epoch {request.epoch}",
                 subject=self._channel.peer,
             )
         for layer in found.layers:
@@ -187,11 +187,11 @@ class Sender:
         self._newest = None if keep is None else (keep, *self._layers[keep])
         self._opened().put(Kind.CUT, encode(Cut(keep=keep)))
 
-    def open_blindly(self, asked: Open) -> None:
+    def open_blindly(self, request: Open) -> None:
         """Begin a stream that nobody answers."""
         writer = self._session.writer
         writer.send(Kind.HELLO, encode(hello(answers=False)))
-        writer.send(Kind.OPEN, encode(asked))
+        writer.send(Kind.OPEN, encode(request))
         self._outbox = SendQueue(self._channel, writer, limit_rate=self._limit_rate)
 
     def send_layer(
@@ -200,7 +200,7 @@ class Sender:
         """Send one layer, from where an earlier run made it durable.
 
         parent: the id of the layer that it lies on; confirm: called when all is read, raises when the source changed
-        on_bytes: told in any thread of DATA bytes of the map that are on the wire, or need not go there
+        on_bytes: called, in any thread, with counts of DATA bytes that are on the wire, or need not be sent
         """
         outbox = self._opened()
         outgoing = Outgoing(layer, self._levels)
@@ -272,15 +272,15 @@ class Sender:
 
         outbox.request(Kind.ACTIVE, active, on_response)
         outbox.stop()
-        said = answers[0]
-        # These words go to a terminal, and into commands that a user will run.
-        if not said.directory.startswith("/") or not said.directory.isprintable():
-            raise Corrupt("it names a directory that cannot be", subject=self._channel.peer)
-        if said.file != f"{ACTIVE}/{active.name}" or not set(said.broken) <= self._files:
-            raise Corrupt("it tells of other files than those asked for", subject=self._channel.peer)
-        if said.proven is not active.prove or (active.make and said.state is not ActiveState.READY):
-            raise Corrupt("it has not done what it was asked for", subject=self._channel.peer)
-        return said
+        found = answers[0]
+        # This text is printed, and becomes part of commands that a user will run.
+        if not found.directory.startswith("/") or not found.directory.isprintable():
+            raise Corrupt("it names an impossible directory", subject=self._channel.peer)
+        if found.file != f"{ACTIVE}/{active.name}" or not set(found.broken) <= self._files:
+            raise Corrupt("it answered about other files than the ones asked for", subject=self._channel.peer)
+        if found.proven is not active.prove or (active.make and found.state is not ActiveState.READY):
+            raise Corrupt("it did not do what was requested", subject=self._channel.peer)
+        return found
 
     def leaves(self, *, on_bytes: OnBytes = ignored) -> tuple[Int64s, Hashes]:
         """(int64[n], uint8[n, 32]): numbers and hashes of the leaves of the newest content that are not all zero.
@@ -337,7 +337,7 @@ class Sender:
             raise Corrupt("its leaf hashes are not those of its newest layer", subject=peer)
 
     def finish(self) -> Done | None:
-        """Wait until all is durable over there. Raises what went wrong."""
+        """Wait until all is durable at the other side. Raises what went wrong."""
         return self._opened().stop()
 
     def _opened(self) -> SendQueue:

@@ -1,9 +1,9 @@
-"""What a replica answers to somebody who asks and sends nothing: its points, and whether it is sound.
+"""The answer to ASK: the points of a replica, and whether it is sound.
 
     ASK  ->  DISK* DONE                                    what points there are
          ->  (PROGRESS* FINDING* VERDICT)* DONE            whether records, or data, are sound
 
-Nothing is made, locked or changed, but for what a merge that was killed has left: that is put in order first.
+Nothing is made, locked or changed, except that an interrupted merge is finished or undone first.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def answer(receiver: Receiver, request: Ask) -> None:
 
 
 def _settled(disk: ReplicaDisk) -> Catalogue:
-    with suppress(Busy, InvalidInput, Unsupported):  # its points are told all the same
+    with suppress(Busy, InvalidInput, Unsupported):  # its points are listed all the same
         wait_for_merge(disk, patience=0)
     found = disk.read()
     if found is None:
@@ -131,7 +131,7 @@ def verify_disk(disk: ReplicaDisk, *, share: float = 1.0, on_bytes: Callable[[in
 
     A layer is counted from the sum recorded for the one below it: the lowest of the findings has a fault, those above
     it may only lie on it.
-    on_bytes: told how much was read since it was last told
+    on_bytes: called with the bytes read since the last call
     Raises Corrupt when files are missing, replaced, or linked otherwise, or one cannot be read.
     """
     catalogue = disk.read()
@@ -155,7 +155,7 @@ def verify_disk(disk: ReplicaDisk, *, share: float = 1.0, on_bytes: Callable[[in
 
 
 def _miscounted(file: ImageFile) -> str | None:
-    """What `qemu-img check` would say; None where it finds neither errors nor leaks."""
+    """What `qemu-img check` would report; None for neither errors nor leaks."""
     assert file.header is not None, "a replica's layers are qcow2"
     try:
         found = refcounts(ImageFd(file.fileno(), file_bytes(file.fileno()), file.header, file.path))
@@ -185,7 +185,7 @@ class Checked:
 def check_disk(disk: ReplicaDisk, *, share: float, on_bytes: Callable[[int], None]) -> Checked:
     """Check a disk. share: the probability with which each layer is read too, and compared with its record.
 
-    on_bytes: told how much was read since it was last told
+    on_bytes: called with the bytes read since the last call
     Raises NotFound for a disk that has no catalogue, Busy when it changes all the time.
     """
     for _ in range(_ATTEMPTS):

@@ -3,7 +3,7 @@
 ROOT/snapchain-replica.json          what makes it a replica
 ROOT/web1%2Fvda/catalogue.json       points, layers, epoch
 ROOT/web1%2Fvda/base.qcow2 ...       layers, read-only; each names the one below it by its name alone
-ROOT/web1%2Fvda/.lock                held by who changes the disk; in it a word for what they do
+ROOT/web1%2Fvda/.lock                locked by the process that changes the disk; names its work
 ROOT/web1%2Fvda/.incoming.*          a layer that is arriving, and how much of it is durable
 ROOT/web1%2Fvda/.merging.json        layers that are being made one, or were when their merge was killed
 """
@@ -42,7 +42,7 @@ class Marker(BaseModel):
 
 
 class Work(StrEnum):
-    """What somebody does who holds a disk."""
+    """The work of the process that holds the lock of a disk."""
 
     TRANSFER = "transfer"
     MERGE = "merge"
@@ -69,7 +69,7 @@ class ReplicaDisk:
 
     @property
     def access(self) -> Access:
-        """Who may read the files that are made here."""
+        """Who may read files that are made here."""
         if self._access is None:
             with os_errors(self.root):
                 self._access = Access.of(self.root.stat())
@@ -117,7 +117,7 @@ class ReplicaDisk:
     def locked(self, *, make: bool, work: Work = Work.TRANSFER) -> Iterator[None]:
         """Hold the disk against other writers. make: the directory too.
 
-        work: told to those who find it held; `replica.waiting` waits for some of it
+        work: written into the lock, for processes that find it locked; `in_turn` waits for some kinds
         Raises Busy at once, NotFound, InvalidInput for a name that no new disk can have, Conflict where the directory
         is a replica.
         """
@@ -137,7 +137,7 @@ class ReplicaDisk:
                 os.close(fd)
                 raise
         try:
-            with suppress(OSError):  # a full disk: those who come take it for a transfer
+            with suppress(OSError):  # a full disk: others assume a transfer
                 if os.fstat(fd).st_size:
                     os.ftruncate(fd, 0)
                 if work is not Work.TRANSFER:
@@ -188,7 +188,7 @@ class ReplicaDisk:
         return mode
 
     def held_for(self) -> Work:
-        """What who holds the disk does, as they have said; meaningless while nobody does."""
+        """The work of the lock's holder, as it has recorded it; meaningless while the lock is free."""
         try:
             return Work(read_small(self.path(names.LOCK), cap=100).decode().strip())
         except (SnapchainError, ValueError):
@@ -320,13 +320,13 @@ def check_free(root: Path) -> None:
 LIMITS = {(Work.TRANSFER, Work.MERGE): 900.0, (Work.MERGE, Work.TRANSFER): 60.0, (Work.MERGE, Work.MERGE): 60.0}
 """Seconds that one kind of work waits for another."""
 GRACE = 2.0
-"""For all others, and until who has just got the disk has said for what."""
+"""For all others, and until a new lock holder has recorded its work."""
 _POLL_SECONDS = 0.1
 
 
 @contextmanager
 def in_turn(disk: ReplicaDisk, work: Work, *, make: bool = False) -> Iterator[None]:
-    """Hold the disk as `ReplicaDisk.locked` does, once those who hold it now are done.
+    """Hold the disk as `ReplicaDisk.locked` does, once its holder is done.
 
     Raises Busy when that takes too long.
     """

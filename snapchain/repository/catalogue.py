@@ -27,10 +27,9 @@ from snapchain.model.points import chosen_point
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import generation_name
-from snapchain.repository.known import Memory
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
+from snapchain.repository.known import SeenGenerations
 
 KIND = b"C"
 MOST_LAYERS = 50_000
@@ -214,7 +213,7 @@ class Disk:
     """
 
     def __init__(
-        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: Memory | None = None
+        self, store: ObjectStore, keys: Keyring, name: str, *, conditional: bool, memory: SeenGenerations | None = None
     ) -> None:
         self.name = name
         self._store, self._keys, self._conditional, self._memory = store, keys, conditional, memory
@@ -355,7 +354,7 @@ def newest_generation(store: ObjectStore, disk_key: str) -> int | None:
     return newest
 
 
-def newest_known(store: ObjectStore, disk_key: str, memory: Memory | None) -> int | None:
+def newest_known(store: ObjectStore, disk_key: str, memory: SeenGenerations | None) -> int | None:
     """As `newest_generation`. Raises Corrupt when this machine has seen a newer one."""
     if memory is None:
         return newest_generation(store, disk_key)
@@ -376,7 +375,9 @@ def is_generation(name: str) -> bool:
     return number.isdecimal() and name == generation_name(folder.removeprefix("disks/"), int(number))
 
 
-def read_any(store: ObjectStore, keys: Keyring, disk_key: str, memory: Memory | None = None) -> Catalogue | None:
+def read_any(
+    store: ObjectStore, keys: Keyring, disk_key: str, memory: SeenGenerations | None = None
+) -> Catalogue | None:
     """The newest catalogue in a disk's folder, whatever the disk's name."""
     for attempt in range(ATTEMPTS):
         newest = newest_known(store, disk_key, memory)

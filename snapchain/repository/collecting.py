@@ -5,9 +5,9 @@ from __future__ import annotations
 from snapchain.destination.records import Finding, Findings, GcPlan, GcReport
 from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.objects.store import ObjectStore, Refused
-from snapchain.repository.collect import Marked, mark
 from snapchain.repository.format import fresh_id
 from snapchain.repository.leases import Mode
+from snapchain.repository.mark import Marked, mark
 from snapchain.repository.repository import Repository
 from snapchain.repository.sweep import estimate, index_objects, sweep
 from snapchain.repository.verification import points_on

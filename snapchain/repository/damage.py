@@ -16,9 +16,8 @@ from typing import Literal
 from snapchain.errors import SnapchainError
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import damage_name, fresh_id, is_damage, is_id, pack_name
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
 KIND = b"D"
 MOST_LISTED = 16_000

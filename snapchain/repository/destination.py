@@ -163,4 +163,4 @@ def _disk_record(catalogue: Catalogue) -> DiskRecord:
     points = (
         point_record(point, lengths.get(point.layer) or len(catalogue.chain(point.layer))) for point in catalogue.points
     )
-    return DiskRecord(name=catalogue.disk, epoch=catalogue.epoch, points=tuple(points))
+    return DiskRecord(name=catalogue.disk, epoch=catalogue.epoch, points=tuple(points), layers=len(catalogue.parents))

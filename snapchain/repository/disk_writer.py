@@ -24,7 +24,7 @@ from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
 from snapchain.objects.reserve import fill as fill_reserve
 from snapchain.repository.catalogue import Catalogue, Disk, Point
-from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.repository import Repository
@@ -134,7 +134,7 @@ class DiskWriter(_Look):
         super().__init__(repository, disk, on_event)
         self._lease = lease
         self._arrival = _Arrival()
-        self._deposit = Deposit(repository, on_durable=self._arrival.show)
+        self._deposit = LayerUpload(repository, on_durable=self._arrival.show)
         self._arrival.deposit = self._deposit
         self._points = points
         self._moves_points = False
@@ -288,7 +288,7 @@ class _Arrival:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._read = self._shown = 0
-        self.deposit: Deposit | None = None
+        self.deposit: LayerUpload | None = None
         self.on_bytes: Callable[[int], None] = lambda _count: None
 
     def read(self, count: int) -> None:

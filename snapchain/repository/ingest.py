@@ -1,6 +1,6 @@
 """Takes one layer in: read -> hash -> look up -> compress -> encrypt -> pack -> upload, on all cores.
 
-Workers take tasks (worklist.py); what they return is put together in guest order by the calling thread, so that
+Workers take tasks (tasks.py); what they return is put together in guest order by the calling thread, so that
 pages are cut alike whatever the timing.  A bounded number of tasks is under way, packs wait in a bounded queue:
 memory does not follow the size of the disk.
 """
@@ -23,14 +23,13 @@ import zstandard
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, empty_sum, leaf_hash, sum_of
 from snapchain.model.extents import DATA, Extents, Int64s
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.format import LEAF_ROW, PAGE_ROW
+from snapchain.repository.format import ID_BYTES, LEAF_ROW, PAGE_ROW, RUN_ROW
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.packer import Packer, Stream
-from snapchain.repository.packs import packed
+from snapchain.repository.packs import Location, packed
 from snapchain.repository.pages import Page, PageBuilder, Rows
-from snapchain.repository.runs import SCRAP_BYTES, Blob, RunList
-from snapchain.repository.worklist import (
+from snapchain.repository.tasks import (
     WINDOW,
     Item,
     Task,
@@ -68,7 +67,7 @@ class LayerSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Ingested:
     """A layer whose data and pages are in packs. pages: PAGE_ROW[n]; total: its chain's content sum."""
 
     pages: Rows
@@ -87,7 +86,7 @@ class _Result:
     bytes_read: int
 
 
-class Intake:
+class Ingest:
     """Takes layers into one repository. Not thread-safe itself; uses threads inside."""
 
     def __init__(
@@ -97,7 +96,7 @@ class Intake:
         self._workers = workers or max(2, os.cpu_count() or 1)
         self._local = threading.local()
 
-    def take(self, source: LayerSource, below: Sequence[StoredLayer], on_bytes: Callable[[int], None]) -> Taken:
+    def take(self, source: LayerSource, below: Sequence[StoredLayer], on_bytes: Callable[[int], None]) -> Ingested:
         """Take in one layer that lies on the chain `below` (root first, may be empty).
 
         on_bytes: told, in the calling thread, how many guest bytes were read since it was last told.
@@ -122,7 +121,7 @@ class Intake:
                     table.append(self._store_page(builder))
                 on_bytes(result.bytes_read)
         table.append(self._store_page(builder))
-        return Taken(np.concatenate(table), total, data_bytes, zero_bytes, bytes_read)
+        return Ingested(np.concatenate(table), total, data_bytes, zero_bytes, bytes_read)
 
     def _results(self, source: LayerSource, extents: Extents, below: Sequence[StoredLayer]) -> Generator[_Result]:
         """The workers' results in the order of the tasks."""
@@ -263,3 +262,88 @@ def sum_beyond(below: Sequence[StoredLayer], size: int) -> Sum:
         index, hashes = leaves_shown(below, first, stop)
         total += sum_of(index, hashes)
     return total
+
+
+# --- The runs of one task, collected in guest order: which guest bytes are ZERO, which are which bytes of which blob.
+#
+# A run of a leaf or more is a blob of its own, cut at blocks, so that it is found again wherever it was seen before.
+# Shorter ones, as clusters of 4 KiB or the holes of a raw file leave them, share one blob for each block:
+#
+#     guest   |--run--|    |-run-|  |--run--|    |     cut at multiples of the block size
+#     blob    |--run--|-run-|--run--|                  each run with its own `skip`
+#
+# A blob for each would cost more in tags, rows and index entries than the data of the smallest clusters.
+
+SCRAP_BYTES = LEAF_BYTES
+"""Runs shorter than this share a blob with their neighbours in the block."""
+
+Blob = tuple[bytes, Location]
+_ZERO = -1
+
+
+class RunList:
+    """Takes runs in ascending order. Not thread-safe.
+
+    block: bytes at whose multiples scraps part; store: puts the bytes of shared blobs away
+    """
+
+    def __init__(self, block: int, store: Callable[[memoryview], Blob]) -> None:
+        self._block, self._store = block, store
+        self._start: list[int] = []
+        self._length: list[int] = []
+        self._skip: list[int] = []
+        self._number: list[int] = []  # which blob each run is of; _ZERO for none
+        self._blobs: list[Blob | None] = []  # None: its scraps are still being collected
+        self._scraps = bytearray()
+        self._at = 0  # the block that they are in
+
+    def zero(self, start: int, stop: int) -> None:
+        """[start, stop) is ZERO."""
+        if self._number and self._number[-1] == _ZERO and self._start[-1] + self._length[-1] == start:
+            self._length[-1] += stop - start
+        else:
+            self._add(start, stop, _ZERO, 0)
+
+    def data(self, start: int, stop: int, blob: Blob) -> None:
+        """[start, stop) is this blob."""
+        self._settle()
+        self._blobs.append(blob)
+        self._add(start, stop, len(self._blobs) - 1, 0)
+
+    def scrap(self, start: int, stop: int, data: memoryview) -> None:
+        """[start, stop), less than SCRAP_BYTES within one block, is this data; it is copied."""
+        at = start // self._block
+        if at != self._at or not self._scraps:
+            self._settle()
+            self._at = at
+            self._blobs.append(None)
+        self._add(start, stop, len(self._blobs) - 1, len(self._scraps))
+        self._scraps += data
+
+    def rows(self) -> tuple[Rows, list[str]]:
+        """All runs as RUN_ROWs, and the table of packs that their column `pack` indexes."""
+        self._settle()
+        blobs = [blob for blob in self._blobs if blob is not None]
+        packs: dict[str, int] = {}
+        table = np.zeros(len(blobs) + 1, RUN_ROW)  # the last row is ZERO, at place -1
+        if blobs:
+            found = table[:-1]
+            found["id"] = np.frombuffer(b"".join(blob for blob, _ in blobs), np.uint8).reshape(-1, ID_BYTES)
+            found["pack"] = [packs.setdefault(where.pack, len(packs)) for _, where in blobs]
+            found["offset"] = [where.offset for _, where in blobs]
+            found["stored"] = [where.stored for _, where in blobs]
+            found["raw"] = [where.raw for _, where in blobs]
+        rows = table[np.array(self._number, np.intp)]
+        rows["start"], rows["length"], rows["skip"] = self._start, self._length, self._skip
+        return rows, list(packs)
+
+    def _add(self, start: int, stop: int, number: int, skip: int) -> None:
+        self._start.append(start)
+        self._length.append(stop - start)
+        self._number.append(number)
+        self._skip.append(skip)
+
+    def _settle(self) -> None:
+        if self._scraps:
+            self._blobs[-1] = self._store(memoryview(self._scraps))
+            self._scraps = bytearray()

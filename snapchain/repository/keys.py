@@ -26,7 +26,7 @@ from pydantic import Field
 from snapchain.errors import Corrupt, InvalidInput, Unsupported
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.crypto import KEY_BYTES, SALT_BYTES, TAG_BYTES
-from snapchain.repository.stored import StoredModel, parse as parse_stored
+from snapchain.repository.envelope import StoredModel, parse as parse_stored
 
 MEMORY_KIB = 64 * 1024
 ITERATIONS = 3

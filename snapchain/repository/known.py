@@ -116,10 +116,10 @@ class Recalled:
                     hint=self.remedy(repository),
                 )
 
-    def begin(self, repository: str, encryption: str, slot: str | None) -> Memory:
+    def begin(self, repository: str, encryption: str, slot: str | None) -> SeenGenerations:
         """Remember the repository that was opened; how far its disks were seen. Raises Corrupt for damaged state."""
         fresh = not self._known
-        memory = Memory(
+        memory = SeenGenerations(
             Known(place=self.places[0], id=repository, encryption=encryption, slot=slot), self.remedy(repository)
         )
         try:
@@ -165,7 +165,7 @@ class Recalled:
         )
 
 
-class Memory:
+class SeenGenerations:
     """How far the disks of one repository had come when this machine last saw them. Thread-safe.
 
     Kept in a file beside the Known of the place, which several processes may extend at once.
@@ -274,11 +274,13 @@ class Memory:
 
 def remember(
     places: Sequence[str], url: str, *, id: str, encryption: str, slot: str | None
-) -> tuple[Memory, list[str]]:
+) -> tuple[SeenGenerations, list[str]]:
     """Note a repository that was just made here, whatever was known of its address; notices where that fails."""
     recalled = Recalled(places, url)
     notices = [notice for notice in recalled.notices if not recalled.is_known]
-    memory = Memory(Known(place=recalled.places[0], id=id, encryption=encryption, slot=slot), recalled.remedy(id))
+    memory = SeenGenerations(
+        Known(place=recalled.places[0], id=id, encryption=encryption, slot=slot), recalled.remedy(id)
+    )
     try:
         recalled.forget()
         for place in recalled.places:
@@ -314,4 +316,4 @@ def _generations_of(place: str) -> str:
     return _file_of(place).replace(".json", ".generations")
 
 
-__all__ = ["Known", "Memory", "Recalled", "cache_dir", "remember", "state_dir"]
+__all__ = ["Known", "Recalled", "SeenGenerations", "cache_dir", "remember", "state_dir"]

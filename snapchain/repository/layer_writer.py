@@ -12,7 +12,7 @@ from snapchain.model.content import content_id, encode_sum
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.repository import layers as records
 from snapchain.repository.format import fresh_id
-from snapchain.repository.ingest import Intake, LayerSource
+from snapchain.repository.ingest import Ingest, LayerSource
 from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packer import Packer
 from snapchain.repository.repository import Repository
@@ -28,7 +28,7 @@ class Origin:
     sources: tuple[Fingerprint, ...]
 
 
-class Deposit:
+class LayerUpload:
     """A writing session; a context manager. Loads the whole index once; index: that, and what was added since."""
 
     def __init__(self, repository: Repository, *, on_durable: Callable[[], None] = lambda: None) -> None:
@@ -38,7 +38,7 @@ class Deposit:
         self._packer = Packer(
             repository.store, repository.keys, self.index, pack_size=repository.pack_size, on_durable=on_durable
         )
-        self._intake = Intake(
+        self._intake = Ingest(
             keys=repository.keys, index=self.index, packer=self._packer, block_size=repository.config.block_size
         )
         self.bytes_read = 0

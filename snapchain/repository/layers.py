@@ -11,7 +11,6 @@ The map itself lies in pages (pages.py), which are blobs.
 
 from __future__ import annotations
 
-import base64
 import struct
 import threading
 from collections import OrderedDict
@@ -24,17 +23,16 @@ import numpy.typing as npt
 from pydantic import Field
 
 from snapchain.errors import Corrupt, NotFound
-from snapchain.model.content import LEAF_BYTES, SUM_BYTES, Sum, content_id
+from snapchain.model.content import LEAF_BYTES, Sum, content_id, decode_sum
 from snapchain.model.extents import ABSENT, Extents, Int64s, over
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.objects.store import ObjectStore
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.envelope import Many, StoredModel, made_by, parse as parse_stored, seal, unseal
 from snapchain.repository.format import PAGE_ROW, is_id, layer_name
 from snapchain.repository.packs import LARGEST_BLOB, Location
 from snapchain.repository.pages import Page
-from snapchain.repository.stored import Many, StoredModel, made_by, parse as parse_stored
 
 KIND = b"L"
 _LENGTH = struct.Struct("<I")
@@ -80,7 +78,7 @@ class LayerHeader(StoredModel):
 
     def sum(self) -> Sum:
         """uint16[1024]"""
-        return np.frombuffer(base64.b64decode(self.content_sum), "<u2").astype(np.uint16)
+        return decode_sum(self.content_sum)
 
 
 PageTable = npt.NDArray[np.void]
@@ -109,13 +107,12 @@ def read(store: ObjectStore, keys: Keyring, layer: str) -> tuple[LayerHeader, Pa
         text = body[_LENGTH.size : _LENGTH.size + length]
         header = parse_stored(LayerHeader, text, what="the layer record", subject=name)
         pages = np.frombuffer(body, PAGE_ROW, offset=_LENGTH.size + length)
-        sums = base64.b64decode(header.content_sum, validate=True)
+        header.sum()
     except (ValueError, struct.error) as error:
         raise Corrupt(f"the layer record is unsound: {error}", subject=name) from error
     stop = -(-header.size // LEAF_BYTES) * LEAF_BYTES
     sound = (
         header.id == layer
-        and len(sums) == SUM_BYTES
         and content_id(header.size, header.sum()) == header.content_id
         and bool((pages["first"] < pages["stop"]).all())
         and bool((pages["first"][1:] >= pages["stop"][:-1]).all())

@@ -8,7 +8,7 @@ strongly consistent on S3 and in directories).
 
 A lease is refreshed every few minutes; one that was not for half an hour is dead, and so is one whose process was
 killed on this machine.  Ages are measured by the store's own clock.  A writer that stood still for that long must not
-publish: `check` says so, and where it stands still after its last check, the collector's fence does (fence.py).
+publish: `check` says so, and where it stands still after its last check, the collector's fence does (sweep.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ from pydantic import ConfigDict
 
 from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
 from snapchain.host.identity import machine, started
-from snapchain.objects.exclusive import boot_time
+from snapchain.objects.exclusive import boot_time, is_retired, retire, stays
 from snapchain.objects.reserve import spending
-from snapchain.objects.retire import is_retired, retire, stays
 from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
 from snapchain.repository.crypto import Keyring
-from snapchain.repository.envelope import seal, unseal
-from snapchain.repository.stored import Many, StoredModel, parse as parse_stored
+from snapchain.repository.envelope import Many, StoredModel, parse as parse_stored, seal, unseal
 
 KIND = b"E"
 REFRESH_SECONDS = 300.0
@@ -97,7 +95,7 @@ class Lease:
     spends: whether a full disk gives up its reserve for it (objects/reserve.py): for what frees room, or adds next to
     nothing
 
-    A lease that cannot be removed is a note: the work under it is done (objects/retire.py).
+    A lease that cannot be removed is a note: the work under it is done (objects/exclusive.py).
 
     After entry, of a collector: `spared`, layers that readers read; `dead`, leases that nobody keeps up any more, with
     who held them.  They are the collector's to remove (`bury`), and nobody else's: what their holders may still do when

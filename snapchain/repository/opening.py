@@ -11,9 +11,8 @@ from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host import replica_layout
 from snapchain.objects import open_store
 from snapchain.objects.cache import CachedStore
-from snapchain.objects.store import ObjectStore, Placed
+from snapchain.objects.store import ObjectStore, Placed, innermost
 from snapchain.objects.throttle import ThrottledStore
-from snapchain.objects.wrapper import innermost
 from snapchain.repository import known
 from snapchain.repository.crypto import AES
 from snapchain.repository.known import Recalled

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snapchain.errors import Corrupt
-from snapchain.model.content import LEAF_BYTES, Leaves
+from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s
 from snapchain.repository.crypto import TAG_BYTES
 from snapchain.repository.format import LEAF_ROW, PACK_ID_BYTES, RUN_ROW
@@ -122,12 +122,8 @@ class Page:
         """Guest bytes that are ZERO."""
         return int(self.runs["length"][self.runs["stored"] == 0].sum())
 
-    def between(self, first: int, stop: int) -> Rows:
-        """The runs that reach into [first, stop); they may reach beyond it."""
-        return self.runs[self.places(first, stop)]
-
     def places(self, first: int, stop: int) -> slice:
-        """Where the runs of `between` stand."""
+        """Where the runs stand that reach into [first, stop); they may reach beyond it."""
         return slice(int(self.stop.searchsorted(first, side="right")), int(self.start.searchsorted(stop, side="left")))
 
     def extents(self, size: int) -> Extents:
@@ -158,11 +154,6 @@ def extents_of(runs: Rows, size: int) -> Extents:
     # A run that begins where the last one ends leaves an empty gap; the disk's end leaves one past it.
     real = np.append(np.diff(at) > 0, at[-1] < size)
     return Extents.from_starts(size, at[real], val[real])
-
-
-def leaves_of(extents: Extents, leaves: Rows) -> Leaves:
-    """LEAF_ROWs as the model's leaves of a layer with this map."""
-    return Leaves.of(extents, leaves["index"].astype(np.int64), np.ascontiguousarray(leaves["hash"]))
 
 
 @dataclass(slots=True)

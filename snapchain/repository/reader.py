@@ -16,10 +16,10 @@ from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s
 from snapchain.model.retention import is_future
 from snapchain.repository.catalogue import Point, find_point
+from snapchain.repository.chain import ChainView
 from snapchain.repository.layers import StoredLayer, leaves_shown
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
-from snapchain.repository.view import ChainView
 
 
 @dataclass(frozen=True, slots=True)

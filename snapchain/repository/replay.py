@@ -21,12 +21,12 @@ from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Sum, empty_sum, leaf_hash
 from snapchain.model.extents import DATA, Extents
+from snapchain.repository.chain import ChainView
 from snapchain.repository.format import LEAF_ROW, layer_name
 from snapchain.repository.ingest import change_of, sum_beyond
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.pages import Rows
-from snapchain.repository.view import ChainView
-from snapchain.repository.worklist import WINDOW, Item, Task, hot_leaves, pieces, spans, tasks, without_zeroes
+from snapchain.repository.tasks import WINDOW, Item, Task, hot_leaves, pieces, spans, tasks, without_zeroes
 
 WORKERS = 4
 """More than cores: on object storage the wait is for the network."""

@@ -15,14 +15,14 @@ from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainErr
 from snapchain.model import holds
 from snapchain.model.disk_name import check_disk_name
 from snapchain.objects.exclusive import create_exclusively
-from snapchain.objects.limits import check_size
 from snapchain.objects.probe import probe, still_conditional
 from snapchain.objects.reserve import fill as fill_reserve
-from snapchain.objects.store import ObjectStore
+from snapchain.objects.store import ObjectStore, check_size
 from snapchain.repository import catalogue as catalogues, damage, index as indexes, keys as slots, layers
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.catalogue import Catalogue, Disk, Hold, Point
 from snapchain.repository.crypto import AES, KEY_BYTES, NONE, SUITES, Keyring
+from snapchain.repository.envelope import StoredModel, newer, parse as parse_stored
 from snapchain.repository.format import (
     MAX_BLOCK_BYTES,
     MAX_PACK_BYTES,
@@ -32,10 +32,9 @@ from snapchain.repository.format import (
     layer_name,
 )
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.known import Memory
+from snapchain.repository.known import SeenGenerations
 from snapchain.repository.layers import LayerHeader, PageCache, PageTable, StoredLayer
 from snapchain.repository.leases import Lease, Mode
-from snapchain.repository.stored import StoredModel, newer, parse as parse_stored
 from snapchain.repository.vacancy import check_vacant, nothing_here
 
 CONFIG = "config"
@@ -88,7 +87,7 @@ class Repository:
         self.keys = keys
         self.conditional = conditional
         self.notices: list[str] = list(store.warnings)
-        self.memory: Memory | None = None
+        self.memory: SeenGenerations | None = None
         self.slot: str | None = None
         self.pack_size = config.pack_size
         self.blobs = BlobReader(store, keys, self._load_index)

@@ -5,7 +5,7 @@ Shipping relies on it: it names what an index lists and a pack holds, without re
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 import blake3
 import numpy as np
@@ -25,48 +25,91 @@ _MOST_TOLD = 100
 """Packs of one index: an index of nothing but lies has a million."""
 
 
-def check_there(
-    repository: Repository, blob: bytes, where: Location, sizes: Mapping[str, int], doubted: Container[str]
-) -> None:
-    """Raises Corrupt when the bytes of a blob are lost, as far as can be told without reading undoubted packs.
+def find_readable(
+    blob: bytes,
+    where: Location,
+    *,
+    is_sound: Callable[[Location], bool],
+    copies: Callable[[bytes], Iterable[Location]],
+    read: Callable[[bytes, Location], object],
+) -> Location:
+    """Where the bytes of a blob are: at `where`, or in a copy. The one place that decides whether a blob is lost.
 
-    sizes: object name -> bytes, of the packs that were there; doubted: packs in which damage was found before
+    is_sound: whether the pack of a place is there, reaches that far, and is not known to be damaged
+    copies: the other places of the blob that an index lists
+    read: reads the blob at `where`, when nothing else shows that it is whole
+    Raises Corrupt, as `read` does, when the blob is lost.
     """
+    if is_sound(where):
+        return where
+    for copy in copies(blob):
+        if is_sound(copy):
+            return copy
+    read(blob, where)
+    return where
+
+
+def check_present(where: Location, size: int | None) -> None:
+    """Raises Corrupt unless a pack of `size` bytes (None: there is none) reaches as far as a place in it."""
     name, end = pack_name(where.pack), where.offset + where.stored
-    size = sizes.get(name)
-    if size is not None and size >= end and where.pack not in doubted:
-        return
-    if size is None or size < end:
-        repository.blobs.damaged.add(where.pack)
-    for copy in repository.blobs.copies(blob, where):
-        there = sizes.get(pack_name(copy.pack)) or repository.store.size(pack_name(copy.pack)) or 0
-        if copy.pack not in doubted and there >= copy.offset + copy.stored:
-            return
     if size is None:
         raise Corrupt("the pack is missing from the store", subject=name)
     if size < end:
         raise Corrupt(f"the pack has {size} bytes, and a record names byte {end}", subject=name)
-    repository.blobs.read(blob, where)
+
+
+def check_there(
+    repository: Repository, blob: bytes, where: Location, sizes: Mapping[str, int], doubted: Container[str]
+) -> None:
+    """Raises Corrupt when a blob is lost, as far as can be told without reading undoubted packs.
+
+    sizes: object name -> bytes, of the packs that were there; doubted: packs in which damage was found before
+    """
+
+    def is_sound(at: Location) -> bool:
+        name = pack_name(at.pack)
+        size = sizes.get(name)
+        if size is None and at is not where:
+            size = repository.store.size(name)  # written since the packs were listed
+        reaches = size is not None and size >= at.offset + at.stored
+        if not reaches and at is where:
+            repository.blobs.damaged.add(at.pack)
+        return reaches and at.pack not in doubted
+
+    def read(blob: bytes, at: Location) -> None:
+        check_present(at, sizes.get(pack_name(at.pack)))
+        repository.blobs.read(blob, at)
+
+    find_readable(blob, where, is_sound=is_sound, copies=lambda blob: repository.blobs.copies(blob, where), read=read)
 
 
 def is_whole(layer: StoredLayer, index: BlobIndex) -> bool:
-    """Whether each blob that a layer names lies in a pack that can be relied on, or has a copy in one."""
-    try:
-        return all(index.find(blob) is not None for blob, where in named(layer) if where.pack in index.avoid)
-    except Corrupt:  # a page
-        return False
+    """Whether each blob that a layer names lies in a sound pack, or has a copy in one. Reads no data."""
+
+    def read(_: bytes, at: Location) -> None:
+        raise Corrupt("the pack is damaged", subject=pack_name(at.pack))
+
+    return not any(True for _ in _lost(layer, index, read))
 
 
 def lost(repository: Repository, layer: StoredLayer, index: BlobIndex) -> Iterator[SnapchainError]:
-    """What of a layer cannot be read any more, among what lies in packs that cannot be relied on."""
+    """An error for each blob of a layer that is lost, of those in packs that are not sound."""
+    return _lost(layer, index, repository.blobs.read)
+
+
+def _lost(layer: StoredLayer, index: BlobIndex, read: Callable[[bytes, Location], object]) -> Iterator[SnapchainError]:
     try:
-        doubted = [each for each in named(layer) if each[1].pack in index.avoid and index.find(each[0]) is None]
+        doubted = [each for each in named(layer) if each[1].pack in index.avoid]
     except Corrupt as error:  # a page
         yield error
         return
+
+    def is_sound(at: Location) -> bool:
+        return at.pack not in index.avoid
+
     for blob, where in doubted:
         try:
-            repository.blobs.read(blob, where)
+            find_readable(blob, where, is_sound=is_sound, copies=index.find_all, read=read)
         except Corrupt as error:
             yield error
 

@@ -1,7 +1,7 @@
 """gc: packs that are mostly waste are rewritten, and what nobody needs is deleted.
 
-    mark     what is in use, or being read, and what of it is damaged (collect.py)
-    fence    from here on nobody publishes who began before (fence.py)
+    mark     what is in use, or being read, and what of it is damaged (mark.py)
+    fence    from here on nobody publishes who began before (`fence` below)
     move     blobs in use leave the wasteful packs, and those that are damaged, for new ones; the layer records that
              name them are written anew, also where a damaged blob has a copy already, and the catalogues switched to
              them, each by its next generation
@@ -28,13 +28,12 @@ from snapchain.errors import Conflict, Corrupt
 from snapchain.objects.store import ObjectInfo, Refused
 from snapchain.repository import index as indexes, layers as records
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
-from snapchain.repository.collect import Marked, Usage, mark, unused, wasteful
-from snapchain.repository.fence import fence
 from snapchain.repository.format import PACK_BYTES, PAGE_ROW, fresh_id, index_era, pack_name
 from snapchain.repository.index import BlobIndex, IndexedPack
 from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.leases import Lease
+from snapchain.repository.mark import Marked, Usage, mark, unused, wasteful
 from snapchain.repository.packer import Packer
 from snapchain.repository.packs import Location, PackReader, read_directory
 from snapchain.repository.pages import Page, Rows
@@ -413,3 +412,27 @@ def _switch(repository: Repository, current: tuple[Catalogue, str], renamed: Map
         points=tuple(point.model_copy(update={"layer": new(point.layer)}) for point in catalogue.points),
         parents={new(layer): None if below is None else new(below) for layer, below in catalogue.parents.items()},
     )
+
+
+# --- The fence: after it, nobody who stood still since before can publish what a collection is about to take away.
+#
+# A writer asks for its lease, and then creates the next generation of its disk.  Between the two it may be frozen for
+# any time (a stopped virtual machine, a request on its way), and no clock of its own tells.  So the collector takes the
+# number that the writer is about to create: it publishes each disk's catalogue once more, as it is, based on the very
+# generation that it has marked.  Who was faster is seen as a conflict, and marked; who is slower gets one, and asks
+# for its lease again, which is gone.
+
+
+def fence(repository: Repository, marked: Marked, dead_disks: Iterable[str], check: Callable[[], None]) -> None:
+    """Publish the next generation of every disk that was marked, and the first of others.
+
+    dead_disks: names of those that holders of dead leases may be about to make; check: see `sweep`.
+    Raises Conflict when a disk was changed since it was marked: mark again.
+    """
+    check()
+    for place, current in enumerate(marked.newest):
+        disk = repository.disk(current[0].disk)
+        marked.newest[place] = disk.advance(current, time=datetime.now(UTC))
+    known = {catalogue.disk for catalogue in marked.catalogues}
+    for name in set(dead_disks) - known:
+        marked.newest.append(repository.disk(name).advance(None, time=datetime.now(UTC)))

@@ -15,8 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import encodable, shell_word
-from snapchain.objects.store import ObjectStore
-from snapchain.objects.wrapper import innermost
+from snapchain.objects.store import ObjectStore, innermost
 
 _STORED = {
     "disks": re.compile(r"disks/[0-9a-f]{32,64}/[0-9]{20}"),

@@ -22,6 +22,7 @@ from snapchain.model.content import LEAF_BYTES, empty_sum
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
+from snapchain.repository.chain import ChainView
 from snapchain.repository.damage import recorded
 from snapchain.repository.format import is_id, layer_name, pack_name
 from snapchain.repository.index import newest
@@ -30,7 +31,6 @@ from snapchain.repository.layers import StoredLayer, page_location
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository, check_agrees
 from snapchain.repository.soundness import check_history, check_indexes, check_pack, check_there, named_by_page
-from snapchain.repository.view import ChainView
 
 _MOST_STEPS = 2_000_000
 """Layers and points looked at to tell which points are affected; in a catalogue that is nothing but damage."""

@@ -24,13 +24,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
-from snapchain.host.own_state import read_record, write_record
 from snapchain.host.places import state_dir
+from snapchain.host.private import read_record, write_record
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.leaves import counted
 from snapchain.model.content import SUM_BYTES, Sum, SumText, decode_sum, empty_sum, encode_sum
 from snapchain.model.events import Notice, OnEvent
-from snapchain.source.chains import check_unchanged
+from snapchain.source.at_rest import check_unchanged
 
 _FILE = struct.Struct("<QQqqqB")
 _MASK = (1 << 63) - 1

@@ -1,4 +1,4 @@
-"""By what this host knows that it became a disk's master: the handover that a replica's catalogue records.
+"""The handover by which this host became a disk's master, as the replica's catalogue records it.
 
 The guest's overlay lies in a directory of the replica, and the catalogue of the disk in the one above it.
 """
@@ -34,7 +34,7 @@ class HandedOver(BaseModel):
 
 
 class _Catalogue(BaseModel):
-    """What is wanted of it here."""
+    """The only field that is needed here."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -66,8 +66,8 @@ def _handover(path: Path) -> HandedOver | None:
 def read_checked(shape: type[M], path: Path, *, cap: int) -> M | None:
     """A small JSON file of snapchain's own, of at most `cap` bytes; None when it is not there.
 
-    Its last field, `check`, is the BLAKE3 of all that stands before it: a label or a time is sound in itself, whatever
-    it says, and a point must not be found by a wrong one. A file without it is older than that.
+    Its last field, `check`, is the BLAKE3 of all that stands before it: a damaged label or time would look sound, and
+    a point would be found by it. A file without the field is older than that.
     Raises Corrupt, and InvalidInput for a user who may not read it.
     """
     try:

@@ -1,11 +1,11 @@
-"""Which files a merged file was made of: how a shipment knows again what a destination holds in parts.
+"""Which files a merged file was made of: by that a shipment recognises what a destination holds in parts.
 
     before   a  b  c       shipped: the destination knows a, b, c by their fingerprints
-    merge    abc           its note says: made of a, b, c
+    merge    abc           its note records: made of a, b, c
     ship     abc  d        a, b, c are there: only d is read
 
-Right only if the files are known to be the ones that were merged: `record` asks for files that were opened before the
-merge and that nobody has written to up to its end.
+That is right only for the very files that were merged: `record` takes files that were opened before the merge and were
+not modified up to its end.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def note_of(file: ImageFile, notes: Notes) -> LayerNote:
 
 
 def lineage(chain: ImageChain, notes: Notes) -> tuple[Wanted, ...]:
-    """The merged files of a chain, each with what its note says that it was made of."""
+    """The merged files of a chain, each with what it was made of, as its note records."""
     known = [each for file in chain.files for each in note_of(file, notes).merged]
     return wanted([file.fingerprint for file in chain.files], known)
 
@@ -83,14 +83,14 @@ def sealed_at(file: ImageFile, note: LayerNote) -> tuple[datetime, tuple[str, ..
 
 def written_at(mark: Fingerprint) -> datetime:
     """When a file was last written to."""
-    # Some filesystems hold times of years that no calendar here knows.
+    # Some filesystems hold times beyond the calendar of datetime.
     return datetime.fromtimestamp(min(max(mark.mtime_ns / 1e9, 0.0), _LATEST), UTC)
 
 
 def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:
     """Note of a merge's result what it was made of, and when its view was sealed.
 
-    inputs: lowest first, opened before the merge, as nobody has written to them since
+    inputs: lowest first, opened before the merge, and not modified since
     result: a real path, in its place; is_top: of its chain, so that its view is not sealed
     Raises what writing a small file raises.
     """

@@ -1,23 +1,23 @@
-"""What snapchain knows of a layer file and the file cannot say: a small note beside each.
+"""Notes: what snapchain records about a layer file that the file itself cannot hold, in a small file beside it.
 
     .snapchain-layer-web1.2.qcow2-1234567.json
 
-holds    who wants the file to stay as it is, and why
+holds    reasons for which the file stays as it is
 sealed   when it was sealed, and under which labels: a local layer is a point of its disk, too
-merged   what it was made of, so that a shipment knows the parts again that a destination has
-epoch    since when this host may write the disk; given: that it may not any more, since another host does
+merged   what it was made of, so that a shipment recognises the parts that a destination has
+epoch    in which this host may write the disk; given: to which other host the disk was given
 
 A note belongs to the file of its inode, whatever that is called by now; to the file of its name where no file of the
 directory has that inode, or where only that one looks as the noted file did: the directory was copied, and numbers of
 inodes are used again.  Devices are not compared: they change at a reboot, and the names of one directory are of one
-filesystem.  Losing a note costs a hold, a label, or one reading of a merged file, and a disk that was given away is
-told from its destination alone.
+filesystem.  Losing a note costs a hold, a label, or one reading of a merged file; that a disk was given away is then
+known at its destination alone.
 
-Others may write to the directory, so who wrote a note decides what it counts for (docs/decisions/0075):
+Others may write to the directory, so the author of a note decides what it counts for (docs/decisions/0075):
 
-    ours   it bears our mark, or nobody but we and root can have put it there    everything
+    ours   it bears our mark, or only we and root can have put it there          everything
     word   root: of the owner of the file, or of the directory; else: anybody's  holds, given: they forbid, no more
-    none   anybody else's                                                        nothing; one sentence says so
+    none   any other user                                                        nothing; one notice names it
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files, records
 from snapchain.host.directory import Directory, Resolved
-from snapchain.host.leftovers import remove_leftover
+from snapchain.host.files import remove_leftover
 from snapchain.host.os_errors import os_errors
+from snapchain.host.records import StateKey, made_key, own_key
 from snapchain.host.rights import Rights, user_name
-from snapchain.host.state_key import StateKey, made_key, own_key
 from snapchain.host.temporary_names import NEW, temporary_of
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
+from snapchain.source import NOTE_PREFIX
 
-_PREFIX, _SUFFIX = ".snapchain-layer-", ".json"
+_PREFIX, _SUFFIX = NOTE_PREFIX, ".json"
 _PURPOSE = "layer"
 _CAP = 4 << 20
 _MOST_FOREIGN_BYTES, _MOST_FOREIGN = 64 << 20, 10_000
 """Of notes of others in one directory: reading more of them would take minutes."""
 _MOST_MERGED = 8192
-"""Merged files that one note tells of, so that it stays well below its cap; what it forgets is read again."""
+"""Merged files that one note tells of, so that it stays well below its cap; files beyond that are read again."""
 _LONGEST_NAME = 150
 """Bytes of a file's name in its note's: 255 are allowed, also for the temporary one."""
 _MODE = 0o644
 """Whoever may look at the images' directory may know what is held there."""
 _SECRET_MODE = 0o600
-"""With the token of a handover nobody else may undo it."""
+"""It holds the token of a handover, by which anybody could undo that."""
 _LOCK_TRIES, _LOCK_PAUSE = 100, 0.05
 """For the lock on a directory, which a run holds for a few calls only. Any user who can read the directory can take it
 for ever; then the work is done without.
@@ -79,7 +80,7 @@ class _Part(BaseModel):
 
 
 class WordOf(_Part):
-    """A note that another user may have written. user: who; note: where it lies. Never stored."""
+    """A note that another user may have written. user: its owner's name; note: its path. Never stored."""
 
     user: str
     note: Path
@@ -88,7 +89,7 @@ class WordOf(_Part):
 class Hold(_Part):
     """A reason to leave a file as it is.
 
-    tag: names it, once a file; reason: for people; word_of: whose word it is alone, None for our own
+    tag: names it, once a file; reason: for people; word_of: the other user whose note alone has it, None for our own
     """
 
     tag: Annotated[str, Field(max_length=255)]
@@ -98,7 +99,7 @@ class Hold(_Part):
 
 
 class Sealed(_Part):
-    """When a file was sealed. file: what it was then; true only as long as nobody has written to it since."""
+    """When a file was sealed. file: what it was then; valid only while that is not modified."""
 
     time: AwareDatetime
     labels: Annotated[tuple[_Name, ...], Field(max_length=10_000)] = ()
@@ -126,8 +127,8 @@ class Given(_Part):
     """The disk that this file is a part of was given to another host: nothing here may write to it, or send it.
 
     destination, disk: to whom; epoch: in which; token: of the handover; together: all disks of it; mode: the file's
-    before; confirmed: the destination has said that it has it; started: the hook that starts its guest is done
-    word_of: whose word it is alone, None for our own: nothing else of it counts then
+    before; confirmed: the destination has confirmed that it has it; started: the hook that starts its guest is done
+    word_of: the other user whose note alone has it, None for our own; nothing else of it counts then
     """
 
     destination: _Name
@@ -147,7 +148,7 @@ class LayerNote(_Part):
     """name, inode, size, mtime_ns: of the file, when the note was written
 
     merged: how this file was made, how its parts were made, and so on; a flat list, however deep that goes
-    epoch: in which this host writes the disks above it, 1 where nobody has ever taken one over
+    epoch: in which this host writes the disks above it, 1 where no host has ever taken one over
     """
 
     version: Literal[1] = 1
@@ -163,7 +164,7 @@ class LayerNote(_Part):
 
     @property
     def is_empty(self) -> bool:
-        """Whether it says nothing."""
+        """Whether it holds nothing."""
         return not (self.holds or self.sealed or self.merged or self.epoch > 1 or self.given)
 
 
@@ -171,7 +172,7 @@ class LayerNote(_Part):
 class _Found:
     """A note where it lies, and the name of the file that it belongs to, None where that is gone.
 
-    word_of: whose word it is alone; None for a note that is ours
+    word_of: the other user who may have written it; None for a note that is ours
     """
 
     path: Path
@@ -208,7 +209,7 @@ class _Directory:
     doubts: list[Doubt] = field(default_factory=list)
 
     def of(self, name: str) -> list[_Found]:
-        """The notes of a file, by whichever of its names; of one that is gone, those that bear its name."""
+        """The notes of a file by any of its names; of a file that is gone, the notes with its name."""
         inode = self.inodes.get(name)
         if inode is None:
             return [each for each in self.notes if name == (each.owner or each.note.name)]
@@ -218,7 +219,7 @@ class _Directory:
 class Notes:
     """The notes of the directories in which some files lie; each directory is read once, when first asked for.
 
-    A file is a real path, or a Resolved: then a directory that somebody else has chosen by a link is read with their
+    A file is a real path, or a Resolved: then a directory that another user's link has chosen is read with their
     rights, and nothing is written there.
     """
 
@@ -226,7 +227,7 @@ class Notes:
         self._known: dict[Path, _Directory] = {}
 
     def of(self, file: Path | Resolved, *, inode: int | None = None) -> LayerNote:
-        """The note of a file, an empty one where there is none; `faults` says what could not be read.
+        """The note of a file, an empty one where there is none; `faults` holds what could not be read.
 
         inode: of a file that was opened under this path and may have lost its name since
         """
@@ -239,7 +240,7 @@ class Notes:
         return _joined(found, path.name, present if inode is None else inode)
 
     def faults(self, paths: Iterable[Path | Resolved]) -> list[SnapchainError]:
-        """What could not be read in the directories of these files: there may be holds that nobody knows of."""
+        """What could not be read in the directories of these files: they may be holds."""
         return [fault for each in self._all(paths) for fault in each.faults]
 
     def ignored(self, paths: Iterable[Path | Resolved]) -> list[str]:
@@ -247,20 +248,20 @@ class Notes:
         return [doubt.sentence for each in self._all(paths) for doubt in each.doubts if not doubt.counts]
 
     def doubts(self, directory: Path) -> list[Doubt]:
-        """The notes of a directory that count for nothing, and those of root's that count for little."""
+        """The notes of a directory that count for nothing, and root's notes that count only for what they forbid."""
         return self._in(directory).doubts
 
     def changed(self, file: Path | Resolved, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
-        """What `change` would write. Raises as `change`, for a place that somebody else has chosen."""
+        """What `change` would write. Raises as `change`, for a place that another user's link has chosen."""
         path = _place_to_change(file)
         there = self._in(path.parent)
         return change(_joined(_ours(there.of(path.name)), path.name, there.inodes.get(path.name)))
 
     def change(self, file: Path | Resolved, change: Callable[[LayerNote], LayerNote]) -> LayerNote:
-        """Write our note of a file anew; one that says nothing any more is removed.
+        """Write our note of a file anew; an empty one is removed.
 
         A file that is gone may still have a note, by its name. Raises NotFound where there is neither, Unsupported for
-        a place that a link of somebody else has chosen.
+        a place that another user's link has chosen.
         """
         path = _place_to_change(file)
         with self._alone_in(path.parent) as (there, directory):
@@ -281,7 +282,7 @@ class Notes:
         return note
 
     def accept(self, path: Path) -> LayerNote:
-        """Make a note ours, whoever wrote it, since its reader has looked at it. path: of the note; it is replaced.
+        """Make a note ours, whoever wrote it: the user has read it. path: of the note; it is replaced.
 
         Raises Corrupt for what is no note.
         """
@@ -301,7 +302,7 @@ class Notes:
 
     @contextmanager
     def _alone_in(self, path: Path) -> Iterator[tuple[_Directory, Directory]]:
-        """A directory read anew while nobody else changes its notes, and forgotten afterwards."""
+        """A directory read anew under its lock, and forgotten afterwards."""
         with os_errors(path):
             directory = Directory.open(path)
         with directory:
@@ -340,7 +341,7 @@ def _place_to_change(file: Path | Resolved) -> Path:
 
 
 def is_note(path: Path) -> bool:
-    """Whether a file bears the name of a note."""
+    """Whether a file has the name of a note."""
     return path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)
 
 
@@ -349,7 +350,7 @@ def _ours(found: Iterable[_Found]) -> list[_Found]:
 
 
 def _joined(found: Sequence[_Found], name: str, inode: int | None) -> LayerNote:
-    """What several notes say of one file. There is one as a rule; where a killed run has left two, both are true."""
+    """Several notes of one file as one. There is one as a rule; where a killed run has left two, both are true."""
     found = sorted(found, key=lambda each: (each.word_of is not None, each.note.inode != inode))
     ours = [each.note for each in _ours(found)]
     holds = {hold.tag: hold for each in reversed(found) for hold in each.note.holds}
@@ -384,7 +385,7 @@ def _encoded(note: LayerNote, directory: Directory) -> bytes:
 
 
 def _look(directory: Directory, name: str) -> dict[str, object]:
-    """What a note says of its file, which may be gone."""
+    """What a note records of its file, which may be gone."""
     try:
         status = directory.status(name)
     except OSError:
@@ -476,11 +477,11 @@ def _no_note(path: Path, why: str) -> Corrupt:
 
 
 def _as_word(note: LayerNote, word_of: WordOf | None) -> LayerNote:
-    """A note with who says it in what it forbids, whatever the file says of that."""
-    said: dict[str, object] = {"word_of": word_of}
+    """A note that names its author in what it forbids, whatever the stored text has there."""
+    change: dict[str, object] = {"word_of": word_of}
     if word_of is not None:
-        said["reason"] = ""  # nothing but ours is shown as it is
-    holds = tuple(hold.model_copy(update=said) for hold in note.holds)
+        change["reason"] = ""  # only our own text is shown as it is
+    holds = tuple(hold.model_copy(update=change) for hold in note.holds)
     given = None if note.given is None else note.given.model_copy(update={"word_of": word_of})
     if word_of is not None:
         holds = tuple(hold.model_copy(update={"tag": _plain(hold.tag)}) for hold in holds)
@@ -540,7 +541,7 @@ def _owner(note: LayerNote, directory: Directory, inodes: dict[str, int], names:
 
 
 def _lock(fd: int) -> bool:
-    """False where the filesystem has no such locks, or somebody keeps this one."""
+    """False where the filesystem has no such locks, or another process keeps this one."""
     for _ in range(_LOCK_TRIES):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,10 +1,10 @@
 """Whether this host may write a disk: in which epoch it does, and whether it has given the disk away.
 
-epoch    the newest that a note beside a file of the chain tells; for an overlay at a replica, that of its handover
+epoch    the newest in the notes beside the files of the chain; for an overlay at a replica, the epoch of its handover
 given    a mark beside each file that belongs to this disk alone, and the file made read-only
 
-A file on which other images stand belongs to them, too: it is neither marked nor made read-only, and neither is what
-lies in another directory than the top, under a second name elsewhere, or is somebody else's.  A mark counts for all
+A file on which other images depend belongs to them, too: it is neither marked nor made read-only, and neither is what
+lies in another directory than the top, has a second name elsewhere, or belongs to another user.  A mark counts for all
 above its file, unless something on it has come to this host in a later epoch.
 """
 
@@ -34,7 +34,9 @@ class GivenAwayError(Conflict):
     """This host has given the disk to another one, which has it. mark: to whom, and since when."""
 
     def __init__(self, mark: Given, *, subject: object, hint: str) -> None:
-        super().__init__(f"{told(mark)}: nothing here may write or send it any more", subject=subject, hint=hint)
+        super().__init__(
+            f"{describe_gift(mark)}: nothing here may write or send it any more", subject=subject, hint=hint
+        )
         self.mark = mark
 
 
@@ -50,10 +52,10 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
         return
     top, mark = _top(chain, image).real, found[0][1]
     if mark.word_of is not None:
-        raise _word_against(mark, found[0][0])
+        raise _given_by_another(mark, found[0][0])
     if found[0][0] != top:
         raise Conflict(
-            f"its backing file belongs to a disk that was given away: {told(mark)}",
+            f"its backing file belongs to a disk that was given away: {describe_gift(mark)}",
             subject=found[0][0],
             hint=f"if {top.name} is a disk of its own, give it a copy of that file as its backing file",
         )
@@ -64,14 +66,14 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
         back = f"`{again} --take-back`{others} gets it back as long as no guest has written to it there"
         raise GivenAwayError(mark, subject=named, hint=back)
     raise Conflict(
-        f"{told(mark)}: nothing here may write or send it any more",
+        f"{describe_gift(mark)}: nothing here may write or send it any more",
         subject=named,
         hint=f"`{again} --offline`{others} finishes the handover; --take-back undoes it",
     )
 
 
-def told(mark: Given) -> str:
-    """To whom a disk was given, as a sentence; of a note that another user may have written, only that it says so."""
+def describe_gift(mark: Given) -> str:
+    """To whom a disk was given, in a sentence; where another user may have written the note, only that it claims so."""
     if mark.word_of is not None:
         return f"a note of user {mark.word_of.user} says that this disk was given to another host"
     said = "was given" if mark.confirmed else "is being given"
@@ -79,13 +81,13 @@ def told(mark: Given) -> str:
     return f"this disk {said} to {mark.destination}::{mark.disk}, in epoch {mark.epoch}, {when}"
 
 
-def _word_against(mark: Given, path: Path) -> Conflict:
-    """The error for a file that another user's note says was given away: no more of that note counts."""
-    return Conflict(told(mark), subject=path, hint=remedy_against(mark))
+def _given_by_another(mark: Given, path: Path) -> Conflict:
+    """The error for a file that only another user's note claims was given away."""
+    return Conflict(describe_gift(mark), subject=path, hint=remedy_against(mark))
 
 
 def remedy_against(mark: Given) -> str:
-    """What to do where only another user's note says that a disk was given away."""
+    """What to do where only another user's note claims that a disk was given away."""
     assert mark.word_of is not None
     return f"if it was not, remove {mark.word_of.note}; if it was, {LET_THEM}"
 
@@ -94,11 +96,11 @@ def given(chain: ImageChain, notes: Notes) -> Given | None:
     """To whom the disk was given: the mark of its top, which is the first to be set and the last to be taken off.
 
     Raises Corrupt for a note that cannot be read beside a top that is read-only: both signs of a disk that was given.
-    Raises Conflict where only another user's note says so.
+    Raises Conflict where only another user's note claims so.
     """
     found = _in_force(chain, notes, None)
     if found and found[0][1].word_of is not None:
-        raise _word_against(found[0][1], found[0][0])
+        raise _given_by_another(found[0][1], found[0][0])
     return found[0][1] if found and found[0][0] == chain.top.real_path else None
 
 
@@ -206,7 +208,7 @@ def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) ->
             before = note.given
             if before is not None and before.token != mark.token:
                 if before.epoch >= max(above, epoch_handed(path)):
-                    raise Conflict(told(before), subject=chain.top.path, hint="let that run end")
+                    raise Conflict(describe_gift(before), subject=chain.top.path, hint="let that run end")
                 before = None
             kept = mode if before is None else before.mode
             return note.model_copy(update={"given": mark.model_copy(update={"mode": kept})})

@@ -33,9 +33,9 @@ from snapchain.image.backing import Allowed, Place
 from snapchain.image.dependent_search import Dependents, Kind, find_dependents, is_linked_elsewhere
 from snapchain.image.dependents import describe
 from snapchain.image.file import Format
-from snapchain.image.overlay import write_overlay
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.write import write_overlay
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.points import check_label
 from snapchain.source.lineage import seal

@@ -19,8 +19,7 @@ from itertools import count
 from typing import Literal, TypeAlias, TypeVar
 
 from snapchain.errors import Unavailable
-from snapchain.objects.store import Data, ObjectInfo, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper
 
 Operation: TypeAlias = Literal["put", "create", "get", "size", "list", "list_dirs", "delete"]
 Result = TypeVar("Result")

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Sequence
 
 from hypothesis import strategies as st
 
-from snapchain.model.chain import Chain
+from snapchain.model.chain import Chain, Layer
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
-from snapchain.model.layer import Layer
 
 LAYER_VALUES = (ABSENT, ZERO, DATA)
 _MAX_RUNS = 8

@@ -25,7 +25,7 @@ from snapchain.repository.catalogue import Point
 from snapchain.repository.format import LEAF_ROW, PAGE_ROW, RUN_ROW, fresh_id
 from snapchain.repository.index import BlobIndex
 from snapchain.repository.ingest import store_page
-from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.opening import open_repository
 from snapchain.repository.packer import Packer
@@ -81,7 +81,7 @@ def fill(repository_path: Path, disk: str, layers: Iterator[Day]) -> None:
     chain: list[StoredLayer] = []
     points: list[Point] = []
     began = datetime.now(UTC) - timedelta(days=1000)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         for number, layer in enumerate(layers, 1):
             source = Fingerprint(inode=number, size=1, mtime_ns=1, ctime_ns=1)
             origin = Origin("disk.qcow2", "qcow2", 65536, (source,))

@@ -21,9 +21,11 @@ def warm() -> None:
     import snapchain.ops.init
     import snapchain.ops.inspect
     import snapchain.ops.ship.run  # noqa: F401
-    from snapchain.cli.verbs import load
+    from snapchain.cli.app import command
+    from snapchain.cli.verbs import VERBS
 
-    load()
+    for name in VERBS:
+        command(name)
 
 
 def child(words: list[str], out: int, err: int) -> None:

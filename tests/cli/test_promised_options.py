@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from snapchain.cli.verbs import load
+from snapchain.cli.app import command
+from snapchain.cli.verbs import VERBS
 from tests.cli.conftest import MiB, Run, qemu_img, write
 
 LOOKING = {"log", "inspect", "diff", "verify"}
 """Verbs that change nothing."""
-HIDDEN = {"serve-replica"}
 
 
 def options(name: str) -> set[str]:
-    command = next(each for each in load().registered_commands if each.name == name)
-    assert command.callback is not None
-    return set(inspect.signature(command.callback).parameters)
+    return {parameter.name for parameter in command(name).params}
 
 
 def verbs() -> list[str]:
-    return [str(each.name) for each in load().registered_commands if each.name not in HIDDEN]
+    return [name for name, verb in VERBS.items() if verb.group]
 
 
 @pytest.mark.parametrize("verb", verbs())

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.core import TyperCommand, TyperGroup
 
-from snapchain.host.interrupts import held_back
-from snapchain.ops import serve_replica
+from snapchain.host.processes import held_back
+from snapchain.ops import receive as serve_replica
 from snapchain.ops.nightly.run import _Run
 from snapchain.ops.restore.output import OutputFile
 from snapchain.repository.disk_writer import DiskWriter

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.cli import time_zone
-from snapchain.cli.time_zone import zone_name_of, zone_of
+from snapchain.cli import quantities
+from snapchain.cli.quantities import zone_name_of, zone_of
 from snapchain.errors import InvalidInput
 from tests.cli.conftest import Run
 
@@ -35,10 +35,10 @@ def test_the_machines_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("TZ", "Europe/Berlin")
     assert offsets(None) == BERLIN
     monkeypatch.delenv("TZ")
-    monkeypatch.setattr(time_zone, "_LOCALTIME", Path("/usr/share/zoneinfo/Europe/Berlin"))
-    if time_zone._LOCALTIME.exists():
+    monkeypatch.setattr(quantities, "_LOCALTIME", Path("/usr/share/zoneinfo/Europe/Berlin"))
+    if quantities._LOCALTIME.exists():
         assert offsets(None) == BERLIN
-    monkeypatch.setattr(time_zone, "_LOCALTIME", tmp_path / "nothing")
+    monkeypatch.setattr(quantities, "_LOCALTIME", tmp_path / "nothing")
     assert zone_of(None).utcoffset(SUMMER) is not None
 
 
@@ -53,7 +53,7 @@ def test_a_name_that_another_host_knows(monkeypatch: pytest.MonkeyPatch, tmp_pat
         zone_name_of(None)
     monkeypatch.delenv("TZ")
     link = tmp_path / "localtime"
-    monkeypatch.setattr(time_zone, "_LOCALTIME", link)
+    monkeypatch.setattr(quantities, "_LOCALTIME", link)
     assert zone_name_of(None) == "UTC"
     link.write_bytes(b"rules that nobody has named")
     with pytest.raises(InvalidInput, match="has no name"):

@@ -32,7 +32,7 @@ def test_raised_to_the_hard_limit_and_not_inherited() -> None:
 
 
 def test_every_command_raises_it() -> None:
-    script = "from snapchain.cli import main; main(['--version']); from snapchain.host.descriptors import limit; "
+    script = "from snapchain.cli import main; main(['--version']); from snapchain.host.process_limits import limit; "
     assert int(said(script + "print(limit())")[-1]) > 256
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.host import mounts
-from snapchain.host.mounts import other_names
+from snapchain.image import dependent_search as mounts
+from snapchain.image.dependent_search import other_names
 
 
 def test_each_mount_that_shows_the_file_gives_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,9 @@ def test_what_the_kernel_says_of_a_bind_mount(tmp_path: Path) -> None:
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "img").touch()
     (tmp_path / "c").mkdir()
-    asked = "import sys, pathlib, snapchain.host.mounts as m; print(m.other_names(pathlib.Path(sys.argv[1])))"
+    asked = (
+        "import sys, pathlib, snapchain.image.dependent_search as m; print(m.other_names(pathlib.Path(sys.argv[1])))"
+    )
     words = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"]), "sh", "-ec"]
     script = 'mount --bind "$1" "$2" || exit 77; exec "$3" -c "$4" "$2/img"'
     given = [str(tmp_path / "a b"), str(tmp_path / "c"), sys.executable, asked]

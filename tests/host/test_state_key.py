@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import InvalidInput
-from snapchain.host import state_key
-from snapchain.host.state_key import NAME, made_key, own_key
+from snapchain.host import records as state_key
+from snapchain.host.records import NAME, made_key, own_key
 from tests.host.others import ALICE, directory, open_host, root_only
 
 __all__ = ["open_host"]

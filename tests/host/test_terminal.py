@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import unicodedata
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from snapchain.host.terminal import encodable, printable, printable_lines, shell_line
+from snapchain.host.terminal import counted, encodable, numbered, printable, printable_lines, shell_line
 
 ANY = st.text(st.characters(), max_size=40) | st.binary(max_size=40).map(
     lambda raw: raw.decode("utf-8", "surrogateescape")
@@ -66,3 +67,23 @@ def test_a_shell_reads_what_was_meant(words: list[str]) -> None:
 def test_a_shell_reads_bytes_that_are_no_text() -> None:
     done = subprocess.run(["bash", "-c", shell_line(["printf", "%s", "a\udcffb"])], capture_output=True, check=True)
     assert done.stdout == b"a\xffb"
+
+
+def test_numbers_agree_with_their_nouns() -> None:
+    assert [counted(number, "disk") for number in (0, 1, 2)] == ["0 disks", "1 disk", "2 disks"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([], ""),
+        ([7], "7"),
+        ([2, 1], "1, 2"),
+        ([1, 2, 3, 5], "1-3, 5"),
+        (range(1, 366), "1-365"),
+        (range(1, 25, 2), "1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23"),
+        (range(1, 366, 2), "1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23 and 171 more"),
+    ],
+)
+def test_a_list_of_numbers_fits_on_a_line(numbers: Iterable[int], words: str) -> None:
+    assert numbered(numbers) == words

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import InvalidInput, NotFound
-from snapchain.host.trusted import read_trusted
+from snapchain.host.private import read_trusted
 from tests.host.others import ALICE, KVM, directory, file, link, open_host, root_only
 
 __all__ = ["open_host"]

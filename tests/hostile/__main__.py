@@ -143,9 +143,11 @@ def load() -> None:
             known[id(made)] = build(made)
         return known[id(made)]
 
-    importlib.import_module("snapchain.cli.verbs")
     typer.main.get_command = kept  # type: ignore[assignment]
-    kept(importlib.import_module("snapchain.cli.app").app)
+    program = importlib.import_module("snapchain.cli.app")
+    kept(program.app)
+    for name in importlib.import_module("snapchain.cli.verbs").VERBS:
+        program.command(name)
     gc.collect()
 
 

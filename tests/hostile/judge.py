@@ -12,7 +12,7 @@ from tests.hostile.child import LARGEST_RSS, LONGEST_OUTPUT, MiB, Outcome, Shell
 from tests.hostile.world import EXPECTED, Standing, World, standing
 
 CLEAN = frozenset({0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11})
-"""Exit codes of the README that a command may end with; 1 is a bug."""
+"""Exit codes of docs/guide/scripting.md that a command may end with; 1 is a bug."""
 
 
 @dataclass(frozen=True)

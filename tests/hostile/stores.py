@@ -568,7 +568,7 @@ def plan_s3(world: World, draw: Draw) -> Plan:
 
 def hasty() -> None:
     """Servers that are silent are given up soon: by what the program itself waits with."""
-    from snapchain.objects import s3_client, s3_patience
+    from snapchain.objects import s3_client, s3_client as s3_patience
 
     for function, shorter in (
         (s3_client.new_client, {"connect_timeout": 1.0, "read_timeout": 0.6, "attempts": 2}),

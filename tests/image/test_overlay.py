@@ -10,8 +10,8 @@ import pytest
 
 from snapchain.errors import InvalidInput
 from snapchain.image import qemu_img
-from snapchain.image.overlay import write_overlay
 from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.write import write_overlay
 from snapchain.image.qemu_img import BackingLink, Format, Qcow2Options
 
 MiB = 1 << 20

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable
 from snapchain.image import block_device
 from snapchain.image.block_device import claimed, first_data, open_device, zero_device
-from snapchain.image.raw_write import RawWriter
+from snapchain.image.raw import RawWriter
 
 SIZE = 8 << 20
 OLD = bytes(range(1, 256)) * (SIZE // 255 + 1)

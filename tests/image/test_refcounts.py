@@ -19,8 +19,8 @@ from snapchain.image.qcow2.header import read_header
 from snapchain.image.qcow2.refcounts import Refcounts, pack_counts, refcount_table, refcounts, unpack_counts
 from snapchain.image.qcow2.tables import ImageFd
 from tests.image.oracle import qemu
-from tests.image.test_assemble import SHM, growable
 from tests.image.test_scan_random import Layer, io, layers, make
+from tests.merge.test_assemble import SHM, growable
 
 WIDTHS = [1, 2, 4, 8, 16, 32, 64]
 

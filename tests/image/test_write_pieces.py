@@ -10,7 +10,7 @@ import pytest
 
 from snapchain.errors import InvalidInput
 from snapchain.host.batches import MOST_BUFFERS, MOST_BYTES, batches, rest
-from snapchain.image.positioned import write_vector
+from snapchain.image.pread import write_vector
 from snapchain.image.qcow2.layout import Layout, plan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.extents import DATA, Extents

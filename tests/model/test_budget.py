@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-from snapchain.model.budget import best, cheapest, most_removable
-from snapchain.model.choice import MergeRange, segments
-from snapchain.model.economics import Into, range_gains
+from snapchain.model.choice import MergeRange, best, cheapest, most_removable, segments
+from snapchain.model.economics import Into, gains_of, hidden_by
 from snapchain.model.extents import Int64s
 from snapchain.testing.strategies import chains
 
@@ -47,7 +46,7 @@ def choices(draw: st.DrawFn) -> tuple[tuple[MergeRange, ...], Int64s, Int64s]:
     """Ranges of a chain of up to 8 layers, and tables of gains and costs: of a real chain, or out of thin air."""
     if draw(st.booleans()):
         chain = draw(chains(min_layers=2, max_layers=7, max_size=40))
-        gains = range_gains(chain)
+        gains = gains_of(hidden_by(chain))
         count, freed, moved = len(chain), gains.freed, gains.moved[draw(st.sampled_from(Into))]
     else:
         count = draw(st.integers(2, 8))

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 
 from snapchain.errors import InvalidInput
-from snapchain.model.chain import Chain, LayerUse
+from snapchain.model.chain import Chain, Layer, LayerUse
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
-from snapchain.model.layer import Layer
 from snapchain.testing.reference import bytewise, walk
 from snapchain.testing.strategies import chain_of, chains
 

@@ -1,19 +1,27 @@
 """Collapsing keeps every kept view, keeps only what kept points need, and never stores a shared layer twice."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import InvalidInput
-from snapchain.model.collapse import Group, collapse, collapse_tree, merge_group
+from snapchain.model.collapse import Group, collapse, collapse_tree
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 from snapchain.testing.reference import bytewise, reads, walk
 from snapchain.testing.strategies import extents, stacks
 
 Trees = tuple[dict[str, str | None], set[str]]
 MAPS = extents(max_size=24)
+
+
+def merge_group(layers: Sequence[Extents], *, root: bool) -> Extents:
+    """The map of a group's merged layer: only at the root may a ZERO be dropped."""
+    merged = fold(layers)
+    if not root:
+        return merged
+    return merged.mapped(np.where(merged.val == ZERO, np.int64(ABSENT), merged.val))
 
 
 @st.composite

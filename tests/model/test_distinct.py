@@ -8,7 +8,7 @@ import sys
 import numpy as np
 from hypothesis import given, strategies as st
 
-from snapchain.model.distinct import counted, distinct
+from snapchain.model.extents import counted, distinct
 
 columns = st.lists(st.lists(st.integers(-5, 5), max_size=12), min_size=1, max_size=3)
 
@@ -27,7 +27,7 @@ def test_a_merge_loads_no_masked_arrays() -> None:
     program = (
         "import sys, numpy as np\n"
         "import snapchain.merge.plan, snapchain.image.sameness\n"
-        "from snapchain.model.distinct import distinct\n"
+        "from snapchain.model.extents import distinct\n"
         "distinct(np.arange(3), np.arange(2))\n"
         "print('numpy.ma' in sys.modules)\n"
     )

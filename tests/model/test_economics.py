@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from snapchain.errors import InvalidInput
 from snapchain.model.chain import Chain
-from snapchain.model.economics import Gain, Into, gain, hidden_by, range_gains
+from snapchain.model.economics import Gain, Into, gain, gains_of, hidden_by
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, fold
 from snapchain.testing.reference import bytewise, walk
 from snapchain.testing.strategies import chain_of, chains
@@ -36,7 +36,7 @@ def test_gain_is_what_a_byte_count_says(chain: Chain, data: st.DataObject, into:
 
 @given(chains(max_layers=7, max_size=30))
 def test_all_ranges_at_once_say_what_each_says(chain: Chain) -> None:
-    table = range_gains(chain)
+    table = gains_of(hidden_by(chain))
     for first in range(len(chain)):
         for last in range(len(chain)):
             for into in Into:

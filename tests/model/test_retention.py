@@ -185,7 +185,7 @@ def test_decisions_are_explained() -> None:
 def test_refused() -> None:
     with pytest.raises(InvalidInput, match="no zone"):
         decide([Point(datetime.fromisoformat("2026-01-01"))], Policy(last=1), zone=UTC)
-    with pytest.raises(InvalidInput, match="keep-weekly"):
+    with pytest.raises(ValueError, match=r"weekly\n.*greater than or equal to -1"):
         Policy(weekly=-2)
 
 

@@ -19,7 +19,7 @@ import pytest
 from snapchain.errors import Corrupt, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.retry import RetryPolicy
 from snapchain.host.ssh import RemoteAddress, SshProgram
-from snapchain.ops import serve_replica
+from snapchain.ops import receive as serve_replica
 from snapchain.ops.ship.run import ShipReport, ShipRequest
 from snapchain.replica.endpoint import SshEndpoint
 from tests.net.namespaces import Cable

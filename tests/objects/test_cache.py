@@ -6,7 +6,7 @@ from pathlib import Path
 
 from snapchain.objects.cache import CachedStore
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import StoreWrapper
 
 
 class Counting(StoreWrapper):

@@ -15,8 +15,7 @@ from snapchain.errors import Conflict, SnapchainError, Unavailable
 from snapchain.objects import open_store
 from snapchain.objects.exclusive import CLAIM_LIFE, LONGEST_STALL, PATIENCE, Clockwork, create_exclusively, is_claim
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectStore, StoreWrapper
 from snapchain.testing.faults import Crash, Fault, FaultStore, On, crash_points
 from tests.servers import S3Server
 from tests.waiting import HANG

@@ -15,9 +15,9 @@ import pytest
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.host.links import Followed, follow
-from snapchain.objects import link_once as linking, rooted
-from snapchain.objects.disk_errors import MEANINGS, from_os_error
+from snapchain.objects import local as linking, rooted
 from snapchain.objects.local import LocalStore
+from snapchain.objects.rooted import MEANINGS, from_os_error
 from snapchain.objects.store import ObjectStore, Refused
 from snapchain.testing.object_contract import ObjectStoreContract
 

@@ -14,9 +14,7 @@ from snapchain.objects import open_store
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.probe import MOST_DRIFT, ProbeResult, probe, still_conditional
-from snapchain.objects.retry import RetryingStore
-from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, Refused, StoreWrapper
 from tests.servers import S3Server
 from tests.waiting import wait_until
 
@@ -47,7 +45,7 @@ def test_moto_honours_conditions_and_does_not_check_uploads(moto: S3Server) -> N
 
 
 def test_rclone_ignores_conditions_and_checks_uploads(rclone: S3Server) -> None:
-    store = RetryingStore(open_store(f"s3://{rclone.new_bucket()}/a"))
+    store = open_store(f"s3://{rclone.new_bucket()}/a")
     result = probe(store)
     assert not result.conditional_put
     assert result.refuses_damage is True

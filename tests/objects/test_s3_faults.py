@@ -16,11 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects import limits, open_store, s3
+from snapchain.objects import open_store, s3, store as limits
 from snapchain.objects.s3 import CONFLICT_ATTEMPTS, MOST_TIMEOUTS, READ_ATTEMPTS, S3Store
-from snapchain.objects.s3_client import TOTAL_ATTEMPTS, new_client, warnings_about
+from snapchain.objects.s3_client import TOTAL_ATTEMPTS, Patience, Silent, Watch, WatchedBody, new_client, warnings_about
 from snapchain.objects.s3_errors import CODES, EXCEPTIONS, STATUSES, from_s3_error
-from snapchain.objects.s3_patience import Patience, Silent, Watch, WatchedBody
 from snapchain.objects.store import ObjectInfo, Refused
 from tests.objects.scripted import DROP, MISSING, Reply, Script, content, error, scripted_server, stored
 from tests.servers import S3Server, free_port

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.objects import limits, s3
-from snapchain.objects.limits import LARGEST
+from snapchain.objects import s3, store as limits
 from snapchain.objects.s3 import S3Store
 from snapchain.objects.s3_client import LARGEST_ANSWER, new_client
-from snapchain.objects.store import Refused
+from snapchain.objects.store import LARGEST, Refused
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client

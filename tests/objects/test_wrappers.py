@@ -1,19 +1,16 @@
-"""Retry, throttle and faults: each keeps the contract, and does its one thing."""
+"""Throttle and faults: each keeps the contract, and does its one thing."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from snapchain.errors import InvalidInput, NotFound, Unavailable
+from snapchain.errors import InvalidInput, Unavailable
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.retry import Backoff, RetryingStore
-from snapchain.objects.store import ObjectInfo, ObjectStore, Properties, Refused
+from snapchain.objects.store import ObjectStore, Properties, StoreWrapper, innermost
 from snapchain.objects.throttle import BURST, ThrottledStore, TokenBucket
-from snapchain.objects.wrapper import StoreWrapper, innermost
 from snapchain.testing.faults import Crash, Fault, FaultStore, On, crash_points
 from snapchain.testing.object_contract import ObjectStoreContract
 
@@ -23,23 +20,7 @@ class TestWrapped(ObjectStoreContract):
 
     @pytest.fixture
     def store(self) -> ObjectStore:
-        return RetryingStore(ThrottledStore(FaultStore(MemoryStore()), upload=1e12, download=1e12))
-
-
-class TestRetriedThroughFaults(ObjectStoreContract):
-    """Every second of the first 400 calls fails, in turn before and after its effect."""
-
-    @pytest.fixture
-    def store(self) -> ObjectStore:
-        kinds = [Fault.UNAVAILABLE, Fault.LOST_REPLY]
-        faults = [On(nth, kinds[nth // 2 % 2]) for nth in range(1, 400, 2)]
-        return RetryingStore(FaultStore(MemoryStore(), faults), sleep=lambda _: None, backoff=Backoff(attempts=50))
-
-    def test_create_never_replaces(self, store: ObjectStore) -> None:
-        """Equal bytes are ours, whoever wrote them: all else is as in the contract."""
-        assert store.create("a", b"first") is True
-        assert store.create("a", b"second") is False
-        assert store.get("a") == b"first"
+        return ThrottledStore(FaultStore(MemoryStore()), upload=1e12, download=1e12)
 
 
 def test_a_wrapper_passes_on_what_the_opener_sets() -> None:
@@ -51,95 +32,9 @@ def test_a_wrapper_passes_on_what_the_opener_sets() -> None:
     assert innermost(inner) is inner
 
 
-# ---- retry
-
-
 class Pauses(list[float]):
     def __call__(self, seconds: float) -> None:
         self.append(seconds)
-
-
-def flaky(faults: list[On], **backoff: float) -> tuple[RetryingStore, FaultStore, Pauses]:
-    pauses = Pauses()
-    faulty = FaultStore(MemoryStore(), faults)
-    policy = Backoff(attempts=4, first=backoff.get("first", 1.0), longest=backoff.get("longest", 3.0))
-    return RetryingStore(faulty, backoff=policy, sleep=pauses), faulty, pauses
-
-
-def test_passing_failures_are_outlasted_with_growing_pauses() -> None:
-    store, faulty, pauses = flaky([On(nth, Fault.UNAVAILABLE) for nth in (1, 2, 3)])
-    store.put("a", b"x")
-    assert len(faulty.calls) == 4
-    for pause, whole in zip(pauses, [1.0, 2.0, 3.0], strict=True):
-        assert whole / 2 <= pause <= whole
-
-
-def test_the_last_failure_is_raised() -> None:
-    store, faulty, pauses = flaky([On(nth, Fault.UNAVAILABLE) for nth in range(1, 9)])
-    with pytest.raises(Unavailable, match="overloaded"):
-        store.get("a")
-    assert (len(faulty.calls), len(pauses)) == (4, 3)
-
-
-def test_what_cannot_pass_is_not_tried_again() -> None:
-    class Full(StoreWrapper):
-        calls = 0
-
-        def put(self, name: str, data: object) -> None:
-            self.calls += 1
-            raise Refused(f"no space for {data!r}", subject=name)
-
-    inner = Full(MemoryStore())
-    with pytest.raises(Refused, match="no space for"):
-        RetryingStore(inner, sleep=lambda _: pytest.fail("slept")).put("a", b"")
-    assert inner.calls == 1
-    store, faulty, _ = flaky([])
-    with pytest.raises(NotFound, match="no such object"):
-        store.get("a")
-    assert len(faulty.calls) == 1
-
-
-def test_a_create_whose_reply_was_lost_is_ours() -> None:
-    store, _, _ = flaky([On(1, Fault.LOST_REPLY, operation="create")])
-    assert store.create("a", [b"my ", b"nonce"]) is True
-    assert store.get("a") == b"my nonce"
-
-
-def test_a_create_that_another_overtook_is_not_ours() -> None:
-    store, faulty, _ = flaky([On(1, Fault.UNAVAILABLE, operation="create")])
-    faulty.inner.put("a", b"theirs")
-    assert store.create("a", b"mine") is False
-    assert store.get("a") == b"theirs"
-
-
-def test_a_listing_that_breaks_off_goes_on() -> None:
-    class Breaking(StoreWrapper):
-        listings = 0
-
-        def list(self, prefix: str) -> Iterator[ObjectInfo]:
-            self.listings += 1
-            for number, info in enumerate(self.inner.list(prefix)):
-                if number == 2 * self.listings:
-                    raise Unavailable("broke off")
-                yield info
-
-    inner = Breaking(MemoryStore())
-    names = [f"d/{number}" for number in range(9)]
-    for name in names:
-        inner.put(name, b"")
-    store = RetryingStore(inner, backoff=Backoff(attempts=2), sleep=lambda _: None)
-    assert [info.name for info in store.list("d/")] == names
-    assert inner.listings == 5
-
-
-def test_the_caller_hears_of_failures() -> None:
-    heard: list[tuple[str, float]] = []
-    faulty = FaultStore(MemoryStore(), [On(1, Fault.UNAVAILABLE)])
-    pauses = Pauses()
-    store = RetryingStore(faulty, sleep=pauses, told=lambda error, pause: heard.append((str(error), pause)))
-    store.put("a", b"")
-    assert [pause for _, pause in heard] == pauses
-    assert "overloaded" in heard[0][0]
 
 
 # ---- throttle

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.errors import SnapchainError
-from snapchain.host.state_key import made_key
+from snapchain.host.records import made_key
 from snapchain.image import threads
 from tests.exhaustive import EXHAUSTIVE
 

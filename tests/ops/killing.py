@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from snapchain.host.processes import run
-from snapchain.host.state_key import made_key
+from snapchain.host.records import made_key
 from snapchain.image import qemu_img
 from tests.exhaustive import EXHAUSTIVE
 

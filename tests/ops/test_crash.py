@@ -20,10 +20,10 @@ from snapchain.errors import SnapchainError, Unavailable
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import packs
+from snapchain.repository.chain import ChainView
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
-from snapchain.repository.view import ChainView
 from snapchain.testing.faults import Fault, FaultStore, On, crash_points
 from tests.exhaustive import EXHAUSTIVE
 from tests.ops.shipping import DISK, MiB, ship, shipment

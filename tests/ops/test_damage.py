@@ -22,13 +22,13 @@ from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.repository import collecting as gc, packs, sweep
 from snapchain.repository.catalogue import find_point
+from snapchain.repository.chain import ChainView
 from snapchain.repository.crypto import AES, NONE
 from snapchain.repository.format import is_damage, layer_name
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
-from snapchain.repository.view import ChainView
 from tests.ops.shipping import DISK, MiB, restore, ship
 from tests.ops.stacks import Layer, build, flat, write
 from tests.repository.second_reader import Reader

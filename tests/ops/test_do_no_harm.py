@@ -26,7 +26,7 @@ from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import doctor
-from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Disks
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format
@@ -89,7 +89,7 @@ def merge_by_rules(forest: Forest, target: Path, data: st.DataObject) -> None:
 def merge_at_night(forest: Forest, target: Path, data: st.DataObject) -> None:
     disks = Disks(path=target, format="qcow2", merge_above=4, image_dirs=tuple(forest.image_dirs))
     disks = disks.model_copy(update={"merge_above": data.draw(st.integers(1, 2))})
-    report = merge_run.run(local_merge.plan(target, disks, at=[], budget=None))
+    report = merge_run.run(local_chain.plan(target, disks, at=[], budget=None))
     done["merged at night"] += bool(report.merges)
 
 

@@ -13,14 +13,13 @@ from snapchain.errors import Busy, Conflict, Corrupt
 from snapchain.model.retention import Policy
 from snapchain.objects.exclusive import CLAIM_LIFE
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, Refused
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, Refused, StoreWrapper
 from snapchain.repository import collecting as gc, packs, sweep
 from snapchain.repository.catalogue import is_generation
-from snapchain.repository.collect import KEPT_GENERATIONS, mark, wasteful
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import newest
 from snapchain.repository.leases import Lease, Mode
+from snapchain.repository.mark import KEPT_GENERATIONS, mark, wasteful
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify

@@ -21,8 +21,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, NotFound
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, ObjectInfo, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper
 from snapchain.repository import collecting as gc, packs, repository as repositories, sweep
 from snapchain.repository.leases import DEAD_SECONDS
 from snapchain.repository.points_merge import RepositoryMerge
@@ -305,7 +304,7 @@ def test_a_reader_finishes_what_it_began(world: World) -> None:
 
 
 def reads_chain(repo: Repository, layers: object) -> bytes:
-    from snapchain.repository.view import ChainView
+    from snapchain.repository.chain import ChainView
 
     view = ChainView(layers, repo.blobs)  # type: ignore[arg-type]
     buffer = memoryview(bytearray(view.size))

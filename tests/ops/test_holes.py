@@ -18,9 +18,9 @@ from snapchain.model.extents import ABSENT, DATA, ZERO
 from snapchain.ops.inspect import inspect_image
 from tests.image.oracle import assert_only_holes_differ, our_bytes, their_bytes
 from tests.image.test_scan_random import Layer
+from tests.merge.test_merge_random import SHM, WAYS, merged_by_every_strategy, stacks
 from tests.ops.shipping import MiB, ship
 from tests.ops.stacks import qemu_img, write
-from tests.ops.test_merge_random import SHM, WAYS, merged_by_every_strategy, stacks
 from tests.repository.synthetic import repository
 
 PUNCH = ["fallocate", "--punch-hole", "--keep-size"]

@@ -113,7 +113,7 @@ def test_findings(tmp_path: Path) -> None:
     qemu_img("snapshot", "-c", "inside", files[-1])
     qemu_img("bitmap", "-f", "qcow2", "--add", files[-1], "dirty0")
     found = inspect_image(files[-1]).findings
-    for words in ("0.qcow2 is longer", "1.qcow2 is shorter", "1 internal snapshots", "dirty0", "version 2"):
+    for words in ("0.qcow2 is longer", "1.qcow2 is shorter", "1 internal snapshot,", "dirty0", "version 2"):
         assert any(words in finding for finding in found), (words, found)
     assert inspect_image(files[0]).layers[0].snapshots == 0
 

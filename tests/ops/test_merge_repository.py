@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from snapchain.errors import Conflict, InvalidInput, NotFound
+from snapchain.errors import Conflict, NotFound
 from snapchain.model.retention import Duration, Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectStore, StoreWrapper
 from snapchain.ops.log import log
 from snapchain.repository import collecting as gc
 from snapchain.repository.destination import RepositoryDestination
@@ -272,5 +271,5 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     repo = repository(MemoryStore())
     with pytest.raises(NotFound, match="there is no disk 'none'"):
         RepositoryMerge(repo, "none", Policy(last=1))
-    with pytest.raises(InvalidInput, match="cannot be negative"):
+    with pytest.raises(ValueError, match="greater than or equal to -1"):
         Policy(last=-2)

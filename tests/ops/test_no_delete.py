@@ -10,11 +10,9 @@ import pytest
 from snapchain.errors import Busy, Conflict
 from snapchain.model.events import Event, Notice
 from snapchain.model.retention import Policy
-from snapchain.objects.exclusive import Clockwork, create_exclusively
+from snapchain.objects.exclusive import RETIRED, Clockwork, create_exclusively, is_retired
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.retire import RETIRED, is_retired
-from snapchain.objects.store import Data, ObjectStore, Refused
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectStore, Refused, StoreWrapper
 from snapchain.repository import collecting as gc
 from snapchain.repository.leases import Lease, Mode
 from snapchain.repository.points_merge import RepositoryMerge

@@ -18,7 +18,7 @@ from snapchain.merge import plan as merge_set, run as merge_run, step as merge_p
 from snapchain.merge.request import MergeRequest
 from snapchain.ops.migrate import run as module
 from snapchain.ops.migrate.run import MigrateReport, MigrateRequest, Move, migrate, take_back
-from snapchain.ops.nightly.look import look
+from snapchain.ops.nightly.local_chain import look
 from snapchain.ops.sync.run import SyncRequest, sealed_request, sync
 from snapchain.replica import handover
 from snapchain.replica.client import ask_for_handover

@@ -316,7 +316,7 @@ def test_a_merge_that_cannot_mark_its_journal_says_so(
 ) -> None:
     (tmp_path / "no directory").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "no directory"))
-    monkeypatch.setattr("snapchain.host.state_key.SYSTEM_STATE", tmp_path / "no directory" / "either")
+    monkeypatch.setattr("snapchain.host.records.SYSTEM_STATE", tmp_path / "no directory" / "either")
     said: list[str] = []
     report = merge_run.run_step(
         merge_plan.plan_step(MergeRequest(image=stack[-1])), on_event=lambda event: said.append(str(event))

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given, strategies as st
 
-from snapchain.cli.moments import heading, moment
+from snapchain.cli.quantities import heading, moment
 from snapchain.destination.address import in_full
 from snapchain.errors import NotFound
 from snapchain.model.points import instant

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
-from snapchain.image.positioned import Buffer
+from snapchain.host.batches import Buffer
 from snapchain.image.qcow2.write import Qcow2Writer
-from snapchain.image.raw_write import RawWriter
+from snapchain.image.raw import RawWriter
 from snapchain.model.events import Event, Progress
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops.restore import target as restore_target
@@ -207,7 +207,7 @@ def damage(repo: Repository, point: int, guest_offset: int) -> str:
     catalogue = repo.catalogue(DISK)
     layer = again(repo).layer(catalogue.points[point - 1].layer)
     (page,) = layer.pages(guest_offset, guest_offset + 1)
-    row = page.between(guest_offset, guest_offset + 1)[0]
+    row = page.runs[page.places(guest_offset, guest_offset + 1)][0]
     pack = page.packs[int(row["pack"])]
     name = f"packs/{pack[:2]}/{pack}"
     body = bytearray(repo.store.get(name))

@@ -17,9 +17,8 @@ from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.points import check_label
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data
+from snapchain.objects.store import Data, StoreWrapper
 from snapchain.objects.throttle import ThrottledStore
-from snapchain.objects.wrapper import StoreWrapper
 from snapchain.repository import collecting as gc, packer, packs
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository

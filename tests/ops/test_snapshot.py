@@ -14,7 +14,8 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.host import files
-from snapchain.image import overlay as overlay_module, qemu_img, scan
+from snapchain.image import qemu_img, scan
+from snapchain.image.qcow2 import write as overlay_module
 from snapchain.image.qemu_img import Qcow2Options
 from snapchain.model.events import Event, Notice
 from snapchain.source import sealing as snapshot

@@ -31,7 +31,7 @@ from snapchain.ops.sync.run import (
 )
 from snapchain.ops.sync.virsh import migrate_commands
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.source.sealer import OfflineSealer
+from snapchain.source.at_rest import ImageAtRest
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, MiB, build, clean, flat, qemu_img, same, write
 from tests.replica.conftest import DISK, Place
@@ -258,7 +258,7 @@ class Guestlike:
     """Seals an image at rest, and writes to the new top at once, as a guest would have done meanwhile."""
 
     def __init__(self, image: Path, writes: list[str]) -> None:
-        self._sealer, self._image, self._writes = OfflineSealer(image), image, writes
+        self._sealer, self._image, self._writes = ImageAtRest(image), image, writes
         self.count = 0
 
     def seal(self) -> Path:

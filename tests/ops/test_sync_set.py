@@ -14,7 +14,7 @@ from snapchain.model.convergence import Verdict
 from snapchain.ops.sync.run import Guest, SetReport, SyncRequest, check_set, sealed_request, sync_set
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.source import sealing as snapshot
-from snapchain.source.sealer import OfflineSealer, OfflineSet
+from snapchain.source.at_rest import ImageAtRest, OfflineSet
 from tests.ops.stacks import Layer, MiB, build, flat, names, same, write
 
 VDA, VDB = "web1/vda", "web1/vdb"
@@ -99,14 +99,14 @@ def test_the_target_is_of_all_together(images: list[Path], endpoint: DirectoryEn
 def test_written_to_while_the_others_are_sealed(images: list[Path]) -> None:
     """Then what is sealed is no moment of the guest, and is told so."""
 
-    class Late(OfflineSealer):
+    class Late(ImageAtRest):
         def seal(self) -> Path:
             write(images[1], "write -P 9 0 64k")
             return super().seal()
 
     with pytest.raises(Conflict, match="while the other disks"):
-        OfflineSet([Late(images[0]), OfflineSealer(images[1])]).seal()
-    assert OfflineSet([OfflineSealer(image) for image in images]).seal()
+        OfflineSet([Late(images[0]), ImageAtRest(images[1])]).seal()
+    assert OfflineSet([ImageAtRest(image) for image in images]).seal()
 
 
 def test_a_set_is_disks_of_one_guest(images: list[Path], endpoint: DirectoryEndpoint) -> None:

@@ -72,15 +72,15 @@ HOSTILE: dict[str, tuple[dict[str, Any], type[SnapchainError], str]] = {
     "hidden": ({"name": ".x.qcow2"}, Corrupt, "cannot be named"),
     "no qcow2": ({"name": "authorized_keys"}, Corrupt, "cannot be named"),
     "another layer": ({"on": "0" * 32}, Diverged, "not the newest one here"),
-    "no layer": ({"on": "x"}, Corrupt, "the sender: .* unsound: on"),
+    "no layer": ({"on": "x"}, Corrupt, "the sender: .* message is invalid: on"),
     "half a sector": ({"size": 1000}, InvalidInput, "cannot have 1000 bytes"),
-    "a disk beyond all": ({"size": 1 << 60}, Corrupt, "the sender: .* unsound: size"),
+    "a disk beyond all": ({"size": 1 << 60}, Corrupt, "the sender: .* message is invalid: size"),
     "no power of two": (
         {"cluster_size": 65537},
         InvalidInput,
         "choose a power of two|cluster size of 65537 bytes is not allowed",
     ),
-    "a field too many": ({"backing": "/etc/passwd"}, Corrupt, "the sender: .* unsound: backing"),
+    "a field too many": ({"backing": "/etc/passwd"}, Corrupt, "the sender: .* message is invalid: backing"),
 }
 
 
@@ -158,7 +158,7 @@ def synced(tmp_path: Path) -> tuple[Path, Place]:
     return paths[-1], place
 
 
-WORDS = r"^puppet: (it |the end is announced|what it says|READINESS has no place|x$)"
+WORDS = r"^puppet: (it |the end is announced|its readiness message is invalid|READINESS has no place|x$)"
 
 
 @pytest.mark.parametrize("name", BAD_ANSWERS)
@@ -167,7 +167,8 @@ def test_a_hostile_receiver(synced: tuple[Path, Place], name: str) -> None:
     with (
         answering(place, features=["active"], then=(*BAD_ANSWERS[name], DONE)) as endpoint,
         pytest.raises(
-            Corrupt, match=r"^puppet: (it |the end is announced|what it says|READINESS has no place|x$)"
+            Corrupt,
+            match=r"^puppet: (it |the end is announced|its readiness message is invalid|READINESS has no place|x$)",
         ) as caught,
     ):
         asked(endpoint, image)

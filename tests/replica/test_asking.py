@@ -201,7 +201,7 @@ def test_a_hostile_question(sent: Place, question: dict[str, Any], monkeypatch: 
     monkeypatch.setattr(session, "encode", lambda said: asked(**question)[1] if isinstance(said, Ask) else encode(said))
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of ask is unsound|there is no disk|cannot name a disk|may be named|must be named",
+        match=r"ask message is invalid|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         log(ReplicaDestination(DirectoryEndpoint(sent.root)))
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}
@@ -230,7 +230,7 @@ OTHER_ERRORS: dict[str, type[SnapchainError]] = {
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "an old one": ("does not support 'ask'", (OLD,)),
     "another disk": ("another disk than the one asked for", (ANSWER, disk_said("db"), DONE)),
-    "no disk": ("not told of the disk", (ANSWER, DONE)),
+    "no disk": ("lacks the disk", (ANSWER, DONE)),
     "a name for a terminal": ("another disk than the one asked for", (ANSWER, disk_said("\x1b[31m"), DONE)),
     "a label for a terminal": (
         "a label holds control characters",
@@ -277,11 +277,11 @@ def check_refusal(name: str, error: SnapchainError) -> None:
 @pytest.mark.parametrize(
     ("says", "said"),
     [
-        ("not of the disks that it has looked at", (FINDING, DONE)),
-        ("not of the disks that it has looked at", (VERDICT, VERDICT, DONE)),
+        ("of disks that it did not check", (FINDING, DONE)),
+        ("of disks that it did not check", (VERDICT, VERDICT, DONE)),
         ("PROGRESS has no place", (VERDICT, (40, bytes(3)), DONE)),
         ("DISK has no place", (disk_said(DISK, 1), VERDICT, DONE)),
-        ("has not looked at the disk", (DONE,)),
+        ("lacks the disk", (DONE,)),
         ("closed by the other side", (VERDICT,)),
         ("another disk than the one asked for", ((38, VERDICT[1].replace(b"web1", b"web2")), DONE)),
         (

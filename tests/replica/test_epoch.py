@@ -90,7 +90,7 @@ def test_the_first_epoch_goes_without_saying(chain: list[Path]) -> None:
 def test_what_is_no_epoch(place: Place, chain: list[Path], epoch: int) -> None:
     with pytest.raises(InvalidInput, match="is no epoch"):
         place.send(chain[0], epoch=epoch)
-    with pytest.raises(Corrupt, match="what it says of open is unsound: epoch"):
+    with pytest.raises(Corrupt, match="its open message is invalid: epoch"):
         take(place, stream(HELLO, (2, f'{{"disk":"a","epoch":{epoch}}}'.encode()), STOP))
     assert not place.root.exists()
 

@@ -449,7 +449,7 @@ OTHER_ERRORS: dict[str, type[SnapchainError]] = {
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "another version": ("here 1, there 3 to 4", ((1, b'{"first":3,"last":4,"software":"x","answers":true}'),)),
     "no hello": ("began with DISK", GOOD[1:]),
-    "another disk": ("something else than it was asked for", (ANSWER, told(disk="db"), *GOOD[2:])),
+    "another disk": ("about another disk than", (ANSWER, told(disk="db"), *GOOD[2:])),
     "another point": ("another point than", (ANSWER, told(point=2), *GOOD[2:])),
     "a label for a terminal": ("a label holds control characters", (ANSWER, told(labels=["\x1b[31m"]), *GOOD[2:])),
     "another content": ("announced as something else", (ANSWER, told(content_id="0" * 64), *GOOD[2:])),
@@ -465,7 +465,7 @@ LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "a layer that goes on": ("not lie on the one before", (*GOOD[:3], offer(resume_at=GRAIN), *GOOD[4:])),
     "a name for a terminal": ("cannot be named", (*GOOD[:3], offer(name="\x1b[31m.qcow2"), *GOOD[4:])),
     "two layers": ("LAYER has no place", (*GOOD[:7], *GOOD[3:])),
-    "another number of layers": ("other layers than it says", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
+    "another number of layers": ("another number of layers", (*GOOD[:7], (35, b'{"points":[],"layers":2}'))),
     "no end": ("closed by the other side", GOOD[:6]),
     "no DONE": ("closed by the other side", GOOD[:7]),
     "other bytes": ("the restored content id", (*GOOD[:5], data(0, 3 * GRAIN, bytes(3 * GRAIN)), *GOOD[6:])),
@@ -552,7 +552,7 @@ def test_a_hostile_request(sent: Place, out: Path, request_: dict[str, Any], mon
     )
     with pytest.raises(
         (Corrupt, InvalidInput, NotFound),
-        match=r"of fetch is unsound|there is no disk|cannot name a disk|may be named|must be named",
+        match=r"fetch message is invalid|there is no disk|cannot name a disk|may be named|must be named",
     ) as caught:
         restore(sent, out)
     assert caught.value.kind in {"corrupt", "invalid-input", "not-found"}

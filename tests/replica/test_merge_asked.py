@@ -64,8 +64,8 @@ def test_an_honest_answer() -> None:
 
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
     "an old one": ("does not support 'merge'", (OLD,)),
-    "nothing": ("not said what came of", (ANSWER, DONE)),
-    "no outcome": ("not said what came of", (ANSWER, merged(1), DONE)),
+    "nothing": ("lacks the outcome", (ANSWER, DONE)),
+    "no outcome": ("lacks the outcome", (ANSWER, merged(1), DONE)),
     "half": ("closed by the other side", (ANSWER, merged(1))),
     "another disk": ("another disk than", (ANSWER, merged(1, disk="db", outcome=OUTCOME), DONE)),
     "two outcomes": ("MERGED has no place", (ANSWER, merged(1, outcome=OUTCOME), merged(2, outcome=OUTCOME), DONE)),
@@ -76,7 +76,7 @@ LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {
         (ANSWER, merged(1, labels=["\x1b[31m"], outcome=OUTCOME), DONE),
     ),
     "only planned": (
-        "contradicts itself, or what it was asked",
+        "contradicts itself, or the request",
         (ANSWER, merged(1, outcome={**OUTCOME, "done": False}), DONE),
     ),
     "more layers than before": (
@@ -139,7 +139,8 @@ def test_a_merge_out_of_place(place: Place, said: tuple[tuple[int, bytes], ...])
 
 
 REFUSED = (
-    r"of merge is unsound|not a duration|there is no disk|no time zone|no rule|cannot be|may be named|must be named"
+    r"merge message is invalid|not a duration|there is no disk|no time zone|no rule|cannot be|may be named"
+    r"|must be named"
 )
 
 

@@ -90,13 +90,13 @@ def memory() -> Iterator[Path]:
 def points_two_three_and_five(monkeypatch: pytest.MonkeyPatch) -> None:
     """No rule of the calendar is so fine."""
     from snapchain.model.retention import Decision
-    from snapchain.replica import layer_merge as collapsing
+    from snapchain.replica import layer_merge
     from snapchain.replica.catalogue import Point
 
     def decide(points: list[Point], *_: object, **__: object) -> tuple[Decision[Point], ...]:
         return tuple(Decision(each, each.point in {2, 3, 5}, ("so",)) for each in points)
 
-    monkeypatch.setattr(collapsing, "decide", decide)
+    monkeypatch.setattr(layer_merge, "decide", decide)
 
 
 def resize_the_tip(files: list[Path]) -> None:

@@ -281,10 +281,10 @@ def test_a_disk_that_is_full(tmp_path: Path, chain: list[Path], place: Place) ->
     pointed = Pointed(place, tmp_path / "shots")
     for path in chain:
         pointed.send(path)
-    from snapchain.replica import layer_merge as collapsing
+    from snapchain.replica import layer_merge
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collapsing, "free_bytes", lambda _directory: 1 << 19)
+        patch.setattr(layer_merge, "free_bytes", lambda _directory: 1 << 19)
         with pytest.raises(Unavailable, match="are free"):
             pointed.merge(last=1)
     pointed.check(kept=[1, 2, 3, 4, 5])

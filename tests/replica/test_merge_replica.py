@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unsupported
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.request import MergeRequest
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy, parse_duration
 from snapchain.ops.ship.run import Divergence, ShipRequest
-from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.store import open_replica
 from snapchain.source.sealing import plan as plan_snapshot, run as run_snapshot
@@ -109,10 +108,7 @@ def test_a_dry_run_changes_nothing_and_is_right(there: Pointed) -> None:
     assert plan.bytes_to_move == report.bytes_moved
 
 
-def test_progress_ends_with_the_whole(there: Pointed, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snapchain.replica import merging
-
-    monkeypatch.setattr(merging, "_PROGRESS_SECONDS", 0.0)
+def test_progress_ends_with_the_whole(there: Pointed) -> None:
     events: list[Event] = []
     report = there.merging(last=3).run(on_event=events.append)
     told = [event for event in events if isinstance(event, Progress)]
@@ -123,7 +119,7 @@ def test_progress_ends_with_the_whole(there: Pointed, monkeypatch: pytest.Monkey
 
 def test_a_time_zone_and_all_rules_cross(there: Pointed) -> None:
     rules = {"hourly": 1, "daily": -1, "weekly": 1, "monthly": 2, "yearly": 1, "within": parse_duration("1y5m7d2h")}
-    merge = ReplicaMerge(endpoint(there.place.root), DISK, Policy(**rules), zone="Europe/Berlin")  # type: ignore[arg-type]
+    merge = ReplicaMerge(endpoint(there.place.root), DISK, Policy(**rules), zone="Europe/Berlin")
     assert all(point.kept for point in merge.plan().points)
     with pytest.raises(InvalidInput, match="no time zone"):
         ReplicaMerge(endpoint(there.place.root), DISK, Policy(last=1), zone="../../etc/passwd").plan()
@@ -163,12 +159,6 @@ def test_an_older_epoch_is_refused(sent: Pointed, chain: list[Path]) -> None:
     sent.merge(last=1)
     assert sent.place.catalogue()["epoch"] == 3
     sent.check(kept=[7])
-
-
-def test_a_receiver_that_cannot_merge(there: Pointed) -> None:
-    with pytest.raises(Unsupported, match="cannot merge"):
-        ReplicaMerge(DirectoryEndpoint(there.place.root), DISK, Policy(last=1), zone="UTC").run()
-    there.check(kept=[1, 2, 3, 4, 5, 6])
 
 
 # ---- the sender afterwards

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from snapchain.cli import serving
+from snapchain.cli import preconnect as serving
 from snapchain.errors import InvalidInput, NotFound, SnapchainError
 from snapchain.host.channel import Channel
-from snapchain.ops import serve_replica
+from snapchain.ops import receive as serve_replica
 from snapchain.replica.permissions import CONFINED, EVERYTHING, Permissions, parse_permissions
 from snapchain.replica.receiver import receive
 from snapchain.replica.stream.messages import Right
@@ -161,7 +161,7 @@ def test_words_of_allow() -> None:
     assert parse_permissions(None, append_only=False, confined=False) == EVERYTHING
     assert Right.EPOCHS not in CONFINED.granted
     for bad in ("", "all", "send,,fetch", "SEND", "send fetch"):
-        with pytest.raises(InvalidInput, match="no right that --allow knows") as caught:
+        with pytest.raises(InvalidInput, match="--allow does not support") as caught:
             parse_permissions(bad, append_only=False, confined=True)
         assert "send, fetch, cut, merge, handover, epochs" in (caught.value.hint or "")
     for right in set(Right) - {Right.SEND, Right.FETCH}:
@@ -198,5 +198,5 @@ def test_the_words_of_an_authorized_keys_file(
 def test_a_group_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no such group"):
         serve_replica.serve_stdio(root=tmp_path, group="nobody has such a group")
-    with pytest.raises(InvalidInput, match="no right"):
+    with pytest.raises(InvalidInput, match="--allow does not support"):
         serve_replica.serve_stdio(root=tmp_path, allow="everything")

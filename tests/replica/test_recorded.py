@@ -178,7 +178,7 @@ def cut(there: Endpoint) -> None:
 
 
 def old_epoch(there: Endpoint) -> None:
-    with pytest.raises(Conflict, match="epoch"), opened(there, epoch=1):
+    with pytest.raises(Conflict, match="in epoch 1"), opened(there, epoch=1):
         pass
 
 

@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ from snapchain.replica.stream.layers import (
     words_of,
 )
 from snapchain.replica.stream.messages import (
+    FROM_FETCH,
     FROM_RECEIVER,
     FROM_SENDER,
+    REQUESTS,
     Hello,
     Inventory,
     Kind,
@@ -319,7 +322,7 @@ def test_a_sender_that_only_lives(place: Place) -> None:
     beats = [BEAT] * MOST_BEATS
     take(place, stream(HELLO, *beats, OPEN, *beats, offer(), MAP, *beats, ALL, end(), STOP))
     assert clean(place.files()[0])
-    with pytest.raises(Unavailable, match="that it is alive, and nothing else"):
+    with pytest.raises(Unavailable, match="signs of life in a row, and nothing else"):
         take(place, stream(HELLO, OPEN, BEAT, *beats))
 
 
@@ -491,7 +494,7 @@ def test_a_receiver_that_only_lives(tmp_path: Path) -> None:
         while frames.read_or_end() is not None:
             pass
 
-    with puppet(answer) as endpoint, pytest.raises(Unavailable, match="that it is alive, and nothing else"):
+    with puppet(answer) as endpoint, pytest.raises(Unavailable, match="signs of life in a row, and nothing else"):
         send(image, endpoint, DISK)
 
 
@@ -566,3 +569,12 @@ def test_a_receiver_that_goes_on_about_its_layers(tmp_path: Path) -> None:
 def test_kinds_go_one_way() -> None:
     assert not {Kind.ACK, Kind.DONE, Kind.INVENTORY, Kind.STORED} & set(FROM_SENDER)
     assert not {Kind.DATA, Kind.MAP, Kind.LAYER, Kind.STOP, Kind.CUT} & set(FROM_RECEIVER)
+
+
+def test_every_request_has_its_handler() -> None:
+    for kind, request in REQUESTS.items():
+        module, _, name = request.handler.partition(":")
+        assert callable(getattr(import_module(f"snapchain.replica.{module}"), name)), kind
+        assert set(request.responses) <= set(FROM_RECEIVER) | set(FROM_FETCH), kind
+        assert request.rights, kind
+        assert kind not in FROM_RECEIVER or kind is Kind.LAYER, kind

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from snapchain.objects.store import Data, ObjectInfo, ObjectStore, joined
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectInfo, ObjectStore, StoreWrapper, joined
 
 
 @dataclass(frozen=True)

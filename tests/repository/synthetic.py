@@ -19,11 +19,11 @@ from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
+from snapchain.repository.chain import ChainView
 from snapchain.repository.crypto import AES, Keyring
-from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.repository import Config, Repository
-from snapchain.repository.view import ChainView
 
 LEAF = 64 * 1024
 ORIGIN = Origin("disk.qcow2", "qcow2", 65536, ())
@@ -162,7 +162,7 @@ class Shipped:
 def ship(stack: Sequence[Drawn], into: Repository | None = None) -> Shipped:
     """Take in a stack, layer by layer."""
     shipped = Shipped(into or repository(), stack)
-    with Deposit(shipped.repository) as deposit:
+    with LayerUpload(shipped.repository) as deposit:
         for number, layer in enumerate(stack):
             source = Fingerprint(inode=number + 1, size=1, mtime_ns=1, ctime_ns=1)
             origin = Origin("disk.qcow2", "qcow2", 65536, (source,))

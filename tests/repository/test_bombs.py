@@ -23,10 +23,18 @@ from snapchain.errors import Corrupt, Unsupported
 from snapchain.model.content import content_id, empty_sum, encode_sum
 from snapchain.objects.local import LocalStore
 from snapchain.objects.memory import MemoryStore
-from snapchain.repository import catalogue as catalogues, collect, collecting as gc, envelope, layers, verification
+from snapchain.repository import (
+    catalogue as catalogues,
+    collecting as gc,
+    envelope,
+    layers,
+    mark as collect,
+    verification,
+)
 from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.chain import ChainView
 from snapchain.repository.crypto import NONE
-from snapchain.repository.envelope import seal
+from snapchain.repository.envelope import check_density, parse, seal
 from snapchain.repository.format import (
     LEAF_ROW,
     PAGE_ROW,
@@ -41,9 +49,7 @@ from snapchain.repository.layers import LayerHeader, StoredLayer
 from snapchain.repository.packs import OpenPack
 from snapchain.repository.pages import Page
 from snapchain.repository.repository import Repository
-from snapchain.repository.stored import check_density, parse
 from snapchain.repository.verification import verify
-from snapchain.repository.view import ChainView
 
 MOST_MIB = 400
 MIB = 1 << 20

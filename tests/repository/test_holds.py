@@ -10,8 +10,7 @@ from snapchain.errors import Conflict, InvalidInput, NotFound
 from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Policy, decide
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, StoreWrapper
 from snapchain.repository.catalogue import Catalogue, Point
 from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository

@@ -21,7 +21,7 @@ from snapchain.objects.s3_client import canonical
 from snapchain.ops.log import log
 from snapchain.repository import collecting as gc
 from snapchain.repository.destination import RepositoryDestination
-from snapchain.repository.known import Known, Memory
+from snapchain.repository.known import Known, SeenGenerations
 from snapchain.repository.opening import create_repository, open_repository
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
@@ -151,25 +151,25 @@ def test_another_repository_in_its_place_begins_anew(tmp_path: Path) -> None:
 
 def test_what_another_process_publishes_between_looking_and_comparing_is_no_alarm() -> None:
     seen = Known(place="memory:", id="0" * 32, encryption="none")
-    mine, other = Memory(seen), Memory(seen)
+    mine, other = SeenGenerations(seen), SeenGenerations(seen)
     floor = mine.floor("d")
     other.note("d", 6, other.floor("d"))
     other.flush()
     mine.note("d", 5, floor)
     mine.flush()
-    assert Memory(seen).floor("d") in {5, 6}
+    assert SeenGenerations(seen).floor("d") in {5, 6}
 
 
 def test_a_memory_that_is_damaged_is_told_and_stays(tmp_path: Path) -> None:
     seen = Known(place="memory:", id="0" * 32, encryption="none")
-    memory = Memory(seen)
+    memory = SeenGenerations(seen)
     memory.note("d", 6, 0)
     memory.flush()
     (path,) = (tmp_path / "state").rglob("*.generations")
     path.write_bytes(path.read_bytes()[:-5])
     before = path.read_bytes()
     with pytest.raises(Corrupt, match="this file is damaged") as caught:
-        Memory(seen).floor("d")
+        SeenGenerations(seen).floor("d")
     assert caught.value.subject == str(path)
     assert path.read_bytes() == before
 
@@ -340,7 +340,7 @@ def test_processes_that_remember_at_once_lose_nothing(tmp_path: Path) -> None:
     seen = Known(place="memory:", id="0" * 32, encryption="none")
 
     def see(number: int) -> None:
-        memory = Memory(seen)
+        memory = SeenGenerations(seen)
         memory.floor("d")
         barrier.wait()
         memory.note(f"disk{number}", number + 1, 0)
@@ -349,4 +349,4 @@ def test_processes_that_remember_at_once_lose_nothing(tmp_path: Path) -> None:
     barrier = threading.Barrier(8)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(see, range(8)))
-    assert {number: Memory(seen).floor(f"disk{number}") for number in range(8)} == {n: n + 1 for n in range(8)}
+    assert {number: SeenGenerations(seen).floor(f"disk{number}") for number in range(8)} == {n: n + 1 for n in range(8)}

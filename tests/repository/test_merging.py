@@ -10,15 +10,15 @@ from hypothesis import given, settings, strategies as st
 
 from snapchain.model.collapse import collapse_tree
 from snapchain.model.extents import ABSENT, DATA, ZERO
-from snapchain.repository import merging, pages, worklist
+from snapchain.repository import merging, pages, tasks as worklist
+from snapchain.repository.chain import ChainView
 from snapchain.repository.format import pack_name
-from snapchain.repository.layer_writer import Deposit
+from snapchain.repository.layer_writer import LayerUpload
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.merging import merge_layers
 from snapchain.repository.packer import Packer
 from snapchain.repository.replay import Replay
 from snapchain.repository.repository import Repository
-from snapchain.repository.view import ChainView
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import LEAF, ORIGIN, Drawn, Run, again, content_id_of, drawn, nothing, ship, stacks
 
@@ -175,7 +175,7 @@ def test_a_wide_gap_costs_by_what_is_there_and_not_by_its_width() -> None:
 
     grown = drawn(LEAF, [Run(100, 100, 3)], shrunk.shown)
     huge = Grown(grown.extents.resized(size, ABSENT), grown.shown)
-    with Deposit(shipped.repository) as deposit:
+    with LayerUpload(shipped.repository) as deposit:
         top = deposit.add(huge, shipped.layers[:], ORIGIN, on_bytes=nothing, confirm=nothing)
     after = merged(shipped.repository, [*shipped.layers, top], {0, 2})[2]
     assert len(after) == 2

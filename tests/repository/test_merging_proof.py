@@ -10,9 +10,8 @@ import pytest
 
 from snapchain.errors import Corrupt
 from snapchain.repository import merging
-from snapchain.repository.composing import Part, Piece, compose
 from snapchain.repository.format import RUN_ROW, layer_name
-from snapchain.repository.merging import merge_layers
+from snapchain.repository.merging import Part, Piece, compose, merge_layers
 from snapchain.repository.packer import Packer
 from tests.repository.synthetic import LEAF, Run, drawn, ship
 

@@ -13,8 +13,7 @@ from hypothesis import given, settings, strategies as st
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.model.retention import Policy
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, joined
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, StoreWrapper, joined
 from snapchain.repository import collecting as gc, index as indexes, sweep
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES

@@ -12,14 +12,13 @@ import pytest
 
 from snapchain.errors import Unavailable
 from snapchain.objects.memory import MemoryStore
-from snapchain.objects.store import Data, ObjectStore
-from snapchain.objects.wrapper import StoreWrapper
+from snapchain.objects.store import Data, ObjectStore, StoreWrapper
 from snapchain.repository import index as indexes, packer as packers, packs
 from snapchain.repository.blobs import BlobReader
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.format import pack_name
 from snapchain.repository.index import BlobIndex
-from snapchain.repository.layer_writer import Deposit
+from snapchain.repository.layer_writer import LayerUpload
 from snapchain.repository.packer import SMALL, UPLOADS, Packer, Stream
 from snapchain.testing.faults import Crash, Fault, FaultStore, On
 from tests.repository.synthetic import LEAF, ORIGIN, Run, again, drawn, nothing, repository
@@ -146,7 +145,7 @@ def test_a_failed_upload_ends_a_whole_shipment_with_its_error() -> None:
         opened = repository()
         store = FaultStore(opened.store, [On(1, Fault.UNAVAILABLE, operation="put", prefix=prefix)])
         layer = drawn(40 * LEAF, [Run(0, 40 * LEAF, 5000)], b"")
-        with pytest.raises(Unavailable, match="injected"), Deposit(again(opened, store)) as deposit:
+        with pytest.raises(Unavailable, match="injected"), LayerUpload(again(opened, store)) as deposit:
             deposit.add(layer, [], ORIGIN, on_bytes=nothing, confirm=nothing)
         assert list(opened.store.list("layers/")) == []
 

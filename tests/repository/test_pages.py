@@ -97,7 +97,7 @@ def _decodes_or_is_corrupt(text: bytes, first: int, stop: int) -> None:
     if stop > LEAF << 10:
         return
     found.extents(stop)
-    found.between(first, stop)
+    found.places(first, stop)
     end = 0
     for start, length, *_, stored, raw, skip in found.runs.tolist():
         assert max(first, end) <= start < start + length <= stop

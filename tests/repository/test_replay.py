@@ -12,14 +12,14 @@ import pytest
 from snapchain.destination.reading import Sink
 from snapchain.errors import Corrupt
 from snapchain.model.content import content_id, encode_sum, leaf_hash, sum_of
-from snapchain.repository import layers as records, worklist
+from snapchain.repository import layers as records, tasks as worklist
+from snapchain.repository.chain import ChainView
 from snapchain.repository.format import LEAF_ROW, layer_name
 from snapchain.repository.ingest import store_page_body
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.packer import Packer
 from snapchain.repository.pages import Page, Rows
 from snapchain.repository.replay import Replay
-from snapchain.repository.view import ChainView
 from tests.repository.synthetic import LEAF, Run, Shipped, again, drawn, nothing, ship
 
 

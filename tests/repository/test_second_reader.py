@@ -21,7 +21,7 @@ from snapchain.repository import collecting as gc, keys as slots
 from snapchain.repository.catalogue import Point
 from snapchain.repository.crypto import AES, CHACHA, NONE, SUITES
 from snapchain.repository.envelope import unseal
-from snapchain.repository.layer_writer import Deposit, Origin
+from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer
 from snapchain.repository.packs import PackReader
 from snapchain.repository.pages import Page
@@ -56,7 +56,7 @@ class Shipped:
     """A disk of a real repository: its layers, and the bytes of each point."""
 
     repository: Repository
-    deposit: Deposit
+    deposit: LayerUpload
     name: str
     seed: int
     layers: list[StoredLayer] = field(default_factory=list)
@@ -126,7 +126,7 @@ def suite(request: pytest.FixtureRequest) -> str:
 
 def test_every_point_of_a_chain_that_grows_and_shrinks(tmp_path: Path, suite: str) -> None:
     repository = make(tmp_path, suite)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         disk = Shipped(repository, deposit, "web1/vda", seed=1)
         disk.ship(10 * LEAF + 512, (0, 5 * LEAF, DATA), (7 * LEAF + 100, 1000, DATA))
         disk.ship(10 * LEAF + 512, (LEAF, LEAF, ZERO), (3 * LEAF + 512, 70000, DATA), (10 * LEAF, 512, DATA))
@@ -143,7 +143,7 @@ def test_every_point_of_a_chain_that_grows_and_shrinks(tmp_path: Path, suite: st
 def test_merged_layers(tmp_path: Path, suite: str) -> None:
     repository = make(tmp_path, suite)
     rng = random.Random(7)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         disk = Shipped(repository, deposit, "web1/vda", seed=2)
         disk.ship(40 * LEAF, (0, 30 * LEAF, DATA), (35 * LEAF, LEAF, ZERO))
         for size in (40 * LEAF, 33 * LEAF + 512, 40 * LEAF, 40 * LEAF, 40 * LEAF):
@@ -171,7 +171,7 @@ def test_merged_layers(tmp_path: Path, suite: str) -> None:
 
 def test_a_merge_in_the_middle_keeps_zeroes(tmp_path: Path) -> None:
     repository = make(tmp_path, CHACHA)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         disk = Shipped(repository, deposit, "d", seed=3)
         disk.ship(8 * LEAF, (0, 8 * LEAF, DATA))
         disk.ship(8 * LEAF, (LEAF, LEAF, DATA))
@@ -189,7 +189,7 @@ def test_a_merge_in_the_middle_keeps_zeroes(tmp_path: Path) -> None:
 def test_equal_data_is_stored_once_and_found_through_index_and_directories(tmp_path: Path, suite: str) -> None:
     repository = make(tmp_path, suite, block_size=4 * LEAF)
     same = random.Random(4).randbytes(8 * LEAF)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         one = Shipped(repository, deposit, "one", seed=4)
         one.ship(16 * LEAF, (0, 8 * LEAF, DATA), (8 * LEAF, 8 * LEAF, DATA), content=same)
         stored = deposit.bytes_stored
@@ -215,7 +215,7 @@ def test_equal_data_is_stored_once_and_found_through_index_and_directories(tmp_p
 def test_many_pages(tmp_path: Path) -> None:
     repository = make(tmp_path, NONE)
     size = 300 * LEAF
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         disk = Shipped(repository, deposit, "d", seed=6)
         disk.ship(size, *((at, 512, DATA) for at in range(0, size, 4096)))
         disk.ship(size, *((at, 512, ZERO) for at in range(0, size, 40960)))
@@ -280,7 +280,7 @@ def test_what_was_altered_is_refused(
     tmp_path: Path, where: str, change: Callable[[bytes], bytes], error: type[Exception], words: str
 ) -> None:
     repository = make(tmp_path, AES)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         disk = Shipped(repository, deposit, "d", seed=8)
         disk.ship(LEAF, (0, 512, DATA))
     for path in tmp_path.glob(where):
@@ -291,7 +291,7 @@ def test_what_was_altered_is_refused(
 
 def test_an_object_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
     repository = make(tmp_path, AES)
-    with Deposit(repository) as deposit:
+    with LayerUpload(repository) as deposit:
         disk = Shipped(repository, deposit, "d", seed=9)
         disk.ship(LEAF, (0, 512, DATA))
         disk.ship(LEAF, (0, 512, DATA))

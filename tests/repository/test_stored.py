@@ -13,10 +13,9 @@ from snapchain.errors import Corrupt, Unsupported
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import keys as slots
 from snapchain.repository.catalogue import Consistency, Hold, Point
-from snapchain.repository.envelope import seal, unseal
+from snapchain.repository.envelope import made_by, seal, unseal
 from snapchain.repository.format import generation_name, layer_name
 from snapchain.repository.repository import Repository, parse_config
-from snapchain.repository.stored import made_by
 from tests.repository.synthetic import LEAF, Run, again, drawn, repository, ship
 
 NOW = datetime(2026, 1, 31, 22, tzinfo=UTC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given, strategies as st
 
-from snapchain.repository.uppermost import uppermost
+from snapchain.repository.merging import uppermost
 
 RANGES = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), max_size=40)
 

@@ -22,7 +22,7 @@ from snapchain.image.qcow2.format import (
     compressed_offset_bits,
 )
 from snapchain.image.qcow2.tables import ImageFd, UInt64s, l2_batches, read_refcount_blocks
-from snapchain.model.distinct import counted
+from snapchain.model.extents import counted
 
 UInt32s = npt.NDArray[np.uint32]
 

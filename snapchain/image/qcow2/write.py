@@ -20,11 +20,13 @@ from typing import Self
 import numpy as np
 
 from snapchain.errors import InvalidInput
+from snapchain.host.batches import Buffer
 from snapchain.host.os_errors import os_errors
-from snapchain.image.positioned import Buffer, write_all, write_vector
+from snapchain.image.pread import write_all, write_vector
 from snapchain.image.qcow2 import encode
-from snapchain.image.qcow2.layout import Layout
-from snapchain.model.extents import Int64s
+from snapchain.image.qcow2.header import Backing
+from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE, Layout, plan
+from snapchain.model.extents import Extents, Int64s
 
 _FEW = 4
 """Pieces up to which one call for each costs less than sorting out what lies together."""
@@ -152,3 +154,27 @@ class Qcow2Writer:
             if flush:
                 os.fsync(self._fd)
         self._state = _State.FINISHED
+
+
+# --- An empty qcow2 overlay: it reads as its backing file until the first write.
+#
+# Guests see the same as in a file made by `qemu-img create -u -b NAME -F FORMAT -o compat=1.1`.  It is written to a
+# descriptor, so that no name is followed that another user swapped, and the backing file is never opened.
+
+
+def write_overlay(
+    fd: int, size: int, backing: Backing, *, cluster_size: int | None, extended_l2: bool, subject: object
+) -> None:
+    """Fill a new, empty file. It is not flushed: do that before it gets the name by which others find it.
+
+    size: guest bytes, a multiple of 512; cluster_size: None for QEMU's own choice; subject: the file that errors name
+    Raises InvalidInput for a geometry or a backing name that qcow2 cannot have, Unavailable for a full or failing disk.
+    """
+    chosen = DEFAULT_CLUSTER_SIZE if cluster_size is None else cluster_size
+    name = backing.name
+    if "/" not in name and ":" in name:  # QEMU would take it for a protocol
+        backing = Backing(f"./{name}", backing.format)
+    layout = plan(Extents.absent(size), cluster_size=chosen, backing=backing, extended_l2=extended_l2)
+    writer = Qcow2Writer(fd, layout, subject=subject)
+    writer.begin()
+    writer.finish(flush=False)

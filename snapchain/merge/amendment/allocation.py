@@ -19,8 +19,7 @@ from snapchain.image.qcow2.aligned import aligned
 from snapchain.image.qcow2.format import COMPRESSED
 from snapchain.image.qcow2.references import host_offsets, whole_l1
 from snapchain.image.qcow2.tables import ImageFd, UInt64s, read_clusters
-from snapchain.model.distinct import distinct
-from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, covering, pairwise, rounded, where
+from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, covering, distinct, pairwise, rounded, where
 
 _TABLES_BYTES = 2 << 20
 
@@ -108,7 +107,7 @@ def _place_now(image: ImageFd, number: int) -> int:
 
 
 def _runs(guest: Int64s, host: Int64s, new: Mask, step: int) -> tuple[tuple[Int64s, Int64s, Int64s], Mask]:
-    """Clusters that go on in guest and file as one, with those that are not new told."""
+    """Neighbours in guest and file joined to runs; for each whether its place was used before."""
     row, length = joined_runs([host - guest, new.astype(np.int32)], guest, np.full(len(guest), step, np.int64))
     begins = guest[row]
     return (begins, begins + length, host[row]), ~new[row]

@@ -1,4 +1,4 @@
-"""A header with another backing link, such that one write of one sector switches from the old one to the new.
+"""A header with another backing link, so that one write of one sector switches from the old one to the new.
 
 The extensions are written again in their order with the new backing format among them.  Where they reach beyond the
 first sector, they may not change there; then a name that does not fit either is put into unused bytes of the header
@@ -60,7 +60,7 @@ def relink(head: bytes, backing: Backing | None, *, subject: object) -> Relink:
         at = _room(len(name), [(0, max(len(body), old_end)), (old_name, old_name + old_length)], len(head))
         if at is not None:
             sector = bytearray(body[:SECTOR].ljust(SECTOR, b"\0"))
-            # What lies behind the extensions stays, be it the old name or the beginning of the new one.
+            # What lies behind the extensions stays, whether the old name or the beginning of the new one.
             sector[len(body) :] = old[len(body) :]
             inside = name[: max(0, SECTOR - at)]
             sector[at : at + len(inside)] = inside

@@ -1,6 +1,6 @@
 """Which clusters of a file change, and from where their bytes come; in numpy passes over runs.
 
-`cells` says what changes.  Here each changed cluster gets its place: the one that it has, or one at the end of the
+`cells` decides what changes.  Here each changed cluster gets its place: the one that it has, or one at the end of the
 file.  What the target shows through the inputs above it is never overwritten.  The tables are read, nothing is written.
 """
 
@@ -135,7 +135,7 @@ def plan_commit(view: ImageChain, first: int, *, backing: Backing | None) -> Ame
 
 def _check(view: ImageChain, first: int, backing: Backing | None) -> None:
     if not 0 <= first < len(view.files) - 1:
-        raise InvalidInput(f"file {first} and those above it are not several of {len(view.files)}")
+        raise InvalidInput("the range must contain at least two files")
     if (backing is None) != (first == 0):
         raise InvalidInput("a merged file has a backing file exactly when the root is not among its inputs")
 
@@ -147,7 +147,7 @@ def _changeable(view: ImageChain, number: int) -> ImageFile:
     if file.header.snapshots:
         raise Unsupported("its internal snapshots share its clusters", subject=file.path)
     if file.header.fields.autoclear_features & ~_AUTOCLEAR:
-        raise Unsupported("it bears notes of a kind that a change would make wrong", subject=file.path)
+        raise Unsupported("unknown autoclear features are set; the file cannot be changed in place", subject=file.path)
     return file
 
 

@@ -17,8 +17,7 @@ from snapchain.image.backing import Place
 from snapchain.image.chain import ImageChain
 from snapchain.image.file import ImageFile
 from snapchain.image.physical import RunBudget
-from snapchain.image.positioned import write_all
-from snapchain.image.pread import file_bytes, pread
+from snapchain.image.pread import file_bytes, pread, write_all
 from snapchain.image.qcow2.header import Qcow2Header, read_header
 from snapchain.image.qcow2.refcounts import refcount_table
 from snapchain.image.qcow2.references import host_offsets, whole_l1

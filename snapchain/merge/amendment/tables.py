@@ -44,8 +44,8 @@ class Tables:
         self._old_l1 = l1
         l1 = np.pad(l1, (0, max(needed - len(l1), 0)))
         old = host_offsets(l1[self._used])
-        # A table that would only say that nothing is here need not be made.
-        self._new = (old == 0) & self._says_something()
+        # A table without any entry need not be made.
+        self._new = (old == 0) & self._has_entries()
         begin = amendment.end + amendment.new_clusters * self._size
         self._offset: Int64s = np.where(self._new, begin + (np.cumsum(self._new) - 1) * self._size, old)
         self.end = begin + int(self._new.sum()) * self._size
@@ -57,11 +57,11 @@ class Tables:
             self.l1_offset = self.end
             self.end += -(-len(l1) * 8 // self._size) * self._size
 
-    def _says_something(self) -> Mask:
+    def _has_entries(self) -> Mask:
         if not len(self._used):
             return np.zeros(0, np.bool_)
-        said = self._entry if self._bitmap is None else self._entry | self._bitmap
-        something: Mask = np.bitwise_or.reduceat(said, self._cuts[:-1]) != 0
+        entries = self._entry if self._bitmap is None else self._entry | self._bitmap
+        something: Mask = np.bitwise_or.reduceat(entries, self._cuts[:-1]) != 0
         return something
 
     def fresh(self) -> Iterator[tuple[int, bytes]]:

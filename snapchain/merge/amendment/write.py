@@ -19,9 +19,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from snapchain.errors import Corrupt, Unsupported
+from snapchain.host.batches import Buffer
 from snapchain.host.os_errors import os_errors
-from snapchain.image.positioned import Buffer, write_all
-from snapchain.image.pread import file_bytes, pread
+from snapchain.image.pread import file_bytes, pread, write_all
 from snapchain.image.qcow2.format import SECTOR, CryptMethod
 from snapchain.image.qcow2.header import read_header
 from snapchain.image.qcow2.refcounts import counts_per_block, pack_counts, stored_blocks
@@ -55,9 +55,10 @@ def fill(
 ) -> Moved:
     """Add what the file lacks; it is on the disk when this returns.
 
-    fd: the target, open for reading and writing, locked against all others; it stays the caller's. on_bytes: told of
-    bytes of `amendment.bytes_moved` as they are done, one call at a time. prove: called when all data are there and
-    nothing points to them, with what is still to be written; what it raises ends this, and only leaks are left.
+    fd: the target, open for reading and writing, locked against all others; it stays the caller's
+    on_bytes: called with the bytes of `amendment.bytes_moved` that were just done, one call at a time
+    prove: called when all data are there and nothing points to them, with what is still to be written; what it raises
+        ends this, and only leaks are left
 
     Raises Unavailable (disk full or failing), Corrupt (a source's data); the view is the same then.
     """
@@ -111,7 +112,7 @@ def relink(amendment: Amendment, fd: int, *, subject: object = None) -> None:
 
 
 def _with_counts(sector: bytes, counts: NewCounts) -> bytes:
-    """The first sector, pointing to new reference counts where there are such."""
+    """The first sector, pointing to new reference counts where there are any."""
     if counts.table_offset is None:
         return sector
     changed = bytearray(sector)
@@ -227,13 +228,16 @@ class Disk:
         return ImageFd(self.fd, self.size, header, self.subject)
 
 
-# --- Reference counts made what the tables say, and the file cut behind its last used cluster.
+# --- Reference counts made exact, and the file cut behind its last used cluster.
 #
 # Needs nothing but the file, so it is what is left to do after a crash, too.  Counts that are too low are raised first.
 
 
 def settle(fd: int, *, subject: object = None) -> int:
-    """Of an image that nobody else has open, open for reading and writing; the bytes that were cut off.
+    """Make the counts of an open image exact, and cut it off; the bytes that were cut off.
+
+    fd: open for reading and writing; the image is open nowhere else
+
 
     Raises Corrupt for tables that lie outside the file, or clusters without a place for their count.
     """

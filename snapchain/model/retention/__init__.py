@@ -1,15 +1,13 @@
 """Which points stay: one pure function a rule, and a decision with its reasons for every point.
 
-rules.py      a rule looks at all points, newest first, and has an opinion on each
-policy.py     a point goes only when every rule lets it go
+policy.py     the rules, and the decision: a point goes only when every rule lets it go
 clocks.py     which times count: points of the future, and those after a jump, take no place of others
 duration.py   1y5m7d2h
 """
 
 from snapchain.model.retention.clocks import TOLERANCE, Doubt, is_future
 from snapchain.model.retention.duration import Duration, parse_duration
-from snapchain.model.retention.policy import Decision, Policy, decide
-from snapchain.model.retention.rules import UNLIMITED, Period, RetentionPoint
+from snapchain.model.retention.policy import UNLIMITED, Decision, Period, Policy, RetentionPoint, decide, policy_of
 
 __all__ = [
     "TOLERANCE",
@@ -23,4 +21,5 @@ __all__ = [
     "decide",
     "is_future",
     "parse_duration",
+    "policy_of",
 ]

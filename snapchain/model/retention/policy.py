@@ -3,73 +3,214 @@
 Rules are asked one by one and do not know of each other: the newest point of a Sunday is the newest of its hour,
 day and week and counts for all three, as in restic.  Proxmox Backup Server differs in this one thing: there a
 rule starts where the finer ones end, so the same numbers keep more.  restic's habit, since 0.16, of also keeping
-the oldest point while a count is not used up is not followed.
+the oldest point while a count is not used up is not followed.  Semantics are otherwise restic's (doc/060_forget.rst)
+and those of Proxmox Backup Server (pruning):
+
+- of each period only its newest point counts;
+- periods follow the calendar of the time zone: weeks run from Monday to Sunday (ISO 8601), so the turn of the
+  year may fall inside one; hours that the clock shows twice in autumn are two hours;
+- periods without points do not count: 7 daily points may reach back further than 7 days;
+- `within` reaches back from the newest point, or from the clock where that is earlier, so that a disk that is no
+  longer shipped keeps what it has.  Points whose time is in doubt (clocks.py) are not shown to any rule.
 
 Whatever the rules say, these stay: the newest by time; the last one shipped, which is another one when the source's
-clock was set back; those whose time is in doubt (clocks.py); and those that somebody holds.  A held point counts for
-the rules as any other: it is the newest of its day, or it is not.  Without any rule everything stays.
+clock was set back; those whose time is in doubt (clocks.py); and held points.  A held point counts for the rules as
+any other: it is the newest of its day, or it is not.  Without any rule everything stays.
+
+A new rule is a field of Policy, a function here, and a line in `_opinions`: the options of the command line, the keys
+of nightly's configuration and the message to a replica follow from the fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, tzinfo
-from typing import Generic, TypeVar
+from enum import Enum
+from typing import Annotated, Generic, Protocol, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+)
 
 from snapchain.errors import InvalidInput
+from snapchain.model.points import check_label
 from snapchain.model.retention.clocks import Doubt, backdated, doubts, eras as eras_of
-from snapchain.model.retention.duration import Duration
-from snapchain.model.retention.rules import (
-    UNLIMITED,
-    Opinion,
-    Period,
-    RetentionPoint,
-    keep_label,
-    keep_last,
-    keep_period,
-    keep_within,
-)
+from snapchain.model.retention.duration import Duration, parse_duration
+
+UNLIMITED = -1
+"""A count that never runs out."""
+
+
+class RetentionPoint(Protocol):
+    """What the rules ask of a point: its time, with a zone, and its labels."""
+
+    @property
+    def time(self) -> datetime: ...
+
+    @property
+    def labels(self) -> Collection[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What one rule says of one point, and why."""
+
+    keeps: bool
+    reason: str
+
+
+class Period(Enum):
+    """The periods of which a newest point may be kept; the value names the rule and its option."""
+
+    HOUR = "hourly"
+    DAY = "daily"
+    WEEK = "weekly"
+    MONTH = "monthly"
+    YEAR = "yearly"
+
+    def name_of(self, local: datetime) -> str:
+        """The period in which a local time lies: equal exactly when two times lie in the same one."""
+        return _NAMES[self](local)
+
+
+def _week(local: datetime) -> str:
+    year, week, _ = local.isocalendar()
+    return f"{year:04}-W{week:02}"
+
+
+_NAMES: dict[Period, Callable[[datetime], str]] = {
+    Period.HOUR: lambda local: f"{local:%Y-%m-%d %H:00%z}",  # the offset tells an hour from its repetition
+    Period.DAY: lambda local: f"{local:%Y-%m-%d}",
+    Period.WEEK: _week,
+    Period.MONTH: lambda local: f"{local:%Y-%m}",
+    Period.YEAR: lambda local: f"{local:%Y}",
+}
+
+
+def keep_last(points: Sequence[RetentionPoint], count: int) -> list[Opinion]:
+    """The newest `count` points."""
+    total = "all" if count == UNLIMITED else str(count)
+    return [
+        Opinion(keeps=True, reason=f"last {place} of {total}")
+        if count == UNLIMITED or place <= count
+        else Opinion(keeps=False, reason=f"not among the last {count}")
+        for place, _ in enumerate(points, start=1)
+    ]
+
+
+def keep_period(
+    points: Sequence[RetentionPoint], period: Period, count: int, *, zone: tzinfo, eras: Sequence[int]
+) -> list[Opinion]:
+    """The newest point of each of the newest `count` periods that have any; of each era, where clocks disagree.
+
+    eras: of each point (clocks.py)
+    """
+    total = "all" if count == UNLIMITED else str(count)
+    places: dict[str, int] = {}
+    seen: set[tuple[str, int]] = set()
+    opinions = []
+    for point, era in zip(points, eras, strict=True):
+        name = period.name_of(point.time.astimezone(zone))
+        if (name, era) in seen:
+            opinions.append(Opinion(keeps=False, reason=f"{period.value}: a newer point stands for {name}"))
+            continue
+        seen.add((name, era))
+        place = places.setdefault(name, len(places) + 1)
+        if count == UNLIMITED or place <= count:
+            opinions.append(Opinion(keeps=True, reason=f"{period.value} {place} of {total}: {name}"))
+        else:
+            opinions.append(Opinion(keeps=False, reason=f"{period.value}: {name} is not among the last {count}"))
+    return opinions
+
+
+def keep_within(
+    points: Sequence[RetentionPoint], duration: Duration, *, zone: tzinfo, now: datetime | None
+) -> list[Opinion]:
+    """All points younger than `duration` before the newest one, or before `now` where that is earlier."""
+    times = [point.time for point in points]
+    if not times:
+        return []
+    limit = duration.before(min(max(times), now or max(times)), zone)
+    return [
+        Opinion(keeps=True, reason=f"within {duration} of the newest")
+        if time > limit
+        else Opinion(keeps=False, reason=f"older than {duration} before the newest")
+        for time in times
+    ]
+
+
+def keep_label(points: Sequence[RetentionPoint], label: str) -> list[Opinion]:
+    """All points that bear the label."""
+    return [
+        Opinion(keeps=True, reason=f"label {label}")
+        if label in point.labels
+        else Opinion(keeps=False, reason=f"no label {label}")
+        for point in points
+    ]
+
 
 P = TypeVar("P", bound=RetentionPoint)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """The `--keep-*` options. A count of 0 is no rule, UNLIMITED never runs out.
+Count = Annotated[int, Field(ge=UNLIMITED, le=1 << 31)]
+Label = Annotated[str, AfterValidator(check_label)]
+Span = Annotated[
+    InstanceOf[Duration] | None,
+    BeforeValidator(lambda value: parse_duration(value) if isinstance(value, str) else value),
+    PlainSerializer(lambda value: None if value is None else str(value)),
+]
 
-    Raises InvalidInput for another negative count.
+
+class Policy(BaseModel):
+    """Which points to keep. A count of 0 is no rule, UNLIMITED never runs out.
+
+    The fields are the options `--keep-*`, the keys of a `[keep]` table, and fields of a message to a replica; `title`
+    is the option's help. Raises a ValueError (of pydantic) for another negative count, or a text that is no
+    duration or label.
     """
 
-    last: int = 0
-    hourly: int = 0
-    daily: int = 0
-    weekly: int = 0
-    monthly: int = 0
-    yearly: int = 0
-    within: Duration | None = None
-    labels: frozenset[str] = frozenset()
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def __post_init__(self) -> None:
-        for name in ("last", *(period.value for period in Period)):
-            if getattr(self, name) < UNLIMITED:
-                raise InvalidInput("a count of points cannot be negative", subject=f"keep-{name}")
+    last: Count = Field(default=0, title="The newest N points.")
+    hourly: Count = Field(default=0, title="The newest point of each of N hours.")
+    daily: Count = Field(default=0, title="The newest point of each of N days.")
+    weekly: Count = Field(default=0, title="The newest point of each of N weeks.")
+    monthly: Count = Field(default=0, title="The newest point of each of N months.")
+    yearly: Count = Field(default=0, title="The newest point of each of N years.")
+    within: Span = Field(default=None, title="All points of the last 1y5m7d2h.")
+    labels: Annotated[frozenset[Label], PlainSerializer(sorted)] = Field(
+        default=frozenset(), title="All points with this label. May be repeated."
+    )
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no rule at all."""
-        return not any(getattr(self, field.name) for field in fields(self))
+        return not any(getattr(self, name) for name in Policy.model_fields)
 
     def count_of(self, period: Period) -> int:
         """The count of one period's rule."""
-        counts = {
-            Period.HOUR: self.hourly,
-            Period.DAY: self.daily,
-            Period.WEEK: self.weekly,
-            Period.MONTH: self.monthly,
-            Period.YEAR: self.yearly,
-        }
-        return counts[period]
+        count: int = getattr(self, period.value)
+        return count
+
+
+def policy_of(rules: Mapping[str, object]) -> Policy:
+    """The policy of some rules by name. Raises InvalidInput; its subject is the rule, or what is wrong in it."""
+    try:
+        return Policy.model_validate(dict(rules))
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, InvalidInput):
+            raise cause from error
+        raise InvalidInput(first["msg"], subject=first["loc"][0]) from error
 
 
 @dataclass(frozen=True, slots=True)

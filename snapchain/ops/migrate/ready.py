@@ -11,7 +11,6 @@ from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.events import OnEvent
 from snapchain.ops.migrate.look import Look, look_at, opened
 from snapchain.ops.migrate.request import MigrateRequest, Move
-from snapchain.ops.ship.request import Scope
 from snapchain.ops.ship.run import ShipReport, layers_lacking, opening_of, run
 from snapchain.replica.disk_writer import DiskWriter, ReplicaWriting, open_message
 from snapchain.replica.endpoint import Endpoint
@@ -19,8 +18,9 @@ from snapchain.replica.names import offered_name
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import Active
 from snapchain.source import ownership
+from snapchain.source.at_rest import ImageAtRest
 from snapchain.source.notes import Overlay
-from snapchain.source.sealer import OfflineSealer
+from snapchain.source.protocol import Scope
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
         ownership.check_not_given(chain)
         ownership.check_can_be_given(chain, image_dirs=request.image_dirs)
     if seals(request, look) and not look.quiet:
-        sealer = OfflineSealer(move.image, format=request.format, image_dirs=request.image_dirs, on_event=on_event)
+        sealer = ImageAtRest(move.image, format=request.format, image_dirs=request.image_dirs, on_event=on_event)
         sealed = sealer.seal()
         look = look_at(request, move)
     scope = Scope.SEALED if seals(request, look) else whole(request)

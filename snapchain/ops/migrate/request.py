@@ -10,7 +10,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.ops.disk_set import check_disks
-from snapchain.ops.ship.request import Divergence, Files, Scope, ShipRequest
+from snapchain.ops.ship.request import Divergence, Files, ShipRequest
+from snapchain.source.protocol import Scope
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,13 @@
 """nightly: for each disk snapshot, ship, merge; for each destination merge by retention, collect, verify a sample.
 
-config.py      what a user may write, and document.py  from TOML to that, every mistake with its line
-selection.py   which images are disks, and their names
-plan.py        pure: order, window, budgets, which local layers to merge
+config.py      the fields of a configuration; values.py how sizes, times and names are written; document.py loads a file
+selection.py   which images are disks, their names, and which disks of earlier runs are missing
+plan.py        pure: order, window, budgets
+local_chain.py the chain of an image, and which of its layers to merge
 preview.py     what a run would do
-run.py         the runner; disk.py one disk, place.py one destination, upkeep.py what a destination needs afterwards
-state.py       what runs have reached, kept between them; lock.py one run at a time
-hooks.py       commands of the user's around it; report.py, metrics.py, systemd.py what others read
+run.py         the runner; disk.py one disk, maintenance.py what a destination needs after all disks
+open_destination.py  one destination of a run, whatever its kind
+state.py       what runs have reached, kept between them
+hooks.py       the user's programs around it; steps.py failures that end one step and no other
+report.py, metrics.py, systemd.py  what others read
 """

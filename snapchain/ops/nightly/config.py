@@ -6,7 +6,7 @@
     [keep]                             merge_above = 8                  password_file = "/etc/snapchain/vault"
     daily = 14
 
-Every field is said here, with its default; `document.py` turns mistakes into lines of the file.
+Every field is here, with its default; values.py has the ways in which values are written.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from snapchain.model.points import check_label
-from snapchain.model.retention import Policy, parse_duration
-from snapchain.ops.nightly.naming import check_template
-from snapchain.ops.nightly.units import Bytes, Seconds, Share
-from snapchain.ops.nightly.window import Window
+from snapchain.model.retention import Policy
+from snapchain.ops.nightly.values import Bytes, Seconds, Share, Window, check_template
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 
 Text = Annotated[str, Field(min_length=1)]
 Argv = Annotated[tuple[Text, ...], Field(min_length=1)]
 Label = Annotated[str, AfterValidator(check_label)]
-Count = Annotated[int, Field(ge=-1)]
 
 
 def _window(value: object) -> object:
@@ -40,12 +37,6 @@ def _zone(name: str) -> str:
     return name
 
 
-def _within(text: str | None) -> str | None:
-    if text is not None:
-        parse_duration(text)
-    return text
-
-
 def zone_of(name: str) -> tzinfo:
     """The time zone of this name. Raises ValueError."""
     if name == "UTC":
@@ -53,40 +44,11 @@ def zone_of(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise ValueError(
-            f'"{name}" is no time zone that this machine knows, such as "Europe/Berlin" or "UTC"'
-        ) from error
+        raise ValueError(f'"{name}" is not a time zone of this machine, such as "Europe/Berlin" or "UTC"') from error
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-
-class Keep(_Part):
-    """Which points stay at a destination, as the options `--keep-*` of `merge`; -1: all."""
-
-    last: Count = 0
-    hourly: Count = 0
-    daily: Count = 0
-    weekly: Count = 0
-    monthly: Count = 0
-    yearly: Count = 0
-    within: Annotated[str | None, AfterValidator(_within)] = None
-    labels: tuple[Label, ...] = ()
-
-    @property
-    def policy(self) -> Policy:
-        """As rules."""
-        return Policy(
-            last=self.last,
-            hourly=self.hourly,
-            daily=self.daily,
-            weekly=self.weekly,
-            monthly=self.monthly,
-            yearly=self.yearly,
-            within=None if self.within is None else parse_duration(self.within),
-            labels=frozenset(self.labels),
-        )
 
 
 class Hooks(_Part):
@@ -148,10 +110,11 @@ class Verify(_Part):
 
 
 class Destination(_Part):
-    """A repository. Its passphrase comes from a file, a program or a variable, SNAPCHAIN_PASSWORD by default.
+    """A repository or a replica. A repository's passphrase comes from a file, a program or a variable, by default
+    SNAPCHAIN_PASSWORD.
 
-    pack_size: bytes that an object has at most, instead of what the repository was made with; concurrency: disks that
-    ship to it at once; keep: instead of the common one
+    pack_size: largest object in bytes, instead of the repository's own limit; concurrency: disks that ship to it at
+    once; keep: instead of the common one; gc: only where the destination needs collecting
     """
 
     name: Text
@@ -162,7 +125,7 @@ class Destination(_Part):
     limit_rate: Annotated[Bytes, Field(gt=0)] | None = None
     pack_size: Annotated[Bytes, Field(ge=MIN_PACK_BYTES, le=MAX_PACK_BYTES)] | None = None
     concurrency: Annotated[int, Field(ge=1, le=16)] = 1
-    keep: Keep | None = None
+    keep: Policy | None = None
     gc: bool = True
     verify: Verify | None = Verify()
 
@@ -199,7 +162,7 @@ class Nightly(_Part):
     metrics: Path | None = None
     retired: tuple[Text, ...] = ()
     budget: Budget = Budget()
-    keep: Keep = Keep()
+    keep: Policy = Policy()
     hooks: Hooks = Hooks()
     disks: Annotated[tuple[Disks, ...], Field(min_length=1)]
     destinations: Annotated[tuple[Destination, ...], Field(min_length=1)]
@@ -216,4 +179,4 @@ class Nightly(_Part):
 
     def keep_of(self, destination: Destination) -> Policy:
         """The rules of a destination: its own or the common ones."""
-        return (self.keep if destination.keep is None else destination.keep).policy
+        return self.keep if destination.keep is None else destination.keep

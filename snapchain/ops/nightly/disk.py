@@ -19,22 +19,19 @@ from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
 from snapchain.merge import run as merge_run
 from snapchain.model.events import Event, Notice, OnEvent, Progress
+from snapchain.ops import snapshot
 from snapchain.ops.merge import held_at
-from snapchain.ops.nightly import local_merge
+from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.hooks import HookRunner
-from snapchain.ops.nightly.local_merge import Sealed
-from snapchain.ops.nightly.look import ImageFacts, look
-from snapchain.ops.nightly.open_destination import Place
+from snapchain.ops.nightly.local_chain import ImageFacts, Sealed, look
+from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import CutOffError, Limits
 from snapchain.ops.nightly.report import DiskReport, Fault, Outcome, ShipResult
 from snapchain.ops.nightly.selection import SelectedDisk
 from snapchain.ops.nightly.state import Reached, StateFile
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.run import ShipReport, ShipRequest, opened
-from snapchain.repository.destination import RepositoryDestination
-from snapchain.repository.points_merge import RepositoryMerge
-from snapchain.source import sealing as snapshot
 
 _TRIES = 2
 """Of a step that lost a race with another snapchain."""
@@ -45,7 +42,7 @@ class Night:
     """What all disks of a run share. facts: for the hooks."""
 
     config: Nightly
-    places: dict[str, Place]
+    places: dict[str, OpenDestination]
     state: StateFile
     limits: Limits
     clock: Callable[[], datetime]
@@ -201,17 +198,17 @@ class DiskRun:
         return _Captured(sealed, facts, moment, how)
 
     def _check_anybody_there(self) -> None:
-        """Without any destination a snapshot would only make the chain longer. Raises what the last of them raised."""
+        """Without any destination a snapshot would only make the chain longer. Raises the error of the last of them."""
         for number, place in enumerate(self._places, start=1):
             try:
-                place.open()
+                place.reach(self._disk.name)
             except SnapchainError:
                 if number == len(self._places):
                     raise
             else:
                 return
 
-    def _ship(self, place: Place, captured: _Captured) -> ShipResult:
+    def _ship(self, place: OpenDestination, captured: _Captured) -> ShipResult:
         step = f"ship to {place.name}"
         done = self._steps.attempt(step, lambda: self._shipped(place, captured), tries=_TRIES)
         if done.value is None:
@@ -230,9 +227,9 @@ class DiskRun:
             content_id=report.content_id,
         )
 
-    def _shipped(self, place: Place, captured: _Captured) -> ShipReport:
+    def _shipped(self, place: OpenDestination, captured: _Captured) -> ShipReport:
         sealed = captured.sealed
-        with place.turn() as repository:
+        with place.turn() as destination:
             self._night.limits.check()  # the turn may have been long in coming
             request = ShipRequest(
                 image=sealed.path,
@@ -242,15 +239,16 @@ class DiskRun:
                 format=sealed.format,
                 image_dirs=self._dirs,
             )
-            with opened(request, RepositoryDestination(repository), on_event=self._on_event) as work:
+            with opened(request, destination, on_event=self._on_event) as work:
                 self._night.limits.take("ship", work.plan().bytes_to_read)
                 report = work.run(on_event=self._while_there_is_time)
-            catalogue = repository.catalogue(self._disk.name)
+            (there,) = destination.disks(self._disk.name)
+        assert report.point is not None, "a destination that answers numbers each point"
         reached = Reached(
             captured=captured.moment,
             point=report.point,
-            points=len(catalogue.points),
-            layers=len(catalogue.parents),
+            points=len(there.points),
+            layers=there.layers,
             shipped_bytes=report.bytes_read,
             stored_bytes=report.bytes_stored,
         )
@@ -281,19 +279,19 @@ class DiskRun:
         assert cap is not None
         if len(captured.facts.files) + sealed.beyond <= cap:
             return
-        at = [held_at(place.name, RepositoryDestination(place.open()), self._disk.name) for place in self._places]
-        planned, cut = local_merge.plan(image, settings, at=at, budget=None), None
+        at = [held_at(place.name, place.open(), self._disk.name) for place in self._places]
+        planned, cut = local_chain.plan(image, settings, at=at, budget=None), None
         left = limits.left("merge")
-        if left is not None and local_merge.moved(planned) > left:
-            smaller = local_merge.plan(image, settings, at=at, budget=left)
-            cut = f"the budget of bytes to merge has {left} left, and this needs {local_merge.moved(planned)}"
+        if left is not None and local_chain.moved(planned) > left:
+            smaller = local_chain.plan(image, settings, at=at, budget=left)
+            cut = f"the budget of bytes to merge has {left} left, and this needs {local_chain.moved(planned)}"
             # What is larger than a whole budget would else never be done.
             planned = smaller if smaller.steps or limits.has_begun("merge") else planned
         for notice in planned.notices:
             self._on_event(Notice(notice))
-        self._show(why_not_merged=cut or local_merge.why_longer(planned, settings))
+        self._show(why_not_merged=cut or local_chain.why_longer(planned, settings))
         if planned.steps:
-            limits.take("merge", local_merge.moved(planned))
+            limits.take("merge", local_chain.moved(planned))
             try:
                 report = merge_run.run(planned, on_event=self._on_event)
             except Busy as error:  # the guest was started again, as it may: merging under it is the live path
@@ -309,7 +307,7 @@ class DiskRun:
         if cut is not None and (self._report.chain_length or 0) > cap:
             raise CutOffError(cut)
 
-    def _retain(self, place: Place, result: ShipResult) -> ShipResult:
+    def _retain(self, place: OpenDestination, result: ShipResult) -> ShipResult:
         """Let points go by the rules, where a new one has come."""
         if result.point is None or place.policy.is_empty:
             return result
@@ -321,11 +319,11 @@ class DiskRun:
         self._keep(destinations={**self._state.destinations, place.name: reached})
         return result.model_copy(update={"retention": done.value, **kept})
 
-    def _retained(self, place: Place) -> PointsMergeReport:
-        with place.turn() as repository:
+    def _retained(self, place: OpenDestination) -> PointsMergeReport:
+        with place.turn() as destination:
             self._night.limits.check()
             zone, now = self._night.config.zone, self._night.clock()
-            work = RepositoryMerge(repository, self._disk.name, place.policy, zone=zone, now=now)
+            work = destination.merging(self._disk.name, place.policy, zone=zone, now=now)
             return work.run(on_event=partial(self._on_event, where=f" at {place.name}"))
 
     def _show(self, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""From a file to a checked configuration: every mistake with the file, its line and its field, all at once."""
+"""From a file to a checked configuration: every mistake by its dotted key (`disks[2].destinations`), all at once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pydantic import BaseModel, ValidationError
 
 from snapchain.destination.address import located
 from snapchain.errors import InvalidInput
+from snapchain.host.private import read_trusted
 from snapchain.host.terminal import printable
-from snapchain.host.trusted import read_trusted
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.toml_lines import Place, lines_of
 
-_AT_LINE = re.compile(r"\(at line (\d+), column \d+\)|\(at end of document\)")
+Place = tuple[str | int, ...]
+"""The keys and positions that lead to a value."""
 _SECRET = {"password", "passphrase", "secret"}
 
 
@@ -47,14 +47,11 @@ def load(path: Path) -> Nightly:
 
 
 def parse(text: str, *, path: Path) -> Nightly:
-    """The configuration that the text of `path` says. Raises InvalidInput."""
+    """The configuration in this text of the file `path`. Raises InvalidInput."""
     try:
         said = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        match = _AT_LINE.search(str(error))
-        line = int(match[1]) if match and match[1] else text.count("\n") + 1
-        message = _AT_LINE.sub("", str(error)).strip()
-        raise InvalidInput(f"not TOML: {message}", subject=f"{path}:{line}") from error
+        raise InvalidInput(f"not TOML: {error}", subject=path) from error
     said.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem) or "nightly")
     try:
         config = Nightly.model_validate(said)
@@ -64,10 +61,10 @@ def parse(text: str, *, path: Path) -> Nightly:
         inside = {each["loc"][:-1] for each in found} | {each["loc"][:1] for each in found if len(each["loc"]) > 1}
         said_twice = [each for each in found if each["type"] == "too_short" and each["loc"] in inside]
         mistakes = [_mistake(each["loc"], each["type"], each["msg"]) for each in found if each not in said_twice]
-        raise _refusal(mistakes, text, path) from error
+        raise _refusal(mistakes, path) from error
     mistakes = list(_contradictions(config))
     if mistakes:
-        raise _refusal(mistakes, text, path)
+        raise _refusal(mistakes, path)
     return _absolute(config, path.parent)
 
 
@@ -76,7 +73,7 @@ def _mistake(place: Place, kind: str, said: str) -> _Mistake:
         return _Mistake(place, _unknown(place))
     if kind == "missing":
         return _Mistake(place, "is missing")
-    if kind == "tuple_type":
+    if kind in {"tuple_type", "frozen_set_type"}:
         table = f", as a table [[{place[0]}]]" if place in {("disks",), ("destinations",)} else ", in brackets"
         return _Mistake(place, f"is a list{table}")
     message = said.removeprefix("Value error, ")
@@ -86,16 +83,14 @@ def _mistake(place: Place, kind: str, said: str) -> _Mistake:
 def _unknown(place: Place) -> str:
     name = str(place[-1])
     if name in _SECRET:
-        return (
-            "a passphrase does not stand in a configuration: name its password_file, password_command or password_env"
-        )
+        return "a configuration holds no passphrase: name its password_file, password_command or password_env"
     known = _fields_at(place[:-1])
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"is unknown here; did you mean {near[0]}?" if near else f"is unknown here; known are {', '.join(known)}"
 
 
 def _fields_at(place: Place) -> list[str]:
-    """The names that may stand in the table at `place`."""
+    """The names that the table at `place` may have."""
     model: type[BaseModel] = Nightly
     for step in place:
         if isinstance(step, str):
@@ -110,7 +105,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _contradictions(config: Nightly) -> Iterator[_Mistake]:
-    """What no field can know by itself."""
+    """Contradictions between fields."""
     names = Counter(each.name for each in config.destinations)
     urls = Counter(each.url for each in config.destinations)
     for number, destination in enumerate(config.destinations):
@@ -125,27 +120,18 @@ def _contradictions(config: Nightly) -> Iterator[_Mistake]:
         for place, name in enumerate(disks.destinations or ()):
             if name not in names:
                 known = ", ".join(names)
-                message = f'"{name}" is none of the destinations, which are {known}'
+                message = f'"{name}" is not a destination: known are {known}'
                 yield _Mistake(("disks", number, "destinations", place), message)
 
 
-def _refusal(mistakes: list[_Mistake], text: str, path: Path) -> InvalidInput:
-    lines = lines_of(text)
-    told = sorted({(_line(each.place, lines), f"{_field(each.place)}: {each.message}") for each in mistakes})
-    if len(told) == 1:
-        line, message = told[0]
-        return InvalidInput(message, subject=f"{path}:{line}")
-    rows = "".join(f"\n    {path.name}:{line}: {printable(message)}" for line, message in told)
-    refusal = InvalidInput(f"{len(told)} mistakes{rows}", subject=path)
+def _refusal(mistakes: list[_Mistake], path: Path) -> InvalidInput:
+    found = list(dict.fromkeys(f"{_field(each.place)}: {each.message}" for each in mistakes))
+    if len(found) == 1:
+        return InvalidInput(found[0], subject=path)
+    rows = "".join(f"\n    {printable(message)}" for message in found)
+    refusal = InvalidInput(f"{len(found)} mistakes{rows}", subject=path)
     refusal.has_rows = True
     return refusal
-
-
-def _line(place: Place, lines: dict[Place, int]) -> int:
-    """Of what is at `place`, or of the nearest thing around it that is there."""
-    while place and place not in lines:
-        place = place[:-1]
-    return lines.get(place, 1)
 
 
 def _field(place: Place) -> str:

@@ -8,17 +8,16 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
+from snapchain.destination.protocol import Destination
 from snapchain.destination.records import GcReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError
+from snapchain.host.terminal import counted
 from snapchain.model.events import Event, Notice, OnEvent, Progress
 from snapchain.ops.nightly.disk import Night
-from snapchain.ops.nightly.open_destination import Place
+from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
-from snapchain.repository import collecting as gc
-from snapchain.repository.repository import Repository
-from snapchain.repository.verification import verify
 
 _LEAST_SAMPLE = 64 << 20
 """Guest bytes."""
@@ -40,10 +39,10 @@ def turns(
     return [*(disk for disk in disks if disk in damaged), *others[:count]]
 
 
-class Upkeep:
+class Maintenance:
     """One destination in one run. `run` does not raise for what is wrong with it: it reports."""
 
-    def __init__(self, night: Night, place: Place, disks: Sequence[str]) -> None:
+    def __init__(self, night: Night, place: OpenDestination, disks: Sequence[str]) -> None:
         """disks: of the configuration that go there."""
         self._night, self._place, self._disks = night, place, disks
         self._steps = Steps()
@@ -53,7 +52,7 @@ class Upkeep:
         """Collect, then verify, as configured. An interrupt passes, and `report` has what was done before it."""
         steps, config = self._steps, self._place.config
         if steps.attempt("open", self._place.open).outcome is Outcome.OK:
-            if config.gc:
+            if config.gc and self._place.traits.needs_collecting:
                 self._show(gc=steps.attempt("gc", self._collect).value)
                 self._note_damage()
             if config.verify is not None:
@@ -68,8 +67,8 @@ class Upkeep:
 
     def _collect(self) -> GcReport:
         self._night.limits.check()
-        with self._place.turn() as repository:
-            done = gc.run(repository, on_event=self._on_event)
+        with self._place.turn() as destination:
+            done = destination.collecting().run(on_event=self._on_event)
         self._night.state.put_destination(self._place.name, gc_at=self._night.clock(), gc_freed_bytes=done.bytes_freed)
         return done
 
@@ -78,7 +77,7 @@ class Upkeep:
         findings = self._report.gc.findings if self._report.gc else ()
         if findings:
             first = findings[0]
-            words = f"{len(findings)} findings, the first: {first.subject}: {first.message}"
+            words = f"{counted(len(findings), 'finding')}, the first: {first.subject}: {first.message}"
             self._steps.note("gc", Corrupt(words, subject=first.disk, hint="snapchain verify shows them all"))
 
     @property
@@ -92,8 +91,8 @@ class Upkeep:
         config, known = self._place.config.verify, self._night.state.destination(self._place.name)
         assert config is not None
         self._night.limits.check()
-        with self._place.turn() as repository:
-            there = [disk for disk in self._disks if _is_there(repository, disk)]
+        with self._place.turn() as destination:
+            there = _disks_there(destination, self._disks)
         wanted = turns(there, known.verified, config.disks, now=self._night.clock(), damaged=known.damaged)
         for disk in wanted:
             self._steps.attempt(f"verify {disk}", partial(self._look_at, disk, 1.0 if disk in known.damaged else None))
@@ -110,9 +109,9 @@ class Upkeep:
             self._on_event(event)
             self._night.limits.check()
 
-        with self._place.turn() as repository:
-            share = _of_some_size(repository, disk, config.share) if share is None else share
-            found = verify(repository, disk=disk, share=share, on_event=heard)
+        with self._place.turn() as destination:
+            share = _of_some_size(destination, disk, config.share) if share is None else share
+            found = destination.verify(disk, share=share, on_event=heard)
         findings = tuple(f"{each.subject}: {each.message}" for each in found.findings)
         self._show(
             verified=(
@@ -125,7 +124,7 @@ class Upkeep:
         )
         if findings:
             raise Corrupt(
-                f"{len(findings)} findings, the first: {findings[0]}",
+                f"{counted(len(findings), 'finding')}, the first: {findings[0]}",
                 subject=disk,
                 hint="snapchain verify shows them all; the next runs read this disk whole until there are none",
             )
@@ -143,22 +142,32 @@ class Upkeep:
                 on_event(replace(event, phase=f"{phase} {self._place.name}"))
 
 
-def _of_some_size(repository: Repository, disk: str, share: float) -> float:
-    """Five per cent of a small disk may be nothing at all: a share that is worth to be called a sample."""
+def _of_some_size(destination: Destination, disk: str, share: float) -> float:
+    """Five per cent of a small disk may be nothing at all: a share that is large enough to be a sample."""
+    if not share:
+        return share
     try:
-        catalogue = repository.catalogue(disk)
-        latest = catalogue.latest
-        layers = repository.chain(catalogue, latest.layer) if latest else []
+        with destination.reader(disk, chain=True, maps_only=True) as point:
+            data = point.data_bytes
     except SnapchainError:
-        return share  # the look itself tells
-    data = sum(layer.header.data_bytes for layer in layers)
-    return min(max(share, _LEAST_SAMPLE / data), 1.0) if share and data else share
+        return share  # the check itself reports it
+    return min(max(share, _LEAST_SAMPLE / data), 1.0) if data else share
 
 
-def _is_there(repository: Repository, disk: str) -> bool:
-    """Also for one whose catalogue is damaged, which its own look tells; the others are looked at all the same."""
+def _disks_there(destination: Destination, disks: Sequence[str]) -> list[str]:
+    """Those of the disks that have a record there. One whose record is damaged counts: its check reports it."""
     try:
-        repository.catalogue(disk)
+        known = {each.name for each in destination.disks()}
+        return [disk for disk in disks if disk in known]
+    except NotFound:
+        return []
+    except SnapchainError:
+        return [disk for disk in disks if _is_there(destination, disk)]
+
+
+def _is_there(destination: Destination, disk: str) -> bool:
+    try:
+        destination.disks(disk)
     except NotFound:
         return False
     except SnapchainError:

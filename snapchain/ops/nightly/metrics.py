@@ -11,6 +11,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
 from snapchain.host import files
 from snapchain.host.temporary_names import NEW
 from snapchain.host.terminal import printable
@@ -30,24 +33,23 @@ class _Family:
     help: str
     rows: list[tuple[Labels, float]] = field(default_factory=list)
 
-    def lines(self) -> Iterator[str]:
-        if not self.rows:
-            return
-        yield f"# HELP snapchain_{self.name} {_escaped(self.help)}"
-        yield f"# TYPE snapchain_{self.name} gauge"
+    def gauge(self) -> GaugeMetricFamily:
+        """As prometheus_client has it. A label may be shown by `cat`: control characters of a name are escaped."""
+        names = list(self.rows[0][0])
+        made = GaugeMetricFamily(f"snapchain_{self.name}", self.help, labels=names)
         for labels, value in self.rows:
-            told = ",".join(f'{name}="{_escaped(text, quote=True)}"' for name, text in labels.items())
-            yield f"snapchain_{self.name}{{{told}}} {_number(value)}"
+            made.add_metric([printable(labels[name]) for name in names], value)
+        return made
 
 
-def _number(value: float) -> str:
-    return "+Inf" if value == math.inf else repr(float(value))
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A collector of what one run found."""
 
+    families: list[_Family]
 
-def _escaped(text: str, *, quote: bool = False) -> str:
-    # The format knows no other escapes; a name may be shown by `cat`, or by whatever alerts.
-    plain = "\\n".join(printable(part).replace("\\", "\\\\") for part in text.split("\n"))
-    return plain.replace('"', '\\"') if quote else plain
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        return (family.gauge() for family in self.families if family.rows)
 
 
 def write(path: Path, report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> None:
@@ -55,14 +57,15 @@ def write(path: Path, report: NightlyReport, config: Nightly, state: State, *, f
     files.make_directories(path.parent, mode=0o755)
     files.remove_temporaries(path, purpose=NEW)
     # Whatever the umask: the exporter runs as somebody else.
-    data = text(report, config, state, former=former).encode()
+    data = exposition(report, config, state, former=former)
     files.write_atomically(path, data, mode=_READABLE, whatever_the_umask=True)
 
 
-def text(report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> str:
-    """All metrics of a run. Every series bears the configuration's name as label `nightly`."""
-    lines = [line for family in _families(report, config, state, former) for line in family.lines()]
-    return "\n".join(lines) + "\n"
+def exposition(report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> bytes:
+    """All metrics of a run. Every series has the configuration's name as label `nightly`."""
+    registry = CollectorRegistry()
+    registry.register(_Run(list(_families(report, config, state, former))))
+    return generate_latest(registry)
 
 
 def _families(report: NightlyReport, config: Nightly, state: State, former: Collection[str]) -> Iterator[_Family]:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import TypeVar
 
 from snapchain.model.retention import is_future
-from snapchain.ops.nightly.window import Window
+from snapchain.ops.nightly.values import Window
 
 D = TypeVar("D")
 

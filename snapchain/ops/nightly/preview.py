@@ -10,24 +10,20 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.nightly import local_merge
+from snapchain.ops import snapshot
+from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.disk_list import roster
 from snapchain.ops.nightly.hooks import missing_programs
-from snapchain.ops.nightly.local_merge import Sealed
-from snapchain.ops.nightly.look import ImageFacts, look
+from snapchain.ops.nightly.local_chain import ImageFacts, Sealed, look
 from snapchain.ops.nightly.maintenance import turns
-from snapchain.ops.nightly.open_destination import Place
+from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import limits_of
 from snapchain.ops.nightly.report import Fault
 from snapchain.ops.nightly.run import directory_of, now_utc
-from snapchain.ops.nightly.selection import SelectedDisk
+from snapchain.ops.nightly.selection import SelectedDisk, disk_list
 from snapchain.ops.nightly.state import DestinationState, State, read_state
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.ship.run import ShipRequest, plan as plan_ship
-from snapchain.repository.destination import RepositoryDestination
-from snapchain.repository.points_merge import RepositoryMerge
-from snapchain.source import sealing as snapshot
 
 
 class _Shown(BaseModel):
@@ -57,7 +53,7 @@ class DiskPreview(_Shown):
     moved_to: str | None = None
 
 
-class UpkeepPreview(_Shown):
+class MaintenancePreview(_Shown):
     """verify: disks whose sample would be read."""
 
     destination: str
@@ -72,7 +68,7 @@ class NightlyPlan(_Shown):
     closes: datetime | None
     left: tuple[str, ...]
     disks: tuple[DiskPreview, ...]
-    destinations: tuple[UpkeepPreview, ...]
+    destinations: tuple[MaintenancePreview, ...]
     faults: tuple[Fault, ...]
     layers_left_out: tuple[Path, ...]
     leftovers: tuple[Path, ...] = ()
@@ -95,7 +91,7 @@ def preview(
     state = _state(directory_of(config, path) / "state.json")
     steps = Steps()
     now = clock()
-    found = roster(config, state, now=now)
+    found = disk_list(config, state, now=now)
     limits = limits_of(
         now=now,
         clock=lambda: now,
@@ -107,7 +103,9 @@ def preview(
     )
     steps.attempt("all of it", limits.check)
     places = {
-        each.name: Place(each, config.keep_of(each), writing=False, on_notice=lambda words: on_event(Notice(words)))
+        each.name: OpenDestination(
+            each, config.keep_of(each), writing=False, on_notice=lambda words: on_event(Notice(words))
+        )
         for each in config.destinations
     }
     return NightlyPlan(
@@ -133,7 +131,7 @@ def _state(path: Path) -> State:
 
 
 class _Look:
-    def __init__(self, config: Nightly, places: dict[str, Place], disk: SelectedDisk, now: datetime) -> None:
+    def __init__(self, config: Nightly, places: dict[str, OpenDestination], disk: SelectedDisk, now: datetime) -> None:
         self._config, self._disk, self._now = config, disk, now
         self._places = [places[each.name] for each in config.destinations_of(disk.settings)]
         self._steps = Steps()
@@ -170,24 +168,23 @@ class _Look:
             return facts, None
         return facts, snapshot.plan(image, image_format=settings.format, image_dirs=self._dirs).sealed
 
-    def _ship(self, place: Place, sealed: Sealed) -> ShipPreview:
+    def _ship(self, place: OpenDestination, sealed: Sealed) -> ShipPreview:
         shown = ShipPreview(destination=place.name)
 
         def look_there() -> ShipPreview:
             request = ShipRequest(image=sealed.path, disk=self._disk.name, format=sealed.format, image_dirs=self._dirs)
-            with place.turn() as repository:
-                plan = plan_ship(request, RepositoryDestination(repository))
+            with place.turn() as destination:
+                plan = plan_ship(request, destination)
                 update = {"layers_present": plan.layers_present, "bytes_to_read": plan.bytes_to_read}
                 return shown.model_copy(update=update)
 
         def dropped() -> tuple[int, ...]:
+            zone, now = self._config.zone, self._now
             try:
-                merge = RepositoryMerge(
-                    place.open(), self._disk.name, place.policy, zone=self._config.zone, now=self._now
-                )
+                plan = place.open().merging(self._disk.name, place.policy, zone=zone, now=now).plan()
             except NotFound:  # its first point is yet to come
                 return ()
-            return tuple(each.point for each in merge.plan().points if not each.kept)
+            return tuple(each.point for each in plan.points if not each.kept)
 
         done = self._steps.attempt(f"ship to {place.name}", look_there)
         if done.value is None or place.policy.is_empty:
@@ -207,7 +204,7 @@ class _Look:
         present = {place.name: sealed for place in self._places}
         found = self._steps.attempt(
             "local merge",
-            lambda: local_merge.outlook(self._disk.image, self._disk.settings, present=present, more=made),
+            lambda: local_chain.outlook(self._disk.image, self._disk.settings, present=present, more=made),
         ).value
         if not found:
             return (), "no neighbouring layers are free to be merged"
@@ -215,12 +212,14 @@ class _Look:
 
 
 def _upkeep(
-    config: Nightly, place: Place, state: State, disks: tuple[SelectedDisk, ...], now: datetime
-) -> UpkeepPreview:
+    config: Nightly, place: OpenDestination, state: State, disks: tuple[SelectedDisk, ...], now: datetime
+) -> MaintenancePreview:
     wanted = place.config.verify
     there = [
         disk.name for disk in disks if place.config in config.destinations_of(disk.settings) and disk.fault is None
     ]
     known = state.destinations.get(place.name, DestinationState())
     verified = turns(there, known.verified, wanted.disks, now=now, damaged=known.damaged) if wanted else []
-    return UpkeepPreview(destination=place.name, gc=place.config.gc, verify=tuple(verified))
+    return MaintenancePreview(
+        destination=place.name, gc=place.config.gc and place.traits.needs_collecting, verify=tuple(verified)
+    )

@@ -6,34 +6,35 @@ kill the next run finds in the state what was reached.  What cannot be written i
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from snapchain.errors import Interrupted, SnapchainError
-from snapchain.host import descriptors, files
+from snapchain.errors import Busy, Interrupted, SnapchainError
+from snapchain.host import files, process_limits
+from snapchain.host.files import open_or_make
+from snapchain.host.os_errors import os_errors
 from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.host.private import make_private
+from snapchain.image.scan import MAX_DEPTH
 from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.descriptors import Descriptors, needed
 from snapchain.ops.nightly.disk import DiskRun, Night, untouched
-from snapchain.ops.nightly.disk_list import Roster, roster
 from snapchain.ops.nightly.hooks import HookRunner
-from snapchain.ops.nightly.lock import only_run
-from snapchain.ops.nightly.maintenance import Upkeep
-from snapchain.ops.nightly.open_destination import Place
+from snapchain.ops.nightly.maintenance import Maintenance
+from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import limits_of
 from snapchain.ops.nightly.report import DestinationReport, DiskReport, NightlyReport, Outcome
-from snapchain.ops.nightly.selection import SelectedDisk
+from snapchain.ops.nightly.selection import DiskList, SelectedDisk, disk_list
 from snapchain.ops.nightly.state import StateFile
 from snapchain.ops.nightly.steps import Steps
 
@@ -98,10 +99,10 @@ class _Run:
         self._on_event, self._stop, self._interrupted = on_event, threading.Event(), False
         self._started, self._began = clock(), time.monotonic()
         self._steps = Steps()
-        self._descriptors = Descriptors(descriptors.limit())
+        self._descriptors = Descriptors(process_limits.limit())
         self._reports: dict[str, DiskReport] = {}
         self._destinations: dict[str, DestinationReport] = {}
-        self._roster = Roster()
+        self._disk_list = DiskList()
         limits = limits_of(
             now=self._started,
             clock=clock,
@@ -112,7 +113,7 @@ class _Run:
             merge=config.budget.merge,
         )
         places = {
-            each.name: Place(each, config.keep_of(each), writing=True, on_notice=self._notice)
+            each.name: OpenDestination(each, config.keep_of(each), writing=True, on_notice=self._notice)
             for each in config.destinations
         }
         facts = {"nightly": config.name, "config": path.absolute()}
@@ -123,12 +124,12 @@ class _Run:
         """All of it."""
         steps, begun = self._steps, False
         try:
-            self._roster = steps.attempt("selection", self._call_the_roll).value or self._roster
+            self._disk_list = steps.attempt("selection", self._call_the_roll).value or self._disk_list
             if steps.attempt("all of it", self._night.limits.check).outcome is Outcome.OK:
                 begun = True
                 if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
-                    self._work(self._roster.disks)
-                    self._keep_up(self._roster.disks)
+                    self._work(self._disk_list.disks)
+                    self._keep_up(self._disk_list.disks)
         except KeyboardInterrupt:
             self._interrupted = True
         report = self._saved()
@@ -142,8 +143,8 @@ class _Run:
         same = (again.faults, again.left, again.interrupted) == (report.faults, report.left, report.interrupted)
         return report if same else self._saved()
 
-    def _call_the_roll(self) -> Roster:
-        found = roster(self._config, self._night.state.now, now=self._started)
+    def _call_the_roll(self) -> DiskList:
+        found = disk_list(self._config, self._night.state.now, now=self._started)
         for fault in found.faults:
             self._steps.note("selection", fault)
         return found
@@ -192,7 +193,7 @@ class _Run:
                 for disk in disks
                 if place.config in self._config.destinations_of(disk.settings) and disk.fault is None
             ]
-            upkeep = Upkeep(self._night, place, there)
+            upkeep = Maintenance(self._night, place, there)
             try:
                 upkeep.run()
             finally:
@@ -208,7 +209,7 @@ class _Run:
         self._steps.attempt("after hook", lambda: self._hooks.run("after", **facts))
 
     def _report(self) -> NightlyReport:
-        found, state = self._roster, self._night.state
+        found, state = self._disk_list, self._night.state
         if state.fault is not None:
             self._steps.note("state", state.fault)
         rows = [self._reports.get(disk.name) or untouched(self._config, disk) for disk in found.disks]
@@ -256,7 +257,7 @@ class _Run:
         files.write_atomically(self._directory / LAST_REPORT, report.model_dump_json(indent=1).encode())
 
     def _write_metrics(self, path: Path, report: NightlyReport) -> None:
-        metrics.write(path, report, self._config, self._night.state.now, former=self._roster.former)
+        metrics.write(path, report, self._config, self._night.state.now, former=self._disk_list.former)
 
     def _notice(self, words: str) -> None:
         self._on_event(Notice(words))
@@ -277,3 +278,93 @@ def _unused(destination: str) -> DestinationReport:
     return DestinationReport(
         destination=destination, outcome=Outcome.LEFT, left=("all of it: the run ended before its turn",)
     )
+
+
+# --- Bounds the disks at work by file descriptors: a chain of 190 files takes 600 of them.
+#
+# A disk waits until those before it have released enough.  One whose chain alone needs more than the limit runs when no
+# other disk does: that may suffice.
+
+_A_FILE = 3
+"""Descriptors for a file of a chain: to read it, to lock it, and to look at it again."""
+_A_DISK = 32
+"""For what is written, the destinations, and programs that are started."""
+_OURS = 64
+"""For the run itself."""
+
+
+def needed(chain_length: int | None) -> int:
+    """Descriptors for the work on a disk. chain_length: as it was last seen; None for one that was never seen."""
+    return _A_FILE * (MAX_DEPTH if chain_length is None else chain_length + 1) + _A_DISK
+
+
+class Descriptors:
+    """The descriptors that are left for disks; thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        """limit: of open files of this process."""
+        self._left = limit - _OURS
+        self._at_work = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Wait until `count` are left, or no disk is at work; release them at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: count <= self._left or not self._at_work)
+            self._left -= count
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += count
+                self._at_work -= 1
+                self._changed.notify_all()
+
+
+# --- One run of a configuration at a time: a lock on a file that is never replaced, gone with its holder.
+
+_POLL_SECONDS = 0.5
+
+
+@contextmanager
+def only_run(path: Path, *, wait: float, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Held for the length of the block. wait: seconds to wait for another run, then Busy.
+
+    The file keeps who holds it, for people; what counts is the lock, which the kernel drops with the process.
+    """
+    fd = open_or_make(path)
+    try:
+        _take(fd, path, wait=wait, on_wait=on_wait)
+        with suppress(OSError):  # for people only: a full disk must not end the run before it has begun
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC".encode(), 0)
+        yield
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing would not do while a child forked just now has a copy
+        os.close(fd)
+
+
+def _take(fd: int, path: Path, *, wait: float, on_wait: Callable[[str], None]) -> None:
+    deadline = time.monotonic() + wait
+    told = False
+    while True:
+        try:
+            with os_errors(path):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except Exception as error:
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
+        else:
+            return
+        who = os.pread(fd, 200, 0).decode("utf-8", "replace")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise Busy(
+                f"another run is at work ({who})", subject=path.parent, hint="let it end, or wait for it with --wait 2h"
+            )
+        if not told:
+            on_wait(f"waiting for another run ({who})")
+            told = True
+        time.sleep(min(_POLL_SECONDS, left))

@@ -15,14 +15,17 @@ import stat
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from datetime import datetime
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.directory import place_to_change, real_path
 from snapchain.image.references import Unread, children
 from snapchain.ops.nightly.config import Disks, Nightly
-from snapchain.ops.nightly.naming import disk_name
+from snapchain.ops.nightly.plan import order
+from snapchain.ops.nightly.state import State
+from snapchain.ops.nightly.values import disk_name
 from snapchain.source.notes import Notes
 
 _NUMBERED = re.compile(r"(.+)\.[0-9]+(\.[^.]+)")
@@ -197,3 +200,58 @@ def _ambiguous(disk: SelectedDisk) -> SelectedDisk:
     hint = 'tell them apart by their names: name = "{parent}/{stem}"'
     # Its own name would mix it up with the others in the state and the metrics.
     return replace(disk, name=str(disk.image), fault=InvalidInput(message, subject=disk.image, hint=hint))
+
+
+# --- The disks of a run in the order of work, and what has become of those of earlier runs.
+#
+# A disk that was shipped once and is not selected any more would go unnoticed, were it not a fault: a directory may not
+# be mounted, a pattern may be mistyped.  Only what `retired` names, and names that an image bore before, may be gone.
+
+
+@dataclass(frozen=True, slots=True)
+class DiskList:
+    """disks: in the order of work; layers, leftovers: matched files that are none; gone: names that should be there
+
+    former: names that nobody expects any more, and whose state is of no interest; faults: gone ones among them
+    """
+
+    disks: tuple[SelectedDisk, ...] = ()
+    layers: tuple[Path, ...] = ()
+    leftovers: tuple[Path, ...] = ()
+    gone: tuple[str, ...] = ()
+    former: frozenset[str] = frozenset()
+    faults: tuple[SnapchainError, ...] = ()
+
+
+def disk_list(config: Nightly, state: State, *, now: datetime | None = None) -> DiskList:
+    """Look which images there are. now: by the clock of this run."""
+    found = select(
+        config,
+        known={disk.image for disk in state.disks.values() if disk.destinations},
+        sealed={path for disk in state.disks.values() for path in disk.layers},
+    )
+    turns = {name: turn for name, disk in state.disks.items() if (turn := disk.turn)}
+    selected = {disk.image: disk.name for disk in found.disks}
+    missed = {name: disk for name, disk in state.disks.items() if name not in selected.values()}
+    former = {
+        name
+        for name, disk in missed.items()
+        if disk.image in selected or any(fnmatchcase(name, pattern) for pattern in config.retired)
+    }
+    gone = tuple(name for name, disk in missed.items() if disk.destinations and name not in former)
+    return DiskList(
+        disks=tuple(order(found.disks, lambda disk: disk.name, turns, now=now)),
+        layers=found.layers,
+        leftovers=found.leftovers,
+        gone=gone,
+        former=frozenset(former),
+        faults=(*found.faults, *([_gone(gone)] if gone else [])),
+    )
+
+
+def _gone(names: tuple[str, ...]) -> NotFound:
+    return NotFound(
+        "shipped by earlier runs, and no image is selected for it now",
+        subject=", ".join(names),
+        hint='is a directory not mounted? Disks that may be gone are named in the configuration: retired = ["..."]',
+    )

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.destination.address import local_directory
+from snapchain.destinations import traits_of
 from snapchain.errors import Unsupported
 from snapchain.host.directory import real_path
 from snapchain.host.terminal import printable
@@ -142,7 +144,8 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
 def _credentials(config: Nightly) -> Iterator[str]:
     """For each destination whose passphrase is in a file, or not told to be anywhere."""
     for each in config.destinations:
-        if each.password_command is None and each.password_env is None and _CREDENTIAL.fullmatch(each.name):
+        named_elsewhere = each.password_command is not None or each.password_env is not None
+        if traits_of(each.url).encrypts and not named_elsewhere and _CREDENTIAL.fullmatch(each.name):
             path = each.password_file or Path("/etc/snapchain") / f"{config.name}-{each.name}.secret"
             yield f"LoadCredential={each.name}:{_path(path)}"
             yield f"SetCredential={each.name}:\\n"
@@ -160,7 +163,10 @@ def _devices(config: Nightly) -> Iterator[str]:
 
 
 def _asks_environment(config: Nightly) -> bool:
-    return any(each.password_file is None and each.password_command is None for each in config.destinations)
+    return any(
+        traits_of(each.url).encrypts and each.password_file is None and each.password_command is None
+        for each in config.destinations
+    )
 
 
 def _timer(config: Nightly, name: str) -> Iterator[str]:
@@ -188,13 +194,7 @@ def _writable(config: Nightly) -> list[Path]:
         # Sealed files lie beside the file behind a link.
         wanted.update(place for image in images for place in {image.parent, real_path(image).parent})
         wanted.update(disks.image_dirs)
-    for destination in config.destinations:
-        if destination.url.startswith("file://"):
-            wanted.add(Path(destination.url.removeprefix("file://")))
-        elif destination.url.startswith("dir:"):
-            wanted.add(Path(destination.url.removeprefix("dir:")))
-        elif destination.url.startswith("/"):
-            wanted.add(Path(destination.url))
+    wanted.update(place for each in config.destinations if (place := local_directory(each.url)) is not None)
     wanted.update(
         place.parent if place == config.metrics else place for place in (config.metrics, config.state) if place
     )

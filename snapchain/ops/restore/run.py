@@ -21,7 +21,7 @@ from snapchain.host.files import free_bytes
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
-from snapchain.image.raw_write import RawWriter
+from snapchain.image.raw import RawWriter
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import DATA
 from snapchain.ops.restore.output import OutputFile, written_before

@@ -32,7 +32,7 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.restore.output import Effort, OutputFile, exists, meant_for
 from snapchain.source.holds import held_by_another
 from snapchain.source.notes import Notes
-from snapchain.source.ownership import check_no_layer, remedy_against, told
+from snapchain.source.ownership import check_no_layer, describe_gift, remedy_against
 
 Format = Literal["qcow2", "raw"]
 _RAW_SUFFIXES = frozenset({".raw", ".img", ".bin", ".dd"})
@@ -357,7 +357,7 @@ def _check_unused(paths: Sequence[Path], *, top: Path, own: Sequence[tuple[int, 
             is_word = note.given.word_of is not None
             back = "`snapchain migrate --take-back` makes the disk this host's again"
             raise Conflict(
-                f"{told(note.given)}: nothing here may write to it",
+                f"{describe_gift(note.given)}: nothing here may write to it",
                 subject=path,
                 hint=f"restore to another name; {remedy_against(note.given) if is_word else back}",
             )

@@ -18,8 +18,8 @@ from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.inventory import Wanted
 from snapchain.model.points import check_label
-from snapchain.source.chains import locked_chain, paused_chain, sealed_chain
-from snapchain.source.ownership import check_not_given
+from snapchain.source.at_rest import ImageAtRest
+from snapchain.source.protocol import Scope, Source
 
 
 class Files(Enum):
@@ -37,19 +37,6 @@ class Divergence(Enum):
     REFUSE = "refuse"
     CUT_REPLICA = "cut-replica"
     """Drop them there, and the points that they give."""
-
-
-class Scope(Enum):
-    """How much of a chain is shipped."""
-
-    ALL = "all"
-    SEALED = "sealed"
-    """All but the top, which a guest will go on writing to."""
-    PAUSED = "paused"
-    """All; a guest that is paused may have the top open."""
-
-
-_OPENED = {Scope.ALL: locked_chain, Scope.SEALED: sealed_chain, Scope.PAUSED: paused_chain}
 
 
 class _Shown(BaseModel):
@@ -121,6 +108,7 @@ class ShipReport(_Shown):
 class ShipRequest:
     """What is to be shipped as which disk.
 
+    image: the top of a chain; opens: how it is read, where it is no image at rest
     labels: for the points; each_point: a point for every layer, not only for the image as given
     lineage: files that local merges have made, each with what it replaces, beside what their own notes say
     time: of the point, for an image that was sealed before now
@@ -144,6 +132,7 @@ class ShipRequest:
     limit_rate: int | None = None
     epoch: int = 1
     though_given: bool = False
+    opens: Source | None = None
 
     def check(self) -> None:
         """Raises InvalidInput for labels, names and epochs that cannot be."""
@@ -153,15 +142,20 @@ class ShipRequest:
         if not 1 <= self.epoch <= LARGEST_EPOCH:
             raise InvalidInput(f"{self.epoch} is no epoch", hint=f"a number from 1 to {LARGEST_EPOCH}")
 
+    def source(self, on_event: OnEvent = ignore) -> Source:
+        """The disk that is shipped."""
+        if self.opens is not None:
+            return self.opens
+        return ImageAtRest(self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event)
+
     @contextmanager
     def chain(self, on_event: OnEvent = ignore) -> Iterator[ImageChain]:
         """What is to be shipped of the image, locked; the top is no part of it where only what is sealed is meant.
 
         Raises Conflict for a disk that was given to another host.
         """
-        with _OPENED[self.scope](
-            self.image, format=self.format, image_dirs=self.image_dirs, on_event=on_event
-        ) as chain:
+        source = self.source(on_event)
+        with source.opened(self.scope) as chain:
             if not self.though_given:
-                check_not_given(chain, image=self.image)
+                source.check_not_given(chain)
             yield chain

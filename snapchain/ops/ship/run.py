@@ -24,15 +24,13 @@ from snapchain.model.extents import DATA, ZERO, Extents, over
 from snapchain.ops.ship.compare import Difference, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER, composed, geometry, groups
 from snapchain.ops.ship.recognition import Base, Recognition, sources_of
-from snapchain.ops.ship.request import Divergence, Files, LayerPlan, Scope, ShipPlan, ShipReport, ShipRequest
+from snapchain.ops.ship.request import Divergence, Files, LayerPlan, ShipPlan, ShipReport, ShipRequest
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.disk_writer import StreamWriting
 from snapchain.replica.sent_views import SentViews
-from snapchain.source.chains import check_unchanged
 from snapchain.source.counted_sums import CountedSums
 from snapchain.source.lineage import written_at
-from snapchain.source.notes import Notes
-from snapchain.source.ownership import epoch_of, note_epoch
+from snapchain.source.protocol import Scope
 
 
 def plan(request: ShipRequest, destination: Writing, *, on_event: OnEvent = ignore) -> ShipPlan:
@@ -72,7 +70,7 @@ def opened(request: ShipRequest, destination: Writing, *, on_event: OnEvent = ig
 
 def opening_of(request: ShipRequest, chain: ImageChain) -> Opening:
     """Which disk is written, and in which epoch: what notes beside the image tell counts, too."""
-    epoch = max(request.epoch, epoch_of(chain, Notes(), image=request.image))
+    epoch = max(request.epoch, request.source().epoch(chain))
     named = request.epoch == epoch
     return Opening(disk=request.disk, epoch=epoch, epoch_named=named, limit_rate=request.limit_rate)
 
@@ -143,7 +141,7 @@ def _run(request: ShipRequest, chain: ImageChain, destination: TakesLayers, on_e
 def _note_epoch(request: ShipRequest, on_event: OnEvent) -> None:
     """Beside the image, once the destination has it: whoever ships it next must not say an older one."""
     try:
-        note_epoch(request.image, request.epoch)
+        request.source().note_epoch(request.epoch)
     except SnapchainError as error:
         on_event(Notice(f"the epoch is not noted here, so say --epoch {request.epoch} each time: {error}"))
 
@@ -211,7 +209,7 @@ class _Work:
             top = writer.add(
                 layer,
                 top,
-                confirm=lambda: check_unchanged(self._chain),
+                confirm=lambda: self._request.source().check_unchanged(self._chain),
                 on_bytes=lambda done: self._on_event(Progress("ship", done, whole)),
             )
             if not writer.believed:

@@ -24,7 +24,8 @@ from snapchain.ops.sync.request import Destination, Proof, SetDestination, SetRe
 from snapchain.ops.sync.rounds import Run, patiently, seconds_for
 from snapchain.ops.sync.virsh import Guest, guest_of
 from snapchain.replica.endpoint import Endpoint
-from snapchain.source.sealer import OfflineSealer, OfflineSet, Sealer, SealerOfOne, SetSealer
+from snapchain.source.at_rest import ImageAtRest, OfflineSet, SealerOfOne
+from snapchain.source.protocol import Sealer, SetSealer
 
 
 def sealed_request(
@@ -139,8 +140,8 @@ def sync_set(
     )
 
 
-def _sealer(send: ShipRequest, on_event: OnEvent) -> OfflineSealer:
-    return OfflineSealer(send.image, format=send.format, image_dirs=send.image_dirs, on_event=on_event)
+def _sealer(send: ShipRequest, on_event: OnEvent) -> ImageAtRest:
+    return ImageAtRest(send.image, format=send.format, image_dirs=send.image_dirs, on_event=on_event)
 
 
 def _made_ready(request: SyncRequest, endpoint: Endpoint, on_event: OnEvent) -> Destination:

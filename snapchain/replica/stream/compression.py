@@ -1,4 +1,4 @@
-"""zstd frames that hold exactly as many bytes as was said before; nothing else is unpacked."""
+"""zstd frames of an exact size, and the level that costs no time."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Link(Enum):
 
 
 class Levels:
-    """The level for the next frame. Asked from any thread; told of the queue by the one that fills it."""
+    """The level for the next frame. Read from any thread; the thread that fills the queue reports its fullness."""
 
     def __init__(self, link: Link) -> None:
         self._link = link

@@ -25,9 +25,9 @@ MAGIC = b"snapchain-stream"
 HEAD = struct.Struct("<BBHI")
 CHECK_BYTES = 16
 FRAME_BYTES = HEAD.size + CHECK_BYTES
-"""What a frame costs beside its body."""
+"""Bytes of a frame besides its body."""
 MOST_BEATS = 24 * 360
-"""In a row: a side that does nothing but say every ten seconds that it is alive is given up after a day."""
+"""BEAT frames in a row. A side that sends nothing else, every ten seconds, is given up after a day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +105,9 @@ class FrameReader:
         self._beats = self._beats + 1 if kind == Kind.BEAT else 0
         if self._beats > MOST_BEATS:
             raise Unavailable(
-                f"it has said {self._beats} times in a row that it is alive, and nothing else",
+                f"it sent {self._beats} signs of life in a row, and nothing else",
                 subject=self._channel.peer,
-                hint="look what it is doing; to go on, run it again",
+                hint="look at what it is doing; to continue, run it again",
             )
         return Frame(Kind(kind), body)
 
@@ -120,7 +120,7 @@ class FrameReader:
             raise self._cut_off()
         if first != MAGIC:
             raise Corrupt(
-                f"this is no snapchain stream: it begins with {ascii(bytes(first[:found]))[1:]}",
+                f"this is not a snapchain stream: it begins with {ascii(bytes(first[:found]))[1:]}",
                 subject=self._channel.peer,
                 hint="nothing else may write to it, such as the greeting of a login script",
             )
@@ -130,7 +130,7 @@ class FrameReader:
         return Unavailable(
             f"the stream ends in the middle of frame {self._count}",
             subject=self._channel.peer,
-            hint="run it again: it goes on where it stopped",
+            hint="run it again: it resumes where it stopped",
         )
 
     def _bad(self, what: str) -> Corrupt:
@@ -150,5 +150,5 @@ def gone(peer: str) -> Unavailable:
     return Unavailable(
         "the connection was closed by the other side",
         subject=peer,
-        hint="run it again: it goes on where it stopped",
+        hint="run it again: it resumes where it stopped",
     )

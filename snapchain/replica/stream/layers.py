@@ -1,6 +1,6 @@
 """DATA frames: what a layer holds in a guest range, gathered.
 
-The map has said where a layer has DATA, so a frame names only a range, and carries all DATA bytes of it one behind the
+The map shows where a layer has DATA, so a frame names only a range, and carries all DATA bytes of it one behind the
 other: a million small extents cost no more than one large.  `parts` cut these bytes into what is carried, what is zero,
 and what is the same as in the layers below; only the first travels.
 
@@ -190,8 +190,8 @@ def map_frames(words: Words) -> Iterator[bytes]:
 
 def layer_id(offer: LayerOffer, words: Words) -> str:
     """32 hex digits: equal for the same layer of the same files on the same parent, in every transfer of it."""
-    said = offer.model_dump(mode="json", exclude={"resume_at"})
-    state = blake3(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+    fields = offer.model_dump(mode="json", exclude={"resume_at"})
+    state = blake3(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
     state.update(b"\n")
     state.update(words.astype("<u8").tobytes())
     return state.digest(16).hex()
@@ -271,8 +271,9 @@ def encode_leaves(numbers: Int64s, hashes: Hashes) -> bytes:
 
 
 def decode_leaves(body: bytes, after: int, size: int, *, subject: str) -> tuple[Int64s, Hashes]:
-    """(int64[n], uint8[n, 32]): what a body says, of a disk of `size` bytes. after: the last leaf number before, or -1.
+    """(int64[n], uint8[n, 32]): the entries of a body.
 
+    after: the last leaf number before, or -1; size: of the disk, bytes
     Raises Corrupt for numbers that do not ascend, or lie beyond the disk.
     """
     if len(body) % _ENTRY.itemsize:

@@ -23,6 +23,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -31,6 +32,7 @@ from snapchain.errors import Corrupt
 from snapchain.model.content import SumText
 from snapchain.model.epoch import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
+from snapchain.model.retention import Policy
 from snapchain.replica.names import is_layer_name
 
 
@@ -143,7 +145,7 @@ class Message(BaseModel):
 class Hello(Message):
     """first, last: the versions of the stream that the side speaks; answers: whether it listens to the other side.
 
-    A later version may say more here: it is what decides about the version.
+    A later version may have more fields here: this message decides about the version.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
@@ -156,9 +158,9 @@ class Hello(Message):
 
 
 class Open(Message):
-    """Which disk, in which replica; no replica where the receiver was told by its own user.
+    """Which disk, in which replica; no replica where the receiver's own user has named it.
 
-    look: only the inventory is wanted; nothing is made or locked over there, and nothing but STOP follows
+    look: only the inventory is wanted; nothing is made or locked at the receiver
     epoch: in which the sender writes the disk; 1 goes without saying
     by_name: a human has named the epoch: it may skip some, and end a handover that nobody has used
     """
@@ -170,14 +172,14 @@ class Open(Message):
     by_name: bool = False
 
     @model_serializer(mode="wrap")
-    def _without_what_goes_without_saying(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A receiver without the feature knows no such field.
-        said: dict[str, Any] = handler(self)
-        if said.get("epoch") == 1:
-            del said["epoch"]
-        if not said.get("by_name"):
-            said.pop("by_name", None)
-        return said
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature does not know the field.
+        fields: dict[str, Any] = handler(self)
+        if fields.get("epoch") == 1:
+            del fields["epoch"]
+        if not fields.get("by_name"):
+            fields.pop("by_name", None)
+        return fields
 
 
 class LayerOffer(Message):
@@ -224,12 +226,12 @@ class HeldLayer(Message):
     older: ShortKeys = ""
 
     @model_serializer(mode="wrap")
-    def _without_older_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Programs from before there was this know no such field, and it is seldom needed.
-        said: dict[str, Any] = handler(self)
-        if not said.get("older"):
-            said.pop("older", None)
-        return said
+        fields: dict[str, Any] = handler(self)
+        if not fields.get("older"):
+            fields.pop("older", None)
+        return fields
 
 
 class Partial(Message):
@@ -310,11 +312,11 @@ class Readiness(Message):
 
 
 class Ask(Message):
-    """A question in the place of OPEN; nothing is made, locked or changed over there.
+    """A question in the place of OPEN; nothing is made, locked or changed at the receiver.
 
     want: the points of disks; whether what is recorded of them is sound; whether the data are, too
     disk: None for all; replica: as in Open
-    share: with `data`, the probability with which each layer is read; only said to a side that names `sample`
+    share: with `data`, the probability with which each layer is read; only for a receiver with the feature `sample`
     """
 
     want: Literal["points", "records", "data"]
@@ -340,7 +342,7 @@ class Hold(Message):
 
 
 class HeldPoint(Message):
-    """A point of a disk. layers: length of the chain that gives it; holds: only for a side that names `hold`."""
+    """A point of a disk. layers: length of the chain that gives it; holds: only if the sender has `hold`."""
 
     point: PointNumber
     time: Moment
@@ -403,14 +405,14 @@ def encode(message: Message) -> bytes:
 
 
 def decode(shape: type[M], body: bytes | memoryview, *, subject: str) -> M:
-    """What a body says. Raises Corrupt for anything that does not fit the shape."""
+    """The message in a body. Raises Corrupt for one that does not fit the model."""
     try:
         return shape.model_validate_json(bytes(body))
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "it"
         raise Corrupt(
-            f"what it says of {shape.__name__.lower()} is unsound: {ascii(place)[1:-1]}: {first['msg']}",
+            f"its {shape.__name__.lower()} message is invalid: {ascii(place)[1:-1]}: {first['msg']}",
             subject=subject,
         ) from error
 
@@ -419,7 +421,7 @@ def decode(shape: type[M], body: bytes | memoryview, *, subject: str) -> M:
 
 
 class Fetch(Message):
-    """A point is wanted, in the place of OPEN; nothing is made or changed over there.
+    """A point is wanted, in the place of OPEN; nothing is made or changed at the receiver.
 
     point: as in an address, None for the latest; chain: its layers as they are, else one that shows all of it
     look: no data, only what there is; plain: no compression, for two ends on one machine; replica: as in Open
@@ -453,7 +455,7 @@ MOST_DISKS = 64
 
 
 class Step(StrEnum):
-    """What is asked for."""
+    """What a HANDOVER requests."""
 
     GIVE = "give"
     """From now on the replica's host is the master of these disks."""
@@ -475,7 +477,7 @@ class HandedDisk(Message):
 
 
 class Handover(Message):
-    """All disks of a guest, all or none. token: of this handover, the same whenever it is asked for again."""
+    """All disks of a guest, all or none. token: of this handover, the same in each repetition."""
 
     step: Step
     token: LayerId
@@ -499,38 +501,50 @@ class Standing(Message):
 
 
 class Handed(Message):
-    """In the order of the question."""
+    """In the order of the request."""
 
     disks: tuple[Standing, ...] = Field(max_length=MOST_DISKS)
 
 
 # --- MERGE
 
-_Count = Annotated[int, Field(ge=-1, le=1 << 31)]
 _LARGEST = MAX_LAYERS * LARGEST_DISK
 Reason = Annotated[str, StringConstraints(max_length=1000)]
 
 
-class Merge(Message):
-    """Merge the layers of a disk that no kept point needs. dry_run: only say what that would do.
+class _OfDisk(Message):
+    disk: str = Field(min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
 
-    last .. labels: the rules (model/retention/policy.py), of which there is one at least; within: as 1y5m7d2h
+
+_FIRST_RULES = {"last", "hourly", "daily", "weekly", "monthly", "yearly", "within", "labels"}
+"""Rules that every version of the stream knows."""
+
+
+class Merge(Policy, _OfDisk):
+    """Merge the layers of a disk that no kept point needs. dry_run: only report what it would do.
+
+    The rules are its own fields, of which one at least is set; within: as 1y5m7d2h
     zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
     """
 
-    disk: str = Field(min_length=1, max_length=250)
-    replica: str | None = Field(default=None, max_length=4096)
-    last: _Count = 0
-    hourly: _Count = 0
-    daily: _Count = 0
-    weekly: _Count = 0
-    monthly: _Count = 0
-    yearly: _Count = 0
-    within: str | None = Field(default=None, max_length=40)
-    labels: tuple[Label, ...] = Field(default=(), max_length=100)
     zone: str = Field(min_length=1, max_length=100)
     epoch: int | None = Field(default=None, ge=1, le=LARGEST_EPOCH)
     dry_run: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_newer_rules_that_are_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A peer that does not know such a rule would refuse its field.
+        fields: dict[str, Any] = handler(self)
+        unset = {name for name, rule in Policy.model_fields.items() if getattr(self, name) == rule.default}
+        return {name: value for name, value in fields.items() if name in _FIRST_RULES or name not in unset}
+
+    @field_validator("labels")
+    @classmethod
+    def _has_few_labels(cls, labels: frozenset[str]) -> frozenset[str]:
+        if len(labels) > 100:
+            raise ValueError("it has more than 100 labels")
+        return labels
 
 
 class DecidedPoint(Message):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.metrics_core import Metric
+
 from snapchain.cli import main
 from snapchain.errors import Corrupt, NotFound
 from snapchain.ops.restore.run import Restoration
@@ -126,7 +128,7 @@ class House:
                 found[disk] = None
         return found
 
-    def metrics(self) -> dict[str, exposition.Family]:
+    def metrics(self) -> dict[str, Metric]:
         return exposition.read((self.folder / "metrics" / "web.prom").read_text())
 
 

@@ -11,16 +11,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 from snapchain.errors import Busy, ToolFailed
-from snapchain.ops.nightly import metrics, passphrase
+from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Hooks
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.hooks import HookRunner
-from snapchain.ops.nightly.lock import only_run
+from snapchain.ops.nightly.open_destination import passphrase_of
 from snapchain.ops.nightly.preview import preview
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.nightly.run import directory_of
+from snapchain.ops.nightly.run import directory_of, only_run
 from snapchain.ops.nightly.state import DiskState, StateFile
 from snapchain.ops.nightly.systemd import units
 from snapchain.repository.opening import create_repository
@@ -28,6 +29,8 @@ from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
 from tests.ops.stacks import write
 from tests.waiting import HANG, started_with, wait_until
+
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "0.1"
 
 
 @pytest.fixture
@@ -177,7 +180,7 @@ def test_metrics_keep_to_the_format_whatever_disks_are_called(host: Host) -> Non
     path = host.directory / "snapchain.prom"
     found = exposition.read(path.read_text())
     assert exposition.value(found, "points", disk=odd, destination="vault") == 1
-    assert all(family.kind == "gauge" for family in found.values())
+    assert all(family.type == "gauge" for family in found.values())
     assert {
         "snapchain_last_success_timestamp_seconds", "snapchain_last_run_timestamp_seconds",
         "snapchain_last_run_success", "snapchain_chain_length", "snapchain_shadowed_bytes", "snapchain_shipped_bytes",
@@ -211,7 +214,23 @@ def test_metrics_that_cannot_be_written_are_a_failure_and_no_more(host: Host) ->
 
 
 def test_label_values_are_escaped() -> None:
-    assert metrics._escaped('a"b\\c\nd', quote=True) == 'a\\"b\\\\c\\nd'
+    family = metrics._Family("x", "y", [({"disk": 'a"b\\c\x1bd'}, 1.0)])
+    registry = CollectorRegistry()
+    registry.register(metrics._Run([family]))
+    text = generate_latest(registry).decode()
+    assert "\x1b" not in text
+    assert exposition.value(exposition.read(text), "x", disk='a"b\\c\\x1bd') == 1.0
+
+
+def test_every_metric_of_0_1_is_there(host: Host) -> None:
+    """Names, types, help and labels, as monitoring was set up for them; fixtures/0.1/metrics.prom is by version 0.1."""
+    host.disk("web1")
+    host.run("[keep]\nlast = 2\n")
+    now = exposition.read((host.directory / "snapchain.prom").read_text())
+    then = exposition.read((FIXTURES / "metrics.prom").read_text())
+    for name, family in then.items():
+        assert (now[name].type, now[name].documentation) == (family.type, family.documentation)
+        assert [each.labels.keys() for each in now[name].samples] == [each.labels.keys() for each in family.samples]
 
 
 # -- systemd -----------------------------------------------------------------------------------------------------------
@@ -390,7 +409,7 @@ def test_a_credential_comes_before_the_file_that_it_was_read_from(
     monkeypatch.setenv("OTHER", "in another variable")
     text = f'time_zone = "UTC"\n[[disks]]\npath = "/a"\n[[destinations]]\nname = "vault"\nurl = "/b"\n{configured}\n'
     (destination,) = parse(text.replace("{here}", str(tmp_path)), path=tmp_path / "n.toml").destinations
-    assert passphrase.source(destination, on_notice=lambda _: None)() == wanted
+    assert passphrase_of(destination, on_notice=lambda _: None)() == wanted
 
 
 def test_without_a_window_the_timer_has_an_hour_and_secrets_in_files_need_no_environment() -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from snapchain.image.scan import MAX_DEPTH
-from snapchain.ops.nightly.descriptors import Descriptors, needed
+from snapchain.ops.nightly.run import Descriptors, needed
 
 
 @pytest.mark.parametrize(("limit", "together"), [(64 + 100, 1), (64 + 299, 2), (64 + 800, 8), (10, 1)])

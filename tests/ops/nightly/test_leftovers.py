@@ -13,7 +13,7 @@ from snapchain.ops.nightly.report import NightlyReport, Outcome
 from snapchain.ops.restore.run import Restoration
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.repository.destination import RepositoryDestination
-from snapchain.source import chains as source, sealing as snapshot
+from snapchain.source import at_rest as source, sealing as snapshot
 from tests.ops.nightly.night import Host, row
 from tests.ops.stacks import write
 from tests.replica.conftest import Place

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from snapchain.ops.nightly.maintenance import turns
 from snapchain.ops.nightly.plan import CutOffError, Limits, limits_of, order
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.nightly.window import Window
+from snapchain.ops.nightly.values import Window
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NIGHT = Window.parse("22:00-06:00")
@@ -56,7 +56,7 @@ def test_a_window_within_a_day() -> None:
 
 @pytest.mark.parametrize("text", ["", "22-06", "24:00-06:00", "22:00-06:60", "22:00", "22:00-22:00", "٢٢:00-06:00"])
 def test_what_is_no_window(text: str) -> None:
-    with pytest.raises(ValueError, match="is no window"):
+    with pytest.raises(ValueError, match="is not a window"):
         Window.parse(text)
 
 

@@ -15,8 +15,8 @@ import pytest
 from snapchain.errors import Busy, Interrupted, Unavailable
 from snapchain.model.events import Event
 from snapchain.ops.hold import hold_image, release_image
-from snapchain.ops.nightly.lock import only_run
 from snapchain.ops.nightly.report import Outcome
+from snapchain.ops.nightly.run import only_run
 from snapchain.ops.restore.run import Restoration
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.verification import verify
