@@ -115,11 +115,6 @@ def parse_destination(text: str) -> DestinationAddress | PointAddress:
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://|(?P<bare>s3|file|dir|ssh|memory):", re.IGNORECASE)
 
 
-def is_replica(dest: str) -> bool:
-    """Whether a destination is meant as a replica, right or wrong: ssh://... or dir:..."""
-    return dest.lower().startswith(("ssh://", "dir:"))
-
-
 def located(dest: str, *, directory: Path = Path()) -> str:
     """The destination as a store wants it.
 

@@ -174,7 +174,7 @@ def _die(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("error", "stays"),
     [
-        (KeyboardInterrupt(), True),
+        (KeyboardInterrupt("stopped"), True),
         (Unavailable("the link broke", subject="ssh://there"), True),
         (Corrupt("damaged"), False),
         (Busy("somebody has it open"), False),
