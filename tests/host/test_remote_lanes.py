@@ -212,7 +212,7 @@ def test_how_many(count: int) -> None:
 
 
 def test_no_descriptor_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joined, "JOIN_SECONDS", 4.0)
+    monkeypatch.setattr(lanes, "JOIN_SECONDS", 4.0)
     before = set(Path("/proc/self/fd").iterdir())
     with joined(3, server("false")) as channel:
         channel.write(b"a")
