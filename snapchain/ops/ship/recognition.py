@@ -98,6 +98,7 @@ class Recognition:
         self._subject = f"{destination}::{request.disk}"
         self._sums, self._reads = sums, reads and not there.believed
         self._held = list(there.held)
+        self._leaves: NewestLeaves | None = None
         self.bytes_compared = 0
         lineage = (*request.lineage, *noted_lineage(chain, on_event))
         self._want = [_wanted(file, lineage) for file in chain.files]
@@ -105,7 +106,8 @@ class Recognition:
     def base(self) -> Base:
         """Where the new layers begin.
 
-        Raises Diverged, and Corrupt where what the destination shows is not what the files here show.
+        Raises Diverged, Corrupt where what the destination shows is not what the files here show, and Unsupported
+        where the other side is too old for a comparison.
         """
         if not self._held:
             return _NOTHING
@@ -142,9 +144,9 @@ class Recognition:
         """
         assert base.layer is not None
         assert base.compares is not None
-        chain, tip = self._chain, base.layer
+        assert self._leaves is not None
+        chain, tip, leaves, sums = self._chain, base.layer, self._leaves, self._sums
         self._on_event(Notice(f"comparing the image with {tip.name}, the newest layer there"))
-        leaves, sums = self._there.leaves(), self._sums
         whole = region_of(None, chain, tip)
         if base.compares != whole:
             # What both had before is equal there, unless somebody else has written: the sum tells.
@@ -255,6 +257,7 @@ class Recognition:
     def _comparing(self, found: model.Diverged, *, note: str | None = None) -> Base:
         """To compare with the newest content: in what was written since, or in all of it."""
         chain, tip = self._chain, self._held[-1]
+        self._leaves = self._there.leaves()  # now: a plan, too, is refused where the other side is too old for it
         common = self._common_files()
         extents = composed(chain, range(common, len(chain.files))) if common else None
         region = region_of(extents, chain, tip)
