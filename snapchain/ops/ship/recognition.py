@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from snapchain.destination.writing import DiskLook, HeldLayer, NewestLeaves
 from snapchain.errors import Corrupt, Diverged
+from snapchain.host.terminal import counted
 from snapchain.image import ImageChain, ImageFile
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
@@ -290,7 +291,7 @@ class Recognition:
             return True
         if total is None:
             unread = self._sums.unread(self._chain, count)
-            self._on_event(Notice(f"reading {unread} files, to compare them with what the replica says that it shows"))
+            self._on_event(Notice(f"reading {counted(unread, 'file')} to compare the image with the replica"))
             total = self._counted(count)
         size = self._chain.files[count - 1].size
         return (layer.size, layer.content_id) == (size, content_id(size, total))
