@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from snapchain.errors import Corrupt, InvalidInput, SnapchainError, ToolFailed, Unavailable
-from snapchain.host import lanes as remote_lanes
+from snapchain.host import lanes
 from snapchain.host.channel import Channel
 from snapchain.host.lanes import MAGIC, STRIPE, Lanes, accept_lanes, join_lanes
 from snapchain.host.process_channel import ProcessChannel
@@ -26,10 +26,10 @@ from tests.waiting import HANG, gone, wait_until
 
 SERVER = textwrap.dedent("""
     import os
-    from snapchain.host import remote_lanes
+    from snapchain.host import lanes
     from snapchain.host.channel import stdio_channel
-    remote_lanes.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", "60"))
-    channel = remote_lanes.accept_lanes(stdio_channel(patience=120))
+    lanes.JOIN_SECONDS = float(os.environ.get("JOIN_SECONDS", "60"))
+    channel = lanes.accept_lanes(stdio_channel(patience=120))
     if channel is not None:
         with channel:
             while piece := channel.read(100_000):
@@ -44,12 +44,12 @@ def ended(status: int, stderr: str) -> SnapchainError:
 @pytest.fixture(autouse=True)
 def _as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """All connections come, however busy the machine is."""
-    monkeypatch.setattr(remote_lanes, "JOIN_SECONDS", HANG)
+    monkeypatch.setattr(lanes, "JOIN_SECONDS", HANG)
 
 
 def server(*argv: str, patience: float = HANG) -> ProcessChannel:
     argv = argv or (sys.executable, "-c", SERVER)
-    env = {**os.environ, "JOIN_SECONDS": str(remote_lanes.JOIN_SECONDS)}
+    env = {**os.environ, "JOIN_SECONDS": str(lanes.JOIN_SECONDS)}
     return ProcessChannel(argv, peer="there", diagnose=ended, env=env, patience=patience)
 
 
@@ -133,13 +133,13 @@ def test_a_lane_that_ends_early_is_no_end() -> None:
 def test_what_comes_with_the_answer_is_kept() -> None:
     here, there = (end.detach() for end in socket.socketpair())
     with Channel(there, there, peer="near", patience=HANG) as far:
-        far.write(remote_lanes._ANSWER.pack(MAGIC, 1) + b"and more")
+        far.write(lanes._ANSWER.pack(MAGIC, 1) + b"and more")
         with join_lanes([Channel(here, here, peer="far", patience=HANG)], peer="far") as near:
             assert near.read(100) == b"and more"
 
 
 def test_a_connection_that_does_not_come_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_lanes, "JOIN_SECONDS", 4.0)
+    monkeypatch.setattr(lanes, "JOIN_SECONDS", 4.0)
     sent = os.urandom(1_000_000)
     with joined(2, server("sleep", "1000"), server("false")) as channel:
         assert isinstance(channel, Lanes)
@@ -186,23 +186,23 @@ def test_a_wrong_answer(answer: str) -> None:
 
 
 def test_a_stranger_is_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_lanes, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(lanes, "JOIN_SECONDS", 0.5)
     secret = b"s" * 16
     here, there = (end.detach() for end in socket.socketpair())
     with (
         Channel(here, here, peer="far", patience=HANG) as near,
         Channel(there, there, peer="near", patience=HANG) as far,
     ):
-        near.write(remote_lanes._PREFACE.pack(MAGIC, secret, 0, 3))
+        near.write(lanes._PREFACE.pack(MAGIC, secret, 0, 3))
         with ThreadPoolExecutor(1) as other:
             accepted = other.submit(accept_lanes, far)
-            for message in (remote_lanes._JOIN.pack(b"x" * 16, 1), b"x", remote_lanes._JOIN.pack(secret, 9)):
+            for message in (lanes._JOIN.pack(b"x" * 16, 1), b"x", lanes._JOIN.pack(secret, 9)):
                 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
-                    remote_lanes._connect(stranger, remote_lanes._name(secret), "")
+                    lanes._connect(stranger, lanes._name(secret), "")
                     socket.send_fds(stranger, [message], [here, here])
-            lanes = accepted.result()
-        assert isinstance(lanes, Lanes)
-        assert len(lanes.lanes) == 1
+            joined_by = accepted.result()
+        assert isinstance(joined_by, Lanes)
+        assert len(joined_by.lanes) == 1
 
 
 @pytest.mark.parametrize("count", [0, 17])
@@ -212,7 +212,7 @@ def test_how_many(count: int) -> None:
 
 
 def test_no_descriptor_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_lanes, "JOIN_SECONDS", 4.0)
+    monkeypatch.setattr(lanes, "JOIN_SECONDS", 4.0)
     before = set(Path("/proc/self/fd").iterdir())
     with joined(3, server("false")) as channel:
         channel.write(b"a")
