@@ -18,9 +18,6 @@ from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.cli.output import Output
-
-if TYPE_CHECKING:
-    from snapchain.cli.output import Output
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
 
@@ -56,11 +53,18 @@ Labels = Annotated[list[str] | None, typer.Option("--label", "-l", help="A name 
 CutReplica = Annotated[
     bool,
     typer.Option(
-        "--cut-replica", help="Where both sides have gone on: drop the replica's layers and points beyond the base."
+        "--cut-replica",
+        help="If both sides have changed: drop the replica's layers and points above the last layer that both have.",
     ),
 ]
 Connections = Annotated[
-    int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
+    int,
+    typer.Option(
+        "--connections",
+        min=1,
+        max=16,
+        help="Number of ssh connections. Several fill a link with high latency: 8 at 80 ms.",
+    ),
 ]
 Epoch = Annotated[
     int,
@@ -68,7 +72,8 @@ Epoch = Annotated[
         "--epoch",
         min=1,
         metavar="N",
-        help="In which this host writes the disk. A replica in a later one refuses; an earlier one becomes this.",
+        help="The epoch in which this host writes the disk. A replica in a later "
+        "epoch refuses; one in an earlier epoch takes N.",
     ),
 ]
 DryRun = Annotated[
@@ -112,8 +117,8 @@ ImageDir = Annotated[
         "--image-dir",
         readable=False,
         metavar="DIR",
-        help="Backing files may lie here too, besides the directory of the image itself. May be repeated; "
-        "SNAPCHAIN_IMAGE_DIRS holds a list of them, colon separated.",
+        help="Allow backing files in DIR too, besides the directory of the image. May be repeated. "
+        "SNAPCHAIN_IMAGE_DIRS is a colon-separated list of such directories.",
     ),
 ]
 Format = Annotated[
@@ -123,14 +128,12 @@ Format = Annotated[
         "-f",
         metavar="qcow2|raw",
         autocompletion=of("qcow2", "raw"),
-        help="Format of the image itself. By default by its suffix; never guessed from what it holds.",
+        help="Format of the image itself. By default by its suffix; never guessed from its content.",
     ),
 ]
 LimitRate = Annotated[
     str | None,
-    typer.Option(
-        "--limit-rate", metavar="BYTES", help="At most so many bytes a second to or from the destination: 10M."
-    ),
+    typer.Option("--limit-rate", metavar="BYTES", help="Move at most BYTES a second to or from the destination: 10M."),
 ]
 
 PackSize = Annotated[
@@ -253,8 +256,8 @@ DiskPairs = Annotated[
     list[str],
     address(
         metavar="IMAGE DEST::DISK...",
-        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More such pairs: the "
-        "other disks of the same guest, at the same replica.",
+        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More pairs "
+        "are other disks of the same guest, at the same replica.",
     ),
 ]
 

@@ -44,11 +44,12 @@ def verify(
     progress: options.Progress = Mode.AUTO,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check what is stored: every record, and that all that it names is there; on request the data as well.
+    """Check every record of a destination, and that everything they name is there; on request also the data.
 
-    A replica (ssh://[user@]host/path or dir:/path) is read where it is: its catalogues, and that its files are the
-    chains that they name; with --read-data all that the chains show, compared with what was proven when it came.
-    Ends with exit code 5 when anything is damaged or missing, and says which points it concerns.
+    A replica (ssh://[user@]host/path or dir:/path) is read on its own host. Its files must be the chains that its
+    catalogues name. With --read-data their content is compared with what was proven when it arrived.
+
+    Ends with exit code 5 when anything is damaged or missing, and names the points that are affected.
     """
     from snapchain.destination.address import parse_destination
     from snapchain.destinations import traits_of

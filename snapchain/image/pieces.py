@@ -97,7 +97,7 @@ def _of_file(physical: Physical, start: Int64s, stop: Int64s, number: int) -> Pi
 def joined_runs(
     keys: Sequence[npt.NDArray[np.int64] | npt.NDArray[np.int32]], start: Int64s, length: Int64s
 ) -> tuple[Int64s, Int64s]:
-    """(first row, length) of rows joined where `start` goes on and all of `keys` are equal to the row before."""
+    """(first row, length) of rows, joined where `start` is contiguous and all `keys` equal those of the row before."""
     if not len(start):
         return np.empty(0, np.int64), length
     fresh = np.empty(len(start), np.bool_)

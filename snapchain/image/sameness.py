@@ -1,4 +1,4 @@
-"""Which stretches of two chains need no look, since both show one place, or the same compressed bytes.
+"""Which stretches of two chains need not be read, since both show one place, or the same compressed bytes.
 
 A pair is a stretch of the guest that each of two chains takes from one stretch of one file.  One place is the same
 offset of the same file, or offsets of two files whose blocks are the very same blocks of the disk (`fiemap`).
@@ -51,7 +51,7 @@ class Pairs:
         )
 
     def joined(self) -> Pairs:
-        """Plain neighbours that go on in the guest and in both files, as one."""
+        """Plain neighbours that are contiguous in the guest and in both files, joined."""
         keys = [self.one, self.other, self.one_host - self.guest, self.other_host - self.guest]
         first, length = joined_runs(keys, self.guest, self.length)
         rows = self[first]

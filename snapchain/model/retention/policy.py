@@ -170,11 +170,12 @@ Span = Annotated[
 
 
 class Policy(BaseModel):
-    """Which points to keep. A count of 0 is no rule, UNLIMITED never runs out.
+    """Which points to keep: `Policy(daily=7, weekly=4, labels=frozenset({"release"}))`.
 
-    The fields are the options `--keep-*`, the keys of a `[keep]` table, and fields of a message to a replica; `title`
-    is the option's help. Raises InvalidInput for another negative count, a text that is no duration or label, or an
-    unknown rule; its subject is the rule, or what is wrong in it.
+    A count of 0 is no rule, and -1 (UNLIMITED) keeps all. `within` is a duration as restic writes it: 1y5m7d2h. The
+    fields are the options `--keep-*`, the keys of a `[keep]` table, and fields of a message to a replica. `title` is
+    the help of the option. Raises InvalidInput for another negative count, a text that is not a duration or a label,
+    and an unknown rule. Its subject is the rule, or what is wrong in it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
