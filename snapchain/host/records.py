@@ -22,7 +22,6 @@ from pathlib import Path
 from snapchain.errors import InvalidInput, NotFound, SnapchainError
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
-from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.host.private import PrivateDirectory, is_own
 
 _MARK = "mark"
@@ -185,3 +184,19 @@ def _make(path: Path) -> None:
     """Of two that make one at once, one wins, and both use it."""
     with PrivateDirectory(path, make=True) as directory:
         directory.write_once(NAME, f"snapchain records 1 {secrets.token_hex(_BYTES)}\n".encode())
+
+
+# --- Where a user's programs keep what they remember: the XDG base directories. Nobody else reads what lies there.
+
+SYSTEM_STATE = Path("/var/lib/snapchain")
+"""Where an installed nightly run of root keeps its state, whatever its environment says."""
+
+
+def state_dir() -> Path:
+    """$XDG_STATE_HOME/snapchain, by default ~/.local/state/snapchain."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "snapchain"
+
+
+def cache_dir() -> Path:
+    """$XDG_CACHE_HOME/snapchain, by default ~/.cache/snapchain."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snapchain"
