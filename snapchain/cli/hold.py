@@ -9,7 +9,6 @@ import typer
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import heading, moment
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="it is held or it is not; run it again to be sure",
 )
+@options.takes_output(passphrase=True)
 def hold(
     target: Annotated[
         str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
@@ -34,12 +34,7 @@ def hold(
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Names the hold, to be released by.")],
     reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who finds it later.")] = "",
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Keep a layer of an image, or a point of a disk, until it is released under the same tag.
 
@@ -55,27 +50,24 @@ def hold(
     from snapchain.ops import hold as ops
 
     address = parse_address(target)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        if isinstance(address, ImageAddress):
-            report = ops.hold_image(address.path, tag, reason=reason, dry_run=dry_run)
-        else:
-            place = options.destination(
-                address.dest,
-                out,
-                password_file=password_file,
-                password_command=password_command,
-                writing=not dry_run,
-            )
-            report = ops.hold_point(
-                place,
-                address.disk,
-                tag,
-                point=address.point,
-                reason=reason,
-                dry_run=dry_run,
-                on_event=out.on_event,
-            )
-        _show(out, report)
+    if isinstance(address, ImageAddress):
+        report = ops.hold_image(address.path, tag, reason=reason, dry_run=out.dry_run)
+    else:
+        place = options.destination(
+            address.dest,
+            out,
+            writing=not out.dry_run,
+        )
+        report = ops.hold_point(
+            place,
+            address.disk,
+            tag,
+            point=address.point,
+            reason=reason,
+            dry_run=out.dry_run,
+            on_event=out.on_event,
+        )
+    _show(out, report)
 
 
 @verb(
@@ -85,18 +77,14 @@ def hold(
     """,
     when_interrupted="it is released or it is not; run it again to be sure",
 )
+@options.takes_output(passphrase=True)
 def release(
     target: Annotated[
         str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="The hold to take off.")],
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Take a hold off a layer of an image, or off a point of a disk; it stays while it has others.
 
@@ -106,21 +94,18 @@ def release(
     from snapchain.ops import hold as ops
 
     address = parse_address(target)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        if isinstance(address, ImageAddress):
-            report = ops.release_image(address.path, tag, dry_run=dry_run)
-        else:
-            place = options.destination(
-                address.dest,
-                out,
-                password_file=password_file,
-                password_command=password_command,
-                writing=not dry_run,
-            )
-            report = ops.release_point(
-                place, address.disk, tag, point=address.point, dry_run=dry_run, on_event=out.on_event
-            )
-        _show(out, report)
+    if isinstance(address, ImageAddress):
+        report = ops.release_image(address.path, tag, dry_run=out.dry_run)
+    else:
+        place = options.destination(
+            address.dest,
+            out,
+            writing=not out.dry_run,
+        )
+        report = ops.release_point(
+            place, address.disk, tag, point=address.point, dry_run=out.dry_run, on_event=out.on_event
+        )
+    _show(out, report)
 
 
 def _show(out: Output, report: HoldReport) -> None:
