@@ -283,7 +283,7 @@ def test_the_destination_must_say_the_epoch(host: Host, monkeypatch: pytest.Monk
         return Handed(disks=tuple(each.model_copy(update={"epoch": epoch}) for each in said.disks))
 
     monkeypatch.setattr(handover, "hand_over", lying)
-    with pytest.raises(Corrupt, match=r"not done what it was asked for|epoch: Input should be less than"):
+    with pytest.raises(Corrupt, match=r"it did not do what was requested|epoch: Input should be less than"):
         host.migrate()
     monkeypatch.undo()
     host.take_back()

@@ -202,6 +202,45 @@ def test_what_nothing_connects_with_the_disk(tmp_path: Path) -> None:
         run(ShipRequest(image=other, disk=DISK), disk.open())
 
 
+def _goes_back(disk: Disk) -> Path:
+    """The newest layer there was made of all files of an image and of one above them; this is the lower image."""
+    disk.ship()
+    snapshot.run(snapshot.plan(disk.image))
+    write(disk.image, "write -P 1 1M 4k", "write -z 8M 4M")
+    disk.ship()
+    write(files_of(disk.image)[0], "write -P 2 2M 4k")
+    disk.ship()
+    return files_of(disk.image)[0]
+
+
+def test_a_repository_takes_an_image_that_went_back(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, _repository)
+    disk.image = _goes_back(disk)
+    disk.ship()
+    disk.open().merging(DISK, Policy(last=1)).run()
+    assert plan(disk.request(), disk.open()).note is None
+    disk.check(4)
+
+
+def test_a_repository_takes_a_part_of_a_merged_layer(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, _repository)
+    lower = _goes_back(disk)
+    disk.open().merging(DISK, Policy(last=1)).run()
+    disk.image = lower
+    planned = plan(disk.request(), disk.open())
+    assert planned.note == f"disk {DISK} is newer than this image: all of it is read again"
+    assert_small(disk.ship(), leaves=2 + 4 * MiB // LEAF)
+    disk.check(3, 4)
+
+
+def test_a_replica_that_is_ahead_says_so(tmp_path: Path) -> None:
+    """Also where its newest layer came of a comparison."""
+    disk = Disk(tmp_path, _replica)
+    disk.image = _goes_back(disk)
+    with pytest.raises(Diverged, match="the replica is ahead"):
+        disk.ship()
+
+
 def test_what_another_host_wrote(tmp_path: Path) -> None:
     """It has taken the disk over: this host's image went on from what is there, and is refused by the epoch alone."""
     disk = Disk(tmp_path, _replica)

@@ -258,11 +258,16 @@ class Recognition:
     def _comparing(self, found: model.Diverged, *, note: str | None = None) -> Base:
         """To compare with the newest content: in what was written since, or in all of it."""
         chain, tip = self._chain, self._held[-1]
+        common, count = self._common_files(), len(chain.files)
+        extents = None
+        if common == count:  # the newest layer there was made of these files, and of more that no file here knows
+            if not self._there.branches:
+                raise self._diverged(replace(found, ours=()))
+            note = f"disk {self._request.disk} is newer than this image: all of it is read again"
+        elif common:
+            extents, note = composed(chain, range(common, count)), None
         self._leaves = self._there.leaves()  # now: a plan, too, is refused where the other side is too old for it
-        common = self._common_files()
-        extents = composed(chain, range(common, len(chain.files))) if common else None
-        region = region_of(extents, chain, tip)
-        return Base(found.first, tip, tip.total, compares=region, note=None if common else note)
+        return Base(found.first, tip, tip.total, compares=region_of(extents, chain, tip), note=note)
 
     def _went_on(self, found: model.Diverged) -> bool:
         """Whether the newest layers there were made of files of this image, as they are now or were before."""
