@@ -12,6 +12,7 @@ from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.preview import NightlyPlan, preview
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.systemd import units
+from snapchain.source import counted_sums
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import Clock, Host, MiB, row
 from tests.ops.stacks import flat, write
@@ -87,6 +88,17 @@ def test_a_week_of_nights_to_a_repository_and_a_replica(host: Host, tmp_path: Pa
         assert exposition.value(found, "rpo_lag_seconds", **where) == 0
         assert exposition.value(found, "destination_success", destination=destination) == 1
         assert exposition.value(found, "verified_bytes", destination=destination) >= MiB
+
+
+def test_what_was_sent_to_a_replica_is_not_read_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, clock, read = host.disk("web1"), Clock(), []
+    counted = counted_sums.counted
+    monkeypatch.setattr(counted_sums, "counted", lambda *words, **more: read.append(words) or counted(*words, **more))
+    for night in range(3):
+        clock.now += NIGHT
+        assert host.run(both(host), clock=clock).outcome is Outcome.OK
+        write(image, f"write -P {100 + night} {night * 256}k 256k")
+    assert read == []
 
 
 def _check(url: str, disk: str, point: int, truth: Path) -> None:
