@@ -233,6 +233,7 @@ class DiskRun:
             self._night.limits.check()  # the turn may have been long in coming
             request = ShipRequest(
                 image=sealed.path,
+                top=self._disk.image,
                 disk=self._disk.name,
                 labels=self._settings.labels,
                 time=None if captured.how == "off" else captured.moment,

@@ -108,6 +108,7 @@ class ShipRequest:
     """What is to be shipped as which disk.
 
     image: the top of a chain; opens: how it is read, where it is no image at rest
+    top: the image that `image` is a sealed file of, if another: what was read is remembered by its path, which stays
     labels: for the points; each_point: a point for every layer, not only for the image as given
     lineage: files that local merges have made, each with what it replaces, beside what their own notes say
     time: of the point, for an image that was sealed before now
@@ -132,6 +133,12 @@ class ShipRequest:
     epoch: int = 1
     though_given: bool = False
     opens: Source | None = None
+    top: Path | None = None
+
+    @property
+    def remembered_by(self) -> Path:
+        """The image by whose path it is remembered what was read."""
+        return self.top or self.image
 
     def check(self) -> None:
         """Raises InvalidInput for labels, names and epochs that cannot be."""

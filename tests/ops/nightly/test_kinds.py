@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from snapchain.destinations import open_destination
+from snapchain.image import ImageChain
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.preview import NightlyPlan, preview
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.systemd import units
+from snapchain.source.counted_sums import CountedSums
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import Clock, Host, MiB, row
 from tests.ops.stacks import flat, write
@@ -87,6 +89,23 @@ def test_a_week_of_nights_to_a_repository_and_a_replica(host: Host, tmp_path: Pa
         assert exposition.value(found, "rpo_lag_seconds", **where) == 0
         assert exposition.value(found, "destination_success", destination=destination) == 1
         assert exposition.value(found, "verified_bytes", destination=destination) >= MiB
+
+
+def test_what_was_sent_to_a_replica_is_not_read_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, clock = host.disk("web1"), Clock()
+    read: list[int] = []
+    unread = CountedSums.unread
+
+    def noting(sums: CountedSums, chain: ImageChain, count: int) -> int:
+        read.append(unread(sums, chain, count))
+        return read[-1]
+
+    monkeypatch.setattr(CountedSums, "unread", noting)
+    for night in range(3):
+        clock.now += NIGHT
+        assert host.run(both(host), clock=clock).outcome is Outcome.OK
+        write(image, f"write -P {100 + night} {night * 256}k 256k")
+    assert sum(read) == 0
 
 
 def _check(url: str, disk: str, point: int, truth: Path) -> None:
