@@ -71,7 +71,7 @@ _LONGEST_TOKEN = 4096
 _PART = 64 * 1024
 """Bytes of a body that are progress."""
 _NO_TIME = -1e18
-_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
 
 Result = TypeVar("Result")
 
@@ -257,12 +257,16 @@ class S3Store:
 
     def _ask(self, name: str, request: Callable[[Watch], Result]) -> Result:
         """What the request returns. Raises botocore's errors, Silent when no answer comes, Unsupported for nonsense."""
-        try:
-            answer = self._patience.within(request, subject=self._subject(name))
-        except SnapchainError:
-            raise
-        except _NONSENSE as error:  # botocore's parser, about a number, a time or a tag that is none
-            raise malformed(self._subject(name), f"{type(error).__name__}: {error}") from error
+
+        def parsed(watch: Watch) -> Result:
+            try:
+                return request(watch)
+            except SnapchainError:
+                raise
+            except _NONSENSE as error:  # botocore's parser, about a number, a time or a tag that is none
+                raise malformed(self._subject(name), f"{type(error).__name__}: {error}") from error
+
+        answer = self._patience.within(parsed, subject=self._subject(name))
         self._bucket_seen = True
         return answer
 

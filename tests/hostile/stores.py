@@ -568,11 +568,11 @@ def plan_s3(world: World, draw: Draw) -> Plan:
 
 def hasty() -> None:
     """Servers that are silent are given up soon: by what the program itself waits with."""
-    from snapchain.objects import s3_client, s3_client as s3_patience
+    from snapchain.objects import s3_client
 
     for function, shorter in (
         (s3_client.new_client, {"connect_timeout": 1.0, "read_timeout": 0.6, "attempts": 2}),
-        (s3_patience.Patience.__init__, {"limit": 1.5}),
+        (s3_client.Patience.__init__, {"limit": 1.5}),
     ):
         assert function.__kwdefaults__ is not None
         function.__kwdefaults__.update(shorter)

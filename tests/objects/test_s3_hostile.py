@@ -261,6 +261,7 @@ def test_ever_new_names_end(kind: str, hostile: Hostile, store: S3Store, monkeyp
         "<Contents><Key>disks/a</Key></Contents>",
         "<Contents><Key>disks/a</Key><Size>1</Size><LastModified>never</LastModified></Contents>",
         "<Contents><Key>disks/a</Key><Size>1</Size><LastModified>99999-01-01T00:00:00Z</LastModified></Contents>",
+        "<Contents><Key>disks/a</Key><Size>1</Size><LastModified>1e300</LastModified></Contents>",
         "&bomb;",
     ],
 )
