@@ -172,7 +172,13 @@ class _Look:
         shown = ShipPreview(destination=place.name)
 
         def look_there() -> ShipPreview:
-            request = ShipRequest(image=sealed.path, disk=self._disk.name, format=sealed.format, image_dirs=self._dirs)
+            request = ShipRequest(
+                image=sealed.path,
+                disk_image=self._disk.image,
+                disk=self._disk.name,
+                format=sealed.format,
+                image_dirs=self._dirs,
+            )
             with place.turn() as destination:
                 plan = plan_ship(request, destination)
                 update = {"layers_present": plan.layers_present, "bytes_to_read": plan.bytes_to_read}

@@ -150,7 +150,7 @@ class Recognition:
         if base.compares != whole:
             # What both had before is equal there, unless somebody else has written: the sum tells.
             if self._there.believed:
-                sums = CountedSums(self._request.image, self._on_event)
+                sums = CountedSums(self._request.counted_at, self._on_event)
             own = sums.count(chain, len(chain.files), on_bytes=self._reading("recognise"))
             sums.flush()
             found = self._compared(tip, leaves, base.compares)

@@ -109,6 +109,8 @@ class ShipRequest:
     """What is to be shipped as which disk.
 
     image: the top of a chain; opens: how it is read, where it is no image at rest
+    disk_image: the path that stays while the disk is sealed, where `image` is a sealed file below it: what this host
+    has counted is remembered under that path
     labels: for the points; each_point: a point for every layer, not only for the image as given
     lineage: files that local merges have made, each with what it replaces, beside what their own notes say
     time: of the point, for an image that was sealed before now
@@ -133,6 +135,7 @@ class ShipRequest:
     epoch: int = 1
     though_given: bool = False
     opens: Source | None = None
+    disk_image: Path | None = None
 
     def check(self) -> None:
         """Raises InvalidInput for labels, names and epochs that cannot be."""
@@ -141,6 +144,11 @@ class ShipRequest:
         check_disk_name(self.disk)
         if not 1 <= self.epoch <= LARGEST_EPOCH:
             raise InvalidInput(f"{self.epoch} is no epoch", hint=f"a number from 1 to {LARGEST_EPOCH}")
+
+    @property
+    def counted_at(self) -> Path:
+        """The image whose counted sums are used (source/counted_sums.py)."""
+        return self.image if self.disk_image is None else self.disk_image
 
     def source(self, on_event: OnEvent = ignore) -> Source:
         """The disk that is shipped."""

@@ -82,7 +82,7 @@ def layers_lacking(
 
     Sends nothing. Raises Diverged, and Corrupt as `run`.
     """
-    sums = CountedSums(None if there.believed else request.image, on_event)
+    sums = CountedSums(None if there.believed else request.counted_at, on_event)
     work = _Work(request, chain, there, destination, sums, on_event)
     layers = work.planned()
     sums.flush()
@@ -109,7 +109,7 @@ def plan_opened(
 ) -> ShipPlan:
     """As `plan`, for a chain that is opened already. Lets no file be read that recognition by names can spare."""
     with destination.look(opening_of(request, chain), on_event=on_event) as there:
-        sums = CountedSums(None if there.believed else request.image, on_event)
+        sums = CountedSums(None if there.believed else request.counted_at, on_event)
         work = _Work(request, chain, there, destination.url, sums, on_event, reads=False)
         layers = work.planned()
     return ShipPlan(
@@ -129,7 +129,7 @@ def _run(request: ShipRequest, chain: ImageChain, destination: TakesLayers, on_e
     def write(writer: LayerWriter) -> ShipReport:
         if request.epoch > 1:
             _note_epoch(request, on_event)
-        sums = CountedSums(None if writer.believed else request.image, on_event)
+        sums = CountedSums(None if writer.believed else request.counted_at, on_event)
         try:
             return _Work(request, chain, writer, destination.url, sums, on_event).written(writer)
         finally:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from snapchain.destinations import open_destination
+from snapchain.model.events import Event, Notice
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.preview import NightlyPlan, preview
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.systemd import units
+from snapchain.ops.ship.run import ShipRequest, run as ship
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import Clock, Host, MiB, row
 from tests.ops.stacks import flat, write
@@ -52,8 +54,10 @@ def test_a_week_of_nights_to_a_repository_and_a_replica(host: Host, tmp_path: Pa
         clock.now += NIGHT
         for image in images:
             flat(image, tmp_path / f"{image.stem}-{night}.raw")
-        report = host.run(text, clock=clock)
+        events: list[Event] = []
+        report = host.run(text, clock=clock, on_event=events.append)
         assert (report.outcome, report.faults) == (Outcome.OK, ())
+        assert not [event for event in events if isinstance(event, Notice) and "reading" in event.message], "counted once"
         for name in ("web1/vda", "db1/vda"):
             vault, standby = row(report, name).destinations
             assert (vault.point, standby.point) == (night + 1, night + 1)
@@ -87,6 +91,20 @@ def test_a_week_of_nights_to_a_repository_and_a_replica(host: Host, tmp_path: Pa
         assert exposition.value(found, "rpo_lag_seconds", **where) == 0
         assert exposition.value(found, "destination_success", destination=destination) == 1
         assert exposition.value(found, "verified_bytes", destination=destination) >= MiB
+
+
+def test_a_disk_that_was_handed_over_and_back_is_merged_here_too(host: Host) -> None:
+    image, clock, text = host.disk("web1"), Clock(), both(host)
+    for night in range(5):
+        clock.now += NIGHT
+        write(image, f"write -P {100 + night} 0 64k")
+        report = host.run(text, clock=clock)
+        assert (report.outcome, row(report, "web1/vda").faults) == (Outcome.OK, ())
+        if not night:
+            (sealed,) = host.directory.glob("images/web1.*.qcow2")
+            request = ShipRequest(image=sealed, disk="web1/vda", epoch=3)
+            ship(request, open_destination(f"dir:{host.directory}/replica"))
+    assert row(report, "web1/vda").merge is not None
 
 
 def _check(url: str, disk: str, point: int, truth: Path) -> None:
