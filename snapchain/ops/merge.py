@@ -11,9 +11,12 @@ from snapchain.model.events import OnEvent, ignore
 from snapchain.model.inventory import Held
 
 
-def held_at(name: str, destination: Destination, disk: str, *, on_event: OnEvent = ignore) -> At:
-    """What a destination holds of a disk, for a merge that must not hinder the next shipment. name: for people."""
-    with destination.look(Opening(disk=disk), on_event=on_event) as found:
+def held_at(name: str, destination: Destination, disk: str, *, epoch: int = 1, on_event: OnEvent = ignore) -> At:
+    """What a destination holds of a disk, for a merge that must not hinder the next shipment.
+
+    name: for people; epoch: in which this host writes the disk
+    """
+    with destination.look(Opening(disk=disk, epoch=epoch), on_event=on_event) as found:
         return At(name, tuple(Held(layer.id, layer.sources) for layer in found.held))
 
 

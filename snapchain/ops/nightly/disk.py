@@ -280,7 +280,7 @@ class DiskRun:
         assert cap is not None
         if len(captured.facts.files) + sealed.beyond <= cap:
             return
-        at = [held_at(place.name, place.open(), self._disk.name) for place in self._places]
+        at = [held_at(place.name, place.open(), self._disk.name, epoch=captured.facts.epoch) for place in self._places]
         planned, cut = local_chain.plan(image, settings, at=at, budget=None), None
         left = limits.left("merge")
         if left is not None and local_chain.moved(planned) > left:

@@ -93,13 +93,16 @@ class FileFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageFacts:
-    """A chain, root first. fresh: its top says nothing that is not below it; shadowed_bytes: data hidden by layers
-    above
+    """A chain, root first.
+
+    fresh: its top says nothing that is not below it; shadowed_bytes: data hidden by layers above
+    epoch: in which this host writes the disk
     """
 
     files: tuple[FileFacts, ...]
     fresh: bool
     shadowed_bytes: int
+    epoch: int
 
 
 def look(
@@ -119,6 +122,7 @@ def look(
             ),
             fresh=_is_fresh(chain),
             shadowed_bytes=int(layers.shadowed().data.sum()),
+            epoch=source.epoch(chain),
         )
 
 

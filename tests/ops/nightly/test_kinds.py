@@ -9,10 +9,12 @@ import pytest
 
 from snapchain.destinations import open_destination
 from snapchain.image import ImageChain
+from snapchain.model.events import Event, Notice
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.preview import NightlyPlan, preview
 from snapchain.ops.nightly.report import Outcome
 from snapchain.ops.nightly.systemd import units
+from snapchain.ops.ship.run import ShipRequest, run as ship
 from snapchain.source.counted_sums import CountedSums
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import Clock, Host, MiB, row
@@ -54,8 +56,12 @@ def test_a_week_of_nights_to_a_repository_and_a_replica(host: Host, tmp_path: Pa
         clock.now += NIGHT
         for image in images:
             flat(image, tmp_path / f"{image.stem}-{night}.raw")
-        report = host.run(text, clock=clock)
+        events: list[Event] = []
+        report = host.run(text, clock=clock, on_event=events.append)
         assert (report.outcome, report.faults) == (Outcome.OK, ())
+        assert not [event for event in events if isinstance(event, Notice) and "reading" in event.message], (
+            "counted once"
+        )
         for name in ("web1/vda", "db1/vda"):
             vault, standby = row(report, name).destinations
             assert (vault.point, standby.point) == (night + 1, night + 1)
@@ -106,6 +112,20 @@ def test_what_was_sent_to_a_replica_is_not_read_again(host: Host, monkeypatch: p
         assert host.run(both(host), clock=clock).outcome is Outcome.OK
         write(image, f"write -P {100 + night} {night * 256}k 256k")
     assert sum(read) == 0
+
+
+def test_a_disk_that_was_handed_over_and_back_is_merged_here_too(host: Host) -> None:
+    image, clock, text = host.disk("web1"), Clock(), both(host)
+    for night in range(5):
+        clock.now += NIGHT
+        write(image, f"write -P {100 + night} 0 64k")
+        report = host.run(text, clock=clock)
+        assert (report.outcome, row(report, "web1/vda").faults) == (Outcome.OK, ())
+        if not night:
+            (sealed,) = host.directory.glob("images/web1.*.qcow2")
+            request = ShipRequest(image=sealed, disk="web1/vda", epoch=3)
+            ship(request, open_destination(f"dir:{host.directory}/replica"))
+    assert row(report, "web1/vda").merge is not None
 
 
 def _check(url: str, disk: str, point: int, truth: Path) -> None:
