@@ -28,7 +28,7 @@ from snapchain.host.private import read_record, write_record
 from snapchain.host.records import state_dir
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.leaves import counted
-from snapchain.model.content import SUM_BYTES, Sum, SumText, decode_sum, empty_sum, encode_sum
+from snapchain.model.content import SUM_BYTES, Sum, SumText, content_id, decode_sum, empty_sum, encode_sum
 from snapchain.model.events import Notice, OnEvent
 from snapchain.source.at_rest import check_unchanged
 
@@ -98,6 +98,10 @@ class CountedSums:
     def unread(self, chain: ImageChain, count: int) -> int:
         """How many of the lowest `count` files must be read to know what they show."""
         return next(number for number in range(count + 1) if self.of(chain, count - number) is not None)
+
+    def has_shown(self, size: int, shown: str) -> bool:
+        """Whether a view of the image under this path once had that size and content id, whatever its files were."""
+        return any(content_id(size, total) == shown for total in self._sums.values())
 
     def note(self, chain: ImageChain, count: int, total: Sum) -> None:
         """The lowest `count` files were read just now, and show that; nobody has written to them meanwhile."""

@@ -405,3 +405,40 @@ def test_a_cut_is_still_what_its_user_wants(tmp_path: Path) -> None:
     assert report.data_bytes == 32 * MiB
     disk.shown.pop(1)
     disk.check()
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["as shipped", "written to since"])
+def test_another_file_under_the_same_path(disk: Disk, tmp_path: Path, *, newer: bool) -> None:
+    """By `qemu-img convert`, a move to another filesystem, or a restore: nothing of it has a name that is known."""
+    snapshot.run(snapshot.plan(disk.image))
+    write(disk.image, "write -P 1 1M 4k")
+    disk.ship()
+    if newer:
+        write(disk.image, "write -P 2 3M 4k")
+    packed = tmp_path / "packed.qcow2"
+    qemu_img("convert", "-q", "-f", "qcow2", "-O", "qcow2", disk.image, packed)
+    packed.rename(disk.image)
+    write(disk.image, "write -P 3 2M 4k")
+    assert_small(disk.ship(), leaves=2)
+    disk.check()
+
+
+def test_going_on_from_an_older_point(disk: Disk) -> None:
+    for number in range(2):
+        write(disk.image, f"write -P {number + 1} {number}M 4k")
+        disk.ship()
+    Restoration(disk.open(), DISK, disk.image, point="1", force=True).run()
+    write(disk.image, "write -P 3 2M 4k")
+    assert_small(disk.ship(), leaves=3)
+    disk.check()
+
+
+def test_a_copy_that_went_on_elsewhere_is_another_disk(tmp_path: Path) -> None:
+    """Both may be written to: nothing tells which of them the disk is."""
+    disk = Disk(tmp_path, _replica)
+    disk.ship()
+    copy = tmp_path / "copy.qcow2"
+    shutil.copy(disk.image, copy)
+    write(copy, "write -P 1 1M 4k")
+    with pytest.raises(Diverged, match="the replica holds another disk under this name"):
+        run(ShipRequest(image=copy, disk=DISK), disk.open())

@@ -270,7 +270,12 @@ class Recognition:
         return Base(found.first, tip, tip.total, compares=region_of(extents, chain, tip), note=note)
 
     def _went_on(self, found: model.Diverged) -> bool:
-        """Whether the newest layers there were made of files of this image, as they are now or were before."""
+        """Whether the newest layers there were made of files of this image, as they are now or were before.
+
+        So they were where the image under this path showed that content once: its files may be copies since.
+        """
+        if self._sums.has_shown(self._held[-1].size, self._held[-1].content_id):
+            return True
         parts = list(self._want)
         for part in parts:
             parts += part.replaces
