@@ -66,7 +66,7 @@ def send(
     disk: where it has layers that the image never had, nothing is sent, and the error says what each side has. Over
     ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
     """
-    from snapchain.ops.ship.run import Divergence, Files, ReplicaDestination, Scope, ShipRequest, plan, run
+    from snapchain.ops.ship.run import Divergence, Files, Scope, ShipRequest, plan, run
 
     dest, name = _named(target, disk, dry_run=dry_run)
     with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
@@ -85,7 +85,9 @@ def send(
         if dest is None:
             _to_stdout(request, out)
             return
-        replica = ReplicaDestination(endpoint_at(dest, connections=connections))
+        from snapchain.destinations import destination_at
+
+        replica = destination_at(endpoint_at(dest, connections=connections))
         if dry_run:
             out.plan(plan(request, replica, on_event=out.on_event), _draw_plan)
         else:
