@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapchain.destination.records import REPLICA, REPOSITORY, Traits
+from snapchain.destination.traits import REPLICA, REPOSITORY, Traits
 from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
+    from snapchain.replica.destination import ReplicaDestination
     from snapchain.replica.endpoint import Endpoint
 
 _REPLICAS = ("ssh://", "dir:")
@@ -49,13 +50,11 @@ def open_destination(
     """
     url = str(address)
     if traits_of(url) is REPLICA:
-        from snapchain.replica.destination import ReplicaDestination
-
         if accept is not None:
             raise InvalidInput("a replica has no id that could be accepted", subject=url)
         if pack_size is not None:
             raise InvalidInput("a replica has no packs, so they have no size", subject=url)
-        return ReplicaDestination(replica_at(url, connections=connections), limit_rate=limit_rate)
+        return destination_at(replica_at(url, connections=connections), limit_rate=limit_rate)
     from snapchain.repository.destination import RepositoryDestination
     from snapchain.repository.opening import open_repository
 
@@ -111,6 +110,13 @@ def replica_at(url: str, *, connections: int = 1) -> Endpoint:
     from snapchain.replica.endpoint import open_endpoint
 
     return open_endpoint(url, connections=connections)
+
+
+def destination_at(endpoint: Endpoint, *, limit_rate: int | None = None) -> ReplicaDestination:
+    """The replica that an endpoint leads to. limit_rate: bytes a second on the wire. Touches nothing."""
+    from snapchain.replica.destination import ReplicaDestination
+
+    return ReplicaDestination(endpoint, limit_rate=limit_rate)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def send(
     error lists what each side has. A lost ssh connection is opened again. An interrupted transfer continues at the last
     durable byte.
     """
-    from snapchain.ops.ship.run import Divergence, Files, ReplicaDestination, Scope, ShipRequest, plan, run
+    from snapchain.ops.ship.run import Divergence, Files, Scope, ShipRequest, plan, run
 
     dest, name = _named(target, disk, dry_run=out.dry_run)
     request = ShipRequest(
@@ -82,7 +82,9 @@ def send(
     if dest is None:
         _to_stdout(request, out)
         return
-    replica = ReplicaDestination(endpoint_at(dest, connections=connections))
+    from snapchain.destinations import destination_at
+
+    replica = destination_at(endpoint_at(dest, connections=connections))
     if out.dry_run:
         out.plan(plan(request, replica, on_event=out.on_event), _draw_plan)
     else:

@@ -17,7 +17,7 @@ from snapchain.host.terminal import numbered
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.destination.records import Traits
+    from snapchain.destination.traits import Traits
     from snapchain.ops.ship.request import ShipPlan, ShipReport
 
 

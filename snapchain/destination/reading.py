@@ -6,23 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from typing import Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
-from snapchain.destination.records import (
-    DiskRecord,
-    GcPlan,
-    GcReport,
-    HoldRecord,
-    PointRecord,
-    PointsMergePlan,
-    PointsMergeReport,
-    Traits,
-    VerifyReport,
-)
+from snapchain.destination.traits import Traits
 from snapchain.model.content import Hashes
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
-from snapchain.model.retention import Policy
+
+if TYPE_CHECKING:
+    from snapchain.destination.records import (
+        DiskRecord,
+        GcPlan,
+        GcReport,
+        HoldRecord,
+        PointRecord,
+        PointsMergePlan,
+        PointsMergeReport,
+        VerifyReport,
+    )
+    from snapchain.model.retention import Policy
 
 PlanT_co = TypeVar("PlanT_co", covariant=True)
 ReportT_co = TypeVar("ReportT_co", covariant=True)

@@ -75,7 +75,7 @@ class FileId(BaseModel):
     size, mtime_ns: as they were; None in a record of version 0.1
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     path: _Exact
     device: _Number
@@ -151,7 +151,7 @@ class MergeJournal(BaseModel):
     confirmed: inputs of --remove, which count as the disk's own
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
     version: Literal[2] = 2
     stage: Literal["switching", "absorbing", "committing"]

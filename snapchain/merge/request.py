@@ -12,8 +12,6 @@ from snapchain.model.inventory import Held
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 
-_NO_RULE = Policy()
-
 
 @dataclass(frozen=True, slots=True)
 class At:
@@ -61,7 +59,7 @@ class MergeRequest:
     drop_bitmaps: bool = False
     remove: Sequence[Path] = ()
     unlocks: bool = False
-    policy: Policy = _NO_RULE
+    policy: Policy = field(default_factory=Policy)
     zone: tzinfo = UTC
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
     max_layers: int | None = None
@@ -105,7 +103,7 @@ class MergeRequest:
             flatten=False,
             from_layer=str(lowest),
             to_layer=str(uppermost),
-            policy=_NO_RULE,
+            policy=Policy(),
             max_layers=None,
             budget_bytes=None,
             budget_seconds=None,

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from snapchain.errors import InvalidInput
 
 Same = Callable[[Hashable, Hashable], bool]
+MAX_LAYERS = 200
+"""QEMU opens chains of 200 files and no deeper."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,12 +35,13 @@ from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.content import Sum, content_id, empty_sum, encode_sum
 from snapchain.model.extents import DATA, ZERO, Extents
+from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, empty_catalogue
 from snapchain.replica.merge_journal import settle_merge
 from snapchain.replica.store import ReplicaDisk
 from snapchain.replica.stream.maps import Arrived, DataRuns, Part
-from snapchain.replica.stream.messages import MAX_LAYERS, LayerOffer, Partial
+from snapchain.replica.stream.messages import LayerOffer, Partial
 
 
 class Arrival:

@@ -6,9 +6,7 @@ the other.  Files that it does not name are not part of the disk.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -30,13 +28,12 @@ from snapchain.errors import Unsupported
 from snapchain.host.files import directory_of, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.disk_name import LARGEST_EPOCH
-from snapchain.model.fingerprint import Fingerprint
+from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint, ShortKey, short_key
+from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica.access import Access
 from snapchain.replica.stream.messages import (
-    MAX_LAYERS,
     MOST_HOLDS,
     MOST_OLDER,
-    SHORT_KEY_BYTES,
     Digest,
     HeldLayer,
     Hold,
@@ -69,7 +66,7 @@ class Layer(HeldLayer):
 class Point(BaseModel):
     """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes; holds: why it stays."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     point: PointNumber
     time: AwareDatetime
@@ -97,7 +94,7 @@ class Catalogue(BaseModel):
     taken_back: the token of the last handover that is void, whether it had come to that or not
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     format: Literal[1, 2] = 1
     disk: Annotated[str, StringConstraints(min_length=1, max_length=250)]
@@ -200,23 +197,6 @@ def _encoded(record: BaseModel) -> bytes:
 #
 # A layer that absorbs one more each night for years is made of thousands of files. The newest are listed in full, the
 # older ones by a hash. A hash is only compared with one file at one position, so 64 bits are enough.
-
-_FIELDS = struct.Struct("<QQqqqq")
-_LOW = (1 << 32) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class ShortKey:
-    """A file, by its hash."""
-
-    raw: bytes
-
-
-def short_key(source: Fingerprint) -> ShortKey:
-    """Equal for two looks at a file between which nothing was written to it (model/fingerprint.py)."""
-    inode, size, mtime, ctime = source.content_key
-    times = (mtime >> 32, mtime & _LOW, ctime >> 32, ctime & _LOW)
-    return ShortKey(blake3(_FIELDS.pack(inode, size, *times)).digest(SHORT_KEY_BYTES))
 
 
 def keys_of(layer: HeldLayer) -> tuple[ShortKey | Fingerprint, ...]:

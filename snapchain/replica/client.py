@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
-from snapchain.model.retention import Policy
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.messages import (
     MOST_POINTS,
@@ -39,6 +39,9 @@ from snapchain.replica.stream.messages import (
     Verdict,
 )
 from snapchain.replica.stream.session import ONE_DISK, ClientSession, OnBeat, printable
+
+if TYPE_CHECKING:
+    from snapchain.model.retention import Policy
 
 OnBytes = Callable[[int, int], None]
 

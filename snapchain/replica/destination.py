@@ -1,4 +1,7 @@
-"""A replica as a Destination: all that is asked of it goes over the stream, wherever it is."""
+"""A replica as a Destination: all that is asked of it goes over the stream, wherever it is.
+
+What few commands do is loaded by those that do it.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,38 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from zoneinfo import ZoneInfo
 
 import numpy as np
 
 from snapchain.destination.address import in_full
 from snapchain.destination.reading import Sink, Work
-from snapchain.destination.records import (
-    REPLICA,
-    DiskRecord,
-    GcPlan,
-    GcReport,
-    HoldRecord,
-    PointRecord,
-    PointsMergePlan,
-    PointsMergeReport,
-    Traits,
-    VerifyReport,
-)
+from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.host.retry import RetryPolicy
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s
 from snapchain.model.holds import check_tag
-from snapchain.model.retention import Policy, is_future
 from snapchain.replica.client import hold_at, points_at, release_at
 from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.fetch_client import Answer, FetchedLayer, fetch
-from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.messages import HeldPoint, Hold
-from snapchain.replica.verification import verify_replica
+
+if TYPE_CHECKING:
+    from snapchain.destination.records import (
+        DiskRecord,
+        GcPlan,
+        GcReport,
+        HoldRecord,
+        PointRecord,
+        PointsMergePlan,
+        PointsMergeReport,
+        VerifyReport,
+    )
+    from snapchain.model.retention import Policy
 
 NOT_ENCRYPTED = "none"
 MOST_RUNS = 1 << 23
@@ -196,6 +198,8 @@ class ReplicaDestination(ReplicaWriting):
 
     def disks(self, disk: str | None = None) -> tuple[DiskRecord, ...]:
         """All disks by name, or one. Raises NotFound, Unavailable when the link breaks. Changes nothing there."""
+        from snapchain.destination.records import DiskRecord
+
         return tuple(
             DiskRecord(
                 name=each.name,
@@ -242,12 +246,16 @@ class ReplicaDestination(ReplicaWriting):
         """
         if not 0 <= share <= 1:
             raise InvalidInput(f"a share of {share:.0%} of the data", hint="0% to 100%")
+        from snapchain.replica.verification import verify_replica
+
         return verify_replica(self.endpoint, disk, share=share, on_event=on_event)
 
     def merging(
         self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> Work[PointsMergePlan, PointsMergeReport]:
         """As `ReplicaMerge`; its own host's clock counts. Raises InvalidInput for a time zone that has no name."""
+        from snapchain.replica.points_merge import ReplicaMerge
+
         _ = now
         return ReplicaMerge(self.endpoint, disk, policy, zone=_name_of(zone))
 
@@ -285,10 +293,15 @@ class ReplicaDestination(ReplicaWriting):
 
 
 def _hold_records(holds: Sequence[Hold]) -> tuple[HoldRecord, ...]:
+    from snapchain.destination.records import HoldRecord
+
     return tuple(HoldRecord(tag=hold.tag, since=hold.since, reason=hold.reason) for hold in holds)
 
 
 def _point_record(point: HeldPoint) -> PointRecord:
+    from snapchain.destination.records import PointRecord
+    from snapchain.model.retention import is_future
+
     return PointRecord(
         point=point.point,
         time=point.time,

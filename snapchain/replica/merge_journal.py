@@ -27,12 +27,12 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.image import scan
 from snapchain.image.dependents import Dependents, search
-from snapchain.merge import journal as merge_journal
 from snapchain.model.events import ignore
+from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, joined
 from snapchain.replica.store import ReplicaDisk, Work
-from snapchain.replica.stream.messages import MAX_LAYERS, LayerId
+from snapchain.replica.stream.messages import LayerId
 
 _PATIENCE = 60.0
 _POLL_SECONDS = 0.1
@@ -84,6 +84,7 @@ def settle_merge(disk: ReplicaDisk, catalogue: Catalogue) -> Catalogue:
 
 def _settle_files(uppermost: Path) -> None:
     """Finish or undo what a killed merge has done to the files of which this is the uppermost."""
+    from snapchain.merge import journal as merge_journal
     from snapchain.merge.run import recover  # inside: few disks have met a merge that was killed
 
     for journal in merge_journal.unsettled([uppermost]):
@@ -93,6 +94,8 @@ def _settle_files(uppermost: Path) -> None:
 
 def is_begun(members: Sequence[Path]) -> bool:
     """Whether a merge of these files, lowest first, was begun and is neither finished nor undone."""
+    from snapchain.merge import journal as merge_journal
+
     return bool(merge_journal.unsettled([members[-1]]))
 
 

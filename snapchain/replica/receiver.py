@@ -26,6 +26,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.content import SUM_BYTES, Sum
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.extents import Extents
+from snapchain.model.inventory import MAX_LAYERS
 from snapchain.replica.arrival import Arrival, forget, read_progress, settle
 from snapchain.replica.catalogue import FOR_CHANGES, Catalogue, Point, empty_catalogue
 from snapchain.replica.epochs import check_epoch, enter_epoch
@@ -35,7 +36,6 @@ from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open
 from snapchain.replica.stream.frames import Frame
 from snapchain.replica.stream.maps import DataRuns, MapReader, decode_data, layer_id
 from snapchain.replica.stream.messages import (
-    MAX_LAYERS,
     MOST_POINTS,
     REQUESTS,
     Cut,

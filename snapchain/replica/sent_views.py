@@ -17,7 +17,7 @@ from snapchain.host.private import read_record, write_record
 from snapchain.host.records import state_dir
 from snapchain.image import ImageChain
 from snapchain.model.content import content_id
-from snapchain.replica.catalogue import short_key
+from snapchain.model.fingerprint import short_key
 from snapchain.replica.stream.messages import Digest, HeldLayer
 from snapchain.source.counted_sums import CountedSums
 

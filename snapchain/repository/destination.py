@@ -6,27 +6,29 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
+from typing import TYPE_CHECKING
 
 from snapchain.destination.reading import Work
 from snapchain.destination.records import (
-    REPOSITORY,
     DiskRecord,
     GcPlan,
     GcReport,
     HoldRecord,
     PointsMergePlan,
     PointsMergeReport,
-    Traits,
     VerifyReport,
 )
+from snapchain.destination.traits import REPOSITORY, Traits
 from snapchain.model import holds
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.model.retention import Policy
 from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
 from snapchain.repository.crypto import Keyring
 from snapchain.repository.disk_writer import RepositoryWriting
 from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_leaves, point_record, read_point
 from snapchain.repository.repository import Repository
+
+if TYPE_CHECKING:
+    from snapchain.model.retention import Policy
 
 
 @dataclass(frozen=True, slots=True)

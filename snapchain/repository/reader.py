@@ -14,7 +14,6 @@ from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s
-from snapchain.model.retention import is_future
 from snapchain.repository.catalogue import Point, find_point
 from snapchain.repository.chain import ChainView
 from snapchain.repository.layers import StoredLayer, leaves_shown
@@ -89,6 +88,8 @@ class RecordedLeaves:
 
 def point_record(point: Point, layers: int) -> PointRecord:
     """layers: length of its chain."""
+    from snapchain.model.retention import is_future
+
     return PointRecord(
         point=point.point,
         time=point.time,

@@ -76,7 +76,7 @@ LET_THEM = "let that user act on it, or name the note to `snapchain doctor --acc
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class WordOf(_Part):

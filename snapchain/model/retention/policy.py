@@ -178,7 +178,7 @@ class Policy(BaseModel):
     and an unknown rule. Its subject is the rule, or what is wrong in it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     last: Count = Field(default=0, title="The newest N points.")
     hourly: Count = Field(default=0, title="The newest point of each of N hours.")

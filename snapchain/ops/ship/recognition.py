@@ -24,13 +24,11 @@ from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
 from snapchain.model.events import Notice, OnEvent, counting
 from snapchain.model.extents import Extents
-from snapchain.model.fingerprint import Fingerprint, same_file
-from snapchain.model.inventory import Collapse, Held, Missing, Send, UpToDate, Wanted, missing
+from snapchain.model.fingerprint import Fingerprint, ShortKey, same_file, short_key
+from snapchain.model.inventory import MAX_LAYERS, Collapse, Held, Missing, Send, UpToDate, Wanted, missing
 from snapchain.ops.ship.compare import Difference, compare, region_of, to_read
 from snapchain.ops.ship.grouping import composed
 from snapchain.ops.ship.request import Divergence, Files, ShipRequest
-from snapchain.replica.catalogue import ShortKey, short_key
-from snapchain.replica.stream.messages import MAX_LAYERS
 from snapchain.source.counted_sums import CountedSums
 from snapchain.source.lineage import noted_lineage
 

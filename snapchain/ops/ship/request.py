@@ -39,7 +39,7 @@ class Divergence(Enum):
 
 
 class _Shown(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class LayerPlan(_Shown):

@@ -25,9 +25,6 @@ from snapchain.ops.ship.compare import Difference, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER, composed, geometry, groups
 from snapchain.ops.ship.recognition import Base, Recognition, sources_of
 from snapchain.ops.ship.request import Divergence, Files, LayerPlan, ShipPlan, ShipReport, ShipRequest
-from snapchain.replica.destination import ReplicaDestination
-from snapchain.replica.disk_writer import StreamWriting
-from snapchain.replica.sent_views import SentViews
 from snapchain.source.counted_sums import CountedSums
 from snapchain.source.lineage import written_at
 from snapchain.source.protocol import Scope
@@ -57,6 +54,8 @@ def send_blindly(request: ShipRequest, channel: Channel, *, on_event: OnEvent = 
 
     The channel is closed at the end. Raises as `run`.
     """
+    from snapchain.replica.disk_writer import StreamWriting
+
     return run(request, StreamWriting(channel), on_event=on_event)
 
 
@@ -268,6 +267,8 @@ class _Work:
         if self._there.believed:
             return
         try:
+            from snapchain.replica.sent_views import SentViews  # a repository needs none of it
+
             SentViews(self._url, self._request.disk).note(self._chain, self._sums)
         except SnapchainError as error:
             self._on_event(Notice(f"`verify` cannot compare what was sent with what is there: {error}"))
@@ -345,7 +346,6 @@ __all__ = [
     "Divergence",
     "Files",
     "LayerPlan",
-    "ReplicaDestination",
     "Scope",
     "ShipPlan",
     "ShipReport",

@@ -31,7 +31,8 @@ from pydantic import (
 from snapchain.errors import Corrupt
 from snapchain.model.content import SumText
 from snapchain.model.disk_name import LARGEST_EPOCH
-from snapchain.model.fingerprint import Fingerprint
+from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint
+from snapchain.model.inventory import MAX_LAYERS
 from snapchain.model.retention import Policy
 from snapchain.replica.names import is_layer_name
 
@@ -81,8 +82,6 @@ VERSION = 1
 """The one version of the stream that this program speaks."""
 LARGEST_DISK = 1 << 56
 """Bytes; see docs/format.md: no signed offset may overflow with two of these added."""
-MAX_LAYERS = 200
-"""QEMU opens chains of 200 files and no deeper."""
 MAX_RUNS = 1 << 22
 """Of a layer's map."""
 
@@ -128,7 +127,6 @@ FileName = Annotated[str, StringConstraints(max_length=255), AfterValidator(_fil
 Epoch = Annotated[int, Field(ge=1, le=LARGEST_EPOCH)]
 PointNumber = Annotated[int, Field(ge=1, le=LARGEST_NUMBER)]
 Moment = Annotated[AwareDatetime, AfterValidator(_of_a_calendar)]
-SHORT_KEY_BYTES = 8
 MOST_OLDER = 1 << 14
 """Files of one layer: one a night for 44 years."""
 ShortKeys = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$", max_length=MOST_OLDER * SHORT_KEY_BYTES * 2)]
