@@ -26,8 +26,8 @@ a number, a label, or a time. Reports are frozen records; their fields are those
 `Event`s while an operation runs: progress, and notices that stop nothing. It may be called from any thread.
 
 All errors of operations derive from `SnapchainError`; `snapchain.errors` has the tree, grouped by what the caller
-should do. A wrong rule of a `Policy` is a `ValueError`, as wrong input is. An operation that raises, or is interrupted,
-leaves every earlier point whole; calling it again finishes the work.
+should do. A `Policy` with a wrong rule raises `InvalidInput`. An operation that raises, or is interrupted, leaves every
+earlier point whole; calling it again finishes the work.
 
 Stable: the names in `snapchain.__all__`, their parameters, the fields of the reports that the documentation names, and
 the errors. Until version 1.0 they change only in a minor version, with a line in the changelog. Everything else is

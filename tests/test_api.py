@@ -179,5 +179,5 @@ def test_what_is_wrong_is_an_error_of_the_tree(image: Path) -> None:
         snapchain.create_repository("backup", passphrase=SECRET)
     with pytest.raises(InvalidInput, match="wrong passphrase"):
         snapchain.open_destination("backup", passphrase="wrong")
-    with pytest.raises(ValueError, match="last"):
+    with pytest.raises(InvalidInput, match="last"):
         snapchain.Policy(last=-7)

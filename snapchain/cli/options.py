@@ -279,7 +279,7 @@ def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb with a parameter `policy` the options --keep-*: one for each rule of a retention Policy."""
-    from snapchain.model.retention import UNLIMITED, Policy, policy_of
+    from snapchain.model.retention import UNLIMITED, Policy
 
     counts = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, int)}
     lists = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, frozenset)}
@@ -307,7 +307,7 @@ def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[...,
         def called(*args: Any, **kwargs: Any) -> None:
             given = {field: kwargs.pop(option(field)) for field in Policy.model_fields}
             try:
-                policy = policy_of({field: value for field, value in given.items() if value not in (None, [])})
+                policy = Policy(**{field: value for field, value in given.items() if value not in (None, [])})
             except InvalidInput as error:
                 if error.subject in Policy.model_fields:
                     error.subject = f"--{option(error.subject).replace('_', '-')}"

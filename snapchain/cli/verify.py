@@ -52,11 +52,18 @@ def verify(
     Ends with exit code 5 when anything is damaged or missing, and names the points that are affected.
     """
     from snapchain.destination.address import parse_destination
+    from snapchain.destinations import traits_of
 
     if read_data and sample is not None:
         raise InvalidInput("--read-data and --sample are both given", hint="--read-data reads everything")
     share = quantities.parse_share(sample) if sample is not None else float(read_data)
     address = parse_destination(target)
+    if limit_rate is not None and traits_of(address.dest).streams:
+        raise InvalidInput(
+            "--limit-rate has no effect on this verification: a replica is read on its own host",
+            subject=address.dest,
+            hint="leave it out; --sample 5% reads less",
+        )
     with Output(as_json=json, progress=progress, quiet=quiet) as out:
         place = options.destination(
             address.dest,

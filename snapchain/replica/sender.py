@@ -181,6 +181,10 @@ class Sender:
         self._outbox = SendQueue(self._channel, session.writer, session, limit_rate=self._limit_rate)
         return found
 
+    def require(self, feature: Feature) -> None:
+        """Raises Unsupported if the other side lacks the feature."""
+        self._session.require(feature)
+
     def cut(self, keep: str | None) -> None:
         """Have the other side drop all layers above `keep` (None: all there are), and the points that they give."""
         self._partial = None
