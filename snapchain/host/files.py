@@ -38,7 +38,7 @@ def directory_of(path: Path) -> Iterator[Directory]:
 def open_new(path: Path, *, mode: int = 0o600) -> int:
     """Create a file that must not exist yet; a descriptor open for reading and writing.
 
-    Raises Conflict when something has that name already, even a dangling symbolic link.
+    Raises Conflict when something has that name already, be it a dangling symbolic link.
     """
     with directory_of(path) as directory:
         return directory.create(path.name, mode=mode)
@@ -66,19 +66,19 @@ def make_directories(path: Path, *, mode: int, whatever_the_umask: bool = False)
 
 
 def move_aside(path: Path, name: str) -> None:
-    """Rename a file in its directory, replacing any file of that name."""
+    """Give a file another name in its directory, in the place of what has that."""
     with directory_of(path) as directory:
         directory.rename(path.name, name)
 
 
 def open_file(path: Path, *, writing: bool = False) -> int:
-    """A descriptor of a regular file or a block device. Everything else is refused, a symbolic link too."""
+    """A descriptor of a regular file or a block device, and of nothing else; its name may be no link."""
     with directory_of(path) as directory:
         return directory.open_file(path.name, writing=writing)
 
 
 def temporaries(path: Path, *, purpose: str) -> list[Path]:
-    """Files beside `path` with names of `temporary_beside`. They belong to running or killed commands."""
+    """Files beside `path` under names of `temporary_beside`: of runs that are at work, or were killed."""
     with directory_of(path) as directory:
         return [path.with_name(name) for name in temporary_names(directory, path.name, purpose=purpose)]
 
@@ -215,12 +215,12 @@ def set_mode(path: Path, mode: int) -> None:
 def copy_standing(source: int, target: int, *, subject: object, directory: Directory | None = None) -> str | None:
     """Give `target` the owner, the mode and the labels of `source`, whose place it will take. Both are descriptors.
 
-    A guest's process runs as its own user, with its own SELinux label. A file that it may not open is useless
-    to it.  The owner is set first: chown clears the mode's set-id bits.  The access list comes last, since
+    A guest's process runs as its own user, under its own SELinux label; a file that it may not open is as
+    good as lost.  The owner is set first: chown clears the mode's set-id bits.  The access list comes last, since
     chmod changes it; one that the directory has given to the new file goes where the old file has none.  Nobody gets
     the right to run the file.
     subject: the file that errors name; directory: the one of both, None where root's rights need no limit
-    Returns what could not be copied, if nobody loses access by that. Raises InvalidInput if somebody would.
+    Returns what could not be given, where nobody loses access by that. Raises InvalidInput where somebody would.
     """
     with os_errors(subject):
         standing, mine = os.fstat(source), os.fstat(target)
@@ -296,7 +296,7 @@ def free_bytes(directory: Path) -> int:
 def is_leftover(status: os.stat_result, *, finished: os.stat_result | None = None) -> bool:
     """Whether a file under a temporary name can be a run's of this user; for root, of any user.
 
-    A link, a directory, a FIFO, a device or a second name of another file is not: snapchain makes no such thing.
+    A link, a directory, a FIFO, a device and a second name of another file are none: no run of ours makes such a thing.
     finished: what has the final name; a run that was killed between giving that and taking the temporary one off has
     left two names of one file
     """
@@ -307,7 +307,7 @@ def is_leftover(status: os.stat_result, *, finished: os.stat_result | None = Non
 
 
 def remove_leftover(directory: Directory, name: str, *, final: str | None = None) -> bool:
-    """Remove a file of a killed run. Returns whether it was one. final: the name that it would have got.
+    """Remove a file of a killed run; whether it was one. final: the name that it was to get.
 
     Raises Busy while a run has it locked (flock), and OSError.
     """

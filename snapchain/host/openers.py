@@ -1,10 +1,10 @@
 """Who has a file open: what /proc tells.
 
-Locks work only among programs that take them.  This is the only way to see a process that has the file open for
-writing without a lock (`file.locking=off`, `dd`).  Only root sees processes of other users, and nobody sees other
-hosts.  A loop device has its file open in the kernel: no process shows that, but sysfs does.
+Locks are a promise among programs that take them.  A process that has the file open for writing without a
+lock (`file.locking=off`, `dd`) is seen here alone.  Processes of other users are visible to root only, other
+hosts not at all.  A loop device has its file open in the kernel, where no process shows it: sysfs does.
 
-One search costs a stat for each descriptor of each process: for many files, use one `OpenFiles`.
+One look costs a stat for each descriptor of each process: who asks about many files takes one `OpenFiles`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Opener:
 
 
 class OpenFiles:
-    """All files that other processes had open when this was made."""
+    """All files that other processes have open, as of its making."""
 
     def __init__(self) -> None:
         self._descriptors: dict[_File, list[tuple[int, str]]] = {}
@@ -72,7 +72,7 @@ class OpenFiles:
 def _loops(identity: _File) -> Iterator[Opener]:
     """The loop devices on a file."""
     for device in _BLOCK.glob("loop*"):
-        # A device may be detached at any moment, or have a file that this mount namespace lacks.
+        # One may be detached at any moment, and have a file that this mount namespace does not know.
         with suppress(OSError):
             behind = (device / "loop" / "backing_file").read_text().removesuffix("\n")
             if _identity(Path(behind).stat()) == identity:

@@ -1,8 +1,8 @@
 """Which images of a directory use a file as their backing file.
 
-It reads the headers of all files in some directories, and is lenient: an image that snapchain would refuse (dirty,
-encrypted, in use) is still somebody's disk.  An unreadable image may depend on any file.  Only images in those
-directories can be found.
+Looks at the headers of all files in some directories, and leniently: an image that snapchain would refuse (dirty,
+encrypted, in use) is somebody's disk all the same.  An unreadable one may depend on any file.  Only what
+lies in those directories can be found.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _images(directories: Iterable[Path], besides: Collection[tuple[int, int]]) -
 
 
 def _looked_at(home: Directory, name: str) -> os.stat_result:
-    """The status of a file, or of the target of a link, looked up with the rights of the link's owner."""
+    """The status of a file, or of what a link leads to, with the rights of who has made the link."""
     status = home.status(name)
     if stat.S_ISLNK(status.st_mode):
         with acting_as(home.rights_of_file(status)):
@@ -133,7 +133,7 @@ def _as_url(name: bytes) -> bytes:
 
 
 def named_files(image: Path, name: str) -> tuple[Path, ...]:
-    """What a recorded name may mean: a plain path, `file:`, or any string of `json:`. () for other protocols."""
+    """Where a recorded name may lead: plain paths, `file:`, and every string of `json:`. () for other protocols."""
     # An image behind a symbolic link may be opened by either path.
     directories = dict.fromkeys([image.parent, Path(real_name(image)).parent])
     return tuple(directory / each for each in _paths(name) if "\0" not in each for directory in directories)
