@@ -25,7 +25,7 @@ def release(
         str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
-    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Tag of the hold.")],
+    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="The hold to take off.")],
     password_file: options.PasswordFile = None,
     password_command: options.PasswordCommand = None,
     dry_run: options.DryRun = False,
@@ -33,9 +33,9 @@ def release(
     progress: options.Progress = Mode.AUTO,
     quiet: options.Quiet = False,
 ) -> None:
-    """Remove a hold from a layer of an image, or from a point of a disk.
+    """Take a hold off a layer of an image, or off a point of a disk; it stays while it has others.
 
-    Nothing is dropped now. Without other holds, the next merge may drop it. If the file is gone, name its old path.
+    Nothing is dropped now: the next merge may take it. The holds of a file that is gone are released by its old path.
     """
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import hold as ops
