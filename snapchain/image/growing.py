@@ -1,6 +1,4 @@
-"""A qcow2 file that is still being written, read by where its layout puts everything: what has been written so far can
-be looked at before there are tables, and a header, by which anybody else could.
-"""
+"""A qcow2 file that is still being written, read by its planned layout, before it has a header and tables."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ class GrowingFile(ImageFile):
         self.physical = _physical(layout, path)
 
     def shown_extents(self) -> Extents:
-        """By its layout: a hole may be data that has not arrived yet."""
+        """The extents of the layout: a hole in the file may be data that has not arrived yet."""
         return self.physical.extents()
 
     def became(self, finished: ImageFile) -> bool:
@@ -58,7 +56,7 @@ def _physical(layout: Layout, path: Path) -> Physical:
         Runs.plain(layout.guest, layout.guest + layout.length, kind=DATA, host=layout.host),
         Runs.plain(extents.at[zero], extents.ends[zero], kind=ZERO, host=-1),
     )
-    # What the layout was made of has been judged: it may cost what it costs.
+    # The header that the layout was made from has been checked, so its cost is bounded.
     builder = PhysicalBuilder(layout.size, budget=RunBudget(2 * len(runs) + 1), subject=path)
     builder.add(runs[np.argsort(runs.start, kind="stable")])
     return builder.finish()
