@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from snapchain.destination.traits import REPLICA, REPOSITORY, Traits
+from snapchain.destination.records import REPLICA, REPOSITORY, Traits
 from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:

@@ -30,15 +30,14 @@ _SHOWN = 20
     """,
     when_interrupted="nothing was being changed",
 )
+@options.takes_output(passphrase=True, dry_run=False, progress=False)
 def diff(
     old: Annotated[str, options.address(metavar="ADDRESS", help="The one side: DEST::DISK[@POINT], or an image.")],
     new: Annotated[str, options.address(metavar="ADDRESS", help="The other side.")],
     *,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    json: options.Json = False,
+    out: Output,
 ) -> None:
     """List the ranges of guest bytes that differ between two points, two images, or a point and an image.
 
@@ -48,7 +47,7 @@ def diff(
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import diff as ops
 
-    with Output(as_json=json) as out, ExitStack() as stack:
+    with ExitStack() as stack:
         sides: list[PointLeaves] = []
         opened: dict[str, Destination] = {}
         for address in (parse_address(old), parse_address(new)):
@@ -62,9 +61,7 @@ def diff(
                 sides.append(stack.enter_context(side))
                 continue
             if address.dest not in opened:
-                opened[address.dest] = options.destination(
-                    address.dest, out, password_file=password_file, password_command=password_command
-                )
+                opened[address.dest] = options.destination(address.dest, out)
             point = opened[address.dest].leaves(address.disk, address.point, on_event=out.on_event)
             sides.append(stack.enter_context(point))
         out.show(ops.diff(*sides), _draw)

@@ -10,7 +10,6 @@ import typer
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.errors import PartialFailure
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="the images read as before; run it again",
 )
+@options.takes_output()
 def doctor(
     paths: Annotated[
         list[Path] | None,
@@ -46,10 +46,7 @@ def doctor(
         ),
     ] = None,
     image_dir: options.ImageDir = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Find interrupted merges, snapshots and restores, describe each, and finish or undo it.
 
@@ -57,15 +54,14 @@ def doctor(
     """
     from snapchain.ops import doctor as ops
 
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        plan = ops.plan(
-            paths or ([] if accept else [Path()]), image_dirs=options.image_dirs(image_dir), accept=accept or []
-        )
-        if out.plan(plan, _draw_plan):
-            return
-        report = ops.run(plan, on_event=out.on_event)
-        status = 0 if report.well else PartialFailure.exit_code
-        out.report(report, _draw_report, problems=_draw_problems, status=status)
+    plan = ops.plan(
+        paths or ([] if accept else [Path()]), image_dirs=options.image_dirs(image_dir), accept=accept or []
+    )
+    if out.plan(plan, _draw_plan):
+        return
+    report = ops.run(plan, on_event=out.on_event)
+    status = 0 if report.well else PartialFailure.exit_code
+    out.report(report, _draw_report, problems=_draw_problems, status=status)
 
 
 def _draw_plan(console: Console, plan: DoctorPlan) -> None:

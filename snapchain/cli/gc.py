@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import Corrupt
 from snapchain.host.terminal import counted
@@ -26,17 +25,13 @@ if TYPE_CHECKING:
     """,
     when_interrupted="nothing that a point needs was touched; run it again to finish",
 )
+@options.takes_output(passphrase=True)
 def gc(
     target: Annotated[str, options.address(metavar="DEST", help="A repository.")],
     *,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Delete data that no point of any disk needs, such as the data of dropped points and of interrupted runs.
 
@@ -46,22 +41,19 @@ def gc(
     gc works around missing or damaged packs and layers. Records are changed to use other copies of their data, if there
     are any. Data that a damaged point may still need is kept. While data is lost, gc ends with exit code 5.
     """
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        work = options.destination(
-            target,
-            out,
-            password_file=password_file,
-            password_command=password_command,
-            writing=not dry_run,
-            limit_rate=limit_rate,
-            pack_size_text=pack_size,
-        ).collecting()
-        if dry_run:
-            plan = work.plan()
-            out.plan(plan, _draw_plan, problems=_draw_problems, status=_status(plan))
-            return
-        report = work.run(on_event=out.on_event)
-        out.report(report, _draw_report, problems=_draw_problems, status=_status(report))
+    work = options.destination(
+        target,
+        out,
+        writing=not out.dry_run,
+        limit_rate=limit_rate,
+        pack_size_text=pack_size,
+    ).collecting()
+    if out.dry_run:
+        plan = work.plan()
+        out.plan(plan, _draw_plan, problems=_draw_problems, status=_status(plan))
+        return
+    report = work.run(on_event=out.on_event)
+    out.report(report, _draw_report, problems=_draw_problems, status=_status(report))
 
 
 def _status(done: GcPlan | GcReport) -> int:

@@ -1,4 +1,4 @@
-"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, until it is released."""
+"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point; `snapchain release` removes the hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import heading, moment
 
 if TYPE_CHECKING:
@@ -27,66 +26,93 @@ if TYPE_CHECKING:
     """,
     when_interrupted="it is held or it is not; run it again to be sure",
 )
+@options.takes_output(passphrase=True)
 def hold(
     target: Annotated[
         str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
-    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Names the hold, to be released by.")],
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who finds it later.")] = "",
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Name of the hold. `release` needs it.")],
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why it is held, for people.")] = "",
+    out: Output,
 ) -> None:
     """Keep a layer of an image, or a point of a disk, until it is released under the same tag.
 
-    A held file stays byte for byte as it is: a merge by rules goes round it, and a merge that names it is refused.
-    A held point is kept by every merge of its disk, and counts for the rules like any other. The holds
-    of a point are part of the destination; the hold of a file is noted in a small hidden file beside it, and follows a
-    rename.
+    A held file stays as it is, byte for byte: merges by rules leave it out, and a merge that names it is refused. A
+    held point is kept by every merge of its disk, and counts for the rules like any other point. Holds of a point are
+    stored at the destination. Holds of a file are recorded in a small hidden file beside it, which is found after a
+    rename too.
 
-    Several holds, each under its own tag, may be on one file or point: it is free when the last is released.
-    `snapchain inspect` shows those of an image's layers, `snapchain log` those of points.
+    A file or point may have several holds, each with its own tag. It is free when the last one is released. `snapchain
+    inspect` shows the holds of layers, `snapchain log` those of points.
     """
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import hold as ops
 
     address = parse_address(target)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        if isinstance(address, ImageAddress):
-            report = ops.hold_image(address.path, tag, reason=reason, dry_run=dry_run)
-        else:
-            place = options.destination(
-                address.dest,
-                out,
-                password_file=password_file,
-                password_command=password_command,
-                writing=not dry_run,
-            )
-            report = ops.hold_point(
-                place,
-                address.disk,
-                tag,
-                point=address.point,
-                reason=reason,
-                dry_run=dry_run,
-                on_event=out.on_event,
-            )
-        if not out.plan(report, draw_plan):
-            out.report(report, draw)
+    if isinstance(address, ImageAddress):
+        report = ops.hold_image(address.path, tag, reason=reason, dry_run=out.dry_run)
+    else:
+        place = options.destination(
+            address.dest,
+            out,
+            writing=not out.dry_run,
+        )
+        report = ops.hold_point(
+            place,
+            address.disk,
+            tag,
+            point=address.point,
+            reason=reason,
+            dry_run=out.dry_run,
+            on_event=out.on_event,
+        )
+    _show(out, report)
 
 
-def draw_plan(console: Console, report: HoldReport) -> None:
-    """What would be held, for both verbs."""
-    _draw(console, report, "would be held" if report.holds else "would not be held any more")
+@verb(
+    examples="""
+    snapchain release /images/web1.2.qcow2 --tag audit
+    snapchain release /backup::web1/vda@7 --tag legal
+    """,
+    when_interrupted="it is released or it is not; run it again to be sure",
+)
+@options.takes_output(passphrase=True)
+def release(
+    target: Annotated[
+        str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
+    ],
+    *,
+    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Tag of the hold.")],
+    out: Output,
+) -> None:
+    """Remove a hold from a layer of an image, or from a point of a disk.
+
+    Nothing is dropped now. Without other holds, the next merge may drop it. If the file is gone, name its old path.
+    """
+    from snapchain.destination.address import ImageAddress, parse_address
+    from snapchain.ops import hold as ops
+
+    address = parse_address(target)
+    if isinstance(address, ImageAddress):
+        report = ops.release_image(address.path, tag, dry_run=out.dry_run)
+    else:
+        place = options.destination(
+            address.dest,
+            out,
+            writing=not out.dry_run,
+        )
+        report = ops.release_point(
+            place, address.disk, tag, point=address.point, dry_run=out.dry_run, on_event=out.on_event
+        )
+    _show(out, report)
 
 
-def draw(console: Console, report: HoldReport) -> None:
-    """What is held now, for both verbs."""
-    _draw(console, report, "is held" if report.holds else "is not held any more")
+def _show(out: Output, report: HoldReport) -> None:
+    """What is held now, or would be."""
+    now, then = ("is held", "would be held") if report.holds else ("is not held any more", "would not be held any more")
+    if not out.plan(report, lambda console, found: _draw(console, found, then)):
+        out.report(report, lambda console, found: _draw(console, found, now))
 
 
 def _draw(console: Console, report: HoldReport, words: str) -> None:

@@ -9,7 +9,6 @@ import typer
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="without its object `config` there is no repository yet: run init again",
 )
+@options.takes_output(passphrase=True)
 def init(
     dest: Annotated[str, options.address(metavar="DEST", help="A directory, file:///path, or s3://bucket/prefix.")],
     *,
@@ -49,12 +49,7 @@ def init(
         ),
     ] = None,
     pack_size: options.PackSize = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Make an empty repository in a directory or an S3 bucket.
 
@@ -67,17 +62,16 @@ def init(
 
     if no_encryption and cipher is not None:
         raise InvalidInput("--no-encryption and --cipher are both given", hint="choose one of them")
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        plan = ops.plan(
-            located(dest),
-            encryption="none" if no_encryption else cipher,
-            block_size=None if block_size is None else quantities.parse_size(block_size),
-            pack_size=options.pack_size(pack_size),
-        )
-        if out.plan(plan, _draw_plan):
-            return
-        secret = options.passphrase_source(password_file, password_command, out)
-        out.report(ops.run(plan, passphrase=secret, on_event=out.on_event), _draw_report)
+    plan = ops.plan(
+        located(dest),
+        encryption="none" if no_encryption else cipher,
+        block_size=None if block_size is None else quantities.parse_size(block_size),
+        pack_size=options.pack_size(pack_size),
+    )
+    if out.plan(plan, _draw_plan):
+        return
+    secret = options.passphrase_source(out)
+    out.report(ops.run(plan, passphrase=secret, on_event=out.on_event), _draw_report)
 
 
 def _draw_plan(console: Console, plan: InitPlan) -> None:

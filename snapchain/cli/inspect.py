@@ -24,14 +24,13 @@ if TYPE_CHECKING:
     """,
     when_interrupted="nothing was being changed",
 )
+@options.takes_output(passphrase=True, dry_run=False, progress=False)
 def inspect(
     target: Annotated[str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK[@POINT].")],
     *,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    json: options.Json = False,
+    out: Output,
 ) -> None:
     """Show a chain: what each layer holds, and how much of that is hidden by layers above.
 
@@ -41,20 +40,17 @@ def inspect(
     from snapchain.ops import inspect as ops
 
     address = parse_address(target)
-    with Output(as_json=json) as out:
-        if isinstance(address, ImageAddress):
-            report = ops.inspect_image(
-                address.path,
-                format=options.format_of(image_format),
-                image_dirs=options.image_dirs(image_dir),
-                on_event=out.on_event,
-            )
-        else:
-            place = options.destination(
-                address.dest, out, password_file=password_file, password_command=password_command
-            )
-            report = ops.inspect_point(place, address.disk, point=address.point)
-        out.show(report, _draw)
+    if isinstance(address, ImageAddress):
+        report = ops.inspect_image(
+            address.path,
+            format=options.format_of(image_format),
+            image_dirs=options.image_dirs(image_dir),
+            on_event=out.on_event,
+        )
+    else:
+        place = options.destination(address.dest, out)
+        report = ops.inspect_point(place, address.disk, point=address.point)
+    out.show(report, _draw)
 
 
 def _draw(console: Console, report: InspectReport) -> None:

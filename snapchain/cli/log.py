@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="nothing was being changed",
 )
+@options.takes_output(passphrase=True, dry_run=False, progress=False)
 def log(
     target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
@@ -39,9 +40,7 @@ def log(
             "another one, or a newer state, at DEST.",
         ),
     ] = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    json: options.Json = False,
+    out: Output,
 ) -> None:
     """List the points of a destination, or of one disk: number, time, labels, size, layers.
 
@@ -57,15 +56,12 @@ def log(
     from snapchain.ops.log import log as run
 
     address = parse_destination(target)
-    with Output(as_json=json) as out:
-        place = options.destination(
-            address.dest,
-            out,
-            password_file=password_file,
-            password_command=password_command,
-            accept=accept_repository,
-        )
-        out.show(run(place, options.disk_of(address)), _draw)
+    place = options.destination(
+        address.dest,
+        out,
+        accept=accept_repository,
+    )
+    out.show(run(place, options.disk_of(address)), _draw)
 
 
 def _draw(console: Console, report: LogReport) -> None:

@@ -11,7 +11,6 @@ import typer
 from snapchain.cli import merge_tables, options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
 from snapchain.model.merging import Strategy
@@ -40,6 +39,7 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
     """,
     when_interrupted="the chain is as it was, or merged, and reads the same either way; run it again to finish",
 )
+@options.takes_output(passphrase=True)
 @options.takes_policy(panel=_KEEP)
 def merge(
     target: Annotated[
@@ -142,12 +142,7 @@ def merge(
     ] = False,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Make one layer of several neighbours, and drop data that was overwritten.
 
@@ -170,63 +165,60 @@ def merge(
     from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
 
     zone = named_zone(zone_name)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        address = parse_address(target)
-        if isinstance(address, ImageAddress):
-            from snapchain.model.events import Notice
-            from snapchain.ops import merge as ops
+    address = parse_address(target)
+    if isinstance(address, ImageAddress):
+        from snapchain.model.events import Notice
+        from snapchain.ops import merge as ops
 
-            request = ops.MergeRequest(
-                image=address.path,
-                flatten=flatten,
-                from_layer=first,
-                to_layer=last,
-                strategy=_strategy(strategy),
-                cluster_size=None if cluster_size is None else quantities.parse_size(cluster_size),
-                keep_inputs=keep_inputs,
-                drop_bitmaps=drop_bitmaps,
-                remove=tuple(remove or ()),
-                image_format=options.format_of(image_format),
-                image_dirs=tuple(options.image_dirs(image_dir)),
-                policy=policy,
-                zone=zone,
-                max_layers=max_layers,
-                budget_bytes=None if budget_bytes is None else quantities.parse_size(budget_bytes),
-                budget_seconds=budget_seconds,
-                at=_at(at or (), out, password_file=password_file, password_command=password_command),
-            )
-            plan = ops.plan(request)
-            if out.plan(plan, merge_tables.draw_plan):
-                return
-            for notice in plan.notices:
-                out.on_event(Notice(notice))
-            report = ops.run(plan, on_event=out.on_event)
-            status = PartialFailure.exit_code if report.failed else 0
-            out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
-            return
-        _refuse_no_rule(
-            policy,
-            target,
-            files_only=flatten
-            or keep_inputs
-            or drop_bitmaps
-            or any(
-                given is not None
-                for given in (first, last, at, remove, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
-            ),
+        request = ops.MergeRequest(
+            image=address.path,
+            flatten=flatten,
+            from_layer=first,
+            to_layer=last,
+            strategy=_strategy(strategy),
+            cluster_size=None if cluster_size is None else quantities.parse_size(cluster_size),
+            keep_inputs=keep_inputs,
+            drop_bitmaps=drop_bitmaps,
+            remove=tuple(remove or ()),
+            image_format=options.format_of(image_format),
+            image_dirs=tuple(options.image_dirs(image_dir)),
+            policy=policy,
+            zone=zone,
+            max_layers=max_layers,
+            budget_bytes=None if budget_bytes is None else quantities.parse_size(budget_bytes),
+            budget_seconds=budget_seconds,
+            at=_at(at or (), out),
         )
-        disk = parse_disk_address(target).disk
-        place = options.destination(
-            address.dest, out, password_file=password_file, password_command=password_command, writing=not dry_run
-        )
-        work = place.merging(disk, policy, zone=zone)
-        if dry_run:
-            out.plan(work.plan(), merge_tables.draw_points_plan)
+        plan = ops.plan(request)
+        if out.plan(plan, merge_tables.draw_plan):
             return
-        done = work.run(on_event=out.on_event)
-        status = Corrupt.exit_code if done.findings else 0
-        problems = merge_tables.draw_points_findings
-        out.report(done, merge_tables.draw_points_report, problems=problems, status=status)
+        for notice in plan.notices:
+            out.on_event(Notice(notice))
+        report = ops.run(plan, on_event=out.on_event)
+        status = PartialFailure.exit_code if report.failed else 0
+        out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
+        return
+    _refuse_no_rule(
+        policy,
+        target,
+        files_only=flatten
+        or keep_inputs
+        or drop_bitmaps
+        or any(
+            given is not None
+            for given in (first, last, at, remove, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
+        ),
+    )
+    disk = parse_disk_address(target).disk
+    place = options.destination(address.dest, out, writing=not out.dry_run)
+    work = place.merging(disk, policy, zone=zone)
+    if out.dry_run:
+        out.plan(work.plan(), merge_tables.draw_points_plan)
+        return
+    done = work.run(on_event=out.on_event)
+    status = Corrupt.exit_code if done.findings else 0
+    problems = merge_tables.draw_points_findings
+    out.report(done, merge_tables.draw_points_report, problems=problems, status=status)
 
 
 def _strategy(text: str | None) -> Strategy | None:
@@ -235,16 +227,14 @@ def _strategy(text: str | None) -> Strategy | None:
     return None if text is None else Strategy(text)
 
 
-def _at(
-    names: Sequence[str], out: Output, *, password_file: Path | None, password_command: str | None
-) -> tuple[At, ...]:
+def _at(names: Sequence[str], out: Output) -> tuple[At, ...]:
     from snapchain.destination.address import parse_disk_address
     from snapchain.ops.merge import held_at
 
     found = []
     for name in names:
         address = parse_disk_address(name)
-        opened = options.destination(address.dest, out, password_file=password_file, password_command=password_command)
+        opened = options.destination(address.dest, out)
         if not opened.traits.branches:
             raise InvalidInput(
                 f"--at takes a disk of a repository, and that is a {opened.traits.kind}",

@@ -11,7 +11,6 @@ from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import InvalidInput
 
@@ -33,6 +32,7 @@ _BACK = "To go back"
     when_interrupted="run it again to go on; `inspect` shows whether the disk was given away already, and --take-back "
     "undoes that as long as no guest has written there",
 )
+@options.takes_output()
 def migrate(
     disks: DiskPairs,
     *,
@@ -84,10 +84,7 @@ def migrate(
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Hand the disks of a guest that does not run over to another host: all of them, or none.
 
@@ -106,28 +103,27 @@ def migrate(
     from snapchain.ops.ship.run import Divergence
 
     _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        dest, pairs = disk_pairs(disks)
-        endpoint = replica_at(dest, connections=connections)
-        request = MigrateRequest(
-            moves=[Move(image, disk) for image, disk in pairs],
-            paused=paused,
-            prove=prove,
-            start_hook=_words(start_hook),
-            labels=label or (),
-            divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
-            format=options.format_of(image_format),
-            image_dirs=options.image_dirs(image_dir),
-            limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-        )
-        if take_back and dry_run:
-            out.plan(plan_take_back(request, endpoint, unasked=destination_is_gone), _draw_take_back_plan)
-        elif take_back:
-            out.report(undo(request, endpoint, unasked=destination_is_gone), _draw_take_back)
-        elif dry_run:
-            out.plan(plan(request, endpoint, on_event=out.on_event), _draw_plan)
-        else:
-            out.report(run(request, endpoint, on_event=out.on_event), _draw_report)
+    dest, pairs = disk_pairs(disks)
+    endpoint = replica_at(dest, connections=connections)
+    request = MigrateRequest(
+        moves=[Move(image, disk) for image, disk in pairs],
+        paused=paused,
+        prove=prove,
+        start_hook=_words(start_hook),
+        labels=label or (),
+        divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+        format=options.format_of(image_format),
+        image_dirs=options.image_dirs(image_dir),
+        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+    )
+    if take_back and out.dry_run:
+        out.plan(plan_take_back(request, endpoint, unasked=destination_is_gone), _draw_take_back_plan)
+    elif take_back:
+        out.report(undo(request, endpoint, unasked=destination_is_gone), _draw_take_back)
+    elif out.dry_run:
+        out.plan(plan(request, endpoint, on_event=out.on_event), _draw_plan)
+    else:
+        out.report(run(request, endpoint, on_event=out.on_event), _draw_report)
 
 
 def _check(*, offline: bool, paused: bool, take_back: bool, unasked: bool) -> None:

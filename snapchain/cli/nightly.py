@@ -13,7 +13,6 @@ import typer
 from snapchain.cli import exits, options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import duration, moment, size
 from snapchain.errors import InvalidInput, PartialFailure
 from snapchain.host.terminal import counted
@@ -38,6 +37,7 @@ _NAMES = 4
     """,
     when_interrupted="every point that was reported is whole; the next run begins with what was not reached",
 )
+@options.takes_output()
 def nightly(
     config: Annotated[
         Path,
@@ -54,10 +54,7 @@ def nightly(
             "--print-systemd", help="Print a systemd service and its timer for this configuration, and do nothing else."
         ),
     ] = False,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Run the work of a night: snapshot, ship and merge each disk; then merge, collect and verify each destination.
 
@@ -69,24 +66,23 @@ def nightly(
     from snapchain.ops.nightly.document import load
 
     loaded = load(config)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        if print_systemd:
-            from snapchain.ops.nightly.systemd import units
+    if print_systemd:
+        from snapchain.ops.nightly.systemd import units
 
-            out.show(units(loaded, config, program=_program()), _draw_units)
-            return
-        if dry_run:
-            from snapchain.ops.nightly.preview import preview
+        out.show(units(loaded, config, program=_program()), _draw_units)
+        return
+    if out.dry_run:
+        from snapchain.ops.nightly.preview import preview
 
-            plan = preview(loaded, config, any_time=any_time, on_event=out.on_event)
-            status = 0 if plan.sound else PartialFailure.exit_code
-            out.plan(plan, _draw_plan, problems=_draw_plan_problems, status=status)
-            return
-        report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
-        status = 0 if report.complete else PartialFailure.exit_code
-        if report.interrupted:
-            status = exits.interrupted_code()
-        out.report(report, _draw_report, problems=_draw_problems, status=status)
+        plan = preview(loaded, config, any_time=any_time, on_event=out.on_event)
+        status = 0 if plan.sound else PartialFailure.exit_code
+        out.plan(plan, _draw_plan, problems=_draw_plan_problems, status=status)
+        return
+    report = ops.run(loaded, config, wait_seconds=_seconds(wait), any_time=any_time, on_event=out.on_event)
+    status = 0 if report.complete else PartialFailure.exit_code
+    if report.interrupted:
+        status = exits.interrupted_code()
+    out.report(report, _draw_report, problems=_draw_problems, status=status)
 
 
 def _seconds(text: str) -> float:

@@ -45,10 +45,6 @@ def of(*values: str) -> Callable[[str], list[str]]:
     return complete
 
 
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON object: sizes in bytes, times in UTC.", rich_help_panel=_OUTPUT),
-]
 Labels = Annotated[list[str] | None, typer.Option("--label", "-l", help="A name for the point. May be repeated.")]
 CutReplica = Annotated[
     bool,
@@ -74,41 +70,6 @@ Epoch = Annotated[
         metavar="N",
         help="The epoch in which this host writes the disk. A replica in a later "
         "epoch refuses; one in an earlier epoch takes N.",
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", "-n", help="Print what would be done, and do nothing.", rich_help_panel=_OUTPUT),
-]
-Progress = Annotated[
-    Mode,
-    typer.Option(
-        "--progress",
-        help="On stderr: a bar if it is a terminal (auto), one JSON object a line (json), or nothing (none).",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Hide progress, notes and reports, but no failure.", rich_help_panel=_OUTPUT),
-]
-PasswordFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--password-file",
-        readable=False,
-        metavar="FILE",
-        help="Read the repository's passphrase from the first line of this file.",
-        rich_help_panel=_KEY,
-    ),
-]
-PasswordCommand = Annotated[
-    str | None,
-    typer.Option(
-        "--password-command",
-        metavar="COMMAND",
-        help="Run this program (no shell) and read the passphrase from the first line that it prints.",
-        rich_help_panel=_KEY,
     ),
 ]
 ImageDir = Annotated[
@@ -145,6 +106,45 @@ PackSize = Annotated[
         "SNAPCHAIN_PACK_SIZE applies to all commands but nightly.",
     ),
 ]
+PasswordFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--password-file",
+        readable=False,
+        metavar="FILE",
+        help="Read the repository's passphrase from the first line of this file.",
+        rich_help_panel=_KEY,
+    ),
+]
+PasswordCommand = Annotated[
+    str | None,
+    typer.Option(
+        "--password-command",
+        metavar="COMMAND",
+        help="Run this program (no shell) and read the passphrase from the first line that it prints.",
+        rich_help_panel=_KEY,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", "-n", help="Print what would be done, and do nothing.", rich_help_panel=_OUTPUT),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object: sizes in bytes, times in UTC.", rich_help_panel=_OUTPUT),
+]
+Progress = Annotated[
+    Mode,
+    typer.Option(
+        "--progress",
+        help="On stderr: a bar if it is a terminal (auto), one JSON object a line (json), or nothing (none).",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Hide progress, notes and reports, but no failure.", rich_help_panel=_OUTPUT),
+]
 
 
 _FORMATS: dict[str, Literal["qcow2", "raw"]] = {"qcow2": "qcow2", "raw": "raw"}
@@ -175,8 +175,6 @@ def destination(
     dest: str,
     out: Output,
     *,
-    password_file: Path | None,
-    password_command: str | None,
     writing: bool = False,
     limit_rate: str | None = None,
     pack_size_text: str | None = None,
@@ -191,7 +189,7 @@ def destination(
     from snapchain.model.events import Notice
 
     traits = traits_of(dest)
-    if not traits.encrypts and (password_file is not None or password_command is not None):
+    if not traits.encrypts and (out.password_file is not None or out.password_command is not None):
         raise InvalidInput(f"a {traits.kind} is not encrypted, and has no passphrase", subject=dest)
     if not traits.has_id and accept is not None:
         raise InvalidInput(f"--accept-repository is for repositories; a {traits.kind} has no id", subject=dest)
@@ -199,7 +197,7 @@ def destination(
         raise InvalidInput(f"--pack-size is for repositories; a {traits.kind} has no packs", subject=dest)
     found = open_destination(
         dest,
-        passphrase=passphrase_source(password_file, password_command, out),
+        passphrase=passphrase_source(out),
         writing=writing,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
         pack_size=pack_size(pack_size_text) if traits.deduplicates else None,
@@ -218,12 +216,13 @@ def disk_of(address: DestinationAddress | PointAddress) -> str | None:
     return parse_disk_address(str(address)).disk if isinstance(address, Point) else None
 
 
-def passphrase_source(file: Path | None, command: str | None, out: Output) -> Callable[[], str | None]:
+def passphrase_source(out: Output) -> Callable[[], str | None]:
     """A function that returns the passphrase when it is called, or None when there is none.
 
     From a file, a program, or SNAPCHAIN_PASSWORD; never from a command-line argument. An option beats the environment.
     Nothing is read or run until a repository turns out to be encrypted.
     """
+    file, command = out.password_file, out.password_command
     if file is not None and command is not None:
         raise InvalidInput("--password-file and --password-command are both given", hint="choose one of them")
     if file is not None:
@@ -275,6 +274,43 @@ def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
             "the disks of one guest go to one replica", subject=", ".join(sorted(dests)), hint="name one DEST for all"
         )
     return dests.pop(), [(image, address.disk) for image, address in pairs]
+
+
+def takes_output(
+    *, passphrase: bool = False, dry_run: bool = True, progress: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb with a parameter `out` the options that make its Output: --json, and those that are asked for.
+
+    passphrase: --password-file and --password-command; dry_run: --dry-run; progress: --progress and --quiet
+    """
+    chosen: dict[str, tuple[Any, object]] = {}
+    if passphrase:
+        chosen |= {"password_file": (PasswordFile, None), "password_command": (PasswordCommand, None)}
+    if dry_run:
+        chosen["dry_run"] = (DryRun, False)
+    chosen["json"] = (Json, False)
+    if progress:
+        chosen |= {"progress": (Progress, Mode.AUTO), "quiet": (Quiet, False)}
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shown = inspect.signature(function, eval_str=True)
+
+        @functools.wraps(function)
+        def called(**kwargs: Any) -> None:
+            from snapchain.cli.output import Output
+
+            with Output(**{name: kwargs.pop(name) for name in chosen}) as out:
+                function(**kwargs, out=out)
+
+        own = [each for each in shown.parameters.values() if each.name != "out"]
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, (annotation, default) in chosen.items()
+        ]
+        called.__signature__ = shown.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
+        return called
+
+    return decorate
 
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

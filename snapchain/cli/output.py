@@ -34,10 +34,19 @@ class Output:
     """The output of one command. A context manager: at its end the progress bar is removed."""
 
     def __init__(
-        self, *, as_json: bool, dry_run: bool = False, progress: Mode = Mode.AUTO, quiet: bool = False
+        self,
+        *,
+        json: bool,
+        dry_run: bool = False,
+        progress: Mode = Mode.AUTO,
+        quiet: bool = False,
+        password_file: Path | None = None,
+        password_command: str | None = None,
     ) -> None:
-        self.as_json = as_json
+        self.as_json = json
         self.dry_run = dry_run
+        self.password_file = password_file
+        self.password_command = password_command
         self._quiet = quiet
         self.on_event = Reporter(progress, quiet=quiet)
 

@@ -51,7 +51,7 @@ def receive(
     from snapchain.host.channel import Channel
     from snapchain.ops.receive import plan_receive, receive_stream
 
-    with Output(as_json=json, dry_run=dry_run, progress=Mode.NONE, quiet=quiet) as out:
+    with Output(json=json, dry_run=dry_run, progress=Mode.NONE, quiet=quiet) as out:
         if sys.stdin.isatty():
             raise InvalidInput("a stream does not come from a terminal", hint="pipe it, or redirect a saved one")
         with Channel(os.dup(0), -1, peer="stdin") as channel:

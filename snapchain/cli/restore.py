@@ -11,7 +11,6 @@ import typer
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import moment, size
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     when_interrupted="OUT was not made (a block device holds a part of the point); run it again: what was written of a "
     "file, if it is much, is continued",
 )
+@options.takes_output(passphrase=True)
 def restore(
     source: Annotated[
         str,
@@ -64,12 +64,7 @@ def restore(
     ] = None,
     connections: options.Connections = 1,
     limit_rate: options.LimitRate = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Write a point to a new file or a block device, or as a whole chain.
 
@@ -86,28 +81,25 @@ def restore(
     from snapchain.ops.restore.run import Restoration
 
     address = parse_point_address(source)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        place = options.destination(
-            address.dest,
-            out,
-            password_file=password_file,
-            password_command=password_command,
-            limit_rate=limit_rate,
-            connections=connections,
-        )
-        work = Restoration(
-            place,
-            address.disk,
-            out_path,
-            point=address.point,
-            format=options.format_of(image_format),
-            whole_chain=chain,
-            force=force,
-        )
-        if dry_run:
-            out.plan(work.plan(), _draw_plan)
-        else:
-            out.report(work.run(on_event=out.on_event), _draw_report)
+    place = options.destination(
+        address.dest,
+        out,
+        limit_rate=limit_rate,
+        connections=connections,
+    )
+    work = Restoration(
+        place,
+        address.disk,
+        out_path,
+        point=address.point,
+        format=options.format_of(image_format),
+        whole_chain=chain,
+        force=force,
+    )
+    if out.dry_run:
+        out.plan(work.plan(), _draw_plan)
+    else:
+        out.report(work.run(on_event=out.on_event), _draw_report)
 
 
 def _draw_plan(console: Console, plan: RestorePlan) -> None:

@@ -14,7 +14,6 @@ from snapchain.cli import options, quantities, render, streams
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.preconnect import endpoint_at
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import InvalidInput
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="what is durable at the replica stays; run it again to go on from there",
 )
+@options.takes_output()
 def send(
     image: Annotated[
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
@@ -55,10 +55,7 @@ def send(
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Send what a replica lacks of an image, and publish a point of it; or write a stream to standard output.
 
@@ -69,28 +66,27 @@ def send(
     """
     from snapchain.ops.ship.run import Divergence, Files, ReplicaDestination, Scope, ShipRequest, plan, run
 
-    dest, name = _named(target, disk, dry_run=dry_run)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        request = ShipRequest(
-            image=image,
-            disk=name,
-            labels=label or (),
-            files=Files.EACH if each_layer else Files.COMPOSED,
-            scope=Scope.SEALED if sealed else Scope.ALL,
-            epoch=epoch,
-            divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
-            format=options.format_of(image_format),
-            image_dirs=options.image_dirs(image_dir),
-            limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-        )
-        if dest is None:
-            _to_stdout(request, out)
-            return
-        replica = ReplicaDestination(endpoint_at(dest, connections=connections))
-        if dry_run:
-            out.plan(plan(request, replica, on_event=out.on_event), _draw_plan)
-        else:
-            out.report(run(request, replica, on_event=out.on_event), _draw_report)
+    dest, name = _named(target, disk, dry_run=out.dry_run)
+    request = ShipRequest(
+        image=image,
+        disk=name,
+        labels=label or (),
+        files=Files.EACH if each_layer else Files.COMPOSED,
+        scope=Scope.SEALED if sealed else Scope.ALL,
+        epoch=epoch,
+        divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+        format=options.format_of(image_format),
+        image_dirs=options.image_dirs(image_dir),
+        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+    )
+    if dest is None:
+        _to_stdout(request, out)
+        return
+    replica = ReplicaDestination(endpoint_at(dest, connections=connections))
+    if out.dry_run:
+        out.plan(plan(request, replica, on_event=out.on_event), _draw_plan)
+    else:
+        out.report(run(request, replica, on_event=out.on_event), _draw_report)
 
 
 def _named(target: str | None, disk: str | None, *, dry_run: bool) -> tuple[str | None, str]:

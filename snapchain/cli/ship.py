@@ -10,7 +10,6 @@ import typer
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import InvalidInput
 from snapchain.host.terminal import numbered
@@ -18,7 +17,7 @@ from snapchain.host.terminal import numbered
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.destination.traits import Traits
+    from snapchain.destination.records import Traits
     from snapchain.ops.ship.request import ShipPlan, ShipReport
 
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="every earlier point is whole; run it again to finish: what was sent is not sent twice",
 )
+@options.takes_output(passphrase=True)
 def ship(
     image: Annotated[
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
@@ -52,12 +52,7 @@ def ship(
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Send what a destination lacks of an image, and publish a point of it.
 
@@ -71,33 +66,30 @@ def ship(
     from snapchain.ops.ship.run import Divergence, Files, ShipRequest, plan, run
 
     address = parse_disk_address(target)
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        place = options.destination(
-            address.dest,
-            out,
-            password_file=password_file,
-            password_command=password_command,
-            writing=not dry_run,
-            limit_rate=limit_rate,
-            pack_size_text=pack_size,
-            connections=connections,
-        )
-        _check_kind(place.traits, address.dest, cut_replica=cut_replica, connections=connections, epoch=epoch)
-        request = ShipRequest(
-            image=image,
-            disk=address.disk,
-            labels=label or (),
-            files=Files.EACH if each_layer else Files.COMPOSED,
-            each_point=each_layer,
-            divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
-            epoch=epoch,
-            format=options.format_of(image_format),
-            image_dirs=options.image_dirs(image_dir),
-        )
-        if dry_run:
-            out.plan(plan(request, place, on_event=out.on_event), _draw_plan)
-        else:
-            out.report(run(request, place, on_event=out.on_event), _draw_report, problems=_draw_damaged)
+    place = options.destination(
+        address.dest,
+        out,
+        writing=not out.dry_run,
+        limit_rate=limit_rate,
+        pack_size_text=pack_size,
+        connections=connections,
+    )
+    _check_kind(place.traits, address.dest, cut_replica=cut_replica, connections=connections, epoch=epoch)
+    request = ShipRequest(
+        image=image,
+        disk=address.disk,
+        labels=label or (),
+        files=Files.EACH if each_layer else Files.COMPOSED,
+        each_point=each_layer,
+        divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+        epoch=epoch,
+        format=options.format_of(image_format),
+        image_dirs=options.image_dirs(image_dir),
+    )
+    if out.dry_run:
+        out.plan(plan(request, place, on_event=out.on_event), _draw_plan)
+    else:
+        out.report(run(request, place, on_event=out.on_event), _draw_report, problems=_draw_damaged)
 
 
 def _check_kind(traits: Traits, dest: str, *, cut_replica: bool, connections: int, epoch: int) -> None:

@@ -10,7 +10,6 @@ import typer
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="the image is as it was, or the snapshot is made; snapchain inspect IMAGE shows which",
 )
+@options.takes_output()
 def snapshot(
     image: Annotated[
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, which no program has open.")
@@ -54,10 +54,7 @@ def snapshot(
     ] = None,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Seal the top of a disk's chain, and put a fresh overlay under the same path.
 
@@ -68,17 +65,16 @@ def snapshot(
     """
     from snapchain.ops import snapshot as ops
 
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        plan = ops.plan(
-            image,
-            sealed_name=sealed_name,
-            overlay=overlay,
-            labels=label or (),
-            image_format=options.format_of(image_format),
-            image_dirs=options.image_dirs(image_dir),
-        )
-        if not out.plan(plan, _draw_plan):
-            out.report(ops.run(plan, on_event=out.on_event), _draw_report)
+    plan = ops.plan(
+        image,
+        sealed_name=sealed_name,
+        overlay=overlay,
+        labels=label or (),
+        image_format=options.format_of(image_format),
+        image_dirs=options.image_dirs(image_dir),
+    )
+    if not out.plan(plan, _draw_plan):
+        out.report(ops.run(plan, on_event=out.on_event), _draw_report)
 
 
 def _draw_plan(console: Console, plan: SnapshotPlan) -> None:

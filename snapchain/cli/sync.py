@@ -11,7 +11,6 @@ from snapchain.cli.app import verb
 from snapchain.cli.options import DiskPairs, disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.preconnect import endpoint_at
-from snapchain.cli.progress import Mode
 from snapchain.cli.quantities import size
 from snapchain.errors import Conflict, InvalidInput
 from snapchain.host.terminal import counted
@@ -35,6 +34,7 @@ _MIGRATE = "For the migration"
     """,
     when_interrupted="what is durable at the replica stays, and what was sealed stays sealed; run it again to go on",
 )
+@options.takes_output()
 def sync(
     disks: DiskPairs,
     *,
@@ -87,10 +87,7 @@ def sync(
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
-    dry_run: options.DryRun = False,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Make a replica ready for a live migration, and predict the cutover.
 
@@ -109,28 +106,27 @@ def sync(
     """
     from snapchain.ops.sync.run import Divergence, Proof, SyncRequest, sealed_request
 
-    with Output(as_json=json, dry_run=dry_run, progress=progress, quiet=quiet) as out:
-        dest, pairs = disk_pairs(disks)
-        endpoint = endpoint_at(dest, connections=connections)
-        requests = [
-            SyncRequest(
-                send=sealed_request(
-                    image,
-                    disk,
-                    labels=label or (),
-                    divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
-                    format=options.format_of(image_format),
-                    image_dirs=options.image_dirs(image_dir),
-                    limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
-                ),
-                rounds=rounds,
-                target_downtime=target_downtime,
-                proof=Proof.READ if prove else Proof.RECORDED,
-                guest=_guest(dest, disk, domain=domain, target=target, uri=dest_uri),
-            )
-            for (image, disk), target in zip(pairs, _targets(guest_disk, len(pairs)), strict=True)
-        ]
-        _run(requests, endpoint, out, check=check)
+    dest, pairs = disk_pairs(disks)
+    endpoint = endpoint_at(dest, connections=connections)
+    requests = [
+        SyncRequest(
+            send=sealed_request(
+                image,
+                disk,
+                labels=label or (),
+                divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+                format=options.format_of(image_format),
+                image_dirs=options.image_dirs(image_dir),
+                limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+            ),
+            rounds=rounds,
+            target_downtime=target_downtime,
+            proof=Proof.READ if prove else Proof.RECORDED,
+            guest=_guest(dest, disk, domain=domain, target=target, uri=dest_uri),
+        )
+        for (image, disk), target in zip(pairs, _targets(guest_disk, len(pairs)), strict=True)
+    ]
+    _run(requests, endpoint, out, check=check)
 
 
 def _run(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check: bool) -> None:

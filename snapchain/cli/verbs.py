@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 
 VERBS = {
-    name: Verb(name.replace("-", "_"), group, summary)
+    name: Verb({"release": "hold"}.get(name, name).replace("-", "_"), group, summary)
     for group, verbs in GROUPS.items()
     for name, summary in verbs.items()
 }

@@ -9,7 +9,6 @@ import typer
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.progress import Mode
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.host.terminal import counted
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     """,
     when_interrupted="nothing was being changed",
 )
+@options.takes_output(passphrase=True, dry_run=False)
 def verify(
     target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
     *,
@@ -38,11 +38,7 @@ def verify(
         str | None, typer.Option(metavar="SHARE", help="Read this share of the data, chosen anew each time: 5%.")
     ] = None,
     limit_rate: options.LimitRate = None,
-    password_file: options.PasswordFile = None,
-    password_command: options.PasswordCommand = None,
-    json: options.Json = False,
-    progress: options.Progress = Mode.AUTO,
-    quiet: options.Quiet = False,
+    out: Output,
 ) -> None:
     """Check every record of a destination, and that everything they name is there; on request also the data.
 
@@ -64,16 +60,9 @@ def verify(
             subject=address.dest,
             hint="leave it out; --sample 5% reads less",
         )
-    with Output(as_json=json, progress=progress, quiet=quiet) as out:
-        place = options.destination(
-            address.dest,
-            out,
-            password_file=password_file,
-            password_command=password_command,
-            limit_rate=limit_rate,
-        )
-        report = place.verify(options.disk_of(address), share=share, on_event=out.on_event)
-        out.show(report, _draw, problems=_draw_findings, status=0 if report.ok else Corrupt.exit_code)
+    place = options.destination(address.dest, out, limit_rate=limit_rate)
+    report = place.verify(options.disk_of(address), share=share, on_event=out.on_event)
+    out.show(report, _draw, problems=_draw_findings, status=0 if report.ok else Corrupt.exit_code)
 
 
 def _draw(console: Console, report: VerifyReport) -> None:

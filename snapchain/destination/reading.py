@@ -16,9 +16,9 @@ from snapchain.destination.records import (
     PointRecord,
     PointsMergePlan,
     PointsMergeReport,
+    Traits,
     VerifyReport,
 )
-from snapchain.destination.traits import Traits
 from snapchain.model.content import Hashes
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents, Int64s

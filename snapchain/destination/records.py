@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Self
 
@@ -227,3 +228,56 @@ class GcReport(Record):
     packs_deleted: int
     packs_moved: int
     findings: tuple[Finding, ...] = ()
+
+
+# --- In what kinds of destination rightly differ: use cases ask these, and never which kind it is.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What a destination is and can do.
+
+    kind: the word for people
+    bootable_files: its points are files that a guest can start from
+    merge_moves_no_data: a merge changes records only
+    deduplicates: equal blocks of different disks are stored once
+    needs_collecting: space of dropped points is given back by `gc` alone
+    branches: the points of one disk may lie on different chains; False: a disk is one chain
+    encrypts: it may be encrypted, and then needs a passphrase
+    has_id: it has an id, by which this machine knows it again
+    streams: layers reach it over a stream, by one connection or several, and in an epoch that says who may write a disk
+    """
+
+    kind: str
+    bootable_files: bool
+    merge_moves_no_data: bool
+    deduplicates: bool
+    needs_collecting: bool
+    branches: bool
+    encrypts: bool
+    has_id: bool
+    streams: bool
+
+
+REPOSITORY = Traits(
+    kind="repository",
+    bootable_files=False,
+    merge_moves_no_data=True,
+    deduplicates=True,
+    needs_collecting=True,
+    branches=True,
+    encrypts=True,
+    has_id=True,
+    streams=False,
+)
+REPLICA = Traits(
+    kind="replica",
+    bootable_files=True,
+    merge_moves_no_data=False,
+    deduplicates=False,
+    needs_collecting=False,
+    branches=False,
+    encrypts=False,
+    has_id=False,
+    streams=True,
+)

@@ -5,15 +5,15 @@ Root meets directories of other users, who may swap any name in them at any mome
     /  var  lib  nova  instances  disk        on the way from the root, the first directory that somebody else
     root........ nova >>>>>>>>>>>>>>>>        than root may write to decides: from there on, with the rights of nova
 
-- An owner other than root is that somebody.  In a directory of root's it is the group, or everybody, that may write.
-  What is sticky protects the entries of each user: those of root are trusted, those of others are used as theirs.
+- An owner other than root is that somebody.  In a directory of root's it is the group, or everybody, with write access.
+  A sticky directory protects the entries of each user: root's are trusted, others are used with their owner's rights.
 - Symbolic links are followed here, one at a time, with the rights in force where they lie.
-- Two different such users on one path: each could use root against the other.  That is refused.
-- In a directory of that somebody's own, root makes, renames and removes names itself: they could do so, too, and a file
-  that they may not read stays safe from them.  A file that they could not open is opened for root alone if it is a
-  regular file without a name elsewhere: so it cannot be a link to a file elsewhere.
+- Two different such users on one path are refused: each could use root against the other.
+- In a directory that this user owns, root makes, renames and removes names itself: the user could do the same, and a
+  file that the user may not read stays unreadable for them.  Root opens a file that the user could not open only if it
+  is a regular file without a name elsewhere: then it cannot be a link to a file outside.
 
-Whoever is not root uses the same descriptors, and no other rights than their own.
+A user other than root uses the same descriptors, with no other rights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _ACCESS_LIST = "system.posix_acl_access"
 _ENTRY = struct.Struct("<HHI")
 _ACL_USER, _ACL_GROUP_OWNER, _ACL_GROUP, _ACL_MASK, _ACL_WRITE = 0x02, 0x04, 0x08, 0x10, 0x02
 MOST_MODE = 0o666
-"""No file of ours gets more: neither the right to run, nor the rights of its owner for whoever runs it."""
+"""No file of ours gets more: no execute bit, no set-id bit."""
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -61,17 +61,18 @@ _KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """Where a path leads. real: without links, as far as it is there
+    """The target of a path.
 
-    chosen_by: who has chosen this place by a link, and could not have chosen it by where it lies; None for root, for
-    whoever is not root, and for a place below the same user's directories
+    real: without links, as far as it exists
+    chosen_by: the user whose link leads here from outside their own directories; None where root chose it, where this
+    process is not root, and for a place below the same user's directories
     """
 
     real: Path
     chosen_by: Rights | None
 
     def check_may_be_changed(self, path: Path) -> None:
-        """Raises Unsupported for a file that a link of somebody else has chosen, when root is about to change it."""
+        """Raises Unsupported where root is about to change a file that another user's link leads to."""
         if self.chosen_by is not None:
             raise Unsupported(
                 f"a symbolic link of {self.chosen_by} leads to {self.real}, which root does not change for them",
@@ -82,7 +83,7 @@ class Resolved:
 
 @dataclass(slots=True)
 class _Walked:
-    """A walk's place. fd: an O_PATH descriptor; parts: its path without links; missing: what follows is not there."""
+    """The position of a walk. fd: an O_PATH descriptor; parts: its path without links; missing: the rest is missing."""
 
     fd: int
     parts: list[str]
@@ -96,9 +97,9 @@ class _Walked:
 
 
 class Directory:
-    """A context manager. path: as it was named; fd: a descriptor for use as dir_fd only; rights: see the module.
+    """A context manager. path: as given; fd: a descriptor for use as dir_fd only; rights: see the module.
 
-    Methods take single names, follow no link and raise OSError, unless something else is said.
+    Unless documented otherwise, methods take single names, follow no link and raise OSError.
     """
 
     def __init__(self, path: Path, fd: int, rights: Rights | None, chosen_by: Rights | None = None) -> None:
@@ -108,22 +109,22 @@ class Directory:
         status = os.fstat(fd)
         self._is_sticky = _is_root() and _is_shared_by_sticky(status)
         own = rights is not None and writer_of(status, fd) == rights
-        # With these rights names are made and removed here.
+        # The rights for making and removing names here.
         self._naming = None if own else rights
-        # Whoever has chosen it by a link is shown what they may list themselves.
+        # A user whose link leads here sees only names that they may list themselves.
         self._listing = chosen_by or self._naming
 
     @property
     def is_shared(self) -> bool:
-        """Whether others than root may make names here; False where this process is not root."""
+        """Whether users other than root may make names here; False where this process is not root."""
         return self.rights is not None or self._is_sticky
 
     @classmethod
     def open(cls, path: Path, *, follow: bool = True, chosen_by: Rights | None = None) -> Self:
-        """Walk there. follow: False where the path should hold no symbolic links.
+        """Open the directory of a path. follow: False where the path should hold no symbolic links.
 
-        chosen_by: of the `Resolved` that the path is from: its names are listed with these rights
-        Raises OSError, Unsupported where two users could use root against each other.
+        chosen_by: of the `Resolved` that gave the path; its names are listed with these rights
+        Raises OSError; Unsupported where two users could use root against each other.
         """
         walked = _walk(path, follow=follow)
         if walked.missing or not stat.S_ISDIR(os.fstat(walked.fd).st_mode):
@@ -133,12 +134,12 @@ class Directory:
         return cls(path, walked.fd, walked.rights, chosen_by)
 
     def create(self, name: str, *, mode: int = 0o600) -> int:
-        """A new file of ours, open for reading and writing. Raises FileExistsError also for a dangling link."""
+        """Create a file; a descriptor for reading and writing. Raises FileExistsError, also for a dangling link."""
         with acting_as(self._naming):
             return os.open(_single(name), _NEW, mode & MOST_MODE, dir_fd=self.fd)
 
     def make_directory(self, name: str, *, mode: int = 0o700, whatever_the_umask: bool = False) -> None:
-        """A new directory, which belongs to the user of this one, so that they may enter it as well."""
+        """Make a directory that belongs to the user of this one, so that they may enter it too."""
         with acting_as(self.rights):
             os.mkdir(_single(name), mode & 0o777, dir_fd=self.fd)
             if whatever_the_umask:
@@ -146,7 +147,7 @@ class Directory:
                     made.set_own_mode(mode)
 
     def open_directory(self, name: str) -> Self:
-        """A directory in this one; a link is none."""
+        """Open a directory in this one; a link is refused."""
         with ExitStack() as acting:
             acting.enter_context(acting_as(self.rights))
             fd = os.open(_single(name), _LOOK | os.O_DIRECTORY, dir_fd=self.fd)
@@ -157,12 +158,12 @@ class Directory:
                 raise
 
     def set_own_mode(self, mode: int) -> None:
-        """Of this directory itself."""
+        """Set the mode of this directory itself."""
         with acting_as(self._naming):
-            os.chmod(f"/proc/self/fd/{self.fd}", mode & 0o777)  # noqa: PTH101 - of a descriptor that cannot be used for it
+            os.chmod(f"/proc/self/fd/{self.fd}", mode & 0o777)  # noqa: PTH101 - fchmod refuses an O_PATH descriptor
 
     def create_unnamed(self, *, mode: int = 0o600) -> int:
-        """A new file without a name, open for reading and writing."""
+        """Create a file without a name; a descriptor for reading and writing."""
         with acting_as(self._naming):
             return os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode & MOST_MODE, dir_fd=self.fd)
 
@@ -176,10 +177,11 @@ class Directory:
         refusal: type[SnapchainError] = InvalidInput,
         check: Callable[[int], None] | None = None,
     ) -> int:
-        """A descriptor of a regular file or a block device. Raises `refusal` for anything else, which is not opened.
+        """A descriptor of a regular file or a block device. Raises `refusal` for anything else, without opening it.
 
-        exclusive: of a device that nobody else claims or has mounted; subject: what errors name, else the path
-        check: raises for a file that is not to be opened; gets an O_PATH descriptor of it
+        exclusive: refuse a block device that another program claims or has mounted
+        subject: named by errors instead of the path
+        check: gets an O_PATH descriptor, and raises for a file that must not be opened
         """
         with acting_as(self._naming):
             place = os.open(_single(name), _LOOK, dir_fd=self.fd)
@@ -202,30 +204,30 @@ class Directory:
             return _reopened(place, flags, None)
 
     def rights_of_file(self, status: os.stat_result) -> Rights | None:
-        """With whose rights an existing file of this directory is opened, as fstat shows it."""
+        """The rights with which an existing file of this directory is opened. status: from fstat."""
         if self._is_sticky:
             if status.st_uid != 0:
                 return Rights.of_user(status.st_uid)
-            # Anybody may have linked a file of root's into here.
+            # Any user may have linked a file of root's into this directory.
             return EVERYBODY if stat.S_ISREG(status.st_mode) and status.st_nlink > 1 else None
         return self.rights
 
     def _is_safe_for_root(self, fd: int) -> bool:
-        """Whether a file that its directory's user may not open can be nothing but a file of this directory."""
+        """Whether a file that its directory's user may not open is certainly a file of this directory alone."""
         own = self.rights is not None and self._naming is None
         return own and stat.S_ISREG(os.fstat(fd).st_mode) and self._is_only_here(fd)
 
     def _is_only_here(self, fd: int) -> bool:
-        """Whether a file has no name elsewhere. fd: by which it was opened or made here.
+        """Whether a file has no name elsewhere. fd: its descriptor, opened or created here.
 
         The user may make and remove links between any two calls.
         """
         status = os.fstat(fd)
         if status.st_nlink <= 1:
-            # A name that was removed never comes back for a descriptor. One that is there now was there a moment ago,
-            # when there was only one, so it is that one.
+            # The kernel never restores a removed name of a descriptor. A name that exists now existed a moment ago,
+            # when there was only one: it is that one.
             return status.st_nlink == 0 or not str(Path(f"/proc/self/fd/{fd}").readlink()).endswith(_REMOVED)
-        # Each link that is made or removed moves the ctime, once that is older than a step of the clock.
+        # Making or removing a link moves the ctime, once that is older than a step of the clock.
         step = _COARSE_STEP if status.st_ctime_ns % _COARSE_STEP == 0 else _STEP
         age = time.time_ns() - status.st_ctime_ns
         if -step < age < step:
@@ -242,17 +244,17 @@ class Directory:
 
     @contextmanager
     def changing(self, fd: int) -> Iterator[None]:
-        """A block in which owner, mode and attributes of an existing, opened file of this directory are changed."""
+        """A block that may change owner, mode and attributes of an existing, opened file of this directory."""
         with acting_as(None if self._is_safe_for_root(fd) else self.rights_of_file(os.fstat(fd))):
             yield
 
     def status(self, name: str) -> os.stat_result:
-        """Of the entry itself, be it a link."""
+        """The status of the entry itself, also of a link."""
         with acting_as(self._naming):
             return os.stat(_single(name), dir_fd=self.fd, follow_symlinks=False)
 
     def has(self, name: str) -> bool:
-        """Whether something has this name, be it a dangling link."""
+        """Whether the name exists, also as a dangling link."""
         try:
             self.status(name)
         except FileNotFoundError:
@@ -260,28 +262,28 @@ class Directory:
         return True
 
     def names(self) -> list[str]:
-        """All of them, sorted."""
+        """All names, sorted."""
         return sorted(os.listdir(self.opened()))  # noqa: PTH208 - by descriptor
 
     def opened(self) -> int:
-        """A descriptor that can be listed, locked and synced; the object's own."""
+        """A descriptor for listing, locking and syncing; the object keeps and closes it."""
         if self._listed < 0:
             with acting_as(self._listing):
                 self._listed = os.open(".", _LIST, dir_fd=self.fd)
         return self._listed
 
     def rename(self, old: str, new: str) -> None:
-        """Replaces what has the new name."""
+        """Rename; an existing file of the new name is replaced."""
         with acting_as(self._naming):
             os.rename(_single(old), _single(new), src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def link(self, old: str, new: str) -> None:
-        """A second name for a file; for a link itself, not for what it leads to."""
+        """Give a file a second name; of a symbolic link, the link itself."""
         with acting_as(self._naming):
             os.link(_single(old), _single(new), src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
 
     def remove(self, name: str, *, only: os.stat_result | None = None) -> bool:
-        """Remove a name. only: if it still is that file. Whether it was removed; False where it is gone already."""
+        """Remove a name; whether it was there. only: remove it only if it still is that file."""
         with acting_as(self._naming):
             try:
                 if only is not None and not same_file(self.status(name), only):
@@ -292,11 +294,11 @@ class Directory:
         return True
 
     def give_name(self, fd: int, old: str, new: str, *, replacing: os.stat_result | None) -> None:
-        """Give a file of ours, which is known by a temporary name, its final one, durably.
+        """Rename a file from its temporary name to its final one, durably.
 
-        replacing: the file that has the final name and loses it; None where nothing has it
-        Raises Conflict where another file has either name, or took it in between; FileExistsError for a name that
-        should be free.
+        replacing: the file that has the final name and loses it; None where the name is free
+        Raises Conflict where another file has, or takes meanwhile, either name; FileExistsError where the name should
+        be free and is not.
         """
         ours = os.fstat(fd)
         self.check_is(old, ours)
@@ -305,14 +307,14 @@ class Directory:
         else:
             self.check_is(new, replacing)
             self.rename(old, new)
-        # Between a look and a change whoever may write here can swap the names.
+        # A user with write access here can swap the names between a check and a change.
         self.check_is(new, ours)
         if replacing is None:
             self.remove(old, only=ours)
         self.sync()
 
     def check_is(self, name: str, status: os.stat_result) -> None:
-        """Raises Conflict unless a name is that of a file."""
+        """Raises Conflict unless the name belongs to the file with this status."""
         try:
             if same_file(self.status(name), status):
                 return
@@ -321,11 +323,11 @@ class Directory:
         raise Conflict("another file took its name meanwhile", subject=self.path / name, hint="run it again")
 
     def sync(self) -> None:
-        """Force its names to the disk."""
+        """Flush its names to the disk."""
         os.fsync(self.opened())
 
     def close(self) -> None:
-        """Harmless when repeated."""
+        """Idempotent."""
         for fd in (self.fd, self._listed):
             if fd >= 0:
                 os.close(fd)
@@ -381,9 +383,9 @@ def _reopened(place: int, flags: int, rights: Rights | None) -> int:
 
 
 def resolve(path: Path, *, strict: bool = False) -> Resolved:
-    """Follow all links of a path, as `Directory.open` does; for root only, `os.path.realpath` of this user else.
+    """Follow all links of a path: for root as `Directory.open` does, for other users by `os.path.realpath`.
 
-    strict: something must be there. Raises OSError, and Unsupported as `Directory.open`.
+    strict: the path must exist. Raises OSError, and Unsupported as `Directory.open`.
     """
     if not _is_root():
         return Resolved(Path(os.path.realpath(path, strict=strict)), None)
@@ -399,16 +401,16 @@ def resolve(path: Path, *, strict: bool = False) -> Resolved:
 
 
 def real_path(path: Path) -> Path:
-    """Where a path leads, for comparing names. Raises SnapchainError where that cannot be told.
+    """The target of a path, for comparing names. Raises SnapchainError where it cannot be found out.
 
-    What is to be changed, or has something made beside it, is found by `place_to_change`.
+    To change a file, or to create one beside it, use `place_to_change`.
     """
     with os_errors(path):
         return resolve(path).real
 
 
 def real_name(path: str | Path) -> str:
-    """As `real_path` with root's own rights, for comparing names only; as it is where a link is swapped meanwhile."""
+    """As `real_path` with root's own rights, for comparing names only; the path itself where links change meanwhile."""
     try:
         return os.path.realpath(path)
     except OSError:
@@ -416,10 +418,9 @@ def real_name(path: str | Path) -> str:
 
 
 def place_to_change(path: Path, *, strict: bool = False) -> Path:
-    """Where a path leads, for whoever writes there or beside it: every verb that changes an image asks here.
+    """The target of a path, for writing there or beside it: every verb that changes an image calls this.
 
-    strict: something must be there. Raises SnapchainError, Unsupported for a place that a link of somebody else has
-    chosen for root.
+    strict: the path must exist. Raises SnapchainError; Unsupported where another user's link leads root there.
     """
     with os_errors(path):
         found = resolve(path, strict=strict)
@@ -428,7 +429,7 @@ def place_to_change(path: Path, *, strict: bool = False) -> Path:
 
 
 def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainError] = InvalidInput) -> None:
-    """Raises `refusal` for what is no regular file or block device."""
+    """Raises `refusal` unless the status is of a regular file or a block device."""
     if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
         return
     kind = next((name for test, name in _KINDS if test(status.st_mode)), "something unknown")
@@ -436,7 +437,7 @@ def check_kind(status: os.stat_result, subject: object, refusal: type[SnapchainE
 
 
 def same_file(one: os.stat_result, other: os.stat_result) -> bool:
-    """Whether both are of one file."""
+    """Whether both statuses are of one file."""
     return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
@@ -451,7 +452,7 @@ def _single(name: str) -> str:
 
 
 def _walk(path: Path, *, follow: bool) -> _Walked:
-    """Open every part of a path. The last may be any kind of file, or missing: then fd is the one above."""
+    """Open every part of a path. The last may be any kind of file, or missing: then fd is its parent."""
     rest = list(reversed((Path.cwd() / path).parts[1:]))
     at = _Walked(os.open("/", _LOOK | os.O_DIRECTORY), [], None, links=0, missing=False)
     with ExitStack() as acting:
@@ -489,7 +490,7 @@ def _walk(path: Path, *, follow: bool) -> _Walked:
 
 
 def _step(parts: list[str], name: str) -> None:
-    """Into a directory, or out of it."""
+    """Append a name, or remove the last one for `..`."""
     if name != "..":
         parts.append(name)
     elif parts:
@@ -497,7 +498,7 @@ def _step(parts: list[str], name: str) -> None:
 
 
 def _follow(at: _Walked, target: str, path: Path) -> list[str]:
-    """The parts of a link's target; an absolute one begins at the root again."""
+    """The parts of a link's target; an absolute one starts at the root again."""
     at.links += 1
     if at.links > _MOST_LINKS:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -509,7 +510,7 @@ def _follow(at: _Walked, target: str, path: Path) -> list[str]:
 
 
 def _entered(fd: int, path: Path, rights: Rights | None, acting: ExitStack) -> Rights | None:
-    """The rights in force in a directory of the way, which are taken on."""
+    """The rights in force from this directory on; this thread takes them on."""
     status = os.fstat(fd)
     if not _is_root() or (status.st_uid == 0 and not status.st_mode & 0o022):
         return rights
@@ -523,7 +524,7 @@ def _entered(fd: int, path: Path, rights: Rights | None, acting: ExitStack) -> R
 
 
 def _entered_link(fd: int, link: os.stat_result, rights: Rights | None, acting: ExitStack) -> Rights | None:
-    """The rights in force behind a link. Where the directory protects the entries of each user, it is its owner's."""
+    """The rights in force behind a link. In a sticky directory of root's they are those of the link's owner."""
     if rights is not None or not _is_root() or not _is_shared_by_sticky(os.fstat(fd)):
         return rights
     if link.st_uid == 0 and link.st_nlink == 1:
@@ -534,12 +535,12 @@ def _entered_link(fd: int, link: os.stat_result, rights: Rights | None, acting: 
 
 
 def _is_shared_by_sticky(status: os.stat_result) -> bool:
-    """Whether it is a directory of root's in which others may make names, and change only their own."""
+    """Whether it is a directory of root's where other users may make names, and change only their own."""
     return status.st_uid == 0 and bool(status.st_mode & stat.S_ISVTX) and bool(status.st_mode & 0o022)
 
 
 def writer_of(status: os.stat_result, fd: int, path: Path | None = None) -> Rights | None:
-    """Who besides root may change any name of a directory. Raises Unsupported for several different ones."""
+    """The user or group besides root that may change any name of a directory. Raises Unsupported for several."""
     if not _is_root() or (status.st_uid == 0 and status.st_mode & stat.S_ISVTX):
         return None
     writers = writers_of(status, fd)
@@ -549,7 +550,7 @@ def writer_of(status: os.stat_result, fd: int, path: Path | None = None) -> Righ
 
 
 def writers_of(status: os.stat_result, fd: int) -> list[Rights]:
-    """Who may write to a file or a directory: its owner, who decides who else may; of root's, those who may besides."""
+    """The users that may write to a file or directory: its owner; for root's, the group, listed users, or everybody."""
     if status.st_uid != 0:
         return [Rights.of_user(status.st_uid)]
     if status.st_mode & stat.S_IWOTH:
@@ -558,7 +559,7 @@ def writers_of(status: os.stat_result, fd: int) -> list[Rights]:
 
 
 def _group_writers(status: os.stat_result, fd: int) -> Iterator[Rights]:
-    """Whom the bits of the group let write; with an access list these are its mask. Group 0 is root's own."""
+    """Users and groups that the group bits let write; with an access list they are its mask. Group 0 is root's."""
     entries = _access_list(fd)
     if not entries:
         entries = [(_ACL_GROUP_OWNER, _ACL_WRITE, 0)]
@@ -575,7 +576,7 @@ def _group_writers(status: os.stat_result, fd: int) -> Iterator[Rights]:
 
 
 def _access_list(fd: int) -> list[tuple[int, int, int]]:
-    """(tag, rights, id) of each entry of a directory's access list; none where it has no list."""
+    """(tag, rights, id) of each entry of an access list; empty where there is no list."""
     with suppress(OSError):
         value = os.getxattr(f"/proc/self/fd/{fd}", _ACCESS_LIST)
         return [_ENTRY.unpack_from(value, at) for at in range(4, len(value) - _ENTRY.size + 1, _ENTRY.size)]

@@ -1,7 +1,7 @@
-"""Files that are whole or not there.
+"""Files that are complete or absent.
 
-A new file is made under a name of its own, owner-only, never over another and never through a symbolic
-link, in a directory that is open (directory.py says with whose rights).  It is published in the order that
+A new file is created under a temporary name, owner-only, never over another file and never through a symbolic
+link, in an open directory (directory.py defines with which rights).  It is published in the order that
 survives a power loss: its bytes, then its name, then the directory.  After a failed fsync the file is not
 trusted again (the kernel has dropped the pages).
 """
@@ -22,7 +22,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.host.rights import group_name, user_name
 from snapchain.host.temporary_names import NEW, temporary_beside, temporary_of
 
-# Extended attributes that belong to a file's place, not to its bytes: labels, access lists, what a user noted.
+# Extended attributes that belong to a file's place, not to its bytes: labels, access lists, user attributes.
 _ACCESS_LIST = "system.posix_acl_access"
 _KEPT_ATTRIBUTES = ("security.selinux", _ACCESS_LIST, "user.")
 _NO_ATTRIBUTES = {errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES}
@@ -38,14 +38,14 @@ def directory_of(path: Path) -> Iterator[Directory]:
 def open_new(path: Path, *, mode: int = 0o600) -> int:
     """Create a file that must not exist yet; a descriptor open for reading and writing.
 
-    Raises Conflict when something has that name already, be it a dangling symbolic link.
+    Raises Conflict where the name exists, also as a dangling symbolic link.
     """
     with directory_of(path) as directory:
         return directory.create(path.name, mode=mode)
 
 
 def open_or_make(path: Path) -> int:
-    """A descriptor, for reading and writing, of a regular file that is made where it is not there: a file of locks."""
+    """A descriptor, for reading and writing, of a lock file, which is created where it does not exist."""
     with directory_of(path) as directory:
         try:
             return directory.create(path.name)
@@ -54,7 +54,7 @@ def open_or_make(path: Path) -> int:
 
 
 def make_directories(path: Path, *, mode: int, whatever_the_umask: bool = False) -> None:
-    """Make a directory, and those above it, where they are not there; an existing one keeps its mode."""
+    """Make a directory and its missing parents; an existing one keeps its mode."""
     with os_errors(path):
         if not path.parent.exists():
             make_directories(path.parent, mode=mode, whatever_the_umask=whatever_the_umask)
@@ -62,23 +62,23 @@ def make_directories(path: Path, *, mode: int, whatever_the_umask: bool = False)
             try:
                 above.make_directory(path.name, mode=mode, whatever_the_umask=whatever_the_umask)
             except FileExistsError:
-                Directory.open(path).close()  # raises for what is none
+                Directory.open(path).close()  # raises where it is no directory
 
 
 def move_aside(path: Path, name: str) -> None:
-    """Give a file another name in its directory, in the place of what has that."""
+    """Rename a file within its directory, replacing any file of the new name."""
     with directory_of(path) as directory:
         directory.rename(path.name, name)
 
 
 def open_file(path: Path, *, writing: bool = False) -> int:
-    """A descriptor of a regular file or a block device, and of nothing else; its name may be no link."""
+    """A descriptor of a regular file or a block device; anything else, and a symbolic link, is refused."""
     with directory_of(path) as directory:
         return directory.open_file(path.name, writing=writing)
 
 
 def temporaries(path: Path, *, purpose: str) -> list[Path]:
-    """Files beside `path` under names of `temporary_beside`: of runs that are at work, or were killed."""
+    """Files beside `path` under names of `temporary_beside`: of running or killed commands."""
     with directory_of(path) as directory:
         return [path.with_name(name) for name in temporary_names(directory, path.name, purpose=purpose)]
 
@@ -91,18 +91,18 @@ def temporary_names(directory: Directory, name: str, *, purpose: str) -> list[st
 
 
 def remove_temporaries(path: Path, *, purpose: str) -> None:
-    """Remove what killed runs have left under names of `temporary_beside`. Only while no other run is at work there."""
+    """Remove files that killed runs left under names of `temporary_beside`. Only while no other run works there."""
     with directory_of(path) as directory:
         names = temporary_names(directory, path.name, purpose=purpose)
         for name in names:
-            with suppress(Busy):  # nobody is at work here: somebody else keeps it locked
+            with suppress(Busy):  # no run works here: another program keeps it locked
                 remove_leftover(directory, name, final=path.name)
         if names:
             directory.sync()
 
 
 def fsync_file(path: Path) -> None:
-    """Force a file's bytes and size to the disk, whoever wrote them."""
+    """Flush a file's bytes and size to the disk, also those written by other processes."""
     fd = open_file(path)
     try:
         with os_errors(path):
@@ -112,13 +112,13 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Force a directory's names to the disk."""
+    """Flush a directory's names to the disk."""
     with os_errors(path), Directory.open(path) as directory:
         directory.sync()
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a finished file its name, replacing what has it: fsync the file, rename, fsync the directory."""
+    """Give a finished file its name, replacing any file of that name: fsync the file, rename, fsync the directory."""
     fsync_file(temporary)
     rename(temporary, final)
 
@@ -131,21 +131,21 @@ def rename(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file a second name in its directory, durably. Raises Conflict when that name is taken."""
+    """Give a file a second name in its directory, durably. Raises Conflict when the name is taken."""
     with directory_of(target) as directory:
         directory.link(source.name, target.name)
         directory.sync()
 
 
 def remove(path: Path) -> None:
-    """Remove a name, durably; fine when it is gone already."""
+    """Remove a name, durably. Idempotent."""
     with directory_of(path) as directory:
         directory.remove(path.name)
         directory.sync()
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600, whatever_the_umask: bool = False) -> None:
-    """Replace a small file's bytes: a reader, or a crash, sees the old ones or the new ones."""
+    """Replace a small file's bytes: a reader, or a crash, sees either the old or the new bytes."""
     with directory_of(path) as directory:
         write_in(directory, path.name, data, mode=mode, whatever_the_umask=whatever_the_umask)
 
@@ -161,7 +161,7 @@ def write_in(
 ) -> None:
     """As `write_atomically`, in a directory that is open already. Raises OSError.
 
-    prepare: called with the new file's descriptor before it gets its name
+    prepare: called with the new file's descriptor before the file gets its name
     """
     temporary = temporary_beside(directory.path / name, purpose=NEW).name
     fd = directory.create(temporary, mode=mode)
@@ -183,7 +183,7 @@ def write_in(
 
 
 def read_small(path: Path, *, cap: int = 1 << 20) -> bytes:
-    """The bytes of a small file, no symbolic link. Raises InvalidInput when there are more than `cap`."""
+    """The bytes of a small file, never of a symbolic link. Raises InvalidInput for more than `cap` bytes."""
     with directory_of(path) as directory:
         return read_in(directory, path.name, cap=cap)
 
@@ -191,7 +191,7 @@ def read_small(path: Path, *, cap: int = 1 << 20) -> bytes:
 def read_in(
     directory: Directory, name: str, *, cap: int = 1 << 20, check: Callable[[int], None] | None = None
 ) -> bytes:
-    """As `read_small`, in a directory that is open already. Raises OSError, too. check: as of Directory.open_file."""
+    """As `read_small`, in a directory that is open already. Also raises OSError. check: as of Directory.open_file."""
     with os.fdopen(directory.open_file(name, check=check), "rb") as file:
         data = file.read(cap + 1)
     if len(data) > cap:
@@ -200,7 +200,7 @@ def read_in(
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Give a file the rights of a mode to read and write; every other bit stays as it is."""
+    """Set the read and write bits of a file's mode; all other bits stay."""
     with directory_of(path) as directory:
         fd = directory.open_file(path.name)
         try:
@@ -213,14 +213,15 @@ def set_mode(path: Path, mode: int) -> None:
 
 
 def copy_standing(source: int, target: int, *, subject: object, directory: Directory | None = None) -> str | None:
-    """Give `target` the owner, the mode and the labels of `source`, whose place it will take. Both are descriptors.
+    """Give `target` the owner, the mode and the labels of `source`, which it will replace. Both are descriptors.
 
     A guest's process runs as its own user, under its own SELinux label; a file that it may not open is as
     good as lost.  The owner is set first: chown clears the mode's set-id bits.  The access list comes last, since
-    chmod changes it; one that the directory has given to the new file goes where the old file has none.  Nobody gets
-    the right to run the file.
-    subject: the file that errors name; directory: the one of both, None where root's rights need no limit
-    Returns what could not be given, where nobody loses access by that. Raises InvalidInput where somebody would.
+    chmod changes it; a default list from the directory is removed where the old file has none.  No execute bit is
+    set.
+    subject: the file that errors name
+    directory: the directory of both; None where root's rights need no limit
+    Returns a sentence about what could not be set, where no user loses access. Raises InvalidInput where one would.
     """
     with os_errors(subject):
         standing, mine = os.fstat(source), os.fstat(target)
@@ -247,7 +248,7 @@ def _give_standing(
 
 
 def check_standing(standing: os.stat_result, mine: os.stat_result, *, subject: object) -> None:
-    """Raises what `copy_standing` would raise for the owner and the group, and changes nothing."""
+    """Raises as `copy_standing` would for the owner and the group, and changes nothing."""
     is_same = (standing.st_uid, standing.st_gid) == (mine.st_uid, mine.st_gid)
     is_own = standing.st_uid == mine.st_uid == os.geteuid()
     if not is_same and os.geteuid() and not (is_own and standing.st_gid in (os.getegid(), *os.getgroups())):
@@ -257,7 +258,7 @@ def check_standing(standing: os.stat_result, mine: os.stat_result, *, subject: o
 def _not_given(
     subject: object, standing: os.stat_result, mine: os.stat_result, error: PermissionError | None
 ) -> str | None:
-    """What it means that owner and group cannot be given. The group matters where the mode gives it other rights."""
+    """The effect when owner or group cannot be set. The group matters where the mode gives it extra rights."""
     group = group_name(standing.st_gid)
     if standing.st_uid != mine.st_uid:
         raise InvalidInput(
@@ -290,15 +291,15 @@ def free_bytes(directory: Path) -> int:
     return room.f_bavail * room.f_frsize
 
 
-# --- Temporary files that killed runs left behind, and how to tell them from files of others.
+# --- Temporary files that killed runs left behind, told apart from other users' files.
 
 
 def is_leftover(status: os.stat_result, *, finished: os.stat_result | None = None) -> bool:
-    """Whether a file under a temporary name can be a run's of this user; for root, of any user.
+    """Whether a file under a temporary name can be from a run of this user; for root, of any user.
 
-    A link, a directory, a FIFO, a device and a second name of another file are none: no run of ours makes such a thing.
-    finished: what has the final name; a run that was killed between giving that and taking the temporary one off has
-    left two names of one file
+    Never a link, a directory, a FIFO, a device, or a second name of another file: no run makes these.
+    finished: the status of the final name; a run killed between adding that name and removing the temporary one
+    leaves two names of one file
     """
     if not stat.S_ISREG(status.st_mode) or os.geteuid() not in (0, status.st_uid):
         return False
@@ -307,7 +308,7 @@ def is_leftover(status: os.stat_result, *, finished: os.stat_result | None = Non
 
 
 def remove_leftover(directory: Directory, name: str, *, final: str | None = None) -> bool:
-    """Remove a file of a killed run; whether it was one. final: the name that it was to get.
+    """Remove a file of a killed run. Returns whether it was one. final: its intended name.
 
     Raises Busy while a run has it locked (flock), and OSError.
     """
@@ -318,7 +319,7 @@ def remove_leftover(directory: Directory, name: str, *, final: str | None = None
     except FileNotFoundError:
         return False
     try:
-        # What was opened, not what had the name before.
+        # Of the opened file: the name may have been swapped.
         status = os.fstat(fd)
         if not is_leftover(status, finished=_status(directory, final)):
             return False
@@ -326,7 +327,7 @@ def remove_leftover(directory: Directory, name: str, *, final: str | None = None
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Busy("a run is at work on it", subject=directory.path / name, hint="wait for its end") from error
-        except OSError:  # no locks here: it counts as in use
+        except OSError:  # no locks on this filesystem: treat it as in use
             return False
         return directory.remove(name, only=status)
     finally:

@@ -1,15 +1,15 @@
-"""Image locks that QEMU understands and honours, on both sides.
+"""Image locks that are compatible with QEMU's, in both directions.
 
-QEMU tells the users of an image apart by shared "open file description" locks on single bytes of the file
-(block/file-posix.c): byte 100+p is held by who uses permission p, byte 200+p by who does not share p with
-others.  Whoever opens an image takes its bytes first and then tests, for each permission it uses, that
-nobody holds 200+p, and for each that it does not share, that nobody holds 100+p.
+QEMU uses shared "open file description" locks on single bytes of the file (block/file-posix.c): a process that
+uses permission p locks byte 100+p, a process that does not share p locks byte 200+p.  A process that opens an
+image first locks its bytes. Then it tests that no other process has locked 200+p for a permission that it uses,
+or 100+p for a permission that it does not share.
 
-    READ   uses consistent-read, shares neither write nor resize: readers may come, a VM may not start on it
-    WRITE  uses all, shares nothing: nobody may have it open, nobody can open it
+    READ   uses consistent-read, shares neither write nor resize: others may read, no VM can start on it
+    WRITE  uses all, shares nothing: fails while the image is open anywhere, and no process can open it
 
-The locks go with the file, not with its name, survive a rename, and vanish with the process.  They are
-advisory and of one host: over NFS before version 4 and on some FUSE filesystems there are none (`enforced`).
+The locks belong to the file, not to its name, survive a rename, and vanish with the process.  They are
+advisory and local to a host: NFS before version 4 and some FUSE filesystems have none (`enforced`).
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ class LockMode(Enum):
     WRITE = ((CONSISTENT_READ, WRITE, RESIZE), (CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE))
 
     def held(self) -> frozenset[int]:
-        """The bytes that a user of this mode holds."""
+        """The bytes that this mode locks."""
         used, unshared = self.value
         return frozenset([PERMISSION_BASE + p for p in used] + [UNSHARED_BASE + p for p in unshared])
 
     def conflicting(self) -> dict[int, str]:
-        """The bytes that nobody else may hold, each with what its holder is doing."""
+        """The bytes that no other process may have locked, each with what its holder does."""
         used, unshared = self.value
         theirs = {PERMISSION_BASE + p: _NAMES[p] for p in reversed(unshared)}
         return theirs | {UNSHARED_BASE + p: f"and does not share {_NAMES[p]}" for p in used}
 
 
 class ImageLock:
-    """A lock on one image file, held until `release` or the end of the `with` block.
+    """A lock on one image file, until `release` or the end of the `with` block.
 
-    enforced: False where the filesystem has no such locks; then only /proc was asked.
+    enforced: False where the filesystem has no such locks; then only /proc was checked.
     """
 
     def __init__(self, path: Path, mode: LockMode, *, open_files: OpenFiles | None = None) -> None:
-        """Take it at once or raise Busy. Conflict when the name was given to another file meanwhile.
+        """Lock without waiting. Raises Busy; Conflict when another file took the name meanwhile.
 
-        Symbolic links are followed, as QEMU does: the lock is on the file behind the name.
-        open_files: a look at /proc that was taken just now, for who locks many files; else one is taken.
+        Symbolic links are followed, as in QEMU: the lock is on the file behind the name.
+        open_files: a fresh scan of /proc, to share among many locks; made here by default
         """
         self.path = path
         self.mode: LockMode | None = None
@@ -85,7 +85,7 @@ class ImageLock:
             raise
 
     def change(self, mode: LockMode, *, open_files: OpenFiles | None = None) -> None:
-        """Turn a READ lock into a WRITE lock or back, without a gap. On Busy the old mode stays."""
+        """Change a READ lock to a WRITE lock or back, without a gap. Raises Busy, and then keeps the old mode."""
         had = self.mode.held() if self.mode else frozenset[int]()
         wanted = mode.held()
         try:
@@ -98,10 +98,10 @@ class ImageLock:
         self.mode = mode
 
     def release(self) -> None:
-        """Let it go; fine when it is gone already."""
+        """Unlock. Idempotent."""
         if self._fd >= 0:
-            # Said, not left to the close: a child that another thread has just forked may still have a copy of the
-            # descriptor, and would keep the lock up to its exec.
+            # Unlock explicitly: a child that another thread has just forked may still have a copy of the descriptor,
+            # and would keep the lock until its exec.
             with suppress(OSError):
                 self._set(_OFFSETS, fcntl.F_UNLCK)
             os.close(self._fd)
@@ -116,7 +116,7 @@ class ImageLock:
         """Whether `path` is still the file that is locked here."""
         try:
             now = path.stat()
-        except OSError:  # gone, or what leads there
+        except OSError:  # the file, or a directory of its path, is gone
             return False
         return (now.st_dev, now.st_ino) == (self._file.st_dev, self._file.st_ino)
 
@@ -149,7 +149,7 @@ class ImageLock:
                 raise self._busy(f"has it open for {doing}" if offset < UNSHARED_BASE else f"has it open {doing}")
         grows = self.mode is not LockMode.WRITE and mode is LockMode.WRITE
         if grows or not self.enforced:
-            # Without locks every other user is suspect; with them only who can write and did not lock.
+            # Without locks every opener counts; with them only one that can write and has not locked.
             for opener in (open_files or OpenFiles()).openers(self._file):
                 if opener.writing or (mode is LockMode.WRITE and not self.enforced):
                     raise self._busy("has it open", opener)

@@ -1,10 +1,10 @@
-"""Who has a file open: what /proc tells.
+"""The processes that have a file open, from /proc.
 
-Locks are a promise among programs that take them.  A process that has the file open for writing without a
-lock (`file.locking=off`, `dd`) is seen here alone.  Processes of other users are visible to root only, other
-hosts not at all.  A loop device has its file open in the kernel, where no process shows it: sysfs does.
+Locks bind only programs that take them.  A process that has the file open for writing without a lock
+(`file.locking=off`, `dd`) shows up only here.  Processes of other users are visible to root only, other
+hosts not at all.  A loop device has its file open in the kernel, where no process shows it; sysfs does.
 
-One look costs a stat for each descriptor of each process: who asks about many files takes one `OpenFiles`.
+A scan costs a stat for each descriptor of each process: to check many files, use one `OpenFiles`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _File = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Opener:
-    """A process, or a loop device (pid None), that has a file open. writing: through a descriptor that can write."""
+    """A process, or a loop device (pid None), that has a file open. writing: with a writable descriptor."""
 
     pid: int | None
     command: str
@@ -34,23 +34,23 @@ class Opener:
 
 
 class OpenFiles:
-    """All files that other processes have open, as of its making."""
+    """All files that other processes have open, at the time of construction."""
 
     def __init__(self) -> None:
         self._descriptors: dict[_File, list[tuple[int, str]]] = {}
         own = str(os.getpid())
         for name in (entry.name for entry in _PROC.iterdir()):
             if name.isdigit() and name != own:
-                # A process may end, or hide its descriptors from us, at any moment.
+                # A process may exit, or hide its descriptors, at any moment.
                 with suppress(OSError):
                     self._note(name)
 
     def openers(self, file: os.stat_result) -> list[Opener]:
-        """Who has this file open, told by device and inode (a block device by its number)."""
+        """The openers of a file, matched by device and inode (a block device by its number)."""
         return self._openers(_identity(file))
 
     def device_openers(self, number: int) -> list[Opener]:
-        """Who has the block device of this number (st_rdev) open."""
+        """The openers of the block device with this number (st_rdev)."""
         return self._openers((1, number, 0))
 
     def _openers(self, identity: _File) -> list[Opener]:
@@ -72,7 +72,7 @@ class OpenFiles:
 def _loops(identity: _File) -> Iterator[Opener]:
     """The loop devices on a file."""
     for device in _BLOCK.glob("loop*"):
-        # One may be detached at any moment, and have a file that this mount namespace does not know.
+        # It may be detached at any moment, and its file may be outside this mount namespace.
         with suppress(OSError):
             behind = (device / "loop" / "backing_file").read_text().removesuffix("\n")
             if _identity(Path(behind).stat()) == identity:

@@ -1,12 +1,12 @@
-"""Operating system errors become errors of snapchain's tree at one border.
+"""Translate operating system errors into errors of snapchain's tree, in one place.
 
-`with os_errors(path): ...` maps an OSError by its number to what the caller should do: a name that is not
-there, a request that cannot work, a resource that is short.  Anything else stays an `Unavailable`, with the
-kernel's words.  Each shortage has one remedy, whether this process, a store's directory or a program that we start
-meets it (`shortage_in` finds it in the program's messages).
+`with os_errors(path): ...` maps an OSError by its number to the caller's options: a missing name, an impossible
+request, a resource that is short.  Everything else becomes `Unavailable`, with the kernel's words.  Each shortage has
+one remedy, whether this process, a store's directory or a child process meets it (`shortage_in` finds it in the
+child's messages).
 
-The subject is always a file that the user knows: for a temporary file, or for the note beside an image, it is the file
-whose name is in theirs.
+The subject is always a file that the user knows: for a temporary file, or for the note beside an image, the file that
+the name refers to.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REMEDIES: dict[int, str] = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
 }
-"""What is short or withheld, and what an operator does about it."""
+"""What an operator does about a shortage or a limit."""
 _OF_A_FILESYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -50,12 +50,12 @@ _NOTE = re.compile(r"\.snapchain-layer-(.+)-\d+\.json", re.DOTALL)
 
 
 def denied(subject: object, *, detail: str = "") -> InvalidInput:
-    """The error for a file that this user may not use, the same wherever it shows."""
+    """The error for a file that this user may not use."""
     return InvalidInput(f"permission denied{detail}", subject=subject, hint="run as a user who may read and write it")
 
 
 def denied_to(rights: Rights, subject: object) -> InvalidInput:
-    """The error for a file that root does not use, since who may swap it could not use it."""
+    """The error for a file that root does not use, because the user who may swap it has no access to it."""
     return InvalidInput(
         f"permission denied to {rights}, with whose rights root uses what they may replace",
         subject=subject,
@@ -64,7 +64,7 @@ def denied_to(rights: Rights, subject: object) -> InvalidInput:
 
 
 def translated(error: OSError, subject: object = None) -> SnapchainError:
-    """The error of snapchain's tree that says what an OSError says."""
+    """The error of snapchain's tree for an OSError."""
     given = subject if subject is not None else error.filename
     name, is_temporary, note = _known_file(given)
     words = (error.strerror or str(error) or type(error).__name__).lower()
@@ -89,7 +89,7 @@ def translated(error: OSError, subject: object = None) -> SnapchainError:
 
 
 def shortage_in(words: str) -> OSError | None:
-    """The shortage of a filesystem that a program's messages (in the C locale) tell of, else None."""
+    """The shortage of a filesystem that a program's messages (in the C locale) report, else None."""
     for number in _OF_A_FILESYSTEM:
         if os.strerror(number) in words:
             return OSError(number, os.strerror(number))
@@ -97,9 +97,9 @@ def shortage_in(words: str) -> OSError | None:
 
 
 def _known_file(path: object) -> tuple[object, bool, str | None]:
-    """The file that the user knows; whether the given one is a temporary file; the name of a note beside the file.
+    """(the file that the user knows, whether the given path is a temporary file, the name of a note beside the file).
 
-    A note is replaced by way of a temporary file too.
+    A note is also replaced through a temporary file.
     """
     if not isinstance(path, str | Path):
         return path, False, None
@@ -113,7 +113,7 @@ def _known_file(path: object) -> tuple[object, bool, str | None]:
 
 @contextmanager
 def os_errors(subject: object = None) -> Iterator[None]:
-    """Raise what `translated` makes of an OSError inside the block; `subject` names the file in the message."""
+    """A block that raises an OSError as `translated` returns it. subject: the file that the message names."""
     try:
         yield
     except OSError as error:

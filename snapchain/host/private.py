@@ -1,11 +1,11 @@
-"""Small files of this user alone, and the directories in which they lie: 0700 and 0600, whatever the umask.
+"""Small private files of this user and their directories: modes 0600 and 0700, whatever the umask.
 
-What a program remembers steers what it trusts later.  So it is believed only where nobody else can have put it:
+Stored state decides what a program trusts later.  So it counts only where no other user can have written it:
 
-    PrivateDirectory    this user's state and cache: the directory is this user's, and is closed to others
-    is_own, read_own    a file in any place: it is this user's or root's, and nobody else can rename it there
+    PrivateDirectory    this user's state and cache: the directory belongs to this user, and is closed to others
+    is_own, read_own    a file anywhere: it belongs to this user or root, and no other user can rename it
 
-Both are built on directory.py: a root whose HOME another user owns finds there no file that it believes.
+Both are built on directory.py: a root whose HOME belongs to another user trusts no file there.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _OTHERS_MAY_USE = 0o077
 
 
 def make_private(path: Path) -> None:
-    """Like `mkdir -p`, but each directory that is made is 0700. An existing one keeps its mode."""
+    """Like `mkdir -p`, but each new directory is 0700. An existing one keeps its mode."""
     make_directories(path, mode=DIRECTORY_MODE, whatever_the_umask=True)
 
 
 def is_own(directory: Directory, status: os.stat_result) -> bool:
-    """Whether a file was made by this user or root, in a directory in which nobody else can rename their files."""
+    """Whether a file belongs to this user or root, in a directory where no other user can rename it."""
     ours = (0, os.geteuid())
     if status.st_uid not in ours or status.st_mode & _OTHERS_MAY_WRITE or directory.rights_of_file(status) is not None:
         return False
@@ -50,24 +50,24 @@ def is_own(directory: Directory, status: os.stat_result) -> bool:
 
 
 def read_own(path: Path, *, cap: int) -> bytes:
-    """The bytes of a small file, wherever it lies. cap: bytes that it may have.
+    """The bytes of a small file anywhere. cap: its largest size in bytes.
 
-    Raises InvalidInput for what somebody else may have put there and for more bytes, and what reading a file raises.
+    Raises InvalidInput for a file that another user may have written and for a larger one, and as reading a file.
     """
     with os_errors(path), Directory.open(path.parent) as directory:
         return _read_own(directory, path.name, cap=cap)
 
 
 class PrivateDirectory:
-    """A context manager: one directory, held by a descriptor, below which names are used: its path may be swapped.
+    """A context manager: one directory, pinned by a descriptor, so that swapping its path has no effect.
 
     Methods raise the errors of `os_errors`.
     """
 
     def __init__(self, path: Path, *, make: bool = False) -> None:
-        """Raises InvalidInput for a link, and for a directory that somebody else may replace.
+        """Open it, and close it to others. make: create it if missing.
 
-        One of this user's is closed to others.
+        Raises InvalidInput for a link, and for a directory that another user may replace.
         """
         self.path = path
         with os_errors(path):
@@ -100,25 +100,25 @@ class PrivateDirectory:
         self._directory.close()
 
     def names(self) -> list[str]:
-        """What is in it."""
+        """The names in it."""
         with os_errors(self.path):
             return self._directory.names()
 
     def read(self, name: str, *, cap: int, is_secret: bool = False) -> bytes:
-        """The bytes of a small file. cap: bytes that it may have; is_secret: nobody else may read it, either.
+        """The bytes of a small file. cap: its largest size in bytes; is_secret: refuse a file that others may read.
 
-        Raises NotFound, and InvalidInput for more bytes, and for what is no regular file of this user alone.
+        Raises NotFound; InvalidInput for a larger file, and for anything but a regular file of this user alone.
         """
         with os_errors(self.path / name):
             return _read_own(self._directory, name, cap=cap, is_secret=is_secret)
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace a small file: a reader, or a crash, sees the old bytes or the new ones."""
+        """Replace a small file: a reader, or a crash, sees either the old or the new bytes."""
         with os_errors(self.path / name):
             write_in(self._directory, name, data, mode=FILE_MODE, whatever_the_umask=True)
 
     def write_once(self, name: str, data: bytes) -> None:
-        """Write a small file unless there is one. Of several that do so at once, one wins."""
+        """Write a small file unless it exists. Of several concurrent writers one wins."""
         temporary = temporary_beside(self.path / name, purpose=NEW).name
         with os_errors(self.path / name):
             fd = self._directory.create(temporary)
@@ -141,7 +141,7 @@ class PrivateDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Alone with the directory, among all that come through here; not where the filesystem has no such locks."""
+        """A block with an exclusive lock on the directory; no lock where the filesystem has none."""
         fd = self._directory.opened()
         try:
             with suppress(OSError):
@@ -183,9 +183,9 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_record(path: Path, shape: type[M], *, cap: int) -> M:
-    """cap: bytes that it may have.
+    """Read and validate a record. cap: its largest size in bytes.
 
-    Raises NotFound where there is none, Corrupt for what is no such record, and as PrivateDirectory.
+    Raises NotFound where the file is missing, Corrupt where it is not valid, and as PrivateDirectory.
     """
     with PrivateDirectory(path.parent) as directory:
         text = directory.read(path.name, cap=cap)
@@ -198,23 +198,23 @@ def read_record(path: Path, shape: type[M], *, cap: int) -> M:
 
 
 def write_record(path: Path, record: BaseModel) -> None:
-    """Replace it, and make its directory."""
+    """Write or replace a record; its directory is created if missing."""
     with PrivateDirectory(path.parent, make=True) as directory:
         directory.write(path.name, record.model_dump_json().encode())
 
 
-# --- Configuration files decide which programs run: they are read only where no one but this user and root can write.
+# --- Configuration files decide which programs run: they are read only where just this user and root can write.
 #
 # A user who can write a configuration runs programs as its reader, and chooses which files the reader overwrites.
-# So the file's own mode counts, and the mode of each directory through which it could be replaced, as sshd does it.
+# So the file's own mode counts, and the mode of each directory in which it could be replaced, as in sshd.
 
 _REMEDY = "let only yourself or root own it, and write to it and its directory; whoever can write to it runs programs"
 
 
 def read_trusted(path: Path, *, cap: int = 1 << 20) -> bytes:
-    """The bytes of such a file; links are followed.
+    """The bytes of a configuration file; links are followed. cap: its largest size in bytes.
 
-    Raises InvalidInput where somebody else can write or replace it, or it is larger, and what reading a file raises.
+    Raises InvalidInput where another user can write or replace it and for a larger file, and as reading a file.
     """
     with os_errors(path):
         found = resolve(path, strict=True)
@@ -231,7 +231,7 @@ def read_trusted(path: Path, *, cap: int = 1 << 20) -> bytes:
 
 
 def _who_else(directory: Directory, fd: int) -> Rights | None:
-    """Whoever besides this user and root can write to an open file of a directory, or put another in its place."""
+    """The user or group, besides this user and root, that can write to an open file or replace it in its directory."""
     status, place = os.fstat(fd), os.fstat(directory.fd)
     if os.geteuid() == 0:
         return writer_of(status, fd) or directory.rights_of_file(status)

@@ -1,9 +1,8 @@
 """A channel to the standard streams of a program that we start, such as ssh.
 
-sh starts it, with the ends of real pipes as its streams: no byte of them passes through sh or through a buffer of
-ours.  A thread of its own keeps the child: it starts it, collects the end of what it says on stderr, ends it when
-told to, and reaps it.  It lives as long as the child because the kernel's "die with your parent" means the thread that
-forked.
+sh starts it with the ends of real pipes as its streams: no byte passes through sh or through a buffer of ours.  A
+separate thread keeps the child: it starts it, collects the end of its stderr, terminates it on request, and reaps it.
+The thread lives as long as the child, because the kernel's "die with your parent" refers to the thread that forked.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from snapchain.host.processes import STDERR_CAP, die_with_parent, find_program
 PIPE_SIZE = 1 << 20
 """Bytes that the kernel holds in each direction: the most that an unprivileged process may ask for."""
 GRACE = 2.0
-"""Seconds that a child has to end after SIGTERM, and after it has closed its streams."""
+"""Seconds for a child to exit after SIGTERM, and after it has closed its streams."""
 
 Diagnose = Callable[[int, str], SnapchainError]
-"""What an exit status (negative: the signal) and the end of stderr mean."""
+"""Makes an error of an exit status (negative: the signal) and the end of stderr."""
 
 
 class ProcessChannel(Channel):
-    """Full duplex with a child's stdin and stdout. The child has no terminal, unless `terminal`, and dies with us."""
+    """Full duplex with a child's stdin and stdout. The child dies with us; it has a terminal only with `terminal`."""
 
     def __init__(
         self,
@@ -71,18 +70,18 @@ class ProcessChannel(Channel):
 
     @property
     def stderr(self) -> str:
-        """The last 64 KiB of what the child has said so far."""
+        """The last 64 KiB of the child's stderr so far."""
         return self._child.stderr()
 
     def close(self, *, patience: float = 30.0) -> None:
-        """End the stream, let the child end, which has `patience` seconds, and raise what its end means."""
+        """End the stream, wait `patience` seconds for the child to exit, and raise an error for its exit status."""
         if self._reader < 0:
             return
         self.finish_writing()
         try:
             until = time.monotonic() + patience
             while self.read(1 << 16, patience=max(0.0, until - time.monotonic())):
-                continue  # what it still had to say would hold up its end
+                continue  # unread output would keep it from exiting
             if not self._child.wait(max(0.0, until - time.monotonic())):
                 raise Unavailable(f"did not end within {patience:g} seconds", subject=self.peer)
             self._ended()
@@ -126,11 +125,11 @@ class _Child:
             raise self._failure
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended, after that many seconds at most."""
+        """Wait at most that many seconds; whether it has exited."""
         return self._ended.wait(seconds)
 
     def end(self) -> None:
-        """Have it ended: SIGTERM, and SIGKILL for it and all that it has started, when that is not enough."""
+        """Terminate it: SIGTERM, then SIGKILL for it and its descendants when it does not exit."""
         self._stop.ring()
 
     def stderr(self) -> str:
@@ -144,7 +143,7 @@ class _Child:
         try:
             command = start(its_errors)
             self.pid = command.process.pid
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that wants the child
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for the child
             self._failure = error
             return
         finally:
@@ -165,7 +164,7 @@ class _Child:
         os.close(errors)
 
     def _collect(self, process: Any, errors: int) -> None:
-        """Until the child has ended; a ControlMaster that it left behind may hold stderr open for hours."""
+        """Read stderr until the child exits; a ControlMaster that it left behind may hold stderr open for hours."""
         try:
             ended = os.pidfd_open(process.pid)
         except ProcessLookupError:  # ended and reaped
@@ -195,7 +194,7 @@ class _Child:
             os.close(ended)
 
     def _take(self, errors: int) -> bool:
-        """What is there of stderr; False at its end."""
+        """Read what stderr has now; False at its end."""
         try:
             while piece := os.read(errors, 1 << 16):
                 self._said += piece
@@ -206,7 +205,7 @@ class _Child:
 
 
 def _start(argv: list[str], stdin: int, stdout: int, stderr: int, *, env: dict[str, str], terminal: bool) -> Any:
-    import sh  # 60 ms, which most commands can do without
+    import sh  # takes 60 ms, and most commands do not need it
 
     streams: dict[str, Any] = {"_in": stdin, "_out": stdout, "_err": stderr}
     try:
@@ -218,7 +217,7 @@ def _start(argv: list[str], stdin: int, stdout: int, stderr: int, *, env: dict[s
             _encoding="utf-8",
             _env=env,
             _ok_code=tuple(range(-128, 256)),
-            # With a terminal it must stay in our session, to ask there; then a Ctrl-C, which is ours, reaches it too.
+            # With a terminal it must stay in our session, to ask there; then a Ctrl-C meant for us reaches it too.
             _new_session=not terminal,
             _new_group=False,
             _preexec_fn=_prepare_for_a_terminal if terminal else _prepare,
@@ -231,28 +230,28 @@ def _start(argv: list[str], stdin: int, stdout: int, stderr: int, *, env: dict[s
 
 
 def _prepare() -> None:
-    """In the child, before exec. sh has set SIGHUP to be ignored, by which ssh ends a ProxyCommand."""
+    """In the child, before exec. sh ignores SIGHUP, which ssh needs to end a ProxyCommand."""
     die_with_parent()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _prepare_for_a_terminal() -> None:
-    """As _prepare. An interrupt is for us, who end the child in good order; while it asks, ssh sees to it itself."""
+    """As _prepare, and ignore SIGINT: the parent ends the child in good order. While ssh asks, it handles SIGINT."""
     _prepare()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _signal(process: Any, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if process.pgid == process.pid:  # it leads a session of its own, so its group holds nobody else
+        if process.pgid == process.pid:  # it leads its own session, so its group holds only its descendants
             os.killpg(process.pid, number)
         else:
             os.kill(process.pid, number)
 
 
 def _pipe() -> tuple[int, int]:
-    """Reading and writing end; as big as we may have it."""
+    """Reading and writing end, as large as the kernel allows."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    with contextlib.suppress(OSError):  # /proc/sys/fs/pipe-user-pages-soft is used up: 64 KiB do as well
+    with contextlib.suppress(OSError):  # /proc/sys/fs/pipe-user-pages-soft is used up: 64 KiB are enough
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     return reader, writer

@@ -1,9 +1,9 @@
-"""Small records in JSON that lie where others may put files, too: bounded, judged by descriptor, marked by their user.
+"""Small JSON records in directories where other users may write too: bounded, opened once, marked by their user.
 
     {"version": 1, ..., "mark": "<HMAC of the rest>"}        host/records.py
 
-A record's mark covers its kind, the inode of its directory and all that it says.  Programs that know of no marks read
-the rest as before.
+A record's mark covers its kind, the inode of its directory and all its values.  Programs without support for marks
+read the rest as before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 from snapchain.errors import InvalidInput, NotFound, SnapchainError
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
-from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.host.private import PrivateDirectory, is_own
 
 _MARK = "mark"
@@ -30,11 +29,12 @@ _MARK = "mark"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record as it was read.
+    """A record as read from its file.
 
-    text: its JSON without the mark; status: of the file that was opened
-    is_marked: by this user's key, in this directory, and only its owner may write to it
-    is_own: nobody but this user and root can have put it there: marked, or a file of theirs in a place of theirs
+    text: its JSON without the mark
+    status: of the opened file
+    is_marked: marked by this user's key for this directory, and writable by its owner only
+    is_own: only this user or root can have written it: it is marked, or is their file in their directory
     """
 
     text: bytes
@@ -44,15 +44,15 @@ class Record:
 
 
 def encode(values: dict[str, object], *, purpose: str, place: int, key: StateKey | None) -> bytes:
-    """A record's bytes; without a key it gets no mark. place: inode of the directory in which it is to lie."""
+    """A record's bytes; without a key it gets no mark. place: inode of its directory."""
     marked = values if key is None else {**values, _MARK: key.mark(purpose, place, _canonical(values))}
     return json.dumps(marked, indent=1).encode()
 
 
 def read(directory: Directory, name: str, *, purpose: str, key: StateKey | None, cap: int) -> Record:
-    """The record of this name. cap: bytes that it may have.
+    """The record of this name. cap: its largest size in bytes.
 
-    Raises InvalidInput for what is no regular file, is larger, or holds no JSON object, and what opening a file raises.
+    Raises InvalidInput unless it is a regular file within `cap` that holds a JSON object, and as opening a file.
     """
     path = directory.path / name
     with os_errors(path):
@@ -83,11 +83,11 @@ def read(directory: Directory, name: str, *, purpose: str, key: StateKey | None,
 
 
 def _canonical(values: dict[str, object]) -> bytes:
-    """The same bytes for the same values, in whatever order and spacing a file holds them."""
+    """The same bytes for the same values, whatever their order and spacing in a file."""
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 
-# --- The key that marks a user's records in directories where other users may write, too.
+# --- The key that marks a user's records in directories where other users may write too.
 #
 # A record beside an image (a merge journal, a layer note) carries a mark: HMAC-SHA256 under a key in its user's state
 # directory.  Another user of the images' directory can remove the record or restore an older one, but cannot forge one.
@@ -112,25 +112,25 @@ class StateKey:
         return "StateKey(...)"
 
     def mark(self, purpose: str, place: int, data: bytes) -> str:
-        """The mark of a record. purpose: of this kind of record; place: inode of the directory in which it lies."""
+        """The mark of a record. purpose: the kind of record; place: inode of its directory."""
         return hmac.new(self.secret, f"{purpose}\n{place}\n".encode() + data, hashlib.sha256).hexdigest()
 
     def has_made(self, mark: str, purpose: str, place: int, data: bytes) -> bool:
-        """Whether a mark is this key's, for just this."""
+        """Whether this key made a mark for exactly these values."""
         return hmac.compare_digest(mark.encode(errors="replace"), self.mark(purpose, place, data).encode())
 
 
 def own_key() -> StateKey | None:
-    """The key of this user; None where there is none that can be used: then no record is known as this user's."""
+    """The key of this user; None where there is no usable key: then no record counts as this user's by its mark."""
     with suppress(SnapchainError):
         return _read(_directory())
     return None
 
 
 def made_key() -> StateKey:
-    """The key of this user, made where there is none.
+    """The key of this user, created if missing.
 
-    Raises InvalidInput where others may read or replace it, and what reading and writing a file raises.
+    Raises InvalidInput where others may read or replace it, and as reading and writing a file.
     """
     directory = _directory()
     try:
@@ -152,7 +152,7 @@ def _directory() -> Path:
 
 
 def _is_roots_alone(directory: Path) -> bool:
-    """Whether no other user may change what a path leads to, as far as it is there."""
+    """Whether no other user may change the target of a path, as far as it exists."""
     for place in (directory, *directory.parents):
         try:
             with Directory.open(place) as opened:
@@ -182,6 +182,22 @@ def _read(path: Path) -> StateKey:
 
 
 def _make(path: Path) -> None:
-    """Of two that make one at once, one wins, and both use it."""
+    """Create the key. Of two concurrent writers one wins, and both use its key."""
     with PrivateDirectory(path, make=True) as directory:
         directory.write_once(NAME, f"snapchain records 1 {secrets.token_hex(_BYTES)}\n".encode())
+
+
+# --- State and cache of this user: the XDG base directories.
+
+SYSTEM_STATE = Path("/var/lib/snapchain")
+"""The state directory of an installed nightly run of root, whatever its environment."""
+
+
+def state_dir() -> Path:
+    """$XDG_STATE_HOME/snapchain, by default ~/.local/state/snapchain."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "snapchain"
+
+
+def cache_dir() -> Path:
+    """$XDG_CACHE_HOME/snapchain, by default ~/.cache/snapchain."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snapchain"

@@ -1,11 +1,11 @@
-"""The rights of somebody else, with which root uses a directory that this somebody may write to.
+"""The rights of another user, with which root uses a directory that this user may write to.
 
-Whoever may write to a directory can swap what lies there at any moment, also between a check and the use of what was
-checked.  Used with their own rights, a swapped name leads to nothing that they could not have reached by themselves.
+A user with write access to a directory can swap its entries at any moment, also between a check and the use of the
+checked file.  With that user's rights, a swapped name leads only to files that the user could reach anyway.
 
-The kernel keeps the identity by which it judges access to files per thread (setfsuid(2), setfsgid(2)), and so are the
-supplementary groups, but the C library's setgroups changes those of all threads: hence the system call itself.  An
-identity other than root's also suspends the capabilities by which root passes over modes and owners.
+The kernel keeps the identity for file access per thread (setfsuid(2), setfsgid(2)), and the supplementary groups too.
+The C library's setgroups changes the groups of all threads, so the system call is made directly.  An identity other
+than root's also suspends the capabilities by which root ignores modes and owners.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _SETGROUPS_GENERIC = 159
 """aarch64, riscv64, loongarch64: the numbers of all architectures that came after 2010."""
 _GENERIC = {"aarch64", "riscv64", "loongarch64"}
 _NO_CHANGE = 0xFFFFFFFF
-"""An id that is never valid: setfsuid then only returns the current one."""
+"""An id that is never valid: setfsuid then just returns the current one."""
 _PR_GET_SECUREBITS, _NO_SETUID_FIXUP = 27, 1 << 2
-"""With that bit set, the kernel would leave root its capabilities whatever the identity."""
+"""With this bit set, root keeps its capabilities under any identity."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """Whose access to files counts: a user, a group, and further groups."""
+    """An identity for file access: a user, a group, and supplementary groups."""
 
     uid: int
     gid: int
@@ -46,12 +46,12 @@ class Rights:
 
     @staticmethod
     def of_user(uid: int) -> Rights:
-        """Those of a user with all groups of their account; without an account there are none."""
+        """The rights of a user with all groups of the account; no groups without an account."""
         return _of_user(uid)
 
     @staticmethod
     def of_group(gid: int) -> Rights:
-        """Those that every member of a group has, whoever it is."""
+        """The rights that every member of a group has."""
         return Rights(NOBODY, gid, (gid,))
 
     def __str__(self) -> str:
@@ -62,17 +62,17 @@ class Rights:
 
 
 EVERYBODY = Rights(NOBODY, NOBODY, (NOBODY,))
-"""What any user may do."""
+"""The rights that every user has."""
 
 
 class DeniedToOther(PermissionError):
-    """Access was denied to somebody else, with whose rights root had asked for it."""
+    """Access was denied to the user with whose rights root asked for it."""
 
     rights: Rights
 
     @staticmethod
     def of(error: PermissionError, rights: Rights) -> DeniedToOther:
-        """The same error with the rights."""
+        """The same error, with the rights."""
         made = DeniedToOther(error.errno, error.strerror, error.filename)
         made.rights = rights
         return made
@@ -88,7 +88,7 @@ def _of_user(uid: int) -> Rights:
 
 
 def user_name(number: int) -> str:
-    """Of an account, else its number."""
+    """The account's name, else the number."""
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
@@ -96,7 +96,7 @@ def user_name(number: int) -> str:
 
 
 def group_name(number: int) -> str:
-    """Of a group, else its number."""
+    """The group's name, else the number."""
     try:
         return grp.getgrgid(number).gr_name
     except KeyError:
@@ -105,11 +105,10 @@ def group_name(number: int) -> str:
 
 @contextmanager
 def acting_as(rights: Rights | None) -> Iterator[None]:
-    """This thread's access to files is judged by other rights during the block. None: nothing changes.
+    """A block in which this thread accesses files with other rights. None: nothing changes.
 
-    Only root can do so. The block must start neither threads nor programs. It raises DeniedToOther where the kernel
-    denies what those rights do not cover.
-    Raises Unsupported where the rights cannot be taken on, or not wholly.
+    Only root can take on other rights. The block must start neither threads nor programs. Raises DeniedToOther where
+    these rights do not allow an access; Unsupported where they cannot be taken on in full.
     """
     if rights is None:
         yield

@@ -2,14 +2,14 @@
 
     channel = open_ssh(parse_remote_address("ssh://root@kvm2/srv/replica"))
 
-The user's own ssh does it, with its configuration, keys, agent, jump hosts and ControlMaster: whoever can type
-`ssh HOST snapchain` needs to set up nothing.  The remote command is one constant; paths, names and whatever else a
-user or an address says go through the stream, and never through the shell over there.
+The user's own ssh makes the connection, with its configuration, keys, agent, jump hosts and ControlMaster. A user who
+can type `ssh HOST snapchain` needs no set-up.  The remote command is one constant; paths, names and all other text
+from the user or the address go through the stream, never through the remote shell.
 
-Two environment variables change what is run, as RSYNC_RSH and --rsync-path do, and nothing else does:
-SNAPCHAIN_SSH          the ssh program and first options of it, split like a shell's words    ssh
-SNAPCHAIN_REMOTE       what the shell over there runs as snapchain                            snapchain
-They belong to the user, who may run anything over there in any case; no address and no stored thing can set them.
+Only two environment variables change the command, as RSYNC_RSH and --rsync-path do:
+SNAPCHAIN_SSH          the ssh program and its first options, split like a shell's words      ssh
+SNAPCHAIN_REMOTE       the command that the remote shell runs as snapchain                    snapchain
+The user sets them, and may run anything on that host anyway; no address and no stored data can set them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from snapchain.host.process_channel import ProcessChannel
 from snapchain.host.terminal import printable
 
 SERVE = "serve-replica --stdio"
-"""The one remote command: what stands after the program's name."""
+"""The one remote command: the words after the program's name."""
 ALIVE_INTERVAL, ALIVE_COUNT = 15, 4
-"""ssh asks every 15 seconds whether the host is there, and gives up after four answers that did not come: a cut link
-is noticed within 75 seconds, and one that heals within 45 is not even noticed."""
+"""ssh probes the host every 15 seconds, and gives up after four missing answers. It detects a cut link within 75
+seconds; a link that recovers within 45 seconds goes unnoticed."""
 CONNECT_TIMEOUT = 30
 PATIENCE = 90.0
-"""Seconds without a byte: longer than ssh takes to notice, since it can say why; needed where a ControlMaster without
-these settings carries us."""
+"""Seconds without a byte. Longer than ssh needs to detect a cut link, since ssh reports the reason; needed where a
+ControlMaster without these settings carries the connection."""
 
 _OPTIONS = {
     "RequestTTY": "no",
@@ -45,10 +45,10 @@ _OPTIONS = {
     "ClearAllForwardings": "yes",
     "ForwardAgent": "no",
     "ForwardX11": "no",
-    "PermitLocalCommand": "no",  # its output would get into the stream
+    "PermitLocalCommand": "no",  # its output would corrupt the stream
     "RemoteCommand": "none",
-    "Compression": "no",  # what goes over is compressed
-    "LogLevel": "INFO",  # a QUIET ssh would not say why it fails
+    "Compression": "no",  # the stream is compressed already
+    "LogLevel": "INFO",  # a QUIET ssh does not report why it fails
     "ConnectTimeout": str(CONNECT_TIMEOUT),
     "ServerAliveInterval": str(ALIVE_INTERVAL),
     "ServerAliveCountMax": str(ALIVE_COUNT),
@@ -58,14 +58,14 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class SshProgram:
-    """What is run here and there. ssh: argument list up to the host; remote: shell text that names snapchain."""
+    """The programs on both hosts. ssh: argument list up to the host; remote: shell text that names snapchain."""
 
     ssh: tuple[str, ...] = ("ssh",)
     remote: str = "snapchain"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> SshProgram:
-        """As SNAPCHAIN_SSH and SNAPCHAIN_REMOTE say. Raises InvalidInput."""
+        """From SNAPCHAIN_SSH and SNAPCHAIN_REMOTE. Raises InvalidInput."""
         said, remote = environ.get("SNAPCHAIN_SSH", ""), environ.get("SNAPCHAIN_REMOTE", "")
         try:
             ssh = tuple(shlex.split(said))
@@ -82,11 +82,12 @@ def open_ssh(
     program: SshProgram | None = None,
     patience: float = PATIENCE,
 ) -> ProcessChannel:
-    """Start snapchain over there and return the channel to it, at once: a failure comes with the first bytes.
+    """Start snapchain on the other host and return the channel to it without waiting: the first read reports a failure.
 
-    program: by default what the environment says; patience: as of a Channel.  The errors of the channel say
-    what is wrong with host, login or installation (`diagnosis`).  With a terminal, ssh may ask there for a passphrase
-    or whether to trust a new host.
+    program: from the environment by default
+    patience: as of a Channel
+    The errors of the channel describe a fault of host, login or installation (`diagnosis`).  With a terminal, ssh may
+    ask for a passphrase, or whether to trust a new host.
     """
     program = program or SshProgram.from_environment(os.environ)
     return _opened(address, program=program, patience=patience, terminal=_at_a_terminal())
@@ -95,10 +96,10 @@ def open_ssh(
 def open_ssh_lanes(
     address: RemoteAddress, connections: int, *, program: SshProgram | None = None, patience: float = PATIENCE
 ) -> Channel:
-    """As `open_ssh`, over several connections at once, for links on which one is too slow; see remote_lanes.
+    """As `open_ssh`, over several connections at once, for links on which one is too slow; see lanes.py.
 
-    Waits for the other side, which must `accept_lanes`, and does with those connections that come.  Only the first of
-    them may ask at a terminal: the others log in by an agent, a key or a ControlMaster, or do not come.
+    Waits for the other side, which must call `accept_lanes`, and uses the connections that succeed.  Only the first
+    one may ask at a terminal: the others log in by an agent, a key or a ControlMaster, or fail.
     """
     program = program or SshProgram.from_environment(os.environ)
     terminal = _at_a_terminal()
@@ -125,7 +126,7 @@ def _opened(address: RemoteAddress, *, program: SshProgram, patience: float, ter
 
 
 def command_line(address: RemoteAddress, *, program: SshProgram, ask: bool) -> list[str]:
-    """ssh's argument list. Of the address, host, user and port are in it, whose characters have been judged."""
+    """ssh's argument list. It holds host, user and port of the address, whose characters have been checked."""
     options = {**_OPTIONS, "BatchMode": "no" if ask else "yes"}
     words = [*program.ssh, *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
     if address.user is not None:
@@ -140,9 +141,9 @@ def _at_a_terminal() -> bool:
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """All of the user's, since configuration, agents and jump hosts may want any of it, less what is ours.
+    """The user's environment without snapchain's variables, which may hold a passphrase.
 
-    That may be a passphrase.  LC_ALL=C: ssh's messages are read here.
+    ssh's configuration, agents and jump hosts may need the others.  LC_ALL=C: snapchain parses ssh's messages.
     """
     return {name: value for name, value in environ.items() if not name.startswith("SNAPCHAIN_")} | {"LC_ALL": "C"}
 
@@ -153,9 +154,9 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
 #     ssh://kvm2:2222/srv/replica
 #     ssh://[fd00::2%br0]/srv/replica    an IPv6 address
 #
-# User and host end up on ssh's command line and, by a ProxyCommand in the user's configuration, in a shell: so only
-# characters without a meaning for either are accepted. The path goes through the stream, and nothing in it is decoded
-# or expanded.
+# User and host go into ssh's command line and, through a ProxyCommand in the user's configuration, into a shell. Only
+# characters without a meaning for either are accepted. The path goes through the stream; nothing in it is decoded or
+# expanded.
 
 SCHEME = "ssh://"
 _FORM = "write ssh://[user@]host[:port]/path, such as ssh://root@kvm2/srv/replica"
@@ -187,12 +188,12 @@ class RemoteAddress:
 
 
 def is_remote(text: str) -> bool:
-    """Whether that is meant as such an address, right or wrong."""
+    """Whether the text begins like an address of this form, valid or not."""
     return text[: len(SCHEME)].lower() == SCHEME
 
 
 def parse_remote_address(text: str) -> RemoteAddress:
-    """Take apart an address without ::DISK. Raises InvalidInput, which says what is wrong with it."""
+    """Parse an address without ::DISK. Raises InvalidInput."""
     if not is_remote(text):
         raise InvalidInput("not an address of a host", subject=repr(text), hint=_FORM)
     authority, slash, path = text[len(SCHEME) :].partition("/")
@@ -245,10 +246,10 @@ def _port(port: str, text: str) -> int:
     return int(port)
 
 
-# --- What a failed ssh means: exit status and end of stderr become one error with a remedy. Pure.
+# --- The cause of a failed ssh: exit status and end of stderr become one error with a remedy. Pure.
 #
-# ssh ends with 255 for its own errors, and else with the status of the remote program, whose stderr comes through the
-# same pipe. So the text decides; it is OpenSSH's in the C locale.
+# ssh exits with 255 for its own errors, otherwise with the status of the remote program, whose stderr arrives through
+# the same pipe. So the text decides; it is OpenSSH's in the C locale.
 
 _OF_SSH = 255
 _GO_ON = "run it again: it resumes where it stopped"
@@ -256,7 +257,7 @@ _GO_ON = "run it again: it resumes where it stopped"
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """words: what ssh says, any of it; kind: the error raised; message, hint: may use {host} and {login}."""
+    """words: a pattern of ssh's messages; kind: the error to raise; message, hint: may use {host} and {login}."""
 
     words: str
     kind: type[SnapchainError]
@@ -264,7 +265,7 @@ class _Fault:
     hint: str
 
 
-# The first one that fits. What cannot pass by itself comes before what may.
+# The first match counts. Permanent faults come before transient ones.
 _FAULTS = (
     _Fault(
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key for .* has changed",
@@ -317,7 +318,7 @@ _FAULTS = (
         "see whether it is up and the way to it open",
     ),
     _Fault(
-        r"UNKNOWN port 65535",  # what ssh calls the far end of a command's pipes
+        r"UNKNOWN port 65535",  # ssh's name for the far end of a command's pipes
         Unavailable,
         "the ProxyCommand, or the host to jump over, gave no connection, or ended it",
         "see that ssh {login} works",
@@ -333,13 +334,13 @@ _FAULTS = (
 )
 _SAID_CAP = 300
 _BY_SHELL = 128
-"""What a shell adds to a signal's number to make a status of it."""
+"""A shell adds this to a signal's number to form an exit status."""
 _FROM_OUTSIDE = {signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM}
-"""By people, a shutdown, or the kernel that has run out of memory; the same again may end well."""
+"""Sent by people, a shutdown, or a kernel that is out of memory; a retry may succeed."""
 
 
 def diagnosis(address: RemoteAddress, ssh: Sequence[str], status: int, stderr: str) -> SnapchainError:
-    """The error that an end with this status (negative: the signal) and these last words is. status: not 0."""
+    """The error for an exit status and the end of stderr. status: not 0; negative: a signal."""
     said = _last_words(stderr)
     facts = _Facts(address, (*ssh, address.login), status, stderr)
     if status == _OF_SSH:

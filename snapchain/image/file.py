@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import time
+import zlib
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +20,15 @@ from snapchain.errors import Busy, Corrupt, InvalidInput
 from snapchain.host.directory import Resolved
 from snapchain.host.rights import Rights
 from snapchain.image.backing import Place
-from snapchain.image.fingerprint import fingerprint_of, settle
 from snapchain.image.holes import without_holes
 from snapchain.image.physical import Physical, RunBudget
 from snapchain.image.pread import file_bytes, pread, pread_into
-from snapchain.image.qcow2.compressed import decompress
 from snapchain.image.qcow2.header import Backing, Qcow2Header, read_header
 from snapchain.image.qcow2.mapping import map_image
 from snapchain.image.qcow2.tables import ImageFd
 from snapchain.image.raw import SECTOR, map_raw
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
-from snapchain.model.fingerprint import Fingerprint
+from snapchain.model.fingerprint import SECOND_NS, Fingerprint
 
 Format = Literal["qcow2", "raw"]
 
@@ -198,3 +198,70 @@ class ImageFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+# --- The fingerprint (model/fingerprint.py) of an open file, taken when no write can hide behind its mtime.
+
+_TICK = 20_000_000
+"""Nanoseconds. The kernel stamps files by a clock that steps every 1 to 10 ms."""
+
+
+def fingerprint_of(status: os.stat_result) -> Fingerprint:
+    """From a stat of the open file."""
+    return Fingerprint(
+        inode=status.st_ino, size=status.st_size, mtime_ns=status.st_mtime_ns, ctime_ns=status.st_ctime_ns
+    )
+
+
+def settle(fd: int) -> Fingerprint:
+    """The fingerprint of an open file, once no write can hide behind its mtime; sleeps at most a second."""
+    found = fingerprint_of(os.fstat(fd))
+    window = SECOND_NS if found.is_coarse else _TICK
+    age = time.time_ns() - found.mtime_ns
+    # An mtime well in the future needs no wait: a write would set it back to now.
+    if -_TICK < age < window:
+        time.sleep((window - max(age, 0)) / SECOND_NS)
+        found = fingerprint_of(os.fstat(fd))
+    return found
+
+
+# --- Decompression of one cluster, bounded: never more output than a cluster, never a window above 8 MiB.
+#
+# A compressed cluster's end is known to the sector only, so bytes of the next one may follow it: decompression stops
+# when the cluster is full, as in qcow2_zlib_decompress and qcow2_zstd_decompress (QEMU 7.2, block/qcow2-threads.c).
+
+_RAW_DEFLATE_4K_WINDOW = -12
+_MAX_ZSTD_WINDOW = 8 << 20
+"""RFC 8878 asks decoders for this much; a qcow2 cluster has 2 MiB at most."""
+
+
+def decompress(
+    data: bytes, cluster_size: int, *, compression: Literal["zlib", "zstd"], place: str, subject: object
+) -> bytes:
+    """Exactly `cluster_size` bytes out of a compressed cluster, or Corrupt naming its place."""
+    plain = _inflate(data, cluster_size) if compression == "zlib" else _unpack(data, cluster_size)
+    if len(plain) != cluster_size:
+        raise Corrupt(f"the compressed cluster at {place} does not unpack to {cluster_size} bytes", subject=subject)
+    return plain
+
+
+def _inflate(data: bytes, cluster_size: int) -> bytes:
+    try:
+        return zlib.decompressobj(_RAW_DEFLATE_4K_WINDOW).decompress(data, cluster_size)
+    except zlib.error:
+        return b""
+
+
+def _unpack(data: bytes, cluster_size: int) -> bytes:
+    import zstandard
+
+    reader = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).stream_reader(data, read_across_frames=True)
+    plain = bytearray(cluster_size)
+    view = memoryview(plain)
+    done = 0
+    try:
+        while done < cluster_size and (count := reader.readinto(view[done:])):
+            done += count
+    except zstandard.ZstdError:
+        return b""
+    return bytes(view[:done])

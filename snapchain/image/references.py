@@ -1,8 +1,7 @@
 """Which images of a directory use a file as their backing file.
 
 Looks at the headers of all files in some directories, and leniently: an image that snapchain would refuse (dirty,
-encrypted, in use) is somebody's disk all the same.  An unreadable one may depend on any file.  Only what
-lies in those directories can be found.
+encrypted, in use) is somebody's disk all the same.  Only images in those directories are found.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import re
 import stat
 import struct
 from collections.abc import Collection, Iterable, Iterator
-from enum import Enum
 from pathlib import Path
 
 from snapchain.errors import SnapchainError
@@ -40,33 +38,17 @@ _MAGICS = (MAGIC, _QED, *_VMDK)
 _FILE_PROTOCOLS = {"file", "host_device"}
 
 
-class Unread(Enum):
-    """What a file means that cannot be read: another user's disk, perhaps."""
+def children(directories: Iterable[Path], *, of: Collection[Path]) -> dict[Path, list[Path]]:
+    """For each of the files `of`, the images in `directories` that record it as their backing file.
 
-    MAY_STAND_ON_ALL = "may stand on all"
-    PASSED_OVER = "passed over"
-
-
-def children(
-    directories: Iterable[Path],
-    *,
-    of: Collection[Path],
-    besides: Collection[tuple[int, int]] = (),
-    unread: Unread = Unread.MAY_STAND_ON_ALL,
-) -> dict[Path, list[Path]]:
-    """For each of the files `of`, the images in `directories` that record it as their backing file, or may.
-
-    besides: (device, inode) of images that do not count. Files without such images have no entry.
+    Files without such images have no entry. Images that this user may not read are left out.
     """
     wanted = {real_name(path): path for path in of}
     found: dict[Path, list[Path]] = {}
-    for entry in _images(directories, besides):
+    for entry in _images(directories):
         try:
             recorded = _backing_name(entry)
         except OSError:
-            if unread is Unread.MAY_STAND_ON_ALL:
-                for path in of:
-                    found.setdefault(path, []).append(entry)
             continue
         if recorded is not None:
             for path in _meant(entry, recorded, wanted):
@@ -74,7 +56,7 @@ def children(
     return found
 
 
-def _images(directories: Iterable[Path], besides: Collection[tuple[int, int]]) -> Iterator[Path]:
+def _images(directories: Iterable[Path]) -> Iterator[Path]:
     for directory in dict.fromkeys(Path(real_name(directory)) for directory in directories):
         with os_errors(directory), Directory.open(directory) as home:
             for name in home.names():
@@ -83,16 +65,12 @@ def _images(directories: Iterable[Path], besides: Collection[tuple[int, int]]) -
                 except (OSError, SnapchainError):  # a link that leads nowhere, or gone meanwhile
                     continue
                 # Nothing smaller than a header is an image.
-                if (
-                    stat.S_ISREG(status.st_mode)
-                    and status.st_size >= _BACKING.size
-                    and (status.st_dev, status.st_ino) not in besides
-                ):
+                if stat.S_ISREG(status.st_mode) and status.st_size >= _BACKING.size:
                     yield directory / name
 
 
 def _looked_at(home: Directory, name: str) -> os.stat_result:
-    """The status of a file, or of what a link leads to, with the rights of who has made the link."""
+    """The status of a file, or of the target of a link, looked up with the rights of the link's owner."""
     status = home.status(name)
     if stat.S_ISLNK(status.st_mode):
         with acting_as(home.rights_of_file(status)):
@@ -133,7 +111,7 @@ def _as_url(name: bytes) -> bytes:
 
 
 def named_files(image: Path, name: str) -> tuple[Path, ...]:
-    """Where a recorded name may lead: plain paths, `file:`, and every string of `json:`. () for other protocols."""
+    """What a recorded name may mean: a plain path, `file:`, or any string of `json:`. () for other protocols."""
     # An image behind a symbolic link may be opened by either path.
     directories = dict.fromkeys([image.parent, Path(real_name(image)).parent])
     return tuple(directory / each for each in _paths(name) if "\0" not in each for directory in directories)

@@ -26,7 +26,7 @@ from snapchain.image.physical import Int32s, Int64s, Mask
 from snapchain.image.pieces import joined_runs
 from snapchain.image.pread import file_bytes, pread_into, write_all
 from snapchain.image.threads import spread
-from snapchain.model.events import ByteCount, OnEvent, Progress
+from snapchain.model.events import OnEvent, counting
 
 SPARE = 1 << 20
 """Bytes of room for what the filesystem itself needs to record, beside what is copied."""
@@ -158,9 +158,9 @@ def _sync_file_range() -> ctypes._NamedFuncPointer | None:
 
 def reporting(phase: str, total: int, on_event: OnEvent) -> OnBytes:
     """Report the beginning of a phase; call what is returned with the bytes that were just done."""
-    count = ByteCount(total, lambda done, of: on_event(Progress(phase, done, of)), every=0)
-    count.reach(0)
-    return count.add
+    on_bytes = counting(phase, total, on_event)
+    on_bytes(0)
+    return on_bytes
 
 
 # --- Carrying out a list of copies: shared where the filesystem can, else copied in the kernel, else read and written.

@@ -18,7 +18,7 @@ from snapchain.image.dependent_search import Dependents, is_outside
 from snapchain.image.dependents import SEEN
 from snapchain.merge.journal import MergeJournal
 from snapchain.merge.request import MergeRequest
-from snapchain.source.holds import check_range, held_layers
+from snapchain.source.lineage import check_range, held_layers
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import check_no_layer, check_not_given
 

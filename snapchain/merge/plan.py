@@ -21,7 +21,7 @@ from snapchain.merge.stack import Stack, look
 from snapchain.merge.step import MergeStep, decide
 from snapchain.model.choice import MergeRange
 from snapchain.model.merging import MergeRow
-from snapchain.source.holds import check_range
+from snapchain.source.lineage import check_range
 from snapchain.source.notes import Hold
 from snapchain.source.ownership import check_no_layer
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import SnapchainError
-from snapchain.host.places import state_dir
 from snapchain.host.private import read_record, write_record
+from snapchain.host.records import state_dir
 from snapchain.merge.step import MergeStep
 
 COPIED = 200_000_000

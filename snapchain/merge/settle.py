@@ -12,14 +12,13 @@ from pathlib import Path
 from snapchain.errors import Busy, Conflict
 from snapchain.host import files
 from snapchain.host.directory import Directory
-from snapchain.host.file_identity import Look, look, look_at
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.os_errors import os_errors, translated
 from snapchain.image.dependent_search import find_dependents
 from snapchain.merge import amendment
 from snapchain.merge.inputs import KeptFile, classify
-from snapchain.merge.journal import FileId, MergeJournal, OpenJournal, linked, sweep, taken
+from snapchain.merge.journal import FileId, Look, MergeJournal, OpenJournal, linked, look, look_at, sweep, taken
 from snapchain.source.notes import Notes
 
 

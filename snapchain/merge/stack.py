@@ -13,8 +13,7 @@ from snapchain.model.economics import RangeGains, gains_of, hidden_by
 from snapchain.model.extents import Int64s
 from snapchain.model.fingerprint import Fingerprint, same_file
 from snapchain.model.inventory import UpToDate, Wanted, missing
-from snapchain.source.holds import held_layers
-from snapchain.source.lineage import lineage, note_of, sealed_at
+from snapchain.source.lineage import held_layers, lineage, note_of, sealed_at
 from snapchain.source.notes import Hold, Notes
 
 

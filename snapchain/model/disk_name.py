@@ -32,3 +32,9 @@ def check_disk_name(name: str) -> str:
             hint=f"use printable text of at most {LONGEST_DISK_NAME} bytes, without ':' and '@', such as web1/vda",
         )
     return name
+
+
+# --- Epochs: the number that says which host may write a disk.
+
+LARGEST_EPOCH = 1 << 31
+"""An epoch is a number from 1 to this one."""

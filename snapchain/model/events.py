@@ -72,6 +72,21 @@ def ignore(event: Event) -> None:
     """The callback of a caller who does not listen."""
 
 
+def counting(phase: str, total: int | None, on_event: OnEvent) -> Callable[[int], None]:
+    """A callback for the bytes that were just done; it reports the Progress of a phase.
+
+    total: None where it is not known; what is reported is never less than what is done
+    """
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        on_event(Progress(phase, done, None if total is None else max(done, total)))
+
+    return on_bytes
+
+
 class ByteCount:
     """Bytes done of a total, reported now and then, and when all are done. Not thread-safe.
 

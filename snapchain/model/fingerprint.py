@@ -3,7 +3,7 @@
 Equal inode, size and mtime mean equal content: a write moves the mtime.  Two cases would deceive:
 
 - a whole-second mtime (a coarse clock, or a time that a copy or a restore has set): then the ctime must be equal too;
-- a write in the same tick of the clock as the stat: image/fingerprint.py waits until the mtime is older than a tick.
+- a write in the same tick of the clock as the stat: image/file.py waits until the mtime is older than a tick.
 
 ctime alone would be too strict: libvirt changes the owner of backing files, and so their ctime, at every start.
 """

@@ -19,7 +19,7 @@ from snapchain.errors import InvalidInput, NotFound, Unsupported
 from snapchain.host.directory import place_to_change
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.holds import check_tag
-from snapchain.source.holds import held_by_another
+from snapchain.source.lineage import held_by_another
 from snapchain.source.notes import Hold, LayerNote, Notes
 
 if TYPE_CHECKING:

@@ -15,8 +15,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Conflict, Corrupt, Diverged, SnapchainError, Unavailable, Unsupported
@@ -25,13 +27,14 @@ from snapchain.host.files import free_bytes, fsync_file, remove, remove_temporar
 from snapchain.host.os_errors import os_errors
 from snapchain.host.temporary_names import NEW
 from snapchain.image import Backing, ImageChain, scan
-from snapchain.image.growing import GrowingFile
+from snapchain.image.file import ImageFile, fingerprint_of
 from snapchain.image.leaves import Counting, counted
+from snapchain.image.physical import Physical, PhysicalBuilder, RunBudget, Runs
 from snapchain.image.pread import write_all
-from snapchain.image.qcow2.layout import plan as lay_out
+from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.content import Sum, content_id, empty_sum, encode_sum
-from snapchain.model.extents import Extents
+from snapchain.model.extents import DATA, ZERO, Extents
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, empty_catalogue
 from snapchain.replica.merge_journal import settle_merge
@@ -415,3 +418,54 @@ class Durability:
         write_progress(self._disk, Progress(partial=partial))
         self._on_durable(mark.count)
         self._look_back(mark.durable)
+
+
+# --- A qcow2 file that is still being written, read by its layout: what has been written so far can be looked at before
+# there are tables and a header.
+
+
+class GrowingFile(ImageFile):
+    """An ImageFile by its layout alone; it has no header yet. Bytes of DATA that are not written read as zeroes."""
+
+    def __init__(self, path: Path, fd: int, layout: Layout) -> None:
+        """fd: stays the caller's; a copy of it is held. Compressed clusters are not read."""
+        self.path = self.real_path = path
+        self.chosen_by = None
+        self.format = "qcow2"
+        self.header = None
+        self._local = threading.local()
+        self._fd = os.dup(fd)
+        status = os.fstat(fd)
+        self.fingerprint = fingerprint_of(status)
+        self.device = (status.st_dev, status.st_ino)
+        self.physical = _physical(layout, path)
+
+    def shown_extents(self) -> Extents:
+        """By its layout: a hole may be data that has not arrived yet."""
+        return self.physical.extents()
+
+    def became(self, finished: ImageFile) -> bool:
+        """Whether the tables of the finished file lead to the bytes that were read here."""
+        mine, theirs = self.physical, finished.physical
+        if finished.device != self.device or mine.size != theirs.size or len(mine) != len(theirs):
+            return False
+        data = mine.kind == DATA
+        return bool(
+            np.array_equal(mine.start, theirs.start)
+            and np.array_equal(mine.kind, theirs.kind)
+            and np.array_equal(mine.host[data], theirs.host[data])
+            and not theirs.stored.any()
+        )
+
+
+def _physical(layout: Layout, path: Path) -> Physical:
+    extents = layout.extents
+    zero = extents.val == ZERO
+    runs = Runs.concatenated(
+        Runs.plain(layout.guest, layout.guest + layout.length, kind=DATA, host=layout.host),
+        Runs.plain(extents.at[zero], extents.ends[zero], kind=ZERO, host=-1),
+    )
+    # What the layout was made of has been judged: it may cost what it costs.
+    builder = PhysicalBuilder(layout.size, budget=RunBudget(2 * len(runs) + 1), subject=path)
+    builder.add(runs[np.argsort(runs.start, kind="stable")])
+    return builder.finish()

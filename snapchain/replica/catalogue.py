@@ -29,7 +29,7 @@ from pydantic import (
 from snapchain.errors import Unsupported
 from snapchain.host.files import directory_of, write_in
 from snapchain.model.content import Sum, content_id, decode_sum
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.access import Access
 from snapchain.replica.stream.messages import (

@@ -14,6 +14,7 @@ import numpy as np
 from snapchain.destination.address import in_full
 from snapchain.destination.reading import Sink, Work
 from snapchain.destination.records import (
+    REPLICA,
     DiskRecord,
     GcPlan,
     GcReport,
@@ -21,9 +22,9 @@ from snapchain.destination.records import (
     PointRecord,
     PointsMergePlan,
     PointsMergeReport,
+    Traits,
     VerifyReport,
 )
-from snapchain.destination.traits import REPLICA, Traits
 from snapchain.errors import InvalidInput, Unsupported
 from snapchain.host.retry import RetryPolicy
 from snapchain.model.content import LEAF_BYTES, ZERO_LEAF, Hashes, leaf_hash

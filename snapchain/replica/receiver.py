@@ -11,7 +11,7 @@ back, shows the announced content. A sender can cause a clear error, and the los
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -55,8 +55,6 @@ _OFFSET = struct.Struct("<Q")
 _COUNT = struct.Struct("<Q")
 _MOST_LOOKS = 16
 """Requests after an OPEN that only looks."""
-
-OnLayer = Callable[[str, str], None]
 
 
 @dataclass(slots=True)

@@ -13,8 +13,8 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from snapchain.errors import NotFound
-from snapchain.host.places import state_dir
 from snapchain.host.private import read_record, write_record
+from snapchain.host.records import state_dir
 from snapchain.image import ImageChain
 from snapchain.model.content import content_id
 from snapchain.replica.catalogue import short_key

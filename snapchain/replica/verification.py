@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from snapchain.destination.records import Finding, VerifyReport
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unsupported
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.replica.client import points_at, soundness_at
 from snapchain.replica.endpoint import Endpoint

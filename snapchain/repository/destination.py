@@ -9,15 +9,16 @@ from datetime import UTC, datetime, tzinfo
 
 from snapchain.destination.reading import Work
 from snapchain.destination.records import (
+    REPOSITORY,
     DiskRecord,
     GcPlan,
     GcReport,
     HoldRecord,
     PointsMergePlan,
     PointsMergeReport,
+    Traits,
     VerifyReport,
 )
-from snapchain.destination.traits import REPOSITORY, Traits
 from snapchain.model import holds
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.retention import Policy

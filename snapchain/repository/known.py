@@ -22,8 +22,8 @@ import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from snapchain.errors import Corrupt, NotFound, SnapchainError
-from snapchain.host.places import cache_dir, state_dir
 from snapchain.host.private import PrivateDirectory
+from snapchain.host.records import cache_dir, state_dir
 from snapchain.repository.crypto import NONE
 
 _LARGEST = 64 * 1024 * 1024

@@ -20,16 +20,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from enum import Enum
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pydantic import ConfigDict
 
 from snapchain.errors import Busy, Conflict, Corrupt, NotFound, SnapchainError
-from snapchain.host.identity import machine, started
 from snapchain.objects.exclusive import boot_time, is_retired, retire, stays
 from snapchain.objects.reserve import spending
 from snapchain.objects.store import ObjectInfo, ObjectStore, Refused
@@ -62,7 +62,7 @@ class Mode(Enum):
 class Holder(StoredModel):
     """What a lease says of who holds it; sealed, since a store need not know host names.
 
-    machine, started: see host/identity.py; with them a killed process of this machine is known to be gone
+    machine, started: see repository/leases.py; with them a killed process of this machine is known to be gone
     disks: names of those that it may publish to; layers: what a reader reads
     """
 
@@ -249,3 +249,25 @@ class Lease:
             return parse_stored(Holder, body, what="the lease", subject=info.name)
         except SnapchainError:
             return None  # gone meanwhile, or sealed by nobody we know: its age decides
+
+
+# --- Which running kernel this is, and whether a process of it is the one that once was.
+
+
+def machine() -> str:
+    """Names this boot of this kernel and the process numbers seen from here; "" where the kernel does not tell.
+
+    A host name would not do: two containers may share it, and each has its own process 7.
+    """
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return ""
+
+
+def started(pid: int) -> int:
+    """When a process started, in clock ticks since boot; 0 when there is none of this number. See proc(5), stat 22."""
+    with suppress(OSError, ValueError, IndexError):
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+        return int(text.rpartition(")")[2].split()[19])
+    return 0

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from snapchain.destination.records import Finding, Findings, VerifyReport
 from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.model.content import LEAF_BYTES, empty_sum
-from snapchain.model.events import Notice, OnEvent, Progress, ignore
+from snapchain.model.events import Notice, OnEvent, counting, ignore
 from snapchain.model.extents import DATA, Int64s, rounded
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue
 from snapchain.repository.chain import ChainView
@@ -90,13 +90,7 @@ class Verification:
         packs = {info.name: info.size for info in self._repository.store.list("packs/")}
         self._doubted = recorded(self._repository.store, self._repository.keys)
         total = sum(self._repository_bytes(catalogue) for catalogue in found) if self._share else None
-        done = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            on_event(Progress("verify", done, None if total is None else max(done, total)))
-
+        on_bytes = counting("verify", total, on_event)
         for catalogue in found:
             self._check_disk(catalogue, packs, tally, on_bytes)
         if self._disk is None:

@@ -13,7 +13,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile, scan
-from snapchain.image.fingerprint import settle
+from snapchain.image.file import settle
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.source import sealing

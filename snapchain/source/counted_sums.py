@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
-from snapchain.host.places import state_dir
 from snapchain.host.private import read_record, write_record
+from snapchain.host.records import state_dir
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.leaves import counted
 from snapchain.model.content import SUM_BYTES, Sum, SumText, decode_sum, empty_sum, encode_sum

@@ -15,7 +15,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.host.files import read_small
 from snapchain.host.replica_layout import ACTIVE, CATALOGUE
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 
 _LARGEST = 16 << 20
 _CHECK = re.compile(rb',\n "check": "([0-9a-f]{64})"\n}\n\Z')

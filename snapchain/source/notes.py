@@ -42,7 +42,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.host.records import StateKey, made_key, own_key
 from snapchain.host.rights import Rights, user_name
 from snapchain.host.temporary_names import NEW, temporary_of
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.source import NOTE_PREFIX
 

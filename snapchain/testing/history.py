@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.host.processes import run
-from snapchain.image import qemu_img
-from snapchain.image.qemu_img import BackingLink, Qcow2Options
+from snapchain.testing import qemu_img
+from snapchain.testing.qemu_img import BackingLink, Qcow2Options
 
 KiB, MiB = 1 << 10, 1 << 20
 PLAIN = Qcow2Options()

@@ -18,8 +18,9 @@ import pytest
 from fixtures.build import FIXTURES, tables
 from fixtures.fixture import Fixture, Stage
 from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.image import ImageChain, qemu_img, scan
+from snapchain.image import ImageChain, scan
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.testing import qemu_img
 from tests.image.oracle import assert_only_holes_differ
 
 MiB = 1 << 20

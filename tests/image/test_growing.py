@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from snapchain.image import Backing, scan
-from snapchain.image.growing import GrowingFile
 from snapchain.image.qcow2.layout import plan
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
+from snapchain.replica.arrival import GrowingFile
 from tests.ops.stacks import qemu_img
 
 KiB = 1 << 10

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import InvalidInput
-from snapchain.image import qemu_img
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.write import write_overlay
-from snapchain.image.qemu_img import BackingLink, Format, Qcow2Options
+from snapchain.testing import qemu_img
+from snapchain.testing.qemu_img import BackingLink, Format, Qcow2Options
 
 MiB = 1 << 20
 SIZES = (512, 65536, 5 * MiB + 512, 3 << 40)

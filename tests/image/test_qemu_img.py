@@ -16,8 +16,8 @@ from snapchain.errors import Busy, InvalidInput, ToolFailed, Unavailable
 from snapchain.host import processes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import translated
-from snapchain.image import qemu_img
-from snapchain.image.qemu_img import BackingLink, Qcow2Options
+from snapchain.testing import qemu_img
+from snapchain.testing.qemu_img import BackingLink, Qcow2Options
 
 MiB = 1 << 20
 PLAIN = Qcow2Options()
@@ -71,8 +71,7 @@ def test_compare_tells_bytes_and_sizes_apart(base: Path, tmp_path: Path) -> None
     other = tmp_path / "other.qcow2"
     qemu_img.create(other, 4 * MiB, options=PLAIN)
     qemu_io(other, "write -P 1 0 1M", "write -P 9 2M 512")
-    seen: list[float] = []
-    said = qemu_img.compare(base, other, formats=("qcow2", "qcow2"), on_progress=seen.append)
+    said = qemu_img.compare(base, other, formats=("qcow2", "qcow2"))
     assert said is not None
     assert str(2 * MiB) in said
     assert "%" not in said
@@ -137,21 +136,6 @@ def test_every_option_reaches_the_header(tmp_path: Path) -> None:
     assert path.stat().st_blocks * 512 > MiB
 
 
-def test_rebase_and_convert_tell_their_progress(base: Path, tmp_path: Path) -> None:
-    middle, top = tmp_path / "middle.qcow2", tmp_path / "top.qcow2"
-    qemu_img.create(middle, 4 * MiB, options=PLAIN, backing=BackingLink("base.qcow2", "qcow2"))
-    qemu_io(middle, "write -P 3 2M 1M")
-    qemu_img.create(top, 4 * MiB, options=PLAIN, backing=BackingLink("middle.qcow2", "qcow2"))
-    seen: list[float] = []
-    qemu_img.rebase(top, BackingLink("base.qcow2", "qcow2"), on_progress=seen.append)
-    assert seen[-1] == 1
-    assert qemu_img.info(top, "qcow2").backing_filename == "base.qcow2"
-    assert qemu_img.compare(middle, top, formats=("qcow2", "qcow2")) is None
-    seen.clear()
-    qemu_img.convert(top, tmp_path / "flat", formats=("qcow2", "raw"), on_progress=seen.append)
-    assert seen[-1] == 1
-
-
 def test_it_never_reads_past_a_lock(base: Path) -> None:
     with ImageLock(base, LockMode.WRITE), pytest.raises(Busy, match=r"base.qcow2: somebody has one of its files open"):
         qemu_img.info(base, "qcow2")
@@ -195,13 +179,12 @@ def test_a_filesystem_that_is_full_or_read_only_is_no_failure_of_the_tool(
         raise ToolFailed("ended with exit status 1", argv=argv, status=1, stderr=said, subject="qemu-img")
 
     monkeypatch.setattr(qemu_img, "run", fail)
-    image, other, link = tmp_path / "a.qcow2", tmp_path / "b.qcow2", BackingLink("b.qcow2", "qcow2")
+    image, other = tmp_path / "a.qcow2", tmp_path / "b.qcow2"
     ours = translated(OSError(number, os.strerror(number)), tmp_path)
     subcommands: tuple[Callable[[], None], ...] = (
         lambda: qemu_img.create(image, 1 << 20, options=Qcow2Options()),
         lambda: qemu_img.create_raw(image, 1 << 20),
         lambda: qemu_img.convert(other, image, formats=("qcow2", "qcow2")),
-        lambda: qemu_img.rebase(image, link),
     )
     for writes in subcommands:
         with pytest.raises(Unavailable, match=os.strerror(number).lower()) as caught:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, strategies as st
 
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents
-from snapchain.model.strip import shares, strips
+from snapchain.ops.inspect import shares, strips
 
 
 def layer(text: str, *, scale: int = 100) -> Extents:

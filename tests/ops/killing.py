@@ -8,9 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from snapchain.host.processes import run
 from snapchain.host.records import made_key
-from snapchain.image import qemu_img
 from tests.exhaustive import EXHAUSTIVE
 
 # What changes something on a disk, or makes a change last. qemu-img is a step as well (host.processes).
@@ -34,7 +32,6 @@ def _dying(function: Callable[[], object], at: int) -> None:
 
     for name in CALLS:
         setattr(os, name, wrapped(getattr(os, name)))
-    vars(qemu_img)["run"] = wrapped(run)
     function()
 
 

@@ -11,7 +11,7 @@ from snapchain.image import scan
 from snapchain.objects.memory import MemoryStore
 from snapchain.ops import hold, inspect, log
 from snapchain.repository.destination import RepositoryDestination
-from snapchain.source.holds import check_range, held_layers
+from snapchain.source.lineage import check_range, held_layers
 from snapchain.source.notes import Notes
 from tests.ops.shipping import DISK, ship
 from tests.ops.stacks import Layer, build, names

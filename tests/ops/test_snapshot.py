@@ -14,11 +14,12 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable, Unsupported
 from snapchain.host import files
-from snapchain.image import qemu_img, scan
+from snapchain.image import scan
 from snapchain.image.qcow2 import write as overlay_module
-from snapchain.image.qemu_img import Qcow2Options
 from snapchain.model.events import Event, Notice
 from snapchain.source import sealing as snapshot
+from snapchain.testing import qemu_img
+from snapchain.testing.qemu_img import Qcow2Options
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import names, standing
 

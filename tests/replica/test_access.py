@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from snapchain.errors import Conflict, InvalidInput, NotFound
-from snapchain.host.places import state_dir
+from snapchain.host.records import state_dir
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
 from snapchain.replica.access import Access, group_number
 from snapchain.replica.endpoint import DirectoryEndpoint

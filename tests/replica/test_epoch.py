@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Conflict, Corrupt, Diverged, InvalidInput, Unsupported
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.ops.log import log
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate
 from snapchain.ops.ship.run import ShipRequest

@@ -14,7 +14,7 @@ import pytest
 
 from snapchain.destinations import open_destination
 from snapchain.errors import Corrupt, Unavailable
-from snapchain.host.places import state_dir
+from snapchain.host.records import state_dir
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.request import MergeRequest
 from snapchain.model.content import content_id, empty_sum

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, SnapchainError
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.ops.migrate.run import MigrateRequest, Move, migrate, take_back
 from snapchain.replica.client import ask_for_handover
 from snapchain.replica.endpoint import DirectoryEndpoint

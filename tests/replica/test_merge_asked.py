@@ -10,7 +10,7 @@ import pytest
 
 from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Corrupt, InvalidInput, NotFound
-from snapchain.model.retention import Policy, policy_of
+from snapchain.model.retention import Policy
 from snapchain.replica.client import merged_at
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.points_merge import ReplicaMerge
@@ -186,7 +186,7 @@ def test_a_hostile_question(
 
 def test_rules_that_cannot_be_said(place: Place) -> None:
     with pytest.raises(InvalidInput, match="greater than or equal to -1") as caught:
-        policy_of({"last": -2})
+        Policy(last=-2)
     assert caught.value.subject == "last"
     many = Policy(labels=frozenset(f"x{n}" for n in range(101)))
     with pytest.raises(InvalidInput, match="more than 100 labels"):

@@ -39,12 +39,6 @@ class Incompatible(IntFlag):
     EXTENDED_L2 = 1 << 4
 
 
-class Compatible(IntFlag):
-    """Feature bits that may be ignored."""
-
-    LAZY_REFCOUNTS = 1 << 0
-
-
 class Autoclear(IntFlag):
     """Feature bits that a writer which does not know them must clear."""
 

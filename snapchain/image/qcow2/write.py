@@ -111,14 +111,6 @@ class Qcow2Writer:
             for first, stop in pairwise(cuts):
                 write_vector(self._fd, [data for _, data in pieces[first:stop]], int(host[first]))
 
-    def write_compressed(self, position: int, data: Buffer) -> None:
-        """Store bytes of the area of compressed clusters, by their place in it."""
-        length = memoryview(data).nbytes
-        if position < 0 or position + length > self.layout.packed.area:
-            raise InvalidInput(f"{position}+{length} lies outside the compressed clusters")
-        with os_errors(self._subject):
-            write_all(self._fd, data, self.layout.packed_offset + position)
-
     def host_of(self, offset: int, length: int) -> int:
         """Where a stretch of DATA lies in the file, in one piece: for copy_file_range and FICLONERANGE too."""
         layout = self.layout

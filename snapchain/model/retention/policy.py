@@ -174,8 +174,8 @@ class Policy(BaseModel):
 
     A count of 0 is no rule, and -1 (UNLIMITED) keeps all. `within` is a duration as restic writes it: 1y5m7d2h. The
     fields are the options `--keep-*`, the keys of a `[keep]` table, and fields of a message to a replica. `title` is
-    the help of the option. Raises InvalidInput for another negative count, an invalid duration or label, or an unknown
-    rule; its subject is the rule, or what is wrong in it.
+    the help of the option. Raises InvalidInput for another negative count, a text that is not a duration or a label,
+    and an unknown rule. Its subject is the rule, or what is wrong in it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

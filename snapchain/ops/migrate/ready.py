@@ -7,7 +7,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, Unsupported
 from snapchain.host.retry import RetryPolicy
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.events import OnEvent
 from snapchain.ops.migrate.look import Look, look_at, opened
 from snapchain.ops.migrate.request import MigrateRequest, Move

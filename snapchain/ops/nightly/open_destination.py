@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from snapchain.destination.protocol import Destination as AnyDestination
-from snapchain.destination.traits import Traits
+from snapchain.destination.records import Traits
 from snapchain.destination.writing import Opening
 from snapchain.destinations import open_destination, traits_of
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError, Unavailable

@@ -22,8 +22,8 @@ from snapchain.errors import Busy, Interrupted, SnapchainError
 from snapchain.host import files, process_limits
 from snapchain.host.files import open_or_make
 from snapchain.host.os_errors import os_errors
-from snapchain.host.places import SYSTEM_STATE, state_dir
 from snapchain.host.private import make_private
+from snapchain.host.records import SYSTEM_STATE, state_dir
 from snapchain.image.scan import MAX_DEPTH
 from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.directory import place_to_change, real_path
-from snapchain.image.references import Unread, children
+from snapchain.image.references import children
 from snapchain.ops.nightly.config import Disks, Nightly
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.state import State
@@ -166,7 +166,7 @@ def _under_others(images: Collection[Path], faults: list[SnapchainError]) -> dic
         if not directory.is_dir():
             continue
         try:
-            for image, others in children([directory], of=images, unread=Unread.PASSED_OVER).items():
+            for image, others in children([directory], of=images).items():
                 found.setdefault(image, []).extend(other for other in others if other not in found[image])
         except SnapchainError as error:  # a directory that cannot be listed: the images elsewhere are sound
             faults.append(error)

@@ -204,21 +204,21 @@ def meant_for(part: Path) -> Path | None:
     return found.target if found is not None and found.purpose == RESTORE else None
 
 
-def is_part(part: Path, status: os.stat_result, *, of_anybody: bool = False) -> bool:
-    """Whether an unfinished file was made by a run of this user (of_anybody: of any user), by its type and owner.
+def is_part(part: Path, status: os.stat_result) -> bool:
+    """Whether an unfinished file was made by a run of this user, by its type and owner.
 
     A second name of another file is none, but for the name that it was about to lose when it had got its final one.
     """
     target = meant_for(part)
-    if target is None or not stat.S_ISREG(status.st_mode) or not (of_anybody or status.st_uid == os.geteuid()):
+    if target is None or not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
         return False
     return status.st_nlink == 1 or (status.st_nlink == 2 and _is(target, status))
 
 
-def remove_part(part: Path, *, of_anybody: bool = False) -> bool:
+def remove_part(part: Path) -> bool:
     """Remove an unfinished file of a killed run. Returns whether it was one. Raises Busy while a run writes it."""
     with files.directory_of(part) as directory:
-        fd = _opened_part(directory, part, of_anybody=of_anybody)
+        fd = _opened_part(directory, part)
         if fd is None:
             return False
         try:
@@ -245,14 +245,14 @@ def written_before(path: Path, origin: str) -> int:
     return 0
 
 
-def _opened_part(directory: Directory, part: Path, *, writing: bool = False, of_anybody: bool = False) -> int | None:
+def _opened_part(directory: Directory, part: Path, *, writing: bool = False) -> int | None:
     """A locked descriptor of an unfinished file of a killed run; None for what is none. Raises Busy."""
     try:
         fd = directory.open_file(part.name, writing=writing)
     except (OSError, InvalidInput):  # gone, a link, a socket, another user's: no run of ours is to be waited for
         return None
     try:
-        if not is_part(part, os.fstat(fd), of_anybody=of_anybody):
+        if not is_part(part, os.fstat(fd)):
             os.close(fd)
             return None
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,7 @@ from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.layout import Layout, plan as lay_out
 from snapchain.image.qcow2.write import Qcow2Writer
 from snapchain.image.raw import RawWriter
-from snapchain.model.events import Notice, OnEvent, Progress, ignore
+from snapchain.model.events import Notice, OnEvent, counting, ignore
 from snapchain.model.extents import DATA
 from snapchain.ops.restore.output import OutputFile, written_before
 from snapchain.ops.restore.proof import ChainProof, raw_content_id
@@ -129,16 +129,11 @@ class Restoration:
     def _run(self, claim: Claim, on_event: OnEvent) -> RestoreReport:
         self._resumed = False
         with self._reader(first=self._first_lacking(), on_event=on_event) as reader:
-            point, total, done = reader.point, reader.data_bytes, 0
+            point = reader.point
             if self._planned is not None and self._planned.content_id != point.content_id:
                 subject = f"{self._destination.url}::{self._disk}"
                 raise NotFound(f"point {point.point} is another one by now", subject=subject)
-
-            def on_bytes(count: int) -> None:
-                nonlocal done
-                done += count
-                on_event(Progress("restore", done, max(done, total)))
-
+            on_bytes = counting("restore", reader.data_bytes, on_event)
             on_bytes(0)
             written = resumed = 0
             outputs: list[OutputFile] = []
@@ -151,7 +146,7 @@ class Restoration:
                     else:
                         output = claim.output(job.path, origin=job.origin())
                         if not outputs:
-                            self._check_space(total, claim)
+                            self._check_space(reader.data_bytes, claim)
                         resumed += _data_below(job, output.start)
                         shown = self._write_file(job, output, proof, on_bytes)
                         outputs.append(output)

@@ -30,7 +30,7 @@ from snapchain.image.dependent_search import find_dependents, image_directories
 from snapchain.image.dependents import Dependents, search
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops.restore.output import Effort, OutputFile, exists, meant_for
-from snapchain.source.holds import held_by_another
+from snapchain.source.lineage import held_by_another
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import check_no_layer, describe_gift, remedy_against
 

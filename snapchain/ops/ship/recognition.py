@@ -22,7 +22,7 @@ from snapchain.host.terminal import counted
 from snapchain.image import ImageChain, ImageFile
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
-from snapchain.model.events import Notice, OnEvent, Progress
+from snapchain.model.events import Notice, OnEvent, counting
 from snapchain.model.extents import Extents
 from snapchain.model.fingerprint import Fingerprint, same_file
 from snapchain.model.inventory import Collapse, Held, Missing, Send, UpToDate, Wanted, missing
@@ -384,14 +384,7 @@ class Recognition:
         )
 
     def _reading(self, phase: str, whole: int = 0) -> Callable[[int], None]:
-        done = 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            self._on_event(Progress(phase, done, max(done, whole)))
-
-        return on_bytes
+        return counting(phase, whole, self._on_event)
 
 
 _NOTHING = Base(0, None, empty_sum())

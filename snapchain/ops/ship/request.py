@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import InvalidInput
 from snapchain.image import ImageChain
-from snapchain.model.disk_name import check_disk_name
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.inventory import Wanted
 from snapchain.model.points import check_label

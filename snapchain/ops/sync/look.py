@@ -15,7 +15,7 @@ from snapchain.errors import Conflict, Corrupt, Diverged, NotFound
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.leaves import counted
 from snapchain.model.content import content_id, empty_sum
-from snapchain.model.events import OnEvent, Progress
+from snapchain.model.events import OnEvent, counting
 from snapchain.ops.ship.recognition import same_source
 from snapchain.ops.ship.run import Divergence, LayerPlan, ShipRequest, layers_lacking, opening_of
 from snapchain.ops.sync.request import Destination, LayerThere, Proof, SyncRequest
@@ -148,13 +148,7 @@ class _Look:
 
     def _prove(self, chain: ImageChain, held: Inventory) -> None:
         """Read the sealed files here: each must show, with those below it, what its layer there shows."""
-        total, done = empty_sum(), 0
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            self._on_event(Progress("prove", done, None))
-
+        total, on_bytes = empty_sum(), counting("prove", None, self._on_event)
         known = {id(file): layer for layer in held.layers if (file := _single(layer, chain)) is not None}
         known[id(chain.top)] = held.layers[-1]
         for number, file in enumerate(chain.files):

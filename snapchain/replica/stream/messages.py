@@ -30,7 +30,7 @@ from pydantic import (
 
 from snapchain.errors import Corrupt
 from snapchain.model.content import SumText
-from snapchain.model.epoch import LARGEST_EPOCH
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.retention import Policy
 from snapchain.replica.names import is_layer_name

@@ -73,9 +73,9 @@ class Session:
                 return frame
             on_beat()
 
-    def expect(self, kind: Kind, on_beat: OnBeat = _ignore) -> Frame:
+    def expect(self, kind: Kind) -> Frame:
         """The next frame, which must be of this kind. Raises Corrupt, and as `next`."""
-        frame = self.next(on_beat)
+        frame = self.next()
         if frame.kind is not kind:
             raise self.unexpected(frame)
         return frame

@@ -12,8 +12,6 @@ https://www.qemu.org/docs/master/tools/qemu-img.html gives it.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -26,7 +24,6 @@ from snapchain.host.os_errors import shortage_in, translated
 from snapchain.host.processes import Completed, Limits, run
 
 Format = Literal["qcow2", "raw"]
-Fraction = Callable[[float], None]
 
 # 32 MiB of L1 and the largest caches stay far below; a looping or forged table does not.
 LIMITS = Limits(address_space=2 << 30, open_files=1024)
@@ -35,7 +32,6 @@ _HEADER_LIMITS = Limits(address_space=1 << 30, cpu_seconds=10, open_files=256)
 
 _STOP_THEM = "shut the guest down, or stop the program that uses it, then run it again"
 _CORRUPTIONS, _LEAKS, _NOT_CHECKABLE = 2, 3, 63
-_PERCENT = re.compile(rb"\(\s*(\d+(?:\.\d+)?)/100%\)")
 
 
 class _Said(BaseModel):
@@ -158,19 +154,15 @@ def check(path: Path) -> CheckResult:
     return _parsed(TypeAdapter(CheckResult), done)
 
 
-def compare(
-    one: Path, other: Path, *, formats: tuple[Format, Format], on_progress: Fraction | None = None
-) -> str | None:
+def compare(one: Path, other: Path, *, formats: tuple[Format, Format]) -> str | None:
     """None when two chains read the same and are of one size, else what qemu-img says of the difference.
 
     Not `-s`, which compares how zeroes are stored, too; a difference in size alone is a warning, which counts here.
     """
-    progress = ("-p",) if on_progress else ()
-    argv = ("compare", *progress, "-f", formats[0], "-F", formats[1], _named(one), _named(other))
-    said: list[bytes] = []
-    done = _qemu_img(*argv, ok=(0, 1), on_stdout=_listener(on_progress, said))
-    text = (b"".join(said) or done.stdout).replace(b"\r", b"\n").decode("utf-8", "replace") + done.stderr
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "/100%)" not in line]
+    argv = ("compare", "-f", formats[0], "-F", formats[1], _named(one), _named(other))
+    done = _qemu_img(*argv, ok=(0, 1))
+    text = done.stdout.decode("utf-8", "replace") + done.stderr
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if done.status == 0 and not any("mismatch" in line for line in lines):
         return None
     return " ".join(lines) or "they differ"
@@ -194,33 +186,14 @@ def convert(
     formats: tuple[Format, Format],
     options: Qcow2Options | None = None,
     compressed: bool = False,
-    on_progress: Fraction | None = None,
 ) -> None:
     """Copy what a guest reads from a chain into one new file without a backing file, written through to the disk.
 
     Never with a backing file for the target (`-B`): that copies the top layer alone, and says nothing.
     """
     extra = [*(("-o", options.argument()) if options else ()), *(("-c",) if compressed else ())]
-    progress = ("-p",) if on_progress else ()
-    argv = ("convert", *progress, "-t", "writeback", "-f", formats[0], "-O", formats[1], *extra)
-    _qemu_img(*argv, _named(source), _named(target), on_stdout=_listener(on_progress), writes=target)
-
-
-def rebase(path: Path, backing: BackingLink, *, on_progress: Fraction | None = None) -> None:
-    """Put a qcow2 overlay on another backing file, copying into it what would read otherwise (safe mode).
-
-    Zeroes become zero clusters (`detect-zeroes`); left alone, qemu-img writes them out as data.
-
-    The header is rewritten before the tables that it needs are on the disk: after a crash the file may read
-    wrong and yet check clean.  So only for a file that nobody relies on until it has been synced and compared;
-    nothing is flushed here.
-    """
-    file = {"driver": "file", "filename": _named(path)}
-    node = {"driver": "qcow2", "detect-zeroes": "unmap", "discard": "unmap", "file": file}
-    progress = ("-p",) if on_progress else ()
-    link = ("-b", backing.argument(), "-F", backing.format)
-    argv = ("rebase", *progress, "-t", "unsafe", *link, "json:" + json.dumps(node))
-    _qemu_img(*argv, on_stdout=_listener(on_progress), writes=path)
+    argv = ("convert", "-t", "writeback", "-f", formats[0], "-O", formats[1], *extra)
+    _qemu_img(*argv, _named(source), _named(target), writes=target)
 
 
 T = TypeVar("T")
@@ -230,12 +203,11 @@ def _qemu_img(
     *arguments: str,
     ok: tuple[int, ...] = (0,),
     limits: Limits | None = None,
-    on_stdout: Callable[[bytes], None] | None = None,
     writes: Path | None = None,
 ) -> Completed:
     """writes: the file that it makes or changes; where its filesystem is full or read-only, that is the error."""
     try:
-        return run(["qemu-img", *arguments], ok=ok, limits=limits or LIMITS, on_stdout=on_stdout)
+        return run(["qemu-img", *arguments], ok=ok, limits=limits or LIMITS)
     except ToolFailed as error:
         if "Failed to get" in error.stderr and "lock" in error.stderr:
             raise Busy("somebody has one of its files open", subject=arguments[-1], hint=_STOP_THEM) from error
@@ -268,18 +240,3 @@ def _parsed(shape: TypeAdapter[T], done: Completed) -> T:
     except ValidationError as error:
         what = f"printed something that is not understood: {error.errors()[0]['msg']}"
         raise ToolFailed(what, argv=done.argv, status=done.status, stderr=done.stderr, subject="qemu-img") from error
-
-
-def _listener(on_progress: Fraction | None, said: list[bytes] | None = None) -> Callable[[bytes], None] | None:
-    """Reads `(12.50/100%)` from what `-p` prints; keeps the pieces in `said`."""
-    if on_progress is None:
-        return None
-
-    def listen(piece: bytes) -> None:
-        if said is not None:
-            said.append(piece)
-        found = _PERCENT.findall(piece)
-        if found:
-            on_progress(float(found[-1]) / 100)
-
-    return listen
