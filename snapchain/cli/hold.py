@@ -1,4 +1,7 @@
-"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point; `snapchain release` removes the hold."""
+"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, until it is released.
+
+`snapchain release ADDRESS --tag TAG`: remove a hold.
+"""
 
 from __future__ import annotations
 

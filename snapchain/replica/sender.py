@@ -29,7 +29,7 @@ from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.stream.compression import Levels, Link
 from snapchain.replica.stream.frames import Frame
-from snapchain.replica.stream.layers import decode_leaves, layer_id, map_frames, words_of
+from snapchain.replica.stream.maps import decode_leaves, layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
     PROGRESS,
     Active,
