@@ -45,7 +45,7 @@ class ImageChain:
         return fold(file.extents.owned_by(number) for number, file in enumerate(self.files))
 
     def changed(self) -> tuple[ImageFile, ...]:
-        """The files that have changed since they were scanned."""
+        """The files that are no longer what was scanned."""
         return tuple(file for file in self.files if file.changed())
 
     def read_into(self, offset: int, buffer: memoryview, *, resolved: Extents | None = None) -> None:

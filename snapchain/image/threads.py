@@ -1,7 +1,7 @@
-"""Work spread over a few threads: a free thread takes the next job of an iterator, and the first failure ends all.
+"""Work spread over a few threads: jobs come from an iterator as they are wanted, the first failure ends it all.
 
 Reading, writing, hashing and decompressing release the interpreter's lock.  Ctrl-C arrives in the thread that waits
-here: running jobs end, and no further job begins.
+here: jobs that are under way end, no further one begins.
 """
 
 from __future__ import annotations
