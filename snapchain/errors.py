@@ -4,7 +4,7 @@
     ├── InvalidInput  (ValueError)   2   the request is wrong: change it
     ├── NotFound      (LookupError)  3   the thing named is not there
     ├── Conflict                     4   somebody else was faster: look again, then retry
-    │   └── Diverged                 4   both sides went their own way: choose one
+    │   └── Diverged                 4   both sides have changed: choose one
     ├── Corrupt                      5   stored bytes are not what was written
     ├── Unsupported                  6   a valid thing that snapchain refuses to handle
     ├── Unavailable                  7   a server, disk or network failed: retrying may help

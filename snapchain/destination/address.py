@@ -5,8 +5,8 @@
     s3://bucket/prefix::web1/vda@7    its point 7
     /backup                           a destination, where a command wants one
 
-The last '::' parts destination and disk, since a URL may hold one and a disk's name may not; those of an IPv6 address
-in brackets part nothing. The first '@' after it parts disk and point.
+The last '::' separates destination and disk, since a URL may contain '::' and a disk's name may not. A '::' in the
+brackets of an IPv6 address does not count. The first '@' after it separates disk and point.
 
 Where a command takes an image or a disk, text with '::' that is the path of a file here is that image, whatever else it
 could mean; so is './a::b' unless './a' is a directory. Where only a disk can be meant, it is one.
@@ -138,7 +138,7 @@ def located(dest: str, *, directory: Path = Path()) -> str:
     """The destination as a store wants it.
 
     A path from `directory` (relative: from the current one) becomes absolute. A URL stays, with its scheme in lower
-    case; so does what begins like one (`s3:bucket`), which is no path, but a slip of the pen that deserves an error:
+    case. So does text that begins like a URL (`s3:bucket`): that is probably a mistake, and must become an error.
     `./s3:bucket` is a path.
     """
     found = _SCHEME.match(dest)

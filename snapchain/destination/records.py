@@ -1,4 +1,4 @@
-"""What destinations tell of themselves, in the form in which reports show it: the same for every kind."""
+"""What destinations report, in the form in which it is shown: the same for every kind."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class PointsMergePlan(Record):
     merges: layers (files at a replica) that become one, lower first, each; the last one's view stays
     staying: layers that no kept point needs and that stay all the same
     shadowed_bytes: overwritten data that goes; needs_bytes: room that it takes beside the layers
-    free_bytes: room that there is, None where nobody can tell; requests: objects written at least
+    free_bytes: free room, None if it is not known; requests: objects written at least
     """
 
     destination: str
@@ -177,7 +177,7 @@ class PointsMergeReport(Record):
     points_of_the_future: dated later than this host's clock; no rule counts them, and none drops them
     merges, staying: as of the plan; strategy: of all merges, joined by '+'
     bytes_moved: guest data shared with, or copied into, other files; bytes_freed: of the destination's storage
-    bytes_dropped: guest bytes that no record names any more, which a collection will free
+    bytes_dropped: guest bytes that are unreferenced now, which a collection will free
     findings: damage because of which layers were left unmerged
     """
 
@@ -198,7 +198,7 @@ class PointsMergeReport(Record):
 
 
 class GcPlan(Record):
-    """What a collection would do, in stored bytes, less the few that new records cost."""
+    """What a collection would do, in stored bytes, without the few bytes that new records need."""
 
     destination: str
     bytes_freed: int

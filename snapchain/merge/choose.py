@@ -171,7 +171,7 @@ def _moved(stack: Stack, request: MergeRequest, allowed: tuple[MergeRange, ...])
     moved = stack.gains.moved
     if not allowed:
         return moved[Into.NEW], False
-    if request.strategy in (None, Strategy.NEW):
+    if request.strategy is None or into_of(request.strategy) is Into.NEW:
         view = stack.chain.at(allowed[-1].last)
         if shares_extents(view, allowed[0].first):
             return moved[Into.NEW], True

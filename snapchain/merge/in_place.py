@@ -1,4 +1,4 @@
-"""Strategies absorb and commit: what is missing is added to one of the inputs, and only then is it the result.
+"""Strategies absorb and commit: one of the inputs gets the data that it lacks, and becomes the result.
 
 The journal is on the disk before the first write.  Absorb: the uppermost input's view never changes, so whatever
 happens is undone by making its reference counts exact.  Commit: the lowest input is overwritten only where upper ones
@@ -136,7 +136,7 @@ def _take_place(step: MergeStep, work: Amendment, old: ImageChain, fd: int, on_e
 
 
 def _undo(step: MergeStep, journal: OpenJournal, fd: int) -> None:
-    """Absorb, not relinked: as it was. Else the journal stays, and the next run or the doctor goes on from there."""
+    """Undo an absorb before its switch. Otherwise the journal stays, and the next run or the doctor continues."""
     with suppress(SnapchainError, OSError):
         if step.strategy is Strategy.ABSORB and not linked(fd, journal.journal.link, subject=step.result):
             amendment.settle(fd, subject=step.result)

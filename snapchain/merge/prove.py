@@ -48,7 +48,7 @@ def check_unchanged(old: ImageChain, *, but: int | None = None) -> None:
         )
 
 
-# --- A file that was just written, read again on files that are open already: what is there, not what was meant.
+# --- A file that was just written, read again on files that are open already: as it is, not as it was planned.
 #
 # Nothing of the plan by which it was made is used, so a fault of the writer shows here, as a wrong map or link.
 

@@ -24,6 +24,7 @@ from snapchain.merge.inputs import KeptFile, real_paths
 from snapchain.merge.journal import unsettled
 from snapchain.merge.methods import Method
 from snapchain.merge.request import MergeRequest
+from snapchain.model.economics import Into
 from snapchain.model.merging import Strategy
 from snapchain.source.ownership import check_not_given
 
@@ -151,7 +152,7 @@ def decide(chain: ImageChain, request: MergeRequest, *, others: Dependents | Non
         again = replace(
             again,
             strategy=method.strategy,
-            cluster_size=method.cluster_size if method.strategy is Strategy.NEW else None,
+            cluster_size=method.cluster_size if methods.into_of(method.strategy) is Into.NEW else None,
             remove=confirmed,
         )
     step = MergeStep(

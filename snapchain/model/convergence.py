@@ -2,7 +2,7 @@
 
     left after round   0      1     2     3
     a calm guest       20 G   2 G   90 M  8 M     enough
-    a busy one         20 G   6 G   7 G   9 G     it dirties faster than the link carries: stop
+    a busy guest       20 G   6 G   7 G   9 G     it dirties faster than the link carries: stop
 
 The rules are those by which XCP-ng's storage manager gives up a live coalesce (CoalesceTracker in its cleanup.py):
 too many rounds, several without progress, or more than some share above the smallest ever left.
@@ -51,10 +51,10 @@ class Rules:
 
 
 def judge(left: Sequence[int], enough: int | None, rules: Rules) -> Verdict:
-    """What the rounds so far say.
+    """The verdict after the rounds so far.
 
-    left: bytes left before the first round and after each one, oldest first; enough: so few are good; None where
-    nobody can say yet, since nothing was measured: then only nothing at all is enough.
+    left: bytes left before the first round and after each one, oldest first
+    enough: bytes that may be left at the end; None if nothing was measured yet: then only 0 is enough
     """
     if not left:
         return Verdict.AGAIN

@@ -1,4 +1,4 @@
-"""By what a file is known again, without reading it: stored in records, sent to replicas, and noted beside images.
+"""Recognises a file without reading it: stored in records, sent to replicas, and noted beside images.
 
 Equal inode, size and mtime mean equal content: a write moves the mtime.  Two cases would deceive:
 
@@ -48,7 +48,7 @@ class Fingerprint(BaseModel):
 def same_file(mine: object, theirs: object) -> bool:
     """Whether both are fingerprints of one regular file that nobody has written to in between.
 
-    A block device is never known again: its node does not show what was written to it.
+    A block device is never recognised: its node does not show that it was written to.
     """
     if not isinstance(mine, Fingerprint) or not isinstance(theirs, Fingerprint) or not mine.size:
         return False

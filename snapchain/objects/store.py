@@ -34,7 +34,9 @@ _PREFIX = re.compile(rf"(?:{_SEGMENT}/)*(?:{_SEGMENT})?", re.ASCII)
 class ObjectInfo:
     """One line of a listing.
 
-    name: full object name; size: bytes; modified: seconds since 1970 by the *store's* clock, None when it has none
+    name: full object name; size: bytes
+    modified: seconds since 1970 by the *store's* clock. Every store must give it, since leases expire by it. An S3
+        server that sends no time gives None: a lease that was left behind there does not expire by age.
     """
 
     name: str

@@ -8,7 +8,7 @@ strongly consistent on S3 and in directories).
 
 A lease is refreshed every few minutes; one that was not for half an hour is dead, and so is one whose process was
 killed on this machine.  Ages are measured by the store's own clock.  A writer that stood still for that long must not
-publish: `check` says so, and where it stands still after its last check, the collector's fence does (sweep.py).
+publish: `check` raises then. If it stands still after its last check, the collector's fence stops it (sweep.py).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Lease:
         self._done.set()
         try:
             if isinstance(error, Corrupt | NotFound):
-                self.check()  # who slept through a collection misses what is not needed: that is no damage
+                self.check()  # a reader that slept through a collection may miss unneeded objects: that is no damage
         finally:
             left = retire(self._store, self._name)
             self._spending.close()
@@ -179,7 +179,7 @@ class Lease:
                 self._on_wait(f"the lease {self._name} was not removed: {left.message}{_remedy(left)}")
 
     def check(self) -> None:
-        """Raises Conflict when the lease may be held dead by others: what was relied on may be gone."""
+        """Raises Conflict when others may take the lease for dead: data that it protects may be deleted."""
         if self._lost or boot_time() - self._refreshed > DEAD_SECONDS / 2 or not stays(self._store.size(self._name)):
             raise Conflict(
                 "this run stood still for so long that others took it for dead",

@@ -1,4 +1,4 @@
-"""Fills packs from many threads and uploads them behind their backs, in bounded memory.
+"""Fills packs from many threads and uploads them in the background, in bounded memory.
 
     add(blob) -> into the open pack -> full? -> upload queue (bounded) -> durable -> index object, now and then
 
@@ -165,7 +165,7 @@ class Packer:
             return
 
         def write() -> None:
-            with suppress(SnapchainError):  # the error that has ended the shipment is the one to tell
+            with suppress(SnapchainError):  # the error that has ended the shipment is the one to report
                 for group in indexes.split(packs, self._pack_size):
                     indexes.write(self._store, self._keys, group, era=self._index.era)
 

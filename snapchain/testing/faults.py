@@ -2,7 +2,7 @@
 
     FaultStore(inner, [On(3, Fault.LOST_REPLY)])                       the third call of all
     FaultStore(inner, [On(1, Fault.UNAVAILABLE, operation="create", prefix="points/")])
-    FaultStore(inner, crash_at=4)                                      dies at the fifth moment of all
+    FaultStore(inner, crash_at=4)                                      dies at the fifth moment
 
 Crash moments are numbered from 0: each put, create and delete has one before its effect and one after it.  A Crash is
 a BaseException and makes every later call crash too, as for a killed process.  `crash_points` goes through all of them.
@@ -109,7 +109,7 @@ class FaultStore(StoreWrapper):
         self._suffering("delete", name, lambda: self.inner.delete(name))
 
     def _suffering(self, operation: Operation, name: str, effect: Callable[[], Result]) -> tuple[Result, set[Fault]]:
-        """(what the call gives, faults that its caller must apply to it)."""
+        """(the result of the call, faults that its caller must apply to it)."""
         met = self._arrived(operation, name)
         faults = {on.fault for on in met}
         for on in met:

@@ -3,10 +3,10 @@
     root        raw, and of a size that is no multiple of 64 KiB
     hides       zero clusters over data
     grown       larger, with clusters of 4 KiB
-    packed      compressed clusters, and some that are as the ones below already
+    packed      compressed clusters, some of them equal to the clusters below
     shrunk      shorter, ending inside a cluster: what lies behind is gone
     grown again what was cut off reads zero
-    empty       an overlay that says nothing
+    empty       an overlay that holds nothing
 
 What each moment shows is in a raw file, by qemu-img.  The bytes are the same each time, so their content ids are known.
 """

@@ -206,7 +206,7 @@ def test_a_wrong_rule(rules: dict[str, Any], subject: str | None) -> None:
     assert caught.value.subject == subject
     (rule,) = rules
     for text in (json.dumps({"keep": rules}), {"keep": rules}):
-        with pytest.raises(ValidationError) as refused:
+        with pytest.raises(ValidationError, match=rf"(?m)^keep\.{rule}\b") as refused:
             _Whole.model_validate(text) if isinstance(text, dict) else _Whole.model_validate_json(text)
         assert refused.value.errors()[0]["loc"][:2] == ("keep", rule)
 

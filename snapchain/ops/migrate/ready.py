@@ -1,4 +1,4 @@
-"""Getting a disk ready to be given: sealed here, sent, and an empty overlay made on it there. The source can go on."""
+"""Prepare a disk for its handover: seal it, send it, make an empty overlay on it there. The source can still go on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from snapchain.source.protocol import Scope
 
 @dataclass(slots=True)
 class Prepared:
-    """A disk that is at the destination, ready to be given. sent: None where an earlier run has done that."""
+    """A disk that is at the destination, ready for the handover. sent: None if an earlier run has sent it."""
 
     move: Move
     look: Look
@@ -66,7 +66,7 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
 def _overlay(
     request: MigrateRequest, move: Move, look: Look, scope: Scope, endpoint: Endpoint, on_event: OnEvent
 ) -> tuple[Overlay, int]:
-    """Have it made on the newest layer there; with the epoch of the disk there."""
+    """Make the overlay on the newest layer there. Returns it, with the epoch of the disk there."""
     send = request.send(move, scope)
     with (
         send.chain(on_event) as chain,
@@ -91,7 +91,7 @@ def _overlay(
 
 
 def taken_up(move: Move, look: Look) -> Prepared:
-    """Of a run that had fenced all disks: they were ready then. Raises Conflict for one that was written to since."""
+    """The disks of an earlier run that had fenced them all. Raises Conflict for one that was written to since."""
     mark = look.given
     assert mark is not None, "else the handover begins anew"
     last = max(fingerprint.mtime_ns for _, fingerprint in look.files)

@@ -144,7 +144,7 @@ def _matches(settings: Disks, elsewhere: Collection[str], faults: list[Snapchain
 
 
 def _name_of(path: Path) -> str:
-    """Without links, for telling images apart; as it is where a link cannot be followed."""
+    """The path without links, to compare images; unchanged if a link cannot be followed."""
     try:
         return str(real_path(path))
     except SnapchainError:
@@ -152,7 +152,7 @@ def _name_of(path: Path) -> str:
 
 
 def _may_be_image(path: str) -> bool:
-    """Not a directory or a socket. A link that leads nowhere is an image that is gone: its turn will say so."""
+    """Not a directory or a socket. A dangling link is an image that is gone: that is reported when it is its turn."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
     except OSError:

@@ -1,7 +1,7 @@
-"""What was just written to a file or device is read back, and the content id counted of what it shows.
+"""A file or device that was just written is read back, and its content id is counted.
 
-A point that comes from a replica is believed only so: the other side may say anything.  What comes from a repository
-was proven before it was written; this proves that the right bytes of it are in the file, at the right places.
+Only this proves a point from a replica, since the other side may send anything.  Data from a repository was proven
+before it was written; this proves that the right bytes are in the file, at the right places.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _unheard(count: int) -> None:
 class ChainProof:
     """Counts a chain of new files, layer by layer, root first; a context manager.
 
-    The files are opened as they are, by descriptor: none of them has its name yet by which the next one knows it.
+    The files are opened by descriptor: none of them has the name yet that the next one records.
     """
 
     def __init__(self) -> None:

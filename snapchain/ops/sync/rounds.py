@@ -25,7 +25,7 @@ Answer = TypeVar("Answer")
 
 
 def patiently(attempt: Callable[[], Answer], on_event: OnEvent) -> Answer:
-    """A question, asked again while the link is bad."""
+    """Ask the replica, again after a pause while the link is bad."""
     return retry(attempt, policy=_LOOK, progress=lambda: 0, on_retry=lambda notice: on_event(Notice(str(notice))))
 
 
@@ -72,7 +72,7 @@ class Run:
         return done.bytes_left
 
     def _told(self, event: Event) -> None:
-        """Each round has a rate and an end of its own."""
+        """Report each round with its own rate and end."""
         if isinstance(event, Progress) and self.rounds:
             event = replace(event, phase=f"{event.phase} {len(self.rounds)}")
         self._on_event(event)
@@ -93,7 +93,7 @@ class Run:
         return sent
 
     def report(self, stands: Destination, outcome: Verdict | None, *, seconds: float) -> SyncReport:
-        """What came of it all."""
+        """The report of all rounds."""
         moved, wire = sum(r.data_bytes for r in self.rounds), sum(r.bytes_sent for r in self.rounds)
         predicted = seconds_for(stands.bytes_left, self.rate)
         target = self.request.target_downtime
@@ -126,7 +126,7 @@ class Run:
 
 
 def seconds_for(count: int, rate: float | None) -> float | None:
-    """How long so many bytes take; None where nobody knows."""
+    """Seconds for that many bytes; None if no rate was measured."""
     if not count:
         return 0.0
     return count / rate if rate else None
