@@ -13,6 +13,10 @@
     images        open_image, inspect; snapshot, ship; merge_image
     types         Destination, Policy, Event; SnapchainError, and the tree in `errors`
 
+A `Destination` is what `open_destination` returns. A `Policy` says which points to keep: its fields are the options
+`--keep-*` of the command line, as in `Policy(daily=7, weekly=4)`, and a count of -1 means
+all. An `Event` is what `on_event` gets. Each of them has its own page, such as `help(snapchain.Policy)`.
+
 Where a function takes a destination, it takes an opened one, or its address: a directory or "s3://bucket/prefix" (a
 repository), "dir:/path" or "ssh://[user@]host/path" (a replica). It opens an address with the passphrase in
 SNAPCHAIN_PASSWORD. Paths (`AnyPath`) are `str` or `Path`, relative or absolute.
@@ -22,8 +26,8 @@ a number, a label, or a time. Reports are frozen records; their fields are those
 `Event`s while an operation runs: progress, and notices that stop nothing. It may be called from any thread.
 
 All errors of operations derive from `SnapchainError`; `snapchain.errors` has the tree, grouped by what the caller
-should do. A wrong rule of a `Policy` is a `ValueError`, as wrong input is. An operation that raises, or is interrupted,
-leaves every earlier point whole; calling it again finishes the work.
+should do. A `Policy` with a wrong rule raises `InvalidInput`. An operation that raises, or is interrupted, leaves every
+earlier point whole; calling it again finishes the work.
 
 Stable: the names in `snapchain.__all__`, their parameters, the fields of the reports that the documentation names, and
 the errors. Until version 1.0 they change only in a minor version, with a line in the changelog. Everything else is
@@ -106,7 +110,8 @@ if not TYPE_CHECKING:  # else every name would be taken for one of them
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    """The names that cost nothing. pydantic and typing would fill `help(snapchain)` with 600 lines of their methods."""
+    return sorted({*__all__, "__version__"} - _LOADED_WHEN_ASKED_FOR.keys())
 
 
 # --- destinations

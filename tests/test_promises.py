@@ -13,6 +13,7 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, SnapchainError, Unsupported
 from snapchain.model.content import leaf_hash
+from snapchain.model.events import Event, Progress
 from snapchain.model.retention import Policy
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.memory import MemoryStore
@@ -161,10 +162,19 @@ def test_promise_5_two_shippers_lose_no_point(repo: Repository, tmp_path: Path) 
 def test_promise_5_a_merge_during_a_shipment_loses_no_point(repo: Repository, chain: list[Path]) -> None:
     for path in chain[:2]:
         ship(path, repo)
-    with shipment(chain[2], again(repo), DISK) as work:
-        RepositoryMerge(again(repo), DISK, Policy(last=1)).run()
-        with pytest.raises(Conflict, match="merged away meanwhile"):
-            work.run()
+    merged: list[object] = []
+
+    def merge_meanwhile(event: Event) -> None:
+        """When the shipment has chosen what it builds on, and has not published yet."""
+        if isinstance(event, Progress) and not merged:
+            merged.append(RepositoryMerge(again(repo), DISK, Policy(last=1)).run())
+
+    with (
+        shipment(chain[2], again(repo), DISK, on_event=merge_meanwhile) as work,
+        pytest.raises(Conflict, match="merged away meanwhile"),
+    ):
+        work.run()
+    assert merged
     assert ship(chain[2], repo).point == 3
     assert [point.point for point in repo.catalogue(DISK).points] == [2, 3]
 

@@ -32,7 +32,7 @@ _kept = ""
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:
-    """Make whole words of what bash has cut at ':' and '@', so that the count of arguments is right.
+    """Join the words that bash has split at ':' and '@', so that the count of arguments is right.
 
     bash replaces the last piece alone, so what stands before it is remembered.
     """

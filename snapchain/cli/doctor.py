@@ -42,7 +42,7 @@ def doctor(
         typer.Option(
             "--accept",
             metavar="FILE",
-            help="A journal or note that this user did not write, once you have read it; may be repeated.",
+            help="Accept FILE, a journal or note that another user or host wrote. Read it first. May be repeated.",
         ),
     ] = None,
     image_dir: options.ImageDir = None,
@@ -50,7 +50,7 @@ def doctor(
 ) -> None:
     """Find interrupted merges, snapshots and restores, describe each, and finish or undo it.
 
-    Work under way is left alone. The exit code is 10 when something could not be treated.
+    Work of running programs is left alone. Ends with exit code 10 when something could not be finished or undone.
     """
     from snapchain.ops import doctor as ops
 

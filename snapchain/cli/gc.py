@@ -33,12 +33,13 @@ def gc(
     pack_size: options.PackSize = None,
     out: Output,
 ) -> None:
-    """Delete what no point of any disk needs: after points were dropped, and after runs that were cut off.
+    """Delete data that no point of any disk needs, such as the data of dropped points and of interrupted runs.
 
-    Packs with more than a quarter of waste are rewritten without it. gc is exclusive: it waits up to ten minutes for
-    ship and merge to end, and they wait for it. It works around missing or damaged packs and layers: records are
-    pointed at copies of their data where there are any, and what a damaged point may still need is kept. While data is
-    lost it ends with exit code 5.
+    A pack is rewritten when more than a quarter of it is unreferenced. gc is exclusive: it waits up to ten minutes for
+    ship and merge to end, and blocks them while it runs.
+
+    gc works around missing or damaged packs and layers. Records are changed to use other copies of their data, if there
+    are any. Data that a damaged point may still need is kept. While data is lost, gc ends with exit code 5.
     """
     work = options.destination(
         target,

@@ -1,4 +1,7 @@
-"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point; `snapchain release` removes the hold."""
+"""`snapchain hold ADDRESS --tag TAG`: keep a layer's file, or a point, until it is released.
+
+`snapchain release ADDRESS --tag TAG`: remove a hold.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +35,19 @@ def hold(
         str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
-    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Names the hold, to be released by.")],
-    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, for who finds it later.")] = "",
+    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Name of the hold. `release` needs it.")],
+    reason: Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why it is held, for people.")] = "",
     out: Output,
 ) -> None:
     """Keep a layer of an image, or a point of a disk, until it is released under the same tag.
 
-    A held file stays byte for byte as it is: a merge by rules goes round it, and a merge that names it is refused.
-    A held point is kept by every merge of its disk, and counts for the rules like any other. The holds
-    of a point are part of the destination; the hold of a file is noted in a small hidden file beside it, and follows a
-    rename.
+    A held file stays as it is, byte for byte: merges by rules leave it out, and a merge that names it is refused. A
+    held point is kept by every merge of its disk, and counts for the rules like any other point. Holds of a point are
+    stored at the destination. Holds of a file are recorded in a small hidden file beside it, which is found after a
+    rename too.
 
-    Several holds, each under its own tag, may be on one file or point: it is free when the last is released.
-    `snapchain inspect` shows those of an image's layers, `snapchain log` those of points.
+    A file or point may have several holds, each with its own tag. It is free when the last one is released. `snapchain
+    inspect` shows the holds of layers, `snapchain log` those of points.
     """
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import hold as ops
@@ -83,12 +86,12 @@ def release(
         str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
     ],
     *,
-    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="The hold to take off.")],
+    tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Tag of the hold.")],
     out: Output,
 ) -> None:
-    """Take a hold off a layer of an image, or off a point of a disk; it stays while it has others.
+    """Remove a hold from a layer of an image, or from a point of a disk.
 
-    Nothing is dropped now: the next merge may take it. The holds of a file that is gone are released by its old path.
+    Nothing is dropped now. Without other holds, the next merge may drop it. If the file is gone, name its old path.
     """
     from snapchain.destination.address import ImageAddress, parse_address
     from snapchain.ops import hold as ops

@@ -30,7 +30,8 @@ def init(
     dest: Annotated[str, options.address(metavar="DEST", help="A directory, file:///path, or s3://bucket/prefix.")],
     *,
     no_encryption: Annotated[
-        bool, typer.Option("--no-encryption", help="Store names and data readable for whoever reads the store.")
+        bool,
+        typer.Option("--no-encryption", help="Store names and data unencrypted, for everybody who can read the store."),
     ] = False,
     cipher: Annotated[
         str | None,
@@ -42,16 +43,19 @@ def init(
     ] = None,
     block_size: Annotated[
         str | None,
-        typer.Option(metavar="BYTES", help="Where data is cut for deduplication: a power of two. For ever."),
+        typer.Option(
+            metavar="BYTES",
+            help="Size of the blocks that are deduplicated, a power of two. It cannot be changed later.",
+        ),
     ] = None,
     pack_size: options.PackSize = None,
     out: Output,
 ) -> None:
     """Make an empty repository in a directory or an S3 bucket.
 
-    It is encrypted unless --no-encryption is given; the key comes from a passphrase, without which nothing can ever
-    be read again: keep it elsewhere too. The store is probed, and what it cannot do is told: an S3 server that ignores
-    conditional writes works, for one writer at a time.
+    It is encrypted with a key from a passphrase, unless --no-encryption is given. Without the passphrase nothing can be
+    read again: keep a copy elsewhere. The store is tested, and what it lacks is reported. An S3 server that ignores
+    conditional writes can be used by one writer at a time.
     """
     from snapchain.destination.address import located
     from snapchain.ops import init as ops

@@ -36,20 +36,21 @@ def log(
         typer.Option(
             "--accept-repository",
             metavar="ID",
-            help="Accept the repository with this id where this machine knows another one, or a newer state, at DEST.",
+            help="Accept the repository with this id, although this machine knows "
+            "another one, or a newer state, at DEST.",
         ),
     ] = None,
     out: Output,
 ) -> None:
-    """List the points of all disks of a destination, or of one: number, time, labels, size, layers.
+    """List the points of a destination, or of one disk: number, time, labels, size, layers.
 
-    DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Points of one content id have the same
-    bytes.
+    DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Points with the same content id have the
+    same bytes.
 
     A machine remembers which repository it has used at an address, and how far each disk was. When another repository
     or an older state is there, every command stops with exit code 5. If you know why (the disk was replaced, a copy of
     the repository was put back), accept it once with --accept-repository and the id that the error shows. From then on
-    this machine knows that state. Two repositories that take turns at one address need an address each.
+    this machine knows that state. Two repositories that are used in turn need an address each.
     """
     from snapchain.destination.address import parse_destination
     from snapchain.ops.log import log as run

@@ -48,9 +48,7 @@ def merge(
     *,
     flatten: Annotated[
         bool,
-        typer.Option(
-            "--flatten", help="The root may be merged too; without rules one file is left.", rich_help_panel=_RANGE
-        ),
+        typer.Option("--flatten", help="Merge the root too. Without rules one file is left.", rich_help_panel=_RANGE),
     ] = False,
     first: Annotated[
         str | None, typer.Option("--from", metavar="LAYER", help="The lowest layer.", rich_help_panel=_RANGE)
@@ -64,8 +62,8 @@ def merge(
             "--at",
             metavar="DEST::DISK",
             autocompletion=options.complete_address,
-            help="The image is shipped there: rules go round what it lacks, and round the layer that its next "
-            "shipment builds on. May be repeated.",
+            help="A destination to which the image is shipped. Rules merge no layer that is missing there, and not the "
+            "layer on which the next shipment builds. May be repeated.",
             rich_help_panel=_RANGE,
         ),
     ] = None,
@@ -75,7 +73,7 @@ def merge(
         typer.Option(
             "--time-zone",
             metavar="ZONE",
-            help="Whose calendar says what a day is: Europe/Berlin. By default this machine's.",
+            help="Time zone that decides what a day is: Europe/Berlin. By default this machine's.",
             rich_help_panel=_KEEP,
         ),
     ] = None,
@@ -84,7 +82,7 @@ def merge(
         typer.Option(
             metavar="N",
             min=1,
-            help="Merge no more than it takes to have a chain of N files; what is kept stays, even so.",
+            help="Merge only until the chain has N files. Layers that a rule or a hold keeps stay even then.",
             rich_help_panel=_LIMIT,
         ),
     ] = None,
@@ -92,7 +90,7 @@ def merge(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Move at most so much: merge what frees the most within it. 20G; shared blocks do not count.",
+            help="Move at most SIZE, where that frees most: 20G. Shared blocks do not count.",
             rich_help_panel=_LIMIT,
         ),
     ] = None,
@@ -101,7 +99,7 @@ def merge(
         typer.Option(
             metavar="N",
             min=0,
-            help="Take at most so long, by the rate of earlier merges on this filesystem.",
+            help="Take at most N seconds, estimated by the rate of earlier merges on this filesystem.",
             rich_help_panel=_LIMIT,
         ),
     ] = None,
@@ -110,7 +108,7 @@ def merge(
         typer.Option(
             metavar="|".join(_STRATEGIES),
             autocompletion=options.of(*_STRATEGIES),
-            help="A new file; into the uppermost file; into the lowest one. By default what moves least.",
+            help="Write a new file, or merge into the uppermost or the lowest file. By default whichever moves least.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -118,7 +116,7 @@ def merge(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Of a new file: 512 to 2M. By default that of the layer that gives most.",
+            help="Cluster size of a new file: 512 to 2M. By default that of the layer with most of the data.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -131,35 +129,38 @@ def merge(
             "--remove",
             readable=False,
             metavar="FILE",
-            help="Allow this input to be removed or replaced although it lies in another directory than the image, or "
-            "an unreadable image may depend on it. Never one that another image uses. May be repeated.",
+            help="Allow FILE to be removed or replaced although it lies in another directory than the image, or an "
+            "unreadable image may depend on it. A file that another image uses stays. May be repeated.",
             rich_help_panel=_HOW,
         ),
     ] = None,
     drop_bitmaps: Annotated[
         bool,
-        typer.Option("--drop-bitmaps", help="Merge layers with persistent bitmaps; these go.", rich_help_panel=_HOW),
+        typer.Option(
+            "--drop-bitmaps", help="Merge layers with persistent bitmaps, and drop the bitmaps.", rich_help_panel=_HOW
+        ),
     ] = False,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     out: Output,
 ) -> None:
-    """Make one layer of several neighbours; what was overwritten is dropped.
+    """Make one layer of several neighbours, and drop data that was overwritten.
 
-    An IMAGE, without rules: everything above the root becomes one overlay, under the same path; or the layers that
-    --from and --to name. What the merge must not change, the bytes that a guest reads, is compared before the switch;
-    until then the inputs are valid.
+    An IMAGE, without rules: everything above the root, or the layers from --from to --to, become one overlay under the
+    same path. The bytes that a guest reads are compared before the switch. Until then the inputs are valid.
 
-    An IMAGE with rules: each sealed layer is a point of its disk, at the time and under the labels that
-    `snapchain snapshot` noted, and stays as a view if a rule names it; the others are merged into the next one that
-    stays. With --max-layers only as many go as it takes, the cheapest first; with a budget those that free the most
-    within it. Never touched by rules: the root (without --flatten), what is held (`snapchain hold`), what other images
-    depend on, and what --at protects. --dry-run shows it all, layer by layer.
+    An IMAGE, with rules: each sealed layer is a point, with the time and the labels that `snapchain snapshot` recorded.
+    The points that a rule names stay. The other layers are merged into the next one that stays. --max-layers merges
+    only as many as needed, the cheapest first. A budget merges those that free most within it. Rules never touch the
+    root (without --flatten), held layers (`snapchain hold`), layers that other images depend on, and layers that --at
+    protects. --dry-run shows the decision for each layer.
 
-    DEST::DISK: keeps the points that the rules name, those that are held, and always the newest one; layers that no
-    kept point needs are merged into the next one that stays. In a repository only records change: no data is moved. At
-    a replica (ssh://..., dir:...) its files are merged over there, as those of an image, and keep the names of the kept
-    points; what a guest or another image uses stays. Transfers to that disk wait meanwhile. -1 means all.
+    DEST::DISK: the points that the rules name, held points and the newest point stay. Layers that none of them needs
+    are merged into the next one that stays. In a repository only records change, and no data is moved. At a replica
+    (ssh://..., dir:...) files are merged on its own host; the files of points that stay keep their names. A file that a
+    guest or another image uses stays. Transfers to that disk wait until the merge ends.
+
+    A count of -1 means all.
     """
     from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
 

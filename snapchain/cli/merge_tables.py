@@ -92,7 +92,7 @@ def _rows(plan: MergePlan) -> list[stack_picture.Row]:
 def _draw_layers(console: Console, layers: Sequence[LayerUse]) -> None:
     columns = {
         "layer": [layer.path.name for layer in layers],
-        "held>": [size(layer.data_bytes) for layer in layers],
+        "data>": [size(layer.data_bytes) for layer in layers],
         "hidden>": [size(layer.shadowed_bytes) for layer in layers],
         heading("sealed"): [moment(layer.sealed) if layer.sealed else "" for layer in layers],
         "labels": [", ".join(layer.labels) for layer in layers],

@@ -43,8 +43,8 @@ def migrate(
         bool,
         typer.Option(
             "--paused",
-            help="The guest is paused by you (virsh suspend), and still has the images open. Nothing is sealed; it "
-            "must never be resumed here.",
+            help="You have paused the guest (virsh suspend), and it still has the images open. Nothing is sealed. "
+            "Never resume it here.",
         ),
     ] = False,
     start_hook: Annotated[
@@ -52,18 +52,20 @@ def migrate(
         typer.Option(
             "--start-hook",
             metavar="COMMAND",
-            help="Run here (no shell) once the disks are the destination's, to start the guest there. SNAPCHAIN_DISK, "
-            "_OVERLAY, _EPOCH, _IMAGE, _DESTINATION are in its environment, with _1, _2... for several disks.",
+            help="Run COMMAND here (no shell) to start the guest, once the destination "
+            "has the disks. Its environment has "
+            "SNAPCHAIN_DISK, _OVERLAY, _EPOCH, _IMAGE and _DESTINATION, with _1, _2... for several disks.",
         ),
     ] = None,
     prove: Annotated[
-        bool, typer.Option("--prove", help="Have every layer there read again before the disks are given.")
+        bool,
+        typer.Option("--prove", help="Read every layer at the destination again before the disks are handed over."),
     ] = False,
     take_back: Annotated[
         bool,
         typer.Option(
             "--take-back",
-            help="Make disks that were given this host's again; refused where a guest has written there.",
+            help="Make the disks this host's again. Refused if a guest has written to them there.",
             rich_help_panel=_BACK,
         ),
     ] = False,
@@ -71,7 +73,8 @@ def migrate(
         bool,
         typer.Option(
             "--destination-is-gone",
-            help="Take back without asking: you make sure that no guest runs there, now or later.",
+            help="Take back without contacting the destination. You must make sure that "
+            "no guest runs there, now or later.",
             rich_help_panel=_BACK,
         ),
     ] = False,
@@ -85,12 +88,14 @@ def migrate(
 ) -> None:
     """Hand the disks of a guest that does not run over to another host: all of them, or none.
 
-    Each top is sealed, and what the replica lacks is sent, as `sync` does; an empty overlay for the guest is made
-    there. Up to here the source can go on unharmed. Then, with the images locked: they are marked as given away and
-    made read-only here, the destination takes them over in a new epoch, and the start hook is run. From then on
-    snapchain neither writes nor sends them here, and no replica of the new epoch takes anything from here.
+    First each top is sealed, the layers that the replica lacks are sent, and an empty overlay for the guest is made
+    there. Until then, and whenever the destination refuses, the disks stay this host's.
 
-    Cut off anywhere, the same command goes on. Where the destination refuses, the disks are this host's as before.
+    Then, with the images locked, they are marked as given away and made read-only here. The destination takes them over
+    in a new epoch, and the start hook runs. From then on snapchain neither writes nor sends these images here, and the
+    replica refuses whatever this host sends.
+
+    If it is interrupted, run the same command again: it continues.
     """
     from snapchain.destinations import replica_at
     from snapchain.ops.migrate.request import MigrateRequest, Move

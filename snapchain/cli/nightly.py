@@ -39,24 +39,28 @@ _NAMES = 4
 )
 @options.takes_output()
 def nightly(
-    config: Annotated[Path, typer.Argument(readable=False, metavar="CONFIG", help="A TOML file; see the README.")],
+    config: Annotated[
+        Path,
+        typer.Argument(readable=False, metavar="CONFIG", help="A TOML file. `man snapchain-nightly` lists its fields."),
+    ],
     *,
     any_time: Annotated[bool, typer.Option("--any-time", help="Ignore the window.")] = False,
     wait: Annotated[
-        str, typer.Option("--wait", metavar="TIME", help="Wait this long for another run to end: 90s, 10min, 2h.")
+        str, typer.Option("--wait", metavar="TIME", help="Wait at most TIME for another run to end: 90s, 10min, 2h.")
     ] = "0s",
     print_systemd: Annotated[
         bool,
-        typer.Option("--print-systemd", help="Print a service and a timer for this configuration, and do nothing."),
+        typer.Option(
+            "--print-systemd", help="Print a systemd service and its timer for this configuration, and do nothing else."
+        ),
     ] = False,
     out: Output,
 ) -> None:
-    """Run every night's work: for each disk snapshot, ship, merge; for each destination merge by its rules, collect,
-    verify a sample.
+    """Run the work of a night: snapshot, ship and merge each disk; then merge, collect and verify each destination.
 
-    A destination is a repository or a replica. A failure of one disk or destination stops no other. After the window
-    has closed nothing new begins; the next run begins with the disks that were not reached. Ends with exit code 10 when
-    something failed or was left.
+    A destination is a repository or a replica. A failure of one disk or destination stops no other. Nothing new begins
+    after the window has closed; the next run begins with the disks that are left. Ends with exit code 10 when something
+    failed or was left.
     """
     from snapchain.ops.nightly import run as ops
     from snapchain.ops.nightly.document import load

@@ -49,11 +49,18 @@ Labels = Annotated[list[str] | None, typer.Option("--label", "-l", help="A name 
 CutReplica = Annotated[
     bool,
     typer.Option(
-        "--cut-replica", help="Where both sides have gone on: drop the replica's layers and points beyond the base."
+        "--cut-replica",
+        help="If both sides have changed: drop the replica's layers and points above the last layer that both have.",
     ),
 ]
 Connections = Annotated[
-    int, typer.Option("--connections", min=1, max=16, help="Of ssh, for links with much latency: 8 at 80 ms.")
+    int,
+    typer.Option(
+        "--connections",
+        min=1,
+        max=16,
+        help="Number of ssh connections. Several fill a link with high latency: 8 at 80 ms.",
+    ),
 ]
 Epoch = Annotated[
     int,
@@ -61,7 +68,8 @@ Epoch = Annotated[
         "--epoch",
         min=1,
         metavar="N",
-        help="In which this host writes the disk. A replica in a later one refuses; an earlier one becomes this.",
+        help="The epoch in which this host writes the disk. A replica in a later "
+        "epoch refuses; one in an earlier epoch takes N.",
     ),
 ]
 ImageDir = Annotated[
@@ -70,8 +78,8 @@ ImageDir = Annotated[
         "--image-dir",
         readable=False,
         metavar="DIR",
-        help="Backing files may lie here too, besides the directory of the image itself. May be repeated; "
-        "SNAPCHAIN_IMAGE_DIRS holds a list of them, colon separated.",
+        help="Allow backing files in DIR too, besides the directory of the image. May be repeated. "
+        "SNAPCHAIN_IMAGE_DIRS is a colon-separated list of such directories.",
     ),
 ]
 Format = Annotated[
@@ -81,14 +89,12 @@ Format = Annotated[
         "-f",
         metavar="qcow2|raw",
         autocompletion=of("qcow2", "raw"),
-        help="Format of the image itself. By default by its suffix; never guessed from what it holds.",
+        help="Format of the image itself. By default by its suffix; never guessed from its content.",
     ),
 ]
 LimitRate = Annotated[
     str | None,
-    typer.Option(
-        "--limit-rate", metavar="BYTES", help="At most so many bytes a second to or from the destination: 10M."
-    ),
+    typer.Option("--limit-rate", metavar="BYTES", help="Move at most BYTES a second to or from the destination: 10M."),
 ]
 
 PackSize = Annotated[
@@ -249,8 +255,8 @@ DiskPairs = Annotated[
     list[str],
     address(
         metavar="IMAGE DEST::DISK...",
-        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More such pairs: the "
-        "other disks of the same guest, at the same replica.",
+        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More pairs "
+        "are other disks of the same guest, at the same replica.",
     ),
 ]
 
@@ -309,7 +315,7 @@ def takes_output(
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb with a parameter `policy` the options --keep-*: one for each rule of a retention Policy."""
-    from snapchain.model.retention import UNLIMITED, Policy, policy_of
+    from snapchain.model.retention import UNLIMITED, Policy
 
     counts = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, int)}
     lists = {name for name, rule in Policy.model_fields.items() if isinstance(rule.default, frozenset)}
@@ -337,7 +343,7 @@ def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[...,
         def called(*args: Any, **kwargs: Any) -> None:
             given = {field: kwargs.pop(option(field)) for field in Policy.model_fields}
             try:
-                policy = policy_of({field: value for field, value in given.items() if value not in (None, [])})
+                policy = Policy(**{field: value for field, value in given.items() if value not in (None, [])})
             except InvalidInput as error:
                 if error.subject in Policy.model_fields:
                     error.subject = f"--{option(error.subject).replace('_', '-')}"

@@ -1,8 +1,8 @@
 """What starts before the parser of command lines is loaded: a login to a replica's host, and serving a sender.
 
 ssh needs a third of a second for a login, in which it mostly waits; loading the parser and what reads images takes as
-long. So where the words plainly name one replica on another host, ssh starts first. A command line that turns out to be
-wrong, or needs no connection, ends the login: nothing has been requested by then.
+long. So where a command line clearly names one replica on another host, ssh starts first. A command line that turns
+out to be wrong, or needs no connection, ends the login: nothing has been requested by then.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def logging_in(words: Sequence[str]) -> Iterator[None]:
     from snapchain.destinations import preconnected_replica
 
     with ExitStack() as stack:
-        with suppress(SnapchainError):  # the verb will meet it again, and say it
+        with suppress(SnapchainError):  # the verb will raise it again, and report it
             _begun[dest] = stack.enter_context(preconnected_replica(dest, logins=_LOGINS[words[0]]))
         try:
             yield

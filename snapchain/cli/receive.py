@@ -32,18 +32,21 @@ if TYPE_CHECKING:
 )
 def receive(
     directory: Annotated[
-        Path, typer.Argument(readable=False, metavar="DIR", help="The replica; made where there is nothing yet.")
+        Path,
+        typer.Argument(
+            readable=False, metavar="DIR", help="The directory of the replica. It is made if it does not exist."
+        ),
     ],
     *,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Take in a stream from stdin: as it comes out of `snapchain send`, or as it was saved then.
+    """Receive a stream of `snapchain send` from stdin, directly or from a saved file.
 
-    Every frame is checked as it comes, every layer is read back and proven before it becomes part of the chain. Layers
-    that are there already are passed over, so a stream may be received again. --dry-run reads only the beginning
-    of the stream, and prints the disk's name and what DIR has of it.
+    Every frame is checked as it arrives. Every layer is read back and proven before it becomes part of the chain.
+    Layers that are there already are skipped, so a stream may be received again. --dry-run reads only the beginning of
+    the stream, and prints the name of the disk and what DIR has of it.
     """
     from snapchain.host.channel import Channel
     from snapchain.ops.receive import plan_receive, receive_stream

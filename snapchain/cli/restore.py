@@ -46,7 +46,7 @@ def restore(
     chain: Annotated[
         bool,
         typer.Option(
-            "--chain", help="Restore every layer as a file of its own: OUT is the top, the rest lie beside it."
+            "--chain", help="Restore every layer as a file of its own: OUT is the top, the others lie beside it."
         ),
     ] = False,
     force: Annotated[
@@ -66,14 +66,16 @@ def restore(
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
-    """Write a point to a new file, a block device, or as a whole chain.
+    """Write a point to a new file or a block device, or as a whole chain.
 
-    The output is read back, and its content id must be the point's. A file gets its name only when it is complete. An
-    existing file is replaced only with --force, and never while a program has it open or another image depends on it;
-    the new file gets its owner, mode and labels, and a symbolic link stays a link. A block device that is not empty
-    needs --force; the point's zeroes are written to it too. DEST is a repository, or a replica: ssh://[user@]host/path
-    or dir:/path. A restore to a file that was cut off continues when it is run again; a partial output is read back and
-    proven like the rest.
+    The output is read back, and must have the content id of the point. A file gets its name only when it is complete.
+
+    --force replaces an existing file, but never one that a program has open or that another image depends on. The new
+    file gets the owner, the mode, the ACL and the security label of the old one, and a symbolic link stays a link.
+    --force is also needed for a block device that is not empty. The zeroes of the point are written to a device too.
+
+    DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Run an interrupted restore again: it
+    continues with its partial output, which is read back like the rest.
     """
     from snapchain.destination.address import parse_point_address
     from snapchain.ops.restore.run import Restoration

@@ -38,16 +38,16 @@ def send(
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
     ],
     target: Annotated[
-        str | None, options.address(metavar="[DEST::DISK]", help="A replica; without it a stream goes to stdout.")
+        str | None, options.address(metavar="[DEST::DISK]", help="A replica. Without it the stream goes to stdout.")
     ] = None,
     *,
-    disk: Annotated[str | None, typer.Option("--disk", help="The disk's name in a stream that goes to stdout.")] = None,
+    disk: Annotated[str | None, typer.Option("--disk", help="Name of the disk in a stream to stdout.")] = None,
     label: options.Labels = None,
     each_layer: Annotated[
         bool, typer.Option("--each-layer", help="Make every file of the chain a layer of its own, under its own name.")
     ] = False,
     sealed: Annotated[
-        bool, typer.Option("--sealed", help="Leave out the top, which a guest will go on writing to.")
+        bool, typer.Option("--sealed", help="Leave out the top, which a guest will continue to write.")
     ] = False,
     cut_replica: options.CutReplica = False,
     connections: options.Connections = 1,
@@ -57,11 +57,12 @@ def send(
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
-    """Bring what a replica lacks of an image, as qcow2 files that are ready to run, and publish a point of it.
+    """Send what a replica lacks of an image, and publish a point of it; or write a stream to standard output.
 
-    DEST is ssh://[user@]host/path, where snapchain must be installed too, or dir:/path. A replica holds one chain a
-    disk: where it has layers that the image never had, nothing is sent, and the error says what each side has. Over
-    ssh a lost connection is taken up again by itself; a transfer that was cut off goes on at the last durable byte.
+    DEST is ssh://[user@]host/path, where snapchain must be installed too, or dir:/path. A replica keeps qcow2 files
+    that are ready to run, in one chain a disk. If it has layers that the image never had, nothing is sent, and the
+    error lists what each side has. A lost ssh connection is opened again. An interrupted transfer continues at the last
+    durable byte.
     """
     from snapchain.ops.ship.run import Divergence, Files, ReplicaDestination, Scope, ShipRequest, plan, run
 

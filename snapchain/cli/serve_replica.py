@@ -24,46 +24,47 @@ from snapchain.cli.preconnect import LEFT_BEHIND
 )
 def serve_replica(
     *,
-    stdio: Annotated[bool, typer.Option("--stdio", help="Speak with the sender over stdin and stdout.")],
+    stdio: Annotated[bool, typer.Option("--stdio", help="Talk to the sender over stdin and stdout.")],
     root: Annotated[
         Path | None,
-        typer.Option(
-            "--root", readable=False, metavar="DIR", help="Let it name no replica but DIR and what lies in it."
-        ),
+        typer.Option("--root", readable=False, metavar="DIR", help="Serve only replicas in DIR, and DIR itself."),
     ] = None,
     allow: Annotated[
         str | None,
         typer.Option(
             "--allow",
             metavar="SET",
-            help="Let it do no more than this: a comma-separated set of send, fetch, cut, merge, handover and epochs. "
-            "All of them without --root; all but epochs with it.",
+            help="Rights of the sender: a comma-separated set of send, fetch, cut, "
+            "merge, handover and epochs. By default "
+            "all of them without --root, all but epochs with it.",
         ),
     ] = None,
     append_only: Annotated[
         bool,
         typer.Option(
             "--append-only",
-            help="Let it only add layers and points, and read. Nothing that is there can go, or be replaced.",
+            help="Allow only adding layers and points, and reading. Nothing can be removed or replaced.",
         ),
     ] = False,
     group: Annotated[
         str | None,
-        typer.Option("--group", metavar="NAME", help="Let the members of this group read the replicas it writes to."),
+        typer.Option(
+            "--group", metavar="NAME", help="Let the members of this group read the replicas that the sender writes to."
+        ),
     ] = None,
 ) -> None:
-    """Take what a sender on another host sends. It is started by that sender's ssh, and is of no use at a terminal.
+    """Serve a sender on another host. Its ssh starts this command; at a terminal it is of no use.
 
-    Without --root the sender may name any directory that the user may write to who logs in. As the command= of a key in
-    authorized_keys (second example), with --root, that key can do nothing here but what send (--cut-replica too),
-    merge, migrate, log, inspect, restore and verify do to the replicas in DIR; so it can read them, too. Links and '..'
-    are followed before a directory is judged. DIR must exist.
+    Without --root the sender may name any directory that its login may write to. With --root, as the command= of a key
+    in authorized_keys (second example), the key can only do what send (also --cut-replica), merge, migrate, log,
+    inspect, restore and verify do to the replicas in DIR. So it can also read them. Links and '..' are resolved before
+    a directory is checked. DIR must exist.
 
     Rights for --allow: send (new layers and points), fetch (restore), cut (--cut-replica), merge, handover (migrate),
     epochs (a sender's --epoch that skips numbers or ends a handover). Either send or fetch also allows log and verify.
 
-    Only its owner may read a replica. QEMU often runs as another user: --group lets its group in, and so do
-    `chgrp GROUP DIR` and `chmod 750 DIR` for the replica's directory.
+    Only its owner may read a replica. Where QEMU runs as another user, --group lets its group in. `chgrp GROUP DIR` and
+    `chmod 750 DIR` for the directory of the replica do the same.
     """
     from snapchain.errors import InvalidInput
     from snapchain.ops.receive import serve_stdio

@@ -36,7 +36,9 @@ def ship(
     image: Annotated[
         Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
     ],
-    target: Annotated[str, options.address(metavar="DEST::DISK", help="Where to, and the name of the disk there.")],
+    target: Annotated[
+        str, options.address(metavar="DEST::DISK", help="The destination, and the name of the disk there.")
+    ],
     *,
     label: options.Labels = None,
     each_layer: Annotated[
@@ -54,10 +56,11 @@ def ship(
 ) -> None:
     """Send what a destination lacks of an image, and publish a point of it.
 
-    The image as given is captured. A layer that the destination holds already is recognised without reading its data.
-    An image that was written to since is compared with what the destination holds, and only the difference is sent.
-    Overlays that are no points of their own are composed first, so that overwritten data is neither sent nor stored.
-    An image without a chain, raw or qcow2, ships too. `send` does the same to a replica, and writes saved streams.
+    The point shows the image as it is now, sealed or not. A layer that the destination has already is recognised
+    without reading its data. If the image was written to since the last shipment, it is compared with the content at
+    the destination, and only the difference is sent. Overlays that are no points of their own are composed first:
+    overwritten data is neither sent nor stored. An image without a chain, raw or qcow2, can be shipped too. `send` does
+    the same for a replica, and can write the stream to standard output.
     """
     from snapchain.destination.address import parse_disk_address
     from snapchain.ops.ship.run import Divergence, Files, ShipRequest, plan, run

@@ -30,34 +30,38 @@ if TYPE_CHECKING:
 @options.takes_output()
 def snapshot(
     image: Annotated[
-        Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, which nobody has open.")
+        Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, which no program has open.")
     ],
     *,
     sealed_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Name of the sealed file, beside IMAGE, instead of IMAGE.<n>.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of the sealed file, beside IMAGE. By default IMAGE with a number before the suffix.",
+        ),
     ] = None,
     overlay: Annotated[
         Path | None,
         typer.Option(
             readable=False,
             metavar="FILE",
-            help="Leave IMAGE where it is, sealed, and make the overlay here: for raw images.",
+            help="Seal IMAGE under its own name, and make the overlay FILE. A raw image needs this.",
         ),
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option("--label", "-l", help="A name for the sealed file's moment. May be repeated."),
+        typer.Option("--label", "-l", help="A label of the sealed file. May be repeated."),
     ] = None,
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     out: Output,
 ) -> None:
-    """Seal the top of a disk's chain and put a fresh overlay in its place, under the same path.
+    """Seal the top of a disk's chain, and put a fresh overlay under the same path.
 
-    The virtual machine's definition stays as it is; the sealed file gets a new name beside it. One rename makes the
-    switch, so the path always names a whole image. An image that somebody has open is refused.
+    The sealed file gets a new name beside it, so the definition of the virtual machine stays as it is. The switch is
+    one rename: the path names a complete image at every moment. An image that a program has open is refused.
 
-    A small hidden file beside the sealed one notes the time and the labels, by which `merge IMAGE --keep-...` goes.
+    A small hidden file beside the sealed one records the time and the labels. `merge IMAGE --keep-...` uses them.
     """
     from snapchain.ops import snapshot as ops
 

@@ -132,7 +132,7 @@ def checked() -> Iterator[None]:
 
 
 def occupy_descriptors() -> None:
-    """Give 0, 1 and 2 to nothing where the caller has closed them.
+    """Open descriptors 0, 1 and 2 on /dev/null where the caller has closed them.
 
     The next file that is opened would have that number: an image would receive what a program prints.
     """
@@ -146,7 +146,7 @@ def occupy_descriptors() -> None:
 
 
 def same_place() -> bool:
-    """Whether stdout and stderr go to one terminal, pipe or file: then nothing need be printed on both."""
+    """Whether stdout and stderr are the same terminal, pipe or file: then nothing need be printed twice."""
     try:
         one, other = os.fstat(sys.stdout.fileno()), os.fstat(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # io.UnsupportedOperation is both of the first

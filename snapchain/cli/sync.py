@@ -39,18 +39,22 @@ def sync(
     disks: DiskPairs,
     *,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="Seal the top and ship it, at most so many times.")
+        int | None, typer.Option("--rounds", min=1, help="Seal the top and ship it, at most this many times.")
     ] = None,
     target_downtime: Annotated[
         float | None,
         typer.Option(
             "--target-downtime",
             metavar="SECONDS",
-            help="Seal and ship until what is left would take no longer; stop when that does not come nearer.",
+            help="Seal and ship until the rest takes at most SECONDS; stop when more rounds bring that no nearer.",
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only say whether it is ready (exit 0) or what is missing (exit 4).")
+        bool,
+        typer.Option(
+            "--check",
+            help="Only report whether the destination is ready (exit code 0), or what is missing (exit code 4).",
+        ),
     ] = False,
     prove: Annotated[
         bool, typer.Option("--prove", help="Read every sealed layer again, on both sides, and compare content ids.")
@@ -59,14 +63,15 @@ def sync(
     cut_replica: options.CutReplica = False,
     connections: options.Connections = 1,
     domain: Annotated[
-        str | None, typer.Option("--domain", help="The guest, by default web1 for web1/vda.", rich_help_panel=_MIGRATE)
+        str | None,
+        typer.Option("--domain", help="Name of the guest. By default web1 for web1/vda.", rich_help_panel=_MIGRATE),
     ] = None,
     guest_disk: Annotated[
         list[str] | None,
         typer.Option(
             "--guest-disk",
             metavar="TARGET",
-            help="The disk's target in the guest, by default vda for web1/vda. For several disks: once for each.",
+            help="Target of the disk in the guest. By default vda for web1/vda. Give it once for each disk.",
             rich_help_panel=_MIGRATE,
         ),
     ] = None,
@@ -75,7 +80,7 @@ def sync(
         typer.Option(
             "--dest-uri",
             metavar="URI",
-            help="The destination's libvirt, by default qemu+ssh://\\[user@]host/system.",
+            help="URI of libvirt at the destination. By default qemu+ssh://\\[user@]host/system.",
             rich_help_panel=_MIGRATE,
         ),
     ] = None,
@@ -84,21 +89,20 @@ def sync(
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
-    """Make a replica ready for a live migration, and predict its cutover.
+    """Make a replica ready for a live migration, and predict the cutover.
 
-    All files below the top go over, in order, each under its own name, as `send` sends them: resumable, and proven by
-    content id. Then an empty overlay of the top's size is made on them there, and the virsh command is printed that
-    migrates the guest (--copy-storage-inc, with the explicit list of disks). What is left in the top, at the rate
-    that was measured, is the predicted cutover.
+    All files below the top are sent in order, each under its own name, as by `send`. Then an empty overlay of the same
+    size is made on them there. The report prints the virsh command that migrates the guest (--copy-storage-inc, with
+    the list of disks). The predicted cutover is the data left in the top, divided by the measured rate.
 
-    More pairs of IMAGE DEST::DISK are the other disks of the same guest: they are made ready together, each round seals
-    all of them, and one command migrates them all.
+    More pairs of IMAGE DEST::DISK are other disks of the same guest. Each round seals all of them, and one command
+    migrates them all.
 
-    A guest may run meanwhile. With --rounds or --target-downtime the top is sealed too, which today needs an image
-    that nobody has open; the rounds end when enough is done, or when the guest dirties faster than the link carries.
+    The guest may run. With --rounds or --target-downtime the top is sealed too, which needs an image that no program
+    has open. The rounds end when the target is met, or when the guest writes faster than the link carries.
 
-    Exits with 4 when the destination is not ready, or the target is not met; an overlay at the destination that
-    anybody has written to is never touched.
+    Ends with exit code 4 when the destination is not ready, or the target is not met. An overlay at the destination
+    that was written to is never touched.
     """
     from snapchain.ops.sync.run import Divergence, Proof, SyncRequest, sealed_request
 

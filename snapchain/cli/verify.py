@@ -40,23 +40,27 @@ def verify(
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
-    """Check what is stored: every record, and that all that it names is there; on request the data as well.
+    """Check every record of a destination, and that everything they name is there; on request also the data.
 
-    A replica (ssh://[user@]host/path or dir:/path) is read where it is: its catalogues, and that its files are the
-    chains that they name; with --read-data all that the chains show, compared with what was proven when it came.
-    Ends with exit code 5 when anything is damaged or missing, and says which points it concerns.
+    A replica (ssh://[user@]host/path or dir:/path) is read on its own host. Its files must be the chains that its
+    catalogues name. With --read-data their content is compared with what was proven when it arrived.
+
+    Ends with exit code 5 when anything is damaged or missing, and names the points that are affected.
     """
     from snapchain.destination.address import parse_destination
+    from snapchain.destinations import traits_of
 
     if read_data and sample is not None:
         raise InvalidInput("--read-data and --sample are both given", hint="--read-data reads everything")
     share = quantities.parse_share(sample) if sample is not None else float(read_data)
     address = parse_destination(target)
-    place = options.destination(
-        address.dest,
-        out,
-        limit_rate=limit_rate,
-    )
+    if limit_rate is not None and traits_of(address.dest).streams:
+        raise InvalidInput(
+            "--limit-rate has no effect on this verification: a replica is read on its own host",
+            subject=address.dest,
+            hint="leave it out; --sample 5% reads less",
+        )
+    place = options.destination(address.dest, out, limit_rate=limit_rate)
     report = place.verify(options.disk_of(address), share=share, on_event=out.on_event)
     out.show(report, _draw, problems=_draw_findings, status=0 if report.ok else Corrupt.exit_code)
 

@@ -59,10 +59,23 @@ class DestinationAddress:
 
 
 def parse_address(text: str) -> ImageAddress | PointAddress:
-    """An image's path, or DEST::DISK[@POINT]; looks whether there is such a file. Raises InvalidInput."""
+    """An image's path, or DEST::DISK[@POINT]; looks whether there is such a file.
+
+    Raises InvalidInput, also for a directory or a URL alone.
+    """
     if _MARK in text and _is_image(text):
         return ImageAddress(Path(text))
-    return _parsed(text)
+    address = _parsed(text)
+    if isinstance(address, ImageAddress) and (_SCHEME.match(text) or _is_directory(address.path)):
+        raise InvalidInput("this is no image", subject=text, hint=f"a disk of a destination is {text}::DISK")
+    return address
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _is_image(text: str) -> bool:
@@ -94,6 +107,12 @@ def parse_point_address(text: str) -> PointAddress:
     """DEST::DISK[@POINT]. Raises InvalidInput for anything else."""
     address = _parsed(text)
     if isinstance(address, ImageAddress):
+        if _is_image(text):
+            raise InvalidInput(
+                "this is an image, not a disk of a destination",
+                subject=text,
+                hint="write DEST::DISK, such as /backup::web1/vda",
+            )
         raise InvalidInput("no disk is named", subject=text, hint=f"write DEST::DISK, such as {text}::web1/vda")
     return address
 

@@ -32,7 +32,7 @@ def batches(parts: Sequence[Buffer]) -> Iterator[list[memoryview]]:
 
 
 def rest(batch: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What a system call that wrote `done` bytes has left over."""
+    """The part of the buffers that remains after `done` bytes were written."""
     left: list[memoryview] = []
     for view in batch:
         if done < len(view):

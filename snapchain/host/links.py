@@ -1,7 +1,7 @@
 """Follow the symbolic links of a name one by one, and find out whether other users control one of them.
 
-A link in a directory that others may write is their choice of a file, not the caller's.  The kernel refuses to follow
-it where `fs.protected_symlinks` is set and the directory is sticky; a file that is to be replaced or
+In a directory that other users may write to, a link is their choice of a file, not the caller's.  The kernel refuses
+to follow it where `fs.protected_symlinks` is set and the directory is sticky; a file that is to be replaced or
 overwritten needs more care than that.
 """
 

@@ -126,7 +126,7 @@ def _allowed(
 
 
 def _foreign(stack: Stack, confirmed: Collection[Path]) -> dict[int, str]:
-    """Files that would stay: a merge would only copy their data, once for each disk that shares them."""
+    """Files that other disks share, which would stay: a merge would only copy their data, once for each disk."""
     top = stack.chain.top
     layers = layers_of(top.real_path.parent)
     return {

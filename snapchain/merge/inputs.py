@@ -139,14 +139,14 @@ def _why_kept(path: Path, *, top: Path, others: Dependents, confirmed: Collectio
 
 
 def why_not_own(path: Path, top: Path, confirmed: Collection[Path]) -> str | None:
-    """Why a file (a real path) is not the disk's by where it lies, in a clause; None for one that is."""
+    """Why a file (a real path) is not the disk's own because of its directory, as a clause; None if it is."""
     if path in confirmed or not is_outside(path, top):
         return None
     return f"it lies outside {real_path(top).parent}, the directory of the disk"
 
 
 def users_of(path: Path, others: Dependents, confirmed: Collection[Path]) -> str | None:
-    """What else uses a file (a real path), in a clause. For a confirmed one, unreadable images do not count."""
+    """What else uses a file (a real path), as a clause. For a confirmed one, unreadable images do not count."""
     return others.reason(path, *SEEN) if path in confirmed else others.reason(path)
 
 
@@ -177,7 +177,7 @@ def check_confirmed(lower: Collection[Path], confirmed: Collection[Path], others
 
 
 def second_name(path: Path, journals: Sequence[MergeJournal]) -> Path:
-    """A free name; one that a killed merge has taken is free again once that is undone."""
+    """A free name. A name that a killed merge has taken is free again after that merge is undone."""
     free_again = {journal.kept_as for journal in journals if not journal.result.still(journal.replaced.path)}
     for number in range(1, 1_000_000):
         candidate = path.with_name(f"{path.stem}.unmerged-{number}{path.suffix}")

@@ -51,8 +51,8 @@ def finish(journal: OpenJournal) -> Settled:
 def settle(journal: MergeJournal, *, image_dirs: Sequence[Path] = ()) -> Settled:
     """Finish a killed merge whose switch was done, else undo it.
 
-    Inputs that are not the disk's own, or have other users by now, stay. Undoing a commit leaves the lowest
-    input as far as it had come: the chain reads as before, that file alone does not.
+    Inputs that are not the disk's own, or have other users by now, stay. Undoing a commit leaves the lowest input
+    partly written: the chain reads as before, but that file alone does not.
 
     image_dirs: where to look for users of the inputs, besides what the journal names
     Raises Busy when an input is open or being merged elsewhere.
@@ -181,7 +181,7 @@ def _why_written(path: Path, uppermost: Path) -> str:
 
 
 def _look(entry: FileId) -> Look | None:
-    """At what has the name of an input now; None where nothing has."""
+    """The file that has the name of an input now; None if there is none."""
     try:
         with Directory.open(entry.path.parent) as directory:
             return look(directory, entry.path.name)
@@ -192,7 +192,7 @@ def _look(entry: FileId) -> Look | None:
 
 
 def _remove(journal: MergeJournal, entries: Sequence[FileId]) -> list[Path]:
-    """The inputs' names are gone from the disk before the journal's is."""
+    """Remove the inputs durably. Only then may the journal be removed."""
     removed = [entry.path for entry in entries if _remove_name(entry, entry.path)]
     for directory in {path.parent for path in removed} - {journal.path.parent}:
         files.fsync_dir(directory)

@@ -41,7 +41,7 @@ class Stack:
 
     @property
     def visible_bytes(self) -> list[int]:
-        """Those of them that a reader of the top sees."""
+        """Guest bytes of data in each file that a reader of the top sees."""
         return [int(count) for count in self.hidden[:, -1]]
 
     def after(self, first: int, last: int) -> tuple[int, int]:

@@ -83,7 +83,7 @@ class Chain:
 
     @property
     def size(self) -> int:
-        """Virtual size in bytes: the top's."""
+        """Virtual size of the top, in bytes."""
         return self.top.size
 
     def upto(self, last: str) -> Chain:
@@ -119,7 +119,7 @@ class Chain:
         return ByteCounts(counts[0::2], counts[1::2])
 
     def shadowed(self) -> ByteCounts:
-        """What each layer holds in vain: hidden by the layers above it."""
+        """What each layer holds that layers above it hide."""
         return self.held() - self.visible()
 
     def usage(self) -> tuple[LayerUse, ...]:

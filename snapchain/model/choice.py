@@ -155,8 +155,8 @@ def _walked_back(steps: Sequence[tuple[dict[int, Int64s], MergeRange]], removes:
 def combined(costs: Sequence[tuple[Float64s, float]]) -> tuple[Int64s, int]:
     """One table of costs, and its budget, for several kinds of cost that each have a budget of their own.
 
-    Whoever keeps to it keeps to each of them, since a sum of maxima is no less than the maximum of sums; where two are
-    nearly used up at once, a little of both may be left.
+    A choice within it is within each of them, since a sum of maxima is at least the maximum of sums. Where two budgets
+    are nearly used up, a little of both may be left.
     """
     if len(costs) == 1:
         table, budget = costs[0]
@@ -218,7 +218,7 @@ def best(
 
 
 def _undominated(sets: list[_Set], *, by_layers: bool) -> list[_Set]:
-    """The sets than which none is at least as good in everything; cheapest first.
+    """The sets that no other set equals or beats in everything; cheapest first.
 
     by_layers: how many layers are removed counts for itself, else only among sets that free as much
     """
@@ -231,7 +231,8 @@ def _undominated(sets: list[_Set], *, by_layers: bool) -> list[_Set]:
                 top = (each.freed, each.removed)
                 kept.append(each)
         return kept
-    # Not to be gone beyond: one that removes fewer leaves room for another merge, so only equal ones are compared.
+    # A limit: a set that removes fewer leaves room for another merge, so only sets that remove equally many are
+    # compared.
     most = [-1] * (max(each.removed for each in sets) + 1)
     for each in sets:
         if each.freed > most[each.removed]:

@@ -5,12 +5,12 @@ merging also says what it `replaces`.  The destination has layers of its own, ea
 consecutive source layers.  Both chains are laid out over the same row of oldest keys and compared from the root:
 
     source       a   b   cd[c d]   e         c and d were merged at the source
-    destination  a+b     c   d               a and b were merged at the destination, c and d came apart
+    destination  a+b     c   d               a and b were merged at the destination, c and d are separate
 
     UpToDate     the destination's chain covers exactly the source's
     Send         it covers a lower part: put the rest on top
     Collapse     it covers it, but holds apart what the source has merged: behind by a merge
-    Diverged     one side went where the other did not follow
+    Diverged     each side has layers that the other lacks
 
 A destination that holds merged what the source holds apart is not behind: it reads the same.
 """
@@ -113,7 +113,7 @@ class Collapse:
 
 @dataclass(frozen=True, slots=True)
 class Diverged:
-    """Beyond the lowest `base_count` destination layers, which are source layers [0, first), the ways part.
+    """The chains differ above the lowest `base_count` destination layers, which are source layers [0, first).
 
     ours:   keys that the source has and the destination does not; empty when the destination is merely ahead
     theirs: ids of the destination's layers beyond the common base
@@ -142,7 +142,7 @@ Missing = UpToDate | Send | Collapse | Diverged
 
 
 def missing(have: Sequence[Held], want: Sequence[Wanted], *, same: Same = operator.eq) -> Missing:
-    """What to do so that `have`, the destination's chain, reads as `want`, the source's; both root first.
+    """What makes the destination's chain `have` read as the source's chain `want`; both root first.
 
     same: whether two keys stand for one content; equality unless said otherwise
 

@@ -55,7 +55,7 @@ def chosen_point(disk: str, points: Sequence[P], wanted: str | None) -> P:
             if str(point.point) == number:
                 return point
         numbers = f"{points[0].point} to {points[-1].point}"
-        raise NotFound(f"the disk has no point {wanted[:40]}", subject=disk, hint=f"its points lie in {numbers}")
+        raise NotFound(f"the disk has no point {wanted[:40]}", subject=disk, hint=f"its points are {numbers}")
     labelled = [point for point in points if wanted in point.labels]
     if labelled:
         return labelled[-1]

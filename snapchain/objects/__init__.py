@@ -68,7 +68,9 @@ class _Wanted:
 
 def _no_place(url: str) -> InvalidInput:
     return InvalidInput(
-        "not a place for objects", subject=repr(url), hint="give /path, file:///path or s3://bucket/prefix"
+        "not the address of a destination",
+        subject=repr(url),
+        hint="a repository is at /path, file:///path or s3://bucket/prefix; a replica at ssh://host/path or dir:/path",
     )
 
 

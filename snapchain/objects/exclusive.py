@@ -1,8 +1,8 @@
 """Create an object that must not exist, on any store.
 
 Where the store's `create` is atomic, that is all.  Elsewhere writers claim the name first (Lamport's flags): each puts
-`<name>.claim.<nonce>` and then lists the claims; whoever sees no other claim may write.  Of two writers, at least the
-one that lists last sees the other's claim, so never do both go on.
+`<name>.claim.<nonce>` and then lists the claims; a writer that sees no other claim may write.  Of two writers, at
+least the one that lists last sees the other's claim, so they never both write.
 
 Guaranteed, when every writer comes through here, and puts are visible to lists and reads at once: of all concurrent
 calls for one name at most one says True, and what it wrote is never overwritten.
@@ -67,8 +67,8 @@ def create_exclusively(
     """True: the object is there with our bytes, and was not before.  False: somebody else's is.
 
     conditional: what the probe found.  `data` should hold something that only this writer writes (a nonce), by which a
-    lost reply is told from a lost race.  Raises Conflict when the name stays contended for PATIENCE; Unavailable when
-    it is not known whether the object was made.
+    lost reply is distinguished from a lost race.  Raises Conflict when the name stays contended for PATIENCE;
+    Unavailable when it is not known whether the object was made.
     """
     body = joined(data)
     valid_name(name)

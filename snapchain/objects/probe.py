@@ -1,7 +1,7 @@
-"""Find out what a store really keeps to, before anything is entrusted to it.
+"""Find out what a store really guarantees, before anything is stored there.
 
 Servers that speak S3 differ, and the worst say nothing: rclone serve s3 takes `If-None-Match: *` and overwrites.  So
-`init` asks by doing, on keys under `probe/<random>/` that it deletes again, and the repository records the answer.
+`init` tries it, on keys under `probe/<random>/` that it deletes again, and the repository records the answer.
 What no repository could live with (other bytes than were written, unlisted objects) is refused outright.
 """
 

@@ -32,6 +32,14 @@ _GROUP_FILE = 0o060
 
 _IMAGE = "a repository is a directory; of an image, `snapchain inspect` shows the chain"
 
+
+def _hint_of_missing(root: str | Path) -> str:
+    above, mark, disk = str(root).partition("::")
+    if mark:
+        return f"this command takes a whole destination: {above}, without ::{disk}"
+    return "check the path; `snapchain init` makes a repository"
+
+
 _WRITE_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _WAY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -59,7 +67,7 @@ class Rooted:
         except (FileNotFoundError, NotADirectoryError) as error:
             if root.exists():
                 raise NotFound("this is a file, not a directory", subject=root, hint=_IMAGE) from error
-            raise NotFound("there is no such directory", subject=root) from error
+            raise NotFound("there is no such directory", subject=root, hint=_hint_of_missing(root)) from error
         except OSError as error:
             raise from_os_error(error, root) from error
 

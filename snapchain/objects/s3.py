@@ -170,7 +170,7 @@ class S3Store:
                 timeouts += _is_timeout(error)
                 if timeouts == MOST_TIMEOUTS:
                     self._patience.give_up()
-                if attempt == READ_ATTEMPTS or type(error) is not Unavailable or timeouts == MOST_TIMEOUTS:
+                if attempt == READ_ATTEMPTS or type(error) is not Unavailable or self._patience.is_closed:
                     raise
             else:
                 # When both come the same again, then this server's ETag is no MD5.

@@ -91,6 +91,9 @@ def _without_expect(params: dict[str, Any], **_: object) -> None:
 
 
 def _begin_attempt(request: Any, **_: object) -> None:
+    watch: Watch | None = getattr(_THIS_THREAD, "watch", None)
+    if watch is not None and watch.given_up:
+        raise Silent("the request was given up, and is not repeated", subject=urlsplit(request.url).netloc)
     if isinstance(request.body, WatchedBody):
         request.body.begin_attempt()
 
@@ -236,7 +239,8 @@ def _is_loopback(host: str) -> bool:
 # reports: a part of the body that was sent, or received.
 #
 # A server that was silent once is not asked again for COOLING seconds: the clean-up after the first error must not wait
-# as long as the error itself.
+# as long as the error itself.  Nor does botocore repeat a request that was given up: a PUT must not arrive when its
+# caller has long been told of the error.
 
 ANSWER_WITHIN = 32.0
 COOLING = 30.0
@@ -245,9 +249,12 @@ _SMALL = 1 << 20
 """Bytes of a body that is sent at once."""
 _LONG = 0.6
 """The share of the limit after which a timeout that botocore reports counts as silence."""
+REQUEST_THREAD = "s3 request"
 _HINT = "check the server, the network and the firewall, then run the command again"
 
 Result = TypeVar("Result")
+_THIS_THREAD = threading.local()
+"""watch: of the request that this thread makes."""
 
 
 class Silent(Unavailable):
@@ -255,11 +262,12 @@ class Silent(Unavailable):
 
 
 class Watch:
-    """The time of a request's last progress."""
+    """The time of a request's last progress. given_up: nobody waits for the response any more."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.moved = clock()
+        self.given_up = False
 
     def progress(self) -> None:
         """Something was sent or received: the wait begins anew."""
@@ -280,12 +288,13 @@ class Patience:
 
         Raises Silent when it makes no progress, or when another request found the server silent a moment ago.
         """
-        if self._clock() < self._closed_until:
+        if self.is_closed:
             raise self._silent("did not answer a moment ago, and is not asked again yet", subject)
         watch = Watch(self._clock)
         running = _Running(request, watch)
         while not running.done.wait(max(0.0, watch.moved + self._limit - self._clock())):
             if self._clock() >= watch.moved + self._limit:
+                watch.given_up = True
                 self.give_up()
                 raise self._silent(
                     f"accepts requests and does not answer: no progress for {self._limit:.0f} s", subject
@@ -296,6 +305,11 @@ class Patience:
             if isinstance(running.error, HTTPClientError | Connection):
                 self.give_up()
         return running.outcome()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the server was silent a moment ago, so that nothing is asked."""
+        return self._clock() < self._closed_until
 
     def give_up(self) -> None:
         """Ask nothing for COOLING seconds: the server was silent for long."""
@@ -313,9 +327,10 @@ class _Running(Generic[Result]):
         self.error: BaseException | None = None
         self._request, self._watch = request, watch
         self._result: list[Result] = []
-        threading.Thread(target=self._run, name="s3 request", daemon=True).start()
+        threading.Thread(target=self._run, name=REQUEST_THREAD, daemon=True).start()
 
     def _run(self) -> None:
+        _THIS_THREAD.watch = self._watch
         try:
             self._result.append(self._request(self._watch))
         except BaseException as error:  # noqa: BLE001 -- handed to the thread that waits

@@ -1,9 +1,9 @@
 """Keep a store's traffic below a rate, for `--limit-rate` (token bucket).
 
-The unit is an object.  One that is sent waits until its bytes are saved up, and goes at full speed then: what is in the
-store is known to be there at once, so an interrupted shipment can list it, and a small object, such as that list, waits
-for its own bytes only.  One that is read is charged afterwards, since its size is not known before.  All threads of a
-store share its two buckets, one a direction.
+The unit is an object.  An object to be sent waits until its bytes are saved up, and is then sent at full speed.  So an
+object is either in the store or not, and an interrupted shipment can list it.  A small object, such as that list,
+waits for its own bytes only.  An object that is read is charged afterwards, since its size is not known before.  All
+threads of a store share its two buckets, one a direction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BURST = 0.25
 
 
 class TokenBucket:
-    """Lets `rate` units pass a second on average.  It may go into debt, which later takers wait off."""
+    """Lets `rate` units pass a second on average.  It may go into debt, for which later callers wait."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TokenBucket:
             return 0.0
 
     def take(self, amount: int) -> None:
-        """Return when `amount` may pass: at once when there is no debt, else when it is waited off."""
+        """Return when `amount` may pass: at once without a debt, else when the debt is paid."""
         with self._lock:
             now = self._clock()
             self._tokens = min(self.rate * BURST, self._tokens + (now - self._filled) * self.rate)

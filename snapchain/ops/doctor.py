@@ -75,7 +75,7 @@ class Finding(BaseModel):
 
 
 class DoctorPlan(BaseModel):
-    """What was found. directories: searched; image_dirs: searched for other users of the files, too.
+    """What was found. directories: that were searched; image_dirs: further ones, for other users of the files.
 
     accepted: journals and notes that the user has read and accepts
     """

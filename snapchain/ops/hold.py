@@ -1,4 +1,4 @@
-"""hold and release: what stays whatever a rule says, until whoever wanted it so lets it go.
+"""hold and release: keep a layer or a point whatever a rule says, until its holds are released.
 
 an image's layer   its file stays byte for byte: no merge takes it, neither to write to it nor to replace it
 a point            retention never drops it
@@ -37,7 +37,7 @@ class HoldReport(BaseModel):
 
 
 def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False) -> HoldReport:
-    """Leave a layer's file as it is until it is released; a tag that it has already gets this reason.
+    """Hold a layer's file. If it has the tag already, only the reason changes.
 
     dry_run: change nothing, and tell which holds it would have.
     Raises NotFound, InvalidInput for a bad tag, Unsupported for what is no regular file.
@@ -56,7 +56,7 @@ def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False)
 def release_image(path: Path, tag: str, *, dry_run: bool = False) -> HoldReport:
     """Take a hold off a layer's file; dry_run: as `hold_image`. Raises NotFound when it has none of this tag.
 
-    Raises Conflict for one that another user's note tells of.
+    Raises Conflict for a hold in a note of another user.
     A file that is gone may have left its holds behind; they are released by its name.
     """
     file = _file(path, may_be_gone=True)

@@ -10,7 +10,7 @@ the replica, such as the group as which QEMU runs.  Any other mode means nobody.
     a guest's overlay  0600                    0660
     .lock, .incoming   0600                    0600
 
-The umask of whoever writes changes nothing of this.
+The umask of the writer does not matter.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def share(root: Directory, gid: int) -> None:
 
 
 def tighten_root(root: Directory, *, guests: bool) -> None:
-    """Take from others what they should not have. guests: whether QEMU may come through here as another user."""
+    """Remove access that others should not have. guests: whether QEMU may need this directory as another user."""
     fd = root.opened()
     status = os.fstat(fd)
     wanted = Access.of(status).directory
@@ -126,7 +126,7 @@ def tighten(disk: Directory, access: Access, *, layers: tuple[str, ...], records
 
 
 def _tighten(fd: int, status: os.stat_result, wanted: int) -> None:
-    # What it lacks is left as it is: its owner may have taken more.
+    # Missing rights are not added: the owner may have removed them.
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o777 & ~wanted:
         with suppress(PermissionError):  # another user's, or of a file system that has no modes

@@ -39,7 +39,7 @@ from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, check_room_for_layer, empty_catalogue
 from snapchain.replica.merge_journal import settle_merge
 from snapchain.replica.store import ReplicaDisk
-from snapchain.replica.stream.layers import Arrived, DataRuns, Part
+from snapchain.replica.stream.maps import Arrived, DataRuns, Part
 from snapchain.replica.stream.messages import MAX_LAYERS, LayerOffer, Partial
 
 

@@ -118,6 +118,15 @@ def soundness_at(
     return verdicts, findings
 
 
+def _valid(model: type[M], **fields: object) -> M:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        what = ".".join(map(str, first["loc"]))
+        raise InvalidInput(f"{what} cannot be used: {first['msg']}") from error
+
+
 def check_point_count(count: int, peer: str) -> None:
     """Raises Corrupt for an answer with more points than this process keeps in memory."""
     if count > MOST_POINTS:
@@ -200,15 +209,11 @@ def merged_at(
 
     zone: name of a time zone; epoch: refused there where it is older than the disk's
     on_bytes: called with the bytes moved so far, and in all; on_wait: called while the server sends only BEAT
-    Raises Unsupported for a server that is too old, what it refuses with, and Corrupt for an impossible answer.
+    Raises InvalidInput for a rule that no message can carry, Unsupported for a server that is too old, what it refuses
+    with, and Corrupt for an impossible answer.
     """
-    request = Merge(
-        disk=disk,
-        replica=endpoint.replica,
-        **dict(policy),
-        zone=zone,
-        epoch=epoch,
-        dry_run=dry_run,
+    request = _valid(
+        Merge, disk=disk, replica=endpoint.replica, **dict(policy), zone=zone, epoch=epoch, dry_run=dry_run
     )
     points: list[DecidedPoint] = []
     outcome: Outcome | None = None
@@ -284,15 +289,6 @@ def release_at(endpoint: Endpoint, disk: str, point: str | None, tag: str, *, dr
     if any(each.tag == tag for each in held.holds):
         raise Corrupt("it did not release the point", subject=endpoint.url)
     return held
-
-
-def _valid(model: type[M], **fields: object) -> M:
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        what = ".".join(map(str, first["loc"]))
-        raise InvalidInput(f"{what} cannot be used: {first['msg']}") from error
 
 
 def _held(endpoint: Endpoint, kind: Kind, request: HoldPoint | ReleasePoint) -> Held:

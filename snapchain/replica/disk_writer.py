@@ -38,7 +38,7 @@ from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
 from snapchain.replica.sender import Marks, Sender
 from snapchain.replica.stream.compression import Link
-from snapchain.replica.stream.messages import Inventory, Open
+from snapchain.replica.stream.messages import Feature, Inventory, Open
 
 
 class ReplicaWriting:
@@ -157,6 +157,7 @@ class DiskWriter:
 
     def leaves(self) -> NewestLeaves:
         """See `LayerWriter`. They are the word of the other side: who compares proves the result (ops/ship/compare)."""
+        self._sender.require(Feature.LEAVES)
         return _TipLeaves(self._held[-1].size, self._sender)
 
     def cut(self, keep: str | None, /) -> None:

@@ -98,8 +98,14 @@ def open_endpoint(url: str, *, connections: int = 1) -> Endpoint:
         return SshEndpoint(parse_remote_address(url), connections=connections)
     scheme, _, path = url.partition(":")
     if scheme.lower() != "dir" or not path.startswith("/"):
+        if scheme.lower() == "dir" and path:
+            raise InvalidInput(
+                "the path of a replica must be absolute", subject=url, hint=f"write dir:{Path(path).absolute()}"
+            )
         raise InvalidInput(
-            "not an address of a replica", subject=url, hint="write dir:/path, or ssh://[user@]host/path"
+            "not an address of a replica",
+            subject=url,
+            hint="write dir:/path or ssh://[user@]host/path; repositories are for `snapchain ship`",
         )
     return DirectoryEndpoint(Path(path))
 

@@ -1,7 +1,7 @@
 """Epochs: a sender in an older epoch than the disk's was replaced by another host, and is refused.
 
-An epoch rises by one: each handover is one step, and a disk whose epoch had run out could never be handed over again.
-More than that, and what ends a handover, needs the word of a human.
+An epoch rises by one at each handover: a disk whose epochs are used up could never be handed over again. To skip
+epochs, or to end a handover, a human must name the epoch.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import check_offered
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import FRAME_BYTES, Frame
-from snapchain.replica.stream.layers import Arrived, DataRuns, MapReader, Part, decode_data, layer_id
+from snapchain.replica.stream.maps import Arrived, DataRuns, MapReader, Part, decode_data, layer_id
 from snapchain.replica.stream.messages import (
     FROM_FETCH,
     PROGRESS,

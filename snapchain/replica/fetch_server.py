@@ -31,7 +31,7 @@ from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.status import held_point
 from snapchain.replica.store import ReplicaDisk, open_replica
 from snapchain.replica.stream.compression import Levels, Link
-from snapchain.replica.stream.layers import encode_leaves, layer_id, map_frames, words_of
+from snapchain.replica.stream.maps import encode_leaves, layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
     MAX_RUNS,
     PROGRESS,

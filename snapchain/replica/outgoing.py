@@ -24,7 +24,7 @@ from snapchain.model.content import LEAF_BYTES, Sum
 from snapchain.model.extents import Extents, rounded
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.replica.stream.compression import Levels
-from snapchain.replica.stream.layers import DataRuns, Part, Piece, encode_data
+from snapchain.replica.stream.maps import DataRuns, Part, Piece, encode_data
 
 _UNDER_WAY = 4
 """Windows in flight a worker: enough behind one slow read, some 60 MiB of buffers."""

@@ -101,7 +101,7 @@ def chosen(named: str | None, *, only: Path | None, within: Path | None) -> Path
     """The replica's directory.
 
     named: by the sender; only: where this side knows it; within: it must be this directory or lie in it, symbolic
-    links and `..` followed.  With neither, the sender is trusted as far as this process's user is.
+    links and `..` followed.  With neither, the sender may do what the user of this process may do.
     Raises InvalidInput, which reveals nothing about what lies outside.
     """
     if only is not None:
@@ -112,9 +112,9 @@ def chosen(named: str | None, *, only: Path | None, within: Path | None) -> Path
         raise InvalidInput("the replica's directory must be named, from the root on", subject=ascii(named))
     if within is None:
         return Path(named)
-    # What is used afterwards is what was judged: no link is left in it that could be turned meanwhile by a sender,
-    # which can make directories and files here, but no links.
-    # Nor does somebody else choose by a link what lies within.
+    # The path that is used is the one that was checked: no link is left in it that a sender could change meanwhile. A
+    # sender can make directories and files here, but no links. Nor does somebody else choose by a link what lies
+    # within.
     real, root = Path(os.path.realpath(named)), place_to_change(within)
     if not real.is_relative_to(root):
         raise InvalidInput("only replicas in the directory that this server was given may be named", subject=named)

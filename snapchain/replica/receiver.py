@@ -33,7 +33,7 @@ from snapchain.replica.merge_journal import others_on
 from snapchain.replica.permissions import EVERYTHING, Permissions, chosen
 from snapchain.replica.store import ReplicaDisk, Work, check_free, in_turn, open_replica
 from snapchain.replica.stream.frames import Frame
-from snapchain.replica.stream.layers import DataRuns, MapReader, decode_data, layer_id
+from snapchain.replica.stream.maps import DataRuns, MapReader, decode_data, layer_id
 from snapchain.replica.stream.messages import (
     MAX_LAYERS,
     MOST_POINTS,

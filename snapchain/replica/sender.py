@@ -29,7 +29,7 @@ from snapchain.replica.outgoing import Outgoing, OutgoingLayer
 from snapchain.replica.send_queue import SendQueue
 from snapchain.replica.stream.compression import Levels, Link
 from snapchain.replica.stream.frames import Frame
-from snapchain.replica.stream.layers import decode_leaves, layer_id, map_frames, words_of
+from snapchain.replica.stream.maps import decode_leaves, layer_id, map_frames, words_of
 from snapchain.replica.stream.messages import (
     PROGRESS,
     Active,
@@ -180,6 +180,10 @@ class Sender:
         self._newest = None if not found.layers else (found.layers[-1].id, *self._layers[found.layers[-1].id])
         self._outbox = SendQueue(self._channel, session.writer, session, limit_rate=self._limit_rate)
         return found
+
+    def require(self, feature: Feature) -> None:
+        """Raises Unsupported if the other side lacks the feature."""
+        self._session.require(feature)
 
     def cut(self, keep: str | None) -> None:
         """Have the other side drop all layers above `keep` (None: all there are), and the points that they give."""

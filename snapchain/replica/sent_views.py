@@ -1,7 +1,7 @@
-"""What this host has sent to a replica's disk: which file gave which view, and what that showed when it was read here.
+"""What this host has sent to a replica's disk: the content id of each view when it was read here, by its file.
 
-A replica says of each layer of which files it was made, and `verify` on its own host compares what it shows with what
-was recorded there: both are the word of that host.  This is ours.
+A replica reports from which files each layer was made, and `verify` on its own host compares the layer with the record
+there.  Both depend on that host.  This record is kept here.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class SentViews:
             write_record(self._path, _Sent(disk=self._disk, shown=kept))
 
     def contradicted(self, layers: Sequence[HeldLayer]) -> list[tuple[int, str]]:
-        """Those layers, by number, that show something else than their uppermost file did here: what that was."""
+        """The layers whose content is not that of their uppermost file here: number, and the content id from here."""
         found = []
         for number, layer in enumerate(layers):
             here = self._shown.get(short_key(layer.sources[-1]).raw.hex()) if layer.sources else None

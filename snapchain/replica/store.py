@@ -243,6 +243,13 @@ def layers_in(directory: Path) -> list[str]:
     return [name for name in entries if is_layer_file(name)]
 
 
+def _other_hint(root: Path) -> str:
+    """What to do about a directory that holds no replica."""
+    if (root / "config").is_file() and any((root / name).is_dir() for name in ("keys", "disks")):
+        return f"this is a repository: its address is {root}, without dir: or ssh://"
+    return "check the path; the first `snapchain ship IMAGE DEST::DISK` makes a replica"
+
+
 def open_replica(root: Path, *, make: bool = False, group: int | None = None) -> Replica:
     """The replica in a directory. make: to write there; where there is nothing yet, begin one.
 
@@ -254,7 +261,7 @@ def open_replica(root: Path, *, make: bool = False, group: int | None = None) ->
     known = read_record(Marker, marker) is not None
     if not make:
         if not known:
-            raise NotFound("there is no replica here", subject=root)
+            raise NotFound("there is no replica here", subject=root, hint=_other_hint(root))
         return Replica(root)
     if not known:
         _begin(root)

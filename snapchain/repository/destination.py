@@ -23,6 +23,7 @@ from snapchain.model import holds
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.retention import Policy
 from snapchain.repository.catalogue import Catalogue, Hold, Point, find_point
+from snapchain.repository.crypto import Keyring
 from snapchain.repository.disk_writer import RepositoryWriting
 from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_leaves, point_record, read_point
 from snapchain.repository.repository import Repository
@@ -63,6 +64,11 @@ class RepositoryDestination(RepositoryWriting):
     @property
     def notices(self) -> Sequence[str]:
         return self.repository.notices
+
+    @property
+    def keys(self) -> Keyring:
+        """What opens the objects of the repository: for programs that read them by docs/format.md."""
+        return self.repository.keys
 
     @property
     def encryption(self) -> str:

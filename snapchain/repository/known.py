@@ -2,8 +2,8 @@
 
 A store in hostile hands could put another repository at a known address: an older one of the same passphrase, or one
 without encryption, which would be sent the next point in plain text.  Or it could take the newest generations of a disk
-away: the older ones are whole and true, and only who has seen a newer one can tell.  A machine that has seen more
-refuses all of these, until somebody accepts by name what is there now (`snapchain log DEST --accept-repository ID`).
+away: the older ones are valid, and only a machine that has seen a newer one can tell.  A machine that has seen more
+refuses all of these, until its user accepts by id what is there now (`snapchain log DEST --accept-repository ID`).
 
 One address may be written in several ways, so it is remembered under several: as it was given, and without links.
 Where nothing can be remembered, or nothing was, a notice says so: then these attacks would not be seen.
@@ -44,7 +44,7 @@ class Known(BaseModel):
 
 
 class _Generations(BaseModel):
-    """How far the disks had come. id: of the repository; disks: generation by key of the disk."""
+    """The newest generation seen of each disk. id: of the repository; disks: generation by key of the disk."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -147,7 +147,7 @@ class Recalled:
         return memory
 
     def forget(self) -> None:
-        """Know nothing of the address any more. Raises as the state directory."""
+        """Forget the address. Raises as the state directory."""
 
         def remove(state: PrivateDirectory) -> None:
             for place in self.places:

@@ -174,7 +174,7 @@ def _marked(repository: Repository, spared: Collection[str], index: BlobIndex) -
 def _check_not_older(
     memory: SeenGenerations | None, floors: Mapping[str, int], found: Mapping[str, Sequence[ObjectInfo]]
 ) -> None:
-    """Raises Corrupt where this machine has seen a newer state of a disk: what only that needs would be collected.
+    """Raises Corrupt where this machine has seen a newer state of a disk: gc would delete data of that state.
 
     floors: as they were before the store was asked what is there
     """
@@ -296,7 +296,7 @@ class _Places:
 
 
 def wasteful(usage: Sequence[Usage], limit: float, *, least: int, avoid: Container[str] = ()) -> list[Usage]:
-    """The packs in use that nobody reads, of which more than `limit` (0 to 1) is not, and more than `least` bytes.
+    """The packs in use, but not being read, of which more than `limit` (0 to 1) and more than `least` bytes are unused.
 
     avoid: packs that are damaged
     """

@@ -142,7 +142,7 @@ def _place(store: ObjectStore) -> str:
 def _store(url: str, *, limit_rate: int | None = None, make: bool = False) -> ObjectStore:
     url = located(url)
     store = open_store(url, make=make)
-    if store.url.startswith("s3:"):
+    if store.properties.is_remote:
         kept = hashlib.sha256(_place(store).encode()).hexdigest()[:32]
         store = CachedStore(store, known.cache_dir() / kept / "index", prefix="index/")
     return store if limit_rate is None else ThrottledStore(store, upload=limit_rate, download=limit_rate)

@@ -7,11 +7,11 @@
              them, each by its next generation
     sweep    old generations; one new index for all old ones; a last look whether we are still alone; layers; packs
 
-Until the last look a writer that takes us for dead may read an old index, and rely on a pack that is about to go; after
-it nobody can, since the old indexes are gone: so deletions may come however late.
+Until the last look, a writer that takes us for dead may read an old index, and rely on a pack that is about to be
+deleted.  After it no writer can, since the old indexes are gone: deletions may be delayed for any time.
 
-Deletion runs against the order of writing: nothing that is left ever names what is gone, wherever a run is cut off.
-Running again finishes.
+Deletion runs in the reverse order of writing: wherever a run is interrupted, nothing that is left names a deleted
+object.  Another run finishes.
 """
 
 from __future__ import annotations

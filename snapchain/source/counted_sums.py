@@ -1,9 +1,9 @@
-"""Content sums that this host has counted itself, so that nobody else's word for them is needed.
+"""Content sums that this host has counted itself, so that it need not trust those of others.
 
-A replica says what its layers show, and new layers are put on them.  Somebody else who may write there, or the host of
-the replica, could have put other bytes under the names of this host's files.  So what it says is compared with what the
-files here show: counted when they were read to be sent, remembered in the user's state directory, and counted again
-where nothing is remembered.
+A replica reports the content of its layers, and new layers are put on them.  The host of the replica, or another user
+who may write there, could have put other bytes under the names of this host's files.  So the report is compared with
+the sums of the files here.  These are counted when the files are read to be sent, and kept in the user's state
+directory. Where a sum is missing, it is counted again.
 
     key     the files of a view, root first, each by device, inode, size, mtime and ctime: written to, replaced or
             rebased, a file has another key.  Setting the mtime back does not hide it: that moves the ctime
@@ -50,7 +50,7 @@ class _Remembered(BaseModel):
 
 
 class CountedSums:
-    """Of one image's views. Reading and writing the file costs nothing but time when it fails: that is told."""
+    """Sums of one image's views. If the file cannot be read or written, that costs only time, and is reported."""
 
     def __init__(self, image: Path | None, on_event: OnEvent) -> None:
         """image: the top of the chain; None: nothing is remembered beyond this object."""
@@ -72,14 +72,14 @@ class CountedSums:
             self._tell("cannot be used", error)
 
     def of(self, chain: ImageChain, count: int) -> Sum | None:
-        """What the lowest `count` files show, where that is remembered."""
+        """The content sum of the lowest `count` files, if it is remembered."""
         if not count:
             return empty_sum()
         key = _key(chain.files[:count])
         return None if key is None else self._sums.get(key)
 
     def count(self, chain: ImageChain, count: int, *, on_bytes: Callable[[int], None]) -> Sum:
-        """The same, read where it is not remembered, and remembered then.
+        """The content sum of the lowest `count` files. If it is not remembered, the files are read, and it is.
 
         on_bytes: told how much was read since it was last told
         Raises Conflict when a file was written to meanwhile; errors as ImageChain.read_into.
@@ -152,7 +152,7 @@ def carry_over(
 
 
 def _shared(directory: Path) -> bool:
-    """Whether somebody else than this user may write to a directory, or to one on the way to it."""
+    """Whether another user may write to a directory, or to one of its parents."""
     with os_errors(directory), Directory.open(directory) as opened:
         status = os.fstat(opened.fd)
         return opened.rights is not None or status.st_uid != os.geteuid() or bool(status.st_mode & 0o022)

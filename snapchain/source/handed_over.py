@@ -51,7 +51,7 @@ def epoch_of_overlay(path: Path) -> int:
 
 
 def epoch_handed(path: Path) -> int:
-    """The same, but only for the very file that was made for the guest then."""
+    """As `epoch_of_overlay`, but only for the file that was made for the guest at that handover."""
     handover = _handover(path)
     return 1 if handover is None or handover.overlay != f"{ACTIVE}/{path.name}" else handover.epoch
 
@@ -66,8 +66,8 @@ def _handover(path: Path) -> HandedOver | None:
 def read_checked(shape: type[M], path: Path, *, cap: int) -> M | None:
     """A small JSON file of snapchain's own, of at most `cap` bytes; None when it is not there.
 
-    Its last field, `check`, is the BLAKE3 of all that stands before it: a damaged label or time would look sound, and
-    a point would be found by it. A file without the field is older than that.
+    Its last field, `check`, is the BLAKE3 of everything before it. Without it a damaged label or time would look
+    valid, and a point would be found by it. A file without the field is older than that.
     Raises Corrupt, and InvalidInput for a user who may not read it.
     """
     try:

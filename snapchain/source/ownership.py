@@ -167,7 +167,7 @@ def check_no_layer(path: Path) -> None:
 
 
 def note_epoch(image: Path, epoch: int) -> None:
-    """This host writes an image in an epoch from now on, unless it does so in a newer one.
+    """Record that this host writes an image in this epoch, unless a newer epoch is recorded.
 
     Raises Unsupported for what is no regular file or was chosen by a link of somebody else, and what writing a small
     file raises.
@@ -180,7 +180,7 @@ def note_epoch(image: Path, epoch: int) -> None:
 
 
 def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> list[ImageFile]:
-    """The disk's own files, uppermost first. Raises Unsupported for a top that cannot be marked as given away."""
+    """The files that belong to this disk alone, uppermost first. Raises Unsupported for a top that cannot be marked."""
     chain.top.check_may_be_changed()
     files = _own(chain, image_dirs)
     if not files:

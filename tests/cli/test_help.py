@@ -18,9 +18,9 @@ CLI = Path(snapchain.cli.__file__).parent
 @pytest.mark.parametrize("name", VERBS)
 def test_the_table_says_what_the_modules_say(name: str) -> None:
     verb = VERBS[name]
-    first = (ast.get_docstring(ast.parse((CLI / f"{verb.module}.py").read_text())) or "").split("\n")[0]
-    said = re.fullmatch(rf"`snapchain {name}[^`]*`: (.*)", first)
-    assert said is not None, first
+    text = ast.get_docstring(ast.parse((CLI / f"{verb.module}.py").read_text())) or ""
+    said = re.search(rf"^`snapchain {name}\b[^`]*`: (.*)$", text, re.MULTILINE)
+    assert said is not None, text
     assert said[1][0].upper() + said[1][1:] == verb.summary
 
 

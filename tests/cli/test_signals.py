@@ -40,9 +40,10 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def at(owner: type, method: str, number: signal.Signals) -> None:
         whole = getattr(owner, method)
 
-        def cut(*arguments: object, **named: object) -> None:
-            whole(*arguments, **named)
+        def cut(*arguments: object, **named: object) -> object:
+            result = whole(*arguments, **named)
             signal.raise_signal(number)
+            return result
 
         monkeypatch.setattr(owner, method, cut)
 
@@ -104,7 +105,7 @@ def test_what_a_sender_has_started_here_ends_so_too(
     said = run("serve-replica", "--stdio")
     assert (said.status, said.err) == (
         CODES[number],
-        "snapchain: interrupted\nsnapchain: hint: what is durable stays; the sender goes on there\n",
+        "snapchain: interrupted\nsnapchain: hint: what is durable stays; the sender resumes there\n",
     )
 
 

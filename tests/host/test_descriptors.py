@@ -9,10 +9,10 @@ import pytest
 
 LIMITED = "ulimit -Sn 256; exec "
 RAISED = """
-from snapchain.host import descriptors
+from snapchain.host import process_limits
 from snapchain.host.processes import run
-descriptors.raise_limit()
-print(descriptors.limit(), run(["sh", "-c", "ulimit -Sn"]).stdout.decode().strip())
+process_limits.raise_limit()
+print(process_limits.limit(), run(["sh", "-c", "ulimit -Sn"]).stdout.decode().strip())
 files = [open("/dev/null") for _ in range(400)]
 print(run(["echo", "started"]).stdout.decode().strip())
 """
@@ -38,5 +38,5 @@ def test_every_command_raises_it() -> None:
 
 @pytest.mark.parametrize("hard", ["-n 200", "-Hn 300"])
 def test_never_above_the_hard_limit(hard: str) -> None:
-    script = "from snapchain.host import descriptors; descriptors.raise_limit(); print(descriptors.limit())"
+    script = "from snapchain.host import process_limits; process_limits.raise_limit(); print(process_limits.limit())"
     assert said(script, limits=f"ulimit -Sn 100; ulimit {hard}; exec ") == [hard.split()[1]]

@@ -13,7 +13,7 @@ import pytest
 _LOOK = """
 import ctypes, json, os, resource, sys
 from pathlib import Path
-from snapchain.host import hardening
+from snapchain.host.process_limits import harden
 os.umask({umask})
 os.chdir(sys.argv[1])
 if {user}:
@@ -21,7 +21,7 @@ if {user}:
     os.setresgid({user}, {user}, {user})
     os.setresuid({user}, {user}, {user})
     ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # as after an exec
-hardening.harden()
+harden()
 Path("new").write_text("")
 print(json.dumps({{
     "core": resource.getrlimit(resource.RLIMIT_CORE),

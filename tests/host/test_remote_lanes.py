@@ -200,9 +200,9 @@ def test_a_stranger_is_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stranger:
                     lanes._connect(stranger, lanes._name(secret), "")
                     socket.send_fds(stranger, [message], [here, here])
-            joined = accepted.result()
-        assert isinstance(joined, Lanes)
-        assert len(joined.lanes) == 1
+            joined_by = accepted.result()
+        assert isinstance(joined_by, Lanes)
+        assert len(joined_by.lanes) == 1
 
 
 @pytest.mark.parametrize("count", [0, 17])

@@ -1,5 +1,6 @@
 """Retention: the cases of restic's and PBS's manuals, and what holds for every policy."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -8,6 +9,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given, strategies as st
+from pydantic import BaseModel, ValidationError
 
 from snapchain.errors import InvalidInput
 from snapchain.model.retention import UNLIMITED, Decision, Duration, Period, Policy, decide, parse_duration
@@ -185,8 +187,32 @@ def test_decisions_are_explained() -> None:
 def test_refused() -> None:
     with pytest.raises(InvalidInput, match="no zone"):
         decide([Point(datetime.fromisoformat("2026-01-01"))], Policy(last=1), zone=UTC)
-    with pytest.raises(ValueError, match=r"weekly\n.*greater than or equal to -1"):
-        Policy(weekly=-2)
+
+
+@pytest.mark.parametrize(
+    ("rules", "subject"),
+    [
+        ({"weekly": -2}, "weekly"),
+        ({"last": "many"}, "last"),
+        ({"within": "soon"}, "soon"),
+        ({"labels": ["\x1b"]}, None),
+        ({"dayly": 7}, "dayly"),
+    ],
+)
+def test_a_wrong_rule(rules: dict[str, Any], subject: str | None) -> None:
+    """The user's error where a policy is made, and one with its place where it is part of something."""
+    with pytest.raises(InvalidInput) as caught:
+        Policy(**rules)
+    assert caught.value.subject == subject
+    (rule,) = rules
+    for text in (json.dumps({"keep": rules}), {"keep": rules}):
+        with pytest.raises(ValidationError) as refused:
+            _Whole.model_validate(text) if isinstance(text, dict) else _Whole.model_validate_json(text)
+        assert refused.value.errors()[0]["loc"][:2] == ("keep", rule)
+
+
+class _Whole(BaseModel):
+    keep: Policy
 
 
 def test_no_points() -> None:

@@ -63,7 +63,7 @@ def test_an_older_far_side(there: SshHost, url: str, tmp_path: Path) -> None:
     words = f"env PYTHONPATH={shlex.quote(path)} {shlex.quote(sys.executable)} {shlex.quote(str(old))}"
     status, said = snapchain(there, "merge", url, "--keep-last", "2", remotely=words)
     assert (status, said["error"]["kind"]) == (6, "unsupported")
-    assert "bring it up to date" in said["error"]["hint"]
+    assert said["error"]["hint"] == "upgrade it there"
 
 
 @pytest.mark.parametrize("moment", ["connected", "begun"])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from snapchain.objects import SCHEMES
 from snapchain.objects.cache import CachedStore
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import StoreWrapper
+from snapchain.repository.format import fresh_id, index_name
+from snapchain.repository.opening import create_repository, open_repository
 
 
 class Counting(StoreWrapper):
@@ -70,3 +76,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     store = CachedStore(inner, tmp_path / "c", prefix="index/")
     assert store.get("index/a") == b"one"
     assert [info.name for info in store.list("index/")] == ["index/a"]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_indexes_of_a_remote_store_are_cached_whatever_its_address(
+    monkeypatch: pytest.MonkeyPatch, is_remote: bool
+) -> None:
+    far = Counting()
+    far.properties = replace(far.properties, is_remote=is_remote)
+    monkeypatch.setitem(SCHEMES, "far", lambda _: far)
+    create_repository("far://there", passphrase=lambda: "secret")
+    name = index_name(0, fresh_id())
+    far.inner.put(name, b"no index")
+    for _ in range(2):
+        open_repository("far://there", passphrase=lambda: "secret").index()
+    assert far.reads.count(name) == (1 if is_remote else 2)

@@ -129,7 +129,7 @@ def test_s3(moto: S3Server) -> None:
      "s3://bucket/x?versionId=1", "s3://bucket/x#y", "http://x", "memory", "C:/x"],
 )  # fmt: skip
 def test_what_opens_nothing(url: str) -> None:
-    with pytest.raises(InvalidInput, match=r"not a place for objects|has no '\?' or '#'|no bucket is named"):
+    with pytest.raises(InvalidInput, match=r"not the address of a destination|has no '\?' or '#'|no bucket is named"):
         open_store(url)
 
 

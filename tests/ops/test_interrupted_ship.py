@@ -100,4 +100,4 @@ def test_a_small_shipment_costs_no_more_requests_than_before_packs_were_looked_a
         counts.append(len(store.asked))
         assert len(store.of("list", "packs/")) <= 1
         assert len(store.of("size", "packs/")) == 0
-    assert counts == [13, 17, 15]
+    assert counts == [12, 16, 14]

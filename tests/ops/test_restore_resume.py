@@ -182,7 +182,7 @@ def _die(*_: object, **__: object) -> None:
 )
 def test_what_is_left_by_which_end(source: Source, tmp_path: Path, error: BaseException, stays: bool) -> None:
     out = tmp_path / "out" / "a.raw"
-    with pytest.raises(type(error), match=str(error)) as raised:
+    with pytest.raises(type(error), match=str(error) or "^$") as raised:
         restore(source, out, stopping(10 * MiB, error))
     assert raised.value is error
     assert len(names(out.parent)) == stays

@@ -5,8 +5,11 @@ Bytes follow the change, not the disk: what is sent of a rewritten image is comp
 
 from __future__ import annotations
 
+import json
 import random
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +21,7 @@ from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Conflict, Diverged
 from snapchain.merge import plan as merge_plan, run as merge_run
 from snapchain.merge.request import MergeRequest
+from snapchain.model.retention import Policy
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.run import Divergence, Files, ShipReport, ShipRequest, plan, run
 from snapchain.source import sealing as snapshot
@@ -66,7 +70,7 @@ class Disk:
     def ship(self, **options: object) -> ShipReport:
         report = run(self.request(**options), self.open())
         assert report.point is not None
-        self.shown[report.point] = flat(self.image, self.directory / f"{report.point}.shown")
+        self.shown[report.point] = flat(self.image, self.directory / f"{report.point}.{len(self.url)}.shown")
         return report
 
     def check(self, *points: int) -> None:
@@ -247,8 +251,32 @@ def seal(disk: Disk, draw: random.Random) -> None:
 
 @step
 def merge(disk: Disk, draw: random.Random) -> None:
-    planned = merge_plan.plan(MergeRequest(image=disk.image, flatten=draw.random() < 0.5, image_format="qcow2"))
-    merge_run.run(planned)
+    if len(files_of(disk.image)) > 1:
+        flatten = draw.random() < 0.5
+        merge_run.run(merge_plan.plan(MergeRequest(image=disk.image, flatten=flatten, image_format="qcow2")))
+
+
+@step
+def merge_some(disk: Disk, draw: random.Random) -> None:
+    """Any neighbours, by name."""
+    files = files_of(disk.image)
+    if len(files) > 2:
+        first, last = sorted(draw.sample(range(1, len(files)), 2)) if len(files) > 3 else (1, 2)
+        request = MergeRequest(
+            image=disk.image, from_layer=str(files[first]), to_layer=str(files[last]), image_format="qcow2"
+        )
+        merge_run.run(merge_plan.plan(request))
+
+
+@step
+def commit(disk: Disk, draw: random.Random) -> None:
+    """By other hands than snapchain's."""
+    _ = draw
+    files = files_of(disk.image)
+    if len(files) > 1:
+        qemu_img("commit", "-q", "-d", "-f", "qcow2", disk.image)
+        disk.image.unlink()
+        disk.image = files[-2].rename(disk.image)
 
 
 @step
@@ -258,8 +286,33 @@ def resize(disk: Disk, draw: random.Random) -> None:
     qemu_img("resize", "-q", *shrinks, disk.image, str(size))
 
 
+@step
+def merge_there(disk: Disk, draw: random.Random) -> None:
+    """Whatever it keeps, what is there still reads as it did, and is known."""
+    if disk.shown:
+        disk.open().merging(DISK, Policy(last=draw.randrange(1, 4))).run()
+        there = {point.point for point in disk.open().disks(DISK)[0].points}
+        for point in disk.shown.keys() - there:
+            disk.shown.pop(point).unlink()
+
+
+WEIGHTS = {"scribble": 6, "seal": 6, "merge": 4, "merge_some": 3, "commit": 1, "resize": 2, "merge_there": 2}
+
+
+def files_of(image: Path) -> list[Path]:
+    """Root first."""
+    chain = json.loads(qemu_img("info", "--backing-chain", "--output=json", image))
+    return [Path(each["filename"]) for each in reversed(chain)]
+
+
 def qemu_size(image: Path) -> int:
     return int.from_bytes(image.read_bytes()[24:32])
+
+
+def live(disk: Disk, draw: random.Random) -> None:
+    """Until the next shipment."""
+    for name in ["scribble", *draw.choices(list(WEIGHTS), weights=list(WEIGHTS.values()), k=draw.randrange(4))]:
+        STEPS[name](disk, draw)
 
 
 @pytest.mark.sampled
@@ -270,20 +323,39 @@ def test_ten_rounds(tmp_path: Path, kind: Kind, seed: int) -> None:
     disk = Disk(tmp_path, kind)
     disk.ship()
     for _ in range(10):
-        steps = ["scribble", *draw.choices(list(STEPS), weights=[3, 3, 2, 1], k=draw.randrange(3))]
-        for name in steps:
-            if name == "merge" and qemu_backing(disk.image) is None:
-                continue
-            STEPS[name](disk, draw)
+        live(disk, draw)
         report = disk.ship()
         assert report.carried_bytes < 12 * MiB, "by the change, not by the 32 MiB of the disk"
         disk.check(*[report.point or 0])
     disk.check()
 
 
-def qemu_backing(image: Path) -> bytes | None:
-    head = image.read_bytes()[:24]
-    return head[8:16] if int.from_bytes(head[8:16]) else None
+@pytest.mark.sampled
+@pytest.mark.parametrize("seed", range(examples(2, times=3)))
+def test_ten_rounds_by_turns(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a repository, to a replica here, and to one behind ssh: what one of them was sent is no news of another."""
+    monkeypatch.setenv("SNAPCHAIN_SSH", str(_ssh(tmp_path)))
+    monkeypatch.setenv("SNAPCHAIN_REMOTE", shlex.join([sys.executable, "-m", "snapchain"]))
+    draw = random.Random(seed)
+    disk = Disk(tmp_path, _repository)
+    places = [(disk.url, disk.shown), (_replica(tmp_path), {}), (f"ssh://there{tmp_path}/far", {})]
+    for number in range(12):
+        disk.url, disk.shown = places[number % 3] if number < 6 else draw.choice(places)
+        live(disk, draw)
+        report = disk.ship()
+        assert number < 3 or report.carried_bytes < 24 * MiB, "by the change, not by the 32 MiB of the disk"
+        disk.check(*[report.point or 0])
+    for disk.url, disk.shown in places:
+        disk.check()
+        assert disk.open().verify(DISK, share=1.0).ok
+
+
+def _ssh(directory: Path) -> Path:
+    """A program that runs the last word of its command line by a shell, here."""
+    script = directory / "ssh"
+    script.write_text('#!/bin/sh\nfor command; do :; done\nexec sh -c "$command"\n')
+    script.chmod(0o755)
+    return script
 
 
 def test_a_cut_is_still_what_its_user_wants(tmp_path: Path) -> None:

@@ -568,8 +568,8 @@ def test_kinds_go_one_way() -> None:
 
 
 def test_a_replica_is_read_on_its_own_host(sent: Place) -> None:
-    with pytest.raises(InvalidInput, match="no rate is kept"):
-        ReplicaDestination(DirectoryEndpoint(sent.root), limit_rate=1000).verify(DISK, share=1.0)
+    found = ReplicaDestination(DirectoryEndpoint(sent.root), limit_rate=1).verify(DISK, share=1.0)
+    assert found.checked_bytes > 0, "no data cross the link, so a rate limits nothing"
     for share in (-0.1, 1.1):
         with pytest.raises(InvalidInput, match="of the data"):
             ReplicaDestination(DirectoryEndpoint(sent.root)).verify(DISK, share=share)

@@ -11,6 +11,8 @@ import pytest
 from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import Corrupt, InvalidInput, NotFound
 from snapchain.model.retention import Policy
+from snapchain.replica.client import merged_at
+from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream.messages import FROM_RECEIVER, FROM_SENDER, POINTS_AT_ONCE, Hello, Kind, Merge, encode
 from tests.ops.shipping import MiB
@@ -154,7 +156,7 @@ REFUSED = (
         {"disk": DISK, "last": 1, "zone": "/etc/passwd"},
         {"disk": DISK, "last": 1, "zone": "x" * 200},
         {"disk": DISK, "within": "forever", "zone": "UTC"},
-        {"disk": DISK, "labels": ["x"] * 101, "zone": "UTC"},
+        {"disk": DISK, "labels": [f"x{n}" for n in range(101)], "zone": "UTC"},
         {"disk": DISK, "last": 1, "zone": "UTC", "replica": "/etc"},
         {"disk": DISK, "last": 1, "zone": "UTC", "more": 1},
     ],
@@ -182,9 +184,13 @@ def test_a_hostile_question(
     assert sorted((path, path.stat().st_mtime_ns) for path in place.root.rglob("*")) == before
 
 
-def test_rules_that_cannot_be_said() -> None:
-    with pytest.raises(InvalidInput, match="cannot be negative"):
+def test_rules_that_cannot_be_said(place: Place) -> None:
+    with pytest.raises(InvalidInput, match="greater than or equal to -1") as caught:
         Policy(last=-2)
+    assert caught.value.subject == "last"
+    many = Policy(labels=frozenset(f"x{n}" for n in range(101)))
+    with pytest.raises(InvalidInput, match="more than 100 labels"):
+        merged_at(DirectoryEndpoint(place.root), DISK, many, zone="UTC", on_bytes=lambda _done, _total: None)
 
 
 def test_kinds_go_one_way() -> None:

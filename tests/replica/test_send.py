@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fixtures.qcow2_bytes import l2_entry, put_u64, u64
-from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput
+from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput, Unsupported
 from snapchain.host.batches import Buffer
 from snapchain.host.channel import Channel
 from snapchain.host.locks import ImageLock, LockMode
@@ -25,12 +25,15 @@ from snapchain.model.events import Event, Progress
 from snapchain.model.inventory import Wanted
 from snapchain.ops.ship.run import Divergence, Files, Scope, ShipRequest, send_blindly
 from snapchain.replica import arrival, sender
+from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.send_queue import SendQueue
+from snapchain.replica.stream import session
 from snapchain.replica.stream.messages import Kind
 from tests.hostile.wire import Frame, meddling, pass_on
 from tests.ops.shipping import MiB, random_stack
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
-from tests.replica.conftest import Place
+from tests.replica.conftest import DISK, Place
+from tests.replica.sending import plan_send, send_to_replica
 from tests.waiting import HANG
 
 
@@ -156,6 +159,24 @@ def test_a_top_that_went_with_others_and_was_written_to_since_is_compared(tmp_pa
     write(paths[-1], "write -P 4 40M 64k")
     again = place.send(paths[-1])
     assert (again.layers_sent, again.data_bytes) == (1, 65536)
+    place.check(flat(paths[-1], tmp_path / "flat"))
+
+
+def test_a_replica_that_is_too_old_for_a_comparison_refuses_the_plan_and_the_run(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = build(tmp_path / "c", [Layer(MiB, ["write -P 1 0 64k"])])
+    place.send(paths[-1])
+    before = place.catalogue()
+    write(paths[-1], "write -P 2 0 64k")
+    monkeypatch.setattr(session, "FEATURES", tuple(each for each in session.FEATURES if each != "leaves"))
+    request = ShipRequest(image=paths[-1], disk=DISK)
+    for attempt in (plan_send, send_to_replica):
+        with pytest.raises(Unsupported, match="does not support 'leaves'") as caught:
+            attempt(request, DirectoryEndpoint(place.root))
+        assert caught.value.hint == "upgrade it there"
+    assert place.catalogue() == before
+    place.send(paths[-1], divergence=Divergence.CUT_REPLICA)
     place.check(flat(paths[-1], tmp_path / "flat"))
 
 

@@ -37,7 +37,7 @@ from snapchain.replica.receiver import receive
 from snapchain.replica.stream import compression as zstd
 from snapchain.replica.stream.compression import Link
 from snapchain.replica.stream.frames import MAGIC, MOST_BEATS, FrameReader
-from snapchain.replica.stream.layers import (
+from snapchain.replica.stream.maps import (
     DataRuns,
     MapReader,
     Part,

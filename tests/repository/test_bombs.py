@@ -18,6 +18,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, strategies as st
 
+from snapchain.destination import records
 from snapchain.destination.records import Finding, Findings
 from snapchain.errors import Corrupt, Unsupported
 from snapchain.model.content import content_id, empty_sum, encode_sum
@@ -29,7 +30,6 @@ from snapchain.repository import (
     envelope,
     layers,
     mark as collect,
-    verification,
 )
 from snapchain.repository.catalogue import Catalogue
 from snapchain.repository.chain import ChainView
@@ -112,13 +112,12 @@ BOMBS: dict[str, Callable[[Repository], None]] = {
 }
 _CHILD = """
 import re, resource, sys
-from snapchain.repository.opening import open_repository
+from snapchain.destinations import open_destination
 from snapchain.errors import SnapchainError
 from snapchain.ops.log import log
-from snapchain.repository.verification import verify
 for place in sys.argv[1:]:
-    opened = open_repository(place, passphrase=lambda: None)
-    for act in (log, verify, lambda repository: repository.index()):
+    opened = open_destination(place)
+    for act in (log, lambda destination: destination.verify(), lambda destination: destination.repository.index()):
         try:
             act(opened)
         except SnapchainError:
@@ -252,7 +251,7 @@ def test_many_points_on_a_broken_chain_do_not_follow_it_each(monkeypatch: pytest
 
 def test_further_damage_is_counted_and_names_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """By verify and gc, which keeps what may be needed all the same."""
-    monkeypatch.setattr(verification, "MOST_FINDINGS", 3)
+    monkeypatch.setattr(records, "MOST_FINDINGS", 3)
     monkeypatch.setattr(collect, "MOST_TOLD", 3)
     repository = Repository.create(MemoryStore(), passphrase=lambda: None, encryption=NONE)
     _chain_of(repository, "x", 10, 2, None)

@@ -7,7 +7,7 @@ duration.py   1y5m7d2h
 
 from snapchain.model.retention.clocks import TOLERANCE, Doubt, is_future
 from snapchain.model.retention.duration import Duration, parse_duration
-from snapchain.model.retention.policy import UNLIMITED, Decision, Period, Policy, RetentionPoint, decide, policy_of
+from snapchain.model.retention.policy import UNLIMITED, Decision, Period, Policy, RetentionPoint, decide
 
 __all__ = [
     "TOLERANCE",
@@ -21,5 +21,4 @@ __all__ = [
     "decide",
     "is_future",
     "parse_duration",
-    "policy_of",
 ]

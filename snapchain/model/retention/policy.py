@@ -23,11 +23,11 @@ of nightly's configuration and the message to a replica follow from the fields.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from enum import Enum
-from typing import Annotated, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Protocol, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -170,11 +170,12 @@ Span = Annotated[
 
 
 class Policy(BaseModel):
-    """Which points to keep. A count of 0 is no rule, UNLIMITED never runs out.
+    """Which points to keep: `Policy(daily=7, weekly=4, labels=frozenset({"release"}))`.
 
-    The fields are the options `--keep-*`, the keys of a `[keep]` table, and fields of a message to a replica; `title`
-    is the option's help. Raises a ValueError (of pydantic) for another negative count, or a text that is no
-    duration or label.
+    A count of 0 is no rule, and -1 (UNLIMITED) keeps all. `within` is a duration as restic writes it: 1y5m7d2h. The
+    fields are the options `--keep-*`, the keys of a `[keep]` table, and fields of a message to a replica. `title` is
+    the help of the option. Raises InvalidInput for another negative count, a text that is not a duration or a label,
+    and an unknown rule. Its subject is the rule, or what is wrong in it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -190,6 +191,17 @@ class Policy(BaseModel):
         default=frozenset(), title="All points with this label. May be repeated."
     )
 
+    if not TYPE_CHECKING:  # type checkers know the fields
+
+        def __init__(self, /, **rules: object) -> None:
+            try:
+                super().__init__(**rules)
+            except ValidationError as error:
+                raise _invalid(error) from error
+
+        # As a field of another model a policy is validated with it: errors then name its place there.
+        __init__.__pydantic_base_init__ = True
+
     @property
     def is_empty(self) -> bool:
         """Whether there is no rule at all."""
@@ -201,16 +213,10 @@ class Policy(BaseModel):
         return count
 
 
-def policy_of(rules: Mapping[str, object]) -> Policy:
-    """The policy of some rules by name. Raises InvalidInput; its subject is the rule, or what is wrong in it."""
-    try:
-        return Policy.model_validate(dict(rules))
-    except ValidationError as error:
-        first = error.errors()[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, InvalidInput):
-            raise cause from error
-        raise InvalidInput(first["msg"], subject=first["loc"][0]) from error
+def _invalid(error: ValidationError) -> InvalidInput:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    return cause if isinstance(cause, InvalidInput) else InvalidInput(first["msg"], subject=first["loc"][0])
 
 
 @dataclass(frozen=True, slots=True)

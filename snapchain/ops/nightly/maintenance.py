@@ -1,4 +1,4 @@
-"""What a destination gets after all disks: the room that nobody needs any more, and a look at a sample of the data."""
+"""What is done at a destination after all disks: space of unreferenced data is freed, and a sample is verified."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Maintenance:
 
     @property
     def report(self) -> DestinationReport:
-        """As far as it has come."""
+        """The report of what was done so far."""
         steps = self._steps
         values = {"outcome": steps.outcome, "faults": tuple(steps.faults), "left": tuple(steps.left)}
         return self._report.model_copy(update=values)
@@ -73,7 +73,7 @@ class Maintenance:
         return done
 
     def _note_damage(self) -> None:
-        """gc works around damage; that there is some is a fault all the same."""
+        """gc works around damage, but damage is still a fault of the run."""
         findings = self._report.gc.findings if self._report.gc else ()
         if findings:
             first = findings[0]

@@ -34,7 +34,7 @@ class Steps:
 
     @property
     def outcome(self) -> Outcome:
-        """Of all steps together."""
+        """The outcome of all steps together."""
         return Outcome.worst(self._outcomes)
 
     def count(self, outcome: Outcome) -> None:
@@ -42,7 +42,7 @@ class Steps:
         self._outcomes.append(outcome)
 
     def note(self, step: str, error: Exception) -> None:
-        """Something went wrong that no attempt has met. Said again, it is the same fault."""
+        """Record a fault outside of any attempt. The same words are one fault."""
         self.add(Fault.of(step, error))
 
     def add(self, fault: Fault) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from snapchain.destination.writing import DiskLook, HeldLayer, NewestLeaves
 from snapchain.errors import Corrupt, Diverged
+from snapchain.host.terminal import counted
 from snapchain.image import ImageChain, ImageFile
 from snapchain.model import inventory as model
 from snapchain.model.content import Sum, content_id, empty_sum
@@ -98,6 +99,7 @@ class Recognition:
         self._subject = f"{destination}::{request.disk}"
         self._sums, self._reads = sums, reads and not there.believed
         self._held = list(there.held)
+        self._leaves: NewestLeaves | None = None
         self.bytes_compared = 0
         lineage = (*request.lineage, *noted_lineage(chain, on_event))
         self._want = [_wanted(file, lineage) for file in chain.files]
@@ -105,7 +107,8 @@ class Recognition:
     def base(self) -> Base:
         """Where the new layers begin.
 
-        Raises Diverged, and Corrupt where what the destination shows is not what the files here show.
+        Raises Diverged, Corrupt where what the destination shows is not what the files here show, and Unsupported
+        where the other side is too old for a comparison.
         """
         if not self._held:
             return _NOTHING
@@ -142,9 +145,9 @@ class Recognition:
         """
         assert base.layer is not None
         assert base.compares is not None
-        chain, tip = self._chain, base.layer
+        assert self._leaves is not None
+        chain, tip, leaves, sums = self._chain, base.layer, self._leaves, self._sums
         self._on_event(Notice(f"comparing the image with {tip.name}, the newest layer there"))
-        leaves, sums = self._there.leaves(), self._sums
         whole = region_of(None, chain, tip)
         if base.compares != whole:
             # What both had before is equal there, unless somebody else has written: the sum tells.
@@ -255,6 +258,7 @@ class Recognition:
     def _comparing(self, found: model.Diverged, *, note: str | None = None) -> Base:
         """To compare with the newest content: in what was written since, or in all of it."""
         chain, tip = self._chain, self._held[-1]
+        self._leaves = self._there.leaves()  # now: a plan, too, is refused where the other side is too old for it
         common = self._common_files()
         extents = composed(chain, range(common, len(chain.files))) if common else None
         region = region_of(extents, chain, tip)
@@ -287,7 +291,7 @@ class Recognition:
             return True
         if total is None:
             unread = self._sums.unread(self._chain, count)
-            self._on_event(Notice(f"reading {unread} files, to compare them with what the replica says that it shows"))
+            self._on_event(Notice(f"reading {counted(unread, 'file')} to compare the image with the replica"))
             total = self._counted(count)
         size = self._chain.files[count - 1].size
         return (layer.size, layer.content_id) == (size, content_id(size, total))

@@ -8,7 +8,7 @@ import sys, json; from hs import *
 root = sys.argv[1]
 said, *_ = talk(root, stream(HELLO, OPEN("d", root, look=True), STOP)); inv = json.loads(said[1][1])
 n, fr, parent = len(inv["layers"]), [], None
-from snapchain.replica.stream.maps import layer_id
+from snapchain.replica.stream.layers import layer_id
 from snapchain.replica.stream.messages import LayerOffer
 import numpy as np
 size = 8 << 20; wz = (size // 65536) << 2
