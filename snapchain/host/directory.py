@@ -559,7 +559,7 @@ def writers_of(status: os.stat_result, fd: int) -> list[Rights]:
 
 
 def _group_writers(status: os.stat_result, fd: int) -> Iterator[Rights]:
-    """Users and groups that the group bits let write; with an access list they are its mask. Group 0 is root's."""
+    """Users and groups that the group bits let write; in an access list these bits are the mask. Group 0 is root's."""
     entries = _access_list(fd)
     if not entries:
         entries = [(_ACL_GROUP_OWNER, _ACL_WRITE, 0)]

@@ -1,10 +1,10 @@
-"""Which file a recorded backing name means, and whether it may be opened; decided before it is touched.
+"""Resolve a recorded backing name to a file, and check that it may be opened, before touching it.
 
-QEMU takes `scheme:` in front of the first slash as a protocol and `json:` as options; both could reach the network
+QEMU parses `scheme:` in front of the first slash as a protocol and `json:` as options; both could reach the network
 or any file, so only plain paths are followed.  A relative name starts at the directory of the path by which the
-overlay was opened, symbolic links in that path untouched (path_combine in QEMU's block.c).  What a name means must
-lie, all links resolved, in a directory that the user has named: that of the image, and for the overlay of a guest at a
-replica the one above it, in which its layers are.
+overlay was opened, symbolic links in that path untouched (path_combine in QEMU's block.c).  With links resolved, the
+file must lie in a directory that the user has named: the image's own, and for the overlay of a guest at a replica the
+parent, which holds its layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from snapchain.image.qcow2.header import Backing
 class Place:
     """A file by two names: `path` as QEMU would open it (absolute), `real` with all links resolved.
 
-    chosen_by: who has chosen the place by a link (host/directory.py)
+    chosen_by: the user whose link leads there (host/directory.py)
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Place:
 
     @staticmethod
     def of(path: str | os.PathLike[str]) -> Place:
-        """Of a path relative to the working directory. Raises Unsupported and InvalidInput as `Directory.open`."""
+        """The place of a path, relative to the working directory. Raises as `Directory.open`."""
         # No normpath: `link/..` is not the directory that holds `link`.
         whole = Path.cwd() / path
         with os_errors(whole):
@@ -60,7 +60,7 @@ class Allowed:
         self._directories = tuple(dict.fromkeys([*own, *layers]))
 
     def place(self, backing: Backing, *, overlay: Path) -> Place:
-        """The file that the overlay's backing name means. Raises Unsupported for names that are not followed."""
+        """The file that the overlay's backing name refers to. Raises Unsupported for names that are not followed."""
         name = backing.name
         if any(character < " " or character == "\x7f" for character in name):
             raise Unsupported("the backing file name holds control characters", subject=overlay)

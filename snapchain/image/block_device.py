@@ -1,8 +1,8 @@
-"""A block device as the target of a raw image: opened for us alone, measured, and really zeroed.
+"""A block device as the target of a raw image: opened exclusively, measured, and really zeroed.
 
 `O_EXCL` without `O_CREAT` claims the device in the kernel: one that is mounted, or part of a RAID or LVM, is refused.
-Programs that merely open it are found by their locks and in /proc, as the users of files are.
-Zeroing tries what is cheapest first: deallocate (the device promises zeroes afterwards), then let the device or the
+Programs that merely open it are found by their locks and in /proc, as with files.
+Zeroing tries the cheapest method first: deallocate (the device promises zeroes afterwards), then let the device or the
 kernel write zeroes, then write them ourselves.  Source: block/file-posix.c of QEMU, which does the same.
 """
 
@@ -42,9 +42,9 @@ _SYSFS = Path("/sys/dev/block")
 def claimed(path: Path, *, overwrite: bool) -> Iterator[int]:
     """A descriptor of a block device for reading and writing, without other users during the block.
 
-    overwrite: also a device that is not empty, as far as `first_data` sees.
+    overwrite: accept a device that is not empty by `first_data`
     Raises Busy when it is mounted, claimed or open elsewhere, Conflict when it is not empty, InvalidInput when it is no
-    block device, NotFound when it is not there.
+    block device, NotFound when it does not exist.
     """
     fd = open_device(path)
     try:
@@ -63,10 +63,10 @@ def claimed(path: Path, *, overwrite: bool) -> Iterator[int]:
 
 
 def open_device(path: Path) -> int:
-    """Open a block device for reading and writing, held by nobody else.
+    """Open a block device for reading and writing, exclusively.
 
     A symbolic link (/dev/disk/by-id/...) is followed. Raises Busy when it is mounted or claimed, InvalidInput when it
-    is no block device, NotFound when it is not there.
+    is no block device, NotFound when it does not exist.
     """
     with os_errors(path):
         status = path.stat()
@@ -87,8 +87,8 @@ def open_device(path: Path) -> int:
 def first_data(fd: int, *, subject: object = None) -> int | None:
     """The first byte found that is not zero; None for a device that looks empty.
 
-    Read are its first and last MiB, where tables and superblocks are, and 256 pieces of 64 KiB spread evenly between:
-    a device that was used for an hour has something there, and one of 20 TB is judged within seconds.
+    Reads the first and last MiB, where tables and superblocks are, and 256 pieces of 64 KiB spread evenly between.
+    A device that was used for an hour has data there, and 20 TB are checked within seconds.
     """
     with os_errors(subject):
         size = os.lseek(fd, 0, os.SEEK_END)
@@ -117,7 +117,7 @@ def _use_of(number: int) -> str:
 
 
 def _check_parts(path: Path, number: int) -> None:
-    """Raises Busy for a disk of which a partition is open for writing, or a partition of which the disk is."""
+    """Raises Busy for a disk with a partition that is open for writing, or a partition whose disk is."""
     place = _SYSFS / f"{os.major(number)}:{os.minor(number)}"
     related = [*place.glob("*/partition"), *([place / ".." / "dev"] if (place / "partition").exists() else [])]
     open_files = OpenFiles() if related else None
@@ -129,7 +129,7 @@ def _check_parts(path: Path, number: int) -> None:
 
 
 def zero_device(fd: int, offset: int, length: int) -> None:
-    """Make a range of an open device read as zeroes, whatever was there. Raises OSError."""
+    """Make a range of an open device read as zeroes, whatever its content. Raises OSError."""
     grain = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
     stop = offset + length
     first, last = min(-(-offset // grain) * grain, stop), max(stop // grain * grain, offset)
@@ -177,7 +177,7 @@ def _write_zeroes(fd: int, offset: int, length: int) -> None:
 
 @cache
 def _libc() -> ctypes.CDLL:
-    """The C library; `os` has posix_fallocate only, which allocates where this must free."""
+    """The C library; `os` has only posix_fallocate, which allocates and cannot free."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     libc.fallocate.restype = ctypes.c_int

@@ -45,11 +45,11 @@ class ImageChain:
         return fold(file.extents.owned_by(number) for number, file in enumerate(self.files))
 
     def changed(self) -> tuple[ImageFile, ...]:
-        """The files that are no longer what was scanned."""
+        """The files that were modified or replaced since the scan."""
         return tuple(file for file in self.files if file.changed())
 
     def read_into(self, offset: int, buffer: memoryview, *, resolved: Extents | None = None) -> None:
-        """Fill `buffer` with what the guest sees from `offset` on; `resolved` saves asking for the map. Thread-safe.
+        """Fill `buffer` with what the guest sees from `offset` on; `resolved` saves computing the map. Thread-safe.
 
         Errors as ImageFile.read_into.
         """

@@ -1,8 +1,8 @@
 """A numpy array that grows at its end without ever existing twice.
 
-Chunks kept in a list and joined at last need twice their memory, and the first half stays with the allocator.  A
-large block that is resized keeps its pages (glibc's realloc moves mappings), so a column costs its length and the
-spare part of its last step.
+Chunks in a list that are joined at the end need twice their memory, and the allocator keeps the first half.  A large
+block keeps its pages when it is resized (glibc's realloc moves mappings), so a column costs its length and the spare
+part of its last step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FIRST_STEP = 4096
 
 
 class Column(Generic[T]):
-    """Appended to, then taken."""
+    """Append batches, then take the whole array."""
 
     def __init__(self, dtype: type[T]) -> None:
         self._held: npt.NDArray[T] = np.empty(0, dtype)
@@ -36,7 +36,7 @@ class Column(Generic[T]):
         self._length = length
 
     def sort(self) -> npt.NDArray[T]:
-        """Sort in place; a view that holds until the next append."""
+        """Sort in place; returns a view that is valid until the next append."""
         view = self._held[: self._length]
         view.sort()
         return view

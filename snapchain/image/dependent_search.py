@@ -1,4 +1,4 @@
-"""Where to look for images that depend on the files of a disk, and which files a command may remove or write to.
+"""The directories to search for images that depend on a disk, and the files that a command may remove or change.
 
 A file is the disk's own when it lies in the directory of the disk's top and nothing else depends on it.  For a top that
 is a symbolic link, both its directory and that of the file are searched; only the latter makes a file the disk's own.
@@ -41,11 +41,12 @@ _UNFINISHED = {MERGE, SNAPSHOT, RESTORE}
 def find_dependents(
     files: Sequence[Path], *, top: Path, own: Collection[tuple[int, int]] = (), image_dirs: Sequence[Path] = ()
 ) -> Dependents:
-    """What else depends on `files`, by image headers, by links, and by libvirt's definitions.
+    """Other users of `files`, by image headers, by links, and by libvirt's definitions.
 
     files: by the names under which the disk's chain opens them; they need not exist
-    top: the file that the disk's user opens; own: (device, inode) of the disk's own images, which do not count; nor do
-    files that an unfinished merge, snapshot or restore has left beside them
+    top: the file that the guest opens
+    own: (device, inode) of the disk's own images, which do not count; neither do files that an unfinished merge,
+    snapshot or restore has left beside them
     image_dirs: the directories of --image-dir; those of SNAPCHAIN_IMAGE_DIRS are searched too
     """
     real = _resolved(top)
@@ -74,7 +75,7 @@ def _parent(place: Resolved) -> Resolved:
 
 
 def dependents_of_chain(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -> Dependents:
-    """What else depends on the files of an opened chain. image_dirs: as of `find_dependents`."""
+    """Other users of the files of an opened chain. image_dirs: as for `find_dependents`."""
     return find_dependents(
         [file.path for file in chain.files],
         top=chain.top.path,
@@ -84,7 +85,7 @@ def dependents_of_chain(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) -
 
 
 def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[Path, ...]:
-    """Where to look for images that depend on a file of the chain, besides the tree around its top."""
+    """The directories to search for users of the chain's files, besides the tree around its top."""
     own = [directory for file in chain.files for directory in (file.path.parent, file.real_path.parent)]
     return tuple(dict.fromkeys([*own, *image_dirs]))
 
@@ -92,7 +93,7 @@ def search_directories(chain: ImageChain, image_dirs: Sequence[Path]) -> tuple[P
 def _unfinished(directories: Iterable[Resolved]) -> Iterator[tuple[int, int]]:
     """(device, inode) of unfinished files of merges, snapshots and restores: nothing needs their backing files.
 
-    A second name of an image makes it none: anybody may have given that. Nor is one where a link of somebody leads.
+    A file with a second name does not count: any user may have added it. Neither does one behind another user's link.
     """
     for place in set(directories):
         if place.chosen_by is not None:
@@ -108,7 +109,7 @@ def _unfinished(directories: Iterable[Resolved]) -> Iterator[tuple[int, int]]:
 
 
 def image_directories() -> Iterator[Path]:
-    """What SNAPCHAIN_IMAGE_DIRS names."""
+    """The directories in SNAPCHAIN_IMAGE_DIRS."""
     return (Path(name) for name in os.environ.get(_VARIABLE, "").split(":") if name)
 
 
@@ -118,7 +119,7 @@ def is_outside(file: Path, top: Path) -> bool:
 
 
 def is_linked_elsewhere(file: Path, others: Dependents) -> bool:
-    """Whether a symbolic link in another directory leads to a file: the one by which it was named, or one found."""
+    """Whether a symbolic link in another directory leads to a file: the given path, or a link that was found."""
     home = real_path(file).parent
     links = [file, *(user.path for user in others.on(file, Kind.LINK) if user.path is not None)]
     return any(real_path(link.parent) != home for link in links)
@@ -129,13 +130,13 @@ def is_linked_elsewhere(file: Path, others: Dependents) -> bool:
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 TABLE = Path("/proc/self/mountinfo")
 _Mount = tuple[str, Path, Path]
-"""The filesystem's number, which of its directories (or files) is shown, and where."""
+"""The filesystem's number, its mounted directory or file, and the mount point."""
 
 
 def other_names(path: Path) -> list[Path]:
-    """The other paths of a file or directory whose own path holds no symbolic links. [] where that cannot be told."""
+    """The other paths of a file or directory whose own path holds no symbolic links. [] where they are unknown."""
     mounts = list(_mounts())
-    # Of several mounts at one place the last one is seen.
+    # Of several mounts at one place the last one is visible.
     holding = [mount for mount in mounts if path.is_relative_to(mount[2])]
     if not holding:
         return []
@@ -164,7 +165,7 @@ def _path(escaped: bytes) -> Path:
 
 
 def _is_same(name: Path, path: Path) -> bool:
-    """Not so where another mount hides it, or it is not there."""
+    """False where another mount hides the name, or it does not exist."""
     try:
         return name.samefile(path)
     except OSError:

@@ -1,15 +1,15 @@
-"""Which images and domains depend on a file: a search of directory trees and of libvirt's definitions.
+"""The images and domains that depend on a file: a search of directory trees and of libvirt's definitions.
 
     i1/disk.qcow2 ->+                      files: _base/img, which may be removed or written to
                     +-> _base/img          own:   i1/disk.qcow2, the disk that the command works on
     i2/disk.qcow2 ->+                      found: i2/disk.qcow2
 
-Only headers are read, breadth first from the first root on.  The files that a found image names are read as well,
-wherever they lie: an overlay here may use one elsewhere as its backing file, and that one a file of ours.  Files are
+Only headers are read, breadth first from the first root on.  Files that a found image names are read as well,
+wherever they lie: an overlay here may have a backing file elsewhere, which uses a file of ours.  Files are
 compared by device and inode, so links, hard links and bind mounts count as the file itself.
 
-The search is bounded.  What it could not read is reported (`Dependents.incomplete`) and stops no command, or an
-unreadable directory of another user would do so for ever.  With one exception: an unreadable image counts as a user of
+The search is bounded.  Unread directories are reported (`Dependents.incomplete`) and stop no command; otherwise another
+user's unreadable directory would block every command for ever.  One exception: an unreadable image counts as a user of
 every file that its owner could read (see `_may_depend_on`).
 """
 
@@ -50,7 +50,7 @@ Identity = tuple[int, int]
 
 
 class _Tree(NamedTuple):
-    """A directory to look into. by: who has led there by a link, None for root and for whoever is not root."""
+    """A directory to search. by: the user whose link leads there; None for root, and where this process is not root."""
 
     path: str
     by: Rights | None
@@ -71,7 +71,7 @@ class Kind(Enum):
 
 
 SEEN = (Kind.CONTENT, Kind.LINK, Kind.DEFINITION)
-"""Users that were found, not only possible ones."""
+"""Kinds of proven users, not merely possible ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Dependent:
 
 @dataclass(frozen=True, slots=True)
 class Dependents:
-    """What a search has found. incomplete: a sentence when not everything could be looked at."""
+    """The result of a search. incomplete: a sentence where a part could not be searched."""
 
     incomplete: str | None = None
     _found: dict[str, tuple[Dependent, ...]] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class _Search:
         self._directories: set[Identity] = set()
         self._read: set[str] = set()
         self._follow: deque[tuple[str, Rights | None]] = deque()
-        """Names of files to read, each with the rights of who has named it."""
+        """Names of files to read, each with the rights of the user that named it."""
         self._entries = 0
         self._seconds = 0.0
         self._stopped_at: str | None = None
@@ -165,7 +165,7 @@ class _Search:
     # --- trees
 
     def walk(self, roots: Iterable[Path | Resolved]) -> None:
-        """All files below the roots, those of the first ones first."""
+        """Read all files below the roots, in the order of the roots."""
         began = time.monotonic()
         named = [tree for tree in map(self._root, roots) if tree is not None]
         passed_over = {each for each in _SYSTEM if not any(Path(tree.path).is_relative_to(each) for tree in named)}
@@ -191,7 +191,7 @@ class _Search:
         return _Tree(str(found.real), found.chosen_by)
 
     def _directory(self, tree: _Tree) -> Iterator[_Tree]:
-        """Read the images of one directory; gives the directories in it."""
+        """Read the images of one directory; yields its directories."""
         below: list[_Tree] = []
         try:
             with Directory.open(Path(tree.path)) as home:
@@ -202,7 +202,7 @@ class _Search:
                 with acting_as(tree.by), os.scandir(home.opened()) as entries:
                     for entry in entries:
                         self._entries += 1
-                        # A link that leads nowhere, or where its maker may not look; gone meanwhile.
+                        # A dangling link, a link to a place that its owner may not read, or removed meanwhile.
                         with suppress(OSError, SnapchainError):
                             found = self._entry(tree, home, entry)
                             if found is not None:
@@ -217,14 +217,14 @@ class _Search:
         yield from below
 
     def _entry(self, tree: _Tree, home: Directory, entry: os.DirEntry[str]) -> _Tree | None:
-        """Read an image; gives a directory."""
+        """Read an image; returns a directory to search."""
         path = f"{tree.path.rstrip('/')}/{entry.name}"
         if not entry.is_symlink():
             if entry.is_dir(follow_symlinks=False):
                 return _Tree(path, tree.by)
             self._image(path, entry.stat(follow_symlinks=False), partial(_opened, home, entry.name, tree.by))
             return None
-        # A link is followed with the rights of who could have made it, and so is all below.
+        # A link, and all below it, is followed with the rights of the user that could have made it.
         maker = tree.by or home.rights_of_file(entry.stat(follow_symlinks=False))
         with acting_as(maker):
             status = entry.stat()
@@ -235,7 +235,7 @@ class _Search:
         return None
 
     def _link(self, path: str, status: os.stat_result) -> None:
-        """Somebody may open one of our files by a name of his own."""
+        """A guest may open one of our files by this name."""
         if path not in self._names:
             for real in self._files.get(_identity(status), ()):
                 self._add(real, path, "is a symbolic link to it", Kind.LINK, by=real_name(path))
@@ -245,7 +245,7 @@ class _Search:
     def _image(self, path: str, status: os.stat_result, opened: Callable[[], int], *, counts: bool = True) -> None:
         """Read an image that is not read yet.
 
-        opened: makes a descriptor of it; counts: whether it may depend on our files where it cannot be read
+        opened: makes a descriptor of it; counts: whether it may depend on our files if it cannot be read
         """
         if not _may_be_image(status) or (status.st_dev, status.st_ino) in self._own or path in self._read:
             return
@@ -275,14 +275,14 @@ class _Search:
                 self._add(real, str(image), "depends on it", Kind.CONTENT, by=by)
 
     def _meant(self, real: str) -> Collection[str]:
-        """Those of the files that a path without links leads to."""
+        """The files that a path without links leads to."""
         try:
             return self._files.get(_identity(os.stat(real)), ())  # noqa: PTH116 - a hot path
-        except OSError:  # it is not there, or not to be seen; its name says enough
+        except OSError:  # missing or invisible: compare by name
             return [real] if real in self._real else ()
 
     def _follow_names(self) -> None:
-        """Read the files that images name: these may lie anywhere, and have backing files themselves."""
+        """Read the files that images name: they may lie anywhere, and have backing files themselves."""
         while self._follow:
             path, by_whom = self._follow.popleft()
             if path not in self._read:
@@ -302,7 +302,7 @@ class _Search:
     # --- libvirt
 
     def domains(self, domains: Iterable[libvirt.Domain]) -> None:
-        """Disks of domains, the chains that their definitions record, and what the headers of these files name."""
+        """Read the disks of domains, the chains in their definitions, and the files that their headers name."""
         for domain in domains:
             for file in domain.files:
                 self._named_by(domain.name, file)
@@ -324,7 +324,7 @@ class _Search:
                 self._found.setdefault(real, {})[name] = dependent
 
     def read(self, images: Iterable[Path]) -> None:
-        """These images, wherever they lie."""
+        """Read these images, wherever they lie."""
         self._follow.extend((str(path), None) for path in images)
         self._follow_names()
 
@@ -337,7 +337,7 @@ class _Search:
         self._found.setdefault(real, {})[path] = Dependent(at, None, f"{encodable(shown)} {what}", kind, Path(by))
 
     def result(self, fault: str | None) -> Dependents:
-        """What was found, sorted by name, and what could not be looked at."""
+        """The users found, sorted by name, and the parts that could not be searched."""
         sentences = []
         if self._stopped_at is not None:
             sentences.append(
@@ -362,26 +362,26 @@ def _may_be_image(status: os.stat_result) -> bool:
 def _names_of(opened: Callable[[], int]) -> tuple[str, ...]:
     fd = opened()
     try:
-        # Whoever may swap names can put anything in the place of what was looked at.
+        # A user who may swap names can replace a file after it was read.
         return recorded_names(fd) if _may_be_image(os.fstat(fd)) else ()
     finally:
         os.close(fd)
 
 
 def _opened(home: Directory, name: str, by: Rights | None) -> int:
-    """An image of a directory. by: who has led here by a link: then with their rights, which are in force."""
+    """Open an image of a directory. by: the user whose link leads here; their rights are in force."""
     if by is None and home.is_shared:
         return home.open_file(name)
     return os.open(name, _READ | os.O_NOFOLLOW, dir_fd=home.fd)
 
 
 def _opened_by_name(path: str, by: Rights | None) -> int:
-    """A file that an image or a domain names. by: whose rights are in force; root's own are limited by the path."""
+    """Open a file that an image or a domain names. by: the rights in force; the path limits root's own."""
     return os.open(path, _READ) if by is not None else open_behind(Path(path))
 
 
 def _identity(status: os.stat_result) -> Identity:
-    """A block device may have many nodes."""
+    """(device, inode); of a block device its number, since it may have many nodes."""
     if stat.S_ISBLK(status.st_mode):
         return -1, status.st_rdev
     return status.st_dev, status.st_ino
@@ -399,9 +399,9 @@ def _links(path: Path) -> Iterator[str]:
 
 
 def _may_depend_on(file: str, user: int) -> bool:
-    """Whether an image of this user may depend on `file`: whether the user could read that.
+    """Whether an image of this user may depend on `file`, that is, whether the user could read it.
 
-    An image that its owner cannot use does not count.  Groups are not looked up: what a group may read, anybody may.
+    An image that its owner cannot use does not count.  Groups are not looked up: group access counts as everybody's.
     """
     if user == 0:
         return True

@@ -1,11 +1,11 @@
 """Whether two chains read the same, by reading only where they could differ.
 
-    shared lower files          what both take from them needs no look, nor what both leave zero
-    the very same place         of one file, or of one piece of disk (`sameness`), holds the same bytes
-    compressed clusters         are compared as they are stored
-    the rest                    is read from both, on several threads
+    shared lower files          not read, nor ranges that are zero in both
+    the very same place         of one file, or of one piece of disk (`sameness`): equal without reading
+    compressed clusters         compared as stored
+    the rest                    read from both, on several threads
 
-So the proof of a merge costs what was copied, not the disk; and where extents are shared, nothing.
+So the cost of proving a merge follows the copied bytes, not the disk; where extents are shared it is nothing.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RangesToCompare:
-    """What must be read to know whether two chains of one size differ.
+    """The ranges to read to find out whether two chains of one size differ.
 
-    plain: stretches that both store plain; start, stop: guest ranges to be read as a guest would
+    plain: ranges that both store uncompressed; start, stop: guest ranges to read as a guest does
     """
 
     plain: Pairs
@@ -51,12 +51,12 @@ class RangesToCompare:
 
     @property
     def bytes(self) -> int:
-        """Of the guest, to be read from each."""
+        """Guest bytes to read from each chain."""
         return int(self.plain.length.sum()) + int((self.stop - self.start).sum())
 
 
 def ranges_to_compare(old: ImageChain, new: ImageChain, *, shared: int, trust_place: bool = True) -> RangesToCompare:
-    """Where two chains of one size could differ; reads no guest data but compressed clusters.
+    """The ranges where two chains of one size could differ; of guest data it reads only compressed clusters.
 
     shared: how many of the lowest files are the same files in both; trust_place: bytes at one place are one (they are,
     unless the place was written to since the old map was read)
@@ -82,7 +82,7 @@ def ranges_to_compare(old: ImageChain, new: ImageChain, *, shared: int, trust_pl
 
 
 def _joined(start: Int64s, stop: Int64s) -> tuple[Int64s, Int64s]:
-    """Ranges that touch, as one."""
+    """Adjacent ranges joined."""
     if not len(start):
         return start, stop
     fresh = np.append(True, start[1:] != stop[:-1])
@@ -93,10 +93,10 @@ def _joined(start: Int64s, stop: Int64s) -> tuple[Int64s, Int64s]:
 def first_difference(
     old: ImageChain, new: ImageChain, found: RangesToCompare, *, on_bytes: OnBytes = lambda _count: None
 ) -> Difference | None:
-    """The first range that reads otherwise, to the byte at its start, or None.
+    """The first range that differs, exact at its start, or None.
 
-    found: of `ranges_to_compare`; on_bytes: told of bytes of `found.bytes` as they are compared, one call at a time.
-    A difference in size counts as one behind the end of the shorter. Errors as ImageChain.read_into.
+    found: from `ranges_to_compare`; on_bytes: called with the bytes compared, of `found.bytes`, one call at a time.
+    A difference in size counts as a difference after the end of the shorter. Errors as ImageChain.read_into.
     """
     if old.size != new.size:
         return Difference(min(old.size, new.size), max(old.size, new.size))
@@ -117,7 +117,7 @@ class _View:
 
 
 def _jobs(found: RangesToCompare) -> Iterator[_Plain | _View]:
-    """Pieces of at most _PIECE bytes, or some smaller ones together."""
+    """Pieces of at most _PIECE bytes, or several smaller ones together."""
     cut = found.plain.cut(_PIECE)
     ends = np.cumsum(cut.length)
     first = 0
@@ -132,7 +132,7 @@ def _jobs(found: RangesToCompare) -> Iterator[_Plain | _View]:
 
 
 class _Comparison:
-    """Reads pieces from both chains, from several threads; `first` is the lowest difference that was found."""
+    """Reads pieces from both chains, on several threads; `first` is the lowest difference found."""
 
     def __init__(self, old: ImageChain, new: ImageChain, on_bytes: OnBytes) -> None:
         self.first: Difference | None = None
@@ -177,7 +177,7 @@ class _Comparison:
 
 
 def _equal(one: memoryview, other: memoryview) -> bool:
-    """Of one length; eight bytes at a time as far as they go."""
+    """Compare buffers of one length, eight bytes at a time where possible."""
     whole = len(one) // 8 * 8
     same = np.array_equal(np.frombuffer(one[:whole], np.uint64), np.frombuffer(other[:whole], np.uint64))
     return bool(same) and bytes(one[whole:]) == bytes(other[whole:])

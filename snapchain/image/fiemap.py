@@ -1,8 +1,8 @@
-"""Where the filesystem keeps a file's blocks, to tell that two ranges are one piece of disk.
+"""The physical location of a file's blocks, to prove that two ranges are one piece of disk.
 
-Two ranges whose blocks are the same blocks hold the same bytes; nothing need be read.  Extents whose place says less
-(encoded, inline, delayed, unknown) prove nothing.  Only XFS and Btrfs are asked: elsewhere one number may stand for
-places on several devices (overlayfs, bcachefs), as it may for the realtime device of XFS.
+Two ranges with the same blocks hold the same bytes, so neither needs to be read.  Extents without a plain location
+(encoded, inline, delayed, unknown) prove nothing.  Only XFS and Btrfs are queried: elsewhere one number may mean
+places on several devices (overlayfs, bcachefs), as with the realtime device of XFS.
 Source: Linux Documentation/filesystems/fiemap.rst, include/uapi/linux/{magic,fs}.h.
 """
 
@@ -46,7 +46,7 @@ _REALTIME = 0x1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiskMap:
-    """A file's extents that say where they are: columns of equal length, ascending. All in bytes.
+    """A file's extents with a plain location: columns of equal length, ascending. All in bytes.
 
     key: physical less logical, so equal for bytes of one extent; unwritten: the blocks read as zeroes
     """
@@ -58,12 +58,12 @@ class DiskMap:
 
     @property
     def edges(self) -> Int64s:
-        """Every offset at which something begins or ends, ascending."""
+        """Every offset where an extent begins or ends, ascending."""
         return distinct(self.start, self.stop)
 
 
 def disk_map(fd: int, *, size: int) -> DiskMap | None:
-    """The extents of a file, its dirty pages written first; None where the filesystem does not tell."""
+    """The extents of a file, after its dirty pages are written; None where the filesystem does not report them."""
     if not _tells(fd):
         return None
     found: list[np.ndarray[tuple[int], np.dtype[np.void]]] = []
@@ -95,7 +95,7 @@ def disk_map(fd: int, *, size: int) -> DiskMap | None:
 
 
 def _tells(fd: int) -> bool:
-    """Whether equal numbers are equal places."""
+    """Whether equal physical offsets are equal places on this filesystem."""
     answer = bytearray(256)
     buffer = (ctypes.c_char * len(answer)).from_buffer(answer)
     # struct statfs begins with f_type, a long (an unsigned int on s390x, which is no matter here).
@@ -129,7 +129,7 @@ def same_blocks(one: DiskMap, at: Int64s, other: DiskMap, there: Int64s, length:
 
 
 def _look(held: DiskMap, offsets: Int64s) -> tuple[Int64s, Mask, Mask]:
-    """(place on the disk, whether unwritten, whether known) of single bytes."""
+    """(place on the disk, whether unwritten, whether known) of each offset."""
     if not len(held.start):
         nothing = np.zeros(len(offsets), np.bool_)
         return np.zeros(len(offsets), np.int64), nothing, nothing

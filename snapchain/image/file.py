@@ -1,6 +1,6 @@
-"""One opened image file: what it is, its map, and its bytes.
+"""One opened image file: its format, its map, and its bytes.
 
-Everything that can be judged is judged in `open`; reading later meets only what the disk or another writer does.
+All checks are made when it is opened; later reads fail only for faults of the disk or another writer.
 Reads are positioned, so any number of threads may share a file.
 """
 
@@ -38,7 +38,7 @@ class ImageFile:
 
     path: as QEMU would open it, absolute; real_path: with links resolved; chosen_by: see `Place`
     size: virtual size; cluster_size: 0 for raw; grain: the smallest piece that is allocated on its own
-    fingerprint: of the moment before its tables were read; see `changed`
+    fingerprint: taken before its tables were read; see `changed`
     """
 
     def __init__(self, place: Place, fd: int, *, format: Format, budget: RunBudget) -> None:
@@ -88,21 +88,21 @@ class ImageFile:
 
     @property
     def compression(self) -> Literal["zlib", "zstd"]:
-        """Of compressed clusters."""
+        """The method of its compressed clusters."""
         return self.header.compression if self.header else "zlib"
 
     @property
     def backing(self) -> Backing | None:
-        """As recorded."""
+        """The backing link as recorded."""
         return self.header.backing if self.header else None
 
     @cached_property
     def extents(self) -> Extents:
-        """This file alone as ABSENT, ZERO and DATA; kept as long as the file is open."""
+        """The map of this file alone as ABSENT, ZERO and DATA; cached while the file is open."""
         return self.shown_extents()
 
     def shown_extents(self) -> Extents:
-        """The same, made anew: what its tables say (`physical.extents()`), with holes of the file as ZERO."""
+        """The map from its tables (`physical.extents()`), with holes of the file as ZERO; computed on each call."""
         if self.header is None:
             return self.physical.extents()  # by its holes already
         held = file_bytes(self._fd)
@@ -121,15 +121,15 @@ class ImageFile:
 
     @property
     def resolved(self) -> Resolved:
-        """Where it lies, and who has chosen that."""
+        """Its path without links, and the user whose link chose it."""
         return Resolved(self.real_path, self.chosen_by)
 
     def check_may_be_changed(self) -> None:
-        """Raises Unsupported for a file that root reads by a link of somebody else, and is about to change."""
+        """Raises Unsupported where root is about to change a file that it reads through another user's link."""
         self.resolved.check_may_be_changed(self.path)
 
     def fileno(self) -> int:
-        """The read-only descriptor; it stays this object's."""
+        """The read-only descriptor, which this object closes."""
         return self._fd
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -186,7 +186,7 @@ class ImageFile:
         return view
 
     def close(self) -> None:
-        """Give the descriptor back; harmless when repeated."""
+        """Close the descriptor. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,9 +1,9 @@
 """Opening an image file that may be hostile: read-only, no symbolic link followed, nothing but a file or block device.
 
-Every directory on the way is opened with O_NOFOLLOW from the root on, and the file's type is known before it is
-opened for reading: a FIFO does not block us, a character device is never touched, a swapped name is noticed.  For root,
-host/directory.py says with whose rights; and whoever has named the file, by a link or as the backing file of an image
-of theirs, must be able to read it: else root would show them the disks of others.
+Every directory of the path is opened with O_NOFOLLOW from the root on, and the file's type is checked before it is
+opened for reading: a FIFO does not block, a character device is never touched, a swapped name is detected.  For root,
+host/directory.py decides the rights. A user who named the file, by a link or as the backing file of their image, must
+be able to read it; otherwise root would show them other users' disks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from snapchain.host.rights import DeniedToOther, Rights
 
 @dataclass(frozen=True, slots=True)
 class NamedBy:
-    """Who has named a file that is to be read. where: the link or the image that does it, by its own name.
+    """The user who named a file to be read. where: the name of the link or image that names it.
 
-    beside: whether a file in the same directory may be named that they could read if they could come there
-    is_owner: whether it is theirs; else it is root's, and they may write to it
+    beside: whether a file in the same directory is allowed that they could read if they could reach it
+    is_owner: whether the link or image belongs to them; otherwise it is root's, and they may write to it
     """
 
     rights: Rights
@@ -35,7 +35,7 @@ class NamedBy:
 
 
 def writers_to(fd: int, path: Path) -> tuple[NamedBy, ...]:
-    """Who could have written what an opened image says, besides root; () where this process is not root."""
+    """The users besides root that could have written an opened image; () where this process is not root."""
     if os.geteuid() != 0:
         return ()
     status = os.fstat(fd)
@@ -52,8 +52,8 @@ def open_image(
 ) -> int:
     """A descriptor of `path`, an absolute path without symbolic links (as `Place.of` gives it).
 
-    Raises NotFound, `refusal` for what is no regular file or block device, InvalidInput where access is denied,
-    Unsupported where it is denied to whoever has named the file.
+    Raises NotFound; `refusal` unless it is a regular file or block device; InvalidInput where access is denied;
+    Unsupported where it is denied to the user who named the file.
     """
     try:
         return _open(path, subject, refusal, named_by)

@@ -1,12 +1,12 @@
-"""Where the guest bytes of one image file lie in that file: runs as numpy columns, never an object per cluster.
+"""The place of guest bytes in one image file: runs as numpy columns, never an object per cluster.
 
     start   guest offset of the run; it ends where the next one starts
     kind    ABSENT, ZERO or DATA, as in model.extents
     host    DATA: where the run's bytes begin in the file; contiguous within a run
-    stored  0 for plain data; a compressed cluster is a run of its own, and this bounds its compressed bytes
+    stored  0 for plain data; each compressed cluster is one run, and this bounds its compressed bytes
 
 `PhysicalBuilder` takes runs in guest order, batch by batch, joins neighbours (DATA only where the host bytes join
-too) and fills what lies between with ABSENT.  How many runs an image may cost is a `RunBudget`.
+too) and fills gaps with ABSENT.  A `RunBudget` limits the number of runs.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Physical:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runs:
-    """A batch of ZERO and DATA runs in guest order without overlap; what they leave out is ABSENT."""
+    """A batch of ZERO and DATA runs in guest order without overlap; gaps are ABSENT."""
 
     start: Int64s
     end: Int64s
@@ -96,7 +96,7 @@ class Runs:
 
 
 class RunBudget:
-    """How many runs the images of one chain may cost together.
+    """The limit of runs for all images of one chain together.
 
     A few MiB of forged tables can describe billions of runs; at about 60 bytes of memory each, FREE of them stay
     below 200 MiB.  An image that is really that fragmented occupies disk space, and each 256 bytes of that buy
@@ -110,11 +110,11 @@ class RunBudget:
         self._left = runs
 
     def grant(self, occupied: int) -> None:
-        """Count in a file that occupies so many bytes of disk."""
+        """Raise the limit for a file that occupies so many bytes of disk."""
         self._left += occupied // self.BYTES_PER_RUN
 
     def spend(self, runs: int, *, subject: object) -> None:
-        """Raises Unsupported when the images are cut into more runs than they may cost."""
+        """Raises Unsupported when the images have more runs than the limit."""
         self._left -= runs
         if self._left < 0:
             raise Unsupported(
@@ -139,16 +139,16 @@ class PhysicalBuilder:
         self._stored = Column(np.int32)
 
     def add(self, runs: Runs) -> None:
-        """The next runs, all behind the ones before and inside [0, size)."""
+        """Add runs, all after the previous ones and inside [0, size)."""
         if not len(runs):
             return
         joined = _joined(Runs.concatenated(self._last, runs))
-        # The last run may go on in the next batch.
+        # The last run may continue in the next batch.
         self._emit(joined[: len(joined) - 1])
         self._last = joined[len(joined) - 1 :]
 
     def finish(self) -> Physical:
-        """Everything added, with ABSENT up to the size."""
+        """The map of all added runs, with ABSENT up to the size."""
         self._emit(self._last)
         if self._done < self._size:
             tail = np.array([self._done], np.int64)
@@ -183,7 +183,7 @@ class PhysicalBuilder:
 
 
 def _joined(runs: Runs) -> Runs:
-    """Neighbours that continue each other, as one run."""
+    """Neighbours that continue each other joined into one run."""
     length = runs.end[:-1] - runs.start[:-1]
     same = (runs.start[1:] == runs.end[:-1]) & (runs.kind[1:] == runs.kind[:-1])
     same &= (runs.stored[1:] == 0) & (runs.stored[:-1] == 0)

@@ -1,4 +1,4 @@
-"""Which file bytes stand behind the guest bytes of a view, as numpy columns: one row for each stretch of one file.
+"""The file bytes behind the guest bytes of a view, as numpy columns: one row for each stretch of one file.
 
 A row is plain (its bytes lie in the file as they are) or part of a compressed cluster.  Guest bytes that read as
 zeroes have no row.
@@ -24,7 +24,7 @@ class Pieces:
     file:   number of the file in the chain
     host:   plain: where the bytes begin in that file; compressed: where the cluster's compressed data begins
     stored: 0 for plain; for a compressed cluster the upper bound of its compressed bytes
-    whole:  compressed: the piece is all that the file's cluster shows
+    whole:  compressed: the piece is the whole visible part of the cluster
     """
 
     guest: Int64s
@@ -49,7 +49,7 @@ class Pieces:
 
 
 def pieces_of(wanted: Extents, view: Extents, files: Sequence[ImageFile]) -> Pieces:
-    """What is behind the DATA of `wanted`, as `view` (DATA: number of the owner) shows it. Both of one size."""
+    """The pieces behind the DATA of `wanted`, as `view` (DATA: number of the owner) shows it. Both of one size."""
     at, want, owner = pairwise(wanted, view)
     chosen = (want >= DATA) & (owner >= DATA)
     start, stop = at[chosen], np.append(at[1:], np.int64(view.size))[: len(at)][chosen]
@@ -97,7 +97,7 @@ def _of_file(physical: Physical, start: Int64s, stop: Int64s, number: int) -> Pi
 def joined_runs(
     keys: Sequence[npt.NDArray[np.int64] | npt.NDArray[np.int32]], start: Int64s, length: Int64s
 ) -> tuple[Int64s, Int64s]:
-    """(first row, length) of rows, joined where `start` is contiguous and all `keys` equal those of the row before."""
+    """(first row, length) of rows joined where `start` continues and all `keys` equal the row before."""
     if not len(start):
         return np.empty(0, np.int64), length
     fresh = np.empty(len(start), np.bool_)

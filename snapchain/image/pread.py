@@ -1,4 +1,4 @@
-"""Positioned reads that are whole or an error which names the file and the offset."""
+"""Positioned reads that return all bytes, or raise an error that names the file and the offset."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pread(fd: int, length: int, *, offset: int, subject: object) -> bytes:
 
 
 def file_bytes(fd: int) -> int:
-    """Size of a regular file or block device; what a device says by seeking to its end."""
+    """Size of a regular file or block device; of a device by seeking to its end."""
     return os.lseek(fd, 0, os.SEEK_END)
 
 
@@ -56,7 +56,7 @@ def write_all(fd: int, data: Buffer, offset: int) -> None:
 
 
 def write_vector(fd: int, parts: Sequence[Buffer], offset: int) -> None:
-    """Write buffers one behind the other from a file offset on, with few system calls; else as `write_all`."""
+    """Write buffers one after another from a file offset on, with few system calls; otherwise as `write_all`."""
     for batch in batches(parts):
         left = batch
         while left:

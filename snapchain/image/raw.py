@@ -1,4 +1,4 @@
-"""The map of a raw image: what the filesystem stores is DATA, its holes are ZERO.
+"""The map of a raw image: stored ranges are DATA, holes are ZERO.
 
 Like QEMU, the size is rounded up to 512 bytes and the rest of the last sector reads as zeroes.
 """
@@ -30,7 +30,7 @@ _BATCH = 65536
 
 
 def map_raw(fd: int, *, budget: RunBudget, subject: object) -> Physical:
-    """Where the bytes of a raw file or block device lie. Raises Unsupported for too many extents."""
+    """The map of a raw file or block device. Raises Unsupported for too many extents."""
     stored = file_bytes(fd)
     if stored > MAX_BYTES:
         raise Unsupported(f"a file of {stored} bytes is larger than QEMU's limit", subject=subject)
@@ -79,10 +79,10 @@ class _Target(Enum):
 
 
 class RawWriter:
-    """Fills a raw image. The file descriptor stays the caller's: it is not closed here.
+    """Fills a raw image. The caller closes the file descriptor.
 
     `fd` is a new empty file, or a device from `block_device.open_device`.  `subject` names it in errors.
-    resumed: an earlier run began the file, which has its size already
+    resumed: an earlier run began the file, and it has its size already
     """
 
     def __init__(self, fd: int, size: int, *, subject: object = None, resumed: bool = False) -> None:
@@ -101,7 +101,7 @@ class RawWriter:
             self.finish()
 
     def begin(self) -> None:
-        """Give a file its size, or see that a device is large enough. Raises InvalidInput when it is not."""
+        """Give a file its size, or check that a device is large enough. Raises InvalidInput when it is not."""
         with os_errors(self._subject):
             status = os.fstat(self._fd)
             if stat.S_ISBLK(status.st_mode):
@@ -138,7 +138,7 @@ class RawWriter:
                 zero_device(self._fd, offset, length)
 
     def finish(self) -> None:
-        """Force everything to the disk. Raises Unavailable when that fails; then nothing written is to be trusted."""
+        """Flush everything to the disk. Raises Unavailable when that fails; then no written byte can be trusted."""
         with os_errors(self._subject):
             os.fsync(self._fd)
 

@@ -1,7 +1,7 @@
-"""Which images of a directory use a file as their backing file.
+"""The images of a directory that use a file as their backing file.
 
-Looks at the headers of all files in some directories, and leniently: an image that snapchain would refuse (dirty,
-encrypted, in use) is somebody's disk all the same.  Only images in those directories are found.
+Reads the headers of all files in some directories, leniently: an image that snapchain would refuse (dirty, encrypted,
+in use) counts as well.  Only images in those directories are found.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _images(directories: Iterable[Path]) -> Iterator[Path]:
             for name in home.names():
                 try:
                     status = _looked_at(home, name)
-                except (OSError, SnapchainError):  # a link that leads nowhere, or gone meanwhile
+                except (OSError, SnapchainError):  # a dangling link, or removed meanwhile
                     continue
                 # Nothing smaller than a header is an image.
                 if stat.S_ISREG(status.st_mode) and status.st_size >= _BACKING.size:
@@ -70,7 +70,7 @@ def _images(directories: Iterable[Path]) -> Iterator[Path]:
 
 
 def _looked_at(home: Directory, name: str) -> os.stat_result:
-    """The status of a file, or of the target of a link, looked up with the rights of the link's owner."""
+    """The status of a file, or of a link's target with the rights of the link's owner."""
     status = home.status(name)
     if stat.S_ISLNK(status.st_mode):
         with acting_as(home.rights_of_file(status)):
@@ -79,7 +79,7 @@ def _looked_at(home: Directory, name: str) -> os.stat_result:
 
 
 def _backing_name(path: Path) -> str | None:
-    """What a qcow2 header records, however broken the image is otherwise. Raises OSError for one that is not read."""
+    """The backing name in a qcow2 header, even of a broken image. Raises OSError for an unreadable one."""
     try:
         fd = open_behind(path)
     except (FileNotFoundError, SnapchainError):  # gone, or swapped, meanwhile
@@ -94,8 +94,8 @@ def _backing_name(path: Path) -> str | None:
 def recorded_names(fd: int) -> tuple[str, ...]:
     """The files that an opened image's header names: its backing file, and files with its data. () for other files.
 
-    However broken the image is otherwise. Knows qcow2 (with its external data file), qcow, QED and VMDK; a VHD or VHDX
-    names its parent where the header does not show it. Raises OSError for a file that is not read.
+    Also of a broken image. Supports qcow2 (with its external data file), qcow, QED and VMDK; a VHD or VHDX records its
+    parent outside the header. Raises OSError for an unreadable file.
     """
     head = os.pread(fd, _FIRST_BYTES, 0)
     if not head.startswith(_MAGICS):
@@ -111,7 +111,7 @@ def _as_url(name: bytes) -> bytes:
 
 
 def named_files(image: Path, name: str) -> tuple[Path, ...]:
-    """What a recorded name may mean: a plain path, `file:`, or any string of `json:`. () for other protocols."""
+    """The files that a recorded name may mean: plain paths, `file:`, strings of `json:`; () for other protocols."""
     # An image behind a symbolic link may be opened by either path.
     directories = dict.fromkeys([image.parent, Path(real_name(image)).parent])
     return tuple(directory / each for each in _paths(name) if "\0" not in each for directory in directories)
@@ -129,7 +129,7 @@ def mentions(name: str, file: Path) -> bool:
 
 
 def is_protocol(name: str) -> bool:
-    """Whether QEMU takes it for a protocol, or for options."""
+    """Whether QEMU parses the name as a protocol, or as options."""
     return ":" in name.split("/", 1)[0]
 
 
@@ -172,7 +172,7 @@ def _header_names(fd: int, head: bytes) -> list[bytes]:
     _, version, offset, length = _BACKING.unpack_from(head)
     name = b""
     if offset and 0 < length <= MAX_BACKING_NAME_BYTES:
-        # The first cluster may be larger than what was read.
+        # The first cluster may be larger than the bytes read.
         name = os.pread(fd, length, offset) if offset <= _LARGEST_CLUSTER else b""
     return [name, *(map(_as_url, _data_files(head)) if version >= 3 else ())]
 

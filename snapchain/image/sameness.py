@@ -1,4 +1,4 @@
-"""Which stretches of two chains need not be read, since both show one place, or the same compressed bytes.
+"""The stretches of two chains that are equal without reading: both show one place, or the same compressed bytes.
 
 A pair is a stretch of the guest that each of two chains takes from one stretch of one file.  One place is the same
 offset of the same file, or offsets of two files whose blocks are the very same blocks of the disk (`fiemap`).
@@ -51,7 +51,7 @@ class Pairs:
         )
 
     def joined(self) -> Pairs:
-        """Plain neighbours that are contiguous in the guest and in both files, joined."""
+        """Plain neighbours that continue in the guest and in both files, joined."""
         keys = [self.one, self.other, self.one_host - self.guest, self.other_host - self.guest]
         first, length = joined_runs(keys, self.guest, self.length)
         rows = self[first]
@@ -92,7 +92,7 @@ class Pairs:
 
 
 def pairs_of(wanted: Extents, one: ImageChain, other: ImageChain) -> Pairs:
-    """What both chains have behind the DATA of `wanted`, where both answer DATA."""
+    """The pairs behind the DATA of `wanted`, where both chains have DATA."""
     left = pieces_of(wanted, one.resolve(), one.files)
     right = pieces_of(wanted, other.resolve(), other.files)
     guest = distinct(left.guest, right.guest)
@@ -125,7 +125,7 @@ def _at(pieces: Pieces, guest: Int64s) -> tuple[Int64s, Int64s, Int64s]:
 
 
 def same_place(pairs: Pairs, one: ImageChain, other: ImageChain) -> Mask:
-    """Which pairs are one place, plain or compressed. Asks the filesystem, where it shares extents and says so."""
+    """Which pairs are one place, plain or compressed. Queries filesystems that share extents and report them."""
     alike = (pairs.one_stored == pairs.other_stored) & ((pairs.one_stored == 0) | pairs.whole)
     proven = np.zeros(len(pairs), np.bool_)
     maps: dict[tuple[int, int], DiskMap | None] = {}
@@ -158,7 +158,7 @@ def _one_reading(one: ImageFile, other: ImageFile, *, squeezed: bool) -> bool:
 
 
 def equal_compressed(pairs: Pairs, one: ImageChain, other: ImageChain) -> Mask:
-    """Which pairs are whole compressed clusters of the same stored bytes. (Others may still read the same.)"""
+    """Which pairs are whole compressed clusters with equal stored bytes. (Others may still read the same.)"""
     equal = np.zeros(len(pairs), np.bool_)
     alike = pairs.whole & (pairs.one_stored > 0) & (pairs.one_stored == pairs.other_stored)
     for row in np.flatnonzero(alike).tolist():

@@ -1,7 +1,7 @@
-"""Work spread over a few threads: jobs come from an iterator as they are wanted, the first failure ends it all.
+"""Work spread over a few threads: jobs come from an iterator on demand, and the first failure ends all.
 
 Reading, writing, hashing and decompressing release the interpreter's lock.  Ctrl-C arrives in the thread that waits
-here: jobs that are under way end, no further one begins.
+here: running jobs finish, no further one begins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WAKE = 0.5
 
 
 def spread(jobs: Iterable[T], work: Callable[[T], None], *, threads: int | None = None) -> None:
-    """Do `work` on every job, in any order. Raises what the first failing one raised."""
+    """Do `work` on every job, in any order. Raises the error of the first failing job."""
     count = threads or min(AT_MOST, len(os.sched_getaffinity(0)))
     waiting = iter(jobs)
     lock = threading.Lock()

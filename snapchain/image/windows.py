@@ -1,8 +1,8 @@
-"""Which leaves of a layer must be read, and in what portions.
+"""The leaves of a layer to read, in portions.
 
-A layer changes the content of the chain only in the leaves that it touches; of those, only where it, or what it lies
-on, shows data is there anything to read: two zeroes are equal unseen.  A window is some such leaves, at most
-`WINDOW` bytes of them, whatever the gaps between; each window of a sender is one DATA frame.
+A layer changes the content of the chain only in the leaves that it touches. Of these, a leaf needs reading only where
+the layer, or the chain below, has data: two zeroes are equal unread.  A window is several such leaves, at most `WINDOW`
+bytes of them, whatever the gaps between; each window of a sender is one DATA frame.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ def hot_leaves(extents: Extents, view: ImageChain, below: ImageChain | None) -> 
     touched = rounded(extents, LEAF_BYTES)
     shows = over(_data(extents), _data(view.resolve()))
     if below is not None:
-        # By leaves before it is cut: data in the tail that a shorter layer cuts off are in a leaf whose head stays.
+        # By leaves before the cut: data in the cut-off tail may share a leaf with a head that stays.
         shows = over(rounded(_data(below.resolve()), LEAF_BYTES).resized(size, ABSENT), shows)
         if size < below.size and size % LEAF_BYTES:
-            # The leaf in which a shorter layer ends has lost its tail, whoever holds its head.
+            # The leaf in which a shorter layer ends has lost its tail, whichever layer holds its head.
             cut = size // LEAF_BYTES * LEAF_BYTES
             touched = over(touched, covering(size, np.array([cut]), np.array([size])))
     return where(rounded(shows, LEAF_BYTES), touched)
 
 
 def hidden_leaves(size: int, below: ImageChain) -> Extents:
-    """DATA on each leaf that a layer of `size` bytes cuts off what it lies on."""
+    """DATA on each leaf of the chain below that a layer of `size` bytes cuts off."""
     lower = rounded(_data(below.resolve()), LEAF_BYTES)
     first = min(-(-size // LEAF_BYTES) * LEAF_BYTES, below.size)
     return where(lower, covering(below.size, np.array([first]), np.array([below.size])))
@@ -70,7 +70,7 @@ def data_leaves(view: ImageChain) -> Extents:
 
 
 def windows(leaves: Extents, *, since: int = 0, until: int | None = None) -> Iterator[Window]:
-    """The hot leaves that end behind guest offset `since`, and begin before `until`, in portions.
+    """The hot leaves that end after guest offset `since`, and begin before `until`, in portions.
 
     since, until: ends of leaves; `since` where a window ended
     """

@@ -1,4 +1,4 @@
-"""Collecting: the space of what no point needs is given back."""
+"""Collecting: free the space of data that no point needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plan(repository: Repository) -> GcPlan:
 def run(repository: Repository, *, on_event: OnEvent = ignore) -> GcReport:
     """Collect, alone: waits for writers, and makes them wait. Raises Busy when they take too long.
 
-    Readers go on: what they read is left for another time.  What a plan saw earlier is not relied on.
+    Readers continue: data that they read is left for the next run.  An earlier plan is not relied on.
     Raises Refused, and moves nothing, where objects cannot be deleted.
     """
     deleted = 0

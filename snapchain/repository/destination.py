@@ -1,4 +1,4 @@
-"""A repository as a Destination. What few commands do is loaded by those that do it."""
+"""A repository as a Destination. Modules that few commands need are imported on use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Collecting:
-    """Work that gives back the space of what no point needs."""
+    """Work that frees the space of data that no point needs."""
 
     repository: Repository
 
@@ -69,7 +69,7 @@ class RepositoryDestination(RepositoryWriting):
 
     @property
     def keys(self) -> Keyring:
-        """What opens the objects of the repository: for programs that read them by docs/format.md."""
+        """The keys of the repository's objects: for programs that read them by docs/format.md."""
         return self.repository.keys
 
     @property

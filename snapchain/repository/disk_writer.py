@@ -31,9 +31,9 @@ from snapchain.repository.repository import Repository
 from snapchain.repository.soundness import damaged_points, is_whole
 
 _ATTEMPTS = 8
-"""How often a point is published again because somebody else was faster."""
+"""Retries of publishing a point when another writer was faster."""
 _LOOKS = 3
-"""How often a shipment begins again because damage came to light."""
+"""Restarts of a shipment when damage is found."""
 
 
 class RepositoryWriting:
@@ -162,7 +162,7 @@ class DiskWriter(_Look):
     def add(
         self, layer: NewLayer, parent: HeldLayer | None, *, confirm: Callable[[], None], on_bytes: Callable[[int], None]
     ) -> HeldLayer:
-        """See `LayerWriter`. An amount has arrived when it is in the store: what was read, less what waits."""
+        """See `LayerWriter`. Bytes have arrived when they are in the store: bytes read, less bytes that wait."""
         below = self._below(parent)
         self._arrival.on_bytes = on_bytes
         self._arrival.show()
@@ -203,7 +203,7 @@ class DiskWriter(_Look):
                 size=top.size,
                 content_id=top.content_id,
             )
-            # Before each attempt: who overtook us may have been a collector that took us for dead.
+            # Before each attempt: the faster one may have been a collector that took this run for dead.
             self._lease.check()
             points = (*(catalogue.points if catalogue else ()), point)
             parents = {**(catalogue.parents if catalogue else {}), **links}
@@ -298,7 +298,7 @@ class _Arrival:
         self.show()
 
     def show(self) -> None:
-        """Report the bytes that have arrived by now."""
+        """Report the bytes that have arrived."""
         if self.deposit is None:
             return
         with self._lock:

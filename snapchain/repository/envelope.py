@@ -1,6 +1,6 @@
-"""JSON that a repository stores, read back: what is unknown is of a newer snapchain, what is malformed is damage.
+"""Read the JSON that a repository stores: unknown fields come from a newer snapchain, malformed text is damage.
 
-The difference matters to whoever reads the message: one is cured by an upgrade, the other by nothing.
+The difference matters to the reader of the message: an upgrade cures the first, nothing cures the second.
 
 A hostile store must not make reading expensive. A parser that collects every error of a text takes 500 times the memory
 of that text, so each list stops at its first error, and an object with absurdly many fields is one error.
@@ -41,7 +41,7 @@ _UNKNOWN = frozenset({"extra_forbidden", "literal_error", "enum"})
 
 
 class StoredModel(BaseModel):
-    """What a repository stores as JSON. An unknown field is of a newer snapchain."""
+    """A record that a repository stores as JSON. An unknown field comes from a newer snapchain."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -74,13 +74,13 @@ def parse(model: type[Stored], text: bytes, *, what: str, subject: str) -> Store
 
 
 def newer(what: str, subject: str) -> Unsupported:
-    """The error for something that this program is too old for."""
+    """The error for a record that only a newer program can read."""
     return Unsupported(f"{what} was written by a newer snapchain", subject=subject, hint="use a newer snapchain")
 
 
 @functools.cache
 def made_by() -> str:
-    """What new records say of the program that wrote them, e.g. `snapchain 0.1.0`."""
+    """The program name in new records, e.g. `snapchain 0.1.0`."""
     try:
         return f"snapchain {metadata.version('snapchain')}"
     except metadata.PackageNotFoundError:  # run from a source tree that was not installed
@@ -119,7 +119,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """What a record of one kind may unpack to: `most` bytes, and not more than `ratio` times what is stored.
+    """The largest unpacked size of a kind of record: `most` bytes, and `ratio` times the stored size.
 
     Up to `free` bytes any ratio is allowed.
     """
@@ -151,7 +151,7 @@ def head(kind: bytes) -> bytes:
 
 
 def check_head(data: bytes, kind: bytes, *, subject: str) -> None:
-    """Raises Corrupt or Unsupported when these are not the first bytes of such an object."""
+    """Raises Corrupt or Unsupported unless `data` begins like an object of this kind."""
     if len(data) < HEAD_BYTES or data[:7] != MAGIC + kind:
         raise Corrupt("this is not the snapchain object that its name says", subject=subject)
     if data[7] != FORMAT:
@@ -189,7 +189,7 @@ def unseal(keys: Keyring, kind: bytes, name: str, data: bytes) -> bytes:
 
 
 def _plain_frame(body: bytes) -> Iterator[bytes]:
-    """`body` as a zstd frame of raw blocks (RFC 8878): what compresses too well, a reader takes for a bomb."""
+    """`body` as a zstd frame of raw blocks (RFC 8878): a reader refuses text that compresses too well, as a bomb."""
     yield struct.pack("<IBQ", zstandard.MAGIC_NUMBER, 0xE0, len(body))  # single segment, content size of 8 bytes
     for at in range(0, max(len(body), 1), zstandard.BLOCKSIZE_MAX):
         piece = body[at : at + zstandard.BLOCKSIZE_MAX]
@@ -199,7 +199,7 @@ def _plain_frame(body: bytes) -> Iterator[bytes]:
 
 
 def decompress(packed: bytes, limit: int, *, subject: str) -> bytes:
-    """One zstd frame that says its size, which is at most `limit`. Raises Corrupt otherwise."""
+    """Decompress one zstd frame with a recorded size of at most `limit`. Raises Corrupt otherwise."""
     try:
         size = zstandard.frame_content_size(packed)
         if not 0 <= size <= limit:

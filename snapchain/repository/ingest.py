@@ -1,7 +1,7 @@
-"""Takes one layer in: read -> hash -> look up -> compress -> encrypt -> pack -> upload, on all cores.
+"""Ingest one layer: read -> hash -> look up -> compress -> encrypt -> pack -> upload, on all cores.
 
-Workers take tasks (tasks.py); what they return is put together in guest order by the calling thread, so that
-pages are cut alike whatever the timing.  A bounded number of tasks is under way, packs wait in a bounded queue:
+Workers take tasks (tasks.py); the calling thread joins their results in guest order, so that pages are cut
+alike whatever the timing.  A bounded number of tasks is under way, packs wait in a bounded queue:
 memory does not follow the size of the disk.
 """
 
@@ -50,7 +50,7 @@ _UNDER_WAY = 4
 
 
 class LayerSource(Protocol):
-    """What is taken in.
+    """A layer to ingest.
 
     size: virtual size in bytes; extents: the layer's own map (DATA, ZERO, ABSENT)
     """
@@ -99,7 +99,7 @@ class Ingest:
     def take(self, source: LayerSource, below: Sequence[StoredLayer], on_bytes: Callable[[int], None]) -> Ingested:
         """Take in one layer that lies on the chain `below` (root first, may be empty).
 
-        on_bytes: told, in the calling thread, how many guest bytes were read since it was last told.
+        on_bytes: called in the calling thread with the guest bytes read since the last call.
         """
         shortened = bool(below) and source.size < below[-1].size
         extents = with_last_leaf(source.extents) if shortened else source.extents
@@ -135,7 +135,7 @@ class Ingest:
             while under_way:
                 yield under_way.popleft().result()
         finally:
-            # A worker may wait for a slow upload; after a Ctrl-C nobody waits for the worker.
+            # A worker may wait for a slow upload; after a Ctrl-C no thread waits for the worker.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _work(self, source: LayerSource, extents: Extents, below: Sequence[StoredLayer], task: Task) -> _Result:
@@ -174,7 +174,7 @@ class Ingest:
         return _Result(rows, packs, fresh, change_of(below, *spans(task), fresh), bytes_read)
 
     def _store(self, data: memoryview, piece_hashes: bytes | None = None) -> Blob:
-        """Where these bytes lie in the repository, after they were put there if they were not."""
+        """The location of these bytes in the repository; they are stored if they are new."""
         blob = self._keys.blob_id(b"".join(_hashes(data)) if piece_hashes is None else piece_hashes)
         known = self._index.find(blob)
         if known is None:
@@ -233,7 +233,7 @@ def _hashes(data: memoryview) -> Iterator[bytes]:
 
 
 def change_of(below: Sequence[StoredLayer], first: Int64s, stop: Int64s, fresh: Rows) -> Sum:
-    """What the leaves of some guest ranges add to the content sum, less what those of the chain below had there.
+    """The change of the content sum by the leaves of some guest ranges, less the leaves of the chain below there.
 
     first, stop: int64[n], ranges in bytes, ascending, apart; fresh: LEAF_ROWs inside them
     """

@@ -1,8 +1,8 @@
 """Key slots: the master key, wrapped by a key that Argon2id makes from a passphrase.
 
 Several slots may wrap the same master key.  The hash of `config` is bound to each, so that a store that alters one byte
-of the configuration (say, the suite or the repository's id) makes every passphrase fail instead of being believed.  One
-that says there is no encryption has no slot to fail: Repository.open and known.py see to that.
+of the configuration (say, the suite or the repository's id) makes every passphrase fail instead of being believed.  A
+configuration without encryption has no slot that could fail: Repository.open and known.py check for that.
 
 A store can plant slots.  What a slot costs is bounded from above, so that a planted one does not stall us, and from
 below, so that it is no cheaper test of a guessed passphrase than the true slot; all slots together have a budget.  The
@@ -56,7 +56,7 @@ class KeySlot(StoredModel):
 
     @property
     def cost(self) -> float:
-        """Its work, as a multiple of that of a slot that this program writes."""
+        """Its work, as a multiple of a slot that this program writes."""
         return self.memory_kib * self.iterations / (MEMORY_KIB * ITERATIONS)
 
     def wrapping_key(self, passphrase: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What this machine remembers of repositories: which one is at an address, and how far each of its disks had come.
+"""The repositories that this machine has used: the id at each address, and the newest generation of each disk.
 
 A store in hostile hands could put another repository at a known address: an older one of the same passphrase, or one
 without encryption, which would be sent the next point in plain text.  Or it could take the newest generations of a disk
@@ -6,7 +6,7 @@ away: the older ones are valid, and only a machine that has seen a newer one can
 refuses all of these, until its user accepts by id what is there now (`snapchain log DEST --accept-repository ID`).
 
 One address may be written in several ways, so it is remembered under several: as it was given, and without links.
-Where nothing can be remembered, or nothing was, a notice says so: then these attacks would not be seen.
+A notice reports where no state exists or can be written: then these attacks would go undetected.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Generations(BaseModel):
 
 
 class Recalled:
-    """What is remembered of one address, before the repository there is opened.
+    """The state remembered for one address, before the repository there is opened.
 
     places: the ways in which its address is written, the one that counts first; url: for hints
     """
@@ -180,7 +180,7 @@ class SeenGenerations:
         self._written: dict[str, int] = {}
 
     def begin(self) -> bool:
-        """Read what is remembered, and write it down again; whether nothing was.
+        """Read the remembered generations, and write them again. Returns whether there were none.
 
         Raises Corrupt for a damaged file, and as the state directory.
         """
@@ -189,7 +189,7 @@ class SeenGenerations:
             def make(state: PrivateDirectory) -> bool:
                 with state.locked():
                     there = self._read(state)
-                    self._write(state, there or {})  # always: a state that cannot be written is told at once
+                    self._write(state, there or {})  # always: a state that cannot be written is reported at once
                     self._generations = {} if there is None else there
                     self._written = dict(self._generations)
                     return there is None
@@ -223,7 +223,7 @@ class SeenGenerations:
             known[disk] = max(generation, known.get(disk, 0))
 
     def flush(self) -> None:
-        """Write down what is new. What cannot be written was told when the repository was opened."""
+        """Write new generations. A state that cannot be written was reported when the repository was opened."""
         with self._lock:
             known = self._loaded()
             if known == self._written:

@@ -182,7 +182,7 @@ def test_ship_restore_and_inspect(run: Run, chain: list[Path], place: Place, tmp
     ("words", "status", "kind", "hint"),
     [
         (["restore", "dir:/no/such/place::vda", "a.raw"], 3, "not-found", None),
-        (["restore", "dir:relative::vda", "a.raw"], 2, "invalid-input", "dir:/path"),
+        (["restore", "dir:relative::vda", "a.raw"], 2, "invalid-input", "write dir:/"),
         (["restore", "dir:/r::vda", "a.raw", "--password-file", "x"], 2, "invalid-input", None),
         (["restore", "dir:/r", "a.raw"], 2, "invalid-input", "DEST::DISK"),
         (["restore", "dir:/r::vda", "a.unknown"], 2, "invalid-input", "--format"),

@@ -1,7 +1,7 @@
 """Rounding a layer's map out to whole clusters, so that a file of another cluster size can hold it.
 
 A layer made with clusters of 4 KiB, or with subclusters, or a raw file's map by sectors, goes into clusters of 64 KiB.
-What is added to a cluster must not change what the stack shows, so it comes from the view through this layer.
+The added bytes must not change the content of the stack, so they come from the view through this layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def aligned(extents: Extents, resolved: Extents, *, cluster_size: int) -> Extent
     zero = _touched(kinds, kinds.val == ZERO, cluster_size)
     data = _touched(kinds, kinds.val == DATA, cluster_size)
     not_zero = _touched(resolved, resolved.val >= DATA, cluster_size)
-    mixed = where(not_zero, zero)  # where all is ZERO, nothing shines through
+    mixed = where(not_zero, zero)  # where all is ZERO, no lower data shows
     return fold((zero.mapped(np.where(zero.val == DATA, ZERO, ABSENT)), mixed, data))
 
 

@@ -1,7 +1,7 @@
 """The bytes of every table of a planned qcow2 file, in bounded batches.
 
-`metadata` yields (file offset, bytes) for all but the header, in file order; `header` gives the cluster that makes the
-file an image and is therefore written last.  Pure: no file is touched here.
+`metadata` yields (file offset, bytes) for all but the header, in file order; `header` returns the cluster that makes
+the file an image and is therefore written last.  Pure: no file is touched here.
 
 A batch of L2 tables is one flat array of entries; each finds its run by counting the run starts before it, so the cost
 is one pass over entries and runs, never a Python object per cluster.  Source: QEMU docs/interop/qcow2.txt.
@@ -38,7 +38,7 @@ Uint64s = npt.NDArray[np.uint64]
 
 
 def header(layout: Layout) -> bytes:
-    """The header cluster. Raises InvalidInput when the backing name cannot stand in it."""
+    """The header cluster. Raises InvalidInput when the backing name does not fit into it."""
     extensions = b""
     name = b""
     if layout.backing is not None:
@@ -88,14 +88,14 @@ def metadata(layout: Layout, *, batch: int = BATCH) -> Iterator[tuple[int, memor
 
 
 def refcount_table(layout: Layout) -> Uint64s:
-    """uint64[refcount blocks], where each lies."""
+    """uint64[refcount blocks], the offset of each."""
     return (layout.refcount_blocks_offset + np.arange(layout.refcount_blocks) * layout.cluster_size).astype(np.uint64)
 
 
 def refcounts(layout: Layout, first: int, count: int) -> npt.NDArray[np.uint16]:
     """uint16[count * counts per block] of refcount blocks [first, first + count).
 
-    One for every cluster, except in the area of compressed clusters, where each counts its own.
+    One for every cluster, except in the area of compressed clusters, where several may share a cluster.
     """
     per_block = layout.cluster_size // REFCOUNT_BYTES
     start, stop = first * per_block, (first + count) * per_block
@@ -164,7 +164,7 @@ def values_of(guest: Int64s, extents: Extents) -> Int64s:
 
 
 def run_of(offsets: Int64s, starts: Int64s) -> Int64s:
-    """For ascending offsets the last start that is not above each, else -1."""
+    """For ascending offsets the index of the last start that is not above each, else -1."""
     low = int(np.searchsorted(starts, offsets[0], side="right"))
     high = int(np.searchsorted(starts, offsets[-1], side="right"))
     steps = np.bincount(np.searchsorted(offsets, starts[low:high]), minlength=len(offsets))
@@ -172,7 +172,7 @@ def run_of(offsets: Int64s, starts: Int64s) -> Int64s:
 
 
 def _add_packed(entries: Uint64s, tables: Int64s, layout: Layout, *, bitmaps: Uint64s | None = None) -> None:
-    """Write the descriptors of compressed clusters over `entries` of these tables."""
+    """Write the descriptors of compressed clusters into `entries` of these tables."""
     packed = layout.packed
     per_table = layout.l2_entries
     low, high = np.searchsorted(
@@ -193,8 +193,8 @@ def _add_packed(entries: Uint64s, tables: Int64s, layout: Layout, *, bitmaps: Ui
 def subcluster_bitmaps(guest: Int64s, extents: Extents, size: int) -> Uint64s:
     """The subcluster bitmaps of these clusters: low half allocated, high half reads as zeroes.
 
-    A run gives whole clusters between its ends, found by counting; and at most two cut ones, added one by one.
-    Bits of different runs never meet, so adding is the same as or-ing.
+    A run covers whole clusters between its ends, found by counting, and at most two in part, added one by one.
+    Bits of different runs never overlap, so adding is the same as or-ing.
     """
     low = int(np.searchsorted(extents.at, guest[0], side="right")) - 1
     high = int(np.searchsorted(extents.at, guest[-1] + size - 1, side="right"))
@@ -232,7 +232,7 @@ def _cut(at: Int64s, stop: Int64s, size: int) -> Iterator[tuple[Int64s, Uint64s,
 
 
 def backing_name(name: str) -> bytes:
-    """As QEMU stores it. A colon before the first slash would name a protocol, not a file."""
+    """The name as QEMU stores it. A colon before the first slash would mean a protocol, not a file."""
     try:
         raw = name.encode()
     except UnicodeEncodeError as error:

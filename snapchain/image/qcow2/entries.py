@@ -20,7 +20,7 @@ from snapchain.image.qcow2.tables import ImageFd, UInt64s
 from snapchain.model.extents import ABSENT, DATA, ZERO
 
 _THIN = 8
-"""Tables of which less than one entry in so many is used are decoded entry by entry."""
+"""Tables with less than one used entry in so many are decoded entry by entry."""
 _ZERO_KEY = np.int64(-(1 << 62))
 _ABSENT_KEY = np.int64(-(1 << 62) + 1)
 
@@ -97,7 +97,7 @@ def decode_standard(image: ImageFd, guest: Int64s, tables: UInt64s) -> Decoded:
 
 
 def _without_gaps(guest: Int64s, tables: UInt64s, cluster_size: int) -> tuple[Int64s, UInt64s]:
-    """Thinly filled tables as rows of one entry each, without the empty ones: cost follows what is mapped."""
+    """Sparse tables as rows of one entry each, without the empty ones: the cost follows the mapped entries."""
     width = tables.shape[1]
     cell = np.flatnonzero(tables)
     if len(cell) * _THIN > tables.size:
@@ -106,7 +106,7 @@ def _without_gaps(guest: Int64s, tables: UInt64s, cluster_size: int) -> tuple[In
 
 
 def compressed_entries(image: ImageFd, guest: Int64s, tables: UInt64s) -> Mask | None:
-    """Where compressed entries are; None for nowhere, which saves the passes for them."""
+    """The mask of compressed entries; None for none, which saves the passes for them."""
     seen = int(np.bitwise_or.reduce(tables, axis=None))
     if not seen & COMPRESSED:
         return None
@@ -146,7 +146,7 @@ def cluster_offsets(
 
 
 def compressed_runs(image: ImageFd, guest: Int64s, tables: UInt64s, compressed: Mask) -> Runs:
-    """One run for each compressed cluster, checked to lie in the file."""
+    """One run for each compressed cluster; checks that it lies in the file."""
     size = image.header.cluster_size
     bits = compressed_offset_bits(image.header.cluster_bits)
     cell = np.flatnonzero(compressed)
@@ -167,7 +167,7 @@ def compressed_runs(image: ImageFd, guest: Int64s, tables: UInt64s, compressed: 
 
 
 def in_guest_order(*parts: Runs) -> Runs:
-    """Runs of several kinds of entry, laid between each other."""
+    """Runs of several kinds of entry, merged in guest order."""
     filled = [part for part in parts if len(part)]
     if len(filled) == 1:
         return filled[0]
@@ -176,6 +176,6 @@ def in_guest_order(*parts: Runs) -> Runs:
 
 
 def place(guest: Int64s, wrong: Mask, image: ImageFd) -> str:
-    """Where the first wrong entry maps, for messages."""
+    """The guest offset of the first wrong entry, for messages."""
     row, column = divmod(int(wrong.argmax()), wrong.shape[1])
     return f"at guest offset {int(guest[row]) + column * image.header.cluster_size}"

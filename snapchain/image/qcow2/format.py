@@ -1,7 +1,7 @@
 """The qcow2 format as numbers: magic, feature bits, entry masks, limits, and the header's fixed fields.
 
 Names are those of QEMU's docs/interop/qcow2.txt and block/qcow2.h (7.2).  Everything on disk is big-endian.
-Nothing here reads a file or judges an image: `header.py` and `tables.py` judge, `write.py` writes.
+Nothing here reads a file or checks an image: `header.py` and `tables.py` check, `write.py` writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUBCLUSTERS = 32
 
 
 class Incompatible(IntFlag):
-    """Feature bits that a reader must know to open the image at all."""
+    """Feature bits that a reader must support to open the image at all."""
 
     DIRTY = 1 << 0
     CORRUPT = 1 << 1
@@ -40,7 +40,7 @@ class Incompatible(IntFlag):
 
 
 class Autoclear(IntFlag):
-    """Feature bits that a writer which does not know them must clear."""
+    """Feature bits that a writer without support for them must clear."""
 
     BITMAPS = 1 << 0
     DATA_FILE_RAW = 1 << 1
@@ -125,7 +125,7 @@ def guest_bytes_per_l2(cluster_bits: int, *, extended_l2: bool) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeaderFields:
-    """The header's fixed fields as they stand on disk, unjudged. Offsets and sizes in bytes."""
+    """The header's fixed fields as stored on disk, unchecked. Offsets and sizes in bytes."""
 
     version: int = 3
     backing_file_offset: int = 0

@@ -1,7 +1,7 @@
-"""The qcow2 header, judged: what is legal, what is refused and why, before anything else of the file is read.
+"""Parse and check the qcow2 header before anything else of the file is read.
 
-At most the first 64 KiB of the file are looked at.  The checks are those of qcow2_do_open (QEMU 7.2, block/qcow2.c)
-and of docs/interop/qcow2.txt; snapchain refuses more: encryption, external data files, images that are dirty.
+Reads at most the first 64 KiB of the file.  The checks are those of qcow2_do_open (QEMU 7.2, block/qcow2.c)
+and of docs/interop/qcow2.txt; snapchain also refuses encryption, external data files and dirty images.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Backing:
 class Qcow2Header:
     """A header that passed every check. Sizes and offsets in bytes.
 
-    bitmaps: persistent bitmaps; empty as well when a program that does not know them has written to the image
+    bitmaps: persistent bitmaps; also empty when a program without support for them has written to the image
     """
 
     fields: HeaderFields
@@ -65,7 +65,7 @@ class Qcow2Header:
 
     @property
     def size(self) -> int:
-        """Virtual size. Like QEMU, which counts in sectors, without the odd bytes of the last one."""
+        """Virtual size. As in QEMU, which counts sectors, without the odd bytes of the last one."""
         return self.fields.size // SECTOR * SECTOR
 
     @property
@@ -95,7 +95,7 @@ class Qcow2Header:
 
     @property
     def compression(self) -> Literal["zlib", "zstd"]:
-        """How compressed clusters are compressed."""
+        """The method of compressed clusters."""
         return "zstd" if self.fields.compression_type == CompressionType.ZSTD else "zlib"
 
     @property
@@ -121,9 +121,9 @@ def is_qcow2(fd: int, *, subject: object) -> bool:
 
 
 def read_header(fd: int, *, subject: object) -> Qcow2Header:
-    """Read and judge the header of an open file.
+    """Read and check the header of an open file.
 
-    Raises Corrupt for what is broken, Unsupported for what is valid and refused.
+    Raises Corrupt for a broken header, Unsupported for a valid one that is refused.
     """
     file_size = file_bytes(fd)
     head = pread(fd, min(HEAD_BYTES, file_size), offset=0, subject=subject)
@@ -251,7 +251,7 @@ def _backing(head: bytes, fields: HeaderFields, extensions: Extensions, subject:
 
 # --- Header extensions: the backing format, refused features, and the names of persistent bitmaps.
 #
-# Unknown extensions are allowed by the format and passed over; what is known must be well formed, as in
+# Unknown extensions are allowed by the format and skipped; known ones must be well formed, as in
 # qcow2_read_extensions (QEMU 7.2).  Bitmap directories may hold 64 MiB; of a longer one the first MiB is read.
 
 _DIRECTORY_READ = 1 << 20
@@ -261,7 +261,7 @@ _IN_USE = 1
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """A persistent dirty bitmap. granularity in bytes; in_use: it was not saved, so it says nothing."""
+    """A persistent dirty bitmap. granularity in bytes; in_use: it was not saved, so its content is void."""
 
     name: str
     granularity: int
@@ -270,7 +270,7 @@ class Bitmap:
 
 @dataclass(frozen=True, slots=True)
 class Extensions:
-    """What the extensions say; zeroes where there are no (valid) bitmaps."""
+    """The values of the extensions; zeroes where there are no (valid) bitmaps."""
 
     backing_format: str | None = None
     nb_bitmaps: int = 0
@@ -302,7 +302,7 @@ def read_extensions(head: bytes, fields: HeaderFields, *, subject: object) -> Ex
         raise Unsupported("the image carries an encryption header", subject=subject)
     backing_format = found.get(ExtensionType.BACKING_FORMAT)
     directory = (0, 0, 0)
-    # Without its autoclear bit the extension is stale: a program that does not know bitmaps has written.
+    # Without its autoclear bit the extension is stale: a program without support for bitmaps has written.
     if ExtensionType.BITMAPS in found and fields.autoclear_features & Autoclear.BITMAPS:
         directory = _directory(found[ExtensionType.BITMAPS], fields, subject)
     return Extensions(None if backing_format is None else _format_name(backing_format, subject), *directory)

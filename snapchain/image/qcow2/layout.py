@@ -1,4 +1,4 @@
-"""Where everything lies in a qcow2 file that is about to be written; decided before the first byte is.
+"""The layout of a new qcow2 file, planned before its first byte is written.
 
     header | refcount table | refcount blocks | L1 | L2 tables | data clusters | compressed clusters
 
@@ -35,7 +35,7 @@ REFCOUNT_BYTES = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """Clusters that are stored compressed, as they lie in one area of the file.
+    """Compressed clusters in one area of the file.
 
     guest:    int64[n], guest offsets, multiples of the cluster size, ascending
     position: int64[n], first byte of the compressed data, counted from the start of the area
@@ -61,10 +61,10 @@ class Packed:
 class Layout:
     """A qcow2 v3 file, placed.  All offsets and sizes in bytes; every offset is a multiple of `cluster_size`.
 
-    extents:  what the file will answer: DATA, ZERO (only with a backing file) or ABSENT; cut at `size`
+    extents:  the map that the file will have: DATA, ZERO (only with a backing file) or ABSENT; cut at `size`
     l2_index: int64[m], the L1 entries that have an L2 table; table j lies at l2_offset + j * cluster_size
-    guest, host, length: int64[n], the plain DATA runs, ascending by guest and by host; what is contiguous in the guest
-              is contiguous in the file
+    guest, host, length: int64[n], the plain DATA runs, ascending by guest and by host; ranges contiguous in the guest
+              are contiguous in the file
     cluster_guest, cluster_stop, cluster_host: int64[k], the host clusters behind them, in runs
     """
 
@@ -136,7 +136,7 @@ def plan(
              Any value >= 0 is DATA.  Without a backing file ZERO needs no entry (root law).
     packed:  the clusters among the DATA that are stored compressed.
 
-    A size that is no multiple of 512 is rounded up as QEMU does, which only a file without backing can bear: there
+    A size that is no multiple of 512 is rounded up as in QEMU. Only a file without a backing file allows this: there
     the added bytes read as zeroes.
 
     Raises InvalidInput for a wrong cluster size, a map that is not aligned, or a disk too large for the cluster size.
@@ -264,7 +264,7 @@ def _without(extents: Extents, packed: Packed, cluster_size: int) -> Extents:
 
 
 def _needed_tables(extents: Extents, coverage: int, l1_entries: int) -> Int64s:
-    """The L1 entries below which anything is not ABSENT, ascending."""
+    """The L1 entries that map anything but ABSENT, ascending."""
     held = extents.val != ABSENT
     first = extents.at[held] // coverage
     last = (extents.ends[held] - 1) // coverage

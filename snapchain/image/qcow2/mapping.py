@@ -1,4 +1,4 @@
-"""From a judged header to the map of the image: tables checked, read in batches, decoded, and laid out as runs."""
+"""From a checked header to the map of the image: tables checked, read in batches, decoded, and joined into runs."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from snapchain.model.extents import ABSENT, DATA, ZERO
 
 
 def map_image(image: ImageFd, *, budget: RunBudget) -> Physical:
-    """Where the guest bytes of an open qcow2 file lie, without its backing file.
+    """The map of an open qcow2 file, without its backing file.
 
-    Raises Corrupt for tables that are outside the file, overlap, or break the format; Unsupported when the map would
-    cost more runs than `budget` has.
+    Raises Corrupt for tables that are outside the file, overlap, or break the format; Unsupported when the map needs
+    more runs than `budget` allows.
     """
     header = image.header
     if not header.size:
@@ -43,7 +43,7 @@ def map_image(image: ImageFd, *, budget: RunBudget) -> Physical:
     index, offset = read_l1(image)
     claims = _metadata(image)
     claims.tables("an L2 table", offset, header.cluster_size)
-    # Before the tables are read: a pointer to the wrong table would only be seen as strange entries.
+    # Before the tables are read: a pointer to the wrong table would show only as strange entries.
     claims.check()
     builder = PhysicalBuilder(header.size, budget=budget, subject=image.subject)
     misread: list[Int64s] | None = []
@@ -95,7 +95,7 @@ def _metadata(image: ImageFd) -> Claims:
 
 
 def _inside(runs: Runs, size: int) -> Runs:
-    """Without what the last cluster or table says about bytes behind the virtual size."""
+    """The runs without bytes beyond the virtual size."""
     if not len(runs) or int(runs.end[-1]) <= size:
         return runs
     runs = runs[runs.start < size]
@@ -120,8 +120,8 @@ def _check_ends(image: ImageFd, runs: Runs) -> None:
 def _how_to_mend(image: ImageFd, needed: int) -> str:
     """needed: bytes of the file that are guest-visible data.
 
-    A last cluster that is partly there is shown by QEMU with zeroes for the rest, and `qemu-img check` finds no fault
-    in it; neither that nor `qemu-img resize` makes the file longer.
+    QEMU shows a partly present last cluster with zeroes for the rest, and `qemu-img check` finds no fault in it;
+    neither `qemu-img check` nor `qemu-img resize` makes the file longer.
     """
     size = image.header.cluster_size
     whole = -(-image.size // size) * size
@@ -135,8 +135,8 @@ def _how_to_mend(image: ImageFd, needed: int) -> str:
 
 # --- Extended L2 entries: a standard descriptor, then 32 bits "allocated" and 32 bits "reads as zeroes", by subcluster.
 #
-# Entries whose subclusters are all alike are treated as whole clusters; only mixed ones are spread out into 32 cells.
-# `l2_batches` hands over a bounded number at a time.  Source: docs/interop/qcow2.txt, "Extended L2 Entries".
+# Entries with equal subclusters are treated as whole clusters; only mixed ones are expanded into 32 cells.
+# `l2_batches` yields a bounded number at a time.  Source: docs/interop/qcow2.txt, "Extended L2 Entries".
 
 _ALL = (1 << SUBCLUSTERS) - 1
 
@@ -171,10 +171,10 @@ def decode_extended(image: ImageFd, guest: Int64s, tables: UInt64s) -> Decoded:
 
 
 def misread_bitmaps(image: ImageFd, bitmaps: UInt64s) -> Int64s | None:
-    """Where bitmaps would point, were they standard L2 entries; None when one of them cannot be such an entry.
+    """The offsets of bitmaps read as standard L2 entries; None when one of them cannot be such an entry.
 
     An image whose extended L2 bit is set by mistake or malice has an entry in the place of every second bitmap. QEMU
-    would show other bytes than were written and call the rest leaked; a true bitmap hardly ever looks like that.
+    would show wrong bytes and report the rest as leaked; a real bitmap hardly ever looks like that.
     """
     host = (bitmaps & np.uint64(OFFSET_MASK)).view(np.int64)
     alike = (bitmaps & np.uint64(L2_RESERVED | ZERO_FLAG | COMPRESSED)) == 0

@@ -1,10 +1,10 @@
-"""No host byte has two owners: every table and every cluster claims its place in the file, and no claims may meet.
+"""Check that no host byte has two owners: every table and cluster claims its range, and claims must not overlap.
 
-Overlaps are found without pairing claims up: intervals are disjoint exactly when, both sorted on their own, no end
-lies behind the next start.  So a check costs two sorts of integers, in place, whatever the order of the claims.
+Overlaps are found without pairing claims: intervals are disjoint exactly when, with starts and ends sorted separately,
+no end lies after the next start.  So a check costs two sorts of integers, in place, whatever the order of the claims.
 
-Compressed clusters may share a host cluster with each other (that is the format's way of packing them), but with
-nobody else; so they claim the host clusters that they touch, each once.
+Compressed clusters may share a host cluster with each other (the format packs them), but with nothing else; so they
+claim the host clusters that they touch, each once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMPRESSED_DATA = "compressed data"
 
 
 class Claims:
-    """Who owns which bytes of one file."""
+    """The owners of the bytes of one file."""
 
     def __init__(self, cluster_bits: int, *, subject: object) -> None:
         self._bits = cluster_bits
@@ -28,12 +28,12 @@ class Claims:
         self._start = Column(np.int64)
         self._end = Column(np.int64)
         self._checked = 0
-        # Owner, starts, ends (or the length of each): for messages. What they leave over are data clusters.
+        # Owner, starts, ends (or the length of each): for messages. The remaining bytes are data clusters.
         self._named: list[tuple[str, Int64s, Int64s | int]] = []
         self._packed: list[tuple[Int64s, Int64s]] = []
 
     def table(self, owner: str, offset: int, length: int) -> None:
-        """One contiguous table; its last cluster is its own to the end."""
+        """One contiguous table; it owns its last cluster to the end."""
         if length:
             self.tables(owner, np.array([offset], np.int64), -(-length >> self._bits) << self._bits)
 
@@ -43,7 +43,7 @@ class Claims:
         self._named.append((owner, offsets, length))
 
     def data(self, offsets: Int64s) -> None:
-        """Data clusters, at these offsets in guest order; neighbours that are contiguous are kept as one claim."""
+        """Data clusters, at these offsets in guest order; contiguous neighbours become one claim."""
         if len(offsets):
             size = 1 << self._bits
             joined = np.diff(offsets) == size
@@ -57,7 +57,7 @@ class Claims:
         self._packed.append(_union(first, last + (1 << self._bits)))
 
     def check(self) -> None:
-        """Raises Corrupt naming the owners of the first bytes that two claim."""
+        """Raises Corrupt, naming the owners of the first bytes with two claims."""
         if self._packed:
             start, end = _union(*(np.concatenate(ends) for ends in zip(*self._packed, strict=True)))
             self._packed.clear()
@@ -92,13 +92,13 @@ class Claims:
 
 
 def _holders(at: int, start: Int64s, end: Int64s | int) -> int:
-    """How many of the intervals hold this byte; starts and ends need not be in one order."""
+    """The number of intervals that hold this byte; starts and ends may be in different orders."""
     ended = start <= at - end if isinstance(end, int) else end <= at
     return int((start <= at).sum()) - int(ended.sum())
 
 
 def _union(start: Int64s, end: Int64s) -> tuple[Int64s, Int64s]:
-    """The bytes of overlapping intervals as disjoint ones."""
+    """Overlapping intervals joined into disjoint ones."""
     if (start[1:] < start[:-1]).any():
         order = np.argsort(start)
         start, end = start[order], end[order]

@@ -1,10 +1,10 @@
-"""Whether the reference counts of a qcow2 file are what its tables say: what `qemu-img check` would find, in numpy.
+"""Whether the reference counts of a qcow2 file match its tables, as in `qemu-img check`, in numpy.
 
-    stored    what the refcount blocks hold, of any width from 1 to 64 bits
+    stored    the counts in the refcount blocks, of any width from 1 to 64 bits
     counted   how often header, tables, data clusters and compressed clusters use each host cluster (`references`)
 
-More stored than counted is a leak, which costs room and nothing else; less is an error, with which a guest's next
-write may destroy data.  Internal snapshots are not counted.
+More stored than counted is a leak, which only wastes space; less is an error, and a guest's next write may destroy
+data.  Internal snapshots are not counted.
 Source: docs/interop/qcow2.txt, "Host cluster management".
 """
 
@@ -27,7 +27,7 @@ _AT_MOST = (1 << 32) - 1
 class Refcounts:
     """uint32[clusters], each cluster's references by the refcount blocks and by the tables.
 
-    As long as the file, or as far as anything behind its end has a count.
+    Covers the file, and any cluster beyond its end that has a count.
     """
 
     stored: UInt32s
@@ -45,7 +45,7 @@ class Refcounts:
 
 
 def refcounts(image: ImageFd) -> Refcounts:
-    """Of a whole file; raises Corrupt for tables that lie outside it."""
+    """The counts of a whole file; raises Corrupt for tables outside it."""
     counted = references(image)
     found = [(first, counts) for first, _, counts in stored_blocks(image) if counts.any()]
     length = max([len(counted), *(first + int(np.flatnonzero(counts)[-1]) + 1 for first, counts in found)])
@@ -57,8 +57,8 @@ def refcounts(image: ImageFd) -> Refcounts:
 
 
 def refcount_table(image: ImageFd) -> Int64s:
-    """int64[entries], offset of each refcount block, 0 where none is; raises Corrupt for wrong ones."""
-    read_refcount_blocks(image)  # judges the entries
+    """int64[entries], offset of each refcount block, 0 for none; raises Corrupt for wrong ones."""
+    read_refcount_blocks(image)  # checks the entries
     fields = image.header.fields
     table = image.entries(fields.refcount_table_offset, fields.refcount_table_clusters << (fields.cluster_bits - 3))
     return table.view(np.int64)

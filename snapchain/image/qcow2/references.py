@@ -1,9 +1,9 @@
-"""How often the tables of a qcow2 file use each of its host clusters: the counts that its refcount blocks should hold.
+"""How often the tables of a qcow2 file use each host cluster: the counts that its refcount blocks should hold.
 
-Header, refcount table and blocks, the whole L1 table (also what lies behind the guest's end), L2 tables, data clusters,
-compressed clusters by every host cluster that they touch, persistent bitmaps.  Internal snapshots are not followed:
-an image that has some uses more than is counted here.
-Source: docs/interop/qcow2.txt; what is counted is what block/qcow2-refcount.c of QEMU 7.2 counts in `check`.
+Counts the header, refcount table and blocks, the whole L1 table (also beyond the guest's end), L2 tables, data
+clusters, compressed clusters by every host cluster that they touch, and persistent bitmaps.  Internal snapshots are
+not followed: an image with snapshots uses more than is counted here.
+Source: docs/interop/qcow2.txt, and `check` in block/qcow2-refcount.c of QEMU 7.2, which counts the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UInt32s = npt.NDArray[np.uint32]
 
 
 def whole_l1(image: ImageFd) -> UInt64s:
-    """uint64[l1_size], every entry of the L1 table as it stands; raises Corrupt for one that points nowhere."""
+    """uint64[l1_size], every entry of the L1 table as stored; raises Corrupt for one that points outside the file."""
     table = image.entries(image.header.fields.l1_table_offset, image.header.fields.l1_size)
     if ((table & np.uint64(L1_RESERVED)) != 0).any():
         raise Corrupt("an L1 entry has reserved bits set", subject=image.subject)
@@ -37,12 +37,12 @@ def whole_l1(image: ImageFd) -> UInt64s:
 
 
 def host_offsets(entries: UInt64s) -> Int64s:
-    """Where L1 entries, or plain L2 entries, point to; 0 for nowhere."""
+    """The host offsets in L1 entries, or in plain L2 entries; 0 for none."""
     return (entries & np.uint64(OFFSET_MASK)).view(np.int64)
 
 
 def references(image: ImageFd) -> UInt32s:
-    """uint32[clusters of the file], how often each is used. Raises Corrupt for what lies outside the file."""
+    """uint32[clusters of the file], how often each is used. Raises Corrupt for a reference outside the file."""
     fields, header = image.header.fields, image.header
     count = _Count(image)
     count.range(0, header.cluster_size)
@@ -72,7 +72,7 @@ class _Count:
         return self._counts
 
     def range(self, offset: int, length: int) -> None:
-        """A stretch of the file."""
+        """Count the clusters of a range of the file."""
         if length:
             last = (offset + length - 1) >> self._bits
             if last >= len(self._counts):
@@ -80,11 +80,11 @@ class _Count:
             self._counts[offset >> self._bits : last + 1] += np.uint32(1)
 
     def clusters(self, offsets: Int64s) -> None:
-        """Whole clusters."""
+        """Count whole clusters."""
         self._add(offsets >> self._bits)
 
     def entries(self, entries: UInt64s) -> None:
-        """What L2 entries point to."""
+        """Count the clusters that L2 entries point to."""
         squeezed = (entries & np.uint64(COMPRESSED)) != 0
         if squeezed.any():
             self._compressed(entries[squeezed])
@@ -97,7 +97,7 @@ class _Count:
         packed = entries.view(np.int64) & np.int64(COMPRESSED - 1)
         begin = packed & np.int64((1 << bits) - 1)
         last = (((begin >> 9) + (packed >> bits) + 1) << 9) - 1
-        # The last sector may reach behind the end of the file.
+        # The last sector may reach beyond the end of the file.
         first, last = begin >> self._bits, np.minimum(last >> self._bits, len(self._counts) - 1)
         length = np.maximum(last - first + 1, 1)
         touched = np.repeat(first, length)
@@ -116,7 +116,7 @@ class _Count:
 
 
 def _count_bitmaps(image: ImageFd, count: _Count) -> None:
-    """Persistent bitmaps: their directory, and each one's table and clusters."""
+    """Count persistent bitmaps: their directory, and the table and clusters of each."""
     offset, length = image.header.bitmap_directory
     count.range(offset, length)
     directory = pread(image.fd, length, offset=offset, subject=image.subject) if length else b""

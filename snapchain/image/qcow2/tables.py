@@ -1,7 +1,7 @@
 """L1, L2 and refcount tables as numpy arrays, read in batches of bounded size.
 
-A table is only followed after its place has been checked; what lies in a hole of the file is not read at all, so
-that a sparse file with millions of tables costs no more than its L1 table.
+A table is only followed after its offset has been checked. Tables in a hole of the file are not read, so a sparse file
+with millions of tables costs no more than its L1 table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SLICE = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class ImageFd:
-    """An open qcow2 file, as the table readers need it. size: of the file, in bytes."""
+    """An open qcow2 file, for the table readers. size: of the file, in bytes."""
 
     fd: int
     size: int
@@ -42,7 +42,7 @@ class ImageFd:
         return table.byteswap(inplace=True)
 
     def check_places(self, what: str, offsets: Int64s) -> None:
-        """Clusters of their own inside the file, each whole, or Corrupt."""
+        """Raises Corrupt unless each offset is a whole, aligned cluster inside the file."""
         size = self.header.cluster_size
         unaligned = (offsets & (size - 1)) != 0
         if unaligned.any():
@@ -88,7 +88,7 @@ def read_refcount_blocks(image: ImageFd) -> Int64s:
 def l2_batches(image: ImageFd, index: npt.NDArray[np.int32], offset: Int64s) -> Iterator[tuple[Int64s, UInt64s]]:
     """(guest offset of each row, rows as uint64[count, words]) in guest order; rows are tables or parts of them.
 
-    A batch holds BATCH_CLUSTERS clusters where they may fall apart into subclusters, else BATCH_BYTES of tables.
+    A batch holds BATCH_CLUSTERS clusters where they may split into subclusters, else BATCH_BYTES of tables.
     """
     size = image.header.cluster_size
     if len(offset) * size > os.fstat(image.fd).st_blocks * 512:
@@ -116,7 +116,7 @@ def _cut(guest: Int64s, tables: UInt64s, cluster_size: int) -> Iterator[tuple[In
 
 
 def read_clusters(image: ImageFd, offset: Int64s) -> UInt64s:
-    """These clusters, one a row; neighbours in the file are read at one go."""
+    """These clusters, one a row; neighbours in the file are read with one call."""
     size = image.header.cluster_size
     tables = np.empty((len(offset), size // 8), np.uint64)
     buffer = tables.data.cast("B")
@@ -136,10 +136,10 @@ def read_clusters(image: ImageFd, offset: Int64s) -> UInt64s:
 
 
 def _outside_holes(image: ImageFd, offset: Int64s) -> Mask:
-    """Which clusters hold anything but a hole of the file (a hole reads as zeroes: a table that maps nothing)."""
+    """Which clusters are not wholly in a hole of the file (a hole reads as zeroes: a table that maps nothing)."""
     size = image.header.cluster_size
     placed = np.sort(offset)
-    # Where clusters that may hold data begin, and where they end again: the file's extents that tables lie in.
+    # Starts and ends of clusters that may hold data: the file's extents that tables lie in.
     edges: list[int] = []
     at = 0
     while at < len(placed):

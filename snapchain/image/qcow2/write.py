@@ -4,8 +4,8 @@
         for offset, data in ...:            # any order, any threads
             writer.write(offset, data)
 
-Data first, then the tables, a flush, and the header cluster last: until that moment the file does not even begin with
-the magic of qcow2, so a torn file never passes for an image.
+Data first, then the tables, a flush, and the header cluster last. Until then the file does not begin with the magic
+of qcow2, so a torn file is never taken for an image.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from snapchain.image.qcow2.layout import DEFAULT_CLUSTER_SIZE, Layout, plan
 from snapchain.model.extents import Extents, Int64s
 
 _FEW = 4
-"""Pieces up to which one call for each costs less than sorting out what lies together."""
+"""Up to so many pieces, one call for each costs less than grouping adjacent ones."""
 
 
 class _State(Enum):
@@ -39,7 +39,7 @@ class _State(Enum):
 
 
 class Qcow2Writer:
-    """Fills a new empty file by a layout. The file descriptor stays the caller's: it is not closed here.
+    """Fills a new empty file by a layout. The caller closes the file descriptor.
 
     As a context manager it begins on entry and finishes on a clean exit; after an exception the file has no header.
     Bytes of DATA runs that are never written read as zeroes (the file is sparse there).
@@ -47,7 +47,7 @@ class Qcow2Writer:
     """
 
     def __init__(self, fd: int, layout: Layout, *, subject: object = None, resumed: bool = False) -> None:
-        """resumed: an earlier run has begun the file."""
+        """resumed: an earlier run began the file."""
         self.layout = layout
         self._resumed = resumed
         self._fd = fd
@@ -75,9 +75,9 @@ class Qcow2Writer:
         self._state = _State.OPEN
 
     def resume(self) -> None:
-        """Go on with a file that an earlier run began by the same layout and did not finish.
+        """Continue a file that an earlier run began by the same layout and did not finish.
 
-        Raises InvalidInput for a file of another size, or one that has its header already.
+        Raises InvalidInput for a file of another size, or one that already has its header.
         """
         with os_errors(self._subject):
             if os.fstat(self._fd).st_size != self.layout.file_bytes or any(os.pread(self._fd, 4, 0)):
@@ -85,7 +85,7 @@ class Qcow2Writer:
         self._state = _State.OPEN
 
     def write(self, offset: int, data: Buffer) -> None:
-        """Store guest bytes, all of which must lie within one or more DATA runs that touch.
+        """Store guest bytes, which must lie within one or more adjacent DATA runs.
 
         Thread-safe, in any order. Raises InvalidInput outside DATA, Unavailable when the disk fails.
         """
@@ -95,9 +95,9 @@ class Qcow2Writer:
                 write_all(self._fd, data, self.host_of(offset, length))
 
     def write_pieces(self, pieces: Sequence[tuple[int, Buffer]]) -> None:
-        """As `write` for many (guest offset, bytes): what lies together in the file is written together.
+        """As `write` for many (guest offset, bytes): pieces adjacent in the file are written together.
 
-        Here data lie in guest order whatever the gaps between them, so a fragmented disk costs few system calls.
+        The file holds data in guest order without gaps, so a fragmented disk costs few system calls.
         """
         if len(pieces) < _FEW:
             for offset, data in pieces:
@@ -112,7 +112,7 @@ class Qcow2Writer:
                 write_vector(self._fd, [data for _, data in pieces[first:stop]], int(host[first]))
 
     def host_of(self, offset: int, length: int) -> int:
-        """Where a stretch of DATA lies in the file, in one piece: for copy_file_range and FICLONERANGE too."""
+        """File offset of a range of DATA, which is contiguous there: for copy_file_range and FICLONERANGE too."""
         layout = self.layout
         run = int(np.searchsorted(layout.guest, offset, side="right")) - 1
         within = offset - int(layout.guest[run]) if run >= 0 else 0
@@ -133,7 +133,7 @@ class Qcow2Writer:
     def finish(self, *, flush: bool = True) -> None:
         """Write the tables, flush, write the header, flush. Afterwards the file is an image.
 
-        flush: False for a file that its caller flushes before anybody is to find it.
+        flush: False where the caller flushes the file before it gets its final name.
         """
         if self._state is not _State.OPEN:
             raise InvalidInput(f"the writer of this image is {self._state.value}")
@@ -150,21 +150,21 @@ class Qcow2Writer:
 
 # --- An empty qcow2 overlay: it reads as its backing file until the first write.
 #
-# Guests see the same as in a file made by `qemu-img create -u -b NAME -F FORMAT -o compat=1.1`.  It is written to a
-# descriptor, so that no name is followed that another user swapped, and the backing file is never opened.
+# Guests see the same as in a file made by `qemu-img create -u -b NAME -F FORMAT -o compat=1.1`.  It is written by
+# descriptor, so no name that another user swapped is followed, and the backing file is never opened.
 
 
 def write_overlay(
     fd: int, size: int, backing: Backing, *, cluster_size: int | None, extended_l2: bool, subject: object
 ) -> None:
-    """Fill a new, empty file. It is not flushed: do that before it gets the name by which others find it.
+    """Fill a new, empty file. It is not flushed: flush it before it gets its final name.
 
     size: guest bytes, a multiple of 512; cluster_size: None for QEMU's own choice; subject: the file that errors name
     Raises InvalidInput for a geometry or a backing name that qcow2 cannot have, Unavailable for a full or failing disk.
     """
     chosen = DEFAULT_CLUSTER_SIZE if cluster_size is None else cluster_size
     name = backing.name
-    if "/" not in name and ":" in name:  # QEMU would take it for a protocol
+    if "/" not in name and ":" in name:  # QEMU would parse it as a protocol
         backing = Backing(f"./{name}", backing.format)
     layout = plan(Extents.absent(size), cluster_size=chosen, backing=backing, extended_l2=extended_l2)
     writer = Qcow2Writer(fd, layout, subject=subject)
