@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.destination.traits import Traits
 from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.content import LEAF_BYTES
@@ -27,7 +26,7 @@ from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship.run import ShipRequest, opened
 from snapchain.testing.destination_faults import DestinationFaults
-from snapchain.testing.destination_site import DISK, Delivered, Site, deliver
+from snapchain.testing.destination_site import DISK, Delivered, Site, Traits, deliver
 from snapchain.testing.history import KiB, MiB, Moment, Step, flat, identical, overlay
 
 BAD_DISKS = ("", "a:b", "a@b", "/a", "a/", "a//b", "a\n", " a", "x" * 201)
