@@ -442,3 +442,17 @@ def test_a_copy_that_went_on_elsewhere_is_another_disk(tmp_path: Path) -> None:
     write(copy, "write -P 1 1M 4k")
     with pytest.raises(Diverged, match="the replica holds another disk under this name"):
         run(ShipRequest(image=copy, disk=DISK), disk.open())
+
+
+def test_a_merge_of_what_is_there_with_what_is_not(disk: Disk) -> None:
+    """The merged file is no layer that the destination lacks: only what is new in it is."""
+    for number in range(2):
+        snapshot.run(snapshot.plan(disk.image))
+        write(disk.image, f"write -P {number + 1} {number}M 4k")
+    merge_run.run(
+        merge_plan.plan(MergeRequest(image=disk.image, flatten=True, policy=Policy(last=1), image_format="qcow2"))
+    )
+    write(disk.image, "write -P 3 3M 4k")
+    assert disk.ship().carried_bytes < MiB, "by the change, and what a repository records of a merged file"
+    assert disk.ship().carried_bytes < 20_000
+    disk.check()

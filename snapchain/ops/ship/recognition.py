@@ -122,6 +122,8 @@ class Recognition:
             )
         tip = self._held[-1]
         if not isinstance(found, UpToDate) and found.inside is not None:
+            if not self._there.branches and self._request.divergence is Divergence.REFUSE:
+                return self._comparing(found)
             # The tip is a part of what was merged into the next layer. That counts from the files below it, and
             # stands for what the destination lacks of it; what the tip shows no file here knows any more.
             name = self._chain.files[found.first].path.name
@@ -253,7 +255,7 @@ class Recognition:
     def _unknown(self) -> str:
         return f"no layer of disk {self._request.disk} is known to be part of this image: all of it is read again"
 
-    def _comparing(self, found: model.Diverged, *, note: str | None = None) -> Base:
+    def _comparing(self, found: model.Diverged | Send | Collapse, *, note: str | None = None) -> Base:
         """To compare with the newest content: in what was written since, or in all of it."""
         chain, tip = self._chain, self._held[-1]
         common, count = self._common_files(), len(chain.files)
