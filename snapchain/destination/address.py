@@ -61,12 +61,12 @@ class DestinationAddress:
 def parse_address(text: str) -> ImageAddress | PointAddress:
     """An image's path, or DEST::DISK[@POINT]; looks whether there is such a file.
 
-    Raises InvalidInput, also for a directory or a URL alone.
+    Raises InvalidInput, also for a directory.
     """
     if _MARK in text and _is_image(text):
         return ImageAddress(Path(text))
     address = _parsed(text)
-    if isinstance(address, ImageAddress) and (_SCHEME.match(text) or _is_directory(address.path)):
+    if isinstance(address, ImageAddress) and _is_directory(address.path):
         raise InvalidInput("this is no image", subject=text, hint=f"a disk of a destination is {text}::DISK")
     return address
 

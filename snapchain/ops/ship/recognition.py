@@ -122,7 +122,8 @@ class Recognition:
             )
         tip = self._held[-1]
         if not isinstance(found, UpToDate) and found.inside is not None:
-            if not self._there.branches and self._request.divergence is Divergence.REFUSE:
+            as_rules = self._request.files is Files.COMPOSED and self._request.divergence is Divergence.REFUSE
+            if as_rules and not self._there.branches:
                 return self._comparing(found)
             # The tip is a part of what was merged into the next layer. That counts from the files below it, and
             # stands for what the destination lacks of it; what the tip shows no file here knows any more.
