@@ -262,7 +262,7 @@ class Recognition:
         common, count = self._common_files(), len(chain.files)
         extents = None
         if common == count:  # the newest layer there was made of these files, and of more that no file here knows
-            if not self._there.branches:
+            if isinstance(found, model.Diverged) and not self._there.branches:
                 raise self._diverged(replace(found, ours=()))
             note = f"disk {self._request.disk} is newer than this image: all of it is read again"
         elif common:
