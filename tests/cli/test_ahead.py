@@ -89,7 +89,7 @@ def test_a_login_that_waited_too_long_is_not_used(ssh: Path, monkeypatch: pytest
     [
         ("snapchain.destinations", ["numpy", "pydantic", "typer", "sh", "snapchain.replica.receiver"]),
         ("snapchain.cli.preconnect", ["numpy", "pydantic", "typer", "sh"]),
-        ("snapchain.ops.receive", ["typer", "sh", "snapchain.replica.merging", "snapchain.image.qemu_img"]),
+        ("snapchain.ops.receive", ["typer", "sh", "snapchain.replica.merging", "snapchain.testing.qemu_img"]),
     ],
 )
 def test_what_is_waited_for_loads_little(module: str, unwanted: list[str]) -> None:

@@ -116,8 +116,8 @@ class Recognition:
         if isinstance(found, Collapse) and not self._there.branches:
             self._on_event(
                 Notice(
-                    f"the replica holds {len(found.merges)} merged layers apart still; it reads the same, and "
-                    "`snapchain merge` with rules merges there too"
+                    f"the replica still has the parts of {counted(len(found.merges), 'merged file')}, "
+                    "and reads the same; `snapchain merge` with rules merges them there, too"
                 )
             )
         tip = self._held[-1]
@@ -343,7 +343,7 @@ class Recognition:
         chain, tip = self._chain, self._held[-1]
         count = len(chain.files)
         self._on_event(
-            Notice(f"{count - found.first} files are not known to the replica; reading them to see what they show")
+            Notice(f"the replica does not know {counted(count - found.first, 'file')}: comparing by content")
         )
         whole = sum(file.extents.data_bytes for file in chain.files[found.first :])
         on_bytes = self._reading("recognise", whole)
@@ -371,7 +371,7 @@ class Recognition:
         """Cut off all above the uppermost of the common layers that shows what the files here show."""
         keep = next(((each, n) for each, n, is_true in reversed(list(self._ends(common))) if is_true), None)
         dropped = len(self._held) if keep is None else len(self._held) - 1 - self._held.index(keep[0])
-        self._on_event(Notice(f"the replica drops {dropped} layers, and the points that they give"))
+        self._on_event(Notice(f"the replica drops {counted(dropped, 'layer')}, with the points on them"))
         if keep is None:
             return replace(_NOTHING, cut=True)
         return Base(keep[1], keep[0], keep[0].total, cut=True)
