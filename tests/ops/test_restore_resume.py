@@ -113,7 +113,7 @@ def test_a_chain_that_was_cut_off_in_its_second_file_is_continued(source: Source
 
 def test_it_can_be_cut_off_again_and_again(source: Source, tmp_path: Path) -> None:
     out = tmp_path / "out" / "a.qcow2"
-    for at in (6 * MiB, 14 * MiB, 20 * MiB):
+    for at in (10 * MiB, 16 * MiB, 22 * MiB):
         assert len(cut_off(source, out, at=at)) == 1
     assert restore(source, out).bytes_resumed >= 16 * MiB
     assert shows(out, source.shown[-1])
@@ -198,6 +198,15 @@ def test_a_full_disk_leaves_nothing(source: Source, tmp_path: Path) -> None:
 def test_little_is_begun_anew(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output, "WORTH", 32 * MiB)
     assert cut_off(source, tmp_path / "out" / "a.raw", at=20 * MiB) == []
+
+
+def test_who_ends_it_early_finds_nothing_but_a_broken_link_is_continued(source: Source, tmp_path: Path) -> None:
+    """Twice as much must be there where the user ended it (WORTH is 4 MiB here)."""
+    out = tmp_path / "out" / "a.raw"
+    assert cut_off(source, out, at=6 * MiB) == []
+    with pytest.raises(Unavailable, match="the link broke"):
+        restore(source, out, stopping(6 * MiB, Unavailable("the link broke", subject="elsewhere")))
+    assert len(names(out.parent)) == 1
 
 
 def test_a_filesystem_without_attributes(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

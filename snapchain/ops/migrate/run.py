@@ -213,8 +213,9 @@ def _ask_back(endpoint: Endpoint, asked: Sequence[HandedDisk], token: str) -> No
     try:
         ask_for_handover(endpoint, Step.BACK, asked, token=token)
     except (NotFound, Unavailable) as error:
-        if error.hint is None:
-            error.hint = "if it is gone for good, say --take-back --destination-is-gone"
+        is_gone = "if it is gone for good, say --take-back --destination-is-gone"
+        if isinstance(error, NotFound) or error.hint is None:
+            error.hint = is_gone if error.hint is None else f"{error.hint}; {is_gone}"
         raise
 
 

@@ -117,11 +117,17 @@ class OutputFile:
                 os.setxattr(self.fd, _NOTE, f"{self._origin} {position}".encode())
 
     def _is_worth_it(self, error: BaseException | None) -> bool:
-        """Whether the next run should continue the file: it was cut off, and is neither wrong nor out of room."""
-        if error is None or self._origin is None or self._effort.bytes < WORTH:
+        """Whether the next run should continue the file: it was cut off, and is neither wrong nor out of room.
+
+        A user who ends a command wants it gone: then twice as much must be there.
+        """
+        if error is None or self._origin is None:
             return False
         is_cut_off = isinstance(error, Unavailable) and error.subject != str(self.path)
-        return (is_cut_off or not isinstance(error, SnapchainError)) and _position(self.fd, self._origin) is not None
+        if isinstance(error, SnapchainError) and not is_cut_off:
+            return False
+        least = WORTH if is_cut_off else 2 * WORTH
+        return self._effort.bytes >= least and _position(self.fd, self._origin) is not None
 
     def _continue(self, part: Path) -> bool:
         """Take up a file that an earlier run has left, if it was to hold the same. Raises Busy while it grows."""
