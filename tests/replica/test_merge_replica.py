@@ -202,7 +202,7 @@ def test_a_sender_that_merged_beyond_what_the_replica_has(
     events: list[Event] = []
     again = send_to_replica(ShipRequest(image=chain[-1], disk=DISK), endpoint(sent.place.root), on_event=events.append)
     assert again.layers_sent == 0
-    assert not [event for event in events if isinstance(event, Notice) and "not known" in str(event)]
+    assert not [event for event in events if isinstance(event, Notice) and "does not know" in str(event)]
     seal(chain[-1], "write -P 78 3M 64k")
     assert sent.send(chain[-1]).data_bytes == 64 * 1024
     sent.merge(last=1)
@@ -261,7 +261,7 @@ def not_known(pointed: Pointed, image: Path) -> list[Event]:
     report = send_to_replica(ShipRequest(image=image, disk=DISK), endpoint(pointed.place.root), on_event=events.append)
     assert report.layers_sent == 0
     pointed.shown[report.point or 0] = flat(image, pointed.shots / f"{report.point}.raw")
-    return [event for event in events if isinstance(event, Notice) and "not known" in str(event)]
+    return [event for event in events if isinstance(event, Notice) and "does not know" in str(event)]
 
 
 def test_a_layer_that_was_arriving_goes_on(pointed: Pointed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
