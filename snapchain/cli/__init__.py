@@ -60,7 +60,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _answered_from_table(words: Sequence[str]) -> bool:
-    """Whether the command line is answered by the table of verbs alone, without what reads command lines.
+    """Whether the table of verbs alone can answer this command line, without loading the parser.
 
     Raises InvalidInput for a first word that is no verb.
     """
