@@ -28,23 +28,38 @@ MAY_IMPORT: dict[str, set[str]] = {
     "destination": FLOOR | {"image"},
     # What is sealed and shipped: image files, the notes beside them, who may write them.
     "source": FLOOR | {"image"},
-    "merge": FLOOR | {"destination", "image", "source"},
+    # A running guest: its monitor, its agent, its block jobs.
+    "guest": FLOOR | {"image", "source"},
+    "merge": FLOOR | {"destination", "image", "source", "guest"},
     "repository": FLOOR | {"objects", "destination", "image", "source"},
     # A replica is a chain of images: it writes them, merges them, and reads them back to prove them.
     "replica": FLOOR | {"objects", "destination", "image", "source", "merge"},
     # The one door: opens what a URL names.
     "destinations": FLOOR | {"objects", "destination", "repository", "replica"},
-    "ops": FLOOR | {"objects", "image", "source", "merge", "destination", "destinations", "repository", "replica"},
+    "ops": FLOOR
+    | {"objects", "image", "source", "guest", "merge", "destination", "destinations", "repository", "replica"},
     # The command line parses, opens what is named, calls ops and shows. It sees errors, to turn them into exit codes,
     # host, to run --password-command, and model, to say which points to keep.
-    "cli": FLOOR | {"destination", "destinations", "ops"},
+    "cli": FLOOR | {"destination", "destinations", "ops", "guest"},
     # `snapchain` itself: the public names, each loaded when first asked for.
-    "__init__": FLOOR | {"image", "source", "merge", "destination", "destinations", "ops"},
+    "__init__": FLOOR | {"image", "source", "guest", "merge", "destination", "destinations", "ops"},
     # `python -m snapchain`
     "__main__": {"cli"},
     # Ships for users' tests; may look at everything, and nothing below may look at it.
     "testing": FLOOR
-    | {"objects", "image", "source", "merge", "destination", "destinations", "repository", "replica", "ops", "cli"},
+    | {
+        "objects",
+        "image",
+        "source",
+        "guest",
+        "merge",
+        "destination",
+        "destinations",
+        "repository",
+        "replica",
+        "ops",
+        "cli",
+    },
 }
 
 # (importer, imported): for annotations only, under `if TYPE_CHECKING:`.
@@ -53,6 +68,8 @@ TYPE_ONLY = {("cli", "replica"), ("cli", "merge"), ("cli", "source")}
 # third-party module -> the parts that may import it. What is not listed is no dependency of the project.
 THIRD_PARTY: dict[str, set[str]] = {
     "sh": {"host"},
+    "qemu": {"guest"},
+    "libvirt": {"guest"},
     "boto3": {"objects"},
     "botocore": {"objects"},
     "urllib3": {"objects"},  # botocore's: its errors come through
@@ -61,7 +78,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "click": {"cli"},
     "rich": {"cli"},
     "cryptography": {"repository"},
-    "numpy": {"model", "image", "source", "merge", "destination", "repository", "replica", "ops", "testing"},
+    "numpy": {"model", "image", "source", "guest", "merge", "destination", "repository", "replica", "ops", "testing"},
     "blake3": {"model", "image", "source", "merge", "repository", "replica", "ops", "testing"},
     "zstandard": {"image", "repository", "replica"},
     "pydantic": {
@@ -69,6 +86,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "host",
         "image",
         "source",
+        "guest",
         "merge",
         "destination",
         "objects",
@@ -89,7 +107,7 @@ IMPURE = {
 }  # fmt: skip
 
 # What `snapchain --help` must not wait for. (pydantic is no such thing: typer imports it itself.)
-HEAVY = {"boto3", "botocore", "cryptography", "numpy", "zstandard", "blake3", "sh", "hypothesis", "pytest"}
+HEAVY = {"boto3", "qemu", "botocore", "cryptography", "numpy", "zstandard", "blake3", "sh", "hypothesis", "pytest"}
 
 
 def part_of(path: Path) -> str:

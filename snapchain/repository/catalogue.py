@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -21,6 +20,7 @@ from pydantic import AwareDatetime, Field, field_validator, model_validator
 from snapchain.destination.address import in_full
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
 from snapchain.host.terminal import shell_word
+from snapchain.model.consistency import Consistency
 from snapchain.model.disk_name import is_disk_name
 from snapchain.model.holds import Held
 from snapchain.model.points import chosen_point
@@ -36,24 +36,6 @@ MOST_LAYERS = 50_000
 """Of one disk: a month of a layer a minute. A reader opens a record for each."""
 ATTEMPTS = 8
 """How often a change is tried when others are faster each time."""
-
-
-class Consistency(StrEnum):
-    """How the guest stood when the point was taken: what a restore of it must expect.
-
-    OFFLINE       nobody had the disk open: as good as after a shutdown
-    APPLICATION   programs of the guest had brought their data into order (hooks of the guest agent, VSS writers)
-    FILESYSTEM    the guest's filesystems were frozen: mounts without repair; databases recover
-    CRASH         one instant of a running guest, as after a power cut: journals are replayed
-
-    The words are those of backup products.  None says that nobody knows, which is not the same as CRASH: a copy of a
-    file that was written meanwhile is worse.
-    """
-
-    OFFLINE = "offline"
-    APPLICATION = "application"
-    FILESYSTEM = "filesystem"
-    CRASH = "crash"
 
 
 class Hold(StoredModel):

@@ -10,9 +10,10 @@ from datetime import UTC, datetime
 import pytest
 
 from snapchain.errors import Corrupt, Unsupported
+from snapchain.model.consistency import Consistency
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository import keys as slots
-from snapchain.repository.catalogue import Consistency, Hold, Point
+from snapchain.repository.catalogue import Hold, Point
 from snapchain.repository.envelope import made_by, seal, unseal
 from snapchain.repository.format import generation_name, layer_name
 from snapchain.repository.repository import Repository, parse_config
