@@ -1,9 +1,9 @@
 """What a guest point stores beside its disks: how the guest is defined, and which points belong together.
 
 The record of guest `web1` is the content of a small disk `web1/.guest`, one point of it for each guest point.  So it is
-stored, encrypted, sent, held, verified and kept like any other disk, at every kind of destination, and an older snapchain
-sees a disk.  All points of one guest point have the same `instant`; the record is published last, so a guest point is
-there as a whole or not at all (docs/decisions/0119).
+stored, encrypted, sent, held, verified and kept like any other disk, at every kind of destination, and an older
+snapchain sees a disk.  All points of one guest point have the same `instant`; the record is published last, so a guest
+point is there as a whole or not at all (docs/decisions/0119).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class GuestRecord(_Part):
     """A guest point. instant: 32 hex digits, as its disks' points have it
 
     live, inactive: domain XML; argv: QEMU's command line where there is no libvirt
-    left_out: disks that were not taken, each with the reason; media, immovable, unreadable: see guest.protocol.Definition
+    left_out: disks that were not taken, each with the reason
+    media, immovable, unreadable: as guest.protocol.Definition has them
     """
 
     version: Literal[1] = 1
