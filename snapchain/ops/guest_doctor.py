@@ -1,7 +1,7 @@
 """What killed runs have left in guests: found by the records in the state directory, judged by the guest itself.
 
-    thaw        the guest may be frozen                thaw, first of all
-    snapshot    overlays were made for its disks       in its chains: the snapshot is made; else they are removed
+thaw        the guest may be frozen                thaw, first of all
+snapshot    overlays were made for its disks       in its chains: the snapshot is made; else they are removed
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def left_behind(address: GuestAddress | None = None) -> Iterator[journal.Found]:
     """Records of killed runs, a thaw first; of one guest or all. Raises the first fault of a record that is unsound."""
     found, faults = journal.find()
     order = list(OPERATIONS)
-    for each in sorted(found, key=lambda each: order.index(each.record.operation) if each.record.operation in order else 99):
+    for each in sorted(
+        found, key=lambda each: order.index(each.record.operation) if each.record.operation in order else 99
+    ):
         is_meant = address is None or each.record.address == _absolute(address, each.record)
         if is_meant and each.record.is_abandoned and each.record.operation in OPERATIONS:
             yield each

@@ -199,6 +199,7 @@ def test_a_watchdog_that_dies_or_hangs_is_replaced(
     fake: FakeAgent, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("snapchain.guest.watchdog.THAW_SECONDS", 0.5)
+    monkeypatch.setattr("snapchain.guest.watchdog._LIBVIRT_SECONDS", 0.5)
     monkeypatch.setattr(quiesce, "THAW_SECONDS", 0.5)
     events: list[Event] = []
     with freezes(AgentsGuest(fake.path), events) as reached:
