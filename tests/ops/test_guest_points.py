@@ -70,17 +70,8 @@ def test_without_its_record_it_is_no_guest_point() -> None:
 
 def test_guests_are_told_apart() -> None:
     """Also one below another's name, and disks that no guest point has."""
-    found = guests_of(
-        [
-            disk("a/b/.guest", A),
-            disk("a/b/vda", A),
-            disk("a/.guest", B),
-            disk("a/vda", B),
-            disk("a/old", None),
-            disk("c/vda", None),
-            disk(".guest", A),
-        ]  # fmt: skip
-    )
+    of_guests = [disk("a/b/.guest", A), disk("a/b/vda", A), disk("a/.guest", B), disk("a/vda", B)]
+    found = guests_of([*of_guests, disk("a/old", None), disk("c/vda", None), disk(".guest", A)])
     assert [(each.name, each.disks, [point.instant for point in each.points]) for each in found] == [
         ("a", ("a/old", "a/vda"), [B]),
         ("a/b", ("a/b/vda",), [A]),
