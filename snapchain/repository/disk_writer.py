@@ -18,7 +18,7 @@ from typing import Self
 
 from snapchain.destination.writing import DiskLook, Finished, HeldLayer, LayerWriter, NewLayer, Opening, Result, Traffic
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.image import ImageChain
+from snapchain.image.view import View
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
@@ -261,7 +261,7 @@ class DiskWriter(_Look):
 class _Composed:
     """Some neighbouring files of a chain as the source of one layer (repository.ingest.LayerSource)."""
 
-    def __init__(self, extents: Extents, view: ImageChain) -> None:
+    def __init__(self, extents: Extents, view: View) -> None:
         self.extents, self._view = extents, view
         self.size = view.size
 
