@@ -19,7 +19,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.content import LEAF_BYTES
-from snapchain.model.retention import Policy
+from snapchain.model.retention import DropPoints, Policy
 from snapchain.ops.diff import diff, image_side
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.log import log
@@ -314,6 +314,25 @@ class DestinationContract(DestinationFaults):
         assert site.open(writing=True).merging(DISK, Policy(last=1)).run().points_kept == (6,)
         with pytest.raises(NotFound):
             site.open(writing=True).merging("gone", policy).run()
+
+    def test_points_are_let_go_by_number(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        moments = [history[number] for number in (0, 1, 3, 4)]
+        for moment in moments[:3]:
+            deliver(site, moment.image)
+        place = site.open(writing=True)
+        place.hold(DISK, "2", "audit")
+        rules = DropPoints(frozenset({1, 2, 3, 99}))
+        assert [each.kept for each in place.merging(DISK, rules).plan().points] == [False, True, True]
+        work = place.merging(DISK, DropPoints(frozenset({1, 3})))
+        deliver(site, moments[3].image)  # what is published meanwhile stays
+        report = work.run()
+        kept = [point.point for point in site.open().disks(DISK)[0].points]
+        assert kept == list(report.points_kept) in ([2, 4], [2, 3, 4])
+        for number in kept:
+            Restoration(site.open(), DISK, out / f"{number}.raw", point=str(number)).run()
+            assert identical(out / f"{number}.raw", moments[number - 1].shown)
+        assert site.open(writing=True).merging(DISK, DropPoints(frozenset())).run().points_dropped == ()
+        assert site.open().verify(share=1.0).ok
 
 
 __all__ = ["DISK", "DestinationContract", "Site", "Traits"]

@@ -523,18 +523,21 @@ class Merge(Policy, _OfDisk):
     """Merge the layers of a disk that no kept point needs. dry_run: only report what it would do.
 
     The rules are its own fields, of which one at least is set; within: as 1y5m7d2h
+    drop: in their place, the numbers of the points that go; only for a receiver with the feature `drop-points`
     zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
     """
 
     zone: str = Field(min_length=1, max_length=100)
     epoch: int | None = Field(default=None, ge=1, le=LARGEST_EPOCH)
     dry_run: bool = False
+    drop: tuple[PointNumber, ...] | None = Field(default=None, max_length=MOST_POINTS)
 
     @model_serializer(mode="wrap")
     def _without_newer_rules_that_are_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A peer that does not know such a rule would refuse its field.
         fields: dict[str, Any] = handler(self)
         unset = {name for name, rule in Policy.model_fields.items() if getattr(self, name) == rule.default}
+        unset |= {"drop"} if self.drop is None else set()
         return {name: value for name, value in fields.items() if name in _FIRST_RULES or name not in unset}
 
     @field_validator("labels")
@@ -675,6 +678,8 @@ class Feature(StrEnum):
     """The receiver knows the share in ASK."""
     FETCH_FROM = "fetch-from"
     """The receiver knows in FETCH where data are to begin."""
+    DROP_POINTS = "drop-points"
+    """The receiver knows in MERGE the numbers of the points that go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -746,7 +751,7 @@ REQUESTS: Mapping[Kind, Request] = {
         opens=True,
     ),
     Kind.MERGE: Request(
-        Merge, 64 * KiB, "merging:answer", (Kind.PROGRESS, Kind.MERGED), _MERGE, Feature.MERGE, opens=True
+        Merge, 512 * KiB, "merging:answer", (Kind.PROGRESS, Kind.MERGED), _MERGE, Feature.MERGE, opens=True
     ),
     Kind.HOLD: Request(HoldPoint, 16 * KiB, "holds:hold", (Kind.HELD,), _SEND | _MERGE, Feature.HOLD, opens=True),
     Kind.RELEASE: Request(ReleasePoint, 16 * KiB, "holds:release", (Kind.HELD,), _MERGE, Feature.HOLD, opens=True),
