@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Corrupt, SnapchainError
+from snapchain.model.consistency import Consistency
 from snapchain.model.merging import MergeRow
 
 MOST_FINDINGS = 10_000
@@ -34,6 +35,7 @@ class PointRecord(Record):
     """A point. layers: length of the chain that gives it; holds: why it stays whatever the rules say.
 
     of_the_future: dated later than this host's clock
+    instant: of the guest point that it belongs to, 32 hex digits; consistency: how the guest stood; None: not recorded
     """
 
     point: int
@@ -44,6 +46,8 @@ class PointRecord(Record):
     layers: int
     holds: tuple[HoldRecord, ...] = ()
     of_the_future: bool = False
+    instant: str | None = None
+    consistency: Consistency | None = None
 
 
 class DiskRecord(Record):
