@@ -83,7 +83,8 @@ def change(text: str, changes: Changes, *, subject: object) -> Changed:
             lacking += _missing_source(disk, f"the medium in {name}")
         else:
             devices.remove(disk)
-            lacking.append(f"{name} is left out of the definition: the guest point has no such disk")
+            reason = changes.left_out.get(name, "the guest point has no such disk")
+            lacking.append(f"{name} is left out of the definition, since it was not recorded: {reason}")
     lacking += [f"{name} is not in the definition; its file is {disk.path}" for name, disk in unseen.items()]
     lacking += _without_devices_of_the_host(devices)
     lacking += _set_firmware(root, changes)
@@ -107,7 +108,7 @@ def identity_of(text: str, *, subject: object) -> tuple[str, str | None]:
     return name, (root.findtext("uuid") or "").strip() or None
 
 
-_FILES_OF_THE_HOST: dict[str, Callable[[ET.Element], bool]] = {
+_FILES_OF_THE_HOST = {
     "the firmware": "os/loader",
     "the kernel": "os/kernel",
     "the initial ramdisk": "os/initrd",

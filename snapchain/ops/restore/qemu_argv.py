@@ -52,9 +52,9 @@ def change(argv: Sequence[str], changes: Changes, *, subject: object) -> Changed
         for name, disk in changes.disks.items():
             if not line.set_disk(name, disk):
                 line.lacking.append(f"{name} is not in the command line; its file is {disk.path}")
-        for name in sorted(changes.left_out):
+        for name, reason in changes.left_out.items():
             if line.leave_out(name):
-                line.lacking.append(f"{name} is left out of the command line: the guest point has no such disk")
+                line.lacking.append(f"{name} is left out of the command line, since it was not recorded: {reason}")
         line.set_the_rest()
         return Changed(_script([argv[0], *line.words()]), tuple(line.lacking))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -329,9 +329,9 @@ def _move_sockets(option: _Option, directory: Path) -> None:
     if option.name == "pidfile":
         option.value = str(directory / Path(value).name)
     elif option.name in _SOCKETS and value.startswith("unix:"):
-        path, comma, rest = value.removeprefix("unix:").partition(",")
+        socket, comma, rest = value.removeprefix("unix:").partition(",")
         if "server" in rest:
-            option.value = f"unix:{directory / Path(path).name}{comma}{rest}"
+            option.value = f"unix:{directory / Path(socket).name}{comma}{rest}"
     elif option.name == "chardev" and option.values.get("backend") == "socket":
         path, listens = option.values.get("path"), option.values.get("server", "off")
         if path and listens not in ("off", "no", "false"):
