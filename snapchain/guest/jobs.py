@@ -5,8 +5,11 @@
                         finalize   dismiss
 
 The flush before `finalize` is what QEMU leaves out: a crash after the change of a header, and before the data that the
-header relies on is on the disk, would show wrong data.  The job is dismissed before anybody looks at the graph: QEMU 7.2
-dies when it lists its nodes beside a concluded stream.
+header relies on is on the disk, would show wrong data.  The job is dismissed before anybody looks at the graph:
+QEMU 7.2 dies when it lists its nodes beside a concluded stream.
+
+An active commit finalizes itself: at PENDING QEMU holds back all I/O of the guest, for as long as nobody finalizes
+(measured with 7.2). It flushes before it pivots.
 """
 
 from __future__ import annotations
@@ -76,7 +79,12 @@ def next_action(status: JobStatus, kind: JobKind, *, completed: bool = False, pa
 
 
 def drive(
-    job: Job, *, phase: str, on_event: OnEvent = ignore, on_look: OnLook = lambda _job, _now: None, seconds: float = WAIT_SECONDS
+    job: Job,
+    *,
+    phase: str,
+    on_event: OnEvent = ignore,
+    on_look: OnLook = lambda _job, _now: None,
+    seconds: float = WAIT_SECONDS,
 ) -> Ended:
     """Bring a job to its end, from whatever state it is in.
 
@@ -85,42 +93,60 @@ def drive(
 
     Raises Unavailable when QEMU went away or does not answer, and for a job that stays paused.
     """
-    completed, paused, finalized = False, 0, False
+    driver = _Driver(job, phase, on_event, on_look, seconds)
     try:
-        while True:
-            now = job.progress()
-            paused = paused + 1 if now.status is JobStatus.PAUSED else 0
-            _report(phase, now, on_event)
-            match next_action(now.status, job.kind, completed=completed, paused=paused):
-                case Action.WAIT:
-                    on_look(job, now)
-                    job.wait(seconds)
-                case Action.COMPLETE:
-                    job.complete()
-                    completed = True
-                case Action.FINALIZE:
-                    if now.error is None:
-                        job.flush()
-                    finalized = True
-                    job.finalize()
-                    job.wait(seconds)
-                case Action.DISMISS:
-                    if now.error is None:
-                        job.flush()
-                    job.dismiss()
-                    return Ended(End.FAILED if now.error else End.DONE, now.error)
-                case Action.NOTHING:
-                    return Ended(End.GONE)
-                case Action.GIVE_UP:
-                    raise Unavailable(
-                        "the merge is paused, by an I/O error or by somebody, and was cancelled",
-                        subject=job.id,
-                        hint="see whether there is room for the image, then run it again",
-                    )
+        while driver.ended is None:
+            driver.step()
     except BaseException as error:
-        if not finalized:
+        if not driver.finalized:
             _cancel(job, seconds=seconds, on_event=on_event, because=error)
         raise
+    return driver.ended
+
+
+class _Driver:
+    """finalized: the graph may be the new one, so that nothing is to be cancelled any more."""
+
+    def __init__(self, job: Job, phase: str, on_event: OnEvent, on_look: OnLook, seconds: float) -> None:
+        self.ended: Ended | None = None
+        self.finalized = False
+        self._job, self._phase, self._seconds = job, phase, seconds
+        self._on_event, self._on_look = on_event, on_look
+        self._completed, self._paused = False, 0
+
+    def step(self) -> None:
+        """Look once, and do what the state asks for."""
+        job = self._job
+        now = job.progress()
+        _report(self._phase, now, self._on_event)
+        match next_action(now.status, job.kind, completed=self._completed, paused=self._paused):
+            case Action.WAIT:
+                self._on_look(job, now)
+                job.wait(self._seconds)
+            case Action.COMPLETE:
+                self._completed = self.finalized = True
+                job.complete()
+            case Action.FINALIZE:
+                if job.kind is not JobKind.ACTIVE_COMMIT:
+                    job.flush()
+                self.finalized = True
+                job.finalize()
+                job.wait(self._seconds)
+            case Action.DISMISS:
+                self.finalized = True
+                if now.error is None:
+                    job.flush()
+                job.dismiss()
+                self.ended = Ended(End.FAILED if now.error else End.DONE, now.error)
+            case Action.NOTHING:
+                self.ended = Ended(End.GONE)
+            case Action.GIVE_UP:
+                raise Unavailable(
+                    "the merge is paused, by an I/O error or by somebody, and was cancelled",
+                    subject=job.id,
+                    hint="see whether there is room for the image, then run it again",
+                )
+        self._paused = self._paused + 1 if now.status is JobStatus.PAUSED else 0
 
 
 def _cancel(job: Job, *, seconds: float, on_event: OnEvent, because: BaseException) -> None:

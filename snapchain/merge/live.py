@@ -220,7 +220,7 @@ class LivePlanner:
             return wanted
         possible = [kind for kind, why in against.items() if why is None]
         if not possible:
-            raise next(filter(None, against.values()))
+            raise next(filter(None, against.values() if self._guest.streams else reversed(against.values())))
         if commit is JobKind.ACTIVE_COMMIT and JobKind.STREAM in possible and self._guest.kind == "qmp":
             # Whoever starts the guest again knows it by the path of its active layer, which a stream keeps.
             return JobKind.STREAM
@@ -245,9 +245,7 @@ class LivePlanner:
             return Unsupported("a stream needs a qcow2 file as its uppermost layer", subject=upper.path)
         return self._against_bitmaps(range(first, last))
 
-    def _against_commit(
-        self, first: int, last: int, confirmed: Sequence[Path], kind: JobKind
-    ) -> SnapchainError | None:
+    def _against_commit(self, first: int, last: int, confirmed: Sequence[Path], kind: JobKind) -> SnapchainError | None:
         chain, lowest = self._chain, self._chain.files[first]
         for place in range(first, last + 1):
             file = chain.files[place]
@@ -337,7 +335,7 @@ def _check_sizes(chain: ImageChain, first: int, last: int) -> None:
     for place in range(max(first, 1), last + 1):
         if chain.files[place].size < chain.files[place - 1].size:
             raise Unsupported(
-                f"it is shorter than {chain.files[place - 1].path.name} below it, and QEMU would show the end of that again",
+                f"it is shorter than {chain.files[place - 1].path.name} below it: QEMU would show that end again",
                 subject=chain.files[place].path,
                 hint="merge it while the guest is off, or leave it out (--from, --to)",
             )

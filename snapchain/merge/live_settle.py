@@ -14,17 +14,14 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import cast
 
-from snapchain.errors import Conflict, NotFound
+from snapchain.errors import Conflict
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
-from snapchain.host.os_errors import os_errors
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.backing import Place
-from snapchain.image.file import Format
 from snapchain.image.opening import open_image
 from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.header import read_header
@@ -67,9 +64,9 @@ def describe_live(journal: MergeJournal, live: LiveMerge) -> tuple[str, str]:
         return f"{began} whose result is in place; its inputs are still there", f"compares them, and removes {names}"
     if live.kind == "stream":
         return f"{began} that was not finished; the image reads as before", "goes on with it, or removes the journal"
+    ends = f"{live.inputs[0].path.name} and {live.inputs[-1].path.name}"
     return (
-        f"{began} that was not finished; the image reads as before, the files between "
-        f"{live.inputs[0].path.name} and {live.inputs[-1].path.name} do not",
+        f"{began} that was not finished; the image reads as before, the files between {ends} do not",
         "goes on with it, or merges the same files again",
     )
 
@@ -142,7 +139,7 @@ def inputs_of(live: LiveMerge, below: ImageChain | None) -> Iterator[ImageChain]
             if not entry.is_at(look_at(fd)):
                 os.close(fd)
                 raise Conflict("another file took its name", subject=entry.path)
-            opened_file = ImageFile(place, fd, format=cast("Format", image_format), budget=RunBudget())
+            opened_file = ImageFile(place, fd, format=image_format, budget=RunBudget())
             found.append(stack.enter_context(opened_file))
         yield ImageChain(found, owned=False)
 
@@ -167,15 +164,15 @@ def note(journal: MergeJournal, live: LiveMerge) -> None:
     """Record what the result was made of. Raises as `record_live`."""
     if any(not entry.still() for entry in live.inputs):
         return  # recorded before the first of them was removed
-    with inputs_of(live, None) as inputs:
-        view = None if live.time is None else (live.time, live.labels)
-        record_live(inputs.files, live.sources, journal.result.path, view=view)
+    note_result(journal, live)
+
+
+def note_result(journal: MergeJournal, live: LiveMerge) -> None:
+    """Record what a result was made of, and when its view was sealed. Raises as `record_live`."""
+    view = None if live.time is None else (live.time, live.labels)
+    record_live([entry.path for entry in live.inputs], live.sources, journal.result.path, view=view)
 
 
 def remove_record(journal: MergeJournal) -> None:
     """Of a merge that has changed nothing. Idempotent."""
-    with os_errors(journal.path):
-        try:
-            files.remove(journal.path)
-        except NotFound:
-            return
+    files.remove(journal.path)

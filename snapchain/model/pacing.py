@@ -1,9 +1,9 @@
 """How fast a live merge may go so that its guest does not feel it: a rule over the latency of the guest's own I/O.
 
-    speed     as long as the latency stays near what it was before the merge: a step more each time
-    |  /|  /|  /|
-    | / | / | / |     above (1 + SLACK) times that: at once down to the half, or further by how much it is above
-    |/  |/  |/        never below the floor, so that the merge ends
+speed     as long as the latency stays near what it was before the merge: a step more each time
+|  /|  /|  /|
+| / | / | / |     above (1 + SLACK) times that: at once down to the half, or further by how much it is above
+|/  |/  |/        never below the floor, so that the merge ends
 """
 
 from __future__ import annotations

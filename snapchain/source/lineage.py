@@ -102,7 +102,7 @@ def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:
 
 
 def record_live(
-    inputs: Sequence[ImageFile],
+    inputs: Sequence[Path],
     sources: Sequence[Fingerprint],
     result: Path,
     *,
@@ -110,10 +110,11 @@ def record_live(
 ) -> None:
     """As `record`, for a result that is one of its inputs, which was written to since.
 
-    sources: the inputs' fingerprints before that; view: when the uppermost was sealed, and its labels
+    inputs: real paths; sources: the inputs' fingerprints before that
+    view: when the uppermost was sealed, and its labels; None for an active layer
     """
     notes = Notes()
-    _record(notes, [note_of(file, notes) for file in inputs], tuple(sources), result, view=view)
+    _record(notes, [notes.of(path) for path in inputs], tuple(sources), result, view=view)
 
 
 def _record(
