@@ -1,8 +1,8 @@
 """A guest at one moment, whether it runs or not; and what is done with its local chains later.
 
-    running, paused    a live snapshot: each disk gets a new active layer under a new path (guest/snapshot.py)
-    off                its images are at rest: sealed by a rename, their paths stay (source/sealing.py)
-    incoming           its disks are another host's, or will be its own in a moment: nothing is touched
+running, paused    a live snapshot: each disk gets a new active layer under a new path (guest/snapshot.py)
+off                its images are at rest: sealed by a rename, their paths stay (source/sealing.py)
+incoming           its disks are another host's, or will be its own in a moment: nothing is touched
 """
 
 from __future__ import annotations
@@ -156,9 +156,7 @@ def plan_merge(guest: Guest, disk: str, request: MergeRequest) -> MergePlan:
     return merge_plan.plan(asked) if guest.state() is State.OFF else live_merge.plan(guest, disk, asked)
 
 
-def run_merge(
-    guest: Guest, planned: MergePlan, *, on_event: OnEvent = ignore, pace: Pace | None = None
-) -> MergeReport:
+def run_merge(guest: Guest, planned: MergePlan, *, on_event: OnEvent = ignore, pace: Pace | None = None) -> MergeReport:
     """Do it. pace: of a live merge. Raises as merging does, Busy where the guest was started meanwhile."""
     if isinstance(planned, live_merge.LiveMergePlan):
         return live_run.run(guest, planned, on_event=on_event, pace=pace)
