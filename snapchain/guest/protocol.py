@@ -149,7 +149,10 @@ class JobKind(StrEnum):
     COMMIT = "commit"
     """The data of sealed layers go into the lowest of them; the active layer stays."""
     ACTIVE_COMMIT = "active-commit"
-    """The active layer's go too; at READY the guest is switched to the lowest (pivot)."""
+    """The active layer's go too; at READY the guest is switched to the lowest (pivot).
+
+    It finalizes itself: at PENDING QEMU holds back the guest's I/O for as long as nobody finalizes.
+    """
     STREAM = "stream"
     """The data of the lower ones go into the uppermost."""
 
