@@ -1,4 +1,4 @@
-"""What a shell offers for the start of an address: the disks of a destination, and the points of a disk.
+"""What a shell offers for the start of an address: the disks of a destination, the points of a disk; and domains.
 
     snapchain restore /backup::<TAB>            web1/vda  web2/vda
     snapchain restore /backup::web1/vda@<TAB>   latest  nightly  1  2  3
@@ -60,6 +60,19 @@ def addresses(incomplete: str) -> list[Offer]:
     disk, at, _ = rest.partition("@")
     found = _in_time(lambda: _points(dest, disk) if at else _disks(dest))
     return [(value.removeprefix(_kept), words) if words else value.removeprefix(_kept) for value, words in found]
+
+
+def domains(incomplete: str, connect: str | None) -> list[Offer]:
+    """Candidates for the name of a libvirt domain. connect: URI, None for the one that `--domain` asks by default."""
+    text = _kept.removeprefix("--domain=") + incomplete
+    found = _in_time(lambda: [(name, "") for name in _domains(connect)])
+    return [name.removeprefix(_kept) for name, _ in found if name.startswith(text)]
+
+
+def _domains(connect: str | None) -> list[str]:
+    from snapchain.host.virsh import Virsh
+
+    return Virsh(connect, read_only=os.geteuid() != 0).names("list", "--all", "--name")
 
 
 def _files(text: str) -> list[Offer]:

@@ -20,15 +20,24 @@ if TYPE_CHECKING:
     from snapchain.cli.output import Output
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
+    from snapchain.guest.address import GuestAddress
+    from snapchain.guest.snapshot import SnapshotRequest
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
+_GUEST = "Guest"
 
 
 def complete_address(incomplete: str) -> list[str | tuple[str, str]]:
     from snapchain.cli.completion import addresses
 
     return addresses(incomplete)
+
+
+def complete_domain(ctx: typer.Context, incomplete: str) -> list[str | tuple[str, str]]:
+    from snapchain.cli.completion import domains
+
+    return domains(incomplete, ctx.params.get("connect"))
 
 
 def address(*, metavar: str, help: str) -> Any:
@@ -146,6 +155,55 @@ Quiet = Annotated[
     typer.Option("--quiet", "-q", help="Hide progress, notes and reports, but no failure.", rich_help_panel=_OUTPUT),
 ]
 
+Domain = Annotated[
+    str | None,
+    typer.Option(
+        "--domain",
+        metavar="NAME",
+        autocompletion=complete_domain,
+        help="A guest of libvirt: the name of its domain.",
+        rich_help_panel=_GUEST,
+    ),
+]
+Connect = Annotated[
+    str | None,
+    typer.Option(
+        "--connect",
+        metavar="URI",
+        help="The libvirt daemon that has the domain. Default: LIBVIRT_DEFAULT_URI, or qemu:///system.",
+        rich_help_panel=_GUEST,
+    ),
+]
+Qmp = Annotated[
+    Path | None,
+    typer.Option(
+        "--qmp",
+        readable=False,
+        metavar="SOCKET",
+        help="A guest without libvirt: a QMP socket of its QEMU that no other program uses.",
+        rich_help_panel=_GUEST,
+    ),
+]
+AgentSocket = Annotated[
+    Path | None,
+    typer.Option(
+        "--agent",
+        readable=False,
+        metavar="SOCKET",
+        help="With --qmp: the socket of the guest agent. Default: as QEMU reports it.",
+        rich_help_panel=_GUEST,
+    ),
+]
+GuestName = Annotated[
+    str | None,
+    typer.Option(
+        "--guest",
+        metavar="NAME",
+        help="With --qmp: the name of the guest. Default: as QEMU's -name says.",
+        rich_help_panel=_GUEST,
+    ),
+]
+
 
 _FORMATS: dict[str, Literal["qcow2", "raw"]] = {"qcow2": "qcow2", "raw": "raw"}
 
@@ -242,13 +300,7 @@ def _from_file(path: Path, out: Output) -> str:
 def _from_command(command: str) -> str:
     from snapchain.host import passphrases
 
-    try:
-        argv = shlex.split(command)
-    except ValueError as error:
-        raise InvalidInput(f"not a command: {error}", subject=command) from error
-    if not argv:
-        raise InvalidInput("--password-command is empty")
-    return passphrases.from_program(argv)
+    return passphrases.from_program(_argv(command, option="--password-command"))
 
 
 DiskPairs = Annotated[
@@ -311,6 +363,199 @@ def takes_output(
         return called
 
     return decorate
+
+
+def guest_address(
+    *, domain: str | None, connect: str | None, qmp: Path | None, agent: Path | None, name: str | None
+) -> GuestAddress | None:
+    """The guest that the options name; None when they name none. Raises InvalidInput for options that contradict."""
+    for option, value in (("--domain", domain), ("--connect", connect), ("--qmp", qmp), ("--guest", name)):
+        if value is not None and not str(value):
+            raise InvalidInput(f"{option} is empty")
+    if domain is not None and qmp is not None:
+        raise InvalidInput(
+            "--domain and --qmp name two guests", hint="give --domain for a guest of libvirt, --qmp for any other"
+        )
+    if domain is None and connect is not None:
+        raise InvalidInput("--connect is given without --domain", subject=connect, hint="add --domain NAME")
+    for option, value in (("--agent", agent), ("--guest", name)):
+        if qmp is None and value is not None:
+            reason = "libvirt has this of its domains" if domain is not None else "no guest is named"
+            raise InvalidInput(f"{option} belongs to --qmp; {reason}", subject=value)
+    if domain is None and qmp is None:
+        return None
+    from snapchain.guest.address import GuestAddress
+
+    return GuestAddress(domain=domain, connect=connect, qmp=qmp, agent=agent, name=name)
+
+
+def check_either(given: object, guest: GuestAddress | None, *, metavar: str = "IMAGE") -> None:
+    """One of both must be named: an image (or what `metavar` says), or a guest. Raises InvalidInput.
+
+    given: what the argument holds; None and [] are nothing
+    """
+    is_given = given is not None and given != []
+    if guest is not None and is_given:
+        words = " ".join(map(str, given)) if isinstance(given, list) else given
+        raise InvalidInput(
+            f"{metavar} and {guest.option.split()[0]} are both given; a guest's images are found by the guest",
+            subject=words,
+            hint=f"leave out {metavar}, or {guest.option.split()[0]}",
+        )
+    if guest is None and not is_given:
+        raise InvalidInput(f"nothing is named: neither {metavar} nor a guest", hint="--domain NAME or --qmp SOCKET")
+
+
+def takes_guest(
+    *, instead_of: str | None = None, metavar: str = "IMAGE"
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb with a parameter `guest` the options that name one: --domain, --connect, --qmp, --agent, --guest.
+
+    The verb gets a GuestAddress, or None without any of them.
+    instead_of: the parameter that a guest replaces; exactly one of both must then be given. metavar: its name in errors
+    """
+    chosen: dict[str, tuple[Any, str]] = {
+        "domain": (Domain, "domain"),
+        "connect": (Connect, "connect"),
+        "qmp": (Qmp, "qmp"),
+        "agent": (AgentSocket, "agent"),
+        "guest_name": (GuestName, "name"),
+    }
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        shown = inspect.signature(function, eval_str=True)
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> None:
+            guest = guest_address(**{name: kwargs.pop(option) for option, (_, name) in chosen.items()})
+            if instead_of is not None:
+                check_either(kwargs.get(instead_of), guest, metavar=metavar)
+            function(*args, guest=guest, **kwargs)
+
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, (annotation, _) in chosen.items()
+        ]
+        parameters = [each for old in shown.parameters.values() for each in ([old] if old.name != "guest" else options)]
+        called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+_QUIESCE = "Snapshot of a guest"
+Disks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--disk",
+        metavar="NAME",
+        help="Take this disk of the guest, not all. May be repeated. `snapchain guests` shows their names.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+QuiesceMode = Annotated[
+    str | None,
+    typer.Option(
+        "--quiesce",
+        metavar="auto|require|no",
+        autocompletion=of("auto", "require", "no"),
+        help="Freeze the filesystems by the guest agent: if one answers (auto, the default), always (require: fail "
+        "without), or not at all (no).",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+FreezeTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--freeze-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        max=600,
+        help="How long a freeze may take. Default: 10.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+PreFreeze = Annotated[
+    str | None,
+    typer.Option(
+        "--pre-freeze",
+        metavar="COMMAND",
+        help="Run this program of the host (no shell) before the freeze.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+PostThaw = Annotated[
+    str | None,
+    typer.Option(
+        "--post-thaw",
+        metavar="COMMAND",
+        help="Run this program of the host (no shell) after the thaw, whatever became of the snapshot.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+
+
+def snapshot_request(
+    *,
+    disk: list[str] | None,
+    quiesce: str | None,
+    freeze_timeout: float | None,
+    pre_freeze: str | None,
+    post_thaw: str | None,
+) -> SnapshotRequest | None:
+    """How a snapshot of a guest is taken; None where no option says so. Raises InvalidInput."""
+    from snapchain.guest.snapshot import Quiesce, SnapshotRequest
+
+    given: dict[str, Any] = {}
+    if disk:
+        given["disks"] = tuple(dict.fromkeys(disk))
+    if quiesce is not None:
+        if quiesce not in set(Quiesce):
+            raise InvalidInput(f"{quiesce!r} is no way to quiesce a guest", hint="--quiesce auto, require or no")
+        given["quiesce"] = Quiesce(quiesce)
+    if freeze_timeout is not None:
+        given["freeze_seconds"] = freeze_timeout
+    for name, command in (("pre_freeze", pre_freeze), ("post_thaw", post_thaw)):
+        if command is not None:
+            given[name] = _argv(command, option=f"--{name.replace('_', '-')}")
+    return SnapshotRequest(**given) if given else None
+
+
+def _argv(command: str, *, option: str) -> tuple[str, ...]:
+    try:
+        argv = tuple(shlex.split(command))
+    except ValueError as error:
+        raise InvalidInput(f"not a command: {error}", subject=command) from error
+    if not argv:
+        raise InvalidInput(f"{option} is empty")
+    return argv
+
+
+def takes_snapshot_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb with a parameter `snapshot` the options of a guest's snapshot: --disk, --quiesce, and others.
+
+    The verb gets a SnapshotRequest, or None without any of them; labels and image_dirs are left to it.
+    """
+    chosen: dict[str, Any] = {
+        "disk": Disks,
+        "quiesce": QuiesceMode,
+        "freeze_timeout": FreezeTimeout,
+        "pre_freeze": PreFreeze,
+        "post_thaw": PostThaw,
+    }
+    shown = inspect.signature(function, eval_str=True)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> None:
+        function(*args, snapshot=snapshot_request(**{name: kwargs.pop(name) for name in chosen}), **kwargs)
+
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in chosen.items()
+    ]
+    parameters = [each for old in shown.parameters.values() for each in ([old] if old.name != "snapshot" else options)]
+    called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return called
 
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -123,7 +123,7 @@ class StateKey:
 def own_key() -> StateKey | None:
     """The key of this user; None where there is no usable key: then no record counts as this user's by its mark."""
     with suppress(SnapchainError):
-        return _read(_directory())
+        return _read(key_directory())
     return None
 
 
@@ -132,7 +132,7 @@ def made_key() -> StateKey:
 
     Raises InvalidInput where others may read or replace it, and as reading and writing a file.
     """
-    directory = _directory()
+    directory = key_directory()
     try:
         return _read(directory)
     except NotFound:
@@ -140,7 +140,8 @@ def made_key() -> StateKey:
         return _read(directory)
 
 
-def _directory() -> Path:
+def key_directory() -> Path:
+    """The state directory that all runs of this user share, whatever their environment. Raises NotFound."""
     try:
         directory = state_dir()
     except RuntimeError as error:
