@@ -271,7 +271,7 @@ def _merge_guest(
 ) -> None:
     from snapchain.guest.address import open_guest
     from snapchain.model.events import Notice
-    from snapchain.ops import guest_merge as ops
+    from snapchain.ops import live_merge as ops
 
     with open_guest(address, on_event=out.on_event) as guest:
         names = [disk.name for disk in guest.disks()] if at else []

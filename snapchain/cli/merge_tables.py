@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from snapchain.merge.plan import LayerUse, MergePlan
     from snapchain.merge.run import MergeReport
     from snapchain.model.merging import MergeRow
-    from snapchain.ops.guest_merge import GuestMergePlan, GuestMergeReport
+    from snapchain.ops.live_merge import GuestMergePlan, GuestMergeReport
 
 
 def draw_plan(console: Console, plan: MergePlan) -> None:

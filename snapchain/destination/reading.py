@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         PointsMergeReport,
         VerifyReport,
     )
-    from snapchain.model.retention import Policy
+    from snapchain.model.retention import Rules
 
 PlanT_co = TypeVar("PlanT_co", covariant=True)
 ReportT_co = TypeVar("ReportT_co", covariant=True)
@@ -188,12 +188,13 @@ class ReadableDestination(Protocol):
         ...
 
     def merging(
-        self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+        self, disk: str, rules: Rules, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> Work[PointsMergePlan, PointsMergeReport]:
         """Keep the points that the rules name, and merge the layers that they do not need.
 
+        rules: a policy, or the points that go by their numbers
         now: the clock of this run, where the destination takes it from here
-        Raises NotFound, Unsupported.
+        Raises NotFound, Unsupported for a peer that is too old.
         """
         ...
 

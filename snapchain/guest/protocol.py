@@ -350,7 +350,7 @@ class Guest(Protocol):
         ...
 
     def release(self, overlays: Sequence[Path]) -> None:
-        """Close overlays that a killed run has opened in QEMU (`prepared`), and that are part of no disk. Idempotent."""
+        """Close overlays that a killed run has opened in QEMU, and that are part of no disk. Idempotent."""
         ...
 
     def start(

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
+from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.messages import (
     MOST_POINTS,
@@ -39,9 +39,6 @@ from snapchain.replica.stream.messages import (
     Verdict,
 )
 from snapchain.replica.stream.session import ONE_DISK, ClientSession, OnBeat, printable
-
-if TYPE_CHECKING:
-    from snapchain.model.retention import Policy
 
 OnBytes = Callable[[int, int], None]
 
@@ -200,7 +197,7 @@ class Answer:
 def merged_at(
     endpoint: Endpoint,
     disk: str,
-    policy: Policy,
+    rules: Rules,
     *,
     zone: str,
     epoch: int | None = None,
@@ -215,13 +212,13 @@ def merged_at(
     Raises InvalidInput for a rule that no message can carry, Unsupported for a server that is too old, what it refuses
     with, and Corrupt for an impossible answer.
     """
-    request = _valid(
-        Merge, disk=disk, replica=endpoint.replica, **dict(policy), zone=zone, epoch=epoch, dry_run=dry_run
-    )
+    named = isinstance(rules, DropPoints)
+    chosen = {"drop": tuple(sorted(rules.numbers))} if isinstance(rules, DropPoints) else dict(rules)
+    request = _valid(Merge, disk=disk, replica=endpoint.replica, **chosen, zone=zone, epoch=epoch, dry_run=dry_run)
     points: list[DecidedPoint] = []
     outcome: Outcome | None = None
     with _connected(endpoint) as session:
-        for frame in session.responses(Kind.MERGE, request, on_wait):
+        for frame in session.responses(Kind.MERGE, request, on_wait, feature=Feature.DROP_POINTS if named else None):
             if frame.kind is Kind.PROGRESS and len(frame.body) == PROGRESS.size and not dry_run and not points:
                 on_bytes(*PROGRESS.unpack(frame.body))
                 continue

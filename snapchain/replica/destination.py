@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         PointsMergeReport,
         VerifyReport,
     )
-    from snapchain.model.retention import Policy
+    from snapchain.model.retention import Rules
 
 NOT_ENCRYPTED = "none"
 MOST_RUNS = 1 << 23
@@ -251,13 +251,13 @@ class ReplicaDestination(ReplicaWriting):
         return verify_replica(self.endpoint, disk, share=share, on_event=on_event)
 
     def merging(
-        self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+        self, disk: str, rules: Rules, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> Work[PointsMergePlan, PointsMergeReport]:
         """As `ReplicaMerge`; its own host's clock counts. Raises InvalidInput for a time zone that has no name."""
         from snapchain.replica.points_merge import ReplicaMerge
 
         _ = now
-        return ReplicaMerge(self.endpoint, disk, policy, zone=_name_of(zone))
+        return ReplicaMerge(self.endpoint, disk, rules, zone=_name_of(zone))
 
     def hold(
         self,
@@ -311,6 +311,8 @@ def _point_record(point: HeldPoint) -> PointRecord:
         layers=point.layers,
         holds=_hold_records(point.holds),
         of_the_future=is_future(point.time, datetime.now(UTC)),
+        instant=point.instant,
+        consistency=point.consistency,
     )
 
 

@@ -26,7 +26,7 @@ from snapchain.merge.step import MergeStep, plan_step
 from snapchain.model.collapse import collapse
 from snapchain.model.events import Event, Progress
 from snapchain.model.holds import hold_reasons
-from snapchain.model.retention import Decision, Policy, decide
+from snapchain.model.retention import Decision, Rules, decide_by
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue, Layer, Point
 from snapchain.replica.merge_journal import (
@@ -94,12 +94,12 @@ class LayerMergeResult:
         return "+".join(dict.fromkeys(self.strategies)) or NOTHING
 
 
-def plan(disk: ReplicaDisk, catalogue: Catalogue, policy: Policy, *, zone: tzinfo) -> LayerMergePlan:
+def plan(disk: ReplicaDisk, catalogue: Catalogue, rules: Rules, *, zone: tzinfo) -> LayerMergePlan:
     """Decide; changes nothing.
 
     Raises Corrupt when the files are not the chain that the catalogue names.
     """
-    decisions = decide(catalogue.points, policy, zone=zone, now=datetime.now(UTC), holds=hold_reasons)
+    decisions = decide_by(catalogue.points, rules, zone=zone, now=datetime.now(UTC), holds=hold_reasons)
     stays: list[Stays] = []
     groups: list[tuple[Layers, MergeStep]] = []
     for members in _groups(disk, catalogue, decisions, stays):

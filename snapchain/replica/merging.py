@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.events import ByteCount
-from snapchain.model.retention import Decision
+from snapchain.model.retention import Decision, DropPoints
 from snapchain.replica import layer_merge
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Point
@@ -55,14 +55,15 @@ def merge(request: Merge, root: Path, reply: Reply) -> None:
     Raises InvalidInput for no rule, NotFound where there is no such replica or disk, Conflict for an older epoch, Busy
     when the disk stays locked, and as `layer_merge.plan`, `run`.
     """
-    if request.is_empty:
+    if request.is_empty and request.drop is None:
         raise InvalidInput("no rule says which points to keep", subject=request.disk, hint="such as --keep-last 7")
     zone = _zone(request.zone)
+    rules = request if request.drop is None else DropPoints(frozenset(request.drop))
     disk = open_replica(root).disk(request.disk)
     if request.dry_run:
         planned = undisturbed(
             disk,
-            lambda: layer_merge.plan(disk, _checked(disk, disk.read(), request), request, zone=zone),
+            lambda: layer_merge.plan(disk, _checked(disk, disk.read(), request), rules, zone=zone),
             is_fine=lambda _plan: False,
         )
         _send_pages(planned, _foreseen(planned), reply)
@@ -70,7 +71,7 @@ def merge(request: Merge, root: Path, reply: Reply) -> None:
     _checked(disk, disk.read(), request)
     with in_turn(disk, Work.MERGE):
         settled = _checked(disk, settle(disk), request)
-        planned = layer_merge.plan(disk, settled, request, zone=zone)
+        planned = layer_merge.plan(disk, settled, rules, zone=zone)
         _send_pages(planned, _done(disk, planned, reply), reply)
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from snapchain.destination.records import PointDecision, PointsMergePlan, PointsMergeReport, StayingLayer
 from snapchain.model.events import OnEvent, Progress, ignore
-from snapchain.model.retention import Policy, is_future
+from snapchain.model.retention import Rules, is_future
 from snapchain.replica.client import Answer, merged_at, waiting
 from snapchain.replica.endpoint import Endpoint
 
@@ -18,9 +18,9 @@ from snapchain.replica.endpoint import Endpoint
 class ReplicaMerge:
     """A disk of a replica, and the rules that say which points of it stay."""
 
-    def __init__(self, endpoint: Endpoint, disk: str, policy: Policy, *, zone: str, epoch: int | None = None) -> None:
+    def __init__(self, endpoint: Endpoint, disk: str, rules: Rules, *, zone: str, epoch: int | None = None) -> None:
         """Touches nothing. zone: name of a time zone, whose calendar counts; epoch: an older one is refused there."""
-        self._endpoint, self._disk, self._policy, self._zone, self._epoch = endpoint, disk, policy, zone, epoch
+        self._endpoint, self._disk, self._rules, self._zone, self._epoch = endpoint, disk, rules, zone, epoch
 
     def plan(self) -> PointsMergePlan:
         """What `run` would do; changes nothing. Errors as `run`."""
@@ -73,7 +73,7 @@ class ReplicaMerge:
         return merged_at(
             self._endpoint,
             self._disk,
-            self._policy,
+            self._rules,
             zone=self._zone,
             epoch=self._epoch,
             dry_run=dry_run,

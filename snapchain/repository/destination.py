@@ -28,7 +28,7 @@ from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_l
 from snapchain.repository.repository import Repository
 
 if TYPE_CHECKING:
-    from snapchain.model.retention import Policy
+    from snapchain.model.retention import Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +119,12 @@ class RepositoryDestination(RepositoryWriting):
         return verify(self.repository, disk=disk, share=share, on_event=on_event)
 
     def merging(
-        self, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+        self, disk: str, rules: Rules, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> Work[PointsMergePlan, PointsMergeReport]:
         """As `RepositoryMerge`."""
         from snapchain.repository.points_merge import RepositoryMerge
 
-        return RepositoryMerge(self.repository, disk, policy, zone=zone, now=now)
+        return RepositoryMerge(self.repository, disk, rules, zone=zone, now=now)
 
     def hold(
         self,

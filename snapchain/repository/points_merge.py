@@ -14,7 +14,7 @@ from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.model.collapse import Group, collapse_tree
 from snapchain.model.events import Notice, OnEvent, Progress, Unit, ignore
 from snapchain.model.holds import hold_reasons
-from snapchain.model.retention import Policy, decide, is_future
+from snapchain.model.retention import Rules, decide_by, is_future
 from snapchain.repository.catalogue import ATTEMPTS, Catalogue, Point
 from snapchain.repository.index import BlobIndex, newest
 from snapchain.repository.layers import StoredLayer
@@ -32,14 +32,14 @@ class RepositoryMerge:
     """
 
     def __init__(
-        self, repository: Repository, disk: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
+        self, repository: Repository, disk: str, rules: Rules, *, zone: tzinfo = UTC, now: datetime | None = None
     ) -> None:
         """now: the clock of this run."""
         self._repository = repository
         self._disk = repository.disk(disk)
         self._now = now or datetime.now(UTC)
         current = self._disk.existing()
-        self._decisions = decide(current[0].points, policy, zone=zone, now=self._now, holds=hold_reasons)
+        self._decisions = decide_by(current[0].points, rules, zone=zone, now=self._now, holds=hold_reasons)
         self._drop = frozenset(each.point.point for each in self._decisions if not each.kept)
         self._merged: dict[tuple[str, ...], StoredLayer] = {}
         self._damage: dict[tuple[str, ...], Corrupt] = {}

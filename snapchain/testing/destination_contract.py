@@ -12,14 +12,17 @@ Where kinds rightly differ, `Site.traits` says so, and the other behaviour is de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from snapchain.destination.writing import Moment as GuestMoment
 from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.consistency import Consistency
 from snapchain.model.content import LEAF_BYTES
-from snapchain.model.retention import Policy
+from snapchain.model.retention import DropPoints, Policy
 from snapchain.ops.diff import diff, image_side
 from snapchain.ops.inspect import inspect_point
 from snapchain.ops.log import log
@@ -236,6 +239,21 @@ class DestinationContract(DestinationFaults):
 
     # ---- holding
 
+    def test_a_point_records_its_guest_point(self, site: Site, history: Sequence[Moment]) -> None:
+        when, instant = datetime(2026, 11, 30, 1, tzinfo=UTC), "ab" * 16
+        wanted = [(None, None), *((instant, each) for each in Consistency), (None, None)]
+        for moment, (of, consistency) in zip(history, wanted, strict=False):
+            belongs = None if consistency is None or of is None else GuestMoment(of, consistency)
+            request = ShipRequest(image=moment.image, disk=DISK, time=when if of else None, moment=belongs)
+            with opened(request, site.open(writing=True)) as work:
+                work.run()
+        shown = [(point.instant, point.consistency) for point in site.open().disks(DISK)[0].points]
+        assert shown == wanted
+        place = site.open(writing=True)
+        place.hold(DISK, "2", "audit")
+        place.merging(DISK, Policy(last=1)).run()
+        assert [(each.instant, each.time) for each in site.open().disks(DISK)[0].points][:-1] == [(instant, when)]
+
     def test_a_held_point_stays_until_it_is_released(self, site: Site, history: Sequence[Moment]) -> None:
         for moment in history[:3]:
             deliver(site, moment.image, labels=[moment.name])
@@ -314,6 +332,25 @@ class DestinationContract(DestinationFaults):
         assert site.open(writing=True).merging(DISK, Policy(last=1)).run().points_kept == (6,)
         with pytest.raises(NotFound):
             site.open(writing=True).merging("gone", policy).run()
+
+    def test_points_are_let_go_by_number(self, site: Site, history: Sequence[Moment], out: Path) -> None:
+        moments = [history[number] for number in (0, 1, 3, 4)]
+        for moment in moments[:3]:
+            deliver(site, moment.image)
+        place = site.open(writing=True)
+        place.hold(DISK, "2", "audit")
+        rules = DropPoints(frozenset({1, 2, 3, 99}))
+        assert [each.kept for each in place.merging(DISK, rules).plan().points] == [False, True, True]
+        work = place.merging(DISK, DropPoints(frozenset({1, 3})))
+        deliver(site, moments[3].image)  # what is published meanwhile stays
+        report = work.run()
+        kept = [point.point for point in site.open().disks(DISK)[0].points]
+        assert kept == list(report.points_kept) in ([2, 4], [2, 3, 4])
+        for number in kept:
+            Restoration(site.open(), DISK, out / f"{number}.raw", point=str(number)).run()
+            assert identical(out / f"{number}.raw", moments[number - 1].shown)
+        assert site.open(writing=True).merging(DISK, DropPoints(frozenset())).run().points_dropped == ()
+        assert site.open().verify(share=1.0).ok
 
 
 __all__ = ["DISK", "DestinationContract", "Site", "Traits"]

@@ -10,6 +10,7 @@ The test has a monitor of its own (`machine.ask`), so it never shares snapchain'
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -21,7 +22,8 @@ from typing import Any, Self
 from tests.servers import DIE_WITH_PARENT
 from tests.waiting import wait_until
 
-QEMU = "qemu-system-x86_64"
+QEMU = tuple(os.environ.get("TEST_QEMU", "qemu-system-x86_64").split())
+"""`make soak` runs these tests once more with QEMU 10 (.ci/qemu10)."""
 
 
 class Monitor:
@@ -68,7 +70,7 @@ class Machine:
         blockdevs: Mapping[str, Sequence[str]] | None = None,
         argv: Sequence[str] = (),
         name: str | None = "web1",
-        qemu: Sequence[str] = (QEMU,),
+        qemu: Sequence[str] = QEMU,
         memory: int = 32,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)

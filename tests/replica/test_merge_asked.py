@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from snapchain.destination.records import PointsMergeReport
-from snapchain.errors import Corrupt, InvalidInput, NotFound
-from snapchain.model.retention import Policy
+from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
+from snapchain.model.retention import DropPoints, Policy, Rules
 from snapchain.replica.client import merged_at
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.replica.points_merge import ReplicaMerge
@@ -43,7 +43,7 @@ def merged(*numbers: int, disk: str = DISK, outcome: dict[str, Any] | None = Non
     return 41, json.dumps({"disk": disk, "points": points, "outcome": outcome}).encode()
 
 
-def asked(*said: tuple[int, bytes], dry_run: bool = False) -> Any:
+def asked(*said: tuple[int, bytes], dry_run: bool = False, rules: Rules | None = None) -> Any:
     def answer(reader: Any, say: Any) -> None:
         raw = stream(*said)
         for at in range(0, len(raw), 1 << 16):
@@ -52,7 +52,7 @@ def asked(*said: tuple[int, bytes], dry_run: bool = False) -> Any:
             pass
 
     with puppet(answer) as endpoint:
-        work = ReplicaMerge(endpoint, DISK, Policy(last=1), zone="UTC")
+        work = ReplicaMerge(endpoint, DISK, rules or Policy(last=1), zone="UTC")
         return work.plan() if dry_run else work.run()
 
 
@@ -62,6 +62,15 @@ def test_an_honest_answer() -> None:
         ANSWER, progress, (10, b""), merged(1, 2, kept=False), merged(3, outcome=OUTCOME), DONE
     )
     assert (found.points_kept, found.points_dropped, found.bytes_freed) == ((3,), (1, 2), -7)
+
+
+def test_points_are_named_only_to_a_side_that_drops_them() -> None:
+    with pytest.raises(Unsupported, match="does not support 'drop-points'"):
+        asked(ANSWER, rules=DropPoints(frozenset({1})))
+    newer = 1, encode(Hello(first=1, last=1, software="puppet", features=("merge", "drop-points"), answers=True))
+    found = asked(newer, merged(1, kept=False), merged(3, outcome=OUTCOME), DONE, rules=DropPoints(frozenset({1})))
+    assert found.points_dropped == (1,)
+    assert b"drop" not in encode(Merge(disk=DISK, last=1, zone="UTC"))
 
 
 LIES: dict[str, tuple[str, tuple[tuple[int, bytes], ...]]] = {

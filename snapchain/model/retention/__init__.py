@@ -3,10 +3,12 @@
 policy.py     the rules, and the decision: a point goes only when every rule lets it go
 clocks.py     which times count: points of the future, and those after a jump, take no place of others
 duration.py   1y5m7d2h
+named.py      points that go by their number: what was decided for all disks of a guest
 """
 
 from snapchain.model.retention.clocks import TOLERANCE, Doubt, is_future
 from snapchain.model.retention.duration import Duration, parse_duration
+from snapchain.model.retention.named import DropPoints, Rules, decide_by
 from snapchain.model.retention.policy import UNLIMITED, Decision, Period, Policy, RetentionPoint, decide
 
 __all__ = [
@@ -14,11 +16,14 @@ __all__ = [
     "UNLIMITED",
     "Decision",
     "Doubt",
+    "DropPoints",
     "Duration",
     "Period",
     "Policy",
     "RetentionPoint",
+    "Rules",
     "decide",
+    "decide_by",
     "is_future",
     "parse_duration",
 ]

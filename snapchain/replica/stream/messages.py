@@ -8,7 +8,7 @@ Models are checked as they are read: every field has a type and a bound.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from snapchain.errors import Corrupt
+from snapchain.model.consistency import Consistency
 from snapchain.model.content import SumText
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint
@@ -96,6 +97,8 @@ MOST_HOLDS = 100
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Instant = LayerId
+"""One for all points of a guest point."""
 
 
 def _printable(text: str) -> str:
@@ -131,6 +134,15 @@ MOST_OLDER = 1 << 14
 """Files of one layer: one a night for 44 years."""
 ShortKeys = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$", max_length=MOST_OLDER * SHORT_KEY_BYTES * 2)]
 """The base64 form of a content sum: 2048 bytes, u16 little endian a lane."""
+
+
+POINT_OPTIONS = "holds", "instant", "consistency"
+"""Fields of a point that are only written where they say something: programs from before them refuse them."""
+
+
+def without_unset(fields: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The fields of a message, those of `names` that are empty or None left out."""
+    return {name: value for name, value in fields.items() if value or name not in names}
 
 
 class Message(BaseModel):
@@ -204,12 +216,21 @@ class Cut(Message):
 
 
 class PointOffer(Message):
-    """A point to publish: what the chain shows that is there now."""
+    """A point to publish: what the chain shows that is there now.
+
+    instant, consistency: of the guest point that it belongs to; only to a receiver with `guest-point`
+    """
 
     time: Moment
     labels: tuple[Label, ...] = Field(default=(), max_length=100)
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
+    instant: Instant | None = None
+    consistency: Consistency | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(handler(self), POINT_OPTIONS)
 
 
 class HeldLayer(Message):
@@ -340,7 +361,10 @@ class Hold(Message):
 
 
 class HeldPoint(Message):
-    """A point of a disk. layers: length of the chain that gives it; holds: only if the sender has `hold`."""
+    """A point of a disk. layers: length of the chain that gives it
+
+    holds: only if the sender has `hold`; instant, consistency: only if it has `guest-point`
+    """
 
     point: PointNumber
     time: Moment
@@ -349,13 +373,12 @@ class HeldPoint(Message):
     content_id: Digest
     layers: int = Field(ge=1, le=MAX_LAYERS)
     holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
+    instant: Instant | None = None
+    consistency: Consistency | None = None
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        if not fields.get("holds"):
-            fields.pop("holds", None)
-        return fields
+        return without_unset(handler(self), POINT_OPTIONS)
 
 
 class HeldDisk(Message):
@@ -523,18 +546,21 @@ class Merge(Policy, _OfDisk):
     """Merge the layers of a disk that no kept point needs. dry_run: only report what it would do.
 
     The rules are its own fields, of which one at least is set; within: as 1y5m7d2h
+    drop: in their place, the numbers of the points that go; only for a receiver with the feature `drop-points`
     zone: whose calendar says what a day is; epoch: an older one than the disk's is refused, none is in all
     """
 
     zone: str = Field(min_length=1, max_length=100)
     epoch: int | None = Field(default=None, ge=1, le=LARGEST_EPOCH)
     dry_run: bool = False
+    drop: tuple[PointNumber, ...] | None = Field(default=None, max_length=MOST_POINTS)
 
     @model_serializer(mode="wrap")
     def _without_newer_rules_that_are_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A peer that does not know such a rule would refuse its field.
         fields: dict[str, Any] = handler(self)
         unset = {name for name, rule in Policy.model_fields.items() if getattr(self, name) == rule.default}
+        unset |= {"drop"} if self.drop is None else set()
         return {name: value for name, value in fields.items() if name in _FIRST_RULES or name not in unset}
 
     @field_validator("labels")
@@ -675,6 +701,10 @@ class Feature(StrEnum):
     """The receiver knows the share in ASK."""
     FETCH_FROM = "fetch-from"
     """The receiver knows in FETCH where data are to begin."""
+    GUEST_POINT = "guest-point"
+    """The receiver keeps `instant` and `consistency` of points, and lists them for a sender that names it."""
+    DROP_POINTS = "drop-points"
+    """The receiver knows in MERGE the numbers of the points that go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -746,7 +776,7 @@ REQUESTS: Mapping[Kind, Request] = {
         opens=True,
     ),
     Kind.MERGE: Request(
-        Merge, 64 * KiB, "merging:answer", (Kind.PROGRESS, Kind.MERGED), _MERGE, Feature.MERGE, opens=True
+        Merge, 512 * KiB, "merging:answer", (Kind.PROGRESS, Kind.MERGED), _MERGE, Feature.MERGE, opens=True
     ),
     Kind.HOLD: Request(HoldPoint, 16 * KiB, "holds:hold", (Kind.HELD,), _SEND | _MERGE, Feature.HOLD, opens=True),
     Kind.RELEASE: Request(ReleasePoint, 16 * KiB, "holds:release", (Kind.HELD,), _MERGE, Feature.HOLD, opens=True),

@@ -1,0 +1,51 @@
+"""Points that go because they were named, and not because rules let them go: what was decided elsewhere.
+
+The points of a guest's disks go together or not at all, so a decision about one disk is made by looking at all.  Named
+are the points that go, never those that stay: what others publish or hold meanwhile stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+from typing import Protocol, TypeVar
+
+from snapchain.model.retention.policy import Decision, Policy, RetentionPoint, decide
+
+
+@dataclass(frozen=True, slots=True)
+class DropPoints:
+    """The points with these numbers go. Held ones stay all the same, and so does the last one of a disk."""
+
+    numbers: frozenset[int]
+
+
+Rules = Policy | DropPoints
+
+
+class NumberedPoint(RetentionPoint, Protocol):
+    """A point of one disk."""
+
+    @property
+    def point(self) -> int: ...
+
+
+P = TypeVar("P", bound=NumberedPoint)
+
+
+def decide_by(
+    points: Sequence[P], rules: Rules, *, zone: tzinfo, now: datetime | None, holds: Callable[[P], Sequence[str]]
+) -> tuple[Decision[P], ...]:
+    """A decision for every point, in the order given: by a policy as `decide`, or by the numbers of those that go."""
+    if isinstance(rules, Policy):
+        return decide(points, rules, zone=zone, now=now, holds=holds)
+    decisions = []
+    for place, point in enumerate(points):
+        reasons = list(holds(point))
+        if point.point not in rules.numbers:
+            reasons.append("not named")
+        elif place == len(points) - 1:
+            reasons.append("last shipped")
+        decisions.append(Decision(point, bool(reasons), tuple(reasons or ["named"])))
+    return tuple(decisions)
