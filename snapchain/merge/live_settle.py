@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, Corrupt
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
@@ -116,8 +116,14 @@ def _locked(live: LiveMerge) -> Iterator[None]:
 
 
 def check_not_switched(journal: MergeJournal, live: LiveMerge) -> None:
-    """Raises Conflict where a guest may have been switched to the lowest input, and has written there since."""
+    """Raises Conflict where a guest may have been switched to the lowest input, and has written there since.
+
+    As long as both read the same, it does not matter by which of them it starts.
+    """
     if live.kind != "active-commit" or live.pivot != "asked for":
+        return
+    with suppress(Corrupt):
+        prove_again(journal, live, ignore)
         return
     lowest, active = live.inputs[0].path, live.inputs[-1].path
     raise Conflict(

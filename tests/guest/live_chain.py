@@ -23,12 +23,10 @@ def tool(*words: object, cwd: Path) -> str:
     return done.stdout
 
 
-def layer(
-    path: Path, backing: Path | None, size: int, *, raw_backing: bool = False, options: Sequence[str] = ()
-) -> Path:
+def layer(path: Path, backing: Path | None, size: int, *, raw_backing: bool = False) -> Path:
     """An empty qcow2 file, its backing name relative."""
     link = [] if backing is None else ["-b", backing.name, "-F", "raw" if raw_backing else "qcow2"]
-    tool("qemu-img", "create", "-q", "-f", "qcow2", *link, *options, path.name, size, cwd=path.parent)
+    tool("qemu-img", "create", "-q", "-f", "qcow2", *link, path.name, size, cwd=path.parent)
     return path
 
 
