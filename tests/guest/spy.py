@@ -276,9 +276,8 @@ class _Link:
 
     def _relay(self, source: socket.socket, handle: Callable[[bytes], None]) -> None:
         try:
-            with source.makefile("rb") as lines:
-                for line in lines:
-                    handle(line)
+            for message in messages(source):
+                handle(message)
         except (OSError, ValueError):
             pass  # the other side left; closed below
         finally:
@@ -304,6 +303,20 @@ class _Link:
         if self.spy._strike(self, command, Place.SENT):
             self.client.sendall(line)
             self.spy._strike(self, command, Place.ANSWERED)
+
+
+def messages(source: socket.socket) -> Iterator[bytes]:
+    """Whole JSON messages from a stream: QEMU ends each with a line feed, qemu.qmp does not."""
+    decoder, text = json.JSONDecoder(), ""
+    while data := source.recv(1 << 20):
+        text = (text + data.decode()).lstrip()
+        while text:
+            try:
+                _, end = decoder.raw_decode(text)
+            except ValueError:  # not whole yet
+                break
+            yield text[:end].encode() + b"\n"
+            text = text[end:].lstrip()
 
 
 def walks_beside_concluded_stream(log: Sequence[Command | Event]) -> Iterator[str]:
