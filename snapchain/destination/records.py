@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
+from snapchain.destination.guest_record import guest_of
 from snapchain.errors import Corrupt, SnapchainError
+from snapchain.model.consistency import Consistency
 from snapchain.model.merging import MergeRow
 
 MOST_FINDINGS = 10_000
@@ -34,6 +36,7 @@ class PointRecord(Record):
     """A point. layers: length of the chain that gives it; holds: why it stays whatever the rules say.
 
     of_the_future: dated later than this host's clock
+    instant: of the guest point that it belongs to, 32 hex digits; consistency: how the guest stood; None: not recorded
     """
 
     point: int
@@ -44,18 +47,26 @@ class PointRecord(Record):
     layers: int
     holds: tuple[HoldRecord, ...] = ()
     of_the_future: bool = False
+    instant: str | None = None
+    consistency: Consistency | None = None
 
 
 class DiskRecord(Record):
     """A disk and its points, oldest first.
 
     epoch: says which host may write it, and grows at each failover; layers: distinct ones of all points
+    record_of: the guest whose records it holds, None for an ordinary disk
     """
 
     name: str
     epoch: int
     points: tuple[PointRecord, ...]
     layers: int = 0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def record_of(self) -> str | None:
+        return guest_of(self.name)
 
 
 class Finding(Record):

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol, TypeVar
 
-from snapchain.image import ImageChain
 from snapchain.image.leaves import LeafTable
+from snapchain.image.view import View
+from snapchain.model.consistency import Consistency
 from snapchain.model.content import Hashes, Sum
 from snapchain.model.events import OnEvent
 from snapchain.model.extents import Extents, Int64s
@@ -31,12 +32,22 @@ class Opening:
 
     epoch: in which this host writes it; epoch_named: whether its user named that epoch
     limit_rate: bytes a second to the destination, where its kind limits each transfer
+    of_guest: points with a moment will be published; then the other side must support them, which is asked first
     """
 
     disk: str
     epoch: int = 1
     epoch_named: bool = False
     limit_rate: int | None = None
+    of_guest: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The guest point that a disk's point belongs to. instant: 32 hex digits, one for all its disks."""
+
+    instant: str
+    consistency: Consistency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,8 +87,8 @@ class NewLayer:
     grain: int
     sources: tuple[Fingerprint, ...]
     extents: Extents
-    view: ImageChain
-    below: ImageChain | LeafTable | None
+    view: View
+    below: View | LeafTable | None
     below_sum: Sum
     same_below: bool = True
     amount: int = 0
@@ -168,8 +179,12 @@ class LayerWriter(DiskLook, Protocol):
         """
         ...
 
-    def publish(self, top: HeldLayer, *, time: datetime, labels: Sequence[str]) -> None:
-        """Make a point of the chain that ends in `top`. Raises Conflict where its base was merged away meanwhile."""
+    def publish(self, top: HeldLayer, *, time: datetime, labels: Sequence[str], moment: Moment | None = None) -> None:
+        """Make a point of the chain that ends in `top`. moment: of the guest point that it belongs to.
+
+        Raises Conflict where its base was merged away meanwhile, Unsupported where the other side is too old for
+        points with a moment.
+        """
         ...
 
     def finish(self) -> Finished:

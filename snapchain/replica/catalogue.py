@@ -26,6 +26,7 @@ from pydantic import (
 
 from snapchain.errors import Unsupported
 from snapchain.host.files import directory_of, write_in
+from snapchain.model.consistency import Consistency
 from snapchain.model.content import Sum, content_id, decode_sum
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint, ShortKey, short_key
@@ -34,12 +35,15 @@ from snapchain.replica.access import Access
 from snapchain.replica.stream.messages import (
     MOST_HOLDS,
     MOST_OLDER,
+    POINT_OPTIONS,
     Digest,
     HeldLayer,
     Hold,
+    Instant,
     Label,
     LayerId,
     PointNumber,
+    without_unset,
 )
 from snapchain.source.handed_over import HandedOver, read_checked
 
@@ -64,7 +68,10 @@ class Layer(HeldLayer):
 
 
 class Point(BaseModel):
-    """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes; holds: why it stays."""
+    """A moment of the disk. layer: the top of the chain that gives it; size: virtual, bytes; holds: why it stays.
+
+    instant, consistency: of the guest point that it belongs to
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -75,20 +82,20 @@ class Point(BaseModel):
     size: int = Field(ge=0)
     content_id: Digest
     holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
+    instant: Instant | None = None
+    consistency: Consistency | None = None
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        if not fields.get("holds"):
-            fields.pop("holds", None)
-        return fields
+        return without_unset(handler(self), POINT_OPTIONS)
 
 
 class Catalogue(BaseModel):
     """One generation.
 
-    format: 2 while a point is held, else 1: a snapchain that does not know holds must not drop a held point, and
-        refuses the file by its format
+    format: 3 while a point belongs to a guest point, 2 while one is held, else 1: a snapchain that does not know holds
+        must not drop a held point, and one that does not know guest points must not tear one; each refuses the file by
+        its format
     layers: root first, each lying on the one before; epoch: who may write the disk, grows at each failover
     handover: by which this host became its master, None where it is a replica only
     taken_back: the token of the last handover that is void, whether it had come to that or not
@@ -96,7 +103,7 @@ class Catalogue(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
-    format: Literal[1, 2] = 1
+    format: Literal[1, 2, 3] = 1
     disk: Annotated[str, StringConstraints(min_length=1, max_length=250)]
     generation: int = Field(ge=1)
     time: AwareDatetime
@@ -146,7 +153,9 @@ class Catalogue(BaseModel):
         return Catalogue.model_validate(fields)
 
 
-def _format_of(points: Sequence[Point]) -> Literal[1, 2]:
+def _format_of(points: Sequence[Point]) -> Literal[1, 2, 3]:
+    if any(point.instant is not None or point.consistency is not None for point in points):
+        return 3
     return 2 if any(point.holds for point in points) else 1
 
 

@@ -311,6 +311,8 @@ def _point_record(point: HeldPoint) -> PointRecord:
         layers=point.layers,
         holds=_hold_records(point.holds),
         of_the_future=is_future(point.time, datetime.now(UTC)),
+        instant=point.instant,
+        consistency=point.consistency,
     )
 
 

@@ -19,6 +19,7 @@ from snapchain.destination.writing import (
     Finished,
     HeldLayer,
     LayerWriter,
+    Moment,
     NewestLeaves,
     NewLayer,
     Opening,
@@ -61,6 +62,7 @@ class ReplicaWriting:
         _ = on_event
         with self.endpoint.connect() as channel, Sender(channel, link=self.endpoint.link) as sender:
             held = sender.open(open_message(opening, self.endpoint, look=True))
+            _require(opening, sender)
             yield DiskWriter(sender, held)
             sender.finish()
 
@@ -77,7 +79,9 @@ class ReplicaWriting:
             ):
                 try:
                     message = open_message(opening, self.endpoint)
-                    return work(DiskWriter(sender, sender.open(message, on_wait=waiting(self.endpoint, on_event))))
+                    held = sender.open(message, on_wait=waiting(self.endpoint, on_event))
+                    _require(opening, sender)
+                    return work(DiskWriter(sender, held))
                 finally:
                     durable += sender.confirmations
 
@@ -114,6 +118,12 @@ def open_message(opening: Opening, endpoint: Endpoint, *, look: bool = False) ->
     """How a transfer begins. look: only the inventory is wanted."""
     by_name = opening.epoch_named and opening.epoch > 1
     return Open(disk=opening.disk, replica=endpoint.replica, look=look, epoch=opening.epoch, by_name=by_name)
+
+
+def _require(opening: Opening, sender: Sender) -> None:
+    """Before anything is sent."""
+    if opening.of_guest:
+        sender.require(Feature.GUEST_POINT)
 
 
 class DiskWriter:
@@ -204,9 +214,9 @@ class DiskWriter:
             total=sent.total,
         )
 
-    def publish(self, top: HeldLayer, *, time: datetime, labels: Sequence[str]) -> None:
+    def publish(self, top: HeldLayer, *, time: datetime, labels: Sequence[str], moment: Moment | None = None) -> None:
         """See `LayerWriter`."""
-        self._sender.send_point(time=time, labels=labels, size=top.size, shown=top.content_id)
+        self._sender.send_point(time=time, labels=labels, size=top.size, shown=top.content_id, moment=moment)
 
     def finish(self) -> Finished:
         """See `LayerWriter`."""

@@ -9,7 +9,7 @@ or a cut waits; what they show is counted on the way, and is no answer unless it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,7 +36,6 @@ from snapchain.replica.stream.messages import (
     MAX_RUNS,
     PROGRESS,
     Done,
-    Feature,
     Fetch,
     HeldDisk,
     Kind,
@@ -76,7 +75,7 @@ def answer(receiver: Receiver, request: Fetch) -> None:
     with _opened(disk, lambda catalogue: _point(disk, catalogue, request.point)) as found:
         outbox = SendQueue(session.channel, session.writer)
         try:
-            _Giving(request, disk, found, outbox, with_holds=Feature.HOLD in session.features).run()
+            _Giving(request, disk, found, outbox, session.features).run()
         except BaseException:
             # What was given before is sent before the reason why no more comes.
             with suppress(SnapchainError):
@@ -115,9 +114,9 @@ def answer_leaves(current: Transfer, request: WantLeaves) -> None:
 
 class _Giving:
     def __init__(
-        self, request: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue, *, with_holds: bool
+        self, request: Fetch, disk: ReplicaDisk, found: _Opened, outbox: SendQueue, features: Collection[str]
     ) -> None:
-        self._with_holds = with_holds
+        self._features = features
         self._request, self._disk, self._found, self._outbox = request, disk, found, outbox
         self._levels = Levels(Link.LOCAL if request.plain else Link.NETWORK)
 
@@ -135,7 +134,7 @@ class _Giving:
     def _told(self) -> HeldDisk:
         point = self._found.point
         assert point is not None
-        held = held_point(point, len(self._found.layers), with_holds=self._with_holds)
+        held = held_point(point, len(self._found.layers), self._features)
         return HeldDisk(disk=self._disk.name, epoch=self._found.epoch, points=(held,))
 
     def _give(self, number: int, layer: OutgoingLayer, record: Layer, parent: str | None) -> str:

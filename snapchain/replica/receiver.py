@@ -316,7 +316,11 @@ def publish_point(current: Transfer, offer: PointOffer) -> None:
         return
     if tip is None or (tip.size, tip.content_id) != (offer.size, offer.content_id):
         raise Corrupt("a point is announced that is not what the chain shows", subject=current.session.peer)
-    if any((point.time, point.content_id) == (offer.time, offer.content_id) for point in catalogue.points):
+    same = offer.time, offer.content_id, offer.instant
+    known = next((each for each in catalogue.points if (each.time, each.content_id, each.instant) == same), None)
+    if known is not None:
+        if known.instant is not None:  # the answer was lost, and the sender tries again
+            current.receiver.received.points.append(known)
         return  # the same stream, received again
     if len(catalogue.points) >= MOST_POINTS:
         raise Unsupported(
@@ -331,6 +335,8 @@ def publish_point(current: Transfer, offer: PointOffer) -> None:
         layer=tip.id,
         size=offer.size,
         content_id=offer.content_id,
+        instant=offer.instant,
+        consistency=offer.consistency,
     )
     current.catalogue = catalogue.after(points=(*catalogue.points, point), next_point=point.point + 1)
     current.disk.write(current.catalogue, reserve=FOR_CHANGES)

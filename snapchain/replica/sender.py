@@ -20,6 +20,7 @@ from typing import Self
 
 import numpy as np
 
+from snapchain.destination.writing import Moment
 from snapchain.errors import Corrupt
 from snapchain.host.channel import Channel
 from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, content_id, decode_sum, empty_sum, sum_of
@@ -256,9 +257,23 @@ class Sender:
         known = self._marks.of(name, partial.durable)
         return outgoing.sum_up_to(partial.durable) if known is None else known, partial.durable
 
-    def send_point(self, *, time: datetime, labels: Sequence[str], size: int, shown: str) -> None:
-        """Publish a point of what the chain shows that is there by now."""
-        offer = PointOffer(time=time, labels=tuple(labels), size=size, content_id=shown)
+    def send_point(
+        self, *, time: datetime, labels: Sequence[str], size: int, shown: str, moment: Moment | None = None
+    ) -> None:
+        """Publish a point of what the chain shows that is there by now.
+
+        Raises Unsupported for a moment where the other side is too old for it.
+        """
+        if moment is not None and self._answers:
+            self._session.require(Feature.GUEST_POINT)
+        offer = PointOffer(
+            time=time,
+            labels=tuple(labels),
+            size=size,
+            content_id=shown,
+            instant=moment and moment.instant,
+            consistency=moment and moment.consistency,
+        )
         self._opened().put(Kind.POINT, encode(offer))
 
     def ask_for_active(self, active: Active) -> Readiness:

@@ -9,7 +9,7 @@ Nothing is made, locked or changed, except that an interrupted merge is finished
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,7 +49,7 @@ def answer(receiver: Receiver, request: Ask) -> None:
     disks = replica.disks() if request.disk is None else [replica.disk(request.disk)]
     if request.want == "points":
         for disk in disks:
-            for page in _pages(_settled(disk), with_holds=Feature.HOLD in session.features):
+            for page in _pages(_settled(disk), session.features):
                 session.reply(Kind.DISK, page)
         session.done()
         return
@@ -74,8 +74,9 @@ def _settled(disk: ReplicaDisk) -> Catalogue:
     return found
 
 
-def held_point(point: Point, layers: int, *, with_holds: bool) -> HeldPoint:
-    """A point as a client sees it. layers: length of its chain; with_holds: the client knows of holds."""
+def held_point(point: Point, layers: int, features: Collection[str]) -> HeldPoint:
+    """A point as a client sees it. layers: length of its chain; features: of the client."""
+    with_moment = Feature.GUEST_POINT in features
     return HeldPoint(
         point=point.point,
         time=point.time,
@@ -83,13 +84,15 @@ def held_point(point: Point, layers: int, *, with_holds: bool) -> HeldPoint:
         size=point.size,
         content_id=point.content_id,
         layers=layers,
-        holds=point.holds if with_holds else (),
+        holds=point.holds if Feature.HOLD in features else (),
+        instant=point.instant if with_moment else None,
+        consistency=point.consistency if with_moment else None,
     )
 
 
-def _pages(catalogue: Catalogue, *, with_holds: bool) -> Iterator[HeldDisk]:
+def _pages(catalogue: Catalogue, features: Collection[str]) -> Iterator[HeldDisk]:
     heights = {layer.id: number for number, layer in enumerate(catalogue.layers, 1)}
-    points = [held_point(point, heights[point.layer], with_holds=with_holds) for point in catalogue.points]
+    points = [held_point(point, heights[point.layer], features) for point in catalogue.points]
     for at in range(0, max(1, len(points)), POINTS_AT_ONCE):
         page = tuple(points[at : at + POINTS_AT_ONCE])
         yield HeldDisk(disk=catalogue.disk, epoch=catalogue.epoch, points=page)

@@ -16,9 +16,19 @@ from itertools import takewhile
 from types import TracebackType
 from typing import Self
 
-from snapchain.destination.writing import DiskLook, Finished, HeldLayer, LayerWriter, NewLayer, Opening, Result, Traffic
+from snapchain.destination.writing import (
+    DiskLook,
+    Finished,
+    HeldLayer,
+    LayerWriter,
+    Moment,
+    NewLayer,
+    Opening,
+    Result,
+    Traffic,
+)
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.image import ImageChain
+from snapchain.image.view import View
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
@@ -185,7 +195,7 @@ class DiskWriter(_Look):
             "a repository keeps every chain of a disk, so there is nothing to cut off", hint="leave out --cut-replica"
         )
 
-    def publish(self, top: HeldLayer, *, time: datetime, labels: Sequence[str]) -> None:
+    def publish(self, top: HeldLayer, *, time: datetime, labels: Sequence[str], moment: Moment | None = None) -> None:
         """See `LayerWriter`. Raises Conflict also where this run stood still so long that others took it for dead."""
         chain = self._below(top)
         base = [layer.id for layer in chain[: self._base_count]]
@@ -202,6 +212,8 @@ class DiskWriter(_Look):
                 layer=top.id,
                 size=top.size,
                 content_id=top.content_id,
+                instant=moment and moment.instant,
+                consistency=moment and moment.consistency,
             )
             # Before each attempt: the faster one may have been a collector that took this run for dead.
             self._lease.check()
@@ -261,7 +273,7 @@ class DiskWriter(_Look):
 class _Composed:
     """Some neighbouring files of a chain as the source of one layer (repository.ingest.LayerSource)."""
 
-    def __init__(self, extents: Extents, view: ImageChain) -> None:
+    def __init__(self, extents: Extents, view: View) -> None:
         self.extents, self._view = extents, view
         self.size = view.size
 

@@ -99,6 +99,8 @@ def point_record(point: Point, layers: int) -> PointRecord:
         layers=layers,
         holds=tuple(HoldRecord(tag=hold.tag, since=hold.since, reason=hold.reason) for hold in point.holds),
         of_the_future=is_future(point.time, datetime.now(UTC)),
+        instant=point.instant,
+        consistency=point.consistency,
     )
 
 

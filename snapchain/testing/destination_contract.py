@@ -12,12 +12,15 @@ Where kinds rightly differ, `Site.traits` says so, and the other behaviour is de
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from snapchain.destination.writing import Moment as GuestMoment
 from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, Unsupported
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.consistency import Consistency
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.retention import DropPoints, Policy
 from snapchain.ops.diff import diff, image_side
@@ -235,6 +238,21 @@ class DestinationContract(DestinationFaults):
             assert {each.offset for each in diff(new, old).ranges} == {each.offset for each in found.ranges}
 
     # ---- holding
+
+    def test_a_point_records_its_guest_point(self, site: Site, history: Sequence[Moment]) -> None:
+        when, instant = datetime(2026, 11, 30, 1, tzinfo=UTC), "ab" * 16
+        wanted = [(None, None), *((instant, each) for each in Consistency), (None, None)]
+        for moment, (of, consistency) in zip(history, wanted, strict=False):
+            belongs = None if consistency is None or of is None else GuestMoment(of, consistency)
+            request = ShipRequest(image=moment.image, disk=DISK, time=when if of else None, moment=belongs)
+            with opened(request, site.open(writing=True)) as work:
+                work.run()
+        shown = [(point.instant, point.consistency) for point in site.open().disks(DISK)[0].points]
+        assert shown == wanted
+        place = site.open(writing=True)
+        place.hold(DISK, "2", "audit")
+        place.merging(DISK, Policy(last=1)).run()
+        assert [(each.instant, each.time) for each in site.open().disks(DISK)[0].points][:-1] == [(instant, when)]
 
     def test_a_held_point_stays_until_it_is_released(self, site: Site, history: Sequence[Moment]) -> None:
         for moment in history[:3]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from snapchain.destination.writing import Moment
 from snapchain.errors import InvalidInput
 from snapchain.image import ImageChain
 from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name
@@ -36,6 +37,8 @@ class Divergence(Enum):
     REFUSE = "refuse"
     CUT_REPLICA = "cut-replica"
     """Drop them there, and the points that they give."""
+    COMPARE = "compare"
+    """The image follows what is there, whatever its files were made of: the difference becomes a layer."""
 
 
 class _Shown(BaseModel):
@@ -112,6 +115,7 @@ class ShipRequest:
     labels: for the points; each_point: a point for every layer, not only for the image as given
     lineage: files that local merges have made, each with what it replaces, beside what their own notes say
     time: of the point, for an image that was sealed before now
+    moment: of the guest point that the point of the image as given belongs to
     format, image_dirs: as `scan` takes them; limit_rate: bytes a second to the destination
     epoch: in which this host writes the disk, at least: what a handover has left beside its files counts, too; older
     than the destination's is refused, newer becomes the destination's
@@ -127,6 +131,7 @@ class ShipRequest:
     divergence: Divergence = Divergence.REFUSE
     lineage: Sequence[Wanted] = ()
     time: datetime | None = None
+    moment: Moment | None = None
     format: str | None = None
     image_dirs: Sequence[Path] = ()
     limit_rate: int | None = None

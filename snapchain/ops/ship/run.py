@@ -71,7 +71,13 @@ def opening_of(request: ShipRequest, chain: ImageChain) -> Opening:
     """Which disk is written, and in which epoch: what notes beside the image tell counts, too."""
     epoch = max(request.epoch, request.source().epoch(chain))
     named = request.epoch == epoch
-    return Opening(disk=request.disk, epoch=epoch, epoch_named=named, limit_rate=request.limit_rate)
+    return Opening(
+        disk=request.disk,
+        epoch=epoch,
+        epoch_named=named,
+        limit_rate=request.limit_rate,
+        of_guest=request.moment is not None,
+    )
 
 
 def layers_lacking(
@@ -254,7 +260,9 @@ class _Work:
         )
 
     def _publish(self, writer: LayerWriter, top: HeldLayer, stop: int) -> None:
-        writer.publish(top, time=self._time_of(stop), labels=self._request.labels)
+        is_newest = stop == len(self._chain.files)
+        moment = self._request.moment if is_newest else None
+        writer.publish(top, time=self._time_of(stop), labels=self._request.labels, moment=moment)
 
     def _time_of(self, stop: int) -> datetime:
         """Now for the image as given, unless somebody knows better; for a sealed file below it, its last write."""

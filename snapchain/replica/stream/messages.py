@@ -8,7 +8,7 @@ Models are checked as they are read: every field has a type and a bound.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from snapchain.errors import Corrupt
+from snapchain.model.consistency import Consistency
 from snapchain.model.content import SumText
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint
@@ -96,6 +97,8 @@ MOST_HOLDS = 100
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 LayerId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Instant = LayerId
+"""One for all points of a guest point."""
 
 
 def _printable(text: str) -> str:
@@ -131,6 +134,15 @@ MOST_OLDER = 1 << 14
 """Files of one layer: one a night for 44 years."""
 ShortKeys = Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{16})*$", max_length=MOST_OLDER * SHORT_KEY_BYTES * 2)]
 """The base64 form of a content sum: 2048 bytes, u16 little endian a lane."""
+
+
+POINT_OPTIONS = "holds", "instant", "consistency"
+"""Fields of a point that are only written where they say something: programs from before them refuse them."""
+
+
+def without_unset(fields: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The fields of a message, those of `names` that are empty or None left out."""
+    return {name: value for name, value in fields.items() if value or name not in names}
 
 
 class Message(BaseModel):
@@ -204,12 +216,21 @@ class Cut(Message):
 
 
 class PointOffer(Message):
-    """A point to publish: what the chain shows that is there now."""
+    """A point to publish: what the chain shows that is there now.
+
+    instant, consistency: of the guest point that it belongs to; only to a receiver with `guest-point`
+    """
 
     time: Moment
     labels: tuple[Label, ...] = Field(default=(), max_length=100)
     size: int = Field(ge=0, le=LARGEST_DISK)
     content_id: Digest
+    instant: Instant | None = None
+    consistency: Consistency | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_unset(handler(self), POINT_OPTIONS)
 
 
 class HeldLayer(Message):
@@ -340,7 +361,10 @@ class Hold(Message):
 
 
 class HeldPoint(Message):
-    """A point of a disk. layers: length of the chain that gives it; holds: only if the sender has `hold`."""
+    """A point of a disk. layers: length of the chain that gives it
+
+    holds: only if the sender has `hold`; instant, consistency: only if it has `guest-point`
+    """
 
     point: PointNumber
     time: Moment
@@ -349,13 +373,12 @@ class HeldPoint(Message):
     content_id: Digest
     layers: int = Field(ge=1, le=MAX_LAYERS)
     holds: tuple[Hold, ...] = Field(default=(), max_length=MOST_HOLDS)
+    instant: Instant | None = None
+    consistency: Consistency | None = None
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        if not fields.get("holds"):
-            fields.pop("holds", None)
-        return fields
+        return without_unset(handler(self), POINT_OPTIONS)
 
 
 class HeldDisk(Message):
@@ -678,6 +701,8 @@ class Feature(StrEnum):
     """The receiver knows the share in ASK."""
     FETCH_FROM = "fetch-from"
     """The receiver knows in FETCH where data are to begin."""
+    GUEST_POINT = "guest-point"
+    """The receiver keeps `instant` and `consistency` of points, and lists them for a sender that names it."""
     DROP_POINTS = "drop-points"
     """The receiver knows in MERGE the numbers of the points that go."""
 
