@@ -359,6 +359,22 @@ class QmpGuest:
                 with suppress(Refused):
                     self._monitor.execute("blockdev-del", {"node-name": name})
 
+    @property
+    def address(self) -> GuestAddress:
+        """See `Guest`."""
+        return self._address
+
+    def release(self, overlays: Sequence[Path]) -> None:
+        """See `Guest`. QEMU refuses to close what something still uses."""
+        files = {str(each) for each in overlays}
+        used = self.nodes_in_use()
+        for each in self._nodes() or ():
+            name = _word(each, "node-name")
+            is_format = each.get("drv") not in {"file", "host_device", None}
+            if each.get("file") in files and is_format and name not in used:
+                with suppress(Refused):
+                    self._monitor.execute("blockdev-del", {"node-name": name})
+
     def nodes_in_use(self) -> set[str]:
         """The names of all nodes of its disks' chains."""
         return {name for view in self._views() for name in (*view.disk.filters, *_node_names(view.disk))}
@@ -381,13 +397,19 @@ class QmpGuest:
         if kind is JobKind.STREAM:
             below = {"base-node": chain[low - 1].node} if low else {}
             arguments: dict[str, Any] = {**common, "device": chain[high].node, **below}
-            begin(self._monitor, "block-stream", arguments, backing=backing if low else None)
+            begin(self._monitor, kind, "block-stream", arguments, backing=backing if low else None)
         else:
             # Without its top-node, an active commit would take the filters above the active layer away.
             arguments = {
                 **common, "device": view.disk.root, "top-node": chain[high].node, "base-node": chain[low].node,
             }  # fmt: skip
-            begin(self._monitor, "block-commit", arguments, backing=None if kind is JobKind.ACTIVE_COMMIT else backing)
+            begin(
+                self._monitor,
+                kind,
+                "block-commit",
+                arguments,
+                backing=None if kind is JobKind.ACTIVE_COMMIT else backing,
+            )
         changed = chain[high] if kind is JobKind.STREAM else chain[low]
         above = [chain[high + 1].node] if kind is JobKind.COMMIT else []
         return self._job(job_id, kind, disk, [changed.node, *above])
