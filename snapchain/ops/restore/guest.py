@@ -257,7 +257,11 @@ class GuestRestoration:
             name, uuid = self._domain()
             self._write_note(note.model_copy(update={"defining": True}))
             lacking = (*lacking, *define.place_tpm(self._tpm_files(), uuid=uuid, connect=self._request.connect))
-            defined = define.define(definition, name=name, connect=self._request.connect)
+            try:
+                defined = define.define(definition, name=name, connect=self._request.connect)
+            except SnapchainError:
+                self._write_note(note)
+                raise
         with os_errors(self._directory), Directory.open(self._directory) as directory:
             directory.remove(self._note_name)
             directory.sync()
