@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from snapchain.destination.guest_record import GuestRecord, RecordedDisk, record_disk
 from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Moment
 from snapchain.model.consistency import Consistency
+from snapchain.objects import open_store
+from snapchain.objects.local import LocalStore
+from snapchain.objects.store import ObjectStore
 from snapchain.ops.ship.request import Divergence
 from snapchain.ops.ship.run import ShipRequest, run as ship
+from snapchain.replica.destination import ReplicaDestination
+from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.repository.destination import RepositoryDestination
 from tests.ops.stacks import qemu_img, write
+from tests.repository.synthetic import again, repository
+from tests.servers import S3Server
 
 MiB = 1 << 20
+Open = Callable[[], Destination]
 GUEST = "web1"
 BEGIN = datetime(2026, 11, 1, 22, tzinfo=UTC)
 DOMAIN = """<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
@@ -158,6 +169,19 @@ def publish_bytes(
         divergence=Divergence.COMPARE,
     )
     ship(request, destination)
+
+
+def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    if kind == "replica":
+        return lambda: ReplicaDestination(DirectoryEndpoint(tmp_path / "replica"))
+    store: ObjectStore
+    if kind == "s3":
+        server: S3Server = request.getfixturevalue("moto")
+        store = open_store(f"s3://{server.new_bucket()}/deep/prefix")
+    else:
+        store = LocalStore(tmp_path / "repository", make=True)
+    made = repository(store)
+    return lambda: RepositoryDestination(again(made))
 
 
 def numbers(destination: Destination, guest: str = GUEST) -> Mapping[str, list[int]]:

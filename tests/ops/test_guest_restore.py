@@ -6,7 +6,6 @@ import base64
 import json
 import shlex
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -14,23 +13,14 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from snapchain.destination.guest_record import RecordedDisk
-from snapchain.destination.protocol import Destination
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
-from snapchain.objects import open_store
-from snapchain.objects.local import LocalStore
-from snapchain.objects.store import ObjectStore
 from snapchain.ops.guest_merge import guest_at
-from snapchain.ops.restore import guest as guest_restore
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreReport, GuestRestoreRequest
+from snapchain.ops.restore.run import Restoration
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
-from snapchain.repository.destination import RepositoryDestination
 from snapchain.testing.history import identical
-from tests.ops.guest_points import BEGIN, DOMAIN, GUEST, Guest, instant, publish, publish_bytes
-from tests.repository.synthetic import again, repository
-from tests.servers import S3Server
-
-Open = Callable[[], Destination]
+from tests.ops.guest_points import BEGIN, DOMAIN, GUEST, Guest, Open, instant, opened, publish, publish_bytes
 
 
 @pytest.fixture(params=["directory", "replica", "s3"])
@@ -41,19 +31,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
 @pytest.fixture
 def simple(tmp_path: Path) -> Open:
     return lambda: ReplicaDestination(DirectoryEndpoint(tmp_path / "replica"))
-
-
-def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Open:
-    if kind == "replica":
-        return lambda: ReplicaDestination(DirectoryEndpoint(tmp_path / "replica"))
-    store: ObjectStore
-    if kind == "s3":
-        server: S3Server = request.getfixturevalue("moto")
-        store = open_store(f"s3://{server.new_bucket()}/deep/prefix")
-    else:
-        store = LocalStore(tmp_path / "repository", make=True)
-    made = repository(store)
-    return lambda: RepositoryDestination(again(made))
 
 
 def restored(place: Open, directory: Path, **asked: Any) -> GuestRestoreReport:
@@ -109,7 +86,7 @@ def test_what_is_cut_off_is_continued(simple: Open, tmp_path: Path, monkeypatch:
     guest = Guest(tmp_path / "g", names=("vda", "vdb", "vdc"))
     guest.point(simple(), 1)
     out = tmp_path / "out"
-    real = guest_restore.Restoration.run
+    real = Restoration.run
     calls: list[str] = []
 
     def failing(self: Any, **more: Any) -> Any:
@@ -118,7 +95,7 @@ def test_what_is_cut_off_is_continued(simple: Open, tmp_path: Path, monkeypatch:
             raise Unavailable("the link broke")
         return real(self, **more)
 
-    monkeypatch.setattr(guest_restore.Restoration, "run", failing)
+    monkeypatch.setattr(Restoration, "run", failing)
     with pytest.raises(Unavailable):
         restored(simple, out)
     assert sorted(each.name for each in out.iterdir()) == [".web1.snapchain-restore", "vda.qcow2"]
