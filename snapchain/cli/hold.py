@@ -154,4 +154,5 @@ def _draw(console: Console, report: HoldReport, words: str) -> None:
         ["tag", heading("since"), "reason~"],
         [(each.tag, moment(each.since), each.reason) for each in report.holds],
     )
-    render.facts(console, [("of its disks", ", ".join(f"{each.disk}@{each.point}" for each in report.disks))])
+    disks = [f"{each.disk}@{each.point}" for each in getattr(report, "disks", ())]
+    render.facts(console, [("of its disks", ", ".join(disks))])

@@ -19,7 +19,7 @@ from snapchain.ops.hold import hold_guest, release_guest
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.ship.run import ShipRequest, run as ship
 from snapchain.testing.history import identical
-from tests.ops.guest_points import GUEST, Guest, Open, instant, numbers, opened, publish
+from tests.ops.guest_points import GUEST, Guest, Open, instant, numbers, opened, publish, publish_bytes
 
 
 @pytest.fixture(params=["directory", "replica", "s3"])
@@ -52,13 +52,7 @@ def test_guest_points_go_whole(place: Open, tmp_path: Path) -> None:
     policy = Policy(last=1, labels=frozenset({"release"}))
     plan = guest_merge.plan(place(), GUEST, policy)
     before = numbers(place())
-    assert [(each.point, each.kept) for each in plan.points] == [
-        (1, True),
-        (2, False),
-        (3, False),
-        (4, False),
-        (5, True),
-    ]
+    assert [each.point for each in plan.points if each.kept] == [1, 5]
     assert plan.leftovers == 1
     report = guest_merge.run(place(), GUEST, policy)
     assert before != numbers(place()) == {"vda": [1, 6, 7], "vdb": [1, 6], ".guest": [1, 6]}
@@ -205,10 +199,10 @@ def test_a_hold_that_fails_in_the_middle_leaves_nothing(
         return real(disk, *args, **more)
 
     monkeypatch.setattr(destination, "hold", hold)
-    for tag, left in (("audit", []), ("old", [])):
+    for tag in ("audit", "old"):
         with pytest.raises(Unavailable):
             hold_guest(destination, GUEST, tag, point="1")
-        assert [each.holds for each in near().disks("web1/vdb")[0].points] == [tuple(left)]
+        assert near().disks("web1/vdb")[0].points[0].holds == ()
     assert [each.tag for each in near().disks("web1/vda")[0].points[0].holds] == ["old"]
 
 
@@ -241,8 +235,6 @@ def test_verify_names_the_guest_point_and_what_it_lacks(place: Open, tmp_path: P
 def test_verify_finds_what_is_no_record(near: Open, tmp_path: Path) -> None:
     guest = Guest(tmp_path / "g")
     record = guest.point(near(), 1, with_record=False)
-    from tests.ops.guest_points import publish_bytes
-
     publish_bytes(near(), b"{}".ljust(512), tmp_path, instant(1), record.time)
     (finding,) = guest_verify.verify(near()).findings
     assert (finding.kind, finding.disk, finding.points) == ("corrupt", "web1/.guest", (1,))
