@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from snapchain.merge.plan import LayerUse, MergePlan
     from snapchain.merge.run import MergeReport
     from snapchain.model.merging import MergeRow
-    from snapchain.ops.guest_merge import GuestMergePlan, GuestMergeReport
+    from snapchain.ops.guest_merge import GuestPointsMergePlan, GuestPointsMergeReport
+    from snapchain.ops.live_merge import GuestMergePlan, GuestMergeReport
 
 
 def draw_plan(console: Console, plan: MergePlan) -> None:
@@ -176,7 +177,7 @@ def draw_points_report(console: Console, report: PointsMergeReport) -> None:
     _draw_staying(console, report.staying)
 
 
-def draw_guest_plan(console: Console, plan: GuestMergePlan) -> None:
+def draw_guest_points_plan(console: Console, plan: GuestPointsMergePlan) -> None:
     """What would be done to the disks of a guest at a destination."""
     dropped = sum(not each.kept for each in plan.points)
     words = f"would drop {counted(dropped, 'guest point')} of {plan.guest}" if dropped else f"{plan.guest}: none goes"
@@ -209,7 +210,7 @@ def draw_guest_plan(console: Console, plan: GuestMergePlan) -> None:
         _draw_staying(console, disk.staying)
 
 
-def draw_guest_report(console: Console, report: GuestMergeReport) -> None:
+def draw_guest_points_report(console: Console, report: GuestPointsMergeReport) -> None:
     """What was done to the disks of a guest at a destination."""
     layers = f"{counted(report.layers_before, 'layer')} became {report.layers_after}"
     render.headline(console, f"merged {report.guest}: {layers} in {counted(len(report.disks), 'disk')}")
@@ -224,13 +225,13 @@ def draw_guest_report(console: Console, report: GuestMergeReport) -> None:
             ("unreferenced", size(report.bytes_dropped) if report.bytes_dropped else ""),
         ],
     )
-    draw_guest_problems(console, report)
+    draw_guest_points_problems(console, report)
     render.points_of_the_future(console, report.guest, report.points_of_the_future)
     for disk in report.disks:
         _draw_staying(console, disk.staying)
 
 
-def draw_guest_problems(console: Console, report: GuestMergeReport) -> None:
+def draw_guest_points_problems(console: Console, report: GuestPointsMergeReport) -> None:
     """Damage because of which layers were not merged, and disks that the next run finishes."""
     render.findings(console, report.findings)
     for each in report.failed:
@@ -245,3 +246,34 @@ def draw_points_findings(console: Console, report: PointsMergeReport) -> None:
 def _draw_staying(console: Console, staying: Sequence[StayingLayer]) -> None:
     for each in staying:
         render.line(console, f"stays: {each.file}: {each.reason}", style="yellow")
+
+
+def draw_guest_plan(console: Console, plan: GuestMergePlan) -> None:
+    """What would be done to the disks of a guest."""
+    for each in plan.disks:
+        render.headline(console, f"{plan.guest}/{each.disk}")
+        draw_plan(console, each)
+    _draw_left_out(console, plan)
+
+
+def draw_guest_report(console: Console, report: GuestMergeReport) -> None:
+    """What was done to the disks of a guest."""
+    for each in report.disks:
+        render.headline(console, f"{report.guest}/{each.disk}")
+        draw_report(console, each)
+    _draw_left_out(console, report)
+    for fault in report.failed:
+        render.line(console, f"not merged: {report.guest}/{fault.disk}: {fault.message}", style="red")
+
+
+def draw_guest_failed(console: Console, report: GuestMergeReport) -> None:
+    """What could not be merged of a guest."""
+    for each in report.disks:
+        draw_failed(console, each)
+    for fault in report.failed:
+        render.line(console, f"not merged: {report.guest}/{fault.disk}: {fault.message}", style="red")
+
+
+def _draw_left_out(console: Console, shown: GuestMergePlan | GuestMergeReport) -> None:
+    for each in shown.left_out:
+        render.line(console, f"left out: {shown.guest}/{each.disk}: {each.reason}", style="yellow")

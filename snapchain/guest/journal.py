@@ -87,8 +87,9 @@ class Found:
     record: InFlight
 
 
-def begun(guest: Guest, address: GuestAddress, operation: str, **details: JsonValue) -> InFlight:
+def begun(guest: Guest, operation: str, **details: JsonValue) -> InFlight:
     """A record of an operation that this process is about to begin."""
+    address = guest.address
     return InFlight(
         operation=operation,
         guest=guest.name,
@@ -104,10 +105,15 @@ def begun(guest: Guest, address: GuestAddress, operation: str, **details: JsonVa
     )
 
 
-def write(record: InFlight) -> Path:
-    """Store a new record durably; its path. Raises what writing a small file raises."""
+def path_for(record: InFlight) -> Path:
+    """An unused path."""
     plain = re.sub(r"[^A-Za-z0-9_.-]", "_", record.guest)[:100]
-    path = directory() / f"{record.operation}-{plain}-{secrets.token_hex(4)}{_SUFFIX}"
+    return directory() / f"{record.operation}-{plain}-{secrets.token_hex(4)}{_SUFFIX}"
+
+
+def write(record: InFlight, path: Path | None = None) -> Path:
+    """Store a new record durably; its path. Raises what writing a small file raises."""
+    path = path or path_for(record)
     write_record(path, record)
     return path
 

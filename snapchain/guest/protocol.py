@@ -17,7 +17,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from snapchain.guest.address import GuestAddress
 
 
 class State(StrEnum):
@@ -146,7 +149,10 @@ class JobKind(StrEnum):
     COMMIT = "commit"
     """The data of sealed layers go into the lowest of them; the active layer stays."""
     ACTIVE_COMMIT = "active-commit"
-    """The active layer's go too; at READY the guest is switched to the lowest (pivot)."""
+    """The active layer's go too; at READY the guest is switched to the lowest (pivot).
+
+    It finalizes itself: at PENDING QEMU holds back the guest's I/O for as long as nobody finalizes.
+    """
     STREAM = "stream"
     """The data of the lower ones go into the uppermost."""
 
@@ -309,6 +315,11 @@ class Guest(Protocol):
     @property
     def streams(self) -> bool: ...
 
+    @property
+    def address(self) -> GuestAddress:
+        """As it was opened: another process can open it again (journal.py)."""
+        ...
+
     def state(self) -> State: ...
 
     def process(self) -> tuple[int, int] | None:
@@ -336,6 +347,10 @@ class Guest(Protocol):
 
         Raises Busy for a disk that something is at work on, Conflict when a chain is not as the overlays were made for.
         """
+        ...
+
+    def release(self, overlays: Sequence[Path]) -> None:
+        """Close overlays that a killed run has opened in QEMU, and that are part of no disk. Idempotent."""
         ...
 
     def start(

@@ -19,6 +19,7 @@ from snapchain.host import process_identity as processes
 class Named:
     name: str
     pid: int
+    address = GuestAddress(qmp=Path("/run/web1.qmp"))
 
     def process(self) -> Any:
         return processes.identity(self.pid)
@@ -31,7 +32,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def noted(guest: Any, **details: Any) -> tuple[Path, journal.InFlight]:
-    record = journal.begun(guest, GuestAddress(qmp=Path("/run/web1.qmp")), "snapshot", **details)
+    record = journal.begun(guest, "snapshot", **details)
     return journal.write(record), record
 
 
