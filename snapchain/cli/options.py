@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from snapchain.destination.address import DestinationAddress, PointAddress
     from snapchain.destination.protocol import Destination
     from snapchain.guest.address import GuestAddress
+    from snapchain.guest.snapshot import SnapshotRequest
 
 _OUTPUT = "Output"
 _KEY = "Passphrase"
@@ -299,13 +300,7 @@ def _from_file(path: Path, out: Output) -> str:
 def _from_command(command: str) -> str:
     from snapchain.host import passphrases
 
-    try:
-        argv = shlex.split(command)
-    except ValueError as error:
-        raise InvalidInput(f"not a command: {error}", subject=command) from error
-    if not argv:
-        raise InvalidInput("--password-command is empty")
-    return passphrases.from_program(argv)
+    return passphrases.from_program(_argv(command, option="--password-command"))
 
 
 DiskPairs = Annotated[
@@ -446,6 +441,121 @@ def takes_guest(
         return called
 
     return decorate
+
+
+_QUIESCE = "Snapshot of a guest"
+Disks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--disk",
+        metavar="NAME",
+        help="Take this disk of the guest, not all. May be repeated. `snapchain guests` shows their names.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+QuiesceMode = Annotated[
+    str | None,
+    typer.Option(
+        "--quiesce",
+        metavar="auto|require|no",
+        autocompletion=of("auto", "require", "no"),
+        help="Freeze the filesystems by the guest agent: if one answers (auto, the default), always (require: fail "
+        "without), or not at all (no).",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+FreezeTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--freeze-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        max=600,
+        help="How long a freeze may take. Default: 10.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+PreFreeze = Annotated[
+    str | None,
+    typer.Option(
+        "--pre-freeze",
+        metavar="COMMAND",
+        help="Run this program of the host (no shell) before the freeze.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+PostThaw = Annotated[
+    str | None,
+    typer.Option(
+        "--post-thaw",
+        metavar="COMMAND",
+        help="Run this program of the host (no shell) after the thaw, whatever became of the snapshot.",
+        rich_help_panel=_QUIESCE,
+    ),
+]
+
+
+def snapshot_request(
+    *,
+    disk: list[str] | None,
+    quiesce: str | None,
+    freeze_timeout: float | None,
+    pre_freeze: str | None,
+    post_thaw: str | None,
+) -> SnapshotRequest | None:
+    """How a snapshot of a guest is taken; None where no option says so. Raises InvalidInput."""
+    from snapchain.guest.snapshot import Quiesce, SnapshotRequest
+
+    given: dict[str, Any] = {}
+    if disk:
+        given["disks"] = tuple(dict.fromkeys(disk))
+    if quiesce is not None:
+        if quiesce not in set(Quiesce):
+            raise InvalidInput(f"{quiesce!r} is no way to quiesce a guest", hint="--quiesce auto, require or no")
+        given["quiesce"] = Quiesce(quiesce)
+    if freeze_timeout is not None:
+        given["freeze_seconds"] = freeze_timeout
+    for name, command in (("pre_freeze", pre_freeze), ("post_thaw", post_thaw)):
+        if command is not None:
+            given[name] = _argv(command, option=f"--{name.replace('_', '-')}")
+    return SnapshotRequest(**given) if given else None
+
+
+def _argv(command: str, *, option: str) -> tuple[str, ...]:
+    try:
+        argv = tuple(shlex.split(command))
+    except ValueError as error:
+        raise InvalidInput(f"not a command: {error}", subject=command) from error
+    if not argv:
+        raise InvalidInput(f"{option} is empty")
+    return argv
+
+
+def takes_snapshot_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb with a parameter `snapshot` the options of a guest's snapshot: --disk, --quiesce, and others.
+
+    The verb gets a SnapshotRequest, or None without any of them; labels and image_dirs are left to it.
+    """
+    chosen: dict[str, Any] = {
+        "disk": Disks,
+        "quiesce": QuiesceMode,
+        "freeze_timeout": FreezeTimeout,
+        "pre_freeze": PreFreeze,
+        "post_thaw": PostThaw,
+    }
+    shown = inspect.signature(function, eval_str=True)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> None:
+        function(*args, snapshot=snapshot_request(**{name: kwargs.pop(name) for name in chosen}), **kwargs)
+
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in chosen.items()
+    ]
+    parameters = [each for old in shown.parameters.values() for each in ([old] if old.name != "snapshot" else options)]
+    called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return called
 
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,8 +1,10 @@
-"""`snapchain sync IMAGE DEST::DISK`: make a replica ready for a live migration of the guest."""
+"""`snapchain sync IMAGE DEST::DISK`, `snapchain sync --domain NAME DEST`: make a replica ready for a live migration."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
@@ -13,12 +15,24 @@ from snapchain.cli.output import Output
 from snapchain.cli.preconnect import endpoint_at
 from snapchain.cli.quantities import size
 from snapchain.errors import Conflict, InvalidInput
+from snapchain.guest.address import GuestAddress
 from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.sync.run import Destination, Endpoint, Guest, SetDestination, SetReport, SyncReport, SyncRequest
+    from snapchain.ops.sync.run import (
+        Destination,
+        Divergence,
+        Endpoint,
+        Guest,
+        Proof,
+        SetDestination,
+        SetReport,
+        SyncReport,
+        SyncRequest,
+    )
+    from snapchain.source.protocol import SetSealer
 
 NOT_READY = Conflict.exit_code
 _MIGRATE = "For the migration"
@@ -30,11 +44,13 @@ _MIGRATE = "For the migration"
     snapchain sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --check
     snapchain sync web1.qcow2 ssh://kvm2/srv/replica::web1/vda --target-downtime 2 --limit-rate 50M
     snapchain sync web1.qcow2 dir:/mnt/share/replica::web1/vda --rounds 3 --dest-uri qemu+ssh://kvm2/system
+    snapchain sync --domain web1 ssh://root@kvm2/srv/replica --target-downtime 2
     snapchain sync a.qcow2 ssh://kvm2/srv/replica::web1/vda b.qcow2 ssh://kvm2/srv/replica::web1/vdb
     """,
     when_interrupted="what is durable at the replica stays, and what was sealed stays sealed; run it again to go on",
 )
 @options.takes_output()
+@options.takes_guest()
 def sync(
     disks: DiskPairs,
     *,
@@ -62,9 +78,10 @@ def sync(
     label: options.Labels = None,
     cut_replica: options.CutReplica = False,
     connections: options.Connections = 1,
-    domain: Annotated[
-        str | None,
-        typer.Option("--domain", help="Name of the guest. By default web1 for web1/vda.", rich_help_panel=_MIGRATE),
+    guest: GuestAddress | None,
+    disk: Annotated[
+        list[str] | None,
+        typer.Option("--disk", metavar="NAME", help="Only this disk of the guest, such as vda. May be repeated."),
     ] = None,
     guest_disk: Annotated[
         list[str] | None,
@@ -98,38 +115,136 @@ def sync(
     More pairs of IMAGE DEST::DISK are other disks of the same guest. Each round seals all of them, and one command
     migrates them all.
 
-    The guest may run. With --rounds or --target-downtime the top is sealed too, which needs an image that no program
-    has open. The rounds end when the target is met, or when the guest writes faster than the link carries.
+    With a guest in place of the images, all its disks are sent to DEST as GUEST/DISK, or only those of --disk. Its name
+    and its disks' names then stand in the command that migrates it. With pairs, --domain is its name in that command.
+
+    The guest may run. With --rounds or --target-downtime the top is sealed too. The disks of a running guest are sealed
+    through its monitor or libvirt; an image must not be open in any program. The rounds end when the target is met, or
+    when the guest writes faster than the link carries.
 
     Ends with exit code 4 when the destination is not ready, or the target is not met. An overlay at the destination
     that was written to is never touched.
     """
-    from snapchain.ops.sync.run import Divergence, Proof, SyncRequest, sealed_request
+    from snapchain.ops.sync.run import Divergence, Proof
 
-    dest, pairs = disk_pairs(disks)
+    common = _Common(
+        labels=label or (),
+        divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+        image_dirs=options.image_dirs(image_dir),
+        limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+        rounds=rounds,
+        target_downtime=target_downtime,
+        proof=Proof.READ if prove else Proof.RECORDED,
+    )
+    if guest is not None and len(disks) == 1:
+        if image_format is not None or guest_disk:
+            raise InvalidInput("--format and --guest-disk are for images; the guest tells this of its disks")
+        _sync_guest(guest, disks[0], disk or (), common, uri=dest_uri, connections=connections, check=check, out=out)
+        return
+    if guest is not None and guest.qmp is not None:
+        options.check_either(disks, guest)
+    if disk:
+        raise InvalidInput("--disk is for a guest; here images are named", hint="leave it out")
+    _sync_images(
+        disks,
+        common,
+        format=options.format_of(image_format),
+        domain=None if guest is None else guest.domain,
+        targets=guest_disk,
+        uri=dest_uri,
+        connections=connections,
+        check=check,
+        out=out,
+    )
+
+
+class _Common(TypedDict):
+    """What is asked of every disk."""
+
+    labels: Sequence[str]
+    divergence: Divergence
+    image_dirs: Sequence[Path]
+    limit_rate: int | None
+    rounds: int | None
+    target_downtime: float | None
+    proof: Proof
+
+
+def _sync_images(
+    words: list[str],
+    common: _Common,
+    *,
+    format: str | None,
+    domain: str | None,
+    targets: list[str] | None,
+    uri: str | None,
+    connections: int,
+    check: bool,
+    out: Output,
+) -> None:
+    from snapchain.ops.sync.run import SyncRequest, sealed_request
+
+    dest, pairs = disk_pairs(words)
     endpoint = endpoint_at(dest, connections=connections)
     requests = [
         SyncRequest(
             send=sealed_request(
                 image,
                 disk,
-                labels=label or (),
-                divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
-                format=options.format_of(image_format),
-                image_dirs=options.image_dirs(image_dir),
-                limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
+                labels=common["labels"],
+                divergence=common["divergence"],
+                format=format,
+                image_dirs=common["image_dirs"],
+                limit_rate=common["limit_rate"],
             ),
-            rounds=rounds,
-            target_downtime=target_downtime,
-            proof=Proof.READ if prove else Proof.RECORDED,
-            guest=_guest(dest, disk, domain=domain, target=target, uri=dest_uri),
+            rounds=common["rounds"],
+            target_downtime=common["target_downtime"],
+            proof=common["proof"],
+            guest=_guest(dest, disk, domain=domain, target=target, uri=uri),
         )
-        for (image, disk), target in zip(pairs, _targets(guest_disk, len(pairs)), strict=True)
+        for (image, disk), target in zip(pairs, _targets(targets, len(pairs)), strict=True)
     ]
     _run(requests, endpoint, out, check=check)
 
 
-def _run(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check: bool) -> None:
+def _sync_guest(
+    address: GuestAddress,
+    dest: str,
+    names: Sequence[str],
+    common: _Common,
+    *,
+    uri: str | None,
+    connections: int,
+    check: bool,
+    out: Output,
+) -> None:
+    from snapchain.destination.address import PointAddress, parse_destination, parse_disk_address
+    from snapchain.guest.address import open_guest
+    from snapchain.ops.sync.guests import requests_of
+
+    prefix = None
+    named = parse_destination(dest)
+    if isinstance(named, PointAddress):
+        prefix = parse_disk_address(dest).disk
+    endpoint = endpoint_at(named.dest, connections=connections)
+    with open_guest(address, on_event=out.on_event) as guest:
+        domain = guest.name if guest.kind == "libvirt" else None
+        requests, sealer = requests_of(
+            guest,
+            prefix=prefix,
+            disks=names,
+            migrating=lambda target: (
+                None if domain is None else _guest(named.dest, target, domain=domain, target=target, uri=uri)
+            ),
+            on_event=out.on_event,
+            **common,
+        )
+        _run(requests, endpoint, out, check=check, sealer=sealer)
+
+
+def _run(
+    requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check: bool, sealer: SetSealer | None = None
+) -> None:
     """Ends with NOT_READY where it is not as it was wanted."""
     from snapchain.ops.sync.run import check_set, sync_set
 
@@ -145,7 +260,7 @@ def _run(requests: list[SyncRequest], endpoint: Endpoint, out: Output, *, check:
         else:
             out.show(stands, _draw_set_check, problems=_draw_set_lacking, status=status)
         return
-    report = sync_set(requests, endpoint, on_event=out.on_event)
+    report = sync_set(requests, endpoint, sealer=sealer, on_event=out.on_event)
     status = 0 if report.ready and report.on_target is not False else NOT_READY
     if alone:
         out.report(report.disks[0], _draw_report, problems=_draw_lacking, status=status)

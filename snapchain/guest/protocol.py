@@ -149,7 +149,10 @@ class JobKind(StrEnum):
     COMMIT = "commit"
     """The data of sealed layers go into the lowest of them; the active layer stays."""
     ACTIVE_COMMIT = "active-commit"
-    """The active layer's go too; at READY the guest is switched to the lowest (pivot)."""
+    """The active layer's go too; at READY the guest is switched to the lowest (pivot).
+
+    It finalizes itself: at PENDING QEMU holds back the guest's I/O for as long as nobody finalizes.
+    """
     STREAM = "stream"
     """The data of the lower ones go into the uppermost."""
 
@@ -347,7 +350,7 @@ class Guest(Protocol):
         ...
 
     def release(self, overlays: Sequence[Path]) -> None:
-        """Close overlays that a killed run has opened in QEMU (`prepared`), and that are part of no disk. Idempotent."""
+        """Close overlays that a killed run has opened in QEMU, and that are part of no disk. Idempotent."""
         ...
 
     def start(

@@ -21,7 +21,7 @@ from typing import Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from snapchain.errors import Corrupt, InvalidInput
+from snapchain.errors import Busy, Corrupt, InvalidInput
 from snapchain.host.directory import Directory, resolve, writer_of
 from snapchain.host.files import make_directories, read_in, write_in
 from snapchain.host.os_errors import os_errors
@@ -150,6 +150,22 @@ class PrivateDirectory:
         finally:
             with suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)
+
+    @contextmanager
+    def held(self, what: str) -> Iterator[None]:
+        """As `locked`, without waiting. what: a sentence for the error. Raises Busy where another process has it."""
+        fd = self._directory.opened()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(what, subject=self.path, hint="let it end, and run the command again") from error
+        except OSError:  # a filesystem without locks
+            yield
+            return
+        try:
+            yield
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _replaceable(path: Path, rights: Rights) -> InvalidInput:

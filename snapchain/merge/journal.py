@@ -3,6 +3,7 @@
     switching    new-file: the result is whole; its rename is next, or was just done     see by the inode
     absorbing    absorb: the uppermost input is being added to, or was just relinked     see by its link
     committing   commit: the lowest input is being added to; its rename is the switch    see by the inode
+    live         of a running guest: a block job of its QEMU is at work                   see live_settle.py
 
 Until a new file is whole nothing is recorded: its temporary name is enough.  The record is on the disk before the
 step that it names.  It names files to remove, and others may write to its directory.  So it carries the mark of the
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from snapchain.errors import Busy, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host import files, records
@@ -35,6 +36,7 @@ from snapchain.host.temporary_names import MERGE, NEW, temporary_beside
 from snapchain.image import ImageChain
 from snapchain.image.dependent_search import search_directories
 from snapchain.image.qcow2.header import Backing, read_header
+from snapchain.model.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     from snapchain.merge.step import MergeStep
@@ -139,6 +141,38 @@ class FileId(BaseModel):
             return False
 
 
+class LiveMerge(BaseModel):
+    """What the record of a live merge has besides, so that any later run finds the job, or what became of it.
+
+    kind: of the block job; job_id: its name in QEMU; guest, disk: their names; option: as one types the guest's
+    domain, connect, qmp: its address
+    process: pid and start time of its QEMU, None where unknown
+    inputs: lowest first, as they were; above: the file above them, None where the active layer is among them
+    formats, sources: of the inputs; the fingerprints are those before anything was written to them
+    time, labels: of the view that the result shows, None where that is not sealed
+    completing: the guest may have been switched to the lowest input (pivot)
+    """
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+    kind: Literal["commit", "active-commit", "stream"]
+    job_id: Annotated[str, Field(pattern=r"^sc-[A-Za-z0-9._-]{1,120}$")]
+    guest: Annotated[str, Field(max_length=_LONGEST_PATH)]
+    option: Annotated[str, Field(max_length=_LONGEST_PATH)]
+    disk: Annotated[str, Field(max_length=_LONGEST_PATH)]
+    domain: str | None = None
+    connect: str | None = None
+    qmp: _Named | None = None
+    process: tuple[int, int] | None = None
+    inputs: Annotated[tuple[FileId, ...], Field(min_length=2, max_length=_MOST_FILES)]
+    above: FileId | None = None
+    formats: Annotated[tuple[Literal["qcow2", "raw"], ...], Field(max_length=_MOST_FILES)]
+    sources: Annotated[tuple[Fingerprint, ...], Field(max_length=_MOST_FILES)]
+    time: AwareDatetime | None = None
+    labels: tuple[str, ...] = ()
+    completing: bool = False
+
+
 class MergeJournal(BaseModel):
     """One merge.
 
@@ -149,12 +183,13 @@ class MergeJournal(BaseModel):
     top: the file that the guest opens; None in a record of version 0.1: then the uppermost input
     links: symbolic links by which the disk itself opens inputs that go
     confirmed: inputs of --remove, which count as the disk's own
+    live: of a running guest's chain; then `replaced` and `result` are the input that keeps its path
     """
 
     model_config = ConfigDict(frozen=True, defer_build=True)
 
     version: Literal[2] = 2
-    stage: Literal["switching", "absorbing", "committing"]
+    stage: Literal["switching", "absorbing", "committing", "live"]
     replaced: FileId
     result: FileId
     lowest: _Exact
@@ -165,6 +200,7 @@ class MergeJournal(BaseModel):
     top: _Named | None = None
     links: _Names = ()
     confirmed: _Names = ()
+    live: LiveMerge | None = None
 
     @model_validator(mode="after")
     def _check_places(self) -> Self:
@@ -172,6 +208,8 @@ class MergeJournal(BaseModel):
         home = self.replaced.path.parent
         if self.result.path.parent != home or (self.kept_as is not None and self.kept_as.parent != home):
             raise ValueError("the result of a merge lies in another directory than the file whose place it takes")
+        if (self.stage == "live") != (self.live is not None):
+            raise ValueError("a live merge and its stage belong together")
         return self
 
     @property

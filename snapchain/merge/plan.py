@@ -148,7 +148,7 @@ def plan(request: MergeRequest) -> MergePlan:
             chosen = choose(stack, request, rates, planner.plan, planner.others)
             ranges, stays, notices = chosen.ranges, chosen.stays, chosen.notices
         else:
-            ranges = _named(stack, request)
+            ranges = ranges_by_name(stack, request)
             stays, notices = {}, _not_there(stack, ranges)
         plans = tuple(planner.plan(each) for each in ranges)
         for each in plans:
@@ -156,8 +156,8 @@ def plan(request: MergeRequest) -> MergePlan:
         notices = [*notices, *([planner.others.incomplete] if plans and planner.others.incomplete else [])]
         idle = None if plans else planner.plan(MergeRange(len(stack) - 1, len(stack) - 1))
         of_all = idle or plans[0]
-        merges = tuple(_merge(stack, each, rates) for each in plans)
-        needs, free = _room(plans, of_all.free_bytes)
+        merges = tuple(merge_row(stack, each, rates) for each in plans)
+        needs, free = room_of(plans, of_all.free_bytes)
         if needs > free and merges:
             notices = [*notices, f"{needs} bytes are needed meanwhile, and {free} are free: it would be refused"]
         return MergePlan(
@@ -171,7 +171,7 @@ def plan(request: MergeRequest) -> MergePlan:
             free_bytes=free,
             seconds=round(sum(each.seconds for each in merges), 3),
             requests=0,
-            layers=tuple(_layers(stack, ranges, stays)),
+            layers=tuple(layer_uses(stack, ranges, stays)),
             merges=merges,
             notices=tuple(notices),
             unfinished=of_all.unfinished,
@@ -217,7 +217,7 @@ def _check_remove(chain: ImageChain, request: MergeRequest) -> None:
             )
 
 
-def _named(stack: Stack, request: MergeRequest) -> tuple[MergeRange, ...]:
+def ranges_by_name(stack: Stack, request: MergeRequest) -> tuple[MergeRange, ...]:
     """The range that the user named, or all above the root. Raises Conflict when a layer of it is held."""
     journals = unsettled(file.real_path for file in stack.chain.files)
     first, last = numbers(stack.chain, request, journals)
@@ -241,7 +241,8 @@ def _not_there(stack: Stack, ranges: Sequence[MergeRange]) -> list[str]:
     return lacking
 
 
-def _merge(stack: Stack, planned: MergeStep, rates: Rates) -> PlannedMerge:
+def merge_row(stack: Stack, planned: MergeStep, rates: Rates) -> PlannedMerge:
+    """A decided merge as a plan shows it."""
     held, visible = stack.after(planned.first, planned.last)
     return PlannedMerge(
         layers=planned.layers,
@@ -263,7 +264,7 @@ def _merge(stack: Stack, planned: MergeStep, rates: Rates) -> PlannedMerge:
     )
 
 
-def _room(plans: Sequence[MergeStep], free: int) -> tuple[int, int]:
+def room_of(plans: Sequence[MergeStep], free: int) -> tuple[int, int]:
     """(needed, free) on the filesystem where it is scarcest, at the worst moment of a run from the last plan on.
 
     What an earlier merge frees is not counted: a compressed or sparse file gives back less than its guest bytes.
@@ -280,7 +281,8 @@ def _room(plans: Sequence[MergeStep], free: int) -> tuple[int, int]:
     return worst
 
 
-def _layers(stack: Stack, ranges: Sequence[MergeRange], stays: dict[int, list[str]]) -> list[LayerUse]:
+def layer_uses(stack: Stack, ranges: Sequence[MergeRange], stays: dict[int, list[str]]) -> list[LayerUse]:
+    """The layers of a chain as a plan shows them. stays: by place why a file is not merged away."""
     merge_of = {place: at for at, each in enumerate(ranges) for place in range(each.first, each.last + 1)}
     top = len(stack) - 1
     return [

@@ -21,9 +21,9 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
 from snapchain.host.terminal import shell_word
 from snapchain.image import ImageChain, scan
-from snapchain.merge import settle
+from snapchain.merge import live_settle, settle
 from snapchain.merge.inputs import KeptFile
-from snapchain.merge.journal import MergeJournal, taken, unsettled
+from snapchain.merge.journal import LiveMerge, MergeJournal, taken, unsettled
 from snapchain.merge.methods import Method
 from snapchain.merge.plan import NOTHING, MergePlan
 from snapchain.merge.rates import remember as remember_rate
@@ -215,6 +215,7 @@ def run_step(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = igno
         if noted:
             _note(planned, old, on_event)
         settled = settle.finish(journal)
+        _forget_live(planned)
         if noted:
             _carry_over(planned, old, on_event)
     return _report(
@@ -227,6 +228,13 @@ def run_step(planned: MergeStep, *, noted: bool = True, on_event: OnEvent = igno
         moved=method.bytes_moved,
         freed=before - sum(_allocated(path) for path in [planned.result, *planned.remove]),
     )
+
+
+def _forget_live(planned: MergeStep) -> None:
+    """The records of live merges that this one has taken the files of."""
+    for journal in unsettled(place_to_change(path) for path in planned.chain[planned.first : planned.last + 1]):
+        if journal.live is not None:
+            live_settle.remove_record(journal)
 
 
 def _note(planned: MergeStep, old: ImageChain, on_event: OnEvent) -> None:
@@ -260,6 +268,9 @@ def _settle(planned: MergeStep, on_event: OnEvent) -> settle.Settled:
     kept: list[KeptFile] = []
     incomplete: str | None = None
     for journal in unsettled(place_to_change(path) for path in planned.chain):
+        if _is_done_again(planned, journal):
+            on_event(Notice(f"{journal.replaced.path}: an interrupted merge is taken up again"))
+            continue
         _check_goes_on(planned, journal)
         if _goes_on(planned, journal):
             settle.take_up(journal)
@@ -272,6 +283,16 @@ def _settle(planned: MergeStep, on_event: OnEvent) -> settle.Settled:
         incomplete = incomplete or settled.incomplete
         on_event(Notice(f"{journal.replaced.path}: an interrupted merge was {done}"))
     return settle.Settled(removed, tuple(kept), incomplete)
+
+
+def _is_done_again(planned: MergeStep, journal: MergeJournal) -> bool:
+    """Whether this merge takes all files of a live one that was killed halfway; its record goes with them."""
+    live = journal.live
+    if live is None or not live_settle.must_be_done_again(journal, live):
+        return False
+    live_settle.check_not_switched(journal, live)
+    paths = [place_to_change(path) for path in planned.chain[planned.first : planned.last + 1]]
+    return all(entry.path in paths for entry in live.inputs)
 
 
 def _check_goes_on(planned: MergeStep, journal: MergeJournal) -> None:
@@ -377,6 +398,9 @@ def recover(
 
     image_dirs: as of `settle.settle`; noted: as of `run_step`
     """
+    live = journal.live
+    if live is not None and live_settle.must_be_done_again(journal, live):
+        return _recover_live(journal, live, image_dirs, noted=noted, on_event=on_event)
     if journal.stage != "committing" or settle.switched(journal):
         return settle.settle(journal, image_dirs=image_dirs)
     step = plan_step(
@@ -390,5 +414,22 @@ def recover(
             remove=journal.confirmed,
         )
     )
+    report = run_step(step, noted=noted, on_event=on_event)
+    return settle.Settled(list(report.removed), report.kept, report.incomplete)
+
+
+def _recover_live(
+    journal: MergeJournal, live: LiveMerge, image_dirs: Sequence[Path], *, noted: bool, on_event: OnEvent
+) -> settle.Settled:
+    """Merge the files of a live merge whose guest has ended, as images at rest; the result has the uppermost's path."""
+    top = live.inputs[-1].path if journal.top is None else journal.top
+    request = MergeRequest(
+        image=top,
+        image_format="qcow2",
+        image_dirs=(*journal.search, *image_dirs),
+        drop_bitmaps=True,
+        remove=journal.confirmed,
+    )
+    step = plan_step(request.of_range(live.inputs[0].path, live.inputs[-1].path))
     report = run_step(step, noted=noted, on_event=on_event)
     return settle.Settled(list(report.removed), report.kept, report.incomplete)

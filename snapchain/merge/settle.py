@@ -58,11 +58,15 @@ def settle(journal: MergeJournal, *, image_dirs: Sequence[Path] = ()) -> Settled
     Raises Busy when an input is open or being merged elsewhere.
     """
     journal = journal.model_copy(update={"search": (*journal.search, *image_dirs)})
+    if journal.live is not None:
+        from snapchain.merge.live_settle import settle_at_rest
+
+        return settle_at_rest(journal)
     with taken(journal):
         if journal.stage == "absorbing":
             settled = _settle_absorbing(journal)
         elif switched(journal):
-            settled = _remove_unneeded(journal)
+            settled = remove_inputs(journal)
         else:
             if journal.stage == "committing" and journal.result.still():
                 _make_exact(journal.result)
@@ -89,14 +93,22 @@ def switched(journal: MergeJournal) -> bool:
     """Whether the result has taken its place."""
     if not journal.result.still(journal.replaced.path):
         return False
+    if journal.live is not None:
+        from snapchain.merge.live_settle import is_done
+
+        return is_done(journal, journal.live)
     if journal.stage != "absorbing":
         return True
-    with _opened(journal.result) as fd:
+    with opened_entry(journal.result) as fd:
         return linked(fd, journal.link, subject=journal.replaced.path)
 
 
 def describe(journal: MergeJournal) -> tuple[str, str]:
     """(what happened, what `recover` does)."""
+    if journal.live is not None:
+        from snapchain.merge.live_settle import describe_live
+
+        return describe_live(journal, journal.live)
     count = len(journal.remove)
     if switched(journal):
         return (
@@ -115,7 +127,7 @@ def describe(journal: MergeJournal) -> tuple[str, str]:
 
 
 @contextmanager
-def _opened(entry: FileId, *, writing: bool = False) -> Iterator[int]:
+def opened_entry(entry: FileId, *, writing: bool = False) -> Iterator[int]:
     """A descriptor of a file that the journal names. Raises Conflict when another one has its name."""
     with os_errors(entry.path), Directory.open(entry.path.parent) as directory:
         fd = directory.open_file(entry.path.name, writing=writing)
@@ -132,16 +144,20 @@ def _settle_absorbing(journal: MergeJournal) -> Settled:
         return Settled(_remove(journal, []))  # another file has that name now: the merge is void
     done = switched(journal)
     _make_exact(journal.replaced)
-    return _remove_unneeded(journal) if done else Settled(_remove(journal, []))
+    return remove_inputs(journal) if done else Settled(_remove(journal, []))
 
 
 def _make_exact(entry: FileId) -> None:
     """The reference counts of an image that a merge was adding to."""
-    with ImageLock(entry.path, LockMode.WRITE), _opened(entry, writing=True) as fd:
+    with ImageLock(entry.path, LockMode.WRITE), opened_entry(entry, writing=True) as fd:
         amendment.settle(fd, subject=entry.path)
 
 
-def _remove_unneeded(journal: MergeJournal) -> Settled:
+def remove_inputs(journal: MergeJournal) -> Settled:
+    """Remove the inputs of a merge that is done, as far as nothing uses them, and its record.
+
+    Raises Busy where one of them is open elsewhere.
+    """
     with ExitStack() as locks:
         open_files = OpenFiles()
         in_use: dict[Path, Busy] = {}

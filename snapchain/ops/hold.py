@@ -3,19 +3,23 @@
 an image's layer   its file stays byte for byte: no merge takes it, neither to write to it nor to replace it
 a point            retention never drops it
 
+a guest point      so are the points of all its disks, and of its record
+
 A hold bears a tag, so that several people or programs may each have their reason, and release only their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.destination.guest_record import record_disk
+from snapchain.errors import InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.directory import place_to_change
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.holds import check_tag
@@ -24,16 +28,27 @@ from snapchain.source.notes import Hold, LayerNote, Notes
 
 if TYPE_CHECKING:
     from snapchain.destination.reading import ReadableDestination
-    from snapchain.destination.records import HoldRecord
+    from snapchain.destination.records import HoldRecord, PointRecord
+    from snapchain.ops.guest_points import GuestPoint
+
+
+class HeldDisk(BaseModel):
+    """A disk of a guest point, and the point of it that is held with it, or released."""
+
+    model_config = ConfigDict(frozen=True)
+
+    disk: str
+    point: int
 
 
 class HoldReport(BaseModel):
-    """What is held now. address: the file or the point; holds: all that it has."""
+    """What is held now. address: the file or the point; holds: all that it has; disks: of a guest point."""
 
     model_config = ConfigDict(frozen=True)
 
     address: str
     holds: tuple[Hold, ...]
+    disks: tuple[HeldDisk, ...] = ()
 
 
 def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False) -> HoldReport:
@@ -114,6 +129,84 @@ def release_point(
     wanted = _named(destination, disk, point)
     number, holds = destination.release(disk, wanted, tag, dry_run=dry_run, on_event=on_event)
     return _of_point(destination, disk, number, holds)
+
+
+def hold_guest(
+    destination: ReadableDestination,
+    guest: str,
+    tag: str,
+    *,
+    point: str | None,
+    reason: str = "",
+    dry_run: bool = False,
+    on_event: OnEvent = ignore,
+) -> HoldReport:
+    """Keep a guest point: the points of all its disks, and of its record. Arguments as `hold_point`.
+
+    A hold of any of them keeps the guest point, so a run that is cut off has held it already; it is run again for the
+    others. When one cannot be held, the holds of this run are taken off again.
+    Raises NotFound for a guest that is not there, and as `hold_point`.
+    """
+    check_tag(tag)
+    wanted = _named(destination, guest, point)
+    found = _guest_point(destination, guest, wanted)
+    parts = _parts(found)
+    made: list[tuple[str, int]] = []
+    holds: tuple[HoldRecord, ...] = ()
+    try:
+        for disk, part in parts:
+            number = str(part.point)
+            _, holds = destination.hold(disk, number, tag, reason=reason, dry_run=dry_run, on_event=on_event)
+            if not dry_run and all(each.tag != tag for each in part.holds):
+                made.append((disk, part.point))
+    except SnapchainError:
+        for disk, each in made:
+            with suppress(SnapchainError):
+                destination.release(disk, str(each), tag)
+        raise
+    return _of_guest(destination, guest, found, holds)
+
+
+def release_guest(
+    destination: ReadableDestination,
+    guest: str,
+    tag: str,
+    *,
+    point: str | None,
+    dry_run: bool = False,
+    on_event: OnEvent = ignore,
+) -> HoldReport:
+    """Take a hold off a guest point. What an earlier run has released already is left out.
+
+    Raises NotFound when none of its points has a hold of this tag, and as `hold_guest`.
+    """
+    wanted = _named(destination, guest, point)
+    found = _guest_point(destination, guest, wanted)
+    parts = _parts(found)
+    held = [(disk, part) for disk, part in parts if any(each.tag == tag for each in part.holds)]
+    for disk, part in held or parts[-1:]:  # the last one says what holds there are
+        destination.release(disk, str(part.point), tag, dry_run=dry_run, on_event=on_event)
+    left = tuple(each for each in found.record.holds if each.tag != tag)
+    return _of_guest(destination, guest, found, left)
+
+
+def _guest_point(destination: ReadableDestination, guest: str, wanted: str) -> GuestPoint:
+    from snapchain.destination.address import in_full
+    from snapchain.ops.guest_merge import guest_at
+
+    return guest_at(destination, guest).point(in_full(wanted))
+
+
+def _parts(point: GuestPoint) -> list[tuple[str, PointRecord]]:
+    """The points that belong to a guest point, by their disks; that of the record is the last."""
+    return [*point.disks.items(), (record_disk(point.guest), point.record)]
+
+
+def _of_guest(
+    destination: ReadableDestination, guest: str, point: GuestPoint, holds: Sequence[HoldRecord]
+) -> HoldReport:
+    disks = tuple(HeldDisk(disk=disk, point=part.point) for disk, part in point.disks.items())
+    return _of_point(destination, guest, point.point, holds).model_copy(update={"disks": disks})
 
 
 def _named(destination: ReadableDestination, disk: str, point: str | None) -> str:

@@ -49,6 +49,11 @@ class _Remembered(BaseModel):
     sums: dict[_Key, SumText] = Field(max_length=_MOST)
 
 
+def guest_key(guest: str, disk: str) -> Path:
+    """In the place of an image: a disk of a guest, whose top has another path after each snapshot."""
+    return Path("/guest", *(part.replace("/", "%2F").replace("..", "%2E%2E") for part in (guest, disk)))
+
+
 class CountedSums:
     """Sums of one image's views. If the file cannot be read or written, that costs only time, and is reported."""
 

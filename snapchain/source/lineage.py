@@ -97,13 +97,37 @@ def record(inputs: Sequence[ImageFile], result: Path, *, is_top: bool) -> None:
     """
     notes = Notes()
     parts = [note_of(file, notes) for file in inputs]
-    sources = tuple(file.fingerprint for file in inputs)
+    view = None if is_top else sealed_at(inputs[-1], parts[-1])
+    _record(notes, parts, tuple(file.fingerprint for file in inputs), result, view=view)
+
+
+def record_live(
+    inputs: Sequence[Path],
+    sources: Sequence[Fingerprint],
+    result: Path,
+    *,
+    view: tuple[datetime, tuple[str, ...]] | None,
+) -> None:
+    """As `record`, for a result that is one of its inputs, which was written to since.
+
+    inputs: real paths; sources: the inputs' fingerprints before that
+    view: when the uppermost was sealed, and its labels; None for an active layer
+    """
+    notes = Notes()
+    _record(notes, [notes.of(path) for path in inputs], tuple(sources), result, view=view)
+
+
+def _record(
+    notes: Notes,
+    parts: Sequence[LayerNote],
+    sources: tuple[Fingerprint, ...],
+    result: Path,
+    *,
+    view: tuple[datetime, tuple[str, ...]] | None,
+) -> None:
     made = _look(result)
     merged = (MergedFile(made=made, of=sources), *_reachable(sources, [each for note in parts for each in note.merged]))
-    sealed = None
-    if not is_top:
-        when, labels = sealed_at(inputs[-1], parts[-1])
-        sealed = Sealed(time=when, labels=labels, file=made)
+    sealed = None if view is None else Sealed(time=view[0], labels=view[1], file=made)
     epoch = max(note.epoch for note in parts)
     notes.change(result, lambda note: note.model_copy(update={"merged": merged, "sealed": sealed, "epoch": epoch}))
     notes.sweep(result.parent)

@@ -43,7 +43,7 @@ def merged(*numbers: int, disk: str = DISK, outcome: dict[str, Any] | None = Non
     return 41, json.dumps({"disk": disk, "points": points, "outcome": outcome}).encode()
 
 
-def asked(*said: tuple[int, bytes], dry_run: bool = False, rules: Rules = Policy(last=1)) -> Any:
+def asked(*said: tuple[int, bytes], dry_run: bool = False, rules: Rules | None = None) -> Any:
     def answer(reader: Any, say: Any) -> None:
         raw = stream(*said)
         for at in range(0, len(raw), 1 << 16):
@@ -52,7 +52,7 @@ def asked(*said: tuple[int, bytes], dry_run: bool = False, rules: Rules = Policy
             pass
 
     with puppet(answer) as endpoint:
-        work = ReplicaMerge(endpoint, DISK, rules, zone="UTC")
+        work = ReplicaMerge(endpoint, DISK, rules or Policy(last=1), zone="UTC")
         return work.plan() if dry_run else work.run()
 
 

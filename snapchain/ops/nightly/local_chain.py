@@ -45,10 +45,9 @@ def moved(planned: MergePlan) -> int:
     return sum(0 if each.shares_extents else each.bytes_to_move for each in planned.steps)
 
 
-def why_longer(planned: MergePlan, settings: Disks) -> str | None:
+def why_longer(planned: MergePlan, merge_above: int) -> str | None:
     """Why the chain will have more files than it should."""
-    assert settings.merge_above is not None
-    if planned.layers_after <= settings.merge_above:
+    if planned.layers_after <= merge_above:
         return None
     reasons = [f"{layer.path.name} ({', '.join(layer.stays)})" for layer in planned.layers[1:] if layer.stays]
     more = f" and {len(reasons) - _REASONS} more" if len(reasons) > _REASONS else ""

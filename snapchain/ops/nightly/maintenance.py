@@ -13,11 +13,11 @@ from snapchain.destination.records import GcReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.terminal import counted
 from snapchain.model.events import Event, Notice, OnEvent, Progress
-from snapchain.ops.nightly.disk import Night
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
 from snapchain.ops.nightly.steps import Steps
+from snapchain.ops.nightly.turn import Night
 
 _LEAST_SAMPLE = 64 << 20
 """Guest bytes."""

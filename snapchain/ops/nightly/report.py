@@ -83,25 +83,18 @@ class ShipResult(_Shown):
     damaged: tuple[int, ...] = ()
 
 
-class DiskReport(_Shown):
-    """One disk.
+class TurnReport(_Shown):
+    """What a disk and a guest have in common.
 
     destinations: each that it is to go to; snapshot: made, unchanged (nothing was written since the last one), off, or
-    none; sealed: the file that was shipped; merge: of local layers; why_not_merged: why
-    there are still more files than there should be; left: steps that were not
-    begun or not finished, and why; chain_length: files; moved_to: DEST::DISK, whose disk it is now
+    none; why_not_merged: why there are still more files than there should be; left: steps that were not
+    begun or not finished, and why; moved_to: DEST::DISK, whose disk it is now
     """
 
-    disk: str
-    image: Path
     outcome: Outcome
     snapshot: str = "none"
-    sealed: Path | None = None
     destinations: tuple[ShipResult, ...] = ()
-    merge: MergeReport | None = None
     why_not_merged: str | None = None
-    chain_length: int | None = None
-    shadowed_bytes: int | None = None
     faults: tuple[Fault, ...] = ()
     left: tuple[str, ...] = ()
     moved_to: str | None = None
@@ -117,6 +110,20 @@ class DiskReport(_Shown):
         )
         worst = Outcome.worst([self.outcome, Outcome.DAMAGED])
         return self.model_copy(update={"outcome": worst, "destinations": places})
+
+
+class DiskReport(TurnReport):
+    """One disk.
+
+    sealed: the file that was shipped; merge: of local layers; chain_length: files
+    """
+
+    disk: str
+    image: Path
+    sealed: Path | None = None
+    merge: MergeReport | None = None
+    chain_length: int | None = None
+    shadowed_bytes: int | None = None
 
 
 class VerifyResult(_Shown):

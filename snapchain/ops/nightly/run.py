@@ -28,7 +28,7 @@ from snapchain.image.scan import MAX_DEPTH
 from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
-from snapchain.ops.nightly.disk import DiskRun, Night, untouched
+from snapchain.ops.nightly.disk import DiskRun, untouched
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.maintenance import Maintenance
 from snapchain.ops.nightly.open_destination import OpenDestination
@@ -37,6 +37,7 @@ from snapchain.ops.nightly.report import DestinationReport, DiskReport, NightlyR
 from snapchain.ops.nightly.selection import DiskList, SelectedDisk, disk_list
 from snapchain.ops.nightly.state import StateFile
 from snapchain.ops.nightly.steps import Steps
+from snapchain.ops.nightly.turn import Night
 
 LAST_REPORT = "last-report.json"
 

@@ -96,6 +96,8 @@ class Recognition:
         self._chain, self._there, self._request, self._on_event = chain, there, request, on_event
         self._subject = f"{destination}::{request.disk}"
         self._sums, self._reads = sums, reads and not there.believed
+        self._cuts = request.divergence is Divergence.CUT_REPLICA
+        self._follows = request.divergence is Divergence.COMPARE
         self._held = list(there.held)
         self._leaves: NewestLeaves | None = None
         self.bytes_compared = 0
@@ -122,7 +124,7 @@ class Recognition:
             )
         tip = self._held[-1]
         if not isinstance(found, UpToDate) and found.inside is not None:
-            as_rules = self._request.files is Files.COMPOSED and self._request.divergence is Divergence.REFUSE
+            as_rules = self._request.files is Files.COMPOSED and not self._cuts
             if as_rules and not self._there.branches:
                 return self._comparing(found)
             # The tip is a part of what was merged into the next layer. That counts from the files below it, and
@@ -135,7 +137,7 @@ class Recognition:
         count = _covered(found, self._want)
         if self._is_true(tip, count):
             return Base(count, tip, tip.total)
-        if self._request.divergence is Divergence.REFUSE:
+        if not self._cuts:
             raise self._false()
         return self._after_cut(self._held)
 
@@ -148,7 +150,8 @@ class Recognition:
         assert base.compares is not None
         assert self._leaves is not None
         chain, tip, leaves, sums = self._chain, base.layer, self._leaves, self._sums
-        self._on_event(Notice(f"comparing the image with {tip.name}, the newest layer there"))
+        if not self._follows:
+            self._on_event(Notice(f"comparing the image with {tip.name}, the newest layer there"))
         whole = region_of(None, chain, tip)
         if base.compares != whole:
             # What both had before is equal there, unless somebody else has written: the sum tells.
@@ -237,11 +240,13 @@ class Recognition:
             each = self._request.files is Files.EACH or self._there.mends
             if found.base_count or each:
                 return self._branch(found)
-            return self._comparing(found, note=self._unknown())
-        known = None if found.is_ahead else self._recognised(found)
+            return self._comparing(found, note=None if self._follows else self._unknown())
+        known = None if found.is_ahead or self._follows else self._recognised(found)
         if known is not None:
             return Base(known, self._held[-1], self._held[-1].total)
-        if self._request.divergence is Divergence.CUT_REPLICA:
+        if self._follows:
+            return self._comparing(found)
+        if self._cuts:
             return self._after_cut(self._held[: found.base_count])
         if not found.is_ahead and self._went_on(found):
             return self._comparing(found)

@@ -37,6 +37,8 @@ class Divergence(Enum):
     REFUSE = "refuse"
     CUT_REPLICA = "cut-replica"
     """Drop them there, and the points that they give."""
+    COMPARE = "compare"
+    """The image follows what is there, whatever its files were made of: the difference becomes a layer."""
 
 
 class _Shown(BaseModel):

@@ -17,7 +17,7 @@ from snapchain.image.leaves import counted
 from snapchain.model.content import content_id, empty_sum
 from snapchain.model.events import OnEvent, counting
 from snapchain.ops.ship.recognition import same_source
-from snapchain.ops.ship.run import Divergence, LayerPlan, ShipRequest, layers_lacking, opening_of
+from snapchain.ops.ship.run import Divergence, LayerPlan, layers_lacking, opening_of
 from snapchain.ops.sync.request import Destination, LayerThere, Proof, SyncRequest
 from snapchain.ops.sync.virsh import migrate_commands
 from snapchain.replica.client import points_at
@@ -30,8 +30,12 @@ from snapchain.replica.stream.messages import Active, ActiveState, HeldLayer, In
 
 @dataclass(frozen=True, slots=True)
 class ActiveTop:
-    """The active top as it is now. data_bytes: DATA of its map; sealed: the files below it, root first."""
+    """The active top as it is now. image: its path as it is named; name: of the overlay for it at the destination
 
+    data_bytes: DATA of its map; sealed: the files below it, root first
+    """
+
+    image: Path
     path: Path
     name: str
     size: int
@@ -41,13 +45,16 @@ class ActiveTop:
     sealed: tuple[Path, ...]
 
 
-def look_at_top(send: ShipRequest) -> ActiveTop:
-    """Scan the image; a guest may be writing to it."""
-    with scan(send.image, format=send.format, image_dirs=send.image_dirs) as chain:
+def look_at_top(request: SyncRequest) -> ActiveTop:
+    """Scan the image; a guest may be writing to it. The image of a running guest has another path after each seal."""
+    send = request.send
+    image = send.source().image
+    with scan(image, format=send.format, image_dirs=send.image_dirs) as chain:
         header = chain.top.header
         return ActiveTop(
+            image=image,
             path=chain.top.path,
-            name=offered_name(send.image.name),
+            name=offered_name(request.overlay_name or image.name),
             size=chain.size,
             cluster_size=chain.top.cluster_size or 64 * 1024,
             extended_l2=bool(header and header.extended_l2),
@@ -84,7 +91,7 @@ def not_ready(request: SyncRequest, endpoint: Endpoint, top: ActiveTop, *why: st
     return Destination(
         disk=request.send.disk,
         destination=endpoint.url,
-        image=str(request.send.image),
+        image=str(top.image),
         ready=False,
         missing=why,
         layers=(),
@@ -114,7 +121,7 @@ class _Look:
             Sender(channel, link=self._endpoint.link) as sender,
         ):
             if tuple(file.path for file in chain.files) != self._top.sealed:
-                raise Conflict("it was sealed again meanwhile", subject=self._send.image, hint="run it again")
+                raise Conflict("it was sealed again meanwhile", subject=self._top.image, hint="run it again")
             opening = opening_of(self._send, chain)
             held = sender.open(open_message(opening, self._endpoint, look=not make))
             yield chain, sender, held
@@ -180,7 +187,7 @@ class _Look:
         overlay = None if said is None else f"{base}{said.file}"
         ready = said is not None and not missing
         commands: tuple[str, ...] = ()
-        image = self._send.image
+        image = self._top.image
         names = {
             str(self._top.path),
             str(image.absolute()),
@@ -192,7 +199,7 @@ class _Look:
         return Destination(
             disk=self._send.disk,
             destination=self._endpoint.url,
-            image=str(self._send.image),
+            image=str(image),
             ready=ready,
             missing=tuple(missing),
             layers=tuple(layers),

@@ -28,6 +28,7 @@ class SyncRequest:
 
     send: as of `send`, with Scope.SEALED and Files.EACH; rounds: of sealing, at most, None for those of the rules
     target_downtime: seconds; without it and without rounds nothing is sealed; guest: for the commands that follow
+    overlay_name: file name of the overlay at the destination; None: the image's
     """
 
     send: ShipRequest
@@ -35,6 +36,7 @@ class SyncRequest:
     target_downtime: float | None = None
     proof: Proof = Proof.RECORDED
     guest: Guest | None = None
+    overlay_name: str | None = None
 
     def check(self) -> None:
         """Raises InvalidInput for numbers that mean nothing."""

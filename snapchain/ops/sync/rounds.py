@@ -51,7 +51,7 @@ class Run:
         if rate is not None and moved >= self.measured_bytes:
             # The longest run says most about the link: a short one is all closing.
             self.measured_bytes, self.rate = moved, rate
-        top = look_at_top(self.request.send)
+        top = look_at_top(self.request)
         predicted = seconds_for(top.data_bytes, self.rate)
         done = Round(
             number=len(self.rounds) if sealed is None or self.rounds else 1,

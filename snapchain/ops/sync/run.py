@@ -25,7 +25,7 @@ from snapchain.ops.sync.rounds import Run, patiently, seconds_for
 from snapchain.ops.sync.virsh import Guest, guest_of, migrate_commands
 from snapchain.replica.endpoint import Endpoint
 from snapchain.source.at_rest import ImageAtRest, OfflineSet, SealerOfOne
-from snapchain.source.protocol import Sealer, SetSealer
+from snapchain.source.protocol import Sealer, SetSealer, Source
 
 
 def sealed_request(
@@ -37,8 +37,9 @@ def sealed_request(
     format: str | None = None,
     image_dirs: Sequence[Path] = (),
     limit_rate: int | None = None,
+    opens: Source | None = None,
 ) -> ShipRequest:
-    """What `sync` sends of an image: its sealed files, each under its own name."""
+    """What `sync` sends of an image: its sealed files, each under its own name. opens: where it is not at rest."""
     return ShipRequest(
         image=image,
         disk=disk,
@@ -49,6 +50,7 @@ def sealed_request(
         format=format,
         image_dirs=image_dirs,
         limit_rate=limit_rate,
+        opens=opens,
     )
 
 
@@ -58,7 +60,7 @@ def check(request: SyncRequest, endpoint: Endpoint, *, on_event: OnEvent = ignor
     Raises what opening the image and reaching the replica raise; that the two have diverged is an answer, not an error.
     """
     request.check()
-    top = look_at_top(request.send)
+    top = look_at_top(request)
     if not top.sealed:
         nothing = "nothing of the image is sealed: it is one file"
         return not_ready(request, endpoint, top, nothing, *patiently(lambda: asked(request, endpoint), on_event))
@@ -101,7 +103,7 @@ def sync_set(
     check_together(requests)
     begun = time.monotonic()
     first = requests[0]
-    tops = [look_at_top(request.send) for request in requests]
+    tops = [look_at_top(request) for request in requests]
     for request, top in zip(requests, tops, strict=True):
         if not top.sealed and not request.seals:
             raise InvalidInput(
@@ -145,7 +147,7 @@ def _sealer(send: ShipRequest, on_event: OnEvent) -> ImageAtRest:
 
 
 def _made_ready(request: SyncRequest, endpoint: Endpoint, on_event: OnEvent) -> Destination:
-    top = look_at_top(request.send)
+    top = look_at_top(request)
     return patiently(lambda: stand(request, endpoint, top, on_event=on_event, make=True), on_event)
 
 

@@ -1,0 +1,107 @@
+"""The chain of a running guest's disk, opened for reading while QEMU has it open."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import cast
+
+from snapchain.errors import Conflict, Corrupt, Unsupported
+from snapchain.guest.protocol import Guest, GuestDisk
+from snapchain.host.directory import real_path
+from snapchain.image import ImageChain, ImageFile, scan
+from snapchain.image.backing import Place
+from snapchain.image.file import Format
+from snapchain.image.opening import open_image
+from snapchain.image.physical import RunBudget
+
+_TRIES, _PAUSE = 20, 0.05
+"""For the map of a layer that is written to meanwhile: a table may be older than the one that names it."""
+
+
+class ActiveFile(ImageFile):
+    """The active layer. Its map is of one moment, and lacks what QEMU has not flushed: good for estimates."""
+
+    def changed(self) -> bool:
+        """False: a guest writes to it all the time."""
+        return False
+
+
+def find_disk(guest: Guest, name: str) -> GuestDisk:
+    """The disk of this name, as it is now. Raises NotFound, Unsupported where its chain is no local files."""
+    from snapchain.errors import NotFound
+
+    disks = guest.disks()
+    for disk in disks:
+        if disk.name == name:
+            break
+    else:
+        known = ", ".join(each.name for each in disks) or "none"
+        raise NotFound(f"{guest.name} has no disk of this name", subject=name, hint=f"its disks are: {known}")
+    why = disk.left_out
+    if why is not None:
+        raise Unsupported(f"it cannot be merged: {why}", subject=f"{guest.name}/{name}")
+    for layer in disk.chain:
+        if layer.path is None:
+            raise Unsupported("a layer of its chain is no local file", subject=f"{guest.name}/{name}")
+    return disk
+
+
+def paths_of(disk: GuestDisk) -> tuple[Path, ...]:
+    """The paths of its chain, root first."""
+    return tuple(layer.path for layer in disk.chain if layer.path is not None)
+
+
+@contextmanager
+def opened(disk: GuestDisk, *, image_dirs: Sequence[Path] = ()) -> Iterator[ImageChain]:
+    """The whole chain as QEMU has it, by our own parser: the sealed layers as they are, the active one as of now.
+
+    Raises Conflict where the headers name other files than QEMU has open, and as `scan`.
+    """
+    paths = paths_of(disk)
+    with ExitStack() as stack:
+        below: tuple[ImageFile, ...] = ()
+        if len(paths) > 1:
+            below = stack.enter_context(
+                scan(paths[-2], format=disk.chain[-2].image_format, image_dirs=_dirs(paths, image_dirs))
+            ).files
+        active = stack.enter_context(_active(paths[-1], disk.active.image_format))
+        chain = ImageChain([*below, active], owned=False)
+        _check_same(disk, chain)
+        yield chain
+
+
+def _dirs(paths: Sequence[Path], image_dirs: Sequence[Path]) -> tuple[Path, ...]:
+    """Where backing files may lie: QEMU has them open already, so their places are accepted."""
+    return tuple(dict.fromkeys([*image_dirs, *(real_path(path).parent for path in paths)]))
+
+
+def _active(path: Path, image_format: str) -> ImageFile:
+    if image_format not in {"qcow2", "raw"}:
+        raise Unsupported(f"the active layer has the format {image_format}", subject=path)
+    place = Place.of(path)
+    tries = _TRIES
+    while True:
+        fd = open_image(place.real, subject=place.path, named_by=place.named_by)
+        try:
+            return ActiveFile(place, fd, format=cast("Format", image_format), budget=RunBudget())
+        except Corrupt:
+            tries -= 1
+            if not tries:
+                raise
+            time.sleep(_PAUSE)
+
+
+def _check_same(disk: GuestDisk, chain: ImageChain) -> None:
+    mine, theirs = [file.device for file in chain.files], [layer.identity for layer in disk.chain]
+    if mine != theirs:
+        raise Conflict(
+            "the headers of its chain name other files than QEMU has open",
+            subject=disk.active.path,
+            hint="was a file of the chain renamed or replaced while the guest ran? `snapchain guests` shows its chain",
+        )
+    recorded = chain.top.backing
+    if (recorded is not None) != (len(chain.files) > 1):
+        raise Conflict("its header records another chain than QEMU has open", subject=chain.top.path)

@@ -1,0 +1,87 @@
+"""verify, as far as guests go: every record is one, and what it names is there with the recorded content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from snapchain.destination.reading import ReadableDestination
+from snapchain.destination.records import Finding, Findings, VerifyReport
+from snapchain.errors import Corrupt, NotFound, SnapchainError, Unavailable
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops.guest_points import GuestPoint, GuestView, guest_named, guests_of
+from snapchain.ops.guest_records import read_record
+
+
+def verify(
+    destination: ReadableDestination, name: str | None = None, *, share: float = 0.0, on_event: OnEvent = ignore
+) -> VerifyReport:
+    """Check a destination, a disk or a guest of it, and a share (0 to 1) of the data.
+
+    Findings are values. A guest point of which a disk is missing is one. Raises as the destination's own `verify`.
+    """
+    if name is None:
+        found = destination.verify(None, share=share, on_event=on_event)
+        return _with(found, _of_guests(destination, guests_of(destination.disks()), share=share, on_event=on_event))
+    try:
+        return destination.verify(name, share=share, on_event=on_event)
+    except NotFound:
+        view = guest_named(destination.disks(), name)
+        if view is None:
+            raise
+    names = [*view.disks, *([view.record_disk] if view.points else [])]
+    reports = [destination.verify(disk, share=share, on_event=on_event) for disk in names]
+    report = VerifyReport(
+        ok=all(each.ok for each in reports),
+        destination=destination.url,
+        disks=len(reports),
+        points=sum(each.points for each in reports),
+        layers=sum(each.layers for each in reports),
+        data_read=any(each.data_read for each in reports),
+        checked_bytes=sum(each.checked_bytes for each in reports),
+        findings=tuple(finding for each in reports for finding in each.findings),
+    )
+    return _with(report, _of_guests(destination, [view], share=1.0, on_event=on_event))
+
+
+def _with(report: VerifyReport, more: Iterator[Finding]) -> VerifyReport:
+    findings = Findings()
+    for finding in (*report.findings, *more):
+        findings.add(finding)
+    return report.model_copy(update={"ok": not findings.all(), "findings": findings.all()})
+
+
+def _of_guests(
+    destination: ReadableDestination, views: Sequence[GuestView], *, share: float, on_event: OnEvent
+) -> Iterator[Finding]:
+    for view in views:
+        points = view.points
+        if destination.traits.streams and not share:
+            points = points[-1:]  # each record is a stream of its own
+        for point in points:
+            try:
+                yield from _of_point(destination, view, point)
+            except (Corrupt, NotFound) as error:
+                yield Finding.of(error, view.record_disk, (point.point,))
+            except Unavailable:
+                raise
+            except SnapchainError as error:  # a key that may only send reads nothing
+                on_event(Notice.of(view.name, f"the records of its guest points were not checked: {error}"))
+                break
+
+
+def _of_point(destination: ReadableDestination, view: GuestView, point: GuestPoint) -> Iterator[Finding]:
+    record = read_record(destination, point, disk=view.record_disk)
+    for disk in record.disks:
+        found = point.disks.get(disk.disk)
+        if found is None:
+            error: SnapchainError = NotFound(
+                f"guest point {point.point} lacks its disk {disk.name}", subject=f"{view.name}@{point.point}"
+            )
+        elif (found.content_id, found.virtual_size) != (disk.content_id, disk.virtual_size):
+            error = Corrupt(
+                f"the point of disk {disk.name} has another content than guest point {point.point} records",
+                subject=f"{view.name}@{point.point}",
+            )
+        else:
+            continue
+        yield Finding.of(error, view.record_disk, (point.point,))
