@@ -29,13 +29,15 @@ from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.disk import DiskRun, untouched
+from snapchain.ops.nightly.guest import GuestRun, untouched_guest
+from snapchain.ops.nightly.guest_list import GuestList, SelectedGuest, guest_list
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.maintenance import Maintenance
 from snapchain.ops.nightly.open_destination import OpenDestination
-from snapchain.ops.nightly.plan import limits_of
-from snapchain.ops.nightly.report import DestinationReport, DiskReport, NightlyReport, Outcome
+from snapchain.ops.nightly.plan import limits_of, order
+from snapchain.ops.nightly.report import DestinationReport, DiskReport, GuestReport, NightlyReport, Outcome
 from snapchain.ops.nightly.selection import DiskList, SelectedDisk, disk_list
-from snapchain.ops.nightly.state import StateFile
+from snapchain.ops.nightly.state import DiskState, GuestState, StateFile
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.nightly.turn import Night
 
@@ -102,8 +104,9 @@ class _Run:
         self._steps = Steps()
         self._descriptors = Descriptors(process_limits.limit())
         self._reports: dict[str, DiskReport] = {}
+        self._guest_reports: dict[str, GuestReport] = {}
         self._destinations: dict[str, DestinationReport] = {}
-        self._disk_list = DiskList()
+        self._disk_list, self._guest_list = DiskList(), GuestList()
         limits = limits_of(
             now=self._started,
             clock=clock,
@@ -126,11 +129,13 @@ class _Run:
         steps, begun = self._steps, False
         try:
             self._disk_list = steps.attempt("selection", self._call_the_roll).value or self._disk_list
+            if self._config.guests:
+                self._guest_list = steps.attempt("selection", self._call_the_guests).value or self._guest_list
             if steps.attempt("all of it", self._night.limits.check).outcome is Outcome.OK:
                 begun = True
                 if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
-                    self._work(self._disk_list.disks)
-                    self._keep_up(self._disk_list.disks)
+                    self._work([*self._disk_list.disks, *self._guest_list.guests])
+                    self._keep_up()
         except KeyboardInterrupt:
             self._interrupted = True
         report = self._saved()
@@ -150,21 +155,35 @@ class _Run:
             self._steps.note("selection", fault)
         return found
 
-    def _work(self, disks: Sequence[SelectedDisk]) -> None:
-        queue = deque(disks)
+    def _call_the_guests(self) -> GuestList:
+        found = guest_list(self._config, self._night.state.now, now=self._started)
+        for fault in found.faults:
+            self._steps.note("selection", fault)
+        return found
+
+    def _work(self, items: Sequence[SelectedDisk | SelectedGuest]) -> None:
+        """Disks and guests, those first that the last runs did not reach."""
+        state = self._night.state.now
+        known: dict[str, DiskState | GuestState] = {f"disk {name}": each for name, each in state.disks.items()}
+        known |= {f"guest {name}": each for name, each in state.guests.items()}
+        turns = {key: turn for key, each in known.items() if (turn := each.turn)}
+        queue = deque(order(items, _key, turns, now=self._started))
 
         def worker() -> None:
             while queue and not self._stop.is_set():
                 try:
-                    disk = queue.popleft()
+                    item = queue.popleft()
                 except IndexError:
                     return
-                seen = self._night.state.disk(disk.name, disk.image).chain_length
-                with self._descriptors.taken(needed(seen)):
-                    if not self._stop.is_set():
-                        self._run_disk(disk)
+                with self._descriptors.taken(self._needed(item)):
+                    if self._stop.is_set():
+                        return
+                    if isinstance(item, SelectedGuest):
+                        self._run_guest(item)
+                    else:
+                        self._run_disk(item)
 
-        workers = min(self._config.concurrency, len(disks))
+        workers = min(self._config.concurrency, len(items))
         if workers <= 1:
             worker()
             return
@@ -187,20 +206,42 @@ class _Run:
         finally:
             self._reports[disk.name] = run.report
 
-    def _keep_up(self, disks: Sequence[SelectedDisk]) -> None:
+    def _run_guest(self, guest: SelectedGuest) -> None:
+        run = GuestRun(self._night, guest)
+        try:
+            run.run()
+        except Exception as error:  # noqa: BLE001 - as above
+            run.fail(error)
+        finally:
+            self._guest_reports[guest.name] = run.report
+
+    def _needed(self, item: SelectedDisk | SelectedGuest) -> int:
+        if isinstance(item, SelectedDisk):
+            return needed(self._night.state.disk(item.name, item.image).chain_length)
+        lengths = self._night.state.guest(item.name, item.guest, item.option).chain_lengths
+        return needed(max(lengths.values(), default=None))
+
+    def _keep_up(self) -> None:
+        disks, guests = self._disk_list.disks, self._guest_list.guests
         for place in self._night.places.values():
-            there = [
-                disk.name
-                for disk in disks
-                if place.config in self._config.destinations_of(disk.settings) and disk.fault is None
-            ]
-            upkeep = Maintenance(self._night, place, there)
+
+            def goes_there(item: SelectedDisk | SelectedGuest, place: OpenDestination = place) -> bool:
+                return place.config in self._config.destinations_of(item.settings) and item.fault is None
+
+            upkeep = Maintenance(
+                self._night,
+                place,
+                [disk.name for disk in disks if goes_there(disk)],
+                guests=[guest.name for guest in guests if goes_there(guest)],
+            )
             try:
                 upkeep.run()
             finally:
                 self._destinations[place.name] = upkeep.report
                 for name in upkeep.damaged & self._reports.keys():
                     self._reports[name] = self._reports[name].damaged_at(place.name)
+                for name in upkeep.damaged_guests & self._guest_reports.keys():
+                    self._guest_reports[name] = self._guest_reports[name].damaged_at(place.name)
 
     def _end_hooks(self, report: NightlyReport) -> None:
         counts = {f"disks_{outcome.value}": count for outcome, count in report.counts.items()}
@@ -215,7 +256,10 @@ class _Run:
             self._steps.note("state", state.fault)
         rows = [self._reports.get(disk.name) or untouched(self._config, disk) for disk in found.disks]
         places = [self._destinations.get(name) or _unused(name) for name in self._night.places]
-        outcomes = [*(row.outcome for row in rows), *(place.outcome for place in places)]
+        roll = self._guest_list
+        guests = [self._guest_reports.get(each.name) or untouched_guest(self._config, each) for each in roll.guests]
+        turns = [*(row.outcome for row in rows), *(guest.outcome for guest in guests)]
+        outcomes = [*turns, *(place.outcome for place in places)]
         if self._interrupted:
             outcomes.append(Outcome.LEFT)
         return NightlyReport(
@@ -226,12 +270,14 @@ class _Run:
             finished=self._night.clock(),
             seconds=round(time.monotonic() - self._began, 3),
             closes=self._night.limits.closes,
-            counts=_counts([row.outcome for row in rows]),
+            counts=_counts(turns),
             disks=tuple(rows),
+            guests=tuple(guests),
             destinations=tuple(places),
             faults=tuple(self._steps.faults),
             left=tuple(self._steps.left),
             no_longer_selected=found.gone,
+            guests_gone=roll.gone,
             layers_left_out=found.layers,
             leftovers=found.leftovers,
             interrupted=self._interrupted,
@@ -258,7 +304,8 @@ class _Run:
         files.write_atomically(self._directory / LAST_REPORT, report.model_dump_json(indent=1).encode())
 
     def _write_metrics(self, path: Path, report: NightlyReport) -> None:
-        metrics.write(path, report, self._config, self._night.state.now, former=self._disk_list.former)
+        former = self._disk_list.former | self._guest_list.former
+        metrics.write(path, report, self._config, self._night.state.now, former=former)
 
     def _notice(self, words: str) -> None:
         self._on_event(Notice(words))
@@ -273,6 +320,10 @@ class _Run:
 def _counts(outcomes: Sequence[Outcome]) -> dict[Outcome, int]:
     """Also the zeros; but for `moved`, which most hosts never meet and programs need not know."""
     return {each: count for each in Outcome if (count := outcomes.count(each)) or each is not Outcome.MOVED}
+
+
+def _key(item: SelectedDisk | SelectedGuest) -> str:
+    return f"{'guest' if isinstance(item, SelectedGuest) else 'disk'} {item.name}"
 
 
 def _unused(destination: str) -> DestinationReport:
