@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.destination.protocol import Destination as AnyDestination
-from snapchain.errors import Busy, Conflict, NotFound, Unavailable
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable
 from snapchain.guest.address import open_guest
 from snapchain.guest.protocol import Guest
 from snapchain.guest.snapshot import GuestSnapshot, SnapshotRequest
@@ -28,7 +28,7 @@ from snapchain.ops.guest_merge import GuestMergeReport
 from snapchain.ops.guest_points import guest_named
 from snapchain.ops.merge import held_at
 from snapchain.ops.nightly import local_chain
-from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.config import Guests, Nightly
 from snapchain.ops.nightly.guest_list import SelectedGuest
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.report import Fault, GuestDiskResult, GuestReport, Outcome, ShipResult
@@ -41,6 +41,16 @@ def untouched_guest(config: Nightly, guest: SelectedGuest) -> GuestReport:
     """The report on a guest of which nothing was begun."""
     names = [each.name for each in config.destinations_of(guest.settings)]
     return GuestReport(guest=guest.name, option=guest.option, is_new=guest.is_new, **nothing_begun(names))
+
+
+def wanted_disks(guest: Guest, settings: Guests) -> tuple[str, ...]:
+    """Names of the disks to take; none for all that can be protected. Raises as `disks_to_protect`."""
+    if not settings.exclude_disks:
+        return settings.disks
+    names = tuple(disk.name for disk in disks_to_protect(guest) if disk.name not in settings.exclude_disks)
+    if not names:
+        raise InvalidInput("exclude_disks leaves none of its disks", subject=guest.name)
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +101,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
         settings, moment = self._settings, self._night.clock()
         with self._opened() as guest:
             self._show(state=guest.state())
-            disks = self._wanted(guest)
+            disks = wanted_disks(guest, settings)
             hooks = settings.hooks
             request = SnapshotRequest(
                 disks=disks,
@@ -124,14 +134,6 @@ class GuestRun(Turn[GuestReport, _Captured]):
         lengths = {each.disk: each.layers for each in taken.disks}
         self._keep(chain_lengths=lengths, frozen_seconds=taken.frozen_seconds)
         return _Captured(taken)
-
-    def _wanted(self, guest: Guest) -> tuple[str, ...]:
-        """Names of the disks to take; none for all."""
-        settings = self._settings
-        if not settings.exclude_disks:
-            return settings.disks
-        found = disks_to_protect(guest)
-        return tuple(disk.name for disk in found if disk.name not in settings.exclude_disks)
 
     def _shipped(self, destination: AnyDestination, place: OpenDestination, captured: _Captured) -> ShipResult:
         with self._opened() as guest:
