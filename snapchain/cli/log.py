@@ -1,4 +1,4 @@
-"""`snapchain log DEST[::DISK]`: list the points of a destination."""
+"""`snapchain log DEST[::DISK|::GUEST]`: list the points of a destination."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from snapchain.cli.quantities import heading, moment
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.log import LogReport
+    from snapchain.destination.records import DiskRecord
+    from snapchain.ops.log import GuestRow, LogReport
 
 
 @verb(
     examples="""
     snapchain log /backup
     snapchain log s3://bucket/prefix::web1/vda
+    snapchain log /backup::web1
     snapchain log ssh://root@kvm2/srv/replica
     snapchain log /backup --accept-repository 5c1d3f0c7a2b4e6d8f9a0b1c2d3e4f50
     snapchain log /backup --json | jq '.disks[].points[-1].time'
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 )
 @options.takes_output(passphrase=True, dry_run=False, progress=False)
 def log(
-    target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    target: Annotated[
+        str, options.address(metavar="DEST[::DISK|::GUEST]", help="A destination, or one disk or guest of it.")
+    ],
     *,
     accept_repository: Annotated[
         str | None,
@@ -42,7 +46,10 @@ def log(
     ] = None,
     out: Output,
 ) -> None:
-    """List the points of a destination, or of one disk: number, time, labels, size, layers.
+    """List the points of a destination, or of one disk or guest: number, time, labels, size, layers.
+
+    A guest point is a point of each disk of a guest, taken at one instant. Its consistency is what a restore must
+    expect: offline, application, filesystem, or crash, as after a power cut.
 
     DEST is a repository, or a replica: ssh://[user@]host/path or dir:/path. Points with the same content id have the
     same bytes.
@@ -67,23 +74,64 @@ def log(
 def _draw(console: Console, report: LogReport) -> None:
     if not report.disks:
         render.headline(console, "no disk is here yet")
+    of_guests = {name for guest in report.guests for name in (*guest.disks, guest.record_disk)}
     for disk in report.disks:
-        render.headline(console, disk.name)
-        render.table(
-            console,
-            ["point>", heading("time"), "size>", "layers>", "content?", "labels", "held"],
-            [
-                (
-                    str(point.point),
-                    moment(point.time),
-                    quantities.size(point.virtual_size),
-                    str(point.layers),
-                    point.content_id[:12],
-                    ", ".join(point.labels),
-                    ", ".join(hold.tag for hold in point.holds),
-                )
-                for point in disk.points
-            ],
-        )
-        future = [point.point for point in disk.points if point.of_the_future]
-        render.points_of_the_future(console, disk.name, future)
+        if disk.name not in of_guests:
+            _draw_disk(console, disk)
+    for guest in report.guests:
+        _draw_guest(console, guest)
+        if report.guest is None:
+            for disk in report.disks:
+                if disk.name in guest.disks:
+                    _draw_disk(console, disk)
+
+
+def _draw_disk(console: Console, disk: DiskRecord) -> None:
+    with_consistency = any(point.consistency for point in disk.points)
+    render.headline(console, disk.name)
+    render.table(
+        console,
+        [
+            "point>", heading("time"), "size>", "layers>", "content?", "labels", "held",
+            *(["consistency?"] if with_consistency else []),
+        ],
+        [
+            (
+                str(point.point),
+                moment(point.time),
+                quantities.size(point.virtual_size),
+                str(point.layers),
+                point.content_id[:12],
+                ", ".join(point.labels),
+                ", ".join(hold.tag for hold in point.holds),
+                *([point.consistency or ""] if with_consistency else []),
+            )
+            for point in disk.points
+        ],
+    )  # fmt: skip
+    future = [point.point for point in disk.points if point.of_the_future]
+    render.points_of_the_future(console, disk.name, future)
+
+
+def _draw_guest(console: Console, guest: GuestRow) -> None:
+    render.headline(console, f"guest {guest.name}")
+    render.table(
+        console,
+        ["guest point>", heading("time"), "consistency", "disks>", "size>", "labels", "held"],
+        [
+            (
+                str(point.point),
+                moment(point.time),
+                point.consistency or "",
+                str(len(point.disks)),
+                quantities.size(point.virtual_size),
+                ", ".join(point.labels),
+                ", ".join(hold.tag for hold in point.holds),
+            )
+            for point in guest.points
+        ],
+    )
+    for torn in guest.leftovers:
+        points = ", ".join(f"{name}@{number}" for name, number in torn.disks.items())
+        render.line(console, f"no guest point was published for {points}: its run was interrupted")
+    render.points_of_the_future(console, guest.name, [each.point for each in guest.points if each.of_the_future])

@@ -13,16 +13,18 @@ from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import named_zone
 from snapchain.errors import Corrupt, InvalidInput, PartialFailure
+from snapchain.guest.address import GuestAddress
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 
 if TYPE_CHECKING:
-    from snapchain.ops.merge import At
+    from snapchain.ops.merge import At, MergeRequest
 
 _RANGE = "Which layers of an image"
 _KEEP = "Which points of a disk, or sealed layers of an image, to keep"
 _LIMIT = "How much to merge of an image"
 _HOW = "How to merge an image"
+_GUEST = "A running guest"
 
 _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 
@@ -34,6 +36,8 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
     snapchain merge /images/web1.qcow2 --from web1.2.qcow2 --to web1.5.qcow2
     snapchain merge /images/web1.qcow2 --keep-daily 7 --keep-label golden --at /backup::web1/vda
     snapchain merge /images/web1.qcow2 --max-layers 8 --budget-bytes 20G --budget-seconds 600
+    snapchain merge --domain web1 --keep-daily 7 --max-layers 8 --idle
+    snapchain merge --qmp /run/web1.qmp --disk vda --dry-run
     snapchain merge /backup::web1/vda --keep-last 7 --keep-weekly 4 --keep-label release
     snapchain merge ssh://root@kvm2/srv/replica::web1/vda --keep-last 7 --dry-run
     """,
@@ -41,11 +45,34 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 )
 @options.takes_output(passphrase=True)
 @options.takes_policy(panel=_KEEP)
+@options.takes_guest(instead_of="target", metavar="ADDRESS")
 def merge(
     target: Annotated[
-        str, options.address(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
-    ],
+        str | None, options.address(metavar="[ADDRESS]", help="An image, or DEST::DISK in a repository or replica.")
+    ] = None,
     *,
+    guest: GuestAddress | None,
+    disks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--disk",
+            metavar="NAME",
+            help="A disk of the guest, by default all. May be repeated.",
+            rich_help_panel=_GUEST,
+        ),
+    ] = None,
+    idle: Annotated[
+        bool,
+        typer.Option(
+            "--idle", help="Slow down while the guest's own I/O takes longer than before.", rich_help_panel=_GUEST
+        ),
+    ] = False,
+    limit_rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Move at most SIZE a second while the guest runs: 100M.", rich_help_panel=_GUEST
+        ),
+    ] = None,
     flatten: Annotated[
         bool,
         typer.Option("--flatten", help="Merge the root too. Without rules one file is left.", rich_help_panel=_RANGE),
@@ -160,18 +187,22 @@ def merge(
     (ssh://..., dir:...) files are merged on its own host; the files of points that stay keep their names. A file that a
     guest or another image uses stays. Transfers to that disk wait until the merge ends.
 
+    --domain, --qmp: the disks of a guest, with the same rules. While it runs, its QEMU moves the data: into the lowest
+    layer (commit) or into the uppermost (absorb), whichever moves less. No file that it has open is renamed, and the
+    guest goes on writing. The result is compared with the layers before these are removed. Here --at takes DEST::GUEST.
+
     A count of -1 means all.
     """
     from snapchain.destination.address import ImageAddress, parse_address, parse_disk_address
+    from snapchain.ops import merge as ops
 
     zone = named_zone(zone_name)
-    address = parse_address(target)
-    if isinstance(address, ImageAddress):
-        from snapchain.model.events import Notice
-        from snapchain.ops import merge as ops
-
+    if guest is None and (disks or idle or limit_rate is not None):
+        raise InvalidInput("--disk, --idle and --limit-rate are for guests", hint="name one: --domain or --qmp")
+    address = None if target is None else parse_address(target)
+    if address is None or isinstance(address, ImageAddress):
         request = ops.MergeRequest(
-            image=address.path,
+            image=Path() if address is None else address.path,
             flatten=flatten,
             from_layer=first,
             to_layer=last,
@@ -187,8 +218,14 @@ def merge(
             max_layers=max_layers,
             budget_bytes=None if budget_bytes is None else quantities.parse_size(budget_bytes),
             budget_seconds=budget_seconds,
-            at=_at(at or (), out),
+            at=() if address is None else _at(at or (), out),
         )
+        if guest is not None:
+            rate = 0 if limit_rate is None else quantities.parse_size(limit_rate)
+            _merge_guest(guest, request, out, disks=disks or (), at=at or (), limit_rate=rate, idle=idle)
+            return
+        from snapchain.model.events import Notice
+
         plan = ops.plan(request)
         if out.plan(plan, merge_tables.draw_plan):
             return
@@ -198,6 +235,7 @@ def merge(
         status = PartialFailure.exit_code if report.failed else 0
         out.report(report, merge_tables.draw_report, problems=merge_tables.draw_failed, status=status)
         return
+    assert target is not None
     _refuse_no_rule(
         policy,
         target,
@@ -219,6 +257,40 @@ def merge(
     status = Corrupt.exit_code if done.findings else 0
     problems = merge_tables.draw_points_findings
     out.report(done, merge_tables.draw_points_report, problems=problems, status=status)
+
+
+def _merge_guest(
+    address: GuestAddress,
+    request: MergeRequest,
+    out: Output,
+    *,
+    disks: Sequence[str],
+    at: Sequence[str],
+    limit_rate: int,
+    idle: bool,
+) -> None:
+    from snapchain.guest.address import open_guest
+    from snapchain.model.events import Notice
+    from snapchain.ops import live_merge as ops
+
+    with open_guest(address, on_event=out.on_event) as guest:
+        names = [disk.name for disk in guest.disks()] if at else []
+        wanted = ops.GuestMergeRequest(
+            request=request,
+            disks=tuple(disks),
+            at={name: _at([f"{each}/{name}" for each in at], out) for name in names},
+            limit_rate=limit_rate,
+            idle=idle,
+        )
+        plan = ops.plan(guest, wanted)
+        if out.plan(plan, merge_tables.draw_guest_plan):
+            return
+        for each in plan.disks:
+            for notice in each.notices:
+                out.on_event(Notice.of(f"{plan.guest}/{each.disk}", notice))
+        report = ops.run(guest, plan, on_event=out.on_event)
+    status = PartialFailure.exit_code if report.has_failed else 0
+    out.report(report, merge_tables.draw_guest_report, problems=merge_tables.draw_guest_failed, status=status)
 
 
 def _strategy(text: str | None) -> Strategy | None:

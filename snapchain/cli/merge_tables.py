@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from snapchain.merge.plan import LayerUse, MergePlan
     from snapchain.merge.run import MergeReport
     from snapchain.model.merging import MergeRow
+    from snapchain.ops.live_merge import GuestMergePlan, GuestMergeReport
 
 
 def draw_plan(console: Console, plan: MergePlan) -> None:
@@ -183,3 +184,34 @@ def draw_points_findings(console: Console, report: PointsMergeReport) -> None:
 def _draw_staying(console: Console, staying: Sequence[StayingLayer]) -> None:
     for each in staying:
         render.line(console, f"stays: {each.file}: {each.reason}", style="yellow")
+
+
+def draw_guest_plan(console: Console, plan: GuestMergePlan) -> None:
+    """What would be done to the disks of a guest."""
+    for each in plan.disks:
+        render.headline(console, f"{plan.guest}/{each.disk}")
+        draw_plan(console, each)
+    _draw_left_out(console, plan)
+
+
+def draw_guest_report(console: Console, report: GuestMergeReport) -> None:
+    """What was done to the disks of a guest."""
+    for each in report.disks:
+        render.headline(console, f"{report.guest}/{each.disk}")
+        draw_report(console, each)
+    _draw_left_out(console, report)
+    for fault in report.failed:
+        render.line(console, f"not merged: {report.guest}/{fault.disk}: {fault.message}", style="red")
+
+
+def draw_guest_failed(console: Console, report: GuestMergeReport) -> None:
+    """What could not be merged of a guest."""
+    for each in report.disks:
+        draw_failed(console, each)
+    for fault in report.failed:
+        render.line(console, f"not merged: {report.guest}/{fault.disk}: {fault.message}", style="red")
+
+
+def _draw_left_out(console: Console, shown: GuestMergePlan | GuestMergeReport) -> None:
+    for each in shown.left_out:
+        render.line(console, f"left out: {shown.guest}/{each.disk}: {each.reason}", style="yellow")

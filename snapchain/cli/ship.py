@@ -1,23 +1,31 @@
-"""`snapchain ship IMAGE DEST::DISK`: send what a destination lacks, and publish a point."""
+"""`snapchain ship IMAGE DEST::DISK`: send what a destination lacks, and publish a point.
+
+`snapchain ship --domain NAME DEST` does so for all disks of a guest.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
-from snapchain.cli.quantities import size
+from snapchain.cli.quantities import moment, size
 from snapchain.errors import InvalidInput
 from snapchain.host.terminal import numbered
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.destination.protocol import Destination
     from snapchain.destination.traits import Traits
+    from snapchain.guest.address import GuestAddress
+    from snapchain.guest.snapshot import LeftOut
+    from snapchain.ops.ship.guest import GuestShipPlan, GuestShipReport, GuestShipRequest
     from snapchain.ops.ship.request import ShipPlan, ShipReport
 
 
@@ -28,18 +36,33 @@ if TYPE_CHECKING:
     snapchain ship web1.qcow2 /backup::web1/vda --dry-run
     snapchain ship web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda
     snapchain ship /dev/vg0/web1 /backup::web1/vda --format raw --limit-rate 50M
+    snapchain ship --domain web1 /backup
+    snapchain ship --domain web1 ssh://root@kvm2/srv/replica::prod/web1 --quiesce require
+    snapchain ship --qmp /run/web1.qmp /backup::web1 --disk vda --json | jq '.guest_point, .consistency'
     """,
     when_interrupted="every earlier point is whole; run it again to finish: what was sent is not sent twice",
 )
 @options.takes_output(passphrase=True)
+@options.takes_guest()
+@options.takes_snapshot_options
 def ship(
     image: Annotated[
-        Path, typer.Argument(readable=False, metavar="IMAGE", help="The top of a chain, or any single disk image.")
-    ],
+        str | None,
+        options.address(
+            metavar="IMAGE",
+            help="The top of a chain, or any single disk image. Left out with --domain or --qmp.",
+        ),
+    ] = None,
     target: Annotated[
-        str, options.address(metavar="DEST::DISK", help="The destination, and the name of the disk there.")
-    ],
+        str | None,
+        options.address(
+            metavar="DEST::DISK",
+            help="The destination, and the name of the disk there. Of a guest: DEST, or DEST::GUEST for another name.",
+        ),
+    ] = None,
     *,
+    guest: Any,
+    snapshot: Any,
     label: options.Labels = None,
     each_layer: Annotated[
         bool,
@@ -61,27 +84,64 @@ def ship(
     the destination, and only the difference is sent. Overlays that are no points of their own are composed first:
     overwritten data is neither sent nor stored. An image without a chain, raw or qcow2, can be shipped too. `send` does
     the same for a replica, and can write the stream to standard output.
-    """
-    from snapchain.destination.address import parse_disk_address
-    from snapchain.ops.ship.run import Divergence, Files, ShipRequest, plan, run
 
-    address = parse_disk_address(target)
-    place = options.destination(
-        address.dest,
-        out,
-        writing=not out.dry_run,
-        limit_rate=limit_rate,
-        pack_size_text=pack_size,
-        connections=connections,
-    )
-    _check_kind(place.traits, address.dest, cut_replica=cut_replica, connections=connections, epoch=epoch)
+    Of a guest, a snapshot of all disks is taken first, at one instant. The sealed layers are sent while the guest runs.
+    At the end one guest point is published: a point of each disk, and a record with the definition of the guest. If one
+    disk fails there is no guest point, and the next run continues. The guest writes to new files from then on.
+    """
+    from snapchain.ops.ship.request import Divergence, Files, ShipRequest
+
+    image, dest, name = _named(image, target, guest)
+
+    def opened() -> Destination:
+        place = options.destination(
+            dest,
+            out,
+            writing=not out.dry_run,
+            limit_rate=limit_rate,
+            pack_size_text=pack_size,
+            connections=connections,
+        )
+        _check_kind(place.traits, dest, cut_replica=cut_replica, connections=connections, epoch=epoch)
+        return place
+
+    divergence = Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE
+    if guest is not None:
+        for option, is_given in (("--each-layer", each_layer), ("--format", image_format is not None)):
+            if is_given:
+                raise InvalidInput(f"{option} is for an image, not for a guest", hint=f"leave out {option}")
+        from dataclasses import replace
+
+        from snapchain.guest.snapshot import SnapshotRequest
+        from snapchain.ops.ship.guest import GuestShipRequest
+
+        asked = GuestShipRequest(
+            snapshot=replace(
+                snapshot or SnapshotRequest(), labels=label or (), image_dirs=options.image_dirs(image_dir)
+            ),
+            name=name,
+            labels=label or (),
+            divergence=divergence,
+            epoch=epoch,
+        )
+        _ship_guest(guest, asked, opened, out)
+        return
+    if snapshot is not None:
+        raise InvalidInput(
+            "options of a guest's snapshot are given, and no guest", hint="--domain NAME or --qmp SOCKET"
+        )
+    from snapchain.ops.ship.run import plan, run
+
+    place = opened()
+    assert image is not None
+    assert name is not None
     request = ShipRequest(
-        image=image,
-        disk=address.disk,
+        image=Path(image),
+        disk=name,
         labels=label or (),
         files=Files.EACH if each_layer else Files.COMPOSED,
         each_point=each_layer,
-        divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+        divergence=divergence,
         epoch=epoch,
         format=options.format_of(image_format),
         image_dirs=options.image_dirs(image_dir),
@@ -90,6 +150,46 @@ def ship(
         out.plan(plan(request, place, on_event=out.on_event), _draw_plan)
     else:
         out.report(run(request, place, on_event=out.on_event), _draw_report, problems=_draw_damaged)
+
+
+def _named(image: str | None, target: str | None, guest: GuestAddress | None) -> tuple[str | None, str, str | None]:
+    """(image, DEST, name of the disk or guest there) of the arguments: a guest has DEST alone. Raises InvalidInput."""
+    from snapchain.destination.address import DestinationAddress, parse_destination, parse_disk_address
+
+    if guest is None:
+        if image is None:
+            options.check_either(None, None)
+        if target is None:
+            raise InvalidInput("no destination is named", hint="snapchain ship IMAGE DEST::DISK")
+        disk = parse_disk_address(target)
+        return image, disk.dest, disk.disk
+    if target is not None:
+        options.check_either(image, guest)
+    if image is None:
+        raise InvalidInput("no destination is named", hint=f"snapchain ship {guest.option} DEST")
+    address = parse_destination(image)
+    if isinstance(address, DestinationAddress):
+        return None, address.dest, None
+    if address.point is not None:
+        raise InvalidInput("a guest is wanted here, not a point of it", subject=image)
+    return None, address.dest, address.disk
+
+
+def _ship_guest(
+    address: GuestAddress, request: GuestShipRequest, opened: Callable[[], Destination], out: Output
+) -> None:
+    from snapchain.guest.address import open_guest
+    from snapchain.ops.ship.guest import plan, run
+
+    with open_guest(address, on_event=out.on_event) as guest:
+        request.check()
+        request.name_of(guest)
+        place = opened()
+        if out.dry_run:
+            out.plan(plan(guest, request, place, on_event=out.on_event), _draw_guest_plan)
+        else:
+            report = run(guest, request, place, on_event=out.on_event)
+            out.report(report, _draw_guest_report, problems=_draw_guest_damaged)
 
 
 def _check_kind(traits: Traits, dest: str, *, cut_replica: bool, connections: int, epoch: int) -> None:
@@ -144,6 +244,72 @@ def _draw_report(console: Console, report: ShipReport) -> None:
 def _draw_damaged(console: Console, report: ShipReport) -> None:
     if report.damaged:
         render.line(console, f"{report.disk}: still damaged: points {numbered(report.damaged)}", style="red")
+
+
+def _draw_guest_plan(console: Console, plan: GuestShipPlan) -> None:
+    place = f"{render.place(plan.destination)}::{plan.guest}"
+    render.headline(console, f"would take a snapshot of {plan.snapshot.guest} and ship it to {place}")
+    quiesce = "frozen by the guest agent" if plan.snapshot.quiesces else "not frozen: the point is crash-consistent"
+    render.facts(console, [("filesystems", quiesce), ("to read so far", size(plan.bytes_to_read))])
+    render.table(
+        console,
+        ["disk", "sealed~", "new overlay~", "layers there>", "to send>", "read>", "virtual size>"],
+        [
+            (
+                shipped.disk,
+                render.place(str(sealed.sealed)),
+                render.place(str(sealed.overlay)),
+                str(shipped.layers_present),
+                str(len(shipped.layers)),
+                size(shipped.bytes_to_read),
+                size(sealed.virtual_size),
+            )
+            for shipped, sealed in zip(plan.disks, plan.snapshot.disks, strict=True)
+        ],
+    )
+    _draw_left_out(console, plan.left_out)
+
+
+def _draw_guest_report(console: Console, report: GuestShipReport) -> None:
+    render.headline(console, f"shipped {report.guest} as guest point {report.guest_point}")
+    frozen = None if report.frozen_seconds is None else f"{report.frozen_seconds:.2f} s"
+    render.facts(
+        console,
+        [
+            ("consistency", report.consistency.value),
+            ("not filesystem-consistent", report.why_not or ""),
+            ("frozen", frozen or ""),
+            ("time", moment(report.time)),
+            ("definition", "with secrets" if report.secrets else "without secrets: the destination is not encrypted"),
+        ],
+    )
+    render.table(
+        console,
+        ["disk", "point>", "layers sent>", "there>", "read>", "stored>", "content?"],
+        [
+            (
+                each.disk,
+                str(each.point),
+                str(each.layers_sent),
+                str(each.layers_present),
+                size(each.bytes_read),
+                size(each.bytes_stored),
+                each.content_id[:12],
+            )
+            for each in report.disks
+        ],
+    )
+    _draw_left_out(console, report.left_out)
+
+
+def _draw_left_out(console: Console, left_out: Sequence[LeftOut]) -> None:
+    for each in left_out:
+        render.line(console, f"left out: {each.disk}: {each.reason}")
+
+
+def _draw_guest_damaged(console: Console, report: GuestShipReport) -> None:
+    for each in report.disks:
+        _draw_damaged(console, each)
 
 
 def _mark(publishes: bool) -> str:

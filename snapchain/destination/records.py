@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
+from snapchain.destination.guest_record import guest_of
 from snapchain.errors import Corrupt, SnapchainError
 from snapchain.model.consistency import Consistency
 from snapchain.model.merging import MergeRow
@@ -54,12 +55,18 @@ class DiskRecord(Record):
     """A disk and its points, oldest first.
 
     epoch: says which host may write it, and grows at each failover; layers: distinct ones of all points
+    record_of: the guest whose records it holds, None for an ordinary disk
     """
 
     name: str
     epoch: int
     points: tuple[PointRecord, ...]
     layers: int = 0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def record_of(self) -> str | None:
+        return guest_of(self.name)
 
 
 class Finding(Record):

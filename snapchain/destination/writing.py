@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol, TypeVar
 
-from snapchain.image import ImageChain
 from snapchain.image.leaves import LeafTable
+from snapchain.image.view import View
 from snapchain.model.consistency import Consistency
 from snapchain.model.content import Hashes, Sum
 from snapchain.model.events import OnEvent
@@ -87,8 +87,8 @@ class NewLayer:
     grain: int
     sources: tuple[Fingerprint, ...]
     extents: Extents
-    view: ImageChain
-    below: ImageChain | LeafTable | None
+    view: View
+    below: View | LeafTable | None
     below_sum: Sum
     same_below: bool = True
     amount: int = 0

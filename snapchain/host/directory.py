@@ -293,6 +293,15 @@ class Directory:
                 return False
         return True
 
+    def remove_directory(self, name: str) -> bool:
+        """Remove an empty directory; whether it was there. Raises OSError where it holds something."""
+        with acting_as(self._naming):
+            try:
+                os.rmdir(_single(name), dir_fd=self.fd)
+            except FileNotFoundError:
+                return False
+        return True
+
     def give_name(self, fd: int, old: str, new: str, *, replacing: os.stat_result | None) -> None:
         """Rename a file from its temporary name to its final one, durably.
 

@@ -28,6 +28,7 @@ from snapchain.errors import Busy, Conflict
 from snapchain.host.directory import open_behind
 from snapchain.host.openers import Opener, OpenFiles
 from snapchain.host.os_errors import os_errors
+from snapchain.host.qemu_processes import QemuProcess, qemu_process
 
 PERMISSION_BASE = 100
 UNSHARED_BASE = 200
@@ -156,5 +157,17 @@ class ImageLock:
 
     def _busy(self, doing: str, who: Opener | None = None) -> Busy:
         known = [who] if who else OpenFiles().openers(self._file)
+        guests = [guest for each in known if each.pid is not None and (guest := qemu_process(each.pid)) is not None]
+        if guests:
+            return _guest_has_it(guests[0], self.path)
         names = ", ".join(map(str, known)) or "somebody (another user's process, or one in this program)"
         return Busy(f"{names} {doing}", subject=self.path, hint="stop it, or shut the guest down, then run it again")
+
+
+def _guest_has_it(guest: QemuProcess, path: Path) -> Busy:
+    remedy = "or shut the guest down, then run it again"
+    if guest.option is None:
+        hint = f"give its QEMU a QMP socket (-qmp unix:PATH,server=on,wait=off) for --qmp PATH, {remedy}"
+    else:
+        hint = f"say {guest.option} instead of the path, {remedy}"
+    return Busy(f"a running guest has it open: {guest.description}", subject=path, hint=hint)

@@ -63,9 +63,9 @@ class Virsh:
         return self.connect or default_uri()
 
     def text(
-        self, *words: str, timeout: float | None = None, stdin: bytes | None = None, output_cap: int = _OUTPUT_CAP
+        self, *words: str, timeout: float | None = None, stdin: bytes | None = None, subject: str | None = None
     ) -> str:
-        """What a command prints.
+        """What a command prints. subject: of errors, such as the name of the domain; by default what --domain says
 
         Raises NotFound for a domain that is not there, Busy for one that something else is at work on, Unavailable
         when libvirt does not answer in time or is not there, ToolFailed with libvirt's words for the rest.
@@ -74,18 +74,18 @@ class Virsh:
         argv = ["virsh", *(["--readonly"] if self.read_only else []), "--connect", self.uri, "--quiet", *words]
         seconds = self.seconds if timeout is None else timeout
         try:
-            done = run(argv, env=_environment(), timeout=seconds, stdin=stdin, output_cap=output_cap)
+            done = run(argv, env=_environment(), timeout=seconds, stdin=stdin, output_cap=_OUTPUT_CAP)
         except ToolFailed as error:
-            raise explained(error, words, uri=self.uri) from error
+            raise explained(error, words, uri=self.uri, name=subject or _named(words)) from error
         return done.stdout.decode("utf-8", "surrogateescape")
 
     def names(self, *words: str) -> list[str]:
         """The lines that are not blank."""
         return [line.strip() for line in self.text(*words).splitlines() if line.strip()]
 
-    def xml(self, *words: str, timeout: float | None = None) -> ET.Element:
+    def xml(self, *words: str, subject: str | None = None) -> ET.Element:
         """A document. Raises Unavailable for what is none, and what `text` raises."""
-        return parsed(self.text(*words, timeout=timeout), words)
+        return parsed(self.text(*words, subject=subject), words)
 
 
 def parsed(text: str, words: Sequence[str]) -> ET.Element:
@@ -141,10 +141,9 @@ def check_local(uri: str) -> None:
         raise Unsupported(f"snapchain supports QEMU guests only, not {driver}", subject=uri)
 
 
-def explained(error: ToolFailed, words: Sequence[str], *, uri: str) -> SnapchainError:
+def explained(error: ToolFailed, words: Sequence[str], *, uri: str, name: str | None) -> SnapchainError:
     """libvirt's failure as the error that tells the caller what to do."""
     said = " ".join(line.strip() for line in error.stderr.splitlines() if line.strip()).removeprefix("error: ")
-    name = _named(words)
     if error.status == 127:  # virsh is not installed
         return error
     if "did not end within" in error.message:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from snapchain.image import ImageChain
+from snapchain.image.view import View
 from snapchain.image.windows import Window, data_leaves, hidden_leaves, hot_leaves, windows
 from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, empty_sum, leaf_hash, sum_of
 from snapchain.model.extents import Extents, Int64s
@@ -57,7 +57,7 @@ def leaves_of(window: Window, data: memoryview) -> tuple[Int64s, Hashes]:
     return _hashed(window, data, np.asarray(words.any(axis=1)))
 
 
-def read_window(chain: ImageChain | None, window: Window) -> memoryview:
+def read_window(chain: View | None, window: Window) -> memoryview:
     """The window's leaves as a chain shows them, the last one whole: a chain below may be longer than the disk.
 
     Zeroes beyond the chain's end.
@@ -102,7 +102,7 @@ def _numbers(window: Window) -> npt.NDArray[np.int64]:
     return np.concatenate(parts).astype(np.int64)
 
 
-def hidden(size: int, below: ImageChain | None) -> Sum:
+def hidden(size: int, below: View | None) -> Sum:
     """The sum of what a layer of `size` bytes cuts off the chain below it."""
     total = empty_sum()
     if below is None or below.size <= size:
@@ -118,14 +118,14 @@ class Counting:
     extents: the top layer's map; may be counted piece by piece, from one thread after the other
     """
 
-    def __init__(self, extents: Extents, view: ImageChain, below: ImageChain | None, below_sum: Sum) -> None:
+    def __init__(self, extents: Extents, view: View, below: View | None, below_sum: Sum) -> None:
         self._view, self._below, self._size = view, below, extents.size
         self._total = below_sum.copy()
         self._windows = windows(hot_leaves(extents, view, below))
         self._next = next(self._windows, None)
 
     def up_to(self, offset: int) -> None:
-        """Count the windows that end at that guest offset or before. Errors as ImageChain.read_into."""
+        """Count the windows that end at that guest offset or before. Errors as the view's `read_into`."""
         while self._next is not None and self._next.stop <= offset:
             self._total += self._count(self._next)[0]
             self._next = next(self._windows, None)
@@ -133,7 +133,8 @@ class Counting:
     def rest(self, on_bytes: Callable[[int], None]) -> Sum:
         """Count what is left, on several threads; the sum.
 
-        on_bytes: told, in the calling thread, how much was read since it was last told. Errors as ImageChain.read_into.
+        on_bytes: told, in the calling thread, how much was read since it was last told
+        Errors as the view's `read_into`.
         """
         total = self._total - hidden(self._size, self._below)
         left = self._windows if self._next is None else chain([self._next], self._windows)
@@ -148,17 +149,17 @@ class Counting:
 
 
 def counted(
-    extents: Extents, view: ImageChain, below: ImageChain | None, below_sum: Sum, *, on_bytes: Callable[[int], None]
+    extents: Extents, view: View, below: View | None, below_sum: Sum, *, on_bytes: Callable[[int], None]
 ) -> Sum:
     """As Counting, in one go."""
     return Counting(extents, view, below, below_sum).rest(on_bytes)
 
 
-def leaf_hashes(view: ImageChain, *, on_bytes: Callable[[int], None]) -> Iterator[tuple[Int64s, Hashes]]:
+def leaf_hashes(view: View, *, on_bytes: Callable[[int], None]) -> Iterator[tuple[Int64s, Hashes]]:
     """(int64[n], uint8[n, 32]) of each window: numbers and hashes of the leaves that are not all zero, ascending.
 
     A window is at most 2 MiB of leaves, read and hashed on several threads.
-    on_bytes: called in the calling thread with the bytes of each window. Errors as ImageChain.read_into.
+    on_bytes: called in the calling thread with the bytes of each window. Errors as the view's `read_into`.
     """
 
     def read(window: Window) -> tuple[Int64s, Hashes, int]:

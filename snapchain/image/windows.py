@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from snapchain.image import ImageChain
+from snapchain.image.view import View
 from snapchain.model.content import LEAF_BYTES
 from snapchain.model.extents import ABSENT, DATA, Extents, covering, over, rounded, where
 
@@ -39,7 +39,7 @@ class Window:
         return sum(stop - start for start, stop in self.ranges)
 
 
-def hot_leaves(extents: Extents, view: ImageChain, below: ImageChain | None) -> Extents:
+def hot_leaves(extents: Extents, view: View, below: View | None) -> Extents:
     """DATA on each leaf that a layer may have changed.
 
     extents: the layer's own map, of the view's size; view: the chain up to it; below: the chain that it lies on
@@ -57,14 +57,14 @@ def hot_leaves(extents: Extents, view: ImageChain, below: ImageChain | None) -> 
     return where(rounded(shows, LEAF_BYTES), touched)
 
 
-def hidden_leaves(size: int, below: ImageChain) -> Extents:
+def hidden_leaves(size: int, below: View) -> Extents:
     """DATA on each leaf of the chain below that a layer of `size` bytes cuts off."""
     lower = rounded(_data(below.resolve()), LEAF_BYTES)
     first = min(-(-size // LEAF_BYTES) * LEAF_BYTES, below.size)
     return where(lower, covering(below.size, np.array([first]), np.array([below.size])))
 
 
-def data_leaves(view: ImageChain) -> Extents:
+def data_leaves(view: View) -> Extents:
     """DATA on each leaf in which a chain shows data; all others are zero."""
     return rounded(_data(view.resolve()), LEAF_BYTES)
 

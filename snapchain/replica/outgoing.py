@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from snapchain.host.batches import Buffer
-from snapchain.image import ImageChain
 from snapchain.image.leaves import WORKERS, LeafTable, change, hidden, in_order, read_window
+from snapchain.image.view import View
 from snapchain.image.windows import Window, hot_leaves, windows
 from snapchain.model.content import LEAF_BYTES, Sum
 from snapchain.model.extents import Extents, rounded
@@ -47,8 +47,8 @@ class OutgoingLayer:
     extended_l2: bool
     sources: tuple[Fingerprint, ...]
     extents: Extents
-    view: ImageChain
-    below: ImageChain | LeafTable | None
+    view: View
+    below: View | LeafTable | None
     below_sum: Sum
     same_below: bool = True
 
@@ -93,7 +93,7 @@ class Outgoing:
     def sum_up_to(self, until: int) -> Sum:
         """The content sum after all windows below a guest offset, where a window of this layer ended.
 
-        Reads them. Errors as ImageChain.read_into.
+        Reads them. Errors as the view's `read_into`.
         """
         total = self.first_sum()
         for delta, _ in in_order(self._delta, windows(self._hot_leaves(), until=until)):
@@ -112,7 +112,7 @@ class Outgoing:
         return change(window, mine, theirs), theirs
 
     def portions(self, *, since: int = 0) -> Iterator[Portion]:
-        """All windows behind guest offset `since`, ascending. Errors as ImageChain.read_into."""
+        """All windows behind guest offset `since`, ascending. Errors as the view's `read_into`."""
         under_way: deque[Future[Portion]] = deque()
         pool = ThreadPoolExecutor(WORKERS, "outgoing")
         try:

@@ -28,7 +28,7 @@ from snapchain.destination.writing import (
     Traffic,
 )
 from snapchain.errors import Conflict, Corrupt, Unsupported
-from snapchain.image import ImageChain
+from snapchain.image.view import View
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
@@ -273,7 +273,7 @@ class DiskWriter(_Look):
 class _Composed:
     """Some neighbouring files of a chain as the source of one layer (repository.ingest.LayerSource)."""
 
-    def __init__(self, extents: Extents, view: ImageChain) -> None:
+    def __init__(self, extents: Extents, view: View) -> None:
         self.extents, self._view = extents, view
         self.size = view.size
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.libvirtd import LibvirtHost as LibvirtHost, libvirtd
+from tests.libvirtd import LibvirtHost, libvirtd
 from tests.net.namespaces import Host
 
 

@@ -15,7 +15,8 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 
-from tests.net.libvirt_host import LibvirtHost, libvirt_host
+from tests.libvirtd import LibvirtHost
+from tests.net.libvirt_host import libvirt_host
 from tests.net.namespaces import two_hosts
 from tests.net.sshd import SshHost, sshd
 from tests.net.test_replica_over_ssh import remote

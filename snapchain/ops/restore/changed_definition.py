@@ -36,7 +36,8 @@ class NewIdentity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """disks: by their names in the guest; left_out: disks that were not recorded, each with the reason
+    """disks: by their names in the guest; old_paths: of their active layers, where the guest ran
+    left_out: disks that were not recorded, each with the reason
 
     nvram: by the recorded file's name, where its variables were restored to
     directory: of the restored files, for sockets that the old guest may still have
@@ -44,6 +45,7 @@ class Changes:
     """
 
     disks: Mapping[str, NewDisk]
+    old_paths: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     nvram: Mapping[str, Path] = field(default_factory=dict)
     directory: Path

@@ -216,7 +216,10 @@ class _CommandLine:
         self._options = kept
 
     def _source_of(self, name: str) -> tuple[_Option, str] | None:
-        """The -drive, -blockdev or -hda of a disk, and the name of the node or drive."""
+        """The -drive, -blockdev or -hda of a disk, and the name of the node or drive.
+
+        Where the name tells nothing, the recorded path of its file does.
+        """
         wanted = name
         for option in self._options:
             if option.name == "device" and option.values.get("id") == name:
@@ -232,6 +235,20 @@ class _CommandLine:
                     return option, wanted
             elif option.name in _PLAIN_DISKS and wanted in (option.name, _ide_name(_PLAIN_DISKS[option.name])):
                 return option, wanted
+        return self._source_at(self._changes.old_paths.get(name) or None)
+
+    def _source_at(self, path: str | None) -> tuple[_Option, str] | None:
+        """Of a file's old path; the lowest node that has a name."""
+        for option in self._options:
+            named = [node["node-name"] for node in option.nodes() if isinstance(node.get("node-name"), str)]
+            if path is not None and named and any(node.get("filename") == path for node in option.nodes()):
+                return option, named[0]
+            if option.name == "drive" and path is not None:
+                values = option.values
+                if path in (values.get("file"), values.get("file.filename")):
+                    return option, values.get("id", "")
+            if option.name in _PLAIN_DISKS and path is not None and option.value == path:
+                return option, option.name
         return None
 
     def _format_node(self, name: object) -> tuple[_Option, Node] | None:

@@ -18,8 +18,8 @@ from itertools import chain as chained
 import numpy as np
 
 from snapchain.destination.writing import HeldLayer, NewestLeaves
-from snapchain.image import ImageChain
 from snapchain.image.leaves import LeafTable, in_order, leaves_of, read_window
+from snapchain.image.view import View
 from snapchain.image.windows import Window, windows
 from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, Sum, empty_sum, sum_of
 from snapchain.model.extents import ABSENT, DATA, ZERO, Extents, Int64s, covering, over, rounded, where
@@ -46,7 +46,7 @@ class Difference:
         return self.extents == Extents.absent(self.table.size)
 
 
-def region_of(extents: Extents | None, view: ImageChain, there: HeldLayer) -> Extents:
+def region_of(extents: Extents | None, view: View, there: HeldLayer) -> Extents:
     """Whole leaves in which a view can differ from a newer content there; all of them where nothing is known.
 
     extents: the map of what was written since both were equal, of the view's size
@@ -56,7 +56,7 @@ def region_of(extents: Extents | None, view: ImageChain, there: HeldLayer) -> Ex
     return over(rounded(extents, LEAF_BYTES), _end_leaves(view.size, [view.size, there.size]))
 
 
-def to_read(region: Extents, view: ImageChain) -> Extents:
+def to_read(region: Extents, view: View) -> Extents:
     """Which leaves of a region must be read: those that show data."""
     shown = view.resolve()
     data = shown.mapped(np.where(shown.val >= DATA, np.int64(DATA), np.int64(ABSENT)))
@@ -64,9 +64,9 @@ def to_read(region: Extents, view: ImageChain) -> Extents:
 
 
 def compare(
-    view: ImageChain, there: HeldLayer, leaves: NewestLeaves, region: Extents, *, on_bytes: Callable[[int], None]
+    view: View, there: HeldLayer, leaves: NewestLeaves, region: Extents, *, on_bytes: Callable[[int], None]
 ) -> Difference:
-    """The difference of a view to a destination's newest layer. Errors as ImageChain.read_into.
+    """The difference of a view to a destination's newest layer. Errors as the view's `read_into`.
 
     region: as `region_of` gives it; on_bytes: called with how many bytes were read since the last call
     """
@@ -140,7 +140,7 @@ class _Found:
         return held.mapped(np.where(held.val == DATA, np.int64(val), held.val))
 
 
-def _hashed(view: ImageChain, window: Window) -> tuple[Window, tuple[Int64s, Hashes], Sum]:
+def _hashed(view: View, window: Window) -> tuple[Window, tuple[Int64s, Hashes], Sum]:
     """A window with the hashes of its leaves, and their sum."""
     leaves = leaves_of(window, read_window(view, window))
     return window, leaves, sum_of(*leaves)
