@@ -256,6 +256,8 @@ class _Guard:
         while self._orders.guest_lives():
             with suppress(SnapchainError):
                 self._agent.thaw(timeout=THAW_SECONDS)
+            with suppress(SnapchainError):
+                # Commands are carried out in their order: after this reply none of ours is left to happen.
                 if not self._agent.is_frozen(timeout=THAW_SECONDS):
                     return
             time.sleep(pause)
