@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, SnapchainError, Unavailable
+from snapchain.guest.address import GuestAddress
 from snapchain.guest.jobs import End, Ended, OnLook, drive
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
 from snapchain.host import files
@@ -243,13 +244,12 @@ def _do(
             job_id=live.job_id,
             speed=pace.first_speed,
         )
-    except (Busy, Unsupported, Conflict, NotFound):
-        remove_record(journal)  # it was refused
-        raise
-    except Unavailable:
-        # The answer was lost: the job may be there.
-        job = guest.job(live.job_id, decided.kind, disk.name)
-        look = _no_look
+    except SnapchainError:
+        # Refused, or the answer was lost: then the job may be there.
+        job, look = guest.job(live.job_id, decided.kind, disk.name), _no_look
+        if job.progress().status is JobStatus.GONE:
+            remove_record(journal)
+            raise
     return _drive(guest, job, journal, records, look, on_event)
 
 
@@ -481,6 +481,13 @@ def settle_disk(
         elif (report := settle_live(guest, journal, request=request, on_event=on_event, pace=pace)) is not None:
             reports.append(report)
     return reports
+
+
+def address_of(live: LiveMerge) -> GuestAddress:
+    """How the guest of a killed merge is reached."""
+    return GuestAddress(
+        domain=live.domain, connect=live.connect, qmp=live.qmp, name=live.guest if live.qmp is not None else None
+    )
 
 
 def settle_live(
