@@ -88,16 +88,6 @@ class QmpGuest:
         """See `Guest`. Idempotent."""
         self._monitor.close()
 
-    @property
-    def address(self) -> GuestAddress:
-        """See `Guest`."""
-        return self._address
-
-    def release(self, overlays: Sequence[Path]) -> None:
-        """See `Guest`. They are known by the names of their nodes."""
-        _ = overlays
-        self.close_orphans()
-
     # --- What it is.
 
     def state(self) -> State:
