@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Conflict, NotFound, Unavailable, Unsupported
-from snapchain.guest import journal, libvirt_guest
+from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOverlay, Outcome, State
+from snapchain.host.virsh import Virsh
 from tests.guest.libvirt import Domain
 from tests.libvirtd import LibvirtHost
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img
@@ -132,7 +133,7 @@ def test_the_environment_names_the_daemon(start: Start, chain: list[Path], monke
 
 def test_a_daemon_that_hangs_is_unavailable(start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     guest = opened(start(disks={"vda": chain[-1]}))
-    monkeypatch.setattr(guest, "_virsh", libvirt_guest.Virsh(guest.uri, seconds=0.5))
+    monkeypatch.setattr(guest, "_virsh", Virsh(guest.uri, seconds=0.5))
     host = guest.address.connect
     assert host is not None
     pid = int((Path(host.partition("socket=")[2]).parent.parent / "libvirtd.pid").read_text())
@@ -503,7 +504,8 @@ def test_a_stream_is_done_when_the_guest_has_flushed_it(start: Start, chain: lis
     # What is on the disk is whole: QEMU may die now.
     domain.kill()
     assert domain.host.run("qemu-img", "check", chain[3]).returncode == 0
-    (chain[1].unlink(), chain[2].unlink())
+    for merged_away in chain[1:3]:
+        merged_away.unlink()
     domain.virsh("start")
     for number in (1, 2, 3, 4):
         assert domain.reads("vda", number * MiB, MiB, number)
