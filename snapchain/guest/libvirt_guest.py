@@ -140,7 +140,7 @@ class LibvirtGuest:
         why = None if left_out else domain_xml.obstacle(shown)
         layers, fault = self._layers(shown, is_off=is_off)
         if not left_out and why is None:
-            why = fault or _not_as_opened(layers, opened)
+            why = (None if is_off else _not_as_opened(layers, opened)) or fault
         if not left_out and why is None and layers and lasting:
             why = domain_xml.persistent_obstacle(
                 shown, lasting, is_same_file=any(_identity(self._path(disk.layers[0])) == layers[-1].identity
@@ -216,7 +216,7 @@ class LibvirtGuest:
             else:
                 says = f"a block job of another program works on {shown.target}: {job.kind}"
                 found.append(Activity(f"{job.kind}-{shown.target}", job.kind, False, node, says))
-        return found
+        return tuple(found)
 
     def _is_of(self, record: libvirt_jobs.JobRecord, shown: XmlDisk) -> bool:
         """Whether the inputs of a job of ours are still in the chain: only then it is the one that runs."""
@@ -379,7 +379,7 @@ class _LibvirtSwitch:
         process = None if is_off else self._guest.process()
         opened = (open_images(process[0]) if process is not None else None) or {}
         for each in self._overlays:
-            if _identity(each.path) in opened:
+            if opened.get(_identity(each.path) or (-1, -1), False):
                 raise Conflict(f"QEMU writes to {each.path}, and libvirt does not know it", subject=name, hint=_LOOK)
         return Outcome.NOT_DONE
 

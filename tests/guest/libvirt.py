@@ -62,9 +62,12 @@ class Domain:
     @classmethod
     def started(
         cls, host: LibvirtHost, folder: Path, disks: Mapping[str, Path], *, name: str = "web1", transient: bool = False,
-        **more: Any,
+        off: bool = False, **more: Any,
     ) -> Domain:  # fmt: skip
-        """Defined and started. transient: started without a definition that lasts. more: as `definition` takes it"""
+        """Defined and started. transient: without a definition that lasts; off: only defined
+
+        more: as `definition` takes it
+        """
         folder.mkdir(parents=True, exist_ok=True)
         xml = folder / "domain.xml"
         xml.write_text(definition(name, disks, **more))
@@ -73,7 +76,8 @@ class Domain:
             host.virsh("create", xml)
         else:
             host.virsh("define", xml)
-            domain.virsh("start")
+            if not off:
+                domain.virsh("start")
         return domain
 
     @property
@@ -137,3 +141,10 @@ class Domain:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: gone(pid))
         wait_until(lambda: self.name not in self.host.virsh("list", "--name").splitlines())
+
+    def remove(self) -> None:
+        """Kill it, and forget its definition. `destroy` would wait for QEMU to end by itself."""
+        if self.name in self.host.virsh("list", "--name").splitlines():
+            self.kill()
+        if self.name in self.host.virsh("list", "--all", "--name").splitlines():
+            self.virsh("undefine", "--managed-save")

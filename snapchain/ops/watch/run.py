@@ -103,6 +103,7 @@ class RoundReport(_Shown):
     """One round.
 
     snapshot: of this round, its instant; consistency, frozen_seconds, why_not: of it
+    last_frozen_seconds: of the newest snapshot, whichever round has made it
     held_back: why no snapshot was made although one was due; merged: files that are gone by merges
     chain_lengths: disk -> files; waiting_bytes: of sealed layers that no destination holds
     faults: what failed beside destinations; wait_seconds: until the next round
@@ -114,6 +115,7 @@ class RoundReport(_Shown):
     snapshot: str | None = None
     consistency: Consistency | None = None
     frozen_seconds: float | None = None
+    last_frozen_seconds: float | None = None
     why_not: str | None = None
     held_back: str | None = None
     merged: int = 0
@@ -230,8 +232,9 @@ class Watch:
         merged = sum(self._merge(partial(self._work.squeeze, each), faults) for each in todo.squeeze)
         ship_to = todo.ship_to
         if todo.snapshot:
+            moment = self._clock()  # before: whatever was written until now is in it
             try:
-                made = self._work.snapshot()
+                made = self._work.snapshot().model_copy(update={"time": moment})
             except InvalidInput:
                 raise
             except SnapchainError as error:
@@ -314,7 +317,8 @@ class Watch:
         left_behind: Collection[str] = (),
     ) -> None:
         now = self._clock()
-        values: dict[str, object] = {}
+        snapshot = self._state.snapshot
+        values: dict[str, object] = {"last_frozen_seconds": None if snapshot is None else snapshot.frozen_seconds}
         if sight is not None:
             values |= {
                 "chain_lengths": {disk.name: disk.files for disk in sight.disks},
