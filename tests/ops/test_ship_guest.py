@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ class Site:
     folder: Path
     kind: str
     url: str
-    guest: FileGuest
+    guest: Any
     shown: dict[int, dict[str, Path]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     references: int = 0
