@@ -48,7 +48,7 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 @options.takes_guest(instead_of="target", metavar="ADDRESS")
 def merge(
     target: Annotated[
-        str | None, options.address(metavar="[ADDRESS]", help="An image, or DEST::DISK in a repository or replica.")
+        str | None, options.address(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
     ] = None,
     *,
     guest: GuestAddress | None,

@@ -73,12 +73,13 @@ Locate = Callable[[str], Location]
 class DiskView:
     """A disk, and how QEMU has it open. device, qdev: by which QEMU tells its statistics
 
-    direct, no_flush: the cache mode; detect_zeroes: off, on or unmap
+    filter_drivers: of the disk's filters; direct, no_flush: the cache mode; detect_zeroes: off, on or unmap
     """
 
     disk: GuestDisk
     device: str
     qdev: str
+    filter_drivers: tuple[str, ...] = ()
     direct: bool = False
     no_flush: bool = False
     detect_zeroes: str = "off"
@@ -205,6 +206,7 @@ def _view(
         disk,
         drive,
         qdev,
+        tuple(each.driver for each in above),
         direct=cache.get("direct") is True,
         no_flush=cache.get("no-flush") is True,
         detect_zeroes=zeroes if zeroes in {"on", "unmap"} else "off",

@@ -125,11 +125,13 @@ class _Guard:
             reached.why_not = f"the filesystems were not frozen for certain up to the end: {error.message}"
             return
         self._watchdog.ended()
+        if reached.why_not is not None:
+            return
         if not was_frozen:
             reached.why_not = "the filesystems had been thawed before the snapshot was done"
         elif reached.may_be_late:
             reached.why_not = "the answer of the guest's monitor was lost, so the snapshot may be from after the thaw"
-        elif reached.why_not is None:
+        else:
             reached.consistency = Consistency.FILESYSTEM
 
     def _rescue(self, on_event: OnEvent) -> None:
@@ -180,7 +182,12 @@ def settle_thaw(found: journal.Found, *, timeout: float = 2 * THAW_SECONDS) -> b
 
 @contextmanager
 def with_hooks(
-    *, pre_freeze: tuple[str, ...], post_thaw: tuple[str, ...], facts: Mapping[str, object], on_event: OnEvent
+    *,
+    pre_freeze: tuple[str, ...],
+    post_thaw: tuple[str, ...],
+    facts: Mapping[str, object],
+    on_event: OnEvent,
+    timeout: float = hooks.SECONDS,
 ) -> Iterator[Callable[..., None]]:
     """A block between two programs of this host: the second runs whenever the first was begun, also after a failure.
 
@@ -190,13 +197,13 @@ def with_hooks(
     later: dict[str, object] = {"outcome": "failed"}
     try:
         if pre_freeze:
-            hooks.run_hook("pre_freeze", pre_freeze, facts)
+            hooks.run_hook("pre_freeze", pre_freeze, facts, timeout=timeout)
         yield lambda **more: later.update(more)
         later["outcome"] = "ok"
     finally:
         if post_thaw:
             try:
-                hooks.run_hook("post_thaw", post_thaw, {**facts, **later})
+                hooks.run_hook("post_thaw", post_thaw, {**facts, **later}, timeout=timeout)
             except ToolFailed as error:
                 on_event(Notice(str(error)))
 
