@@ -25,6 +25,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "snapshot": "Seal the top of a chain, and put a fresh overlay under the same path.",
         "ship": "Send what a destination lacks, and publish a point.",
         "nightly": "Snapshot, ship, merge, collect and verify all that a configuration names.",
+        "watch": "Keep destinations close behind a running guest.",
     },
     "Get back": {
         "restore": "Write a point to a new file or device, or as a whole chain.",

@@ -1,6 +1,7 @@
 """doctor: find what killed runs have left beside images, describe it, and finish or undo it.
 
-    a merge's journal          the merge was killed at work: it is finished, or undone, as far as it had come
+    a merge's journal          the merge was killed at work: it is finished, or undone, as far as it had come;
+                               a live one by its guest, as long as that runs
     a new file without a name  of a merge or a snapshot that was killed early: it goes
     a second name              of an image that was about to be sealed: it goes, the image stays
     a part of a restore        of one that was killed: it goes
@@ -23,8 +24,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Busy, Conflict, NotFound, SnapchainError
-from snapchain.guest.address import GuestAddress
+from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable
+from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.host.directory import Directory, place_to_change, real_path, same_file
 from snapchain.host.files import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
@@ -329,11 +330,30 @@ def _done(finding: Finding, planned: DoctorPlan, on_event: OnEvent) -> Settled:
     if finding.kind is Kind.MERGE:
         if is_accepted:
             journals.accept(finding.path)
-        return recover(read(finding.path), image_dirs=planned.image_dirs, on_event=on_event)
+        return _recovered(read(finding.path), planned, on_event)
     with os_errors(finding.path), Directory.open(finding.path.parent) as directory:
         if finding.kind is Kind.SECOND_NAME:
             return _remove_second_name(finding, directory, planned.image_dirs)
         return _remove_unfinished(finding, directory, planned.image_dirs)
+
+
+def _recovered(journal: MergeJournal, planned: DoctorPlan, on_event: OnEvent) -> Settled:
+    """A killed merge, finished or undone: by its guest while that runs, else as one of images at rest."""
+    live = journal.live
+    if live is not None:
+        from snapchain.guest.protocol import State
+        from snapchain.merge.live_run import address_of, settle_live
+
+        try:
+            with open_guest(address_of(live), on_event=on_event) as guest:
+                if guest.state() is not State.OFF:
+                    report = settle_live(guest, journal, on_event=on_event)
+                    return Settled([]) if report is None else Settled(list(report.removed), report.kept)
+        except (NotFound, Unavailable) as error:
+            # Its QEMU is gone, or was at this moment; the locks on the images tell.
+            on_event(Notice(f"{live.guest}: its images are looked at, as if it were off: {error}"))
+            journal = read(journal.path) if os.path.lexists(journal.path) else journal
+    return recover(journal, image_dirs=planned.image_dirs, on_event=on_event)
 
 
 def _remove_second_name(finding: Finding, directory: Directory, image_dirs: Sequence[Path]) -> Settled:
