@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, SnapchainError, Unavailable
+from snapchain.guest.address import GuestAddress
 from snapchain.guest.jobs import End, Ended, OnLook, drive
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
 from snapchain.host import files
@@ -134,7 +135,7 @@ def _run_step(
             if held.unmarked is not None:
                 on_event(Notice.of(step.result, f"its journal bears no mark of this user: {held.unmarked}"))
             journal = _do(guest, disk, decided, journal, records, pace, on_event)
-            settled = _finish(guest, journal, old, on_event)
+            settled = _finish(guest, journal, old, records, on_event)
         if last < len(old.files) - 1:
             _carry_over(guest, disk_name, request, old, first, last, on_event)
         return StepReport(
@@ -243,13 +244,12 @@ def _do(
             job_id=live.job_id,
             speed=pace.first_speed,
         )
-    except (Busy, Unsupported, Conflict, NotFound):
-        remove_record(journal)  # it was refused
-        raise
-    except Unavailable:
-        # The answer was lost: the job may be there.
-        job = guest.job(live.job_id, decided.kind, disk.name)
-        look = _no_look
+    except SnapchainError:
+        # Refused, or the answer was lost: then the job may be there.
+        job, look = guest.job(live.job_id, decided.kind, disk.name), _no_look
+        if job.progress().status is JobStatus.GONE:
+            remove_record(journal)
+            raise
     return _drive(guest, job, journal, records, look, on_event)
 
 
@@ -298,10 +298,7 @@ class _Recording:
         self._job.set_speed(bytes_per_second)
 
     def complete(self) -> None:
-        assert self.journal.live is not None
-        live = self.journal.live.model_copy(update={"completing": True})
-        self.journal = self.journal.model_copy(update={"live": live})
-        self._records.enter_context(OpenJournal(self.journal))
+        self.journal = _with_pivot(self.journal, "asked for", self._records)
         self._job.complete()
 
     def flush(self) -> None:
@@ -315,6 +312,14 @@ class _Recording:
 
     def cancel(self) -> None:
         self._job.cancel()
+
+
+def _with_pivot(journal: MergeJournal, pivot: str, records: ExitStack) -> MergeJournal:
+    """The journal with what is known of the switch, on the disk."""
+    assert journal.live is not None
+    newer = journal.model_copy(update={"live": journal.live.model_copy(update={"pivot": pivot})})
+    records.enter_context(OpenJournal(newer))
+    return newer
 
 
 def _forget_stream(guest: Guest, journal: MergeJournal, live: LiveMerge) -> None:
@@ -354,7 +359,9 @@ def _check_switched(disk: GuestDisk, live: LiveMerge, *, wanted: bool) -> None:
 # --- The end: proof, note, removal.
 
 
-def _finish(guest: Guest, journal: MergeJournal, old: ImageChain | None, on_event: OnEvent) -> settle.Settled:
+def _finish(
+    guest: Guest, journal: MergeJournal, old: ImageChain | None, records: ExitStack, on_event: OnEvent
+) -> settle.Settled:
     """Of a job that is dismissed. old: the chain before it, None after a restart.
 
     Raises Conflict when the graph is not the new one, Corrupt when the result reads differently: then all files stay.
@@ -372,6 +379,10 @@ def _finish(guest: Guest, journal: MergeJournal, old: ImageChain | None, on_even
             files.fsync_file(path)
         if not missing:
             _note(journal, live, on_event)
+    if live.kind == "active-commit":
+        journal = _with_pivot(journal.model_copy(update={"top": paths_of(disk)[-1]}), "done", records)
+        # QEMU keeps what it was given by name.
+        guest.release([entry.path for entry in journal.remove])
     try:
         return settle.remove_inputs(journal)
     except Busy as error:
@@ -483,6 +494,13 @@ def settle_disk(
     return reports
 
 
+def address_of(live: LiveMerge) -> GuestAddress:
+    """How the guest of a killed merge is reached."""
+    return GuestAddress(
+        domain=live.domain, connect=live.connect, qmp=live.qmp, name=live.guest if live.qmp is not None else None
+    )
+
+
 def settle_live(
     guest: Guest,
     journal: MergeJournal,
@@ -510,7 +528,7 @@ def settle_live(
         disk = find_disk(guest, live.disk)
         if _is_switched(disk, live):
             before = sum(_allocated(entry.path) for entry in [*journal.remove, journal.result])
-            settled = _finish(guest, journal, None, on_event)
+            settled = _finish(guest, journal, None, records, on_event)
             count = len(disk.chain)
             return StepReport(
                 image=paths_of(disk)[-1],

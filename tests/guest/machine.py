@@ -100,12 +100,13 @@ class Machine:
         self.monitor = Monitor(self._own)
 
     def _listens(self) -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self.qmp))
-            except OSError:
-                return False
-        return self._own.exists()
+        for path in (self.qmp, self._own):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(str(path))
+                except OSError:
+                    return False
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -126,11 +127,19 @@ class Machine:
 
     def io(self, disk: str, command: str) -> str:
         """A qemu-io command on the device of a disk, as its guest would do it."""
-        line = f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{command}"'
-        said: str = self.ask("human-monitor-command", **{"command-line": line})
+        said = self._command(disk, command)
         assert "failed" not in said.lower(), said
         assert "error" not in said.lower(), said
         return said
+
+    def _command(self, disk: str, command: str) -> str:
+        """What qemu-io says. It writes to QEMU's own standard output, and not into the answer."""
+        before = (self.folder / "qemu.log").stat().st_size
+        line = f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{command}"'
+        answer: str = self.ask("human-monitor-command", **{"command-line": line})
+        with (self.folder / "qemu.log").open("rb") as log:
+            log.seek(before)
+            return answer + log.read().decode(errors="replace")
 
     def write(self, disk: str, offset: int, length: int, pattern: int) -> None:
         """Bytes of one value, as the guest writes them."""
@@ -138,13 +147,9 @@ class Machine:
 
     def reads(self, disk: str, offset: int, length: int, pattern: int) -> bool:
         """Whether the guest reads that value there."""
-        return "Pattern verification failed" not in self.ask(
-            "human-monitor-command",
-            **{
-                "command-line": f"qemu-io -d /machine/peripheral/{disk}/virtio-backend "
-                f'"read -P {pattern} {offset} {length}"'
-            },
-        )
+        said = self._command(disk, f"read -P {pattern} {offset} {length}")
+        assert f"read {length}/{length} bytes" in said, said
+        return "Pattern verification failed" not in said
 
     def status(self) -> str:
         """running, paused, io-error, ..."""

@@ -35,6 +35,7 @@ class ScriptedJob:
         return JobProgress(state, 1, 2, self._error if state is CONCLUDED else None)
 
     def wait(self, seconds: float) -> None:
+        assert seconds > 0
         self.calls.append("wait")
 
     def set_speed(self, bytes_per_second: int) -> None:
