@@ -31,8 +31,12 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["repo", "replica"])
-def dest(request: pytest.FixtureRequest, history: Path, tmp_path: Path) -> str:
-    """A copy of it."""
+def dest(
+    request: pytest.FixtureRequest, run: Run, history: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A copy of it; `run` stands beside it."""
+    _ = run
+    monkeypatch.delenv("SNAPCHAIN_PASSWORD")  # not encrypted
     shutil.copytree(history / request.param, tmp_path / request.param)
     return "repo" if request.param == "repo" else f"dir:{tmp_path}/replica"
 
@@ -115,8 +119,7 @@ def test_verify_and_diff(run: Run, dest: str) -> None:
     assert run("diff", f"{dest}::web1/vda@1", f"{dest}::web1/vda@1").status == 0
 
 
-def test_completion_offers_guests(dest: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_completion_offers_guests(dest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_SNAPCHAIN_COMPLETE", "complete_zsh")
     monkeypatch.setattr(completion, "SECONDS", 60.0)
     offered = [each if isinstance(each, str) else each[0] for each in completion.addresses(f"{dest}::")]
