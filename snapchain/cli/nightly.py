@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +67,7 @@ def nightly(
     if print_systemd:
         from snapchain.ops.nightly.systemd import units
 
-        out.show(units(loaded, config, program=_program()), _draw_units)
+        out.show(units(loaded, config, program=options.program()), _draw_units)
         return
     if out.dry_run:
         from snapchain.ops.nightly.preview import preview
@@ -94,13 +92,6 @@ def _seconds(text: str) -> float:
         raise InvalidInput(str(error), subject="--wait") from error
     assert isinstance(seconds, float)
     return seconds
-
-
-def _program() -> list[str]:
-    """How a service starts this very snapchain."""
-    beside = Path(sys.executable).with_name("snapchain")
-    found = str(beside) if beside.exists() else shutil.which("snapchain")
-    return [found] if found else [sys.executable, "-m", "snapchain"]
 
 
 def _draw_units(console: Console, units: Units) -> None:

@@ -36,7 +36,7 @@ from snapchain.errors import SnapchainError, Unavailable
 from snapchain.guest.nbd_client import ALLOCATION, DIRTY, ZERO, NbdExport
 from snapchain.image.view import View
 from snapchain.model.consistency import Consistency
-from snapchain.model.extents import ABSENT, DATA, Extents
+from snapchain.model.extents import ABSENT, DATA, Extents, over, rounded
 from snapchain.model.fingerprint import Fingerprint
 
 PREFIX = "snapchain-"
@@ -73,11 +73,24 @@ def parsed_name(name: str) -> tuple[str, str] | None:
     return None if found is None else (found[1], found[2])
 
 
-class CapturedView:
-    """A disk at the instant of its capture; implements `image.view.View`."""
+CLUSTER = 64 << 10
+"""Bytes. No request for data crosses a multiple of it; see guest/capture_qmp.py."""
 
-    def __init__(self, export: NbdExport) -> None:
-        self._export = export
+
+def dirty(export: NbdExport, context: str) -> Extents:
+    """DATA where a dirty bitmap says so. Errors as `NbdExport.runs`."""
+    at, flags = export.runs(context)
+    return Extents.from_starts(export.size, at, np.where(flags & DIRTY != 0, np.int64(DATA), np.int64(ABSENT)))
+
+
+class CapturedView:
+    """A disk at the instant of its capture; implements `image.view.View`.
+
+    written_since: DATA where the guest may have written between the instant and now
+    """
+
+    def __init__(self, name: str, export: NbdExport, written_since: Callable[[], Extents]) -> None:
+        self._name, self._export, self._written_since = name, export, written_since
 
     @property
     def size(self) -> int:
@@ -85,18 +98,33 @@ class CapturedView:
         return self._export.size
 
     def resolve(self) -> Extents:
-        """See `View`. Asks for the map when it is first needed. Errors as `NbdExport.runs`."""
+        """See `View`. Asks for the map when it is first needed. Raises as `read_into`."""
         return self._resolved
 
     @cached_property
     def _resolved(self) -> Extents:
-        at, flags = self._export.runs(ALLOCATION)
+        with self._judged():
+            at, flags = self._export.runs(ALLOCATION)
+            # What was discarded since the instant may be shown as zero: so the map comes first.
+            written = self._written_since()
         val = np.where(flags & ZERO != 0, np.int64(ABSENT), np.int64(DATA))
-        return Extents.from_starts(self.size, at, val)
+        return over(Extents.from_starts(self.size, at, val), rounded(written, CLUSTER))
 
     def read_into(self, offset: int, buffer: memoryview, /) -> None:
-        """See `View`. Errors as `NbdExport.read_into`."""
-        self._export.read_into(offset, buffer)
+        """See `View`. Raises Unavailable where the view broke, since old data could not be saved in time."""
+        with self._judged():
+            self._export.read_into(offset, buffer)
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        try:
+            yield
+        except Unavailable as error:
+            raise Unavailable(
+                f"the view of its disk {self._name} broke, and the guest went on: {error.message}",
+                subject=error.subject,
+                hint="run it again; where a scratch file was full or too slow, name another place by --scratch",
+            ) from error
 
 
 class _Unmapped:
@@ -140,13 +168,12 @@ class CapturedDisk:
         image_format: Literal["qcow2", "raw"],
         sources: tuple[Fingerprint, ...],
         export: NbdExport,
-        probe: NbdExport,
+        written_since: Callable[[], Extents],
         bitmaps: BitmapSet,
     ) -> None:
-        """probe: an export that cannot be read as soon as old data were lost."""
         self.name, self.path, self.image_format, self.sources = name, path, image_format, sources
-        self._export, self._probe, self._bitmaps = export, probe, bitmaps
-        self.view = CapturedView(export)
+        self._export, self._bitmaps = export, bitmaps
+        self.view = CapturedView(name, export, written_since)
 
     @property
     def size(self) -> int:
@@ -163,16 +190,6 @@ class CapturedDisk:
         """That were read of it so far."""
         return self._export.bytes_read
 
-    def check(self) -> None:
-        """Asked when something was read, before it counts. Raises Unavailable where it may not be of the instant."""
-        try:
-            self._probe.read_into(0, memoryview(bytearray(min(512, self.size))))
-        except Unavailable as error:
-            raise Unavailable(
-                f"the view of its disk {self.name} broke: its scratch file was full or too slow, and the guest went on",
-                hint="run it again, with more room for the scratch file (--scratch)",
-            ) from error
-
     def changed_since(self, content_id: str, size: int) -> tuple[Extents | None, str | None]:
         """(DATA where it may have been written to since it showed that content, None); (None, why it is not known).
 
@@ -184,11 +201,9 @@ class CapturedDisk:
         if size != self.size:
             return None, "the disk was resized since its newest point"
         try:
-            at, flags = self._export.runs(context)
+            return dirty(self._export, context), None
         except SnapchainError as error:
             return None, f"its dirty bitmap cannot be read: {error}"
-        val = np.where(flags & DIRTY != 0, np.int64(DATA), np.int64(ABSENT))
-        return Extents.from_starts(self.size, at, val), None
 
 
 class Capture(Protocol):

@@ -3,18 +3,18 @@
     device -> root                                        before
     device -> pass-through -> root                        qom-set, disk by disk; changes nothing
     device -> pass-through -> copy-before-write -> root   blockdev-reopen of all pass-throughs at once: the instant
-                                   |                ^
-                                   +-> scratch -----+     old data, before the guest overwrites them; exported: where it
-                                                          holds nothing, it shows the root
-              snapshot-access -> copy-before-write        exported to be asked whether all old data were saved
+                                   |
+                                   +-> scratch            old data, before the guest overwrites them
+              snapshot-access -> copy-before-write        what is exported
 
 `transaction` cannot insert filters, and the backup job that it can start lets the guest's write fail where its scratch
 file is full (QEMU 7.2).  `blockdev-reopen` takes all disks in one call and holds their I/O while it works, so the
 instant is one.  The filter has `on-cbw-error=break-snapshot` and a timeout: the guest's write goes on in any case.
 
-Data are not read through `snapshot-access`: in QEMU 7.2 a read, or a look at the map, that begins in saved data and ends
-behind them gets what the guest has written since.  The scratch file with the root as its backing file has no such fault,
-but does not show that a write was not saved; so at the end `snapshot-access` is asked, which refuses all reads then.
+QEMU 7.2 (hbitmap_status) takes a piece of the saved data for unsaved when a request goes on behind its end: it reads
+what the guest has written since.  So no read crosses a boundary of the filter's clusters (`CLUSTER`), and of the map
+nothing is believed where the guest has written since the instant.  The scratch file has no backing file, as that of a
+backup job has: with a node that has two ways to the root, `blockdev-reopen` ends QEMU 7.2 by an assertion.
 
 Names in the guest: `sc-<p|c|a|s>-<id>-<number of the disk>`, throttle group `sc-t-<id>`, export `sc-e-<id>-<number>`;
 bitmaps as guest/capture.py has them.  A journal record names all of it before it is made, so `undo` can remove what a
@@ -28,13 +28,15 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Busy, InvalidInput, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unavailable, Unsupported
 from snapchain.guest.capture import (
+    CLUSTER,
     PREFIX,
     BitmapSet,
     CapturedDisk,
@@ -43,6 +45,7 @@ from snapchain.guest.capture import (
     Reached,
     as_it_comes,
     bitmap_name,
+    dirty,
     parsed_name,
 )
 from snapchain.guest.nbd_client import NbdExport
@@ -53,6 +56,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.host.processes import run
 from snapchain.image.file import fingerprint_of
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.extents import Extents
 from snapchain.model.fingerprint import Fingerprint
 
 _NEW = f"{PREFIX}new-"
@@ -100,14 +104,14 @@ class CaptureInFlight(BaseModel):
         """The id and the name of the export of a disk."""
         return f"sc-e-{self.id}-{number}"
 
-    def probe(self, number: int) -> str:
-        """Of the export that shows whether all old data were saved."""
-        return f"sc-q-{self.id}-{number}"
+    def later(self, number: int) -> str:
+        """Of the export that shows what was written since the instant, and of the bitmap copy that does."""
+        return f"{_COPY}{self.id}-late-{number}"
 
     @property
     def exports(self) -> list[str]:
         """Of all disks."""
-        return [name for number in range(len(self.disks)) for name in (self.export(number), self.probe(number))]
+        return [name for number in range(len(self.disks)) for name in (self.export(number), self.later(number))]
 
     @property
     def group(self) -> str:
@@ -141,10 +145,16 @@ class QmpCapture:
             if new is None:
                 continue  # somebody removed it: the next time all is compared
             name = bitmap_name(*names[disk.name])
-            if any(each.name == name for each in present[disk.active]):
-                actions.append(_action("remove", node=disk.active, name=name))
+            old = next((each for each in present[disk.active] if each.name == name), None)
+            if old is not None and _fault(old) is not None:
+                self._monitor.execute("block-dirty-bitmap-remove", {"node": disk.active, "name": name})
+                old = None
+            if old is not None:  # the content is the same again
+                actions.append(_action("clear", node=disk.active, name=name))
+            else:
+                how = {"granularity": new.granularity, "persistent": new.persistent}
+                actions.append(_action("add", node=disk.active, name=name, **how))
             actions += [
-                _action("add", node=disk.active, name=name, granularity=new.granularity, persistent=new.persistent),
                 _action("merge", node=disk.active, target=name, bitmaps=[new.name]),
                 _action("remove", node=disk.active, name=new.name),
             ]
@@ -201,8 +211,8 @@ def captured(
                     path=disk.active.path,
                     image_format="raw" if disk.active.image_format == "raw" else "qcow2",
                     sources=_sources(disk.chain),
-                    export=stack.enter_context(NbdExport(plan.socket, plan.export(number))),
-                    probe=stack.enter_context(NbdExport(plan.socket, plan.probe(number), connections=1)),
+                    export=stack.enter_context(NbdExport(plan.socket, plan.export(number), unit=CLUSTER)),
+                    written_since=partial(_written_since, monitor, plan, number),
                     bitmaps=bitmaps[number],
                 )
                 for number, disk in enumerate(chosen)
@@ -240,8 +250,8 @@ def undo(monitor: Monitor, plan: CaptureInFlight) -> None:
     numbers = range(len(plan.disks))
     _delete(monitor, nodes, [plan.node("a", number) for number in numbers])
     switched = [number for number in numbers if plan.node("p", number) in nodes]
-    if any(plan.node("c", number) in nodes for number in numbers):
-        _switch(monitor, plan, switched, filtered=False)
+    # The filter lets nobody else write to the root: it goes before the device gets the root back.
+    _switch(monitor, plan, switched, filtered=False)
     _delete(monitor, nodes, [plan.node("c", number) for number in numbers])
     roots = {each["inserted"]["node-name"] for each in monitor.execute("query-block") if each.get("inserted")}
     for number in switched:
@@ -358,7 +368,6 @@ def _instant(
             "driver": "qcow2",
             "node-name": plan.node("s", number),
             "discard": "unmap",
-            "backing": disk.root,
             # Of a fixed size: a scratch file must never take the space that the guest's images grow into.
             "file": {
                 "driver": "raw",
@@ -497,17 +506,39 @@ def _exported(monitor: Monitor, plan: CaptureInFlight, bitmaps: Sequence[BitmapS
             f"its NBD server cannot be started: {error.message}",
             hint="another backup may use it: wait for its end",
         ) from error
-    for number, disk in enumerate(plan.disks):
+    for number in range(len(plan.disks)):
         access = {"driver": "snapshot-access", "node-name": plan.node("a", number), "file": plan.node("c", number)}
         monitor.execute("blockdev-add", access)
         names = [context.removeprefix("qemu:dirty-bitmap:") for context in bitmaps[number].contexts.values()]
-        maps = [{"node": disk.active, "name": name} for name in names]
-        for name, node, shown in (
-            (plan.export(number), plan.node("s", number), maps),
-            (plan.probe(number), plan.node("a", number), []),
-        ):
-            export = {"type": "nbd", "id": name, "node-name": node, "name": name, "writable": False, "bitmaps": shown}
-            monitor.execute("block-export-add", export)
+        _export(monitor, plan, number, plan.export(number), names)
+
+
+def _export(monitor: Monitor, plan: CaptureInFlight, number: int, name: str, bitmaps: Sequence[str]) -> None:
+    export = {
+        "type": "nbd",
+        "id": name,
+        "node-name": plan.node("a", number),
+        "name": name,
+        "writable": False,
+        "bitmaps": [{"node": plan.disks[number].active, "name": bitmap} for bitmap in bitmaps],
+    }
+    monitor.execute("block-export-add", export)
+
+
+def _written_since(monitor: Monitor, plan: CaptureInFlight, number: int) -> Extents:
+    """DATA where the guest may have written between the instant and now."""
+    node, name = plan.disks[number].active, plan.later(number)
+    new = next((each for each in bitmaps_of(monitor, [node])[node] if each.name == _NEW + plan.id), None)
+    if new is None or not new.recording:
+        raise Conflict("its dirty bitmap was removed or disabled by somebody", subject=plan.disks[number].name)
+    actions = [
+        _action("add", node=node, name=name, granularity=new.granularity, disabled=True),
+        _action("merge", node=node, target=name, bitmaps=[new.name]),
+    ]
+    monitor.execute("transaction", {"actions": actions})
+    _export(monitor, plan, number, name, [name])
+    with NbdExport(plan.socket, name, connections=1) as export:
+        return dirty(export, f"qemu:dirty-bitmap:{name}")
 
 
 def _sources(chain: Sequence[Layer]) -> tuple[Fingerprint, ...]:
@@ -539,5 +570,5 @@ def _drop_unnamed(monitor: Monitor, plan: CaptureInFlight, nodes: set[str]) -> N
                 monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": each.name})
 
 
-def _action(kind: Literal["add", "remove", "merge"], **data: object) -> dict[str, Any]:
+def _action(kind: Literal["add", "clear", "merge", "remove"], **data: object) -> dict[str, Any]:
     return {"type": f"block-dirty-bitmap-{kind}", "data": data}

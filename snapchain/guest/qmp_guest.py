@@ -93,11 +93,6 @@ class QmpGuest:
         """See `Guest`."""
         return self._address
 
-    def release(self, overlays: Sequence[Path]) -> None:
-        """See `Guest`. They are known by the names of their nodes."""
-        _ = overlays
-        self.close_orphans()
-
     # --- What it is.
 
     def state(self) -> State:
@@ -356,24 +351,21 @@ class QmpGuest:
                 continue
             pid = int(made_by[1], 16)
             if pid == os.getpid() or started(pid) is None:
-                with suppress(Refused):
-                    self._monitor.execute("blockdev-del", {"node-name": name})
-
-    @property
-    def address(self) -> GuestAddress:
-        """See `Guest`."""
-        return self._address
+                self._close(name)
 
     def release(self, overlays: Sequence[Path]) -> None:
-        """See `Guest`. QEMU refuses to close what something still uses."""
-        files = {str(each) for each in overlays}
+        """See `Guest`. Also closes what any snapchain that is no more left open."""
+        self.close_orphans()
+        files = {_identity(each) for each in overlays} - {None}
         used = self.nodes_in_use()
-        for each in self._nodes() or ():
-            name = _word(each, "node-name")
-            is_format = each.get("drv") not in {"file", "host_device", None}
-            if each.get("file") in files and is_format and name not in used:
-                with suppress(Refused):
-                    self._monitor.execute("blockdev-del", {"node-name": name})
+        for node in self._nodes() or ():
+            name, path = _word(node, "node-name"), graph.source_of(_word(node, "file")).path
+            if name.startswith(OURS) and name not in used and path is not None and _identity(Path(path)) in files:
+                self._close(name)
+
+    def _close(self, node: str) -> None:
+        with suppress(Refused):  # something still uses it
+            self._monitor.execute("blockdev-del", {"node-name": node})
 
     def nodes_in_use(self) -> set[str]:
         """The names of all nodes of its disks' chains."""

@@ -6,7 +6,8 @@ import json
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from snapchain.errors import InvalidInput, Unavailable
 from snapchain.guest.capture_qmp import CaptureInFlight
@@ -39,6 +40,14 @@ class RawMonitor:
 
     def close(self) -> None:
         self._monitor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def disks_of(machine: Machine, paths: Mapping[str, Path], image_format: str = "qcow2") -> list[GuestDisk]:
@@ -100,7 +109,7 @@ def bitmaps(machine: Machine, node: str) -> list[str]:
     """The names of the bitmaps of a node."""
     for each in machine.ask("query-named-block-nodes", flat=True):
         if each["node-name"] == node:
-            return sorted(bitmap["name"] for bitmap in each.get("dirty-bitmaps", ()))
+            return sorted(bitmap["name"] for bitmap in each.get("dirty-bitmaps", ()) if "name" in bitmap)
     raise AssertionError(node)
 
 

@@ -42,6 +42,9 @@ class FileGuest:
     consistency: Consistency = Consistency.CRASH
     snapshots: int = 0
 
+    def process(self) -> None:
+        return None
+
     def disks(self) -> Sequence[GuestDisk]:
         found = []
         for name, path in self.disks_now.items():

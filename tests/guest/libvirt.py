@@ -34,7 +34,13 @@ def disk_xml(target: str, path: Path, *, driver: str = "type='qcow2' discard='un
 
 
 def definition(
-    name: str, disks: Mapping[str, Path], *, more: str = "", agent: Path | None = None, os_more: str = ""
+    name: str,
+    disks: Mapping[str, Path],
+    *,
+    more: str = "",
+    agent: Path | None = None,
+    os_more: str = "",
+    memory: int = 32,
 ) -> str:
     """XML of a domain. more: further devices; agent: the socket of an agent's channel, which libvirt listens on"""
     if agent is not None:
@@ -43,7 +49,7 @@ def definition(
             "<target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
         )
     return f"""<domain type='qemu'>
-      <name>{escape(name)}</name><memory unit='MiB'>32</memory><vcpu>1</vcpu>
+      <name>{escape(name)}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
       <os><type arch='x86_64' machine='q35'>hvm</type>{os_more}</os>
       <devices>
         <emulator>/usr/bin/qemu-system-x86_64</emulator>

@@ -143,7 +143,7 @@ def changing(name: str) -> bool:
 class Spy:
     """path: where it listens; monitor: QEMU's socket; counts: which commands have a number
 
-    happened: whether each fault has struck. log: commands and events in the order in which they passed.
+    happened: whether each fault has struck, or strikes right now. log: commands and events in the order in which they passed.
     """
 
     def __init__(
@@ -242,8 +242,8 @@ class Spy:
         for fault in [each for each in self._waiting if command and each.number == command.number]:
             if fault.place is place:
                 self._waiting.remove(fault)
+                self.happened = not self._waiting  # before the operation can notice
                 goes_on = fault.act(link) and goes_on
-                self.happened = not self._waiting
         return goes_on
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Conflict, NotFound, Unavailable, Unsupported
-from snapchain.guest import journal, libvirt_guest
+from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
+from snapchain.guest.agent import open_agent
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOverlay, Outcome, State
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.virsh import Virsh
+from tests.guest.agent_guest import formatted, parts
 from tests.guest.libvirt import Domain
 from tests.libvirtd import LibvirtHost
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img
@@ -132,7 +136,7 @@ def test_the_environment_names_the_daemon(start: Start, chain: list[Path], monke
 
 def test_a_daemon_that_hangs_is_unavailable(start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     guest = opened(start(disks={"vda": chain[-1]}))
-    monkeypatch.setattr(guest, "_virsh", libvirt_guest.Virsh(guest.uri, seconds=0.5))
+    monkeypatch.setattr(guest, "_virsh", Virsh(guest.uri, seconds=0.5))
     host = guest.address.connect
     assert host is not None
     pid = int((Path(host.partition("socket=")[2]).parent.parent / "libvirtd.pid").read_text())
@@ -503,7 +507,8 @@ def test_a_stream_is_done_when_the_guest_has_flushed_it(start: Start, chain: lis
     # What is on the disk is whole: QEMU may die now.
     domain.kill()
     assert domain.host.run("qemu-img", "check", chain[3]).returncode == 0
-    (chain[1].unlink(), chain[2].unlink())
+    for merged_away in chain[1:3]:
+        merged_away.unlink()
     domain.virsh("start")
     for number in (1, 2, 3, 4):
         assert domain.reads("vda", number * MiB, MiB, number)
@@ -613,3 +618,47 @@ def test_an_agent_that_is_not_there(start: Start, chain: list[Path], second: Pat
     for call in (agent.ping, agent.freeze, agent.thaw, agent.is_frozen):
         with pytest.raises(Unavailable, match="agent did not answer"):
             call(timeout=1.0)
+
+
+def test_an_image_given_by_path_names_the_domain(start: Start, chain: list[Path]) -> None:
+    domain = start("web; 1", disks={"vda": chain[-1]})
+    with pytest.raises(Busy) as refused:
+        ImageLock(chain[-1], LockMode.READ)
+    assert str(refused.value) == f"{chain[-1]}: a running guest has it open: the guest {domain.name} (libvirt)"
+    assert str(refused.value.hint).startswith("say --domain 'web; 1' instead of the path")
+
+
+@pytest.mark.serial
+def test_its_agent_freezes_and_thaws_it(libvirt_host: LibvirtHost, tmp_path: Path) -> None:
+    kernel, initrd = parts()
+    boot = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet panic=-1</cmdline>"
+    log = tmp_path / "console.log"
+    serial = f"<serial type='file'><source path='{log}'/><target port='0'/></serial>"
+    domain = Domain.started(
+        libvirt_host, tmp_path / "domain", {"vda": formatted(tmp_path / "vda.qcow2")}, name="frozen",
+        agent=tmp_path / "agent", os_more=boot, more=serial, memory=128,
+    )  # fmt: skip
+    try:
+        guest = LibvirtGuest(domain.address)
+        found = guest.agent()
+        assert found is not None
+        agent = open_agent(found.address())
+
+        def answers() -> bool:
+            try:
+                agent.ping(timeout=1.0)
+            except Unavailable:
+                return False
+            return True
+
+        wait_until(answers)
+        assert not agent.is_frozen(timeout=5.0)
+        assert agent.freeze(timeout=10.0) == 1
+        assert agent.is_frozen(timeout=5.0)
+        with guest.prepared([overlay(tmp_path / "vda.qcow2", "vda", "vda.1.qcow2", 64 * MiB)]) as switch:
+            switch.run()
+        assert agent.thaw(timeout=10.0) == 1
+        assert not agent.is_frozen(timeout=5.0)
+        assert guest.disks()[0].active.path == tmp_path / "vda.1.qcow2"
+    finally:
+        domain.remove()

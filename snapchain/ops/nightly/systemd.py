@@ -71,7 +71,7 @@ def units(config: Nightly, path: Path, *, program: Sequence[str]) -> Units:
 
 
 def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[str]:
-    command = " ".join(_word(word) for word in [*program, "nightly", str(path)])
+    command = " ".join(word(each) for each in [*program, "nightly", str(path)])
     yield from (
         "[Unit]",
         f"Description=snapchain: nightly run of {_plain(str(path))}",
@@ -124,7 +124,7 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
         "# What it writes to: images, local repositories, metrics. A new image directory has to be added here.",
         "ProtectSystem=strict",
         "# One that is not there (a disk that is not mounted) is told by the run, which a failed start would not do.",
-        *(f"ReadWritePaths={_word(f'-{place}')}" for place in _writable(config)),
+        *(f"ReadWritePaths={word(f'-{place}')}" for place in _writable(config)),
         *(_GUESTS if config.guests else []),
         # A monitor's socket below /tmp would be hidden.
         f"PrivateTmp={'no' if any((each.qmp or '').startswith('/tmp/') for each in config.guests) else 'yes'}",  # noqa: S108
@@ -230,7 +230,7 @@ def _hooks(config: Nightly) -> bool:
     return any(hooks.before or hooks.after or hooks.on_failure for hooks in every)
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """One word of a directive: systemd.syntax(7) and its specifiers."""
     plain = _checked(text).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{plain}"' if plain != text or not text.isascii() or set(text) & set(" \t'#;") else text

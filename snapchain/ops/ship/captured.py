@@ -59,7 +59,7 @@ def store(disk: CapturedDisk, writer: LayerWriter, *, subject: str, on_event: On
     what reading the disk and writing there raise.
     """
     if not writer.held:
-        top = _added(writer, disk, _whole(disk), None, on_event)
+        top = _added(writer, _whole(disk), None, on_event)
         return Stored(top, 1, CapturedBy.WHOLE)
     tip = writer.held[-1]
     changed, why = disk.changed_since(tip.content_id, tip.size)
@@ -85,11 +85,10 @@ def store(disk: CapturedDisk, writer: LayerWriter, *, subject: str, on_event: On
                 hint="verify the replica: snapchain verify",
             )
         # The records contradict each other: a chain of its own needs none of them.
-        return Stored(_added(writer, disk, _whole(disk), None, on_event), 1, CapturedBy.WHOLE, compared, why)
+        return Stored(_added(writer, _whole(disk), None, on_event), 1, CapturedBy.WHOLE, compared, why)
     if found.is_none and tip.size == disk.size:
-        disk.check()
         return Stored(tip, 0, by, compared, why)
-    top = _added(writer, disk, _difference(disk, view, found, tip), tip, on_event)
+    top = _added(writer, _difference(disk, view, found, tip), tip, on_event)
     if not (top.total == found.total).all():
         raise Corrupt(
             f"its new layer {top.name} does not show what disk {disk.name} of the guest showed",
@@ -99,12 +98,14 @@ def store(disk: CapturedDisk, writer: LayerWriter, *, subject: str, on_event: On
     return Stored(top, 1, by, compared, why)
 
 
-def _added(
-    writer: LayerWriter, disk: CapturedDisk, layer: NewLayer, parent: HeldLayer | None, on_event: OnEvent
-) -> HeldLayer:
+def _added(writer: LayerWriter, layer: NewLayer, parent: HeldLayer | None, on_event: OnEvent) -> HeldLayer:
     fitted = writer.fitted(layer)
     shown = _Arriving(counting("ship", fitted.amount, on_event))
-    return writer.add(fitted, parent, confirm=disk.check, on_bytes=shown.arrived)
+    return writer.add(fitted, parent, confirm=_frozen, on_bytes=shown.arrived)
+
+
+def _frozen() -> None:
+    """A captured view does not change; where it broke, reading has failed."""
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC
@@ -13,7 +13,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.errors import InvalidInput
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import Guest, State
-from snapchain.guest.snapshot import GuestSnapshot, Quiesce, SnapshotRequest
+from snapchain.guest.snapshot import GuestSnapshot, SnapshotRequest
 from snapchain.guest.source import active_path, disks_to_protect, find_disk
 from snapchain.merge.pace import Pace
 from snapchain.merge.request import At, MergeRequest
@@ -35,19 +35,15 @@ from snapchain.source.protocol import Scope
 class WatchRequest:
     """What is watched, and how.
 
-    name: of the guest at the destinations, None for its own; disks: names, none for all; quiesce: as of a snapshot
-    labels: of the guest points; policy: which guest points a destination keeps; idle: merge slowly enough that the
-    guest does not feel it; image_dirs: as `scan` takes them
+    name: of the guest at the destinations, None for its own; snapshot: how it is taken, with its labels
+    policy: which guest points a destination keeps; idle: merge slowly enough that the guest does not feel it
     """
 
     guest: GuestAddress
     name: str | None = None
-    disks: Sequence[str] = ()
-    quiesce: Quiesce = Quiesce.AUTO
-    labels: Sequence[str] = ()
+    snapshot: SnapshotRequest = field(default_factory=SnapshotRequest)
     policy: Policy = field(default_factory=Policy)
     idle: bool = True
-    image_dirs: Sequence[Path] = ()
 
 
 class GuestWork:
@@ -87,14 +83,16 @@ class GuestWork:
         with self._guest() as guest:
             disks = tuple(
                 self._sight(disk.name, active_path(disk, guest=guest), held)
-                for disk in disks_to_protect(guest, self._request.disks)
+                for disk in disks_to_protect(guest, self._request.snapshot.disks)
             )
             is_newest = snapshot is not None and as_named_now(guest, snapshot) is not None
-            return Look(disks, is_newest)
+            return Look(self._name(guest), disks, is_newest)
 
     def _sight(self, name: str, active: Path, held: Mapping[str, HeldAt]) -> DiskSight:
         at = [At(target, tuple(layers.get(name, ()))) for target, layers in held.items()]
-        source = ImageAtRest(active, image_dirs=(*self._request.image_dirs, active.parent), on_event=self._on_event)
+        source = ImageAtRest(
+            active, image_dirs=(*self._request.snapshot.image_dirs, active.parent), on_event=self._on_event
+        )
         try:
             with source.opened(Scope.SEALED) as chain:
                 source.check_not_given(chain)
@@ -111,23 +109,17 @@ class GuestWork:
 
     def snapshot(self) -> GuestSnapshot:
         """See `Work`."""
-        asked = SnapshotRequest(
-            disks=self._request.disks,
-            quiesce=self._request.quiesce,
-            labels=self._request.labels,
-            image_dirs=self._request.image_dirs,
-        )
         with self._guest() as guest:
-            return capture(guest, asked, on_event=self._on_event)[0]
+            return capture(guest, self._request.snapshot, on_event=self._on_event)[0]
 
     def ship(self, snapshot: GuestSnapshot, target: str) -> Shipped:
         """See `Work`."""
         with self._guest() as guest, self._at(target) as destination:
             request = ship.GuestShipRequest(
-                snapshot=SnapshotRequest(image_dirs=self._request.image_dirs),
+                snapshot=self._request.snapshot,
                 taken=as_named_now(guest, snapshot) or snapshot,
                 name=self._request.name,
-                labels=self._request.labels,
+                labels=self._request.snapshot.labels,
             )
             done = ship.run(guest, request, destination, on_event=self._on_event)
         return Shipped(
@@ -139,14 +131,14 @@ class GuestWork:
     def held(self, target: str) -> HeldAt:
         """See `Work`."""
         with self._guest() as guest, self._at(target) as destination:
-            names = [disk.name for disk in disks_to_protect(guest, self._request.disks)]
+            names = [disk.name for disk in disks_to_protect(guest, self._request.snapshot.disks)]
             return {
                 name: held_at(target, destination, f"{self._name(guest)}/{name}", epoch=self._epoch(guest, name)).layers
                 for name in names
             }
 
     def _epoch(self, guest: Guest, disk: str) -> int:
-        return epoch_of(guest, disk, image_dirs=self._request.image_dirs)
+        return epoch_of(guest, disk, image_dirs=self._request.snapshot.image_dirs)
 
     def keep(self, target: str) -> None:
         """See `Work`."""
@@ -178,7 +170,7 @@ class GuestWork:
         max_layers: int | None = None,
         at: tuple[At, ...] = (),
     ) -> MergeReport:
-        dirs = self._request.image_dirs
+        dirs = self._request.snapshot.image_dirs
 
         def ask(active: Path) -> MergeRequest:
             return MergeRequest(

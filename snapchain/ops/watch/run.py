@@ -73,8 +73,12 @@ class Work(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """disks: as rounds.py wants them; is_newest: whether the active layers lie on what the known snapshot sealed."""
+    """guest: its name at the destinations; disks: as rounds.py wants them
 
+    is_newest: whether the active layers lie on what the known snapshot sealed
+    """
+
+    guest: str
     disks: tuple[DiskSight, ...]
     is_newest: bool
 
@@ -107,11 +111,13 @@ class RoundReport(_Shown):
     held_back: why no snapshot was made although one was due; merged: files that are gone by merges
     chain_lengths: disk -> files; waiting_bytes: of sealed layers that no destination holds
     faults: what failed beside destinations; wait_seconds: until the next round
+    is_news: whether anything was tried, or is not as after the round before
     """
 
     guest: str
     number: int
     time: datetime
+    is_news: bool = True
     snapshot: str | None = None
     consistency: Consistency | None = None
     frozen_seconds: float | None = None
@@ -185,18 +191,22 @@ class Watch:
     def round(self) -> float:
         """One round; seconds to wait before the next."""
         self._rounds += 1
-        report = RoundReport(guest=self._guest, number=self._rounds, time=self._clock())
+        began = self._clock()
         try:
             sight = self._sight()
         except InvalidInput:
             raise
         except SnapchainError as error:
-            self._say(report.model_copy(update={"faults": (str(error),), "wait_seconds": GUEST_PAUSE}))
+            report = RoundReport(guest=self._guest, number=self._rounds, time=began, faults=(str(error),))
+            self._say(report.model_copy(update={"wait_seconds": GUEST_PAUSE}))
             return GUEST_PAUSE
+        report = RoundReport(guest=self._guest, number=self._rounds, time=began)
         todo = next_round(sight, self._rules, self._clock().timestamp())
         report = report.model_copy(update={"held_back": todo.held_back, "wait_seconds": todo.wait})
         if not todo.does_something:
-            self._say(report, sight)
+            before = self._report
+            is_news = before is None or (before.held_back is None) != (todo.held_back is None)
+            self._say(report.model_copy(update={"is_news": is_news}), sight)
             return todo.wait
         report, shipped = self._do(todo, sight, report)
         with suppress(SnapchainError):  # the next round reports it
@@ -208,6 +218,7 @@ class Watch:
         state = self._state
         held = {name: _held(state.target(name)) for name in self._targets}
         look = self._work.look(held, state.snapshot)
+        self._guest = look.guest
         snapshot = state.snapshot if look.is_newest else None
         return Sight(
             snapshot_at=None if snapshot is None else snapshot.time.timestamp(),
@@ -280,9 +291,13 @@ class Watch:
             )
             self._work.keep(name)
         except SnapchainError as error:
-            failures = self._state.target(name).failures + 1
+            known = self._state.target(name)
+            if isinstance(error, InvalidInput) and known.captured is None:
+                raise
+            failures = known.failures + 1
             retry_at = self._clock().timestamp() + retry_pause(failures, self._rules)
-            self._keep(self._state.with_target(name, failures=failures, retry_at=retry_at, error=str(error)))
+            words = error.message if error.subject == name else str(error)
+            self._keep(self._state.with_target(name, failures=failures, retry_at=retry_at, error=words))
             return None
         return shipped
 
