@@ -1,4 +1,4 @@
-"""`snapchain doctor [PATH...]`: finish or undo what interrupted commands left beside images."""
+"""`snapchain doctor [PATH...]`: finish or undo what interrupted commands left beside images and in guests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.errors import PartialFailure
+from snapchain.guest.address import GuestAddress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     examples="""
     snapchain doctor /images
     snapchain doctor /images/web1.qcow2 --dry-run
+    snapchain doctor --domain web1
     snapchain doctor --accept /images/.snapchain-merge-web1.qcow2.json
     """,
     when_interrupted="the images read as before; run it again",
 )
 @options.takes_output()
+@options.takes_guest()
 def doctor(
     paths: Annotated[
         list[Path] | None,
@@ -46,17 +49,20 @@ def doctor(
         ),
     ] = None,
     image_dir: options.ImageDir = None,
+    guest: GuestAddress | None = None,
     out: Output,
 ) -> None:
     """Find interrupted merges, snapshots and restores, describe each, and finish or undo it.
+
+    Guests come first: one that an interrupted command left frozen is thawed. All guests are looked at, whatever PATH
+    is, or with --domain or --qmp only that guest.
 
     Work of running programs is left alone. Ends with exit code 10 when something could not be finished or undone.
     """
     from snapchain.ops import doctor as ops
 
-    plan = ops.plan(
-        paths or ([] if accept else [Path()]), image_dirs=options.image_dirs(image_dir), accept=accept or []
-    )
+    places = paths or ([] if accept or guest is not None else [Path()])
+    plan = ops.plan(places, image_dirs=options.image_dirs(image_dir), accept=accept or [], guest=guest)
     if out.plan(plan, _draw_plan):
         return
     report = ops.run(plan, on_event=out.on_event)
@@ -71,7 +77,7 @@ def _draw_plan(console: Console, plan: DoctorPlan) -> None:
         render.facts(
             console,
             [
-                (finding.kind.value, render.place(finding.path)),
+                (finding.kind.value, finding.guest or render.place(finding.path)),
                 ("is", finding.says),
                 ("the doctor", finding.remedy),
             ],
@@ -93,7 +99,8 @@ def _draw_problems(console: Console, report: DoctorReport) -> None:
 
 def _draw_treated(console: Console, treated: Iterable[Treated]) -> None:
     for each in treated:
-        rows = [(each.finding.kind.value, render.place(each.finding.path)), ("was", each.finding.says)]
+        about = each.finding.guest or render.place(each.finding.path)
+        rows = [(each.finding.kind.value, about), ("was", each.finding.says)]
         if each.error is not None:
             rows.append(("left, since", each.error))
         rows += [("hint", each.hint)] if each.hint else []

@@ -280,6 +280,7 @@ def _draw_guest_report(console: Console, report: GuestShipReport) -> None:
             ("not filesystem-consistent", report.why_not or ""),
             ("frozen", frozen or ""),
             ("time", moment(report.time)),
+            ("next start with", ", ".join(render.place(str(path)) for path in report.starts_with)),
             ("definition", "with secrets" if report.secrets else "without secrets: the destination is not encrypted"),
         ],
     )

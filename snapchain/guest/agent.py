@@ -15,7 +15,6 @@ This module loads fast: the watchdog (watchdog.py) is a process of its own, and 
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import select
 import socket
@@ -36,9 +35,6 @@ _MOST = 4 << 20
 """Bytes that are read in one call: late replies to others are dropped up to here."""
 _PAUSE = 0.02
 _MARK = b"\xff"
-_NO_COMMAND = {"CommandNotFound", "CommandDisabled"}
-_FROZEN = re.compile(r"frozen", re.IGNORECASE)
-_COUNT = re.compile(r"\b(\d+) filesystem")
 
 
 class NoReply(Unavailable):
@@ -61,7 +57,10 @@ def open_agent(address: Mapping[str, str]) -> ConnectedAgent:
         case {"kind": "socket", "path": str(path)}:
             return SocketAgent(Path(path))
         case {"kind": "libvirt", "domain": str(domain)}:
-            return LibvirtAgent(domain, address.get("connect"))
+            from snapchain.guest.libvirt_agent import LibvirtAgent  # a socket needs no virsh
+            from snapchain.host.virsh import Virsh
+
+            return LibvirtAgent(Virsh(address.get("connect")), domain, address.get("name", domain))
     raise InvalidInput("not the address of a guest agent", subject=json.dumps(dict(address)))
 
 
@@ -185,23 +184,11 @@ class _Connection:
         if isinstance(reply, dict) and "return" in reply:
             return reply["return"]
         if isinstance(reply, dict) and isinstance(reply.get("error"), dict):
-            raise self._refused(command, reply["error"])
+            raise refused(command, str(reply["error"].get("desc", "")), subject=self._path)
         self.usable = False
         unknown = NoReply(f"the guest agent's reply to {command} is no reply", subject=self._path)
         unknown.was_sent = True
         raise unknown
-
-    def _refused(self, command: str, error: Mapping[str, object]) -> SnapchainError:
-        words = _printable(str(error.get("desc", "")))
-        if error.get("class") in _NO_COMMAND and _FROZEN.search(words):
-            return _frozen_already(self._path)
-        if error.get("class") in _NO_COMMAND or "disabled" in words:
-            return Unsupported(
-                f"the guest agent does not offer {command}: {words}",
-                subject=self._path,
-                hint="allow it in the agent's configuration in the guest (block-rpcs)",
-            )
-        return Unavailable(f"the guest agent refused {command}: {words}", subject=self._path, hint="see its log")
 
     def _send(self, data: bytes, deadline: float) -> None:
         rest = memoryview(data)
@@ -266,78 +253,22 @@ _ONE_CLIENT = "its socket serves one client at a time: find the other one with `
 _IS_IT_THERE = "see whether qemu-guest-agent runs in the guest, and whether another program uses its socket"
 
 
-class LibvirtAgent:
-    """The agent of a libvirt domain, which libvirt itself is connected to."""
-
-    def __init__(self, domain: str, connect: str | None = None) -> None:
-        self._domain, self._connect = domain, connect
-
-    def address(self) -> dict[str, str]:
-        """See `Agent`."""
-        return {
-            "kind": "libvirt",
-            "domain": self._domain,
-            **({} if self._connect is None else {"connect": self._connect}),
-        }
-
-    @contextmanager
-    def connected(self) -> Iterator[None]:
-        """See `ConnectedAgent`: libvirt keeps the connection."""
-        yield
-
-    def ping(self, *, timeout: float) -> None:
-        """See `Agent`."""
-        self._ask("guest-ping", timeout)
-
-    def freeze(self, *, timeout: float) -> int:
-        """See `Agent`. After NoReply libvirt still waits for the agent, and refuses a thaw until that has answered."""
-        self.ping(timeout=min(timeout, SYNC_SECONDS))
-        return self._count(self._virsh("domfsfreeze", timeout=timeout, changes=True))
-
-    def thaw(self, *, timeout: float) -> int:
-        """See `Agent`."""
-        return self._count(self._virsh("domfsthaw", timeout=timeout, changes=True))
-
-    def is_frozen(self, *, timeout: float) -> bool:
-        """See `Agent`. libvirt has no call of its own for it."""
-        return bool(self._ask("guest-fsfreeze-status", timeout) == "frozen")
-
-    def _ask(self, command: str, timeout: float) -> Any:
-        seconds = str(max(1, int(timeout)))
-        text = self._virsh(
-            "qemu-agent-command", "--timeout", seconds, "--cmd", json.dumps({"execute": command}), timeout=timeout + 1
+def refused(command: str, words: str, *, subject: object) -> SnapchainError:
+    """The error for a command that the agent answers with an error. words: its own"""
+    said = _printable(words)
+    if "frozen state" in said:  # then only a few commands are allowed, and not another freeze
+        return Busy(
+            "the guest's filesystems are frozen already, by another program",
+            subject=subject,
+            hint="wait for its end, or thaw them: `virsh domfsthaw`, guest-fsfreeze-thaw",
         )
-        try:
-            reply = json.loads(text)
-        except ValueError as error:
-            raise NoReply(f"libvirt's reply to {command} is no reply", subject=self._domain) from error
-        return reply.get("return") if isinstance(reply, dict) else None
-
-    def _virsh(self, command: str, *words: str, timeout: float, changes: bool = False) -> str:
-        from snapchain.host.virsh import Virsh  # and sh with it: a socket needs neither
-
-        try:
-            return Virsh(self._connect).text(command, "--domain", self._domain, *words, timeout=timeout)
-        except Unsupported:
-            raise
-        except SnapchainError as error:
-            if _FROZEN.search(error.message):
-                raise _frozen_already(self._domain) from error
-            unknown = NoReply(error.message, subject=self._domain, hint=error.hint)
-            unknown.was_sent = changes
-            raise unknown from error
-
-    def _count(self, text: str) -> int:
-        found = _COUNT.search(text)
-        return int(found[1]) if found else 0
-
-
-def _frozen_already(subject: object) -> Busy:
-    return Busy(
-        "the guest's filesystems are frozen already, by another program",
-        subject=subject,
-        hint="wait for its end, or thaw them: `virsh domfsthaw`, guest-fsfreeze-thaw",
-    )
+    if "disabled" in said or "not been found" in said or "not found" in said:
+        return Unsupported(
+            f"the guest agent does not offer {command}: {said}",
+            subject=subject,
+            hint="allow it in the agent's configuration in the guest (block-rpcs)",
+        )
+    return Unavailable(f"the guest agent refused {command}: {said}", subject=subject, hint="see its log")
 
 
 def _encoded(command: str, **arguments: object) -> bytes:

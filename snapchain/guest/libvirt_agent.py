@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
+from snapchain.guest.agent import refused
 from snapchain.host.virsh import Virsh
 
 _SYNC_SECONDS = 5.0
@@ -25,6 +27,10 @@ class LibvirtAgent:
     virsh: Virsh
     domain: str
     name: str
+
+    def connected(self) -> AbstractContextManager[None]:
+        """See `agent.ConnectedAgent`: libvirt keeps the connection."""
+        return nullcontext()
 
     def ping(self, *, timeout: float) -> None:
         self._ask("guest-ping", timeout)
@@ -42,7 +48,7 @@ class LibvirtAgent:
         return {"kind": "libvirt", "domain": self.domain, "name": self.name, "connect": self.virsh.uri}
 
     def _ask(self, command: str, timeout: float) -> object:
-        """What the agent returns. Raises Unavailable without an answer, ToolFailed where the agent refuses."""
+        """What the agent returns. Raises Unavailable without an answer, and as `agent.refused`."""
         seconds = max(1, math.ceil(timeout))
         words = ["qemu-agent-command", "--domain", self.domain, "--timeout", str(seconds)]
         try:
@@ -66,7 +72,7 @@ def _count(value: object) -> int:
 
 
 def _explained(error: ToolFailed, command: str) -> SnapchainError:
-    if "unable to execute QEMU agent command" in error.stderr:  # it answered, with an error
-        return error
     said = " ".join(line.strip().removeprefix("error: ") for line in error.stderr.splitlines() if line.strip())
+    if "unable to execute QEMU agent command" in said:  # it answered, with an error
+        return refused(command, said, subject=error.subject)
     return Unavailable(f"the guest agent did not answer {command}: {said}", subject=error.subject)

@@ -42,6 +42,7 @@ COMMAND_SECONDS = 60.0
 """A QEMU whose storage hangs answers late, or never."""
 LARGEST_ANSWER = 32 << 20
 """Bytes. A node takes 1 KiB in a list of nodes; parsed, JSON takes up to thirty times its length."""
+_GOODBYE_SECONDS = 5
 _KEPT_EVENTS = 1000
 _LONGEST_WORDS = 500
 _CHANGES_NOTHING = ("query-", "qom-get", "qom-list")
@@ -119,6 +120,8 @@ class Monitor:
             if self._loop.is_closed():
                 return
             self._drop()
+            with suppress(concurrent.futures.TimeoutError):
+                asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result(_GOODBYE_SECONDS)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -299,8 +302,8 @@ class Monitor:
         if client is None:
             return
         future = asyncio.run_coroutine_threadsafe(client.disconnect(), self._loop)
-        with suppress(concurrent.futures.TimeoutError, QMPError, OSError, EOFError, AssertionError):
-            future.result(5)
+        with suppress(concurrent.futures.TimeoutError):
+            future.exception(_GOODBYE_SECONDS)  # what ended the link: raised already where it was met
 
     def _unreachable(self, error: OSError) -> SnapchainError:
         is_socket = _is_socket(self.path)
@@ -342,6 +345,14 @@ class Monitor:
         return InvalidInput(
             f"not a QMP socket: {_short(cause)}", subject=self.path, hint="give the path of QEMU's -qmp unix: socket"
         )
+
+
+async def _end_tasks() -> None:
+    """What still runs in this event loop ends, such as a connection that got no greeting."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _LinkLostError(Exception):

@@ -93,11 +93,6 @@ class QmpGuest:
         """See `Guest`."""
         return self._address
 
-    def release(self, overlays: Sequence[Path]) -> None:
-        """See `Guest`. They are known by the names of their nodes."""
-        _ = overlays
-        self.close_orphans()
-
     # --- What it is.
 
     def state(self) -> State:
@@ -356,8 +351,21 @@ class QmpGuest:
                 continue
             pid = int(made_by[1], 16)
             if pid == os.getpid() or started(pid) is None:
-                with suppress(Refused):
-                    self._monitor.execute("blockdev-del", {"node-name": name})
+                self._close(name)
+
+    def release(self, overlays: Sequence[Path]) -> None:
+        """See `Guest`. Also closes what any snapchain that is no more left open."""
+        self.close_orphans()
+        files = {_identity(each) for each in overlays} - {None}
+        used = self.nodes_in_use()
+        for node in self._nodes() or ():
+            name, path = _word(node, "node-name"), graph.source_of(_word(node, "file")).path
+            if name.startswith(OURS) and name not in used and path is not None and _identity(Path(path)) in files:
+                self._close(name)
+
+    def _close(self, node: str) -> None:
+        with suppress(Refused):  # something still uses it
+            self._monitor.execute("blockdev-del", {"node-name": node})
 
     def nodes_in_use(self) -> set[str]:
         """The names of all nodes of its disks' chains."""
@@ -381,13 +389,19 @@ class QmpGuest:
         if kind is JobKind.STREAM:
             below = {"base-node": chain[low - 1].node} if low else {}
             arguments: dict[str, Any] = {**common, "device": chain[high].node, **below}
-            begin(self._monitor, "block-stream", arguments, backing=backing if low else None)
+            begin(self._monitor, kind, "block-stream", arguments, backing=backing if low else None)
         else:
             # Without its top-node, an active commit would take the filters above the active layer away.
             arguments = {
                 **common, "device": view.disk.root, "top-node": chain[high].node, "base-node": chain[low].node,
             }  # fmt: skip
-            begin(self._monitor, "block-commit", arguments, backing=None if kind is JobKind.ACTIVE_COMMIT else backing)
+            begin(
+                self._monitor,
+                kind,
+                "block-commit",
+                arguments,
+                backing=None if kind is JobKind.ACTIVE_COMMIT else backing,
+            )
         changed = chain[high] if kind is JobKind.STREAM else chain[low]
         above = [chain[high + 1].node] if kind is JobKind.COMMIT else []
         return self._job(job_id, kind, disk, [changed.node, *above])

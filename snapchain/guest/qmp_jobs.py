@@ -123,14 +123,15 @@ class QmpJob:
                 raise
 
 
-def begin(monitor: Monitor, command: str, arguments: Mapping[str, Any], *, backing: str | None) -> None:
+def begin(monitor: Monitor, kind: JobKind, command: str, arguments: Mapping[str, Any], *, backing: str | None) -> None:
     """Start a job. backing: the name that is recorded in the header that the job changes.
 
     Raises Busy when something else at work is in the way, Refused.
     """
     asked = {
         **arguments,
-        "auto-finalize": False,
+        # At PENDING of an active commit QEMU holds the guest's I/O back: it shall not wait there for us.
+        "auto-finalize": kind is JobKind.ACTIVE_COMMIT,
         "auto-dismiss": False,
         **({"backing-file": backing} if backing is not None else {}),
     }

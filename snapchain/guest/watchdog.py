@@ -94,7 +94,7 @@ class Watchdog:
 
     def thaw(self) -> bool:
         """Whether they were frozen up to now. Raises Unavailable when the agent does not thaw in time."""
-        return bool(self._ask({"do": "thaw"}, 2 * THAW_SECONDS)["was_frozen"])
+        return bool(self._ask({"do": "thaw"}, 2 * THAW_SECONDS + _LIBVIRT_SECONDS)["was_frozen"])
 
     def close(self) -> None:
         """Let it go: it thaws what is frozen, and ends."""
@@ -134,6 +134,8 @@ class Watchdog:
 
 _START_SECONDS = 30.0
 """What a busy machine may need to start a Python."""
+_LIBVIRT_SECONDS = 20.0
+"""What libvirt may need for two commands besides the agent's own time."""
 
 
 def _encoded(orders: Orders) -> str:

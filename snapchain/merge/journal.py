@@ -150,7 +150,7 @@ class LiveMerge(BaseModel):
     inputs: lowest first, as they were; above: the file above them, None where the active layer is among them
     formats, sources: of the inputs; the fingerprints are those before anything was written to them
     time, labels: of the view that the result shows, None where that is not sealed
-    completing: the guest may have been switched to the lowest input (pivot)
+    pivot: of an active commit: whether the guest was switched to the lowest input
     """
 
     model_config = ConfigDict(frozen=True, defer_build=True)
@@ -170,7 +170,7 @@ class LiveMerge(BaseModel):
     sources: Annotated[tuple[Fingerprint, ...], Field(max_length=_MOST_FILES)]
     time: AwareDatetime | None = None
     labels: tuple[str, ...] = ()
-    completing: bool = False
+    pivot: Literal["not yet", "asked for", "done"] = "not yet"
 
 
 class MergeJournal(BaseModel):

@@ -135,7 +135,7 @@ def _run_step(
             if held.unmarked is not None:
                 on_event(Notice.of(step.result, f"its journal bears no mark of this user: {held.unmarked}"))
             journal = _do(guest, disk, decided, journal, records, pace, on_event)
-            settled = _finish(guest, journal, old, on_event)
+            settled = _finish(guest, journal, old, records, on_event)
         if last < len(old.files) - 1:
             _carry_over(guest, disk_name, request, old, first, last, on_event)
         return StepReport(
@@ -298,10 +298,7 @@ class _Recording:
         self._job.set_speed(bytes_per_second)
 
     def complete(self) -> None:
-        assert self.journal.live is not None
-        live = self.journal.live.model_copy(update={"completing": True})
-        self.journal = self.journal.model_copy(update={"live": live})
-        self._records.enter_context(OpenJournal(self.journal))
+        self.journal = _with_pivot(self.journal, "asked for", self._records)
         self._job.complete()
 
     def flush(self) -> None:
@@ -315,6 +312,14 @@ class _Recording:
 
     def cancel(self) -> None:
         self._job.cancel()
+
+
+def _with_pivot(journal: MergeJournal, pivot: str, records: ExitStack) -> MergeJournal:
+    """The journal with what is known of the switch, on the disk."""
+    assert journal.live is not None
+    newer = journal.model_copy(update={"live": journal.live.model_copy(update={"pivot": pivot})})
+    records.enter_context(OpenJournal(newer))
+    return newer
 
 
 def _forget_stream(guest: Guest, journal: MergeJournal, live: LiveMerge) -> None:
@@ -354,7 +359,9 @@ def _check_switched(disk: GuestDisk, live: LiveMerge, *, wanted: bool) -> None:
 # --- The end: proof, note, removal.
 
 
-def _finish(guest: Guest, journal: MergeJournal, old: ImageChain | None, on_event: OnEvent) -> settle.Settled:
+def _finish(
+    guest: Guest, journal: MergeJournal, old: ImageChain | None, records: ExitStack, on_event: OnEvent
+) -> settle.Settled:
     """Of a job that is dismissed. old: the chain before it, None after a restart.
 
     Raises Conflict when the graph is not the new one, Corrupt when the result reads differently: then all files stay.
@@ -372,6 +379,10 @@ def _finish(guest: Guest, journal: MergeJournal, old: ImageChain | None, on_even
             files.fsync_file(path)
         if not missing:
             _note(journal, live, on_event)
+    if live.kind == "active-commit":
+        journal = _with_pivot(journal.model_copy(update={"top": paths_of(disk)[-1]}), "done", records)
+        # QEMU keeps what it was given by name.
+        guest.release([entry.path for entry in journal.remove])
     try:
         return settle.remove_inputs(journal)
     except Busy as error:
@@ -517,7 +528,7 @@ def settle_live(
         disk = find_disk(guest, live.disk)
         if _is_switched(disk, live):
             before = sum(_allocated(entry.path) for entry in [*journal.remove, journal.result])
-            settled = _finish(guest, journal, None, on_event)
+            settled = _finish(guest, journal, None, records, on_event)
             count = len(disk.chain)
             return StepReport(
                 image=paths_of(disk)[-1],

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from snapchain.errors import Conflict
+from snapchain.errors import Conflict, Corrupt
 from snapchain.host import files
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.openers import OpenFiles
@@ -33,10 +33,12 @@ from snapchain.source.lineage import record_live
 
 
 def is_done(journal: MergeJournal, live: LiveMerge) -> bool:
-    """Whether the headers show the result. An active commit changes none: False, see `settle_at_rest`."""
+    """Whether the headers show the result. An active commit changes none: its record tells what was seen."""
     if live.kind == "stream":
         with opened_entry(journal.result) as fd:
             return linked(fd, journal.link, subject=journal.result.path)
+    if live.kind == "active-commit":
+        return live.pivot == "done"
     return live.above is not None and _names(live.above, journal.result)
 
 
@@ -94,8 +96,9 @@ def settle_at_rest(journal: MergeJournal) -> Settled:
             if not is_done(journal, live):
                 files.remove(journal.path)
                 return Settled([])
-            prove_again(journal, live, ignore)
-            note(journal, live)
+            if live.kind != "active-commit":  # the guest has written to the result, and it was judged while that ran
+                prove_again(journal, live, ignore)
+                note(journal, live)
         settled = remove_inputs(journal)
         sweep(journal.replaced.path)
         return settled
@@ -113,8 +116,14 @@ def _locked(live: LiveMerge) -> Iterator[None]:
 
 
 def check_not_switched(journal: MergeJournal, live: LiveMerge) -> None:
-    """Raises Conflict where a guest may have been switched to the lowest input, and has written there since."""
-    if live.kind != "active-commit" or not live.completing:
+    """Raises Conflict where a guest may have been switched to the lowest input, and has written there since.
+
+    As long as both read the same, it does not matter by which of them it starts.
+    """
+    if live.kind != "active-commit" or live.pivot != "asked for":
+        return
+    with suppress(Corrupt):
+        prove_again(journal, live, ignore)
         return
     lowest, active = live.inputs[0].path, live.inputs[-1].path
     raise Conflict(

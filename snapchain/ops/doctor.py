@@ -25,7 +25,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable
-from snapchain.guest.address import open_guest
+from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.host.directory import Directory, place_to_change, real_path, same_file
 from snapchain.host.files import is_leftover, remove_leftover
 from snapchain.host.locks import ImageLock, LockMode
@@ -40,6 +40,7 @@ from snapchain.merge.journal import MergeJournal, is_journal, read
 from snapchain.merge.run import recover
 from snapchain.merge.settle import Settled, describe as describe_merge
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops import guest_doctor
 from snapchain.source.notes import Notes, is_note
 
 _UNFINISHED = {
@@ -58,13 +59,14 @@ class Kind(Enum):
     SECOND_NAME = "second-name"
     UNREADABLE = "unreadable-journal"
     NOTE = "unproven-note"
+    GUEST = "guest-operation"
 
 
 class Finding(BaseModel):
     """Something that a killed run has left.
 
-    path: the journal, the file or the name; image: to which it belongs
-    says: what happened; remedy: what the doctor does
+    path: the journal, the file or the name; image: to which it belongs, of a guest the record itself
+    guest: whose operation it is; says: what happened; remedy: what the doctor does
     """
 
     model_config = ConfigDict(frozen=True)
@@ -74,6 +76,7 @@ class Finding(BaseModel):
     image: Path
     says: str
     remedy: str
+    guest: str | None = None
 
 
 class DoctorPlan(BaseModel):
@@ -122,18 +125,25 @@ class DoctorReport(BaseModel):
         return all(each.done for each in self.treated)
 
 
-def plan(paths: Sequence[Path], *, image_dirs: Sequence[Path] = (), accept: Sequence[Path] = ()) -> DoctorPlan:
-    """Find what was left; changes nothing.
+def plan(
+    paths: Sequence[Path],
+    *,
+    image_dirs: Sequence[Path] = (),
+    accept: Sequence[Path] = (),
+    guest: GuestAddress | None = None,
+) -> DoctorPlan:
+    """Find what was left; changes nothing. What killed runs owe to guests comes first, whatever the paths.
 
     paths: directories, or images, which stand for the directories of their chains
     image_dirs: where backing files of images may lie
     accept: journals and notes that the user has read, so that they count although nothing proves who wrote them
+    guest: the only guest that is meant; None for all
     Raises NotFound, Unsupported for a place that another user's link has chosen.
     """
     accepted = tuple(_whole(path) for path in accept)
     places = [each for path in paths for each in _directories(path, image_dirs)]
     directories = tuple(dict.fromkeys([*places, *(path.parent for path in accepted)]))
-    findings = tuple(each for place in directories for each in _look(place, accepted))
+    findings = (*_in_guests(guest), *(each for place in directories for each in _look(place, accepted)))
     return DoctorPlan(directories=directories, findings=findings, image_dirs=tuple(image_dirs), accepted=accepted)
 
 
@@ -151,6 +161,19 @@ def run(planned: DoctorPlan, *, on_event: OnEvent = ignore) -> DoctorReport:
     """Finish or undo each finding; one that cannot be treated now does not keep the others from it."""
     treated = tuple(_treat(finding, planned, on_event) for finding in planned.findings)
     return DoctorReport(directories=planned.directories, treated=treated)
+
+
+def _in_guests(address: GuestAddress | None) -> Iterator[Finding]:
+    for each in guest_doctor.left_behind(address):
+        operation = guest_doctor.OPERATIONS[each.record.operation]
+        yield Finding(
+            path=each.path,
+            kind=Kind.GUEST,
+            image=each.path,
+            guest=each.record.guest,
+            says=f"{operation.says} ({each.record.address.option})",
+            remedy=operation.remedy,
+        )
 
 
 def _directories(path: Path, image_dirs: Sequence[Path]) -> Iterator[Path]:
@@ -298,6 +321,8 @@ def _done(finding: Finding, planned: DoctorPlan, on_event: OnEvent) -> Settled:
         raise Conflict("another file took its name meanwhile", subject=finding.path, hint="run it again")
     if not os.path.lexists(finding.path):
         return Settled([])
+    if finding.kind is Kind.GUEST:
+        return Settled(list(guest_doctor.treat(finding.path, on_event=on_event)))
     if finding.kind is Kind.NOTE:
         if is_accepted:
             Notes().accept(finding.path)

@@ -1,7 +1,7 @@
 """What killed runs have left in guests: found by the records in the state directory, judged by the guest itself.
 
-    thaw        the guest may be frozen                thaw, first of all
-    snapshot    overlays were made for its disks       in its chains: the snapshot is made; else they are removed
+thaw        the guest may be frozen                thaw, first of all
+snapshot    overlays were made for its disks       in its chains: the snapshot is made; else they are removed
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapchain.errors import NotFound, SnapchainError, Unavailable
+from snapchain.errors import NotFound, Unavailable
 from snapchain.guest import journal, overlays
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.quiesce import THAW, settle_thaw
@@ -63,11 +63,11 @@ OPERATIONS: dict[str, Operation] = {
 def left_behind(address: GuestAddress | None = None) -> Iterator[journal.Found]:
     """Records of killed runs, a thaw first; of one guest or all. Raises the first fault of a record that is unsound."""
     found, faults = journal.find()
-    order = list(OPERATIONS)
-    for each in sorted(found, key=lambda each: order.index(each.record.operation) if each.record.operation in order else 99):
-        is_meant = address is None or each.record.address == _absolute(address, each.record)
-        if is_meant and each.record.is_abandoned and each.record.operation in OPERATIONS:
-            yield each
+    for operation in OPERATIONS:
+        for each in found:
+            is_meant = address is None or each.record.address == _absolute(address, each.record)
+            if is_meant and each.record.operation == operation and each.record.is_abandoned:
+                yield each
     if faults:
         raise faults[0]
 
@@ -92,6 +92,3 @@ def _absolute(address: GuestAddress, record: journal.InFlight) -> GuestAddress:
         agent=None if address.qmp is None or record.agent is None else Path(record.agent),
         name=record.guest if address.qmp is not None else None,
     )
-
-
-__all__ = ["OPERATIONS", "Operation", "SnapchainError", "left_behind", "treat"]

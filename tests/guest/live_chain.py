@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +23,10 @@ def tool(*words: object, cwd: Path) -> str:
     return done.stdout
 
 
-def layer(path: Path, backing: Path | None, size: int, *, raw_backing: bool = False, options: Sequence[str] = ()) -> Path:
+def layer(path: Path, backing: Path | None, size: int, *, raw_backing: bool = False) -> Path:
     """An empty qcow2 file, its backing name relative."""
     link = [] if backing is None else ["-b", backing.name, "-F", "raw" if raw_backing else "qcow2"]
-    tool("qemu-img", "create", "-q", "-f", "qcow2", *link, *options, path.name, size, cwd=path.parent)
+    tool("qemu-img", "create", "-q", "-f", "qcow2", *link, path.name, size, cwd=path.parent)
     return path
 
 
@@ -80,7 +80,8 @@ class Chain:
         for number in range(self.count):
             path = layer(self.folder / f"{number}.qcow2", below, self.size)
             at = number * 256 * K
-            fill(path, (at, 256 * K, number + 1), (max(0, at - 64 * K), 64 * K, 100 + number))
+            hides = [(at - 64 * K, 64 * K, 100 + number)] if number else []
+            fill(path, (at, 256 * K, number + 1), *hides)
             self.files.append(path)
             below = path
         self.copies = self.folder.parent / f"{self.folder.name}-copies"

@@ -100,12 +100,13 @@ class Machine:
         self.monitor = Monitor(self._own)
 
     def _listens(self) -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self.qmp))
-            except OSError:
-                return False
-        return self._own.exists()
+        for path in (self.qmp, self._own):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(str(path))
+                except OSError:
+                    return False
+        return True
 
     def __enter__(self) -> Self:
         return self

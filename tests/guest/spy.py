@@ -143,7 +143,7 @@ def changing(name: str) -> bool:
 class Spy:
     """path: where it listens; monitor: QEMU's socket; counts: which commands have a number
 
-    happened: whether each fault has struck. log: commands and events in the order in which they passed.
+    happened: whether each fault has struck, or strikes right now. log: commands and events in the order in which they passed.
     """
 
     def __init__(
@@ -242,8 +242,8 @@ class Spy:
         for fault in [each for each in self._waiting if command and each.number == command.number]:
             if fault.place is place:
                 self._waiting.remove(fault)
+                self.happened = not self._waiting  # before the operation can notice
                 goes_on = fault.act(link) and goes_on
-                self.happened = not self._waiting
         return goes_on
 
 
@@ -276,9 +276,8 @@ class _Link:
 
     def _relay(self, source: socket.socket, handle: Callable[[bytes], None]) -> None:
         try:
-            with source.makefile("rb") as lines:
-                for line in lines:
-                    handle(line)
+            for message in messages(source):
+                handle(message)
         except (OSError, ValueError):
             pass  # the other side left; closed below
         finally:
@@ -304,6 +303,20 @@ class _Link:
         if self.spy._strike(self, command, Place.SENT):
             self.client.sendall(line)
             self.spy._strike(self, command, Place.ANSWERED)
+
+
+def messages(source: socket.socket) -> Iterator[bytes]:
+    """Whole JSON messages from a stream: QEMU ends each with a line feed, qemu.qmp does not."""
+    decoder, text = json.JSONDecoder(), ""
+    while data := source.recv(1 << 20):
+        text = (text + data.decode()).lstrip()
+        while text:
+            try:
+                _, end = decoder.raw_decode(text)
+            except ValueError:  # not whole yet
+                break
+            yield text[:end].encode() + b"\n"
+            text = text[end:].lstrip()
 
 
 def walks_beside_concluded_stream(log: Sequence[Command | Event]) -> Iterator[str]:

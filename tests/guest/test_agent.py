@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, InvalidInput, Unavailable, Unsupported
-from snapchain.guest.agent import LibvirtAgent, NoReply, SocketAgent, open_agent
+from snapchain.guest.agent import NoReply, SocketAgent, open_agent
+from snapchain.guest.libvirt_agent import LibvirtAgent
 from tests.guest.fake_agent import FakeAgent
 from tests.waiting import HANG, wait_until
 
@@ -99,7 +100,7 @@ def test_another_client_is_connected(fake: FakeAgent) -> None:
 @pytest.mark.parametrize(
     ("reply", "error", "words"),
     [
-        (b'{"error":{"class":"CommandDisabled","desc":"off"}}\n', Unsupported, "does not offer"),
+        (b'{"error":{"class":"CommandDisabled","desc":"disabled for this instance"}}\n', Unsupported, "does not offer"),
         (b'{"error":{"class":"GenericError","desc":"hook\\u001b[1m failed"}}\n', Unavailable, "hook .1m failed"),
         (b"nonsense\n", NoReply, "is no reply"),
         (b"[1]\n", NoReply, "is no reply"),
@@ -153,7 +154,7 @@ def test_an_agent_that_goes_away(fake: FakeAgent) -> None:
 
 def test_addresses() -> None:
     assert isinstance(open_agent({"kind": "libvirt", "domain": "web1"}), LibvirtAgent)
-    there = {"kind": "libvirt", "domain": "web1", "connect": "qemu:///session"}
+    there = {"kind": "libvirt", "domain": "web1", "name": "web1", "connect": "qemu:///session"}
     assert open_agent(there).address() == there
     with pytest.raises(InvalidInput, match="not the address of a guest agent"):
         open_agent({"kind": "carrier pigeon"})

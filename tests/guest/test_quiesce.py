@@ -199,6 +199,7 @@ def test_a_watchdog_that_dies_or_hangs_is_replaced(
     fake: FakeAgent, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("snapchain.guest.watchdog.THAW_SECONDS", 0.5)
+    monkeypatch.setattr("snapchain.guest.watchdog._LIBVIRT_SECONDS", 0.5)
     monkeypatch.setattr(quiesce, "THAW_SECONDS", 0.5)
     events: list[Event] = []
     with freezes(AgentsGuest(fake.path), events) as reached:
@@ -217,7 +218,7 @@ def test_a_record_of_two_that_were_killed_is_settled(fake: FakeAgent) -> None:
         os.kill(watchdog(), signal.SIGKILL)
     [found] = records()
     wait_until(lambda: found.record.is_abandoned)
-    assert fake.frozen
+    assert fake.froze == 1
     assert settle_thaw(found)
     assert not fake.frozen
     assert not records()

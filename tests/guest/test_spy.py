@@ -104,7 +104,8 @@ def test_a_function_is_called_between_command_and_answer(machine: Machine, tmp_p
     ]
     with Spy(tmp_path / "spy", machine.qmp, *faults, Fault(0, Place.SENT, delay(0.01))) as spy:
         ask(spy.path, "stop")
-        wait_until(lambda: spy.happened)
+        wait_until(lambda: len(seen) == 3)
+    assert spy.happened
     assert seen == ["running", "paused", "paused"]
     machine.ask("cont")
 

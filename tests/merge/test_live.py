@@ -18,7 +18,7 @@ from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 from snapchain.source.lineage import seal
 from snapchain.source.notes import Notes
-from tests.guest.live_chain import K, MIB, Chain, fill, layer, links, names, patterns_hold, running, same, sound, tool
+from tests.guest.live_chain import MIB, Chain, K, fill, layer, links, names, patterns_hold, running, same, sound, tool
 from tests.guest.machine import Machine
 
 
@@ -152,7 +152,7 @@ def test_kept_points_keep_their_views(tmp_path: Path, chain: Chain) -> None:
 
         for number, labels in enumerate([[], [], ["golden"], []]):
             seal(chain.files[number], labels=labels, time=datetime(2026, 1, number + 1, tzinfo=UTC))
-        request = MergeRequest(image=chain.active, policy=Policy(keep_labels=frozenset({"golden"})))
+        request = MergeRequest(image=chain.active, policy=Policy(labels=frozenset({"golden"})))
         planned, _ = merged(guest, request)
         assert [each.layers for each in planned.merges] == [(chain.files[1], chain.files[2])]
         left = names(chain.active)
@@ -306,7 +306,9 @@ def test_a_foreign_job_is_respected(tmp_path: Path, chain: Chain) -> None:
     target = layer(tmp_path / "copy.qcow2", None, chain.size)
     with running(tmp_path / "m", chain) as (machine, guest):
         planned = plan(guest, "vda", wanted(chain, 1, 3))
-        machine.ask("blockdev-add", driver="qcow2", file={"driver": "file", "filename": str(target)}, **{"node-name": "t"})
+        machine.ask(
+            "blockdev-add", driver="qcow2", file={"driver": "file", "filename": str(target)}, **{"node-name": "t"}
+        )
         machine.ask("blockdev-mirror", device="vda-top", target="t", sync="full", **{"job-id": "theirs"})
         with pytest.raises(Busy, match="theirs"):
             run(guest, planned)

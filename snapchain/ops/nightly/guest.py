@@ -24,7 +24,7 @@ from snapchain.merge.request import At, MergeRequest
 from snapchain.model.events import Notice
 from snapchain.ops import guest_merge
 from snapchain.ops.guest_capture import MovedError, as_named_now, capture, epoch_of, plan_merge, run_merge
-from snapchain.ops.guest_merge import GuestMergeReport
+from snapchain.ops.guest_merge import GuestPointsMergeReport
 from snapchain.ops.guest_points import guest_named
 from snapchain.ops.merge import held_at
 from snapchain.ops.nightly import local_chain
@@ -218,7 +218,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
 
         return plan_merge(guest, disk, ask)
 
-    def _retained(self, destination: AnyDestination, place: OpenDestination) -> GuestMergeReport:
+    def _retained(self, destination: AnyDestination, place: OpenDestination) -> GuestPointsMergeReport:
         zone, now = self._night.config.zone, self._night.clock()
         report = guest_merge.run(
             destination, self._guest.name, place.policy, zone=zone, now=now, on_event=self._at(place)

@@ -16,7 +16,7 @@ from snapchain.guest.protocol import State
 from snapchain.guest.snapshot import LeftOut
 from snapchain.merge.run import MergeReport
 from snapchain.model.consistency import Consistency
-from snapchain.ops.guest_merge import GuestMergeReport
+from snapchain.ops.guest_merge import GuestPointsMergeReport
 
 
 class Outcome(StrEnum):
@@ -81,7 +81,7 @@ class ShipResult(_Shown):
     bytes_read: int = 0
     bytes_stored: int = 0
     content_id: str | None = None
-    retention: PointsMergeReport | GuestMergeReport | None = None
+    retention: PointsMergeReport | GuestPointsMergeReport | None = None
     points: int | None = None
     layers: int | None = None
     damaged: tuple[int, ...] = ()

@@ -346,9 +346,10 @@ def _move_sockets(option: _Option, directory: Path) -> None:
     if option.name == "pidfile":
         option.value = str(directory / Path(value).name)
     elif option.name in _SOCKETS and value.startswith("unix:"):
-        socket, comma, rest = value.removeprefix("unix:").partition(",")
-        if "server" in rest:
-            option.value = f"unix:{directory / Path(socket).name}{comma}{rest}"
+        socket, *rest = _PART.findall(value.removeprefix("unix:")) or [""]
+        if any(part.partition("=")[0] == "server" for part in rest):
+            moved = str(directory / Path(socket.replace(",,", ",")).name).replace(",", ",,")
+            option.value = ",".join([f"unix:{moved}", *rest])
     elif option.name == "chardev" and option.values.get("backend") == "socket":
         path, listens = option.values.get("path"), option.values.get("server", "off")
         if path and listens not in ("off", "no", "false"):

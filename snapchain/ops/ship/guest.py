@@ -34,7 +34,7 @@ from snapchain.destination.guest_record import (
 from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Moment, Opening
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.guest import snapshot
+from snapchain.guest import overlays, snapshot
 from snapchain.guest.protocol import Definition, DefinitionFile, Guest
 from snapchain.guest.snapshot import DiskToSeal, GuestSnapshot, GuestSnapshotPlan, LeftOut, SnapshotRequest
 from snapchain.host.private import PrivateDirectory
@@ -84,6 +84,7 @@ class GuestShipReport(_Shown):
     instant: 32 hex digits, as all points of the guest point have it; time: of the snapshot
     why_not: why it is not filesystem-consistent where that was tried; frozen_seconds: how long the guest was frozen
     disks: as `ship` reports them; left_out: disks that were not taken
+    starts_with: what a guest without libvirt must be started with the next time; nothing but the user sees to that
     record_bytes: of the record; secrets: whether it holds passwords, firmware variables and the state of a TPM
     """
 
@@ -97,6 +98,7 @@ class GuestShipReport(_Shown):
     frozen_seconds: float | None = None
     disks: tuple[ShipReport, ...]
     left_out: tuple[LeftOut, ...] = ()
+    starts_with: tuple[Path, ...] = ()
     record_bytes: int
     secrets: bool
     seconds: float
@@ -166,8 +168,8 @@ def plan(
     disks = []
     for disk in planned.disks:
         with _told(name, disk.disk):
-            asked = _request(guest, disk, request, name, image=disk.sealed)
-            asked = replace(asked, opens=_AsItStands(disk, request.snapshot.image_dirs))
+            now = _AsItStands(disk, request.snapshot.image_dirs)
+            asked = replace(_request(guest, disk, request, name, image=now.image), opens=now)
             disks.append(one_disk.plan(asked, destination, on_event=_within(disk.disk, on_event)))
     return GuestShipPlan(
         guest=name,
@@ -222,6 +224,7 @@ class At:
     why_not: str | None = None
     frozen_seconds: float | None = None
     left_out: tuple[LeftOut, ...] = ()
+    starts_with: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, taken: GuestSnapshot) -> At:
@@ -233,6 +236,7 @@ class At:
             why_not=taken.why_not,
             frozen_seconds=taken.frozen_seconds,
             left_out=taken.left_out,
+            starts_with=taken.starts_with,
         )
 
 
@@ -290,6 +294,7 @@ def publish(
         frozen_seconds=at.frozen_seconds,
         disks=tuple(reports.values()),
         left_out=at.left_out,
+        starts_with=at.starts_with,
         record_bytes=len(content),
         secrets=described.secrets,
         seconds=time.monotonic() - begun,
@@ -388,6 +393,7 @@ def _taken(
     guest: Guest, request: GuestShipRequest, name: str, destination: Destination, on_event: OnEvent
 ) -> GuestSnapshot:
     """A snapshot, once it is known that the destination takes it: else each night would leave an overlay more."""
+    overlays.settle(guest, on_event=on_event)
     planned = snapshot.plan(guest, request.snapshot)
     epoch = request.epoch
     for disk in planned.disks:
@@ -438,7 +444,9 @@ class _AsItStands(ImageAtRest):
     """A disk with the layer that its guest writes to: for a plan. No file is locked, and only maps are read."""
 
     def __init__(self, disk: DiskToSeal, image_dirs: Sequence[Path]) -> None:
-        super().__init__(disk.sealed, format=disk.sealed_format, image_dirs=image_dirs)
+        # A guest that is off gets its overlay under the path that its image has now.
+        image = disk.sealed if disk.sealed.exists() else disk.overlay
+        super().__init__(image, format=disk.sealed_format, image_dirs=image_dirs)
 
     @contextmanager
     def opened(self, scope: Scope = Scope.ALL) -> Iterator[ImageChain]:
