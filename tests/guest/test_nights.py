@@ -143,7 +143,14 @@ def test_a_foreign_job_is_respected(host: Host) -> None:
     host.configure('\n[[guests]]\nqmp = "run/qmp"\nwhen_busy = "skip"\n')
     with host.machine() as machine:
         host.write(machine, "vda", 0, 1)
-        machine.ask("drive-mirror", **{"job-id": "theirs"}, device="vda-top", target=str(host.folder / "mirror.raw"), sync="full", format="raw")
+        machine.ask(
+            "drive-mirror",
+            **{"job-id": "theirs"},
+            device="vda-top",
+            target=str(host.folder / "mirror.raw"),
+            sync="full",
+            format="raw",
+        )
         found = row(host.night(0))
         assert found.outcome is Outcome.BUSY, found
         assert host.files("vdb") == 1
