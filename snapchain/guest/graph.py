@@ -214,14 +214,14 @@ def _view(
 
 
 def _left_out(device: Mapping[str, Any], qdev: str, kind: str, *, read_only: bool) -> str | None:
+    if not qdev:
+        return "unattached"
     if kind in _CD_DEVICES or (device.get("removable") is True and read_only):
         return "CD-ROM"
     if device.get("removable") is True:
         return "removable"
     if qdev.startswith("/machine/system.flash"):
         return "firmware"
-    if not qdev:
-        return "unattached"
     return "read-only" if read_only else None
 
 
