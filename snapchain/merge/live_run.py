@@ -16,7 +16,7 @@ from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, SnapchainError, Unavailable
 from snapchain.guest.address import GuestAddress
-from snapchain.guest.jobs import End, Ended, OnLook, drive
+from snapchain.guest.jobs import End, Ended, OnLook, drive, give_up
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
 from snapchain.host import files
 from snapchain.host.directory import real_path
@@ -36,7 +36,7 @@ from snapchain.merge.run import Fault, MergeReport, StepReport
 from snapchain.model.choice import MergeRange
 from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.model.merging import Strategy
-from snapchain.source.counted_sums import carry_over
+from snapchain.source.counted_sums import carry_over, guest_key
 from snapchain.source.lineage import note_of, sealed_at
 from snapchain.source.notes import Notes, Sealed
 
@@ -263,6 +263,11 @@ def _do(
         if job.progress().status is JobStatus.GONE:
             remove_record(journal)
             raise
+    except BaseException as error:  # interrupted
+        with suppress(SnapchainError):
+            give_up(guest.job(live.job_id, decided.kind, disk.name), on_event=on_event, because=error)
+        _forget_stream(guest, journal, live)
+        raise
     return _drive(guest, job, journal, records, look, on_event)
 
 
@@ -482,7 +487,7 @@ def _carry_over(
     try:
         with opened(find_disk(guest, disk_name), image_dirs=request.image_dirs) as new:
             found = ImageChain(new.files, owned=False)
-            carry_over(old.top.path, old, lambda: found, first=first, last=last, on_event=on_event)
+            carry_over(guest_key(guest.name, disk_name), old, lambda: found, first=first, last=last, on_event=on_event)
     except SnapchainError as error:
         on_event(Notice(f"{old.files[last].path}: it is read again when it is sent: {error}"))
 
