@@ -18,6 +18,7 @@ from snapchain.guest.snapshot import LeftOut, SnapshotRequest
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy
+from snapchain.ops import guest_merge
 from snapchain.ops.guest_points import GuestView, guests_of, missing_disks
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
@@ -384,9 +385,7 @@ def test_retention_keeps_what_a_point_belongs_to(site: Site) -> None:
     for name in NAMES:
         site.ship()
         write(site.guest.disks_now[name], "write -P 99 2M 64k")
-    place = site.open()
-    for disk in (*(f"web1/{name}" for name in NAMES), record_disk("web1")):
-        place.merging(disk, Policy(last=2)).run()
+    guest_merge.run(site.open(), "web1", Policy(last=2))
     del site.shown[1]
     site.check([2, 3])
 
@@ -397,3 +396,23 @@ def test_the_consistency_that_was_reached_is_recorded(site: Site) -> None:
     assert report.consistency is Consistency.FILESYSTEM
     assert {each.consistency for disk in site.open().disks() for each in disk.points} == {Consistency.FILESYSTEM}
     assert log(site.open(), "web1").guests[0].points[0].consistency is Consistency.FILESYSTEM
+
+
+def test_a_guest_that_is_off(site: Site) -> None:
+    """Its images are sealed at rest and keep their paths; what nobody wrote to is not sealed once more."""
+    site.guest.is_off = True
+    plan = ops.plan(site.guest, GuestShipRequest(), site.open())
+    assert [(Path(each.image).name, each.data_bytes > MiB) for each in plan.disks] == [
+        (f"{name}.qcow2", True) for name in NAMES
+    ]
+    first = site.ship()
+    assert first.consistency is Consistency.OFFLINE
+    files = {name: sorted(path.name for path in (site.folder / name).glob("*.qcow2")) for name in NAMES}
+    assert files == {name: ["root.qcow2", f"{name}.1.qcow2", f"{name}.qcow2"] for name in NAMES}
+    site.ship()
+    assert {name: len(list((site.folder / name).glob("*.qcow2"))) for name in NAMES} == dict.fromkeys(NAMES, 3)
+    write(site.guest.disks_now["vdb"], "write -P 99 2M 64k")
+    third = site.ship()
+    assert [each.data_bytes for each in third.disks] == [0, 64 << 10, 0]
+    assert {name: len(list((site.folder / name).glob("*.qcow2"))) for name in NAMES} == dict.fromkeys(NAMES, 4)
+    site.check([1, 2, 3])
