@@ -51,6 +51,9 @@ class Misread(ValueError):
 class Inconsistent(Exception):
     """The graph changed between two of the answers: ask again."""
 
+    def __init__(self, where: str) -> None:
+        super().__init__(f"the block graph changed at {where}")
+
 
 class Location(Protocol):
     """As qemu_process.Located."""
@@ -124,7 +127,7 @@ def disks(
     for number, each in enumerate(block):
         counted = by_device.get(_key(each))
         if counted is None:
-            raise Inconsistent
+            raise Inconsistent(_text(each, "qdev"))
         name = _unique(name_of(_text(each, "qdev"), _text(each, "device"), number), taken)
         view = _view(each, counted, name, bitmaps, locate, (types or {}).get(name, ""))
         if view.disk.left_out is None and view.disk.obstacle is None and view.disk.active.node in inactive:
@@ -237,7 +240,7 @@ def _chain(inserted: Mapping[str, Any], counted: Mapping[str, Any]) -> Iterator[
     image: Any = inserted.get("image")
     stat: Any = counted
     if _text(inserted, "node-name") != _text(counted, "node-name"):
-        raise Inconsistent
+        raise Inconsistent(_text(inserted, "node-name"))
     for _ in range(_MOST_LAYERS):
         if not isinstance(image, Mapping) or not isinstance(stat, Mapping):
             raise Misread("an image is not an object")
@@ -247,7 +250,7 @@ def _chain(inserted: Mapping[str, Any], counted: Mapping[str, Any]) -> Iterator[
         yield _Node(name, _text(image, "format"), image)
         image, stat = image.get("backing-image"), stat.get("backing")
         if (image is None) != (stat is None):
-            raise Inconsistent
+            raise Inconsistent(name)
         if image is None:
             return
     raise Misread(f"a chain has more than {_MOST_LAYERS} images")

@@ -156,7 +156,7 @@ def test_answers_from_two_moments_are_noticed() -> None:
     ):
         before = copy.deepcopy(stats)
         spoil()
-        with pytest.raises(Inconsistent):
+        with pytest.raises(Inconsistent, match="the block graph changed at"):
             graph.disks(block, stats, nodes, locate=locate)
         stats[:] = before
     assert graph.disks(block, stats, nodes, locate=locate)
