@@ -16,8 +16,10 @@ import queue
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +41,8 @@ DIRTY = 1
 
 _READ_BYTES = 32 << 20
 """No server has to take a longer request."""
+_AHEAD = 16
+"""Requests under way on a connection: as many as QEMU takes from a client."""
 _STATUS_BYTES = (1 << 32) - (1 << 20)
 _OPTION_BYTES = 64 << 10
 _OPTION_REPLIES = 64
@@ -54,6 +58,7 @@ _OPTION = struct.Struct(">QII")
 _OPTION_HEAD = struct.Struct(">QIII")
 _COMMAND = struct.Struct(">IHHQQI")
 _CHUNK_HEAD = struct.Struct(">HHQI")
+_SIMPLE_REST = struct.Struct(">IQ")
 _U16, _U32, _U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
 _HOLE_CHUNK = struct.Struct(">QI")
 _ERROR_HEAD = struct.Struct(">IH")
@@ -99,14 +104,22 @@ class Connection:
     size: of the export, bytes; context: the one metadata context that `runs` asks for, None for none
     """
 
-    def __init__(self, path: Path, export: str, *, context: str | None = None, seconds: float = SECONDS) -> None:
-        """Connect and negotiate.
+    def __init__(
+        self,
+        path: Path,
+        export: str,
+        *,
+        context: str | None = None,
+        unit: int = _READ_BYTES,
+        seconds: float = SECONDS,
+    ) -> None:
+        """Connect and negotiate. unit: bytes, at whose multiples requests for data end.
 
         Raises NotFound for an export or context that the server does not have, Unavailable where nobody answers,
         Unsupported for a server without structured replies, Corrupt for one that breaks the protocol.
         """
         self._subject = f"NBD export {export} at {path}"
-        self._seconds, self._handle, self._context_id = seconds, 0, -1
+        self._seconds, self._unit, self._handle, self._context_id = seconds, unit, 0, -1
         self._end = time.monotonic() + seconds
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -127,8 +140,15 @@ class Connection:
         where it breaks the protocol. After an error the connection is not used again.
         """
         view = buffer.cast("B")
-        for at in range(0, len(view), _READ_BYTES):
-            self._read(offset + at, view[at : at + _READ_BYTES])
+        pieces: deque[_Piece] = deque()
+        at = 0
+        while at < len(view) or pieces:
+            # Some requests ahead of the replies, so that the server never waits for us.
+            while at < len(view) and len(pieces) < _AHEAD:
+                stop = min(len(view), (offset + at) // self._unit * self._unit + self._unit - offset)
+                pieces.append(_Piece(self._request(_Command.READ, offset + at, stop - at), offset + at, view[at:stop]))
+                at = stop
+            self._read(pieces)
 
     def runs(self) -> tuple[Int64s, npt.NDArray[np.uint32]]:
         """(int64[n], uint32[n]): where runs of equal flags begin, ascending from 0, and the flags. Errors as reading.
@@ -216,39 +236,52 @@ class Connection:
 
     # ---- transmission
 
-    def _read(self, offset: int, view: memoryview) -> None:
-        self._request(_Command.READ, offset, len(view))
-        parts: list[tuple[int, int]] = []
-        for kind, length in self._chunks(_Command.READ, offset, len(view)):
-            if kind == _Chunk.OFFSET_DATA and length > _U64.size:
-                start = _U64.unpack(self._take(_U64.size))[0] - offset
-                stop = start + length - _U64.size
-            elif kind == _Chunk.OFFSET_HOLE and length == _HOLE_CHUNK.size:
-                place, hole = _HOLE_CHUNK.unpack(self._take(length))
-                start, stop = place - offset, place - offset + hole
-            else:
-                raise self._broken(f"a chunk of type {kind} with {length} bytes in answer to a read")
-            if not 0 <= start < stop <= len(view) or len(parts) > len(view) // _GRAIN:
+    def _read(self, pieces: deque[_Piece]) -> None:
+        """Take one chunk of any of the requests; those that are complete are gone from `pieces`."""
+        done, kind, handle, length = self._head()
+        piece = next((each for each in pieces if each.handle == handle), None)
+        if piece is None:
+            raise self._broken("a reply to no request")
+        size = len(piece.view)
+        if kind & _IS_ERROR:
+            raise self._failed(_Command.READ, piece.offset, size, self._error(length))
+        if kind == _Chunk.OFFSET_DATA and length > _U64.size:
+            start = _U64.unpack(self._take(_U64.size))[0] - piece.offset
+            stop = start + length - _U64.size
+        elif kind == _Chunk.OFFSET_HOLE and length == _HOLE_CHUNK.size:
+            place, hole = _HOLE_CHUNK.unpack(self._take(length))
+            start, stop = place - piece.offset, place - piece.offset + hole
+        elif kind == _Chunk.NONE and not length and done:
+            start = stop = 0
+        else:
+            raise self._broken(f"a chunk of type {kind} with {length} bytes in answer to a read")
+        if stop:
+            if not 0 <= start < stop <= size or len(piece.parts) > size // _GRAIN:
                 raise self._broken("data outside of what was asked for")
-            parts.append((start, stop))
+            piece.parts.append((start, stop))
             if kind == _Chunk.OFFSET_DATA:
-                self._fill(view[start:stop])
+                self._fill(piece.view[start:stop])
             else:
-                view[start:stop] = bytes(stop - start)
-        at = 0
-        for start, stop in sorted(parts):
-            if start != at:
+                piece.view[start:stop] = bytes(stop - start)
+        if done:
+            if not piece.is_whole():
                 raise self._broken("an answer that does not give each byte exactly once")
-            at = stop
-        if at != len(view):
-            raise self._broken("an answer that lacks bytes")
+            pieces.remove(piece)
 
     def _status(self, offset: int, length: int) -> tuple[Int64s, npt.NDArray[np.uint32]]:
-        self._request(_Command.BLOCK_STATUS, offset, length)
+        handle = self._request(_Command.BLOCK_STATUS, offset, length)
         found: npt.NDArray[np.uint32] | None = None
-        for kind, size in self._chunks(_Command.BLOCK_STATUS, offset, length):
+        done = False
+        while not done:
+            done, kind, whose, size = self._head()
+            if whose != handle:
+                raise self._broken("a reply to no request")
+            if kind & _IS_ERROR:
+                raise self._failed(_Command.BLOCK_STATUS, offset, length, self._error(size))
+            if kind == _Chunk.NONE and not size and done:
+                break
             most = 2 * 4 * (length // _GRAIN + 2) + 4
-            if kind != _Chunk.BLOCK_STATUS or size < 12 or size % 8 != 4 or size > most or size > 2 * 4 * _MOST_RUNS:
+            if kind != _Chunk.BLOCK_STATUS or size < 12 or size % 8 != 4 or size > min(most, 2 * 4 * _MOST_RUNS):
                 raise self._broken(f"a chunk of type {kind} with {size} bytes in answer to a question for a map")
             data = self._take(size)
             if _U32.unpack_from(data)[0] != self._context_id or found is not None:
@@ -262,41 +295,27 @@ class Connection:
             raise self._broken("a map that does not fit what was asked for")
         return lengths, found[:, 1]
 
-    def _request(self, command: _Command, offset: int, length: int) -> None:
+    def _request(self, command: _Command, offset: int, length: int) -> int:
+        """Send a request, which also sets the deadline anew; its handle."""
         self._end = time.monotonic() + self._seconds
         self._handle += 1
         self._send(_COMMAND.pack(_REQUEST, 0, command, self._handle, offset, length))
+        return self._handle
 
-    def _chunks(self, command: _Command, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """(type, bytes) of each chunk of the reply whose content the caller takes.
-
-        Raises Unavailable for an error, once the reply has ended: so the connection stays usable.
-        """
-        failed: str | None = None
-        while True:
-            magic = _U32.unpack(self._take(_U32.size))[0]
-            if magic == _SIMPLE:
-                error, handle = _U32.unpack(self._take(4))[0], _U64.unpack(self._take(8))[0]
-                if handle != self._handle or not error:
-                    raise self._broken("a simple reply where a structured one was agreed")
-                raise self._failed(command, offset, length, _ERRORS.get(error, f"error {error}"))
-            if magic != _CHUNK:
-                raise self._broken("bytes that are no reply")
-            flags, kind, handle, size = _CHUNK_HEAD.unpack(self._take(_CHUNK_HEAD.size))
-            if handle != self._handle:
-                raise self._broken("a reply to another request")
-            if kind & _IS_ERROR:
-                failed = self._error(size)
-            elif kind == _Chunk.NONE and not size and flags & _DONE:
-                pass
-            elif size > max(length, 2 * 4 * _MOST_RUNS) + _U64.size:
-                raise self._broken("a reply that is too long")
-            else:
-                yield kind, size
-            if flags & _DONE:
-                break
-        if failed is not None:
-            raise self._failed(command, offset, length, failed)
+    def _head(self) -> tuple[bool, int, int, int]:
+        """(whether it is the reply's last, type, handle, bytes) of the next chunk; a simple error reply is one, too."""
+        magic = _U32.unpack(self._take(_U32.size))[0]
+        if magic == _SIMPLE:
+            error, handle = _SIMPLE_REST.unpack(self._take(_SIMPLE_REST.size))
+            if not error:
+                raise self._broken("a simple reply where a structured one was agreed")
+            raise Unavailable(f"the NBD server refuses a request: {_named(error)}", subject=self._subject)
+        if magic != _CHUNK:
+            raise self._broken("bytes that are no reply")
+        flags, kind, handle, length = _CHUNK_HEAD.unpack(self._take(_CHUNK_HEAD.size))
+        if length > max(_READ_BYTES, 2 * 4 * _MOST_RUNS) + _U64.size:
+            raise self._broken("a reply that is too long")
+        return bool(flags & _DONE), kind, handle, length
 
     def _error(self, size: int) -> str:
         if not _ERROR_HEAD.size <= size <= _OPTION_BYTES:
@@ -305,8 +324,7 @@ class Connection:
         if _ERROR_HEAD.size + length > size:
             raise self._broken("a malformed error")
         words = bytes(data[_ERROR_HEAD.size :][:length]).decode(errors="replace")[:200]
-        name = _ERRORS.get(error, f"error {error}")
-        return f"{name} ({words})" if words and words.isprintable() else name
+        return f"{_named(error)} ({words})" if words and words.isprintable() else _named(error)
 
     def _failed(self, command: _Command, offset: int, length: int, why: str) -> Unavailable:
         what = "be read" if command is _Command.READ else "be mapped"
@@ -352,15 +370,46 @@ class Connection:
         return Unavailable(f"the connection is lost: {error.strerror or error}", subject=self._subject)
 
 
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """A request for data. parts: (start, stop) within it that have come."""
+
+    handle: int
+    offset: int
+    view: memoryview
+    parts: list[tuple[int, int]] = field(default_factory=list)
+
+    def is_whole(self) -> bool:
+        """Whether each byte came exactly once."""
+        at = 0
+        for start, stop in sorted(self.parts):
+            if start != at:
+                return False
+            at = stop
+        return at == len(self.view)
+
+
+def _named(error: int) -> str:
+    return _ERRORS.get(error, f"error {error}")
+
+
 class NbdExport:
     """An export, read by several connections; a context manager.
 
     size: bytes; bytes_read: so many were read so far
     """
 
-    def __init__(self, path: Path, name: str, *, connections: int = CONNECTIONS, seconds: float = SECONDS) -> None:
-        """Raises as `Connection`."""
-        self._path, self._name, self._seconds = path, name, seconds
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        connections: int = CONNECTIONS,
+        unit: int = _READ_BYTES,
+        seconds: float = SECONDS,
+    ) -> None:
+        """unit: as `Connection` has it. Raises as that."""
+        self._path, self._name, self._unit, self._seconds = path, name, unit, seconds
         # A place for each connection: None until a thread needs it, and after an error.
         self._places: queue.LifoQueue[Connection | None] = queue.LifoQueue()
         for _ in range(connections - 1):
@@ -371,7 +420,7 @@ class NbdExport:
         self._count = connections
 
     def _connected(self, context: str | None = None) -> Connection:
-        return Connection(self._path, self._name, context=context, seconds=self._seconds)
+        return Connection(self._path, self._name, context=context, unit=self._unit, seconds=self._seconds)
 
     def runs(self, context: str) -> tuple[Int64s, npt.NDArray[np.uint32]]:
         """As `Connection.runs`, over a connection of its own. Raises NotFound where the server lacks the context."""

@@ -93,6 +93,11 @@ class QmpGuest:
         """See `Guest`."""
         return self._address
 
+    @property
+    def monitor(self) -> Monitor:
+        """QEMU's own, for what no other kind of guest has."""
+        return self._monitor
+
     # --- What it is.
 
     def state(self) -> State:

@@ -11,12 +11,13 @@ what is not there yet.
 from __future__ import annotations
 
 import base64
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ from snapchain.destination.guest_record import (
 from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Moment, Opening
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
-from snapchain.guest import snapshot
+from snapchain.guest import overlays, snapshot
 from snapchain.guest.protocol import Definition, DefinitionFile, Guest
 from snapchain.guest.snapshot import DiskToSeal, GuestSnapshot, GuestSnapshotPlan, LeftOut, SnapshotRequest
 from snapchain.host.private import PrivateDirectory
@@ -44,6 +45,7 @@ from snapchain.image import ImageChain, scan
 from snapchain.model.consistency import Consistency
 from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name, is_disk_name
 from snapchain.model.events import Event, Notice, OnEvent, ignore
+from snapchain.model.extents import Extents
 from snapchain.model.points import check_label
 from snapchain.ops.ship import run as one_disk
 from snapchain.ops.ship.request import Divergence, ShipPlan, ShipReport, ShipRequest
@@ -84,7 +86,8 @@ class GuestShipReport(_Shown):
     instant: 32 hex digits, as all points of the guest point have it; time: of the snapshot
     why_not: why it is not filesystem-consistent where that was tried; frozen_seconds: how long the guest was frozen
     disks: as `ship` reports them; left_out: disks that were not taken
-    record_bytes: of the record; secrets: whether it holds passwords, firmware variables and the state of a TPM
+    starts_with: what a guest without libvirt must be started with the next time; nothing but the user sees to that
+    record_bytes: of the record; secrets: whether it may hold passwords and the state of a TPM
     """
 
     guest: str
@@ -97,6 +100,7 @@ class GuestShipReport(_Shown):
     frozen_seconds: float | None = None
     disks: tuple[ShipReport, ...]
     left_out: tuple[LeftOut, ...] = ()
+    starts_with: tuple[Path, ...] = ()
     record_bytes: int
     secrets: bool
     seconds: float
@@ -166,8 +170,8 @@ def plan(
     disks = []
     for disk in planned.disks:
         with _told(name, disk.disk):
-            asked = _request(guest, disk, request, name, image=disk.sealed)
-            asked = replace(asked, opens=_AsItStands(disk, request.snapshot.image_dirs))
+            now = _AsItStands(disk, request.snapshot.image_dirs)
+            asked = replace(_request(guest, disk, request, name, image=now.image), opens=now)
             disks.append(one_disk.plan(asked, destination, on_event=_within(disk.disk, on_event)))
     return GuestShipPlan(
         guest=name,
@@ -222,6 +226,7 @@ class At:
     why_not: str | None = None
     frozen_seconds: float | None = None
     left_out: tuple[LeftOut, ...] = ()
+    starts_with: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, taken: GuestSnapshot) -> At:
@@ -233,6 +238,7 @@ class At:
             why_not=taken.why_not,
             frozen_seconds=taken.frozen_seconds,
             left_out=taken.left_out,
+            starts_with=taken.starts_with,
         )
 
 
@@ -290,6 +296,7 @@ def publish(
         frozen_seconds=at.frozen_seconds,
         disks=tuple(reports.values()),
         left_out=at.left_out,
+        starts_with=at.starts_with,
         record_bytes=len(content),
         secrets=described.secrets,
         seconds=time.monotonic() - begun,
@@ -327,7 +334,7 @@ def without_secrets(whole: Definition, public: Definition) -> tuple[Definition, 
     left_out = [_words(each) for each in whole.files if each.secret]
     if (whole.live, whole.inactive, whole.argv) != (public.live, public.inactive, public.argv):
         left_out.insert(0, "passwords in the definition")
-    unreadable = tuple(dict.fromkeys((*public.unreadable, *(f"{_NOT_ENCRYPTED}: {each}" for each in left_out))))
+    unreadable = tuple(dict.fromkeys((*whole.unreadable, *(f"{_NOT_ENCRYPTED}: {each}" for each in left_out))))
     return replace(public, files=files, unreadable=unreadable), tuple(left_out)
 
 
@@ -388,6 +395,7 @@ def _taken(
     guest: Guest, request: GuestShipRequest, name: str, destination: Destination, on_event: OnEvent
 ) -> GuestSnapshot:
     """A snapshot, once it is known that the destination takes it: else each night would leave an overlay more."""
+    overlays.settle(guest, on_event=on_event)
     planned = snapshot.plan(guest, request.snapshot)
     epoch = request.epoch
     for disk in planned.disks:
@@ -406,7 +414,33 @@ def _taken(
     )
     with destination.look(opening, on_event=on_event):
         pass
-    return snapshot.run(guest, planned, request.snapshot, on_event=on_event)
+    unwritten = _sealed_already(planned, request.snapshot) if planned.is_off else None
+    return unwritten or snapshot.run(guest, planned, request.snapshot, on_event=on_event)
+
+
+def _sealed_already(planned: GuestSnapshotPlan, request: SnapshotRequest) -> GuestSnapshot | None:
+    """Of a guest that is off, and was since its last snapshot: what was sealed then is what its disks show now.
+
+    Else each night would put one empty overlay more on a guest that nobody starts. Raises Busy as ImageAtRest.opened.
+    """
+    sealed: list[DiskToSeal] = []
+    for disk in planned.disks:
+        image = ImageAtRest(disk.overlay, format=disk.sealed_format, image_dirs=request.image_dirs)
+        with image.opened() as chain:
+            top = chain.top
+            below = chain.files[-2] if len(chain.files) > 1 else None
+            if below is None or below.size != top.size or top.extents != Extents.absent(top.size):
+                return None
+            change = {"sealed": below.path, "sealed_format": below.format, "layers": len(chain.files)}
+            sealed.append(disk.model_copy(update=change))
+    return GuestSnapshot(
+        guest=planned.guest,
+        instant=secrets.token_hex(16),
+        time=datetime.now(UTC),
+        consistency=Consistency.OFFLINE,
+        disks=tuple(sealed),
+        left_out=planned.left_out,
+    )
 
 
 def _request(
@@ -438,7 +472,9 @@ class _AsItStands(ImageAtRest):
     """A disk with the layer that its guest writes to: for a plan. No file is locked, and only maps are read."""
 
     def __init__(self, disk: DiskToSeal, image_dirs: Sequence[Path]) -> None:
-        super().__init__(disk.sealed, format=disk.sealed_format, image_dirs=image_dirs)
+        # A guest that is off gets its overlay under the path that its image has now.
+        image = disk.sealed if disk.sealed.exists() else disk.overlay
+        super().__init__(image, format=disk.sealed_format, image_dirs=image_dirs)
 
     @contextmanager
     def opened(self, scope: Scope = Scope.ALL) -> Iterator[ImageChain]:

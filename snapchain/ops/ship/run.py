@@ -230,10 +230,10 @@ class _Work:
             if not writer.believed:
                 self._sums.note(self._chain, group.files.stop, top.total)
             if group.publishes:
-                self._publish(writer, top, group.files.stop)
+                self._publish(writer, top, group.files.stop, is_last=group is todo[-1])
         if not todo:
             assert top is not None, "an image without a layer there has at least a root"
-            self._publish(writer, top, len(self._chain.files))
+            self._publish(writer, top, len(self._chain.files), is_last=True)
         assert top is not None
         finished = writer.finish()
         if finished.points is not None:
@@ -259,15 +259,16 @@ class _Work:
             seconds=time.monotonic() - begun,
         )
 
-    def _publish(self, writer: LayerWriter, top: HeldLayer, stop: int) -> None:
-        is_newest = stop == len(self._chain.files)
-        moment = self._request.moment if is_newest else None
-        writer.publish(top, time=self._time_of(stop), labels=self._request.labels, moment=moment)
+    def _publish(self, writer: LayerWriter, top: HeldLayer, stop: int, *, is_last: bool) -> None:
+        """is_last: it shows the image as given; files above `stop` then say nothing."""
+        time = (self._request.time if is_last else None) or self._time_of(stop)
+        moment = self._request.moment if is_last else None
+        writer.publish(top, time=time, labels=self._request.labels, moment=moment)
 
     def _time_of(self, stop: int) -> datetime:
-        """Now for the image as given, unless somebody knows better; for a sealed file below it, its last write."""
+        """Now for the image as given; for a sealed file below it, its last write."""
         if stop == len(self._chain.files):
-            return self._request.time or datetime.now(UTC)
+            return datetime.now(UTC)
         return written_at(self._chain.files[stop - 1].fingerprint)
 
     def _remember(self) -> None:
