@@ -291,6 +291,22 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+def test_devices_whose_data_are_elsewhere_or_are_the_hosts_own(known: dict[str, Any]) -> None:
+    folder = 'qom-list {"path": "/machine/peripheral"}'
+    devices = [
+        {"name": "vda", "type": "child<scsi-block>"},
+        {"name": "far", "type": "child<vhost-user-blk-pci>"},
+        {"name": "gpu", "type": "child<vfio-pci>"},
+    ]
+    guest = QmpGuest(GuestAddress(qmp=Path("/run/web1.qmp")), monitor=Recorded({**known, folder: devices}))
+    disks = {disk.name: disk for disk in guest.disks()}
+    assert disks["vda"].obstacle == "the guest has the device itself (scsi-block)"
+    assert (disks["far"].left_out, disks["far"].chain) == ("vhost-user-blk", ())
+    assert guest.definition(with_secrets=True).immovable == (
+        "vda (scsi-block) is a device of this host", "gpu (vfio-pci) is a device of this host",
+    )  # fmt: skip
+
+
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
