@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.cli import main
 from snapchain.errors import Busy, Conflict, NotFound, ToolFailed, Unavailable, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
@@ -646,3 +647,25 @@ def test_its_agent_freezes_and_thaws_it(libvirt_host: LibvirtHost, tmp_path: Pat
         assert guest.disks()[0].active.path == tmp_path / "vda.1.qcow2"
     finally:
         domain.remove()
+
+
+def test_snapshots_and_merges_of_a_domain_by_the_command_line(
+    start: Start, chain: list[Path], second: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    domain = start(disks={"vda": chain[-1], "vdb": second})
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", domain.host.uri)
+    domain.write("vda", 0, MiB, 0x61)
+    assert main(["snapshot", "--domain", domain.name, "--disk", "vda"]) == 0
+    assert [len(disk.chain) for disk in opened(domain).disks()] == [5, 1]
+    domain.write("vda", 6 * MiB, MiB, 0x62)
+    capsys.readouterr()
+    assert main(["merge", "--domain", domain.name, "--disk", "vda", "--flatten", "--json"]) == 0
+    said = capsys.readouterr()
+    assert '"strategy": "commit"' in said.out
+    assert [layer.path for layer in opened(domain).disks()[0].chain] == [chain[0]]
+    assert domain.source("vda") == domain.source("vda", "--inactive") == chain[0]
+    left = {path.name for path in chain[0].parent.glob("*.qcow2")}
+    assert left == {"a.qcow2", "vdb.qcow2"}
+    for place, value in ((0, 0x61), (MiB, 1), (2 * MiB, 2), (5 * MiB, 4), (6 * MiB, 0x62)):
+        assert domain.reads("vda", place, MiB, value)
+    assert records() == []
