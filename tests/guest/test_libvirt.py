@@ -20,7 +20,7 @@ from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOv
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.virsh import Virsh
 from tests.guest.agent_guest import formatted, parts
-from tests.guest.libvirt import Domain
+from tests.guest.libvirt import Domain, disk_xml
 from tests.libvirtd import LibvirtHost
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img
 from tests.waiting import wait_until
@@ -149,32 +149,27 @@ def test_a_daemon_that_hangs_is_unavailable(start: Start, chain: list[Path], mon
         os.kill(pid, signal.SIGCONT)
 
 
-OBSTACLES = {
-    "raw": ("<driver name='qemu' type='raw'/><source file='{raw}'/>", "", None, None),
-    "read-only": ("<driver name='qemu' type='qcow2'/><source file='{other}'/>", "<readonly/>", None, "read-only"),
-    "shared": ("<driver name='qemu' type='raw'/><source file='{raw}'/>", "<shareable/>", "shared with other", None),
-    "iotune": (
-        "<driver name='qemu' type='qcow2'/><source file='{other}'/>",
-        "<iotune><total_iops_sec>100</total_iops_sec></iotune>", None, None,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", OBSTACLES)
 def test_each_kind_of_disk_is_handled_or_left_out_with_a_word(
-    kind: str, start: Start, chain: list[Path], second: Path, tmp_path: Path
+    start: Start, chain: list[Path], second: Path, tmp_path: Path
 ) -> None:
-    source, more, obstacle, left_out = OBSTACLES[kind]
-    raw = tmp_path / "vdb.raw"
+    """More kinds: test_domain_xml.py."""
+    raw, other = tmp_path / "vdb.raw", tmp_path / "vde.raw"
     raw.write_bytes(bytes(MiB))
-    source = source.format(raw=raw, other=second)
-    disk = f"<disk type='file' device='disk'>{source}<target dev='vdb' bus='virtio'/>{more}</disk>"
-    found = opened(start(disks={"vda": chain[-1]}, more=disk)).disks()[1]
-    assert found.left_out == left_out
-    if obstacle is None:
-        assert found.obstacle is None
-    else:
-        assert obstacle in str(found.obstacle)
+    other.write_bytes(bytes(MiB))
+    limited = "<iotune><total_iops_sec>100</total_iops_sec></iotune>"
+    more = "".join(
+        [
+            disk_xml("vdb", raw, driver="type='raw'"),
+            disk_xml("vdc", second, more=limited),
+            disk_xml("vdd", chain[0], more="<readonly/>"),
+            disk_xml("vde", other, driver="type='raw'", more="<shareable/>"),
+        ]
+    )
+    found = {disk.name: disk for disk in opened(start(disks={"vda": chain[-1]}, more=more)).disks()}
+    assert {name: disk.left_out for name, disk in found.items() if disk.left_out} == {"vdd": "read-only"}
+    assert {name for name, disk in found.items() if disk.obstacle} == {"vde"}
+    assert "shared with other guests" in str(found["vde"].obstacle)
+    assert (found["vdb"].active.image_format, found["vdb"].active.virtual_size) == ("raw", MiB)
 
 
 def test_a_volume_of_a_pool(start: Start, chain: list[Path], libvirt_host: LibvirtHost) -> None:
