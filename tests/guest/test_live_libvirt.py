@@ -10,6 +10,7 @@ import pytest
 
 from snapchain.errors import Busy, Unsupported
 from snapchain.guest.libvirt_guest import LibvirtGuest
+from snapchain.guest.libvirt_jobs import LibvirtJob
 from snapchain.guest.protocol import JobKind
 from snapchain.merge.live import LiveMergePlan, plan
 from snapchain.merge.live_run import run
@@ -17,6 +18,7 @@ from snapchain.merge.request import MergeRequest
 from snapchain.merge.run import MergeReport
 from snapchain.model.events import Event
 from snapchain.model.merging import Strategy
+from snapchain.ops import doctor
 from tests.guest.libvirt import Domain
 from tests.guest.live_chain import MIB, Chain, K, links, names, sound
 from tests.libvirtd import LibvirtHost
@@ -90,6 +92,34 @@ def test_an_active_commit_is_known_to_the_next_start(start: Start, chain: Chain)
     assert domain.source("vda") == chain.files[1]
 
 
+def test_a_domain_that_ended_after_a_pivot_that_nobody_saw(
+    start: Start, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its definition tells that it was switched: the layers above are stale, and go."""
+    domain = start(chain.active)
+
+    class DiedError(BaseException):
+        pass
+
+    def die(job: LibvirtJob) -> None:
+        raise DiedError
+
+    monkeypatch.setattr(LibvirtJob, "dismiss", die)
+    with pytest.raises(DiedError):
+        merged(domain, MergeRequest(image=chain.active, strategy=Strategy.COMMIT))
+    monkeypatch.undo()
+    domain.write("vda", MIB, 64 * K, 55)
+    domain.io("vda", "flush")
+    domain.kill()
+    assert journals(chain)
+    report = doctor.run(doctor.plan([chain.folder]))
+    assert report.well, report
+    assert not journals(chain)
+    assert sorted(path.name for path in chain.folder.glob("*.qcow2")) == ["0.qcow2", "1.qcow2"]
+    domain.virsh("start")
+    assert domain.reads("vda", MIB, 64 * K, 55)
+
+
 def test_a_stream_into_the_active_layer(start: Start, chain: Chain) -> None:
     domain = start(chain.active)
     seen: list[Event] = []
@@ -117,8 +147,9 @@ def test_a_stream_of_sealed_layers_is_refused(start: Start, chain: Chain) -> Non
 
 def test_a_foreign_job_is_respected(start: Start, chain: Chain, tmp_path: Path) -> None:
     domain = start(chain.active)
-    domain.virsh("blockcopy", "--path", "vda", "--dest", tmp_path / "copy.qcow2", "--transient-job", "--format", "qcow2",
-                 "--bandwidth", "1")  # fmt: skip
+    target = tmp_path / "copy.qcow2"
+    words = ("--transient-job", "--format", "qcow2", "--bandwidth", "1")
+    domain.virsh("blockcopy", "--path", "vda", "--dest", target, *words)
     with pytest.raises(Busy):
         merged(domain, MergeRequest(image=chain.active, to_layer="3.qcow2"))
     assert len(names(chain.active)) == 5
