@@ -294,10 +294,12 @@ def test_a_plan_changes_nothing(site: Site) -> None:
         write(site.guest.disks_now[name], "write -P 99 2M 192k")
     before = site.guest.snapshots
     plan = ops.plan(site.guest, GuestShipRequest(labels=("a",)), site.open())
-    assert (plan.guest, plan.labels, plan.data_bytes) == ("web1", ("a",), 3 * (192 << 10))
+    assert (plan.guest, plan.labels) == ("web1", ("a",))
     assert [(each.disk, each.layers_present, len(each.layers)) for each in plan.disks] == [
         (f"web1/{name}", 2, 1) for name in NAMES
     ]
+    # The active layer is not parsed, as its guest writes to it: its file is a little larger than its data.
+    assert all(192 << 10 <= each.data_bytes <= MiB for each in plan.disks)
     assert [each.disk for each in plan.snapshot.disks] == list(NAMES)
     assert site.guest.snapshots == before
     site.check([1])
