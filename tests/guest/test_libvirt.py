@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.errors import Busy, Conflict, NotFound, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, NotFound, ToolFailed, Unavailable, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.agent import open_agent
@@ -101,7 +101,7 @@ def test_a_guest_as_it_is(start: Start, chain: list[Path], second: Path, tmp_pat
         domain.io("vda", "flush")
         counted = guest.statistics("vda")
         assert counted.reads >= 0
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match="vdz: the guest has no statistics"):
             guest.statistics("vdz")
         domain.virsh("suspend")
         assert guest.state() is State.PAUSED
@@ -269,7 +269,7 @@ def test_all_disks_or_none(start: Start, chain: list[Path], second: Path) -> Non
     new = [overlay(chain[-1], "vda", "vda.1.qcow2"), overlay(second, "vdb", "vdb.1.qcow2", 8 * MiB)]
     with guest.prepared(new) as switch:
         new[1].path.write_bytes(b"no image any more")
-        with pytest.raises(Exception, match="refused"):
+        with pytest.raises(ToolFailed, match="libvirt refused `snapshot-create`"):
             switch.run()
         assert switch.outcome() is Outcome.NOT_DONE
     assert [disk.active.path for disk in guest.disks()] == [chain[-1], second]
@@ -314,9 +314,9 @@ def test_a_lost_answer_is_judged_by_the_definition(
     with guest.prepared([new]) as switch:
         domain.host.kill()
         try:
-            with pytest.raises(Unavailable):
+            with pytest.raises(Unavailable, match="not reachable"):
                 switch.run()
-            with pytest.raises(Unavailable):
+            with pytest.raises(Unavailable, match="not reachable"):
                 switch.outcome()
         finally:
             domain.host.start()
@@ -541,7 +541,7 @@ def test_jobs_survive_libvirtd_and_not_qemu(start: Start, chain: list[Path]) -> 
     job = merged(guest, JobKind.COMMIT, "vda", chain[0], chain[2], speed=1)
     domain.host.kill()
     try:
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="not reachable"):
             job.progress()
     finally:
         domain.host.start()
