@@ -191,9 +191,12 @@ def verify(
 
     share: of the data to read, from 0.0 (records only) to 1.0 (everything)
 
-    Damage is not raised: the report has `ok` and `findings`. Raises NotFound for a disk that is not there.
+    Damage is not raised: the report has `ok` and `findings`. A guest's name in the place of a disk checks all its disks.
+    Raises NotFound for a disk that is not there.
     """
-    return _opened(destination, writing=False).verify(disk, share=share, on_event=on_event or _ignore)
+    from snapchain.ops.guest_verify import verify
+
+    return verify(_opened(destination, writing=False), disk, share=share, on_event=on_event or _ignore)
 
 
 def merge_points(
@@ -209,7 +212,8 @@ def merge_points(
     zone: whose calendar says what a day is; by default UTC
 
     In a repository only records change. At a replica the files are merged where they are. The report has
-    `points_kept` and `points_dropped`. Raises NotFound for a disk that is not there, Busy while somebody ships to it.
+    `points_kept` and `points_dropped`. Raises NotFound for a disk that is not there, Busy while somebody ships to it,
+    InvalidInput for a disk with points of a guest, which are kept or dropped as a whole.
     """
     from datetime import UTC
 
