@@ -189,10 +189,10 @@ def verify(
 ) -> VerifyReport:
     """Check the records of a destination, or of one disk, and a share of the data.
 
+    disk: its name, or that of a guest, all disks of which are checked then
     share: of the data to read, from 0.0 (records only) to 1.0 (everything)
 
-    Damage is not raised: the report has `ok` and `findings`. A guest's name in the place of a disk checks all its disks.
-    Raises NotFound for a disk that is not there.
+    Damage is not raised: the report has `ok` and `findings`. Raises NotFound for a disk that is not there.
     """
     from snapchain.ops.guest_verify import verify
 
