@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from pydantic import BaseModel, ConfigDict
 
@@ -123,9 +124,8 @@ def run(
         record = Opening(disk=record_disk(name), epoch=epoch, epoch_named=request.epoch == epoch, of_guest=True)
         with destination.look(record, on_event=on_event):
             pass  # whatever stands in the way is known before anything is done to the guest
-        with capture_of(
-            guest, capture, freeze=lambda: _quiesced(guest, request.snapshot, on_event), on_event=on_event
-        ) as (found):
+        freeze = partial(_quiesced, guest, request.snapshot, on_event)
+        with capture_of(guest, capture, freeze=freeze, on_event=on_event) as found:
             _check_reached(found, request.snapshot, guest)
             at = At(
                 instant=secrets.token_hex(16),
@@ -204,9 +204,7 @@ def _epoch(disk: GuestDisk, request: GuestShipRequest, on_event: OnEvent) -> int
             check_not_given(chain, image=path)
             return epoch_of(chain, Notes(), image=path)
     except Busy:
-        on_event(
-            Notice.of(disk.name, "the guest writes all the time, so its notes were not read; say --epoch if need be")
-        )
+        on_event(Notice.of(disk.name, "the guest writes all the time, so its epoch is not looked up: give --epoch"))
         return 1
 
 
