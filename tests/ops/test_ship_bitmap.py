@@ -28,9 +28,7 @@ BITMAP, COMPARED, WHOLE = CapturedBy.BITMAP, CapturedBy.COMPARED, CapturedBy.WHO
 class Captured(Running):
     """The same guest, shipped without overlays."""
 
-    def ship(
-        self, on_event: OnEvent = ignore, *, capture: CaptureRequest | None = None
-    ) -> GuestShipReport:
+    def ship(self, on_event: OnEvent = ignore, *, capture: CaptureRequest | None = None) -> GuestShipReport:
         expected = self.now()
         with open_guest(GuestAddress(qmp=self.machine.qmp)) as guest:
             report = guest_bitmap.run(
@@ -124,6 +122,7 @@ def test_a_lost_bitmap_is_told_and_only_the_difference_is_stored(running: Captur
     running.check([2])
 
 
+@pytest.mark.parametrize("running", [REPOSITORY], indirect=True)
 def test_a_full_scratch_file_fails_the_shipment_and_the_next_one_is_fine(running: Captured) -> None:
     running.write(0, 6 * MiB)
     running.ship()
@@ -154,12 +153,13 @@ def test_an_overlay_between_two_captures_is_compared(running: Captured) -> None:
     running.check([3])
 
 
-def test_a_kill_at_every_command(running: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("running", [REPOSITORY], indirect=True)
+def test_a_kill_at_many_commands(running: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated by a monitor that answers nothing any more; the doctor, or the next run, ends clean."""
     running.ship()
     original = Monitor.execute
     killed = 0
-    for at in range(0, 1000, 4):
+    for at in range(0, 1000, 5):
         count = 0
 
         def dying(self: Monitor, command: str, *arguments: object, at: int = at, **more: object) -> object:
@@ -181,7 +181,7 @@ def test_a_kill_at_every_command(running: Captured, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(Monitor, "execute", original)
         running.write(at % 64 * 64 * KiB, 4 * KiB)  # the guest goes on with whatever is there
         monkeypatch.setattr(journal.InFlight, "is_abandoned", property(lambda _self: True))
-        if at % 8:
+        if at % 2:
             for found in list(left_behind()):
                 treat(found.path, on_event=ignore)
             running.settled()
@@ -195,6 +195,7 @@ class Kill(BaseException):
     """Nothing of this process reaches QEMU any more."""
 
 
+@pytest.mark.parametrize("running", [REPOSITORY], indirect=True)
 def test_two_captures_at_once(running: Captured) -> None:
     heard: list[str] = []
 
@@ -209,10 +210,11 @@ def test_two_captures_at_once(running: Captured) -> None:
     running.settled()
 
 
+@pytest.mark.parametrize("running", [REPOSITORY], indirect=True)
 def test_the_command(running: Captured, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["ship", "--qmp", str(running.machine.qmp), running.url, "--bitmap", "--json"]
     assert main([*arguments, "--dry-run"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = json.loads(capsys.readouterr().out)["plan"]
     assert [(each["disk"], each["captured_by"]) for each in plan["disks"]] == [(name, "whole") for name in NAMES]
     for number, way in enumerate(["whole", "bitmap"], start=1):
         running.shown[number] = running.now()

@@ -21,7 +21,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Moment, Opening
 from snapchain.errors import Busy, Unavailable
 from snapchain.guest.capture import Capture, CaptureRequest, Reached, bitmap_name, capture_of, place_of, with_views
-from snapchain.guest.capture_qmp import to_capture
+from snapchain.guest.capture_qmp import settle, to_capture
 from snapchain.guest.protocol import Guest, GuestDisk
 from snapchain.guest.quiesce import Quiesced, frozen, with_hooks
 from snapchain.guest.snapshot import LeftOut, Quiesce, SnapshotRequest
@@ -118,6 +118,7 @@ def run(
     name = request.name_of(guest)
     with alone(name, destination.url) as place:
         _check_no_disk(name, destination)
+        settle(with_views(guest))
         described = describe(guest, destination, on_event=on_event)
         chosen, left_out = _chosen(guest, capture)
         epoch = max(request.epoch, *(_epoch(disk, request, on_event) for disk in chosen))
