@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from tests.waiting import gone, wait_until
 
 _KEPT = ("run", "var/lib", "var/log", "var/cache", "etc")
+_SUBREAPER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1); os.execvp(sys.argv[1], sys.argv[1:])"
 _GROUPS = (("libvirt-qemu", 64055), ("kvm", 64056))
 
 
@@ -28,6 +30,8 @@ class LibvirtHost:
 
     inside: tuple[str, ...]
     folder: Path
+    keeper: subprocess.Popen[str]
+    """Starts libvirtd, and is the parent of whatever libvirtd leaves: it collects guests that ended, as init does."""
 
     @property
     def log(self) -> Path:
@@ -62,8 +66,11 @@ class LibvirtHost:
 
     def start(self) -> None:
         """Start libvirtd, and wait until it answers. Guests that run meanwhile are found again."""
-        here = self.folder
-        self.run("libvirtd", "--daemon", "--config", here / "libvirtd.conf", "--pid-file", here / "libvirtd.pid")
+        assert self.keeper.stdin is not None
+        assert self.keeper.stdout is not None
+        self.keeper.stdin.write("start\n")
+        self.keeper.stdin.flush()
+        assert self.keeper.stdout.readline() == "started\n", (self.folder / "errors").read_text()
         self.virsh("list")
 
     def kill(self) -> None:
@@ -102,16 +109,32 @@ def libvirtd(
             *(f"mount --bind {folder}/{file} /etc/{file}" for file in ("passwd", "group")),
             f"hostname {name}",
             "echo ready",
-            "read -r || true",  # until the test closes its end, or is killed
+            "while read -r; do",  # until the test closes its end, or is killed
+            f"  libvirtd --daemon --config {folder}/libvirtd.conf --pid-file {folder}/libvirtd.pid >/dev/null",
+            "  echo started",
+            "done",
             f'for file in {folder}/libvirtd.pid {folder}/run/qemu/*.pid; do kill -KILL "$(cat "$file")" || true; done',
         ]
     )
-    words = [*inside, "unshare", "--mount", "--uts", "--propagation", "private", "bash", "-c", script]
+    words = [
+        *inside,
+        sys.executable,
+        "-c",
+        _SUBREAPER,
+        "unshare",
+        "--mount",
+        "--uts",
+        "--propagation",
+        "private",
+        "bash",
+        "-c",
+        script,
+    ]
     with (folder / "errors").open("w") as errors:
         child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
     assert child.stdin is not None
     assert child.stdout is not None
-    there = LibvirtHost((*inside, "nsenter", f"--target={child.pid}", "--mount", "--uts", "--"), folder)
+    there = LibvirtHost((*inside, "nsenter", f"--target={child.pid}", "--mount", "--uts", "--"), folder, child)
     try:
         assert child.stdout.readline() == "ready\n", (folder / "errors").read_text()
         there.start()

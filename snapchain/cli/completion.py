@@ -21,6 +21,8 @@ from snapchain.errors import NotFound, SnapchainError
 
 if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
+    from snapchain.destination.records import PointRecord
+    from snapchain.ops.guest_points import GuestPoint
 
 SECONDS = 2.0
 Offer = str | tuple[str, str]
@@ -84,18 +86,26 @@ def _files(text: str) -> list[Offer]:
 
 
 def _disks(dest: str) -> list[tuple[str, str]]:
-    from snapchain.ops.log import log
+    from snapchain.destination.guest_record import guest_of
+    from snapchain.ops.guest_points import guests_of
 
-    return [(f"{dest}::{disk.name}", "") for disk in log(_opened(dest)).disks]
+    disks = _opened(dest).disks()
+    guests = [(f"{dest}::{guest.name}", "guest") for guest in guests_of(disks) if guest.points]
+    return [*guests, *((f"{dest}::{disk.name}", "") for disk in disks if guest_of(disk.name) is None)]
 
 
 def _points(dest: str, disk: str) -> list[tuple[str, str]]:
     from snapchain.cli.quantities import moment
-    from snapchain.ops.log import log
+    from snapchain.ops.guest_merge import guest_at
 
-    (found,) = log(_opened(dest), disk).disks
+    place = _opened(dest)
+    points: list[PointRecord | GuestPoint] = []
+    try:
+        points.extend(place.disks(disk)[0].points)
+    except NotFound:
+        points.extend(guest_at(place, disk).points)
     names = {"latest": "the newest point"}
-    for point in reversed(found.points):
+    for point in reversed(points):
         names |= {str(point.point): moment(point.time)}
         names |= {label: f"point {point.point}" for label in point.labels if label not in names}
     return [(f"{dest}::{disk}@{name}", words) for name, words in names.items()]

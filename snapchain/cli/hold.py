@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     snapchain hold /backup::web1/vda@7 --tag legal
     snapchain hold s3://bucket/prefix::web1/vda@before-upgrade --tag upgrade
     snapchain hold ssh://root@kvm2/srv/replica::web1/vda@7 --tag legal
+    snapchain hold /backup::web1@7 --tag legal
     """,
     when_interrupted="it is held or it is not; run it again to be sure",
 )
 @options.takes_output(passphrase=True)
 def hold(
     target: Annotated[
-        str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
+        str,
+        options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT, or DEST::GUEST@POINT."),
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Name of the hold. `release` needs it.")],
@@ -46,11 +48,15 @@ def hold(
     stored at the destination. Holds of a file are recorded in a small hidden file beside it, which is found after a
     rename too.
 
+    A guest point is held with the points of all its disks, and released with them.
+
     A file or point may have several holds, each with its own tag. It is free when the last one is released. `snapchain
     inspect` shows the holds of layers, `snapchain log` those of points.
     """
     from snapchain.destination.address import ImageAddress, parse_address
+    from snapchain.errors import NotFound
     from snapchain.ops import hold as ops
+    from snapchain.ops.guest_points import is_guest
 
     address = parse_address(target)
     if isinstance(address, ImageAddress):
@@ -61,15 +67,28 @@ def hold(
             out,
             writing=not out.dry_run,
         )
-        report = ops.hold_point(
-            place,
-            address.disk,
-            tag,
-            point=address.point,
-            reason=reason,
-            dry_run=out.dry_run,
-            on_event=out.on_event,
-        )
+        try:
+            report = ops.hold_point(
+                place,
+                address.disk,
+                tag,
+                point=address.point,
+                reason=reason,
+                dry_run=out.dry_run,
+                on_event=out.on_event,
+            )
+        except NotFound:
+            if not is_guest(place, address.disk):
+                raise
+            report = ops.hold_guest(
+                place,
+                address.disk,
+                tag,
+                point=address.point,
+                reason=reason,
+                dry_run=out.dry_run,
+                on_event=out.on_event,
+            )
     _show(out, report)
 
 
@@ -83,7 +102,8 @@ def hold(
 @options.takes_output(passphrase=True)
 def release(
     target: Annotated[
-        str, options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT at a destination.")
+        str,
+        options.address(metavar="ADDRESS", help="The file of a layer, or DEST::DISK@POINT, or DEST::GUEST@POINT."),
     ],
     *,
     tag: Annotated[str, typer.Option("--tag", "-t", metavar="TAG", help="Tag of the hold.")],
@@ -94,7 +114,9 @@ def release(
     Nothing is dropped now. Without other holds, the next merge may drop it. If the file is gone, name its old path.
     """
     from snapchain.destination.address import ImageAddress, parse_address
+    from snapchain.errors import NotFound
     from snapchain.ops import hold as ops
+    from snapchain.ops.guest_points import is_guest
 
     address = parse_address(target)
     if isinstance(address, ImageAddress):
@@ -105,9 +127,16 @@ def release(
             out,
             writing=not out.dry_run,
         )
-        report = ops.release_point(
-            place, address.disk, tag, point=address.point, dry_run=out.dry_run, on_event=out.on_event
-        )
+        try:
+            report = ops.release_point(
+                place, address.disk, tag, point=address.point, dry_run=out.dry_run, on_event=out.on_event
+            )
+        except NotFound:
+            if not is_guest(place, address.disk):
+                raise
+            report = ops.release_guest(
+                place, address.disk, tag, point=address.point, dry_run=out.dry_run, on_event=out.on_event
+            )
     _show(out, report)
 
 
@@ -125,3 +154,5 @@ def _draw(console: Console, report: HoldReport, words: str) -> None:
         ["tag", heading("since"), "reason~"],
         [(each.tag, moment(each.since), each.reason) for each in report.holds],
     )
+    disks = [f"{each.disk}@{each.point}" for each in getattr(report, "disks", ())]
+    render.facts(console, [("of its disks", ", ".join(disks))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import tzinfo
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +13,13 @@ from snapchain.cli import merge_tables, options, quantities
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import named_zone
-from snapchain.errors import Corrupt, InvalidInput, PartialFailure
+from snapchain.errors import Corrupt, InvalidInput, NotFound, PartialFailure
 from snapchain.guest.address import GuestAddress
 from snapchain.model.merging import Strategy
 from snapchain.model.retention import Policy
 
 if TYPE_CHECKING:
+    from snapchain.destination.protocol import Destination
     from snapchain.ops.merge import At, MergeRequest
 
 _RANGE = "Which layers of an image"
@@ -40,6 +42,7 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
     snapchain merge --qmp /run/web1.qmp --disk vda --dry-run
     snapchain merge /backup::web1/vda --keep-last 7 --keep-weekly 4 --keep-label release
     snapchain merge ssh://root@kvm2/srv/replica::web1/vda --keep-last 7 --dry-run
+    snapchain merge /backup::web1 --keep-daily 7 --keep-monthly 12
     """,
     when_interrupted="the chain is as it was, or merged, and reads the same either way; run it again to finish",
 )
@@ -48,7 +51,8 @@ _STRATEGIES = [each.value for each in Strategy if each is not Strategy.NOTHING]
 @options.takes_guest(instead_of="target", metavar="ADDRESS")
 def merge(
     target: Annotated[
-        str | None, options.address(metavar="ADDRESS", help="An image, or DEST::DISK in a repository or replica.")
+        str | None,
+        options.address(metavar="ADDRESS", help="An image, or DEST::DISK or DEST::GUEST at a destination."),
     ] = None,
     *,
     guest: GuestAddress | None,
@@ -187,6 +191,9 @@ def merge(
     (ssh://..., dir:...) files are merged on its own host; the files of points that stay keep their names. A file that a
     guest or another image uses stays. Transfers to that disk wait until the merge ends.
 
+    DEST::GUEST: the rules choose guest points. A guest point stays with the points of all its disks, or goes with them.
+    So rules are refused for one disk of a guest. What an interrupted shipment left goes too.
+
     --domain, --qmp: the disks of a guest, with the same rules. While it runs, its QEMU moves the data: into the lowest
     layer (commit) or into the uppermost (absorb), whichever moves less. No file that it has open is renamed, and the
     guest goes on writing. The result is compared with the layers before these are removed. Here --at takes DEST::GUEST.
@@ -247,16 +254,37 @@ def merge(
             for given in (first, last, at, remove, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
         ),
     )
+    from snapchain.ops.guest_points import is_guest
+
     disk = parse_disk_address(target).disk
     place = options.destination(address.dest, out, writing=not out.dry_run)
-    work = place.merging(disk, policy, zone=zone)
-    if out.dry_run:
-        out.plan(work.plan(), merge_tables.draw_points_plan)
+    try:
+        work = place.merging(disk, policy, zone=zone)
+        if out.dry_run:
+            out.plan(work.plan(), merge_tables.draw_points_plan)
+            return
+        done = work.run(on_event=out.on_event)
+    except NotFound:
+        if not is_guest(place, disk):
+            raise
+        _merge_guest_points(place, disk, policy, zone, out)
         return
-    done = work.run(on_event=out.on_event)
     status = Corrupt.exit_code if done.findings else 0
     problems = merge_tables.draw_points_findings
     out.report(done, merge_tables.draw_points_report, problems=problems, status=status)
+
+
+def _merge_guest_points(place: Destination, guest: str, policy: Policy, zone: tzinfo, out: Output) -> None:
+    from snapchain.ops import guest_merge as ops
+
+    if out.dry_run:
+        out.plan(ops.plan(place, guest, policy, zone=zone), merge_tables.draw_guest_points_plan)
+        return
+    done = ops.run(place, guest, policy, zone=zone, on_event=out.on_event)
+    status = Corrupt.exit_code if done.findings else PartialFailure.exit_code if done.failed else 0
+    out.report(
+        done, merge_tables.draw_guest_points_report, problems=merge_tables.draw_guest_points_problems, status=status
+    )
 
 
 def _merge_guest(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from snapchain.merge.plan import LayerUse, MergePlan
     from snapchain.merge.run import MergeReport
     from snapchain.model.merging import MergeRow
+    from snapchain.ops.guest_merge import GuestPointsMergePlan, GuestPointsMergeReport
     from snapchain.ops.live_merge import GuestMergePlan, GuestMergeReport
 
 
@@ -174,6 +175,67 @@ def draw_points_report(console: Console, report: PointsMergeReport) -> None:
     draw_points_findings(console, report)
     render.points_of_the_future(console, report.disk, report.points_of_the_future)
     _draw_staying(console, report.staying)
+
+
+def draw_guest_points_plan(console: Console, plan: GuestPointsMergePlan) -> None:
+    """What would be done to the disks of a guest at a destination."""
+    dropped = sum(not each.kept for each in plan.points)
+    words = f"would drop {counted(dropped, 'guest point')} of {plan.guest}" if dropped else f"{plan.guest}: none goes"
+    render.headline(console, words)
+    render.table(
+        console,
+        ["guest point>", "", "labels", "because~"],
+        [
+            (str(each.point), "keep" if each.kept else "drop", ", ".join(each.labels), "; ".join(each.reasons))
+            for each in plan.points
+        ],
+    )
+    if plan.leftovers:
+        render.facts(console, [("interrupted", f"{counted(plan.leftovers, 'guest point')} without a record")])
+    render.points_of_the_future(console, plan.guest, [each.point for each in plan.points if each.of_the_future])
+    render.table(
+        console,
+        ["disk", "points dropped", "layers>", "then>"],
+        [
+            (
+                each.disk,
+                numbered([point.point for point in each.points if not point.kept]),
+                str(each.layers_before),
+                str(each.layers_after),
+            )
+            for each in plan.disks
+        ],
+    )
+    for disk in plan.disks:
+        _draw_staying(console, disk.staying)
+
+
+def draw_guest_points_report(console: Console, report: GuestPointsMergeReport) -> None:
+    """What was done to the disks of a guest at a destination."""
+    layers = f"{counted(report.layers_before, 'layer')} became {report.layers_after}"
+    render.headline(console, f"merged {report.guest}: {layers} in {counted(len(report.disks), 'disk')}")
+    render.facts(
+        console,
+        [
+            ("guest points kept", numbered(report.points_kept)),
+            ("dropped", numbered(report.points_dropped)),
+            ("interrupted", f"{report.leftovers} dropped" if report.leftovers else ""),
+            ("moved", f"{size(report.bytes_moved)} by {report.strategy}" if report.bytes_moved else ""),
+            _freed("freed there", report.bytes_freed) if report.bytes_freed else ("", ""),
+            ("unreferenced", size(report.bytes_dropped) if report.bytes_dropped else ""),
+        ],
+    )
+    draw_guest_points_problems(console, report)
+    render.points_of_the_future(console, report.guest, report.points_of_the_future)
+    for disk in report.disks:
+        _draw_staying(console, disk.staying)
+
+
+def draw_guest_points_problems(console: Console, report: GuestPointsMergeReport) -> None:
+    """Damage because of which layers were not merged, and disks that the next run finishes."""
+    render.findings(console, report.findings)
+    for each in report.failed:
+        render.line(console, f"not merged: {each.message}", style="red")
 
 
 def draw_points_findings(console: Console, report: PointsMergeReport) -> None:

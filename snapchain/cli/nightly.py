@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,8 +18,8 @@ from snapchain.host.terminal import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from snapchain.ops.nightly.preview import DiskPreview, NightlyPlan
-    from snapchain.ops.nightly.report import DiskReport, Fault, NightlyReport
+    from snapchain.ops.nightly.preview import DiskPreview, GuestPreview, NightlyPlan
+    from snapchain.ops.nightly.report import DiskReport, Fault, GuestReport, NightlyReport, TurnReport
     from snapchain.ops.nightly.systemd import Units
 
 _NAMES = 4
@@ -56,7 +54,7 @@ def nightly(
     ] = False,
     out: Output,
 ) -> None:
-    """Run the work of a night: snapshot, ship and merge each disk; then merge, collect and verify each destination.
+    """Run the work of a night: snapshot, ship and merge each disk and guest; then collect and verify destinations.
 
     A destination is a repository or a replica. A failure of one disk or destination stops no other. Nothing new begins
     after the window has closed; the next run begins with the disks that are left. Ends with exit code 10 when something
@@ -69,7 +67,7 @@ def nightly(
     if print_systemd:
         from snapchain.ops.nightly.systemd import units
 
-        out.show(units(loaded, config, program=_program()), _draw_units)
+        out.show(units(loaded, config, program=options.program()), _draw_units)
         return
     if out.dry_run:
         from snapchain.ops.nightly.preview import preview
@@ -96,13 +94,6 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _program() -> list[str]:
-    """How a service starts this very snapchain."""
-    beside = Path(sys.executable).with_name("snapchain")
-    found = str(beside) if beside.exists() else shutil.which("snapchain")
-    return [found] if found else [sys.executable, "-m", "snapchain"]
-
-
 def _draw_units(console: Console, units: Units) -> None:
     for path, text in ((units.service_path, units.service), (units.timer_path, units.timer)):
         render.command(console, f"# {path}\n{text}")
@@ -113,11 +104,18 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
     render.headline(console, f"would run {plan.name}{closes}")
     for reason in plan.left:
         render.line(console, f"nothing would start now: {reason}", style="yellow", indent=2)
-    render.table(
-        console,
-        ["disk", "seals", "files>", "ships", "merges", "drops"],
-        [_plan_row(disk) for disk in plan.disks],
-    )
+    if plan.disks:
+        render.table(
+            console,
+            ["disk", "seals", "files>", "ships", "merges", "drops"],
+            [_plan_row(disk) for disk in plan.disks],
+        )
+    if plan.guests:
+        render.table(
+            console,
+            ["guest", "state", "disks>", "files>", "quiesce", "drops"],
+            [_guest_plan_row(guest) for guest in plan.guests],
+        )
     for each in plan.destinations:
         verify = f"verify {', '.join(each.verify)}" if each.verify else ""
         words = ", ".join(filter(None, ["gc" if each.gc else "", verify]))
@@ -128,7 +126,8 @@ def _draw_plan(console: Console, plan: NightlyPlan) -> None:
 
 
 def _draw_plan_problems(console: Console, plan: NightlyPlan) -> None:
-    _draw_faults(console, [("", plan.faults, ()), *((disk.disk, disk.faults, ()) for disk in plan.disks)])
+    rows = [("", plan.faults, ()), *((disk.disk, disk.faults, ()) for disk in plan.disks)]
+    _draw_faults(console, [*rows, *((guest.guest, guest.faults, ()) for guest in plan.guests)])
 
 
 def _plan_row(disk: DiskPreview) -> list[str]:
@@ -139,14 +138,28 @@ def _plan_row(disk: DiskPreview) -> list[str]:
     return [disk.disk, disk.sealed.name if disk.sealed else "", files, ", ".join(ships), merges, ", ".join(drops)]
 
 
+def _guest_plan_row(guest: GuestPreview) -> list[str]:
+    files = ", ".join(str(each.chain_length or "") for each in guest.disks)
+    drops = [f"{each.destination} {len(each.points_dropped)}" for each in guest.destinations if each.points_dropped]
+    state = "" if guest.state is None else guest.state.value
+    return [guest.guest, state, str(len(guest.disks)), files, "yes" if guest.quiesces else "no", ", ".join(drops)]
+
+
 def _draw_report(console: Console, report: NightlyReport) -> None:
     counts = ", ".join(f"{count} {outcome.value}" for outcome, count in report.counts.items() if count) or "no disks"
     render.headline(console, f"{report.name}: {report.outcome.value} ({counts}) in {duration(report.seconds)}")
-    render.table(
-        console,
-        ["disk", "outcome", "snapshot", "files>", "hidden>", "shipped", "merged", "time>"],
-        [_report_row(disk) for disk in report.disks],
-    )
+    if report.disks:
+        render.table(
+            console,
+            ["disk", "outcome", "snapshot", "files>", "hidden>", "shipped", "merged", "time>"],
+            [_report_row(disk) for disk in report.disks],
+        )
+    if report.guests:
+        render.table(
+            console,
+            ["guest", "outcome", "consistency", "frozen>", "files>", "shipped", "merged", "time>"],
+            [_guest_row(guest) for guest in report.guests],
+        )
     for each in report.destinations:
         facts = [f"gc freed {size(each.gc.bytes_freed)}"] if each.gc else []
         facts += [f"verified {size(result.checked_bytes)} of {result.disk}" for result in each.verified]
@@ -155,36 +168,65 @@ def _draw_report(console: Console, report: NightlyReport) -> None:
     _draw_left_out(console, report.layers_left_out, report.leftovers)
     _draw_problems(console, report)
     longer: dict[str, list[str]] = {}
-    for disk in report.disks:
-        if disk.why_not_merged:
-            longer.setdefault(disk.why_not_merged, []).append(disk.disk)
+    turns: list[tuple[str, TurnReport]] = [(disk.disk, disk) for disk in report.disks]
+    turns += [(guest.guest, guest) for guest in report.guests]
+    for name, turn in turns:
+        if turn.why_not_merged:
+            longer.setdefault(turn.why_not_merged, []).append(name)
     for words, names in longer.items():
         render.line(console, f"{_whose(names)}not merged further: {words}", indent=2)
     _draw_moved(console, report.disks)
-    for disk in report.disks:
+    for guest in report.guests:
+        _draw_guest(console, guest)
+    for name, turn in turns:
         future = {
-            point for each in disk.destinations if each.retention for point in each.retention.points_of_the_future
+            point for each in turn.destinations if each.retention for point in each.retention.points_of_the_future
         }
-        render.points_of_the_future(console, disk.disk, future)
+        render.points_of_the_future(console, name, future)
 
 
 def _draw_problems(console: Console, report: NightlyReport) -> None:
     parts = [("", report.faults, report.left)]
     parts += [(each.disk, each.faults, each.left) for each in report.disks]
+    parts += [(each.guest, each.faults, each.left) for each in report.guests]
     parts += [(each.destination, each.faults, each.left) for each in report.destinations]
     _draw_faults(console, parts)
 
 
-def _report_row(disk: DiskReport) -> list[str]:
-    shipped = [
+def _draw_guest(console: Console, guest: GuestReport) -> None:
+    """What the table has no room for."""
+    if guest.is_new:
+        render.line(console, f"{guest.guest}: new: no earlier run has known it", indent=2)
+    if guest.moved_to is not None:
+        render.line(console, f"{guest.guest}: left, moved: it runs on {guest.moved_to}", indent=2)
+    if guest.why_not is not None:
+        render.line(console, f"{guest.guest}: not quiesced: {guest.why_not}", style="yellow", indent=2)
+
+
+def _guest_row(guest: GuestReport) -> list[str]:
+    level = "" if guest.consistency is None else guest.consistency.value
+    frozen = "" if guest.frozen_seconds is None else f"{guest.frozen_seconds * 1000:.0f} ms"
+    files = ", ".join(str(each.chain_length or "") for each in guest.disks)
+    merged = ", ".join(
+        f"{each.merge.layers_before} to {each.merge.layers_after}" for each in guest.disks if each.merge is not None
+    )
+    shipped = _shipped_to(guest)
+    return [guest.guest, guest.outcome.value, level, frozen, files, shipped, merged, duration(guest.seconds)]
+
+
+def _shipped_to(turn: TurnReport) -> str:
+    return ", ".join(
         f"{each.destination} {size(each.bytes_read) if each.point is not None else each.outcome.value}"
-        for each in disk.destinations
-    ]
+        for each in turn.destinations
+    )
+
+
+def _report_row(disk: DiskReport) -> list[str]:
     merged = f"{disk.merge.layers_before} to {disk.merge.layers_after}" if disk.merge else ""
     files = str(disk.chain_length or "")
     hidden = "" if disk.shadowed_bytes is None else size(disk.shadowed_bytes)
     made = "" if disk.snapshot == "none" else disk.snapshot
-    return [disk.disk, disk.outcome.value, made, files, hidden, ", ".join(shipped), merged, duration(disk.seconds)]
+    return [disk.disk, disk.outcome.value, made, files, hidden, _shipped_to(disk), merged, duration(disk.seconds)]
 
 
 def _draw_moved(console: Console, disks: Sequence[DiskReport] | Sequence[DiskPreview]) -> None:

@@ -6,6 +6,8 @@ import functools
 import inspect
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -265,6 +267,13 @@ def destination(
     for notice in found.notices:
         out.on_event(Notice(notice))
     return found
+
+
+def program() -> list[str]:
+    """How a service starts this very snapchain."""
+    beside = Path(sys.executable).with_name("snapchain")
+    found = str(beside) if beside.exists() else shutil.which("snapchain")
+    return [found] if found else [sys.executable, "-m", "snapchain"]
 
 
 def disk_of(address: DestinationAddress | PointAddress) -> str | None:

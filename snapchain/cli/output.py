@@ -88,6 +88,10 @@ class Output:
             raise failed from error
         self._end(status)
 
+    def row(self, value: T, draw: Draw[T]) -> None:
+        """Show one of several results of a command that goes on: with --json one object a line. Raises OutputFailed."""
+        self._write(plain(value), value, draw, None)
+
     def _write(self, row: Any, value: T, draw: Draw[T], problems: Draw[T] | None) -> None:
         self.on_event.__exit__(None, None, None)
         if self.as_json:

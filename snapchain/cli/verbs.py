@@ -25,11 +25,13 @@ GROUPS: dict[str, dict[str, str]] = {
         "snapshot": "Seal the top of a chain, and put a fresh overlay under the same path.",
         "ship": "Send what a destination lacks, and publish a point.",
         "nightly": "Snapshot, ship, merge, collect and verify all that a configuration names.",
+        "watch": "Keep destinations close behind a running guest.",
     },
     "Get back": {
         "restore": "Write a point to a new file or device, or as a whole chain.",
     },
     "Look": {
+        "guests": "List the guests of this host, their disks, and what protects them.",
         "log": "List the points of a destination.",
         "inspect": "Show what each layer of a chain holds, drawn to scale.",
         "diff": "List the bytes that differ between two points or images.",
@@ -66,6 +68,7 @@ ALIASES = {
     "backup": "ship", "upload": "ship", "push": "ship", "copy": "ship", "cp": "ship",
     "seal": "snapshot", "snap": "snapshot", "freeze": "snapshot",
     "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log", "status": "log",
+    "domains": "guests", "vms": "guests", "machines": "guests",
     "info": "inspect", "show": "inspect", "map": "inspect",
     "check": "verify", "fsck": "verify", "scrub": "verify",
     "compare": "diff",

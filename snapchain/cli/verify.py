@@ -24,12 +24,16 @@ if TYPE_CHECKING:
     snapchain verify /backup::web1/vda --read-data
     snapchain verify s3://bucket/prefix --sample 5%
     snapchain verify ssh://root@kvm2/srv/replica::web1/vda --read-data
+    snapchain verify /backup::web1
     """,
     when_interrupted="nothing was being changed",
 )
 @options.takes_output(passphrase=True, dry_run=False)
 def verify(
-    target: Annotated[str, options.address(metavar="DEST[::DISK]", help="A destination, or one disk of it.")],
+    target: Annotated[
+        str,
+        options.address(metavar="DEST[::DISK|GUEST]", help="A destination, a disk, or a guest."),
+    ],
     *,
     read_data: Annotated[
         bool, typer.Option("--read-data", help="Read all data too, and compare the bytes with what was shipped.")
@@ -45,10 +49,14 @@ def verify(
     A replica (ssh://[user@]host/path or dir:/path) is read on its own host. Its files must be the chains that its
     catalogues name. With --read-data their content is compared with what was proven when it arrived.
 
+    Guest points are checked too: their records must be readable, and the points of all their disks must be there. Of a
+    whole replica, without --read-data, only the newest record of each guest is read.
+
     Ends with exit code 5 when anything is damaged or missing, and names the points that are affected.
     """
     from snapchain.destination.address import parse_destination
     from snapchain.destinations import traits_of
+    from snapchain.ops import guest_verify as ops
 
     if read_data and sample is not None:
         raise InvalidInput("--read-data and --sample are both given", hint="--read-data reads everything")
@@ -61,7 +69,7 @@ def verify(
             hint="leave it out; --sample 5% reads less",
         )
     place = options.destination(address.dest, out, limit_rate=limit_rate)
-    report = place.verify(options.disk_of(address), share=share, on_event=out.on_event)
+    report = ops.verify(place, options.disk_of(address), share=share, on_event=out.on_event)
     out.show(report, _draw, problems=_draw_findings, status=0 if report.ok else Corrupt.exit_code)
 
 

@@ -201,7 +201,7 @@ def _view(
     )
     cache = inserted.get("cache")
     cache = cache if isinstance(cache, Mapping) else {}
-    zeroes = inserted.get("detect_zeroes")
+    zeroes = _text(inserted, "detect_zeroes")
     return DiskView(
         disk,
         drive,
@@ -214,14 +214,14 @@ def _view(
 
 
 def _left_out(device: Mapping[str, Any], qdev: str, kind: str, *, read_only: bool) -> str | None:
+    if not qdev:
+        return "unattached"
     if kind in _CD_DEVICES or (device.get("removable") is True and read_only):
         return "CD-ROM"
     if device.get("removable") is True:
         return "removable"
     if qdev.startswith("/machine/system.flash"):
         return "firmware"
-    if not qdev:
-        return "unattached"
     return "read-only" if read_only else None
 
 
@@ -372,13 +372,13 @@ def _described(filename: str) -> Source:
     for _ in range(_MOST_NESTING):
         if not isinstance(at, Mapping):
             break
-        driver = at.get("driver")
+        driver = str(at.get("driver"))
         if driver in _FILES and isinstance(at.get("filename"), str):
             return Source(at["filename"], "a file")
         if driver == "raw" and ("offset" in at or "size" in at):
             return Source(None, "a part of another image")
         if driver not in _READABLE and driver not in FILTERS and driver not in {"luks", "vmdk", "vdi", "qed", "vpc"}:
-            return Source(None, f"{_shown(str(driver))}")
+            return Source(None, _shown(driver))
         at = at.get("file")
     return Source(None, f"described as {_shown(filename)}")
 

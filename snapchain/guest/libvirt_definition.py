@@ -16,7 +16,7 @@ from snapchain.host.os_errors import os_errors
 
 _CAP = 64 << 20
 _SYSTEM_TPM = Path("/var/lib/libvirt/swtpm")
-_TPM_IS_SECRET = "The state of its TPM is secret: only an encrypted repository may have it."
+_TPM_LEFT_OUT = "The state of its TPM: only an encrypted repository may have it."
 
 
 def definition_of(
@@ -36,7 +36,7 @@ def definition_of(
         if with_secrets:
             _take("tpm", _tree(state), files, unreadable, secret=True)
         else:
-            unreadable.append(_TPM_IS_SECRET)
+            unreadable.append(_TPM_LEFT_OUT)
     return Definition(
         kind="libvirt",
         name=name,

@@ -38,6 +38,7 @@ from snapchain.guest.protocol import (
 )
 from snapchain.host.os_errors import os_errors
 from snapchain.host.qemu_processes import open_images, qemu_processes
+from snapchain.host.terminal import shell_word
 from snapchain.host.virsh import Virsh, is_not_running
 from snapchain.image import scan
 from snapchain.image.backing import Place
@@ -86,7 +87,9 @@ class LibvirtGuest:
 
     @property
     def option(self) -> str:
-        return self.address.option
+        """With --connect, where the environment does not name the daemon."""
+        connect = f" --connect {shell_word(self.address.connect)}" if self.address.connect is not None else ""
+        return f"--domain {shell_word(self.name)}{connect}"
 
     @property
     def uri(self) -> str:
@@ -140,12 +143,11 @@ class LibvirtGuest:
         why = None if left_out else domain_xml.obstacle(shown)
         layers, fault = self._layers(shown, is_off=is_off)
         if not left_out and why is None:
-            why = fault or _not_as_opened(layers, opened)
+            why = (None if is_off else _not_as_opened(layers, opened)) or fault
         if not left_out and why is None and layers and lasting:
-            why = domain_xml.persistent_obstacle(
-                shown, lasting, is_same_file=any(_identity(self._path(disk.layers[0])) == layers[-1].identity
-                                                 for disk in lasting if disk.layers),
-            )  # fmt: skip
+            mine = {layer.identity for layer in layers}
+            same = any(_identity(self._path(disk.layers[0])) in mine for disk in lasting if disk.layers)
+            why = domain_xml.persistent_obstacle(shown, lasting, is_same_file=same)
         node = layers[-1].node if layers else ""
         filters = tuple(f"throttle:{group}" for group in shown.filters)
         return GuestDisk(
@@ -216,7 +218,7 @@ class LibvirtGuest:
             else:
                 says = f"a block job of another program works on {shown.target}: {job.kind}"
                 found.append(Activity(f"{job.kind}-{shown.target}", job.kind, False, node, says))
-        return found
+        return tuple(found)
 
     def _is_of(self, record: libvirt_jobs.JobRecord, shown: XmlDisk) -> bool:
         """Whether the inputs of a job of ours are still in the chain: only then it is the one that runs."""
@@ -292,7 +294,26 @@ class LibvirtGuest:
                 raise Busy(activity.says, subject=self.name, hint="wait until that is done, then run it again")
         # What is no disk of the request is named too: libvirt would snapshot it otherwise.
         others = [name for name in disks if name not in _names(overlays)]
-        yield _LibvirtSwitch(self, tuple(overlays), others)
+        switch = _LibvirtSwitch(self, tuple(overlays), others)
+        yield switch
+        # After the block, since the guest may be frozen in it.
+        self._check_next_start(overlays)
+
+    def _check_next_start(self, overlays: Sequence[NewOverlay]) -> None:
+        """Raises Conflict where the next start of the domain would write to a layer that is sealed by now."""
+        lasting = {disk.target: disk for disk in domain_xml.disks_of(self._xml("--inactive"))}
+        for disk in self.disks():
+            new = next((each for each in overlays if each.disk == disk.name), None)
+            shown = lasting.get(disk.name)
+            if new is None or shown is None or not shown.layers or not _is_active(disk, new.path):
+                continue
+            starts_with = _identity(self._path(shown.layers[0]))
+            if starts_with != disk.active.identity and starts_with in {layer.identity for layer in disk.chain}:
+                raise Conflict(
+                    f"the definition for its next start does not name {new.path}",
+                    subject=f"{self.name}/{disk.name}",
+                    hint="correct it by `virsh edit` before the guest is started again, or what it writes is lost",
+                )
 
     def release(self, overlays: Sequence[Path]) -> None:
         """Nothing was opened in QEMU: libvirt opens and switches in one command."""
@@ -359,8 +380,6 @@ class _LibvirtSwitch:
             "snapshot-create", "--xmlfile", "/dev/stdin", "--disk-only", "--atomic", "--no-metadata",
             "--reuse-external", timeout=_SECONDS_TO_CHANGE, stdin=request,
         )  # fmt: skip
-        if self.outcome() is not Outcome.DONE:
-            raise Conflict("libvirt reports a snapshot, and its chains are as before", subject=self._guest.name)
 
     def outcome(self) -> Outcome:
         """By the definition that runs, and by the one of the next start.
@@ -379,7 +398,7 @@ class _LibvirtSwitch:
         process = None if is_off else self._guest.process()
         opened = (open_images(process[0]) if process is not None else None) or {}
         for each in self._overlays:
-            if _identity(each.path) in opened:
+            if opened.get(_identity(each.path) or (-1, -1), False):
                 raise Conflict(f"QEMU writes to {each.path}, and libvirt does not know it", subject=name, hint=_LOOK)
         return Outcome.NOT_DONE
 

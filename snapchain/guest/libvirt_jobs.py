@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from snapchain.guest.libvirt_guest import LibvirtGuest
 
 OPERATION = "blockjob"
-_SETTLE_SECONDS = 3.0
-"""How long a job that QEMU no longer lists may leave the chain as it was: libvirt changes its XML a moment later."""
 _FLUSH_SECONDS = 60.0
 """How long to wait for the guest's own flush after a stream. An operating system flushes every few seconds."""
 _LOOK_SECONDS = 0.25
@@ -116,7 +114,6 @@ class LibvirtJob:
     def __init__(self, guest: LibvirtGuest, job_id: str, kind: JobKind, disk: str, record: JobRecord | None) -> None:
         self._guest, self._id, self._kind, self._disk, self._record = guest, job_id, kind, disk, record
         self._total = 1
-        self._missing_since: float | None = None
         self._merged_since: float | None = None
         self._is_cancelled = False
 
@@ -141,16 +138,16 @@ class LibvirtJob:
         if disk is None:
             return JobProgress(JobStatus.GONE, 0, 0)
         if listed is not None:
-            self._missing_since = None
             self._total = max(1, listed.total)
             status = JobStatus.READY if self._guest.is_ready(self._disk) else JobStatus.RUNNING
             return JobProgress(status, listed.done, listed.total)
         if is_merged(self._record, disk):
             return self._merged(self._record, disk)
-        now = time.monotonic()
-        self._missing_since = self._missing_since or now
-        if now - self._missing_since < _SETTLE_SECONDS:
+        disk = self._guest.disk(self._disk) if self._is_forgotten() else None
+        if disk is None:  # QEMU has ended it, and libvirt has not changed its XML yet
             return JobProgress(JobStatus.RUNNING, 0, self._total)
+        if is_merged(self._record, disk):
+            return self._merged(self._record, disk)
         why = "it was cancelled" if self._is_cancelled else "libvirt ended the job, and the chain is as before"
         return JobProgress(JobStatus.CONCLUDED, 0, self._total, why)
 
@@ -199,6 +196,14 @@ class LibvirtJob:
         except ToolFailed as error:
             if _NO_JOB not in error.message:
                 raise
+
+    def _is_forgotten(self) -> bool:
+        """Whether libvirt has no job of the disk in its books either: its XML shows the outcome from then on."""
+        try:
+            self._guest.command("blockjob", "--path", self._disk, "--bandwidth", "0", "--bytes")
+        except ToolFailed as error:
+            return _NO_JOB in error.message
+        return False
 
     def _is_same_qemu(self) -> bool:
         assert self._record is not None

@@ -51,6 +51,11 @@ class QemuProcess:
         """Its QMP sockets as absolute paths."""
         return tuple(self._absolute(each) for each in self.arguments.qmp)
 
+    @property
+    def agent(self) -> Path | None:
+        """The guest agent's socket as an absolute path."""
+        return None if self.arguments.agent is None else self._absolute(self.arguments.agent)
+
     def _absolute(self, path: str) -> Path:
         return (self.directory or Path("/")) / path
 

@@ -120,9 +120,12 @@ def has_daemon(uri: str) -> bool:
     parts = urlsplit(uri)
     if "socket=" in parts.query or parts.path not in {"/system", "/session"}:
         return True
-    places = [Path("/run/libvirt")] if parts.path == "/system" else []
-    sockets = [place / name for place in places for name in _SOCKETS] or _session_sockets()
-    return any(socket.exists() for socket in sockets)
+    return any(socket.exists() for socket in (_system_sockets() if parts.path == "/system" else _session_sockets()))
+
+
+def has_any_daemon() -> bool:
+    """Whether a libvirt daemon has a socket here."""
+    return any(socket.exists() for socket in (*_system_sockets(), *_session_sockets()))
 
 
 def check_local(uri: str) -> None:
@@ -177,6 +180,10 @@ def is_not_running(error: SnapchainError) -> bool:
 def _named(words: Sequence[str]) -> str | None:
     """The domain that a command is about."""
     return words[words.index("--domain") + 1] if "--domain" in words[:-1] else None
+
+
+def _system_sockets() -> list[Path]:
+    return [Path("/run/libvirt") / name for name in _SOCKETS]
 
 
 def _session_sockets() -> list[Path]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, SnapchainError, Unavailable
 from snapchain.guest.address import GuestAddress
-from snapchain.guest.jobs import End, Ended, OnLook, drive
+from snapchain.guest.jobs import End, Ended, OnLook, drive, give_up
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
 from snapchain.host import files
 from snapchain.host.directory import real_path
@@ -36,9 +36,9 @@ from snapchain.merge.run import Fault, MergeReport, StepReport
 from snapchain.model.choice import MergeRange
 from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.model.merging import Strategy
-from snapchain.source.counted_sums import carry_over
+from snapchain.source.counted_sums import carry_over, guest_key
 from snapchain.source.lineage import note_of, sealed_at
-from snapchain.source.notes import Notes
+from snapchain.source.notes import Notes, Sealed
 
 
 def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pace: Pace | None = None) -> MergeReport:
@@ -183,8 +183,10 @@ def _journal(
     result = ids[0] if kind is not JobKind.STREAM else ids[-1]
     remove = [entry for entry in reversed(ids) if entry.path in step.remove]
     fingerprints = tuple(file.fingerprint for file in chosen)
+    above_sealed = _above_sealed(old, decided)
     if again is not None and [each.path for each in again.inputs] == [each.path for each in ids]:
         fingerprints, time_of, labels = again.sources, again.time, again.labels
+        above_sealed = again.above_sealed
     address = guest.address
     return MergeJournal(
         stage="live",
@@ -209,12 +211,23 @@ def _journal(
             process=guest.process(),
             inputs=tuple(ids),
             above=above,
+            above_sealed=above_sealed,
             formats=tuple(file.format for file in chosen),
             sources=fingerprints,
             time=time_of,
             labels=labels,
         ),
     )
+
+
+def _above_sealed(old: ImageChain, decided: LiveStep) -> Sealed | None:
+    """What is known of the sealed file whose header a commit changes: it would not be recognised by its time after."""
+    place = decided.above
+    if place is None or place == len(old.files) - 1 or decided.kind is JobKind.STREAM:
+        return None
+    file = old.files[place]
+    time_of, labels = sealed_at(file, note_of(file, Notes()))
+    return Sealed(time=time_of, labels=labels, file=file.fingerprint)
 
 
 def _do(
@@ -250,6 +263,11 @@ def _do(
         if job.progress().status is JobStatus.GONE:
             remove_record(journal)
             raise
+    except BaseException as error:  # interrupted
+        with suppress(SnapchainError):
+            give_up(guest.job(live.job_id, decided.kind, disk.name), on_event=on_event, because=error)
+        _forget_stream(guest, journal, live)
+        raise
     return _drive(guest, job, journal, records, look, on_event)
 
 
@@ -469,7 +487,7 @@ def _carry_over(
     try:
         with opened(find_disk(guest, disk_name), image_dirs=request.image_dirs) as new:
             found = ImageChain(new.files, owned=False)
-            carry_over(old.top.path, old, lambda: found, first=first, last=last, on_event=on_event)
+            carry_over(guest_key(guest.name, disk_name), old, lambda: found, first=first, last=last, on_event=on_event)
     except SnapchainError as error:
         on_event(Notice(f"{old.files[last].path}: it is read again when it is sent: {error}"))
 

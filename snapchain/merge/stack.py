@@ -76,6 +76,11 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
     )
 
 
+def held_by(chain: ImageChain, destinations: Sequence[At]) -> list[int]:
+    """How many files of a chain, from the root on, each destination holds. Raises what reading the notes raises."""
+    return _present(chain, Notes(), destinations)
+
+
 def _present(chain: ImageChain, notes: Notes, destinations: Sequence[At]) -> list[int]:
     """How many files, from the root on, each destination holds: by its records, without reading any data."""
     known = {each.source.content_key: each for each in lineage(chain, notes) if isinstance(each.source, Fingerprint)}

@@ -8,7 +8,7 @@ incoming           its disks are another host's, or will be its own in a moment:
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from snapchain.merge.run import MergeReport
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import Extents
-from snapchain.source import sealing
 from snapchain.source.at_rest import ImageAtRest, OfflineSet
+from snapchain.source.protocol import Scope
 
 
 class MovedError(Busy):
@@ -40,6 +40,8 @@ def capture(guest: Guest, request: SnapshotRequest, *, on_event: OnEvent = ignor
     Raises MovedError for a guest that is being migrated or was, Conflict where it was started or stopped meanwhile, and
     as `snapshot.plan` and `run` for a guest that runs, `sealing` for one that is off.
     """
+    if any(each.kind == "migration" for each in guest.activities()):
+        raise MovedError("it is being migrated", subject=guest.name, hint="the host on which it runs takes care of it")
     match guest.state():
         case State.INCOMING:
             raise MovedError(
@@ -142,18 +144,21 @@ def as_named_now(guest: Guest, taken: GuestSnapshot) -> GuestSnapshot | None:
     return taken.model_copy(update={"disks": tuple(disks)})
 
 
-def merge_request(guest: Guest, disk: str, request: MergeRequest) -> MergeRequest:
-    """The same for the active layer of a disk as it is now, with backing files of its directory."""
-    from dataclasses import replace
+def plan_merge(guest: Guest, disk: str, ask: Callable[[Path], MergeRequest]) -> MergePlan:
+    """What a merge of the local chain of one disk would do, whether the guest runs or not. Raises as both do.
 
+    ask: the request for the active layer, which has another path after each snapshot
+    """
+    request = ask(active_path(find_disk(guest, disk), guest=guest))
+    return merge_plan.plan(request) if guest.state() is State.OFF else live_merge.plan(guest, disk, request)
+
+
+def epoch_of(guest: Guest, disk: str, *, image_dirs: Sequence[Path] = ()) -> int:
+    """In which epoch this host writes a disk. Raises as reading its sealed files does."""
     path = active_path(find_disk(guest, disk), guest=guest)
-    return replace(request, image=path, image_dirs=(*request.image_dirs, path.parent))
-
-
-def plan_merge(guest: Guest, disk: str, request: MergeRequest) -> MergePlan:
-    """What a merge of the local chain of one disk would do, whether the guest runs or not. Raises as both do."""
-    asked = merge_request(guest, disk, request)
-    return merge_plan.plan(asked) if guest.state() is State.OFF else live_merge.plan(guest, disk, asked)
+    source = ImageAtRest(path, image_dirs=(*image_dirs, path.parent))
+    with source.opened(Scope.SEALED) as chain:
+        return source.epoch(chain)
 
 
 def run_merge(guest: Guest, planned: MergePlan, *, on_event: OnEvent = ignore, pace: Pace | None = None) -> MergeReport:
@@ -161,11 +166,3 @@ def run_merge(guest: Guest, planned: MergePlan, *, on_event: OnEvent = ignore, p
     if isinstance(planned, live_merge.LiveMergePlan):
         return live_run.run(guest, planned, on_event=on_event, pace=pace)
     return merge_run.run(planned, on_event=on_event)
-
-
-def has_paths(disks: Sequence[DiskToSeal], paths: Sequence[Path]) -> bool:
-    """Whether these are the overlays of a snapshot."""
-    return [each.overlay for each in disks] == list(paths)
-
-
-__all__ = ["MovedError", "as_named_now", "capture", "merge_request", "plan_merge", "run_merge", "sealing"]

@@ -55,7 +55,7 @@ class FailedDisk(Record):
     message: str
 
 
-class GuestMergePlan(Record):
+class GuestPointsMergePlan(Record):
     """What `run` would do. points: the guest points; leftovers: interrupted ones that go; disks: records first."""
 
     destination: str
@@ -67,7 +67,7 @@ class GuestMergePlan(Record):
     layers_after: int
 
 
-class GuestMergeReport(Record):
+class GuestPointsMergeReport(Record):
     """What was done. Numbers of points are those of guest points; sizes are sums over all disks, in bytes.
 
     leftovers: interrupted guest points that went; disks: records first; failed: disks that the next run finishes
@@ -142,20 +142,9 @@ def guest_at(destination: ReadableDestination, name: str) -> GuestView:
     return view
 
 
-def check_no_guest_points(disk: DiskRecord) -> None:
-    """Raises InvalidInput for a disk with points of a guest: to keep some of them would tear guest points apart."""
-    guest, _, _ = disk.name.rpartition("/")
-    if any(point.instant is not None for point in disk.points):
-        raise InvalidInput(
-            "its points belong to points of a guest, which are kept or dropped as a whole",
-            subject=disk.name,
-            hint=f"name the guest: DEST::{guest}",
-        )
-
-
 def plan(
     destination: ReadableDestination, guest: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
-) -> GuestMergePlan:
+) -> GuestPointsMergePlan:
     """What `run` would do. Raises as `run`."""
     now = now or datetime.now(UTC)
     view, decided = _decided(destination, guest, policy, zone=zone, now=now)
@@ -163,7 +152,7 @@ def plan(
         destination.merging(disk, DropPoints(numbers), zone=zone, now=now).plan()
         for disk, numbers in _records_first(view, decided)
     )
-    return GuestMergePlan(
+    return GuestPointsMergePlan(
         destination=destination.url,
         guest=guest,
         points=tuple(
@@ -192,7 +181,7 @@ def run(
     zone: tzinfo = UTC,
     now: datetime | None = None,
     on_event: OnEvent = ignore,
-) -> GuestMergeReport:
+) -> GuestPointsMergeReport:
     """Drop what the rules let go, and merge the layers that no point needs. A run that was killed is run again.
 
     What is published or held after the look stays. A disk that cannot be merged now is reported, and the next run does
@@ -219,7 +208,7 @@ def run(
         reports.append(report)
     dropped = [each.point for each in decided.points if not each.kept and each.point.instant not in staying]
     kept = [each.point for each in decided.points if each.point not in dropped]
-    return GuestMergeReport(
+    return GuestPointsMergeReport(
         destination=destination.url,
         guest=guest,
         points_kept=tuple(each.point for each in kept),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from snapchain.destination.guest_record import GuestRecord, guest_of, record_disk
+from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord, HoldRecord, PointRecord
 from snapchain.errors import NotFound
 from snapchain.model.consistency import Consistency
@@ -117,6 +118,11 @@ def guest_named(disks: Sequence[DiskRecord], name: str) -> GuestView | None:
     if any(disk.name == name for disk in disks):
         return None
     return next((view for view in guests_of(disks) if view.name == name), None)
+
+
+def is_guest(destination: ReadableDestination, name: str) -> bool:
+    """Whether a destination has a guest of that name, and no disk of it."""
+    return guest_named(destination.disks(), name) is not None
 
 
 def missing_disks(point: GuestPoint, record: GuestRecord) -> tuple[str, ...]:

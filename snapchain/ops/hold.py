@@ -42,13 +42,18 @@ class HeldDisk(BaseModel):
 
 
 class HoldReport(BaseModel):
-    """What is held now. address: the file or the point; holds: all that it has; disks: of a guest point."""
+    """What is held now. address: the file or the point; holds: all that it has."""
 
     model_config = ConfigDict(frozen=True)
 
     address: str
     holds: tuple[Hold, ...]
-    disks: tuple[HeldDisk, ...] = ()
+
+
+class GuestHoldReport(HoldReport):
+    """The same of a guest point. disks: whose points are held with it, or released."""
+
+    disks: tuple[HeldDisk, ...]
 
 
 def hold_image(path: Path, tag: str, *, reason: str = "", dry_run: bool = False) -> HoldReport:
@@ -140,7 +145,7 @@ def hold_guest(
     reason: str = "",
     dry_run: bool = False,
     on_event: OnEvent = ignore,
-) -> HoldReport:
+) -> GuestHoldReport:
     """Keep a guest point: the points of all its disks, and of its record. Arguments as `hold_point`.
 
     A hold of any of them keeps the guest point, so a run that is cut off has held it already; it is run again for the
@@ -175,7 +180,7 @@ def release_guest(
     point: str | None,
     dry_run: bool = False,
     on_event: OnEvent = ignore,
-) -> HoldReport:
+) -> GuestHoldReport:
     """Take a hold off a guest point. What an earlier run has released already is left out.
 
     Raises NotFound when none of its points has a hold of this tag, and as `hold_guest`.
@@ -204,9 +209,10 @@ def _parts(point: GuestPoint) -> list[tuple[str, PointRecord]]:
 
 def _of_guest(
     destination: ReadableDestination, guest: str, point: GuestPoint, holds: Sequence[HoldRecord]
-) -> HoldReport:
+) -> GuestHoldReport:
+    plain = _of_point(destination, guest, point.point, holds)
     disks = tuple(HeldDisk(disk=disk, point=part.point) for disk, part in point.disks.items())
-    return _of_point(destination, guest, point.point, holds).model_copy(update={"disks": disks})
+    return GuestHoldReport(address=plain.address, holds=plain.holds, disks=disks)
 
 
 def _named(destination: ReadableDestination, disk: str, point: str | None) -> str:

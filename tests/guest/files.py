@@ -19,7 +19,7 @@ import pytest
 
 from snapchain.errors import NotFound
 from snapchain.guest import snapshot
-from snapchain.guest.protocol import Definition, DefinitionFile, GuestDisk, Layer
+from snapchain.guest.protocol import Definition, DefinitionFile, GuestDisk, Layer, State
 from snapchain.guest.snapshot import DiskToSeal, GuestSnapshot, GuestSnapshotPlan, LeftOut, SnapshotRequest
 from snapchain.model.consistency import Consistency
 from snapchain.source.lineage import seal
@@ -41,6 +41,10 @@ class FileGuest:
     streams: bool = False
     consistency: Consistency = Consistency.CRASH
     snapshots: int = 0
+    is_off: bool = False
+
+    def state(self) -> State:
+        return State.OFF if self.is_off else State.RUNNING
 
     def process(self) -> None:
         return None
@@ -106,12 +110,17 @@ class FileGuest:
 
 @contextmanager
 def sealing(patch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Snapshots of FileGuests."""
+    """Snapshots of FileGuests; one that is off is sealed by the real thing."""
+    real_plan, real_run = snapshot.plan, snapshot.run
 
     def plan(guest: Any, request: SnapshotRequest) -> GuestSnapshotPlan:
+        if guest.is_off:
+            return real_plan(guest, request)
         return guest.plan(request)  # type: ignore[no-any-return]
 
     def run(guest: Any, planned: GuestSnapshotPlan, request: SnapshotRequest, **_: Callable[..., Any]) -> GuestSnapshot:
+        if guest.is_off:
+            return real_run(guest, planned, request)
         return guest.run(planned, request)  # type: ignore[no-any-return]
 
     with patch.context() as context:

@@ -34,7 +34,13 @@ def disk_xml(target: str, path: Path, *, driver: str = "type='qcow2' discard='un
 
 
 def definition(
-    name: str, disks: Mapping[str, Path], *, more: str = "", agent: Path | None = None, os_more: str = ""
+    name: str,
+    disks: Mapping[str, Path],
+    *,
+    more: str = "",
+    agent: Path | None = None,
+    os_more: str = "",
+    memory: int = 32,
 ) -> str:
     """XML of a domain. more: further devices; agent: the socket of an agent's channel, which libvirt listens on"""
     if agent is not None:
@@ -43,7 +49,7 @@ def definition(
             "<target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
         )
     return f"""<domain type='qemu'>
-      <name>{escape(name)}</name><memory unit='MiB'>32</memory><vcpu>1</vcpu>
+      <name>{escape(name)}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
       <os><type arch='x86_64' machine='q35'>hvm</type>{os_more}</os>
       <devices>
         <emulator>/usr/bin/qemu-system-x86_64</emulator>
@@ -62,9 +68,12 @@ class Domain:
     @classmethod
     def started(
         cls, host: LibvirtHost, folder: Path, disks: Mapping[str, Path], *, name: str = "web1", transient: bool = False,
-        **more: Any,
+        off: bool = False, **more: Any,
     ) -> Domain:  # fmt: skip
-        """Defined and started. transient: started without a definition that lasts. more: as `definition` takes it"""
+        """Defined and started. transient: without a definition that lasts; off: only defined
+
+        more: as `definition` takes it
+        """
         folder.mkdir(parents=True, exist_ok=True)
         xml = folder / "domain.xml"
         xml.write_text(definition(name, disks, **more))
@@ -73,7 +82,8 @@ class Domain:
             host.virsh("create", xml)
         else:
             host.virsh("define", xml)
-            domain.virsh("start")
+            if not off:
+                domain.virsh("start")
         return domain
 
     @property
@@ -137,3 +147,10 @@ class Domain:
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: gone(pid))
         wait_until(lambda: self.name not in self.host.virsh("list", "--name").splitlines())
+
+    def remove(self) -> None:
+        """Kill it, and forget its definition. `destroy` would wait for QEMU to end by itself."""
+        if self.name in self.host.virsh("list", "--name").splitlines():
+            self.kill()
+        if self.name in self.host.virsh("list", "--all", "--name").splitlines():
+            self.virsh("undefine", "--managed-save")

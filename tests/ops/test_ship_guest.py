@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from snapchain.guest.snapshot import LeftOut, SnapshotRequest
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy
+from snapchain.ops import guest_merge
 from snapchain.ops.guest_points import GuestView, guests_of, missing_disks
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
@@ -49,6 +51,7 @@ class Site:
     shown: dict[int, dict[str, Path]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     references: int = 0
+    restored: set[int] = field(default_factory=set)
 
     def open(self) -> Destination:
         if self.kind == REPLICA:
@@ -79,7 +82,7 @@ class Site:
         return decode(out.read_bytes(), subject=out)
 
     def check(self, points: Sequence[int]) -> None:
-        """These guest points are there, whole, and show what the guest's disks showed."""
+        """These guest points are there, whole, and show what the guest's disks showed. Each is restored once."""
         view = self.view()
         assert [point.point for point in view.points] == list(points)
         for point in view.points:
@@ -88,11 +91,12 @@ class Site:
             assert (record.instant, record.consistency) == (point.instant, point.consistency)
             assert {each.name for each in record.disks} == set(self.shown[point.point])
             assert len({each.time for each in (*point.disks.values(), point.record)}) == 1
-            for each in record.disks:
+            for each in record.disks if point.point not in self.restored else ():
                 out = self.folder / "restored.qcow2"
                 out.unlink(missing_ok=True)
                 Restoration(self.open(), each.disk, out, point=str(point.disks[each.disk].point)).run()
                 assert same(out, self.shown[point.point][each.name]), (point.point, each.name)
+            self.restored.add(point.point)
         report = self.open().verify(share=1.0)
         assert report.ok, report.findings
 
@@ -109,15 +113,30 @@ def sealed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def made(tmp_path: Path, kind: str, url: str = "") -> Site:
-    disks = {
-        name: build(
-            tmp_path / name,
-            [Layer(4 * MiB, [f"write -P {n + 1} 0 1M"]), Layer(4 * MiB, [f"write -P {n + 11} 1M 128k"])],
-            names=["root.qcow2", f"{name}.qcow2"],
-        )[-1]
-        for n, name in enumerate(NAMES)
-    }
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The guest's disks as each test begins with them."""
+    folder = tmp_path_factory.mktemp("guest")
+    for n, name in enumerate(NAMES):
+        layers = [Layer(4 * MiB, [f"write -P {n + 1} 0 1M"]), Layer(4 * MiB, [f"write -P {n + 11} 1M 128k"])]
+        build(folder / name, layers, names=["root.qcow2", f"{name}.qcow2"])
+    return folder
+
+
+Make = Callable[..., Site]
+
+
+@pytest.fixture
+def make(template: Path, tmp_path: Path) -> Make:
+    def made(kind: str, url: str = "") -> Site:
+        for name in NAMES:
+            shutil.copytree(template / name, tmp_path / name)
+        return _made(tmp_path, kind, url, {name: tmp_path / name / f"{name}.qcow2" for name in NAMES})
+
+    return made
+
+
+def _made(tmp_path: Path, kind: str, url: str, disks: dict[str, Path]) -> Site:
     if kind in (ENCRYPTED, PLAIN):
         url = str(tmp_path / "repository")
     if kind != REPLICA:
@@ -126,8 +145,8 @@ def made(tmp_path: Path, kind: str, url: str = "") -> Site:
 
 
 @pytest.fixture(params=[ENCRYPTED, REPLICA])
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
-    return made(tmp_path, request.param)
+def site(request: pytest.FixtureRequest, make: Make) -> Site:
+    return make(request.param)
 
 
 def test_a_guest_point_has_all_disks_of_one_instant(site: Site) -> None:
@@ -154,17 +173,18 @@ def test_a_guest_point_has_all_disks_of_one_instant(site: Site) -> None:
     assert [each.done for each in phases] == sorted(each.done for each in phases), "progress never falls"
 
 
-def test_a_bucket(tmp_path: Path, moto: S3Server) -> None:
-    site = made(tmp_path, BUCKET, f"s3://{moto.new_bucket()}/guests")
-    for name in NAMES:
-        site.ship()
-        write(site.guest.disks_now[name], "write -P 99 2M 64k")
-    site.check([1, 2, 3])
+def test_a_bucket(make: Make, moto: S3Server) -> None:
+    site = make(BUCKET, f"s3://{moto.new_bucket()}/guests")
+    del site.guest.disks_now["vdc"]
+    site.ship()
+    write(site.guest.disks_now["vda"], "write -P 99 2M 64k")
+    site.ship()
+    site.check([1, 2])
 
 
 @pytest.mark.parametrize("kind", [ENCRYPTED, PLAIN, REPLICA])
-def test_secrets_go_only_where_they_are_encrypted(tmp_path: Path, kind: str) -> None:
-    site = made(tmp_path, kind)
+def test_secrets_go_only_where_they_are_encrypted(make: Make, tmp_path: Path, kind: str) -> None:
+    site = make(kind)
     site.guest.files = (
         DefinitionFile("nvram", "web1_VARS.fd", b"\1" * 1000, secret=True),
         DefinitionFile("tpm", "tpm2-00.permall", b"\2" * 1000, secret=True),
@@ -191,9 +211,9 @@ def test_secrets_go_only_where_they_are_encrypted(tmp_path: Path, kind: str) -> 
     assert not list((tmp_path / "state").rglob("record.raw")), "nor does it stay here"
 
 
-def test_files_that_are_too_large_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_too_large_are_left_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "LARGEST", 8192)
-    site = made(tmp_path, ENCRYPTED)
+    site = make(ENCRYPTED)
     site.guest.files = tuple(
         DefinitionFile("nvram", f"{size}.fd", b"\1" * size, secret=False) for size in (2000, 6000, 7000)
     )
@@ -206,7 +226,7 @@ def test_files_that_are_too_large_are_left_out(tmp_path: Path, monkeypatch: pyte
     )
 
 
-@pytest.mark.parametrize("broken", [*NAMES, ".guest"])
+@pytest.mark.parametrize("broken", ["vda", "vdb", ".guest"])
 def test_all_disks_or_none(site: Site, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """A fault at any of them: no guest point; the next run continues, and earlier points are whole."""
     site.ship()
@@ -344,10 +364,10 @@ def test_a_snapshot_that_was_taken_before_is_shipped_as_it_was(site: Site) -> No
 
     request = SnapshotRequest()
     expected = {name: flat(path, site.folder / f"early-{name}.raw") for name, path in site.guest.disks_now.items()}
-    taken = snapshot.run(site.guest, snapshot.plan(site.guest, request), request)  # type: ignore[arg-type]
+    taken = snapshot.run(site.guest, snapshot.plan(site.guest, request), request)
     for name in NAMES:
         write(site.guest.disks_now[name], "write -P 99 2M 64k")
-    later = snapshot.run(site.guest, snapshot.plan(site.guest, request), request)  # type: ignore[arg-type]
+    later = snapshot.run(site.guest, snapshot.plan(site.guest, request), request)
     report = site.ship(taken=taken)
     site.shown[1] = expected
     assert (report.instant, report.time, site.guest.snapshots) == (taken.instant, taken.time, 2)
@@ -365,9 +385,7 @@ def test_retention_keeps_what_a_point_belongs_to(site: Site) -> None:
     for name in NAMES:
         site.ship()
         write(site.guest.disks_now[name], "write -P 99 2M 64k")
-    place = site.open()
-    for disk in (*(f"web1/{name}" for name in NAMES), record_disk("web1")):
-        place.merging(disk, Policy(last=2)).run()
+    guest_merge.run(site.open(), "web1", Policy(last=2))
     del site.shown[1]
     site.check([2, 3])
 
@@ -378,3 +396,23 @@ def test_the_consistency_that_was_reached_is_recorded(site: Site) -> None:
     assert report.consistency is Consistency.FILESYSTEM
     assert {each.consistency for disk in site.open().disks() for each in disk.points} == {Consistency.FILESYSTEM}
     assert log(site.open(), "web1").guests[0].points[0].consistency is Consistency.FILESYSTEM
+
+
+def test_a_guest_that_is_off(site: Site) -> None:
+    """Its images are sealed at rest and keep their paths; what nobody wrote to is not sealed once more."""
+    site.guest.is_off = True
+    plan = ops.plan(site.guest, GuestShipRequest(), site.open())
+    assert [(Path(each.image).name, each.data_bytes > MiB) for each in plan.disks] == [
+        (f"{name}.qcow2", True) for name in NAMES
+    ]
+    first = site.ship()
+    assert first.consistency is Consistency.OFFLINE
+    files = {name: sorted(path.name for path in (site.folder / name).glob("*.qcow2")) for name in NAMES}
+    assert files == {name: ["root.qcow2", f"{name}.1.qcow2", f"{name}.qcow2"] for name in NAMES}
+    site.ship()
+    assert {name: len(list((site.folder / name).glob("*.qcow2"))) for name in NAMES} == dict.fromkeys(NAMES, 3)
+    write(site.guest.disks_now["vdb"], "write -P 99 2M 64k")
+    third = site.ship()
+    assert [each.data_bytes for each in third.disks] == [0, 64 << 10, 0]
+    assert {name: len(list((site.folder / name).glob("*.qcow2"))) for name in NAMES} == dict.fromkeys(NAMES, 4)
+    site.check([1, 2, 3])

@@ -14,7 +14,7 @@ from snapchain.destination.guest_record import GuestRecord, decode, record_disk
 from snapchain.destination.protocol import Destination
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.model.consistency import Consistency
-from snapchain.model.events import Event, Progress
+from snapchain.model.events import Event, OnEvent, Progress, ignore
 from snapchain.ops.guest_points import GuestView, guests_of, missing_disks
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship import guest as ops
@@ -69,7 +69,7 @@ class Running:
     def now(self) -> dict[str, bytes]:
         return {name: bytes(content) for name, content in self._content.items()}
 
-    def ship(self, on_event: ops.OnEvent = ops.ignore) -> GuestShipReport:
+    def ship(self, on_event: OnEvent = ignore) -> GuestShipReport:
         expected = self.now()
         with open_guest(GuestAddress(qmp=self.machine.qmp)) as guest:
             report = ops.run(guest, GuestShipRequest(), self.open(), on_event=on_event)

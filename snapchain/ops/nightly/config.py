@@ -4,7 +4,9 @@
     window = "22:00-06:00"             glob = "/images/*.qcow2"         name = "vault"
                                        name = "{stem}/vda"              url = "s3://bucket/prefix"
     [keep]                             merge_above = 8                  password_file = "/etc/snapchain/vault"
-    daily = 14
+    daily = 14                         [[guests]]
+                                       pattern = "web*"
+                                       quiesce = "auto"
 
 Every field is here, with its default; values.py has the ways in which values are written.
 """
@@ -18,9 +20,10 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from snapchain.guest.snapshot import Quiesce
 from snapchain.model.points import check_label
 from snapchain.model.retention import Policy
-from snapchain.ops.nightly.values import Bytes, Seconds, Share, Window, check_template
+from snapchain.ops.nightly.values import Bytes, Seconds, Share, Window, check_guest_template, check_template
 from snapchain.repository.format import MAX_PACK_BYTES, MIN_PACK_BYTES
 
 Text = Annotated[str, Field(min_length=1)]
@@ -102,6 +105,57 @@ class Disks(_Part):
         return self
 
 
+class GuestHooks(Hooks):
+    """Hooks around one guest. pre_freeze, post_thaw: right before its filesystems are frozen, and right after it."""
+
+    pre_freeze: Argv | None = None
+    post_thaw: Argv | None = None
+
+
+class Guests(_Part):
+    """One domain of libvirt (`domain`), all whose names a `pattern` matches (less `exclude`), or those whose monitors a
+    path or a pattern finds (`qmp`). A guest that is off is taken as images at rest.
+
+    connect: URI of libvirt; agent: socket of the guest agent, for one `qmp` whose monitor does not show it
+    name: at the destinations, with {guest} and {host}; disks: only these, by name, exclude_disks: all but these
+    quiesce: whether the guest agent freezes the filesystems; merge_above: local chains of more files have sealed layers
+    merged, under the running guest, but for what `snapchain hold` holds; idle: slowly enough that it is not felt
+    when_busy: whether a guest that somebody else is at work on is a failure, or left out; destinations: names, or all
+    """
+
+    domain: Text | None = None
+    pattern: Text | None = None
+    exclude: tuple[Text, ...] = ()
+    qmp: Text | None = None
+    connect: Text | None = None
+    agent: Path | None = None
+    name: Annotated[str, AfterValidator(check_guest_template)] = "{guest}"
+    disks: tuple[Text, ...] = ()
+    exclude_disks: tuple[Text, ...] = ()
+    image_dirs: tuple[Path, ...] = ()
+    labels: tuple[Label, ...] = ()
+    quiesce: Quiesce = Quiesce.AUTO
+    merge_above: Annotated[int, Field(ge=4, le=150)] | None = None
+    idle: bool = False
+    when_busy: Literal["failure", "skip"] = "failure"
+    destinations: Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    hooks: GuestHooks = GuestHooks()
+
+    @model_validator(mode="after")
+    def _names_guests(self) -> Self:
+        if sum(each is not None for each in (self.domain, self.pattern, self.qmp)) != 1:
+            raise ValueError("name either one domain, a pattern of domains, or a monitor's socket (qmp)")
+        if self.exclude and self.domain is not None:
+            raise ValueError("exclude belongs to a pattern")
+        if self.connect is not None and self.qmp is not None:
+            raise ValueError("connect belongs to domains of libvirt, and this guest has a monitor of its own (qmp)")
+        if self.agent is not None and self.qmp is None:
+            raise ValueError("agent belongs to qmp: libvirt has the agent of its domains")
+        if self.disks and self.exclude_disks:
+            raise ValueError("name either the disks, or those to exclude")
+        return self
+
+
 class Verify(_Part):
     """A sample each night. disks: how many, by turns; share: of their data; records are checked in any case."""
 
@@ -150,8 +204,9 @@ class Budget(_Part):
 class Nightly(_Part):
     """The whole.
 
-    name: of metrics and messages, by default the file's; concurrency: disks at work at once; retired: patterns of the
-    names of disks that may be gone: any other that was shipped once and is not there any more is a failure
+    name: of metrics and messages, by default the file's; concurrency: disks and guests at work at once
+    retired: patterns of the names of disks and guests that may be gone: any other that was shipped once and is not
+    there any more is a failure
     """
 
     time_zone: Annotated[str, AfterValidator(_zone)]
@@ -164,17 +219,24 @@ class Nightly(_Part):
     budget: Budget = Budget()
     keep: Policy = Policy()
     hooks: Hooks = Hooks()
-    disks: Annotated[tuple[Disks, ...], Field(min_length=1)]
+    disks: tuple[Disks, ...] = ()
+    guests: tuple[Guests, ...] = ()
     destinations: Annotated[tuple[Destination, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _has_work(self) -> Self:
+        if not self.disks and not self.guests:
+            raise ValueError("there is nothing to do: name [[disks]] or [[guests]]")
+        return self
 
     @property
     def zone(self) -> tzinfo:
         """Whose wall clock the window and the calendar rules go by."""
         return zone_of(self.time_zone)
 
-    def destinations_of(self, disks: Disks) -> tuple[Destination, ...]:
-        """Where these disks go."""
-        wanted = disks.destinations
+    def destinations_of(self, settings: Disks | Guests) -> tuple[Destination, ...]:
+        """Where these disks or guests go."""
+        wanted = settings.destinations
         return tuple(each for each in self.destinations if wanted is None or each.name in wanted)
 
     def keep_of(self, destination: Destination) -> Policy:

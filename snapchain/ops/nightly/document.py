@@ -74,7 +74,9 @@ def _mistake(place: Place, kind: str, said: str) -> _Mistake:
     if kind == "missing":
         return _Mistake(place, "is missing")
     if kind in {"tuple_type", "frozen_set_type"}:
-        table = f", as a table [[{place[0]}]]" if place in {("disks",), ("destinations",)} else ", in brackets"
+        table = (
+            f", as a table [[{place[0]}]]" if place in {("disks",), ("guests",), ("destinations",)} else ", in brackets"
+        )
         return _Mistake(place, f"is a list{table}")
     message = said.removeprefix("Value error, ")
     return _Mistake(place, message[:1].lower() + message[1:] if message[1:2].islower() else message)
@@ -114,14 +116,22 @@ def _contradictions(config: Nightly) -> Iterator[_Mistake]:
         if urls[destination.url] > 1:
             yield _Mistake(("destinations", number, "url"), "two destinations have this address")
     paths = Counter(each.path for each in config.disks if each.path is not None)
+    domains = Counter((each.connect, each.domain) for each in config.guests if each.domain is not None)
     for number, disks in enumerate(config.disks):
         if disks.path is not None and paths[disks.path] > 1:
             yield _Mistake(("disks", number, "path"), "this image is named twice")
-        for place, name in enumerate(disks.destinations or ()):
-            if name not in names:
-                known = ", ".join(names)
-                message = f'"{name}" is not a destination: known are {known}'
-                yield _Mistake(("disks", number, "destinations", place), message)
+        yield from _unknown_destinations(("disks", number), disks.destinations, names)
+    for number, guests in enumerate(config.guests):
+        if guests.domain is not None and domains[guests.connect, guests.domain] > 1:
+            yield _Mistake(("guests", number, "domain"), "this domain is named twice")
+        yield from _unknown_destinations(("guests", number), guests.destinations, names)
+
+
+def _unknown_destinations(place: Place, wanted: tuple[str, ...] | None, names: Counter[str]) -> Iterator[_Mistake]:
+    for number, name in enumerate(wanted or ()):
+        if name not in names:
+            known = ", ".join(names)
+            yield _Mistake((*place, "destinations", number), f'"{name}" is not a destination: known are {known}')
 
 
 def _refusal(mistakes: list[_Mistake], path: Path) -> InvalidInput:
@@ -156,6 +166,20 @@ def _absolute(config: Nightly, directory: Path) -> Nightly:
         )
         for each in config.disks
     )
+    guests = tuple(
+        each.model_copy(
+            update={
+                "qmp": None if each.qmp is None else str(inside / Path(each.qmp).expanduser()),
+                "exclude": tuple(
+                    pattern if each.qmp is None else str(inside / Path(pattern).expanduser())
+                    for pattern in each.exclude
+                ),
+                "agent": path(each.agent),
+                "image_dirs": tuple(directory / each_dir.expanduser() for each_dir in each.image_dirs),
+            }
+        )
+        for each in config.guests
+    )
     destinations = tuple(
         each.model_copy(
             update={
@@ -165,5 +189,5 @@ def _absolute(config: Nightly, directory: Path) -> Nightly:
         )
         for each in config.destinations
     )
-    more = {"disks": disks, "destinations": destinations, "state": path(config.state), "metrics": path(config.metrics)}
-    return config.model_copy(update=more)
+    more = {"disks": disks, "guests": guests, "destinations": destinations}
+    return config.model_copy(update={**more, "state": path(config.state), "metrics": path(config.metrics)})

@@ -13,6 +13,8 @@ from snapchain.destination.records import GcReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError
 from snapchain.host.terminal import counted
 from snapchain.model.events import Event, Notice, OnEvent, Progress
+from snapchain.ops import guest_verify
+from snapchain.ops.guest_points import guest_named, guests_of
 from snapchain.ops.nightly.open_destination import OpenDestination
 from snapchain.ops.nightly.plan import order
 from snapchain.ops.nightly.report import DestinationReport, Outcome, VerifyResult
@@ -42,9 +44,11 @@ def turns(
 class Maintenance:
     """One destination in one run. `run` does not raise for what is wrong with it: it reports."""
 
-    def __init__(self, night: Night, place: OpenDestination, disks: Sequence[str]) -> None:
-        """disks: of the configuration that go there."""
-        self._night, self._place, self._disks = night, place, disks
+    def __init__(
+        self, night: Night, place: OpenDestination, disks: Sequence[str], *, guests: Sequence[str] = ()
+    ) -> None:
+        """disks, guests: of the configuration that go there. A guest is verified whole, with all its disks."""
+        self._night, self._place, self._disks, self._guests = night, place, disks, guests
         self._steps = Steps()
         self._report = DestinationReport(destination=place.name, outcome=Outcome.OK)
 
@@ -87,12 +91,19 @@ class Maintenance:
         verified = (each.disk for each in self._report.verified if each.findings)
         return frozenset(each.disk for each in collected if each.disk is not None).union(verified)
 
+    @property
+    def damaged_guests(self) -> frozenset[str]:
+        """The guests one of whose disks is damaged, or a record."""
+        return frozenset(
+            guest for guest in self._guests if any(f"{each}/".startswith(f"{guest}/") for each in self.damaged)
+        )
+
     def _verify(self) -> None:
         config, known = self._place.config.verify, self._night.state.destination(self._place.name)
         assert config is not None
         self._night.limits.check()
         with self._place.turn() as destination:
-            there = _disks_there(destination, self._disks)
+            there = [*_disks_there(destination, self._disks), *_guests_there(destination, self._guests)]
         wanted = turns(there, known.verified, config.disks, now=self._night.clock(), damaged=known.damaged)
         for disk in wanted:
             self._steps.attempt(f"verify {disk}", partial(self._look_at, disk, 1.0 if disk in known.damaged else None))
@@ -110,8 +121,9 @@ class Maintenance:
             self._night.limits.check()
 
         with self._place.turn() as destination:
-            share = _of_some_size(destination, disk, config.share) if share is None else share
-            found = destination.verify(disk, share=share, on_event=heard)
+            names = _disks_of(destination, disk) if disk in self._guests else [disk]
+            share = max(_of_some_size(destination, each, config.share) for each in names) if share is None else share
+            found = guest_verify.verify(destination, disk, share=share, on_event=heard)
         findings = tuple(f"{each.subject}: {each.message}" for each in found.findings)
         self._show(
             verified=(
@@ -152,6 +164,25 @@ def _of_some_size(destination: Destination, disk: str, share: float) -> float:
     except SnapchainError:
         return share  # the check itself reports it
     return min(max(share, _LEAST_SAMPLE / data), 1.0) if data else share
+
+
+def _disks_of(destination: Destination, guest: str) -> Sequence[str]:
+    """The disks of a guest there, at least one name."""
+    view = guest_named(destination.disks(), guest)
+    return view.disks if view is not None and view.disks else [guest]
+
+
+def _guests_there(destination: Destination, guests: Sequence[str]) -> list[str]:
+    """Those of the guests that have a guest point there."""
+    if not guests:
+        return []
+    try:
+        known = {view.name for view in guests_of(destination.disks()) if view.points}
+    except NotFound:
+        return []
+    except SnapchainError:  # the check of each reports it
+        return list(guests)
+    return [guest for guest in guests if guest in known]
 
 
 def _disks_there(destination: Destination, disks: Sequence[str]) -> list[str]:

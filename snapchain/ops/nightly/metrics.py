@@ -1,4 +1,4 @@
-"""A run in Prometheus' text format, for node_exporter's textfile collector; replaced whole, so never half there.
+"""A run in Prometheus' text format.
 
 What a run did not reach keeps what is known of it: a disk that nobody works on shows as a growing lag, and one that
 was never shipped as an infinite one.  Damage that a sample has found stays until it is found repaired.
@@ -7,102 +7,69 @@ was never shipped as an infinite one.  Damage that a sample has found stays unti
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-
-from snapchain.host import files
-from snapchain.host.temporary_names import NEW
-from snapchain.host.terminal import printable
+from snapchain.model.consistency import Consistency
+from snapchain.ops import exposition as text
+from snapchain.ops.exposition import Family, Labels
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.report import NightlyReport, Outcome
 from snapchain.ops.nightly.state import DestinationState, State
 
-_READABLE = 0o644
-Labels = dict[str, str]
-
-
-@dataclass(slots=True)
-class _Family:
-    """One metric, all of its series."""
-
-    name: str
-    help: str
-    rows: list[tuple[Labels, float]] = field(default_factory=list)
-
-    def gauge(self) -> GaugeMetricFamily:
-        """As prometheus_client has it. A label may be shown by `cat`: control characters of a name are escaped."""
-        names = list(self.rows[0][0])
-        made = GaugeMetricFamily(f"snapchain_{self.name}", self.help, labels=names)
-        for labels, value in self.rows:
-            made.add_metric([printable(labels[name]) for name in names], value)
-        return made
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """A collector of what one run found."""
-
-    families: list[_Family]
-
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        return (family.gauge() for family in self.families if family.rows)
-
 
 def write(path: Path, report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> None:
     """Replace the file. former: disks of earlier runs that nobody expects any more. Raises what the place raises."""
-    files.make_directories(path.parent, mode=0o755)
-    files.remove_temporaries(path, purpose=NEW)
-    # Whatever the umask: the exporter runs as somebody else.
-    data = exposition(report, config, state, former=former)
-    files.write_atomically(path, data, mode=_READABLE, whatever_the_umask=True)
+    text.write(path, exposition(report, config, state, former=former))
 
 
 def exposition(report: NightlyReport, config: Nightly, state: State, *, former: Collection[str] = ()) -> bytes:
     """All metrics of a run. Every series has the configuration's name as label `nightly`."""
-    registry = CollectorRegistry()
-    registry.register(_Run(list(_families(report, config, state, former))))
-    return generate_latest(registry)
+    return text.encode(_families(report, config, state, former))
 
 
-def _families(report: NightlyReport, config: Nightly, state: State, former: Collection[str]) -> Iterator[_Family]:
+def _families(report: NightlyReport, config: Nightly, state: State, former: Collection[str]) -> Iterator[Family]:
     own = {"nightly": report.name}
     now = report.finished
-    yield _Family("last_run_timestamp_seconds", "When the last run ended.", [(own, now.timestamp())])
+    yield Family("last_run_timestamp_seconds", "When the last run ended.", [(own, now.timestamp())])
     success = float(report.complete)
-    yield _Family("last_run_success", "Whether the last run did all that was to be done.", [(own, success)])
-    yield _Family("duration_seconds", "How long the last run took.", [(own, report.seconds)])
-    counts = [({**own, "outcome": each.value}, float(report.counts.get(each, 0))) for each in Outcome]
-    yield _Family("disks", "Disks of the last run by outcome.", counts)
+    yield Family("last_run_success", "Whether the last run did all that was to be done.", [(own, success)])
+    yield Family("duration_seconds", "How long the last run took.", [(own, report.seconds)])
+    yield Family("disks", "Disks of the last run by outcome.", _counts([each.outcome for each in report.disks], own))
+    if config.guests:
+        outcomes = [each.outcome for each in report.guests]
+        yield Family("guests", "Guests of the last run by outcome.", _counts(outcomes, own))
     faults = len(report.faults) + sum(len(each.faults) for each in report.disks)
-    faults += sum(len(each.faults) for each in report.destinations)
-    yield _Family("faults", "What went wrong in the last run.", [(own, faults)])
+    faults += sum(len(each.faults) for each in report.guests) + sum(len(each.faults) for each in report.destinations)
+    yield Family("faults", "What went wrong in the last run.", [(own, faults)])
     gone = len(report.no_longer_selected)
-    yield _Family("disks_gone", "Disks that earlier runs have shipped and the last one did not find.", [(own, gone)])
+    yield Family("disks_gone", "Disks that earlier runs have shipped and the last one did not find.", [(own, gone)])
     yield from _of_disks(report, config, state, former, own)
+    yield from _of_guests(report, config, state, former, own)
     yield from _of_destinations(report, state, former, own)
+
+
+def _counts(outcomes: Sequence[Outcome], own: Labels) -> list[tuple[Labels, float]]:
+    return [({**own, "outcome": each.value}, float(outcomes.count(each))) for each in Outcome]
 
 
 def _of_disks(
     report: NightlyReport, config: Nightly, state: State, former: Collection[str], own: Labels
-) -> Iterator[_Family]:
+) -> Iterator[Family]:
     this_run, now = {each.disk: each for each in report.disks}, report.finished
-    outcome = _Family("disk_success", "Whether the last run did all that was to be done for the disk.")
-    seconds = _Family("disk_duration_seconds", "How long the last run worked on the disk.")
-    length = _Family("chain_length", "Files of the local chain, root and top included.")
-    shadowed = _Family("shadowed_bytes", "Data in the local chain that layers above hide.")
-    freed = _Family("merge_freed_bytes", "What the last local merge freed.")
-    success = _Family(
+    outcome = Family("disk_success", "Whether the last run did all that was to be done for the disk.")
+    seconds = Family("disk_duration_seconds", "How long the last run worked on the disk.")
+    length = Family("chain_length", "Files of the local chain, root and top included.")
+    shadowed = Family("shadowed_bytes", "Data in the local chain that layers above hide.")
+    freed = Family("merge_freed_bytes", "What the last local merge freed.")
+    success = Family(
         "last_success_timestamp_seconds", "When what the destination holds of the disk was current; 0: never."
     )
-    lag = _Family("rpo_lag_seconds", "How old that was when the last run ended: what a loss of the source would cost.")
-    shipped = _Family("shipped_bytes", "Guest bytes read for the last shipment of the disk.")
-    stored = _Family("stored_bytes", "What the last shipment of the disk took at the destination.")
-    points = _Family("points", "Points of the disk at the destination.")
-    layers = _Family("layers", "Layers of the disk at the destination.")
+    lag = Family("rpo_lag_seconds", "How old that was when the last run ended: what a loss of the source would cost.")
+    shipped = Family("shipped_bytes", "Guest bytes read for the last shipment of the disk.")
+    stored = Family("stored_bytes", "What the last shipment of the disk took at the destination.")
+    points = Family("points", "Points of the disk at the destination.")
+    layers = Family("layers", "Layers of the disk at the destination.")
     for name in dict.fromkeys([*this_run, *state.disks]):
         if name in former:
             continue
@@ -133,12 +100,63 @@ def _of_disks(
     yield from (outcome, seconds, length, shadowed, freed, success, lag, shipped, stored, points, layers)
 
 
-def _of_destinations(report: NightlyReport, state: State, former: Collection[str], own: Labels) -> Iterator[_Family]:
-    success = _Family("destination_success", "Whether the last run could use and keep up the destination.")
-    collected = _Family("gc_timestamp_seconds", "When the last gc ended; 0: never.")
-    freed = _Family("gc_freed_bytes", "What the last gc gave back.")
-    checked = _Family("verified_bytes", "Guest bytes that the last sample read and compared.")
-    findings = _Family("verify_findings", "What was found damaged or missing, of disks that are not yet found whole.")
+def _of_guests(
+    report: NightlyReport, config: Nightly, state: State, former: Collection[str], own: Labels
+) -> Iterator[Family]:
+    this_run, now = {each.guest: each for each in report.guests}, report.finished
+    gone = Family("guests_gone", "Guests that earlier runs have shipped, and that are not defined any more.")
+    outcome = Family("guest_success", "Whether the last run did all that was to be done for the guest.")
+    seconds = Family("guest_duration_seconds", "How long the last run worked on the guest.")
+    frozen = Family("guest_frozen_seconds", "How long the guest's filesystems were frozen for the last snapshot.")
+    length = Family("guest_chain_length", "Files of the local chain of the guest's disk, root and top included.")
+    freed = Family("guest_merge_freed_bytes", "What the last local merges of the guest's disks freed.")
+    success = Family(
+        "guest_last_success_timestamp_seconds", "When the newest guest point at the destination was taken; 0: never."
+    )
+    lag = Family("guest_rpo_lag_seconds", "How old that was when the last run ended.")
+    level = Family("guest_consistency", "1 for the consistency of the newest guest point at the destination, 0 else.")
+    shipped = Family("guest_shipped_bytes", "Guest bytes read for the last shipment of all disks.")
+    stored = Family("guest_stored_bytes", "What that shipment took at the destination.")
+    points = Family("guest_points", "Guest points at the destination.")
+    if config.guests:
+        gone.rows.append((own, float(len(report.guests_gone))))
+    for name in dict.fromkeys([*this_run, *state.guests]):
+        if name in former:
+            continue
+        labels = {**own, "guest": name}
+        known, row = state.guests.get(name), this_run.get(name)
+        if row is not None:
+            outcome.rows.append((labels, float(row.outcome in (Outcome.OK, Outcome.MOVED))))
+            seconds.rows.append((labels, row.seconds))
+        if known is not None:
+            length.rows += [({**labels, "disk": disk}, count) for disk, count in sorted(known.chain_lengths.items())]
+            freed.rows.append((labels, known.merge_freed_bytes))
+            if known.frozen_seconds is not None:
+                frozen.rows.append((labels, known.frozen_seconds))
+        held = known.destinations if known is not None else {}
+        wanted = [each.destination for each in row.destinations] if row is not None else []
+        for destination in dict.fromkeys([*wanted, *held]):
+            if destination not in (*wanted, *(each.name for each in config.destinations)):
+                continue  # as for disks
+            there, reached = {**labels, "destination": destination}, held.get(destination)
+            success.rows.append((there, reached.captured.timestamp() if reached else 0.0))
+            lag.rows.append((there, max((now - reached.captured).total_seconds(), 0.0) if reached else math.inf))
+            if reached is not None:
+                level.rows += [
+                    ({**there, "consistency": each.value}, float(each is reached.consistency)) for each in Consistency
+                ]
+                shipped.rows.append((there, reached.shipped_bytes))
+                stored.rows.append((there, reached.stored_bytes))
+                points.rows.append((there, reached.points))
+    yield from (gone, outcome, seconds, frozen, length, freed, success, lag, level, shipped, stored, points)
+
+
+def _of_destinations(report: NightlyReport, state: State, former: Collection[str], own: Labels) -> Iterator[Family]:
+    success = Family("destination_success", "Whether the last run could use and keep up the destination.")
+    collected = Family("gc_timestamp_seconds", "When the last gc ended; 0: never.")
+    freed = Family("gc_freed_bytes", "What the last gc gave back.")
+    checked = Family("verified_bytes", "Guest bytes that the last sample read and compared.")
+    findings = Family("verify_findings", "What was found damaged or missing, of disks that are not yet found whole.")
     for each in report.destinations:
         labels, known = {**own, "destination": each.destination}, state.destinations.get(each.destination)
         success.rows.append((labels, float(each.outcome is Outcome.OK)))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
+from snapchain.guest.address import open_guest
+from snapchain.guest.protocol import State as GuestState
+from snapchain.guest.snapshot import LeftOut, SnapshotRequest, plan as plan_snapshot
+from snapchain.guest.source import disks_to_protect
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops import snapshot
+from snapchain.ops import guest_merge, snapshot
 from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.guest import wanted_disks
+from snapchain.ops.nightly.guest_list import GuestList, SelectedGuest, guest_list
 from snapchain.ops.nightly.hooks import missing_programs
 from snapchain.ops.nightly.local_chain import ImageFacts, Sealed, look
 from snapchain.ops.nightly.maintenance import turns
@@ -53,6 +59,28 @@ class DiskPreview(_Shown):
     moved_to: str | None = None
 
 
+class GuestDiskPreview(_Shown):
+    """A disk of a guest. sealed: the file that would be sealed; chain_length: files afterwards"""
+
+    disk: str
+    sealed: Path | None = None
+    chain_length: int | None = None
+
+
+class GuestPreview(_Shown):
+    """state: whether it runs; quiesces: whether a freeze would be tried; left_out: its disks that would not be taken"""
+
+    guest: str
+    option: str
+    is_new: bool = False
+    state: GuestState | None = None
+    quiesces: bool = False
+    disks: tuple[GuestDiskPreview, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    destinations: tuple[ShipPreview, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
 class MaintenancePreview(_Shown):
     """verify: disks whose sample would be read."""
 
@@ -68,6 +96,7 @@ class NightlyPlan(_Shown):
     closes: datetime | None
     left: tuple[str, ...]
     disks: tuple[DiskPreview, ...]
+    guests: tuple[GuestPreview, ...] = ()
     destinations: tuple[MaintenancePreview, ...]
     faults: tuple[Fault, ...]
     layers_left_out: tuple[Path, ...]
@@ -76,7 +105,8 @@ class NightlyPlan(_Shown):
     @property
     def sound(self) -> bool:
         """Whether nothing stands against a whole run, but for the hour."""
-        return not self.faults and not any(disk.faults for disk in self.disks)
+        turns = [*(disk.faults for disk in self.disks), *(guest.faults for guest in self.guests)]
+        return not self.faults and not any(turns)
 
 
 def preview(
@@ -92,6 +122,7 @@ def preview(
     steps = Steps()
     now = clock()
     found = disk_list(config, state, now=now)
+    roll = guest_list(config, state, now=now) if config.guests else GuestList()
     limits = limits_of(
         now=now,
         clock=lambda: now,
@@ -113,9 +144,12 @@ def preview(
         closes=limits.closes,
         left=tuple(steps.left),
         disks=tuple(_Look(config, places, disk, now).disk() for disk in found.disks),
-        destinations=tuple(_upkeep(config, place, state, found.disks, now) for place in places.values()),
+        guests=tuple(_LookAtGuest(config, places, guest, now).guest() for guest in roll.guests),
+        destinations=tuple(
+            _upkeep(config, place, state, [*found.disks, *roll.guests], now) for place in places.values()
+        ),
         faults=(
-            *(Fault.of("selection", fault) for fault in found.faults),
+            *(Fault.of("selection", fault) for fault in (*found.faults, *roll.faults)),
             *(Fault.of("hooks", fault) for fault in missing_programs(config.hooks)),
         ),
         layers_left_out=found.layers,
@@ -217,8 +251,70 @@ class _Look:
         return tuple(path.name for files in found for path in files), None
 
 
+class _LookAtGuest:
+    def __init__(
+        self, config: Nightly, places: dict[str, OpenDestination], guest: SelectedGuest, now: datetime
+    ) -> None:
+        self._config, self._guest, self._now = config, guest, now
+        self._places = [places[each.name] for each in config.destinations_of(guest.settings)]
+        self._steps = Steps()
+
+    def guest(self) -> GuestPreview:
+        named = self._guest
+        shown = GuestPreview(guest=named.name, option=named.option, is_new=named.is_new)
+        seen = self._steps.attempt("snapshot", lambda: self._seen(shown)).value
+        if seen is not None:
+            shown = seen.model_copy(update={"destinations": tuple(map(self._at, self._places))})
+        for fault in missing_programs(named.settings.hooks):
+            self._steps.note("hooks", fault)
+        return shown.model_copy(update={"faults": tuple(self._steps.faults)})
+
+    def _seen(self, shown: GuestPreview) -> GuestPreview:
+        named = self._guest
+        if named.fault is not None:
+            raise named.fault
+        assert named.address is not None
+        with open_guest(named.address) as guest:
+            state = guest.state()
+            found = wanted_disks(guest, named.settings)
+            if state is GuestState.OFF:
+                disks = tuple(
+                    GuestDiskPreview(disk=disk.name, chain_length=len(disk.chain) + 1)
+                    for disk in disks_to_protect(guest, found)
+                )
+                return shown.model_copy(update={"state": state, "disks": disks})
+            planned = plan_snapshot(guest, SnapshotRequest(disks=found, quiesce=named.settings.quiesce))
+            disks = tuple(
+                GuestDiskPreview(disk=each.disk, sealed=each.sealed, chain_length=each.layers) for each in planned.disks
+            )
+            update = {"quiesces": planned.quiesces, "disks": disks, "left_out": planned.left_out}
+            return shown.model_copy(update={"state": state, **update})
+
+    def _at(self, place: OpenDestination) -> ShipPreview:
+        shown = ShipPreview(destination=place.name)
+
+        def dropped() -> tuple[int, ...]:
+            with place.turn() as destination:
+                if place.policy.is_empty:
+                    return ()
+                try:
+                    plan = guest_merge.plan(
+                        destination, self._guest.name, place.policy, zone=self._config.zone, now=self._now
+                    )
+                except NotFound:  # its first point is yet to come
+                    return ()
+                return tuple(each.point for each in plan.points if not each.kept)
+
+        points = self._steps.attempt(f"ship to {place.name}", dropped).value or ()
+        return shown.model_copy(update={"points_dropped": points})
+
+
 def _upkeep(
-    config: Nightly, place: OpenDestination, state: State, disks: tuple[SelectedDisk, ...], now: datetime
+    config: Nightly,
+    place: OpenDestination,
+    state: State,
+    disks: Sequence[SelectedDisk | SelectedGuest],
+    now: datetime,
 ) -> MaintenancePreview:
     wanted = place.config.verify
     there = [

@@ -12,7 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.records import GcReport, PointsMergeReport
 from snapchain.errors import SnapchainError
+from snapchain.guest.protocol import State
+from snapchain.guest.snapshot import LeftOut
 from snapchain.merge.run import MergeReport
+from snapchain.model.consistency import Consistency
+from snapchain.ops.guest_merge import GuestPointsMergeReport
 
 
 class Outcome(StrEnum):
@@ -77,7 +81,7 @@ class ShipResult(_Shown):
     bytes_read: int = 0
     bytes_stored: int = 0
     content_id: str | None = None
-    retention: PointsMergeReport | None = None
+    retention: PointsMergeReport | GuestPointsMergeReport | None = None
     points: int | None = None
     layers: int | None = None
     damaged: tuple[int, ...] = ()
@@ -126,6 +130,38 @@ class DiskReport(TurnReport):
     shadowed_bytes: int | None = None
 
 
+class GuestDiskResult(_Shown):
+    """The local chain of one disk of a guest. chain_length: files; merge: of local layers"""
+
+    disk: str
+    sealed: Path | None = None
+    chain_length: int | None = None
+    merge: MergeReport | None = None
+    why_not_merged: str | None = None
+
+
+class GuestReport(TurnReport):
+    """One guest. The results of its destinations are of guest points, with the bytes of all disks together.
+
+    guest: its name at the destinations; option: how it is named on a command line; is_new: no earlier run has known it
+    state: whether it ran; instant, time, consistency: of its guest point; why_not: why it is not
+    filesystem-consistent where that was tried; frozen_seconds: how long it was frozen
+    left_out: its disks that were not taken, each with the reason
+    """
+
+    guest: str
+    option: str
+    is_new: bool = False
+    state: State | None = None
+    instant: str | None = None
+    time: datetime | None = None
+    consistency: Consistency | None = None
+    why_not: str | None = None
+    frozen_seconds: float | None = None
+    disks: tuple[GuestDiskResult, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+
 class VerifyResult(_Shown):
     """The sample of one disk. checked_bytes: guest bytes read and compared."""
 
@@ -148,9 +184,11 @@ class DestinationReport(_Shown):
 class NightlyReport(_Shown):
     """A whole run.
 
-    faults, left: of the run itself; disks: in the order of work; counts: by outcome, also zeros (but of moved)
+    faults, left: of the run itself; disks: in the order of work; counts: of disks and guests by outcome, also zeros
+    (but of moved)
     no_longer_selected: disks that earlier runs have shipped; layers_left_out: files that were matched, and are no disks
     leftovers: those of them that no image uses any more
+    guests: in the order of work; guests_gone: those that earlier runs have shipped, and that are not defined any more
     """
 
     name: str
@@ -162,10 +200,12 @@ class NightlyReport(_Shown):
     closes: datetime | None
     counts: dict[Outcome, int]
     disks: tuple[DiskReport, ...]
+    guests: tuple[GuestReport, ...] = ()
     destinations: tuple[DestinationReport, ...]
     faults: tuple[Fault, ...]
     left: tuple[str, ...]
     no_longer_selected: tuple[str, ...]
+    guests_gone: tuple[str, ...] = ()
     layers_left_out: tuple[Path, ...]
     leftovers: tuple[Path, ...] = ()
     interrupted: bool = False

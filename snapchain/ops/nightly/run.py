@@ -6,7 +6,6 @@ kill the next run finds in the state what was reached.  What cannot be written i
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 import time
@@ -18,10 +17,8 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
-from snapchain.errors import Busy, Interrupted, SnapchainError
+from snapchain.errors import Interrupted, SnapchainError
 from snapchain.host import files, process_limits
-from snapchain.host.files import open_or_make
-from snapchain.host.os_errors import os_errors
 from snapchain.host.private import make_private
 from snapchain.host.records import SYSTEM_STATE, state_dir
 from snapchain.image.scan import MAX_DEPTH
@@ -29,15 +26,18 @@ from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.ops.nightly import metrics
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.disk import DiskRun, untouched
+from snapchain.ops.nightly.guest import GuestRun, untouched_guest
+from snapchain.ops.nightly.guest_list import GuestList, SelectedGuest, guest_list
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.maintenance import Maintenance
 from snapchain.ops.nightly.open_destination import OpenDestination
-from snapchain.ops.nightly.plan import limits_of
-from snapchain.ops.nightly.report import DestinationReport, DiskReport, NightlyReport, Outcome
+from snapchain.ops.nightly.plan import limits_of, order
+from snapchain.ops.nightly.report import DestinationReport, DiskReport, GuestReport, NightlyReport, Outcome
 from snapchain.ops.nightly.selection import DiskList, SelectedDisk, disk_list
-from snapchain.ops.nightly.state import StateFile
+from snapchain.ops.nightly.state import DiskState, GuestState, StateFile
 from snapchain.ops.nightly.steps import Steps
 from snapchain.ops.nightly.turn import Night
+from snapchain.ops.single_run import only_run
 
 LAST_REPORT = "last-report.json"
 
@@ -102,8 +102,9 @@ class _Run:
         self._steps = Steps()
         self._descriptors = Descriptors(process_limits.limit())
         self._reports: dict[str, DiskReport] = {}
+        self._guest_reports: dict[str, GuestReport] = {}
         self._destinations: dict[str, DestinationReport] = {}
-        self._disk_list = DiskList()
+        self._disk_list, self._guest_list = DiskList(), GuestList()
         limits = limits_of(
             now=self._started,
             clock=clock,
@@ -126,11 +127,13 @@ class _Run:
         steps, begun = self._steps, False
         try:
             self._disk_list = steps.attempt("selection", self._call_the_roll).value or self._disk_list
+            if self._config.guests:
+                self._guest_list = steps.attempt("selection", self._call_the_guests).value or self._guest_list
             if steps.attempt("all of it", self._night.limits.check).outcome is Outcome.OK:
                 begun = True
                 if steps.attempt("before hook", lambda: self._hooks.run("before")).outcome is Outcome.OK:
-                    self._work(self._disk_list.disks)
-                    self._keep_up(self._disk_list.disks)
+                    self._work([*self._disk_list.disks, *self._guest_list.guests])
+                    self._keep_up()
         except KeyboardInterrupt:
             self._interrupted = True
         report = self._saved()
@@ -150,21 +153,35 @@ class _Run:
             self._steps.note("selection", fault)
         return found
 
-    def _work(self, disks: Sequence[SelectedDisk]) -> None:
-        queue = deque(disks)
+    def _call_the_guests(self) -> GuestList:
+        found = guest_list(self._config, self._night.state.now, now=self._started)
+        for fault in found.faults:
+            self._steps.note("selection", fault)
+        return found
+
+    def _work(self, items: Sequence[SelectedDisk | SelectedGuest]) -> None:
+        """Disks and guests, those first that the last runs did not reach."""
+        state = self._night.state.now
+        known: dict[str, DiskState | GuestState] = {f"disk {name}": each for name, each in state.disks.items()}
+        known |= {f"guest {name}": each for name, each in state.guests.items()}
+        turns = {key: turn for key, each in known.items() if (turn := each.turn)}
+        queue = deque(order(items, _key, turns, now=self._started))
 
         def worker() -> None:
             while queue and not self._stop.is_set():
                 try:
-                    disk = queue.popleft()
+                    item = queue.popleft()
                 except IndexError:
                     return
-                seen = self._night.state.disk(disk.name, disk.image).chain_length
-                with self._descriptors.taken(needed(seen)):
-                    if not self._stop.is_set():
-                        self._run_disk(disk)
+                with self._descriptors.taken(self._needed(item)):
+                    if self._stop.is_set():
+                        return
+                    if isinstance(item, SelectedGuest):
+                        self._run_guest(item)
+                    else:
+                        self._run_disk(item)
 
-        workers = min(self._config.concurrency, len(disks))
+        workers = min(self._config.concurrency, len(items))
         if workers <= 1:
             worker()
             return
@@ -187,20 +204,42 @@ class _Run:
         finally:
             self._reports[disk.name] = run.report
 
-    def _keep_up(self, disks: Sequence[SelectedDisk]) -> None:
+    def _run_guest(self, guest: SelectedGuest) -> None:
+        run = GuestRun(self._night, guest)
+        try:
+            run.run()
+        except Exception as error:  # noqa: BLE001 - as above
+            run.fail(error)
+        finally:
+            self._guest_reports[guest.name] = run.report
+
+    def _needed(self, item: SelectedDisk | SelectedGuest) -> int:
+        if isinstance(item, SelectedDisk):
+            return needed(self._night.state.disk(item.name, item.image).chain_length)
+        lengths = self._night.state.guest(item.name, item.guest, item.option).chain_lengths
+        return needed(max(lengths.values(), default=None))
+
+    def _keep_up(self) -> None:
+        disks, guests = self._disk_list.disks, self._guest_list.guests
         for place in self._night.places.values():
-            there = [
-                disk.name
-                for disk in disks
-                if place.config in self._config.destinations_of(disk.settings) and disk.fault is None
-            ]
-            upkeep = Maintenance(self._night, place, there)
+
+            def goes_there(item: SelectedDisk | SelectedGuest, place: OpenDestination = place) -> bool:
+                return place.config in self._config.destinations_of(item.settings) and item.fault is None
+
+            upkeep = Maintenance(
+                self._night,
+                place,
+                [disk.name for disk in disks if goes_there(disk)],
+                guests=[guest.name for guest in guests if goes_there(guest)],
+            )
             try:
                 upkeep.run()
             finally:
                 self._destinations[place.name] = upkeep.report
                 for name in upkeep.damaged & self._reports.keys():
                     self._reports[name] = self._reports[name].damaged_at(place.name)
+                for name in upkeep.damaged_guests & self._guest_reports.keys():
+                    self._guest_reports[name] = self._guest_reports[name].damaged_at(place.name)
 
     def _end_hooks(self, report: NightlyReport) -> None:
         counts = {f"disks_{outcome.value}": count for outcome, count in report.counts.items()}
@@ -215,7 +254,10 @@ class _Run:
             self._steps.note("state", state.fault)
         rows = [self._reports.get(disk.name) or untouched(self._config, disk) for disk in found.disks]
         places = [self._destinations.get(name) or _unused(name) for name in self._night.places]
-        outcomes = [*(row.outcome for row in rows), *(place.outcome for place in places)]
+        roll = self._guest_list
+        guests = [self._guest_reports.get(each.name) or untouched_guest(self._config, each) for each in roll.guests]
+        turns = [*(row.outcome for row in rows), *(guest.outcome for guest in guests)]
+        outcomes = [*turns, *(place.outcome for place in places)]
         if self._interrupted:
             outcomes.append(Outcome.LEFT)
         return NightlyReport(
@@ -226,12 +268,14 @@ class _Run:
             finished=self._night.clock(),
             seconds=round(time.monotonic() - self._began, 3),
             closes=self._night.limits.closes,
-            counts=_counts([row.outcome for row in rows]),
+            counts=_counts(turns),
             disks=tuple(rows),
+            guests=tuple(guests),
             destinations=tuple(places),
             faults=tuple(self._steps.faults),
             left=tuple(self._steps.left),
             no_longer_selected=found.gone,
+            guests_gone=roll.gone,
             layers_left_out=found.layers,
             leftovers=found.leftovers,
             interrupted=self._interrupted,
@@ -258,7 +302,8 @@ class _Run:
         files.write_atomically(self._directory / LAST_REPORT, report.model_dump_json(indent=1).encode())
 
     def _write_metrics(self, path: Path, report: NightlyReport) -> None:
-        metrics.write(path, report, self._config, self._night.state.now, former=self._disk_list.former)
+        former = self._disk_list.former | self._guest_list.former
+        metrics.write(path, report, self._config, self._night.state.now, former=former)
 
     def _notice(self, words: str) -> None:
         self._on_event(Notice(words))
@@ -273,6 +318,10 @@ class _Run:
 def _counts(outcomes: Sequence[Outcome]) -> dict[Outcome, int]:
     """Also the zeros; but for `moved`, which most hosts never meet and programs need not know."""
     return {each: count for each in Outcome if (count := outcomes.count(each)) or each is not Outcome.MOVED}
+
+
+def _key(item: SelectedDisk | SelectedGuest) -> str:
+    return f"{'guest' if isinstance(item, SelectedGuest) else 'disk'} {item.name}"
 
 
 def _unused(destination: str) -> DestinationReport:
@@ -322,50 +371,3 @@ class Descriptors:
                 self._left += count
                 self._at_work -= 1
                 self._changed.notify_all()
-
-
-# --- One run of a configuration at a time: a lock on a file that is never replaced, gone with its holder.
-
-_POLL_SECONDS = 0.5
-
-
-@contextmanager
-def only_run(path: Path, *, wait: float, on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Held for the length of the block. wait: seconds to wait for another run, then Busy.
-
-    The file keeps who holds it, for people; what counts is the lock, which the kernel drops with the process.
-    """
-    fd = open_or_make(path)
-    try:
-        _take(fd, path, wait=wait, on_wait=on_wait)
-        with suppress(OSError):  # for people only: a full disk must not end the run before it has begun
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC".encode(), 0)
-        yield
-    finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # closing would not do while a child forked just now has a copy
-        os.close(fd)
-
-
-def _take(fd: int, path: Path, *, wait: float, on_wait: Callable[[str], None]) -> None:
-    deadline = time.monotonic() + wait
-    told = False
-    while True:
-        try:
-            with os_errors(path):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except Exception as error:
-            if not isinstance(error.__cause__, BlockingIOError):
-                raise
-        else:
-            return
-        who = os.pread(fd, 200, 0).decode("utf-8", "replace")
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise Busy(
-                f"another run is at work ({who})", subject=path.parent, hint="let it end, or wait for it with --wait 2h"
-            )
-        if not told:
-            on_wait(f"waiting for another run ({who})")
-            told = True
-        time.sleep(min(_POLL_SECONDS, left))

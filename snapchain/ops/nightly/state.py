@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.host import files, private
 from snapchain.host.temporary_names import NEW
+from snapchain.model.consistency import Consistency
 
 _CAP = 64 << 20
 _BROKEN = ".broken"
@@ -62,6 +63,41 @@ class DiskState(_Part):
         return max((each for each in (self.reached, self.begun) if each is not None), default=None)
 
 
+class GuestReached(_Part):
+    """A guest at one destination. captured: the moment of its newest guest point; bytes: of the last shipment."""
+
+    captured: AwareDatetime
+    consistency: Consistency
+    point: int
+    points: int
+    shipped_bytes: int
+    stored_bytes: int
+
+
+class GuestState(_Part):
+    """One guest. guest: what it is called on this host; option: how it is named on a command line
+
+    reached, begun, outcome, seconds: as of a disk; chain_lengths: disk -> files of its local chain
+    frozen_seconds: how long the last freeze took
+    """
+
+    guest: str
+    option: str
+    reached: AwareDatetime | None = None
+    begun: AwareDatetime | None = None
+    outcome: str | None = None
+    seconds: float = 0.0
+    chain_lengths: dict[str, int] = {}
+    merge_freed_bytes: int = 0
+    frozen_seconds: float | None = None
+    destinations: dict[str, GuestReached] = {}
+
+    @property
+    def turn(self) -> datetime | None:
+        """When it had its last turn."""
+        return max((each for each in (self.reached, self.begun) if each is not None), default=None)
+
+
 class DestinationState(_Part):
     """What runs have done for a destination as a whole.
 
@@ -81,6 +117,7 @@ class State(_Part):
 
     version: int = 1
     disks: dict[str, DiskState] = {}
+    guests: dict[str, GuestState] = {}
     destinations: dict[str, DestinationState] = {}
 
 
@@ -145,6 +182,16 @@ class StateFile:
         """Keep it."""
         with self._lock:
             self._save(self._state.model_copy(update={"disks": {**self._state.disks, name: disk}}))
+
+    def guest(self, name: str, guest: str, option: str) -> GuestState:
+        """Of one guest, which may be new, or have moved to another monitor."""
+        known = self._state.guests.get(name) or GuestState(guest=guest, option=option)
+        return known.model_copy(update={"guest": guest, "option": option})
+
+    def put_guest(self, name: str, guest: GuestState) -> None:
+        """Keep it."""
+        with self._lock:
+            self._save(self._state.model_copy(update={"guests": {**self._state.guests, name: guest}}))
 
     def put_destination(self, name: str, **values: Any) -> None:
         """Keep these values of a destination; of `verified` and `damaged` only the disks that they name."""

@@ -22,7 +22,7 @@ from snapchain.destinations import traits_of
 from snapchain.errors import Unsupported
 from snapchain.host.directory import real_path
 from snapchain.host.terminal import printable
-from snapchain.ops.nightly.config import Nightly
+from snapchain.ops.nightly.config import Hooks, Nightly
 
 _STATE, _CACHE = "/var/lib", "/var/cache"
 _DEFAULT_START = "02:00"
@@ -31,9 +31,14 @@ _S3_VARIABLES = (
     "# AWS_ACCESS_KEY_ID=..., AWS_SECRET_ACCESS_KEY=..., and where it is not Amazon's AWS_ENDPOINT_URL_S3=https://...;",
     "# or AWS_SHARED_CREDENTIALS_FILE=/root/.aws/credentials: a service has no HOME in which to look. Mode 0600",
 )
+_GUESTS = (
+    "# Of guests: a new active layer is made beside each image. Name their directories in image_dirs of [[guests]].",
+)
 # Files of any owner are read, replaced and given their owner back; a directory that others may write to is used with
 # their rights; processes of others show whether they have an image open.
 _CAPABILITIES = "CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_SETGID CAP_SETUID CAP_SYS_PTRACE"
+_LIBVIRT_IMAGES = (Path("/var/lib/libvirt/images"),)
+"""Where libvirt keeps images unless told otherwise: the directories of a guest's images are known to libvirt alone."""
 _MEMORY_GIB = 1
 """For each disk at work, and as much again. The page cache counts, too, and gives way."""
 _TASKS = 128
@@ -66,7 +71,7 @@ def units(config: Nightly, path: Path, *, program: Sequence[str]) -> Units:
 
 
 def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[str]:
-    command = " ".join(_word(word) for word in [*program, "nightly", str(path)])
+    command = " ".join(word(each) for each in [*program, "nightly", str(path)])
     yield from (
         "[Unit]",
         f"Description=snapchain: nightly run of {_plain(str(path))}",
@@ -80,7 +85,15 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
         "# A window ends a run, not a time-out. SIGTERM ends what was begun in good order, and the after hooks run.",
         "TimeoutStartSec=infinity",
         "TimeoutStopSec=15min",
-        "KillMode=mixed",
+        *(
+            [
+                "# Not mixed: the process that thaws a guest outlives a run that is killed. It ends by itself.",
+                "KillMode=process",
+                "OOMPolicy=continue",
+            ]
+            if config.guests
+            else ["KillMode=mixed"]
+        ),
         "Nice=10",
         "IOSchedulingClass=best-effort",
         "IOSchedulingPriority=7",
@@ -111,8 +124,10 @@ def _service(config: Nightly, path: Path, program: Sequence[str]) -> Iterator[st
         "# What it writes to: images, local repositories, metrics. A new image directory has to be added here.",
         "ProtectSystem=strict",
         "# One that is not there (a disk that is not mounted) is told by the run, which a failed start would not do.",
-        *(f"ReadWritePaths={_word(f'-{place}')}" for place in _writable(config)),
-        "PrivateTmp=yes",
+        *(f"ReadWritePaths={word(f'-{place}')}" for place in _writable(config)),
+        *(_GUESTS if config.guests else []),
+        # A monitor's socket below /tmp would be hidden.
+        f"PrivateTmp={'no' if any((each.qmp or '').startswith('/tmp/') for each in config.guests) else 'yes'}",  # noqa: S108
         "PrivateMounts=yes",
         "ProtectHome=read-only",
         *_devices(config),
@@ -194,6 +209,8 @@ def _writable(config: Nightly) -> list[Path]:
         # Sealed files lie beside the file behind a link.
         wanted.update(place for image in images for place in {image.parent, real_path(image).parent})
         wanted.update(disks.image_dirs)
+    for guests in config.guests:
+        wanted.update(guests.image_dirs or _LIBVIRT_IMAGES)
     wanted.update(place for each in config.destinations if (place := local_directory(each.url)) is not None)
     wanted.update(
         place.parent if place == config.metrics else place for place in (config.metrics, config.state) if place
@@ -209,11 +226,11 @@ def _fixed(pattern: str) -> str:
 
 
 def _hooks(config: Nightly) -> bool:
-    every = [config.hooks, *(disks.hooks for disks in config.disks)]
+    every: list[Hooks] = [config.hooks, *(each.hooks for each in config.disks), *(each.hooks for each in config.guests)]
     return any(hooks.before or hooks.after or hooks.on_failure for hooks in every)
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """One word of a directive: systemd.syntax(7) and its specifiers."""
     plain = _checked(text).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{plain}"' if plain != text or not text.isascii() or set(text) & set(" \t'#;") else text

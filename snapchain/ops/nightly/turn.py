@@ -20,6 +20,7 @@ from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import SnapchainError
 from snapchain.merge.plan import MergePlan
 from snapchain.model.events import Event, Notice, OnEvent, Progress
+from snapchain.ops.guest_merge import GuestPointsMergeReport
 from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Hooks, Nightly
 from snapchain.ops.nightly.hooks import HookRunner
@@ -139,7 +140,9 @@ class Turn(ABC, Generic[R, C]):
         """Merge local layers that every destination holds. Raises as merging does, and CutOffError."""
 
     @abstractmethod
-    def _retained(self, destination: AnyDestination, place: OpenDestination) -> PointsMergeReport:
+    def _retained(
+        self, destination: AnyDestination, place: OpenDestination
+    ) -> PointsMergeReport | GuestPointsMergeReport:
         """Let points go at a destination by its rules."""
 
     @abstractmethod
@@ -219,7 +222,7 @@ class Turn(ABC, Generic[R, C]):
         if result.point is None or place.policy.is_empty:
             return result
 
-        def retain() -> PointsMergeReport:
+        def retain() -> PointsMergeReport | GuestPointsMergeReport:
             with place.turn() as destination:
                 self._night.limits.check()
                 return self._retained(destination, place)

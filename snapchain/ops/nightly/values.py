@@ -27,6 +27,7 @@ _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%", re.ASCII)
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)\s*-\s*([01]\d|2[0-3]):([0-5]\d)", re.ASCII)
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _FIELDS = ("stem", "name", "parent", "host")
+_GUEST_FIELDS = ("guest", "host")
 _LENGTHS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -102,10 +103,19 @@ class Window:
 
 def check_template(template: str) -> str:
     """Raises ValueError for a template with unknown fields."""
+    return _checked(template, _FIELDS)
+
+
+def check_guest_template(template: str) -> str:
+    """The same for the name of a guest."""
+    return _checked(template, _GUEST_FIELDS)
+
+
+def _checked(template: str, fields: tuple[str, ...]) -> str:
     # Not str.format: its fields may look into objects.
     for field in _FIELD.findall(template):
-        if field not in _FIELDS:
-            known = ", ".join(f"{{{each}}}" for each in _FIELDS)
+        if field not in fields:
+            known = ", ".join(f"{{{each}}}" for each in fields)
             raise ValueError(f'"{{{field}}}" is not a field of a name: known are {known}')
     if set("{}") & set(_FIELD.sub("", template)):
         raise ValueError(f'"{template}" has an unmatched brace')
@@ -116,3 +126,11 @@ def disk_name(template: str, image: Path) -> str:
     """The name that the template gives an image. Raises InvalidInput when no disk can be named so."""
     values = {"stem": image.stem, "name": image.name, "parent": image.parent.name, "host": socket.gethostname()}
     return check_disk_name(_FIELD.sub(lambda match: values[match[1]], template))
+
+
+def guest_name(template: str, guest: str) -> str:
+    """The name that the template gives a guest. Raises InvalidInput when no disk could be named below it."""
+    values = {"guest": guest, "host": socket.gethostname()}
+    name = _FIELD.sub(lambda match: values[match[1]], template)
+    check_disk_name(f"{name}/x")
+    return name

@@ -40,6 +40,7 @@ class Changes:
     left_out: disks that were not recorded, each with the reason
 
     nvram: by the recorded file's name, where its variables were restored to
+    tpm: the directory with the restored state of its TPM, None where none was recorded
     directory: of the restored files, for sockets that the old guest may still have
     identity: None for the recorded one
     """
@@ -48,6 +49,7 @@ class Changes:
     old_paths: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     nvram: Mapping[str, Path] = field(default_factory=dict)
+    tpm: Path | None = None
     directory: Path
     identity: NewIdentity | None = None
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from snapchain.errors import Conflict, SnapchainError, ToolFailed
+from snapchain.guest.libvirt_definition import tpm_directory
 from snapchain.host.files import make_directories, write_atomically
 from snapchain.host.processes import Completed, run
 
 _SECONDS = 60.0
-_TPM_STATES = Path("/var/lib/libvirt/swtpm")
-"""Where the system's libvirt keeps the states of emulated TPMs, by the UUID of the domain."""
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
 def check_new(name: str, uuid: str | None, *, connect: str | None) -> None:
@@ -34,28 +34,27 @@ def define(definition: Path, *, name: str, connect: str | None) -> str:
     return name
 
 
-def place_tpm(files: Mapping[str, bytes], *, uuid: str | None, connect: str | None) -> Iterator[str]:
-    """Put the state of an emulated TPM where the system's libvirt looks for it; what is left to do, as sentences.
+def place_tpm(files: Mapping[str, bytes], *, version: str, uuid: str | None, connect: str | None) -> Iterator[str]:
+    """Put the state of an emulated TPM where libvirt of this host looks for it; what is left to do, as sentences.
 
-    files: by their names below the domain's directory
+    files: by their names in the directory; version: of the TPM
+    libvirt gives the files to the TPM's user when the domain starts. Raises ToolFailed.
     """
-    if not files:
+    uri = _virsh("uri", connect=connect).stdout.decode(errors="replace").strip()
+    if uuid is None or not _UUID.fullmatch(uuid) or uri not in ("qemu:///system", "qemu:///session"):
+        yield "copy the state of its TPM to where its libvirt keeps it before its first start"
         return
-    place = _TPM_STATES / (uuid or "UUID")
-    is_here = connect in (None, "qemu:///system") and os.geteuid() == 0 and uuid is not None
-    if is_here and _is_uuid(uuid) and not place.exists():
-        try:
-            for name, data in files.items():
-                make_directories((place / name).parent, mode=0o711, whatever_the_umask=True)
-                write_atomically(place / name, data, whatever_the_umask=True)
-        except SnapchainError as error:
-            yield f"the state of its TPM was not put in place: {error}"
-        return
-    yield f"copy the state of its TPM to {place} before its first start"
-
-
-def _is_uuid(text: str | None) -> bool:
-    return text is not None and all(character in "0123456789abcdefABCDEF-" for character in text)
+    place = tpm_directory(uuid.lower(), version, is_session=uri.endswith("session"))
+    try:
+        if place.exists():
+            yield f"the state of its TPM was not put in place: {place} exists"
+            return
+        make_directories(place.parent, mode=0o711, whatever_the_umask=True)
+        for name, data in files.items():
+            make_directories((place / name).parent, mode=0o700, whatever_the_umask=True)
+            write_atomically(place / name, data, whatever_the_umask=True)
+    except (OSError, SnapchainError) as error:
+        yield f"copy the state of its TPM to {place} before its first start: {error}"
 
 
 def _names(option: str, *, connect: str | None) -> set[str]:

@@ -88,6 +88,9 @@ def change(text: str, changes: Changes, *, subject: object) -> Changed:
     lacking += [f"{name} is not in the definition; its file is {disk.path}" for name, disk in unseen.items()]
     lacking += _without_devices_of_the_host(devices)
     lacking += _set_firmware(root, changes)
+    for source in devices.iterfind("tpm/backend/source"):
+        if source.get("path") is not None and changes.tpm is not None:
+            source.set("path", str(changes.tpm))
     if changes.identity is not None:
         _set_identity(root, devices, changes.identity)
     lacking += [

@@ -30,6 +30,7 @@ from snapchain.destination.guest_record import RecordedDisk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.guest.domain_xml import tpm_of
 from snapchain.host import records
 from snapchain.host.directory import Directory
 from snapchain.host.files import make_directories, write_in
@@ -256,8 +257,12 @@ class GuestRestoration:
             assert definition is not None, "checked by _check_definable"
             name, uuid = self._domain()
             self._write_note(note.model_copy(update={"defining": True}))
-            lacking = (*lacking, *define.place_tpm(self._tpm_files(), uuid=uuid, connect=self._request.connect))
-            defined = define.define(definition, name=name, connect=self._request.connect)
+            lacking = (*lacking, *self._placed_tpm(uuid))
+            try:
+                defined = define.define(definition, name=name, connect=self._request.connect)
+            except SnapchainError:
+                self._write_note(note)
+                raise
         with os_errors(self._directory), Directory.open(self._directory) as directory:
             directory.remove(self._note_name)
             directory.sync()
@@ -375,6 +380,7 @@ class GuestRestoration:
             old_paths={each.name: each.path for each in record.disks},
             left_out=dict(record.left_out),
             nvram=nvram,
+            tpm=self._directory / f"{base}tpm" if any(file.role == "tpm" for file in record.files) else None,
             directory=self._directory,
             identity=self._identity,
         )
@@ -391,10 +397,15 @@ class GuestRestoration:
             files[self._definition_name] = changed.text.encode("utf-8", "replace")
         return changed, files
 
-    def _tpm_files(self) -> dict[str, bytes]:
-        return {
-            name.partition("/")[2]: data for name, data in self._files.items() if name.startswith(f"{self._name}.tpm/")
-        }
+    def _placed_tpm(self, uuid: str | None) -> tuple[str, ...]:
+        """Put the state of the TPM where libvirt looks for it; what is left to do."""
+        top = f"{self._name}.tpm/"
+        files = {name.removeprefix(top): data for name, data in self._files.items() if name.startswith(top)}
+        assert self._changed is not None, "checked by _check_definable"
+        found = tpm_of(domain_xml.parse(self._changed.text, subject=self._address))
+        if not files or found is None or found[1] is not None:
+            return ()
+        return tuple(define.place_tpm(files, version=found[0], uuid=uuid, connect=self._request.connect))
 
     def _lacking(self) -> tuple[str, ...]:
         record = self._record

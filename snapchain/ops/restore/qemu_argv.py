@@ -35,6 +35,7 @@ _SOCKETS = frozenset({"qmp", "qmp-pretty", "monitor", "serial", "parallel"})
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
 _IMPLIED = {"blockdev": "driver", "device": "driver", "name": "guest", "chardev": "backend"}
+_OF_THE_HOST = re.compile(r"vfio-|usb-host$|scsi-block$|scsi-generic$|vhost-vdpa|host-|igd-|ccid-card-passthru")
 _MOST_ARGUMENTS = 10_000
 _PART = re.compile(r"(?:[^,]|,,)+")
 
@@ -204,7 +205,7 @@ class _CommandLine:
         for option in self._options:
             if option.name in ("incoming", "loadvm"):
                 continue
-            if option.name == "device" and option.values.get("driver", "").startswith("vfio-"):
+            if option.name == "device" and _OF_THE_HOST.match(option.values.get("driver", "")):
                 self.lacking.append(f"a device of the host that it ran on is left out: {option.value}")
                 continue
             self._set_firmware(option)
@@ -346,9 +347,10 @@ def _move_sockets(option: _Option, directory: Path) -> None:
     if option.name == "pidfile":
         option.value = str(directory / Path(value).name)
     elif option.name in _SOCKETS and value.startswith("unix:"):
-        socket, comma, rest = value.removeprefix("unix:").partition(",")
-        if "server" in rest:
-            option.value = f"unix:{directory / Path(socket).name}{comma}{rest}"
+        socket, *rest = _PART.findall(value.removeprefix("unix:")) or [""]
+        if any(part.partition("=")[0] == "server" for part in rest):
+            moved = str(directory / Path(socket.replace(",,", ",")).name).replace(",", ",,")
+            option.value = ",".join([f"unix:{moved}", *rest])
     elif option.name == "chardev" and option.values.get("backend") == "socket":
         path, listens = option.values.get("path"), option.values.get("server", "off")
         if path and listens not in ("off", "no", "false"):

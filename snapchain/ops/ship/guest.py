@@ -11,12 +11,13 @@ what is not there yet.
 from __future__ import annotations
 
 import base64
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +45,7 @@ from snapchain.image import ImageChain, scan
 from snapchain.model.consistency import Consistency
 from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name, is_disk_name
 from snapchain.model.events import Event, Notice, OnEvent, ignore
+from snapchain.model.extents import Extents
 from snapchain.model.points import check_label
 from snapchain.ops.ship import run as one_disk
 from snapchain.ops.ship.request import Divergence, ShipPlan, ShipReport, ShipRequest
@@ -85,7 +87,7 @@ class GuestShipReport(_Shown):
     why_not: why it is not filesystem-consistent where that was tried; frozen_seconds: how long the guest was frozen
     disks: as `ship` reports them; left_out: disks that were not taken
     starts_with: what a guest without libvirt must be started with the next time; nothing but the user sees to that
-    record_bytes: of the record; secrets: whether it holds passwords, firmware variables and the state of a TPM
+    record_bytes: of the record; secrets: whether it may hold passwords and the state of a TPM
     """
 
     guest: str
@@ -332,7 +334,7 @@ def without_secrets(whole: Definition, public: Definition) -> tuple[Definition, 
     left_out = [_words(each) for each in whole.files if each.secret]
     if (whole.live, whole.inactive, whole.argv) != (public.live, public.inactive, public.argv):
         left_out.insert(0, "passwords in the definition")
-    unreadable = tuple(dict.fromkeys((*public.unreadable, *(f"{_NOT_ENCRYPTED}: {each}" for each in left_out))))
+    unreadable = tuple(dict.fromkeys((*whole.unreadable, *(f"{_NOT_ENCRYPTED}: {each}" for each in left_out))))
     return replace(public, files=files, unreadable=unreadable), tuple(left_out)
 
 
@@ -412,7 +414,33 @@ def _taken(
     )
     with destination.look(opening, on_event=on_event):
         pass
-    return snapshot.run(guest, planned, request.snapshot, on_event=on_event)
+    unwritten = _sealed_already(planned, request.snapshot) if planned.is_off else None
+    return unwritten or snapshot.run(guest, planned, request.snapshot, on_event=on_event)
+
+
+def _sealed_already(planned: GuestSnapshotPlan, request: SnapshotRequest) -> GuestSnapshot | None:
+    """Of a guest that is off, and was since its last snapshot: what was sealed then is what its disks show now.
+
+    Else each night would put one empty overlay more on a guest that nobody starts. Raises Busy as ImageAtRest.opened.
+    """
+    sealed: list[DiskToSeal] = []
+    for disk in planned.disks:
+        image = ImageAtRest(disk.overlay, format=disk.sealed_format, image_dirs=request.image_dirs)
+        with image.opened() as chain:
+            top = chain.top
+            below = chain.files[-2] if len(chain.files) > 1 else None
+            if below is None or below.size != top.size or top.extents != Extents.absent(top.size):
+                return None
+            change = {"sealed": below.path, "sealed_format": below.format, "layers": len(chain.files)}
+            sealed.append(disk.model_copy(update=change))
+    return GuestSnapshot(
+        guest=planned.guest,
+        instant=secrets.token_hex(16),
+        time=datetime.now(UTC),
+        consistency=Consistency.OFFLINE,
+        disks=tuple(sealed),
+        left_out=planned.left_out,
+    )
 
 
 def _request(

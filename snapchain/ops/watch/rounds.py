@@ -35,6 +35,11 @@ class Rules:
     merge_above: int
     space_limit: int | None = None
 
+    @property
+    def fewer(self) -> int:
+        """Files of a chain after a merge: so few that not every round has to merge."""
+        return self.merge_above - self.merge_above // 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSight:
@@ -158,7 +163,7 @@ def next_round(sight: Sight, rules: Rules, now: float) -> Round:
             )
     behind = _left_behind(sight, limit)
     long = [disk for disk in sight.disks if disk.files + snapshot > rules.merge_above] if may_merge else []
-    settle = [(disk.name, rules.merge_above) for disk in long if _spare(disk, behind)]
+    settle = [(disk.name, rules.fewer) for disk in long if _spare(disk, behind)]
     if not squeeze:
         squeeze = tuple(
             each

@@ -73,8 +73,12 @@ class Work(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """disks: as rounds.py wants them; is_newest: whether the active layers lie on what the known snapshot sealed."""
+    """guest: its name at the destinations; disks: as rounds.py wants them
 
+    is_newest: whether the active layers lie on what the known snapshot sealed
+    """
+
+    guest: str
     disks: tuple[DiskSight, ...]
     is_newest: bool
 
@@ -103,17 +107,21 @@ class RoundReport(_Shown):
     """One round.
 
     snapshot: of this round, its instant; consistency, frozen_seconds, why_not: of it
+    last_frozen_seconds: of the newest snapshot, whichever round has made it
     held_back: why no snapshot was made although one was due; merged: files that are gone by merges
     chain_lengths: disk -> files; waiting_bytes: of sealed layers that no destination holds
     faults: what failed beside destinations; wait_seconds: until the next round
+    is_news: whether anything was tried, or is not as after the round before
     """
 
     guest: str
     number: int
     time: datetime
+    is_news: bool = True
     snapshot: str | None = None
     consistency: Consistency | None = None
     frozen_seconds: float | None = None
+    last_frozen_seconds: float | None = None
     why_not: str | None = None
     held_back: str | None = None
     merged: int = 0
@@ -183,18 +191,22 @@ class Watch:
     def round(self) -> float:
         """One round; seconds to wait before the next."""
         self._rounds += 1
-        report = RoundReport(guest=self._guest, number=self._rounds, time=self._clock())
+        began = self._clock()
         try:
             sight = self._sight()
         except InvalidInput:
             raise
         except SnapchainError as error:
-            self._say(report.model_copy(update={"faults": (str(error),), "wait_seconds": GUEST_PAUSE}))
+            report = RoundReport(guest=self._guest, number=self._rounds, time=began, faults=(str(error),))
+            self._say(report.model_copy(update={"wait_seconds": GUEST_PAUSE}))
             return GUEST_PAUSE
+        report = RoundReport(guest=self._guest, number=self._rounds, time=began)
         todo = next_round(sight, self._rules, self._clock().timestamp())
         report = report.model_copy(update={"held_back": todo.held_back, "wait_seconds": todo.wait})
         if not todo.does_something:
-            self._say(report, sight)
+            before = self._report
+            is_news = before is None or (before.held_back is None) != (todo.held_back is None)
+            self._say(report.model_copy(update={"is_news": is_news}), sight)
             return todo.wait
         report, shipped = self._do(todo, sight, report)
         with suppress(SnapchainError):  # the next round reports it
@@ -206,6 +218,7 @@ class Watch:
         state = self._state
         held = {name: _held(state.target(name)) for name in self._targets}
         look = self._work.look(held, state.snapshot)
+        self._guest = look.guest
         snapshot = state.snapshot if look.is_newest else None
         return Sight(
             snapshot_at=None if snapshot is None else snapshot.time.timestamp(),
@@ -230,8 +243,9 @@ class Watch:
         merged = sum(self._merge(partial(self._work.squeeze, each), faults) for each in todo.squeeze)
         ship_to = todo.ship_to
         if todo.snapshot:
+            moment = self._clock()  # before: whatever was written until now is in it
             try:
-                made = self._work.snapshot()
+                made = self._work.snapshot().model_copy(update={"time": moment})
             except InvalidInput:
                 raise
             except SnapchainError as error:
@@ -277,9 +291,13 @@ class Watch:
             )
             self._work.keep(name)
         except SnapchainError as error:
-            failures = self._state.target(name).failures + 1
+            known = self._state.target(name)
+            if isinstance(error, InvalidInput) and known.captured is None:
+                raise
+            failures = known.failures + 1
             retry_at = self._clock().timestamp() + retry_pause(failures, self._rules)
-            self._keep(self._state.with_target(name, failures=failures, retry_at=retry_at, error=str(error)))
+            words = error.message if error.subject == name else str(error)
+            self._keep(self._state.with_target(name, failures=failures, retry_at=retry_at, error=words))
             return None
         return shipped
 
@@ -314,7 +332,8 @@ class Watch:
         left_behind: Collection[str] = (),
     ) -> None:
         now = self._clock()
-        values: dict[str, object] = {}
+        snapshot = self._state.snapshot
+        values: dict[str, object] = {"last_frozen_seconds": None if snapshot is None else snapshot.frozen_seconds}
         if sight is not None:
             values |= {
                 "chain_lengths": {disk.name: disk.files for disk in sight.disks},

@@ -11,19 +11,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 
 from snapchain.errors import Busy, ToolFailed
-from snapchain.ops.nightly import metrics
+from snapchain.ops.exposition import Family, encode
 from snapchain.ops.nightly.config import Hooks
 from snapchain.ops.nightly.document import parse
 from snapchain.ops.nightly.hooks import HookRunner
 from snapchain.ops.nightly.open_destination import passphrase_of
 from snapchain.ops.nightly.preview import preview
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.nightly.run import directory_of, only_run
+from snapchain.ops.nightly.run import directory_of
 from snapchain.ops.nightly.state import DiskState, StateFile
 from snapchain.ops.nightly.systemd import units
+from snapchain.ops.single_run import only_run
 from snapchain.repository.opening import create_repository
 from tests.ops.nightly import exposition
 from tests.ops.nightly.night import EVENING, Clock, Host, in_use, row
@@ -214,10 +214,7 @@ def test_metrics_that_cannot_be_written_are_a_failure_and_no_more(host: Host) ->
 
 
 def test_label_values_are_escaped() -> None:
-    family = metrics._Family("x", "y", [({"disk": 'a"b\\c\x1bd'}, 1.0)])
-    registry = CollectorRegistry()
-    registry.register(metrics._Run([family]))
-    text = generate_latest(registry).decode()
+    text = encode([Family("x", "y", [({"disk": 'a"b\\c\x1bd'}, 1.0)])]).decode()
     assert "\x1b" not in text
     assert exposition.value(exposition.read(text), "x", disk='a"b\\c\\x1bd') == 1.0
 

@@ -10,7 +10,17 @@ from pydantic import BaseModel
 
 from snapchain.errors import InvalidInput, NotFound
 from snapchain.model.retention import Policy
-from snapchain.ops.nightly.config import Budget, Destination, DiskHooks, Disks, Hooks, Nightly, Verify
+from snapchain.ops.nightly.config import (
+    Budget,
+    Destination,
+    DiskHooks,
+    Disks,
+    GuestHooks,
+    Guests,
+    Hooks,
+    Nightly,
+    Verify,
+)
 from snapchain.ops.nightly.document import load, parse
 from tests.ops.nightly.night import Host
 
@@ -124,7 +134,7 @@ url = "b"
         ("[[destinations]]\nname='v'\nurl='u'\n[[destinations]]\nname='v'\nurl='w'", "names two destinations"),
         ("[disks]\npath = 'a'", "disks: is a list, as a table [[disks]]"),
         ("[[disks]]\npath = 'a'\nlabels = 'x'", "disks[0].labels: is a list, in brackets"),
-        ("disks = []", "disks: tuple should have at least 1 item"),
+        ("disks = []", "the whole: there is nothing to do: name [[disks]] or [[guests]]"),
         ("window = ", "/etc/snapchain/nightly.toml: not TOML: Invalid value (at line 2, column 10)"),
         ("disks = [", "not TOML: Invalid value"),
     ],
@@ -191,16 +201,17 @@ def test_the_configuration_of_the_guide_is_one() -> None:
 def test_the_guide_names_every_field_and_no_other() -> None:
     models: dict[str, list[type[BaseModel]]] = {
         "top": [Nightly], "`[keep]`": [Policy], "`[budget]`": [Budget], "`[hooks]`": [Hooks],
-        "`[[disks]]`": [Disks, DiskHooks], "`[[destinations]]`": [Destination, Verify],
+        "`[[disks]]`": [Disks, DiskHooks], "`[[guests]]`": [Guests, GuestHooks],
+        "`[[destinations]]`": [Destination, Verify],
     }  # fmt: skip
     told = {
         where: set(re.findall(r"`([a-z_]+)`", words))
         for where, words in re.findall(r"^\| (\S+) \| (.*) \|$", PAGE, re.MULTILINE)
     }
-    parts = {"keep", "budget", "hooks", "disks", "destinations"}
+    parts = {"keep", "budget", "hooks", "disks", "guests", "destinations"}
     for where, kinds in models.items():
         fields = {name for kind in kinds for name in kind.model_fields}
-        common = set(Hooks.model_fields) if where == "`[[disks]]`" else set()
+        common = set(Hooks.model_fields) if where in {"`[[disks]]`", "`[[guests]]`"} else set()
         assert told[where] - fields == set(), where
         assert fields - told[where] - common - (parts if where == "top" else set()) == set(), where
 

@@ -1,0 +1,72 @@
+"""A watch from its request: one at a time for a guest, its state on this host, its metrics after each round."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from snapchain.destination.protocol import Destination
+from snapchain.errors import SnapchainError
+from snapchain.guest.address import GuestAddress
+from snapchain.host.private import make_private
+from snapchain.host.records import SYSTEM_STATE, state_dir
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops import exposition
+from snapchain.ops.single_run import only_run
+from snapchain.ops.watch import metrics as texts
+from snapchain.ops.watch.guest_work import GuestWork, WatchRequest
+from snapchain.ops.watch.rounds import Rules
+from snapchain.ops.watch.run import Clock, RoundReport, Waiter, Watch, WatchReport, now_utc
+
+
+def directory_of(guest: GuestAddress) -> Path:
+    """Where the state of a watch of this guest lies: of root where a service keeps it, as nightly's does."""
+    mark = sha256(f"{guest.connect or ''} {guest.option}".encode()).hexdigest()[:12]
+    system = os.geteuid() == 0 and not os.environ.get("XDG_STATE_HOME")
+    name = guest.domain or (guest.qmp.stem if guest.qmp is not None else "")
+    plain = "".join(each if each.isalnum() and each.isascii() else "-" for each in name)[:60]
+    return (SYSTEM_STATE if system else state_dir()) / "watch" / f"{plain}-{mark}"
+
+
+def start(
+    request: WatchRequest,
+    destinations: Mapping[str, Callable[[], Destination]],
+    rules: Rules,
+    *,
+    metrics: Path | None = None,
+    on_round: Callable[[RoundReport], None],
+    clock: Clock = now_utc,
+    wait: Waiter = time.sleep,
+    on_event: OnEvent = ignore,
+) -> WatchReport:
+    """Watch until an interrupt. Raises Busy where another watch of this guest runs, and as `Watch.run`."""
+    directory = directory_of(request.guest)
+    make_private(directory)
+    file = None if metrics is None else metrics.absolute()
+
+    def told(report: RoundReport) -> None:
+        on_round(report)
+        if file is not None:
+            try:
+                exposition.write(file, texts.encode(report))
+            except SnapchainError as error:
+                on_event(Notice(f"the metrics cannot be written: {error}"))
+
+    with only_run(directory / "lock", wait=0.0, on_wait=lambda words: on_event(Notice(words))):
+        work = GuestWork(request, destinations, on_event=on_event)
+        name = request.name or request.guest.domain or request.guest.name or request.guest.option
+        watch = Watch(
+            name,
+            work,
+            list(destinations),
+            rules,
+            directory / "state.json",
+            on_round=told,
+            clock=clock,
+            wait=wait,
+            on_event=on_event,
+        )
+        return watch.run()
