@@ -201,7 +201,7 @@ def _view(
     )
     cache = inserted.get("cache")
     cache = cache if isinstance(cache, Mapping) else {}
-    zeroes = inserted.get("detect_zeroes")
+    zeroes = _text(inserted, "detect_zeroes")
     return DiskView(
         disk,
         drive,
@@ -372,13 +372,13 @@ def _described(filename: str) -> Source:
     for _ in range(_MOST_NESTING):
         if not isinstance(at, Mapping):
             break
-        driver = at.get("driver")
+        driver = str(at.get("driver"))
         if driver in _FILES and isinstance(at.get("filename"), str):
             return Source(at["filename"], "a file")
         if driver == "raw" and ("offset" in at or "size" in at):
             return Source(None, "a part of another image")
         if driver not in _READABLE and driver not in FILTERS and driver not in {"luks", "vmdk", "vdi", "qed", "vpc"}:
-            return Source(None, f"{_shown(str(driver))}")
+            return Source(None, _shown(driver))
         at = at.get("file")
     return Source(None, f"described as {_shown(filename)}")
 

@@ -93,13 +93,17 @@ class QmpGuest:
         """See `Guest`."""
         return self._address
 
+    @property
+    def monitor(self) -> Monitor:
+        """QEMU's own, for what no other kind of guest has."""
+        return self._monitor
+
     # --- What it is.
 
     def state(self) -> State:
         """See `Guest`."""
         answer = self._monitor.fields("query-status")
-        status = answer.get("status")
-        if status in _WAITING:
+        if _word(answer, "status") in _WAITING:
             return State.INCOMING
         return State.RUNNING if answer.get("running") is True else State.PAUSED
 
@@ -167,7 +171,7 @@ class QmpGuest:
 
     def _check_not_libvirts(self, name: str) -> None:
         """Raises InvalidInput. A change behind libvirt's back makes its next start lose what was written since."""
-        labels = {each.get("label") for each in self._monitor.rows("query-chardev")}
+        labels = {_word(each, "label") for each in self._monitor.rows("query-chardev")}
         nodes = [
             str(inserted.get("node-name"))
             for each in self._monitor.rows("query-block")
@@ -202,14 +206,15 @@ class QmpGuest:
         nodes, edges = seen.get("nodes"), seen.get("edges")
         if not isinstance(nodes, list) or not isinstance(edges, list):
             return {}
-        named = {each.get("id"): each for each in nodes if isinstance(each, Mapping)}
+        named = {_word(each, "id"): each for each in nodes if isinstance(each, Mapping)}
         chains = {layer.node for view in views for layer in view.disk.chain}
         found: dict[str, str] = {}
         for edge in edges:
-            job = named.get(edge.get("parent"), {}) if isinstance(edge, Mapping) else {}
-            node = str(named.get(edge.get("child"), {}).get("name")) if job else ""
-            if job.get("type") == "block-job" and node in chains:
-                found.setdefault(str(job.get("name")), node)
+            job = named.get(_word(edge, "parent"), {}) if isinstance(edge, Mapping) else {}
+            if job.get("type") == "block-job":
+                node = _word(named.get(_word(edge, "child"), {}), "name")
+                if node in chains:
+                    found.setdefault(_word(job, "name"), node)
         return found
 
     def _exports(self) -> Iterator[Activity]:
@@ -218,7 +223,7 @@ class QmpGuest:
             yield _activity(name, "export", node, f"{_word(each, 'type')} export {name} of node {node}")
 
     def _migration(self) -> Iterator[Activity]:
-        status = self._monitor.fields("query-migrate").get("status")
+        status = _word(self._monitor.fields("query-migrate"), "status")
         if status in _MIGRATING:
             yield Activity("migration", "migration", False, None, f"migration ({status})")
 

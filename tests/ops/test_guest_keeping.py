@@ -18,7 +18,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.retention import Policy
 from snapchain.ops import guest_merge, guest_verify
 from snapchain.ops.guest_diff import diff_guests
-from snapchain.ops.guest_merge import check_no_guest_points, guest_at
+from snapchain.ops.guest_merge import guest_at
 from snapchain.ops.hold import hold_guest, release_guest
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.ship.run import ShipRequest, run as ship
@@ -161,10 +161,13 @@ def test_what_is_held_meanwhile_keeps_its_guest_point(three: Three, monkeypatch:
 
 
 def test_one_disk_of_a_guest_is_not_thinned_alone(three: Three) -> None:
+    before = numbers(three())
     for disk in three().disks():
-        with pytest.raises(InvalidInput) as refused:
-            check_no_guest_points(disk)
-        assert refused.value.hint == "name the guest: DEST::web1"
+        for act in ("plan", "run"):
+            with pytest.raises(InvalidInput) as refused:
+                getattr(three().merging(disk.name, Policy(last=1)), act)()
+            assert refused.value.hint == "name the guest: DEST::web1"
+    assert numbers(three()) == before
     with pytest.raises(NotFound, match="no such guest"):
         guest_merge.run(three(), "web9", Policy(last=1))
     with pytest.raises(InvalidInput, match="no rule"):

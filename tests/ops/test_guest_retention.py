@@ -70,7 +70,7 @@ def applied(disks: Sequence[DiskRecord], drop: dict[str, frozenset[int]]) -> lis
     left = []
     for disk in disks:
         rules = DropPoints(drop.get(disk.name, frozenset()))
-        decided = decide_by(disk.points, rules, zone=UTC, now=NOW, holds=hold_reasons)
+        decided = decide_by(disk.points, rules, disk=disk.name, zone=UTC, now=NOW, holds=hold_reasons)
         left.append(disk.model_copy(update={"points": tuple(each.point for each in decided if each.kept)}))
     return left
 

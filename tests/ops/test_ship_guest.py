@@ -18,6 +18,7 @@ from snapchain.guest.snapshot import LeftOut, SnapshotRequest
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy
+from snapchain.ops import guest_merge
 from snapchain.ops.guest_points import GuestView, guests_of, missing_disks
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
@@ -384,9 +385,7 @@ def test_retention_keeps_what_a_point_belongs_to(site: Site) -> None:
     for name in NAMES:
         site.ship()
         write(site.guest.disks_now[name], "write -P 99 2M 64k")
-    place = site.open()
-    for disk in (*(f"web1/{name}" for name in NAMES), record_disk("web1")):
-        place.merging(disk, Policy(last=2)).run()
+    guest_merge.run(site.open(), "web1", Policy(last=2))
     del site.shown[1]
     site.check([2, 3])
 
