@@ -140,9 +140,8 @@ class QmpGuest:
 
         for _ in range(_TRIES):
             block, stats = self._monitor.rows("query-block"), self._monitor.rows("query-blockstats")
-            types = {path.rpartition("/")[2]: kind for path, kind in devices.items()}
             try:
-                views = list(graph.disks(block, stats, self._nodes(), locate=locate, types=types))
+                views = list(graph.disks(block, stats, self._nodes(), locate=locate, types=devices))
             except graph.Inconsistent:
                 continue
             except graph.Misread as error:
@@ -383,9 +382,13 @@ class QmpGuest:
     ) -> QmpJob:
         """See `Guest`. Raises Conflict when the chain has no such layers, Refused."""
         self._check_not_elsewhere()
-        view = self._view_named(disk)
+        process = self._process()
+        view = _named(self._views(process=process), disk, self.name)
         chain, label = view.disk.chain, self._label(disk)
         low, high = _place(chain, lowest, label), _place(chain, uppermost, label)
+        for layer in chain[low : high + 1]:
+            if (problem := process.locate(str(layer.path)).problem) is not None:
+                raise Conflict(problem, subject=layer.path, hint="give QEMU's file its path back")
         if low >= high:
             raise InvalidInput("the lowest layer is not below the uppermost", subject=label)
         if (kind is JobKind.ACTIVE_COMMIT) != (high == len(chain) - 1) and kind is not JobKind.STREAM:
@@ -453,7 +456,7 @@ class QmpSwitch:
             self._monitor.execute("transaction", {"actions": actions})
         except Refused as refused:
             raise in_the_way(refused) from refused
-        if self.outcome() is not Outcome.DONE:
+        if not {each.node for each in self._overlays} <= _nodes_shown(self._monitor.rows("query-blockstats")):
             raise Conflict(
                 "QEMU took the snapshot, but the guest does not use the new overlays",
                 subject=self._guest.name,
@@ -559,6 +562,18 @@ def _named(views: Sequence[DiskView], disk: str, guest: str) -> DiskView:
             return view
     names = ", ".join(view.disk.name for view in views) or "none"
     raise NotFound("the guest has no such disk", subject=f"{guest}/{disk}", hint=f"its disks are: {names}")
+
+
+def _nodes_shown(stats: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The names in the chains of all devices, from their statistics: one quick query, since the guest is frozen."""
+    found = set()
+    waiting: list[object] = list(stats)
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Mapping):
+            found.add(_word(each, "node-name"))
+            waiting += [each.get("backing")]
+    return found
 
 
 def _node_names(disk: GuestDisk) -> list[str]:

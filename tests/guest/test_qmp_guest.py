@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_definition import _tpm
 from snapchain.guest.qmp_guest import QmpGuest
 from tests.exhaustive import some
-from tests.guest.machine import Machine
+from tests.guest.machine import QEMU, Machine
 from tests.guest.spy import DROP, KILL, LOSE, Fault, Place, Spy, every
 from tests.waiting import wait_until
 
@@ -684,11 +685,12 @@ def test_qemu_may_not_open_the_overlay(tmp_path: Path) -> None:
     top = image(folder / "top.qcow2")
     for each in (folder, top):
         os.chown(each, 65534, 65534)
-    for each in (tmp_path, *list(tmp_path.parents)[:3]):
-        if each.owner() == "root" and each != Path("/"):
-            each.chmod(0o755)
-    argv = ["-runas", "nobody"]
-    with Machine(folder, disks={"vda": top}, argv=argv) as machine, opened(machine.qmp) as guest:
+    for each in (tmp_path, *tmp_path.parents):  # pytest's own are closed to others
+        mode = stat.S_IMODE(each.stat().st_mode)
+        if not mode & stat.S_IXOTH:
+            each.chmod(mode | stat.S_IXOTH)
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--pdeathsig", "KILL", *QEMU)
+    with Machine(folder, disks={"vda": top}, qemu=nobody) as machine, opened(machine.qmp) as guest:
         new = overlays(folder, ("vda", top))
         new[0].path.chmod(0o600)
         says = r"QEMU cannot open the new overlay: .*Permission denied"
