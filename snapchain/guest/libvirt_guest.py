@@ -357,6 +357,18 @@ class LibvirtGuest:
                 return
         self.command(verb, *more, timeout=_SECONDS_TO_CHANGE)
 
+    def check_not_defined(self, merged: Sequence[Path]) -> None:
+        """Raises Unavailable where the definition for the next start names one of these files."""
+        lasting = domain_xml.disks_of(self._xml("--inactive"))
+        named = {self._path(layer) for disk in lasting for layer in disk.layers} & set(merged)
+        if named:
+            raise Unavailable(
+                "the definition for its next start still names merged files, which stay: "
+                f"{', '.join(sorted(map(str, named)))}",
+                subject=self.name,
+                hint="correct it by `virsh edit`, then run it again",
+            )
+
     def job(self, job_id: str, kind: JobKind, disk: str) -> Job:
         record = next((each for each in libvirt_jobs.records(self) if each.id == job_id), None)
         return libvirt_jobs.LibvirtJob(self, job_id, kind, disk, record)
@@ -540,23 +552,19 @@ def _inputs(subject: str, disk: GuestDisk, lowest: Path, uppermost: Path) -> tup
 
 
 def _job_words(kind: JobKind, disk: str, found: GuestDisk, inputs: tuple[Layer, ...]) -> list[str]:
-    """The virsh command that begins a job. Layers are named by libvirt's number, which is exact."""
+    """The virsh command that begins a job. Layers are named by libvirt's number, which is exact.
+
+    Raises Unsupported for a stream: nothing but the guest, or QEMU's monitor, can flush its result (decision 0116).
+    """
     is_active = inputs[-1] is found.active
-    lowest = found.chain.index(inputs[0])
-    if kind is JobKind.ACTIVE_COMMIT:
-        if not is_active:
-            raise Conflict("the uppermost layer is not the active one", subject=disk)
-        return ["blockcommit", "--path", disk, "--base", _index(disk, inputs[0]), "--active"]
-    if kind is JobKind.COMMIT:
-        if is_active:
-            raise Conflict("the uppermost layer is the active one by now", subject=disk)
-        return ["blockcommit", "--path", disk, "--base", _index(disk, inputs[0]), "--top", _index(disk, inputs[-1])]
-    if not is_active:
+    if kind is JobKind.STREAM:
         raise Unsupported(
-            "libvirt streams only into the active layer", subject=disk, hint="merge by a commit: --strategy commit"
+            "snapchain does not stream through libvirt", subject=disk, hint="merge by a commit: --strategy commit"
         )
-    below = ["--base", _index(disk, found.chain[lowest - 1])] if lowest else []
-    return ["blockpull", "--path", disk, *below]
+    if is_active is not (kind is JobKind.ACTIVE_COMMIT):
+        raise Conflict(f"the active layer is {found.active.path} by now", subject=disk)
+    words = ["blockcommit", "--path", disk, "--base", _index(disk, inputs[0])]
+    return [*words, "--active"] if is_active else [*words, "--top", _index(disk, inputs[-1])]
 
 
 def _index(disk: str, layer: Layer) -> str:

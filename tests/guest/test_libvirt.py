@@ -484,55 +484,39 @@ def test_a_cancelled_job_leaves_the_chain(kind: JobKind, start: Start, chain: li
     job.set_speed(5)
 
 
-def test_a_stream_is_done_when_the_guest_has_flushed_it(start: Start, chain: list[Path], tmp_path: Path) -> None:
+def test_no_stream_is_begun(start: Start, chain: list[Path]) -> None:
+    """Only the guest could flush its result without QEMU's monitor."""
+    guest = opened(start(disks={"vda": chain[-1]}))
+    for uppermost in chain[2:]:
+        with pytest.raises(Unsupported, match="does not stream through libvirt"):
+            merged(guest, JobKind.STREAM, "vda", chain[0], uppermost)
+    assert records() == []
+
+
+def test_a_definition_that_names_merged_files_keeps_them(start: Start, chain: list[Path], tmp_path: Path) -> None:
     domain = start(disks={"vda": chain[-1]})
     guest = opened(domain)
-    with pytest.raises(Unsupported, match="only into the active layer"):
-        merged(guest, JobKind.STREAM, "vda", chain[0], chain[2])
-    job = guest.start(
-        JobKind.STREAM,
-        "vda",
-        lowest=chain[1],
-        uppermost=chain[3],
-        backing="a.qcow2",
-        job_id="sc-stream-vda-00000001",
-        speed=0,
-    )
-    wait_until(lambda: len(guest.disks()[0].chain) == 2)
-    for _ in range(3):
-        assert job.progress().status is JobStatus.RUNNING
-    domain.io("vda", "flush")
+    job = merged(guest, JobKind.COMMIT, "vda", chain[0], chain[2])
     assert ended(job).status is JobStatus.CONCLUDED
-    job.flush()
-    # What is on the disk is whole: QEMU may die now.
-    domain.kill()
-    assert domain.host.run("qemu-img", "check", chain[3]).returncode == 0
-    for merged_away in chain[1:3]:
-        merged_away.unlink()
-    domain.virsh("start")
-    for number in (1, 2, 3, 4):
-        assert domain.reads("vda", number * MiB, MiB, number)
-    assert domain.reads("vda", 5 * MiB, MiB, 4)
+    xml = tmp_path / "other.xml"
+    below = f"<backingStore type='file'><format type='qcow2'/><source file='{chain[1]}'/></backingStore><target "
+    xml.write_text(domain.virsh("dumpxml", "--inactive").replace("<target ", below, 1))
+    domain.host.virsh("define", xml)
+    with pytest.raises(Unavailable, match=r"still names merged files, which stay: .*b\.qcow2"):
+        job.flush()
 
 
-def test_a_stream_that_no_flush_follows_keeps_its_inputs(
+def test_a_result_that_qemu_may_not_have_written_out_keeps_its_inputs(
     start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("snapchain.guest.libvirt_jobs._FLUSH_SECONDS", 0.2)
     guest = opened(start(disks={"vda": chain[-1]}))
-    job = guest.start(
-        JobKind.STREAM,
-        "vda",
-        lowest=chain[0],
-        uppermost=chain[3],
-        backing=None,
-        job_id="sc-stream-vda-00000001",
-        speed=0,
-    )
-    with pytest.raises(Unavailable, match="has not flushed"):
-        ended(job)
-    job.cancel()
+    job = merged(guest, JobKind.COMMIT, "vda", chain[0], chain[2])
     assert ended(job).status is JobStatus.CONCLUDED
+    status = chain[0].stat()
+    for seen in (None, {(status.st_dev, status.st_ino): True}):
+        monkeypatch.setattr("snapchain.guest.libvirt_jobs.open_images", lambda _pid, seen=seen: seen)
+        with pytest.raises(Unavailable, match="cannot see that QEMU has written out"):
+            job.flush()
 
 
 def test_jobs_survive_libvirtd_and_not_qemu(start: Start, chain: list[Path]) -> None:
