@@ -110,18 +110,19 @@ class _Guard:
     def thaw(self, reached: Quiesced, on_event: OnEvent) -> None:
         """Raises nothing of the agent's: what was done between stays done, and the watchdog goes on."""
         if self._began is not None:
-            self._thaw(reached, on_event)
-            reached.frozen_seconds = time.monotonic() - self._began
+            self._thaw(self._began, reached, on_event)
         elif self._watchdog.works:
             self._watchdog.close()  # it thaws what may yet freeze, and ends
         else:
             self._rescue(on_event)
 
-    def _thaw(self, reached: Quiesced, on_event: OnEvent) -> None:
+    def _thaw(self, began: float, reached: Quiesced, on_event: OnEvent) -> None:
         try:
             was_frozen = self._watchdog.thaw()
+            reached.frozen_seconds = time.monotonic() - began
         except SnapchainError as error:
             self._rescue(on_event)
+            reached.frozen_seconds = time.monotonic() - began
             reached.why_not = f"the filesystems were not frozen for certain up to the end: {error.message}"
             return
         self._watchdog.ended()
