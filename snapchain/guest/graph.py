@@ -319,6 +319,8 @@ def _problem(
         return "it is encrypted; a new overlay would not be"
     if image_format not in _READABLE:
         return f"{which} is {_shown(image_format)}; snapchain handles qcow2 and raw"
+    if source.is_cut:
+        return f"{which} has a name too long for QEMU beside a stream job; wait until that has ended"
     if found is None:
         return f"{which} is {source.says}, not a file; only chains of files can be sealed"
     if found.problem is not None:

@@ -591,6 +591,7 @@ def test_a_chain_so_long_that_qemu_cuts_its_names(tmp_path: Path) -> None:
         assert lowest is not None
         job = guest.start(JobKind.STREAM, "vda", lowest=lowest, uppermost=top, backing=None, job_id="sc-s", speed=1)
         assert paths(guest.disks()[0])[:-1] == paths(disk)[:-1], "beside a stream the headers name the lower ones"
+        assert "beside a stream job; wait until that has ended" in str(guest.disks()[0].obstacle)
         job.cancel()
 
 
