@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.protocol import Guest
 from snapchain.guest.quiesce import THAW, settle_thaw
@@ -197,11 +197,15 @@ def settle_by_graph(guest: Guest, found: journal.Found, *, on_event: OnEvent = i
     Raises Corrupt for a record of another shape, and what the guest's calls raise: then nothing is removed.
     """
     details = _details(found)
-    in_use = {layer.identity for disk in guest.disks() for layer in disk.chain}
+    chains = [[layer.identity for layer in disk.chain] for disk in guest.disks()]
+    in_use = {each for chain in chains for each in chain}
     removed: tuple[Path, ...] = ()
     if any((each.device, each.inode) in in_use for each in details.overlays):
         note_sealed([each.sealed for each in details.overlays], details.labels, found.record.time, on_event)
     else:
+        sealed = {identity(each.sealed) for each in details.overlays}
+        if any(None in chain and sealed & set(chain[:-1]) for chain in chains):
+            raise Unavailable("what lies on the sealed file cannot be told from the block graph", subject=guest.name)
         guest.release([each.overlay for each in details.overlays])
         removed = _remove(details)
     journal.remove(found.path)

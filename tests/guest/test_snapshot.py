@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -544,6 +545,31 @@ def test_an_overlay_that_the_guest_wrote_to_stays(tmp_path: Path, run_dir: Path)
     report = doctor.run(doctor.plan([]))
     assert report.well, report
     assert reads(folder / "vda.1.qcow2", 0, 65536, 4)
+
+
+def test_a_chain_that_cannot_be_read_is_not_judged(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that is no known file may be the very overlay: then nothing is removed."""
+    folder = tmp_path / "images"
+    disks = images(folder, ("vda",))
+    with Machine(run_dir / "m", disks=disks) as machine:
+        number = next(each.number for each in steps(tmp_path, run_dir) if each.name == "transaction") - 1
+        with killed_at(machine, run_dir / "spy", Fault(number, Place.SENT, KILL)) as spy:
+            disks_of = QmpGuest.disks
+
+            def blurred(guest: QmpGuest) -> Any:
+                [disk] = disks_of(guest)
+                return [replace(disk, chain=(*disk.chain[:-1], replace(disk.active, path=None, identity=None)))]
+
+            monkeypatch.setattr(QmpGuest, "disks", blurred)
+            report = doctor.run(doctor.plan([]))
+            assert [each.done for each in report.treated] == [False]
+            assert "cannot be told from the block graph" in str(report.treated[0].error)
+            monkeypatch.undo()
+            monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+            assert (folder / "vda.1.qcow2").exists()
+            assert len(chains(spy.path)["vda"]) == 2
 
 
 def test_work_of_a_run_that_is_alive_is_left_alone(tmp_path: Path, run_dir: Path) -> None:
