@@ -17,6 +17,7 @@ from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.agent import open_agent
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOverlay, Outcome, State
+from snapchain.host import libvirt
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.virsh import Virsh
 from tests.guest.agent_guest import formatted, parts
@@ -392,6 +393,22 @@ def test_a_job_of_others_is_not_taken_for_ours(start: Start, chain: list[Path]) 
     assert guest.job("sc-commit-vda-00000000", JobKind.COMMIT, "vda").progress().status is JobStatus.GONE
 
 
+def test_a_later_job_of_others_is_not_taken_for_ours(start: Start, chain: list[Path]) -> None:
+    """The record of ours is still there: its run was killed before it could remove it."""
+    domain = start(disks={"vda": chain[-1]})
+    guest = opened(domain)
+    assert ended(merged(guest, JobKind.COMMIT, "vda", chain[1], chain[2])).status is JobStatus.CONCLUDED
+    slowly = ("--bandwidth", "1", "--bytes")
+    domain.virsh("blockcommit", "--path", "vda", "--base", chain[0], "--top", chain[1], *slowly)
+    (same_kind,) = guest.activities()
+    assert (same_kind.kind, same_kind.is_ours) == ("commit", False)
+    domain.virsh("blockjob", "--path", "vda", "--abort")
+    domain.write("vda", 0, 4 * MiB, 9)
+    domain.virsh("blockcommit", "--path", "vda", "--active", *slowly)
+    (other_kind,) = guest.activities()
+    assert (other_kind.kind, other_kind.is_ours) == ("active-commit", False)
+
+
 # --- live merges
 
 
@@ -649,6 +666,8 @@ def test_snapshots_and_merges_of_a_domain_by_the_command_line(
 ) -> None:
     domain = start(disks={"vda": chain[-1], "vdb": second})
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", domain.host.uri)
+    # However long an answer of libvirt counts: it is older than what the merge changed.
+    monkeypatch.setattr(libvirt, "_COUNTS_FOR", 1e6)
     domain.write("vda", 0, MiB, 0x61)
     assert main(["snapshot", "--domain", domain.name, "--disk", "vda"]) == 0
     assert [len(disk.chain) for disk in opened(domain).disks()] == [5, 1]
