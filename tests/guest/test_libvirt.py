@@ -302,6 +302,18 @@ def test_an_overlay_for_another_state_of_the_disk_is_refused(start: Start, chain
         pass
 
 
+def test_a_next_start_that_would_write_to_a_sealed_layer_is_reported(start: Start, chain: list[Path]) -> None:
+    """Somebody defines the domain anew while the snapshot is made, from XML of the time before."""
+    domain = start(disks={"vda": chain[-1]})
+    before = chain[0].with_name("before.xml")
+    before.write_text(domain.virsh("dumpxml", "--inactive"))
+    new = overlay(chain[-1], "vda", "vda.1.qcow2")
+    with pytest.raises(Conflict, match=r"next start does not name .*vda\.1"), opened(domain).prepared([new]) as switch:
+        switch.run()
+        domain.host.virsh("define", before)
+    assert "names its file in another way" in str(opened(domain).disks()[0].obstacle)
+
+
 def test_a_lost_answer_is_judged_by_the_definition(
     start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +492,16 @@ def test_an_active_commit_and_pivot(start: Start, chain: list[Path]) -> None:
     assert [layer.path for layer in guest.disks()[0].chain] == chain[:2]
     assert domain.source("vda", "--inactive") == chain[1]
     assert domain.reads("vda", 0, 65536, 0x55)
+
+
+def test_without_a_look_at_qemus_files_no_commit_is_begun(
+    start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = opened(start(disks={"vda": chain[-1]}))
+    monkeypatch.setattr("snapchain.guest.libvirt_guest.open_images", lambda _pid: None)
+    with pytest.raises(Unsupported, match="may not see which files"):
+        merged(guest, JobKind.COMMIT, "vda", chain[0], chain[2])
+    assert records() == []
 
 
 @pytest.mark.parametrize("kind", [JobKind.COMMIT, JobKind.ACTIVE_COMMIT])
