@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,11 +48,18 @@ def start(libvirt_host: LibvirtHost, tmp_path: Path) -> Iterator[Start]:
         domain.remove()
 
 
-@pytest.fixture
-def chain(tmp_path: Path) -> list[Path]:
-    """Four layers that name each other relatively."""
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     layers = [Layer(16 * MiB, [f"write -P {n} {n}M 2M"]) for n in (1, 2, 3, 4)]
-    return build(tmp_path / "images", layers, names=["a.qcow2", "b.qcow2", "c.qcow2", "vda.qcow2"])
+    names = ["a.qcow2", "b.qcow2", "c.qcow2", "vda.qcow2"]
+    return build(tmp_path_factory.mktemp("template") / "images", layers, names=names)
+
+
+@pytest.fixture
+def chain(template: list[Path], tmp_path: Path) -> list[Path]:
+    """Four layers that name each other relatively."""
+    (tmp_path / "images").mkdir()
+    return [Path(shutil.copy(path, tmp_path / "images")) for path in template]
 
 
 @pytest.fixture
