@@ -254,24 +254,21 @@ def merge(
             for given in (first, last, at, remove, max_layers, budget_bytes, budget_seconds, strategy, cluster_size)
         ),
     )
-    from snapchain.ops.guest_merge import check_no_guest_points
     from snapchain.ops.guest_points import is_guest
 
     disk = parse_disk_address(target).disk
     place = options.destination(address.dest, out, writing=not out.dry_run)
     try:
-        (found,) = place.disks(disk)
+        work = place.merging(disk, policy, zone=zone)
+        if out.dry_run:
+            out.plan(work.plan(), merge_tables.draw_points_plan)
+            return
+        done = work.run(on_event=out.on_event)
     except NotFound:
         if not is_guest(place, disk):
             raise
         _merge_guest_points(place, disk, policy, zone, out)
         return
-    check_no_guest_points(found)
-    work = place.merging(disk, policy, zone=zone)
-    if out.dry_run:
-        out.plan(work.plan(), merge_tables.draw_points_plan)
-        return
-    done = work.run(on_event=out.on_event)
     status = Corrupt.exit_code if done.findings else 0
     problems = merge_tables.draw_points_findings
     out.report(done, merge_tables.draw_points_report, problems=problems, status=status)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from snapchain.cli import options, render
 from snapchain.cli.app import verb
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import moment, size
-from snapchain.errors import InvalidInput, NotFound
+from snapchain.errors import InvalidInput, NotFound, SnapchainError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,6 +124,7 @@ def restore(
     definition, and are listed. A hand-written command in a definition comes back as it was: read it before you run it.
     """
     from snapchain.destination.address import parse_point_address
+    from snapchain.ops.guest_points import guest_named
     from snapchain.ops.restore.run import Restoration
 
     address = parse_point_address(source)
@@ -150,9 +152,10 @@ def restore(
         )
         _restore_guest(place, view, request, out)
 
+    view: GuestView | None = None
     for_guests = defines or connect is not None or new_name is not None or new_identity
     if for_guests or _is_directory(out_path):
-        view = _guest_named(place, address.disk)
+        view = guest_named(place.disks(), address.disk)
         if view is not None:
             as_guest(view)
             return
@@ -171,11 +174,18 @@ def restore(
             ),
             out,
         )
-    except NotFound:
-        view = _guest_named(place, address.disk)
-        if view is None:
+    except (NotFound, InvalidInput) as error:
+        # Asked only now, so that a restore of a disk costs no request more. A directory's name has no suffix, for one.
+        view, is_disk = None, True
+        with suppress(SnapchainError):
+            disks = place.disks()
+            view, is_disk = guest_named(disks, address.disk), any(each.name == address.disk for each in disks)
+        if view is not None:
+            as_guest(view)
+        elif is_disk:
             raise
-        as_guest(view)
+        else:
+            raise NotFound("there is no such disk or guest", subject=f"{place.url}::{address.disk}") from error
 
 
 def _is_directory(path: Path) -> bool:
@@ -183,12 +193,6 @@ def _is_directory(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # the restore of a disk says what is wrong with it
         return False
-
-
-def _guest_named(place: Destination, name: str) -> GuestView | None:
-    from snapchain.ops.guest_points import guest_named
-
-    return guest_named(place.disks(), name)
 
 
 def _restore_disk(work: Restoration, out: Output) -> None:

@@ -38,7 +38,7 @@ from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.model.merging import Strategy
 from snapchain.source.counted_sums import carry_over, guest_key
 from snapchain.source.lineage import note_of, sealed_at
-from snapchain.source.notes import Notes
+from snapchain.source.notes import Notes, Sealed
 
 
 def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pace: Pace | None = None) -> MergeReport:
@@ -183,8 +183,10 @@ def _journal(
     result = ids[0] if kind is not JobKind.STREAM else ids[-1]
     remove = [entry for entry in reversed(ids) if entry.path in step.remove]
     fingerprints = tuple(file.fingerprint for file in chosen)
+    above_sealed = _above_sealed(old, decided)
     if again is not None and [each.path for each in again.inputs] == [each.path for each in ids]:
         fingerprints, time_of, labels = again.sources, again.time, again.labels
+        above_sealed = again.above_sealed
     address = guest.address
     return MergeJournal(
         stage="live",
@@ -209,12 +211,23 @@ def _journal(
             process=guest.process(),
             inputs=tuple(ids),
             above=above,
+            above_sealed=above_sealed,
             formats=tuple(file.format for file in chosen),
             sources=fingerprints,
             time=time_of,
             labels=labels,
         ),
     )
+
+
+def _above_sealed(old: ImageChain, decided: LiveStep) -> Sealed | None:
+    """What is known of the sealed file whose header a commit changes: it would not be recognised by its time after."""
+    place = decided.above
+    if place is None or place == len(old.files) - 1 or decided.kind is JobKind.STREAM:
+        return None
+    file = old.files[place]
+    time_of, labels = sealed_at(file, note_of(file, Notes()))
+    return Sealed(time=time_of, labels=labels, file=file.fingerprint)
 
 
 def _do(

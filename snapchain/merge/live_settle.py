@@ -191,9 +191,15 @@ def note(journal: MergeJournal, live: LiveMerge) -> None:
 
 
 def note_result(journal: MergeJournal, live: LiveMerge) -> None:
-    """Record what a result was made of, and when its view was sealed. Raises as `record_live`."""
+    """Record what a result was made of, and when its view was sealed. Raises as `record_live`.
+
+    The file above shows what it did, but a commit has written another link into its header.
+    """
     view = None if live.time is None else (live.time, live.labels)
     record_live([entry.path for entry in live.inputs], live.sources, journal.result.path, view=view)
+    was = live.above_sealed
+    if was is not None and live.above is not None:
+        record_live([live.above.path], [was.file], live.above.path, view=(was.time, was.labels))
 
 
 def remove_record(journal: MergeJournal) -> None:

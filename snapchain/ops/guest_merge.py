@@ -142,17 +142,6 @@ def guest_at(destination: ReadableDestination, name: str) -> GuestView:
     return view
 
 
-def check_no_guest_points(disk: DiskRecord) -> None:
-    """Raises InvalidInput for a disk with points of a guest: to keep some of them would tear guest points apart."""
-    guest, _, _ = disk.name.rpartition("/")
-    if any(point.instant is not None for point in disk.points):
-        raise InvalidInput(
-            "its points belong to points of a guest, which are kept or dropped as a whole",
-            subject=disk.name,
-            hint=f"name the guest: DEST::{guest}",
-        )
-
-
 def plan(
     destination: ReadableDestination, guest: str, policy: Policy, *, zone: tzinfo = UTC, now: datetime | None = None
 ) -> GuestPointsMergePlan:

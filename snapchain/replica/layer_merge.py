@@ -99,7 +99,9 @@ def plan(disk: ReplicaDisk, catalogue: Catalogue, rules: Rules, *, zone: tzinfo)
 
     Raises Corrupt when the files are not the chain that the catalogue names.
     """
-    decisions = decide_by(catalogue.points, rules, zone=zone, now=datetime.now(UTC), holds=hold_reasons)
+    decisions = decide_by(
+        catalogue.points, rules, disk=catalogue.disk, zone=zone, now=datetime.now(UTC), holds=hold_reasons
+    )
     stays: list[Stays] = []
     groups: list[tuple[Layers, MergeStep]] = []
     for members in _groups(disk, catalogue, decisions, stays):

@@ -39,7 +39,7 @@ class RepositoryMerge:
         self._disk = repository.disk(disk)
         self._now = now or datetime.now(UTC)
         current = self._disk.existing()
-        self._decisions = decide_by(current[0].points, rules, zone=zone, now=self._now, holds=hold_reasons)
+        self._decisions = decide_by(current[0].points, rules, disk=disk, zone=zone, now=self._now, holds=hold_reasons)
         self._drop = frozenset(each.point.point for each in self._decisions if not each.kept)
         self._merged: dict[tuple[str, ...], StoredLayer] = {}
         self._damage: dict[tuple[str, ...], Corrupt] = {}

@@ -18,7 +18,7 @@ from snapchain.objects import open_store
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops.ship.request import Divergence
-from snapchain.ops.ship.run import ShipRequest, run as ship
+from snapchain.ops.ship.run import ShipRequest, run as ship_disk
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.repository.destination import RepositoryDestination
@@ -102,8 +102,22 @@ class Guest:
         time: datetime | None = None,
         **change: Any,
     ) -> GuestRecord:
-        """Ship one guest point. names: of disks that arrive; change: of the record."""
+        """Write to all disks, and ship one guest point. Arguments as `ship`."""
         self.grow(number)
+        return self.ship(destination, number, names=names, with_record=with_record, labels=labels, time=time, **change)
+
+    def ship(
+        self,
+        destination: Destination,
+        number: int,
+        *,
+        names: Sequence[str] | None = None,
+        with_record: bool = True,
+        labels: Sequence[str] = (),
+        time: datetime | None = None,
+        **change: Any,
+    ) -> GuestRecord:
+        """Ship the disks as they are now, as a guest point. names: of disks that arrive; change: of the record."""
         moment = Moment(instant(number), Consistency.CRASH)
         when = time or BEGIN + timedelta(days=number)
         disks = []
@@ -111,7 +125,7 @@ class Guest:
             request = ShipRequest(
                 image=self.images[name], disk=self.disk(name), labels=labels, time=when, moment=moment
             )
-            report = ship(request, destination)
+            report = ship_disk(request, destination)
             disks.append(
                 RecordedDisk(
                     name=name,
@@ -168,7 +182,7 @@ def publish_bytes(
         format="raw",
         divergence=Divergence.COMPARE,
     )
-    ship(request, destination)
+    ship_disk(request, destination)
 
 
 def opened(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Open:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from snapchain.destination.protocol import Destination
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.writing import Moment
+from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Busy, InvalidInput, NotFound, Unavailable
 from snapchain.model.consistency import Consistency
 from snapchain.model.retention import Policy
 from snapchain.ops import guest_merge, guest_verify
 from snapchain.ops.guest_diff import diff_guests
-from snapchain.ops.guest_merge import check_no_guest_points, guest_at
+from snapchain.ops.guest_merge import guest_at
 from snapchain.ops.hold import hold_guest, release_guest
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.ship.run import ShipRequest, run as ship
@@ -29,7 +33,39 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
 
 @pytest.fixture(params=["directory", "replica"])
 def near(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Empty."""
     return opened(request.param, request, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Guest]:
+    """A repository and a replica, each with three guest points of two disks."""
+    folder = tmp_path_factory.mktemp("history")
+    guest = Guest(folder / "g")
+    create_destination(folder / "directory", encryption="none")
+    for number in (1, 2, 3):
+        guest.grow(number)
+        for url in (f"{folder}/directory", f"dir:{folder}/replica"):
+            guest.ship(open_destination(url, writing=True), number)
+    return folder, guest
+
+
+@dataclass(frozen=True)
+class Three:
+    """A copy of the history. guest: what its points must show."""
+
+    url: str
+    guest: Guest
+
+    def __call__(self) -> Destination:
+        return open_destination(self.url, writing=True)
+
+
+@pytest.fixture(params=["directory", "replica"])
+def three(request: pytest.FixtureRequest, history: tuple[Path, Guest], tmp_path: Path) -> Three:
+    folder, guest = history
+    shutil.copytree(folder / request.param, tmp_path / request.param)
+    return Three(f"{'dir:' if request.param == 'replica' else ''}{tmp_path}/{request.param}", guest)
 
 
 def comes_back(place: Open, guest: Guest, number: int, out: Path) -> None:
@@ -68,13 +104,10 @@ def test_guest_points_go_whole(place: Open, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dies_at", [1, 2, 3])
 def test_a_run_that_dies_is_finished_by_the_next(
-    near: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
+    three: Three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
 ) -> None:
     """Between two disks no guest point is shown that lacks one."""
-    guest = Guest(tmp_path / "g")
-    for number in range(1, 4):
-        guest.point(near(), number)
-    destination = near()
+    destination = three()
     real, calls = destination.merging, 0
 
     def merging(*args: Any, **more: Any) -> Any:
@@ -87,22 +120,17 @@ def test_a_run_that_dies_is_finished_by_the_next(
     monkeypatch.setattr(destination, "merging", merging)
     with pytest.raises(KeyboardInterrupt):
         guest_merge.run(destination, GUEST, Policy(last=1))
-    view = guest_at(near(), GUEST)
+    view = guest_at(three(), GUEST)
     assert all(set(each.disks) == {"web1/vda", "web1/vdb"} for each in view.points)
     assert len(view.points) == (3 if dies_at == 1 else 1)
-    assert guest_verify.verify(near()).ok
-    guest_merge.run(near(), GUEST, Policy(last=1))
-    assert numbers(near()) == {"vda": [3], "vdb": [3], ".guest": [3]}
-    comes_back(near, guest, 3, tmp_path / "out")
+    assert guest_verify.verify(three()).ok
+    guest_merge.run(three(), GUEST, Policy(last=1))
+    assert numbers(three()) == {"vda": [3], "vdb": [3], ".guest": [3]}
+    comes_back(three, three.guest, 3, tmp_path / "out")
 
 
-def test_a_disk_that_cannot_be_merged_is_left_to_the_next_run(
-    near: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guest = Guest(tmp_path / "g")
-    for number in range(1, 4):
-        guest.point(near(), number)
-    destination = near()
+def test_a_disk_that_cannot_be_merged_is_left_to_the_next_run(three: Three, monkeypatch: pytest.MonkeyPatch) -> None:
+    destination = three()
     real = destination.merging
 
     def merging(disk: str, *args: Any, **more: Any) -> Any:
@@ -113,41 +141,37 @@ def test_a_disk_that_cannot_be_merged_is_left_to_the_next_run(
     monkeypatch.setattr(destination, "merging", merging)
     report = guest_merge.run(destination, GUEST, Policy(last=1))
     assert [(each.disk, each.kind) for each in report.failed] == [("web1/vda", "busy")]
-    assert numbers(near()) == {"vda": [1, 2, 3], "vdb": [3], ".guest": [3]}
-    assert guest_merge.run(near(), GUEST, Policy(last=1)).failed == ()
-    assert numbers(near())["vda"] == [3]
+    assert numbers(three()) == {"vda": [1, 2, 3], "vdb": [3], ".guest": [3]}
+    assert guest_merge.run(three(), GUEST, Policy(last=1)).failed == ()
+    assert numbers(three())["vda"] == [3]
 
 
-def test_what_is_held_meanwhile_keeps_its_guest_point(
-    near: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guest = Guest(tmp_path / "g")
-    for number in range(1, 4):
-        guest.point(near(), number)
+def test_what_is_held_meanwhile_keeps_its_guest_point(three: Three, monkeypatch: pytest.MonkeyPatch) -> None:
     real = guest_merge._decided
 
     def decided(*args: Any, **more: Any) -> Any:
         found = real(*args, **more)
-        near().hold("web1/.guest", "1", "audit")
+        three().hold("web1/.guest", "1", "audit")
         return found
 
     monkeypatch.setattr(guest_merge, "_decided", decided)
-    report = guest_merge.run(near(), GUEST, Policy(last=1))
+    report = guest_merge.run(three(), GUEST, Policy(last=1))
     assert (report.points_kept, report.points_dropped) == ((1, 3), (2,))
-    assert numbers(near()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
+    assert numbers(three()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
 
 
-def test_one_disk_of_a_guest_is_not_thinned_alone(near: Open, tmp_path: Path) -> None:
-    guest = Guest(tmp_path / "g")
-    guest.point(near(), 1)
-    for disk in near().disks():
-        with pytest.raises(InvalidInput) as refused:
-            check_no_guest_points(disk)
-        assert refused.value.hint == "name the guest: DEST::web1"
+def test_one_disk_of_a_guest_is_not_thinned_alone(three: Three) -> None:
+    before = numbers(three())
+    for disk in three().disks():
+        for act in ("plan", "run"):
+            with pytest.raises(InvalidInput) as refused:
+                getattr(three().merging(disk.name, Policy(last=1)), act)()
+            assert refused.value.hint == "name the guest: DEST::web1"
+    assert numbers(three()) == before
     with pytest.raises(NotFound, match="no such guest"):
-        guest_merge.run(near(), "web9", Policy(last=1))
+        guest_merge.run(three(), "web9", Policy(last=1))
     with pytest.raises(InvalidInput, match="no rule"):
-        guest_merge.run(near(), GUEST, Policy())
+        guest_merge.run(three(), GUEST, Policy())
 
 
 def test_points_of_a_time_before_the_guest_go_on_their_own(near: Open, tmp_path: Path) -> None:
@@ -161,36 +185,29 @@ def test_points_of_a_time_before_the_guest_go_on_their_own(near: Open, tmp_path:
     assert numbers(near()) == {"vda": [0, 4], "vdb": [4], ".guest": [4]}
 
 
-def test_a_held_guest_point_stays(near: Open, tmp_path: Path) -> None:
-    guest = Guest(tmp_path / "g")
-    for number in range(1, 4):
-        guest.point(near(), number)
-    assert hold_guest(near(), GUEST, "audit", point="1", dry_run=True).holds
-    assert not guest_at(near(), GUEST).point("1").holds
-    report = hold_guest(near(), GUEST, "audit", point="1", reason="case 7")
+def test_a_held_guest_point_stays(three: Three) -> None:
+    assert hold_guest(three(), GUEST, "audit", point="1", dry_run=True).holds
+    assert not guest_at(three(), GUEST).point("1").holds
+    report = hold_guest(three(), GUEST, "audit", point="1", reason="case 7")
     assert [(each.disk, each.point) for each in report.disks] == [("web1/vda", 1), ("web1/vdb", 1)]
-    assert (report.address, report.holds[0].tag) == (f"{near().url}::web1@1", "audit")
-    guest_merge.run(near(), GUEST, Policy(last=1))
-    assert numbers(near()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
+    assert (report.address, report.holds[0].tag) == (f"{three().url}::web1@1", "audit")
+    guest_merge.run(three(), GUEST, Policy(last=1))
+    assert numbers(three()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
     # One of the holds was released already, as by a run that was cut off.
-    near().release("web1/vda", "1", "audit")
-    assert guest_merge.run(near(), GUEST, Policy(last=1)).points_dropped == ()
-    assert release_guest(near(), GUEST, "audit", point="1").holds == ()
+    three().release("web1/vda", "1", "audit")
+    assert guest_merge.run(three(), GUEST, Policy(last=1)).points_dropped == ()
+    assert release_guest(three(), GUEST, "audit", point="1").holds == ()
     with pytest.raises(NotFound, match="is not held"):
-        release_guest(near(), GUEST, "audit", point="1")
+        release_guest(three(), GUEST, "audit", point="1")
     with pytest.raises(InvalidInput, match="none is named"):
-        hold_guest(near(), GUEST, "audit", point=None)
-    guest_merge.run(near(), GUEST, Policy(last=1))
-    assert numbers(near()) == {"vda": [3], "vdb": [3], ".guest": [3]}
+        hold_guest(three(), GUEST, "audit", point=None)
+    guest_merge.run(three(), GUEST, Policy(last=1))
+    assert numbers(three()) == {"vda": [3], "vdb": [3], ".guest": [3]}
 
 
-def test_a_hold_that_fails_in_the_middle_leaves_nothing(
-    near: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    guest = Guest(tmp_path / "g")
-    guest.point(near(), 1)
-    near().hold("web1/vda", "1", "old")
-    destination = near()
+def test_a_hold_that_fails_in_the_middle_leaves_nothing(three: Three, monkeypatch: pytest.MonkeyPatch) -> None:
+    three().hold("web1/vda", "1", "old")
+    destination = three()
     real = destination.hold
 
     def hold(disk: str, *args: Any, **more: Any) -> Any:
@@ -202,8 +219,8 @@ def test_a_hold_that_fails_in_the_middle_leaves_nothing(
     for tag in ("audit", "old"):
         with pytest.raises(Unavailable):
             hold_guest(destination, GUEST, tag, point="1")
-        assert near().disks("web1/vdb")[0].points[0].holds == ()
-    assert [each.tag for each in near().disks("web1/vda")[0].points[0].holds] == ["old"]
+        assert three().disks("web1/vdb")[0].points[0].holds == ()
+    assert [each.tag for each in three().disks("web1/vda")[0].points[0].holds] == ["old"]
 
 
 def test_verify_names_the_guest_point_and_what_it_lacks(place: Open, tmp_path: Path) -> None:

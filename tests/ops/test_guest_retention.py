@@ -70,7 +70,7 @@ def applied(disks: Sequence[DiskRecord], drop: dict[str, frozenset[int]]) -> lis
     left = []
     for disk in disks:
         rules = DropPoints(drop.get(disk.name, frozenset()))
-        decided = decide_by(disk.points, rules, zone=UTC, now=NOW, holds=hold_reasons)
+        decided = decide_by(disk.points, rules, disk=disk.name, zone=UTC, now=NOW, holds=hold_reasons)
         left.append(disk.model_copy(update={"points": tuple(each.point for each in decided if each.kept)}))
     return left
 
@@ -85,7 +85,7 @@ def disks_of(view: GuestView, instant: str) -> set[str]:
 
 
 @given(histories(), POLICIES)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_a_guest_point_is_kept_or_goes_whole(disks: list[DiskRecord], policy: Policy) -> None:
     found = decided(disks, policy)
     if found is None:

@@ -12,10 +12,12 @@ import pytest
 from snapchain.destination.writing import Moment, Opening
 from snapchain.errors import Unsupported
 from snapchain.model.consistency import Consistency
+from snapchain.model.retention import DropPoints
 from snapchain.replica import client
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.fetch_client import fetch
+from snapchain.replica.points_merge import ReplicaMerge
 from snapchain.replica.stream import session
 from tests.ops.stacks import Layer, build
 from tests.replica.conftest import DISK, Place
@@ -40,6 +42,11 @@ def told(points: Any) -> list[tuple[str | None, Consistency | None]]:
     return [(point.instant, point.consistency) for point in points]
 
 
+def merge(pointed: Pointed, *numbers: int) -> None:
+    """Let go of these points, unless they are held."""
+    ReplicaMerge(endpoint(pointed.place.root), DISK, DropPoints(frozenset(numbers)), zone="UTC").run()
+
+
 SHOWN = [(None, None), (MOMENT.instant, Consistency.FILESYSTEM), (None, None)]
 
 
@@ -49,7 +56,7 @@ def test_a_point_says_to_which_guest_point_it_belongs(pointed: Pointed) -> None:
     with fetch(there, DISK, "2") as found:
         assert told([found.point]) == SHOWN[1:2]
     client.hold_at(there, DISK, "2", "audit")
-    pointed.merge(last=1)
+    merge(pointed, 1, 2)
     assert told(client.points_at(there, DISK)[0].points) == SHOWN[1:]
 
 
@@ -57,7 +64,7 @@ def test_a_program_that_knows_no_guest_points_cannot_read_the_catalogue(pointed:
     """It would tear a guest point. Without one, the file is as such programs know it."""
     with_one = pointed.place.catalogue()
     assert (with_one["format"], with_one["points"][1]["instant"]) == (3, MOMENT.instant)
-    pointed.merge(last=1)
+    merge(pointed, 1, 2)
     without = pointed.place.catalogue()
     assert without["format"] == 1
     assert set(without["points"][0]) == {"point", "time", "labels", "layer", "size", "content_id"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from typing import Protocol, TypeVar
 
+from snapchain.errors import InvalidInput
 from snapchain.model.retention.policy import Decision, Policy, RetentionPoint, decide
 
 
@@ -30,15 +31,34 @@ class NumberedPoint(RetentionPoint, Protocol):
     @property
     def point(self) -> int: ...
 
+    @property
+    def instant(self) -> str | None: ...
+
 
 P = TypeVar("P", bound=NumberedPoint)
 
 
 def decide_by(
-    points: Sequence[P], rules: Rules, *, zone: tzinfo, now: datetime | None, holds: Callable[[P], Sequence[str]]
+    points: Sequence[P],
+    rules: Rules,
+    *,
+    disk: str,
+    zone: tzinfo,
+    now: datetime | None,
+    holds: Callable[[P], Sequence[str]],
 ) -> tuple[Decision[P], ...]:
-    """A decision for every point, in the order given: by a policy as `decide`, or by the numbers of those that go."""
+    """A decision for every point, in the order given: by a policy as `decide`, or by the numbers of those that go.
+
+    Raises InvalidInput for a policy for a disk with points of a guest: to keep some of them would tear guest points
+    apart.
+    """
     if isinstance(rules, Policy):
+        if any(point.instant is not None for point in points):
+            raise InvalidInput(
+                "its points belong to points of a guest, which are kept or dropped as a whole",
+                subject=disk,
+                hint=f"name the guest: DEST::{disk.rpartition('/')[0]}",
+            )
         return decide(points, rules, zone=zone, now=now, holds=holds)
     decisions = []
     for place, point in enumerate(points):

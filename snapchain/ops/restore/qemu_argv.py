@@ -35,6 +35,7 @@ _SOCKETS = frozenset({"qmp", "qmp-pretty", "monitor", "serial", "parallel"})
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
 _IMPLIED = {"blockdev": "driver", "device": "driver", "name": "guest", "chardev": "backend"}
+_OF_THE_HOST = re.compile(r"vfio-|usb-host$|scsi-block$|scsi-generic$|vhost-vdpa|host-|igd-|ccid-card-passthru")
 _MOST_ARGUMENTS = 10_000
 _PART = re.compile(r"(?:[^,]|,,)+")
 
@@ -204,7 +205,7 @@ class _CommandLine:
         for option in self._options:
             if option.name in ("incoming", "loadvm"):
                 continue
-            if option.name == "device" and option.values.get("driver", "").startswith("vfio-"):
+            if option.name == "device" and _OF_THE_HOST.match(option.values.get("driver", "")):
                 self.lacking.append(f"a device of the host that it ran on is left out: {option.value}")
                 continue
             self._set_firmware(option)
