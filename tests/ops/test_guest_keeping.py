@@ -194,7 +194,7 @@ def test_a_held_guest_point_stays(three: Three) -> None:
     guest_merge.run(three(), GUEST, Policy(last=1))
     assert numbers(three()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
     # One of the holds was released already, as by a run that was cut off.
-    three().release("web1/vda", "1", "audit")
+    three().release("web1/.guest", "1", "audit")
     assert guest_merge.run(three(), GUEST, Policy(last=1)).points_dropped == ()
     assert release_guest(three(), GUEST, "audit", point="1").holds == ()
     with pytest.raises(NotFound, match="is not held"):
