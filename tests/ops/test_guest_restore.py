@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import stat
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_all_disks_and_a_definition(place: Open, tmp_path: Path) -> None:
             assert disk.find("backingStore") is None
         assert "<qemu:arg value=" in (out / "web1.xml").read_text()
         assert stat.S_IMODE((out / "web1.xml").stat().st_mode) == 0o600
+
+
+def test_a_directory_whose_name_is_no_utf_8(simple: Open, tmp_path: Path) -> None:
+    argv = ("qemu-system-x86_64", "-drive", "id=vda,file=/old/a.qcow2")
+    Guest(tmp_path / "g", names=("vda",)).point(simple(), 1, kind="qmp", inactive=None, live=None, argv=argv)
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/o\xffut"))
+    restored(simple, out)
+    assert b"/o\xffut/vda.qcow2" in (out / "web1.sh").read_bytes()
 
 
 @pytest.mark.parametrize("asked", [{"format": "raw"}, {"whole_chain": True}])
