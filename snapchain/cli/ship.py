@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from snapchain.guest.address import GuestAddress
     from snapchain.guest.snapshot import LeftOut
     from snapchain.ops.ship.guest import GuestShipPlan, GuestShipReport, GuestShipRequest
+    from snapchain.ops.ship.guest_bitmap import GuestCapturePlan
     from snapchain.ops.ship.request import ShipPlan, ShipReport
 
 
@@ -75,6 +76,16 @@ def ship(
     image_dir: options.ImageDir = None,
     limit_rate: options.LimitRate = None,
     pack_size: options.PackSize = None,
+    bitmap: Annotated[
+        bool,
+        typer.Option("--bitmap", help="Of a guest by --qmp: no overlays, but frozen views and dirty bitmaps."),
+    ] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            "--scratch", metavar="DIR", help="With --bitmap: where old data go that the guest overwrites meanwhile."
+        ),
+    ] = None,
     out: Output,
 ) -> None:
     """Send what a destination lacks of an image, and publish a point of it.
@@ -88,6 +99,9 @@ def ship(
     Of a guest, a snapshot of all disks is taken first, at one instant. The sealed layers are sent while the guest runs.
     At the end one guest point is published: a point of each disk, and a record with the definition of the guest. If one
     disk fails there is no guest point, and the next run continues. The guest writes to new files from then on.
+
+    With --bitmap, the guest gets no new files. Its disks are read through frozen views, and dirty bitmaps in QEMU list
+    what was written since the last point. A disk without a usable bitmap is read as a whole, and compared.
     """
     from snapchain.ops.ship.request import Divergence, Files, ShipRequest
 
@@ -124,8 +138,15 @@ def ship(
             divergence=divergence,
             epoch=epoch,
         )
+        if bitmap:
+            _ship_captured(guest, asked, scratch, opened, out)
+            return
+        if scratch is not None:
+            raise InvalidInput("--scratch belongs to --bitmap", hint="leave out --scratch")
         _ship_guest(guest, asked, opened, out)
         return
+    if bitmap or scratch is not None:
+        raise InvalidInput("--bitmap and --scratch are for a guest", hint="name one: --qmp SOCKET")
     if snapshot is not None:
         raise InvalidInput(
             "options of a guest's snapshot are given, and no guest", hint="--domain NAME or --qmp SOCKET"
@@ -190,6 +211,39 @@ def _ship_guest(
         else:
             report = run(guest, request, place, on_event=out.on_event)
             out.report(report, _draw_guest_report, problems=_draw_guest_damaged)
+
+
+def _ship_captured(
+    address: GuestAddress,
+    request: GuestShipRequest,
+    scratch: Path | None,
+    opened: Callable[[], Destination],
+    out: Output,
+) -> None:
+    from snapchain.guest.address import open_guest
+    from snapchain.guest.capture import CaptureRequest
+    from snapchain.ops.ship.guest_bitmap import plan, run
+
+    capture = CaptureRequest(disks=request.snapshot.disks, scratch_dir=scratch)
+    with open_guest(address, on_event=out.on_event) as guest:
+        request.check()
+        request.name_of(guest)
+        place = opened()
+        if out.dry_run:
+            out.plan(plan(guest, request, capture, place, on_event=out.on_event), _draw_capture_plan)
+        else:
+            report = run(guest, request, capture, place, on_event=out.on_event)
+            out.report(report, _draw_guest_report, problems=_draw_guest_damaged)
+
+
+def _draw_capture_plan(console: Console, plan: GuestCapturePlan) -> None:
+    place = f"{render.place(plan.destination)}::{plan.guest}"
+    render.headline(console, f"would capture the disks of {plan.guest} and ship them to {place}")
+    render.table(
+        console,
+        ["disk", "captured by", "virtual size>"],
+        [(disk.disk, str(disk.captured_by), size(disk.virtual_size)) for disk in plan.disks],
+    )
 
 
 def _check_kind(traits: Traits, dest: str, *, cut_replica: bool, connections: int, epoch: int) -> None:

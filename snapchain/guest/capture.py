@@ -1,6 +1,6 @@
 """The other way to capture a running guest: no overlay, but a frozen view of each disk, read over NBD.
 
-    with captured(guest, monitor, request) as capture:
+    with capture_of(guest, request) as capture:
         for disk in capture.disks:
             disk.view                       what the guest's disk showed at that instant
             disk.changed_since(content_id)  where it was written to since it showed that content
@@ -28,16 +28,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from snapchain.errors import SnapchainError, Unavailable
+from snapchain.errors import Busy, SnapchainError, Unavailable, Unsupported
 from snapchain.guest.nbd_client import ALLOCATION, DIRTY, ZERO, NbdExport
+from snapchain.guest.protocol import Guest, State
 from snapchain.image.view import View
 from snapchain.model.consistency import Consistency
+from snapchain.model.events import OnEvent, ignore
 from snapchain.model.extents import ABSENT, DATA, Extents, over, rounded
 from snapchain.model.fingerprint import Fingerprint
+
+if TYPE_CHECKING:
+    from snapchain.guest.qmp_guest import QmpGuest
 
 PREFIX = "snapchain-"
 _NAME = re.compile(r"snapchain-([0-9a-f]{8})-([0-9a-f]{64})")
@@ -207,7 +212,7 @@ class CapturedDisk:
 
 
 class Capture(Protocol):
-    """All disks of a guest at one instant. It ends with the `with` block of `captured`.
+    """All disks of a guest at one instant. It ends with the `with` block of `capture_of`.
 
     time: of the instant; consistency: that was reached; why_not, frozen_seconds: as `GuestSnapshot` has them
     """
@@ -259,3 +264,33 @@ def as_it_comes() -> Iterator[Reached]:
 
 Freeze = Callable[[], AbstractContextManager[Reached]]
 """Makes a block in which the filesystems are frozen, where that is wanted and possible (`quiesce.frozen`)."""
+
+
+@contextmanager
+def capture_of(
+    guest: Guest, request: CaptureRequest, *, freeze: Freeze = as_it_comes, on_event: OnEvent = ignore
+) -> Iterator[Capture]:
+    """A block in which the disks of a guest can be read as they were at one instant.
+
+    Raises Unsupported for a guest that offers no such view, NotFound for a disk that it does not have, Busy where
+    something else is at work in it or uses its NBD server, Unavailable where its monitor does not answer.
+    """
+    from snapchain.guest import capture_qmp
+
+    with capture_qmp.capture_of(with_views(guest), request, freeze=freeze, on_event=on_event) as found:
+        yield found
+
+
+def with_views(guest: Guest) -> QmpGuest:
+    """The guest, as one that offers frozen views of its disks. Raises Unsupported."""
+    from snapchain.guest.qmp_guest import QmpGuest
+
+    if not isinstance(guest, QmpGuest):
+        raise Unsupported(
+            "libvirt's own backup lets the guest's writes fail when its scratch file is full, so it is not used",
+            subject=guest.name,
+            hint="ship it without --bitmap: a snapshot with overlays harms no guest",
+        )
+    if guest.state() not in (State.RUNNING, State.PAUSED):
+        raise Busy("it waits for a migration, or was migrated away", subject=guest.name)
+    return guest

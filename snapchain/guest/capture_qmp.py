@@ -34,7 +34,8 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from snapchain.errors import Busy, Conflict, InvalidInput, SnapchainError, Unavailable, Unsupported
+from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
+from snapchain.guest import journal
 from snapchain.guest.capture import (
     CLUSTER,
     PREFIX,
@@ -50,9 +51,11 @@ from snapchain.guest.capture import (
 )
 from snapchain.guest.nbd_client import NbdExport
 from snapchain.guest.protocol import Bitmap, GuestDisk, Layer
+from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.host.directory import Directory
 from snapchain.host.files import free_bytes
 from snapchain.host.os_errors import os_errors
+from snapchain.host.process_identity import own_identity
 from snapchain.host.processes import run
 from snapchain.image.file import fingerprint_of
 from snapchain.model.events import Notice, OnEvent, ignore
@@ -74,6 +77,11 @@ class Monitor(Protocol):
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None, /) -> Any:
         """What a command returns. Raises a SnapchainError with QEMU's words, Unavailable where the answer is lost."""
         ...
+
+
+Journal = Callable[["CaptureInFlight"], Callable[[], None]]
+OPERATION = "capture"
+"""The journal's word."""
 
 
 class DiskInFlight(BaseModel):
@@ -176,13 +184,72 @@ class QmpCapture:
 
 
 @contextmanager
+def capture_of(
+    guest: QmpGuest, request: CaptureRequest, *, freeze: Freeze = as_it_comes, on_event: OnEvent = ignore
+) -> Iterator[QmpCapture]:
+    """See `capture.capture_of`."""
+    settle(guest)
+    disks = to_capture(guest, request)
+    with captured(
+        guest.monitor,
+        disks,
+        request,
+        guest=guest.name,
+        journal=partial(_journalled, guest),
+        freeze=freeze,
+        on_event=on_event,
+    ) as found:
+        yield found
+
+
+def to_capture(guest: QmpGuest, request: CaptureRequest) -> list[GuestDisk]:
+    """The disks that a capture takes. Raises as `capture_of` does before anything is made."""
+    check_supported(guest.monitor, guest=guest.name)
+    for each in journal.find(guest=guest.name, operation=OPERATION)[0]:
+        if not each.record.is_abandoned and each.record.writer != own_identity():
+            raise Busy(f"another snapchain (pid {each.record.writer[0]}) captures it now", subject=guest.name)
+    at_work = [each for each in guest.activities() if each.kind != "export"]
+    if at_work:
+        raise Busy(f"something is at work in it: {at_work[0].says}", subject=guest.name, hint="wait for its end")
+    check_server(guest.monitor, guest=guest.name)
+    found = [disk for disk in guest.disks() if disk.left_out is None and disk.chain]
+    for name in request.disks:
+        if name not in {disk.name for disk in found}:
+            raise NotFound(f"it has no disk {name} that can be captured", subject=guest.name)
+    chosen = [disk for disk in found if not request.disks or disk.name in request.disks]
+    if not chosen:
+        raise NotFound("it has no disk that can be captured", subject=guest.name)
+    return chosen
+
+
+def settle(guest: QmpGuest) -> None:
+    """Remove what killed runs have left in a guest. Raises what QEMU refuses it with."""
+    for found in journal.abandoned(guest=guest.name, process=guest.process(), operations=(OPERATION,)):
+        settle_record(found, guest)
+
+
+def settle_record(found: journal.Found, guest: QmpGuest | None) -> None:
+    """Undo the capture of a killed run. guest: None where its QEMU has ended: then only files are left."""
+    plan = CaptureInFlight.model_validate(found.record.details)
+    if guest is not None and found.record.qemu_runs is not False:
+        undo(guest.monitor, plan)
+    remove_files(plan)
+    journal.remove(found.path)
+
+
+def _journalled(guest: QmpGuest, plan: CaptureInFlight) -> Callable[[], None]:
+    record = journal.begun(guest, OPERATION, **plan.model_dump(mode="json"))
+    return partial(journal.remove, journal.write(record))
+
+
+@contextmanager
 def captured(
     monitor: Monitor,
     disks: Sequence[GuestDisk],
     request: CaptureRequest,
     *,
     guest: str,
-    journal: Callable[[CaptureInFlight], Callable[[], None]],
+    journal: Journal,
     freeze: Freeze = as_it_comes,
     on_event: OnEvent = ignore,
 ) -> Iterator[QmpCapture]:

@@ -99,7 +99,7 @@ def drive(
             driver.step()
     except BaseException as error:
         if not driver.finalized:
-            _cancel(job, seconds=seconds, on_event=on_event, because=error)
+            give_up(job, seconds=seconds, on_event=on_event, because=error)
         raise
     return driver.ended
 
@@ -149,8 +149,11 @@ class _Driver:
         self._paused = self._paused + 1 if now.status is JobStatus.PAUSED else 0
 
 
-def _cancel(job: Job, *, seconds: float, on_event: OnEvent, because: BaseException) -> None:
-    """Give a job up, and wait for its end. Without an answer it stays for the next run, by its journal."""
+def give_up(job: Job, *, on_event: OnEvent, because: BaseException, seconds: float = WAIT_SECONDS) -> None:
+    """Cancel a job that is not finalized, and wait for its end. Without an answer the next run finds it.
+
+    because: what is raised in any case, and is not told twice
+    """
     try:
         job.cancel()
         while (now := job.progress()).status is not JobStatus.GONE:

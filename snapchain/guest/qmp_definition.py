@@ -71,7 +71,7 @@ def _macs(monitor: Monitor, devices: Mapping[str, str]) -> Iterator[str]:
 def _media(block: Sequence[Mapping[str, Any]], process: QemuProcess) -> Iterator[str]:
     for device in block:
         inserted = device.get("inserted")
-        if device.get("removable") is True and isinstance(inserted, Mapping):
+        if device.get("removable") is True and device.get("qdev") and isinstance(inserted, Mapping):
             named = str(inserted.get("file", ""))
             source = source_of(named)
             path = process.absolute(source.path) if source.path is not None else None

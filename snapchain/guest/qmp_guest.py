@@ -93,13 +93,17 @@ class QmpGuest:
         """See `Guest`."""
         return self._address
 
+    @property
+    def monitor(self) -> Monitor:
+        """QEMU's own, for what no other kind of guest has."""
+        return self._monitor
+
     # --- What it is.
 
     def state(self) -> State:
         """See `Guest`."""
         answer = self._monitor.fields("query-status")
-        status = answer.get("status")
-        if status in _WAITING:
+        if _word(answer, "status") in _WAITING:
             return State.INCOMING
         return State.RUNNING if answer.get("running") is True else State.PAUSED
 
@@ -136,9 +140,8 @@ class QmpGuest:
 
         for _ in range(_TRIES):
             block, stats = self._monitor.rows("query-block"), self._monitor.rows("query-blockstats")
-            types = {path.rpartition("/")[2]: kind for path, kind in devices.items()}
             try:
-                views = list(graph.disks(block, stats, self._nodes(), locate=locate, types=types))
+                views = list(graph.disks(block, stats, self._nodes(), locate=locate, types=devices))
             except graph.Inconsistent:
                 continue
             except graph.Misread as error:
@@ -167,7 +170,7 @@ class QmpGuest:
 
     def _check_not_libvirts(self, name: str) -> None:
         """Raises InvalidInput. A change behind libvirt's back makes its next start lose what was written since."""
-        labels = {each.get("label") for each in self._monitor.rows("query-chardev")}
+        labels = {_word(each, "label") for each in self._monitor.rows("query-chardev")}
         nodes = [
             str(inserted.get("node-name"))
             for each in self._monitor.rows("query-block")
@@ -202,14 +205,15 @@ class QmpGuest:
         nodes, edges = seen.get("nodes"), seen.get("edges")
         if not isinstance(nodes, list) or not isinstance(edges, list):
             return {}
-        named = {each.get("id"): each for each in nodes if isinstance(each, Mapping)}
+        named = {_word(each, "id"): each for each in nodes if isinstance(each, Mapping)}
         chains = {layer.node for view in views for layer in view.disk.chain}
         found: dict[str, str] = {}
         for edge in edges:
-            job = named.get(edge.get("parent"), {}) if isinstance(edge, Mapping) else {}
-            node = str(named.get(edge.get("child"), {}).get("name")) if job else ""
-            if job.get("type") == "block-job" and node in chains:
-                found.setdefault(str(job.get("name")), node)
+            job = named.get(_word(edge, "parent"), {}) if isinstance(edge, Mapping) else {}
+            if job.get("type") == "block-job":
+                node = _word(named.get(_word(edge, "child"), {}), "name")
+                if node in chains:
+                    found.setdefault(_word(job, "name"), node)
         return found
 
     def _exports(self) -> Iterator[Activity]:
@@ -218,7 +222,7 @@ class QmpGuest:
             yield _activity(name, "export", node, f"{_word(each, 'type')} export {name} of node {node}")
 
     def _migration(self) -> Iterator[Activity]:
-        status = self._monitor.fields("query-migrate").get("status")
+        status = _word(self._monitor.fields("query-migrate"), "status")
         if status in _MIGRATING:
             yield Activity("migration", "migration", False, None, f"migration ({status})")
 
@@ -378,9 +382,13 @@ class QmpGuest:
     ) -> QmpJob:
         """See `Guest`. Raises Conflict when the chain has no such layers, Refused."""
         self._check_not_elsewhere()
-        view = self._view_named(disk)
+        process = self._process()
+        view = _named(self._views(process=process), disk, self.name)
         chain, label = view.disk.chain, self._label(disk)
         low, high = _place(chain, lowest, label), _place(chain, uppermost, label)
+        for layer in chain[low : high + 1]:
+            if (problem := process.locate(str(layer.path)).problem) is not None:
+                raise Conflict(problem, subject=layer.path, hint="give QEMU's file its path back")
         if low >= high:
             raise InvalidInput("the lowest layer is not below the uppermost", subject=label)
         if (kind is JobKind.ACTIVE_COMMIT) != (high == len(chain) - 1) and kind is not JobKind.STREAM:
@@ -440,7 +448,7 @@ class QmpSwitch:
         self._overlays.append(overlay)
 
     def run(self) -> None:
-        """See `Switch`. Raises Conflict when QEMU says that it is done, and its graph does not show it."""
+        """See `Switch`. The graph is looked at later: the guest's filesystems may be frozen now."""
         actions = [
             {"type": "blockdev-snapshot", "data": {"node": each.under, "overlay": each.node}} for each in self._overlays
         ]
@@ -448,12 +456,6 @@ class QmpSwitch:
             self._monitor.execute("transaction", {"actions": actions})
         except Refused as refused:
             raise in_the_way(refused) from refused
-        if self.outcome() is not Outcome.DONE:
-            raise Conflict(
-                "QEMU took the snapshot, but the guest does not use the new overlays",
-                subject=self._guest.name,
-                hint="another program changes its disks: stop it, and look with `snapchain guests`",
-            )
 
     def outcome(self) -> Outcome:
         """See `Switch`. DONE as soon as one overlay is part of a chain: a transaction does all or nothing."""

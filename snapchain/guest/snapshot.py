@@ -365,11 +365,17 @@ def run(
     """
     overlays.settle(guest, on_event=on_event)
     now = plan(guest, request)
-    if now != planned:
+    if _but_names(now) != _but_names(planned):
         raise Conflict("the guest was changed after the snapshot was planned", subject=guest.name, hint="run it again")
-    if planned.is_off:
-        return _run_at_rest(planned, request, on_event)
-    return _run_live(guest, planned, request, on_event)
+    if now.is_off:
+        return _run_at_rest(now, request, on_event)
+    return _run_live(guest, now, request, on_event)
+
+
+def _but_names(planned: GuestSnapshotPlan) -> GuestSnapshotPlan:
+    """A plan without the names of new files: a killed run's may have been removed since, so that theirs are free."""
+    disks = (disk.model_copy(update={"overlay": disk.overlay.parent}) for disk in planned.disks)
+    return planned.model_copy(update={"disks": tuple(disks)})
 
 
 def _run_at_rest(planned: GuestSnapshotPlan, request: SnapshotRequest, on_event: OnEvent) -> GuestSnapshot:

@@ -14,15 +14,12 @@ from pathlib import Path
 from shutil import which
 from xml.etree import ElementTree as ET
 
-from snapchain.errors import SnapchainError, ToolFailed
-from snapchain.host.processes import run
-from snapchain.host.terminal import shell_line
+from snapchain.errors import SnapchainError
+from snapchain.host.virsh import Virsh, has_any_daemon, parsed, reachable
 
 SECONDS = 10.0
 """The longest that all questions together may take."""
 _DIRECTORY_POOLS = {"dir", "fs", "netfs", "gluster", "vstorage"}
-_SOCKETS = ("libvirt-sock", "virtqemud-sock", "libvirt-sock-ro", "virtqemud-sock-ro")
-_OUTPUT_CAP = 8 << 20
 _SLOW = "it did not answer in time"
 
 
@@ -68,7 +65,7 @@ def definitions() -> Definitions:
     program, began = which("virsh"), time.monotonic()
     if program is None:
         return Definitions()
-    asked_for = (program, *(uri for env in _connections() for uri in env.values()))
+    asked_for = (program, *reachable())
     if _last is None or _last[0] != asked_for or began >= _last[1]:
         found = _ask_all()
         ended = time.monotonic()
@@ -80,8 +77,14 @@ _last: tuple[tuple[str, ...], float, Definitions] | None = None
 """What was asked for, until when the answer counts, and the answer."""
 
 
+def forget() -> None:
+    """Ask again next time: a definition was changed."""
+    global _last  # noqa: PLW0603 - as above
+    _last = None
+
+
 def _ask_all() -> Definitions:
-    found = [_asked(env, time.monotonic() + SECONDS) for env in _connections()]
+    found = [_asked(uri, time.monotonic() + SECONDS) for uri in reachable()]
     return Definitions(
         domains=tuple(domain for each in found for domain in each.domains),
         directories=tuple(dict.fromkeys(path for each in found for path in each.directories)),
@@ -90,32 +93,11 @@ def _ask_all() -> Definitions:
     )
 
 
-def _connections() -> list[Mapping[str, str]]:
-    """What tells virsh whom to ask: the user's own choice, else the system's daemon and this user's, if it runs."""
-    chosen = os.environ.get("LIBVIRT_DEFAULT_URI") or os.environ.get("VIRSH_DEFAULT_CONNECT_URI")
-    if chosen:
-        return [{"LIBVIRT_DEFAULT_URI": chosen}]
-    uris: list[Mapping[str, str]] = [{"LIBVIRT_DEFAULT_URI": "qemu:///system"}]
-    # Asking for a session that does not run would start its daemon.
-    if os.geteuid() != 0 and any(socket.exists() for socket in _session_sockets()):
-        uris.append({"LIBVIRT_DEFAULT_URI": "qemu:///session", "XDG_RUNTIME_DIR": os.environ["XDG_RUNTIME_DIR"]})
-    return uris
-
-
-def _session_sockets() -> list[Path]:
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return [Path(runtime) / "libvirt" / name for name in _SOCKETS] if runtime else []
-
-
-def _is_there() -> bool:
-    """Whether a libvirt daemon has a socket here."""
-    sockets = [*(Path("/run/libvirt") / name for name in _SOCKETS), *_session_sockets()]
-    return any(socket.exists() for socket in sockets)
-
-
 @dataclass(slots=True)
-class _Virsh:
-    env: Mapping[str, str]
+class _Questions:
+    """Questions to one daemon that share a deadline. A failure is noted, and answers None."""
+
+    uri: str
     deadline: float
     faults: list[str] = field(default_factory=list)
 
@@ -124,26 +106,18 @@ class _Virsh:
         """Whether the time is up."""
         return time.monotonic() >= self.deadline
 
-    @staticmethod
-    def _access() -> list[str]:
-        """Anybody may look; for more, libvirt would ask for a password."""
-        return [] if os.geteuid() == 0 else ["--readonly"]
-
     def text(self, *words: str) -> str | None:
-        """What a command prints; None when it fails, which is noted."""
+        """What a command prints."""
         left = self.deadline - time.monotonic()
         if left <= 0:
             self.faults.append(_SLOW)
             return None
         try:
-            done = run(["virsh", *self._access(), *words], env=self.env, timeout=left, output_cap=_OUTPUT_CAP)
-        except ToolFailed as error:
+            # Anybody may look; for more, libvirt would ask for a password.
+            return Virsh(self.uri, read_only=os.geteuid() != 0).text(*words, timeout=left)
+        except SnapchainError as error:
             self.faults.append(_SLOW if self.slow else error.message)
             return None
-        except SnapchainError as error:  # a name that no program can be given
-            self.faults.append(str(error))
-            return None
-        return done.stdout.decode("utf-8", "surrogateescape")
 
     def names(self, *words: str) -> list[str]:
         return [line.strip() for line in (self.text(*words) or "").splitlines() if line.strip()]
@@ -153,29 +127,29 @@ class _Virsh:
         if text is None:
             return None
         try:
-            return ET.fromstring(text.encode("utf-8", "surrogateescape"))  # noqa: S314 - libvirt's own words
-        except ET.ParseError as error:
-            self.faults.append(f"`{shell_line(['virsh', *words])}` printed no XML: {error}")
+            return parsed(text, words)
+        except SnapchainError as error:
+            self.faults.append(error.message)
             return None
 
 
-def _asked(env: Mapping[str, str], deadline: float) -> Definitions:
-    virsh = _Virsh(env, deadline)
+def _asked(uri: str, deadline: float) -> Definitions:
+    virsh = _Questions(uri, deadline)
     names = virsh.names("list", "--all", "--name")
     if virsh.faults:
-        return Definitions(fault=_fault(virsh.faults) if virsh.slow or _is_there() else None)
+        return Definitions(fault=_fault(virsh.faults) if virsh.slow or has_any_daemon() else None)
     running = set(virsh.names("list", "--name"))
     directories: list[Path] = []
     volumes: dict[tuple[str, str], Path] = {}
     for pool in virsh.names("pool-list", "--name"):
-        directories += _pool_directory(virsh.xml("pool-dumpxml", pool))
-        volumes.update(((pool, name), path) for name, path in _volumes(virsh.text("vol-list", pool) or ""))
+        directories += _pool_directory(virsh.xml("pool-dumpxml", "--pool", pool))
+        volumes.update(((pool, name), path) for name, path in _volumes(virsh.text("vol-list", "--pool", pool) or ""))
     domains = []
     for name in names:
         runs = name in running
-        asked = [(virsh.xml("dumpxml", name), not runs)]
+        asked = [(virsh.xml("dumpxml", "--domain", name), not runs)]
         if runs:
-            asked.append((virsh.xml("dumpxml", name, "--inactive"), True))
+            asked.append((virsh.xml("dumpxml", "--domain", name, "--inactive"), True))
         files = [file for xml, lasts in asked if xml is not None for file in _files(xml, volumes, is_lasting=lasts)]
         domains.append(Domain(name, tuple(dict.fromkeys(files))))
     return Definitions(tuple(domains), tuple(directories), tuple(volumes.values()), _fault(virsh.faults))

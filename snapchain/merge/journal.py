@@ -37,6 +37,7 @@ from snapchain.image import ImageChain
 from snapchain.image.dependent_search import search_directories
 from snapchain.image.qcow2.header import Backing, read_header
 from snapchain.model.fingerprint import Fingerprint
+from snapchain.source.notes import Sealed
 
 if TYPE_CHECKING:
     from snapchain.merge.step import MergeStep
@@ -148,6 +149,7 @@ class LiveMerge(BaseModel):
     domain, connect, qmp: its address
     process: pid and start time of its QEMU, None where unknown
     inputs: lowest first, as they were; above: the file above them, None where the active layer is among them
+    above_sealed: when that was sealed, and as what file, before a commit changes its header; None for an active layer
     formats, sources: of the inputs; the fingerprints are those before anything was written to them
     time, labels: of the view that the result shows, None where that is not sealed
     pivot: of an active commit: whether the guest was switched to the lowest input
@@ -166,6 +168,7 @@ class LiveMerge(BaseModel):
     process: tuple[int, int] | None = None
     inputs: Annotated[tuple[FileId, ...], Field(min_length=2, max_length=_MOST_FILES)]
     above: FileId | None = None
+    above_sealed: Sealed | None = None
     formats: Annotated[tuple[Literal["qcow2", "raw"], ...], Field(max_length=_MOST_FILES)]
     sources: Annotated[tuple[Fingerprint, ...], Field(max_length=_MOST_FILES)]
     time: AwareDatetime | None = None

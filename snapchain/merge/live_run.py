@@ -16,7 +16,7 @@ from pathlib import Path
 
 from snapchain.errors import Busy, Conflict, SnapchainError, Unavailable
 from snapchain.guest.address import GuestAddress
-from snapchain.guest.jobs import End, Ended, OnLook, drive
+from snapchain.guest.jobs import End, Ended, OnLook, drive, give_up
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
 from snapchain.host import files
 from snapchain.host.directory import real_path
@@ -27,7 +27,7 @@ from snapchain.merge.inputs import KeptFile, numbers
 from snapchain.merge.journal import FileId, LiveMerge, MergeJournal, OpenJournal, taken, unsettled
 from snapchain.merge.live import LiveMergePlan, LivePlanner, LiveStep, plan
 from snapchain.merge.live_chain import find_disk, opened, paths_of
-from snapchain.merge.live_settle import inputs_of, note_result, remove_record
+from snapchain.merge.live_settle import check_covers, inputs_of, note_result, remove_record
 from snapchain.merge.pace import Pace
 from snapchain.merge.plan import NOTHING
 from snapchain.merge.prove import prove
@@ -36,9 +36,9 @@ from snapchain.merge.run import Fault, MergeReport, StepReport
 from snapchain.model.choice import MergeRange
 from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
 from snapchain.model.merging import Strategy
-from snapchain.source.counted_sums import carry_over
+from snapchain.source.counted_sums import carry_over, guest_key
 from snapchain.source.lineage import note_of, sealed_at
-from snapchain.source.notes import Notes
+from snapchain.source.notes import Notes, Sealed
 
 
 def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pace: Pace | None = None) -> MergeReport:
@@ -183,8 +183,10 @@ def _journal(
     result = ids[0] if kind is not JobKind.STREAM else ids[-1]
     remove = [entry for entry in reversed(ids) if entry.path in step.remove]
     fingerprints = tuple(file.fingerprint for file in chosen)
+    above_sealed = _above_sealed(old, decided)
     if again is not None and [each.path for each in again.inputs] == [each.path for each in ids]:
         fingerprints, time_of, labels = again.sources, again.time, again.labels
+        above_sealed = again.above_sealed
     address = guest.address
     return MergeJournal(
         stage="live",
@@ -209,12 +211,23 @@ def _journal(
             process=guest.process(),
             inputs=tuple(ids),
             above=above,
+            above_sealed=above_sealed,
             formats=tuple(file.format for file in chosen),
             sources=fingerprints,
             time=time_of,
             labels=labels,
         ),
     )
+
+
+def _above_sealed(old: ImageChain, decided: LiveStep) -> Sealed | None:
+    """What is known of the sealed file whose header a commit changes: it would not be recognised by its time after."""
+    place = decided.above
+    if place is None or place == len(old.files) - 1 or decided.kind is JobKind.STREAM:
+        return None
+    file = old.files[place]
+    time_of, labels = sealed_at(file, note_of(file, Notes()))
+    return Sealed(time=time_of, labels=labels, file=file.fingerprint)
 
 
 def _do(
@@ -250,6 +263,11 @@ def _do(
         if job.progress().status is JobStatus.GONE:
             remove_record(journal)
             raise
+    except BaseException as error:  # interrupted
+        with suppress(SnapchainError):
+            give_up(guest.job(live.job_id, decided.kind, disk.name), on_event=on_event, because=error)
+        _forget_stream(guest, journal, live)
+        raise
     return _drive(guest, job, journal, records, look, on_event)
 
 
@@ -424,7 +442,7 @@ def _prove(new: ImageChain, journal: MergeJournal, live: LiveMerge, old: ImageCh
             last = place + len(live.inputs) - 1
             before = old.at(last)
         elif live.kind == "active-commit":
-            _check_covers(view, stack.enter_context(inputs_of(live, below)))
+            check_covers(view, stack.enter_context(inputs_of(live, below)))
             return
         else:
             before = stack.enter_context(_inputs_under(live, below, view.top))
@@ -437,19 +455,6 @@ def _inputs_under(live: LiveMerge, below: ImageChain | None, result: ImageFile) 
     with inputs_of(live, below) as inputs:
         found = [result if file.device == result.device else file for file in inputs.files]
         yield ImageChain(found, owned=False)
-
-
-def _check_covers(view: ImageChain, inputs: ImageChain) -> None:
-    """Raises Conflict where the lowest input lacks something that the ones above it hold.
-
-    Its guest writes to it already: the bytes cannot be compared, but a range that was not copied shows.
-    """
-    from snapchain.model.extents import ABSENT, pairwise
-
-    lowest = len(view.files) - 1
-    _, owner, own = pairwise(inputs.resolve(), view.top.extents)
-    if bool(((owner > lowest) & (own == ABSENT)).any()):
-        raise Conflict("it lacks data of the layers that were merged into it; all files stay", subject=view.top.path)
 
 
 def _note(journal: MergeJournal, live: LiveMerge, on_event: OnEvent) -> None:
@@ -469,7 +474,7 @@ def _carry_over(
     try:
         with opened(find_disk(guest, disk_name), image_dirs=request.image_dirs) as new:
             found = ImageChain(new.files, owned=False)
-            carry_over(old.top.path, old, lambda: found, first=first, last=last, on_event=on_event)
+            carry_over(guest_key(guest.name, disk_name), old, lambda: found, first=first, last=last, on_event=on_event)
     except SnapchainError as error:
         on_event(Notice(f"{old.files[last].path}: it is read again when it is sent: {error}"))
 
@@ -492,6 +497,23 @@ def settle_disk(
         elif (report := settle_live(guest, journal, request=request, on_event=on_event, pace=pace)) is not None:
             reports.append(report)
     return reports
+
+
+def note_switch(guest: Guest, journal: MergeJournal) -> MergeJournal:
+    """Of a guest that is off: where its definition names the lowest input of an active commit, it was switched.
+
+    That it names the active layer proves nothing: the pivot may have come before libvirt wrote it down.
+    """
+    live = journal.live
+    if live is None or live.pivot != "asked for":
+        return journal
+    active = find_disk(guest, live.disk).active
+    lowest = live.inputs[0]
+    if active.identity != (lowest.device, lowest.inode):
+        return journal
+    with ExitStack() as records:
+        records.enter_context(taken(journal))
+        return _with_pivot(journal.model_copy(update={"top": active.path}), "done", records)
 
 
 def address_of(live: LiveMerge) -> GuestAddress:

@@ -2,6 +2,7 @@
 
 thaw        the guest may be frozen                thaw, first of all
 snapshot    overlays were made for its disks       in its chains: the snapshot is made; else they are removed
+capture     filters are above its disks            they are removed, and the scratch files
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.errors import NotFound, Unavailable
-from snapchain.guest import journal, overlays
+from snapchain.guest import capture_qmp, journal, overlays
 from snapchain.guest.address import GuestAddress, open_guest
+from snapchain.guest.capture import with_views
 from snapchain.guest.quiesce import THAW, settle_thaw
 from snapchain.model.events import OnEvent
 
@@ -45,6 +47,17 @@ def _overlays(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
         return overlays.settle_files(found)
 
 
+def _capture(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
+    try:
+        with open_guest(found.record.address, on_event=on_event) as guest:
+            capture_qmp.settle_record(found, with_views(guest))
+    except (NotFound, Unavailable):
+        if found.record.qemu_runs is not False:
+            raise
+        capture_qmp.settle_record(found, None)
+    return ()
+
+
 OPERATIONS: dict[str, Operation] = {
     THAW: Operation(
         "the guest was frozen, or about to be, when snapchain and its watchdog were killed",
@@ -55,6 +68,11 @@ OPERATIONS: dict[str, Operation] = {
         "a snapshot of the guest that was interrupted",
         "finishes it if the guest writes to the new overlays already, else removes them",
         _overlays,
+    ),
+    capture_qmp.OPERATION: Operation(
+        "a capture of the guest's disks that was interrupted",
+        "removes its filters from the guest, and its scratch files",
+        _capture,
     ),
 }
 """By the journal's word, in the order in which they are treated."""

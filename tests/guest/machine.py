@@ -32,11 +32,19 @@ class Monitor:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(120)
-        self._socket.connect(str(path))
+        wait_until(lambda: self._connected(path))
         self._lines = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
         json.loads(self._lines.readline())
         self.ask("qmp_capabilities")
+
+    def _connected(self, path: Path) -> bool:
+        """QEMU makes the name of a socket first, and listens a moment later."""
+        try:
+            self._socket.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        return True
 
     def ask(self, command: str, **arguments: object) -> Any:
         """The return value of a command; an AssertionError with QEMU's words when it is refused."""

@@ -143,7 +143,8 @@ def changing(name: str) -> bool:
 class Spy:
     """path: where it listens; monitor: QEMU's socket; counts: which commands have a number
 
-    happened: whether each fault has struck, or strikes right now. log: commands and events in the order in which they passed.
+    happened: whether each fault has struck, or strikes right now
+    log: commands and events, in the order in which they passed
     """
 
     def __init__(

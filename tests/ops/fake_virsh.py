@@ -11,12 +11,14 @@ import pytest
 
 SCRIPT = """#!/bin/sh
 cd {folder}
+while [ "$1" != "--quiet" ]; do shift; done
+shift
 case "$1" in
   list) case "$*" in *--all*) cat all;; *) cat running;; esac;;
-  dumpxml) case "$*" in *--inactive*) cat "inactive/$2";; *) cat "domains/$2";; esac;;
+  dumpxml) case "$*" in *--inactive*) cat "inactive/$3";; *) cat "domains/$3";; esac;;
   pool-list) cat pools;;
-  pool-dumpxml) cat "pool/$2";;
-  vol-list) cat "volumes/$2";;
+  pool-dumpxml) cat "pool/$3";;
+  vol-list) cat "volumes/$3";;
   *) exit 1;;
 esac
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from snapchain.host import libvirt
+from snapchain.host import libvirt, virsh
 from snapchain.image.dependent_search import Kind, find_dependents
 from tests.ops import fake_virsh
 from tests.ops.forest import write_image
@@ -178,12 +178,12 @@ def test_a_libvirt_that_cannot_be_asked(at: str, tmp_path: Path, monkeypatch: py
     elif at == "hanging":
         fake_virsh.script(tmp_path, "#!/bin/sh\nexec sleep 60\n", monkeypatch)
     else:
-        monkeypatch.setattr(libvirt, "_SOCKETS", (str(tmp_path / ("socket" if at == "unreachable" else "none")),))
+        monkeypatch.setattr(virsh, "_SOCKETS", (str(tmp_path / ("socket" if at == "unreachable" else "none")),))
         fake_virsh.script(tmp_path, "#!/bin/sh\necho error: no connection >&2\nexit 1\n", monkeypatch)
     said = find_dependents([base], top=top).incomplete
     expected = {
         "unreachable": "libvirt could not be asked about all of its domains and pools: "
-        "ended with exit status 1: error: no connection.",
+        "libvirt refused `list`: no connection.",
         "hanging": "libvirt could not be asked about all of its domains and pools: it did not answer in time.",
     }
     assert said == expected.get(at)

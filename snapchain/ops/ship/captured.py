@@ -10,13 +10,14 @@ id that they add up to is the one in the bitmap's name, which this host has coun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time as clock
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from datetime import datetime
 
 import numpy as np
 
-from snapchain.destination.writing import HeldLayer, LayerWriter, NewLayer
+from snapchain.destination.writing import HeldLayer, LayerWriter, Moment, NewLayer, Opening, TakesLayers
 from snapchain.errors import Corrupt
 from snapchain.guest.capture import CapturedDisk
 from snapchain.image.leaves import LeafTable
@@ -26,16 +27,7 @@ from snapchain.model.events import Notice, OnEvent, counting
 from snapchain.model.extents import ABSENT, DATA, Extents
 from snapchain.ops.ship.compare import Difference, compare, region_of, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER
-
-
-class CapturedBy(StrEnum):
-    """How it was found out what of a disk a destination lacks."""
-
-    OVERLAY = "overlay"
-    """Sealed by a snapshot, and shipped as a file at rest."""
-    BITMAP = "bitmap"
-    COMPARED = "compared"
-    WHOLE = "whole"
+from snapchain.ops.ship.request import CapturedBy, ShipReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +88,56 @@ def store(disk: CapturedDisk, writer: LayerWriter, *, subject: str, on_event: On
             hint="no point was published; report this",
         )
     return Stored(top, 1, by, compared, why)
+
+
+def ship(
+    disk: CapturedDisk,
+    opening: Opening,
+    destination: TakesLayers,
+    *,
+    before_publishing: Callable[[str], None],
+    time: datetime,
+    labels: Sequence[str],
+    moment: Moment,
+    on_event: OnEvent,
+) -> ShipReport:
+    """Bring a destination up to a captured disk, and publish a point of it.
+
+    before_publishing: called with the content id of the point. Raises as `store`, and as writing does.
+    """
+    begun = clock.monotonic()
+    subject = f"{destination.url}::{opening.disk}"
+
+    def write(writer: LayerWriter) -> ShipReport:
+        read = disk.bytes_read
+        stored = store(disk, writer, subject=subject, on_event=on_event)
+        top = stored.top
+        before_publishing(top.content_id)
+        writer.publish(top, time=time, labels=labels, moment=moment)
+        finished = writer.finish()
+        points, traffic = finished.points or (), writer.traffic
+        return ShipReport(
+            disk=opening.disk,
+            destination=destination.url,
+            point=points[-1] if points else None,
+            points=points,
+            layers_sent=stored.layers,
+            layers_present=len(writer.held),
+            bytes_read=disk.bytes_read - read,
+            bytes_stored=traffic.stored,
+            bytes_sent=traffic.sent,
+            data_bytes=traffic.data,
+            carried_bytes=traffic.carried,
+            resumed=traffic.resumed,
+            virtual_size=top.size,
+            content_id=top.content_id,
+            damaged=finished.damaged,
+            captured_by=stored.captured_by,
+            captured_why=stored.why,
+            seconds=clock.monotonic() - begun,
+        )
+
+    return destination.write(opening, write, on_event=on_event)
 
 
 def _added(writer: LayerWriter, layer: NewLayer, parent: HeldLayer | None, on_event: OnEvent) -> HeldLayer:

@@ -11,12 +11,13 @@ what is not there yet.
 from __future__ import annotations
 
 import base64
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +36,10 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Moment, Opening
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.guest import overlays, snapshot
-from snapchain.guest.protocol import Definition, DefinitionFile, Guest
+from snapchain.guest.protocol import Definition, DefinitionFile, Guest, Layer
 from snapchain.guest.snapshot import DiskToSeal, GuestSnapshot, GuestSnapshotPlan, LeftOut, SnapshotRequest
+from snapchain.host.directory import resolve
+from snapchain.host.os_errors import os_errors
 from snapchain.host.private import PrivateDirectory
 from snapchain.host.records import key_directory
 from snapchain.host.terminal import encodable
@@ -44,12 +47,15 @@ from snapchain.image import ImageChain, scan
 from snapchain.model.consistency import Consistency
 from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name, is_disk_name
 from snapchain.model.events import Event, Notice, OnEvent, ignore
+from snapchain.model.extents import Extents
 from snapchain.model.points import check_label
 from snapchain.ops.ship import run as one_disk
-from snapchain.ops.ship.request import Divergence, ShipPlan, ShipReport, ShipRequest
+from snapchain.ops.ship.request import Divergence, LayerPlan, ShipPlan, ShipReport, ShipRequest
 from snapchain.source.at_rest import ImageAtRest
 from snapchain.source.counted_sums import guest_key
-from snapchain.source.protocol import Scope
+from snapchain.source.handed_over import epoch_of_overlay
+from snapchain.source.notes import Notes
+from snapchain.source.ownership import check_not_given, epoch_of
 
 _RECORD_FILE = "record.raw"
 _PLANNED = Moment("0" * 32, Consistency.CRASH)
@@ -85,7 +91,7 @@ class GuestShipReport(_Shown):
     why_not: why it is not filesystem-consistent where that was tried; frozen_seconds: how long the guest was frozen
     disks: as `ship` reports them; left_out: disks that were not taken
     starts_with: what a guest without libvirt must be started with the next time; nothing but the user sees to that
-    record_bytes: of the record; secrets: whether it holds passwords, firmware variables and the state of a TPM
+    record_bytes: of the record; secrets: whether it may hold passwords and the state of a TPM
     """
 
     guest: str
@@ -165,12 +171,12 @@ def plan(
     name = request.name_of(guest)
     _check_no_disk(name, destination)
     planned = snapshot.plan(guest, request.snapshot)
-    disks = []
+    chains = _chains(guest)
+    disks: list[ShipPlan] = []
     for disk in planned.disks:
         with _told(name, disk.disk):
-            now = _AsItStands(disk, request.snapshot.image_dirs)
-            asked = replace(_request(guest, disk, request, name, image=now.image), opens=now)
-            disks.append(one_disk.plan(asked, destination, on_event=_within(disk.disk, on_event)))
+            heard = _within(disk.disk, on_event)
+            disks.append(_planned(guest, chains[disk.disk], disk, planned, request, name, destination, heard))
     return GuestShipPlan(
         guest=name,
         destination=destination.url,
@@ -332,7 +338,7 @@ def without_secrets(whole: Definition, public: Definition) -> tuple[Definition, 
     left_out = [_words(each) for each in whole.files if each.secret]
     if (whole.live, whole.inactive, whole.argv) != (public.live, public.inactive, public.argv):
         left_out.insert(0, "passwords in the definition")
-    unreadable = tuple(dict.fromkeys((*public.unreadable, *(f"{_NOT_ENCRYPTED}: {each}" for each in left_out))))
+    unreadable = tuple(dict.fromkeys((*whole.unreadable, *(f"{_NOT_ENCRYPTED}: {each}" for each in left_out))))
     return replace(public, files=files, unreadable=unreadable), tuple(left_out)
 
 
@@ -395,14 +401,12 @@ def _taken(
     """A snapshot, once it is known that the destination takes it: else each night would leave an overlay more."""
     overlays.settle(guest, on_event=on_event)
     planned = snapshot.plan(guest, request.snapshot)
+    chains = _chains(guest)
     epoch = request.epoch
     for disk in planned.disks:
         with _told(name, disk.disk):
             check_disk_name(f"{name}/{disk.disk}")
-            source = _AsItStands(disk, request.snapshot.image_dirs)
-            with source.opened() as chain:
-                source.check_not_given(chain)
-                epoch = max(epoch, source.epoch(chain))
+            epoch = max(epoch, _epoch(chains[disk.disk], request.snapshot.image_dirs))
     opening = Opening(
         disk=record_disk(name),
         epoch=epoch,
@@ -412,7 +416,33 @@ def _taken(
     )
     with destination.look(opening, on_event=on_event):
         pass
-    return snapshot.run(guest, planned, request.snapshot, on_event=on_event)
+    unwritten = _sealed_already(planned, request.snapshot) if planned.is_off else None
+    return unwritten or snapshot.run(guest, planned, request.snapshot, on_event=on_event)
+
+
+def _sealed_already(planned: GuestSnapshotPlan, request: SnapshotRequest) -> GuestSnapshot | None:
+    """Of a guest that is off, and was since its last snapshot: what was sealed then is what its disks show now.
+
+    Else each night would put one empty overlay more on a guest that nobody starts. Raises Busy as ImageAtRest.opened.
+    """
+    sealed: list[DiskToSeal] = []
+    for disk in planned.disks:
+        image = ImageAtRest(disk.overlay, format=disk.sealed_format, image_dirs=request.image_dirs)
+        with image.opened() as chain:
+            top = chain.top
+            below = chain.files[-2] if len(chain.files) > 1 else None
+            if below is None or below.size != top.size or top.extents != Extents.absent(top.size):
+                return None
+            change = {"sealed": below.path, "sealed_format": below.format, "layers": len(chain.files)}
+            sealed.append(disk.model_copy(update=change))
+    return GuestSnapshot(
+        guest=planned.guest,
+        instant=secrets.token_hex(16),
+        time=datetime.now(UTC),
+        consistency=Consistency.OFFLINE,
+        disks=tuple(sealed),
+        left_out=planned.left_out,
+    )
 
 
 def _request(
@@ -440,20 +470,79 @@ def _request(
     )
 
 
-class _AsItStands(ImageAtRest):
-    """A disk with the layer that its guest writes to: for a plan. No file is locked, and only maps are read."""
+def _chains(guest: Guest) -> dict[str, tuple[Layer, ...]]:
+    """By the name of a disk, root first."""
+    return {disk.name: disk.chain for disk in guest.disks()}
 
-    def __init__(self, disk: DiskToSeal, image_dirs: Sequence[Path]) -> None:
-        # A guest that is off gets its overlay under the path that its image has now.
-        image = disk.sealed if disk.sealed.exists() else disk.overlay
-        super().__init__(image, format=disk.sealed_format, image_dirs=image_dirs)
 
-    @contextmanager
-    def opened(self, scope: Scope = Scope.ALL) -> Iterator[ImageChain]:
-        """See `Source`; all of it, and as it is at this moment."""
-        _ = scope
-        with scan(self.image, format=self._format, image_dirs=self._image_dirs) as chain:
-            yield chain
+def _below(chain: Sequence[Layer]) -> Path | None:
+    """The uppermost file that nobody writes to; None where there is none. The active layer is not to be parsed."""
+    return chain[-2].path if len(chain) > 1 else None
+
+
+def _epoch(chain: Sequence[Layer], image_dirs: Sequence[Path]) -> int:
+    """In which epoch this host writes a disk, as far as notes tell. Raises Conflict for one that was given away."""
+    active, below = chain[-1].path, _below(chain)
+    assert active is not None, "a disk that can be sealed is a file"
+    if below is None:
+        with os_errors(active):
+            found = resolve(active)
+        return max(Notes().of(found).epoch, epoch_of_overlay(found.real))
+    with scan(below, format=_format(chain[-2].image_format), image_dirs=image_dirs) as sealed:
+        check_not_given(sealed, image=active)
+        return epoch_of(sealed, Notes(), image=active)
+
+
+def _planned(
+    guest: Guest,
+    chain: Sequence[Layer],
+    disk: DiskToSeal,
+    planned: GuestSnapshotPlan,
+    request: GuestShipRequest,
+    name: str,
+    destination: Destination,
+    on_event: OnEvent,
+) -> ShipPlan:
+    """What is shipped of a disk: what is sealed already, and the active layer as large as its file is now."""
+    active, below = chain[-1].path, _below(chain)
+    assert active is not None, "a disk that can be sealed is a file"
+    if planned.is_off:
+        return one_disk.plan(_request(guest, disk, request, name, image=active), destination, on_event=on_event)
+    asked = _request(guest, disk, request, name, image=active)
+    present, note = 0, None
+    layers: tuple[LayerPlan, ...] = ()
+    if below is None:
+        with destination.look(Opening(disk=asked.disk, epoch=asked.epoch, of_guest=True), on_event=on_event):
+            pass
+    else:
+        sealed = replace(asked, image=below, format=_format(chain[-2].image_format))
+        found = one_disk.plan(sealed, destination, on_event=on_event)
+        present, layers, note = found.layers_present, found.layers, found.note
+    with os_errors(active):
+        allocated = min(active.stat().st_blocks * 512, disk.virtual_size)
+    top = LayerPlan(
+        files=(str(active),),
+        virtual_size=disk.virtual_size,
+        bytes_to_read=allocated,
+        data_bytes=allocated,
+        publishes=True,
+    )
+    layers = (*(each.model_copy(update={"publishes": False}) for each in layers), top)
+    return ShipPlan(
+        image=str(active),
+        destination=destination.url,
+        disk=asked.disk,
+        layers_present=present,
+        layers=layers,
+        bytes_to_read=sum(each.bytes_to_read for each in layers),
+        data_bytes=sum(each.data_bytes for each in layers),
+        labels=tuple(request.labels),
+        note=note,
+    )
+
+
+def _format(image_format: str) -> str | None:
+    return image_format if image_format in {"qcow2", "raw"} else None
 
 
 class _RecordImage(ImageAtRest):

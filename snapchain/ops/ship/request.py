@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -77,6 +77,19 @@ class ShipPlan(_Shown):
     note: str | None
 
 
+class CapturedBy(StrEnum):
+    """How a running guest's disk was captured."""
+
+    OVERLAY = "overlay"
+    """Sealed by a snapshot, and shipped as a file at rest."""
+    BITMAP = "bitmap"
+    """A dirty bitmap listed what was written since the destination's newest point."""
+    COMPARED = "compared"
+    """All of it was read, and compared with the destination's newest point."""
+    WHOLE = "whole"
+    """All of it was read: the destination had nothing of it."""
+
+
 class ShipReport(_Shown):
     """What `ship` did. Sizes in bytes.
 
@@ -86,6 +99,7 @@ class ShipReport(_Shown):
     data_bytes: of the layers' maps; carried_bytes: those of them that travelled, before compression to a replica
     damaged: earlier points of the disk of which the destination has lost bytes that the image no longer has
     resumed: whether a transfer that was cut off was continued
+    captured_by: of a disk of a running guest; captured_why: no dirty bitmap could be used, a sentence
     """
 
     disk: str
@@ -103,6 +117,8 @@ class ShipReport(_Shown):
     virtual_size: int
     content_id: str
     damaged: tuple[int, ...] = ()
+    captured_by: CapturedBy | None = None
+    captured_why: str | None = None
     seconds: float
 
 

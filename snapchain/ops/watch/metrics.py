@@ -29,11 +29,9 @@ def _families(report: RoundReport) -> Iterator[Family]:
     sizes = {"waiting": report.waiting_bytes, "active": report.active_bytes}
     rows = [({**own, "layers": name}, float(count)) for name, count in sizes.items() if count is not None]
     yield Family("watch_local_bytes", "Bytes of sealed layers that no destination holds, and of active ones.", rows)
-    if report.frozen_seconds is not None:
-        frozen = [(own, report.frozen_seconds)]
-        yield Family(
-            "watch_frozen_seconds", "How long the guest was frozen for the snapshot of the last round.", frozen
-        )
+    if report.last_frozen_seconds is not None:
+        frozen = [(own, report.last_frozen_seconds)]
+        yield Family("watch_frozen_seconds", "How long the guest was frozen for the last snapshot.", frozen)
     yield from _of_destinations(report, own)
 
 

@@ -16,8 +16,8 @@ from snapchain.errors import Busy, Interrupted, Unavailable
 from snapchain.model.events import Event
 from snapchain.ops.hold import hold_image, release_image
 from snapchain.ops.nightly.report import Outcome
-from snapchain.ops.nightly.run import only_run
 from snapchain.ops.restore.run import Restoration
+from snapchain.ops.single_run import only_run
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.verification import verify
 from tests.ops.nightly.night import EVENING, Clock, Host, MiB, in_use, row
