@@ -467,8 +467,10 @@ def test_a_death_at_any_command_leaves_a_guest_that_goes_on(tmp_path: Path, afte
 def test_qemu_dies_meanwhile(tmp_path: Path) -> None:
     with guest(tmp_path) as (machine, paths):
         journal = Journal()
-        monitor = RawMonitor(machine)
-        with captured(monitor, disks_of(machine, paths), CaptureRequest(), guest="web1", journal=journal) as found:
+        with (
+            RawMonitor(machine) as monitor,
+            captured(monitor, disks_of(machine, paths), CaptureRequest(), guest="web1", journal=journal) as found,
+        ):
             machine.process.kill()
             machine.process.wait()
             with pytest.raises(Unavailable, match=r"NBD|connection"):
