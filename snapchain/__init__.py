@@ -189,11 +189,14 @@ def verify(
 ) -> VerifyReport:
     """Check the records of a destination, or of one disk, and a share of the data.
 
+    disk: its name, or that of a guest, all disks of which are checked then
     share: of the data to read, from 0.0 (records only) to 1.0 (everything)
 
     Damage is not raised: the report has `ok` and `findings`. Raises NotFound for a disk that is not there.
     """
-    return _opened(destination, writing=False).verify(disk, share=share, on_event=on_event or _ignore)
+    from snapchain.ops.guest_verify import verify
+
+    return verify(_opened(destination, writing=False), disk, share=share, on_event=on_event or _ignore)
 
 
 def merge_points(
@@ -209,7 +212,8 @@ def merge_points(
     zone: whose calendar says what a day is; by default UTC
 
     In a repository only records change. At a replica the files are merged where they are. The report has
-    `points_kept` and `points_dropped`. Raises NotFound for a disk that is not there, Busy while somebody ships to it.
+    `points_kept` and `points_dropped`. Raises NotFound for a disk that is not there, Busy while somebody ships to it,
+    InvalidInput for a disk with points of a guest, which are kept or dropped as a whole.
     """
     from datetime import UTC
 

@@ -51,6 +51,9 @@ class Misread(ValueError):
 class Inconsistent(Exception):
     """The graph changed between two of the answers: ask again."""
 
+    def __init__(self, where: str) -> None:
+        super().__init__(f"the block graph changed at {where}")
+
 
 class Location(Protocol):
     """As qemu_process.Located."""
@@ -113,7 +116,7 @@ def disks(
     """All disks of a guest, in QEMU's order.
 
     nodes: None where they could not be listed; then only the bitmaps of active layers are known
-    types: of the guest's devices, by their ids: virtio-blk-pci, ide-cd, ...
+    types: of the guest's devices, by their QOM paths: virtio-blk-pci, ide-cd, ...
     Raises Inconsistent, and Misread for what is no answer of QEMU.
     """
     bitmaps = None if nodes is None else {_text(each, "node-name"): _bitmaps(each) for each in nodes}
@@ -124,9 +127,9 @@ def disks(
     for number, each in enumerate(block):
         counted = by_device.get(_key(each))
         if counted is None:
-            raise Inconsistent
+            raise Inconsistent(_text(each, "qdev"))
         name = _unique(name_of(_text(each, "qdev"), _text(each, "device"), number), taken)
-        view = _view(each, counted, name, bitmaps, locate, (types or {}).get(name, ""))
+        view = _view(each, counted, name, bitmaps, locate, _kind(_text(each, "qdev"), types or {}))
         if view.disk.left_out is None and view.disk.obstacle is None and view.disk.active.node in inactive:
             view = _obstructed(view, "its image is inactive: the guest is being migrated")
         found.append(view)
@@ -144,6 +147,11 @@ def name_of(qdev: str, device: str, number: int) -> str:
         name = device or f"disk{number}"
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name[:100]).lstrip(".-")
     return name if is_disk_name(name) else f"disk{number}"
+
+
+def _kind(qdev: str, types: Mapping[str, str]) -> str:
+    """The type of a disk's device. qdev: its path or one below it, such as /machine/peripheral/vda/virtio-backend"""
+    return types.get("/".join(qdev.split("/")[:4]) if "/" in qdev else f"/machine/peripheral/{qdev}", "")
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -237,7 +245,7 @@ def _chain(inserted: Mapping[str, Any], counted: Mapping[str, Any]) -> Iterator[
     image: Any = inserted.get("image")
     stat: Any = counted
     if _text(inserted, "node-name") != _text(counted, "node-name"):
-        raise Inconsistent
+        raise Inconsistent(_text(inserted, "node-name"))
     for _ in range(_MOST_LAYERS):
         if not isinstance(image, Mapping) or not isinstance(stat, Mapping):
             raise Misread("an image is not an object")
@@ -247,7 +255,7 @@ def _chain(inserted: Mapping[str, Any], counted: Mapping[str, Any]) -> Iterator[
         yield _Node(name, _text(image, "format"), image)
         image, stat = image.get("backing-image"), stat.get("backing")
         if (image is None) != (stat is None):
-            raise Inconsistent
+            raise Inconsistent(name)
         if image is None:
             return
     raise Misread(f"a chain has more than {_MOST_LAYERS} images")

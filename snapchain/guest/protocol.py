@@ -300,7 +300,7 @@ class Guest(Protocol):
     """A guest. All calls may raise Unavailable when the monitor or libvirt does not answer.
 
     option: how a user names it on the command line, for hints: `--domain web1`
-    streams: whether sealed layers can be streamed into one that is not the active one (libvirt offers it only there)
+    streams: whether layers can be streamed into an upper one; libvirt offers it only for the active one, with no flush
     """
 
     @property

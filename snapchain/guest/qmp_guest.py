@@ -140,9 +140,8 @@ class QmpGuest:
 
         for _ in range(_TRIES):
             block, stats = self._monitor.rows("query-block"), self._monitor.rows("query-blockstats")
-            types = {path.rpartition("/")[2]: kind for path, kind in devices.items()}
             try:
-                views = list(graph.disks(block, stats, self._nodes(), locate=locate, types=types))
+                views = list(graph.disks(block, stats, self._nodes(), locate=locate, types=devices))
             except graph.Inconsistent:
                 continue
             except graph.Misread as error:
@@ -383,9 +382,13 @@ class QmpGuest:
     ) -> QmpJob:
         """See `Guest`. Raises Conflict when the chain has no such layers, Refused."""
         self._check_not_elsewhere()
-        view = self._view_named(disk)
+        process = self._process()
+        view = _named(self._views(process=process), disk, self.name)
         chain, label = view.disk.chain, self._label(disk)
         low, high = _place(chain, lowest, label), _place(chain, uppermost, label)
+        for layer in chain[low : high + 1]:
+            if (problem := process.locate(str(layer.path)).problem) is not None:
+                raise Conflict(problem, subject=layer.path, hint="give QEMU's file its path back")
         if low >= high:
             raise InvalidInput("the lowest layer is not below the uppermost", subject=label)
         if (kind is JobKind.ACTIVE_COMMIT) != (high == len(chain) - 1) and kind is not JobKind.STREAM:
@@ -445,7 +448,7 @@ class QmpSwitch:
         self._overlays.append(overlay)
 
     def run(self) -> None:
-        """See `Switch`. Raises Conflict when QEMU says that it is done, and its graph does not show it."""
+        """See `Switch`. The graph is looked at later: the guest's filesystems may be frozen now."""
         actions = [
             {"type": "blockdev-snapshot", "data": {"node": each.under, "overlay": each.node}} for each in self._overlays
         ]
@@ -453,12 +456,6 @@ class QmpSwitch:
             self._monitor.execute("transaction", {"actions": actions})
         except Refused as refused:
             raise in_the_way(refused) from refused
-        if self.outcome() is not Outcome.DONE:
-            raise Conflict(
-                "QEMU took the snapshot, but the guest does not use the new overlays",
-                subject=self._guest.name,
-                hint="another program changes its disks: stop it, and look with `snapchain guests`",
-            )
 
     def outcome(self) -> Outcome:
         """See `Switch`. DONE as soon as one overlay is part of a chain: a transaction does all or nothing."""

@@ -101,6 +101,11 @@ class Dependents:
         found = self._found.get(real_name(path), ())
         return tuple(each for each in found if each.kind in kinds) if kinds else found
 
+    def without(self, kind: Kind) -> Dependents:
+        """All but the users of one kind."""
+        left = {name: tuple(each for each in users if each.kind is not kind) for name, users in self._found.items()}
+        return Dependents(self.incomplete, left)
+
     def reason(self, path: Path, *kinds: Kind) -> str | None:
         """Why this file must stay, in a clause; None when no other user was found."""
         return describe(self.on(path, *kinds))

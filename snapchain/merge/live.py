@@ -149,7 +149,9 @@ class LivePlanner:
     def __init__(self, guest: Guest, disk: GuestDisk, chain: ImageChain, request: MergeRequest) -> None:
         self._guest, self._disk, self._chain, self._request = guest, disk, chain, request
         self._known: dict[MergeRange, LiveStep] = {}
-        self.others: Dependents = dependents_of_chain(chain, image_dirs=request.image_dirs)
+        others = dependents_of_chain(chain, image_dirs=request.image_dirs)
+        # libvirt takes what it merges out of the guest's own definition.
+        self.others: Dependents = others.without(Kind.DEFINITION) if guest.kind == "libvirt" else others
 
     def plan(self, place: MergeRange) -> LiveStep:
         """Raises Unsupported, naming the file, where no job can merge the range and keep what must stay."""
@@ -230,11 +232,11 @@ class LivePlanner:
 
     def _against_stream(self, first: int, last: int, confirmed: Sequence[Path]) -> SnapchainError | None:
         chain, upper = self._chain, self._chain.files[last]
+        if not self._guest.streams:
+            return Unsupported(
+                "snapchain does not stream through libvirt", subject=upper.path, hint="--strategy commit"
+            )
         if last < len(chain.files) - 1:
-            if not self._guest.streams:
-                return Unsupported(
-                    "libvirt streams only into the active layer", subject=upper.path, hint="--strategy commit"
-                )
             try:
                 inputs.check_may_be_replaced(chain, upper.real_path, confirmed)
             except Unsupported as error:

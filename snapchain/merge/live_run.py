@@ -27,7 +27,7 @@ from snapchain.merge.inputs import KeptFile, numbers
 from snapchain.merge.journal import FileId, LiveMerge, MergeJournal, OpenJournal, taken, unsettled
 from snapchain.merge.live import LiveMergePlan, LivePlanner, LiveStep, plan
 from snapchain.merge.live_chain import find_disk, opened, paths_of
-from snapchain.merge.live_settle import inputs_of, note_result, remove_record
+from snapchain.merge.live_settle import check_covers, inputs_of, note_result, remove_record
 from snapchain.merge.pace import Pace
 from snapchain.merge.plan import NOTHING
 from snapchain.merge.prove import prove
@@ -442,7 +442,7 @@ def _prove(new: ImageChain, journal: MergeJournal, live: LiveMerge, old: ImageCh
             last = place + len(live.inputs) - 1
             before = old.at(last)
         elif live.kind == "active-commit":
-            _check_covers(view, stack.enter_context(inputs_of(live, below)))
+            check_covers(view, stack.enter_context(inputs_of(live, below)))
             return
         else:
             before = stack.enter_context(_inputs_under(live, below, view.top))
@@ -455,19 +455,6 @@ def _inputs_under(live: LiveMerge, below: ImageChain | None, result: ImageFile) 
     with inputs_of(live, below) as inputs:
         found = [result if file.device == result.device else file for file in inputs.files]
         yield ImageChain(found, owned=False)
-
-
-def _check_covers(view: ImageChain, inputs: ImageChain) -> None:
-    """Raises Conflict where the lowest input lacks something that the ones above it hold.
-
-    Its guest writes to it already: the bytes cannot be compared, but a range that was not copied shows.
-    """
-    from snapchain.model.extents import ABSENT, pairwise
-
-    lowest = len(view.files) - 1
-    _, owner, own = pairwise(inputs.resolve(), view.top.extents)
-    if bool(((owner > lowest) & (own == ABSENT)).any()):
-        raise Conflict("it lacks data of the layers that were merged into it; all files stay", subject=view.top.path)
 
 
 def _note(journal: MergeJournal, live: LiveMerge, on_event: OnEvent) -> None:
@@ -510,6 +497,23 @@ def settle_disk(
         elif (report := settle_live(guest, journal, request=request, on_event=on_event, pace=pace)) is not None:
             reports.append(report)
     return reports
+
+
+def note_switch(guest: Guest, journal: MergeJournal) -> MergeJournal:
+    """Of a guest that is off: where its definition names the lowest input of an active commit, it was switched.
+
+    That it names the active layer proves nothing: the pivot may have come before libvirt wrote it down.
+    """
+    live = journal.live
+    if live is None or live.pivot != "asked for":
+        return journal
+    active = find_disk(guest, live.disk).active
+    lowest = live.inputs[0]
+    if active.identity != (lowest.device, lowest.inode):
+        return journal
+    with ExitStack() as records:
+        records.enter_context(taken(journal))
+        return _with_pivot(journal.model_copy(update={"top": active.path}), "done", records)
 
 
 def address_of(live: LiveMerge) -> GuestAddress:

@@ -29,6 +29,7 @@ from snapchain.merge.journal import FileId, LiveMerge, MergeJournal, linked, loo
 from snapchain.merge.prove import prove
 from snapchain.merge.settle import Settled, opened_entry, remove_inputs
 from snapchain.model.events import OnEvent, ignore
+from snapchain.model.extents import ABSENT, pairwise
 from snapchain.source.lineage import record_live
 
 
@@ -96,9 +97,8 @@ def settle_at_rest(journal: MergeJournal) -> Settled:
             if not is_done(journal, live):
                 files.remove(journal.path)
                 return Settled([])
-            if live.kind != "active-commit":  # the guest has written to the result, and it was judged while that ran
-                prove_again(journal, live, ignore)
-                note(journal, live)
+            prove_again(journal, live, ignore)
+            note(journal, live)
         settled = remove_inputs(journal)
         sweep(journal.replaced.path)
         return settled
@@ -166,7 +166,21 @@ def prove_again(journal: MergeJournal, live: LiveMerge, on_event: OnEvent) -> No
     with scan(result, format=image_format, image_dirs=(*journal.search, *directories)) as new:
         below = new.at(len(new.files) - 2) if len(new.files) > 1 else None
         with inputs_of(live, below) as old:
+            if live.pivot == "done":
+                check_covers(new, old)
+                return
             prove(old, new, shared=len(new.files) - 1, subject=result, on_event=on_event)
+
+
+def check_covers(view: ImageChain, inputs: ImageChain) -> None:
+    """Raises Conflict where the lowest input lacks something that the ones above it hold.
+
+    Its guest has written to it since: the bytes cannot be compared, but a range that was not copied shows.
+    """
+    lowest = len(view.files) - 1
+    _, owner, own = pairwise(inputs.resolve(), view.top.extents)
+    if bool(((owner > lowest) & (own == ABSENT)).any()):
+        raise Conflict("it lacks data of the layers that were merged into it; all files stay", subject=view.top.path)
 
 
 def note(journal: MergeJournal, live: LiveMerge) -> None:

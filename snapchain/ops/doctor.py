@@ -342,13 +342,14 @@ def _recovered(journal: MergeJournal, planned: DoctorPlan, on_event: OnEvent) ->
     live = journal.live
     if live is not None:
         from snapchain.guest.protocol import State
-        from snapchain.merge.live_run import address_of, settle_live
+        from snapchain.merge.live_run import address_of, note_switch, settle_live
 
         try:
             with open_guest(address_of(live), on_event=on_event) as guest:
                 if guest.state() is not State.OFF:
                     report = settle_live(guest, journal, on_event=on_event)
                     return Settled([]) if report is None else Settled(list(report.removed), report.kept)
+                journal = note_switch(guest, journal)
         except (NotFound, Unavailable) as error:
             # Its QEMU is gone, or was at this moment; the locks on the images tell.
             on_event(Notice(f"{live.guest}: its images are looked at, as if it were off: {error}"))

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict
 from snapchain.errors import Busy, NotFound, SnapchainError
 from snapchain.guest.protocol import Guest, GuestDisk, State
 from snapchain.guest.snapshot import LeftOut
+from snapchain.host.directory import real_path
 from snapchain.merge import live, live_run, plan as at_rest, run as run_at_rest
+from snapchain.merge.journal import unsettled
 from snapchain.merge.live import LiveMergePlan
 from snapchain.merge.live_chain import paths_of
 from snapchain.merge.pace import Pace
@@ -160,6 +162,8 @@ def run(guest: Guest, planned: GuestMergePlan, *, on_event: OnEvent = ignore) ->
             if isinstance(each, LiveMergePlan):
                 report = live_run.run(guest, each, on_event=listener, pace=pace)
             else:
+                for journal in unsettled(real_path(layer.path) for layer in each.layers):
+                    live_run.note_switch(guest, journal)
                 report = run_at_rest.run(each, on_event=listener)
         except SnapchainError as error:
             first_error = first_error or error

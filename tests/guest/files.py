@@ -42,6 +42,7 @@ class FileGuest:
     consistency: Consistency = Consistency.CRASH
     snapshots: int = 0
     is_off: bool = False
+    backing: dict[Path, Path] = field(default_factory=dict)
 
     def state(self) -> State:
         return State.OFF if self.is_off else State.RUNNING
@@ -50,12 +51,18 @@ class FileGuest:
         return None
 
     def disks(self) -> Sequence[GuestDisk]:
-        found = []
-        for name, path in self.disks_now.items():
-            status = path.stat()
-            layer = Layer(name, path, (status.st_dev, status.st_ino), path.suffix[1:], 0)
-            found.append(GuestDisk(name, name, (), (layer,), read_only=False))
-        return found
+        return [
+            GuestDisk(name, name, (), tuple(map(_layer, self._chain(path))), read_only=False)
+            for name, path in self.disks_now.items()
+        ]
+
+    def _chain(self, top: Path) -> list[Path]:
+        """Root first: what snapshots have put on each other, on `root.qcow2` where there is one beside."""
+        chain = [top]
+        while (below := self.backing.get(chain[0])) is not None:
+            chain.insert(0, below)
+        root = chain[0].with_name("root.qcow2")
+        return [root, *chain] if root.exists() else chain
 
     def definition(self, *, with_secrets: bool) -> Definition:
         live = f"<domain><name>{self.name}</name>{PASSWORD if with_secrets else ''}</domain>"
@@ -98,6 +105,7 @@ class FileGuest:
             )  # fmt: skip
             seal(disk.sealed.resolve(), labels=request.labels, time=now)
             self.disks_now[disk.disk] = disk.overlay
+            self.backing[disk.overlay] = disk.sealed
         return GuestSnapshot(
             guest=self.name,
             instant=secrets.token_hex(16),
@@ -106,6 +114,11 @@ class FileGuest:
             disks=planned.disks,
             left_out=planned.left_out,
         )
+
+
+def _layer(path: Path) -> Layer:
+    status = path.stat()
+    return Layer(path.name, path, (status.st_dev, status.st_ino), path.suffix[1:], 0)
 
 
 @contextmanager

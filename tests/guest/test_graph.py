@@ -156,7 +156,7 @@ def test_answers_from_two_moments_are_noticed() -> None:
     ):
         before = copy.deepcopy(stats)
         spoil()
-        with pytest.raises(Inconsistent):
+        with pytest.raises(Inconsistent, match="the block graph changed at"):
             graph.disks(block, stats, nodes, locate=locate)
         stats[:] = before
     assert graph.disks(block, stats, nodes, locate=locate)
@@ -241,8 +241,7 @@ class Recorded(Monitor):
         self.path, self.peer = Path("/run/web1.qmp"), None
         self.known = known
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, seconds: float | None = None) -> Any:
-        _ = seconds
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, **_options: object) -> Any:
         key = f"{command} {json.dumps(arguments, sort_keys=True)}"
         if key not in self.known and command not in self.known:
             raise Refused(command, "CommandNotFound", "unknown", subject=self.path)
@@ -291,11 +290,25 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
+def test_devices_whose_data_are_elsewhere_or_are_the_hosts_own(known: dict[str, Any]) -> None:
+    folder = 'qom-list {"path": "/machine/peripheral"}'
+    devices = [
+        {"name": "vda", "type": "child<scsi-block>"},
+        {"name": "far", "type": "child<vhost-user-blk-pci>"},
+        {"name": "gpu", "type": "child<vfio-pci>"},
+    ]
+    guest = QmpGuest(GuestAddress(qmp=Path("/run/web1.qmp")), monitor=Recorded({**known, folder: devices}))
+    disks = {disk.name: disk for disk in guest.disks()}
+    assert disks["vda"].obstacle == "the guest has the device itself (scsi-block)"
+    assert (disks["far"].left_out, disks["far"].chain) == ("vhost-user-blk", ())
+    assert guest.definition(with_secrets=True).immovable == (
+        "vda (scsi-block) is a device of this host", "gpu (vfio-pci) is a device of this host",
+    )  # fmt: skip
+
+
+SMALL = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
+FLAT = SMALL | st.lists(SMALL, max_size=3) | st.dictionaries(st.text(max_size=8), SMALL, max_size=3)
+JUNK = FLAT | st.lists(FLAT, max_size=3) | st.dictionaries(st.text(max_size=8), FLAT, max_size=3)
 
 
 def places(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

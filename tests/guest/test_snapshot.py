@@ -77,7 +77,7 @@ def chains(socket: Path) -> dict[str, list[str]]:
 
 def info(path: Path) -> list[dict[str, Any]]:
     """qemu-img's word on a chain, top first."""
-    argv = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", path]
+    argv = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", str(path)]
     found: list[dict[str, Any]] = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
     return found
 
@@ -85,7 +85,7 @@ def info(path: Path) -> list[dict[str, Any]]:
 def reads(path: Path, offset: int, length: int, pattern: int) -> bool:
     """Whether an image at rest has this pattern, by qemu-io."""
     command = f"read -P {pattern} {offset} {length}"
-    argv = ["qemu-io", "-r", "-U", "-f", "qcow2", "-c", command, path]
+    argv = ["qemu-io", "-r", "-U", "-f", "qcow2", "-c", command, str(path)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     return done.returncode == 0 and "verification failed" not in done.stdout
 
@@ -157,8 +157,9 @@ def test_the_overlay_is_made_as_its_disk_is(tmp_path: Path, run_dir: Path) -> No
 
 def test_a_link_to_an_image_is_followed(tmp_path: Path, run_dir: Path) -> None:
     """The overlay lies beside the file, so its backing name is right; the link is never changed."""
-    real = create(tmp_path / "store" / "disk.qcow2") if (tmp_path / "store").mkdir() is None else Path()
+    (tmp_path / "store").mkdir()
     (tmp_path / "images").mkdir()
+    real = create(tmp_path / "store" / "disk.qcow2")
     link = tmp_path / "images" / "web1.qcow2"
     link.symlink_to(real)
     with Machine(run_dir, disks={"vda": link}) as machine:
@@ -530,7 +531,12 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, run_dir: Path) -> None:
     disks = images(folder, ("vda", "vdb"))
     with Machine(run_dir / "m", disks=disks) as machine:
         machine.write("vda", 0, 65536, 1)
-        fault = Fault(1, Place.BEFORE, lambda link: bool(os.kill(link.client_pid, signal.SIGINT)))
+
+        def interrupt(link: Any) -> bool:
+            os.kill(link.client_pid, signal.SIGINT)
+            return True
+
+        fault = Fault(1, Place.BEFORE, interrupt)
         with Spy(run_dir / "spy", machine.qmp, fault, counts=changing) as spy, child_snapshot(spy.path) as child:
             assert child.wait() == 130
         check_end(machine, folder)

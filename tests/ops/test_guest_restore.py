@@ -14,6 +14,7 @@ import pytest
 
 from snapchain.destination.guest_record import RecordedDisk
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
+from snapchain.model.events import Event, Progress
 from snapchain.ops.guest_merge import guest_at
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreReport, GuestRestoreRequest
 from snapchain.ops.restore.run import Restoration
@@ -79,6 +80,16 @@ def test_other_forms(simple: Open, tmp_path: Path, asked: dict[str, Any]) -> Non
     for name in guest.names:
         assert identical(out / f"{name}.{suffix}", guest.shown[instant(1), name])
     assert f'type="{suffix}"' in (out / "web1.xml").read_text()
+
+
+def test_progress_never_falls(simple: Open, tmp_path: Path) -> None:
+    Guest(tmp_path / "g").point(simple(), 1)
+    events: list[Event] = []
+    request = GuestRestoreRequest(directory=tmp_path / "out")
+    report = GuestRestoration(simple(), guest_at(simple(), GUEST), request, on_event=events.append).run()
+    done = [each.done for each in events if isinstance(each, Progress)]
+    assert done == sorted(done)
+    assert done[-1] == report.bytes_written
 
 
 def test_what_is_cut_off_is_continued(simple: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

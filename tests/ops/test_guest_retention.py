@@ -85,7 +85,7 @@ def disks_of(view: GuestView, instant: str) -> set[str]:
 
 
 @given(histories(), POLICIES)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_a_guest_point_is_kept_or_goes_whole(disks: list[DiskRecord], policy: Policy) -> None:
     found = decided(disks, policy)
     if found is None:

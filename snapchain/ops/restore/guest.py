@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -244,7 +244,7 @@ class GuestRestoration:
         for disk in self._disks:
             report = self._done_before(disk, note)
             if report is None:
-                report = self._restored(disk)
+                report = self._restored(disk, sum(each.bytes_written for each in reports))
                 note = note.model_copy(update={"disks": {**note.disks, disk.path.name: _finished(disk.path)}})
                 self._write_note(note)
             reports.append(report)
@@ -322,9 +322,15 @@ class GuestRestoration:
         ) as reader:
             return reader.data_bytes
 
-    def _restored(self, disk: _Disk) -> RestoreReport:
+    def _restored(self, disk: _Disk, before: int) -> RestoreReport:
+        """before: bytes of the disks before it, so that the progress of all never falls"""
+
         def heard(event: Event) -> None:
-            self._on_event(event if isinstance(event, Progress) else event.within(disk.recorded.name))
+            if isinstance(event, Progress):
+                total = None if event.total is None else before + event.total
+                self._on_event(replace(event, done=before + event.done, total=total))
+            else:
+                self._on_event(event.within(disk.recorded.name))
 
         report = Restoration(
             self._destination,

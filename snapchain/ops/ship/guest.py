@@ -36,8 +36,10 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Moment, Opening
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.guest import overlays, snapshot
-from snapchain.guest.protocol import Definition, DefinitionFile, Guest
+from snapchain.guest.protocol import Definition, DefinitionFile, Guest, Layer
 from snapchain.guest.snapshot import DiskToSeal, GuestSnapshot, GuestSnapshotPlan, LeftOut, SnapshotRequest
+from snapchain.host.directory import resolve
+from snapchain.host.os_errors import os_errors
 from snapchain.host.private import PrivateDirectory
 from snapchain.host.records import key_directory
 from snapchain.host.terminal import encodable
@@ -48,10 +50,12 @@ from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.points import check_label
 from snapchain.ops.ship import run as one_disk
-from snapchain.ops.ship.request import Divergence, ShipPlan, ShipReport, ShipRequest
+from snapchain.ops.ship.request import Divergence, LayerPlan, ShipPlan, ShipReport, ShipRequest
 from snapchain.source.at_rest import ImageAtRest
 from snapchain.source.counted_sums import guest_key
-from snapchain.source.protocol import Scope
+from snapchain.source.handed_over import epoch_of_overlay
+from snapchain.source.notes import Notes
+from snapchain.source.ownership import check_not_given, epoch_of
 
 _RECORD_FILE = "record.raw"
 _PLANNED = Moment("0" * 32, Consistency.CRASH)
@@ -167,12 +171,12 @@ def plan(
     name = request.name_of(guest)
     _check_no_disk(name, destination)
     planned = snapshot.plan(guest, request.snapshot)
-    disks = []
+    chains = _chains(guest)
+    disks: list[ShipPlan] = []
     for disk in planned.disks:
         with _told(name, disk.disk):
-            now = _AsItStands(disk, request.snapshot.image_dirs)
-            asked = replace(_request(guest, disk, request, name, image=now.image), opens=now)
-            disks.append(one_disk.plan(asked, destination, on_event=_within(disk.disk, on_event)))
+            heard = _within(disk.disk, on_event)
+            disks.append(_planned(guest, chains[disk.disk], disk, planned, request, name, destination, heard))
     return GuestShipPlan(
         guest=name,
         destination=destination.url,
@@ -397,14 +401,12 @@ def _taken(
     """A snapshot, once it is known that the destination takes it: else each night would leave an overlay more."""
     overlays.settle(guest, on_event=on_event)
     planned = snapshot.plan(guest, request.snapshot)
+    chains = _chains(guest)
     epoch = request.epoch
     for disk in planned.disks:
         with _told(name, disk.disk):
             check_disk_name(f"{name}/{disk.disk}")
-            source = _AsItStands(disk, request.snapshot.image_dirs)
-            with source.opened() as chain:
-                source.check_not_given(chain)
-                epoch = max(epoch, source.epoch(chain))
+            epoch = max(epoch, _epoch(chains[disk.disk], request.snapshot.image_dirs))
     opening = Opening(
         disk=record_disk(name),
         epoch=epoch,
@@ -468,20 +470,79 @@ def _request(
     )
 
 
-class _AsItStands(ImageAtRest):
-    """A disk with the layer that its guest writes to: for a plan. No file is locked, and only maps are read."""
+def _chains(guest: Guest) -> dict[str, tuple[Layer, ...]]:
+    """By the name of a disk, root first."""
+    return {disk.name: disk.chain for disk in guest.disks()}
 
-    def __init__(self, disk: DiskToSeal, image_dirs: Sequence[Path]) -> None:
-        # A guest that is off gets its overlay under the path that its image has now.
-        image = disk.sealed if disk.sealed.exists() else disk.overlay
-        super().__init__(image, format=disk.sealed_format, image_dirs=image_dirs)
 
-    @contextmanager
-    def opened(self, scope: Scope = Scope.ALL) -> Iterator[ImageChain]:
-        """See `Source`; all of it, and as it is at this moment."""
-        _ = scope
-        with scan(self.image, format=self._format, image_dirs=self._image_dirs) as chain:
-            yield chain
+def _below(chain: Sequence[Layer]) -> Path | None:
+    """The uppermost file that nobody writes to; None where there is none. The active layer is not to be parsed."""
+    return chain[-2].path if len(chain) > 1 else None
+
+
+def _epoch(chain: Sequence[Layer], image_dirs: Sequence[Path]) -> int:
+    """In which epoch this host writes a disk, as far as notes tell. Raises Conflict for one that was given away."""
+    active, below = chain[-1].path, _below(chain)
+    assert active is not None, "a disk that can be sealed is a file"
+    if below is None:
+        with os_errors(active):
+            found = resolve(active)
+        return max(Notes().of(found).epoch, epoch_of_overlay(found.real))
+    with scan(below, format=_format(chain[-2].image_format), image_dirs=image_dirs) as sealed:
+        check_not_given(sealed, image=active)
+        return epoch_of(sealed, Notes(), image=active)
+
+
+def _planned(
+    guest: Guest,
+    chain: Sequence[Layer],
+    disk: DiskToSeal,
+    planned: GuestSnapshotPlan,
+    request: GuestShipRequest,
+    name: str,
+    destination: Destination,
+    on_event: OnEvent,
+) -> ShipPlan:
+    """What is shipped of a disk: what is sealed already, and the active layer as large as its file is now."""
+    active, below = chain[-1].path, _below(chain)
+    assert active is not None, "a disk that can be sealed is a file"
+    if planned.is_off:
+        return one_disk.plan(_request(guest, disk, request, name, image=active), destination, on_event=on_event)
+    asked = _request(guest, disk, request, name, image=active)
+    present, note = 0, None
+    layers: tuple[LayerPlan, ...] = ()
+    if below is None:
+        with destination.look(Opening(disk=asked.disk, epoch=asked.epoch, of_guest=True), on_event=on_event):
+            pass
+    else:
+        sealed = replace(asked, image=below, format=_format(chain[-2].image_format))
+        found = one_disk.plan(sealed, destination, on_event=on_event)
+        present, layers, note = found.layers_present, found.layers, found.note
+    with os_errors(active):
+        allocated = min(active.stat().st_blocks * 512, disk.virtual_size)
+    top = LayerPlan(
+        files=(str(active),),
+        virtual_size=disk.virtual_size,
+        bytes_to_read=allocated,
+        data_bytes=allocated,
+        publishes=True,
+    )
+    layers = (*(each.model_copy(update={"publishes": False}) for each in layers), top)
+    return ShipPlan(
+        image=str(active),
+        destination=destination.url,
+        disk=asked.disk,
+        layers_present=present,
+        layers=layers,
+        bytes_to_read=sum(each.bytes_to_read for each in layers),
+        data_bytes=sum(each.data_bytes for each in layers),
+        labels=tuple(request.labels),
+        note=note,
+    )
+
+
+def _format(image_format: str) -> str | None:
+    return image_format if image_format in {"qcow2", "raw"} else None
 
 
 class _RecordImage(ImageAtRest):

@@ -66,7 +66,7 @@ class GuestWork:
 
     @contextmanager
     def _at(self, target: str) -> Iterator[Destination]:
-        """A destination, opened once; anew after a failure."""
+        """A destination, opened once a round: a directory that is held open for days could not be unmounted."""
         try:
             if target not in self._opened:
                 self._opened[target] = self._open[target]()
@@ -141,10 +141,12 @@ class GuestWork:
         return epoch_of(guest, disk, image_dirs=self._request.snapshot.image_dirs)
 
     def keep(self, target: str) -> None:
-        """See `Work`."""
+        """See `Work`. The destination is closed then."""
         if self._request.policy.is_empty:
+            self._opened.pop(target, None)
             return
         with self._guest() as guest, self._at(target) as destination:
+            del self._opened[target]
             guest_merge.run(destination, self._name(guest), self._request.policy, zone=UTC, on_event=self._on_event)
 
     def squeeze(self, each: Range) -> MergeReport:
