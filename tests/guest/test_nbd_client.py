@@ -44,7 +44,7 @@ def served(image: Path, *options: str) -> Iterator[Path]:
         *options,
         str(image),
     ]
-    process = subprocess.Popen([*DIE_WITH_PARENT, *words])
+    process = subprocess.Popen([*DIE_WITH_PARENT, *words, str(image)])
     try:
         wait_until(lambda: listens(path), alive=lambda: process.poll() is None)
         yield path
