@@ -36,10 +36,11 @@ from snapchain.guest.protocol import (
     State,
     Switch,
 )
+from snapchain.host import libvirt
 from snapchain.host.os_errors import os_errors
 from snapchain.host.qemu_processes import open_images, qemu_processes
 from snapchain.host.terminal import shell_word
-from snapchain.host.virsh import Virsh, is_not_running
+from snapchain.host.virsh import Virsh, is_not_running, parsed
 from snapchain.image import scan
 from snapchain.image.backing import Place
 from snapchain.image.opening import open_image
@@ -103,6 +104,11 @@ class LibvirtGuest:
         """A virsh command on this domain. The UUID names it: a name of digits could be another domain's id."""
         return self._virsh.text(verb, "--domain", self.uuid, *words, timeout=timeout, stdin=stdin, subject=self.name)
 
+    def _texts(self, *commands: Sequence[str]) -> list[str]:
+        """Several commands on this domain at once."""
+        whole = [[verb, "--domain", self.uuid, *words] for verb, *words in commands]
+        return self._virsh.texts(*whole, subject=self.name)
+
     # --- what it is
 
     def state(self) -> State:
@@ -115,11 +121,10 @@ class LibvirtGuest:
         return None
 
     def disks(self) -> Sequence[GuestDisk]:
-        said = self.command("domstate", "--reason")
+        said, live, inactive = self._texts(["domstate", "--reason"], ["dumpxml"], ["dumpxml", "--inactive"])
         state = state_of(said)
-        domain = self._xml()
-        shown = domain_xml.disks_of(domain)
-        lasting = domain_xml.disks_of(self._xml("--inactive")) if state is not State.OFF else []
+        shown = domain_xml.disks_of(parsed(live, ["dumpxml"]))
+        lasting = domain_xml.disks_of(parsed(inactive, ["dumpxml"])) if state is not State.OFF else []
         process = self.process() if state is not State.OFF else None
         opened = None if process is None else open_images(process[0])
         disks = [self._disk(each, lasting, opened, is_off=state is State.OFF) for each in shown]
@@ -196,16 +201,18 @@ class LibvirtGuest:
     # --- what is at work in it
 
     def activities(self) -> Sequence[Activity]:
-        if self.state() is State.OFF:
+        said, live = self._texts(["domstate", "--reason"], ["dumpxml"])
+        if state_of(said) is State.OFF:
             return ()
         found: list[Activity] = []
-        operation = self._operation()
+        shown_disks = [disk for disk in domain_xml.disks_of(parsed(live, ["dumpxml"])) if disk.layers]
+        operation, jobs = self._operation(), self._block_jobs([disk.target for disk in shown_disks])
         if operation is not None:
             kind = "migration" if "migration" in operation.lower() else operation.lower()
             found.append(Activity(f"libvirt:{kind}", kind, False, None, f"libvirt does this: {operation.lower()}"))
         ours = {record.disk: record for record in libvirt_jobs.records(self)}
-        for shown in domain_xml.disks_of(self._xml()):
-            job = self.block_job(shown.target) if shown.layers else None
+        for shown in shown_disks:
+            job = jobs[shown.target]
             if job is None and shown.mirror is not None:
                 job = BlockJob({"copy": "mirror"}.get(shown.mirror[0], shown.mirror[0]), 0, 0)
             if job is None or (job.kind == "backup" and operation == "Backup"):
@@ -239,16 +246,18 @@ class LibvirtGuest:
 
     def block_job(self, disk: str) -> BlockJob | None:
         """The block job of a disk; None for none, and where the domain does not run."""
+        return self._block_jobs([disk])[disk]
+
+    def _block_jobs(self, disks: Sequence[str]) -> dict[str, BlockJob | None]:
+        if not disks:
+            return {}
         try:
-            said = self.command("blockjob", "--path", disk, "--raw")
+            found = self._texts(*(["blockjob", "--path", disk, "--raw"] for disk in disks))
         except ToolFailed as error:
             if is_not_running(error):
-                return None
+                return dict.fromkeys(disks)
             raise
-        values = dict(line.strip().split("=", 1) for line in said.splitlines() if "=" in line)
-        if "type" not in values:
-            return None
-        return BlockJob(_KINDS.get(values["type"], values["type"]), int(values["cur"]), int(values["end"]))
+        return {disk: _block_job(said) for disk, said in zip(disks, found, strict=True)}
 
     def is_ready(self, disk: str) -> bool:
         """Whether the copy or the active commit of a disk can be pivoted to."""
@@ -387,6 +396,7 @@ class _LibvirtSwitch:
         self._guest, self._overlays, self._others = guest, overlays, others
 
     def run(self) -> None:
+        libvirt.forget()
         request = domain_xml.snapshot_xml([(each.disk, each.path) for each in self._overlays], self._others)
         self._guest.command(
             "snapshot-create", "--xmlfile", "/dev/stdin", "--disk-only", "--atomic", "--no-metadata",
@@ -428,6 +438,13 @@ def state_of(said: str) -> State:
     if word in _OFF or (word == "crashed" and "panicked" not in said):
         return State.OFF
     return State.PAUSED if word in {"paused", "pmsuspended", "crashed"} else State.RUNNING
+
+
+def _block_job(said: str) -> BlockJob | None:
+    values = dict(line.strip().split("=", 1) for line in said.splitlines() if "=" in line)
+    if "type" not in values:
+        return None
+    return BlockJob(_KINDS.get(values["type"], values["type"]), int(values["cur"]), int(values["end"]))
 
 
 def _found(virsh: Virsh, wanted: str) -> tuple[str, str]:

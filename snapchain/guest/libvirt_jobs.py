@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from snapchain.errors import ToolFailed, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.protocol import GuestDisk, JobKind, JobProgress, JobStatus, Layer, State
+from snapchain.host import libvirt
 from snapchain.host.files import fsync_file
 from snapchain.host.os_errors import os_errors
 from snapchain.host.qemu_processes import open_images
@@ -151,6 +152,7 @@ class LibvirtJob:
         if self._record is None:
             return
         disk = self._guest.disk(self._disk)
+        libvirt.forget()
         if disk is None or not is_merged(self._record, disk):
             return  # before the change of the graph: libvirt does not stop there
         if self._kind is JobKind.COMMIT:

@@ -128,8 +128,17 @@ class Monitor:
 
     # --- Commands.
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, seconds: float | None = None) -> Any:
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        seconds: float | None = None,
+        repeatable: bool = False,
+    ) -> Any:
         """What QEMU returns. seconds: deadline, by default the monitor's.
+
+        repeatable: whether it may be sent again after a lost link, as all queries are
 
         Raises Refused with QEMU's words; Unavailable when the answer did not come: a command that changes something
         may have been carried out then. Connects again where the link was lost before. Raises Busy for a command
@@ -141,7 +150,7 @@ class Monitor:
         try:
             return self._send(client, command, arguments, seconds or self._command_seconds)
         except _LinkLostError as lost:
-            if not command.startswith(_CHANGES_NOTHING):
+            if not repeatable and not command.startswith(_CHANGES_NOTHING):
                 raise Unavailable(
                     f"the connection to QEMU was lost before its answer to {command}; whether it was done is unknown",
                     subject=self.path,
@@ -176,9 +185,9 @@ class Monitor:
             known = self._schema.get(command)
         return known is not None and (argument is None or argument in known)
 
-    def human(self, line: str) -> str:
-        """What a line of the human monitor prints."""
-        answer = self.execute("human-monitor-command", {"command-line": line})
+    def human(self, line: str, *, repeatable: bool = False) -> str:
+        """What a line of the human monitor prints. repeatable: as for `execute`."""
+        answer = self.execute("human-monitor-command", {"command-line": line}, repeatable=repeatable)
         if not isinstance(answer, str):
             raise not_understood("human-monitor-command", f"{type(answer).__name__}, not text", subject=self.path)
         return answer

@@ -88,12 +88,13 @@ class QmpJob:
         self._monitor.execute("job-complete", {"id": self.id})
 
     def flush(self) -> None:
-        """See `Job`. QMP has no command for it; the human monitor's `qemu-io` flushes a node, and prints failures.
+        """See `Job`. QMP has no command for it; the human monitor's `qemu-io` flushes a node.
 
-        Raises Unavailable when QEMU could not write everything.
+        QEMU tells only that a node is not there, never that its flush failed: who relies on the data reads them.
+        Raises Unavailable for a node that is not there.
         """
         for node in self._nodes or self._all_nodes():
-            if said := self._monitor.human(f'qemu-io {node} "flush"').strip():
+            if said := self._monitor.human(f'qemu-io {node} "flush"', repeatable=True).strip():
                 raise Unavailable(
                     f"QEMU could not flush {node}: {said}",
                     subject=self._monitor.path,

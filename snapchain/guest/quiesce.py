@@ -2,10 +2,10 @@
 
     pre-freeze hook -> watchdog, agent's ping -> record "thaw owed", fsync -> freeze -> SWITCH -> thaw -> post-thaw hook
 
-What is reached is *filesystem* only when the agent reported the freeze before the switch, reported it still in force
-after the switch, and then thawed.  Windows ends a freeze by itself after ten seconds: its agent then fails at the thaw.
-All else is *crash*.  Hooks of the agent itself may have brought programs into order, but the agent does not tell
-whether it has any: *application* is never claimed.
+What is reached is *filesystem* only when the agent reported the freeze before the switch, and its thaw after the switch
+thawed as many filesystems.  Windows ends a freeze by itself after ten seconds: its agent then fails at the thaw, or
+thaws none.  All else is *crash*.  Hooks of the agent itself may have brought programs into order, but the agent does
+not tell whether it has any: *application* is never claimed.
 
 In the frozen window nothing is done that waits for another program, a network or another guest.
 """
@@ -90,6 +90,8 @@ class _Guard:
         self._watchdog = Watchdog(Orders(self._address, str(self._record), bound, record.process, record.boot), _start)
         self._began: float | None = None
         """When the freeze was ordered; None while it is not acknowledged."""
+        self._frozen = 0
+        """How many filesystems were frozen."""
         try:
             self._watchdog.ping(timeout=_PING_SECONDS)
             # It is the watchdog that owes the thaw: `doctor` leaves it alone as long as that lives.
@@ -102,9 +104,9 @@ class _Guard:
     def freeze(self, seconds: float) -> None:
         """Raises Unavailable, Busy, Unsupported, as an Agent."""
         began = time.monotonic()
-        count = self._watchdog.freeze(timeout=seconds)
+        self._frozen = self._watchdog.freeze(timeout=seconds)
         self._began = began
-        if count == 0:
+        if self._frozen == 0:
             raise Unavailable("the guest agent froze no filesystem", subject=self._guest.name)
 
     def thaw(self, reached: Quiesced, on_event: OnEvent) -> None:
@@ -118,7 +120,7 @@ class _Guard:
 
     def _thaw(self, began: float, reached: Quiesced, on_event: OnEvent) -> None:
         try:
-            was_frozen = self._watchdog.thaw()
+            thawed = self._watchdog.thaw()
             reached.frozen_seconds = time.monotonic() - began
         except SnapchainError as error:
             self._rescue(on_event)
@@ -128,7 +130,7 @@ class _Guard:
         self._watchdog.ended()
         if reached.why_not is not None:
             return
-        if not was_frozen:
+        if thawed < self._frozen:
             reached.why_not = "the filesystems had been thawed before the snapshot was done"
         elif reached.may_be_late:
             reached.why_not = "the answer of the guest's monitor was lost, so the snapshot may be from after the thaw"

@@ -92,9 +92,9 @@ class Watchdog:
         """How many filesystems were frozen. Raises what `Agent.freeze` raises; the watchdog thaws after a failure."""
         return int(self._ask({"do": "freeze", "timeout": timeout}, timeout + _START_SECONDS)["filesystems"])
 
-    def thaw(self) -> bool:
-        """Whether they were frozen up to now. Raises Unavailable when the agent does not thaw in time."""
-        return bool(self._ask({"do": "thaw"}, 2 * THAW_SECONDS + _LIBVIRT_SECONDS)["was_frozen"])
+    def thaw(self) -> int:
+        """How many filesystems were thawed. Raises Unavailable when the agent does not thaw in time."""
+        return int(self._ask({"do": "thaw"}, THAW_SECONDS + _LIBVIRT_SECONDS)["filesystems"])
 
     def close(self) -> None:
         """Let it go: it thaws what is frozen, and ends."""
@@ -135,7 +135,7 @@ class Watchdog:
 _START_SECONDS = 30.0
 """What a busy machine may need to start a Python."""
 _LIBVIRT_SECONDS = 20.0
-"""What libvirt may need for two commands besides the agent's own time."""
+"""What libvirt may need for a command besides the agent's own time."""
 
 
 def _encoded(orders: Orders) -> str:
@@ -226,10 +226,9 @@ class _Guard:
                 case "freeze":
                     return self._say({"filesystems": self._freeze(order["timeout"])})
                 case _:
-                    was_frozen = self._agent.is_frozen(timeout=THAW_SECONDS)
-                    self._agent.thaw(timeout=THAW_SECONDS)
+                    count = self._agent.thaw(timeout=THAW_SECONDS)
                     self._until = None
-                    self._say({"was_frozen": was_frozen})
+                    self._say({"filesystems": count})
                     return False
         except SnapchainError as error:
             self._say({"error": error.message, "kind": error.kind, "subject": error.subject, "hint": error.hint})

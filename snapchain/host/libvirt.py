@@ -77,6 +77,12 @@ _last: tuple[tuple[str, ...], float, Definitions] | None = None
 """What was asked for, until when the answer counts, and the answer."""
 
 
+def forget() -> None:
+    """Ask again next time: a definition was changed."""
+    global _last  # noqa: PLW0603 - as above
+    _last = None
+
+
 def _ask_all() -> Definitions:
     found = [_asked(uri, time.monotonic() + SECONDS) for uri in reachable()]
     return Definitions(

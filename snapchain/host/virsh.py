@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ SYSTEM, SESSION = "qemu:///system", "qemu:///session"
 _SOCKETS = ("libvirt-sock", "virtqemud-sock", "libvirt-sock-ro", "virtqemud-sock-ro")
 _OUTPUT_CAP = 16 << 20
 _INHERITED = ("XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "LIBVIRT_AUTH_FILE")
+_PLAIN = re.compile(r"[A-Za-z0-9_.:/=-]+")
+"""Words that mean themselves in a line of virsh."""
 _NOT_THERE = re.compile(r"(?:failed to get domain|Domain not found|no domain with matching)", re.IGNORECASE)
 _NOT_RUNNING = re.compile(r"domain is not running|domain .* is not running", re.IGNORECASE)
 _NO_DAEMON = re.compile(
@@ -62,6 +65,30 @@ class Virsh:
         """The URI that is asked."""
         return self.connect or default_uri()
 
+    def texts(self, *commands: Sequence[str], subject: str | None = None) -> list[str]:
+        """What several commands print, by one virsh where all of them succeed: half of a call is the connection.
+
+        Raises as `text`.
+        """
+        mark = secrets.token_hex(16)
+        if all(_PLAIN.fullmatch(word) for words in commands for word in words):
+            line = f"; echo {mark}; ".join(" ".join(words) for words in commands)
+            try:
+                done = run(self._argv(line), env=_environment(), timeout=self.seconds, output_cap=_OUTPUT_CAP)
+            except ToolFailed as error:
+                if _is_late(error):  # asking again would take as long
+                    raise explained(error, commands[0], uri=self.uri, name=subject) from error
+                done = None
+            if done is not None and not done.stderr:
+                parts = done.stdout.decode("utf-8", "surrogateescape").split(f"{mark}\n")
+                if len(parts) == len(commands):
+                    return parts
+        return [self.text(*words, subject=subject) for words in commands]
+
+    def _argv(self, *words: str) -> list[str]:
+        check_local(self.uri)
+        return ["virsh", *(["--readonly"] if self.read_only else []), "--connect", self.uri, "--quiet", *words]
+
     def text(
         self, *words: str, timeout: float | None = None, stdin: bytes | None = None, subject: str | None = None
     ) -> str:
@@ -70,11 +97,9 @@ class Virsh:
         Raises NotFound for a domain that is not there, Busy for one that something else is at work on, Unavailable
         when libvirt does not answer in time or is not there, ToolFailed with libvirt's words for the rest.
         """
-        check_local(self.uri)
-        argv = ["virsh", *(["--readonly"] if self.read_only else []), "--connect", self.uri, "--quiet", *words]
         seconds = self.seconds if timeout is None else timeout
         try:
-            done = run(argv, env=_environment(), timeout=seconds, stdin=stdin, output_cap=_OUTPUT_CAP)
+            done = run(self._argv(*words), env=_environment(), timeout=seconds, stdin=stdin, output_cap=_OUTPUT_CAP)
         except ToolFailed as error:
             raise explained(error, words, uri=self.uri, name=subject or _named(words)) from error
         return done.stdout.decode("utf-8", "surrogateescape")
@@ -149,7 +174,7 @@ def explained(error: ToolFailed, words: Sequence[str], *, uri: str, name: str | 
     said = " ".join(line.strip() for line in error.stderr.splitlines() if line.strip()).removeprefix("error: ")
     if error.status == 127:  # virsh is not installed
         return error
-    if "did not end within" in error.message:
+    if _is_late(error):
         return Unavailable(
             f"libvirt did not answer `{words[0]}` in time", subject=name or uri, hint="see `systemctl status libvirtd`"
         )
@@ -170,6 +195,10 @@ def explained(error: ToolFailed, words: Sequence[str], *, uri: str, name: str | 
         stderr=error.stderr,
         subject=name,
     )
+
+
+def _is_late(error: ToolFailed) -> bool:
+    return "did not end within" in error.message
 
 
 def is_not_running(error: SnapchainError) -> bool:

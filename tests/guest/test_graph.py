@@ -241,8 +241,7 @@ class Recorded(Monitor):
         self.path, self.peer = Path("/run/web1.qmp"), None
         self.known = known
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, seconds: float | None = None) -> Any:
-        _ = seconds
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None, **_options: object) -> Any:
         key = f"{command} {json.dumps(arguments, sort_keys=True)}"
         if key not in self.known and command not in self.known:
             raise Refused(command, "CommandNotFound", "unknown", subject=self.path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from snapchain.cli import main
 from snapchain.errors import Busy, Conflict, NotFound, ToolFailed, Unavailable, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
@@ -19,7 +20,7 @@ from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOv
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.virsh import Virsh
 from tests.guest.agent_guest import formatted, parts
-from tests.guest.libvirt import Domain
+from tests.guest.libvirt import Domain, disk_xml
 from tests.libvirtd import LibvirtHost
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img
 from tests.waiting import wait_until
@@ -148,32 +149,27 @@ def test_a_daemon_that_hangs_is_unavailable(start: Start, chain: list[Path], mon
         os.kill(pid, signal.SIGCONT)
 
 
-OBSTACLES = {
-    "raw": ("<driver name='qemu' type='raw'/><source file='{raw}'/>", "", None, None),
-    "read-only": ("<driver name='qemu' type='qcow2'/><source file='{other}'/>", "<readonly/>", None, "read-only"),
-    "shared": ("<driver name='qemu' type='raw'/><source file='{raw}'/>", "<shareable/>", "shared with other", None),
-    "iotune": (
-        "<driver name='qemu' type='qcow2'/><source file='{other}'/>",
-        "<iotune><total_iops_sec>100</total_iops_sec></iotune>", None, None,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", OBSTACLES)
 def test_each_kind_of_disk_is_handled_or_left_out_with_a_word(
-    kind: str, start: Start, chain: list[Path], second: Path, tmp_path: Path
+    start: Start, chain: list[Path], second: Path, tmp_path: Path
 ) -> None:
-    source, more, obstacle, left_out = OBSTACLES[kind]
-    raw = tmp_path / "vdb.raw"
+    """More kinds: test_domain_xml.py."""
+    raw, other = tmp_path / "vdb.raw", tmp_path / "vde.raw"
     raw.write_bytes(bytes(MiB))
-    source = source.format(raw=raw, other=second)
-    disk = f"<disk type='file' device='disk'>{source}<target dev='vdb' bus='virtio'/>{more}</disk>"
-    found = opened(start(disks={"vda": chain[-1]}, more=disk)).disks()[1]
-    assert found.left_out == left_out
-    if obstacle is None:
-        assert found.obstacle is None
-    else:
-        assert obstacle in str(found.obstacle)
+    other.write_bytes(bytes(MiB))
+    limited = "<iotune><total_iops_sec>100</total_iops_sec></iotune>"
+    more = "".join(
+        [
+            disk_xml("vdb", raw, driver="type='raw'"),
+            disk_xml("vdc", second, more=limited),
+            disk_xml("vdd", chain[0], more="<readonly/>"),
+            disk_xml("vde", other, driver="type='raw'", more="<shareable/>"),
+        ]
+    )
+    found = {disk.name: disk for disk in opened(start(disks={"vda": chain[-1]}, more=more)).disks()}
+    assert {name: disk.left_out for name, disk in found.items() if disk.left_out} == {"vdd": "read-only"}
+    assert {name for name, disk in found.items() if disk.obstacle} == {"vde"}
+    assert "shared with other guests" in str(found["vde"].obstacle)
+    assert (found["vdb"].active.image_format, found["vdb"].active.virtual_size) == ("raw", MiB)
 
 
 def test_a_volume_of_a_pool(start: Start, chain: list[Path], libvirt_host: LibvirtHost) -> None:
@@ -646,3 +642,25 @@ def test_its_agent_freezes_and_thaws_it(libvirt_host: LibvirtHost, tmp_path: Pat
         assert guest.disks()[0].active.path == tmp_path / "vda.1.qcow2"
     finally:
         domain.remove()
+
+
+def test_snapshots_and_merges_of_a_domain_by_the_command_line(
+    start: Start, chain: list[Path], second: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    domain = start(disks={"vda": chain[-1], "vdb": second})
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", domain.host.uri)
+    domain.write("vda", 0, MiB, 0x61)
+    assert main(["snapshot", "--domain", domain.name, "--disk", "vda"]) == 0
+    assert [len(disk.chain) for disk in opened(domain).disks()] == [5, 1]
+    domain.write("vda", 6 * MiB, MiB, 0x62)
+    capsys.readouterr()
+    assert main(["merge", "--domain", domain.name, "--disk", "vda", "--flatten", "--json"]) == 0
+    said = capsys.readouterr()
+    assert '"strategy": "commit"' in said.out
+    assert [layer.path for layer in opened(domain).disks()[0].chain] == [chain[0]]
+    assert domain.source("vda") == domain.source("vda", "--inactive") == chain[0]
+    left = {path.name for path in chain[0].parent.glob("*.qcow2")}
+    assert left == {"a.qcow2", "vdb.qcow2"}
+    for place, value in ((0, 0x61), (MiB, 1), (2 * MiB, 2), (5 * MiB, 4), (6 * MiB, 0x62)):
+        assert domain.reads("vda", place, MiB, value)
+    assert records() == []

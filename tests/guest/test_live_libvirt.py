@@ -102,10 +102,10 @@ def test_a_domain_that_ended_after_a_pivot_that_nobody_saw(
         pass
 
     def die(job: LibvirtJob) -> None:
-        raise DiedError
+        raise DiedError("here")
 
     monkeypatch.setattr(LibvirtJob, "dismiss", die)
-    with pytest.raises(DiedError):
+    with pytest.raises(DiedError, match="here"):
         merged(domain, MergeRequest(image=chain.active, strategy=Strategy.COMMIT))
     monkeypatch.undo()
     domain.write("vda", MIB, 64 * K, 55)
@@ -150,7 +150,7 @@ def test_a_foreign_job_is_respected(start: Start, chain: Chain, tmp_path: Path) 
     target = tmp_path / "copy.qcow2"
     words = ("--transient-job", "--format", "qcow2", "--bandwidth", "1")
     domain.virsh("blockcopy", "--path", "vda", "--dest", target, *words)
-    with pytest.raises(Busy):
+    with pytest.raises(Busy, match="vda"):
         merged(domain, MergeRequest(image=chain.active, to_layer="3.qcow2"))
     assert len(names(chain.active)) == 5
     assert not journals(chain)

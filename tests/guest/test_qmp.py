@@ -119,6 +119,19 @@ def test_nobody_there(tmp_path: Path) -> None:
         Monitor(tmp_path / "file")
 
 
+def test_permission_denied(machine: Machine) -> None:
+    code = (
+        "import sys; from pathlib import Path; from snapchain.guest.qmp import Monitor\n"
+        "from snapchain.errors import InvalidInput\n"
+        "try: Monitor(Path(sys.argv[1]))\n"
+        "except InvalidInput as error: print(error, '|', error.hint)\n"
+    )
+    machine.qmp.chmod(0o700)
+    argv = ["setpriv", "--reuid=65534", "--clear-groups", "--bounding-set=-all", sys.executable, "-c", code]
+    done = subprocess.run([*argv, machine.qmp], capture_output=True, text=True, check=True)
+    assert "permission denied | run as a user who may read and write it" in done.stdout
+
+
 def test_a_path_longer_than_the_kernel_takes(tmp_path: Path) -> None:
     def seven(command: dict[str, Any]) -> bytes:
         return json.dumps({"return": 7, "id": command["id"]}).encode() + b"\n"

@@ -18,7 +18,7 @@ from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainEr
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import Guest, GuestDisk, JobKind, JobStatus, NewOverlay, Outcome, State
 from snapchain.guest.qemu_process import QemuProcess, drive_options
-from snapchain.guest.qmp import Monitor
+from snapchain.guest.qmp import Monitor, Refused
 from snapchain.guest.qmp_definition import _tpm
 from snapchain.guest.qmp_guest import QmpGuest
 from tests.exhaustive import some
@@ -463,6 +463,67 @@ def test_disks_can_be_asked_in_every_state_of_a_job(tmp_path: Path, machine: Mac
     assert seen[-2:] == [JobStatus.PENDING, JobStatus.CONCLUDED]
     assert paths(guest.disks()[0]) == ["top.qcow2"]
     assert machine.status() == "running"
+
+
+def test_a_migration_is_seen(machine: Machine, guest: QmpGuest, tmp_path: Path, chain: Path) -> None:
+    assert guest.activities() == []
+    machine.ask("migrate", uri="exec:sleep 1000")
+    wait_until(guest.activities)
+    assert [(each.kind, each.is_ours, each.node) for each in guest.activities()] == [("migration", False, None)]
+    new = NewOverlay("vda", image(tmp_path / "n.qcow2", chain), chain)
+    with pytest.raises(Busy, match=r"migration \(\w+\)"), guest.prepared([new]):
+        pass
+    machine.ask("migrate_cancel")
+
+
+def test_a_job_goes_on_while_the_link_is_cut(tmp_path: Path, machine: Machine, chain: Path) -> None:
+    machine.write("vda", 0, MiB, 1)
+    base = chain.with_name("base.qcow2")
+    with Spy(tmp_path / "spy", machine.qmp) as spy, opened(spy.path) as guest:
+        job = guest.start(JobKind.STREAM, "vda", lowest=base, uppermost=chain, backing=None, job_id="sc-s", speed=0)
+        seen = []
+        while (status := job.progress().status) is not JobStatus.GONE:
+            seen.append(status)
+            spy.drop()
+            if status is JobStatus.PENDING:
+                job.flush()  # it looks only, so it connects again
+            spy.drop()
+            wait_until(lambda: not guest.monitor._is_up(guest.monitor._client))
+            if status is JobStatus.PENDING:
+                job.finalize()
+            elif status is JobStatus.CONCLUDED:
+                job.dismiss()
+            job.wait(1)
+        assert seen[-1] is JobStatus.CONCLUDED
+        assert paths(guest.disks()[0]) == ["top.qcow2"]
+        spy.check()
+
+
+def test_a_replaced_file_is_not_merged(machine: Machine, guest: QmpGuest, chain: Path) -> None:
+    base = chain.with_name("base.qcow2")
+    base.rename(base.with_name("moved.qcow2"))
+    image(base)
+    with pytest.raises(Conflict, match="another file has this path now") as caught:
+        guest.start(JobKind.STREAM, "vda", lowest=base, uppermost=chain, backing=None, job_id="sc-s", speed=0)
+    assert caught.value.subject == str(base)
+    assert machine.ask("query-jobs") == []
+
+
+def test_jobs_that_cannot_be(machine: Machine, guest: QmpGuest, chain: Path) -> None:
+    base = chain.with_name("base.qcow2")
+
+    def start(kind: JobKind, lowest: Path, uppermost: Path, name: str = "sc-1") -> None:
+        guest.start(kind, "vda", lowest=lowest, uppermost=uppermost, backing=None, job_id=name, speed=0)
+
+    with pytest.raises(InvalidInput, match="the lowest layer is not below the uppermost"):
+        start(JobKind.STREAM, chain, base)
+    with pytest.raises(InvalidInput, match="an active commit is one of the layer that the guest writes to"):
+        start(JobKind.COMMIT, base, chain)
+    with pytest.raises(Conflict, match="it is not a layer of the disk any more"):
+        start(JobKind.STREAM, chain.with_name("other"), chain)
+    with pytest.raises(Refused, match="QEMU refused block-stream: Invalid job ID"):
+        start(JobKind.STREAM, base, chain, "1/x")
+    assert machine.ask("query-jobs") == []
 
 
 def test_a_stream_that_was_cancelled_is_dismissed_before_the_graph_is_walked(

@@ -296,9 +296,9 @@ def test_what_only_a_merge_at_rest_can_do_is_refused(tmp_path: Path, chain: Chai
         ):
             with pytest.raises(Unsupported, match="while the guest runs"):
                 plan(guest, "vda", request)
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match="no disk"):
             plan(guest, "vdz", wanted(chain))
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="lies above"):
             plan(guest, "vda", wanted(chain, 3, 1))
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
-from tests.exhaustive import chosen
+from snapchain.errors import NotFound
 from tests.guest.live_chain import MIB, Chain, K, names, patterns_hold, sound
 from tests.guest.machine import Machine
 from tests.guest.spy import DROP, KILL, Act, Fault, Place, Spy, call, changing
@@ -22,7 +24,26 @@ KINDS = {
     "active-stream": ("--from", "1.qcow2", "--strategy", "absorb"),
     "active-commit": ("--from", "1.qcow2", "--strategy", "commit"),
 }
-MOST_COMMANDS = 40
+MOST_COMMANDS = 18
+"""A run of each kind has 14 to 17, of which the job begins with number 7."""
+
+Cases = Collection[tuple[str, int, Place]]
+SNAPCHAIN: Cases = {
+    ("commit", 10, Place.SENT),  # finalized
+    ("commit", 7, Place.SENT),  # begun
+    ("stream", 11, Place.BEFORE),  # concluded
+    ("active-commit", 8, Place.SENT),  # pivoted
+}
+QEMU: Cases = {("commit", 10, Place.SENT), ("stream", 9, Place.SENT)}
+BOTH: Cases = {("commit", 8, Place.BEFORE), ("active-commit", 8, Place.SENT)}
+
+
+def cases(sampled: Cases) -> list[ParameterSet]:
+    """Each command of each kind, before QEMU has it and after it is done; all but the sampled ones for `make soak`."""
+    return [
+        pytest.param(*case, marks=() if case in sampled else pytest.mark.soak)
+        for case in itertools.product(KINDS, range(MOST_COMMANDS), (Place.BEFORE, Place.SENT))
+    ]
 
 
 def counts(name: str) -> bool:
@@ -85,68 +106,40 @@ def test_a_whole_run_never_lists_nodes_beside_a_concluded_stream(tmp_path: Path,
         check_clean(chain, kind, machine)
 
 
-def one_run(tmp_path: Path, kind: str, fault: Fault) -> bool:
-    """Whether the run got as far as the fault."""
+@pytest.mark.parametrize(("kind", "number", "place"), cases(SNAPCHAIN))
+def test_snapchain_is_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+    """The guest goes on, and the next run ends clean."""
     chain = Chain(tmp_path / "images")
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
-        with Spy(tmp_path / "spy", machine.qmp, fault, counts=counts) as spy:
+        with Spy(tmp_path / "spy", machine.qmp, Fault(number, place, KILL), counts=counts) as spy:
             first = merge(spy, kind)
             if not spy.happened:
                 assert first.returncode == 0, first.stderr + first.stdout
-                return False
+                return
             assert patterns_hold(machine, chain), "the guest goes on"
             assert machine.status() == "running"
             machine.write("vda", 3 * MIB + 512 * K, 64 * K, 91)
             again = merge(spy, kind)
-            if again.returncode == 3:  # the layers are merged already: nothing of that name is there
+            if again.returncode == NotFound.exit_code:  # they are merged already: no layer has that name
                 again = snapchain("merge", "--qmp", spy.path, "--max-layers", 5, "--json")
             assert again.returncode == 0, again.stderr + again.stdout
             assert machine.reads("vda", 3 * MIB + 512 * K, 64 * K, 91)
             spy.check()
         check_clean(chain, kind, machine)
-    return True
 
 
-@pytest.mark.sampled
-@pytest.mark.parametrize("kind", KINDS)
-def test_snapchain_killed_at_any_command(tmp_path: Path, kind: str) -> None:
-    reached = 0
-    for number in range(MOST_COMMANDS):
-        for place in (Place.BEFORE, Place.SENT):
-            case = number * 2 + (place is Place.SENT)
-            if not chosen(case + len(kind), each=11):
-                continue
-            if not one_run(tmp_path / f"{number}-{place.name}", kind, Fault(number, place, KILL)):
-                assert reached
-                return
-            reached += 1
-
-
-@pytest.mark.sampled
-@pytest.mark.parametrize("kind", KINDS)
-def test_qemu_killed_at_any_command(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "number", "place"), cases(QEMU))
+def test_qemu_is_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
     """snapchain tells it; the images are right, and `doctor`, then a merge at rest, end clean."""
-    for number in range(MOST_COMMANDS):
-        for place in (Place.BEFORE, Place.SENT):
-            case = number * 2 + (place is Place.SENT)
-            if not chosen(case + len(kind), each=13):
-                continue
-            if not qemu_dies(tmp_path / f"{number}-{place.name}", kind, number, place, also=None):
-                return
+    qemu_dies(tmp_path, kind, number, place, also=None)
 
 
-@pytest.mark.sampled
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_killed_at_any_command(tmp_path: Path, kind: str) -> None:
-    for number in range(MOST_COMMANDS):
-        case = number + len(kind)
-        if not chosen(case, each=9):
-            continue
-        if not qemu_dies(tmp_path / str(number), kind, number, Place.SENT, also=KILL):
-            return
+@pytest.mark.parametrize(("kind", "number", "place"), cases(BOTH))
+def test_both_are_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+    qemu_dies(tmp_path, kind, number, place, also=KILL)
 
 
-def qemu_dies(tmp_path: Path, kind: str, number: int, place: Place, *, also: Act | None) -> bool:
+def qemu_dies(tmp_path: Path, kind: str, number: int, place: Place, *, also: Act | None) -> None:
     chain = Chain(tmp_path / "images")
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
 
@@ -161,7 +154,7 @@ def qemu_dies(tmp_path: Path, kind: str, number: int, place: Place, *, also: Act
             first = merge(spy, kind)
             if not spy.happened:
                 assert first.returncode == 0, first.stderr + first.stdout
-                return False
+                return
     active = chain.active if chain.active.exists() else chain.files[1]
     chain.check_view(active, "4.qcow2")
     healed = snapchain("doctor", chain.folder, "--json")
@@ -174,7 +167,6 @@ def qemu_dies(tmp_path: Path, kind: str, number: int, place: Place, *, also: Act
     chain.check_view(active, "4.qcow2")
     sound(active)
     assert len(names(active)) == 2
-    return True
 
 
 @pytest.mark.parametrize("kind", ["commit", "stream"])
