@@ -98,6 +98,10 @@ _ERRORS = {1: "not permitted", 5: "I/O error", 12: "no memory", 22: "invalid arg
            95: "not supported", 108: "shutting down"}  # fmt: skip
 
 
+class ConnectionLostError(Unavailable):
+    """The server hung up."""
+
+
 class Connection:
     """One connection to an export; a context manager. For one thread at a time.
 
@@ -142,13 +146,20 @@ class Connection:
         view = buffer.cast("B")
         pieces: deque[_Piece] = deque()
         at = 0
-        while at < len(view) or pieces:
-            # Some requests ahead of the replies, so that the server never waits for us.
-            while at < len(view) and len(pieces) < _AHEAD:
-                stop = min(len(view), (offset + at) // self._unit * self._unit + self._unit - offset)
-                pieces.append(_Piece(self._request(_Command.READ, offset + at, stop - at), offset + at, view[at:stop]))
-                at = stop
-            self._read(pieces)
+        try:
+            while at < len(view) or pieces:
+                # Some requests ahead of the replies, so that the server never waits for us.
+                while at < len(view) and len(pieces) < _AHEAD:
+                    stop = min(len(view), (offset + at) // self._unit * self._unit + self._unit - offset)
+                    handle = self._request(_Command.READ, offset + at, stop - at)
+                    pieces.append(_Piece(handle, offset + at, view[at:stop]))
+                    at = stop
+                self._read(pieces)
+        except ConnectionLostError as error:
+            # QEMU 7.2 hangs up where a read fails in the middle of a reply.
+            first = pieces[0].offset if pieces else offset + at
+            words = f"bytes {first} to {offset + len(view)} cannot be read: {error.message}"
+            raise Unavailable(words, subject=self._subject) from error
 
     def runs(self) -> tuple[Int64s, npt.NDArray[np.uint32]]:
         """(int64[n], uint32[n]): where runs of equal flags begin, ascending from 0, and the flags. Errors as reading.
@@ -355,7 +366,7 @@ class Connection:
             except OSError as error:
                 raise self._lost(error) from error
             if not count:
-                raise Unavailable("the NBD server closed the connection", subject=self._subject)
+                raise ConnectionLostError("the NBD server closed the connection", subject=self._subject)
             view = view[count:]
 
     def _left(self) -> float:
@@ -367,7 +378,7 @@ class Connection:
     def _lost(self, error: OSError) -> Unavailable:
         if isinstance(error, TimeoutError):
             return Unavailable(f"the NBD server did not answer within {self._seconds:g} s", subject=self._subject)
-        return Unavailable(f"the connection is lost: {error.strerror or error}", subject=self._subject)
+        return ConnectionLostError(f"the connection is lost: {error.strerror or error}", subject=self._subject)
 
 
 @dataclass(slots=True, eq=False)
@@ -452,8 +463,7 @@ class NbdExport:
 
     def close(self) -> None:
         """Close all connections; no read may be under way. Idempotent."""
-        for _ in range(self._count):
-            held = self._places.get()
+        for held in [self._places.get() for _ in range(self._count)]:
             if held is not None:
                 held.close()
             self._places.put(None)

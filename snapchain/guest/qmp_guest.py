@@ -558,18 +558,6 @@ def _named(views: Sequence[DiskView], disk: str, guest: str) -> DiskView:
     raise NotFound("the guest has no such disk", subject=f"{guest}/{disk}", hint=f"its disks are: {names}")
 
 
-def _nodes_shown(stats: Sequence[Mapping[str, Any]]) -> set[str]:
-    """The names in the chains of all devices, from their statistics: one quick query, since the guest is frozen."""
-    found = set()
-    waiting: list[object] = list(stats)
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, Mapping):
-            found.add(_word(each, "node-name"))
-            waiting += [each.get("backing")]
-    return found
-
-
 def _node_names(disk: GuestDisk) -> list[str]:
     return [layer.node for layer in disk.chain]
 

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,7 +21,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.writing import Moment, Opening
 from snapchain.errors import Busy, Unavailable
 from snapchain.guest.capture import Capture, CaptureRequest, Reached, bitmap_name, capture_of, place_of, with_views
-from snapchain.guest.capture_qmp import to_capture
+from snapchain.guest.capture_qmp import settle, to_capture
 from snapchain.guest.protocol import Guest, GuestDisk
 from snapchain.guest.quiesce import Quiesced, frozen, with_hooks
 from snapchain.guest.snapshot import LeftOut, Quiesce, SnapshotRequest
@@ -117,15 +118,15 @@ def run(
     name = request.name_of(guest)
     with alone(name, destination.url) as place:
         _check_no_disk(name, destination)
+        settle(with_views(guest))
         described = describe(guest, destination, on_event=on_event)
         chosen, left_out = _chosen(guest, capture)
         epoch = max(request.epoch, *(_epoch(disk, request, on_event) for disk in chosen))
         record = Opening(disk=record_disk(name), epoch=epoch, epoch_named=request.epoch == epoch, of_guest=True)
         with destination.look(record, on_event=on_event):
             pass  # whatever stands in the way is known before anything is done to the guest
-        with capture_of(
-            guest, capture, freeze=lambda: _quiesced(guest, request.snapshot, on_event), on_event=on_event
-        ) as (found):
+        freeze = partial(_quiesced, guest, request.snapshot, on_event)
+        with capture_of(guest, capture, freeze=freeze, on_event=on_event) as found:
             _check_reached(found, request.snapshot, guest)
             at = At(
                 instant=secrets.token_hex(16),
@@ -204,9 +205,7 @@ def _epoch(disk: GuestDisk, request: GuestShipRequest, on_event: OnEvent) -> int
             check_not_given(chain, image=path)
             return epoch_of(chain, Notes(), image=path)
     except Busy:
-        on_event(
-            Notice.of(disk.name, "the guest writes all the time, so its notes were not read; say --epoch if need be")
-        )
+        on_event(Notice.of(disk.name, "the guest writes all the time, so its epoch is not looked up: give --epoch"))
         return 1
 
 
