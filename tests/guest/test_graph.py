@@ -204,6 +204,14 @@ def test_what_a_name_of_an_image_means(filename: str, path: str | None) -> None:
     assert len(found.says) < 300
 
 
+@pytest.mark.parametrize("how", ["luks", "qcow2"])
+def test_an_encrypted_image_gets_no_overlay_in_plain(how: str) -> None:
+    block, stats, nodes = answers([Device("vda", (Node("n", how, "/a"),))])
+    block[0]["inserted"]["encrypted"] = how == "qcow2"
+    disk = graph.disks(block, stats, nodes, locate=locate)[0].disk
+    assert disk.obstacle == "it is encrypted; a new overlay would not be"
+
+
 @pytest.mark.parametrize(
     ("qdev", "device", "name"),
     [
