@@ -47,6 +47,7 @@ RELATED: Mapping[str, Sequence[str]] = {
     "release": ("hold", "merge"),
     "verify": ("gc", "restore"),
     "nightly": ("ship", "merge", "gc", "verify"),
+    "watch": ("ship", "nightly", "merge", "sync"),
     "doctor": ("merge", "snapshot", "restore"),
 }
 
@@ -221,11 +222,11 @@ def concerns(row: str, name: str, command: Any) -> bool:
         "LIBVIRT_": name in {"snapshot", "merge", "restore", "doctor", "nightly"}
         or "--domain" in opts
         or name == "guests",
-        ".snapchain-layer": "IMAGE" in words or name in {"merge", "hold", "release", "nightly", "doctor"},
-        ".snapchain-merge": name in {"merge", "doctor", "nightly"},
-        "records.key": name in {"merge", "doctor", "nightly", "snapshot"},
+        ".snapchain-layer": "IMAGE" in words or name in {"merge", "hold", "release", "nightly", "watch", "doctor"},
+        ".snapchain-merge": name in {"merge", "doctor", "nightly", "watch"},
+        "records.key": name in {"merge", "doctor", "nightly", "snapshot", "watch"},
         "/repositories/": at_destination and name not in {"send", "sync", "migrate"},
-        "/sent/": name in {"ship", "send", "sync", "migrate", "nightly", "verify"},
+        "/sent/": name in {"ship", "send", "sync", "migrate", "nightly", "watch", "verify"},
         "/.cache/": at_destination and name not in {"send", "sync", "migrate"},
         "/nightly/": name == "nightly",
     }
