@@ -316,9 +316,14 @@ def test_a_next_start_that_would_write_to_a_sealed_layer_is_reported(start: Star
     before = chain[0].with_name("before.xml")
     before.write_text(domain.virsh("dumpxml", "--inactive"))
     new = overlay(chain[-1], "vda", "vda.1.qcow2")
-    with pytest.raises(Conflict, match=r"next start does not name .*vda\.1"), opened(domain).prepared([new]) as switch:
-        switch.run()
-        domain.host.virsh("define", before)
+
+    def switched_and_redefined() -> None:
+        with opened(domain).prepared([new]) as switch:
+            switch.run()
+            domain.host.virsh("define", before)
+
+    with pytest.raises(Conflict, match=r"next start does not name .*vda\.1"):
+        switched_and_redefined()
     assert "names its file in another way" in str(opened(domain).disks()[0].obstacle)
 
 
