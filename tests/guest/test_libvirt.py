@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -316,14 +317,11 @@ def test_a_next_start_that_would_write_to_a_sealed_layer_is_reported(start: Star
     before = chain[0].with_name("before.xml")
     before.write_text(domain.virsh("dumpxml", "--inactive"))
     new = overlay(chain[-1], "vda", "vda.1.qcow2")
-
-    def switched_and_redefined() -> None:
-        with opened(domain).prepared([new]) as switch:
-            switch.run()
-            domain.host.virsh("define", before)
-
-    with pytest.raises(Conflict, match=r"next start does not name .*vda\.1"):
-        switched_and_redefined()
+    with ExitStack() as stack:
+        stack.enter_context(opened(domain).prepared([new])).run()
+        domain.host.virsh("define", before)
+        with pytest.raises(Conflict, match=r"next start does not name .*vda\.1"):
+            stack.close()
     assert "names its file in another way" in str(opened(domain).disks()[0].obstacle)
 
 
