@@ -90,10 +90,11 @@ class DiskView:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a node reads. path: None where it is no file; says: in words, for messages."""
+    """What a node reads. path: None where it is no file; says: in words, for messages; is_cut: QEMU cut its name."""
 
     path: str | None
     says: str
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ class _Node:
     name: str
     driver: str
     image: Mapping[str, Any]
+    storage: str
+    """The node that reads its file; "" for none."""
 
 
 def disks(
@@ -119,7 +122,7 @@ def disks(
     types: of the guest's devices, by their QOM paths: virtio-blk-pci, ide-cd, ...
     Raises Inconsistent, and Misread for what is no answer of QEMU.
     """
-    bitmaps = None if nodes is None else {_text(each, "node-name"): _bitmaps(each) for each in nodes}
+    listed = None if nodes is None else {_text(each, "node-name"): each for each in nodes}
     by_device = {_key(each): each for each in stats}
     inactive = {_text(each, "node-name") for each in nodes or () if each.get("active") is False}
     found: list[DiskView] = []
@@ -129,7 +132,7 @@ def disks(
         if counted is None:
             raise Inconsistent(_text(each, "qdev"))
         name = _unique(name_of(_text(each, "qdev"), _text(each, "device"), number), taken)
-        view = _view(each, counted, name, bitmaps, locate, _kind(_text(each, "qdev"), types or {}))
+        view = _view(each, counted, name, listed, locate, _kind(_text(each, "qdev"), types or {}))
         if view.disk.left_out is None and view.disk.obstacle is None and view.disk.active.node in inactive:
             view = _obstructed(view, "its image is inactive: the guest is being migrated")
         found.append(view)
@@ -171,7 +174,7 @@ def _view(
     device: Mapping[str, Any],
     counted: Mapping[str, Any],
     name: str,
-    bitmaps: Mapping[str, tuple[Bitmap, ...]] | None,
+    listed: Mapping[str, Mapping[str, Any]] | None,
     locate: Locate,
     kind: str,
 ) -> DiskView:
@@ -185,10 +188,11 @@ def _view(
     read_only = inserted.get("ro") is True
     above = list(_until_format(chain))
     images = [each for each in chain if each.driver not in FILTERS]
-    known = bitmaps if bitmaps is not None else {chain[0].name: _bitmaps(inserted)}
+    known = listed if listed is not None else {chain[0].name: inserted}
     layers, problems = [], []
-    for number, node in enumerate(images):
-        layer, problem = _layer(node, known.get(node.name, ()), locate, is_active=number == 0)
+    for node, upper in zip(images, [None, *images], strict=False):
+        source = _source(node, upper, known)
+        layer, problem = _layer(node, source, _bitmaps(known.get(node.name, {})), locate, is_active=upper is None)
         layers.append(layer)
         problems += [problem] if problem is not None else []
     problems += [problem for problem in [_mismatch(images, layers, locate)] if problem is not None]
@@ -252,7 +256,7 @@ def _chain(inserted: Mapping[str, Any], counted: Mapping[str, Any]) -> Iterator[
         name = _text(stat, "node-name")
         if not name:
             raise Misread("a node has no name")
-        yield _Node(name, _text(image, "format"), image)
+        yield _Node(name, _text(image, "format"), image, _storage(stat))
         image, stat = image.get("backing-image"), stat.get("backing")
         if (image is None) != (stat is None):
             raise Inconsistent(name)
@@ -261,9 +265,35 @@ def _chain(inserted: Mapping[str, Any], counted: Mapping[str, Any]) -> Iterator[
     raise Misread(f"a chain has more than {_MOST_LAYERS} images")
 
 
-def _layer(node: _Node, bitmaps: tuple[Bitmap, ...], locate: Locate, *, is_active: bool) -> tuple[Layer, str | None]:
+def _storage(stat: Mapping[str, Any]) -> str:
+    below = stat.get("parent")
+    for _ in range(_MOST_NESTING):
+        if not isinstance(below, Mapping) or not isinstance(below.get("parent"), Mapping):
+            break
+        below = below["parent"]
+    return _text(below, "node-name") if isinstance(below, Mapping) else ""
+
+
+def _source(node: _Node, above: _Node | None, listed: Mapping[str, Mapping[str, Any]]) -> Source:
+    """What a node reads. listed: all nodes by name, where they could be listed
+
+    QEMU cuts a name in JSON at 4095 bytes, and a snapshot with a relative backing name nests the whole chain in it: it
+    is cut from some forty layers on. Without the list of nodes, the header above names the file.
+    """
+    named = source_of(_text(node.image, "filename"))
+    if named.path is not None or not named.is_cut:
+        return named
+    if node.storage in listed:
+        return source_of(_text(listed[node.storage], "file"))
+    recorded = above.image.get("full-backing-filename") if above is not None else None
+    return source_of(recorded) if isinstance(recorded, str) else named
+
+
+def _layer(
+    node: _Node, source: Source, bitmaps: tuple[Bitmap, ...], locate: Locate, *, is_active: bool
+) -> tuple[Layer, str | None]:
     """A layer, and what keeps it from a live snapshot."""
-    image, source = node.image, source_of(_text(node.image, "filename"))
+    image = node.image
     size = image.get("virtual-size")
     if not isinstance(size, int) or size < 0:
         raise Misread("virtual-size is not a number of bytes")
@@ -289,6 +319,8 @@ def _problem(
         return "it is encrypted; a new overlay would not be"
     if image_format not in _READABLE:
         return f"{which} is {_shown(image_format)}; snapchain handles qcow2 and raw"
+    if source.is_cut:
+        return f"{which} has a name too long for QEMU beside a stream job; wait until that has ended"
     if found is None:
         return f"{which} is {source.says}, not a file; only chains of files can be sealed"
     if found.problem is not None:
@@ -376,7 +408,7 @@ def _described(filename: str) -> Source:
     try:
         at = json.loads(filename.removeprefix("json:"))
     except (ValueError, RecursionError):
-        return Source(None, "described by unreadable JSON")
+        return Source(None, "described by unreadable JSON", is_cut=filename.endswith("..."))
     for _ in range(_MOST_NESTING):
         if not isinstance(at, Mapping):
             break

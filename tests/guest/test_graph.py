@@ -204,6 +204,14 @@ def test_what_a_name_of_an_image_means(filename: str, path: str | None) -> None:
     assert len(found.says) < 300
 
 
+@pytest.mark.parametrize("how", ["luks", "qcow2"])
+def test_an_encrypted_image_gets_no_overlay_in_plain(how: str) -> None:
+    block, stats, nodes = answers([Device("vda", (Node("n", how, "/a"),))])
+    block[0]["inserted"]["encrypted"] = how == "qcow2"
+    disk = graph.disks(block, stats, nodes, locate=locate)[0].disk
+    assert disk.obstacle == "it is encrypted; a new overlay would not be"
+
+
 @pytest.mark.parametrize(
     ("qdev", "device", "name"),
     [
@@ -264,7 +272,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, backing in (("base", None), ("top", "base"), ("other", None), ("target", None)):
         words = ["-b", str(folder / f"{backing}.qcow2"), "-F", "qcow2"] if backing else []
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *words, folder / f"{name}.qcow2", "8M"], check=True)
-    argv = ["-device", "virtio-serial", "-chardev", "socket,path=x,server=on,wait=off,id=c",
+    argv = ["-device", "virtio-serial", "-chardev", f"socket,path={folder / 'qga'},server=on,wait=off,id=c",
             "-device", "virtserialport,chardev=c,name=org.qemu.guest_agent.0",
             "-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,id=net0"]  # fmt: skip
     disks = {"vda": folder / "top.qcow2", "vdb": folder / "other.qcow2"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Busy, SnapchainError, ToolFailed, Unavailable
+from snapchain.errors import Busy, ToolFailed, Unavailable
 from snapchain.guest import journal, quiesce
 from snapchain.guest.quiesce import Quiesced, frozen, settle_thaw, with_hooks
 from snapchain.host.process_identity import identity
@@ -152,7 +152,7 @@ def test_after_the_deadline_nothing_freezes_again(fake: FakeAgent) -> None:
     guard = quiesce._Guard(AgentsGuest(fake.path), 0.4)  # type: ignore[arg-type]
     guard.freeze(HANG)
     wait_until(lambda: not records())
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="process that freezes and thaws the guest does not answer"):
         guard.freeze(HANG)
     guard._watchdog.ended()
     assert fake.froze == 1
@@ -225,7 +225,7 @@ def test_an_agent_that_cannot_thaw_keeps_its_record(fake: FakeAgent) -> None:
         os.kill(watchdog(), signal.SIGKILL)
     [found] = records()
     fake.lose.add("guest-fsfreeze-thaw")
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="did not answer in time"):
         settle_thaw(found, timeout=0.2)
     assert records() == [found]
 
@@ -292,7 +292,7 @@ def test_no_agent_no_answer_no_filesystem(fake: FakeAgent, tmp_path: Path) -> No
         (AgentsGuest(fake.path), "froze no filesystem"),
     ]
     for guest, words in cases:
-        with pytest.raises(SnapchainError, match=words), freezes(guest):
+        with pytest.raises(Unavailable, match=words), freezes(guest):
             raise AssertionError
         with freezes(guest, required=False) as reached:
             pass

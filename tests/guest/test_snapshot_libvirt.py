@@ -13,18 +13,20 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import Unavailable
+from snapchain.errors import SnapchainError, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.address import open_guest
+from snapchain.guest.protocol import Agent
 from snapchain.guest.snapshot import GuestSnapshot, Quiesce, SnapshotRequest, plan, run
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import ignore
 from snapchain.ops import doctor
 from snapchain.source.notes import Notes
 from tests.exhaustive import EXHAUSTIVE
+from tests.guest.agent_guest import formatted, parts
 from tests.guest.libvirt import Domain
 from tests.libvirtd import LibvirtHost
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 NO = SnapshotRequest(quiesce=Quiesce.NO)
 DISKS = ("vda", "vdb", "vdc")
@@ -164,3 +166,64 @@ def first_byte(path: Path) -> int:
     value = taken.read_bytes()[0]
     taken.unlink()
     return value
+
+
+# --- With a real agent in the domain.
+
+KILLED_WHEN_FROZEN = """
+import os, signal, sys
+from snapchain.cli import main
+from snapchain.guest import libvirt_guest
+libvirt_guest._LibvirtSwitch.run = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+def is_clean(image: Path) -> bool:
+    """Whether an ext4 needs no replay of its journal, and fsck finds nothing."""
+    raw = image.with_suffix(".fsck")
+    subprocess.run(["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", image, raw], check=True)
+    head = subprocess.run(["dumpe2fs", "-h", raw], check=True, capture_output=True, text=True).stdout
+    checked = subprocess.run(["e2fsck", "-fn", raw], check=False, capture_output=True)
+    raw.unlink()
+    return "needs_recovery" not in head and checked.returncode == 0
+
+
+@pytest.mark.serial
+def test_a_domain_with_an_agent(libvirt_host: LibvirtHost, tmp_path: Path) -> None:
+    """Frozen and thawed through libvirt, also when snapchain dies in between."""
+    kernel, initrd = parts()
+    os_more = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet panic=-1</cmdline>"
+    serial = f"<serial type='file'><source path='{tmp_path}/console'/><target port='0'/></serial>"
+    disks = {name: formatted(tmp_path / f"{name}.qcow2", size="16M") for name in ("vda", "vdb")}
+    name = f"snap{next(_NAMES)}"
+    domain = Domain.started(
+        libvirt_host, tmp_path / "domain", disks, name=name, memory=128, os_more=os_more, more=serial,
+        agent=tmp_path / "agent",
+    )  # fmt: skip
+    try:
+        with open_guest(domain.address) as guest:
+            agent = guest.agent()
+            assert agent is not None
+            wait_until(lambda: answers(agent))
+            report = snapshot(domain, SnapshotRequest(quiesce=Quiesce.REQUIRE))
+            assert report.consistency is Consistency.FILESYSTEM
+            assert all(is_clean(each.sealed) for each in report.disks)
+            argv = ["snapshot", "--domain", domain.name, "--connect", domain.host.uri, "--quiesce", "require"]
+            done = subprocess.run([sys.executable, "-c", KILLED_WHEN_FROZEN, *argv], check=False)
+            assert done.returncode == -signal.SIGKILL
+            wait_until(lambda: not [each for each in journal.find()[0] if each.record.operation == "thaw"])
+            assert not agent.is_frozen(timeout=HANG)
+        assert doctor.run(doctor.plan([])).well
+        assert journal.find() == ([], [])
+        assert domain.state() == "running"
+    finally:
+        domain.remove()
+
+
+def answers(agent: Agent) -> bool:
+    try:
+        agent.ping(timeout=1)
+    except SnapchainError:
+        return False
+    return True
