@@ -16,6 +16,7 @@ import pytest
 from snapchain.errors import Busy, Unavailable, Unsupported
 from snapchain.guest.capture import Capture, CaptureRequest, bitmap_name
 from snapchain.guest.capture_qmp import captured, check_supported, remove_files, undo
+from snapchain.guest.protocol import GuestDisk, Layer
 from snapchain.model.extents import DATA, Extents
 from tests.exhaustive import EXHAUSTIVE, some
 from tests.guest.captures import Journal, RawMonitor, bitmaps, disks_of, left_in, make
@@ -411,6 +412,45 @@ def test_an_older_qemu_is_refused_before_anything_is_done(tmp_path: Path) -> Non
         with Older(machine) as older, pytest.raises(Unsupported, match="lacks the filter"):
             check_supported(older, guest="web1")
         assert left_in(machine) == []
+
+
+def test_a_guest_with_io_threads_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    """QEMU 7.2 crashes when a filter is opened above a node that such a thread has."""
+    path = make(tmp_path / "vda.qcow2")
+    blockdev = f"driver=qcow2,node-name=a,file.driver=file,file.filename={path}"
+    device = "virtio-blk-pci,drive=a,id=vda,iothread=io0"
+    argv = ["-object", "iothread,id=io0", "-blockdev", blockdev, "-device", device]
+    with Machine(tmp_path / "m", argv=argv) as machine:
+        with pytest.raises(Unsupported, match="it has I/O threads"), capture(machine, {"vda": path}):
+            raise AssertionError("it was not refused")
+        settled(machine, {"vda": path})
+
+
+@pytest.mark.parametrize("bus", ["virtio-scsi-pci", "shared"])
+def test_a_scsi_disk_and_disks_that_share_a_base(tmp_path: Path, bus: str) -> None:
+    base = make(tmp_path / "base.qcow2")
+    paths = {name: tmp_path / f"{name}.qcow2" for name in ("vda", "vdb")}
+    argv = ["-blockdev", f"driver=qcow2,node-name=base,read-only=on,file.driver=file,file.filename={base}"]
+    if bus != "shared":
+        argv += ["-device", f"{bus},id=bus"]
+    for name, path in paths.items():
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path], check=True)
+        node = f"driver=qcow2,node-name={name}-top,backing=base,file.driver=file,file.filename={path}"
+        kind = "virtio-blk-pci" if bus == "shared" else "scsi-hd,bus=bus.0"
+        argv += ["-blockdev", node, "-device", f"{kind},drive={name}-top,id={name}"]
+    with Machine(tmp_path / "m", argv=argv) as machine:
+        nodes = [
+            GuestDisk(
+                name, f"{name}-top", (), (Layer(f"{name}-top", path, (1, 1), "qcow2", 64 * MiB),), read_only=False
+            )
+            for name, path in paths.items()
+        ]
+        with RawMonitor(machine) as monitor:
+            for _ in range(2):
+                with captured(monitor, nodes, CaptureRequest(), guest="web1", journal=Journal()) as found:
+                    assert not any(shown(found, 1))
+        assert left_in(machine) == []
+        assert machine.status() == "running"
 
 
 # --- deaths

@@ -32,18 +32,7 @@ def listens(path: Path) -> bool:
 def served(image: Path, *options: str) -> Iterator[Path]:
     """qemu-nbd with the export `disk`."""
     path = image.with_suffix(".sock")
-    words = [
-        "qemu-nbd",
-        "--read-only",
-        "--persistent",
-        "--shared=0",
-        "-x",
-        "disk",
-        "-k",
-        str(path),
-        *options,
-        str(image),
-    ]
+    words = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", "-x", "disk", "-k", str(path), *options]
     process = subprocess.Popen([*DIE_WITH_PARENT, *words, str(image)])
     try:
         wait_until(lambda: listens(path), alive=lambda: process.poll() is None)
