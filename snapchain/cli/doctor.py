@@ -1,4 +1,4 @@
-"""`snapchain doctor [PATH...]`: finish or undo what interrupted commands left beside images and in guests."""
+"""`snapchain doctor [PATH...]`: finish or undo what interrupted commands left, and thaw guests."""
 
 from __future__ import annotations
 

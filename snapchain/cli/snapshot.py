@@ -1,4 +1,4 @@
-"""`snapchain snapshot IMAGE`, and of a guest: seal the active layers, and put fresh overlays on them."""
+"""`snapchain snapshot IMAGE`: seal the top of a chain, or all disks of a guest, and put fresh overlays on."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Verb(NamedTuple):
 
 GROUPS: dict[str, dict[str, str]] = {
     "Protect": {
-        "snapshot": "Seal the top of a chain, and put a fresh overlay under the same path.",
+        "snapshot": "Seal the top of a chain, or all disks of a guest, and put fresh overlays on.",
         "ship": "Send what a destination lacks, and publish a point.",
         "nightly": "Snapshot, ship, merge, collect and verify all that a configuration names.",
         "watch": "Keep destinations close behind a running guest.",
@@ -49,7 +49,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Set up, repair": {
         "init": "Make a repository.",
-        "doctor": "Finish or undo what interrupted commands left beside images.",
+        "doctor": "Finish or undo what interrupted commands left, and thaw guests.",
         "send": "Send a chain to a replica, or as a stream to stdout.",
         "receive": "Receive a stream from stdin into a replica.",
     },

@@ -258,14 +258,6 @@ def _live(guest: Guest, disk: GuestDisk, taken: set[Path]) -> DiskToSeal:
     sealed_format = _format(layer.image_format, subject=subject)
     real = place_to_change(layer.path, strict=True)
     check_no_layer(real)
-    with os_errors(real):
-        status = real.stat()
-    if layer.identity not in (None, (status.st_dev, status.st_ino)):
-        raise Conflict(
-            "the guest has another file open than the one at this path now",
-            subject=layer.path,
-            hint="give that file its path back; the guest's data are in the open one",
-        )
     _geometry(layer.path, sealed_format)
     # Under the path by which the guest knows the directory: its security rules and its definition name that.
     beside = real if layer.path.is_symlink() else layer.path

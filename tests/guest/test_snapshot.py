@@ -21,6 +21,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
+from snapchain.guest.protocol import NewOverlay
 from snapchain.guest.qmp import Monitor
 from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.guest.snapshot import GuestSnapshot, Quiesce, SnapshotRequest, plan, run
@@ -155,6 +156,34 @@ def test_the_overlay_is_made_as_its_disk_is(tmp_path: Path, run_dir: Path) -> No
     assert reads(moved / "raw.1.qcow2", 512, 512, 8)
 
 
+def test_everything_is_on_the_disk_before_the_guest_uses_it(
+    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power loss the overlay must be there whole, and so must the record of what was begun."""
+    folder = tmp_path / "images"
+    disks = images(folder, ("vda",))
+    flushed: list[tuple[int, int]] = []
+    before: list[tuple[int, int]] = []
+    fsync, prepared = os.fsync, QmpGuest.prepared
+
+    def noted(fd: int) -> None:
+        fsync(fd)
+        status = os.fstat(fd)
+        flushed.append((status.st_dev, status.st_ino))
+
+    def opened(guest: QmpGuest, new: Sequence[NewOverlay]) -> Any:
+        before.extend(flushed)
+        return prepared(guest, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(QmpGuest, "prepared", opened)
+    with Machine(run_dir, disks=disks) as machine:
+        report = snapshot(machine.qmp)
+    places = [report.disks[0].overlay, folder, journal.directory()]
+    order = [before.index((status.st_dev, status.st_ino)) for status in (each.stat() for each in places)]
+    assert order[0] < order[1]
+
+
 def test_a_link_to_an_image_is_followed(tmp_path: Path, run_dir: Path) -> None:
     """The overlay lies beside the file, so its backing name is right; the link is never changed."""
     (tmp_path / "store").mkdir()
@@ -226,8 +255,11 @@ def test_what_others_do_in_a_guest_is_respected(tmp_path: Path, run_dir: Path) -
         file = {"driver": "file", "filename": str(target)}
         machine.ask("blockdev-add", driver="qcow2", file=file, **{"node-name": "t"})
         machine.ask("blockdev-mirror", **{"job-id": "theirs", "device": "vda-top", "target": "t", "sync": "full"})
-        with pytest.raises(Busy, match=r"theirs.*another program"):
-            snapshot(machine.qmp)
+        with (
+            open_guest(GuestAddress(qmp=machine.qmp)) as guest,
+            pytest.raises(Busy, match=r"something is at work on it: .*theirs.*another program"),
+        ):
+            plan(guest, NO)
         assert snapshot(machine.qmp, SnapshotRequest(disks=["vdb"], quiesce=Quiesce.NO)).disks[0].disk == "vdb"
         assert [each["id"] for each in machine.ask("query-jobs")] == ["theirs"]
 
@@ -418,7 +450,7 @@ def check_end(machine: Machine, folder: Path) -> None:
 @pytest.mark.parametrize("ended_by", ["doctor", "next run"])
 def test_sigkill_at_any_command(tmp_path: Path, run_dir: Path, ended_by: str) -> None:
     faults = list(every(steps(tmp_path, run_dir), (KILL,)))
-    for number, fault in enumerate(some(faults, each=3)):
+    for number, fault in enumerate(some(reversed(faults), each=3)):
         folder = tmp_path / f"images-{number}"
         disks = images(folder, ("vda", "vdb"))
         with Machine(run_dir / str(number), disks=disks) as machine:
