@@ -228,8 +228,9 @@ def paths(value: object, at: str = "") -> Iterator[str]:
 
 
 def documented(title: str) -> set[str]:
-    """The fields in the tables of a section."""
-    rows = re.findall(r"^\| (`.*?) \|", section(SCRIPTING, title), re.MULTILINE)
+    """The fields in the tables of a section, but for those of a guest."""
+    of_images = section(SCRIPTING, title).partition("\nOf a guest:")[0]
+    rows = re.findall(r"^\| (`.*?) \|", of_images, re.MULTILINE)
     return {field.removesuffix("[]") for row in rows for field in re.findall(r"`([^`]+)`", row)}
 
 
