@@ -56,8 +56,8 @@ bench:  ## measure the promises of speed and memory
 soak:  ## all cases of what enumerates, the tests that run for minutes, and guests on QEMU 10
 	@.ci/setup soak
 	@EXHAUSTIVE=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m soak --timeout 7200 $(ARGS)
-	@.ci/qemu10
-	@TEST_QEMU="$(CURDIR)/.ci/qemu10-run qemu-system-x86_64" $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/guest $(ARGS)
+	@.ci/qemu10 >/dev/null
+	@TEST_QEMU="$$(.ci/qemu10)" $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/guest $(ARGS)
 
 hostile:  ## ten thousand mutated peers, stores, records and images (ARGS='--kind peers --seed 7 --count 1')
 	@.ci/setup test

@@ -113,7 +113,8 @@ def libvirtd(
             f"  libvirtd --daemon --config {folder}/libvirtd.conf --pid-file {folder}/libvirtd.pid >/dev/null",
             "  echo started",
             "done",
-            f'for file in {folder}/libvirtd.pid {folder}/run/qemu/*.pid; do kill -KILL "$(cat "$file")" || true; done',
+            # libvirtd and its guests have become children of this shell.
+            "kill -KILL $(cat /proc/$$/task/$$/children) || true",
         ]
     )
     words = [

@@ -23,6 +23,7 @@ from snapchain.cli import main
 from snapchain.cli.app import command
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import SnapchainError
+from tests.ops.guest_points import Guest
 from tests.pages import GUIDE, PAGES, ROOT, Command, anchors, commands, section
 from tests.test_errors import defined
 
@@ -228,8 +229,9 @@ def paths(value: object, at: str = "") -> Iterator[str]:
 
 
 def documented(title: str) -> set[str]:
-    """The fields in the tables of a section."""
-    rows = re.findall(r"^\| (`.*?) \|", section(SCRIPTING, title), re.MULTILINE)
+    """The fields in the tables of a section, but for those of a guest."""
+    of_images = section(SCRIPTING, title).partition("\nOf a guest:")[0]
+    rows = re.findall(r"^\| (`.*?) \|", of_images, re.MULTILINE)
     return {field.removesuffix("[]") for row in rows for field in re.findall(r"`([^`]+)`", row)}
 
 
@@ -246,21 +248,26 @@ def test_the_json_fields_are_those_that_are_documented(
     monkeypatch.chdir(here)
     image, replica = f"{here}/images/web1.qcow2", f"dir:{here}/srv/replica::web1/vda"
     migration = ["migrate", "a.qcow2", f"dir:{here}/srv/other::a"]
+    guest, recorded = f"dir:{here}/srv/guests::web2", Guest(here / "g", guest="web2")
+    for number in (1, 2):
+        recorded.point(snapchain.open_destination(f"dir:{here}/srv/guests", writing=True), number)
     runs = {
         "`init`": [["init", "new"]],
         "`snapshot`": [["snapshot", image]],
         "`ship` and `send`": [["ship", image, "backup::web1/vda"], ["send", image, replica]],
         "`log`": [["log", "backup"], ["log", f"dir:{here}/srv/replica"]],
         "`inspect`": [["inspect", image], ["inspect", "backup::web1/vda"], ["inspect", replica]],
-        "`diff`": [["diff", "backup::web1/vda@1", "backup::web1/vda@2"]],
-        "`restore`": [["restore", "backup::web1/vda@1", "old.qcow2"], ["restore", replica, "new.qcow2"]],
+        "`diff`": [["diff", "backup::web1/vda@1", "backup::web1/vda@2"], ["diff", f"{guest}@1", f"{guest}@2"]],
+        "`restore`": [["restore", "backup::web1/vda@1", "old.qcow2"], ["restore", replica, "new.qcow2"],
+                      ["restore", guest, "web2"]],
         "`verify`": [["verify", "backup", "--read-data"], ["verify", f"dir:{here}/srv/replica"]],
         "`hold` and `release`": [["hold", "backup::web1/vda@1", "-t", "a"], ["hold", image, "-t", "a"],
-                                 ["release", image, "-t", "a"], ["release", "backup::web1/vda@1", "-t", "a"]],
+                                 ["release", image, "-t", "a"], ["release", "backup::web1/vda@1", "-t", "a"],
+                                 ["hold", f"{guest}@1", "-t", "a"], ["release", f"{guest}@1", "-t", "a"]],
         "`sync`": [["sync", image, f"dir:{here}/srv/other::web1/vda"]],
         "`migrate`": [[*migration, "--offline"], [*migration, "--take-back"]],
         "`merge`": [["merge", image], ["merge", "backup::web1/vda", "--keep-last", "1"],
-                    ["merge", replica, "--keep-last", "1"]],
+                    ["merge", replica, "--keep-last", "1"], ["merge", guest, "--keep-last", "1"]],
         "`gc`": [["gc", "backup"]],
         "`doctor`": [["doctor", "images"]],
         "`nightly`": [["nightly", "nightly.toml"]],

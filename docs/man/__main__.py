@@ -36,6 +36,7 @@ RELATED: Mapping[str, Sequence[str]] = {
     "sync": ("migrate", "send"),
     "migrate": ("sync", "send"),
     "serve-replica": ("send", "receive"),
+    "guests": ("snapshot", "ship", "log", "doctor"),
     "log": ("inspect", "diff", "restore"),
     "inspect": ("log", "diff", "merge"),
     "diff": ("log", "inspect"),
@@ -46,6 +47,7 @@ RELATED: Mapping[str, Sequence[str]] = {
     "release": ("hold", "merge"),
     "verify": ("gc", "restore"),
     "nightly": ("ship", "merge", "gc", "verify"),
+    "watch": ("ship", "nightly", "merge", "sync"),
     "doctor": ("merge", "snapshot", "restore"),
 }
 
@@ -209,7 +211,7 @@ def concerns(row: str, name: str, command: Any) -> bool:
     """Whether a variable or a file concerns a verb."""
     words = " ".join([*(metavar(param) for param in arguments(command))])
     opts = {each for param in options(command) for each in param.opts}
-    at_destination = "DEST" in words or "ADDRESS" in words or name == "nightly"
+    at_destination = "DEST" in words or "ADDRESS" in words or name in {"nightly", "guests"}
     wanted = {
         "SNAPCHAIN_PASSWORD": "--password-file" in opts or name == "nightly",
         "SNAPCHAIN_IMAGE_DIRS": "--image-dir" in opts,
@@ -217,12 +219,14 @@ def concerns(row: str, name: str, command: Any) -> bool:
         "SNAPCHAIN_SSH": at_destination and name not in {"init", "gc"},
         "SNAPCHAIN_REMOTE": at_destination and name not in {"init", "gc"},
         "AWS_": at_destination and name not in {"send", "sync", "migrate"},
-        "LIBVIRT_": name in {"snapshot", "merge", "restore", "doctor", "nightly"},
-        ".snapchain-layer": "IMAGE" in words or name in {"merge", "hold", "release", "nightly", "doctor"},
-        ".snapchain-merge": name in {"merge", "doctor", "nightly"},
-        "records.key": name in {"merge", "doctor", "nightly", "snapshot"},
+        "LIBVIRT_": name in {"snapshot", "merge", "restore", "doctor", "nightly"}
+        or "--domain" in opts
+        or name == "guests",
+        ".snapchain-layer": "IMAGE" in words or name in {"merge", "hold", "release", "nightly", "watch", "doctor"},
+        ".snapchain-merge": name in {"merge", "doctor", "nightly", "watch"},
+        "records.key": name in {"merge", "doctor", "nightly", "snapshot", "watch"},
         "/repositories/": at_destination and name not in {"send", "sync", "migrate"},
-        "/sent/": name in {"ship", "send", "sync", "migrate", "nightly", "verify"},
+        "/sent/": name in {"ship", "send", "sync", "migrate", "nightly", "watch", "verify"},
         "/.cache/": at_destination and name not in {"send", "sync", "migrate"},
         "/nightly/": name == "nightly",
     }

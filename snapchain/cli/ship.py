@@ -303,7 +303,9 @@ def _draw_damaged(console: Console, report: ShipReport) -> None:
 def _draw_guest_plan(console: Console, plan: GuestShipPlan) -> None:
     place = f"{render.place(plan.destination)}::{plan.guest}"
     render.headline(console, f"would take a snapshot of {plan.snapshot.guest} and ship it to {place}")
-    quiesce = "frozen by the guest agent" if plan.snapshot.quiesces else "not frozen: the point is crash-consistent"
+    quiesce = "frozen, if the guest agent answers" if plan.snapshot.quiesces else "not frozen"
+    if plan.snapshot.is_off:
+        quiesce = "the guest is off"
     render.facts(console, [("filesystems", quiesce), ("to read so far", size(plan.bytes_to_read))])
     render.table(
         console,

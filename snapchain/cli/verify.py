@@ -50,7 +50,7 @@ def verify(
     catalogues name. With --read-data their content is compared with what was proven when it arrived.
 
     Guest points are checked too: their records must be readable, and the points of all their disks must be there. Of a
-    whole replica, without --read-data, only the newest record of each guest is read.
+    whole replica, without --read-data, the ten newest records of each guest are read.
 
     Ends with exit code 5 when anything is damaged or missing, and names the points that are affected.
     """

@@ -339,6 +339,8 @@ class LibvirtGuest:
             if activity.node in (None, found.chain[-1].node):
                 raise Busy(activity.says, subject=self.name, hint="wait until that is done, then run it again")
         inputs = _inputs(f"{self.name}/{disk}", found, lowest, uppermost)
+        if kind is JobKind.COMMIT:
+            self._check_visible()
         words = _job_words(kind, disk, found, inputs)
         if speed:
             words += ["--bandwidth", str(speed), "--bytes"]
@@ -352,6 +354,16 @@ class LibvirtGuest:
             job.dismiss()
             raise
         return job
+
+    def _check_visible(self) -> None:
+        """Raises Unsupported where nobody could tell afterwards whether QEMU has written out the result."""
+        process = self.process()
+        if process is None or open_images(process[0]) is None:
+            raise Unsupported(
+                "this user may not see which files its QEMU has open, and a live merge relies on that",
+                subject=self.name,
+                hint="run it as root",
+            )
 
     def _begin(self, words: list[str], *, keep_relative: bool) -> None:
         verb, *more = words

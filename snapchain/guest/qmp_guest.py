@@ -358,13 +358,17 @@ class QmpGuest:
                 self._close(name)
 
     def release(self, overlays: Sequence[Path]) -> None:
-        """See `Guest`. Also closes what any snapchain that is no more left open."""
+        """See `Guest`. Also closes what any snapchain that is no more left open.
+
+        Also the layer that an active commit has merged away, which QEMU keeps when it was opened under a name.
+        """
         self.close_orphans()
         files = {_identity(each) for each in overlays} - {None}
         used = self.nodes_in_use()
-        for node in self._nodes() or ():
+        # A format node before the node of its file, which it uses.
+        for node in sorted(self._nodes() or (), key=lambda each: each.get("drv") in {"file", "host_device"}):
             name, path = _word(node, "node-name"), graph.source_of(_word(node, "file")).path
-            if name.startswith(OURS) and name not in used and path is not None and _identity(Path(path)) in files:
+            if name not in used and path is not None and _identity(Path(path)) in files:
                 self._close(name)
 
     def _close(self, node: str) -> None:

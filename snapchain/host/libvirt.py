@@ -17,6 +17,8 @@ from xml.etree import ElementTree as ET
 from snapchain.errors import SnapchainError
 from snapchain.host.virsh import Virsh, has_any_daemon, parsed, reachable
 
+_COUNTS_FOR = 10.0
+"""An answer counts for so many times as long as asking took."""
 SECONDS = 10.0
 """The longest that all questions together may take."""
 _DIRECTORY_POOLS = {"dir", "fs", "netfs", "gluster", "vstorage"}
@@ -69,7 +71,7 @@ def definitions() -> Definitions:
     if _last is None or _last[0] != asked_for or began >= _last[1]:
         found = _ask_all()
         ended = time.monotonic()
-        _last = asked_for, ended + 10 * (ended - began), found
+        _last = asked_for, ended + _COUNTS_FOR * (ended - began), found
     return _last[2]
 
 

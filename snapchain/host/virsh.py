@@ -24,8 +24,8 @@ from snapchain.errors import Busy, InvalidInput, NotFound, SnapchainError, ToolF
 from snapchain.host.processes import run
 from snapchain.host.terminal import shell_line
 
-SECONDS = 30.0
-"""Deadline of a command that only asks, and of one that libvirt answers at once."""
+SECONDS = 40.0
+"""Deadline of a command. libvirt itself gives up after 30, where something else holds its lock on the domain."""
 SYSTEM, SESSION = "qemu:///system", "qemu:///session"
 _SOCKETS = ("libvirt-sock", "virtqemud-sock", "libvirt-sock-ro", "virtqemud-sock-ro")
 _OUTPUT_CAP = 16 << 20

@@ -96,6 +96,7 @@ def _allowed(
         count,
         present=stack.present.values(),
         held={*stack.holds, *refused, *foreign},
+        silent=stack.silent,
         root=not request.flatten,
         top=not with_top,
     )
@@ -109,7 +110,8 @@ def _allowed(
         if there:
             stays(there - 1, f"newest at {name}")
         for place in range(there, count):
-            stays(place, f"not at {name}")
+            if place in bars:
+                stays(place, f"not at {name}")
     kept: set[int] = set()
     if not request.policy.is_empty:
         views = [_View(place, *stack.sealed[place]) for place in range(count - 1)]

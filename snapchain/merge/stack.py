@@ -10,7 +10,7 @@ from snapchain.image import ImageChain
 from snapchain.merge.request import At
 from snapchain.model.chain import Chain, Layer
 from snapchain.model.economics import RangeGains, gains_of, hidden_by
-from snapchain.model.extents import Int64s
+from snapchain.model.extents import Extents, Int64s
 from snapchain.model.fingerprint import Fingerprint, same_file
 from snapchain.model.inventory import UpToDate, Wanted, missing
 from snapchain.source.lineage import held_layers, lineage, note_of, sealed_at
@@ -21,6 +21,7 @@ from snapchain.source.notes import Hold, Notes
 class Stack:
     """hidden: see economics.hidden_by; present: for each destination by name, how many files from the root it holds.
 
+    silent: places of files that say nothing: they show what is below them
     holds: by place; sealed: for each file the time and the labels, also for the top, whose time means little
     """
 
@@ -29,6 +30,7 @@ class Stack:
     gains: RangeGains
     holds: dict[int, tuple[Hold, ...]]
     present: dict[str, int]
+    silent: frozenset[int]
     sealed: tuple[tuple[datetime, tuple[str, ...]], ...]
 
     def __len__(self) -> int:
@@ -62,6 +64,7 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
     places = range(len(chain.files))
     # Not by file.extents, which a file keeps as long as it is open.
     layers = [Layer(str(at), chain.files[at].shown_extents(), str(at - 1) if at else None) for at in places]
+    silent = {at for at in places[1:] if layers[at].extents == Extents.absent(chain.files[at - 1].size)}
     hidden = hidden_by(Chain(layers))
     del layers
     return Stack(
@@ -72,6 +75,7 @@ def look(chain: ImageChain, destinations: tuple[At, ...] = ()) -> Stack:
         present={
             each.name: count for each, count in zip(destinations, _present(chain, notes, destinations), strict=True)
         },
+        silent=frozenset(silent),
         sealed=tuple(sealed_at(file, note_of(file, notes)) for file in chain.files),
     )
 

@@ -38,21 +38,24 @@ def barred(
     *,
     present: Collection[int] = (),
     held: Collection[int] = (),
+    silent: Collection[int] = (),
     root: bool = True,
     top: bool = True,
 ) -> frozenset[int]:
     """The places of a chain of `count` layers that no merge may touch.
 
     present: for each destination how many layers, from the root on, it holds; held: places that stay as they are;
-    root, top: whether the ends stay
+    silent: layers that say nothing: no shipment brings one to a destination, so above what all destinations hold they
+    may be merged with each other; root, top: whether the ends stay
 
     Raises InvalidInput when a destination holds more layers than there are.
     """
     if any(not 0 <= there <= count for there in present):
         raise InvalidInput(f"a destination cannot hold {max(present)} of {count} layers")
-    stays = {place for place in held if 0 <= place < count}
+    stays = set(range(min(present, default=count), count))
+    stays -= {place for place in silent if place >= max(present, default=0)}
     stays |= {there - 1 for there in present if there}
-    stays |= set(range(min(present, default=count), count))
+    stays |= {place for place in held if 0 <= place < count}
     if count and root:
         stays.add(0)
     if count and top:

@@ -77,6 +77,7 @@ def test_restore_is_told_what_is_not_there(run: Run, dest: str, tmp_path: Path) 
         assert run(*words).status == 3, words
     for words in (
         ["restore", f"{dest}::web1", "out", "--force"],
+        ["restore", f"{dest}::web1", "out", "--connect", "qemu:///system"],
         ["restore", f"{dest}::web1", "out", "--chain", "--format", "raw"],
         ["restore", f"{dest}::web1", "out", "--new-name", "a/b"],
         ["hold", f"{dest}::web1", "--tag", "a"],

@@ -16,6 +16,7 @@ import pytest
 from snapchain.errors import Busy, Unavailable, Unsupported
 from snapchain.guest.capture import Capture, CaptureRequest, bitmap_name
 from snapchain.guest.capture_qmp import captured, check_supported, remove_files, undo
+from snapchain.guest.protocol import GuestDisk, Layer
 from snapchain.model.extents import DATA, Extents
 from tests.exhaustive import EXHAUSTIVE, some
 from tests.guest.captures import Journal, RawMonitor, bitmaps, disks_of, left_in, make
@@ -96,6 +97,17 @@ def test_what_is_written_after_the_instant_does_not_appear(tmp_path: Path) -> No
         machine.quit()
         for path in paths.values():
             subprocess.run(["qemu-img", "check", "-q", path], check=True)
+
+
+def test_the_map_is_not_believed_where_the_guest_has_written_since(tmp_path: Path) -> None:
+    """QEMU 7.2 shows what was discarded since the instant as zero."""
+    with guest(tmp_path) as (machine, paths):
+        machine.write("vda", 0, 4 * MiB, 1)
+        with capture(machine, paths) as found:
+            machine.io("vda", "discard 1M 1M")
+            machine.io("vda", "write -z 2M 1M")
+            shows = found.disks[0].view.resolve()
+            assert [length for at, length, val in shows.runs() if val == DATA and not at] == [4 * MiB]
 
 
 def test_the_disks_are_captured_at_one_instant(tmp_path: Path) -> None:
@@ -267,8 +279,13 @@ def test_the_bitmaps_of_two_destinations_stand_side_by_side(tmp_path: Path) -> N
             found.name_bitmaps(other)
             found.drop_bitmaps(other)
         assert bitmaps(machine, "vda-top") == [bitmap_name(PLACE, FIRST), bitmap_name("89abcdef", FIRST)]
-        named(machine, paths, FIRST)  # the same content once more: one bitmap, and it is the newer one
+        machine.write("vda", 0, 65536, 7)
+        named(machine, paths, FIRST)  # the same content once more: one bitmap, and it begins anew
         assert bitmaps(machine, "vda-top") == [bitmap_name(PLACE, FIRST), bitmap_name("89abcdef", FIRST)]
+        with capture(machine, paths) as found:
+            extents, _ = changes(found)
+            assert extents is not None
+            assert not extents.data_bytes
 
 
 def test_a_persistent_bitmap_outlives_a_restart_and_a_kill_loses_it(tmp_path: Path) -> None:
@@ -397,6 +414,45 @@ def test_an_older_qemu_is_refused_before_anything_is_done(tmp_path: Path) -> Non
         assert left_in(machine) == []
 
 
+def test_a_guest_with_io_threads_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    """QEMU 7.2 crashes when a filter is opened above a node that such a thread has."""
+    path = make(tmp_path / "vda.qcow2")
+    blockdev = f"driver=qcow2,node-name=a,file.driver=file,file.filename={path}"
+    device = "virtio-blk-pci,drive=a,id=vda,iothread=io0"
+    argv = ["-object", "iothread,id=io0", "-blockdev", blockdev, "-device", device]
+    with Machine(tmp_path / "m", argv=argv) as machine:
+        with pytest.raises(Unsupported, match="it has I/O threads"), capture(machine, {"vda": path}):
+            raise AssertionError("it was not refused")
+        settled(machine, {"vda": path})
+
+
+@pytest.mark.parametrize("bus", ["virtio-scsi-pci", "shared"])
+def test_a_scsi_disk_and_disks_that_share_a_base(tmp_path: Path, bus: str) -> None:
+    base = make(tmp_path / "base.qcow2")
+    paths = {name: tmp_path / f"{name}.qcow2" for name in ("vda", "vdb")}
+    argv = ["-blockdev", f"driver=qcow2,node-name=base,read-only=on,file.driver=file,file.filename={base}"]
+    if bus != "shared":
+        argv += ["-device", f"{bus},id=bus"]
+    for name, path in paths.items():
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path], check=True)
+        node = f"driver=qcow2,node-name={name}-top,backing=base,file.driver=file,file.filename={path}"
+        kind = "virtio-blk-pci" if bus == "shared" else "scsi-hd,bus=bus.0"
+        argv += ["-blockdev", node, "-device", f"{kind},drive={name}-top,id={name}"]
+    with Machine(tmp_path / "m", argv=argv) as machine:
+        nodes = [
+            GuestDisk(
+                name, f"{name}-top", (), (Layer(f"{name}-top", path, (1, 1), "qcow2", 64 * MiB),), read_only=False
+            )
+            for name, path in paths.items()
+        ]
+        with RawMonitor(machine) as monitor:
+            for _ in range(2):
+                with captured(monitor, nodes, CaptureRequest(), guest="web1", journal=Journal()) as found:
+                    assert not any(shown(found, 1))
+        assert left_in(machine) == []
+        assert machine.status() == "running"
+
+
 # --- deaths
 
 
@@ -467,8 +523,10 @@ def test_a_death_at_any_command_leaves_a_guest_that_goes_on(tmp_path: Path, afte
 def test_qemu_dies_meanwhile(tmp_path: Path) -> None:
     with guest(tmp_path) as (machine, paths):
         journal = Journal()
-        monitor = RawMonitor(machine)
-        with captured(monitor, disks_of(machine, paths), CaptureRequest(), guest="web1", journal=journal) as found:
+        with (
+            RawMonitor(machine) as monitor,
+            captured(monitor, disks_of(machine, paths), CaptureRequest(), guest="web1", journal=journal) as found,
+        ):
             machine.process.kill()
             machine.process.wait()
             with pytest.raises(Unavailable, match=r"NBD|connection"):

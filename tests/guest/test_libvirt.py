@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.agent import open_agent
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOverlay, Outcome, State
+from snapchain.host import libvirt
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.virsh import Virsh
 from tests.guest.agent_guest import formatted, parts
@@ -46,11 +49,18 @@ def start(libvirt_host: LibvirtHost, tmp_path: Path) -> Iterator[Start]:
         domain.remove()
 
 
-@pytest.fixture
-def chain(tmp_path: Path) -> list[Path]:
-    """Four layers that name each other relatively."""
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     layers = [Layer(16 * MiB, [f"write -P {n} {n}M 2M"]) for n in (1, 2, 3, 4)]
-    return build(tmp_path / "images", layers, names=["a.qcow2", "b.qcow2", "c.qcow2", "vda.qcow2"])
+    names = ["a.qcow2", "b.qcow2", "c.qcow2", "vda.qcow2"]
+    return build(tmp_path_factory.mktemp("template") / "images", layers, names=names)
+
+
+@pytest.fixture
+def chain(template: list[Path], tmp_path: Path) -> list[Path]:
+    """Four layers that name each other relatively."""
+    (tmp_path / "images").mkdir()
+    return [Path(shutil.copy(path, tmp_path / "images")) for path in template]
 
 
 @pytest.fixture
@@ -301,6 +311,20 @@ def test_an_overlay_for_another_state_of_the_disk_is_refused(start: Start, chain
         pass
 
 
+def test_a_next_start_that_would_write_to_a_sealed_layer_is_reported(start: Start, chain: list[Path]) -> None:
+    """Somebody defines the domain anew while the snapshot is made, from XML of the time before."""
+    domain = start(disks={"vda": chain[-1]})
+    before = chain[0].with_name("before.xml")
+    before.write_text(domain.virsh("dumpxml", "--inactive"))
+    new = overlay(chain[-1], "vda", "vda.1.qcow2")
+    with ExitStack() as stack:
+        stack.enter_context(opened(domain).prepared([new])).run()
+        domain.host.virsh("define", before)
+        with pytest.raises(Conflict, match=r"next start does not name .*vda\.1"):
+            stack.close()
+    assert "names its file in another way" in str(opened(domain).disks()[0].obstacle)
+
+
 def test_a_lost_answer_is_judged_by_the_definition(
     start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,6 +416,22 @@ def test_a_job_of_others_is_not_taken_for_ours(start: Start, chain: list[Path]) 
     assert guest.job("sc-commit-vda-00000000", JobKind.COMMIT, "vda").progress().status is JobStatus.GONE
 
 
+def test_a_later_job_of_others_is_not_taken_for_ours(start: Start, chain: list[Path]) -> None:
+    """The record of ours is still there: its run was killed before it could remove it."""
+    domain = start(disks={"vda": chain[-1]})
+    guest = opened(domain)
+    assert ended(merged(guest, JobKind.COMMIT, "vda", chain[1], chain[2])).status is JobStatus.CONCLUDED
+    slowly = ("--bandwidth", "1", "--bytes")
+    domain.virsh("blockcommit", "--path", "vda", "--base", chain[0], "--top", chain[1], *slowly)
+    (same_kind,) = guest.activities()
+    assert (same_kind.kind, same_kind.is_ours) == ("commit", False)
+    domain.virsh("blockjob", "--path", "vda", "--abort")
+    domain.write("vda", 0, 4 * MiB, 9)
+    domain.virsh("blockcommit", "--path", "vda", "--active", *slowly)
+    (other_kind,) = guest.activities()
+    assert (other_kind.kind, other_kind.is_ours) == ("active-commit", False)
+
+
 # --- live merges
 
 
@@ -463,6 +503,16 @@ def test_an_active_commit_and_pivot(start: Start, chain: list[Path]) -> None:
     assert [layer.path for layer in guest.disks()[0].chain] == chain[:2]
     assert domain.source("vda", "--inactive") == chain[1]
     assert domain.reads("vda", 0, 65536, 0x55)
+
+
+def test_without_a_look_at_qemus_files_no_commit_is_begun(
+    start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = opened(start(disks={"vda": chain[-1]}))
+    monkeypatch.setattr("snapchain.guest.libvirt_guest.open_images", lambda _pid: None)
+    with pytest.raises(Unsupported, match="may not see which files"):
+        merged(guest, JobKind.COMMIT, "vda", chain[0], chain[2])
+    assert records() == []
 
 
 @pytest.mark.parametrize("kind", [JobKind.COMMIT, JobKind.ACTIVE_COMMIT])
@@ -649,6 +699,8 @@ def test_snapshots_and_merges_of_a_domain_by_the_command_line(
 ) -> None:
     domain = start(disks={"vda": chain[-1], "vdb": second})
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", domain.host.uri)
+    # However long an answer of libvirt counts: it is older than what the merge changed.
+    monkeypatch.setattr(libvirt, "_COUNTS_FOR", 1e6)
     domain.write("vda", 0, MiB, 0x61)
     assert main(["snapshot", "--domain", domain.name, "--disk", "vda"]) == 0
     assert [len(disk.chain) for disk in opened(domain).disks()] == [5, 1]

@@ -32,8 +32,8 @@ def listens(path: Path) -> bool:
 def served(image: Path, *options: str) -> Iterator[Path]:
     """qemu-nbd with the export `disk`."""
     path = image.with_suffix(".sock")
-    words = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", "-x", "disk", "-k", path, *options, image]
-    process = subprocess.Popen([*DIE_WITH_PARENT, *words])
+    words = ["qemu-nbd", "--read-only", "--persistent", "--shared=0", "-x", "disk", "-k", str(path), *options]
+    process = subprocess.Popen([*DIE_WITH_PARENT, *words, str(image)])
     try:
         wait_until(lambda: listens(path), alive=lambda: process.poll() is None)
         yield path
@@ -114,7 +114,7 @@ def test_an_error_names_the_range_and_the_next_read_has_a_new_connection(tmp_pat
         "-x",
         "disk",
         "-k",
-        path,
+        str(path),
         f"json:{json.dumps(options)}",
     ]
     process = subprocess.Popen([*DIE_WITH_PARENT, *words])

@@ -850,10 +850,8 @@ def run_snapshot(socket_path: str, new: str, active: str) -> None:
     [
         pytest.param("blockdev-add", Place.BEFORE, marks=pytest.mark.soak),
         ("blockdev-add", Place.SENT),
-        pytest.param("blockdev-add", Place.ANSWERED, marks=pytest.mark.soak),
         pytest.param("transaction", Place.BEFORE, marks=pytest.mark.soak),
         ("transaction", Place.SENT),
-        pytest.param("transaction", Place.ANSWERED, marks=pytest.mark.soak),
     ],
 )
 def test_a_kill_at_what_changes_the_guest(tmp_path: Path, name: str, place: Place) -> None:

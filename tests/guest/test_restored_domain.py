@@ -112,3 +112,23 @@ def test_what_libvirt_refuses_stays_as_files(
     assert f"virsh define {tmp_path}/out/web1.xml" in str(refused.value.hint)
     assert (tmp_path / "out" / "vda.qcow2").exists()
     assert domains(host) == set()
+
+
+def test_a_domain_without_a_definition_that_lasts(
+    host: LibvirtHost, destination: ReplicaDestination, tmp_path: Path
+) -> None:
+    """Of a transient domain there is the live XML only, with all that libvirt adds to it while it runs."""
+    guest = Guest(tmp_path / "g")
+    domain = Domain.started(host, tmp_path / "d", guest.images, transient=True)
+    live = domain.virsh("dumpxml")
+    domain.virsh("destroy")
+    assert "<backingStore" in live
+    guest.point(destination, 1, inactive=None, live=live)
+    restored(host, destination, tmp_path / "out")
+    try:
+        host.virsh("start", GUEST)
+        assert domain.source("vdb") == tmp_path / "out" / "vdb.qcow2"
+        assert domain.reads("vda", 64 << 10, 96 << 10, 1)
+    finally:
+        host.virsh("destroy", GUEST)
+        host.virsh("undefine", GUEST)

@@ -402,3 +402,13 @@ def test_dry_runs_change_nothing(tmp_path: Path, chain: Chain) -> None:
         assert planned.bytes_to_move > 0
         assert {path: path.stat().st_mtime_ns for path in chain.folder.iterdir()} == before
         assert replace(planned.live_steps[0].step) == planned.steps[0]
+
+
+def test_a_disk_of_one_layer_has_nothing_to_merge(tmp_path: Path) -> None:
+    chain = Chain(tmp_path / "images", count=1)
+    with running(tmp_path / "m", chain) as (machine, guest):
+        planned, report = merged(guest, MergeRequest(image=chain.active))
+        assert (planned.strategy, report.strategy) == ("nothing", "nothing")
+        assert (report.layers_before, report.layers_after) == (1, 1)
+        assert plan(guest, "vda", MergeRequest(image=chain.active, max_layers=1)).merges == ()
+        assert machine.status() == "running"

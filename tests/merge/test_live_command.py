@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from snapchain.cli import main
 from snapchain.errors import Busy, Conflict, NotFound, Unavailable
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import DiskStatistics, Guest, Job, JobKind, JobStatus
@@ -38,8 +39,20 @@ def snapchain(*words: object) -> list[str]:
     return [sys.executable, "-m", "snapchain", *map(str, words)]
 
 
-def command(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(snapchain(*words), capture_output=True, text=True, check=False, timeout=120)
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process, which takes a tenth of the time of a new one."""
+
+    def run_it(*words: object) -> subprocess.CompletedProcess[str]:
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([], status, said.out, said.err)
+
+    return run_it
 
 
 def journals(folder: Path) -> list[str]:
@@ -51,7 +64,7 @@ def chain(tmp_path: Path) -> Chain:
     return Chain(tmp_path / "images")
 
 
-def test_all_disks_of_a_guest(tmp_path: Path, chain: Chain) -> None:
+def test_all_disks_of_a_guest(command: Command, tmp_path: Path, chain: Chain) -> None:
     other = Chain(tmp_path / "other", count=3)
     with Machine(tmp_path / "m", disks={"vda": chain.active, "vdb": other.active}) as machine:
         shown = command("merge", "--qmp", machine.qmp, "--dry-run", "--json")
@@ -74,14 +87,14 @@ def test_all_disks_of_a_guest(tmp_path: Path, chain: Chain) -> None:
         assert unknown.returncode == NotFound.exit_code
 
 
-def test_the_options_of_guests_need_one(tmp_path: Path, chain: Chain) -> None:
+def test_the_options_of_guests_need_one(command: Command, tmp_path: Path, chain: Chain) -> None:
     for words in (("--idle",), ("--disk", "vda"), ("--limit-rate", "1M")):
         assert command("merge", chain.active, *words).returncode == 2
     assert command("merge").returncode == 2
     assert command("merge", chain.active, "--qmp", tmp_path / "nothing").returncode == 2
 
 
-def test_ctrl_c_leaves_the_chain_as_it_was(tmp_path: Path, chain: Chain) -> None:
+def test_ctrl_c_leaves_the_chain_as_it_was(command: Command, tmp_path: Path, chain: Chain) -> None:
     for path in chain.files[1:4]:
         fill(path, (MIB, 2 * MIB, 60 + int(path.stem)))
     chain.remember()
@@ -160,7 +173,7 @@ def killed_commit(machine: Machine) -> None:
     process.wait()
 
 
-def test_the_next_run_goes_on_with_a_job_that_outlived_its_snapchain(tmp_path: Path, chain: Chain) -> None:
+def test_the_next_run_goes_on_with_a_job(command: Command, tmp_path: Path, chain: Chain) -> None:
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         killed_commit(machine)
         [job] = machine.ask("query-jobs")
@@ -173,7 +186,7 @@ def test_the_next_run_goes_on_with_a_job_that_outlived_its_snapchain(tmp_path: P
         assert not journals(chain.folder)
 
 
-def test_commands_for_images_at_rest_respect_a_commit_that_was_not_finished(tmp_path: Path, chain: Chain) -> None:
+def test_a_merge_at_rest_respects_a_commit_that_was_killed(command: Command, tmp_path: Path, chain: Chain) -> None:
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         killed_commit(machine)
         # While the guest runs nobody touches it.
@@ -200,7 +213,7 @@ def test_a_switch_that_nobody_saw_is_not_guessed(tmp_path: Path, chain: Chain) -
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         fault = Fault(0, Place.SENT, KILL)
         with Spy(tmp_path / "spy", machine.qmp, fault, counts=lambda name: name == "job-complete") as spy:
-            assert command("merge", "--qmp", spy.path, *words).returncode == -9
+            assert subprocess.run(snapchain("merge", "--qmp", spy.path, *words), check=False).returncode == -9
         wait_until(lambda: all(job["status"] == "concluded" for job in machine.ask("query-jobs")))
         machine.write("vda", MIB, 64 * K, 99)
         machine.io("vda", "flush")
@@ -278,7 +291,7 @@ def test_idle_slows_down_when_the_guest_feels_it() -> None:
     assert speeds[-1] >= pace.first_speed
 
 
-def test_an_idle_merge_ends(tmp_path: Path, chain: Chain) -> None:
+def test_an_idle_merge_ends(command: Command, tmp_path: Path, chain: Chain) -> None:
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         done = command("merge", "--qmp", machine.qmp, "--idle", "--json")
         assert done.returncode == 0, done.stderr
@@ -319,7 +332,7 @@ def test_a_sealed_chain_is_readable_meanwhile(tmp_path: Path, chain: Chain) -> N
         Machine(tmp_path / "m", disks={"vda": chain.active}) as machine,
         open_guest(GuestAddress(qmp=machine.qmp)) as guest,
         ImageAtRest(chain.active).opened(Scope.SEALED),
-        pytest.raises(Busy, match="3.qcow2|lock|busy|use"),
+        pytest.raises(Busy, match=r"lock|busy|use"),
     ):
         # A ship that reads the sealed layers locks them: a merge waits for it.
         run(guest, plan(guest, "vda", MergeRequest(image=chain.active, to_layer=str(chain.files[3]))))

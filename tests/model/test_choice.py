@@ -42,3 +42,10 @@ def test_the_ends_may_be_merged_when_asked() -> None:
 def test_no_destination_has_more_than_there_is() -> None:
     with pytest.raises(InvalidInput, match="cannot hold 4 of 3 layers"):
         barred(3, present=[4])
+
+
+def test_layers_that_say_nothing_may_be_merged_with_each_other_above_what_all_hold() -> None:
+    """An idle guest gets one each night, and no shipment brings any of them to a destination."""
+    assert barred(7, present=(3, 3), silent={1, 3, 4, 5}) == {0, 2, 6}
+    assert barred(7, present=(3, 5), silent={3, 4, 5}) == {0, 2, 3, 4, 6}
+    assert barred(7, present=(3,), silent={3, 4, 5}, held={4}) == {0, 2, 4, 6}

@@ -194,7 +194,7 @@ def test_a_held_guest_point_stays(three: Three) -> None:
     guest_merge.run(three(), GUEST, Policy(last=1))
     assert numbers(three()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
     # One of the holds was released already, as by a run that was cut off.
-    three().release("web1/vda", "1", "audit")
+    three().release("web1/.guest", "1", "audit")
     assert guest_merge.run(three(), GUEST, Policy(last=1)).points_dropped == ()
     assert release_guest(three(), GUEST, "audit", point="1").holds == ()
     with pytest.raises(NotFound, match="is not held"):
@@ -217,7 +217,7 @@ def test_a_hold_that_fails_in_the_middle_leaves_nothing(three: Three, monkeypatc
 
     monkeypatch.setattr(destination, "hold", hold)
     for tag in ("audit", "old"):
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="the link broke"):
             hold_guest(destination, GUEST, tag, point="1")
         assert three().disks("web1/vdb")[0].points[0].holds == ()
     assert [each.tag for each in three().disks("web1/vda")[0].points[0].holds] == ["old"]
@@ -245,7 +245,7 @@ def test_verify_names_the_guest_point_and_what_it_lacks(place: Open, tmp_path: P
         text = " ".join(each.message for each in report.findings)
         for name in ("vdz", "vda", "vdb"):
             assert name in text
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="web9"):
         guest_verify.verify(place(), "web9")
 
 
@@ -277,5 +277,5 @@ def test_two_guest_points_are_compared_disk_by_disk(near: Open, tmp_path: Path) 
     )
     assert report.disks[0].difference.changed_bytes == report.changed_bytes > 0
     assert [each.only_in for each in compared("2", "1").disks] == [None, "new"]
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="has no point 9"):
         compared("1", "9")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import stat
 from pathlib import Path
@@ -66,6 +67,14 @@ def test_all_disks_and_a_definition(place: Open, tmp_path: Path) -> None:
         assert stat.S_IMODE((out / "web1.xml").stat().st_mode) == 0o600
 
 
+def test_a_directory_whose_name_is_no_utf_8(simple: Open, tmp_path: Path) -> None:
+    argv = ("qemu-system-x86_64", "-drive", "id=vda,file=/old/a.qcow2")
+    Guest(tmp_path / "g", names=("vda",)).point(simple(), 1, kind="qmp", inactive=None, live=None, argv=argv)
+    out = Path(os.fsdecode(bytes(tmp_path) + b"/o\xffut"))
+    restored(simple, out)
+    assert b"/o\xffut/vda.qcow2" in (out / "web1.sh").read_bytes()
+
+
 @pytest.mark.parametrize("asked", [{"format": "raw"}, {"whole_chain": True}])
 def test_other_forms(simple: Open, tmp_path: Path, asked: dict[str, Any]) -> None:
     guest = Guest(tmp_path / "g")
@@ -107,7 +116,7 @@ def test_what_is_cut_off_is_continued(simple: Open, tmp_path: Path, monkeypatch:
         return real(self, **more)
 
     monkeypatch.setattr(Restoration, "run", failing)
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="the link broke"):
         restored(simple, out)
     assert sorted(each.name for each in out.iterdir()) == [".web1.snapchain-restore", "vda.qcow2"]
     report = restored(simple, out)
@@ -165,7 +174,7 @@ def test_a_note_of_somebody_else_counts_for_nothing(simple: Open, tmp_path: Path
     note = {"version": 1, "instant": instant(1), "disks": {"vda.qcow2": finished}, "mark": "0" * 64}
     (out / ".web1.snapchain-restore").write_text(json.dumps(note))
     (out / ".web1.snapchain-restore").chmod(0o666)
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="replaces no file"):
         restored(simple, out)
 
 
@@ -233,7 +242,7 @@ HOSTILE_XML = {
 @pytest.mark.parametrize("name", HOSTILE_XML)
 def test_hostile_xml(simple: Open, tmp_path: Path, name: str) -> None:
     Guest(tmp_path / "g", names=("vda",)).point(simple(), 1, inactive=HOSTILE_XML[name])
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="XML"):
         restored(simple, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "it is refused before anything is written"
 
@@ -251,7 +260,7 @@ RECORDS: dict[str, bytes] = {
 def test_what_is_no_record(simple: Open, tmp_path: Path, name: str) -> None:
     Guest(tmp_path / "g", names=("vda",)).point(simple(), 1, with_record=False)
     publish_bytes(simple(), RECORDS[name], tmp_path, instant(1), BEGIN)
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="it is no record of a guest"):
         restored(simple, tmp_path / "out")
 
 
@@ -323,7 +332,7 @@ def test_a_clone(simple: Open, tmp_path: Path) -> None:
     assert "6d8eb8a2" not in text
     assert "52:54:00:00:00:01" not in text
     for bad in ("", "a/b", "a\nb"):
-        with pytest.raises(InvalidInput):
+        with pytest.raises(InvalidInput, match="cannot name a guest"):
             restored(simple, tmp_path / "other", new_name=bad)
 
 

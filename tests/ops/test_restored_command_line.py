@@ -259,7 +259,7 @@ def test_two_disks_sockets_and_what_is_left_out(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_command_line(argv: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(Corrupt):
+    with pytest.raises(Corrupt, match="command line"):
         change(argv, Changes(disks={"vda": NewDisk(tmp_path / "vda", "raw")}, directory=tmp_path), subject="web1")
 
 

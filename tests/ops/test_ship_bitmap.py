@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.cli import main
-from snapchain.errors import SnapchainError
+from snapchain.errors import Busy, Unavailable
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.capture import CaptureRequest
@@ -133,7 +133,7 @@ def test_a_full_scratch_file_fails_the_shipment_and_the_next_one_is_fine(running
             running.write(0, 6 * MiB)
 
     points = set(running.shown)
-    with pytest.raises(SnapchainError, match=r"no guest point of web1 is published.*the view of its disk vd. broke"):
+    with pytest.raises(Unavailable, match=r"no guest point of web1 is published.*the view of its disk vd. broke"):
         running.ship(writes, capture=CaptureRequest(scratch_bytes=MiB))
     running.shown = {point: shown for point, shown in running.shown.items() if point in points}
     running.settled()
@@ -205,7 +205,7 @@ def test_two_captures_at_once(running: Captured) -> None:
             with open_guest(GuestAddress(qmp=running.machine.qmp)) as guest:
                 guest_bitmap.run(guest, GuestShipRequest(name="other"), CaptureRequest(), running.open())
 
-    with pytest.raises(SnapchainError, match=r"NBD server is in use|is at work|other QMP client|connected"):
+    with pytest.raises((Busy, Unavailable), match=r"NBD server is in use|is at work|other QMP client|connected"):
         running.ship(again)
     running.settled()
 

@@ -87,7 +87,7 @@ def test_a_side_that_is_older(pointed: Pointed, monkeypatch: pytest.MonkeyPatch,
         other.send(image, moment=MOMENT)
     assert refused.value.hint == "upgrade it there"
     with (
-        pytest.raises(Unsupported),
+        pytest.raises(Unsupported, match="guest-point"),
         ReplicaWriting(there).look(Opening(disk=DISK, of_guest=True), on_event=lambda _event: None),
     ):
         pass

@@ -185,7 +185,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
                 self._on_event(Notice(notice))
             why = cut or local_chain.why_longer(planned, cap)
             values: dict[str, Any] = {"why_not_merged": why}
-            if planned.steps:
+            if planned.steps or planned.unfinished:  # what a killed night has left is settled by any merge
                 limits.take("merge", local_chain.moved(planned))
                 try:
                     report = run_merge(guest, planned, on_event=self._on_event, pace=Pace(idle=self._settings.idle))
@@ -193,7 +193,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
                     # It was shut down, started, or somebody else is at work: the next night finds it as it is then.
                     values["why_not_merged"] = str(error)
                 else:
-                    values |= {"merge": report, "chain_length": report.layers_after}
+                    values |= {"merge": report if report.merges else None, "chain_length": report.layers_after}
                     freed = self._state.merge_freed_bytes if self._has_merged() else 0
                     self._keep(
                         merge_freed_bytes=freed + report.bytes_freed,

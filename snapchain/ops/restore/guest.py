@@ -179,6 +179,8 @@ class GuestRestoration:
         self._destination, self._request, self._on_event = destination, request, on_event
         if request.whole_chain and request.format is not None:
             raise InvalidInput("--chain restores each layer in its own format", hint="leave out --format")
+        if request.connect is not None and not request.defines:
+            raise InvalidInput("--connect names the libvirt to define it in", hint="say --define too")
         self._point = view.point(in_full(request.point))
         self._address = f"{destination.url}::{view.name}@{self._point.point}"
         self._record = read_record(destination, self._point, disk=view.record_disk)
@@ -400,7 +402,7 @@ class GuestRestoration:
         elif record.argv is not None:
             changed = qemu_argv.change(record.argv, changes, subject=self._address)
         if changed is not None:
-            files[self._definition_name] = changed.text.encode("utf-8", "replace")
+            files[self._definition_name] = changed.text.encode("utf-8", "surrogateescape")  # a directory's own bytes
         return changed, files
 
     def _placed_tpm(self, uuid: str | None) -> tuple[str, ...]:

@@ -90,7 +90,7 @@ class GuestShipReport(_Shown):
     instant: 32 hex digits, as all points of the guest point have it; time: of the snapshot
     why_not: why it is not filesystem-consistent where that was tried; frozen_seconds: how long the guest was frozen
     disks: as `ship` reports them; left_out: disks that were not taken
-    starts_with: what a guest without libvirt must be started with the next time; nothing but the user sees to that
+    starts_with: files with which a guest without libvirt must be started the next time; snapchain cannot enforce this
     record_bytes: of the record; secrets: whether it may hold passwords and the state of a TPM
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from snapchain.merge.run import MergeReport
 from snapchain.model.consistency import Consistency
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Held
+from snapchain.ops.nightly import metrics as nightly_metrics
 from snapchain.ops.watch import metrics
 from snapchain.ops.watch.rounds import DiskSight, Range, Rules
 from snapchain.ops.watch.run import GUEST_PAUSE, HeldAt, Look, RoundReport, Shipped, Watch
@@ -228,3 +230,13 @@ def test_a_damaged_state_is_a_beginning(tmp_path: Path) -> None:
     (tmp_path / "state.json").chmod(0o600)
     work, _ = watch(tmp_path, seconds=EVERY)
     assert work.snapshots == 2
+
+
+def test_the_guide_names_every_metric_of_guests_and_no_other(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "running-guests.md").read_text()
+    _, reports = watch(tmp_path, seconds=EVERY)
+    there = set(re.findall(r"^# TYPE (\S+)", metrics.encode(reports[-1]).decode(), re.MULTILINE))
+    assert set(re.findall(r"`(snapchain_watch_[a-z_]+)", page)) == there
+    source = Path(nightly_metrics.__file__).read_text()
+    named = {f"snapchain_{name}" for name in re.findall(r'Family\(\s*"(guest[a-z_]*)"', source)}
+    assert set(re.findall(r"`(snapchain_guests?_?[a-z_]*)", page)) == {*named, "snapchain_guests"}
