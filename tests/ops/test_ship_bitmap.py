@@ -19,6 +19,7 @@ from snapchain.ops.guest_doctor import left_behind, treat
 from snapchain.ops.ship import guest_bitmap, run as at_rest
 from snapchain.ops.ship.guest import GuestShipReport, GuestShipRequest
 from snapchain.ops.ship.request import CapturedBy, ShipRequest
+from tests.exhaustive import some
 from tests.guest.captures import bitmaps, left_in
 from tests.ops.test_ship_running import NAMES, REPLICA, REPOSITORY, KiB, MiB, Running
 
@@ -153,13 +154,14 @@ def test_an_overlay_between_two_captures_is_compared(running: Captured) -> None:
     running.check([3])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("running", [REPOSITORY], indirect=True)
 def test_a_kill_at_many_commands(running: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulated by a monitor that answers nothing any more; the doctor, or the next run, ends clean."""
     running.ship()
     original = Monitor.execute
     killed = 0
-    for at in range(0, 1000, 5):
+    for at in some(range(1000), each=9):
         count = 0
 
         def dying(self: Monitor, command: str, *arguments: object, at: int = at, **more: object) -> object:
@@ -185,7 +187,7 @@ def test_a_kill_at_many_commands(running: Captured, monkeypatch: pytest.MonkeyPa
             for found in list(left_behind()):
                 treat(found.path, on_event=ignore)
             running.settled()
-    assert killed > 10
+    assert killed > 5
     running.ship()
     running.settled()
     running.check([max(running.shown)])
