@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import Guest
@@ -116,13 +113,6 @@ class Chain:
 
     def _view(self, path: Path) -> Path:
         return self.copies / f"{path.stem}.raw"
-
-    def copy(self, folder: Path) -> Self:
-        """Another one with the same bytes; the copies of its views are shared."""
-        shutil.copytree(self.folder, folder)
-        made = copy(self)
-        made.folder, made.files = folder, [folder / path.name for path in self.files]
-        return made
 
     @property
     def active(self) -> Path:
