@@ -28,14 +28,14 @@ def run_dir() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def order(tmp_path: Path, machine: Machine, chain: Chain, *words: object) -> list[str]:
+def order(tmp_path: Path, machine: Machine, chain: Chain, *words: str | Path) -> list[str]:
     """Calls that change the chain's directory or the journal's, and commands to QEMU and the agent that do something.
 
     Of the journal's directory, the files are `thaw` and `snapshot`.
     """
     state = journal.directory()
     trace = tmp_path / "trace"
-    argv = ["strace", "-f", "-y", "-s", "400", "-o", trace, "-e", f"{TRACED},sendto,sendmsg,write"]
+    argv: list[str | Path] = ["strace", "-f", "-y", "-s", "400", "-o", trace, "-e", f"{TRACED},sendto,sendmsg,write"]
     subprocess.run([*argv, sys.executable, "-m", "snapchain", *words, "--qmp", machine.qmp], check=True)
     found = []
     for line in trace.read_text().splitlines():
