@@ -512,7 +512,7 @@ def test_an_answer_that_never_comes(tmp_path: Path, run_dir: Path, commands: lis
     with Machine(run_dir / "m", disks=disks) as machine:
         fault = Fault(number, Place.SENT, LOSE)
         with Spy(run_dir / "spy", machine.qmp, fault, counts=changing) as spy:
-            monitor = Monitor(spy.path, command_seconds=2)
+            monitor = Monitor(spy.path, command_seconds=4)
             guest = QmpGuest(GuestAddress(qmp=spy.path), monitor=monitor)
             report = run(guest, plan(guest, NO), NO)
             guest.close()
