@@ -397,7 +397,7 @@ def _finish(
         _check_result(new, journal, live)
         if not missing:
             _prove(new, journal, live, old, on_event)
-        for path in {journal.result.path, *([live.above.path] if live.above is not None else [])}:
+        for path in (journal.result.path, *([live.above.path] if live.above is not None else [])):
             files.fsync_file(path)
         if not missing:
             _note(journal, live, on_event)

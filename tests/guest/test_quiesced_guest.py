@@ -179,24 +179,27 @@ def test_sigkill_at_any_command(guest: AgentGuest, tmp_path: Path, run_dir: Path
     assert set(last.disks[0].sealed.parent.glob("*.qcow2")) == in_use
 
 
+@pytest.mark.sampled
 def test_snapchain_and_its_watchdog_are_killed(guest: AgentGuest, run_dir: Path) -> None:
     """As by a service manager that kills all of a service: then the doctor thaws, and the next run would, too."""
-    number = next(each.number for each in faults(guest, run_dir, (KILL,)) if "transaction" in each.name)
 
     def kill_watchdog() -> None:
-        [owed] = [each for each in journal.find()[0] if each.record.operation == "thaw"]
-        os.kill(owed.record.writer[0], signal.SIGKILL)
+        for owed in journal.find()[0]:
+            if owed.record.operation == "thaw":
+                os.kill(owed.record.writer[0], signal.SIGKILL)
 
-    kills = (Fault(number, Place.BEFORE, call(kill_watchdog)), Fault(number, Place.BEFORE, KILL))
-    with Spy(run_dir / "spy", guest.qmp, *kills, counts=changing) as spy, child_snapshot(spy.path) as child:
-        assert child.wait() == -signal.SIGKILL
-        assert is_frozen(guest)
-        planned = doctor.plan([])
-        assert [each.says[:20] for each in planned.findings] == ["the guest was frozen", "a snapshot of the gu"]
-        report = doctor.run(planned)
-        assert report.well, report
-    check_unharmed(guest)
-    assert journal.find() == ([], [])
+    for fault in some(reversed(faults(guest, run_dir, (KILL,))), each=5):
+        kills = (Fault(fault.number, fault.place, call(kill_watchdog)), fault)
+        with Spy(run_dir / "spy", guest.qmp, *kills, counts=changing) as spy, child_snapshot(spy.path) as child:
+            assert child.wait() == -signal.SIGKILL, fault
+            assert is_frozen(guest) == ("transaction" in fault.name), fault
+            planned = doctor.plan([])
+            said = [each.says[:20] for each in planned.findings]
+            assert said == ["the guest was frozen"] * is_frozen(guest) + ["a snapshot of the gu"], fault
+            report = doctor.run(planned)
+            assert report.well, report
+        check_unharmed(guest)
+        assert journal.find() == ([], []), fault
 
 
 def test_a_lost_monitor_thaws(guest: AgentGuest, run_dir: Path) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ops.order_on_disk import TRACED, file_call
 from tests.ops.stacks import Layer, build
 
 OPERATIONS = {
     "snapshot": "(sealing.plan, sealing.run)",
     "merge": "(lambda image, **more: step.plan_step(MergeRequest(image=image, **more)), run.run_step)",
 }
-TRACED = "trace=fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
 
 
 def calls(work: Path, image: Path, operation: str, options: str = "") -> list[str]:
@@ -38,28 +37,9 @@ def calls(work: Path, image: Path, operation: str, options: str = "") -> list[st
         # (What a merge makes is flushed by another thread, while this one proves it.)
         if number != own and not call.strip().startswith("fsync"):
             continue
-        # (A call during which another thread made one is told in two lines, of which the first names the file.)
-        if str(image.parent) not in call or not (" = 0" in call or "<unfinished" in call):
-            continue
-        verb = re.sub(r"at2?$", "", call.strip().split("(")[0])
-        by_directory = re.findall(r'\d+<([^>]*)>, "([^"]+)"', call)
-        paths = [f"{directory}/{name}" for directory, name in by_directory]
-        paths = paths or re.findall(rf'[<"]({re.escape(str(image.parent))}[^>"]*)[>"]', call)
-        found.append(" ".join([verb, *(plain(path, image) for path in paths)]))
+        if (seen := file_call(call, image.parent)) is not None:
+            found.append(seen)
     return found
-
-
-def plain(path: str, image: Path) -> str:
-    name = "." if path == str(image.parent) else Path(path).name
-    if name.startswith("..snapchain-merge-"):
-        return "journal-tmp"
-    if name.startswith(".snapchain-merge-"):
-        return "journal"
-    if name.startswith("..snapchain-layer-"):
-        return "note-tmp"
-    if name.startswith(".snapchain-layer-"):
-        return "note"
-    return "tmp" if name.startswith(".") and name != "." else name
 
 
 def test_snapshot(tmp_path: Path) -> None:

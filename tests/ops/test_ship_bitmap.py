@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +20,14 @@ from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.capture import CaptureRequest
 from snapchain.guest.qmp import Monitor
 from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
+from snapchain.ops import doctor
 from snapchain.ops.guest_doctor import left_behind, treat
 from snapchain.ops.ship import guest_bitmap, run as at_rest
 from snapchain.ops.ship.guest import GuestShipReport, GuestShipRequest
 from snapchain.ops.ship.request import CapturedBy, ShipRequest
 from tests.exhaustive import some
 from tests.guest.captures import bitmaps, left_in
+from tests.guest.spy import KILL, Spy, changing, every
 from tests.ops.test_ship_running import NAMES, REPLICA, REPOSITORY, KiB, MiB, Running
 
 BITMAP, COMPARED, WHOLE = CapturedBy.BITMAP, CapturedBy.COMPARED, CapturedBy.WHOLE
@@ -53,6 +60,14 @@ def running(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     found = Captured(tmp_path, request.param)
     with found.machine:
         yield found
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """For sockets: their paths must be short."""
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    shutil.rmtree(folder)
 
 
 def ways(report: GuestShipReport) -> set[CapturedBy | None]:
@@ -195,6 +210,34 @@ def test_a_kill_at_many_commands(running: Captured, monkeypatch: pytest.MonkeyPa
 
 class Kill(BaseException):
     """Nothing of this process reaches QEMU any more."""
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("running", [REPOSITORY, REPLICA], indirect=True)
+def test_sigkill_at_any_command(running: Captured, run_dir: Path) -> None:
+    """Of all that change something in QEMU; the doctor, or the next run, ends clean, and nothing adds up."""
+    running.ship()
+    argv = [sys.executable, "-m", "snapchain", "ship", running.url, "--bitmap", "--quiesce", "no", "--qmp"]
+    with Spy(run_dir / "spy", running.machine.qmp, counts=changing) as spy:
+        running.shown[2] = running.now()
+        subprocess.run([*argv, spy.path], check=True)
+        faults = list(every(spy.commands, (KILL,)))
+    assert {"blockdev-add", "transaction", "nbd-server-start"} <= set(spy.names())
+    for number, fault in enumerate(some(faults, each=23)):
+        running.write(number % 64 * 64 * KiB, 4 * KiB)
+        with Spy(run_dir / "spy", running.machine.qmp, fault, counts=changing) as spy:
+            died = subprocess.run([*argv, spy.path], check=False)
+            assert died.returncode == -signal.SIGKILL, fault
+            assert spy.happened, fault
+        for point in {point.point for point in running.view().points} - set(running.shown):
+            running.shown[point] = running.now()  # it died after the record was published
+        running.write(number % 64 * 64 * KiB, 4 * KiB)  # the guest goes on with whatever is there
+        if number % 2:
+            assert doctor.run(doctor.plan([])).well, fault
+            running.settled()
+        running.ship()
+        running.settled()
+    running.check([1, 2, max(running.shown)])
 
 
 @pytest.mark.parametrize("running", [REPOSITORY], indirect=True)
