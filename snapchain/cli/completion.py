@@ -96,7 +96,7 @@ def _disks(dest: str) -> list[tuple[str, str]]:
 
 def _points(dest: str, disk: str) -> list[tuple[str, str]]:
     from snapchain.cli.quantities import moment
-    from snapchain.ops.guest_merge import guest_at
+    from snapchain.ops.guest_points_merge import guest_at
 
     place = _opened(dest)
     points: list[PointRecord | GuestPoint] = []

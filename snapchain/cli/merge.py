@@ -275,7 +275,7 @@ def merge(
 
 
 def _merge_guest_points(place: Destination, guest: str, policy: Policy, zone: tzinfo, out: Output) -> None:
-    from snapchain.ops import guest_merge as ops
+    from snapchain.ops import guest_points_merge as ops
 
     if out.dry_run:
         out.plan(ops.plan(place, guest, policy, zone=zone), merge_tables.draw_guest_points_plan)
@@ -299,7 +299,7 @@ def _merge_guest(
 ) -> None:
     from snapchain.guest.address import open_guest
     from snapchain.model.events import Notice
-    from snapchain.ops import live_merge as ops
+    from snapchain.ops import guest_chain_merge as ops
 
     with open_guest(address, on_event=out.on_event) as guest:
         names = [disk.name for disk in guest.disks()] if at else []

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from snapchain.merge.plan import LayerUse, MergePlan
     from snapchain.merge.run import MergeReport
     from snapchain.model.merging import MergeRow
-    from snapchain.ops.guest_merge import GuestPointsMergePlan, GuestPointsMergeReport
-    from snapchain.ops.live_merge import GuestMergePlan, GuestMergeReport
+    from snapchain.ops.guest_chain_merge import GuestMergePlan, GuestMergeReport
+    from snapchain.ops.guest_points_merge import GuestPointsMergePlan, GuestPointsMergeReport
 
 
 def draw_plan(console: Console, plan: MergePlan) -> None:

@@ -530,6 +530,14 @@ def snapshot_request(
     return SnapshotRequest(**given) if given else None
 
 
+def check_no_snapshot_options(given: SnapshotRequest | None) -> None:
+    """Raises InvalidInput for options of a guest's snapshot where no guest is named."""
+    if given is not None:
+        raise InvalidInput(
+            "options of a guest's snapshot are given, and no guest is named", hint="add --domain NAME or --qmp SOCKET"
+        )
+
+
 def _argv(command: str, *, option: str) -> tuple[str, ...]:
     try:
         argv = tuple(shlex.split(command))

@@ -147,10 +147,7 @@ def ship(
         return
     if bitmap or scratch is not None:
         raise InvalidInput("--bitmap and --scratch are for a guest", hint="name one: --qmp SOCKET")
-    if snapshot is not None:
-        raise InvalidInput(
-            "options of a guest's snapshot are given, and no guest", hint="--domain NAME or --qmp SOCKET"
-        )
+    options.check_no_snapshot_options(snapshot)
     from snapchain.ops.ship.run import plan, run
 
     place = opened()

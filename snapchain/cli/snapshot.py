@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from snapchain.guest.snapshot import GuestSnapshot, GuestSnapshotPlan, SnapshotRequest
     from snapchain.ops.snapshot import SnapshotPlan, SnapshotReport
 
-_OF_GUEST = "Of a running guest"
-_QUIESCE = ("auto", "require", "no")
-
 
 @verb(
     examples="""
@@ -39,6 +35,7 @@ _QUIESCE = ("auto", "require", "no")
 )
 @options.takes_output()
 @options.takes_guest(instead_of="image")
+@options.takes_snapshot_options
 def snapshot(
     image: Annotated[
         Path | None,
@@ -67,52 +64,7 @@ def snapshot(
     image_format: options.Format = None,
     image_dir: options.ImageDir = None,
     guest: GuestAddress | None = None,
-    disk: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--disk",
-            metavar="NAME",
-            help="Snapshot only this disk, such as vda. May be repeated. Default: all disks.",
-            rich_help_panel=_OF_GUEST,
-        ),
-    ] = None,
-    quiesce: Annotated[
-        str | None,
-        typer.Option(
-            "--quiesce",
-            metavar="|".join(_QUIESCE),
-            autocompletion=options.of(*_QUIESCE),
-            help="Freeze the filesystems by the guest agent: if it answers (auto, the default), or fail without it.",
-            rich_help_panel=_OF_GUEST,
-        ),
-    ] = None,
-    freeze_timeout: Annotated[
-        float | None,
-        typer.Option(
-            "--freeze-timeout",
-            metavar="SECONDS",
-            help="Longest time for the agent to freeze the filesystems. Default: 10.",
-            rich_help_panel=_OF_GUEST,
-        ),
-    ] = None,
-    pre_freeze: Annotated[
-        str | None,
-        typer.Option(
-            "--pre-freeze",
-            metavar="COMMAND",
-            help="Run this program (no shell) on this host before the freeze. If it fails, no snapshot is made.",
-            rich_help_panel=_OF_GUEST,
-        ),
-    ] = None,
-    post_thaw: Annotated[
-        str | None,
-        typer.Option(
-            "--post-thaw",
-            metavar="COMMAND",
-            help="Run this program after the thaw, whether the snapshot was made or not.",
-            rich_help_panel=_OF_GUEST,
-        ),
-    ] = None,
+    snapshot: Any,
     out: Output,
 ) -> None:
     """Seal the active layers of disks, and put fresh overlays on them.
@@ -127,18 +79,13 @@ def snapshot(
 
     A small hidden file beside a sealed one records the time and the labels. `merge IMAGE --keep-...` uses them.
     """
-    of_guest = {
-        "--disk": disk,
-        "--quiesce": quiesce,
-        "--freeze-timeout": freeze_timeout,
-        "--pre-freeze": pre_freeze,
-        "--post-thaw": post_thaw,
-    }
     if guest is not None:
-        _refuse({"--sealed-name": sealed_name, "--overlay": overlay, "--format": image_format}, "an IMAGE")
-        _snapshot_guest(guest, _request(disk, quiesce, freeze_timeout, pre_freeze, post_thaw, label, image_dir), out)
+        given = {"--sealed-name": sealed_name, "--overlay": overlay, "--format": image_format}
+        for option in (name for name, value in given.items() if value is not None):
+            raise InvalidInput(f"{option} is for an image, not for a guest", hint=f"leave out {option}")
+        _snapshot_guest(guest, snapshot, label or [], image_dir, out)
         return
-    _refuse(of_guest, "a guest")
+    options.check_no_snapshot_options(snapshot)
     assert image is not None  # takes_guest has seen to it
     from snapchain.ops import snapshot as ops
 
@@ -154,53 +101,15 @@ def snapshot(
         out.report(ops.run(plan, on_event=out.on_event), _draw_report)
 
 
-def _refuse(given: Mapping[str, object], what: str) -> None:
-    for option, value in given.items():
-        if value is not None and value != []:
-            raise InvalidInput(f"{option} belongs to a snapshot of {what}")
-
-
-def _request(
-    disk: list[str] | None,
-    quiesce: str | None,
-    freeze_timeout: float | None,
-    pre_freeze: str | None,
-    post_thaw: str | None,
-    label: list[str] | None,
-    image_dir: list[Path] | None,
-) -> SnapshotRequest:
-    from snapchain.guest.snapshot import Quiesce, SnapshotRequest
-
-    if quiesce is not None and quiesce not in _QUIESCE:
-        raise InvalidInput(f"unknown value {quiesce!r} of --quiesce", hint=f"one of {', '.join(_QUIESCE)}")
-    standard = SnapshotRequest()
-    return SnapshotRequest(
-        disks=tuple(disk or ()),
-        quiesce=Quiesce(quiesce) if quiesce else standard.quiesce,
-        labels=tuple(label or ()),
-        freeze_seconds=standard.freeze_seconds if freeze_timeout is None else freeze_timeout,
-        pre_freeze=_argv("--pre-freeze", pre_freeze),
-        post_thaw=_argv("--post-thaw", post_thaw),
-        image_dirs=tuple(options.image_dirs(image_dir)),
-    )
-
-
-def _argv(option: str, command: str | None) -> tuple[str, ...]:
-    if command is None:
-        return ()
-    try:
-        argv = tuple(shlex.split(command))
-    except ValueError as error:
-        raise InvalidInput(f"{option} is not a command: {error}", subject=command) from error
-    if not argv:
-        raise InvalidInput(f"{option} is empty")
-    return argv
-
-
-def _snapshot_guest(address: GuestAddress, request: SnapshotRequest, out: Output) -> None:
+def _snapshot_guest(
+    address: GuestAddress, asked: SnapshotRequest | None, labels: list[str], image_dir: list[Path] | None, out: Output
+) -> None:
     from snapchain.guest import snapshot as of_guest
     from snapchain.guest.address import open_guest
 
+    request = replace(
+        asked or of_guest.SnapshotRequest(), labels=tuple(labels), image_dirs=tuple(options.image_dirs(image_dir))
+    )
     with open_guest(address, on_event=out.on_event) as guest:
         plan = of_guest.plan(guest, request)
         if not out.plan(plan, _draw_guest_plan):

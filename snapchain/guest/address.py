@@ -33,7 +33,9 @@ class GuestAddress:
         if (self.domain is None) == (self.qmp is None):
             raise InvalidInput("a guest is named either by --domain or by --qmp", hint="give one of them")
         if self.connect is not None and self.domain is None:
-            raise InvalidInput("--connect belongs to --domain", subject=self.connect)
+            raise InvalidInput(
+                "--connect belongs to --domain", subject=self.connect, hint="leave it out, or add --domain"
+            )
         if self.agent is not None and self.qmp is None:
             raise InvalidInput("--agent belongs to --qmp; libvirt has the agent of its domains", subject=self.agent)
 

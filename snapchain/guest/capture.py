@@ -292,5 +292,9 @@ def with_views(guest: Guest) -> QmpGuest:
             hint="ship it without --bitmap: a snapshot with overlays harms no guest",
         )
     if guest.state() not in (State.RUNNING, State.PAUSED):
-        raise Busy("it waits for a migration, or was migrated away", subject=guest.name)
+        raise Busy(
+            "the guest waits for a migration, or was migrated away: its images are not its own now",
+            subject=guest.name,
+            hint="run it on the host where the guest runs",
+        )
     return guest

@@ -207,18 +207,26 @@ def to_capture(guest: QmpGuest, request: CaptureRequest) -> list[GuestDisk]:
     check_supported(guest.monitor, guest=guest.name)
     for each in journal.find(guest=guest.name, operation=OPERATION)[0]:
         if not each.record.is_abandoned and each.record.writer != own_identity():
-            raise Busy(f"another snapchain (pid {each.record.writer[0]}) captures it now", subject=guest.name)
+            raise Busy(
+                f"another snapchain (pid {each.record.writer[0]}) captures the guest now",
+                subject=guest.name,
+                hint="wait for its end",
+            )
     at_work = [each for each in guest.activities() if each.kind != "export"]
     if at_work:
-        raise Busy(f"something is at work in it: {at_work[0].says}", subject=guest.name, hint="wait for its end")
+        raise Busy(f"something is at work in the guest: {at_work[0].says}", subject=guest.name, hint="wait for its end")
     check_server(guest.monitor, guest=guest.name)
     found = [disk for disk in guest.disks() if disk.left_out is None and disk.chain]
     for name in request.disks:
         if name not in {disk.name for disk in found}:
-            raise NotFound(f"it has no disk {name} that can be captured", subject=guest.name)
+            raise NotFound(
+                f"the guest has no disk {name} that can be captured",
+                subject=guest.name,
+                hint=f"it has {', '.join(disk.name for disk in found) or 'none'}",
+            )
     chosen = [disk for disk in found if not request.disks or disk.name in request.disks]
     if not chosen:
-        raise NotFound("it has no disk that can be captured", subject=guest.name)
+        raise NotFound("the guest has no disk that can be captured", subject=guest.name, hint="see `snapchain guests`")
     return chosen
 
 
@@ -355,14 +363,14 @@ def check_supported(monitor: Monitor, *, guest: str) -> None:
     access = any("snapshot-access" in each.get("values", ()) for each in schema if each["meta-type"] == "enum")
     if not (filters and access and {"blockdev-reopen", "block-export-add"} <= named):
         raise Unsupported(
-            "its QEMU lacks the filter that a capture without overlays needs",
+            "the guest's QEMU lacks the filter that a capture without overlays needs",
             subject=guest,
             hint="use QEMU 7.2 or newer, or ship it without --bitmap",
         )
     # QEMU 7.2 crashes when a filter is opened above a node that an I/O thread has.
     if monitor.execute("query-iothreads"):
         raise Unsupported(
-            "it has I/O threads, and QEMU 7.2 crashes when a filter is added to a disk of one",
+            "the guest has I/O threads, and QEMU 7.2 crashes when a filter is added to a disk of one",
             subject=guest,
             hint="ship it without --bitmap: a snapshot with overlays needs no filter",
         )
@@ -374,7 +382,7 @@ def check_server(monitor: Monitor, *, guest: str) -> None:
     if others:
         names = ", ".join(f"{each['id']} of node {each['node-name']}" for each in others[:3])
         raise Busy(
-            f"its NBD server is in use for the export {names}",
+            f"the NBD server in the guest's QEMU is in use for the export {names}",
             subject=guest,
             hint="wait until that backup has ended, or remove the export",
         )
@@ -412,13 +420,19 @@ def _planned(monitor: Monitor, disks: Sequence[GuestDisk], request: CaptureReque
     for disk in disks:
         device = devices.get(disk.root)
         if not device:
-            raise Unsupported(f"disk {disk.name} belongs to no device that can be switched", subject=guest)
+            raise Unsupported(
+                f"disk {disk.name} belongs to no device that can be switched",
+                subject=guest,
+                hint="ship it without --bitmap",
+            )
         qom = device if device.startswith("/") else f"/machine/peripheral/{device}"
         found.append(DiskInFlight(name=disk.name, device=qom, root=disk.root, active=disk.active.node))
     identity = secrets.token_hex(4)
     path = _place(disks, request) / f"{_DIRECTORY}{identity}"
     if len(os.fsencode(path / _SOCKET)) > _LONGEST_SOCKET:
-        raise Unsupported("its path is too long for a socket", subject=path.parent, hint="name another by --scratch")
+        raise Unsupported(
+            "the path of the directory is too long for a socket", subject=path.parent, hint="name another by --scratch"
+        )
     return CaptureInFlight(id=identity, directory=str(path), disks=tuple(found))
 
 
@@ -577,7 +591,7 @@ def _exported(monitor: Monitor, plan: CaptureInFlight, bitmaps: Sequence[BitmapS
         raise
     except SnapchainError as error:
         raise Busy(
-            f"its NBD server cannot be started: {error.message}",
+            f"the NBD server in the guest's QEMU cannot be started: {error.message}",
             hint="another backup may use it: wait for its end",
         ) from error
     for number in range(len(plan.disks)):
@@ -604,7 +618,11 @@ def _written_since(monitor: Monitor, plan: CaptureInFlight, number: int) -> Exte
     node, name = plan.disks[number].active, plan.later(number)
     new = next((each for each in bitmaps_of(monitor, [node])[node] if each.name == _NEW + plan.id), None)
     if new is None or not new.recording:
-        raise Conflict("its dirty bitmap was removed or disabled by somebody", subject=plan.disks[number].name)
+        raise Conflict(
+            "the dirty bitmap of the disk was removed or disabled by another program",
+            subject=plan.disks[number].name,
+            hint="run it again",
+        )
     actions = [
         _action("add", node=node, name=name, granularity=new.granularity, disabled=True),
         _action("merge", node=node, target=name, bitmaps=[new.name]),

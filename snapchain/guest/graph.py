@@ -56,7 +56,7 @@ class Inconsistent(Exception):
 
 
 class Location(Protocol):
-    """As qemu_process.Located."""
+    """As qemu_files.Located."""
 
     @property
     def path(self) -> Any: ...

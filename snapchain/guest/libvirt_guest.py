@@ -319,7 +319,7 @@ class LibvirtGuest:
             starts_with = _identity(self._path(shown.layers[0]))
             if starts_with != disk.active.identity and starts_with in {layer.identity for layer in disk.chain}:
                 raise Conflict(
-                    f"the definition for its next start does not name {new.path}",
+                    f"the definition for the guest's next start does not name {new.path}",
                     subject=f"{self.name}/{disk.name}",
                     hint="correct it by `virsh edit` before the guest is started again, or what it writes is lost",
                 )
@@ -360,7 +360,7 @@ class LibvirtGuest:
         process = self.process()
         if process is None or open_images(process[0]) is None:
             raise Unsupported(
-                "this user may not see which files its QEMU has open, and a live merge relies on that",
+                "this user may not see which files the guest's QEMU has open, and a live merge relies on that",
                 subject=self.name,
                 hint="run it as root",
             )
@@ -384,7 +384,7 @@ class LibvirtGuest:
         named = {self._path(layer) for disk in lasting for layer in disk.layers} & set(merged)
         if named:
             raise Unavailable(
-                "the definition for its next start still names merged files, which stay: "
+                "the definition for the guest's next start still names merged files, which stay: "
                 f"{', '.join(sorted(map(str, named)))}",
                 subject=self.name,
                 hint="correct it by `virsh edit`, then run it again",
@@ -437,6 +437,7 @@ class _LibvirtSwitch:
         return Outcome.NOT_DONE
 
 
+_AGAIN = "another program changed the chain meanwhile: run it again"
 _LOOK = (
     "keep all of its files, compare `virsh dumpxml` with its open files, and shut the guest down before its next use"
 )
@@ -555,17 +556,21 @@ def _is_active(disk: GuestDisk | None, path: Path) -> bool:
 def _check_overlay(guest: str, disk: GuestDisk | None, overlay: NewOverlay) -> None:
     """Raises Conflict where an overlay was not made for the disk as it is now."""
     if disk is None or not disk.chain:
-        raise Conflict("the guest has no disk of this name any more", subject=f"{guest}/{overlay.disk}")
+        raise Conflict("the guest has no disk of this name any more", subject=f"{guest}/{overlay.disk}", hint=_AGAIN)
     if disk.obstacle is not None:
         raise Unsupported(disk.obstacle, subject=f"{guest}/{overlay.disk}")
     if disk.active.identity != _identity(overlay.backing):
         raise Conflict(
-            f"its active layer is {disk.active.path} by now, not {overlay.backing}", subject=f"{guest}/{overlay.disk}"
+            f"the active layer of the disk is {disk.active.path} now, not {overlay.backing}",
+            subject=f"{guest}/{overlay.disk}",
+            hint=_AGAIN,
         )
     size, _ = _size(overlay.path, "qcow2")
     if size != disk.active.virtual_size:
         raise Conflict(
-            f"the overlay has {size} bytes, and the disk {disk.active.virtual_size}", subject=f"{guest}/{overlay.disk}"
+            f"the overlay has {size} bytes, and the disk {disk.active.virtual_size}",
+            subject=f"{guest}/{overlay.disk}",
+            hint=_AGAIN,
         )
 
 
@@ -574,9 +579,9 @@ def _inputs(subject: str, disk: GuestDisk, lowest: Path, uppermost: Path) -> tup
     numbers = {layer.identity: number for number, layer in enumerate(disk.chain) if layer.identity is not None}
     first, last = numbers.get(_identity(lowest) or (-1, -1)), numbers.get(_identity(uppermost) or (-1, -1))
     if first is None or last is None or first >= last:
-        raise Conflict(f"its chain does not have {lowest} below {uppermost}", subject=subject)
+        raise Conflict(f"the chain of the disk does not have {lowest} below {uppermost}", subject=subject, hint=_AGAIN)
     if any(layer.path is None for layer in disk.chain[first : last + 1]):
-        raise Unsupported("a layer of its chain is no local file", subject=subject)
+        raise Unsupported("a layer of the chain is no local file", subject=subject, hint="leave the disk out")
     return disk.chain[first : last + 1]
 
 
@@ -591,7 +596,7 @@ def _job_words(kind: JobKind, disk: str, found: GuestDisk, inputs: tuple[Layer, 
             "snapchain does not stream through libvirt", subject=disk, hint="merge by a commit: --strategy commit"
         )
     if is_active is not (kind is JobKind.ACTIVE_COMMIT):
-        raise Conflict(f"the active layer is {found.active.path} by now", subject=disk)
+        raise Conflict(f"the active layer of the disk is {found.active.path} now", subject=disk, hint=_AGAIN)
     words = ["blockcommit", "--path", disk, "--base", _index(disk, inputs[0])]
     return [*words, "--active"] if is_active else [*words, "--top", _index(disk, inputs[-1])]
 

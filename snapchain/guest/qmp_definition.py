@@ -12,7 +12,7 @@ from typing import Any
 from snapchain.errors import SnapchainError
 from snapchain.guest.graph import source_of
 from snapchain.guest.protocol import Definition, DefinitionFile
-from snapchain.guest.qemu_process import QemuProcess
+from snapchain.guest.qemu_files import QemuFiles
 from snapchain.guest.qmp import Monitor, Refused
 from snapchain.host.files import read_small
 
@@ -27,7 +27,7 @@ _STATE_DIRECTORY = re.compile(r"(?:^|,)dir=((?:[^,]|,,)*)")
 
 
 def definition(
-    monitor: Monitor, name: str, process: QemuProcess, devices: Mapping[str, str], *, with_secrets: bool
+    monitor: Monitor, name: str, process: QemuFiles, devices: Mapping[str, str], *, with_secrets: bool
 ) -> Definition:
     """See `Guest.definition`. devices: QOM path -> type, of the devices of the command line and hot-plugged ones."""
     block = monitor.rows("query-block")
@@ -68,7 +68,7 @@ def _macs(monitor: Monitor, devices: Mapping[str, str]) -> Iterator[str]:
             yield mac.lower()
 
 
-def _media(block: Sequence[Mapping[str, Any]], process: QemuProcess) -> Iterator[str]:
+def _media(block: Sequence[Mapping[str, Any]], process: QemuFiles) -> Iterator[str]:
     for device in block:
         inserted = device.get("inserted")
         if device.get("removable") is True and device.get("qdev") and isinstance(inserted, Mapping):
@@ -79,7 +79,7 @@ def _media(block: Sequence[Mapping[str, Any]], process: QemuProcess) -> Iterator
 
 
 def _firmware(
-    block: Sequence[Mapping[str, Any]], process: QemuProcess, unreadable: list[str]
+    block: Sequence[Mapping[str, Any]], process: QemuFiles, unreadable: list[str]
 ) -> Iterator[DefinitionFile]:
     """The variables: what of the flash memory the guest can write. The code is the host's package."""
     for device in block:
@@ -96,7 +96,7 @@ def _firmware(
 
 
 def _tpm(
-    monitor: Monitor, process: QemuProcess, unreadable: list[str], *, with_secrets: bool
+    monitor: Monitor, process: QemuFiles, unreadable: list[str], *, with_secrets: bool
 ) -> Iterator[DefinitionFile]:
     for tpm in monitor.rows("query-tpm") if monitor.has("query-tpm") else ():
         options = tpm.get("options")
@@ -115,7 +115,7 @@ def _tpm(
         yield from _tree(directory, unreadable)
 
 
-def _state_directory(monitor: Monitor, process: QemuProcess, chardev: str) -> Path | None:
+def _state_directory(monitor: Monitor, process: QemuFiles, chardev: str) -> Path | None:
     """Where the swtpm at the other end of a character device keeps its state, by its command line."""
     socket = socket_of(monitor, process, chardev)
     for found in Path("/proc").glob("[0-9]*/cmdline") if socket is not None else ():
@@ -125,7 +125,7 @@ def _state_directory(monitor: Monitor, process: QemuProcess, chardev: str) -> Pa
                 continue
             for word in words:
                 if named := _STATE_DIRECTORY.search(word):
-                    return QemuProcess(int(found.parent.name)).absolute(named[1].replace(",,", ","))
+                    return QemuFiles(int(found.parent.name)).absolute(named[1].replace(",,", ","))
     return None
 
 
@@ -152,7 +152,7 @@ def _content(path: Path, what: str, unreadable: list[str]) -> bytes | None:
         return None
 
 
-def socket_of(monitor: Monitor, process: QemuProcess, chardev: str) -> Path | None:
+def socket_of(monitor: Monitor, process: QemuFiles, chardev: str) -> Path | None:
     """The unix socket of a character device; None where it is something else."""
     for each in monitor.rows("query-chardev"):
         if each.get("label") == chardev:

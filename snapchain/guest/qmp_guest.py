@@ -19,6 +19,7 @@ from typing import Any, Literal
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.guest import graph
 from snapchain.guest.address import GuestAddress
+from snapchain.guest.disks import no_such_disk
 from snapchain.guest.graph import DiskView
 from snapchain.guest.protocol import (
     Activity,
@@ -32,10 +33,11 @@ from snapchain.guest.protocol import (
     Outcome,
     State,
 )
-from snapchain.guest.qemu_process import Located, QemuProcess, drive_options, started, with_thread
+from snapchain.guest.qemu_files import Located, QemuFiles, drive_options, with_thread
 from snapchain.guest.qmp import Monitor, Refused, not_understood
 from snapchain.guest.qmp_definition import definition, socket_of
 from snapchain.guest.qmp_jobs import QmpJob, begin, in_the_way
+from snapchain.host.process_identity import identity
 from snapchain.host.terminal import printable, shell_word
 from snapchain.image.backing import Place
 from snapchain.image.file import ImageFile
@@ -112,11 +114,11 @@ class QmpGuest:
         found = self._process()
         return (found.pid, found.started) if found.pid is not None and found.started is not None else None
 
-    def _process(self) -> QemuProcess:
+    def _process(self) -> QemuFiles:
         peer = self._monitor.peer
         cpus = self._monitor.rows("query-cpus-fast")
         threads = [thread for each in cpus if isinstance(thread := each.get("thread-id"), int)]
-        return QemuProcess(with_thread(threads[0], peer=peer) if threads else peer)
+        return QemuFiles(with_thread(threads[0], peer=peer) if threads else peer)
 
     def disks(self) -> Sequence[GuestDisk]:
         """See `Guest`. Beside a stream job, the bitmaps of the layers below the active one are not known."""
@@ -128,7 +130,7 @@ class QmpGuest:
         )
         return (*(view.disk for view in self._views(devices)), *elsewhere)
 
-    def _views(self, devices: Mapping[str, str] | None = None, process: QemuProcess | None = None) -> list[DiskView]:
+    def _views(self, devices: Mapping[str, str] | None = None, process: QemuFiles | None = None) -> list[DiskView]:
         process = process or self._process()
         devices = self._devices() if devices is None else devices
         known: dict[str, Located] = {}
@@ -148,7 +150,7 @@ class QmpGuest:
                 raise not_understood("query-block", str(error), subject=self._path) from error
             self._keys = {view.disk.name: (view.qdev, view.device) for view in views}
             return views
-        raise Busy("its block graph keeps changing", subject=self.name, hint="run the command again")
+        raise Busy("the block graph of the guest keeps changing", subject=self.name, hint="run the command again")
 
     def _nodes(self) -> list[Mapping[str, Any]] | None:
         """All nodes; None beside a stream job: a QEMU 7.2 might not survive it."""
@@ -313,7 +315,7 @@ class QmpGuest:
     def _label(self, disk: str) -> str:
         return f"{self.name}/{disk}"
 
-    def _open(self, overlay: NewOverlay, view: DiskView, process: QemuProcess, switch: QmpSwitch) -> None:
+    def _open(self, overlay: NewOverlay, view: DiskView, process: QemuFiles, switch: QmpSwitch) -> None:
         identity = _check_overlay(overlay, view.disk)
         options = drive_options(process.argv, {text for layer in view.disk.chain for text in _mentions(layer)})
         node = f"{OURS}{os.getpid():x}-{secrets.token_hex(6)}"
@@ -331,7 +333,7 @@ class QmpGuest:
                 self._monitor.execute("blockdev-add", description)
             except Refused as again:
                 raise _not_opened(again, overlay.path) from again
-        opened = QemuProcess(process.pid).open_files
+        opened = QemuFiles(process.pid).open_files
         if opened is not None and identity not in opened:
             raise Conflict(
                 "QEMU opened another file under this path",
@@ -354,7 +356,7 @@ class QmpGuest:
             if made_by is None or name in used or name in self._opened:
                 continue
             pid = int(made_by[1], 16)
-            if pid == os.getpid() or started(pid) is None:
+            if pid == os.getpid() or identity(pid) is None:
                 self._close(name)
 
     def release(self, overlays: Sequence[Path]) -> None:
@@ -506,7 +508,11 @@ def _check_overlay(overlay: NewOverlay, disk: GuestDisk) -> tuple[int, int]:
     try:
         str(overlay.path).encode()
     except UnicodeEncodeError as error:
-        raise Unsupported("QMP cannot name a path that is not UTF-8", subject=overlay.path) from error
+        raise Unsupported(
+            "QMP cannot name a path that is not UTF-8",
+            subject=overlay.path,
+            hint="rename the image while the guest is off",
+        ) from error
     if _identity(overlay.backing) != active.identity or active.identity is None:
         raise Conflict(
             f"the active layer of {disk.name} is {active.path}, not {overlay.backing}",
@@ -551,15 +557,16 @@ def _place(chain: Sequence[Layer], path: Path, label: str) -> int:
     for number, layer in enumerate(chain):
         if identity is not None and layer.identity == identity:
             return number
-    raise Conflict("it is not a layer of the disk any more", subject=path, hint=f"look at {label} again")
+    raise Conflict(
+        "the file is no layer of the disk any more", subject=path, hint=f"`snapchain guests` shows the chain of {label}"
+    )
 
 
 def _named(views: Sequence[DiskView], disk: str, guest: str) -> DiskView:
     for view in views:
         if view.disk.name == disk:
             return view
-    names = ", ".join(view.disk.name for view in views) or "none"
-    raise NotFound("the guest has no such disk", subject=f"{guest}/{disk}", hint=f"its disks are: {names}")
+    raise no_such_disk(guest, disk, (view.disk.name for view in views))
 
 
 def _node_names(disk: GuestDisk) -> list[str]:

@@ -107,7 +107,11 @@ class _Guard:
         self._frozen = self._watchdog.freeze(timeout=seconds)
         self._began = began
         if self._frozen == 0:
-            raise Unavailable("the guest agent froze no filesystem", subject=self._guest.name)
+            raise Unavailable(
+                "the guest agent froze no filesystem",
+                subject=self._guest.name,
+                hint="is one mounted that can be frozen?",
+            )
 
     def thaw(self, reached: Quiesced, on_event: OnEvent) -> None:
         """Raises nothing of the agent's: what was done between stays done, and the watchdog goes on."""
@@ -169,7 +173,7 @@ def thaw_now(address: Mapping[str, str], *, timeout: float) -> None:
     with agent.connected():
         agent.thaw(timeout=timeout)
         if agent.is_frozen(timeout=timeout):
-            raise Unavailable("the guest agent says that the filesystems are still frozen")
+            raise Unavailable("the guest agent reports that the filesystems are still frozen")
 
 
 def settle_thaw(found: journal.Found, *, timeout: float = 2 * THAW_SECONDS) -> bool:

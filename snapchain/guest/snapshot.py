@@ -34,6 +34,7 @@ from snapchain.errors import (
     Unsupported,
 )
 from snapchain.guest import journal, overlays
+from snapchain.guest.disks import no_such_disk
 from snapchain.guest.protocol import Guest, GuestDisk, JobKind, NewOverlay, Outcome, State
 from snapchain.guest.quiesce import Quiesced, frozen, with_hooks
 from snapchain.host import files, hooks
@@ -43,6 +44,7 @@ from snapchain.image.file import Format
 from snapchain.image.qcow2.header import Qcow2Header, read_header
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.extents import Extents
 from snapchain.model.points import check_label
 from snapchain.source.at_rest import ImageAtRest, OfflineSet
 from snapchain.source.ownership import check_no_layer
@@ -124,7 +126,7 @@ class GuestSnapshot(_Shown):
     """What was done. instant: 32 hex digits, one for all disks; consistency: that was reached
 
     why_not: why it is not filesystem-consistent where that was tried; frozen_seconds: how long the guest was frozen
-    starts_with: the guest must be started with the overlays the next time, and nothing but the user sees to that
+    starts_with: the guest must be started with the overlays the next time, which snapchain cannot enforce
     """
 
     guest: str
@@ -176,12 +178,17 @@ def _check_request(request: SnapshotRequest) -> None:
         check_label(label)
     for seconds in (request.freeze_seconds, request.bound_seconds, request.hook_seconds):
         if not 0 < seconds < float("inf"):
-            raise InvalidInput("a time limit must be a positive number of seconds", subject=f"{seconds:g}")
+            raise InvalidInput(
+                "a time limit must be a positive number of seconds",
+                subject=f"{seconds:g}",
+                hint="such as --freeze-timeout 10",
+            )
     if request.freeze_seconds >= request.bound_seconds:
         raise InvalidInput(
             f"the time limit of the freeze must be less than {request.bound_seconds:g} s, the longest that the guest "
             "may stay frozen",
             subject=f"{request.freeze_seconds:g} s",
+            hint="give a shorter --freeze-timeout",
         )
     for which, argv in (("pre_freeze", request.pre_freeze), ("post_thaw", request.post_thaw)):
         if argv and (error := hooks.missing(which, argv)) is not None:
@@ -195,9 +202,13 @@ def _chosen(
     known = {disk.name: disk for disk in disks}
     for name in request.disks:
         if name not in known:
-            raise NotFound("the guest has no such disk", subject=name, hint=f"it has {', '.join(known) or 'none'}")
+            raise no_such_disk(guest.name, name, known)
         if known[name].left_out is not None:
-            raise Unsupported(f"it is no disk to snapshot: {known[name].left_out}", subject=f"{guest.name}/{name}")
+            raise Unsupported(
+                f"no snapshot can be taken of this disk: {known[name].left_out}",
+                subject=f"{guest.name}/{name}",
+                hint="leave it out",
+            )
     able = [disk.name for disk in disks if disk.left_out is None and disk.obstacle is None]
     taken: list[GuestDisk] = []
     left_out: list[LeftOut] = []
@@ -216,7 +227,11 @@ def _chosen(
         else:
             taken.append(disk)
     if not taken:
-        raise NotFound("it has no disk that can be snapshotted", subject=guest.name)
+        raise NotFound(
+            "the guest has no disk that can be snapshotted",
+            subject=guest.name,
+            hint="`snapchain guests` shows its disks",
+        )
     return taken, tuple(left_out)
 
 
@@ -232,7 +247,7 @@ def _check_idle(guest: Guest, disks: Sequence[GuestDisk], taken: Sequence[GuestD
         concerns_us = activity.node is None or disk in names
         if concerns_us and not (activity.is_ours and activity.kind == JobKind.COMMIT):
             raise Busy(
-                f"something is at work on it: {activity.says}",
+                f"something is at work on the {'guest' if disk is None else 'disk'}: {activity.says}",
                 subject=guest.name if disk is None else f"{guest.name}/{disk}",
                 hint="wait for its end, then run it again",
             )
@@ -251,7 +266,7 @@ def _live(guest: Guest, disk: GuestDisk, taken: set[Path]) -> DiskToSeal:
     layer = disk.active
     if layer.path is None or layer.is_block_device:
         raise Unsupported(
-            "its active layer is no file, so there is no place beside it for an overlay",
+            "the active layer of the disk is no file, so there is no place beside it for an overlay",
             subject=subject,
             hint="make the overlay with libvirt, on a file of your choice",
         )
@@ -277,7 +292,11 @@ def _live(guest: Guest, disk: GuestDisk, taken: set[Path]) -> DiskToSeal:
 def _check_name(overlay: Path, sealed: Path) -> None:
     """The overlay records the sealed file's name, and names are printed line by line."""
     if any(character < " " or character == "\x7f" for character in sealed.name) or "\n" in str(overlay):
-        raise Unsupported("a name with control characters cannot be part of a chain", subject=sealed)
+        raise Unsupported(
+            "a name with control characters cannot be part of a chain",
+            subject=sealed,
+            hint="rename the image while the guest is off",
+        )
 
 
 def _free_name(active: Path, taken: set[Path]) -> Path:
@@ -325,7 +344,7 @@ def _at_rest(disk: GuestDisk, request: SnapshotRequest) -> DiskToSeal:
 
     layer = disk.active
     if layer.path is None:
-        raise Unsupported("it is no file", subject=disk.name)
+        raise Unsupported("the image of the disk is no file", subject=disk.name, hint="leave the disk out")
     image_format = _format(layer.image_format, subject=layer.path)
     planned = sealing.plan(layer.path, image_format=image_format, image_dirs=request.image_dirs)
     return DiskToSeal(
@@ -342,7 +361,9 @@ def _format(name: str, *, subject: object = None) -> Format:
     known: dict[str, Format] = {"qcow2": "qcow2", "raw": "raw"}
     if name in known:
         return known[name]
-    raise Unsupported(f"its format is {name}; snapchain reads qcow2 and raw", subject=subject)
+    raise Unsupported(
+        f"the format is {name}; snapchain reads qcow2 and raw", subject=subject, hint="leave the disk out"
+    )
 
 
 # --- Run.
@@ -380,6 +401,27 @@ def _run_at_rest(planned: GuestSnapshotPlan, request: SnapshotRequest, on_event:
     disks = [disk.model_copy(update={"sealed": path}) for disk, path in zip(planned.disks, sealed, strict=True)]
     overlays.note_sealed(sealed, planned.labels, time, on_event)
     return _report(planned, disks, time, Quiesced(Consistency.OFFLINE))
+
+
+def sealed_already(planned: GuestSnapshotPlan, request: SnapshotRequest) -> GuestSnapshot | None:
+    """Of a guest that is off, and was since its last snapshot: what was sealed then is what its disks show now.
+
+    None for any other guest. Without this, each night would put one more empty overlay on a guest that nobody starts.
+    Raises Busy as ImageAtRest.opened, Conflict for a disk that was given to another host.
+    """
+    if not planned.is_off:
+        return None
+    sealed: list[DiskToSeal] = []
+    for disk in planned.disks:
+        image = ImageAtRest(disk.overlay, format=disk.sealed_format, image_dirs=request.image_dirs)
+        with image.opened() as chain:
+            image.check_not_given(chain)
+            below = chain.files[-2] if len(chain.files) > 1 else None
+            if below is None or chain.top.extents != Extents.absent(below.size):
+                return None
+            change = {"sealed": below.path, "sealed_format": below.format, "layers": len(chain.files)}
+            sealed.append(disk.model_copy(update=change))
+    return _report(planned, sealed, datetime.now(UTC), Quiesced(Consistency.OFFLINE))
 
 
 def _run_live(guest: Guest, planned: GuestSnapshotPlan, request: SnapshotRequest, on_event: OnEvent) -> GuestSnapshot:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from snapchain.errors import InvalidInput, NotFound, Unsupported
+from snapchain.errors import Unsupported
 from snapchain.guest import snapshot
-from snapchain.guest.protocol import Guest, GuestDisk
+from snapchain.guest.disks import active_path, find_disk
+from snapchain.guest.protocol import Guest
 from snapchain.guest.snapshot import Quiesce, SnapshotRequest
-from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain
 from snapchain.model.events import OnEvent, ignore
 from snapchain.source.at_rest import ImageAtRest
@@ -36,8 +36,9 @@ class RunningDisk:
         """See `Source`: only what is sealed can be read while the guest runs. Raises Unsupported for anything else."""
         if scope is not Scope.SEALED:
             raise Unsupported(
-                "the guest writes to the active layer, so only what is sealed can be read",
+                "the guest writes to the active layer of the disk, so only the layers below can be read",
                 subject=f"{self._guest.name}/{self.name}",
+                hint="take a snapshot first, or shut the guest down",
             )
         with self._at_rest().opened(Scope.SEALED) as chain:
             yield chain
@@ -86,39 +87,3 @@ class RunningDisks:
         made = snapshot.run(guest, snapshot.plan(guest, request), request, on_event=self._on_event)
         sealed = {each.disk: each.sealed for each in made.disks}
         return [sealed[name] for name in names]
-
-
-def disks_to_protect(guest: Guest, names: Sequence[str] = ()) -> list[GuestDisk]:
-    """The disks of these names, or all that are not left out.
-
-    Raises NotFound for a name that no disk has, InvalidInput for a disk that is left out, and for none at all.
-    """
-    found = [find_disk(guest, name) for name in names] or [disk for disk in guest.disks() if disk.left_out is None]
-    for disk in found:
-        if disk.left_out is not None:
-            raise InvalidInput(f"it cannot be protected: {disk.left_out}", subject=f"{guest.name}/{disk.name}")
-    if not found:
-        raise InvalidInput("it has no disk that can be protected", subject=guest.name)
-    return found
-
-
-def find_disk(guest: Guest, name: str) -> GuestDisk:
-    """The disk of this name. Raises NotFound."""
-    disks = guest.disks()
-    for disk in disks:
-        if disk.name == name:
-            return disk
-    known = ", ".join(disk.name for disk in disks) or "none"
-    raise NotFound(f"the guest has no disk {name}: known are {known}", subject=guest.name)
-
-
-def active_path(disk: GuestDisk, *, guest: Guest) -> Path:
-    """The path of its active layer. Raises Unsupported where that is no file."""
-    path = disk.active.path if disk.chain else None
-    if path is None:
-        raise Unsupported(
-            "its active layer is no file of this host",
-            subject=f"{guest.name}/{disk.name}",
-            hint=shell_line(["snapchain", "guests"]),
-        )
-    return path

@@ -5,7 +5,6 @@ All is read from /proc/PID/cmdline, which anybody may read; which files a proces
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snapchain.host.process_identity import identity
+from snapchain.host.qemu_options import fields, split
 from snapchain.host.terminal import shell_word
 
 _PROC = Path("/proc")
@@ -22,7 +22,7 @@ _AGENT = "org.qemu.guest_agent.0"
 
 @dataclass(frozen=True, slots=True)
 class QemuArguments:
-    """What a command line of QEMU says of its guest.
+    """What a command line of QEMU tells about its guest.
 
     name, uuid: of the guest, None where it has none; is_libvirt: libvirt started it
     qmp: paths of QMP sockets that QEMU listens on; agent: of the guest agent's; is_incoming: it waits for a migration
@@ -82,7 +82,7 @@ def is_qemu(argv: Sequence[str]) -> bool:
 
 
 def parse(argv: Sequence[str]) -> QemuArguments:
-    """What a command line says. Options that are unknown, or cut off, are passed over."""
+    """Read a command line. Options that are unknown, or lack their value, are passed over."""
     chardevs: dict[str, str] = {}
     name = uuid = None
     is_libvirt = is_incoming = False
@@ -102,11 +102,11 @@ def parse(argv: Sequence[str]) -> QemuArguments:
             if value.startswith("chardev:"):
                 monitors.append(value.removeprefix("chardev:"))
             elif value.startswith("unix:") and _listens(value):
-                sockets.append(_cut(value.removeprefix("unix:"))[0])
+                sockets.append(split(value.removeprefix("unix:"))[0])
         elif option == "mon":
-            head, fields = _fields(value)
-            if fields.get("mode") == "control":
-                monitors.append(fields.get("chardev", head))
+            head, known = fields(value)
+            if known.get("mode") == "control":
+                monitors.append(known.get("chardev", head))
         elif option == "device" and _AGENT in value:
             agent_device = _device_chardev(value)
         elif option == "object" and _LIBVIRT_SECRETS in value:
@@ -123,57 +123,27 @@ def _options(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield word.lstrip("-"), argv[at + 1]
 
 
-def _cut(text: str) -> list[str]:
-    """At single commas: a doubled one is a comma of the value."""
-    parts = [""]
-    at = 0
-    while at < len(text):
-        if text.startswith(",,", at):
-            parts[-1] += ","
-            at += 2
-        elif text[at] == ",":
-            parts.append("")
-            at += 1
-        else:
-            parts[-1] += text[at]
-            at += 1
-    return parts
-
-
-def _fields(text: str) -> tuple[str, dict[str, str]]:
-    """The first word without a key, and what has one: `socket,id=a,path=/b`, or the same as JSON."""
-    if text.startswith("{"):
-        with suppress(ValueError):
-            values = json.loads(text)
-            if isinstance(values, dict):
-                return "", {str(key): value for key, value in values.items() if isinstance(value, str)}
-        return "", {}
-    parts = [part.partition("=") for part in _cut(text)]
-    head = parts[0][0] if parts and not parts[0][1] else ""
-    return head, {key: value for key, mark, value in parts if mark}
-
-
 def _name(value: str) -> str | None:
-    head, fields = _fields(value)
-    return fields.get("guest", head) or None
+    head, known = fields(value)
+    return known.get("guest", head) or None
 
 
 def _listens(value: str) -> bool:
-    words = _cut(value)[1:]
+    words = split(value)[1:]
     return any(word in {"server", "server=on"} for word in words)
 
 
 def _listening(value: str) -> dict[str, str]:
     """{id: path} of a character device that listens on a unix socket."""
-    head, fields = _fields(value)
-    path, ident = fields.get("path"), fields.get("id")
+    head, known = fields(value)
+    path, ident = known.get("path"), known.get("id")
     if head != "socket" or not path or not ident or not _listens(value):
         return {}
     return {ident: path}
 
 
 def _device_chardev(value: str) -> str | None:
-    return _fields(value)[1].get("chardev")
+    return fields(value)[1].get("chardev")
 
 
 # --- the processes

@@ -161,12 +161,14 @@ def check_local(uri: str) -> None:
     driver, _, transport = parts.scheme.partition("+")
     if parts.netloc or transport not in {"", "unix"}:
         raise Unsupported(
-            "it names a libvirt of another host, whose files are not here",
+            "the URI names a libvirt of another host, whose files are not here",
             subject=uri,
             hint="run snapchain on that host",
         )
     if driver not in {"qemu", "test"}:
-        raise Unsupported(f"snapchain supports QEMU guests only, not {driver}", subject=uri)
+        raise Unsupported(
+            f"snapchain supports QEMU guests only, not {driver}", subject=uri, hint="such as qemu:///system"
+        )
 
 
 def explained(error: ToolFailed, words: Sequence[str], *, uri: str, name: str | None) -> SnapchainError:
@@ -186,7 +188,7 @@ def explained(error: ToolFailed, words: Sequence[str], *, uri: str, name: str | 
         return NotFound("libvirt has no such domain", subject=name, hint="`snapchain guests` lists them")
     if _LOCKED.search(said):
         return Busy(
-            f"libvirt is at work on it: {said}", subject=name, hint="wait until that is done, then run it again"
+            f"libvirt is at work on the domain: {said}", subject=name, hint="wait until that is done, then run it again"
         )
     return ToolFailed(
         f"libvirt refused `{words[0]}`: {said or error.message}",

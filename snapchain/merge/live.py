@@ -31,7 +31,7 @@ from snapchain.merge.choose import choose
 from snapchain.merge.copying import SPARE
 from snapchain.merge.inputs import real_paths
 from snapchain.merge.journal import unsettled
-from snapchain.merge.live_chain import find_disk, opened
+from snapchain.merge.live_chain import disk_to_merge, opened
 from snapchain.merge.plan import NOTHING, MergePlan, layer_uses, merge_row, ranges_by_name, room_of
 from snapchain.merge.rates import Rates
 from snapchain.merge.request import MergeRequest
@@ -41,6 +41,7 @@ from snapchain.model.choice import MergeRange
 from snapchain.model.merging import Strategy
 from snapchain.source.ownership import check_no_layer, check_not_given
 
+_OFF = "merge it while the guest is off"
 _USERS = (Kind.CONTENT, Kind.LINK, Kind.UNREAD)
 """Without the guest's own definition: it has the chain that the merge is about."""
 _NEARLY = 1.05
@@ -81,7 +82,7 @@ def plan(guest: Guest, disk_name: str, request: MergeRequest) -> LiveMergePlan:
     Conflict for a held layer, and as `merge.plan`.
     """
     _check_request(guest, request)
-    disk = find_disk(guest, disk_name)
+    disk = disk_to_merge(guest, disk_name)
     rates = Rates.remembered()
     with opened(disk, image_dirs=request.image_dirs) as chain:
         planner = LivePlanner(guest, disk, chain, request)
@@ -234,7 +235,7 @@ class LivePlanner:
         chain, upper = self._chain, self._chain.files[last]
         if not self._guest.streams:
             return Unsupported(
-                "snapchain does not stream through libvirt", subject=upper.path, hint="--strategy commit"
+                "snapchain does not stream through libvirt", subject=upper.path, hint="use --strategy commit"
             )
         if last < len(chain.files) - 1:
             try:
@@ -244,7 +245,9 @@ class LivePlanner:
             if (why := _why_not_written(upper)) is not None:
                 return why
         if upper.format != "qcow2":
-            return Unsupported("a stream needs a qcow2 file as its uppermost layer", subject=upper.path)
+            return Unsupported(
+                "a stream needs a qcow2 file as its uppermost layer", subject=upper.path, hint="use --strategy commit"
+            )
         return self._against_bitmaps(range(first, last))
 
     def _against_commit(self, first: int, last: int, confirmed: Sequence[Path], kind: JobKind) -> SnapchainError | None:
@@ -256,22 +259,28 @@ class LivePlanner:
                 users = tuple(each for each in users if each.kind is not Kind.UNREAD)
             if users and place < len(chain.files) - 1:
                 return Unsupported(
-                    f"a commit would change its content, and {users[0].description}",
+                    f"a commit would change the content of the layer, and {users[0].description}",
                     subject=file.path,
                     hint="--strategy absorb streams the layers instead",
                 )
             if (why := inputs.why_not_own(file.real_path, chain.top.path, confirmed)) is not None:
-                return Unsupported(f"a commit would change or remove it, and {why}", subject=file.path)
+                return Unsupported(
+                    f"a commit would change or remove the layer, and {why}",
+                    subject=file.path,
+                    hint="--strategy absorb streams the layers instead",
+                )
         if not lowest.real_path.is_file():
-            return Unsupported("it is a device, and a live merge commits only into files", subject=lowest.path)
+            return Unsupported(
+                "the layer is a device, and a live merge commits only into files", subject=lowest.path, hint=_OFF
+            )
         if (why_not := _why_not_written(lowest)) is not None:
             return why_not
         if lowest.format == "raw" and kind is JobKind.COMMIT and lowest.size % 512:
-            return Unsupported("its size is no multiple of 512 bytes", subject=lowest.path)
+            return Unsupported("the size of the layer is no multiple of 512 bytes", subject=lowest.path, hint=_OFF)
         held = self._against_bitmaps(range(first, last + 1))
         if held is None and self._bitmaps(first):
             return Unsupported(
-                f"a commit would make its bitmaps wrong: {self._bitmaps(first)}",
+                f"a commit would make the bitmaps of the layer wrong: {self._bitmaps(first)}",
                 subject=lowest.path,
                 hint="--strategy absorb streams the layers instead",
             )
@@ -282,7 +291,7 @@ class LivePlanner:
             names = self._bitmaps(place)
             if names and not self._request.drop_bitmaps:
                 return Unsupported(
-                    f"it holds bitmaps ({names}), which would be lost or wrong after a merge",
+                    f"the layer holds bitmaps ({names}), which would be lost or wrong after a merge",
                     subject=self._chain.files[place].path,
                     hint="--drop-bitmaps merges without them; the next incremental backup must then read everything",
                 )
@@ -312,7 +321,11 @@ class LivePlanner:
         elif overlay.backing is not None and not overlay.backing.name.startswith("/"):
             name = os.path.relpath(below.real_path, overlay.real_path.parent)
         if any(character < " " for character in name):
-            raise Unsupported("the name of the file below holds control characters", subject=below.path)
+            raise Unsupported(
+                "the name of the file below holds control characters",
+                subject=below.path,
+                hint="rename it while the guest is off",
+            )
         return Backing(name, below.format)
 
 
@@ -324,7 +337,7 @@ def _is_opened_elsewhere(file: ImageFile, others: Dependents) -> bool:
 def _why_not_written(file: ImageFile) -> SnapchainError | None:
     """Why QEMU may not write to a file. Who QEMU runs as is not known: a file that nobody may write is meant so."""
     if file.real_path.is_file() and not file.real_path.stat().st_mode & 0o222:
-        return Unsupported("it is read-only", subject=file.path, hint="chmod u+w, if it may be merged")
+        return Unsupported("the file is read-only", subject=file.path, hint="chmod u+w, if it may be merged")
     return None
 
 
@@ -337,7 +350,7 @@ def _check_sizes(chain: ImageChain, first: int, last: int) -> None:
     for place in range(max(first, 1), last + 1):
         if chain.files[place].size < chain.files[place - 1].size:
             raise Unsupported(
-                f"it is shorter than {chain.files[place - 1].path.name} below it: QEMU would show that end again",
+                f"the layer is shorter than {chain.files[place - 1].path.name} below: QEMU would show that end again",
                 subject=chain.files[place].path,
                 hint="merge it while the guest is off, or leave it out (--from, --to)",
             )

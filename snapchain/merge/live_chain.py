@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
+from snapchain.guest.disks import find_disk
 from snapchain.guest.protocol import Guest, GuestDisk
 from snapchain.host.directory import real_path
 from snapchain.image import ImageChain, ImageFile, scan
@@ -20,6 +21,8 @@ from snapchain.image.physical import RunBudget
 _TRIES, _PAUSE = 20, 0.05
 """For the map of a layer that is written to meanwhile: a table may be older than the one that names it."""
 
+_LOOK = "was a file of the chain renamed or replaced while the guest ran? `snapchain guests` shows its chain"
+
 
 class ActiveFile(ImageFile):
     """The active layer. Its map is of one moment, and lacks what QEMU has not flushed: good for estimates."""
@@ -29,24 +32,23 @@ class ActiveFile(ImageFile):
         return False
 
 
-def find_disk(guest: Guest, name: str) -> GuestDisk:
-    """The disk of this name, as it is now. Raises NotFound, Unsupported where its chain is no local files."""
-    from snapchain.errors import NotFound
-
-    disks = guest.disks()
-    for disk in disks:
-        if disk.name == name:
-            break
-    else:
-        known = ", ".join(each.name for each in disks) or "none"
-        raise NotFound(f"{guest.name} has no disk of this name", subject=name, hint=f"its disks are: {known}")
-    why = disk.left_out
-    if why is not None:
-        raise Unsupported(f"it cannot be merged: {why}", subject=f"{guest.name}/{name}")
-    for layer in disk.chain:
-        if layer.path is None:
-            raise Unsupported("a layer of its chain is no local file", subject=f"{guest.name}/{name}")
+def disk_to_merge(guest: Guest, name: str) -> GuestDisk:
+    """The disk of this name, as it is now. Raises NotFound, Unsupported where its chain cannot be merged."""
+    disk = find_disk(guest, name)
+    if (why := obstacle(disk)) is not None:
+        raise Unsupported(
+            f"the disk cannot be merged: {why}",
+            subject=f"{guest.name}/{name}",
+            hint="leave it out: name others by --disk",
+        )
     return disk
+
+
+def obstacle(disk: GuestDisk) -> str | None:
+    """Why the chain of a disk cannot be merged; None where it can."""
+    if disk.left_out is None and any(layer.path is None for layer in disk.chain):
+        return "a layer of its chain is no local file"
+    return disk.left_out
 
 
 def paths_of(disk: GuestDisk) -> tuple[Path, ...]:
@@ -80,7 +82,9 @@ def _dirs(paths: Sequence[Path], image_dirs: Sequence[Path]) -> tuple[Path, ...]
 
 def _active(path: Path, image_format: str) -> ImageFile:
     if image_format not in {"qcow2", "raw"}:
-        raise Unsupported(f"the active layer has the format {image_format}", subject=path)
+        raise Unsupported(
+            f"the active layer has the format {image_format}", subject=path, hint="snapchain reads qcow2 and raw"
+        )
     place = Place.of(path)
     tries = _TRIES
     while True:
@@ -98,10 +102,14 @@ def _check_same(disk: GuestDisk, chain: ImageChain) -> None:
     mine, theirs = [file.device for file in chain.files], [layer.identity for layer in disk.chain]
     if mine != theirs:
         raise Conflict(
-            "the headers of its chain name other files than QEMU has open",
+            "the headers of the chain name other files than QEMU has open",
             subject=disk.active.path,
-            hint="was a file of the chain renamed or replaced while the guest ran? `snapchain guests` shows its chain",
+            hint=_LOOK,
         )
     recorded = chain.top.backing
     if (recorded is not None) != (len(chain.files) > 1):
-        raise Conflict("its header records another chain than QEMU has open", subject=chain.top.path)
+        raise Conflict(
+            "the header of the active layer records another chain than QEMU has open",
+            subject=chain.top.path,
+            hint=_LOOK,
+        )

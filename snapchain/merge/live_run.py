@@ -26,7 +26,7 @@ from snapchain.merge import settle
 from snapchain.merge.inputs import KeptFile, numbers
 from snapchain.merge.journal import FileId, LiveMerge, MergeJournal, OpenJournal, taken, unsettled
 from snapchain.merge.live import LiveMergePlan, LivePlanner, LiveStep, plan
-from snapchain.merge.live_chain import find_disk, opened, paths_of
+from snapchain.merge.live_chain import disk_to_merge, opened, paths_of
 from snapchain.merge.live_settle import check_covers, inputs_of, note_result, remove_record
 from snapchain.merge.pace import Pace
 from snapchain.merge.plan import NOTHING
@@ -72,7 +72,7 @@ def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pac
         raise first_error
     done.reverse()
     return MergeReport(
-        image=paths_of(find_disk(guest, planned.disk))[-1],
+        image=paths_of(disk_to_merge(guest, planned.disk))[-1],
         result=done[0].result if len(done) == 1 else None,
         strategy="+".join(dict.fromkeys(each.strategy.value for each in done)) or NOTHING,
         layers_before=planned.layers_before,
@@ -117,14 +117,16 @@ def _run_step(
     again: LiveMerge | None = None,
 ) -> StepReport:
     """One range. layers: paths of its files as planned; again: the record of this merge, if it was begun before."""
-    disk = find_disk(guest, disk_name)
+    disk = disk_to_merge(guest, disk_name)
     check_idle(guest, disk)
     with opened(disk, image_dirs=request.image_dirs) as old:
         first, last = numbers(old, request, ())
         decided = LivePlanner(guest, disk, old, request).plan(MergeRange(first, last))
         step = decided.step
         if layers is not None and tuple(layers) != step.layers:
-            raise Conflict("its chain was changed meanwhile", subject=disk.active.path, hint="run it again")
+            raise Conflict(
+                "the chain was changed after the merge was planned", subject=disk.active.path, hint="run it again"
+            )
         for sentence in Notes().ignored(file.resolved for file in old.files):
             on_event(Notice(sentence))
         journal = _journal(guest, disk, old, decided, again)
@@ -159,7 +161,9 @@ def check_idle(guest: Guest, disk: GuestDisk) -> None:
     for each in guest.activities():
         if each.node is None or each.node in nodes:
             raise Busy(
-                f"it cannot be merged now: {each.says}", subject=f"{guest.name}/{disk.name}", hint=_remedy(guest, each)
+                f"the disk cannot be merged now: {each.says}",
+                subject=f"{guest.name}/{disk.name}",
+                hint=_remedy(guest, each),
             )
 
 
@@ -346,7 +350,7 @@ def _forget_stream(guest: Guest, journal: MergeJournal, live: LiveMerge) -> None
         return
     with suppress(SnapchainError):
         if guest.job(live.job_id, JobKind.STREAM, live.disk).progress().status is JobStatus.GONE:
-            _check_switched(find_disk(guest, live.disk), live, wanted=False)
+            _check_switched(disk_to_merge(guest, live.disk), live, wanted=False)
             remove_record(journal)
 
 
@@ -354,7 +358,7 @@ def _failure(ended: Ended, journal: MergeJournal) -> Unavailable:
     hint = "the chain reads as before; run it again"
     if "space" in (ended.error or "").lower():
         hint = f"free room in {journal.result.path.parent}; the chain reads as before"
-    return Unavailable(f"QEMU could not merge it: {ended.error}", subject=journal.result.path, hint=hint)
+    return Unavailable(f"QEMU could not merge the layers: {ended.error}", subject=journal.result.path, hint=hint)
 
 
 def _is_switched(disk: GuestDisk, live: LiveMerge) -> bool:
@@ -386,7 +390,7 @@ def _finish(
     """
     live = journal.live
     assert live is not None
-    disk = find_disk(guest, live.disk)
+    disk = disk_to_merge(guest, live.disk)
     _check_switched(disk, live, wanted=True)
     missing = any(not entry.still() for entry in live.inputs)
     with opened(disk, image_dirs=journal.search) as new:
@@ -424,7 +428,11 @@ def _check_result(new: ImageChain, journal: MergeJournal, live: LiveMerge) -> No
             link = file.backing
             below = new.files[place - 1] if place else None
             if (link is None) != (below is None) or (link and below and link.format != below.format):
-                raise Conflict("its header does not record the chain that QEMU has open", subject=file.path)
+                raise Conflict(
+                    "the header of the file does not record the chain that QEMU has open",
+                    subject=file.path,
+                    hint="run it again",
+                )
 
 
 def _prove(new: ImageChain, journal: MergeJournal, live: LiveMerge, old: ImageChain | None, on_event: OnEvent) -> None:
@@ -464,7 +472,7 @@ def _carry_over(
 ) -> None:
     """Keep the content sums of the views, so that a sender need not read the result again."""
     try:
-        with opened(find_disk(guest, disk_name), image_dirs=request.image_dirs) as new:
+        with opened(disk_to_merge(guest, disk_name), image_dirs=request.image_dirs) as new:
             found = ImageChain(new.files, owned=False)
             carry_over(guest_key(guest.name, disk_name), old, lambda: found, first=first, last=last, on_event=on_event)
     except SnapchainError as error:
@@ -481,7 +489,7 @@ def settle_disk(
 
     Raises Busy while another process is at one, and as `run`.
     """
-    disk = find_disk(guest, disk_name)
+    disk = disk_to_merge(guest, disk_name)
     reports = []
     for journal in unsettled(real_path(path) for path in paths_of(disk)):
         if journal.live is None:
@@ -499,7 +507,7 @@ def note_switch(guest: Guest, journal: MergeJournal) -> MergeJournal:
     live = journal.live
     if live is None or live.pivot != "asked for":
         return journal
-    active = find_disk(guest, live.disk).active
+    active = disk_to_merge(guest, live.disk).active
     lowest = live.inputs[0]
     if active.identity != (lowest.device, lowest.inode):
         return journal
@@ -539,7 +547,7 @@ def settle_live(
         if job.progress().status is not JobStatus.GONE:
             on_event(Notice(f"{guest.name}/{live.disk}: an interrupted merge goes on"))
             journal = _drive(guest, job, journal, records, pace.begin(guest, live.disk), on_event)
-        disk = find_disk(guest, live.disk)
+        disk = disk_to_merge(guest, live.disk)
         if _is_switched(disk, live):
             before = sum(_allocated(entry.path) for entry in [*journal.remove, journal.result])
             settled = _finish(guest, journal, None, records, on_event)
@@ -566,7 +574,7 @@ def settle_live(
     wanted = replace(
         request.of_range(lowest, uppermost), strategy=Strategy.COMMIT, drop_bitmaps=True, remove=journal.confirmed
     )
-    on_event(Notice(f"{guest.name}/{live.disk}: an interrupted merge is taken up again"))
+    on_event(Notice(f"{guest.name}/{live.disk}: an interrupted merge is continued"))
     return _run_step(guest, live.disk, wanted, None, pace, on_event, again=live)
 
 

@@ -90,7 +90,7 @@ def settle_at_rest(journal: MergeJournal) -> Settled:
             if must_be_done_again(journal, live):
                 check_not_switched(journal, live)
                 raise Conflict(
-                    f"a live merge from {live.inputs[0].path.name} to it was not finished, and comes first",
+                    f"a live merge from {live.inputs[0].path.name} to this file was not finished, and comes first",
                     subject=live.inputs[-1].path,
                     hint=f"`snapchain doctor {shell_word(live.inputs[-1].path)}` finishes it",
                 )
@@ -127,7 +127,7 @@ def check_not_switched(journal: MergeJournal, live: LiveMerge) -> None:
         return
     lowest, active = live.inputs[0].path, live.inputs[-1].path
     raise Conflict(
-        f"its guest may have been switched to {lowest.name} before it ended, and only its next start can tell",
+        f"the guest may have been switched to {lowest.name} before it ended, and only its next start can tell",
         subject=active,
         hint=f"`snapchain merge {live.option}` while the guest runs settles it; if it was switched (its definition "
         f"names {lowest.name}), remove {active.name} and {journal.path.name}; else remove {journal.path.name} alone",
@@ -151,7 +151,11 @@ def inputs_of(live: LiveMerge, below: ImageChain | None, result: ImageFile | Non
             fd = open_image(place.real, subject=place.path, named_by=place.named_by)
             if not entry.is_at(look_at(fd)):
                 os.close(fd)
-                raise Conflict("another file took its name", subject=entry.path)
+                raise Conflict(
+                    "another file has the name of this input",
+                    subject=entry.path,
+                    hint="move it away, then run it again",
+                )
             opened_file = ImageFile(place, fd, format=image_format, budget=RunBudget())
             found.append(stack.enter_context(opened_file))
         yield ImageChain(found, owned=False)
@@ -184,7 +188,11 @@ def check_covers(view: ImageChain, inputs: ImageChain) -> None:
     lowest = len(view.files) - 1
     _, owner, own = pairwise(inputs.resolve(), view.top.extents)
     if bool(((owner > lowest) & (own == ABSENT)).any()):
-        raise Conflict("it lacks data of the layers that were merged into it; all files stay", subject=view.top.path)
+        raise Conflict(
+            "the result lacks data of the layers that were merged into it; all files stay",
+            subject=view.top.path,
+            hint="keep all of them, and report this",
+        )
 
 
 def note(journal: MergeJournal, live: LiveMerge) -> None:

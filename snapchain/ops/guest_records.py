@@ -15,6 +15,8 @@ from snapchain.ops.guest_points import GuestPoint
 _ROOM = 1 << 20
 """By so much a disk may be larger than what it holds: images are rounded up."""
 
+_OTHER = "take another guest point; `snapchain verify DEST::GUEST` tells which are whole"
+
 
 def read_record(destination: ReadableDestination, point: GuestPoint, *, disk: str) -> GuestRecord:
     """The record of a guest point. disk: that holds it.
@@ -23,7 +25,7 @@ def read_record(destination: ReadableDestination, point: GuestPoint, *, disk: st
     """
     subject = f"{destination.url}::{disk}@{point.point}"
     if point.record.virtual_size > LARGEST + _ROOM:
-        raise Corrupt(f"the record of a guest has more than {LARGEST} bytes", subject=subject)
+        raise Corrupt(f"the record of a guest has more than {LARGEST} bytes", subject=subject, hint=_OTHER)
     content = memoryview(bytearray(point.record.virtual_size))
 
     def write(pieces: Sequence[tuple[int, memoryview]]) -> None:
@@ -35,10 +37,10 @@ def read_record(destination: ReadableDestination, point: GuestPoint, *, disk: st
             layer.copy(Sink(write), on_copied=lambda _offset, _count: None)
         size = reader.point.virtual_size
     if size != len(content) or _content_id(content) != point.record.content_id:
-        raise Corrupt("it has other bytes than those of its point", subject=subject)
+        raise Corrupt("the record has other bytes than its point", subject=subject, hint=_OTHER)
     record = decode(bytes(content).rstrip(b"\0"), subject=subject)
     if record.instant != point.instant:
-        raise Corrupt("it is the record of another guest point", subject=subject)
+        raise Corrupt("the record is one of another guest point", subject=subject, hint=_OTHER)
     return record
 
 

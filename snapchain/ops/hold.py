@@ -197,7 +197,7 @@ def release_guest(
 
 def _guest_point(destination: ReadableDestination, guest: str, wanted: str) -> GuestPoint:
     from snapchain.destination.address import in_full
-    from snapchain.ops.guest_merge import guest_at
+    from snapchain.ops.guest_points_merge import guest_at
 
     return guest_at(destination, guest).point(in_full(wanted))
 

@@ -1,8 +1,8 @@
 """What is sealed, read and shipped: one disk of this host, whatever keeps it.
 
-Today an image that no guest has open (source/at_rest.py).  A disk of a running guest is another kind: it is sealed
-through the guest's monitor, and what is below its active layer is read as below.  No use case locks, scans or seals
-by itself.
+An image that no guest has open (source/at_rest.py), or a disk of a running guest (guest/source.py): this is sealed
+through its QEMU, and the layers below the active one are read as images at rest.  No use case locks, scans or seals by
+itself.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from snapchain.guest import graph
 from snapchain.guest.address import GuestAddress
 from snapchain.guest.graph import FILTERS, Inconsistent, Misread, source_of
 from snapchain.guest.protocol import GuestDisk, JobKind
-from snapchain.guest.qemu_process import Located
+from snapchain.guest.qemu_files import Located
 from snapchain.guest.qmp import Monitor, Refused
 from snapchain.guest.qmp_guest import QmpGuest
 from snapchain.model.disk_name import is_disk_name

@@ -21,7 +21,7 @@ STEPS = [
     (NIGHT, "capture"),
     ("snapchain.ops.ship.guest", "publish"),
     (NIGHT, "run_merge"),
-    ("snapchain.ops.guest_merge", "run"),
+    ("snapchain.ops.guest_points_merge", "run"),
     ("snapchain.ops.nightly.guest", "held_at"),
 ]
 

@@ -17,7 +17,7 @@ import pytest
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import Guest, GuestDisk, JobKind, JobStatus, NewOverlay, Outcome, State
-from snapchain.guest.qemu_process import QemuProcess, drive_options
+from snapchain.guest.qemu_files import QemuFiles, drive_options
 from snapchain.guest.qmp import Monitor, Refused
 from snapchain.guest.qmp_definition import _tpm
 from snapchain.guest.qmp_guest import QmpGuest
@@ -369,17 +369,17 @@ def test_the_state_of_a_tpm_is_a_secret(tmp_path: Path) -> None:
     )
     unreadable: list[str] = []
     try:
-        found = list(_tpm(monitor, QemuProcess(swtpm.pid), unreadable, with_secrets=True))
+        found = list(_tpm(monitor, QemuFiles(swtpm.pid), unreadable, with_secrets=True))
         assert [(each.role, each.name, each.data, each.secret) for each in found] == [
             ("tpm", "tpm2-00.permall", b"secret", True)
         ]
         assert unreadable == []
-        assert list(_tpm(monitor, QemuProcess(swtpm.pid), unreadable, with_secrets=False)) == []
+        assert list(_tpm(monitor, QemuFiles(swtpm.pid), unreadable, with_secrets=False)) == []
         assert "only an encrypted repository takes it" in unreadable[0]
     finally:
         swtpm.kill()
         swtpm.wait()
-    assert list(_tpm(monitor, QemuProcess(None), unreadable, with_secrets=True)) == []
+    assert list(_tpm(monitor, QemuFiles(None), unreadable, with_secrets=True)) == []
     assert "no swtpm of this host was found" in unreadable[1]
 
 
@@ -389,7 +389,7 @@ def test_statistics_count_what_the_guest_does(guest: QmpGuest) -> None:
     found = guest.statistics("vda")
     assert found.read_bytes >= 512
     assert found.read_ns > 0
-    with pytest.raises(NotFound, match="the guest has no such disk") as caught:
+    with pytest.raises(NotFound, match="the guest has no disk") as caught:
         guest.statistics("vdz")
     assert caught.value.hint == "its disks are: vda"
 
@@ -518,7 +518,7 @@ def test_jobs_that_cannot_be(machine: Machine, guest: QmpGuest, chain: Path) -> 
         start(JobKind.STREAM, chain, base)
     with pytest.raises(InvalidInput, match="an active commit is one of the layer that the guest writes to"):
         start(JobKind.COMMIT, base, chain)
-    with pytest.raises(Conflict, match="it is not a layer of the disk any more"):
+    with pytest.raises(Conflict, match="the file is no layer of the disk any more"):
         start(JobKind.STREAM, chain.with_name("other"), chain)
     with pytest.raises(Refused, match="QEMU refused block-stream: Invalid job ID"):
         start(JobKind.STREAM, base, chain, "1/x")

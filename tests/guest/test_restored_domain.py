@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from snapchain.errors import Conflict, ToolFailed
-from snapchain.ops.guest_merge import guest_at
+from snapchain.ops.guest_points_merge import guest_at
 from snapchain.ops.restore import define
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreReport, GuestRestoreRequest
 from snapchain.replica.destination import ReplicaDestination

@@ -9,7 +9,7 @@ import pytest
 from snapchain.destination.guest_record import decode, record_disk
 from snapchain.guest.address import open_guest
 from snapchain.model.consistency import Consistency
-from snapchain.ops.guest_merge import guest_at
+from snapchain.ops.guest_points_merge import guest_at
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship import guest as ops

@@ -223,9 +223,9 @@ def test_chosen_disks_and_what_is_left_out(tmp_path: Path, run_dir: Path) -> Non
             everything = plan(guest, NO)
             assert [each.disk for each in everything.disks] == ["vda", "vdb"]
             assert [each.reason for each in everything.left_out] == ["CD-ROM"]
-            with pytest.raises(Unsupported, match="no disk to snapshot: CD-ROM"):
+            with pytest.raises(Unsupported, match="no snapshot can be taken of this disk: CD-ROM"):
                 plan(guest, SnapshotRequest(disks=[everything.left_out[0].disk]))
-            with pytest.raises(NotFound, match="no such disk"):
+            with pytest.raises(NotFound, match="the guest has no disk"):
                 plan(guest, SnapshotRequest(disks=["vdx"]))
         report = snapshot(machine.qmp, SnapshotRequest(disks=["vdb"], quiesce=Quiesce.NO))
         assert [each.disk for each in report.disks] == ["vdb"]
@@ -258,7 +258,7 @@ def test_what_others_do_in_a_guest_is_respected(tmp_path: Path, run_dir: Path) -
         machine.ask("blockdev-mirror", **{"job-id": "theirs", "device": "vda-top", "target": "t", "sync": "full"})
         with (
             open_guest(GuestAddress(qmp=machine.qmp)) as guest,
-            pytest.raises(Busy, match=r"something is at work on it: .*theirs.*another program"),
+            pytest.raises(Busy, match=r"something is at work on the disk: .*theirs.*another program"),
         ):
             plan(guest, NO)
         assert snapshot(machine.qmp, SnapshotRequest(disks=["vdb"], quiesce=Quiesce.NO)).disks[0].disk == "vdb"

@@ -25,7 +25,7 @@ from snapchain.merge.pace import Pace
 from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
 from snapchain.objects.memory import MemoryStore
-from snapchain.ops import doctor, live_merge
+from snapchain.ops import doctor, guest_chain_merge
 from snapchain.source.at_rest import ImageAtRest
 from snapchain.source.protocol import Scope
 from tests.guest.live_chain import MIB, Chain, K, fill, layer, names, patterns_hold, running, same, sound
@@ -247,9 +247,9 @@ def test_a_guest_that_is_off_is_merged_at_rest(chain: Chain) -> None:
             return [GuestDisk("vda", "", (), (top,), read_only=False)]
 
     guest: Guest = Off()  # type: ignore[assignment]
-    planned = live_merge.plan(guest, live_merge.GuestMergeRequest(request=MergeRequest(image=Path())))
+    planned = guest_chain_merge.plan(guest, guest_chain_merge.GuestMergeRequest(request=MergeRequest(image=Path())))
     assert not planned.runs
-    report = live_merge.run(guest, planned)
+    report = guest_chain_merge.run(guest, planned)
     assert (report.layers_before, report.layers_after) == (5, 2)
     chain.check_view(chain.active, "4.qcow2")
 

@@ -16,9 +16,9 @@ from snapchain.destinations import create_destination, open_destination
 from snapchain.errors import Busy, InvalidInput, NotFound, Unavailable
 from snapchain.model.consistency import Consistency
 from snapchain.model.retention import Policy
-from snapchain.ops import guest_merge, guest_verify
+from snapchain.ops import guest_points_merge, guest_verify
 from snapchain.ops.guest_diff import diff_guests
-from snapchain.ops.guest_merge import guest_at
+from snapchain.ops.guest_points_merge import guest_at
 from snapchain.ops.hold import hold_guest, release_guest
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
 from snapchain.ops.ship.run import ShipRequest, run as ship
@@ -86,11 +86,11 @@ def test_guest_points_go_whole(place: Open, tmp_path: Path) -> None:
     guest.point(place(), 6)
     guest.point(place(), 7, names=["vda"], with_record=False)  # may be under way
     policy = Policy(last=1, labels=frozenset({"release"}))
-    plan = guest_merge.plan(place(), GUEST, policy)
+    plan = guest_points_merge.plan(place(), GUEST, policy)
     before = numbers(place())
     assert [each.point for each in plan.points if each.kept] == [1, 5]
     assert plan.leftovers == 1
-    report = guest_merge.run(place(), GUEST, policy)
+    report = guest_points_merge.run(place(), GUEST, policy)
     assert before != numbers(place()) == {"vda": [1, 6, 7], "vdb": [1, 6], ".guest": [1, 6]}
     assert (report.points_kept, report.points_dropped, report.leftovers) == ((1, 5), (2, 3, 4), 1)
     assert (report.layers_before, report.layers_after) == (plan.layers_before, plan.layers_after)
@@ -99,7 +99,7 @@ def test_guest_points_go_whole(place: Open, tmp_path: Path) -> None:
         comes_back(place, guest, number, tmp_path / f"out{number}")
     found = guest_verify.verify(place(), share=1.0)
     assert found.ok, found.findings
-    assert guest_merge.run(place(), GUEST, policy).points_dropped == ()
+    assert guest_points_merge.run(place(), GUEST, policy).points_dropped == ()
 
 
 @pytest.mark.parametrize("dies_at", [1, 2, 3])
@@ -119,12 +119,12 @@ def test_a_run_that_dies_is_finished_by_the_next(
 
     monkeypatch.setattr(destination, "merging", merging)
     with pytest.raises(KeyboardInterrupt):
-        guest_merge.run(destination, GUEST, Policy(last=1))
+        guest_points_merge.run(destination, GUEST, Policy(last=1))
     view = guest_at(three(), GUEST)
     assert all(set(each.disks) == {"web1/vda", "web1/vdb"} for each in view.points)
     assert len(view.points) == (3 if dies_at == 1 else 1)
     assert guest_verify.verify(three()).ok
-    guest_merge.run(three(), GUEST, Policy(last=1))
+    guest_points_merge.run(three(), GUEST, Policy(last=1))
     assert numbers(three()) == {"vda": [3], "vdb": [3], ".guest": [3]}
     comes_back(three, three.guest, 3, tmp_path / "out")
 
@@ -139,23 +139,23 @@ def test_a_disk_that_cannot_be_merged_is_left_to_the_next_run(three: Three, monk
         return real(disk, *args, **more)
 
     monkeypatch.setattr(destination, "merging", merging)
-    report = guest_merge.run(destination, GUEST, Policy(last=1))
+    report = guest_points_merge.run(destination, GUEST, Policy(last=1))
     assert [(each.disk, each.kind) for each in report.failed] == [("web1/vda", "busy")]
     assert numbers(three()) == {"vda": [1, 2, 3], "vdb": [3], ".guest": [3]}
-    assert guest_merge.run(three(), GUEST, Policy(last=1)).failed == ()
+    assert guest_points_merge.run(three(), GUEST, Policy(last=1)).failed == ()
     assert numbers(three())["vda"] == [3]
 
 
 def test_what_is_held_meanwhile_keeps_its_guest_point(three: Three, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = guest_merge._decided
+    real = guest_points_merge._decided
 
     def decided(*args: Any, **more: Any) -> Any:
         found = real(*args, **more)
         three().hold("web1/.guest", "1", "audit")
         return found
 
-    monkeypatch.setattr(guest_merge, "_decided", decided)
-    report = guest_merge.run(three(), GUEST, Policy(last=1))
+    monkeypatch.setattr(guest_points_merge, "_decided", decided)
+    report = guest_points_merge.run(three(), GUEST, Policy(last=1))
     assert (report.points_kept, report.points_dropped) == ((1, 3), (2,))
     assert numbers(three()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
 
@@ -169,9 +169,9 @@ def test_one_disk_of_a_guest_is_not_thinned_alone(three: Three) -> None:
             assert refused.value.hint == "name the guest: DEST::web1"
     assert numbers(three()) == before
     with pytest.raises(NotFound, match="no such guest"):
-        guest_merge.run(three(), "web9", Policy(last=1))
+        guest_points_merge.run(three(), "web9", Policy(last=1))
     with pytest.raises(InvalidInput, match="no rule"):
-        guest_merge.run(three(), GUEST, Policy())
+        guest_points_merge.run(three(), GUEST, Policy())
 
 
 def test_points_of_a_time_before_the_guest_go_on_their_own(near: Open, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_points_of_a_time_before_the_guest_go_on_their_own(near: Open, tmp_path:
         ship(ShipRequest(image=guest.images["vda"], disk="web1/vda"), near())
     for number in (3, 4):
         guest.point(near(), number)
-    guest_merge.run(near(), GUEST, Policy(last=1))
+    guest_points_merge.run(near(), GUEST, Policy(last=1))
     assert numbers(near()) == {"vda": [0, 4], "vdb": [4], ".guest": [4]}
 
 
@@ -191,17 +191,17 @@ def test_a_held_guest_point_stays(three: Three) -> None:
     report = hold_guest(three(), GUEST, "audit", point="1", reason="case 7")
     assert [(each.disk, each.point) for each in report.disks] == [("web1/vda", 1), ("web1/vdb", 1)]
     assert (report.address, report.holds[0].tag) == (f"{three().url}::web1@1", "audit")
-    guest_merge.run(three(), GUEST, Policy(last=1))
+    guest_points_merge.run(three(), GUEST, Policy(last=1))
     assert numbers(three()) == {"vda": [1, 3], "vdb": [1, 3], ".guest": [1, 3]}
     # One of the holds was released already, as by a run that was cut off.
     three().release("web1/.guest", "1", "audit")
-    assert guest_merge.run(three(), GUEST, Policy(last=1)).points_dropped == ()
+    assert guest_points_merge.run(three(), GUEST, Policy(last=1)).points_dropped == ()
     assert release_guest(three(), GUEST, "audit", point="1").holds == ()
     with pytest.raises(NotFound, match="is not held"):
         release_guest(three(), GUEST, "audit", point="1")
     with pytest.raises(InvalidInput, match="none is named"):
         hold_guest(three(), GUEST, "audit", point=None)
-    guest_merge.run(three(), GUEST, Policy(last=1))
+    guest_points_merge.run(three(), GUEST, Policy(last=1))
     assert numbers(three()) == {"vda": [3], "vdb": [3], ".guest": [3]}
 
 

@@ -16,7 +16,7 @@ import pytest
 from snapchain.destination.guest_record import RecordedDisk
 from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
 from snapchain.model.events import Event, Progress
-from snapchain.ops.guest_merge import guest_at
+from snapchain.ops.guest_points_merge import guest_at
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreReport, GuestRestoreRequest
 from snapchain.ops.restore.run import Restoration
 from snapchain.replica.destination import ReplicaDestination

@@ -11,8 +11,8 @@ from hypothesis import given, settings, strategies as st
 from snapchain.destination.records import DiskRecord, HoldRecord, PointRecord
 from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import DropPoints, Policy, decide, decide_by
-from snapchain.ops.guest_merge import GuestDecision, decide_guest
 from snapchain.ops.guest_points import GuestView, guest_named
+from snapchain.ops.guest_points_merge import GuestDecision, decide_guest
 
 BEGIN = datetime(2026, 1, 1, 12, tzinfo=UTC)
 NOW = BEGIN + timedelta(days=400)

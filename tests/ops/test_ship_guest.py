@@ -20,7 +20,7 @@ from snapchain.guest.snapshot import LeftOut, SnapshotRequest
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy
-from snapchain.ops import guest_merge
+from snapchain.ops import guest_points_merge
 from snapchain.ops.guest_points import GuestView, guests_of, missing_disks
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
@@ -279,7 +279,7 @@ def test_what_stops_a_run_before_the_guest_is_touched(site: Site, monkeypatch: p
     with ops.alone("web1", site.open().url), pytest.raises(Busy, match="another run ships guest web1 to"):
         site.ship()
     one_disk.run(one_disk.ShipRequest(image=site.guest.disks_now["vda"], disk="web2"), site.open())
-    with pytest.raises(Conflict, match="there is a disk 'web2', which is no guest"):
+    with pytest.raises(Conflict, match="'web2' is a disk there, and no guest"):
         site.ship(name="web2")
     if site.kind == REPLICA:
         features = tuple(each for each in session.FEATURES if each != "guest-point")
@@ -390,7 +390,7 @@ def test_retention_keeps_what_a_point_belongs_to(site: Site) -> None:
     for name in NAMES:
         site.ship()
         write(site.guest.disks_now[name], "write -P 99 2M 64k")
-    guest_merge.run(site.open(), "web1", Policy(last=2))
+    guest_points_merge.run(site.open(), "web1", Policy(last=2))
     del site.shown[1]
     site.check([2, 3])
 

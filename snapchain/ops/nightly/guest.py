@@ -9,23 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from snapchain.destination.protocol import Destination as AnyDestination
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, Unavailable
 from snapchain.guest.address import open_guest
+from snapchain.guest.disks import active_path, disks_to_protect, find_disk
 from snapchain.guest.protocol import Guest
 from snapchain.guest.snapshot import GuestSnapshot, SnapshotRequest
-from snapchain.guest.source import disks_to_protect
 from snapchain.merge.pace import Pace
 from snapchain.merge.plan import MergePlan
 from snapchain.merge.request import At, MergeRequest
 from snapchain.model.events import Notice
-from snapchain.ops import guest_merge
-from snapchain.ops.guest_capture import MovedError, as_named_now, capture, epoch_of, plan_merge, run_merge
-from snapchain.ops.guest_merge import GuestPointsMergeReport
+from snapchain.ops import guest_points_merge
+from snapchain.ops.guest_chain_merge import plan_disk, run_disk
 from snapchain.ops.guest_points import guest_named
+from snapchain.ops.guest_points_merge import GuestPointsMergeReport
+from snapchain.ops.guest_seal import MovedError, as_named_now, epoch_of, seal
 from snapchain.ops.merge import held_at
 from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Guests, Nightly
@@ -49,7 +49,9 @@ def wanted_disks(guest: Guest, settings: Guests) -> tuple[str, ...]:
         return settings.disks
     names = tuple(disk.name for disk in disks_to_protect(guest) if disk.name not in settings.exclude_disks)
     if not names:
-        raise InvalidInput("exclude_disks leaves none of its disks", subject=guest.name)
+        raise InvalidInput(
+            "exclude_disks leaves none of the guest's disks", subject=guest.name, hint="exclude the guest instead"
+        )
     return names
 
 
@@ -112,7 +114,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
                 image_dirs=settings.image_dirs,
             )
             try:
-                taken, how = capture(guest, request, on_event=self._on_event)
+                taken, is_new = seal(guest, request, on_event=self._on_event)
             except MovedError as error:
                 self._steps.count(Outcome.MOVED)
                 self._steps.moved_to = "another host"
@@ -120,7 +122,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
                 return None
         taken = taken.model_copy(update={"time": moment})
         self._show(
-            snapshot=how,
+            snapshot="made" if is_new else "unchanged",
             instant=taken.instant,
             time=moment,
             consistency=taken.consistency,
@@ -188,7 +190,7 @@ class GuestRun(Turn[GuestReport, _Captured]):
             if planned.steps or planned.unfinished:  # what a killed night has left is settled by any merge
                 limits.take("merge", local_chain.moved(planned))
                 try:
-                    report = run_merge(guest, planned, on_event=self._on_event, pace=Pace(idle=self._settings.idle))
+                    report = run_disk(guest, planned, on_event=self._on_event, pace=Pace(idle=self._settings.idle))
                 except (Busy, Conflict, NotFound, Unavailable) as error:
                     # It was shut down, started, or somebody else is at work: the next night finds it as it is then.
                     values["why_not_merged"] = str(error)
@@ -210,17 +212,15 @@ class GuestRun(Turn[GuestReport, _Captured]):
 
     def _plan(self, guest: Guest, disk: str, cap: int, at: tuple[At, ...], budget: int | None) -> MergePlan:
         dirs = self._settings.image_dirs
-
-        def ask(active: Path) -> MergeRequest:
-            return MergeRequest(
-                image=active, image_dirs=(*dirs, active.parent), max_layers=cap, budget_bytes=budget, at=at
-            )
-
-        return plan_merge(guest, disk, ask)
+        active = active_path(find_disk(guest, disk), guest=guest)
+        request = MergeRequest(
+            image=active, image_dirs=(*dirs, active.parent), max_layers=cap, budget_bytes=budget, at=at
+        )
+        return plan_disk(guest, disk, request)
 
     def _retained(self, destination: AnyDestination, place: OpenDestination) -> GuestPointsMergeReport:
         zone, now = self._night.config.zone, self._night.clock()
-        report = guest_merge.run(
+        report = guest_points_merge.run(
             destination, self._guest.name, place.policy, zone=zone, now=now, on_event=self._at(place)
         )
         for failed in report.failed:

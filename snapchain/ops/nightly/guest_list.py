@@ -183,7 +183,7 @@ def _ambiguous(guest: SelectedGuest) -> SelectedGuest:
 
 def _gone(names: tuple[str, ...]) -> NotFound:
     return NotFound(
-        "shipped by earlier runs, and no guest is defined for it now",
+        "earlier runs shipped this guest, and it is not defined any more",
         subject=", ".join(names),
         hint='is libvirt another one? Guests that may be gone are named in the configuration: retired = ["..."]',
     )

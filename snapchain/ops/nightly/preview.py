@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.guest.address import open_guest
+from snapchain.guest.disks import disks_to_protect
 from snapchain.guest.protocol import State as GuestState
 from snapchain.guest.snapshot import LeftOut, SnapshotRequest, plan as plan_snapshot
-from snapchain.guest.source import disks_to_protect
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops import guest_merge, snapshot
+from snapchain.ops import guest_points_merge, snapshot
 from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Nightly
 from snapchain.ops.nightly.guest import wanted_disks
@@ -298,7 +298,7 @@ class _LookAtGuest:
                 if place.policy.is_empty:
                     return ()
                 try:
-                    plan = guest_merge.plan(
+                    plan = guest_points_merge.plan(
                         destination, self._guest.name, place.policy, zone=self._config.zone, now=self._now
                     )
                 except NotFound:  # its first point is yet to come

@@ -16,7 +16,7 @@ from snapchain.guest.protocol import State
 from snapchain.guest.snapshot import LeftOut
 from snapchain.merge.run import MergeReport
 from snapchain.model.consistency import Consistency
-from snapchain.ops.guest_merge import GuestPointsMergeReport
+from snapchain.ops.guest_points_merge import GuestPointsMergeReport
 
 
 class Outcome(StrEnum):

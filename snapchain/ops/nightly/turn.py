@@ -20,7 +20,7 @@ from snapchain.destination.records import PointsMergeReport
 from snapchain.errors import SnapchainError
 from snapchain.merge.plan import MergePlan
 from snapchain.model.events import Event, Notice, OnEvent, Progress
-from snapchain.ops.guest_merge import GuestPointsMergeReport
+from snapchain.ops.guest_points_merge import GuestPointsMergeReport
 from snapchain.ops.nightly import local_chain
 from snapchain.ops.nightly.config import Hooks, Nightly
 from snapchain.ops.nightly.hooks import HookRunner

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from snapchain.errors import Corrupt
+from snapchain.host.qemu_options import split
 from snapchain.ops.restore.changed_definition import Changed, Changes, NewDisk, is_missing
 
 Node = dict[str, Any]
@@ -37,7 +38,6 @@ _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"}
 _IMPLIED = {"blockdev": "driver", "device": "driver", "name": "guest", "chardev": "backend"}
 _OF_THE_HOST = re.compile(r"vfio-|usb-host$|scsi-block$|scsi-generic$|vhost-vdpa|host-|igd-|ccid-card-passthru")
 _MOST_ARGUMENTS = 10_000
-_PART = re.compile(r"(?:[^,]|,,)+")
 
 
 def change(argv: Sequence[str], changes: Changes, *, subject: object) -> Changed:
@@ -100,8 +100,8 @@ class _Option:
     def parts(self) -> Words:
         """Of key=value. The first part may lack its key."""
         words: Words = []
-        for part in _PART.findall(self._value or ""):
-            key, equals, value = part.replace(",,", ",").partition("=")
+        for part in split(self._value or ""):
+            key, equals, value = part.partition("=")
             words.append((key, value if equals else None))
         implied = _IMPLIED.get(self.name)
         if implied and words and words[0][1] is None:
@@ -347,10 +347,10 @@ def _move_sockets(option: _Option, directory: Path) -> None:
     if option.name == "pidfile":
         option.value = str(directory / Path(value).name)
     elif option.name in _SOCKETS and value.startswith("unix:"):
-        socket, *rest = _PART.findall(value.removeprefix("unix:")) or [""]
+        socket, *rest = split(value.removeprefix("unix:")) or [""]
         if any(part.partition("=")[0] == "server" for part in rest):
-            moved = str(directory / Path(socket.replace(",,", ",")).name).replace(",", ",,")
-            option.value = ",".join([f"unix:{moved}", *rest])
+            parts = [f"unix:{directory / Path(socket).name}", *rest]
+            option.value = ",".join(part.replace(",", ",,") for part in parts)
     elif option.name == "chardev" and option.values.get("backend") == "socket":
         path, listens = option.values.get("path"), option.values.get("server", "off")
         if path and listens not in ("off", "no", "false"):

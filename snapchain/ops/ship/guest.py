@@ -11,13 +11,12 @@ what is not there yet.
 from __future__ import annotations
 
 import base64
-import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +46,6 @@ from snapchain.image import ImageChain, scan
 from snapchain.model.consistency import Consistency
 from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name, is_disk_name
 from snapchain.model.events import Event, Notice, OnEvent, ignore
-from snapchain.model.extents import Extents
 from snapchain.model.points import check_label
 from snapchain.ops.ship import run as one_disk
 from snapchain.ops.ship.request import Divergence, LayerPlan, ShipPlan, ShipReport, ShipRequest
@@ -169,13 +167,13 @@ def plan(
     """What `run` would do; changes nothing on either side. Raises as that does."""
     request.check()
     name = request.name_of(guest)
-    _check_no_disk(name, destination)
+    check_no_disk(name, destination)
     planned = snapshot.plan(guest, request.snapshot)
     chains = _chains(guest)
     disks: list[ShipPlan] = []
     for disk in planned.disks:
-        with _told(name, disk.disk):
-            heard = _within(disk.disk, on_event)
+        with naming_disk(name, disk.disk):
+            heard = of_disk(disk.disk, on_event)
             disks.append(_planned(guest, chains[disk.disk], disk, planned, request, name, destination, heard))
     return GuestShipPlan(
         guest=name,
@@ -203,16 +201,16 @@ def run(
     request.check()
     name = request.name_of(guest)
     with alone(name, destination.url) as place:
-        _check_no_disk(name, destination)
+        check_no_disk(name, destination)
         described = describe(guest, destination, on_event=on_event)
         taken = request.taken or _taken(guest, request, name, destination, on_event)
         reports: dict[str, ShipReport] = {}
         epoch, arrived = request.epoch, 0
         for disk in taken.disks:
-            with _told(name, disk.disk):
+            with naming_disk(name, disk.disk):
                 asked = _request(guest, disk, request, name, image=disk.sealed, taken=taken)
                 asked.check()
-                heard = _within(disk.disk, on_event, arrived=arrived)
+                heard = of_disk(disk.disk, on_event, arrived=arrived)
                 with asked.chain(heard) as chain:
                     epoch = max(epoch, one_disk.opening_of(asked, chain).epoch)
                     reports[disk.disk] = one_disk.Shipment(asked, chain, destination, heard).run()
@@ -267,7 +265,7 @@ def publish(
     name = request.name_of(guest)
     record = record_of(name, described, at, reports)
     content = record.encode()
-    with _told(name, RECORD_DISK), PrivateDirectory(place, make=True) as directory:
+    with naming_disk(name, RECORD_DISK), PrivateDirectory(place, make=True) as directory:
         # Private, since it may hold secrets; one that a killed run has left is replaced.
         directory.write(_RECORD_FILE, content)
         try:
@@ -384,7 +382,9 @@ def record_of(name: str, described: Described, at: At, reports: Mapping[str, Shi
         if len(found.encode()) <= LARGEST:
             return found
         if not kept:
-            raise Unsupported(f"its definition has more than {LARGEST} bytes", subject=name)
+            raise Unsupported(
+                f"the definition of the guest has more than {LARGEST} bytes", subject=name, hint="report this"
+            )
         unreadable = (*unreadable, f"not stored, since it is too large: {_words(kept.pop())}")
 
 
@@ -404,7 +404,7 @@ def _taken(
     chains = _chains(guest)
     epoch = request.epoch
     for disk in planned.disks:
-        with _told(name, disk.disk):
+        with naming_disk(name, disk.disk):
             check_disk_name(f"{name}/{disk.disk}")
             epoch = max(epoch, _epoch(chains[disk.disk], request.snapshot.image_dirs))
     opening = Opening(
@@ -416,33 +416,8 @@ def _taken(
     )
     with destination.look(opening, on_event=on_event):
         pass
-    unwritten = _sealed_already(planned, request.snapshot) if planned.is_off else None
+    unwritten = snapshot.sealed_already(planned, request.snapshot)
     return unwritten or snapshot.run(guest, planned, request.snapshot, on_event=on_event)
-
-
-def _sealed_already(planned: GuestSnapshotPlan, request: SnapshotRequest) -> GuestSnapshot | None:
-    """Of a guest that is off, and was since its last snapshot: what was sealed then is what its disks show now.
-
-    Else each night would put one empty overlay more on a guest that nobody starts. Raises Busy as ImageAtRest.opened.
-    """
-    sealed: list[DiskToSeal] = []
-    for disk in planned.disks:
-        image = ImageAtRest(disk.overlay, format=disk.sealed_format, image_dirs=request.image_dirs)
-        with image.opened() as chain:
-            top = chain.top
-            below = chain.files[-2] if len(chain.files) > 1 else None
-            if below is None or below.size != top.size or top.extents != Extents.absent(top.size):
-                return None
-            change = {"sealed": below.path, "sealed_format": below.format, "layers": len(chain.files)}
-            sealed.append(disk.model_copy(update=change))
-    return GuestSnapshot(
-        guest=planned.guest,
-        instant=secrets.token_hex(16),
-        time=datetime.now(UTC),
-        consistency=Consistency.OFFLINE,
-        disks=tuple(sealed),
-        left_out=planned.left_out,
-    )
 
 
 def _request(
@@ -571,21 +546,21 @@ def alone(name: str, destination: str) -> Iterator[Path]:
         yield path
 
 
-def _check_no_disk(name: str, destination: Destination) -> None:
+def check_no_disk(name: str, destination: Destination) -> None:
     """An address could mean either."""
     try:
         destination.disks(name)
     except NotFound:
         return
     raise Conflict(
-        f"there is a disk {name!r}, which is no guest",
+        f"{name!r} is a disk there, and no guest",
         subject=destination.url,
         hint="name the guest otherwise there: DEST::NAME",
     )
 
 
 @contextmanager
-def _told(name: str, disk: str) -> Iterator[None]:
+def naming_disk(name: str, disk: str) -> Iterator[None]:
     """Errors name the disk, and what became of the guest point."""
     try:
         yield
@@ -596,7 +571,7 @@ def _told(name: str, disk: str) -> Iterator[None]:
         raise
 
 
-def _within(disk: str, on_event: OnEvent, *, arrived: int = 0) -> OnEvent:
+def of_disk(disk: str, on_event: OnEvent, *, arrived: int = 0) -> OnEvent:
     """Notices name the disk, and progress counts on over all disks. arrived: bytes of the disks before."""
 
     def heard(event: Event) -> None:

@@ -34,11 +34,11 @@ from snapchain.ops.ship.guest import (
     At,
     GuestShipReport,
     GuestShipRequest,
-    _check_no_disk,
-    _told,
-    _within,
     alone,
+    check_no_disk,
     describe,
+    naming_disk,
+    of_disk,
     publish,
 )
 from snapchain.ops.ship.request import CapturedBy, ShipReport
@@ -79,13 +79,13 @@ def plan(
     """What `run` would do; changes nothing on either side. Raises as that does before it begins."""
     request.check()
     name = request.name_of(guest)
-    _check_no_disk(name, destination)
+    check_no_disk(name, destination)
     chosen, left_out = _chosen(guest, capture)
     disks = []
     for disk in chosen:
-        with _told(name, disk.name):
+        with naming_disk(name, disk.name):
             opening = _opening(disk, request, name, request.epoch)
-            with destination.look(opening, on_event=_within(disk.name, on_event)) as there:
+            with destination.look(opening, on_event=of_disk(disk.name, on_event)) as there:
                 held = there.held
             place = place_of(destination.url, opening.disk)
             usable = held and bitmap_name(place, held[-1].content_id) in {each.name for each in disk.active.bitmaps}
@@ -117,7 +117,7 @@ def run(
     request.check()
     name = request.name_of(guest)
     with alone(name, destination.url) as place:
-        _check_no_disk(name, destination)
+        check_no_disk(name, destination)
         settle(with_views(guest))
         described = describe(guest, destination, on_event=on_event)
         chosen, left_out = _chosen(guest, capture)
@@ -152,7 +152,7 @@ def _stored(
     reports: dict[str, ShipReport] = {}
     arrived = 0
     for disk in found.disks:
-        with _told(name, disk.name):
+        with naming_disk(name, disk.name):
             opening = Opening(
                 disk=f"{name}/{disk.name}",
                 epoch=epoch,
@@ -171,7 +171,7 @@ def _stored(
                 time=at.time,
                 labels=request.labels,
                 moment=Moment(at.instant, at.consistency),
-                on_event=_within(disk.name, on_event, arrived=arrived),
+                on_event=of_disk(disk.name, on_event, arrived=arrived),
             )
             reports[disk.name] = report
             arrived += report.bytes_read

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from snapchain.guest.disks import active_path, disks_to_protect
 from snapchain.guest.protocol import Guest, State
-from snapchain.guest.source import RunningDisk, RunningDisks, active_path, disks_to_protect
+from snapchain.guest.source import RunningDisk, RunningDisks
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import OnEvent, ignore
 from snapchain.ops.ship.run import Divergence

@@ -12,17 +12,18 @@ from pathlib import Path
 from snapchain.destination.protocol import Destination
 from snapchain.errors import InvalidInput
 from snapchain.guest.address import GuestAddress, open_guest
+from snapchain.guest.disks import active_path, disks_to_protect, find_disk
 from snapchain.guest.protocol import Guest, State
 from snapchain.guest.snapshot import GuestSnapshot, SnapshotRequest
-from snapchain.guest.source import active_path, disks_to_protect, find_disk
 from snapchain.merge.pace import Pace
 from snapchain.merge.request import At, MergeRequest
 from snapchain.merge.run import MergeReport
 from snapchain.merge.stack import held_by
 from snapchain.model.events import OnEvent, ignore
 from snapchain.model.retention import Policy
-from snapchain.ops import guest_merge
-from snapchain.ops.guest_capture import as_named_now, capture, epoch_of, plan_merge, run_merge
+from snapchain.ops import guest_points_merge
+from snapchain.ops.guest_chain_merge import plan_disk, run_disk
+from snapchain.ops.guest_seal import as_named_now, epoch_of, seal
 from snapchain.ops.merge import held_at
 from snapchain.ops.ship import guest as ship
 from snapchain.ops.watch.rounds import DiskSight, Range
@@ -110,7 +111,7 @@ class GuestWork:
     def snapshot(self) -> GuestSnapshot:
         """See `Work`."""
         with self._guest() as guest:
-            return capture(guest, self._request.snapshot, on_event=self._on_event)[0]
+            return seal(guest, self._request.snapshot, on_event=self._on_event)[0]
 
     def ship(self, snapshot: GuestSnapshot, target: str) -> Shipped:
         """See `Work`."""
@@ -147,7 +148,9 @@ class GuestWork:
             return
         with self._guest() as guest, self._at(target) as destination:
             del self._opened[target]
-            guest_merge.run(destination, self._name(guest), self._request.policy, zone=UTC, on_event=self._on_event)
+            guest_points_merge.run(
+                destination, self._name(guest), self._request.policy, zone=UTC, on_event=self._on_event
+            )
 
     def squeeze(self, each: Range) -> MergeReport:
         """See `Work`."""
@@ -173,20 +176,18 @@ class GuestWork:
         at: tuple[At, ...] = (),
     ) -> MergeReport:
         dirs = self._request.snapshot.image_dirs
-
-        def ask(active: Path) -> MergeRequest:
-            return MergeRequest(
-                image=active,
-                image_dirs=(*dirs, active.parent),
-                from_layer=from_layer,
-                to_layer=to_layer,
-                max_layers=max_layers,
-                at=at,
-            )
-
-        planned = plan_merge(guest, disk, ask)
+        active = active_path(find_disk(guest, disk), guest=guest)
+        request = MergeRequest(
+            image=active,
+            image_dirs=(*dirs, active.parent),
+            from_layer=from_layer,
+            to_layer=to_layer,
+            max_layers=max_layers,
+            at=at,
+        )
+        planned = plan_disk(guest, disk, request)
         pace = Pace(idle=self._request.idle and guest.state() is not State.OFF)
-        return run_merge(guest, planned, on_event=self._on_event, pace=pace)
+        return run_disk(guest, planned, on_event=self._on_event, pace=pace)
 
 
 def _allocated(path: Path) -> int:

@@ -196,6 +196,7 @@ def test_the_configuration_of_the_guide_is_one() -> None:
     config = parse(example, path=Path("/etc/snapchain/web.toml"))
     assert len(config.destinations) == 3
     assert config.keep_of(config.destinations[1]).monthly == 24
+    assert [(guests.pattern, guests.idle) for guests in config.guests] == [("web*", True)]
 
 
 def test_the_guide_names_every_field_and_no_other() -> None:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from snapchain.host.process_identity import identity
+from snapchain.host.qemu_options import fields
+
 _REMOVED = " (deleted)"
 _LONGEST_COMMAND_LINE = 4 << 20
 
@@ -34,8 +37,11 @@ class Located:
     problem: str | None = None
 
 
-class QemuProcess:
-    """One process, looked at now: make a new one to look again. pid: None where it is not among this host's."""
+class QemuFiles:
+    """What one QEMU has open, and how it was started. Read once; make a new one to look again.
+
+    pid: None where it is no process of this host
+    """
 
     def __init__(self, pid: int | None) -> None:
         self.pid = pid
@@ -43,7 +49,8 @@ class QemuProcess:
     @cached_property
     def started(self) -> int | None:
         """Start time in clock ticks, as in /proc/PID/stat; with the pid it tells a restart."""
-        return started(self.pid) if self.pid is not None else None
+        found = identity(self.pid) if self.pid is not None else None
+        return None if found is None else found[1]
 
     @cached_property
     def argv(self) -> tuple[str, ...] | None:
@@ -121,14 +128,6 @@ def _identity(status: os.stat_result) -> FileId:
     return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
-def started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when there is none of this number. See proc(5)."""
-    with suppress(OSError, ValueError, IndexError):
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
-        return int(text.rpartition(")")[2].split()[19])
-    return None
-
-
 def with_thread(thread: int, *, peer: int | None) -> int | None:
     """The QEMU process with a virtual CPU in a thread: the one at the other end of its socket, if it has that thread.
 
@@ -177,30 +176,12 @@ def drive_options(argv: tuple[str, ...] | None, wanted: set[str]) -> dict[str, s
     for option, text in itertools.pairwise(words):
         if option.lstrip("-") not in {"drive", "blockdev"}:
             continue
-        fields = _fields(text)
-        if wanted.isdisjoint(fields.values()):
+        _, known = fields(text)
+        if wanted.isdisjoint(known.values()):
             continue
         found.setdefault("discard", "ignore")
-        for name, value in fields.items():
+        for name, value in known.items():
             key = name.rpartition(".")[2]
             if (key == "aio" and value in {"threads", "native", "io_uring"}) or (key == "discard" and value != "off"):
                 found[key] = "unmap" if key == "discard" and value in {"on", "unmap"} else value
     return found
-
-
-def _fields(option: str) -> dict[str, str]:
-    """Of `key=value,key.sub=value` or of JSON, keys joined by dots; two commas stand for one in a value."""
-    if option.startswith("{"):
-        import json
-
-        with suppress(ValueError, RecursionError):
-            return dict(_flat("", json.loads(option)))
-        return {}
-    fields = (each.replace("\0", ",").partition("=") for each in option.replace(",,", "\0").split(","))
-    return {name: value for name, _, value in fields}
-
-
-def _flat(prefix: str, value: object) -> list[tuple[str, str]]:
-    if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _flat(f"{prefix}.{key}" if prefix else key, inner)]
-    return [(prefix, value)] if isinstance(value, str) else []

@@ -28,6 +28,7 @@ from snapchain.destination.records import (
     Record,
 )
 from snapchain.errors import InvalidInput, NotFound, SnapchainError
+from snapchain.host.terminal import shell_word
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.holds import hold_reasons
 from snapchain.model.retention import Decision, DropPoints, Policy, decide, is_future
@@ -136,9 +137,17 @@ def _hold_reasons(point: GuestPoint) -> Sequence[str]:
 
 def guest_at(destination: ReadableDestination, name: str) -> GuestView:
     """The guest of this name at a destination. Raises NotFound, also where a disk has the very name."""
-    view = guest_named(destination.disks(), name)
+    return _named(destination.url, destination.disks(), name)
+
+
+def _named(url: str, disks: Sequence[DiskRecord], name: str) -> GuestView:
+    view = guest_named(disks, name)
     if view is None:
-        raise NotFound("there is no such guest", subject=f"{destination.url}::{name}")
+        raise NotFound(
+            "there is no such guest",
+            subject=f"{url}::{name}",
+            hint=f"`snapchain log {shell_word(url)}` lists the guests",
+        )
     return view
 
 
@@ -233,9 +242,7 @@ def _decided(
     if policy.is_empty:
         raise InvalidInput("no rule says which points to keep", subject=guest, hint="such as --keep-last 7")
     disks = destination.disks()
-    view = guest_named(disks, guest)
-    if view is None:
-        raise NotFound("there is no such guest", subject=f"{destination.url}::{guest}")
+    view = _named(destination.url, disks, guest)
     names = {*view.disks, view.record_disk}
     own = [disk for disk in disks if disk.name in names]
     return view, decide_guest(view, own, policy, zone=zone, now=now)

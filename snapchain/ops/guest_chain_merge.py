@@ -7,14 +7,15 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel, ConfigDict
 
-from snapchain.errors import Busy, NotFound, SnapchainError
+from snapchain.errors import Busy, SnapchainError
+from snapchain.guest.disks import find_disk
 from snapchain.guest.protocol import Guest, GuestDisk, State
 from snapchain.guest.snapshot import LeftOut
 from snapchain.host.directory import real_path
 from snapchain.merge import live, live_run, plan as at_rest, run as run_at_rest
 from snapchain.merge.journal import unsettled
 from snapchain.merge.live import LiveMergePlan
-from snapchain.merge.live_chain import paths_of
+from snapchain.merge.live_chain import obstacle, paths_of
 from snapchain.merge.pace import Pace
 from snapchain.merge.plan import MergePlan
 from snapchain.merge.request import At, MergeRequest
@@ -102,7 +103,11 @@ def plan(guest: Guest, request: GuestMergeRequest) -> GuestMergePlan:
     """Look and decide; changes nothing. Raises NotFound for a disk, Busy for a guest that migrates, as `merge.plan`."""
     state = guest.state()
     if state is State.INCOMING:
-        raise Busy("it is migrated at this moment", subject=guest.name, hint="wait for the end of the migration")
+        raise Busy(
+            "the guest waits for a migration, or was migrated away: its images are not its own now",
+            subject=guest.name,
+            hint="run it on the host where the guest runs",
+        )
     chosen, left_out = _chosen(guest, request.disks)
     plans: list[LiveMergePlan | DiskMergePlan] = []
     for disk in chosen:
@@ -123,28 +128,20 @@ def plan(guest: Guest, request: GuestMergeRequest) -> GuestMergePlan:
     )
 
 
+def plan_disk(guest: Guest, disk: str, request: MergeRequest) -> MergePlan:
+    """What a merge of one disk's chain would do, whether the guest runs or not. request: of its active layer
+
+    Raises as `merge.plan.plan` and `merge.live.plan`.
+    """
+    return at_rest.plan(request) if guest.state() is State.OFF else live.plan(guest, disk, request)
+
+
 def _chosen(guest: Guest, names: Sequence[str]) -> tuple[list[GuestDisk], list[LeftOut]]:
-    disks = guest.disks()
-    known = {disk.name for disk in disks}
-    for name in names:
-        if name not in known:
-            raise NotFound(
-                f"{guest.name} has no disk of this name",
-                subject=name,
-                hint=f"its disks are: {', '.join(disk.name for disk in disks) or 'none'}",
-            )
     if names:
-        return [disk for disk in disks if disk.name in names], []
-    chosen, left_out = [], []
-    for disk in disks:
-        why = disk.left_out
-        if why is None and any(layer.path is None for layer in disk.chain):
-            why = "a layer of its chain is no local file"
-        if why is None:
-            chosen.append(disk)
-        else:
-            left_out.append(LeftOut(disk=disk.name, reason=why))
-    return chosen, left_out
+        return [find_disk(guest, name) for name in dict.fromkeys(names)], []
+    disks = [(disk, obstacle(disk)) for disk in guest.disks()]
+    left_out = [LeftOut(disk=disk.name, reason=why) for disk, why in disks if why is not None]
+    return [disk for disk, why in disks if why is None], left_out
 
 
 def run(guest: Guest, planned: GuestMergePlan, *, on_event: OnEvent = ignore) -> GuestMergeReport:
@@ -159,12 +156,7 @@ def run(guest: Guest, planned: GuestMergePlan, *, on_event: OnEvent = ignore) ->
     for each in planned.disks:
         listener = _of_disk(on_event, each.disk) if len(planned.disks) > 1 else on_event
         try:
-            if isinstance(each, LiveMergePlan):
-                report = live_run.run(guest, each, on_event=listener, pace=pace)
-            else:
-                for journal in unsettled(real_path(layer.path) for layer in each.layers):
-                    live_run.note_switch(guest, journal)
-                report = run_at_rest.run(each, on_event=listener)
+            report = run_disk(guest, each, on_event=listener, pace=pace)
         except SnapchainError as error:
             first_error = first_error or error
             failed.append(DiskFault(disk=each.disk, kind=error.kind, message=str(error), hint=error.hint))
@@ -183,6 +175,15 @@ def run(guest: Guest, planned: GuestMergePlan, *, on_event: OnEvent = ignore) ->
         failed=tuple(failed),
         left_out=planned.left_out,
     )
+
+
+def run_disk(guest: Guest, planned: MergePlan, *, on_event: OnEvent = ignore, pace: Pace | None = None) -> MergeReport:
+    """Merge one disk's chain. pace: of a live merge. Raises as merging does, Busy where the guest was started."""
+    if isinstance(planned, LiveMergePlan):
+        return live_run.run(guest, planned, on_event=on_event, pace=pace)
+    for journal in unsettled(real_path(layer.path) for layer in planned.layers):
+        live_run.note_switch(guest, journal)
+    return run_at_rest.run(planned, on_event=on_event)
 
 
 def _of_disk(on_event: OnEvent, disk: str) -> OnEvent:
