@@ -68,6 +68,12 @@ def again(*words: object) -> int:
     return main([*map(str, words), "--json"])
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Copied for each case."""
+    return Chain(tmp_path_factory.mktemp("template") / "images")
+
+
 def merge(spy: Spy, kind: str) -> subprocess.CompletedProcess[str]:
     return snapchain("merge", "--qmp", spy.path, *KINDS[kind], "--json")
 
@@ -118,19 +124,19 @@ def test_a_whole_run_never_lists_nodes_beside_a_concluded_stream(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("kind", "number", "place"), cases(SNAPCHAIN))
-def test_snapchain_is_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+def test_snapchain_is_killed(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
     """The guest goes on, and the next run ends clean."""
-    snapchain_fails(tmp_path, kind, Fault(number, place, KILL))
+    snapchain_fails(tmp_path, template, kind, Fault(number, place, KILL))
 
 
 @pytest.mark.parametrize(("kind", "number", "place"), cases(LINK))
-def test_the_link_is_cut(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+def test_the_link_is_cut(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
     """At each command: it may end well or not, and the next run ends clean."""
-    snapchain_fails(tmp_path, kind, Fault(number, place, DROP))
+    snapchain_fails(tmp_path, template, kind, Fault(number, place, DROP))
 
 
-def snapchain_fails(tmp_path: Path, kind: str, fault: Fault) -> None:
-    chain = Chain(tmp_path / "images")
+def snapchain_fails(tmp_path: Path, template: Chain, kind: str, fault: Fault) -> None:
+    chain = template.copy(tmp_path / "images")
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         with Spy(tmp_path / "spy", machine.qmp, fault, counts=counts) as spy:
             first = merge(spy, kind)
@@ -149,18 +155,18 @@ def snapchain_fails(tmp_path: Path, kind: str, fault: Fault) -> None:
 
 
 @pytest.mark.parametrize(("kind", "number", "place"), cases(QEMU))
-def test_qemu_is_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+def test_qemu_is_killed(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
     """snapchain tells it; the images are right, and `doctor`, then a merge at rest, end clean."""
-    qemu_dies(tmp_path, kind, number, place, also=None)
+    qemu_dies(tmp_path, template, kind, number, place, also=None)
 
 
 @pytest.mark.parametrize(("kind", "number", "place"), cases(BOTH))
-def test_both_are_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
-    qemu_dies(tmp_path, kind, number, place, also=KILL)
+def test_both_are_killed(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
+    qemu_dies(tmp_path, template, kind, number, place, also=KILL)
 
 
-def qemu_dies(tmp_path: Path, kind: str, number: int, place: Place, *, also: Act | None) -> None:
-    chain = Chain(tmp_path / "images")
+def qemu_dies(tmp_path: Path, template: Chain, kind: str, number: int, place: Place, *, also: Act | None) -> None:
+    chain = template.copy(tmp_path / "images")
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
 
         def kill() -> None:
