@@ -41,7 +41,7 @@ SCRIPTING = (GUIDE / "scripting.md").read_text()
 GUESTS = "running-guests.md"
 
 # What a test cannot reach: a bucket, a device, a password manager, another host, /etc, a libvirtd; what has no end.
-ELSEWHERE = re.compile(r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/|--define|^watch (?!.*--print-systemd)")
+ELSEWHERE = re.compile(r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/|--define|^watch (?!.*--(print|dry))")
 # Commands that a page shows for a state that the world is not in -> how they end here.
 OTHERWISE = {
     "log /backup --accept-repository": 2,
@@ -302,6 +302,8 @@ def test_the_json_fields_are_those_that_are_documented(
             f"`ship` and `send`{OF_A_GUEST}": [["ship", *live, f"{here}/guests/backup"]],
             "`snapshot` of a guest": [["snapshot", *live]],
         })  # fmt: skip
+        watched = ["watch", *live, f"{here}/guests/backup", "--every", "1h", "--dry-run"]
+        assert set(printed_json(capsys, *watched)["plan"]) == {"guest", "every", "shipments"}
     check_json(capsys, {
         "`init`": [["init", "new"]],
         "`snapshot`": [["snapshot", image]],
@@ -336,7 +338,7 @@ def check_json(capsys: pytest.CaptureFixture[str], runs: Mapping[str, Sequence[S
 
 
 def test_the_json_fields_of_a_watch_are_those_that_are_documented() -> None:
-    rounds, end = section(SCRIPTING, "`watch`").split("At the end one more:")
+    rounds, end = section(SCRIPTING, "`watch`").partition("\n\nPlan:")[0].split("At the end one more:")
     told = set(re.findall(r"`([a-z_]+)`", rounds)) - {"watch"}
     assert told == {name for model in (RoundReport, TargetReport, Shipped) for name in model.model_fields}
     assert set(re.findall(r"`([a-z_]+)`", end)) == set(WatchReport.model_fields)
