@@ -16,9 +16,15 @@ from _pytest.mark.structures import ParameterSet
 
 from snapchain.cli import main
 from snapchain.errors import NotFound, Unavailable
+from snapchain.guest.address import GuestAddress
+from snapchain.guest.qmp import Monitor
+from snapchain.guest.qmp_guest import QmpGuest
+from snapchain.merge import live, live_run
+from snapchain.merge.request import MergeRequest
+from snapchain.model.merging import Strategy
 from tests.guest.live_chain import MIB, Chain, K, names, patterns_hold, sound
 from tests.guest.machine import Machine
-from tests.guest.spy import DROP, KILL, Act, Fault, Place, Spy, call, changing
+from tests.guest.spy import DROP, KILL, LOSE, Act, Fault, Place, Spy, call, changing
 
 KINDS = {
     "commit": ("--from", "1.qcow2", "--to", "3.qcow2", "--strategy", "commit"),
@@ -41,6 +47,7 @@ SNAPCHAIN: Cases = {
 QEMU: Cases = {("commit", 10, Place.SENT), ("stream", 9, Place.SENT)}
 BOTH: Cases = {("commit", 8, Place.BEFORE), ("active-commit", 8, Place.SENT)}
 LINK: Cases = {("commit", 7, Place.SENT), ("stream", 7, Place.SENT), ("active-commit", 8, Place.SENT)}
+LOST: Cases = {("commit", 10, Place.SENT), ("active-commit", 8, Place.BEFORE)}
 
 
 def cases(sampled: Cases) -> list[ParameterSet]:
@@ -135,11 +142,39 @@ def test_the_link_is_cut(tmp_path: Path, template: Chain, kind: str, number: int
     snapchain_fails(tmp_path, template, kind, Fault(number, place, DROP))
 
 
+@pytest.mark.parametrize(("kind", "number", "place"), cases(LOST))
+def test_a_message_is_lost(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
+    """The command, or its answer, and the connection stays: it may end well or not, and the next run ends clean."""
+    snapchain_fails(tmp_path, template, kind, Fault(number, place, LOSE))
+
+
+def merge_impatiently(spy: Spy, kind: str) -> subprocess.CompletedProcess[str]:
+    """In this process, with a short deadline for answers."""
+    words = dict(zip(KINDS[kind][::2], KINDS[kind][1::2], strict=True))
+    monitor = Monitor(spy.path, command_seconds=1)
+    guest = QmpGuest(GuestAddress(qmp=spy.path), monitor=monitor)
+    try:
+        active = guest.disks()[0].active.path
+        assert active is not None
+        request = MergeRequest(
+            image=active,
+            from_layer=words["--from"],
+            to_layer=words.get("--to"),
+            strategy=Strategy(words["--strategy"]),
+        )
+        live_run.run(guest, live.plan(guest, "vda", request))
+    except Unavailable as error:
+        return subprocess.CompletedProcess([], error.exit_code, "", str(error))
+    finally:
+        guest.close()
+    return subprocess.CompletedProcess([], 0)
+
+
 def snapchain_fails(tmp_path: Path, template: Chain, kind: str, fault: Fault) -> None:
     chain = template.copy(tmp_path / "images")
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         with Spy(tmp_path / "spy", machine.qmp, fault, counts=counts) as spy:
-            first = merge(spy, kind)
+            first = merge_impatiently(spy, kind) if fault.act is LOSE else merge(spy, kind)
             assert spy.happened
             assert first.returncode in ({-signal.SIGKILL} if fault.act is KILL else {0, Unavailable.exit_code}), first
             assert patterns_hold(machine, chain), "the guest goes on"
