@@ -132,7 +132,10 @@ def libvirtd(
         script,
     ]
     with (folder / "errors").open("w") as errors:
-        child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        # A session of its own: a signal to the test's process group must not end who collects libvirtd and its guests.
+        child = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
     assert child.stdin is not None
     assert child.stdout is not None
     there = LibvirtHost((*inside, "nsenter", f"--target={child.pid}", "--mount", "--uts", "--"), folder, child)

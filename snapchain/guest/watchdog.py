@@ -56,8 +56,10 @@ class Orders:
         return max(self.bound - THAW_SECONDS, self.bound / 2)
 
     def guest_lives(self) -> bool:
-        """True also where that is not known."""
-        return self.process is None or still_runs(self.process, boot=self.boot)
+        """Where its process is not known: as long as its agent's socket is there; of libvirt, always."""
+        if self.process is None:
+            return "path" not in self.agent or Path(self.agent["path"]).exists()
+        return still_runs(self.process, boot=self.boot)
 
 
 # --- Our side.

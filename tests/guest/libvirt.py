@@ -118,15 +118,20 @@ class Domain:
 
     def io(self, target: str, command: str) -> str:
         """A qemu-io command on the device of a disk, as its guest would do it."""
-        device = f"/machine/peripheral/{self._alias(target)}/virtio-backend"
-        said = self.virsh("qemu-monitor-command", "--hmp", f'qemu-io -d {device} "{command}"')
+        said = self._command(target, command)
         assert not re.search("failed|error", said, re.IGNORECASE), said
         return said
 
-    def _alias(self, target: str) -> str:
-        found = self.xml().find(f"devices/disk/target[@dev='{target}']/../alias")
-        assert found is not None
-        return found.attrib["name"]
+    def _command(self, target: str, command: str) -> str:
+        """What qemu-io says. It writes to QEMU's own standard output, and not into the answer."""
+        log = self.host.folder / "var" / "log" / "qemu" / f"{self.name}.log"
+        before = log.stat().st_size
+        alias = f"virtio-disk{ord(target[-1]) - ord('a')}"  # as libvirt names vda, vdb, ...
+        device = f"/machine/peripheral/{alias}/virtio-backend"
+        answer = self.virsh("qemu-monitor-command", "--hmp", f'qemu-io -d {device} "{command}"')
+        with log.open("rb") as opened:
+            opened.seek(before)
+            return answer + opened.read().decode(errors="replace")
 
     def write(self, target: str, offset: int, length: int, pattern: int) -> None:
         """Bytes of one value, as the guest writes them."""
@@ -134,9 +139,9 @@ class Domain:
 
     def reads(self, target: str, offset: int, length: int, pattern: int) -> bool:
         """Whether the guest reads that value there."""
-        device = f"/machine/peripheral/{self._alias(target)}/virtio-backend"
-        line = f'qemu-io -d {device} "read -P {pattern} {offset} {length}"'
-        return "Pattern verification failed" not in self.virsh("qemu-monitor-command", "--hmp", line)
+        said = self._command(target, f"read -P {pattern} {offset} {length}")
+        assert f"read {length}/{length} bytes" in said, said
+        return "Pattern verification failed" not in said
 
     def state(self) -> str:
         return self.virsh("domstate").strip()

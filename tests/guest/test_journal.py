@@ -13,6 +13,7 @@ import pytest
 from snapchain.guest import journal
 from snapchain.guest.address import GuestAddress
 from snapchain.host import process_identity as processes
+from tests.servers import DIE_WITH_PARENT
 
 
 @dataclass
@@ -52,7 +53,7 @@ def test_a_record_is_found_until_it_is_removed() -> None:
 
 def test_a_record_is_abandoned_when_its_writer_ends() -> None:
     """And its guest's QEMU is told from another process of the same number."""
-    child = subprocess.Popen(["sleep", "600"])
+    child = subprocess.Popen([*DIE_WITH_PARENT, "sleep", "600"])
     path, record = noted(Named("web1", child.pid))
     assert not record.is_abandoned
     assert record.qemu_runs

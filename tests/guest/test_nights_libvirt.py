@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from snapchain.guest.protocol import State
 from snapchain.model.consistency import Consistency
 from snapchain.ops.nightly.report import Outcome
@@ -12,6 +14,8 @@ from tests.guest.libvirt import Domain
 from tests.guest.nights import PIECE, Host
 from tests.libvirtd import libvirtd
 from tests.ops.stacks import qemu_img, write
+
+pytestmark = pytest.mark.root
 
 
 def test_domains_by_pattern_running_off_and_gone(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, ToolFailed,
 from snapchain.guest.qmp import LARGEST_ANSWER, Monitor, Refused, commands_of
 from tests.guest.machine import Machine
 from tests.guest.spy import DROP, LOSE, Fault, Place, Spy, messages
+from tests.servers import DIE_WITH_PARENT
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\n'
 
@@ -156,7 +157,7 @@ def test_another_client_is_named(machine: Machine) -> None:
         f"import socket,time; s=socket.socket(socket.AF_UNIX); s.connect({str(machine.qmp)!r}); s.recv(1);"
         "print(flush=True); time.sleep(1000)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([*DIE_WITH_PARENT, sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None
         holder.stdout.readline()

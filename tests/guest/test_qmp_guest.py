@@ -24,6 +24,7 @@ from snapchain.guest.qmp_guest import QmpGuest
 from tests.exhaustive import some
 from tests.guest.machine import QEMU, Machine
 from tests.guest.spy import DROP, KILL, LOSE, Fault, Place, Spy, every
+from tests.servers import DIE_WITH_PARENT
 from tests.waiting import wait_until
 
 MiB = 1 << 20
@@ -164,7 +165,9 @@ def test_every_kind_of_disk_is_handled_or_left_out_with_a_word(tmp_path: Path) -
 
 def test_a_chain_on_a_network_and_one_on_a_block_device(tmp_path: Path) -> None:
     base = image(tmp_path / "base.qcow2")
-    serving = subprocess.Popen(["qemu-nbd", "-r", "-t", "-f", "qcow2", "-k", tmp_path / "nbd", "-x", "e", base])
+    serving = subprocess.Popen(
+        [*DIE_WITH_PARENT, "qemu-nbd", "-r", "-t", "-f", "qcow2", "-k", tmp_path / "nbd", "-x", "e", base]
+    )
     loop = subprocess.run(["losetup", "-f", "--show", raw(tmp_path / "dev.raw")],
                           capture_output=True, text=True, check=False)  # fmt: skip
     try:
@@ -360,7 +363,9 @@ def test_the_state_of_a_tpm_is_a_secret(tmp_path: Path) -> None:
     monitor: Any = TpmMonitor(tmp_path / "swtpm.sock")
     words = ["socket", "--ctrl", f"type=unixio,path={tmp_path / 'swtpm.sock'}", "--tpmstate", "dir=tpm,mode=0600"]
     swtpm = subprocess.Popen(
-        ["/usr/bin/swtpm", "-c", "import time; time.sleep(1000)", *words], executable=sys.executable, cwd=tmp_path
+        ["/usr/bin/swtpm", "-c", "import ctypes, time; ctypes.CDLL(None).prctl(1, 9); time.sleep(1000)", *words],
+        executable=sys.executable,
+        cwd=tmp_path,
     )
     unreadable: list[str] = []
     try:
@@ -461,7 +466,7 @@ def test_disks_can_be_asked_in_every_state_of_a_job(tmp_path: Path, machine: Mac
 
 def test_a_migration_is_seen(machine: Machine, guest: QmpGuest, tmp_path: Path, chain: Path) -> None:
     assert guest.activities() == []
-    machine.ask("migrate", uri="exec:sleep 1000")
+    machine.ask("migrate", uri=f"exec:exec {' '.join(DIE_WITH_PARENT)} sleep 1000")
     wait_until(guest.activities)
     assert [(each.kind, each.is_ours, each.node) for each in guest.activities()] == [("migration", False, None)]
     new = NewOverlay("vda", image(tmp_path / "n.qcow2", chain), chain)
@@ -892,7 +897,7 @@ def test_a_lost_answer_has_a_deadline_and_the_graph_decides(tmp_path: Path) -> N
 
 def test_another_snapchain_that_lives_keeps_what_it_opened(tmp_path: Path, two: Machine) -> None:
     """Its node carries its process; ours is told apart."""
-    child = subprocess.Popen(["sleep", "1000"])
+    child = subprocess.Popen([*DIE_WITH_PARENT, "sleep", "1000"])
     try:
         node = f"sc-{child.pid:x}-0123456789ab"
         two.ask("blockdev-add", **{"driver": "qcow2", "node-name": node, "backing": None,

@@ -24,6 +24,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event
 from tests.guest.fake_agent import FakeAgent
 from tests.guest.freezing import AgentsGuest
+from tests.servers import DIE_WITH_PARENT
 from tests.waiting import HANG, gone, wait_until
 
 BOUND = 1000.0
@@ -231,7 +232,7 @@ def test_an_agent_that_cannot_thaw_keeps_its_record(fake: FakeAgent) -> None:
 
 
 def test_nothing_is_owed_to_a_guest_that_is_gone(fake: FakeAgent) -> None:
-    qemu = subprocess.Popen(["sleep", "600"])
+    qemu = subprocess.Popen([*DIE_WITH_PARENT, "sleep", "600"])
     fake.hold.add("guest-fsfreeze-freeze")
     with freezes(AgentsGuest(fake.path, identity(qemu.pid)), freeze_seconds=0.2, required=False):
         pid = watchdog()

@@ -106,6 +106,7 @@ def test_a_linux_that_qemu_ran_alone(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.soak
+@pytest.mark.root
 def test_a_linux_of_libvirt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top, repository = disk(tmp_path), tmp_path / "repository"
     monkeypatch.setenv("SNAPCHAIN_PASSWORD", "secret")

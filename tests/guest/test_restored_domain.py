@@ -19,6 +19,8 @@ from tests.guest.libvirt import Domain, definition
 from tests.libvirtd import LibvirtHost, libvirtd
 from tests.ops.guest_points import GUEST, Guest
 
+pytestmark = pytest.mark.root
+
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LibvirtHost]:

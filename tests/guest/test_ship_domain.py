@@ -20,6 +20,8 @@ from tests.guest.libvirt import Domain
 from tests.libvirtd import LibvirtHost
 from tests.ops.stacks import Layer, build, same
 
+pytestmark = pytest.mark.root
+
 MiB = 1 << 20
 NAMES = ("vda", "vdb", "vdc")
 

@@ -28,6 +28,8 @@ from tests.guest.libvirt import Domain
 from tests.libvirtd import LibvirtHost
 from tests.waiting import HANG, wait_until
 
+pytestmark = pytest.mark.root
+
 NO = SnapshotRequest(quiesce=Quiesce.NO)
 DISKS = ("vda", "vdb", "vdc")
 _NAMES = count()

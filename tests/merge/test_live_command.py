@@ -121,6 +121,7 @@ def test_ctrl_c_leaves_the_chain_as_it_was(command: Command, tmp_path: Path, cha
     chain.check_view(chain.active, "4.qcow2")
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("strategy", [Strategy.COMMIT, Strategy.ABSORB])
 def test_a_full_disk(tmp_path: Path, strategy: Strategy) -> None:
     full = tmp_path / "full"
