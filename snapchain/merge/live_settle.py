@@ -135,8 +135,10 @@ def check_not_switched(journal: MergeJournal, live: LiveMerge) -> None:
 
 
 @contextmanager
-def inputs_of(live: LiveMerge, below: ImageChain | None) -> Iterator[ImageChain]:
+def inputs_of(live: LiveMerge, below: ImageChain | None, *, active: ImageFile | None = None) -> Iterator[ImageChain]:
     """The inputs above the files of `below`, opened as they are now, whatever links they record.
+
+    active: the layer that a guest writes to, opened; it takes its own place among them, since its map is of one moment
 
     Raises Conflict where another file has taken a name, NotFound where one is gone.
     """
@@ -148,6 +150,11 @@ def inputs_of(live: LiveMerge, below: ImageChain | None) -> Iterator[ImageChain]
             if not entry.is_at(look_at(fd)):
                 os.close(fd)
                 raise Conflict("another file took its name", subject=entry.path)
+            status = os.fstat(fd)
+            if active is not None and (status.st_dev, status.st_ino) == active.device:
+                os.close(fd)
+                found.append(active)
+                continue
             opened_file = ImageFile(place, fd, format=image_format, budget=RunBudget())
             found.append(stack.enter_context(opened_file))
         yield ImageChain(found, owned=False)
