@@ -75,4 +75,8 @@ def _explained(error: ToolFailed, command: str) -> SnapchainError:
     said = " ".join(line.strip().removeprefix("error: ") for line in error.stderr.splitlines() if line.strip())
     if "unable to execute QEMU agent command" in said:  # it answered, with an error
         return refused(command, said, subject=error.subject)
-    return Unavailable(f"the guest agent did not answer {command}: {said}", subject=error.subject)
+    return Unavailable(
+        f"the guest agent did not answer {command}: {said}",
+        subject=error.subject,
+        hint="see whether qemu-guest-agent runs in the guest",
+    )

@@ -6,6 +6,7 @@ libvirt's domains come from every daemon that this user reaches, running or not;
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ _AT_ONCE = 8
 _LIST_SECONDS = 10.0
 _PING_SECONDS = 2.0
 _ADD_MONITOR = "It has no QMP socket. Start it with `-qmp unix:PATH,server=on,wait=off` for `--qmp PATH`."
+_OTHER_DAEMON = "Another libvirt daemon manages it: name that daemon by LIBVIRT_DEFAULT_URI."
+_DENIED_DAEMON = (
+    "A libvirt daemon that this user cannot ask manages it: run as root, or name that daemon by LIBVIRT_DEFAULT_URI."
+)
 _LIBVIRTS_OWN = "blockjob"
 """Records of jobs that libvirt does for us; `merge` has one of its own."""
 
@@ -171,10 +176,7 @@ def _domains() -> tuple[list[_Found], list[str]]:
 def _of_process(process: QemuProcess) -> _Found:
     name = process.arguments.name or f"pid-{process.pid}"
     if process.arguments.is_libvirt:
-        why = (
-            "libvirt manages it, in a daemon that this user cannot ask. Give it by LIBVIRT_DEFAULT_URI, or run as root."
-        )
-        return _Found(name, "libvirt", (), process.pid, why)
+        return _Found(name, "libvirt", (), process.pid, _OTHER_DAEMON if os.geteuid() == 0 else _DENIED_DAEMON)
     given = None if process.arguments.name else name
     ways = tuple(GuestAddress(qmp=path, agent=process.agent, name=given) for path in process.qmp)
     return _Found(name, "qemu", ways, process.pid, None if ways else _ADD_MONITOR)

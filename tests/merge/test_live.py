@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.guest.protocol import Guest, JobKind
 from snapchain.image import ImageFile
+from snapchain.merge import live_run
 from snapchain.merge.live import LiveMergePlan, plan
 from snapchain.merge.live_run import run
 from snapchain.merge.request import MergeRequest
@@ -129,6 +131,28 @@ def test_a_pivot_while_the_guest_writes(tmp_path: Path, chain: Chain, monkeypatc
         assert report.image == chain.files[1]
         assert set(report.removed) == set(chain.files[2:])
         assert leftovers(chain.folder) == []
+
+
+@pytest.mark.parametrize(("strategy", "result"), [(Strategy.ABSORB, 4), (Strategy.COMMIT, 1)])
+def test_a_guest_may_write_while_the_result_is_proven(
+    tmp_path: Path, chain: Chain, monkeypatch: pytest.MonkeyPatch, strategy: Strategy, result: int
+) -> None:
+    """The active layer is never taken for a sealed one, which must not change while it is read."""
+    written_to = chain.files[result]
+    unpatched, prove = ImageFile.changed, live_run._prove
+
+    def under_load(*arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile, "changed", lambda self: self.real_path == written_to or unpatched(self))
+            prove(*arguments)
+
+    monkeypatch.setattr(live_run, "_prove", under_load)
+    with running(tmp_path / "m", chain) as (machine, guest):
+        _, report = merged(guest, wanted(chain, strategy=strategy))
+        assert report.layers_after == 2
+        assert patterns_hold(machine, chain)
+        machine.quit()
+    sound(written_to)
 
 
 def test_the_root_is_merged_when_asked_for(tmp_path: Path, chain: Chain) -> None:
