@@ -57,7 +57,8 @@ soak:  ## all cases of what enumerates, the tests that run for minutes, and gues
 	@.ci/setup soak
 	@EXHAUSTIVE=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m soak --timeout 7200 $(ARGS)
 	@.ci/qemu10 >/dev/null
-	@TEST_QEMU="$$(.ci/qemu10)" $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/guest $(ARGS)
+	@TEST_QEMU="$$(.ci/qemu10)" $(PY) -m pytest -n $(WORKERS) --dist worksteal \
+		tests/guest tests/merge/test_live*.py tests/ops/test_ship_running.py tests/ops/test_ship_bitmap.py $(ARGS)
 
 hostile:  ## ten thousand mutated peers, stores, records and images (ARGS='--kind peers --seed 7 --count 1')
 	@.ci/setup test

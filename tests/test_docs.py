@@ -1,7 +1,8 @@
 """What the guide says is so: each command is parsed by the program, and run where that is cheap.
 
 A page's commands run each in a world of its own: a directory with images, a repository and replicas, in which the paths
-of the page lie. `/backup` is a directory there, and `ssh://host/path` becomes `dir:`.
+of the page lie. `/backup` is a directory there, and `ssh://host/path` becomes `dir:`. The page of running guests has a
+real QEMU: `--domain web1` becomes `--qmp SOCKET`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ from snapchain.cli import main
 from snapchain.cli.app import command
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import SnapchainError
-from tests.ops.guest_points import Guest
+from snapchain.host.qemu_processes import QemuProcess, qemu_processes
+from snapchain.ops import guests as listing
+from snapchain.ops.watch.run import RoundReport, Shipped, TargetReport, WatchReport
+from tests.guest.machine import Machine
 from tests.pages import GUIDE, PAGES, ROOT, Command, anchors, commands, section
 from tests.test_errors import defined
 
@@ -33,8 +38,10 @@ DOCUMENTS = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"
 ALL = [each for page in PAGES for each in commands(page)]
 SCRIPTING = (GUIDE / "scripting.md").read_text()
 
-# What a test cannot reach: a bucket, a device, a password manager, another host, /etc.
-ELSEWHERE = re.compile(r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/")
+GUESTS = "running-guests.md"
+
+# What a test cannot reach: a bucket, a device, a password manager, another host, /etc, a libvirtd; what has no end.
+ELSEWHERE = re.compile(r"s3://|/dev/|pass show|ssh kvm2|^nightly /etc/|--define|^watch (?!.*--(print|dry))")
 # Commands that a page shows for a state that the world is not in -> how they end here.
 OTHERWISE = {
     "log /backup --accept-repository": 2,
@@ -42,6 +49,7 @@ OTHERWISE = {
     "restore /backup::web1/vda@yesterday": 3,
     "sync /images/web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --check": 4,
     "migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --take-back": 3,
+    "snapshot --qmp /run/web1.qmp --disk vda --quiesce require": 7,
 }
 
 
@@ -155,8 +163,24 @@ def world(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         f'[[destinations]]\nname = "here"\nurl = "{here}/backup"\npassword_env = "SNAPCHAIN_PASSWORD"\n'
     )
     shutil.copytree(here / "backup", here / "repo")
+    for folder in ("images", "srv", "run", "var"):
+        (here / "guests" / folder).mkdir(parents=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "guests/images/web1.qcow2", "1M"], check=True)
+    run(["init", "guests/backup"])
+    with running(here) as machine:
+        for number, label in enumerate(("installed", "before-upgrade", "day-3", "day-4"), 1):
+            machine.write("vda", number << 16, 65536, number)
+            run(["ship", "--qmp", str(machine.qmp), "guests/backup", "-l", label])
+        machine.quit()
     here.rename(template)
     return template
+
+
+def running(here: Path) -> Machine:
+    """The guest `web1` of the world."""
+    folder = here / "guests"
+    top = max((folder / "images").glob("web1*.qcow2"), key=lambda path: (len(path.name), path.name))
+    return Machine(folder / "run", disks={"vda": top})
 
 
 def fresh(world: Path) -> Path:
@@ -169,12 +193,24 @@ def fresh(world: Path) -> Path:
 
 def placed(words: tuple[str, ...], here: Path) -> list[str]:
     """The words of a command with the paths of the page in the world."""
-    found = []
+    found: list[str] = []
     for word in words:
+        if found[-1:] == ["--domain"]:
+            found[-1:] = ["--qmp", f"{here}/run/qmp"]
+            continue
         local = re.sub(r"^ssh://[^/]+/", "dir:/", word)
-        inside = re.sub(r"(^|dir:)/(backup|images|mnt|srv|vault)\b", rf"\1{here}/\2", local)
-        found.append(inside.replace("/etc/snapchain/", f"{here}/etc/"))
+        inside = re.sub(r"(^|dir:)/(backup|images|mnt|srv|vault|var)\b", rf"\1{here}/\2", local)
+        found.append(inside.replace("/etc/snapchain/", f"{here}/etc/").replace("/run/web1.qmp", f"{here}/run/qmp"))
     return found
+
+
+def only_the_guest_of(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`guests` finds no QEMU of another test."""
+
+    def of_this_test() -> list[QemuProcess]:
+        return [each for each in qemu_processes() if any(str(here) in word for word in each.argv)]
+
+    monkeypatch.setattr(listing, "qemu_processes", of_this_test)
 
 
 def labels(lines: Sequence[str]) -> set[str]:
@@ -192,6 +228,11 @@ def test_the_commands_do_what_the_page_says(
         if not shown.plain or ELSEWHERE.search(line):
             continue
         here = fresh(world)
+        needs_guest = verb == "guests" or not {"--domain", "--qmp"}.isdisjoint(shown.words)
+        guest: AbstractContextManager[object] = running(here) if needs_guest else nullcontext()
+        if page.name == GUESTS:
+            here /= "guests"
+            only_the_guest_of(here, monkeypatch)
         monkeypatch.chdir(here)
         if verb == "init":
             shutil.rmtree(here / "repo")
@@ -201,11 +242,12 @@ def test_the_commands_do_what_the_page_says(
         if verb == "restore":
             shutil.rmtree(here / "images")
             (here / "images").mkdir()
-            (here / "web1.qcow2").unlink()
+            (here / "web1.qcow2").unlink(missing_ok=True)
         if verb in {"sync", "migrate"}:  # each file is a layer; the template's replica has composed ones
             shutil.rmtree(here / "srv" / "replica")
         capsys.readouterr()
-        status = main(placed(shown.words, here))
+        with guest:
+            status = main(placed(shown.words, here))
         expected = next((code for start, code in OTHERWISE.items() if line.startswith(start)), 0)
         printed = capsys.readouterr()
         assert status == expected, (line, printed.err)
@@ -228,10 +270,14 @@ def paths(value: object, at: str = "") -> Iterator[str]:
             yield from paths(each, f"{at}[]")
 
 
+OF_A_GUEST = "\nOf a guest:"
+
+
 def documented(title: str) -> set[str]:
-    """The fields in the tables of a section, but for those of a guest."""
-    of_images = section(SCRIPTING, title).partition("\nOf a guest:")[0]
-    rows = re.findall(r"^\| (`.*?) \|", of_images, re.MULTILINE)
+    """The fields in the tables of a section: of its part about guests, or of what stands before that."""
+    title, separator, _ = title.partition(OF_A_GUEST)
+    of_images, _, of_guests = section(SCRIPTING, title).partition(OF_A_GUEST)
+    rows = re.findall(r"^\| (`.*?) \|", of_guests if separator else of_images, re.MULTILINE)
     return {field.removesuffix("[]") for row in rows for field in re.findall(r"`([^`]+)`", row)}
 
 
@@ -248,18 +294,25 @@ def test_the_json_fields_are_those_that_are_documented(
     monkeypatch.chdir(here)
     image, replica = f"{here}/images/web1.qcow2", f"dir:{here}/srv/replica::web1/vda"
     migration = ["migrate", "a.qcow2", f"dir:{here}/srv/other::a"]
-    guest, recorded = f"dir:{here}/srv/guests::web2", Guest(here / "g", guest="web2")
-    for number in (1, 2):
-        recorded.point(snapchain.open_destination(f"dir:{here}/srv/guests", writing=True), number)
-    runs = {
+    guest, live = f"{here}/guests/backup::web1", ["--qmp", f"{here}/guests/run/qmp"]
+    only_the_guest_of(here, monkeypatch)
+    with running(here):
+        check_json(capsys, {
+            "`guests`": [["guests", "web1", "--at", f"{here}/guests/backup"]],
+            f"`ship` and `send`{OF_A_GUEST}": [["ship", *live, f"{here}/guests/backup"]],
+            "`snapshot` of a guest": [["snapshot", *live]],
+        })  # fmt: skip
+        watched = ["watch", *live, f"{here}/guests/backup", "--every", "1h", "--dry-run"]
+        assert set(printed_json(capsys, *watched)["plan"]) == {"guest", "every", "shipments"}
+    check_json(capsys, {
         "`init`": [["init", "new"]],
         "`snapshot`": [["snapshot", image]],
         "`ship` and `send`": [["ship", image, "backup::web1/vda"], ["send", image, replica]],
         "`log`": [["log", "backup"], ["log", f"dir:{here}/srv/replica"]],
         "`inspect`": [["inspect", image], ["inspect", "backup::web1/vda"], ["inspect", replica]],
         "`diff`": [["diff", "backup::web1/vda@1", "backup::web1/vda@2"], ["diff", f"{guest}@1", f"{guest}@2"]],
-        "`restore`": [["restore", "backup::web1/vda@1", "old.qcow2"], ["restore", replica, "new.qcow2"],
-                      ["restore", guest, "web2"]],
+        "`restore`": [["restore", "backup::web1/vda@1", "old.qcow2"], ["restore", replica, "new.qcow2"]],
+        f"`restore`{OF_A_GUEST}": [["restore", guest, "web2"]],
         "`verify`": [["verify", "backup", "--read-data"], ["verify", f"dir:{here}/srv/replica"]],
         "`hold` and `release`": [["hold", "backup::web1/vda@1", "-t", "a"], ["hold", image, "-t", "a"],
                                  ["release", image, "-t", "a"], ["release", "backup::web1/vda@1", "-t", "a"],
@@ -271,13 +324,24 @@ def test_the_json_fields_are_those_that_are_documented(
         "`gc`": [["gc", "backup"]],
         "`doctor`": [["doctor", "images"]],
         "`nightly`": [["nightly", "nightly.toml"]],
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def check_json(capsys: pytest.CaptureFixture[str], runs: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """runs: title of a section -> commands that print all of its fields, and no others."""
     for title, each in runs.items():
         fields = {path for words in each for path in paths(printed_json(capsys, *words))} - {"notices"}
         told = documented(title) - {"notices"}
         assert "error" not in fields, title
         assert told - fields == set(), title
         assert {path for path in fields if path.isidentifier()} == {re.split(r"[.[]", path)[0] for path in told}, title
+
+
+def test_the_json_fields_of_a_watch_are_those_that_are_documented() -> None:
+    rounds, end = section(SCRIPTING, "`watch`").partition("\n\nPlan:")[0].split("At the end one more:")
+    told = set(re.findall(r"`([a-z_]+)`", rounds)) - {"watch"}
+    assert told == {name for model in (RoundReport, TargetReport, Shipped) for name in model.model_fields}
+    assert set(re.findall(r"`([a-z_]+)`", end)) == set(WatchReport.model_fields)
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:

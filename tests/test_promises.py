@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,9 @@ from pathlib import Path
 import blake3
 import pytest
 
+from snapchain.cli import main
 from snapchain.errors import Busy, Conflict, Corrupt, SnapchainError, Unsupported
+from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.model.content import leaf_hash
 from snapchain.model.events import Event, Progress
 from snapchain.model.retention import Policy
@@ -19,6 +22,8 @@ from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.memory import MemoryStore
 from snapchain.objects.store import ObjectStore
 from snapchain.ops.restore.run import Restoration
+from snapchain.ops.ship import guest as guest_shipments
+from snapchain.ops.ship.guest import GuestShipRequest
 from snapchain.repository import collecting as gc, merging
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.merging import compose
@@ -27,10 +32,13 @@ from snapchain.repository.points_merge import RepositoryMerge
 from snapchain.repository.repository import Repository
 from snapchain.repository.verification import verify
 from snapchain.testing.faults import Crash, FaultStore, crash_points
+from tests.guest.fake_agent import FakeAgent
+from tests.guest.machine import Machine
 from tests.ops.shipping import DISK, MiB, restore, same_bytes, ship, shipment
 from tests.ops.stacks import Layer, build, flat, qemu_img, standing, write
 from tests.repository.counting import CountingStore
 from tests.repository.synthetic import again, repository
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -229,6 +237,24 @@ def test_promise_7_nothing_that_somebody_writes_to_is_shipped(repo: Repository, 
     assert repo.disk(DISK).read() is None
 
 
+def test_promise_7_a_running_guest_is_touched_only_through_its_monitor(
+    repo: Repository, chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with Machine(tmp_path / "run", disks={"vda": chain[-1]}) as machine:
+        machine.write("vda", 3 * MiB, 64 * 1024, 9)
+        before = standing(chain[-1])
+        with pytest.raises(Busy, match="the guest web1") as refused:
+            ship(chain[-1], repo)
+        assert f"--qmp {machine.qmp}" in str(refused.value.hint)
+        assert (standing(chain[-1]), machine.status()) == (before, "running")
+        with open_guest(GuestAddress(qmp=machine.qmp)) as guest:
+            guest_shipments.run(guest, GuestShipRequest(), RepositoryDestination(again(repo)))
+        assert machine.status() == "running"
+    restore(repo, tmp_path / "out.raw", disk="web1/vda")
+    assert same_bytes(tmp_path / "out.raw", flat(chain[-1], tmp_path / "flat"))
+
+
 MARK = b"the secret of the guest, which is on its disk in plain text; "
 
 
@@ -384,3 +410,23 @@ def test_promise_10_collecting_frees_what_no_point_needs(repo: Repository, chain
     after = sum(info.size for info in repo.store.list(""))
     assert before - after == report.bytes_freed > 0
     assert verify(again(repo), share=1.0).ok
+
+
+def test_promise_11_a_guest_is_thawed_and_goes_on_when_snapchain_is_killed(
+    chain: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with Machine(tmp_path / "run", disks={"vda": chain[-1]}) as machine, FakeAgent(tmp_path / "agent") as agent:
+        named = ["--qmp", str(machine.qmp), "--agent", str(agent.path)]
+        agent.lose = {"guest-fsfreeze-freeze"}  # it is frozen, and snapchain waits
+        words = [sys.executable, "-m", "snapchain", "snapshot", *named, "--quiesce", "require"]
+        with subprocess.Popen(words, stderr=subprocess.DEVNULL) as killed:
+            wait_until(lambda: agent.frozen, alive=lambda: killed.poll() is None)
+            killed.kill()
+        wait_until(lambda: not agent.frozen)
+        agent.lose = set()
+        assert main(["doctor", *named]) == 0
+        assert (machine.status(), machine.ask("query-jobs")) == ("running", [])
+        assert main(["snapshot", *named, "--quiesce", "require"]) == 0
+        machine.write("vda", 0, 64 * 1024, 8)
+        assert {"STOP", "BLOCK_IO_ERROR"}.isdisjoint(event["event"] for event in machine.monitor.events)

@@ -204,7 +204,7 @@ def _ship_guest(
         request.name_of(guest)
         place = opened()
         if out.dry_run:
-            out.plan(plan(guest, request, place, on_event=out.on_event), _draw_guest_plan)
+            out.plan(plan(guest, request, place, on_event=out.on_event), draw_guest_plan)
         else:
             report = run(guest, request, place, on_event=out.on_event)
             out.report(report, _draw_guest_report, problems=_draw_guest_damaged)
@@ -297,7 +297,8 @@ def _draw_damaged(console: Console, report: ShipReport) -> None:
         render.line(console, f"{report.disk}: still damaged: points {numbered(report.damaged)}", style="red")
 
 
-def _draw_guest_plan(console: Console, plan: GuestShipPlan) -> None:
+def draw_guest_plan(console: Console, plan: GuestShipPlan) -> None:
+    """Show what a shipment of a guest would do."""
     place = f"{render.place(plan.destination)}::{plan.guest}"
     render.headline(console, f"would take a snapshot of {plan.snapshot.guest} and ship it to {place}")
     quiesce = "frozen, if the guest agent answers" if plan.snapshot.quiesces else "not frozen"

@@ -1,4 +1,7 @@
-"""`snapchain sync IMAGE DEST::DISK`, `snapchain sync --domain NAME DEST`: make a replica ready for a live migration."""
+"""`snapchain sync IMAGE DEST::DISK`: make a replica ready for a live migration of the guest.
+
+`snapchain sync --domain NAME DEST` does so for all disks of a guest.
+"""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from snapchain.destination.protocol import Destination
     from snapchain.ops.watch.run import RoundReport, WatchReport
+    from snapchain.ops.watch.start import WatchPlan
     from snapchain.ops.watch.systemd import Unit
 
 _SHORTEST = 10.0
@@ -37,7 +38,7 @@ _SHORTEST = 10.0
     """,
     when_interrupted="every guest point that was reported is whole; start it again to go on",
 )
-@options.takes_output(passphrase=True, dry_run=False)
+@options.takes_output(passphrase=True)
 @options.takes_policy(panel="Points to keep at the destinations")
 @options.takes_guest()
 @options.takes_snapshot_options
@@ -97,7 +98,7 @@ def watch(
     reads the disks whole.
 
     Prints a line for each round; with --json an object a line, with the lag of each destination in seconds and bytes.
-    SIGTERM and Ctrl-C end it with exit code 0. Started again, it continues.
+    SIGTERM and Ctrl-C end it with exit code 0. Started again, it continues. --dry-run shows the first round.
     """
     from snapchain.ops.watch.rounds import Rules
 
@@ -111,14 +112,14 @@ def watch(
     if print_systemd:
         from snapchain.ops.watch.systemd import unit
 
-        words = [word for word in sys.argv[1:] if word != "--print-systemd"]
+        words = [word for word in sys.argv[1:] if word not in {"--print-systemd", "--dry-run"}]
         out.show(unit(guest, words, program=options.program(), metrics=metrics, dests=list(opens)), _draw_unit)
         return
     from dataclasses import replace
 
     from snapchain.guest.snapshot import SnapshotRequest
     from snapchain.ops.watch.guest_work import WatchRequest
-    from snapchain.ops.watch.start import start
+    from snapchain.ops.watch.start import plan, start
 
     request = WatchRequest(
         guest=guest,
@@ -127,6 +128,10 @@ def watch(
         policy=policy,
         idle=not full_speed,
     )
+
+    if out.dry_run:
+        out.plan(plan(request, opens, rules, on_event=out.on_event), _draw_plan)
+        return
 
     def tell(report: RoundReport) -> None:
         if report.is_news:
@@ -164,12 +169,22 @@ def _destinations(
         if address.dest in opens:
             raise InvalidInput("the destination is named twice", subject=address.dest)
         traits_of(address.dest)
-        opens[address.dest] = partial(options.destination, address.dest, out, writing=True, limit_rate=limit_rate)
+        opens[address.dest] = partial(
+            options.destination, address.dest, out, writing=not out.dry_run, limit_rate=limit_rate
+        )
     if len(names) > 1:
         raise InvalidInput(
             "the guest has one name at all destinations", hint="write ::GUEST after each DEST, or nowhere"
         )
     return names.pop(), opens
+
+
+def _draw_plan(console: Console, plan: WatchPlan) -> None:
+    from snapchain.cli.ship import draw_guest_plan
+
+    for shipment in plan.shipments:
+        draw_guest_plan(console, shipment)
+    render.line(console, f"and so every {duration(plan.every)}, with merges and rules, until it is stopped")
 
 
 def _draw_round(console: Console, report: RoundReport) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from snapchain.guest.jobs import End, Ended, OnLook, drive, give_up
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
 from snapchain.host import files
 from snapchain.host.directory import real_path
-from snapchain.image import ImageChain, ImageFile
+from snapchain.image import ImageChain
 from snapchain.image.dependent_search import search_directories
 from snapchain.merge import settle
 from snapchain.merge.inputs import KeptFile, numbers
@@ -426,20 +426,12 @@ def _prove(new: ImageChain, journal: MergeJournal, live: LiveMerge, old: ImageCh
         if old is not None and not is_top:
             last = place + len(live.inputs) - 1
             before = old.at(last)
-        elif live.kind == "active-commit":
-            check_covers(view, stack.enter_context(inputs_of(live, below)))
-            return
         else:
-            before = stack.enter_context(_inputs_under(live, below, view.top))
+            before = stack.enter_context(inputs_of(live, below, view.top))
+        if live.kind == "active-commit":
+            check_covers(view, before)
+            return
         prove(before, view, shared=place, subject=journal.result.path, on_event=on_event)
-
-
-@contextmanager
-def _inputs_under(live: LiveMerge, below: ImageChain | None, result: ImageFile) -> Iterator[ImageChain]:
-    """The chain of the inputs with the result's map as it is, in its place among them."""
-    with inputs_of(live, below) as inputs:
-        found = [result if file.device == result.device else file for file in inputs.files]
-        yield ImageChain(found, owned=False)
 
 
 def _note(journal: MergeJournal, live: LiveMerge, on_event: OnEvent) -> None:

@@ -135,14 +135,18 @@ def check_not_switched(journal: MergeJournal, live: LiveMerge) -> None:
 
 
 @contextmanager
-def inputs_of(live: LiveMerge, below: ImageChain | None) -> Iterator[ImageChain]:
+def inputs_of(live: LiveMerge, below: ImageChain | None, result: ImageFile | None = None) -> Iterator[ImageChain]:
     """The inputs above the files of `below`, opened as they are now, whatever links they record.
 
+    result: stands for the input that it is; after a pivot the guest writes to it, so it is opened already or not at all
     Raises Conflict where another file has taken a name, NotFound where one is gone.
     """
     with ExitStack() as stack:
         found: list[ImageFile] = list(below.files) if below is not None else []
         for entry, image_format in zip(live.inputs, live.formats, strict=True):
+            if result is not None and result.device == (entry.device, entry.inode):
+                found.append(result)
+                continue
             place = Place.of(entry.path)
             fd = open_image(place.real, subject=place.path, named_by=place.named_by)
             if not entry.is_at(look_at(fd)):

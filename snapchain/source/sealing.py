@@ -260,6 +260,8 @@ def _sealed_path(source: Path, status: os.stat_result, own_name: str | None) -> 
     with files.directory_of(source) as home:
         names = home.names()
         twins = [name for name in names if name != source.name and _is(home, name, status)]
+        if not _is(home, source.name, status) or home.status(source.name).st_nlink != status.st_nlink:
+            raise Conflict("another program gives it a name, or takes one away", subject=source, hint="run it again")
     numbered = re.compile(re.escape(source.stem) + r"\.(\d+)" + re.escape(source.suffix))
     ours = [name for name in twins if name == own_name or numbered.fullmatch(name)]
     if status.st_nlink != 1 + len(ours):

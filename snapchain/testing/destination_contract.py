@@ -251,7 +251,10 @@ class DestinationContract(DestinationFaults):
         assert shown == wanted
         place = site.open(writing=True)
         place.hold(DISK, "2", "audit")
-        place.merging(DISK, Policy(last=1)).run()
+        with pytest.raises(InvalidInput, match="kept or dropped as a whole"):
+            place.merging(DISK, Policy(last=1)).run()
+        numbers = [point.point for point in place.disks(DISK)[0].points]
+        place.merging(DISK, DropPoints(frozenset(numbers[:-1]) - {2})).run()
         assert [(each.instant, each.time) for each in site.open().disks(DISK)[0].points][:-1] == [(instant, when)]
 
     def test_a_held_point_stays_until_it_is_released(self, site: Site, history: Sequence[Moment]) -> None:

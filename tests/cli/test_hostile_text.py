@@ -24,6 +24,7 @@ from snapchain.cli.progress import Mode, Reporter
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import InvalidInput, ToolFailed
 from snapchain.model.events import Notice, Progress
+from snapchain.ops import guests
 from tests.cli.conftest import MiB, Run, Said, made_disk, qemu_img
 from tests.cli.test_streams import CHANGING, ELSEWHERE, READING
 from tests.host.test_terminal import is_harmless
@@ -65,6 +66,7 @@ def on_a_terminal(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def ground(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As that of test_streams, in a directory with a hostile name, beside files with such names."""
+    monkeypatch.setattr(guests, "qemu_processes", list)
     here = tmp_path / f"d{EVIL.replace('/', '')}"
     here.mkdir()
     monkeypatch.chdir(here)

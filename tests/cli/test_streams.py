@@ -17,6 +17,7 @@ from snapchain.cli import exits, main
 from snapchain.cli.streams import ReaderGone, Stderr, Stdout
 from snapchain.cli.verbs import VERBS
 from snapchain.errors import OutputFailed
+from snapchain.ops import guests
 from tests.cli.conftest import MiB, Run, qemu_img, write
 
 READING = {
@@ -24,6 +25,8 @@ READING = {
     "inspect": ["inspect", "web1.qcow2"],
     "diff": ["diff", "web1.qcow2", "other.qcow2"],
     "verify": ["verify", "repo"],
+    "guests": ["guests", "--at", "repo"],
+    "watch": ["watch", "--qmp", "{here}/qmp", "repo", "--every", "1h", "--print-systemd"],
     "help": ["--help"],
     "version": ["--version"],
     "a plan": ["ship", "web1.qcow2", "repo::new", "--dry-run"],
@@ -63,8 +66,9 @@ class Broken(io.TextIOBase):
 
 
 @pytest.fixture
-def ground(run: Run, disk: Path) -> Path:
-    """An image, another one, a repository with points of two disks, and a configuration."""
+def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image, another one, a repository with points of two disks, and a configuration; no QEMU of another test."""
+    monkeypatch.setattr(guests, "qemu_processes", list)
     qemu_img("create", "-q", "-f", "qcow2", "other.qcow2", "1M")
     run("init", "repo", "--no-encryption")
     run("ship", "other.qcow2", "repo::web1")

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.guest.machine import Machine
-from tests.waiting import HANG
+from tests.waiting import HANG, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE = ROOT / ".cache" / "agent-guest"
@@ -43,6 +43,60 @@ def formatted(path: Path, *, size: str = "64M") -> Path:
     subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, path], check=True)
     raw.unlink()
     return path
+
+
+class Console:
+    """The shell on a guest's serial port, at a Unix socket on which QEMU listens."""
+
+    def __init__(self) -> None:
+        self._said = bytearray()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(HANG)
+        self._number = 0
+
+    def connect(self, path: Path) -> None:
+        """As soon as QEMU listens."""
+
+        def connected() -> bool:
+            try:
+                self._socket.connect(str(path))
+            except OSError:
+                return False
+            return True
+
+        wait_until(connected)
+
+    def read_until(self, words: bytes) -> bytes:
+        """What comes before these words."""
+        while words not in self._said:
+            piece = self._socket.recv(1 << 16)
+            assert piece, f"the guest ended: {bytes(self._said[-2000:])!r}"
+            self._said += piece
+        before, _, after = bytes(self._said).partition(words)
+        self._said = bytearray(after)
+        return before
+
+    def sh(self, command: str) -> str:
+        """Run a command in the guest's shell; what it printed. A failure of it is the test's."""
+        self.begin(command)
+        return self.ended()
+
+    def begin(self, command: str) -> None:
+        """As `sh`, without waiting for its end."""
+        self._number += 1
+        line = f"{command}; echo ended-$((0 + {self._number}))-$?-\n"
+        self._socket.sendall(line.encode())
+
+    def ended(self) -> str:
+        """Wait for the end of what was begun; its output, with the echo of the command."""
+        said = self.read_until(f"ended-{self._number}-".encode())
+        status = self.read_until(b"-")
+        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", said.decode(errors="replace")).replace("\r\n", "\n")
+        assert status == b"0", text
+        return text
+
+    def close(self) -> None:
+        self._socket.close()
 
 
 class AgentGuest(Machine):
@@ -71,61 +125,30 @@ class AgentGuest(Machine):
             "-chardev", f"socket,id=agent,path={self.agent},server=on,wait=off",
             "-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
         ]  # fmt: skip
-        self._said = bytearray()
-        self._console = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._console.settimeout(HANG)
-        self._number = 0
+        self.console = Console()
         # QEMU waits for the console's client before it starts, so none of the guest's words are lost.
-        listener = threading.Thread(target=self._connect, args=(console,))
+        listener = threading.Thread(target=self.console.connect, args=(console,))
         listener.start()
         try:
             super().__init__(folder, disks=disks, blockdevs=blockdevs, argv=[*more, *argv], name=name, memory=memory)
         finally:
             listener.join()
-        self._read_until(b"AGENT GUEST READY")
-        self._read_until(b"# ")
-
-    def _connect(self, console: Path) -> None:
-        from tests.waiting import wait_until
-
-        def connected() -> bool:
-            try:
-                self._console.connect(str(console))
-            except OSError:
-                return False
-            return True
-
-        wait_until(connected)
-
-    def _read_until(self, words: bytes) -> bytes:
-        while words not in self._said:
-            piece = self._console.recv(1 << 16)
-            assert piece, f"the guest ended: {bytes(self._said[-2000:])!r}"
-            self._said += piece
-        before, _, after = bytes(self._said).partition(words)
-        self._said = bytearray(after)
-        return before
+        self.console.read_until(b"AGENT GUEST READY")
+        self.console.read_until(b"# ")
 
     def sh(self, command: str) -> str:
-        """Run a command in the guest's shell; what it printed. A failure of it is the test's."""
-        self.begin(command)
-        return self.ended()
+        """See `Console`."""
+        return self.console.sh(command)
 
     def begin(self, command: str) -> None:
-        """As `sh`, without waiting for its end."""
-        self._number += 1
-        line = f"{command}; echo ended-$((0 + {self._number}))-$?-\n"
-        self._console.sendall(line.encode())
+        """See `Console`."""
+        self.console.begin(command)
 
     def ended(self) -> str:
-        """Wait for the end of what was begun; its output, with the echo of the command."""
-        said = self._read_until(f"ended-{self._number}-".encode())
-        status = self._read_until(b"-")
-        text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", said.decode(errors="replace")).replace("\r\n", "\n")
-        assert status == b"0", text
-        return text
+        """See `Console`."""
+        return self.console.ended()
 
     def kill(self) -> None:
         """As Machine; the console goes, too."""
-        self._console.close()
+        self.console.close()
         super().kill()

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,21 +41,27 @@ def definition(
     agent: Path | None = None,
     os_more: str = "",
     memory: int = 32,
+    argv: Sequence[str] = (),
 ) -> str:
-    """XML of a domain. more: further devices; agent: the socket of an agent's channel, which libvirt listens on"""
+    """XML of a domain. more: further devices; agent: the socket of an agent's channel, which libvirt listens on
+
+    argv: further arguments of QEMU
+    """
     if agent is not None:
         more += (
             f"<channel type='unix'><source mode='bind' path={quoteattr(str(agent))}/>"
             "<target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
         )
-    return f"""<domain type='qemu'>
+    words = "".join(f"<qemu:arg value={quoteattr(word)}/>" for word in argv)
+    commandline = f"<qemu:commandline>{words}</qemu:commandline>" if argv else ""
+    return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
       <name>{escape(name)}</name><memory unit='MiB'>{memory}</memory><vcpu>1</vcpu>
       <os><type arch='x86_64' machine='q35'>hvm</type>{os_more}</os>
       <devices>
         <emulator>/usr/bin/qemu-system-x86_64</emulator>
         {"".join(disk_xml(target, path) for target, path in disks.items())}{more}
         <memballoon model='none'/>
-      </devices></domain>"""
+      </devices>{commandline}</domain>"""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import Guest
@@ -61,21 +64,6 @@ def sound(path: Path) -> None:
             tool("qemu-img", "check", "-q", "-f", "qcow2", name, cwd=path.parent)
 
 
-_MADE: dict[tuple[int, int], list[bytes]] = {}
-"""(count, size) of each chain that was made in this process -> its files and their views: programs make it once."""
-
-
-def write_sparse(path: Path, data: bytes) -> None:
-    """A file with holes where the data are zeros, as programs write images."""
-    step = 4 * K
-    with path.open("wb") as file:
-        file.truncate(len(data))
-        for at in range(0, len(data), step):
-            if (piece := data[at : at + step]).strip(b"\0"):
-                file.seek(at)
-                file.write(piece)
-
-
 @dataclass
 class Chain:
     """Files 0.qcow2 (the root) to N.qcow2 (the active layer) in a folder, each with bytes of its own.
@@ -91,28 +79,24 @@ class Chain:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.copies = self.folder.parent / f"{self.folder.name}-copies"
-        self.copies.mkdir(exist_ok=True)
-        self.files = [self.folder / f"{number}.qcow2" for number in range(self.count)]
-        made = _MADE.get((self.count, self.size))
-        if made is None:
-            self._make()
-            self.remember()
-            _MADE[self.count, self.size] = [path.read_bytes() for path in (*self.files, *self.views.values())]
-            return
-        self.views = {path.name: self._view(path) for path in self.files}
-        for path, data in zip((*self.files, *self.views.values()), made, strict=True):
-            write_sparse(path, data)
-
-    def _make(self) -> None:
-        for number, path in enumerate(self.files):
-            layer(path, self.files[number - 1] if number else None, self.size)
+        below: Path | None = None
+        for number in range(self.count):
+            path = layer(self.folder / f"{number}.qcow2", below, self.size)
             at = number * 256 * K
             hides = [(at - 64 * K, 64 * K, 100 + number)] if number else []
             fill(path, (at, 256 * K, number + 1), *hides)
+            self.files.append(path)
+            below = path
+        self.copies = self.folder.parent / f"{self.folder.name}-copies"
+        self.copies.mkdir(exist_ok=True)
+        self.remember()
 
-    def _view(self, path: Path) -> Path:
-        return self.copies / f"{path.stem}.raw"
+    def copy(self, folder: Path) -> Self:
+        """Another one with the same bytes; the copies of its views are shared."""
+        shutil.copytree(self.folder, folder)
+        made = copy(self)
+        made.folder, made.files = folder, [folder / path.name for path in self.files]
+        return made
 
     @property
     def active(self) -> Path:
@@ -121,7 +105,7 @@ class Chain:
     def remember(self) -> None:
         """Copy each view as it is."""
         for path in self.files:
-            copy = self._view(path)
+            copy = self.copies / f"{path.stem}.raw"
             tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, copy, cwd=self.folder)
             self.views[path.name] = copy
 

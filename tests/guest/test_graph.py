@@ -115,6 +115,7 @@ def answers(found: Sequence[Device]) -> tuple[list[Row], list[Row], list[Row]]:
     return block, stats[::-1], nodes[::-1]
 
 
+@pytest.mark.sampled
 @settings(max_examples=examples(60), deadline=None)
 @given(devices())
 def test_every_device_gets_its_own_nodes(found: list[Device]) -> None:
@@ -132,6 +133,7 @@ def test_every_device_gets_its_own_nodes(found: list[Device]) -> None:
         assert disk.left_out is None
 
 
+@pytest.mark.sampled
 @settings(max_examples=examples(30), deadline=None)
 @given(devices())
 def test_without_the_list_of_nodes_only_bitmaps_are_missing(found: list[Device]) -> None:

@@ -26,7 +26,7 @@ from tests.guest.agent_guest import formatted, parts
 from tests.guest.libvirt import Domain, disk_xml
 from tests.libvirtd import LibvirtHost
 from tests.ops.stacks import Layer, MiB, build, flat, qemu_img
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 
 pytestmark = pytest.mark.root
 
@@ -682,13 +682,13 @@ def test_its_agent_freezes_and_thaws_it(libvirt_host: LibvirtHost, tmp_path: Pat
             return True
 
         wait_until(answers)
-        assert not agent.is_frozen(timeout=5.0)
-        assert agent.freeze(timeout=10.0) == 1
-        assert agent.is_frozen(timeout=5.0)
+        assert not agent.is_frozen(timeout=HANG)
+        assert agent.freeze(timeout=HANG) == 1
+        assert agent.is_frozen(timeout=HANG)
         with guest.prepared([overlay(tmp_path / "vda.qcow2", "vda", "vda.1.qcow2", 64 * MiB)]) as switch:
             switch.run()
-        assert agent.thaw(timeout=10.0) == 1
-        assert not agent.is_frozen(timeout=5.0)
+        assert agent.thaw(timeout=HANG) == 1
+        assert not agent.is_frozen(timeout=HANG)
         assert guest.disks()[0].active.path == tmp_path / "vda.1.qcow2"
     finally:
         domain.remove()

@@ -216,7 +216,7 @@ def test_a_server_that_hangs_up(tmp_path: Path) -> None:
         b'{"id": "ID", "error": {"class": 3, "desc": []}}\n',
         b'{"id": ["ID"], "return": 3}\n',
         b'{"return": 3}\n',
-        b'{"event": 3, "id": "ID"}\n{"event": {"x": []}, "data": 7}\n' * 50_000,
+        b'{"event": 3, "id": "ID"}\n{"event": {"x": []}, "data": 7}\n' * 5_000,  # more than is kept
         b'{"event": "X", "data": []}\n{"id": "other", "return": 3}\n',
     ],
     ids=range(12),
@@ -237,9 +237,9 @@ def test_answers_that_are_none(tmp_path: Path, answer: bytes) -> None:
 def test_a_hanging_qemu_has_a_deadline(machine: Machine, tmp_path: Path) -> None:
     with (
         Spy(tmp_path / "spy", machine.qmp, Fault(0, Place.SENT, LOSE)) as spy,
-        Monitor(spy.path, command_seconds=0.2) as monitor,
+        Monitor(spy.path, command_seconds=1.5) as monitor,
     ):
-        with pytest.raises(Unavailable, match=r"did not answer query-status within 0\.2 seconds"):
+        with pytest.raises(Unavailable, match=r"did not answer query-status within 1\.5 seconds"):
             monitor.execute("query-status")
         assert monitor.fields("query-status")["status"] == "running", "the connection is still good"
 

@@ -141,7 +141,7 @@ def test_a_process_that_hangs_is_thawed_within_the_bound(fake: FakeAgent) -> Non
 
 
 def test_a_thaw_at_the_deadline_is_told(fake: FakeAgent) -> None:
-    with freezes(AgentsGuest(fake.path), bound_seconds=0.4) as reached:
+    with freezes(AgentsGuest(fake.path), bound_seconds=1.5) as reached:
         wait_until(lambda: not records())
         assert not fake.frozen
     assert reached.consistency is Consistency.CRASH
@@ -150,7 +150,7 @@ def test_a_thaw_at_the_deadline_is_told(fake: FakeAgent) -> None:
 
 def test_after_the_deadline_nothing_freezes_again(fake: FakeAgent) -> None:
     """A process that hung between two steps wakes up and goes on: its order to freeze must have no effect."""
-    guard = quiesce._Guard(AgentsGuest(fake.path), 0.4)  # type: ignore[arg-type]
+    guard = quiesce._Guard(AgentsGuest(fake.path), 1.5)  # type: ignore[arg-type]
     guard.freeze(HANG)
     wait_until(lambda: not records())
     with pytest.raises(Unavailable, match="process that freezes and thaws the guest does not answer"):
@@ -167,11 +167,11 @@ def test_a_freeze_that_happens_later_is_thawed(fake: FakeAgent, required: bool) 
     if required:
         with (
             pytest.raises(Unavailable, match="did not answer in time"),
-            freezes(AgentsGuest(fake.path), freeze_seconds=0.2),
+            freezes(AgentsGuest(fake.path), freeze_seconds=1.0),
         ):
             raise AssertionError
     else:
-        with freezes(AgentsGuest(fake.path), freeze_seconds=0.2, required=False) as reached:
+        with freezes(AgentsGuest(fake.path), freeze_seconds=1.0, required=False) as reached:
             pass
         assert reached.consistency is Consistency.CRASH
         assert "did not answer in time" in str(reached.why_not)
@@ -234,7 +234,7 @@ def test_an_agent_that_cannot_thaw_keeps_its_record(fake: FakeAgent) -> None:
 def test_nothing_is_owed_to_a_guest_that_is_gone(fake: FakeAgent) -> None:
     qemu = subprocess.Popen([*DIE_WITH_PARENT, "sleep", "600"])
     fake.hold.add("guest-fsfreeze-freeze")
-    with freezes(AgentsGuest(fake.path, identity(qemu.pid)), freeze_seconds=0.2, required=False):
+    with freezes(AgentsGuest(fake.path, identity(qemu.pid)), freeze_seconds=1.0, required=False):
         pid = watchdog()
     assert not gone(pid)
     qemu.kill()

@@ -34,7 +34,7 @@ from snapchain.source.notes import Notes
 from snapchain.source.protocol import Scope
 from tests.exhaustive import EXHAUSTIVE, some
 from tests.guest.machine import Machine
-from tests.guest.spy import DROP, KILL, LOSE, Fault, Place, Spy, changing, every
+from tests.guest.spy import DROP, KILL, LOSE, Command, Fault, Place, Spy, changing, every
 from tests.waiting import wait_until
 
 NO = SnapshotRequest(quiesce=Quiesce.NO)
@@ -379,11 +379,12 @@ def counter(path: Path) -> int:
     return (data[0] << 8) + data[512]
 
 
+@pytest.mark.sampled
 def test_the_disks_of_a_snapshot_are_of_one_instant(tmp_path: Path, run_dir: Path) -> None:
     disks = images(tmp_path / "images")
     with Machine(run_dir, disks=disks) as machine:
         with Writer(machine):
-            reports = [snapshot(machine.qmp) for _ in range(100 if EXHAUSTIVE else 20)]
+            reports = [snapshot(machine.qmp) for _ in range(100 if EXHAUSTIVE else 8)]
         assert machine.status() == "running"
         machine.quit()
     before = 0
@@ -405,16 +406,21 @@ def child_snapshot(socket: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def steps(tmp_path: Path, run_dir: Path) -> list[Any]:
-    """The commands of one snapshot that change something."""
-    disks = images(tmp_path / "counted", ("vda", "vdb"))
-    with (
-        Machine(run_dir / "counted", disks=disks) as machine,
-        Spy(run_dir / "spy", machine.qmp, counts=changing) as spy,
-    ):
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> list[Command]:
+    """Those of one snapshot of two disks."""
+    disks = images(tmp_path_factory.mktemp("counted"), ("vda", "vdb"))
+    run_dir = Path(tempfile.mkdtemp())
+    with Machine(run_dir, disks=disks) as machine, Spy(run_dir / "spy", machine.qmp, counts=changing) as spy:
         snapshot(spy.path)
         assert {each.name for each in spy.commands if each.number is not None} == {"blockdev-add", "transaction"}
-        return spy.commands
+    shutil.rmtree(run_dir)
+    return spy.commands
+
+
+def switch(commands: list[Command]) -> int:
+    """The number of the command that switches the guest to the overlays."""
+    return next(each.number for each in commands if each.name == "transaction" and each.number is not None)
 
 
 @contextmanager
@@ -449,8 +455,8 @@ def check_end(machine: Machine, folder: Path) -> None:
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("ended_by", ["doctor", "next run"])
-def test_sigkill_at_any_command(tmp_path: Path, run_dir: Path, ended_by: str) -> None:
-    faults = list(every(steps(tmp_path, run_dir), (KILL,)))
+def test_sigkill_at_any_command(tmp_path: Path, run_dir: Path, commands: list[Command], ended_by: str) -> None:
+    faults = list(every(commands, (KILL,)))
     for number, fault in enumerate(some(reversed(faults), each=3 if ended_by == "doctor" else 6)):
         folder = tmp_path / f"images-{number}"
         disks = images(folder, ("vda", "vdb"))
@@ -478,9 +484,9 @@ def test_sigkill_at_any_command(tmp_path: Path, run_dir: Path, ended_by: str) ->
 
 
 @pytest.mark.sampled
-def test_lost_answers_and_connections(tmp_path: Path, run_dir: Path) -> None:
+def test_lost_answers_and_connections(tmp_path: Path, run_dir: Path, commands: list[Command]) -> None:
     """The graph decides; either the snapshot is made, or nothing is changed, and the next one is."""
-    faults = [*every(steps(tmp_path, run_dir), (DROP,))]
+    faults = list(every(commands, (DROP,)))
     for number, fault in enumerate(some(faults, each=2)):
         folder = tmp_path / f"images-{number}"
         disks = images(folder, ("vda", "vdb"))
@@ -499,14 +505,14 @@ def test_lost_answers_and_connections(tmp_path: Path, run_dir: Path) -> None:
             check_end(machine, folder)
 
 
-def test_an_answer_that_never_comes(tmp_path: Path, run_dir: Path) -> None:
+def test_an_answer_that_never_comes(tmp_path: Path, run_dir: Path, commands: list[Command]) -> None:
     """QEMU has switched, and snapchain learns that from the graph; the point is not called consistent."""
-    number = next(each.number for each in steps(tmp_path, run_dir) if each.name == "transaction")
+    number = switch(commands)
     disks = images(tmp_path / "images", ("vda", "vdb"))
     with Machine(run_dir / "m", disks=disks) as machine:
         fault = Fault(number, Place.SENT, LOSE)
         with Spy(run_dir / "spy", machine.qmp, fault, counts=changing) as spy:
-            monitor = Monitor(spy.path, command_seconds=2)
+            monitor = Monitor(spy.path, command_seconds=4)
             guest = QmpGuest(GuestAddress(qmp=spy.path), monitor=monitor)
             report = run(guest, plan(guest, NO), NO)
             guest.close()
@@ -516,9 +522,9 @@ def test_an_answer_that_never_comes(tmp_path: Path, run_dir: Path) -> None:
     assert journal.find() == ([], [])
 
 
-def test_qemu_is_killed_before_the_switch(tmp_path: Path, run_dir: Path) -> None:
+def test_qemu_is_killed_before_the_switch(tmp_path: Path, run_dir: Path, commands: list[Command]) -> None:
     """Nothing of the overlays is left: the images are as they were."""
-    number = next(each.number for each in steps(tmp_path, run_dir) if each.name == "transaction")
+    number = switch(commands)
     folder = tmp_path / "images"
     disks = images(folder, ("vda", "vdb"))
     fault = Fault(number, Place.BEFORE, KILL)
@@ -532,9 +538,9 @@ def test_qemu_is_killed_before_the_switch(tmp_path: Path, run_dir: Path) -> None
     assert journal.find() == ([], [])
 
 
-def test_an_overlay_that_the_guest_wrote_to_stays(tmp_path: Path, run_dir: Path) -> None:
+def test_an_overlay_that_the_guest_wrote_to_stays(tmp_path: Path, run_dir: Path, commands: list[Command]) -> None:
     """QEMU was killed too, after the switch: the overlay holds the only copy of what was written since."""
-    number = next(each.number for each in steps(tmp_path, run_dir) if each.name == "transaction")
+    number = switch(commands)
     folder = tmp_path / "images"
     disks = images(folder, ("vda",))
     fault = Fault(number - 1, Place.SENT, KILL)  # with one disk there is one command less
@@ -548,13 +554,13 @@ def test_an_overlay_that_the_guest_wrote_to_stays(tmp_path: Path, run_dir: Path)
 
 
 def test_a_chain_that_cannot_be_read_is_not_judged(
-    tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_dir: Path, commands: list[Command], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer that is no known file may be the very overlay: then nothing is removed."""
     folder = tmp_path / "images"
     disks = images(folder, ("vda",))
     with Machine(run_dir / "m", disks=disks) as machine:
-        number = next(each.number for each in steps(tmp_path, run_dir) if each.name == "transaction") - 1
+        number = switch(commands) - 1
         with killed_at(machine, run_dir / "spy", Fault(number, Place.SENT, KILL)) as spy:
             disks_of = QmpGuest.disks
 

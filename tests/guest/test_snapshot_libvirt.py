@@ -134,6 +134,7 @@ def test_sigkill_before_and_after_the_switch(domain: Domain, disks: dict[str, Pa
     assert domain.reads("vda", 65536, 65536, 2)
 
 
+@pytest.mark.sampled
 def test_the_disks_of_a_snapshot_are_of_one_instant(domain: Domain) -> None:
     """A counter is written to all disks in their order, without a pause."""
     ends = threading.Event()

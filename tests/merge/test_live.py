@@ -10,6 +10,7 @@ import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, NotFound, Unsupported
 from snapchain.guest.protocol import Guest, JobKind
+from snapchain.image import ImageFile
 from snapchain.merge.live import LiveMergePlan, plan
 from snapchain.merge.live_run import run
 from snapchain.merge.request import MergeRequest
@@ -113,6 +114,21 @@ def test_an_active_commit_pivots(tmp_path: Path, chain: Chain) -> None:
         machine.quit()
     assert names(chain.files[1]) == ["0.qcow2", "1.qcow2"]
     sound(chain.files[1])
+
+
+def test_a_pivot_while_the_guest_writes(tmp_path: Path, chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that the guest writes to is another one before its map is read to the end."""
+    with running(tmp_path / "m", chain) as (_, guest):
+        lowest = chain.files[1].stat()
+
+        def changed(file: ImageFile) -> bool:
+            return file.device == (lowest.st_dev, lowest.st_ino) and guest.disks()[0].active.path == chain.files[1]
+
+        monkeypatch.setattr(ImageFile, "changed", changed)
+        _, report = merged(guest, wanted(chain, strategy=Strategy.COMMIT))
+        assert report.image == chain.files[1]
+        assert set(report.removed) == set(chain.files[2:])
+        assert leftovers(chain.folder) == []
 
 
 def test_the_root_is_merged_when_asked_for(tmp_path: Path, chain: Chain) -> None:

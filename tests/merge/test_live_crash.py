@@ -16,9 +16,17 @@ from _pytest.mark.structures import ParameterSet
 
 from snapchain.cli import main
 from snapchain.errors import NotFound, Unavailable
+from snapchain.guest.address import GuestAddress
+from snapchain.guest.qmp import Monitor
+from snapchain.guest.qmp_guest import QmpGuest
+from snapchain.merge import live, live_run
+from snapchain.merge.request import MergeRequest
+from snapchain.model.merging import Strategy
+from tests.exhaustive import some
 from tests.guest.live_chain import MIB, Chain, K, names, patterns_hold, sound
 from tests.guest.machine import Machine
-from tests.guest.spy import DROP, KILL, Act, Fault, Place, Spy, call, changing
+from tests.guest.spy import DROP, KILL, LOSE, Act, Fault, Place, Spy, call, changing
+from tests.ops.killing import killed_after
 
 KINDS = {
     "commit": ("--from", "1.qcow2", "--to", "3.qcow2", "--strategy", "commit"),
@@ -41,6 +49,7 @@ SNAPCHAIN: Cases = {
 QEMU: Cases = {("commit", 10, Place.SENT), ("stream", 9, Place.SENT)}
 BOTH: Cases = {("commit", 8, Place.BEFORE), ("active-commit", 8, Place.SENT)}
 LINK: Cases = {("commit", 7, Place.SENT), ("stream", 7, Place.SENT), ("active-commit", 8, Place.SENT)}
+LOST: Cases = {("commit", 10, Place.SENT), ("active-commit", 8, Place.BEFORE)}
 
 
 def cases(sampled: Cases) -> list[ParameterSet]:
@@ -66,6 +75,12 @@ def snapchain(*words: object) -> subprocess.CompletedProcess[str]:
 def again(*words: object) -> int:
     """A command in this process, which takes a tenth of the time; its exit code."""
     return main([*map(str, words), "--json"])
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Copied for each case."""
+    return Chain(tmp_path_factory.mktemp("template") / "images")
 
 
 def merge(spy: Spy, kind: str) -> subprocess.CompletedProcess[str]:
@@ -118,49 +133,106 @@ def test_a_whole_run_never_lists_nodes_beside_a_concluded_stream(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("kind", "number", "place"), cases(SNAPCHAIN))
-def test_snapchain_is_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+def test_snapchain_is_killed(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
     """The guest goes on, and the next run ends clean."""
-    snapchain_fails(tmp_path, kind, Fault(number, place, KILL))
+    snapchain_fails(tmp_path, template, kind, Fault(number, place, KILL))
 
 
 @pytest.mark.parametrize(("kind", "number", "place"), cases(LINK))
-def test_the_link_is_cut(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+def test_the_link_is_cut(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
     """At each command: it may end well or not, and the next run ends clean."""
-    snapchain_fails(tmp_path, kind, Fault(number, place, DROP))
+    snapchain_fails(tmp_path, template, kind, Fault(number, place, DROP))
+
+
+<<<<<<< HEAD
+def snapchain_fails(tmp_path: Path, template: Chain, kind: str, fault: Fault) -> None:
+    chain = template.copy(tmp_path / "images")
+=======
+@pytest.mark.parametrize(("kind", "number", "place"), cases(LOST))
+def test_a_message_is_lost(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+    """The command, or its answer, and the connection stays: it may end well or not, and the next run ends clean."""
+    snapchain_fails(tmp_path, kind, Fault(number, place, LOSE))
+
+
+def merge_impatiently(spy: Spy, kind: str) -> subprocess.CompletedProcess[str]:
+    """In this process, with a short deadline for answers."""
+    words = dict(zip(KINDS[kind][::2], KINDS[kind][1::2], strict=True))
+    monitor = Monitor(spy.path, command_seconds=1)
+    guest = QmpGuest(GuestAddress(qmp=spy.path), monitor=monitor)
+    try:
+        active = guest.disks()[0].active.path
+        assert active is not None
+        request = MergeRequest(
+            image=active,
+            from_layer=words["--from"],
+            to_layer=words.get("--to"),
+            strategy=Strategy(words["--strategy"]),
+        )
+        live_run.run(guest, live.plan(guest, "vda", request))
+    except Unavailable as error:
+        return subprocess.CompletedProcess([], error.exit_code, "", str(error))
+    finally:
+        guest.close()
+    return subprocess.CompletedProcess([], 0)
 
 
 def snapchain_fails(tmp_path: Path, kind: str, fault: Fault) -> None:
     chain = Chain(tmp_path / "images")
+>>>>>>> k6
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         with Spy(tmp_path / "spy", machine.qmp, fault, counts=counts) as spy:
-            first = merge(spy, kind)
+            first = merge_impatiently(spy, kind) if fault.act is LOSE else merge(spy, kind)
             assert spy.happened
             assert first.returncode in ({-signal.SIGKILL} if fault.act is KILL else {0, Unavailable.exit_code}), first
             assert patterns_hold(machine, chain), "the guest goes on"
             assert machine.status() == "running"
             machine.write("vda", 3 * MIB + 512 * K, 64 * K, 91)
-            status = again("merge", "--qmp", spy.path, *KINDS[kind])
-            if status == NotFound.exit_code:  # they are merged already: no layer has that name
-                status = again("merge", "--qmp", spy.path, "--max-layers", 5)
-            assert status == 0
+            next_run(spy.path, kind)
             assert machine.reads("vda", 3 * MIB + 512 * K, 64 * K, 91)
             spy.check()
         check_clean(chain, kind, machine)
 
 
+def next_run(socket: Path, kind: str) -> None:
+    """The same merge again, or what is to be finished of it."""
+    status = again("merge", "--qmp", socket, *KINDS[kind])
+    if status == NotFound.exit_code:  # they are merged already: no layer has that name
+        status = again("merge", "--qmp", socket, "--max-layers", 5)
+    assert status == 0
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("kind", KINDS)
+def test_snapchain_is_killed_at_each_change_of_a_file(tmp_path: Path, kind: str) -> None:
+    """Journal, note, and the removal of the inputs, which QEMU does not see."""
+    for steps in some(range(1, 100), each=6):
+        chain = Chain(tmp_path / f"images{steps}")
+        with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
+            killed = killed_after(lambda machine=machine: again("merge", "--qmp", machine.qmp, *KINDS[kind]), steps)  # type: ignore[misc]
+            assert patterns_hold(machine, chain), "the guest goes on"
+            machine.write("vda", 3 * MIB + 512 * K, 64 * K, 91)
+            next_run(machine.qmp, kind)
+            assert machine.reads("vda", 3 * MIB + 512 * K, 64 * K, 91)
+            check_clean(chain, kind, machine)
+        if not killed:
+            assert steps > 10
+            return
+    raise AssertionError("too many steps")
+
+
 @pytest.mark.parametrize(("kind", "number", "place"), cases(QEMU))
-def test_qemu_is_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+def test_qemu_is_killed(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
     """snapchain tells it; the images are right, and `doctor`, then a merge at rest, end clean."""
-    qemu_dies(tmp_path, kind, number, place, also=None)
+    qemu_dies(tmp_path, template, kind, number, place, also=None)
 
 
 @pytest.mark.parametrize(("kind", "number", "place"), cases(BOTH))
-def test_both_are_killed(tmp_path: Path, kind: str, number: int, place: Place) -> None:
-    qemu_dies(tmp_path, kind, number, place, also=KILL)
+def test_both_are_killed(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
+    qemu_dies(tmp_path, template, kind, number, place, also=KILL)
 
 
-def qemu_dies(tmp_path: Path, kind: str, number: int, place: Place, *, also: Act | None) -> None:
-    chain = Chain(tmp_path / "images")
+def qemu_dies(tmp_path: Path, template: Chain, kind: str, number: int, place: Place, *, also: Act | None) -> None:
+    chain = template.copy(tmp_path / "images")
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
 
         def kill() -> None:

@@ -63,8 +63,8 @@ READS = (
     "log {mine}/repo",
     "verify {mine}/repo",
 )
-NO_IMAGE = {"receive", "serve-replica"}
-"""They make files of a replica below a directory, as `send` does."""
+NO_IMAGE = {"receive", "serve-replica", "guests", "watch"}
+"""They make files of a replica below a directory, as `send` does, or ask a guest for its images."""
 
 
 @pytest.fixture(scope="module", autouse=True)

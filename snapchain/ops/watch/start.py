@@ -8,13 +8,16 @@ from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from snapchain.destination.protocol import Destination
 from snapchain.errors import SnapchainError
-from snapchain.guest.address import GuestAddress
+from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.host.private import make_private
 from snapchain.host.records import SYSTEM_STATE, state_dir
 from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.ops import exposition
+from snapchain.ops.ship.guest import GuestShipPlan, GuestShipRequest, plan as plan_shipment
 from snapchain.ops.single_run import only_run
 from snapchain.ops.watch import metrics as texts
 from snapchain.ops.watch.guest_work import GuestWork, WatchRequest
@@ -29,6 +32,35 @@ def directory_of(guest: GuestAddress) -> Path:
     name = guest.domain or (guest.qmp.stem if guest.qmp is not None else "")
     plain = "".join(each if each.isalnum() and each.isascii() else "-" for each in name)[:60]
     return (SYSTEM_STATE if system else state_dir()) / "watch" / f"{plain}-{mark}"
+
+
+class WatchPlan(BaseModel):
+    """What the first round would do. shipments: to each destination; the first of them takes the snapshot for all."""
+
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+    guest: str
+    every: float
+    shipments: tuple[GuestShipPlan, ...]
+
+
+def plan(
+    request: WatchRequest,
+    destinations: Mapping[str, Callable[[], Destination]],
+    rules: Rules,
+    *,
+    on_event: OnEvent = ignore,
+) -> WatchPlan:
+    """The plan of the first round; changes nothing. Raises what opening raises, and as a shipment's plan."""
+    shipment = GuestShipRequest(snapshot=request.snapshot, name=request.name, labels=request.snapshot.labels)
+    with open_guest(request.guest, on_event=on_event) as guest:
+        return WatchPlan(
+            guest=request.name or guest.name,
+            every=rules.every,
+            shipments=tuple(
+                plan_shipment(guest, shipment, opened(), on_event=on_event) for opened in destinations.values()
+            ),
+        )
 
 
 def start(
