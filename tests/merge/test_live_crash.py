@@ -144,14 +144,10 @@ def test_the_link_is_cut(tmp_path: Path, template: Chain, kind: str, number: int
     snapchain_fails(tmp_path, template, kind, Fault(number, place, DROP))
 
 
-<<<<<<< HEAD
-def snapchain_fails(tmp_path: Path, template: Chain, kind: str, fault: Fault) -> None:
-    chain = template.copy(tmp_path / "images")
-=======
 @pytest.mark.parametrize(("kind", "number", "place"), cases(LOST))
-def test_a_message_is_lost(tmp_path: Path, kind: str, number: int, place: Place) -> None:
+def test_a_message_is_lost(tmp_path: Path, template: Chain, kind: str, number: int, place: Place) -> None:
     """The command, or its answer, and the connection stays: it may end well or not, and the next run ends clean."""
-    snapchain_fails(tmp_path, kind, Fault(number, place, LOSE))
+    snapchain_fails(tmp_path, template, kind, Fault(number, place, LOSE))
 
 
 def merge_impatiently(spy: Spy, kind: str) -> subprocess.CompletedProcess[str]:
@@ -176,9 +172,8 @@ def merge_impatiently(spy: Spy, kind: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([], 0)
 
 
-def snapchain_fails(tmp_path: Path, kind: str, fault: Fault) -> None:
-    chain = Chain(tmp_path / "images")
->>>>>>> k6
+def snapchain_fails(tmp_path: Path, template: Chain, kind: str, fault: Fault) -> None:
+    chain = template.copy(tmp_path / "images")
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         with Spy(tmp_path / "spy", machine.qmp, fault, counts=counts) as spy:
             first = merge_impatiently(spy, kind) if fault.act is LOSE else merge(spy, kind)
