@@ -32,7 +32,7 @@ from snapchain.merge.copying import SPARE
 from snapchain.merge.inputs import real_paths
 from snapchain.merge.journal import unsettled
 from snapchain.merge.live_chain import disk_to_merge, opened
-from snapchain.merge.plan import NOTHING, MergePlan, layer_uses, merge_row, ranges_by_name, room_of
+from snapchain.merge.plan import MergePlan, merge_row, ranges_by_name, room_of, totals
 from snapchain.merge.rates import Rates
 from snapchain.merge.request import MergeRequest
 from snapchain.merge.stack import look
@@ -103,18 +103,10 @@ def plan(guest: Guest, disk_name: str, request: MergeRequest) -> LiveMergePlan:
             notices.append(f"the guest will write to {steps[-1].step.result}, which becomes its active layer")
         journals = unsettled(file.real_path for file in chain.files)
         return LiveMergePlan(
+            **totals(stack, ranges, stays, merges),
             image=chain.top.path,
-            strategy="+".join(dict.fromkeys(each.step.strategy.value for each in steps)) or NOTHING,
-            layers_before=len(stack),
-            layers_after=len(stack) - sum(each.removes for each in ranges),
-            bytes_to_move=sum(each.bytes_to_move for each in merges),
-            shadowed_bytes=sum(each.bytes_to_free for each in merges),
             needs_bytes=needs,
             free_bytes=free,
-            seconds=round(sum(each.seconds for each in merges), 3),
-            requests=0,
-            layers=tuple(layer_uses(stack, ranges, stays)),
-            merges=merges,
             notices=tuple(notices),
             unfinished=tuple(journal.replaced.path for journal in journals),
             steps=tuple(each.step for each in steps),

@@ -29,12 +29,11 @@ from snapchain.merge.live import LiveMergePlan, LivePlanner, LiveStep, plan
 from snapchain.merge.live_chain import disk_to_merge, opened, paths_of
 from snapchain.merge.live_settle import check_covers, inputs_of, note_result, remove_record
 from snapchain.merge.pace import Pace
-from snapchain.merge.plan import NOTHING
 from snapchain.merge.prove import prove
 from snapchain.merge.request import MergeRequest
-from snapchain.merge.run import Fault, MergeReport, StepReport
+from snapchain.merge.run import Fault, MergeReport, StepReport, numbered, report_all
 from snapchain.model.choice import MergeRange
-from snapchain.model.events import Event, Notice, OnEvent, Progress, ignore
+from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.merging import Strategy
 from snapchain.source.counted_sums import carry_over, guest_key
 from snapchain.source.lineage import note_of, sealed_at
@@ -61,7 +60,7 @@ def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pac
     for number, each in enumerate(reversed(planned.live_steps), start=1):
         try:
             request = replace(each.step.request, strategy=each.step.strategy)
-            listener = _numbered(on_event, number, count)
+            listener = numbered(on_event, number, count)
             done.append(_run_step(guest, planned.disk, request, each.step.layers, pace, listener))
         except SnapchainError as error:
             first_error = first_error or error
@@ -70,37 +69,15 @@ def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pac
                 on_event(Notice(f"{each.step.result.name} was not merged, the others are: {error}"))
     if first_error is not None and not done:
         raise first_error
-    done.reverse()
-    return MergeReport(
+    return report_all(
+        planned,
+        done[::-1],
+        failed[::-1],
+        settled=[path for each in finished for path in each.removed],
+        finished=[each.result for each in finished],
+        seconds=time.monotonic() - began,
         image=paths_of(disk_to_merge(guest, planned.disk))[-1],
-        result=done[0].result if len(done) == 1 else None,
-        strategy="+".join(dict.fromkeys(each.strategy.value for each in done)) or NOTHING,
-        layers_before=planned.layers_before,
-        layers_after=planned.layers_before - sum(each.layers_before - each.layers_after for each in done),
-        bytes_moved=sum(each.bytes_moved for each in done),
-        bytes_freed=sum(each.bytes_freed for each in done),
-        seconds=round(time.monotonic() - began, 3),
-        requests=0,
-        removed=(*(path for each in finished for path in each.removed), *(p for each in done for p in each.removed)),
-        kept=tuple(kept for each in done for kept in each.kept),
-        finished=tuple(each.result for each in finished),
-        merges=tuple(done),
-        failed=tuple(failed[::-1]),
-        incomplete=next(filter(None, (each.incomplete for each in done)), None),
     )
-
-
-def _numbered(on_event: OnEvent, number: int, count: int) -> OnEvent:
-    """Each merge of several has phases of its own."""
-    if count == 1:
-        return on_event
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Progress):
-            event = replace(event, phase=f"{event.phase} {number}/{count}")
-        on_event(event)
-
-    return listen
 
 
 # --- One merge.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
@@ -161,23 +162,32 @@ def plan(request: MergeRequest) -> MergePlan:
         if needs > free and merges:
             notices = [*notices, f"{needs} bytes are needed meanwhile, and {free} are free: it would be refused"]
         return MergePlan(
+            **totals(stack, ranges, stays, merges),
             image=request.image,
-            strategy="+".join(dict.fromkeys(each.strategy for each in merges)) or NOTHING,
-            layers_before=len(stack),
-            layers_after=len(stack) - sum(each.removes for each in ranges),
-            bytes_to_move=sum(each.bytes_to_move for each in merges),
-            shadowed_bytes=sum(each.bytes_to_free for each in merges),
             needs_bytes=needs,
             free_bytes=free,
-            seconds=round(sum(each.seconds for each in merges), 3),
-            requests=0,
-            layers=tuple(layer_uses(stack, ranges, stays)),
-            merges=merges,
             notices=tuple(notices),
             unfinished=of_all.unfinished,
             steps=plans,
             idle=idle,
         )
+
+
+def totals(
+    stack: Stack, ranges: Sequence[MergeRange], stays: dict[int, list[str]], merges: Sequence[PlannedMerge]
+) -> dict[str, Any]:
+    """The fields of a plan that follow from its merges. ranges: of the merges; stays: as `choose` gives it"""
+    return {
+        "strategy": "+".join(dict.fromkeys(each.strategy for each in merges)) or NOTHING,
+        "layers_before": len(stack),
+        "layers_after": len(stack) - sum(each.removes for each in ranges),
+        "bytes_to_move": sum(each.bytes_to_move for each in merges),
+        "shadowed_bytes": sum(each.bytes_to_free for each in merges),
+        "seconds": round(sum(each.seconds for each in merges), 3),
+        "requests": 0,
+        "layers": tuple(layer_uses(stack, ranges, stays)),
+        "merges": tuple(merges),
+    }
 
 
 class _Planner:

@@ -110,7 +110,7 @@ def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
     settled: list[Path] = []
     began = time.monotonic()
     for number, each in enumerate(reversed(planned.steps), start=1):
-        listener = _numbered(on_event, number, len(planned.steps))
+        listener = numbered(on_event, number, len(planned.steps))
         try:
             current = each if number == 1 else _again(each)
             done.append(_timed(current, listener))
@@ -123,7 +123,14 @@ def run(planned: MergePlan, *, on_event: OnEvent = ignore) -> MergeReport:
         raise first_error
     if not planned.steps:
         settled = _settle_idle(planned, on_event)
-    return _report_all(planned, done[::-1], failed[::-1], settled, time.monotonic() - began)
+    return report_all(
+        planned,
+        done[::-1],
+        failed[::-1],
+        settled=settled,
+        finished=planned.unfinished,
+        seconds=time.monotonic() - began,
+    )
 
 
 def _timed(planned: MergeStep, on_event: OnEvent) -> StepReport:
@@ -154,7 +161,7 @@ def _settle_idle(planned: MergePlan, on_event: OnEvent) -> list[Path]:
     return list(run_step(planned.idle, on_event=on_event).removed)
 
 
-def _numbered(on_event: OnEvent, number: int, count: int) -> OnEvent:
+def numbered(on_event: OnEvent, number: int, count: int) -> OnEvent:
     """Each merge of several has phases of its own."""
     if count == 1:
         return on_event
@@ -167,15 +174,22 @@ def _numbered(on_event: OnEvent, number: int, count: int) -> OnEvent:
     return listen
 
 
-def _report_all(
+def report_all(
     planned: MergePlan,
     done: Sequence[StepReport],
     failed: Sequence[Fault],
+    *,
     settled: Sequence[Path],
+    finished: Sequence[Path],
     seconds: float,
+    image: Path | None = None,
 ) -> MergeReport:
+    """The report on the merges of a plan. done, failed: lowest first; image: where it is another one than planned
+
+    settled, finished: inputs that were removed for earlier, killed merges, and the results of those
+    """
     return MergeReport(
-        image=planned.image,
+        image=image or planned.image,
         result=done[0].result if len(done) == 1 else None,
         strategy="+".join(dict.fromkeys(each.strategy.value for each in done)) or NOTHING,
         layers_before=planned.layers_before,
@@ -186,7 +200,7 @@ def _report_all(
         requests=0,
         removed=(*settled, *(path for each in reversed(done) for path in each.removed)),
         kept=tuple(kept for each in reversed(done) for kept in each.kept),
-        finished=planned.unfinished,
+        finished=tuple(finished),
         merges=tuple(done),
         failed=tuple(failed),
         incomplete=next(filter(None, (each.incomplete for each in done)), None),

@@ -7,7 +7,7 @@
     ->  guest web1, guest points 1 (a) and 2 (b); c is a leftover: its record was never published
 
 A guest point has the number, the time and the labels of its record's point.  What of its disks is missing at the
-destination only the record tells: `missing_disks`.
+destination only the record tells: `fault_of`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from snapchain.destination.guest_record import GuestRecord, guest_of, record_disk
+from snapchain.destination.guest_record import RecordedDisk, guest_of, record_disk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import DiskRecord, HoldRecord, PointRecord
-from snapchain.errors import NotFound
+from snapchain.errors import Corrupt, NotFound
 from snapchain.model.consistency import Consistency
 from snapchain.model.points import chosen_point
+
+_WHOLE = "`snapchain verify DEST::GUEST` tells which guest points are whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +127,18 @@ def is_guest(destination: ReadableDestination, name: str) -> bool:
     return guest_named(destination.disks(), name) is not None
 
 
-def missing_disks(point: GuestPoint, record: GuestRecord) -> tuple[str, ...]:
-    """Disks that a record names and that have no point of its instant, or one with other content."""
-    return tuple(
-        each.disk
-        for each in record.disks
-        if each.disk not in point.disks or point.disks[each.disk].content_id != each.content_id
-    )
+def fault_of(point: GuestPoint, disk: RecordedDisk, *, subject: object) -> NotFound | Corrupt | None:
+    """What is wrong with a disk that the record of a guest point names; None where its point is the recorded one."""
+    found = point.disks.get(disk.disk)
+    if found is None:
+        return NotFound(f"guest point {point.point} lacks its disk {disk.name}", subject=subject, hint=_WHOLE)
+    if (found.content_id, found.virtual_size) != (disk.content_id, disk.virtual_size):
+        return Corrupt(
+            f"the point of disk {disk.name} has another content than guest point {point.point} records",
+            subject=subject,
+            hint=_WHOLE,
+        )
+    return None
 
 
 def _view(guest: str, members: Sequence[DiskRecord]) -> GuestView | None:

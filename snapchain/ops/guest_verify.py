@@ -8,7 +8,7 @@ from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import Finding, Findings, VerifyReport
 from snapchain.errors import Corrupt, NotFound, SnapchainError, Unavailable
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.guest_points import GuestPoint, GuestView, guest_named, guests_of
+from snapchain.ops.guest_points import GuestPoint, GuestView, fault_of, guest_named, guests_of
 from snapchain.ops.guest_records import read_record
 
 _FEW = 10
@@ -75,16 +75,6 @@ def _of_guests(
 def _of_point(destination: ReadableDestination, view: GuestView, point: GuestPoint) -> Iterator[Finding]:
     record = read_record(destination, point, disk=view.record_disk)
     for disk in record.disks:
-        found = point.disks.get(disk.disk)
-        if found is None:
-            error: SnapchainError = NotFound(
-                f"guest point {point.point} lacks its disk {disk.name}", subject=f"{view.name}@{point.point}"
-            )
-        elif (found.content_id, found.virtual_size) != (disk.content_id, disk.virtual_size):
-            error = Corrupt(
-                f"the point of disk {disk.name} has another content than guest point {point.point} records",
-                subject=f"{view.name}@{point.point}",
-            )
-        else:
-            continue
-        yield Finding.of(error, view.record_disk, (point.point,))
+        error = fault_of(point, disk, subject=f"{view.name}@{point.point}")
+        if error is not None:
+            yield Finding.of(error, view.record_disk, (point.point,))

@@ -17,6 +17,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.objects import open_store
 from snapchain.objects.local import LocalStore
 from snapchain.objects.store import ObjectStore
+from snapchain.ops.guest_points import GuestPoint, fault_of
 from snapchain.ops.ship.request import Divergence
 from snapchain.ops.ship.run import ShipRequest, run as ship_disk
 from snapchain.replica.destination import ReplicaDestination
@@ -204,3 +205,8 @@ def numbers(destination: Destination, guest: str = GUEST) -> Mapping[str, list[i
         disk.name.removeprefix(f"{guest}/"): [int(point.instant or "0", 16) for point in disk.points]
         for disk in destination.disks()
     }
+
+
+def missing_disks(point: GuestPoint, record: GuestRecord) -> tuple[str, ...]:
+    """Disks that a record names, and of which the guest point lacks the recorded point."""
+    return tuple(each.disk for each in record.disks if fault_of(point, each, subject="it") is not None)

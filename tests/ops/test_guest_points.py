@@ -10,7 +10,8 @@ from snapchain.destination.guest_record import GuestRecord, RecordedDisk
 from snapchain.destination.records import DiskRecord, HoldRecord, PointRecord
 from snapchain.errors import NotFound
 from snapchain.model.consistency import Consistency
-from snapchain.ops.guest_points import guest_named, guests_of, missing_disks
+from snapchain.ops.guest_points import guest_named, guests_of
+from tests.ops.guest_points import missing_disks
 
 START = datetime(2026, 11, 30, tzinfo=UTC)
 A, B, C = ("a" * 32, "b" * 32, "c" * 32)
@@ -111,7 +112,7 @@ def test_the_record_tells_what_is_missing() -> None:
         kind="qmp",
         disks=tuple(
             RecordedDisk(
-                name=name, disk=f"web1/{name}", path=f"/images/{name}", virtual_size=1, content_id=f"web1/{name}1"
+                name=name, disk=f"web1/{name}", path=f"/images/{name}", virtual_size=1 << 20, content_id=f"web1/{name}1"
             )
             for name in names
         ),

@@ -21,7 +21,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, Notice, Progress
 from snapchain.model.retention import Policy
 from snapchain.ops import guest_points_merge
-from snapchain.ops.guest_points import GuestView, guests_of, missing_disks
+from snapchain.ops.guest_points import GuestView, guests_of
 from snapchain.ops.log import log
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship import guest as ops, run as one_disk
@@ -34,6 +34,7 @@ from snapchain.repository.crypto import AES, NONE
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.opening import create_repository, open_repository
 from tests.guest.files import PASSWORD, FileGuest, sealing
+from tests.ops.guest_points import missing_disks
 from tests.ops.stacks import Layer, build, flat, qemu_img, same, write
 from tests.repository.second_reader import Reader
 from tests.servers import S3Server

@@ -16,7 +16,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, OnEvent, Progress, ignore
-from snapchain.ops.guest_points import GuestView, guests_of, missing_disks
+from snapchain.ops.guest_points import GuestView, guests_of
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.ship import guest as ops
 from snapchain.ops.ship.guest import GuestShipReport, GuestShipRequest
@@ -25,6 +25,7 @@ from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.opening import create_repository, open_repository
 from tests.guest.machine import Machine
+from tests.ops.guest_points import missing_disks
 from tests.ops.killing import killed_at_every_step
 from tests.ops.stacks import Layer, build, same
 

@@ -29,7 +29,7 @@ from snapchain.destination.address import in_full
 from snapchain.destination.guest_record import RecordedDisk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
+from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError, Unsupported
 from snapchain.guest.domain_xml import tpm_of
 from snapchain.host import records
 from snapchain.host.directory import Directory
@@ -37,7 +37,7 @@ from snapchain.host.files import make_directories, write_in
 from snapchain.host.os_errors import os_errors
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, OnEvent, Progress, ignore
-from snapchain.ops.guest_points import GuestView
+from snapchain.ops.guest_points import GuestView, fault_of
 from snapchain.ops.guest_records import read_record
 from snapchain.ops.restore import define, domain_xml, qemu_argv
 from snapchain.ops.restore.changed_definition import Changed, Changes, NewDisk, NewIdentity, is_missing
@@ -294,15 +294,9 @@ class GuestRestoration:
             raise Corrupt(f"the record of a guest has {len(record.disks)} disks", subject=self._address)
         found = []
         for recorded in record.disks:
-            point = self._point.disks.get(recorded.disk)
-            if point is None:
-                raise NotFound(
-                    f"the guest point lacks its disk {recorded.name}",
-                    subject=self._address,
-                    hint="snapchain verify DEST::GUEST tells which guest points are whole",
-                )
-            if point.content_id != recorded.content_id:
-                raise Corrupt(f"its disk {recorded.name} has another content than recorded", subject=self._address)
+            if (error := fault_of(self._point, recorded, subject=self._address)) is not None:
+                raise error
+            point = self._point.disks[recorded.disk]
             kind = self._format(recorded.disk, point)
             name = _unique(f"{_safe(recorded.name, 'disk')}", f".{kind}", taken)
             found.append(_Disk(recorded, point, self._directory / name, kind))
