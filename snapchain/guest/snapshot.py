@@ -47,6 +47,7 @@ from snapchain.model.events import Notice, OnEvent, ignore
 from snapchain.model.extents import Extents
 from snapchain.model.points import check_label
 from snapchain.source.at_rest import ImageAtRest, OfflineSet
+from snapchain.source.notes import Notes
 from snapchain.source.ownership import check_no_layer
 
 _SLACK = 4 << 20
@@ -385,6 +386,24 @@ def run(
     return _run_live(guest, now, request, on_event)
 
 
+def _started_below(guest: Guest, planned: GuestSnapshotPlan) -> Iterator[Notice]:
+    """Notices of active layers that were sealed before: a guest that is started by its old path writes to them again.
+
+    A merge of ours that makes a sealed layer the active one removes that note.
+    """
+    notes = Notes()
+    for disk in planned.disks:
+        sealed = notes.of(disk.sealed).sealed
+        if sealed is not None:
+            time = sealed.time.isoformat(timespec="seconds")
+            yield Notice.of(
+                disk.sealed,
+                f"disk {disk.disk} of guest {guest.name} writes to a layer that was sealed at {time}; what was written "
+                "to the layers above it is not part of the disk any more. If that is not wanted, stop the guest, and "
+                "start it with the newest layer",
+            )
+
+
 def _but_names(planned: GuestSnapshotPlan) -> GuestSnapshotPlan:
     """A plan without the names of new files: a killed run's may have been removed since, so that theirs are free."""
     disks = (disk.model_copy(update={"overlay": disk.overlay.parent}) for disk in planned.disks)
@@ -426,6 +445,8 @@ def sealed_already(planned: GuestSnapshotPlan, request: SnapshotRequest) -> Gues
 
 def _run_live(guest: Guest, planned: GuestSnapshotPlan, request: SnapshotRequest, on_event: OnEvent) -> GuestSnapshot:
     bitmaps = _persistent_bitmaps(guest, planned)
+    for notice in _started_below(guest, planned):
+        on_event(notice)
     wanted = [
         overlays.WantedOverlay(disk.overlay, disk.sealed, disk.sealed_format, disk.virtual_size)
         for disk in planned.disks

@@ -92,6 +92,23 @@ def reads(path: Path, offset: int, length: int, pattern: int) -> bool:
     return done.returncode == 0 and "verification failed" not in done.stdout
 
 
+def test_a_guest_that_was_started_by_its_old_path_is_told(tmp_path: Path, run_dir: Path) -> None:
+    disks = images(tmp_path / "images", ("vda",))
+    with Machine(run_dir / "first", disks=disks) as machine:
+        sealed = snapshot(machine.qmp).disks[0]
+        machine.quit()
+    events: list[Event] = []
+    with Machine(run_dir / "newest", disks={"vda": sealed.overlay}) as machine:
+        snapshot(machine.qmp, events=events)
+        machine.quit()
+    assert not events
+    with Machine(run_dir / "old", disks=disks) as machine:
+        snapshot(machine.qmp, events=events)
+        machine.quit()
+    (notice,) = (str(getattr(each, "message", "")) for each in events)
+    assert notice.startswith(f"{disks['vda']}: disk vda of guest web1 writes to a layer that was sealed at ")
+
+
 def test_all_disks_are_sealed_under_their_paths(tmp_path: Path, run_dir: Path) -> None:
     disks = images(tmp_path / "images", ("vda", "vdb"))
     events: list[Event] = []
