@@ -18,9 +18,9 @@ from tests.ops.stacks import qemu_img
 
 NIGHT = "snapchain.ops.nightly.guest"
 STEPS = [
-    (NIGHT, "capture"),
+    (NIGHT, "seal"),
     ("snapchain.ops.ship.guest", "publish"),
-    (NIGHT, "run_merge"),
+    (NIGHT, "run_disk"),
     ("snapchain.ops.guest_points_merge", "run"),
     ("snapchain.ops.nightly.guest", "held_at"),
 ]
