@@ -96,7 +96,7 @@ def points_two_three_and_five(monkeypatch: pytest.MonkeyPatch) -> None:
     def decide(points: list[Point], *_: object, **__: object) -> tuple[Decision[Point], ...]:
         return tuple(Decision(each, each.point in {2, 3, 5}, ("so",)) for each in points)
 
-    monkeypatch.setattr(layer_merge, "decide", decide)
+    monkeypatch.setattr(layer_merge, "decide_by", decide)
 
 
 def resize_the_tip(files: list[Path]) -> None:
