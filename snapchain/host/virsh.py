@@ -127,12 +127,11 @@ def default_uri() -> str:
 
 
 def reachable() -> list[str]:
-    """The URIs of the daemons of this user: the chosen one, else the system's and the user's own where it runs."""
+    """The URIs of the daemons of this user: the chosen one, else the system's and the user's own where they run."""
     if os.environ.get("LIBVIRT_DEFAULT_URI") or os.environ.get("VIRSH_DEFAULT_CONNECT_URI"):
         return [default_uri()]
-    # Asking for a session that does not run would start its daemon.
-    own = os.geteuid() != 0 and any(socket.exists() for socket in _session_sockets())
-    return [SYSTEM, SESSION] if own else [SYSTEM]
+    # To start a virsh for nothing takes longer than many a command; and asking for a session would start its daemon.
+    return [uri for uri in (SYSTEM, SESSION) if has_daemon(uri) and (uri == SYSTEM or os.geteuid() != 0)]
 
 
 def is_installed() -> bool:

@@ -9,6 +9,8 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 
+from snapchain.host import virsh
+
 SCRIPT = """#!/bin/sh
 cd {folder}
 while [ "$1" != "--quiet" ]; do shift; done
@@ -62,9 +64,11 @@ def install(
 
 
 def script(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any program under the name of virsh, first on PATH."""
+    """Any program under the name of virsh, first on PATH, and a socket as of a daemon."""
     program = folder / "bin" / "virsh"
     program.parent.mkdir(parents=True, exist_ok=True)
     program.write_text(text)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    (folder / "libvirt-sock").touch()
+    monkeypatch.setattr(virsh, "_SOCKETS", (str(folder / "libvirt-sock"),))

@@ -178,8 +178,8 @@ def test_a_libvirt_that_cannot_be_asked(at: str, tmp_path: Path, monkeypatch: py
     elif at == "hanging":
         fake_virsh.script(tmp_path, "#!/bin/sh\nexec sleep 60\n", monkeypatch)
     else:
-        monkeypatch.setattr(virsh, "_SOCKETS", (str(tmp_path / ("socket" if at == "unreachable" else "none")),))
         fake_virsh.script(tmp_path, "#!/bin/sh\necho error: no connection >&2\nexit 1\n", monkeypatch)
+        monkeypatch.setattr(virsh, "_SOCKETS", (str(tmp_path / ("socket" if at == "unreachable" else "none")),))
     said = find_dependents([base], top=top).incomplete
     expected = {
         "unreachable": "libvirt could not be asked about all of its domains and pools: "
