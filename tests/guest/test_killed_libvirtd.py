@@ -80,7 +80,7 @@ def check(domain: Domain, chain: Chain, number: int) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.sampled
+@pytest.mark.soak
 def test_a_snapshot(libvirt_host: LibvirtHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One domain for all: what the deaths leave must not add up."""
     chain = Chain(tmp_path / "images")
@@ -106,7 +106,7 @@ def test_a_snapshot(libvirt_host: LibvirtHost, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.root
-@pytest.mark.sampled
+@pytest.mark.soak
 @pytest.mark.parametrize(("to_layer", "left"), [("3.qcow2", 3), (None, 2)], ids=["commit", "active commit"])
 def test_a_merge(
     libvirt_host: LibvirtHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to_layer: str | None, left: int

@@ -15,7 +15,7 @@ from tests.guest.nights import PIECE, Host
 from tests.libvirtd import libvirtd
 from tests.ops.stacks import qemu_img, write
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.soak]
 
 
 def test_domains_by_pattern_running_off_and_gone(tmp_path: Path) -> None:
