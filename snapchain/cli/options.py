@@ -337,6 +337,14 @@ def disk_pairs(words: Sequence[str]) -> tuple[str, list[tuple[Path, str]]]:
     return dests.pop(), [(image, address.disk) for image, address in pairs]
 
 
+def _with_parameters(
+    called: Callable[..., None], shown: inspect.Signature, parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """Let typer see these parameters instead of those of the function that `called` wraps."""
+    called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return called
+
+
 def takes_output(
     *, passphrase: bool = False, dry_run: bool = True, progress: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -368,8 +376,7 @@ def takes_output(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for name, (annotation, default) in chosen.items()
         ]
-        called.__signature__ = shown.replace(parameters=[*own, *shared])  # type: ignore[attr-defined]
-        return called
+        return _with_parameters(called, shown, [*own, *shared])
 
     return decorate
 
@@ -446,8 +453,7 @@ def takes_guest(
             for name, (annotation, _) in chosen.items()
         ]
         parameters = [each for old in shown.parameters.values() for each in ([old] if old.name != "guest" else options)]
-        called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return called
+        return _with_parameters(called, shown, parameters)
 
     return decorate
 
@@ -571,8 +577,7 @@ def takes_snapshot_options(function: Callable[..., None]) -> Callable[..., None]
         for name, annotation in chosen.items()
     ]
     parameters = [each for old in shown.parameters.values() for each in ([old] if old.name != "snapshot" else options)]
-    called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return called
+    return _with_parameters(called, shown, parameters)
 
 
 def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -617,7 +622,6 @@ def takes_policy(*, panel: str) -> Callable[[Callable[..., None]], Callable[...,
             for old in shown.parameters.values()
             for each in ([old] if old.name != "policy" else map(parameter, Policy.model_fields))
         ]
-        called.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
-        return called
+        return _with_parameters(called, shown, parameters)
 
     return decorate

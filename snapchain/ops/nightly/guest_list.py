@@ -1,4 +1,4 @@
-"""Which guests there are, what they are called, and what has become of those of earlier runs.
+"""The guests of this run, their names at the destinations, and the guests of earlier runs that are gone.
 
 libvirt is asked for all domains, running and defined ones; monitors are found by their sockets.  A guest that was
 shipped once and is not defined any more is a fault, unless `retired` names it: a mistyped pattern would go unnoticed.

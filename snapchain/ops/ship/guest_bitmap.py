@@ -165,9 +165,7 @@ def _stored(
                 disk,
                 opening,
                 destination,
-                before_publishing=lambda content, disk=disk, place=place: found.name_bitmaps(  # type: ignore[misc]
-                    {disk.name: (place, content)}
-                ),
+                before_publishing=partial(_name_bitmaps, found, disk.name, place),
                 time=at.time,
                 labels=request.labels,
                 moment=Moment(at.instant, at.consistency),
@@ -177,6 +175,10 @@ def _stored(
             arrived += report.bytes_read
             found.drop_bitmaps({disk.name: (place, report.content_id)})
     return reports
+
+
+def _name_bitmaps(found: Capture, disk: str, place: str, content: str) -> None:
+    found.name_bitmaps({disk: (place, content)})
 
 
 def _chosen(guest: Guest, capture: CaptureRequest) -> tuple[Sequence[GuestDisk], tuple[LeftOut, ...]]:
