@@ -178,7 +178,8 @@ def test_a_libvirt_that_cannot_be_asked(at: str, tmp_path: Path, monkeypatch: py
     elif at == "hanging":
         fake_virsh.script(tmp_path, "#!/bin/sh\nexec sleep 60\n", monkeypatch)
     else:
-        fake_virsh.script(tmp_path, "#!/bin/sh\necho error: no connection >&2\nexit 1\n", monkeypatch)
+        asked = f"#!/bin/sh\ntouch {tmp_path}/asked\necho error: no connection >&2\nexit 1\n"
+        fake_virsh.script(tmp_path, asked, monkeypatch)
         monkeypatch.setattr(virsh, "_SOCKETS", (str(tmp_path / ("socket" if at == "unreachable" else "none")),))
     said = find_dependents([base], top=top).incomplete
     expected = {
@@ -187,6 +188,7 @@ def test_a_libvirt_that_cannot_be_asked(at: str, tmp_path: Path, monkeypatch: py
         "hanging": "libvirt could not be asked about all of its domains and pools: it did not answer in time.",
     }
     assert said == expected.get(at)
+    assert (tmp_path / "asked").exists() is (at == "unreachable"), "no virsh is started for nothing"
 
 
 def test_the_disks_own_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
