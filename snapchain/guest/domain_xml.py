@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
-from xml.sax.saxutils import quoteattr
 
 AGENT_CHANNEL = "org.qemu.guest_agent.0"
 
@@ -227,20 +226,3 @@ def _host_address(device: ET.Element) -> str:
         part = {name: int(address.get(name, "0"), 0) for name in ("domain", "bus", "slot", "function")}
         return f"{part['domain']:04x}:{part['bus']:02x}:{part['slot']:02x}.{part['function']}"
     return ":".join(value for _, value in sorted(address.attrib.items()))
-
-
-# --- documents for libvirt
-
-
-def snapshot_xml(new: list[tuple[str, Path]], others: list[str]) -> bytes:
-    """The request for a snapshot of some disks: (target, overlay file) of each, and the targets that stay as they are.
-
-    A disk that is not mentioned would be snapshotted by default.
-    """
-    chosen = "".join(
-        f"<disk name={quoteattr(target)} snapshot='external' type='file'><driver type='qcow2'/>"
-        f"<source file={quoteattr(str(path))}/></disk>"
-        for target, path in new
-    )
-    left = "".join(f"<disk name={quoteattr(target)} snapshot='no'/>" for target in others)
-    return f"<domainsnapshot><disks>{chosen}{left}</disks></domainsnapshot>".encode("utf-8", "surrogateescape")

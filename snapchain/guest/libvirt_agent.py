@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from snapchain.errors import SnapchainError, ToolFailed, Unavailable
 from snapchain.guest.agent import refused
 from snapchain.host.virsh import Virsh
+from snapchain.host.virsh_session import VirshSession
 
 _SYNC_SECONDS = 5.0
 """libvirt first waits so long for the agent to answer a sync."""
 _SPARE_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
 class LibvirtAgent:
     """Implements `protocol.Agent`. domain: its UUID; name: as people know it."""
 
-    virsh: Virsh
-    domain: str
-    name: str
+    def __init__(self, virsh: Virsh, domain: str, name: str) -> None:
+        self.virsh, self.domain, self.name = virsh, domain, name
+        self._asked: Virsh | VirshSession = virsh
 
-    def connected(self) -> AbstractContextManager[None]:
-        """See `agent.ConnectedAgent`: libvirt keeps the connection."""
-        return nullcontext()
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """See `agent.ConnectedAgent`. libvirt keeps its connection to the agent, and this ours to libvirt."""
+        with VirshSession(self.virsh) as session:
+            self._asked = session
+            try:
+                yield
+            finally:
+                self._asked = self.virsh
 
     def ping(self, *, timeout: float) -> None:
         self._ask("guest-ping", timeout)
@@ -52,7 +58,7 @@ class LibvirtAgent:
         seconds = max(1, math.ceil(timeout))
         words = ["qemu-agent-command", "--domain", self.domain, "--timeout", str(seconds)]
         try:
-            said = self.virsh.text(
+            said = self._asked.text(
                 *words,
                 "--cmd",
                 json.dumps({"execute": command}),

@@ -41,6 +41,7 @@ from snapchain.host.os_errors import os_errors
 from snapchain.host.qemu_processes import open_images, qemu_processes
 from snapchain.host.terminal import shell_word
 from snapchain.host.virsh import Virsh, is_not_running, parsed
+from snapchain.host.virsh_session import VirshSession
 from snapchain.image import scan
 from snapchain.image.backing import Place
 from snapchain.image.opening import open_image
@@ -100,9 +101,9 @@ class LibvirtGuest:
     def close(self) -> None:
         """Nothing is open between two calls."""
 
-    def command(self, verb: str, *words: str, timeout: float | None = None, stdin: bytes | None = None) -> str:
+    def command(self, verb: str, *words: str, timeout: float | None = None) -> str:
         """A virsh command on this domain. The UUID names it: a name of digits could be another domain's id."""
-        return self._virsh.text(verb, "--domain", self.uuid, *words, timeout=timeout, stdin=stdin, subject=self.name)
+        return self._virsh.text(verb, "--domain", self.uuid, *words, timeout=timeout, subject=self.name)
 
     def _texts(self, *commands: Sequence[str]) -> list[str]:
         """Several commands on this domain at once."""
@@ -303,8 +304,9 @@ class LibvirtGuest:
                 raise Busy(activity.says, subject=self.name, hint="wait until that is done, then run it again")
         # What is no disk of the request is named too: libvirt would snapshot it otherwise.
         others = [name for name in disks if name not in _names(overlays)]
-        switch = _LibvirtSwitch(self, tuple(overlays), others)
-        yield switch
+        with VirshSession(self._virsh) as session:
+            session.ready()  # the guest will be frozen while it works
+            yield _LibvirtSwitch(self, session, tuple(overlays), others)
         # After the block, since the guest may be frozen in it.
         self._check_next_start(overlays)
 
@@ -404,15 +406,18 @@ _COUNTERS = (
 class _LibvirtSwitch:
     """Implements `protocol.Switch`."""
 
-    def __init__(self, guest: LibvirtGuest, overlays: tuple[NewOverlay, ...], others: list[str]) -> None:
-        self._guest, self._overlays, self._others = guest, overlays, others
+    def __init__(
+        self, guest: LibvirtGuest, session: VirshSession, overlays: tuple[NewOverlay, ...], others: list[str]
+    ) -> None:
+        self._guest, self._session, self._overlays, self._others = guest, session, overlays, others
 
     def run(self) -> None:
         libvirt.forget()
-        request = domain_xml.snapshot_xml([(each.disk, each.path) for each in self._overlays], self._others)
-        self._guest.command(
-            "snapshot-create", "--xmlfile", "/dev/stdin", "--disk-only", "--atomic", "--no-metadata",
-            "--reuse-external", timeout=_SECONDS_TO_CHANGE, stdin=request,
+        disks = [_disk_spec(each.disk, each.path) for each in self._overlays]
+        disks += [_disk_spec(name, None) for name in self._others]
+        self._session.text(
+            "snapshot-create-as", "--domain", self._guest.uuid, "--disk-only", "--atomic", "--no-metadata",
+            "--reuse-external", *disks, timeout=_SECONDS_TO_CHANGE, subject=self._guest.name,
         )  # fmt: skip
 
     def outcome(self) -> Outcome:
@@ -451,6 +456,13 @@ def state_of(said: str) -> State:
     if word in _OFF or (word == "crashed" and "panicked" not in said):
         return State.OFF
     return State.PAUSED if word in {"paused", "pmsuspended", "crashed"} else State.RUNNING
+
+
+def _disk_spec(disk: str, overlay: Path | None) -> str:
+    """What a snapshot does to a disk, as an option of `snapshot-create-as`. overlay: None leaves the disk as it is."""
+    if overlay is None:
+        return f"--diskspec={disk},snapshot=no"
+    return f"--diskspec={disk},snapshot=external,driver=qcow2,file={str(overlay).replace(',', ',,')}"
 
 
 def _block_job(said: str) -> BlockJob | None:

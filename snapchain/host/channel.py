@@ -213,8 +213,12 @@ class Channel:
         if kind is None:
             self.close()
         else:
-            self.abort()
-            self._close_descriptors()
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End it now, in whatever order. Harmless when repeated."""
+        self.abort()
+        self._close_descriptors()
 
     def _close_descriptors(self) -> None:
         self.finish_writing()

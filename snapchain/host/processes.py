@@ -122,7 +122,7 @@ def run(
                 _tty_in=False,
                 _tty_out=False,
                 _encoding="utf-8",
-                _env=_environment(env),
+                _env=minimal_environment(env),
                 _ok_code=tuple(range(-128, 256)),
                 _timeout=timeout,
                 _new_session=True,  # a Ctrl-C at the terminal reaches us alone: we end the child in good order
@@ -218,7 +218,8 @@ def find_program(program: str, argv: Sequence[str]) -> str:
     return found
 
 
-def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+def minimal_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a child gets of our environment, in the C locale, with `extra`."""
     inherited = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "USER") if name in os.environ}
     return {**inherited, "LC_ALL": "C", **(extra or {})}
 

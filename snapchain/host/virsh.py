@@ -36,7 +36,8 @@ _NOT_THERE = re.compile(r"(?:failed to get domain|Domain not found|no domain wit
 _NOT_RUNNING = re.compile(r"domain is not running|domain .* is not running", re.IGNORECASE)
 _NO_DAEMON = re.compile(
     r"failed to connect to the hypervisor|Failed to connect socket|Cannot (?:recv|write) data|client socket is closed"
-    r"|End of file while reading|internal error: client socket|Connection reset|keepalive",
+    r"|End of file while reading|internal error: client socket|Connection reset|keepalive"
+    r"|Disconnected from",
     re.IGNORECASE,
 )
 _FORBIDDEN = re.compile(r"authentication (?:failed|unavailable)|access denied|Permission denied", re.IGNORECASE)
@@ -74,7 +75,7 @@ class Virsh:
         if all(_PLAIN.fullmatch(word) for words in commands for word in words):
             line = f"; echo {mark}; ".join(" ".join(words) for words in commands)
             try:
-                done = run(self._argv(line), env=_environment(), timeout=self.seconds, output_cap=_OUTPUT_CAP)
+                done = run(self.argv(line), env=environment(), timeout=self.seconds, output_cap=_OUTPUT_CAP)
             except ToolFailed as error:
                 if _is_late(error):  # asking again would take as long
                     raise explained(error, commands[0], uri=self.uri, name=subject) from error
@@ -85,13 +86,12 @@ class Virsh:
                     return parts
         return [self.text(*words, subject=subject) for words in commands]
 
-    def _argv(self, *words: str) -> list[str]:
+    def argv(self, *words: str) -> list[str]:
+        """virsh and its options. Raises as `check_local`."""
         check_local(self.uri)
         return ["virsh", *(["--readonly"] if self.read_only else []), "--connect", self.uri, "--quiet", *words]
 
-    def text(
-        self, *words: str, timeout: float | None = None, stdin: bytes | None = None, subject: str | None = None
-    ) -> str:
+    def text(self, *words: str, timeout: float | None = None, subject: str | None = None) -> str:
         """What a command prints. subject: of errors, such as the name of the domain; by default what --domain says
 
         Raises NotFound for a domain that is not there, Busy for one that something else is at work on, Unavailable
@@ -99,9 +99,9 @@ class Virsh:
         """
         seconds = self.seconds if timeout is None else timeout
         try:
-            done = run(self._argv(*words), env=_environment(), timeout=seconds, stdin=stdin, output_cap=_OUTPUT_CAP)
+            done = run(self.argv(*words), env=environment(), timeout=seconds, output_cap=_OUTPUT_CAP)
         except ToolFailed as error:
-            raise explained(error, words, uri=self.uri, name=subject or _named(words)) from error
+            raise explained(error, words, uri=self.uri, name=subject or named_domain(words)) from error
         return done.stdout.decode("utf-8", "surrogateescape")
 
     def names(self, *words: str) -> list[str]:
@@ -207,7 +207,7 @@ def is_not_running(error: SnapchainError) -> bool:
     return bool(_NOT_RUNNING.search(error.message))
 
 
-def _named(words: Sequence[str]) -> str | None:
+def named_domain(words: Sequence[str]) -> str | None:
     """The domain that a command is about."""
     return words[words.index("--domain") + 1] if "--domain" in words[:-1] else None
 
@@ -221,5 +221,6 @@ def _session_sockets() -> list[Path]:
     return [Path(runtime) / "libvirt" / name for name in _SOCKETS] if runtime else []
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """What virsh gets of ours, beside the minimum."""
     return {name: os.environ[name] for name in _INHERITED if name in os.environ}

@@ -23,7 +23,7 @@ SOURCES = ["environment", "file", "program"]
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every argument, and every variable, of every program that is started."""
     found: list[str] = []
-    commandline, environment = processes._commandline, processes._environment
+    commandline, environment = processes._commandline, processes.minimal_environment
 
     def arguments(argv: Sequence[str], limits: Any) -> list[str]:
         found.extend(commandline(argv, limits))
@@ -35,7 +35,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return environment(extra)
 
     monkeypatch.setattr(processes, "_commandline", arguments)
-    monkeypatch.setattr(processes, "_environment", variables)
+    monkeypatch.setattr(processes, "minimal_environment", variables)
     return found
 
 

@@ -70,17 +70,6 @@ def test_a_chain_with_its_numbers_filters_and_mirror() -> None:
     assert not disk(f"{QCOW2}<source file='/c'/>").is_whole
 
 
-def test_a_snapshot_names_every_disk() -> None:
-    text = domain_xml.snapshot_xml([("vda", Path("/a 'b' & \"c\".qcow2"))], ["vdb", "sda"])
-    root = ET.fromstring(text)
-    assert [(each.get("name"), each.get("snapshot")) for each in root.iterfind("disks/disk")] == [
-        ("vda", "external"), ("vdb", "no"), ("sda", "no"),
-    ]  # fmt: skip
-    source = root.find("disks/disk/source")
-    assert source is not None
-    assert source.get("file") == "/a 'b' & \"c\".qcow2"
-
-
 DOMAIN = """<domain><name>web1</name><os><type machine='pc-q35-7.2'>hvm</type>{nvram}</os><devices>
   <disk type='file' device='cdrom'><source file='/iso/a.iso'/><target dev='sda'/></disk>
   <interface type='network'><mac address='52:54:00:00:00:01'/></interface>

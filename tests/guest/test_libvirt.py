@@ -19,7 +19,7 @@ from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.agent import open_agent
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOverlay, Outcome, State
-from snapchain.host import libvirt
+from snapchain.host import libvirt, process_channel, processes
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.virsh import Virsh
 from tests.guest.agent_guest import formatted, parts
@@ -250,10 +250,13 @@ def test_a_saved_guest_must_be_started_first(start: Start, chain: list[Path]) ->
 # --- snapshots
 
 
-def test_one_of_two_disks_is_switched_and_the_other_stays(start: Start, chain: list[Path], second: Path) -> None:
+@pytest.mark.parametrize("name", ["vda&1, 'two', file=\"x\" \\ $HOME.qcow2", "Prüfung 1,2.qcow2"])
+def test_one_of_two_disks_is_switched_and_the_other_stays(
+    start: Start, chain: list[Path], second: Path, name: str
+) -> None:
     domain = start(disks={"vda": chain[-1], "vdb": second})
     guest = opened(domain)
-    new = overlay(chain[-1], "vda", "vda&1.qcow2")
+    new = overlay(chain[-1], "vda", name)
     with guest.prepared([new]) as switch:
         assert switch.outcome() is Outcome.NOT_DONE
         switch.run()
@@ -275,7 +278,7 @@ def test_all_disks_or_none(start: Start, chain: list[Path], second: Path) -> Non
     new = [overlay(chain[-1], "vda", "vda.1.qcow2"), overlay(second, "vdb", "vdb.1.qcow2", 8 * MiB)]
     with guest.prepared(new) as switch:
         new[1].path.write_bytes(b"no image any more")
-        with pytest.raises(ToolFailed, match="libvirt refused `snapshot-create`"):
+        with pytest.raises(ToolFailed, match="libvirt refused `snapshot-create-as`"):
             switch.run()
         assert switch.outcome() is Outcome.NOT_DONE
     assert [disk.active.path for disk in guest.disks()] == [chain[-1], second]
@@ -659,7 +662,12 @@ def test_an_image_given_by_path_names_the_domain(start: Start, chain: list[Path]
 
 
 @pytest.mark.serial
-def test_its_agent_freezes_and_thaws_it(libvirt_host: LibvirtHost, tmp_path: Path) -> None:
+def test_its_agent_freezes_and_thaws_it(
+    libvirt_host: LibvirtHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_program(*argv: object) -> str:
+        raise AssertionError(f"{argv} was started")
+
     kernel, initrd = parts()
     boot = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet panic=-1</cmdline>"
     log = tmp_path / "console.log"
@@ -682,12 +690,20 @@ def test_its_agent_freezes_and_thaws_it(libvirt_host: LibvirtHost, tmp_path: Pat
             return True
 
         wait_until(answers)
+        new = overlay(tmp_path / "vda.qcow2", "vda", "vda.1.qcow2", 64 * MiB)
         assert not agent.is_frozen(timeout=HANG)
         assert agent.freeze(timeout=HANG) == 1
         assert agent.is_frozen(timeout=HANG)
-        with guest.prepared([overlay(tmp_path / "vda.qcow2", "vda", "vda.1.qcow2", 64 * MiB)]) as switch:
-            switch.run()
         assert agent.thaw(timeout=HANG) == 1
+        with agent.connected(), guest.prepared([new]) as switch:
+            agent.ping(timeout=HANG)
+            with monkeypatch.context() as frozen:
+                # Meanwhile the guest waits, and a program takes longer to start than libvirt to do it.
+                frozen.setattr(processes, "find_program", no_program)
+                frozen.setattr(process_channel, "find_program", no_program)
+                assert agent.freeze(timeout=HANG) == 1
+                switch.run()
+                assert agent.thaw(timeout=HANG) == 1
         assert not agent.is_frozen(timeout=HANG)
         assert guest.disks()[0].active.path == tmp_path / "vda.1.qcow2"
     finally:
