@@ -9,7 +9,7 @@ header relies on is on the disk, would show wrong data.  The job is dismissed be
 QEMU 7.2 dies when it lists its nodes beside a concluded stream.
 
 An active commit finalizes itself: at PENDING QEMU holds back all I/O of the guest, for as long as nobody finalizes
-(measured with 7.2). It flushes before it pivots.
+(measured with 7.2). It flushes before it pivots, so `flush` does nothing then: the guest would wait for it.
 """
 
 from __future__ import annotations
@@ -127,8 +127,7 @@ class _Driver:
                 self._completed = self.finalized = True
                 job.complete()
             case Action.FINALIZE:
-                if job.kind is not JobKind.ACTIVE_COMMIT:
-                    job.flush()
+                job.flush()
                 self.finalized = True
                 job.finalize()
                 job.wait(self._seconds)

@@ -158,6 +158,8 @@ class LibvirtJob:
         if self._kind is JobKind.COMMIT:
             self._check_written_out(self._record.lowest)
         self._guest.check_not_defined(self._record.merged)
+        if self._kind is JobKind.ACTIVE_COMMIT:
+            return  # QEMU has flushed the result before the pivot
         for layer in disk.chain:
             if layer.path is not None:
                 fsync_file(Path(os.path.realpath(layer.path)))

@@ -208,7 +208,10 @@ class Job(Protocol):
         ...
 
     def flush(self) -> None:
-        """Before finalize and after it: have QEMU write what the change of the header relies on, to the disk."""
+        """Before finalize and after it: have QEMU write what the change of the header relies on, to the disk.
+
+        Nothing where QEMU does that itself, as in an active commit.
+        """
         ...
 
     def finalize(self) -> None:
