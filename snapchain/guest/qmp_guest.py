@@ -189,7 +189,9 @@ class QmpGuest:
 
     def activities(self) -> Sequence[Activity]:
         """See `Guest`."""
-        views = self._views()
+        return self._at_work(self._views())
+
+    def _at_work(self, views: Sequence[DiskView]) -> list[Activity]:
         return [*self._jobs(views), *self._exports(), *_fleecing(views), *self._migration()]
 
     def _jobs(self, views: Sequence[DiskView]) -> Iterator[Activity]:
@@ -281,7 +283,7 @@ class QmpGuest:
         process = self._process()
         views = self._views(process=process)
         chosen = [_named(views, each.disk, self.name) for each in overlays]
-        self._check_idle([view.disk for view in chosen])
+        self._check_idle([view.disk for view in chosen], self._at_work(views))
         switch = QmpSwitch(self, self._monitor, self._on_event)
         try:
             for overlay, view in zip(overlays, chosen, strict=True):
@@ -299,13 +301,13 @@ class QmpGuest:
                 hint="run the command where the guest runs",
             )
 
-    def _check_idle(self, disks: Sequence[GuestDisk]) -> None:
+    def _check_idle(self, disks: Sequence[GuestDisk], at_work: Sequence[Activity]) -> None:
         """Raises Busy for what others do in a disk, and Unsupported for its obstacles."""
         for disk in disks:
             if disk.left_out is not None or disk.obstacle is not None:
                 why = disk.obstacle or f"it is not a disk to protect ({disk.left_out})"
                 raise Unsupported(f"no snapshot of a running guest can be taken: {why}", subject=self._label(disk.name))
-        for activity in self.activities():
+        for activity in at_work:
             if activity.is_ours or activity.kind == "export":  # whether an export is in the way, QEMU decides
                 continue
             for disk in disks:

@@ -146,6 +146,11 @@ class GuestSnapshot(_Shown):
 
 def plan(guest: Guest, request: SnapshotRequest) -> GuestSnapshotPlan:
     """Look and decide; changes nothing. Raises NotFound, Busy, Unsupported for a disk that cannot be taken."""
+    return _planned(guest, request)[0]
+
+
+def _planned(guest: Guest, request: SnapshotRequest) -> tuple[GuestSnapshotPlan, list[GuestDisk]]:
+    """The plan, and its disks as they are."""
     _check_request(request)
     state = guest.state()
     if state is State.INCOMING:
@@ -163,7 +168,7 @@ def plan(guest: Guest, request: SnapshotRequest) -> GuestSnapshotPlan:
         names: set[Path] = set()
         sealed = [_live(guest, disk, names) for disk in taken]
         _check_room(sealed)
-    return GuestSnapshotPlan(
+    planned = GuestSnapshotPlan(
         guest=guest.name,
         option=guest.option,
         disks=tuple(sealed),
@@ -172,6 +177,7 @@ def plan(guest: Guest, request: SnapshotRequest) -> GuestSnapshotPlan:
         labels=tuple(request.labels),
         is_off=state is State.OFF,
     )
+    return planned, taken
 
 
 def _check_request(request: SnapshotRequest) -> None:
@@ -378,12 +384,12 @@ def run(
     Where a quiesced snapshot is required and the freeze ended early, the snapshot is made, and Unavailable says so.
     """
     overlays.settle(guest, on_event=on_event)
-    now = plan(guest, request)
+    now, disks = _planned(guest, request)
     if _but_names(now) != _but_names(planned):
         raise Conflict("the guest was changed after the snapshot was planned", subject=guest.name, hint="run it again")
     if now.is_off:
         return _run_at_rest(now, request, on_event)
-    return _run_live(guest, now, request, on_event)
+    return _run_live(guest, now, disks, request, on_event)
 
 
 def _started_below(guest: Guest, planned: GuestSnapshotPlan) -> Iterator[Notice]:
@@ -443,8 +449,13 @@ def sealed_already(planned: GuestSnapshotPlan, request: SnapshotRequest) -> Gues
     return _report(planned, sealed, datetime.now(UTC), Quiesced(Consistency.OFFLINE))
 
 
-def _run_live(guest: Guest, planned: GuestSnapshotPlan, request: SnapshotRequest, on_event: OnEvent) -> GuestSnapshot:
-    bitmaps = _persistent_bitmaps(guest, planned)
+def _run_live(
+    guest: Guest,
+    planned: GuestSnapshotPlan,
+    now: Sequence[GuestDisk],
+    request: SnapshotRequest,
+    on_event: OnEvent,
+) -> GuestSnapshot:
     for notice in _started_below(guest, planned):
         on_event(notice)
     wanted = [
@@ -462,8 +473,10 @@ def _run_live(guest: Guest, planned: GuestSnapshotPlan, request: SnapshotRequest
         overlays.settle_or_leave(guest, made, on_event)
         raise
     journal.remove(made.path)
-    for path, names in bitmaps.items():
-        on_event(Notice(f"persistent bitmaps stay in the sealed file {path.name}: {', '.join(names)}"))
+    for each in now:
+        if names := [bitmap.name for bitmap in each.active.bitmaps if bitmap.persistent]:
+            name = "" if each.active.path is None else f" {each.active.path.name}"
+            on_event(Notice(f"persistent bitmaps stay in the sealed file{name}: {', '.join(names)}"))
     if request.quiesce is Quiesce.REQUIRE and reached.consistency is Consistency.CRASH:
         raise Unavailable(
             f"the snapshot is made, but it is only crash-consistent: {reached.why_not}",
@@ -471,17 +484,6 @@ def _run_live(guest: Guest, planned: GuestSnapshotPlan, request: SnapshotRequest
             hint="run it again for a quiesced one",
         )
     return _report(planned, planned.disks, time, reached, starts_with=guest.kind == "qmp")
-
-
-def _persistent_bitmaps(guest: Guest, planned: GuestSnapshotPlan) -> dict[Path, list[str]]:
-    """Names by the active layer that has them, of the disks of a plan."""
-    taken = {disk.disk for disk in planned.disks}
-    found = {
-        disk.active.path: [bitmap.name for bitmap in disk.active.bitmaps if bitmap.persistent]
-        for disk in guest.disks()
-        if disk.name in taken and disk.active.path is not None
-    }
-    return {path: names for path, names in found.items() if names}
 
 
 def _switch(
