@@ -81,7 +81,8 @@ class Virsh:
                     raise explained(error, commands[0], uri=self.uri, name=subject) from error
                 done = None
             if done is not None and not done.stderr:
-                parts = done.stdout.decode("utf-8", "surrogateescape").split(f"{mark}\n")
+                # virsh's `echo` ends its line, or with --quiet does not: libvirt 9.0.
+                parts = re.split(f"{mark}\n?", done.stdout.decode("utf-8", "surrogateescape"))
                 if len(parts) == len(commands):
                     return parts
         return [self.text(*words, subject=subject) for words in commands]

@@ -6,9 +6,10 @@ import itertools
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +20,9 @@ from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.agent import open_agent
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.protocol import Job, JobKind, JobProgress, JobStatus, NewOverlay, Outcome, State
-from snapchain.host import libvirt, process_channel, processes
+from snapchain.host import libvirt, process_channel, processes, virsh
 from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.processes import Completed
 from snapchain.host.virsh import Virsh
 from tests.guest.agent_guest import formatted, parts
 from tests.guest.libvirt import Domain, disk_xml
@@ -143,6 +145,26 @@ def test_the_environment_names_the_daemon(start: Start, chain: list[Path], monke
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu+unix:///system?socket=/nowhere/libvirt-sock")
     with pytest.raises(Unavailable, match="not reachable"):
         LibvirtGuest(GuestAddress(domain=domain.name))
+
+
+def test_several_questions_are_one_call_of_virsh(libvirt_host: LibvirtHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Virsh(libvirt_host.uri)
+    questions = [
+        ["uri"],
+        ["nodeinfo"],
+        ["list", "--title", "--state-shutoff", "--state-running", "--inactive"],
+        ["uri"],
+    ]
+    apart = [asked.text(*words) for words in questions]
+    started: list[Sequence[str]] = []
+
+    def counted(argv: Sequence[str], **more: Any) -> Completed:
+        started.append(argv)
+        return processes.run(argv, **more)
+
+    monkeypatch.setattr(virsh, "run", counted)
+    assert asked.texts(*questions) == apart
+    assert len(started) == 1
 
 
 def test_a_daemon_that_hangs_is_unavailable(start: Start, chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from snapchain.errors import InvalidInput, ToolFailed
-from snapchain.host.processes import Limits, run
+from snapchain.host.processes import Limits, _Deadline, run
 from tests.waiting import HANG, gone, started_with, wait_until
 
 
@@ -89,6 +91,29 @@ def test_a_timeout_kills_what_the_program_has_started(tmp_path: Path) -> None:
     with pytest.raises(ToolFailed, match=r"0\.3 seconds"):
         run(["sh", "-c", "sleep 1000 & sleep 1000 & wait; true"], timeout=0.3, env={"MARK": str(tmp_path)})
     wait_until(lambda: started_with(tmp_path) == [])
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_a_program_leaves_running_is_not_killed_at_its_deadline(*, ended: bool) -> None:
+    """It may be a daemon, and sh waits two seconds for its end of the pipe."""
+    with subprocess.Popen(["sleep", "1000"], start_new_session=True) as left:
+        deadline = _Deadline(SimpleNamespace(pid=left.pid, exit_code=0 if ended else None), 0)
+        assert deadline._timer is not None
+        deadline._timer.join()
+        assert deadline.passed is not ended
+        left.terminate()
+    assert left.returncode == (-signal.SIGTERM if ended else -signal.SIGKILL)
+
+
+def test_a_deadline_makes_no_program_slower() -> None:
+    """sh's own looks every 100 ms: no call would take less. The first of these that takes less shows it."""
+
+    def seconds() -> float:
+        began = time.monotonic()
+        run(["true"], timeout=HANG)
+        return time.monotonic() - began
+
+    assert any(seconds() < 0.09 for _ in range(100))
 
 
 def test_output_is_bounded() -> None:
