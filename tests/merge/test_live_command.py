@@ -174,17 +174,24 @@ def killed_commit(machine: Machine) -> None:
     process.wait()
 
 
-def test_the_next_run_goes_on_with_a_job(command: Command, tmp_path: Path, chain: Chain) -> None:
+@pytest.mark.parametrize("named_by", ["directory", "guest"])
+def test_the_doctor_goes_on_with_a_job(command: Command, tmp_path: Path, chain: Chain, named_by: str) -> None:
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         killed_commit(machine)
         [job] = machine.ask("query-jobs")
         machine.ask("block-job-set-speed", device=job["id"], speed=0)
-        healed = command("doctor", chain.folder, "--json")
+        healed = command("doctor", *([chain.folder] if named_by == "directory" else ["--qmp", machine.qmp]), "--json")
         assert healed.returncode == 0, healed.stdout + healed.stderr
         assert machine.ask("query-jobs") == []
         assert names(chain.active) == ["0.qcow2", "1.qcow2", "4.qcow2"]
         assert patterns_hold(machine, chain)
         assert not journals(chain.folder)
+
+
+def test_a_guest_that_is_not_there_is_not_called_well(command: Command, tmp_path: Path) -> None:
+    said = command("doctor", "--qmp", tmp_path / "none")
+    assert said.returncode == NotFound.exit_code
+    assert "no such socket" in said.stderr
 
 
 def test_a_merge_at_rest_respects_a_commit_that_was_killed(command: Command, tmp_path: Path, chain: Chain) -> None:
