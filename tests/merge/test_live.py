@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +112,7 @@ def test_the_image_of_the_command_line_goes_as_well(tmp_path: Path, chain: Chain
         planned, report = merged(guest, MergeRequest(image=new, flatten=True))
         assert planned.jobs == (JobKind.STREAM,)
         assert set(report.removed) == set(chain.files)
-        opened = {os.readlink(each) for each in Path(f"/proc/{machine.process.pid}/fd").iterdir()}
+        opened = {str(each.readlink()) for each in Path(f"/proc/{machine.process.pid}/fd").iterdir()}
         assert not [each for each in opened if each.startswith(str(chain.folder)) and each != str(new)]
         assert not leftovers(chain.folder)
         assert patterns_hold(machine, chain)

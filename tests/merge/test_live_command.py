@@ -329,6 +329,23 @@ def test_ship_reads_nothing_again(tmp_path: Path, chain: Chain, strategy: Strate
     same(tmp_path / "restored.qcow2", chain.views["3.qcow2"])
 
 
+@pytest.mark.parametrize("kind", ["", "dir:"])
+def test_nights_of_an_idle_guest(command: Command, tmp_path: Path, kind: str) -> None:
+    """Nothing is written to the lowest layer by a pivot, so the merged file is one of those it was made of."""
+    image, place = layer(tmp_path / "0.qcow2", None, 4 * MIB), tmp_path / "there"
+    fill(image, (0, MIB, 1))
+    if not kind:
+        assert command("init", place, "--no-encryption").returncode == 0
+    with Machine(tmp_path / "m", disks={"vda": image}) as machine:
+        for night in range(3):
+            said = command("ship", "--qmp", machine.qmp, f"{kind}{place}", "--json")
+            assert said.returncode == 0, said.stdout + said.stderr
+            [disk] = json.loads(said.stdout)["disks"]
+            assert (disk["bytes_read"] == 0) is (night > 0)
+            merged = command("merge", "--qmp", machine.qmp, "--flatten", "--strategy", "commit", "--json")
+            assert json.loads(merged.stdout)["layers_after"] == 1, merged.stdout + merged.stderr
+
+
 def test_a_guest_job_that_is_not_there_is_gone(tmp_path: Path, chain: Chain) -> None:
     with running(tmp_path / "m", chain) as (_, guest):
         job: Job = guest.job("sc-merge-vda-00000000", JobKind.COMMIT, "vda")
