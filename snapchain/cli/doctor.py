@@ -55,7 +55,7 @@ def doctor(
     """Find interrupted merges, snapshots and restores, describe each, and finish or undo it.
 
     Guests come first: one that an interrupted command left frozen is thawed. All guests are looked at, whatever PATH
-    is, or with --domain or --qmp only that guest.
+    is, or with --domain or --qmp only that guest, with the interrupted merges of its disks.
 
     Work of running programs is left alone. Ends with exit code 10 when something could not be finished or undone.
     """
@@ -82,6 +82,8 @@ def _draw_plan(console: Console, plan: DoctorPlan) -> None:
                 ("the doctor", finding.remedy),
             ],
         )
+    if plan.unseen is not None:
+        render.line(console, plan.unseen)
 
 
 def _draw_report(console: Console, report: DoctorReport) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.errors import InvalidInput
+from snapchain.host.terminal import shell_word
 from snapchain.model.events import OnEvent, ignore
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ class GuestAddress:
 
     @property
     def option(self) -> str:
-        """As it would be typed."""
-        return f"--domain {self.domain}" if self.qmp is None else f"--qmp {self.qmp}"
+        """As it would be typed, quoted for a shell; --connect stays as it was given."""
+        if self.qmp is not None:
+            return f"--qmp {shell_word(self.qmp)}"
+        connect = f" --connect {shell_word(self.connect)}" if self.connect is not None else ""
+        return f"--domain {shell_word(self.domain)}{connect}"
 
 
 @contextmanager

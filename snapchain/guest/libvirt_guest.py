@@ -326,7 +326,7 @@ class LibvirtGuest:
                     hint="correct it by `virsh edit` before the guest is started again, or what it writes is lost",
                 )
 
-    def release(self, overlays: Sequence[Path]) -> None:
+    def release(self, unused: Sequence[Path]) -> None:
         """Nothing was opened in QEMU: libvirt opens and switches in one command."""
 
     # --- live merges

@@ -352,8 +352,11 @@ class Guest(Protocol):
         """
         ...
 
-    def release(self, overlays: Sequence[Path]) -> None:
-        """Close overlays that a killed run has opened in QEMU, and that are part of no disk. Idempotent."""
+    def release(self, unused: Sequence[Path]) -> None:
+        """Close files that QEMU keeps open, and that are part of no disk: overlays of a killed run, merged layers.
+
+        Idempotent.
+        """
         ...
 
     def start(

@@ -361,13 +361,13 @@ class QmpGuest:
             if pid == os.getpid() or identity(pid) is None:
                 self._close(name)
 
-    def release(self, overlays: Sequence[Path]) -> None:
+    def release(self, unused: Sequence[Path]) -> None:
         """See `Guest`. Also closes what any snapchain that is no more left open.
 
-        Also the layer that an active commit has merged away, which QEMU keeps when it was opened under a name.
+        A merged layer that QEMU opened under a name, such as the image of its command line, stays open until then.
         """
         self.close_orphans()
-        files = {_identity(each) for each in overlays} - {None}
+        files = {_identity(each) for each in unused} - {None}
         used = self.nodes_in_use()
         # A format node before the node of its file, which it uses.
         for node in sorted(self._nodes() or (), key=lambda each: each.get("drv") in {"file", "host_device"}):

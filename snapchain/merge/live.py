@@ -146,6 +146,11 @@ class LivePlanner:
         # libvirt takes what it merges out of the guest's own definition.
         self.others: Dependents = others.without(Kind.DEFINITION) if guest.kind == "libvirt" else others
 
+    @property
+    def _other_way(self) -> str:
+        """What can be done where a commit is refused."""
+        return "--strategy absorb streams the layers instead" if self._guest.streams else _OFF
+
     def plan(self, place: MergeRange) -> LiveStep:
         """Raises Unsupported, naming the file, where no job can merge the range and keep what must stay."""
         if place not in self._known:
@@ -253,13 +258,13 @@ class LivePlanner:
                 return Unsupported(
                     f"a commit would change the content of the layer, and {users[0].description}",
                     subject=file.path,
-                    hint="--strategy absorb streams the layers instead",
+                    hint=self._other_way,
                 )
             if (why := inputs.why_not_own(file.real_path, chain.top.path, confirmed)) is not None:
                 return Unsupported(
                     f"a commit would change or remove the layer, and {why}",
                     subject=file.path,
-                    hint="--strategy absorb streams the layers instead",
+                    hint=self._other_way,
                 )
         if not lowest.real_path.is_file():
             return Unsupported(
@@ -274,7 +279,7 @@ class LivePlanner:
             return Unsupported(
                 f"a commit would make the bitmaps of the layer wrong: {self._bitmaps(first)}",
                 subject=lowest.path,
-                hint="--strategy absorb streams the layers instead",
+                hint=self._other_way,
             )
         return held
 

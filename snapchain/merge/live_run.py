@@ -380,8 +380,8 @@ def _finish(
             _note(journal, live, on_event)
     if live.kind == "active-commit":
         journal = _with_pivot(journal.model_copy(update={"top": paths_of(disk)[-1]}), "done", records)
-        # QEMU keeps what it was given by name.
-        guest.release([entry.path for entry in journal.remove])
+    # QEMU keeps what it was given by name: an image of its command line stays open, and its space is not freed.
+    guest.release([entry.path for entry in journal.remove])
     try:
         return settle.remove_inputs(journal)
     except Busy as error:

@@ -1,8 +1,9 @@
 """What a destination lacks, decided from two inventories and nothing else.
 
 The source has layers, each known by an opaque key (a fingerprint, a content id).  A layer that the source made by
-merging also says what it `replaces`.  The destination has layers of its own, each made from one or more
-consecutive source layers.  Both chains are laid out over the same row of oldest keys and compared from the root:
+merging also says what it `replaces`, and which `empty` layers above it were merged into it.  The destination has layers
+of its own, each made from one or more consecutive source layers.  Both chains are laid out over the same row of oldest
+keys and compared from the root:
 
     source       a   b   cd[c d]   e         c and d were merged at the source
     destination  a+b     c   d               a and b were merged at the destination, c and d are separate
@@ -34,10 +35,12 @@ class Wanted:
 
     source:   its key
     replaces: the layers it was merged from, lowest first, where the source still knows them
+    empty:    layers above it that held nothing and were merged into it, lowest first; the file is the same
     """
 
     source: Hashable
     replaces: tuple[Wanted, ...] = ()
+    empty: tuple[Wanted, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,17 +204,22 @@ class _Reached:
 
 
 def _follow(wanted: Wanted, row: Sequence[Hashable], place: int, same: Same) -> _Reached | None:
-    """Follow one wanted layer along the row from `place` on. None when the row holds something else."""
-    pending = [wanted]  # not recursive: a layer that a nightly merge grew for years is nested as deep
+    """Follow one wanted layer along the row from `place` on. None when the row holds something else.
+
+    Empty layers may be in the row, all or some of them: it reads the same.
+    """
+    pending = [(wanted, False)]  # (layer, is it empty); not recursive: one of years of nightly merges is nested as deep
     while pending:
         if place == len(row):
-            return _Reached(place, whole=False, rest=tuple(part.source for part in reversed(pending)))
-        part = pending.pop()
+            rest = tuple(part.source for part, is_empty in reversed(pending) if not is_empty)
+            return _Reached(place, whole=not rest, rest=rest)
+        part, is_empty = pending.pop()
+        pending.extend((each, True) for each in reversed(part.empty))
         if row[place] is not _UNKNOWN and same(row[place], part.source):
             place += 1
         elif part.replaces:
-            pending.extend(reversed(part.replaces))
-        else:
+            pending.extend((each, is_empty) for each in reversed(part.replaces))
+        elif not is_empty:
             return None
     return _Reached(place, whole=True)
 

@@ -83,6 +83,7 @@ class DoctorPlan(BaseModel):
     """What was found. directories: that were searched; image_dirs: further ones, for other users of the files.
 
     accepted: journals and notes that the user has read and accepts
+    unseen: why the images of the guest could not be looked at, a sentence
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,6 +92,7 @@ class DoctorPlan(BaseModel):
     findings: tuple[Finding, ...]
     image_dirs: tuple[Path, ...] = ()
     accepted: tuple[Path, ...] = ()
+    unseen: str | None = None
 
 
 class Treated(BaseModel):
@@ -137,14 +139,26 @@ def plan(
     paths: directories, or images, which stand for the directories of their chains
     image_dirs: where backing files of images may lie
     accept: journals and notes that the user has read, so that they count although nothing proves who wrote them
-    guest: the only guest that is meant; None for all
-    Raises NotFound, Unsupported for a place that another user's link has chosen.
+    guest: the only guest that is meant, with the merges of its disks; None for all
+    Raises NotFound, Unsupported for a place that another user's link has chosen. Raises why the guest cannot be
+    reached, when nothing was recorded for it either.
     """
     accepted = tuple(_whole(path) for path in accept)
     places = [each for path in paths for each in _directories(path, image_dirs)]
     directories = tuple(dict.fromkeys([*places, *(path.parent for path in accepted)]))
     findings = (*_in_guests(guest), *(each for place in directories for each in _look(place, accepted)))
-    return DoctorPlan(directories=directories, findings=findings, image_dirs=tuple(image_dirs), accepted=accepted)
+    unseen = None
+    if guest is not None:
+        try:
+            known = {each.path for each in findings}
+            findings = (*findings, *(each for each in _merges_of(guest, accepted) if each.path not in known))
+        except SnapchainError as error:
+            if not findings:
+                raise
+            unseen = f"The images of this guest were not looked at: {error}"
+    return DoctorPlan(
+        directories=directories, findings=findings, image_dirs=tuple(image_dirs), accepted=accepted, unseen=unseen
+    )
 
 
 def _whole(path: Path) -> Path:
@@ -159,6 +173,8 @@ def _whole(path: Path) -> Path:
 
 def run(planned: DoctorPlan, *, on_event: OnEvent = ignore) -> DoctorReport:
     """Finish or undo each finding; one that cannot be treated now does not keep the others from it."""
+    if planned.unseen is not None:
+        on_event(Notice(planned.unseen))
     treated = tuple(_treat(finding, planned, on_event) for finding in planned.findings)
     return DoctorReport(directories=planned.directories, treated=treated)
 
@@ -174,6 +190,15 @@ def _in_guests(address: GuestAddress | None) -> Iterator[Finding]:
             says=f"{operation.says} ({each.record.address.option})",
             remedy=operation.remedy,
         )
+
+
+def _merges_of(address: GuestAddress, accepted: Collection[Path]) -> Iterator[Finding]:
+    """The interrupted merges of a guest's disks."""
+    with open_guest(address) as guest:
+        layers = [layer.path for disk in guest.disks() for layer in disk.chain if layer.path is not None]
+    for path in dict.fromkeys(journals.journal_path(real_path(layer)) for layer in layers):
+        if os.path.lexists(path):
+            yield _merge(path, path in accepted)
 
 
 def _directories(path: Path, image_dirs: Sequence[Path]) -> Iterator[Path]:

@@ -189,12 +189,15 @@ def check_disk(disk: ReplicaDisk, *, share: float, on_bytes: Callable[[int], Non
     """Check a disk. share: the probability with which each layer is read too, and compared with its record.
 
     on_bytes: called with the bytes read since the last call
-    Raises NotFound for a disk that has no catalogue, Busy when it changes all the time.
+    Raises NotFound for a disk that has no catalogue, Unsupported for the catalogue of a newer snapchain, Busy when it
+    changes all the time.
     """
     for _ in range(_ATTEMPTS):
         wait_for_merge(disk)
         try:
             catalogue = disk.read()
+        except Unsupported:  # of a newer snapchain: nothing is damaged
+            raise
         except SnapchainError as error:
             finding = _finding(disk, error.kind, error.subject, error.message, ())
             return Checked(Verdict(disk=disk.name, points=0, layers=0, checked_bytes=0), (finding,))

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 from blake3 import blake3
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from snapchain.errors import Corrupt, InvalidInput, NotFound
+from snapchain.errors import Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.files import read_small
 from snapchain.host.replica_layout import ACTIVE, CATALOGUE
 from snapchain.model.disk_name import LARGEST_EPOCH
@@ -68,7 +68,8 @@ def read_checked(shape: type[M], path: Path, *, cap: int) -> M | None:
 
     Its last field, `check`, is the BLAKE3 of everything before it. Without it a damaged label or time would look
     valid, and a point would be found by it. A file without the field is older than that.
-    Raises Corrupt, and InvalidInput for a user who may not read it.
+    Raises Corrupt, Unsupported for one of a newer snapchain (a higher `format`, or an unknown field where the check is
+    right), and InvalidInput for a user who may not read it.
     """
     try:
         text = read_small(path, cap=cap)
@@ -78,12 +79,26 @@ def read_checked(shape: type[M], path: Path, *, cap: int) -> M | None:
         if isinstance(error.__cause__, PermissionError):
             raise
         raise Corrupt(error.message, subject=path) from error
-    if (check := _CHECK.search(text)) is not None:
+    check = _CHECK.search(text)
+    if check is not None:
         if blake3(text[: check.start()]).hexdigest().encode() != check[1]:
             raise Corrupt("it is not what was written: its check is wrong", subject=path)
         text = text[: check.start()] + b"}"
     try:
         return shape.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise Corrupt(f"it is unsound: {first['loc']}: {first['msg']}", subject=path) from error
+        raise _judged(error, path, is_proven=check is not None) from error
+
+
+def _judged(error: ValidationError, path: Path, *, is_proven: bool) -> SnapchainError:
+    found = error.errors(include_url=False, include_context=False)
+    for each in found:
+        is_format = each["loc"] == ("format",) and each["type"] == "literal_error"
+        is_higher = is_format and type(each["input"]) is int and each["input"] > 0
+        if is_higher or (is_proven and each["type"] == "extra_forbidden"):
+            return Unsupported(
+                "it was written by a newer snapchain",
+                subject=path,
+                hint="use that version, or a newer one, on the host that has this file",
+            )
+    return Corrupt(f"it is unsound: {found[0]['loc']}: {found[0]['msg']}", subject=path)

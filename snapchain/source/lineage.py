@@ -24,8 +24,10 @@ from snapchain.image.file import settle
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.fingerprint import Fingerprint
 from snapchain.model.inventory import Wanted
-from snapchain.source.notes import LET_THEM, Hold, LayerNote, MergedFile, Notes, Sealed
+from snapchain.source.notes import LET_THEM, MOST_PARTS, Hold, LayerNote, MergedFile, Notes, Sealed
 
+_Key = tuple[int, int, int, int]
+"""Of `Fingerprint.content_key`."""
 _LATEST = 32_503_680_000.0
 """The year 3000, in seconds since 1970."""
 
@@ -56,21 +58,42 @@ def noted_lineage(chain: ImageChain, on_event: OnEvent) -> tuple[Wanted, ...]:
 
 def wanted(present: Sequence[Fingerprint], known: Iterable[MergedFile]) -> tuple[Wanted, ...]:
     """The merged files among those of a chain, each with what it was made of, as deep as is known."""
-    parts_of = {each.made.content_key: each.of for each in known}
+    parts_of: dict[_Key, tuple[Fingerprint, ...]] = {}
+    empty_of: dict[_Key, tuple[Fingerprint, ...]] = {}
+    for each in known:
+        made = each.made.content_key
+        if _is_unchanged(each):
+            empty_of[made] = tuple(part for part in each.of if part.content_key != made)
+        else:
+            parts_of[made] = each.of
 
     def built_up(source: Fingerprint) -> Wanted:
         # Not recursive: a file that a nightly merge has grown for years is nested as deep. A file is part of one
         # other at most, so each comes after the one that it is part of.
-        order = [source]
-        for each in order:
-            order += parts_of.get(each.content_key, ())
-        built: dict[tuple[int, int, int, int], Wanted] = {}
-        for each in reversed(order):
-            parts = parts_of.get(each.content_key, ())
-            built[each.content_key] = Wanted(each, tuple(built[part.content_key] for part in parts))
+        order = {source.content_key: source}
+        pending = [source]
+        for each in pending:
+            key = each.content_key
+            parts = [part for part in (*parts_of.get(key, ()), *empty_of.get(key, ())) if part.content_key not in order]
+            order.update((part.content_key, part) for part in parts)
+            pending += parts
+        built: dict[_Key, Wanted] = {}
+
+        def made_of(parts: Iterable[Fingerprint]) -> tuple[Wanted, ...]:
+            return tuple(built.get(part.content_key) or Wanted(part) for part in parts)
+
+        for key, each in reversed(order.items()):
+            built[key] = Wanted(each, made_of(parts_of.get(key, ())), made_of(empty_of.get(key, ())))
         return built[source.content_key]
 
-    return tuple(built_up(source) for source in present if source.content_key in parts_of)
+    return tuple(
+        built_up(source) for source in present if source.content_key in parts_of or source.content_key in empty_of
+    )
+
+
+def _is_unchanged(merged: MergedFile) -> bool:
+    """Whether the result is one of the files it was made of: the others held nothing, so nothing was written to it."""
+    return any(part.content_key == merged.made.content_key for part in merged.of)
 
 
 def sealed_at(file: ImageFile, note: LayerNote) -> tuple[datetime, tuple[str, ...]]:
@@ -126,7 +149,7 @@ def _record(
     view: tuple[datetime, tuple[str, ...]] | None,
 ) -> None:
     made = _look(result)
-    merged = (MergedFile(made=made, of=sources), *_reachable(sources, [each for note in parts for each in note.merged]))
+    merged = merged_files(made, sources, [each for note in parts for each in note.merged])
     sealed = None if view is None else Sealed(time=view[0], labels=view[1], file=made)
     epoch = max(note.epoch for note in parts)
     notes.change(result, lambda note: note.model_copy(update={"merged": merged, "sealed": sealed, "epoch": epoch}))
@@ -139,16 +162,30 @@ def seal(path: Path, *, labels: Sequence[str], time: datetime) -> None:
     Notes().change(path, lambda note: note.model_copy(update={"sealed": sealed}))
 
 
-def _reachable(sources: Sequence[Fingerprint], known: Iterable[MergedFile]) -> list[MergedFile]:
-    """How these files were made, and their parts, and so on; what was written to since is not among them."""
-    made = {each.made.content_key: each for each in known}
+def merged_files(
+    made: Fingerprint, sources: Sequence[Fingerprint], known: Iterable[MergedFile]
+) -> tuple[MergedFile, ...]:
+    """What to note of a merge: how its result was made, then how its parts were, and theirs.
+
+    known: as the notes of the inputs have it; what was written to since does not count
+    """
+    entries: dict[_Key, list[MergedFile]] = {}
+    for each in known:
+        entries.setdefault(each.made.content_key, []).append(each)
     found: list[MergedFile] = []
     pending = list(sources)
-    for each in pending:
-        if each.content_key in made:
-            found.append(made[each.content_key])
-            pending += found[-1].of
-    return found
+    for source in pending:
+        for entry in entries.pop(source.content_key, ()):
+            found.append(entry)
+            pending += entry.of
+    result = MergedFile(made=made, of=tuple(sources))
+    if _is_unchanged(result):
+        earlier = next((each for each in found if each.made.same_content_as(made) and _is_unchanged(each)), None)
+        if earlier is not None:  # an idle guest, merged before
+            added = [source for source in sources if not source.same_content_as(made)]
+            found.remove(earlier)
+            result = MergedFile(made=made, of=tuple([*earlier.of, *added][:MOST_PARTS]))
+    return (result, *found)
 
 
 def _look(path: Path) -> Fingerprint:

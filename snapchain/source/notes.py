@@ -51,6 +51,8 @@ _PURPOSE = "layer"
 _CAP = 4 << 20
 _MOST_FOREIGN_BYTES, _MOST_FOREIGN = 64 << 20, 10_000
 """Of notes of others in one directory: reading more of them would take minutes."""
+MOST_PARTS = 10_000
+"""Files of which one merged file may be made."""
 _MOST_MERGED = 8192
 """Merged files that one note tells of, so that it stays well below its cap; files beyond that are read again."""
 _LONGEST_NAME = 150
@@ -110,7 +112,7 @@ class MergedFile(_Part):
     """A file that a merge has made, and the files that it was made of, lowest first."""
 
     made: Fingerprint
-    of: Annotated[tuple[Fingerprint, ...], Field(max_length=10_000)]
+    of: Annotated[tuple[Fingerprint, ...], Field(max_length=MOST_PARTS)]
 
 
 class Overlay(_Part):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from snapchain.errors import Busy, Unsupported
+from snapchain.guest.address import open_guest
 from snapchain.guest.libvirt_guest import LibvirtGuest
 from snapchain.guest.libvirt_jobs import LibvirtJob
 from snapchain.guest.protocol import JobKind
@@ -20,7 +21,7 @@ from snapchain.model.events import Event
 from snapchain.model.merging import Strategy
 from snapchain.ops import doctor
 from tests.guest.libvirt import Domain
-from tests.guest.live_chain import MIB, Chain, K, links, names, sound
+from tests.guest.live_chain import MIB, Chain, K, layer, links, names, sound
 from tests.libvirtd import LibvirtHost
 
 pytestmark = pytest.mark.root
@@ -118,6 +119,15 @@ def test_a_domain_that_ended_after_a_pivot_that_nobody_saw(
     assert sorted(path.name for path in chain.folder.glob("*.qcow2")) == ["0.qcow2", "1.qcow2"]
     domain.virsh("start")
     assert domain.reads("vda", MIB, 64 * K, 55)
+
+
+def test_a_base_of_another_image_is_not_committed_into(start: Start, chain: Chain) -> None:
+    """And what libvirt cannot do is not recommended."""
+    layer(chain.folder / "clone.qcow2", chain.files[0], chain.size)
+    domain = start(chain.active)
+    with open_guest(domain.address) as guest, pytest.raises(Unsupported, match=r"clone\.qcow2") as refused:
+        plan(guest, "vda", MergeRequest(image=chain.active, flatten=True))
+    assert refused.value.hint == "merge it while the guest is off"
 
 
 @pytest.mark.parametrize("to", ["3.qcow2", None])

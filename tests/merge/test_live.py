@@ -102,6 +102,22 @@ def test_everything_above_the_root_goes_into_the_active_layer(tmp_path: Path, ch
     sound(chain.active)
 
 
+def test_the_image_of_the_command_line_goes_as_well(tmp_path: Path, chain: Chain) -> None:
+    """QEMU keeps a file open that it was given under a node name, after the file has left the chain, too."""
+    new = layer(tmp_path / "images" / "5.qcow2", chain.active, chain.size)
+    with running(tmp_path / "m", chain) as (machine, guest):
+        node = {"driver": "qcow2", "node-name": "new", "backing": None}
+        machine.ask("blockdev-add", **node, file={"driver": "file", "filename": str(new)})
+        machine.ask("blockdev-snapshot", node="vda-top", overlay="new")
+        planned, report = merged(guest, MergeRequest(image=new, flatten=True))
+        assert planned.jobs == (JobKind.STREAM,)
+        assert set(report.removed) == set(chain.files)
+        opened = {str(each.readlink()) for each in Path(f"/proc/{machine.process.pid}/fd").iterdir()}
+        assert not [each for each in opened if each.startswith(str(chain.folder)) and each != str(new)]
+        assert not leftovers(chain.folder)
+        assert patterns_hold(machine, chain)
+
+
 def test_an_active_commit_pivots(tmp_path: Path, chain: Chain) -> None:
     with running(tmp_path / "m", chain) as (machine, guest):
         planned, report = merged(guest, wanted(chain, strategy=Strategy.COMMIT))

@@ -174,17 +174,24 @@ def killed_commit(machine: Machine) -> None:
     process.wait()
 
 
-def test_the_next_run_goes_on_with_a_job(command: Command, tmp_path: Path, chain: Chain) -> None:
+@pytest.mark.parametrize("named_by", ["directory", "guest"])
+def test_the_doctor_goes_on_with_a_job(command: Command, tmp_path: Path, chain: Chain, named_by: str) -> None:
     with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
         killed_commit(machine)
         [job] = machine.ask("query-jobs")
         machine.ask("block-job-set-speed", device=job["id"], speed=0)
-        healed = command("doctor", chain.folder, "--json")
+        healed = command("doctor", *([chain.folder] if named_by == "directory" else ["--qmp", machine.qmp]), "--json")
         assert healed.returncode == 0, healed.stdout + healed.stderr
         assert machine.ask("query-jobs") == []
         assert names(chain.active) == ["0.qcow2", "1.qcow2", "4.qcow2"]
         assert patterns_hold(machine, chain)
         assert not journals(chain.folder)
+
+
+def test_a_guest_that_is_not_there_is_not_called_well(command: Command, tmp_path: Path) -> None:
+    said = command("doctor", "--qmp", tmp_path / "none")
+    assert said.returncode == NotFound.exit_code
+    assert "no such socket" in said.stderr
 
 
 def test_a_merge_at_rest_respects_a_commit_that_was_killed(command: Command, tmp_path: Path, chain: Chain) -> None:
@@ -320,6 +327,23 @@ def test_ship_reads_nothing_again(tmp_path: Path, chain: Chain, strategy: Strate
     restored = restore(repo, tmp_path / "restored.qcow2")
     assert restored is not None
     same(tmp_path / "restored.qcow2", chain.views["3.qcow2"])
+
+
+@pytest.mark.parametrize("kind", ["", "dir:"])
+def test_nights_of_an_idle_guest(command: Command, tmp_path: Path, kind: str) -> None:
+    """Nothing is written to the lowest layer by a pivot, so the merged file is one of those it was made of."""
+    image, place = layer(tmp_path / "0.qcow2", None, 4 * MIB), tmp_path / "there"
+    fill(image, (0, MIB, 1))
+    if not kind:
+        assert command("init", place, "--no-encryption").returncode == 0
+    with Machine(tmp_path / "m", disks={"vda": image}) as machine:
+        for night in range(3):
+            said = command("ship", "--qmp", machine.qmp, f"{kind}{place}", "--json")
+            assert said.returncode == 0, said.stdout + said.stderr
+            [disk] = json.loads(said.stdout)["disks"]
+            assert (disk["bytes_read"] == 0) is (night > 0)
+            merged = command("merge", "--qmp", machine.qmp, "--flatten", "--strategy", "commit", "--json")
+            assert json.loads(merged.stdout)["layers_after"] == 1, merged.stdout + merged.stderr
 
 
 def test_a_guest_job_that_is_not_there_is_gone(tmp_path: Path, chain: Chain) -> None:

@@ -10,12 +10,12 @@ from snapchain.image import scan
 from snapchain.merge import run as merge_run, step as merge_plan
 from snapchain.merge.request import MergeRequest
 from snapchain.model.fingerprint import Fingerprint
-from snapchain.model.inventory import Wanted
+from snapchain.model.inventory import Collapse, Diverged, Held, Send, Wanted, missing
 from snapchain.model.merging import Strategy
 from snapchain.objects.memory import MemoryStore
 from snapchain.repository.repository import Repository
 from snapchain.source import sealing as snapshot
-from snapchain.source.lineage import wanted
+from snapchain.source.lineage import merged_files, wanted
 from snapchain.source.notes import MergedFile, Notes
 from tests.ops.shipping import restore, same_bytes, ship
 from tests.ops.stacks import Layer, MiB, build, flat, write
@@ -119,3 +119,35 @@ def test_depth_does_not_matter() -> None:
     while at.replaces:
         depth, at = depth + 1, at.replaces[0]
     assert (depth, at) == (20_000, Wanted(made(0)))
+
+
+def _mark(number: int) -> Fingerprint:
+    return Fingerprint(inode=number, size=1, mtime_ns=5, ctime_ns=5)
+
+
+def test_a_file_into_which_empty_layers_were_merged_is_the_same_file() -> None:
+    """A commit of what an idle guest wrote changes nothing: the result is one of its inputs, again and again."""
+    marks = [_mark(number) for number in range(6)]
+    known = [MergedFile(made=marks[0], of=(marks[4], marks[5]))]
+    for added in (marks[1:3], marks[3:4]):
+        known = list(merged_files(marks[0], [marks[0], *added], known))
+    (found,) = wanted([marks[0]], known)
+    empty = tuple(Wanted(each) for each in marks[1:4])
+    assert found == Wanted(marks[0], (Wanted(marks[4]), Wanted(marks[5])), empty)
+
+    def held(*numbers: int) -> list[Held]:
+        return [Held(str(number), (marks[number],)) for number in numbers]
+
+    above = Wanted(_mark(9))
+    for there in ((0,), (0, 1), (0, 1, 2, 3), (0, 3), (4, 5), (4, 5, 2)):
+        answer = missing(held(*there), [found, above])
+        base = answer.base_count if isinstance(answer, Send | Collapse) else None
+        assert (base, getattr(answer, "first", None)) == (len(there), 1), there
+    assert isinstance(missing([*held(0), Held("x", (_mark(8),))], [found]), Diverged)
+
+
+def test_notes_that_contradict_each_other_end() -> None:
+    one, other = _mark(1), _mark(2)
+    known = [MergedFile(made=one, of=(other,)), MergedFile(made=other, of=(one,))]
+    assert [each.source for each in wanted([one], known)] == [one]
+    assert len(merged_files(_mark(3), [one], known)) == 3

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.replica.catalogue import Catalogue
 from snapchain.replica.names import check_offered, directory_of, free_name, offered_name
-from snapchain.replica.status import verify_disk
+from snapchain.replica.status import check_disk, verify_disk
 from snapchain.replica.store import open_replica
 from tests.ops.shipping import MiB
 from tests.ops.stacks import Layer, build, qemu_img
@@ -120,6 +120,24 @@ def test_an_unsound_catalogue_is_refused(
         open_replica(place.root).disk(DISK).read()
     with pytest.raises(Corrupt, match="it is unsound"):
         place.send(chain[1])
+
+
+def _checked(record: dict[str, Any]) -> str:
+    record.pop("check", None)
+    text = json.dumps(record, indent=1).removesuffix("\n}")
+    return f'{text},\n "check": "{blake3(text.encode()).hexdigest()}"\n}}\n'
+
+
+@pytest.mark.parametrize("newer", [{"format": 4}, {"format": 4, "colour": "red"}, {"colour": "red"}])
+def test_a_catalogue_of_a_newer_version(place: Place, chain: list[Path], newer: dict[str, Any]) -> None:
+    place.send(chain[0])
+    (place.directory / "catalogue.json").write_text(_checked({**place.catalogue(), **newer}))
+    with pytest.raises(Unsupported, match="written by a newer snapchain"):
+        open_replica(place.root).disk(DISK).read()
+    with pytest.raises(Unsupported, match="written by a newer snapchain"):
+        place.send(chain[1])
+    with pytest.raises(Unsupported, match="written by a newer snapchain"):
+        check_disk(open_replica(place.root).disk(DISK), share=0, on_bytes=nobody)
 
 
 def test_a_directory_of_another_disk(place: Place, chain: list[Path]) -> None:

@@ -284,7 +284,7 @@ class Recognition:
             return True
         parts = list(self._want)
         for part in parts:
-            parts += part.replaces
+            parts += (*part.replaces, *part.empty)
         mine = [part.source for part in parts if isinstance(part.source, Fingerprint)]
         inodes = {source.inode for source in mine}
         theirs = set(found.theirs)
