@@ -151,7 +151,7 @@ def test_the_disks_of_a_snapshot_are_of_one_instant(domain: Domain) -> None:
     writer.start()
     try:
         wait_until(lambda: written > 1, alive=writer.is_alive)
-        reports = [snapshot(domain) for _ in range(100 if EXHAUSTIVE else 4)]
+        reports = [snapshot(domain) for _ in range(100 if EXHAUSTIVE else 2)]
     finally:
         ends.set()
         writer.join()

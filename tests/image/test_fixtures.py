@@ -104,9 +104,10 @@ def refusal(path: Path, fixture: Fixture) -> SnapchainError | None:
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    start = time.monotonic()
+    """Of the processor: the machine may be busy with other things."""
+    start = time.process_time()
     yield
-    assert time.monotonic() - start < seconds
+    assert time.process_time() - start < seconds
 
 
 @pytest.mark.parametrize("fixture", BAD, ids=named)

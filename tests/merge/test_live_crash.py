@@ -153,7 +153,7 @@ def test_a_message_is_lost(tmp_path: Path, template: Chain, kind: str, number: i
 def merge_impatiently(spy: Spy, kind: str) -> subprocess.CompletedProcess[str]:
     """In this process, with a short deadline for answers."""
     words = dict(zip(KINDS[kind][::2], KINDS[kind][1::2], strict=True))
-    monitor = Monitor(spy.path, command_seconds=5)
+    monitor = Monitor(spy.path, command_seconds=2)
     guest = QmpGuest(GuestAddress(qmp=spy.path), monitor=monitor)
     try:
         active = guest.disks()[0].active.path

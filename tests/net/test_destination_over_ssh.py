@@ -22,6 +22,7 @@ from snapchain.replica.endpoint import SshEndpoint
 from snapchain.testing.destination_contract import DestinationContract, Site
 from tests.net.sshd import SshHost
 from tests.net.test_replica_over_ssh import remote
+from tests.net.warm import warm
 from tests.ops.stacks import Layer, build, flat, names, same
 from tests.ops.test_destinations import FILES, ReplicaSite
 from tests.replica.conftest import Place
@@ -37,15 +38,16 @@ class TestReplicaOverSsh(DestinationContract):
         folder = tmp_path_factory.mktemp("a replica's; $(place)")
         # One connection for all: what is tried here is what goes over it.
         control = ("-o", "ControlMaster=auto", "-o", f"ControlPath={there.folder}/master", "-o", "ControlPersist=yes")
-        program = SshProgram((*there.ssh, *control), remote())
         roots = (folder / f"{number}" for number in itertools.count())
+        with warm(there.folder) as remotely:
+            program = SshProgram((*there.ssh, *control), remotely)
 
-        def made() -> Site:
-            root = next(roots)
-            endpoint = SshEndpoint(RemoteAddress(there.alias, str(root)), program=program)
-            return ReplicaSite(root, endpoint, replace(FILES, damages=1, every=4))
+            def made() -> Site:
+                root = next(roots)
+                endpoint = SshEndpoint(RemoteAddress(there.alias, str(root)), program=program)
+                return ReplicaSite(root, endpoint, replace(FILES, damages=1, every=4))
 
-        yield made
+            yield made
         subprocess.run([*there.ssh, *control, "-O", "exit", there.alias], capture_output=True, check=False)
 
 

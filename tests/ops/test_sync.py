@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from snapchain.errors import Busy, Conflict, Corrupt, Diverged, InvalidInput, Unavailable
+from snapchain.host.retry import RetryPolicy
 from snapchain.host.ssh import parse_remote_address
 from snapchain.model.convergence import Verdict
+from snapchain.ops.sync import rounds
 from snapchain.ops.sync.run import (
     Destination,
     Divergence,
@@ -217,7 +219,9 @@ def everything(root: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_a_check_asks_the_host_that_it_answers_for(tmp_path: Path, place: Place) -> None:
+def test_a_check_asks_the_host_that_it_answers_for(
+    tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where nothing is sealed here, which is known without it."""
 
     class Unreachable(DirectoryEndpoint):
@@ -225,6 +229,7 @@ def test_a_check_asks_the_host_that_it_answers_for(tmp_path: Path, place: Place)
             raise Unavailable("no route to host", subject=self.url)
 
     (image,) = build(tmp_path / "images", [Layer(4 * MiB, ["write -P 1 0 1M"])])
+    monkeypatch.setattr(rounds, "_LOOK", RetryPolicy(give_up_after=0.2, first=0.05))
     with pytest.raises(Unavailable, match="no route to host"):
         check(request(image), Unreachable(place.root))
     assert look(image, place).missing[1:] == ("the replica has nothing of this disk",)
