@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ def is_clean(image: Path, folder: Path) -> bool:
 
 def is_frozen(guest: AgentGuest) -> bool:
     return SocketAgent(guest.agent).is_frozen(timeout=HANG)
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_filesystems_of_a_quiesced_snapshot_are_clean(guest: AgentGuest, tmp_path: Path) -> None:
@@ -193,7 +198,7 @@ def test_snapchain_and_its_watchdog_are_killed(guest: AgentGuest, run_dir: Path)
             if found.record.operation == "thaw":
                 pid = found.record.writer[0]
                 os.kill(pid, signal.SIGSTOP)
-                wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+                wait_until(partial(is_stopped, pid))
                 owed_thaws.append(found.path.exists())
                 os.kill(pid, signal.SIGKILL)
 
