@@ -195,8 +195,9 @@ def merge(
     So rules are refused for one disk of a guest. What an interrupted shipment left goes too.
 
     --domain, --qmp: the disks of a guest, with the same rules. While it runs, its QEMU moves the data: into the lowest
-    layer (commit) or into the uppermost (absorb), whichever moves less. No file that it has open is renamed, and the
-    guest goes on writing. The result is compared with the layers before these are removed. Here --at takes DEST::GUEST.
+    layer (commit) or into the uppermost (absorb), whichever moves less. No file that it has open is renamed, and
+    the guest goes on writing. The result is compared with the layers before these are removed. Here --at takes
+    DEST or DEST::GUEST.
 
     A count of -1 means all.
     """
@@ -303,10 +304,11 @@ def _merge_guest(
 
     with open_guest(address, on_event=out.on_event) as guest:
         names = [disk.name for disk in guest.disks()] if at else []
+        there = [_guest_at(each, guest.name) for each in at]
         wanted = ops.GuestMergeRequest(
             request=request,
             disks=tuple(disks),
-            at={name: _at([f"{each}/{name}" for each in at], out) for name in names},
+            at={name: _at([f"{each}/{name}" for each in there], out) for name in names},
             limit_rate=limit_rate,
             idle=idle,
         )
@@ -319,6 +321,13 @@ def _merge_guest(
         report = ops.run(guest, plan, on_event=out.on_event)
     status = PartialFailure.exit_code if report.has_failed else 0
     out.report(report, merge_tables.draw_guest_report, problems=merge_tables.draw_guest_failed, status=status)
+
+
+def _guest_at(address: str, guest: str) -> str:
+    """DEST::GUEST; of a destination alone the guest by its own name, as `ship` calls it."""
+    from snapchain.destination.address import DestinationAddress, parse_destination
+
+    return f"{address}::{guest}" if isinstance(parse_destination(address), DestinationAddress) else address
 
 
 def _strategy(text: str | None) -> Strategy | None:

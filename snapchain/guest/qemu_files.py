@@ -121,7 +121,7 @@ class QemuFiles:
         names = set((self.open_files or {}).values())
         if f"{path}{_REMOVED}" in names:
             return "it was deleted; QEMU still has it open"
-        return "it is no longer at this path; QEMU still has it open"
+        return "it is no longer at this path; QEMU still has it open: move it back"
 
 
 def _identity(status: os.stat_result) -> FileId:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
-from snapchain.errors import Conflict, Corrupt, Unsupported
+from snapchain.errors import Conflict, Corrupt, NotFound, Unsupported
 from snapchain.guest.disks import find_disk
 from snapchain.guest.protocol import Guest, GuestDisk
 from snapchain.host.directory import real_path
@@ -60,16 +60,21 @@ def paths_of(disk: GuestDisk) -> tuple[Path, ...]:
 def opened(disk: GuestDisk, *, image_dirs: Sequence[Path] = ()) -> Iterator[ImageChain]:
     """The whole chain as QEMU has it, by our own parser: the sealed layers as they are, the active one as of now.
 
-    Raises Conflict where the headers name other files than QEMU has open, and as `scan`.
+    Raises Conflict where the headers name other files than QEMU has open, NotFound for a file that was moved, and as
+    `scan`.
     """
     paths = paths_of(disk)
     with ExitStack() as stack:
         below: tuple[ImageFile, ...] = ()
-        if len(paths) > 1:
-            below = stack.enter_context(
-                scan(paths[-2], format=disk.chain[-2].image_format, image_dirs=_dirs(paths, image_dirs))
-            ).files
-        active = stack.enter_context(_active(paths[-1], disk.active.image_format))
+        try:
+            if len(paths) > 1:
+                below = stack.enter_context(
+                    scan(paths[-2], format=disk.chain[-2].image_format, image_dirs=_dirs(paths, image_dirs))
+                ).files
+            active = stack.enter_context(_active(paths[-1], disk.active.image_format))
+        except NotFound as error:
+            error.hint = _LOOK
+            raise
         chain = ImageChain([*below, active], owned=False)
         _check_same(disk, chain)
         yield chain

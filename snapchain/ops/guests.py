@@ -151,26 +151,29 @@ def guests(
 
 
 def _find() -> tuple[list[_Found], list[str]]:
-    domains, faults = _domains()
-    known = {each.name for each in domains}
-    processes = [each for each in qemu_processes() if not (each.arguments.is_libvirt and each.arguments.name in known)]
+    domains, known, faults = _domains()
+    processes = [each for each in qemu_processes() if not (each.arguments.is_libvirt and each.arguments.uuid in known)]
     return [*domains, *map(_of_process, processes)], faults
 
 
-def _domains() -> tuple[list[_Found], list[str]]:
+def _domains() -> tuple[list[_Found], set[str], list[str]]:
+    """The domains of all daemons, their UUIDs, and why a daemon could not be asked."""
     found: list[_Found] = []
+    uuids: set[str] = set()
     faults: list[str] = []
     uris = [uri for uri in virsh.reachable() if virsh.has_daemon(uri)] if virsh.is_installed() else []
     for uri in uris:
         # A chosen daemon needs no --connect: the environment names it for every command.
         connect = None if uri == virsh.default_uri() else uri
         try:
-            names = Virsh(connect, seconds=_LIST_SECONDS).names("list", "--all", "--name")
+            rows = Virsh(connect, seconds=_LIST_SECONDS).names("list", "--all", "--uuid", "--name")
         except SnapchainError as error:
             faults.append(f"{error}")
-        else:
-            found += [_Found(name, "libvirt", (GuestAddress(domain=name, connect=connect),)) for name in names]
-    return found, faults
+            continue
+        for uuid, _, name in (row.partition(" ") for row in rows):
+            uuids.add(uuid.lower())
+            found.append(_Found(name.strip(), "libvirt", (GuestAddress(domain=name.strip(), connect=connect),)))
+    return found, uuids, faults
 
 
 def _of_process(process: QemuProcess) -> _Found:

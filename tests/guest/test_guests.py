@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ def test_a_qemu_without_a_qmp_socket_is_shown_with_what_to_add(
         found = row("deaf")
     assert (found.state, found.option, found.disks) == ("unknown", None, ())
     assert "-qmp unix:PATH,server=on,wait=off" in str(found.fault)
+
+
+def test_another_daemons_guest_of_the_same_name_is_shown(
+    domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (mine,) = (each for each in qemu_processes() if each.pid == domain.pid)
+    foreign = replace(mine, pid=1, arguments=replace(mine.arguments, uuid="1b4e28ba-2fa1-11d2-883f-0016d3cca427"))
+    monkeypatch.setattr(ops, "qemu_processes", lambda: [mine, foreign])
+    shown = {each.pid: each.fault for each in ops.guests("shop").guests}
+    assert shown.keys() == {domain.pid, 1}
+    assert "Another libvirt daemon manages it" in str(shown[1])
 
 
 def ops_parse(argv: list[str]) -> Any:

@@ -46,7 +46,7 @@ def stored(host: LibvirtHost, destination: ReplicaDestination, folder: Path) -> 
 
 
 def restored(host: LibvirtHost, destination: ReplicaDestination, directory: Path, **asked: Any) -> GuestRestoreReport:
-    request = GuestRestoreRequest(directory=directory, defines=True, connect=host.uri, **asked)
+    request = GuestRestoreRequest(directory=directory, defines=True, **{"connect": host.uri, **asked})
     return GuestRestoration(destination, guest_at(destination, GUEST), request).run()
 
 
@@ -111,22 +111,27 @@ def test_what_libvirt_refuses_stays_as_files(
     guest.point(destination, 1, inactive=xml, live=None, uuid=None)
     with pytest.raises(ToolFailed) as refused:
         restored(host, destination, tmp_path / "out")
-    assert f"virsh define {tmp_path}/out/web1.xml" in str(refused.value.hint)
+    assert refused.value.subject == GUEST
+    assert f"{host.uri}' define {tmp_path}/out/web1.xml" in str(refused.value.hint)
     assert (tmp_path / "out" / "vda.qcow2").exists()
     assert domains(host) == set()
 
 
 def test_a_domain_without_a_definition_that_lasts(
-    host: LibvirtHost, destination: ReplicaDestination, tmp_path: Path
+    host: LibvirtHost, destination: ReplicaDestination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a transient domain there is the live XML only, with all that libvirt adds to it while it runs."""
+    """Of a transient domain there is the live XML only, with all that libvirt adds to it while it runs.
+
+    It is defined by the daemon that the environment names, as every other command does.
+    """
     guest = Guest(tmp_path / "g")
     domain = Domain.started(host, tmp_path / "d", guest.images, transient=True)
     live = domain.virsh("dumpxml")
     domain.virsh("destroy")
     assert "<backingStore" in live
     guest.point(destination, 1, inactive=None, live=live)
-    restored(host, destination, tmp_path / "out")
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", host.uri)
+    restored(host, destination, tmp_path / "out", connect=None)
     try:
         host.virsh("start", GUEST)
         assert domain.source("vdb") == tmp_path / "out" / "vdb.qcow2"

@@ -87,6 +87,14 @@ def test_all_disks_of_a_guest(command: Command, tmp_path: Path, chain: Chain) ->
         assert unknown.returncode == NotFound.exit_code
 
 
+def test_a_file_of_the_chain_that_was_moved(command: Command, tmp_path: Path, chain: Chain) -> None:
+    with Machine(tmp_path / "m", disks={"vda": chain.active}) as machine:
+        chain.files[0].rename(tmp_path / "moved.qcow2")
+        said = command("merge", "--qmp", machine.qmp)
+    assert said.returncode == NotFound.exit_code
+    assert "was a file of the chain renamed or replaced while the guest ran?" in said.stderr
+
+
 def test_the_options_of_guests_need_one(command: Command, tmp_path: Path, chain: Chain) -> None:
     for words in (("--idle",), ("--disk", "vda"), ("--limit-rate", "1M")):
         assert command("merge", chain.active, *words).returncode == 2
@@ -342,7 +350,8 @@ def test_nights_of_an_idle_guest(command: Command, tmp_path: Path, kind: str) ->
             assert said.returncode == 0, said.stdout + said.stderr
             [disk] = json.loads(said.stdout)["disks"]
             assert (disk["bytes_read"] == 0) is (night > 0)
-            merged = command("merge", "--qmp", machine.qmp, "--flatten", "--strategy", "commit", "--json")
+            known = ["--at", place, "--at", f"{place}::web1"] if not kind else []
+            merged = command("merge", "--qmp", machine.qmp, "--flatten", "--strategy", "commit", "--json", *known)
             assert json.loads(merged.stdout)["layers_after"] == 1, merged.stdout + merged.stderr
 
 

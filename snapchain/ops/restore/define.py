@@ -6,30 +6,33 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from snapchain.errors import Conflict, SnapchainError, ToolFailed
+from snapchain.errors import Conflict, SnapchainError
 from snapchain.guest.libvirt_definition import tpm_directory
 from snapchain.host.files import make_directories, write_atomically
-from snapchain.host.processes import Completed, run
+from snapchain.host.terminal import shell_line
+from snapchain.host.virsh import Virsh
 
-_SECONDS = 60.0
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
 def check_new(name: str, uuid: str | None, *, connect: str | None) -> None:
-    """Raises Conflict where libvirt has a domain of this name or UUID, ToolFailed where it does not answer."""
+    """Raises Conflict where libvirt has a domain of this name or UUID, and as `Virsh.text`."""
     hint = "a clone beside it: --new-name NAME; or rename or undefine that domain first"
-    if name in _names("--name", connect=connect):
+    virsh = Virsh(connect)
+    if name in virsh.names("list", "--all", "--name"):
         raise Conflict("libvirt has a domain of this name", subject=name, hint=hint)
-    if uuid is not None and uuid.lower() in _names("--uuid", connect=connect):
+    if uuid is not None and uuid.lower() in virsh.names("list", "--all", "--uuid"):
         raise Conflict(f"libvirt has a domain with the UUID {uuid}", subject=name, hint=hint)
 
 
 def define(definition: Path, *, name: str, connect: str | None) -> str:
-    """Define a domain from a file; its name. Raises ToolFailed, naming the command to run by hand."""
+    """Define a domain from a file; its name. Raises as `Virsh.text`, naming the command to run by hand."""
+    virsh = Virsh(connect)
     try:
-        _virsh("define", "--file", str(definition), connect=connect)
-    except ToolFailed as error:
-        error.hint = f"all files are there; change the definition, then run: virsh define {definition}"
+        virsh.text("define", "--file", str(definition), subject=name)
+    except SnapchainError as error:
+        by_hand = shell_line(["virsh", "--connect", virsh.uri, "define", definition])
+        error.hint = f"all files are there; change the definition, then run: {by_hand}"
         raise
     return name
 
@@ -38,9 +41,9 @@ def place_tpm(files: Mapping[str, bytes], *, version: str, uuid: str | None, con
     """Put the state of an emulated TPM where libvirt of this host looks for it; what is left to do, as sentences.
 
     files: by their names in the directory; version: of the TPM
-    libvirt gives the files to the TPM's user when the domain starts. Raises ToolFailed.
+    libvirt gives the files to the TPM's user when the domain starts. Raises as `Virsh.text`.
     """
-    uri = _virsh("uri", connect=connect).stdout.decode(errors="replace").strip()
+    uri = Virsh(connect).text("uri").strip()
     if uuid is None or not _UUID.fullmatch(uuid) or uri not in ("qemu:///system", "qemu:///session"):
         yield "copy the state of its TPM to where its libvirt keeps it before its first start"
         return
@@ -55,13 +58,3 @@ def place_tpm(files: Mapping[str, bytes], *, version: str, uuid: str | None, con
             write_atomically(place / name, data, whatever_the_umask=True)
     except (OSError, SnapchainError) as error:
         yield f"copy the state of its TPM to {place} before its first start: {error}"
-
-
-def _names(option: str, *, connect: str | None) -> set[str]:
-    done = _virsh("list", "--all", option, connect=connect)
-    return {line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()}
-
-
-def _virsh(*words: str, connect: str | None) -> Completed:
-    uri = [] if connect is None else ["--connect", connect]
-    return run(["virsh", "--quiet", *uri, *words], timeout=_SECONDS)
