@@ -1,12 +1,14 @@
-"""A process of ours that outlives us: a session of its own, no terminal, one descriptor shared with us.
+"""Processes that outlive us: each in a session of its own, without a terminal.
 
-All other programs die with us (processes.py).  This one is for what must be undone when we are killed.
+All other programs die with us (processes.py).  One of these undoes what we leave when we are killed, and shares a
+descriptor with us; the other is the QEMU of a guest that has come to this host.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import Unavailable
@@ -35,3 +37,17 @@ def start_module(module: str, argument: str, *, fd: int) -> int:
     actions = [(os.POSIX_SPAWN_DUP2, fd, _THEIR_FD), *nulls]
     with os_errors(sys.executable):
         return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=())
+
+
+def start_program(argv: Sequence[str], *, log: int) -> int:
+    """Run a program with its output in the file `log`, an open descriptor; its pid. argv[0]: a whole path.
+
+    Raises Unavailable.
+    """
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, log, 1),
+        (os.POSIX_SPAWN_DUP2, log, 2),
+    ]
+    with os_errors(argv[0]):
+        return os.posix_spawn(argv[0], list(argv), os.environ, file_actions=actions, setsid=True, setsigmask=())

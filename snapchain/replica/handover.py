@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Case:
+class GuestCase:
     """A disk in question. overlay: from its directory; state: of that now."""
 
     disk: ReplicaDisk
@@ -123,7 +123,7 @@ def hand_over(request: Handover, root: Path) -> Handed:
             stack.enter_context(in_turn(disk, Work.TRANSFER))
             if disk.read() is None:
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
-        cases = [_case(replica.disk(each.disk), each) for each in request.disks]
+        cases = [case_of(replica.disk(each.disk), each) for each in request.disks]
         if request.step is Step.GIVE:
             cases = _give(cases, request.token, stack)
         elif request.step is Step.BACK:
@@ -131,28 +131,34 @@ def hand_over(request: Handover, root: Path) -> Handed:
     return Handed(disks=tuple(_standing(case, request.token) for case in cases))
 
 
-def _case(disk: ReplicaDisk, asked: HandedDisk) -> _Case:
+def case_of(disk: ReplicaDisk, asked: HandedDisk) -> GuestCase:
+    """A disk that is locked, as it stands."""
     catalogue = settle(disk)
     look = look_at_active(disk, catalogue, asked.overlay.model_copy(update={"make": False, "prove": False}))
-    return _Case(disk, catalogue, asked, look.directory, look.file, look.state)
+    return GuestCase(disk, catalogue, asked, look.directory, look.file, look.state)
 
 
-def _give(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
+def _give(cases: list[GuestCase], token: str, stack: ExitStack) -> list[GuestCase]:
     new = [case for case in cases if not case.given(token)]
     for case in new:
         case.check_free_for(token)
-        _check_next(case, "given", 1)
+        check_next(case, "given", 1)
         if case.state is not ActiveState.READY:
             raise case.conflict(
                 "it is not the empty overlay on the newest layer any more that was prepared for the guest",
                 "another transfer was faster, or somebody uses it: run the migration again",
             )
         stack.enter_context(ImageLock(case.path, LockMode.WRITE))  # nobody runs on it yet
-    done = {case.disk.name: _record(case, token) for case in new}
+    done = {case.disk.name: record_given(case, token) for case in new}
     return [done.get(case.disk.name, case) for case in cases]
 
 
-def _check_next(case: _Case, what: str, most: int) -> None:
+def revoke_given(case: GuestCase, token: str) -> GuestCase:
+    """Take back a disk whose guest has come to this host and never ran here: the sender goes on. Its QEMU is gone."""
+    return _written(case, case.catalogue.after(epoch=case.asked.epoch + 1, handover=None, taken_back=token))
+
+
+def check_next(case: GuestCase, what: str, most: int) -> None:
     """Raises Conflict for an epoch that is not the disk's next one. most: steps that it may be ahead."""
     now, asked = case.catalogue.epoch, case.asked.epoch
     if asked <= now:
@@ -167,19 +173,20 @@ def _check_next(case: _Case, what: str, most: int) -> None:
         )
 
 
-def _record(case: _Case, token: str) -> _Case:
+def record_given(case: GuestCase, token: str) -> GuestCase:
+    """From now on this host is the master."""
     now = datetime.now(UTC)
     handover = HandedOver(token=token, epoch=case.asked.epoch, overlay=case.overlay, time=now)
     return _written(case, case.catalogue.after(epoch=case.asked.epoch, handover=handover))
 
 
-def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
+def _take_back(cases: list[GuestCase], token: str, stack: ExitStack) -> list[GuestCase]:
     for case in cases:
         if case.is_back(token):
             continue
         case.check_free_for(token)
         # A disk that was not given is two steps behind: the one that its sender had in mind, and the one back.
-        _check_next(case, "taken back", 1 if case.was_given(token) else 2)
+        check_next(case, "taken back", 1 if case.was_given(token) else 2)
         if case.is_given_on and case.was_given(token):
             raise case.conflict(
                 "it is read-only: the host there has given the disk on to another one",
@@ -197,7 +204,7 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
     return [case if case.is_back(token) else _revoke(case, token) for case in cases]
 
 
-def _revoke(case: _Case, token: str) -> _Case:
+def _revoke(case: GuestCase, token: str) -> GuestCase:
     """The epoch first: what is left of the overlay then is nobody's."""
     done = _written(case, case.catalogue.after(epoch=case.asked.epoch, handover=None, taken_back=token))
     if case.given(token):
@@ -205,12 +212,12 @@ def _revoke(case: _Case, token: str) -> _Case:
     return done
 
 
-def _written(case: _Case, catalogue: Catalogue) -> _Case:
+def _written(case: GuestCase, catalogue: Catalogue) -> GuestCase:
     case.disk.write(catalogue)
-    return _Case(case.disk, catalogue, case.asked, case.directory, case.overlay, case.state)
+    return GuestCase(case.disk, catalogue, case.asked, case.directory, case.overlay, case.state)
 
 
-def _standing(case: _Case, token: str) -> Standing:
+def _standing(case: GuestCase, token: str) -> Standing:
     return Standing(disk=case.disk.name, given=case.given(token), epoch=case.catalogue.epoch, overlay=str(case.path))
 
 
