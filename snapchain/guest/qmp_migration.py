@@ -210,7 +210,7 @@ class Outgoing:
 
     def send_memory(self, ram: Path, *, pause_limit: float, bandwidth: int | None, auto_converge: bool) -> None:
         """Begin to send the memory. pause_limit: seconds that its last part may take; bandwidth: bytes a second."""
-        wanted = {name: True for name in CAPABILITIES} | {AUTO_CONVERGE: auto_converge}
+        wanted = dict.fromkeys(CAPABILITIES, True) | {AUTO_CONVERGE: auto_converge}
         _set_capabilities(self._monitor, wanted)
         limits = {"downtime-limit": max(1, int(pause_limit * 1000)), "max-bandwidth": bandwidth or _UNLIMITED}
         self._monitor.execute("migrate-set-parameters", limits)
@@ -347,7 +347,7 @@ class Incoming:
         nodes = root_nodes(self._monitor)
         if missing := [disk for disk in disks if disk not in nodes]:
             raise Conflict(f"the QEMU at the destination has no disk {', '.join(missing)}", subject=self._monitor.path)
-        _set_capabilities(self._monitor, {name: True for name in CAPABILITIES})
+        _set_capabilities(self._monitor, dict.fromkeys(CAPABILITIES, True))
         self._monitor.execute("migrate-incoming", {"uri": f"unix:{ram}"})
         address = {"type": "unix", "data": {"path": str(nbd)}}
         self._monitor.execute("nbd-server-start", {"addr": address, "max-connections": 2 * len(disks)})
@@ -382,7 +382,7 @@ class Incoming:
         if self._monitor.fields("query-status").get("running") is not True:
             raise Unavailable("the guest does not run although it was told to", subject=self._monitor.path)
         with suppress(SnapchainError):  # the next migration sets its own
-            _set_capabilities(self._monitor, {name: False for name in CAPABILITIES})
+            _set_capabilities(self._monitor, dict.fromkeys(CAPABILITIES, False))
         return self._monitor.time_of("RESUME")
 
 

@@ -1,7 +1,7 @@
 """Directories for sockets: short paths, since the kernel takes 107 bytes of one, gone after a boot like what uses them.
 
-    /run/snapchain/web1-5f3a9c01/          of root
-    $XDG_RUNTIME_DIR/snapchain/...         of other users, and of whoever sets it; /tmp/snapchain-UID where it is unset
+/run/snapchain/web1-5f3a9c01/          of root
+$XDG_RUNTIME_DIR/snapchain/...         of other users, and of whoever sets it; /tmp/snapchain-UID where it is unset
 """
 
 from __future__ import annotations

@@ -350,7 +350,8 @@ _FAULTS = (
     ),
     _Fault(
         r"Bad configuration option|Bad owner or permissions|Can't open user config|terminating, .* bad configuration"
-        r"|Bad local forwarding|Could not request local forwarding|unix_listener|missing argument|invalid quotes|unknown option|illegal option",
+        r"|Bad local forwarding|Could not request local forwarding|unix_listener|missing argument|invalid quotes"
+        r"|unknown option|illegal option",
         ToolFailed,
         "ssh cannot be run as it is configured",
         "see that ssh {login} works",

@@ -110,7 +110,6 @@ class DirectoryEndpoint:
             if broken:
                 raise broken[0]
 
-
     @contextmanager
     def forwarded(self, sockets: Sequence[Path], directory: Path) -> Iterator[Sequence[Path]]:
         """See `GuestEndpoint`: it is the same host."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from snapchain.errors import Corrupt
 from snapchain.replica.endpoint import Endpoint
@@ -15,21 +16,21 @@ _ALIVE_SECONDS = 5.0
 """The other side gives up a peer that is silent for six times as long (guest_server.PATIENCE)."""
 
 
+@dataclass(frozen=True, slots=True)
+class MovingGuest:
+    """Which guest moves, by which token. disks: as they are handed over; exports: their names in the guest."""
+
+    token: str
+    guest: str
+    disks: Sequence[HandedDisk]
+    exports: Sequence[str]
+
+
 class GuestMove:
     """A move that is under way. Use `moving`."""
 
-    def __init__(
-        self,
-        session: ClientSession,
-        endpoint: Endpoint,
-        *,
-        token: str,
-        guest: str,
-        disks: Sequence[HandedDisk],
-        exports: Sequence[str],
-    ) -> None:
-        self._session, self._endpoint = session, endpoint
-        self._token, self._guest, self._disks, self._exports = token, guest, tuple(disks), tuple(exports)
+    def __init__(self, session: ClientSession, endpoint: Endpoint, what: MovingGuest) -> None:
+        self._session, self._endpoint, self._what = session, endpoint, what
         self._begun = False
         self._heard = time.monotonic()
 
@@ -37,11 +38,11 @@ class GuestMove:
         """Have one step done there. Raises what the other side refuses with, Unavailable where no answer came."""
         request = Move(
             step=step,
-            token=self._token,
+            token=self._what.token,
             replica=self._endpoint.replica,
-            guest=self._guest,
-            disks=self._disks,
-            exports=self._exports,
+            guest=self._what.guest,
+            disks=tuple(self._what.disks),
+            exports=tuple(self._what.exports),
             argv=tuple(argv),
             directory=directory,
             qmp=qmp or None,
@@ -71,17 +72,10 @@ class GuestMove:
 
 
 @contextmanager
-def moving(
-    endpoint: Endpoint, *, token: str, guest: str, disks: Sequence[HandedDisk], exports: Sequence[str] = ()
-) -> Iterator[GuestMove]:
-    """A stream about one move. Left without `stop`, the other side settles what was begun in it by its record.
-
-    exports: the disks' names in the guest
-    """
+def moving(endpoint: Endpoint, what: MovingGuest) -> Iterator[GuestMove]:
+    """A stream about one move. Left without `stop`, the other side settles what was begun in it by its record."""
     with endpoint.connect() as channel:
-        move = GuestMove(
-            ClientSession(channel), endpoint, token=token, guest=guest, disks=disks, exports=exports
-        )
+        move = GuestMove(ClientSession(channel), endpoint, what)
         try:
             yield move
         except BaseException:

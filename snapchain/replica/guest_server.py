@@ -256,9 +256,7 @@ class GuestArrival:
                 check_next(case, "given", 1)
                 if case.catalogue.tip is None or case.catalogue.tip.id != case.asked.overlay.on:
                     raise Conflict("its overlay is not on the newest layer here any more", subject=case.path)
-        self._cases = [
-            case if case.given(self._token) else record_given(case, self._token) for case in self._cases
-        ]
+        self._cases = [case if case.given(self._token) else record_given(case, self._token) for case in self._cases]
         self._write(details.model_copy(update={"stage": "given"}))
 
     def _run(self) -> None:
@@ -287,9 +285,7 @@ class GuestArrival:
             self._monitor.close()
             self._monitor = None
         _kill(details.qemu)
-        self._cases = [
-            revoke_given(case, self._token) if case.was_given(self._token) else case for case in self._cases
-        ]
+        self._cases = [revoke_given(case, self._token) if case.was_given(self._token) else case for case in self._cases]
         for made in details.overlays:
             _remove_overlay(made)
         run_directory.remove(details.directory)

@@ -566,9 +566,7 @@ class Move(Message):
     guest: Annotated[str, StringConstraints(min_length=1, max_length=250), AfterValidator(_printable)]
     disks: tuple[HandedDisk, ...] = Field(default=(), max_length=MOST_DISKS)
     exports: tuple[Annotated[str, StringConstraints(max_length=250)], ...] = Field(default=(), max_length=MOST_DISKS)
-    argv: tuple[Annotated[str, StringConstraints(max_length=65536)], ...] = Field(
-        default=(), max_length=MOST_ARGUMENTS
-    )
+    argv: tuple[Annotated[str, StringConstraints(max_length=65536)], ...] = Field(default=(), max_length=MOST_ARGUMENTS)
     directory: str | None = Field(default=None, max_length=4096)
     qmp: str | None = Field(default=None, max_length=4096)
 
