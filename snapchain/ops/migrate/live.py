@@ -27,6 +27,7 @@ from pydantic import JsonValue
 
 from snapchain.errors import Conflict, SnapchainError, Unavailable, Unsupported
 from snapchain.guest import journal
+from snapchain.guest.address import GuestAddress
 from snapchain.guest.disks import active_path, disks_to_protect
 from snapchain.guest.protocol import Definition, GuestDisk
 from snapchain.guest.qemu_files import QemuFiles
@@ -104,6 +105,16 @@ def settle_left(guest: QmpGuest, *, is_gone: bool = False, on_event: OnEvent = i
     return [
         live_settle.settle(found, monitor=guest.monitor, is_gone=is_gone, on_event=on_event)
         for found in live_settle.abandoned(guest.name, guest.process())
+    ]
+
+
+def settle_address(address: GuestAddress, *, is_gone: bool = False, on_event: OnEvent = ignore) -> list[SettledMove]:
+    """As `settle_left`, also for a guest whose QEMU has ended."""
+    qmp = None if address.qmp is None else str(address.qmp.absolute())
+    return [
+        live_settle.settle(found, is_gone=is_gone, on_event=on_event)
+        for found in journal.find(operation=live_settle.OPERATION)[0]
+        if found.record.qmp == qmp and found.record.is_abandoned
     ]
 
 
