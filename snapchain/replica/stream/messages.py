@@ -33,6 +33,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.content import SumText
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.fingerprint import SHORT_KEY_BYTES, Fingerprint
+from snapchain.model.guest_state import MOST_DISKS as MOST_TAKEN, GuestChange, GuestStanding
 from snapchain.model.inventory import MAX_LAYERS
 from snapchain.model.retention import Policy
 from snapchain.replica.names import is_layer_name
@@ -61,6 +62,7 @@ class Kind(IntEnum):
     LEAVES = 18
     HOLD = 19
     RELEASE = 20
+    GUEST = 21
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -74,6 +76,7 @@ class Kind(IntEnum):
     HANDED = 42
     LEAF_HASHES = 43
     HELD = 44
+    STANDING = 45
 
 
 KiB = 1024
@@ -527,6 +530,37 @@ class Handed(Message):
     disks: tuple[Standing, ...] = Field(max_length=MOST_DISKS)
 
 
+# --- GUEST
+
+
+class AskGuest(Message):
+    """How a guest stands, or one step of it to another state.
+
+    handed: for SWITCH, and for WITHDRAW after it, all disks of the guest, as in HANDOVER; replica: as in Open
+    """
+
+    guest: str = Field(min_length=1, max_length=250)
+    replica: str | None = Field(default=None, max_length=4096)
+    change: GuestChange | None = None
+    handed: tuple[HandedDisk, ...] = Field(default=(), max_length=MOST_DISKS)
+
+    @model_validator(mode="after")
+    def _is_of_one_guest(self) -> Self:
+        names = [each.disk for each in self.handed]
+        if len(set(names)) < len(names) or not all(name.startswith(f"{self.guest}/") for name in names):
+            raise ValueError("its disks are not those of the guest, each once")
+        if self.change is not None and self.change.guest != self.guest:
+            raise ValueError("the change is another guest's")
+        return self
+
+
+class Stands(Message):
+    """How a guest stands. disks: those that were taken over by the request, each with its overlay; in its order"""
+
+    standing: GuestStanding
+    disks: tuple[Standing, ...] = Field(default=(), max_length=MOST_TAKEN)
+
+
 # --- MERGE
 
 _LARGEST = MAX_LAYERS * LARGEST_DISK
@@ -705,6 +739,8 @@ class Feature(StrEnum):
     """The receiver keeps `instant` and `consistency` of points, and lists them for a sender that names it."""
     DROP_POINTS = "drop-points"
     """The receiver knows in MERGE the numbers of the points that go."""
+    GUEST_STATE = "guest-state"
+    """The receiver keeps the states of guests, and answers GUEST."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -780,6 +816,15 @@ REQUESTS: Mapping[Kind, Request] = {
     ),
     Kind.HOLD: Request(HoldPoint, 16 * KiB, "holds:hold", (Kind.HELD,), _SEND | _MERGE, Feature.HOLD, opens=True),
     Kind.RELEASE: Request(ReleasePoint, 16 * KiB, "holds:release", (Kind.HELD,), _MERGE, Feature.HOLD, opens=True),
+    Kind.GUEST: Request(
+        AskGuest,
+        512 * KiB,
+        "guest_states:answer",
+        (Kind.STANDING,),
+        _SEND | _FETCH | {Right.HANDOVER},
+        Feature.GUEST_STATE,
+        opens=True,
+    ),
 }
 """All that a sender may ask for. What is not here, and no part of a layer, is refused."""
 
@@ -807,6 +852,7 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.HANDED: 512 * KiB,
     Kind.LEAF_HASHES: LEAVES_A_FRAME * LEAF_ENTRY_BYTES,
     Kind.HELD: 512 * KiB,
+    Kind.STANDING: 6 * MiB,
 }
 """The same for a receiver."""
 FROM_FETCH: Mapping[Kind, int] = {
