@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class GuestMove:
             token=self._what.token,
             replica=self._endpoint.replica,
             guest=self._what.guest,
+            by=socket.gethostname(),
             disks=tuple(self._what.disks),
             exports=tuple(self._what.exports),
             argv=tuple(argv),

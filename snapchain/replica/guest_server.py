@@ -1,9 +1,10 @@
 """A guest comes to this host while it runs: the replica's side of a move, which owns the QEMU that awaits it.
 
-    PREPARE   disks locked, overlays empty on the newest layers     record "incoming": prepared
-    START     QEMU started, -S -incoming defer                      started
-    GIVE      its memory is here: the catalogues name this host     given        <- the one moment that decides
-    RUN       nbd-server-stop, cont                                 ran
+    step      what is done                                         journal    state of the guest (guest_state.py)
+    PREPARE   disks locked, overlays empty on the newest layers    prepared   moving
+    START     QEMU started, -S -incoming defer                     started
+    GIVE      its memory is here, whole                            given      switched   <- this write decides
+    RUN       nbd-server-stop, cont                                ran        active
 
 The disks stay locked from PREPARE to the end of the stream, so that no other transfer changes what lies below the
 guest.  Where the stream ends early, its peer has died or the link is cut: before GIVE the QEMU is ended and what was
@@ -16,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,7 +36,10 @@ from snapchain.host import files, run_directory
 from snapchain.host.detached import start_program
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
-from snapchain.replica.handover import GuestCase, case_of, check_next, record_given, revoke_given
+from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
+from snapchain.replica.guest_states import look
+from snapchain.replica.guest_store import alone_with, disks_of, write_standing
+from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
 from snapchain.replica.store import Work, in_turn, open_replica
 from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving
 
@@ -69,6 +74,7 @@ class _Details(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     token: str
+    by: str
     root: Path
     disks: tuple[HandedDisk, ...]
     overlays: tuple[_Made, ...]
@@ -112,7 +118,7 @@ def _opened(root: Path, request: Move) -> Iterator[GuestArrival]:
             arrival.close()
 
 
-def _locked(root: Path, disks: tuple[HandedDisk, ...], locks: ExitStack) -> list[GuestCase]:
+def _locked(root: Path, disks: tuple[HandedDisk, ...], locks: ExitStack) -> list[Case]:
     """The disks, in the order of the request; none where this replica has none of them."""
     try:
         replica = open_replica(root)
@@ -125,14 +131,15 @@ def _locked(root: Path, disks: tuple[HandedDisk, ...], locks: ExitStack) -> list
         locks.enter_context(in_turn(disk, Work.TRANSFER))
         if disk.read() is None:
             return []
-    return [case_of(replica.disk(each.disk), each) for each in disks]
+    return cases_of(replica, disks)
 
 
 class GuestArrival:
     """One move. found: its record, None where there is none (yet); cases: its disks, locked."""
 
-    def __init__(self, root: Path, request: Move, cases: list[GuestCase], found: journal.Found | None) -> None:
+    def __init__(self, root: Path, request: Move, cases: list[Case], found: journal.Found | None) -> None:
         self._root, self._token, self._guest, self._cases = root, request.token, request.guest, cases
+        self._by, self._epoch = request.by, request.disks[0].epoch
         self._exports: tuple[str, ...] = request.exports
         self._found = found
         self._monitor: Monitor | None = None
@@ -170,7 +177,7 @@ class GuestArrival:
         """Run the guest where it was given to this host; else give the move up."""
         if self._found is None:
             return
-        if _details(self._found).stage in ("given", "ran"):
+        if self._is_given():
             if self._alive():
                 self._run()
         else:
@@ -182,8 +189,7 @@ class GuestArrival:
         if self._found is not None or not self._cases:
             raise Conflict("there is nothing here to prepare, or it was done before", subject=self._root)
         for case in self._cases:
-            case.check_free_for(self._token)
-            check_next(case, "given", 1)
+            check_may_be_given(case, self._token)
             if case.state is not ActiveState.READY:
                 raise Conflict(
                     "it is not the empty overlay on the newest layer any more that was prepared for the guest",
@@ -192,11 +198,20 @@ class GuestArrival:
                 )
             with ImageLock(case.path, LockMode.WRITE):
                 pass  # nobody runs on it yet
+        standing = self._standing_now()
+        if standing.epoch + 1 != self._epoch:
+            raise Conflict(
+                f"the guest is in epoch {standing.epoch} here, and would be given in {self._epoch}",
+                subject=f"{self._root}: {self._guest}",
+                hint="run the migration again; find out which host runs the guest before anything else",
+            )
         directory = run_directory.make(self._guest, self._token)
         self._settles = True
+        # The journal first: whoever finds the guest `moving` finds out what became of the move.
         self._write(
             _Details(
                 token=self._token,
+                by=self._by,
                 root=self._root,
                 disks=tuple(case.asked for case in self._cases),
                 overlays=tuple(_made(case.path) for case in self._cases),
@@ -204,6 +219,7 @@ class GuestArrival:
                 stage="prepared",
             )
         )
+        self._change(Transition.MOVE, host=self._by)
 
     def _start(self, request: Move) -> None:
         details = self._at("prepared")
@@ -252,12 +268,22 @@ class GuestArrival:
         Incoming(self._connected()).check_complete(seconds=_COMPLETE_SECONDS)
         for case in self._cases:
             if not case.given(self._token):
-                case.check_free_for(self._token)
-                check_next(case, "given", 1)
+                check_may_be_given(case, self._token)
                 if case.catalogue.tip is None or case.catalogue.tip.id != case.asked.overlay.on:
                     raise Conflict("its overlay is not on the newest layer here any more", subject=case.path)
-        self._cases = [case if case.given(self._token) else record_given(case, self._token) for case in self._cases]
+        # The journal never says less than the state: a guest of which nothing is journalled has run.
         self._write(details.model_copy(update={"stage": "given"}))
+        self._change(Transition.SWITCH, host=socket.gethostname())
+        self._follow()
+
+    def _follow(self) -> None:
+        """All disks of the guest follow its record into the new epoch."""
+        self._cases = [record_given(case, self._token) for case in self._cases]
+        mine = {case.disk.name for case in self._cases}
+        for disk in disks_of(open_replica(self._root), self._guest):
+            if disk.name not in mine and (found := disk.read()) is not None and found.epoch < self._epoch:
+                with in_turn(disk, Work.TRANSFER):
+                    disk.write((disk.read() or found).after(epoch=self._epoch))
 
     def _run(self) -> None:
         details = self._at("given", "ran")
@@ -267,32 +293,63 @@ class GuestArrival:
                 subject=self._guest,
                 hint="start the guest here on the overlays of its disks",
             )
+        if not self._is_given():
+            raise Conflict("the guest was not given to this host", subject=self._guest)
+        self._follow()
         self._write(details.model_copy(update={"stage": "ran"}))
         self._resumed = Incoming(self._connected()).run() or time.time()
+        self._change(Transition.START, host=socket.gethostname())
         assert self._found is not None
         journal.remove(self._found.path)
 
     def end(self) -> None:
         """Give it up. Raises Conflict where the guest may have run here, or has come whole and is this host's."""
         if self._found is None:
-            if any(case.given(self._token) for case in self._cases):
+            if self._is_given():
                 raise Conflict("the guest was given to this host, and may have run here", subject=self._guest)
             return
-        details = _details(self._found)
-        if details.stage == "ran" or (details.stage == "given" and self._alive()):
+        details, given = _details(self._found), self._is_given()
+        if details.stage == "ran" or (given and self._alive()):
             raise Conflict("the guest is this host's", subject=self._guest, hint="migrate it from here")
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
         _kill(details.qemu)
-        self._cases = [revoke_given(case, self._token) if case.was_given(self._token) else case for case in self._cases]
+        if given:
+            self._change(Transition.WITHDRAW, host=self._by)
+            self._cases = [revoke_given(case, self._token) for case in self._cases]
+        else:
+            self._change(Transition.ABORT, host=self._by)
         for made in details.overlays:
             _remove_overlay(made)
         run_directory.remove(details.directory)
         journal.remove(self._found.path)
         self._found = None
 
-    # --- Its record.
+    # --- Its records.
+
+    def _standing_now(self) -> GuestStanding:
+        return look(open_replica(self._root), self._guest).standing
+
+    def _is_given(self) -> bool:
+        """Whether this host is the guest's master by this move."""
+        if not self._cases:
+            return False
+        now = self._standing_now()
+        return now.token == self._token and now.state in (GuestState.SWITCHED, GuestState.ACTIVE)
+
+    def _change(self, transition: Transition, *, host: str) -> None:
+        """Take the guest to its next state here, unless it is there already. Raises Conflict."""
+        with alone_with(self._root, self._guest):
+            now = self._standing_now()
+            asked = GuestChange(
+                guest=self._guest, transition=transition, seen=now.number, token=self._token, by=self._by, host=host
+            )
+            again = asked.model_copy(update={"seen": now.number - 1}) if now.number else asked
+            if is_done(now, again) or _is_undone(now, transition):
+                return
+            subject = f"{self._root}: {self._guest}"
+            write_standing(self._root, after(now, asked, time=datetime.now(UTC), subject=subject))
 
     def _at(self, *stages: str) -> _Details:
         details = None if self._found is None else _details(self._found)
@@ -334,13 +391,11 @@ class GuestArrival:
 
     def _standing(self) -> Moving:
         details = None if self._found is None else _details(self._found)
-        given = [case.given(self._token) for case in self._cases]
         return Moving(
             directory="" if details is None else str(details.directory),
             overlays=tuple(str(case.path) for case in self._cases),
             alive=self._alive(),
-            given=bool(given) and all(given),
-            some=any(given),
+            given=self._is_given(),
             ran=details is not None and details.stage == "ran",
             version=self._version,
             machine=self._machine,
@@ -351,10 +406,17 @@ class GuestArrival:
         )
 
 
+def _is_undone(now: GuestStanding, transition: Transition) -> bool:
+    """Whether there is nothing to undo: the move had not come so far."""
+    return transition in (Transition.ABORT, Transition.WITHDRAW) and now.state is GuestState.PROTECTED
+
+
 def settle_record(found: journal.Found) -> None:
     """Finish or undo a move to this host that was interrupted. Raises Busy where somebody works on its disks."""
     details = _details(found)
-    request = Move(step=MoveStep.LOOK, token=details.token, guest=found.record.guest, disks=details.disks)
+    request = Move(
+        step=MoveStep.LOOK, token=details.token, guest=found.record.guest, by=details.by, disks=details.disks
+    )
     with ExitStack() as locks:
         now = _record_of(details.token)
         if now is None:

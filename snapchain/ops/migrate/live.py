@@ -59,6 +59,7 @@ from snapchain.ops.restore.qemu_argv import change_for_incoming
 from snapchain.ops.sync.guests import requests_of
 from snapchain.ops.sync.request import SetReport
 from snapchain.ops.sync.run import check_set, sync_set
+from snapchain.replica.client import guest_at
 from snapchain.replica.endpoint import GuestEndpoint
 from snapchain.replica.guest_client import GuestMove, moving
 from snapchain.replica.guest_server import NBD, RAM, cpu_digest
@@ -211,21 +212,27 @@ def _prepare(
 ) -> MoveRecord:
     """Have the overlays made; what is recorded of the move."""
     disks = disks_to_protect(guest)
-    prefix = request.prefix or guest.name
-    moves = [MovedImage(active_path(disk, guest=guest), f"{prefix}/{disk.name}") for disk in disks]
+    name = request.prefix or guest.name
+    moves = [MovedImage(active_path(disk, guest=guest), f"{name}/{disk.name}") for disk in disks]
     images = MigrateRequest(moves=moves, divergence=request.divergence, image_dirs=_image_dirs(moves, request))
     images.check()
-    found = []
+    overlays, epochs = [], []
     for disk, move in zip(disks, moves, strict=True):
         look = look_at(images, move)
         with opened(images, move) as chain:
             ownership.check_not_given(chain)
             ownership.check_can_be_given(chain, image_dirs=images.image_dirs)
-        name = _overlay_name(disk.name, look.epoch)
-        overlay, there = make_overlay(images, move, look, Scope.SEALED, endpoint, on_event, name=name)
-        epoch = max(look.epoch, there) + 1
-        if epoch + 1 > LARGEST_EPOCH:
-            raise Unsupported(f"its epoch is {epoch - 1}, and there is none after it", subject=move.image)
+        file = _overlay_name(disk.name, look.epoch)
+        overlay, there = make_overlay(images, move, look, Scope.SEALED, endpoint, on_event, name=file)
+        overlays.append(overlay)
+        epochs += [look.epoch, there]
+    # One for all its disks: the guest has one master.
+    standing, _ = guest_at(endpoint, name)
+    epoch = max(*epochs, standing.epoch) + 1
+    if epoch + 1 > LARGEST_EPOCH:
+        raise Unsupported(f"its epoch is {epoch - 1}, and there is none after it", subject=guest.name)
+    found = []
+    for disk, move, overlay in zip(disks, moves, overlays, strict=True):
         mark = Given(
             destination=endpoint.url,
             disk=move.disk,
@@ -240,6 +247,7 @@ def _prepare(
     return MoveRecord(
         token=token,
         destination=endpoint.url,
+        guest=name,
         disks=tuple(found),
         stage="moving",
         directory=run_directory.base() / "none",
@@ -351,7 +359,7 @@ class _Work:
 
     def _move(self, record: MoveRecord, shipped: SetReport) -> None:
         with ExitStack() as stack:
-            there = stack.enter_context(moving(self._endpoint, record.what(self._guest.name)))
+            there = stack.enter_context(moving(self._endpoint, record.what))
             stack.enter_context(self._goes_on_at_once(record))
             prepared = there.step(MoveStep.PREPARE)
             self._moved.overlays = prepared.overlays

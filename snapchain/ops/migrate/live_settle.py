@@ -63,12 +63,13 @@ class MovingDisk(BaseModel):
 
 
 class MoveRecord(BaseModel):
-    """What the journal records of a move. directory: of the sockets here; capabilities: of the source, as before"""
+    """What the journal records of a move. guest: its name at the destination; directory: of the sockets here; capabilities: of the source, as before"""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     token: str
     destination: str
+    guest: str
     disks: tuple[MovingDisk, ...]
     stage: Literal["moving", "switching", "switched"]
     directory: Path
@@ -86,9 +87,10 @@ class MoveRecord(BaseModel):
         """Of the disks, in the guest."""
         return [each.name for each in self.disks]
 
-    def what(self, guest: str) -> MovingGuest:
-        """As the destination is told. guest: its name"""
-        return MovingGuest(self.token, guest, [each.handed for each in self.disks], self.names)
+    @property
+    def what(self) -> MovingGuest:
+        """As the destination is told."""
+        return MovingGuest(self.token, self.guest, [each.handed for each in self.disks], self.names)
 
 
 class Verdict(Enum):
@@ -97,7 +99,7 @@ class Verdict(Enum):
     STAY = "stay"
     """The guest goes on here; there everything is ended first."""
     COMPLETE = "complete"
-    """Not all of its disks are given, and only its QEMU there can go on with it: give the rest, then as MOVED."""
+    """It is not given, but only its QEMU there can go on with it: give it, then as MOVED."""
     MOVED = "moved"
     """The guest is the destination's."""
     UNKNOWN = "unknown"
@@ -120,7 +122,7 @@ def judge(stage: str, there: Moving | None, *, runs_here: bool) -> Verdict:
     if there.given:
         return Verdict.STAY if never_ran and not there.alive and runs_here else Verdict.MOVED
     # Asked only after its memory was there whole: where it is lost here, that is the better copy.
-    return Verdict.COMPLETE if there.alive and (there.some or not runs_here) else Verdict.STAY
+    return Verdict.COMPLETE if there.alive and not runs_here else Verdict.STAY
 
 
 def record_of(found: journal.Found) -> MoveRecord:
@@ -216,7 +218,7 @@ class _End:
         if was_asked:
             for each in record.disks:
                 # Where it had been given, the disk there is an epoch further by now.
-                epoch = each.mark.epoch + 1 if is_gone or (there is not None and there.some) else 1
+                epoch = each.mark.epoch + 1 if is_gone or (there is not None and there.given) else 1
                 with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
                     ownership.unfence(chain, record.token, epoch=epoch)
         if self._monitor is not None:
@@ -226,7 +228,7 @@ class _End:
 
     def moved(self, *, complete: bool) -> SettledMove:
         """The guest is the destination's."""
-        with moving(self._endpoint, self._what) as move:
+        with moving(self._endpoint, self._record.what) as move:
             if complete:
                 move.step(MoveStep.GIVE)
             self._found = restaged(self._found, "switched")
@@ -261,14 +263,10 @@ class _End:
         return SettledMove(guest=guest, destination=self._record.destination, moved=moved, says=says)
 
     def _step(self, step: MoveStep) -> Moving:
-        with moving(self._endpoint, self._what) as move:
+        with moving(self._endpoint, self._record.what) as move:
             there = move.step(step)
             move.stop()
         return there
-
-    @property
-    def _what(self) -> MovingGuest:
-        return self._record.what(self._found.record.guest)
 
 
 def end_source(monitor: Monitor, process: tuple[int, int] | None, record: MoveRecord) -> None:
