@@ -24,6 +24,7 @@ RING, FIRST = 1024, 8
 _SECTOR = 512
 _COUNTER = 0x8000
 _DAP = 0x7C00 + 0x60
+_BURST = 8
 MIB = 1 << 20
 
 
@@ -43,6 +44,9 @@ def boot_sector(disks: int) -> bytes:
     code += b"\x72\xfe"  # jc $: an I/O error stops it for ever
     code += b"\xfe\xc2\x80\xfa" + bytes([0x80 + disks])  # inc dl; cmp dl, 0x80 + disks
     code += b"\x75" + struct.pack("<b", again - len(code) - 2)  # jne again
+    code += b"\xf6\x06" + struct.pack("<H", _COUNTER) + bytes([_BURST - 1])  # test byte [counter], _BURST - 1
+    code += b"\x75" + struct.pack("<b", loop - len(code) - 2)  # jnz loop
+    code += b"\xf4"  # hlt: until the timer ticks, 18 times a second; else it would take a whole processor
     code += b"\xeb" + struct.pack("<b", loop - len(code) - 2)  # jmp loop
     dap = struct.pack("<BBHHHQ", 16, 0, 1, _COUNTER, 0, 0)
     return (code.ljust(0x60, b"\0") + dap).ljust(510, b"\0") + b"\x55\xaa"
@@ -140,3 +144,11 @@ class Counting:
         self.disks = make_disks(folder / "images", names)
         self.machine = Machine(folder / "m", disks=self.disks)
         wait_until(lambda: counter(self.machine.monitor) > 3)
+
+    @property
+    def tops(self) -> list[Path]:
+        """The active layers of its disks, in their order: of web1.qcow2, web1.1.qcow2 ... the last."""
+        return [
+            max(image.parent.glob(f"{image.stem}*.qcow2"), key=lambda path: (len(path.name), path.name))
+            for image in self.disks.values()
+        ]

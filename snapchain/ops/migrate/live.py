@@ -75,6 +75,7 @@ _SWITCH_SECONDS = 15.0
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
+_MEASURED_BYTES = 16 << 20
 _QMP = "qmp"
 
 
@@ -195,7 +196,7 @@ def _ship(guest: QmpGuest, request: LiveRequest, endpoint: GuestEndpoint, on_eve
 
 def _epoch_here(guest: QmpGuest, disk: GuestDisk, request: LiveRequest) -> int:
     move = MovedImage(active_path(disk, guest=guest), "disk")
-    return look_at(MigrateRequest(moves=[move], image_dirs=_image_dirs([move], request)), move).epoch
+    return look_at(MigrateRequest(moves=[move], running=True, image_dirs=_image_dirs([move], request)), move).epoch
 
 
 def _overlay_name(disk: str, epoch: int) -> str:
@@ -214,7 +215,9 @@ def _prepare(
     disks = disks_to_protect(guest)
     name = request.prefix or guest.name
     moves = [MovedImage(active_path(disk, guest=guest), f"{name}/{disk.name}") for disk in disks]
-    images = MigrateRequest(moves=moves, divergence=request.divergence, image_dirs=_image_dirs(moves, request))
+    images = MigrateRequest(
+        moves=moves, running=True, divergence=request.divergence, image_dirs=_image_dirs(moves, request)
+    )
     images.check()
     overlays, epochs = [], []
     for disk, move in zip(disks, moves, strict=True):
@@ -247,7 +250,7 @@ def _prepare(
     return MoveRecord(
         token=token,
         destination=endpoint.url,
-        guest=name,
+        name=name,
         disks=tuple(found),
         stage="moving",
         directory=run_directory.base() / "none",
@@ -371,7 +374,7 @@ class _Work:
                 max_downtime=self._request.max_downtime,
                 round_trip=round_trip,
                 dirty_rate=measured_dirty_rate(self._outgoing.monitor),
-                link_rate=self._request.bandwidth or shipped.rate,
+                link_rate=self._request.bandwidth or _link_rate(shipped),
                 auto_converge=self._request.auto_converge,
                 subject=self._guest.name,
             )
@@ -524,6 +527,11 @@ class _Work:
         self._moved.fenced = live_settle.fence_all(record)
         run_directory.remove(record.directory)
         journal.remove(self._found.path)
+
+
+def _link_rate(shipped: SetReport) -> float | None:
+    """Bytes a second, where so much was shipped that its time was spent on the wire."""
+    return shipped.rate if sum(disk.bytes_sent for disk in shipped.disks) >= _MEASURED_BYTES else None
 
 
 def give_access(directory: Path, process: tuple[int, int] | None) -> None:

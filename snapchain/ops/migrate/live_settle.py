@@ -63,13 +63,16 @@ class MovingDisk(BaseModel):
 
 
 class MoveRecord(BaseModel):
-    """What the journal records of a move. guest: its name at the destination; directory: of the sockets here; capabilities: of the source, as before"""
+    """What the journal records of a move.
+
+    name: of the guest at the destination; directory: of the sockets here; capabilities: of the source, as before
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     token: str
     destination: str
-    guest: str
+    name: str
     disks: tuple[MovingDisk, ...]
     stage: Literal["moving", "switching", "switched"]
     directory: Path
@@ -80,7 +83,7 @@ class MoveRecord(BaseModel):
     def request(self) -> MigrateRequest:
         """For opening the images."""
         moves = [MovedImage(each.image, each.mark.disk) for each in self.disks]
-        return MigrateRequest(moves=moves, image_dirs=self.image_dirs)
+        return MigrateRequest(moves=moves, running=True, image_dirs=self.image_dirs)
 
     @property
     def names(self) -> list[str]:
@@ -90,7 +93,7 @@ class MoveRecord(BaseModel):
     @property
     def what(self) -> MovingGuest:
         """As the destination is told."""
-        return MovingGuest(self.token, self.guest, [each.handed for each in self.disks], self.names)
+        return MovingGuest(self.token, self.name, [each.handed for each in self.disks], self.names)
 
 
 class Verdict(Enum):
@@ -153,7 +156,7 @@ def settle(
     record = record_of(found)
     ours = None
     try:
-        if monitor is None:
+        if monitor is None or found.record.qemu_runs is False:
             monitor = ours = _monitor_of(found)
         end = _End(found, record, monitor, on_event)
         there = None

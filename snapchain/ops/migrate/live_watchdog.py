@@ -34,10 +34,13 @@ class MoveWatchdog:
             except BaseException:
                 ours.close()
                 raise
-        self._socket = ours
+        self._socket, self._record = ours, record
 
     def release(self) -> None:
-        """All is done, or will be done by whoever finds the record."""
+        """Let it go: where the record is still there, it ends the move, as if we were gone."""
+        if self._record.exists():
+            self._socket.close()
+            return
         with suppress(OSError):
             self._socket.sendall(_DONE)
         self._socket.close()
@@ -61,6 +64,7 @@ def _end(record: Path) -> None:
     from snapchain.ops.migrate.live_settle import settle  # inside: mostly there is nothing to do
 
     pause = _FIRST_PAUSE
+    time.sleep(pause)  # who only could not end it has not quite let go of the guest
     while (found := next((each for each in journal.find()[0] if each.path == record), None)) is not None:
         with suppress(SnapchainError):  # whoever looks into the journal finds it
             settle(found)
