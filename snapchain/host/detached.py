@@ -35,3 +35,18 @@ def start_module(module: str, argument: str, *, fd: int) -> int:
     actions = [(os.POSIX_SPAWN_DUP2, fd, _THEIR_FD), *nulls]
     with os_errors(sys.executable):
         return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=())
+
+
+def start_program(argv: list[str], *, log: Path, environment: dict[str, str]) -> int:
+    """Run a program that goes on when we end: a session of its own, no input, its output appended to `log`; its pid.
+
+    Raises what keeps it from being started.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    with os_errors(argv[0]):
+        return os.posix_spawn(argv[0], argv, environment, file_actions=actions, setsid=True, setsigmask=())
