@@ -40,6 +40,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Move": {
         "sync": "Make a replica ready for a live migration of the guest.",
         "migrate": "Move a guest to another host: while it runs, or its disks when it does not.",
+        "failover": "Take guests over whose host is gone.",
     },
     "Keep small": {
         "merge": "Make one layer of several, in a chain of files or at a destination.",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from snapchain.errors import Unavailable
@@ -39,15 +38,16 @@ def start_module(module: str, argument: str, *, fd: int) -> int:
         return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=())
 
 
-def start_program(argv: Sequence[str], *, log: int) -> int:
-    """Run a program with its output in the file `log`, an open descriptor; its pid. argv[0]: a whole path.
+def start_program(argv: list[str], *, log: Path, environment: dict[str, str]) -> int:
+    """Run a program that goes on when we end: a session of its own, no input, its output appended to `log`; its pid.
 
-    Raises Unavailable.
+    Raises what keeps it from being started.
     """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     actions = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, log, 1),
-        (os.POSIX_SPAWN_DUP2, log, 2),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
     ]
     with os_errors(argv[0]):
-        return os.posix_spawn(argv[0], list(argv), os.environ, file_actions=actions, setsid=True, setsigmask=())
+        return os.posix_spawn(argv[0], argv, environment, file_actions=actions, setsid=True, setsigmask=())

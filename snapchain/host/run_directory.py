@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, Unsupported
-from snapchain.host import files
 from snapchain.host.directory import Directory
 from snapchain.host.os_errors import os_errors
 from snapchain.host.private import PrivateDirectory
@@ -64,8 +63,3 @@ def give_to(path: Path, uid: int) -> None:
     if os.geteuid() == 0 and uid != 0:
         with Directory.open(path) as here:
             os.fchown(here.opened(), uid, -1)
-
-
-def open_log(path: Path) -> int:
-    """A new file for what a program says; the caller closes the descriptor."""
-    return files.open_or_make(path)

@@ -227,11 +227,7 @@ class GuestArrival:
             raise InvalidInput("there is no command to start", subject=self._guest)
         argv = _program(request.argv, request.directory)
         qmp = Path(request.qmp)
-        log = run_directory.open_log(details.directory / _LOG)
-        try:
-            pid = start_program(argv, log=log)
-        finally:
-            os.close(log)
+        pid = start_program(argv, log=details.directory / _LOG, environment=dict(os.environ))
         found = identity(pid)
         # Recorded before anything else can fail: a program that nobody knows of would stay for ever.
         details = self._write(details.model_copy(update={"stage": "started", "qemu": found}), qmp=qmp)

@@ -34,6 +34,7 @@ _CHILDREN = frozenset({"file", "backing", "data-file", "encrypt"})
 _PLAIN_DISKS = {"hda": 0, "hdb": 1, "hdc": 2, "hdd": 3}
 _UNITS_OF_A_BUS = {"ide": 2, "scsi": 7}
 _SOCKETS = frozenset({"qmp", "qmp-pretty", "monitor", "serial", "parallel"})
+_WAITS = ("wait", "nowait")
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
 _IMPLIED = {"blockdev": "driver", "device": "driver", "name": "guest", "chardev": "backend"}
@@ -75,6 +76,7 @@ def change_for_incoming(argv: Sequence[str], changes: Changes, *, monitor: Path,
             subject=subject,
             hint="start QEMU with -qmp unix:PATH,server=on,wait=off",
         )
+    line.wait_for_nobody()
     place = old.index(monitor) if monitor in old else 0
     words = [word for word in line.words() if word not in ("-S", "--S", "-daemonize", "--daemonize")]
     return IncomingCommand((argv[0], *words, "-S", "-incoming", "defer"), new[place], tuple(line.lacking))
@@ -208,6 +210,18 @@ class _CommandLine:
                 path = chardevs.get(option.values.get("chardev"))
                 found += [Path(path)] if path else []
         return found
+
+    def wait_for_nobody(self) -> None:
+        """No socket of it keeps QEMU from starting until somebody connects, which is what QEMU does by default."""
+        for option in self._options:
+            if option.name == "chardev" and option.values.get("backend") == "socket" and not option.is_json:
+                if option.values.get("server", "off") not in ("off", "no", "false"):
+                    option.parts = [*(each for each in option.parts if each[0] not in _WAITS), ("wait", "off")]
+            elif option.name in _SOCKETS and (option.value or "").startswith("unix:"):
+                parts = split(option.value or "")
+                if any(part.partition("=")[0] == "server" for part in parts):
+                    kept = [part for part in parts if part.partition("=")[0] not in _WAITS]
+                    option.value = ",".join(part.replace(",", ",,") for part in [*kept, "wait=off"])
 
     def set_disk(self, name: str, disk: NewDisk) -> bool:
         """Let a disk name its new file. Returns whether it was found."""
