@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from snapchain.guest.qmp_guest import QmpGuest
-    from snapchain.ops.migrate.live_request import LivePlan, LiveReport, SettledMove
+    from snapchain.ops.migrate.live_request import AbortReport, LivePlan, LiveReport
     from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
     from snapchain.ops.ship.request import Divergence
 
@@ -290,12 +290,12 @@ def _migrate_guest(
 ) -> None:
     from snapchain.guest.address import open_guest
     from snapchain.guest.qmp_guest import QmpGuest
-    from snapchain.ops.migrate.live import settle_address
+    from snapchain.ops.migrate.live import abort as end
 
     if abort:
         if words:
             raise InvalidInput("--abort needs no destination: it is recorded", subject=words[0])
-        out.report(settle_address(address, is_gone=is_gone, on_event=out.on_event), _draw_settled)
+        out.report(end(address, is_gone=is_gone, on_event=out.on_event), _draw_settled)
         return
     with open_guest(address, on_event=out.on_event) as guest:
         assert isinstance(guest, QmpGuest), "it was named by --qmp"
@@ -416,10 +416,10 @@ def _draw_live(console: Console, report: LiveReport) -> None:
     )
 
 
-def _draw_settled(console: Console, settled: list[SettledMove]) -> None:
-    if not settled:
+def _draw_settled(console: Console, report: AbortReport) -> None:
+    if not report.settled:
         render.headline(console, "no migration was left")
-    for each in settled:
+    for each in report.settled:
         render.headline(console, f"the migration of {each.guest} to {render.place(each.destination)} is ended")
         render.line(console, each.says, indent=2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from snapchain.cli import main
 from snapchain.guest import journal
 from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES
 from snapchain.ops.migrate import live_settle
+from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
 from snapchain.replica.guest_client import GuestMove
 from snapchain.source import ownership
 from tests.exhaustive import EXHAUSTIVE
 from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_on, run_directory
 from tests.guest.machine import Monitor
 from tests.guest.spy import DROP, KILL, Fault, Place, Spy, call, changing
+from tests.pages import GUIDE, section
 from tests.waiting import wait_until
 
 OURS = (*CAPABILITIES, AUTO_CONVERGE)
@@ -385,5 +388,20 @@ def test_abort_ends_what_both_killed_processes_left(guest: Counting, run: Path, 
         wait_until(lambda: guest.machine.status() == "postmigrate")
         done = snapchain("migrate", "--qmp", spy.path, "--abort", "--json")
         assert done.returncode == 0, done.stdout
-        assert [each["moved"] for each in json.loads(done.stdout)] == [False]
+        assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False]
         assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+def test_the_json_fields_are_those_that_are_documented() -> None:
+    page = section((GUIDE / "scripting.md").read_text(), "`migrate` of a running guest")
+    table, _, rest = page.partition("Plan:")
+    told = {name.removesuffix("[]") for name in re.findall(r"`([a-z_.\[\]]+)`", "".join(_first_columns(table)))}
+    fields = {f"disks[].{name}" for name in LiveDisk.model_fields} | (LiveReport.model_fields.keys() - {"disks"})
+    assert told == fields
+    plan, _, aborted = rest.partition("Of `--abort`")
+    assert set(re.findall(r"`([a-z_]+)`", plan)) == {*LivePlan.model_fields, *LiveDiskPlan.model_fields}
+    assert set(re.findall(r"`([a-z_]+)`", aborted)) == {*AbortReport.model_fields, *SettledMove.model_fields}
+
+
+def _first_columns(table: str) -> Iterator[str]:
+    return (row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))

@@ -48,7 +48,15 @@ from snapchain.ops.migrate.live_check import (
     per_second,
     switch_seconds,
 )
-from snapchain.ops.migrate.live_request import LiveDisk, LiveDiskPlan, LivePlan, LiveReport, LiveRequest, SettledMove
+from snapchain.ops.migrate.live_request import (
+    AbortReport,
+    LiveDisk,
+    LiveDiskPlan,
+    LivePlan,
+    LiveReport,
+    LiveRequest,
+    SettledMove,
+)
 from snapchain.ops.migrate.live_settle import MoveRecord, MovingDisk
 from snapchain.ops.migrate.live_watchdog import MoveWatchdog
 from snapchain.ops.migrate.look import look_at, opened
@@ -110,14 +118,15 @@ def settle_left(guest: QmpGuest, *, is_gone: bool = False, on_event: OnEvent = i
     ]
 
 
-def settle_address(address: GuestAddress, *, is_gone: bool = False, on_event: OnEvent = ignore) -> list[SettledMove]:
+def abort(address: GuestAddress, *, is_gone: bool = False, on_event: OnEvent = ignore) -> AbortReport:
     """As `settle_left`, also for a guest whose QEMU has ended."""
     qmp = None if address.qmp is None else str(address.qmp.absolute())
-    return [
+    settled = [
         live_settle.settle(found, is_gone=is_gone, on_event=on_event)
         for found in journal.find(operation=live_settle.OPERATION)[0]
         if found.record.qmp == qmp and found.record.is_abandoned
     ]
+    return AbortReport(settled=tuple(settled))
 
 
 def migrate_live(

@@ -121,3 +121,11 @@ class SettledMove(BaseModel):
     destination: str
     moved: bool
     says: str
+
+
+class AbortReport(BaseModel):
+    """What `--abort` did. settled: the interrupted migrations of the guest, oldest first"""
+
+    model_config = ConfigDict(frozen=True)
+
+    settled: tuple[SettledMove, ...]
