@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from snapchain.destination.traits import Traits
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
         PointsMergeReport,
         VerifyReport,
     )
-    from snapchain.model.guest_state import GuestChange, GuestStanding
     from snapchain.model.retention import Rules
 
 PlanT_co = TypeVar("PlanT_co", covariant=True)
@@ -221,23 +219,6 @@ class ReadableDestination(Protocol):
         self, disk: str, point: str, tag: str, *, dry_run: bool = False, on_event: OnEvent = ignore
     ) -> tuple[int, tuple[HoldRecord, ...]]:
         """Take a hold off a point; as `hold`. Raises NotFound when the point has none of this tag."""
-        ...
-
-    def guest_state(self, guest: str) -> GuestStanding:
-        """How a guest stands: who may run it, and in which epoch; protected where nothing is recorded.
-
-        Raises NotFound where there is no such guest, Unsupported for a peer that is too old.
-        """
-        ...
-
-    def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
-        """Take one step to another state: the epochs of all disks are raised with it, or none. May be repeated.
-
-        Returns how the guest stands then, and for PROMOTE, where the traits have `bootable_files`, a writable overlay
-        on the point of each disk, by the disk's name.
-        Raises Conflict for a step that is not legal or comes too late, NotFound, Busy, and Unavailable where it is not
-        known whether it was taken.
-        """
         ...
 
     def collecting(self) -> Work[GcPlan, GcReport]:

@@ -5,11 +5,10 @@ What few commands do is loaded by those that do it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zoneinfo import ZoneInfo
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
         PointsMergeReport,
         VerifyReport,
     )
-    from snapchain.model.guest_state import GuestChange, GuestStanding
     from snapchain.model.retention import Rules
 
 NOT_ENCRYPTED = "none"
@@ -284,19 +282,6 @@ class ReplicaDestination(ReplicaWriting):
         _ = on_event
         held = release_at(self.endpoint, disk, in_full(point), check_tag(tag), dry_run=dry_run)
         return held.point, _hold_records(held.holds)
-
-    def guest_state(self, guest: str) -> GuestStanding:
-        """As ReadableDestination."""
-        from snapchain.replica.client import guest_at
-
-        return guest_at(self.endpoint, guest)[0]
-
-    def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
-        """As ReadableDestination. A SWITCH names its overlays, and goes by `client.guest_at`."""
-        from snapchain.replica.client import guest_at
-
-        standing, disks = guest_at(self.endpoint, change.guest, change)
-        return standing, {each.disk: Path(each.overlay) for each in disks}
 
     def collecting(self) -> Work[GcPlan, GcReport]:
         """Raises InvalidInput: what a merge frees at a replica is free at once."""

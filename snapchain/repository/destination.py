@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from snapchain.destination.reading import Work
@@ -29,7 +28,6 @@ from snapchain.repository.reader import RecordedLeaves, RepositoryPoint, point_l
 from snapchain.repository.repository import Repository
 
 if TYPE_CHECKING:
-    from snapchain.model.guest_state import GuestChange, GuestStanding
     from snapchain.model.retention import Rules
 
 
@@ -158,18 +156,6 @@ class RepositoryDestination(RepositoryWriting):
             return number, _holds_of(holds.released(catalogue.points, number, tag, disk=disk), number)
         left = self.repository.release(disk, number, tag, on_wait=lambda words: on_event(Notice(words)))
         return number, _holds_of([left], number)
-
-    def guest_state(self, guest: str) -> GuestStanding:
-        """As ReadableDestination."""
-        from snapchain.repository import guest_states
-
-        return guest_states.look(self.repository, guest)
-
-    def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
-        """As ReadableDestination."""
-        from snapchain.repository import guest_states
-
-        return guest_states.change(self.repository, change), {}
 
     def collecting(self) -> Collecting:
         """As ReadableDestination."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import takewhile
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -33,7 +34,9 @@ from snapchain.image.view import View
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
+from snapchain.model.guest_state import GuestChange, GuestStanding
 from snapchain.objects.reserve import fill as fill_reserve
+from snapchain.repository import guest_states
 from snapchain.repository.catalogue import Catalogue, Disk, Point
 from snapchain.repository.guest_states import check_epoch
 from snapchain.repository.layer_writer import LayerUpload, Origin
@@ -87,6 +90,14 @@ class RepositoryWriting:
                     fill_reserve(self.repository.store)
                     return result
         raise AssertionError("the loop returns or raises")
+
+    def guest_state(self, guest: str) -> GuestStanding:
+        """See `TakesLayers`."""
+        return guest_states.look(self.repository, guest)
+
+    def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
+        """See `Writing`."""
+        return guest_states.change(self.repository, change), {}
 
 
 class _Look:
