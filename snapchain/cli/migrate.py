@@ -1,8 +1,4 @@
-"""`snapchain migrate`: a guest, or the disks of one that does not run, becomes another host's.
-
-`snapchain migrate --qmp SOCKET DEST` moves a running guest; `snapchain migrate IMAGE DEST::DISK --offline` hands disks
-over.
-"""
+"""`snapchain migrate DEST`: move a guest to another host: while it runs, or its disks when it does not."""
 
 from __future__ import annotations
 

@@ -30,6 +30,8 @@ from tests.guest.spy import DROP, KILL, Fault, Place, Spy, call, changing
 from tests.pages import GUIDE, section
 from tests.waiting import wait_until
 
+PATIENT = ("--max-downtime", "60")
+"""A busy machine may need longer for each step than a guest would like."""
 OURS = (*CAPABILITIES, AUTO_CONVERGE)
 
 
@@ -54,7 +56,7 @@ def snapchain(*words: object, timeout: float = 240) -> subprocess.CompletedProce
 
 def migrate(qmp: Path, replica: Path, *options: object) -> dict[str, Any]:
     """The report of a migration that succeeds."""
-    done = snapchain("migrate", "--qmp", qmp, f"dir:{replica}", "--json", *options)
+    done = snapchain("migrate", "--qmp", qmp, f"dir:{replica}", "--json", *PATIENT, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     return report
@@ -131,7 +133,8 @@ def migrating(qmp: Path, replica: Path, *options: object) -> int:
     if pid == 0:
         try:
             os.setsid()
-            os._exit(main(["migrate", "--qmp", str(qmp), f"dir:{replica}", "--json", *map(str, options)]))
+            words = ["migrate", "--qmp", str(qmp), f"dir:{replica}", "--json", *PATIENT, *map(str, options)]
+            os._exit(main(words))
         finally:
             os._exit(99)
     return os.waitpid(pid, 0)[1]
@@ -330,7 +333,9 @@ def test_what_keeps_a_guest_from_moving(guest: Counting, run: Path, tmp_path: Pa
 
 def test_a_destination_that_cannot_start_it(guest: Counting, run: Path, tmp_path: Path) -> None:
     """The words of its QEMU are told, and the guest was never paused."""
-    error = refused(guest.machine.qmp, tmp_path / "b", "--start-command", "qemu-system-x86_64 -machine nonsense")
+    error = refused(
+        guest.machine.qmp, tmp_path / "b", *PATIENT, "--start-command", "qemu-system-x86_64 -machine nonsense"
+    )
     assert "unsupported machine type" in error["message"]
     assert check_settled(guest, run, tmp_path / "b") == "here"
 

@@ -19,7 +19,7 @@ from tests.guest.agent_guest import AgentGuest, Console, formatted
 from tests.guest.counting_guest import Counting, arrived, counts_on, run_directory
 from tests.guest.machine import Monitor
 from tests.guest.spy import Fault, Place, Spy, call, changing
-from tests.guest.test_live_migration import check_settled, quit_and_check, unfinished
+from tests.guest.test_live_migration import PATIENT, check_settled, quit_and_check, unfinished
 from tests.net.namespaces import Cable
 from tests.net.sshd import SshHost
 from tests.net.test_replica_over_ssh import remote
@@ -51,7 +51,7 @@ class Moving:
         }
 
     def begin(self, *words: object) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "snapchain", "migrate", *map(str, words), "--json"]
+        argv = [sys.executable, "-m", "snapchain", "migrate", *map(str, words), "--json", *PATIENT]
         return subprocess.Popen(
             argv,
             env=self.environment,
