@@ -39,7 +39,9 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Move": {
         "sync": "Make a replica ready for a live migration of the guest.",
-        "migrate": "Hand the disks of a guest over to another host.",
+        "migrate": "Move a guest to another host: while it runs, or its disks when it does not.",
+        "failover": "Take guests over whose host is gone.",
+        "fence": "Keep a guest from running here that another host has taken over.",
     },
     "Keep small": {
         "merge": "Make one layer of several, in a chain of files or at a destination.",

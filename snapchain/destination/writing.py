@@ -9,10 +9,11 @@ transfers, throttling and retries stay behind them: a use case names the layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 from snapchain.image.leaves import LeafTable
@@ -22,6 +23,7 @@ from snapchain.model.content import Hashes, Sum
 from snapchain.model.events import OnEvent
 from snapchain.model.extents import Extents, Int64s
 from snapchain.model.fingerprint import Fingerprint
+from snapchain.model.guest_state import GuestChange, GuestStanding
 
 Result = TypeVar("Result")
 
@@ -205,10 +207,27 @@ class TakesLayers(Protocol):
         """
         ...
 
+    def guest_state(self, guest: str) -> GuestStanding:
+        """How a guest stands: who may run it, and in which epoch; protected where nothing is recorded.
+
+        Raises NotFound where there is no such guest, Unsupported for a peer that is too old.
+        """
+        ...
+
 
 class Writing(TakesLayers, Protocol):
-    """The part of a destination that takes layers, and shows what it has of them."""
+    """The part of a destination that takes layers, shows what it has of them, and records who may write them."""
 
     def look(self, opening: Opening, *, on_event: OnEvent) -> AbstractContextManager[DiskLook]:
         """Open a disk to see what it holds; nothing is written."""
+        ...
+
+    def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
+        """Take one step to another state: the epochs of all disks are raised with it, or none. May be repeated.
+
+        Returns how the guest stands then, and for PROMOTE, where the traits have `bootable_files`, a writable overlay
+        on the point of each disk, by the disk's name.
+        Raises Conflict for a step that is not legal or comes too late, NotFound, Busy, and Unavailable where it is not
+        known whether it was taken.
+        """
         ...

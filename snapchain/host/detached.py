@@ -1,6 +1,7 @@
-"""A process of ours that outlives us: a session of its own, no terminal, one descriptor shared with us.
+"""Processes that outlive us: each in a session of its own, without a terminal.
 
-All other programs die with us (processes.py).  This one is for what must be undone when we are killed.
+All other programs die with us (processes.py).  One of these undoes what we leave when we are killed, and shares a
+descriptor with us; the other is the QEMU of a guest that has come to this host.
 """
 
 from __future__ import annotations
@@ -35,3 +36,18 @@ def start_module(module: str, argument: str, *, fd: int) -> int:
     actions = [(os.POSIX_SPAWN_DUP2, fd, _THEIR_FD), *nulls]
     with os_errors(sys.executable):
         return os.posix_spawn(argv[0], argv, os.environ, file_actions=actions, setsid=True, setsigmask=())
+
+
+def start_program(argv: list[str], *, log: Path, environment: dict[str, str]) -> int:
+    """Run a program that goes on when we end: a session of its own, no input, its output appended to `log`; its pid.
+
+    Raises what keeps it from being started.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), flags, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    with os_errors(argv[0]):
+        return os.posix_spawn(argv[0], argv, environment, file_actions=actions, setsid=True, setsigmask=())

@@ -12,12 +12,14 @@ from pydantic import ValidationError
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
+from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding
 from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.messages import (
     MOST_POINTS,
     PROGRESS,
     Ask,
+    AskGuest,
     DecidedPoint,
     Feature,
     Finding,
@@ -35,6 +37,7 @@ from snapchain.replica.stream.messages import (
     Outcome,
     ReleasePoint,
     Standing,
+    Stands,
     Step,
     Verdict,
 )
@@ -173,14 +176,48 @@ def ask_for_handover(
             found = session.decode(Handed, frame).disks
     if found is None or [each.disk for each in found] != [each.disk for each in disks]:
         raise Corrupt("its answer lacks the disks that were asked for", subject=endpoint.url)
+    _check_overlays(endpoint, found)
     for disk, standing in zip(disks, found, strict=True):
         name = f"/{disk.overlay.name}"
-        if not standing.overlay.startswith("/") or not standing.overlay.isprintable():
-            raise Corrupt("it names an impossible file", subject=endpoint.url)
         done = step is Step.LOOK or (standing.given, standing.epoch) == (step is Step.GIVE, disk.epoch)
         if not standing.overlay.endswith(name) or not done:
             raise Corrupt("it did not do what was requested", subject=endpoint.url)
     return found
+
+
+# --- the state of a guest
+
+
+def guest_at(
+    endpoint: Endpoint, guest: str, change: GuestChange | None = None, *, handed: Sequence[HandedDisk] = ()
+) -> tuple[GuestStanding, tuple[Standing, ...]]:
+    """How a guest stands at a replica, after a change where one is asked for; and the disks that this took over.
+
+    handed: for SWITCH: all disks of the guest, in the epoch after the one in which it stands
+    May be repeated with the same change. Raises what the replica refuses with: then nothing was changed there;
+    Unavailable where that is not known, Unsupported for a server that is too old.
+    """
+    request = _valid(AskGuest, guest=guest, replica=endpoint.replica, change=change, handed=tuple(handed))
+    found: Stands | None = None
+    with _connected(endpoint) as session:
+        for frame in session.responses(Kind.GUEST, request):
+            if frame.kind is not Kind.STANDING or found is not None:
+                raise session.unexpected(frame)
+            found = session.decode(Stands, frame)
+    if found is None or found.standing.guest != guest:
+        raise Corrupt("its answer lacks the guest that was asked for", subject=endpoint.url)
+    if change is not None and (change.token, LEGAL[change.transition][1]) != (
+        found.standing.token,
+        found.standing.state,
+    ):
+        raise Corrupt("it did not do what was requested", subject=endpoint.url)
+    _check_overlays(endpoint, found.disks)
+    return found.standing, found.disks
+
+
+def _check_overlays(endpoint: Endpoint, disks: Sequence[Standing]) -> None:
+    if any(not each.overlay.startswith("/") or not each.overlay.isprintable() for each in disks):
+        raise Corrupt("it names an impossible file", subject=endpoint.url)
 
 
 # --- merge

@@ -7,10 +7,11 @@ at what is durable.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -26,14 +27,16 @@ from snapchain.destination.writing import (
     Result,
     Traffic,
 )
+from snapchain.errors import Unsupported
 from snapchain.host.channel import Channel
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.image.qcow2.aligned import aligned
 from snapchain.model.content import HASH_BYTES, LEAF_BYTES, Hashes, decode_sum
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Int64s
+from snapchain.model.guest_state import GuestChange, GuestStanding
 from snapchain.replica.catalogue import keys_of
-from snapchain.replica.client import waiting
+from snapchain.replica.client import guest_at, waiting
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.names import offered_name
 from snapchain.replica.outgoing import OutgoingLayer
@@ -91,6 +94,15 @@ class ReplicaWriting:
             attempt, policy=self._policy, progress=lambda: durable, on_retry=lambda each: on_event(Notice(str(each)))
         )
 
+    def guest_state(self, guest: str) -> GuestStanding:
+        """See `TakesLayers`."""
+        return guest_at(self.endpoint, guest)[0]
+
+    def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
+        """See `Writing`. A SWITCH names its overlays, and goes by `client.guest_at`."""
+        standing, disks = guest_at(self.endpoint, change.guest, change)
+        return standing, {each.disk: Path(each.overlay) for each in disks}
+
 
 class StreamWriting:
     """Implements `destination.writing.TakesLayers` for a stream that nobody answers: it gets the whole image."""
@@ -112,6 +124,10 @@ class StreamWriting:
         ):
             sender.open_blindly(Open(disk=opening.disk, epoch=opening.epoch))
             return work(DiskWriter(sender, None))
+
+    def guest_state(self, guest: str) -> GuestStanding:
+        """Raises Unsupported: nobody answers."""
+        raise Unsupported(f"a saved stream does not tell how the guest {guest!r} stands", subject=self.url)
 
 
 def open_message(opening: Opening, endpoint: Endpoint, *, look: bool = False) -> Open:

@@ -14,6 +14,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
+from snapchain.replica.guest_store import takeover_of
 from snapchain.replica.store import ReplicaDisk
 from snapchain.source.handed_over import HandedOver
 
@@ -23,6 +24,12 @@ _FIRST_EPOCHS = 1 << 16
 
 def check_epoch(disk: ReplicaDisk, catalogue: Catalogue, epoch: int, *, by_name: bool = False) -> None:
     """Raises Conflict where a sender of that epoch may not write the disk. by_name: a human has named the epoch."""
+    if epoch < catalogue.epoch and (takeover := takeover_of(disk, epoch)) is not None:
+        raise Conflict(
+            f"{takeover}; the sender writes this disk in epoch {epoch}",
+            subject=disk.directory,
+            hint="start no guest on the images there; `snapchain fence` shows what they hold that no point has",
+        )
     if catalogue.handover is not None and epoch <= catalogue.handover.epoch:
         raise Conflict(
             f"this disk was handed over to the host of this replica, in epoch {catalogue.handover.epoch}, and is "

@@ -10,6 +10,7 @@ To give a disk back is a step forward, too: what was still on its way in the epo
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,12 +27,13 @@ from snapchain.image import ImageChain, scan
 from snapchain.image.dependents import SEEN
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.write import write_overlay
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.replica import names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, empty_catalogue
 from snapchain.replica.merge_journal import others_on, undisturbed
 from snapchain.replica.status import verify_disk
-from snapchain.replica.store import ReplicaDisk, Work, in_turn, open_replica
+from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import (
     Active,
     ActiveState,
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Case:
+class Case:
     """A disk in question. overlay: from its directory; state: of that now."""
 
     disk: ReplicaDisk
@@ -123,36 +125,53 @@ def hand_over(request: Handover, root: Path) -> Handed:
             stack.enter_context(in_turn(disk, Work.TRANSFER))
             if disk.read() is None:
                 raise NotFound(f"there is no disk {name!r} here", subject=root)
-        cases = [_case(replica.disk(each.disk), each) for each in request.disks]
+        cases = cases_of(replica, request.disks)
         if request.step is Step.GIVE:
-            cases = _give(cases, request.token, stack)
+            cases = give(cases, request.token, stack)
         elif request.step is Step.BACK:
             cases = _take_back(cases, request.token, stack)
-    return Handed(disks=tuple(_standing(case, request.token) for case in cases))
+    return Handed(disks=tuple(standing_of(case, request.token) for case in cases))
 
 
-def _case(disk: ReplicaDisk, asked: HandedDisk) -> _Case:
+def cases_of(replica: Replica, disks: Sequence[HandedDisk]) -> list[Case]:
+    """The disks of a request as they stand. All of them are locked."""
+    return [_case(replica.disk(each.disk), each) for each in disks]
+
+
+def _case(disk: ReplicaDisk, asked: HandedDisk) -> Case:
     catalogue = settle(disk)
     look = look_at_active(disk, catalogue, asked.overlay.model_copy(update={"make": False, "prove": False}))
-    return _Case(disk, catalogue, asked, look.directory, look.file, look.state)
+    return Case(disk, catalogue, asked, look.directory, look.file, look.state)
 
 
-def _give(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
+def give(
+    cases: list[Case],
+    token: str,
+    stack: ExitStack,
+    *,
+    decide: Callable[[], None] = lambda: None,
+    most: int = 1,
+) -> list[Case]:
+    """Make this replica's host the master of all disks, or of none. Disks that were given by this token stay.
+
+    decide: called when all disks are judged, before the first is changed; most: steps that an epoch may rise by
+    """
     new = [case for case in cases if not case.given(token)]
     for case in new:
         case.check_free_for(token)
-        _check_next(case, "given", 1)
+        _check_next(case, "given", most)
         if case.state is not ActiveState.READY:
             raise case.conflict(
                 "it is not the empty overlay on the newest layer any more that was prepared for the guest",
                 "another transfer was faster, or somebody uses it: run the migration again",
             )
         stack.enter_context(ImageLock(case.path, LockMode.WRITE))  # nobody runs on it yet
+    decide()
     done = {case.disk.name: _record(case, token) for case in new}
     return [done.get(case.disk.name, case) for case in cases]
 
 
-def _check_next(case: _Case, what: str, most: int) -> None:
+def _check_next(case: Case, what: str, most: int) -> None:
     """Raises Conflict for an epoch that is not the disk's next one. most: steps that it may be ahead."""
     now, asked = case.catalogue.epoch, case.asked.epoch
     if asked <= now:
@@ -167,13 +186,13 @@ def _check_next(case: _Case, what: str, most: int) -> None:
         )
 
 
-def _record(case: _Case, token: str) -> _Case:
+def _record(case: Case, token: str) -> Case:
     now = datetime.now(UTC)
     handover = HandedOver(token=token, epoch=case.asked.epoch, overlay=case.overlay, time=now)
     return _written(case, case.catalogue.after(epoch=case.asked.epoch, handover=handover))
 
 
-def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
+def _take_back(cases: list[Case], token: str, stack: ExitStack) -> list[Case]:
     for case in cases:
         if case.is_back(token):
             continue
@@ -197,7 +216,7 @@ def _take_back(cases: list[_Case], token: str, stack: ExitStack) -> list[_Case]:
     return [case if case.is_back(token) else _revoke(case, token) for case in cases]
 
 
-def _revoke(case: _Case, token: str) -> _Case:
+def _revoke(case: Case, token: str) -> Case:
     """The epoch first: what is left of the overlay then is nobody's."""
     done = _written(case, case.catalogue.after(epoch=case.asked.epoch, handover=None, taken_back=token))
     if case.given(token):
@@ -205,13 +224,35 @@ def _revoke(case: _Case, token: str) -> _Case:
     return done
 
 
-def _written(case: _Case, catalogue: Catalogue) -> _Case:
+def _written(case: Case, catalogue: Catalogue) -> Case:
     case.disk.write(catalogue)
-    return _Case(case.disk, catalogue, case.asked, case.directory, case.overlay, case.state)
+    return Case(case.disk, catalogue, case.asked, case.directory, case.overlay, case.state)
 
 
-def _standing(case: _Case, token: str) -> Standing:
+def standing_of(case: Case, token: str) -> Standing:
+    """How a disk stands, for the one who asked."""
     return Standing(disk=case.disk.name, given=case.given(token), epoch=case.catalogue.epoch, overlay=str(case.path))
+
+
+# --- For a guest that comes while it runs (guest_server.py): its overlay is not empty any more when it is given.
+
+
+def check_may_be_given(case: Case, token: str) -> None:
+    """Raises Conflict where the disk is this host's by another handover, or the epoch is not a later one."""
+    case.check_free_for(token)
+    _check_next(case, "given", LARGEST_EPOCH)
+
+
+def record_given(case: Case, token: str) -> Case:
+    """From now on this host is the master of the disk. May be repeated."""
+    return case if case.given(token) else _record(case, token)
+
+
+def revoke_given(case: Case, token: str) -> Case:
+    """Take back a disk whose guest came to this host and never ran here: the sender goes on. Its QEMU is gone."""
+    if case.catalogue.taken_back == token:
+        return case
+    return _written(case, case.catalogue.after(epoch=case.asked.epoch + 1, handover=None, taken_back=token))
 
 
 # --- The overlay that a live migration writes to: empty, on the newest layer, in a directory of its own.
@@ -290,7 +331,7 @@ def make_active(disk: ReplicaDisk, catalogue: Catalogue, offer: Active) -> Readi
         with ImageLock(path, LockMode.WRITE):
             check_unused(disk, path)
             files.remove(path)
-    _make(disk, disk.path(tip.file).resolve(), offer, path)
+    make_overlay(disk, disk.path(tip.file).resolve(), offer, path)
     state = _state(disk, catalogue, offer, path)
     if state is not ActiveState.READY:
         raise Corrupt("the overlay that was just made is not what was asked for", subject=path)
@@ -319,7 +360,8 @@ def _path(disk: ReplicaDisk, offer: Active) -> Path:
     return disk.path(names.ACTIVE) / names.check_offered(offer.name, subject=str(disk.directory))
 
 
-def _make(disk: ReplicaDisk, backing: Path, offer: Active, path: Path) -> None:
+def make_overlay(disk: ReplicaDisk, backing: Path, offer: Active, path: Path) -> None:
+    """Make an empty overlay on a layer's file, under a name that is free. The disk is locked. Raises InvalidInput."""
     if offer.size % _SECTOR:
         raise InvalidInput(f"a qcow2 overlay cannot have {offer.size} bytes", subject=path)
     with files.directory_of(path.parent) as above:

@@ -4,11 +4,12 @@
     fetch     FETCH: the data of points
     cut       CUT: dropping layers and points
     merge     MERGE: keeping some points, and merging the layers of the others; RELEASE
-    handover  HANDOVER, and an ACTIVE that makes an overlay: the disk's master changes
+    handover  HANDOVER, a GUEST that changes a state, and an ACTIVE that makes an overlay: the disk's master changes
     epochs    an OPEN that skips epochs, or ends a handover, because a human has named it
+    guests    MOVE: programs are started here, with a command line of the peer: as much as a login
 
-ASK, the points and their soundness, needs `send` or `fetch`: either shows as much. HOLD needs `send` or `merge`. Which
-request needs which right is in `stream.messages.REQUESTS`.
+ASK, the points and their soundness, needs `send` or `fetch`: either shows as much; so does a GUEST that only
+looks. HOLD needs `send` or `merge`. Which request needs which right is in `stream.messages.REQUESTS`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from snapchain.errors import InvalidInput
 from snapchain.host.directory import place_to_change
-from snapchain.replica.stream.messages import REQUESTS, Active, Kind, Message, Open, Right
+from snapchain.replica.stream.messages import REQUESTS, Active, AskGuest, Kind, Message, Open, Right
 
 _APPENDING = frozenset({Right.SEND, Right.FETCH})
 """Rights with which nothing that is there can be removed or replaced."""
@@ -37,6 +38,8 @@ class Permissions:
         """Raises InvalidInput, which names the right that is missing, and how it is granted."""
         needed = REQUESTS[kind].rights
         if kind is Kind.ACTIVE and isinstance(request, Active) and request.make:
+            needed = frozenset({Right.HANDOVER})
+        if kind is Kind.GUEST and isinstance(request, AskGuest) and request.change is not None:
             needed = frozenset({Right.HANDOVER})
         if kind is Kind.OPEN and isinstance(request, Open) and request.by_name:
             self._check(frozenset({Right.EPOCHS}), "skip epochs, or end a handover", subject)
@@ -63,7 +66,7 @@ class Permissions:
 
 EVERYTHING = Permissions(frozenset(Right))
 """For whoever works as the user of the replica: on its host, or logged in there with a shell."""
-CONFINED = Permissions(frozenset(Right) - {Right.EPOCHS})
+CONFINED = Permissions(frozenset(Right) - {Right.EPOCHS, Right.GUESTS})
 """For a key that sshd confines to this program."""
 
 

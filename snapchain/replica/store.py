@@ -124,7 +124,7 @@ class ReplicaDisk:
         if make:
             self._make()
         with os_errors(self.directory), Directory.open(self.directory) as here:
-            fd = _opened_lock(here)
+            fd = opened_lock(here, names.LOCK)
             try:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,16 +195,16 @@ class ReplicaDisk:
             return Work.TRANSFER
 
 
-def _opened_lock(here: Directory) -> int:
-    """The lock's file, made unless it is there. Raises InvalidInput for what is no file."""
+def opened_lock(here: Directory, name: str) -> int:
+    """The file of a lock, made unless it is there. Raises InvalidInput for what is no file."""
     try:
-        return here.open_file(names.LOCK, writing=True)
+        return here.open_file(name, writing=True)
     except FileNotFoundError:
         pass
     try:
-        return here.create(names.LOCK)
+        return here.create(name)
     except FileExistsError:  # another one was faster
-        return here.open_file(names.LOCK, writing=True)
+        return here.open_file(name, writing=True)
 
 
 class Replica:

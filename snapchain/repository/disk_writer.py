@@ -7,12 +7,14 @@ layers where the content id is the same.
 
 from __future__ import annotations
 
+import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import takewhile
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -32,8 +34,11 @@ from snapchain.image.view import View
 from snapchain.model.content import LEAF_BYTES, Hashes
 from snapchain.model.events import Notice, OnEvent
 from snapchain.model.extents import Extents, Int64s, rounded
+from snapchain.model.guest_state import GuestChange, GuestStanding
 from snapchain.objects.reserve import fill as fill_reserve
+from snapchain.repository import guest_states
 from snapchain.repository.catalogue import Catalogue, Disk, Point
+from snapchain.repository.guest_states import check_epoch
 from snapchain.repository.layer_writer import LayerUpload, Origin
 from snapchain.repository.layers import StoredLayer, bounded_ranges, leaves_shown
 from snapchain.repository.leases import Lease, Mode
@@ -60,7 +65,7 @@ class RepositoryWriting:
     @contextmanager
     def look(self, opening: Opening, *, on_event: OnEvent) -> Iterator[DiskLook]:
         """See `Writing`. Takes no lease."""
-        yield _Look(self.repository, opening.disk, on_event)
+        yield _Look(self.repository, opening, on_event)
 
     def write(self, opening: Opening, work: Callable[[LayerWriter], Result], *, on_event: OnEvent) -> Result:
         """See `Writing`. Begins again when damage comes to light, so that it can be made good.
@@ -74,7 +79,7 @@ class RepositoryWriting:
             points: list[int] = []
             for attempt in range(_LOOKS):
                 try:
-                    with DiskWriter(self.repository, disk, lease, points, on_event) as writer:
+                    with DiskWriter(self.repository, opening, lease, points, on_event) as writer:
                         result = work(writer)
                 except Corrupt:
                     lease.check()  # after a collection meanwhile, a missing object is no damage
@@ -86,16 +91,27 @@ class RepositoryWriting:
                     return result
         raise AssertionError("the loop returns or raises")
 
+    def guest_state(self, guest: str) -> GuestStanding:
+        """See `TakesLayers`."""
+        return guest_states.look(self.repository, guest)
+
+    def change_guest(self, change: GuestChange) -> tuple[GuestStanding, Mapping[str, Path]]:
+        """See `Writing`."""
+        return guest_states.change(self.repository, change), {}
+
 
 class _Look:
     """A disk as it stands; implements `DiskLook`."""
 
     branches, believed = True, True
 
-    def __init__(self, repository: Repository, disk: str, on_event: OnEvent) -> None:
+    def __init__(self, repository: Repository, opening: Opening, on_event: OnEvent) -> None:
+        """Raises Conflict for an older epoch than the disk's."""
         self._repository, self._on_event = repository, on_event
-        self._disk: Disk = repository.disk(disk)
+        self._disk: Disk = repository.disk(opening.disk)
+        self._epoch = opening.epoch
         self._current = self._disk.read()
+        self._check_epoch()
         self._layers = self._stored()
         self._base_count = len(self._layers)
         self.mends = False
@@ -111,6 +127,10 @@ class _Look:
     def fitted(self, layer: NewLayer) -> NewLayer:
         """See `LayerWriter`: its map as it is, whole leaves to read."""
         return replace(layer, amount=rounded(layer.extents, LEAF_BYTES).data_bytes)
+
+    def _check_epoch(self) -> None:
+        if self._current is not None:
+            check_epoch(self._repository, self._current[0], self._epoch)
 
     def _stored(self) -> list[StoredLayer]:
         """The layers of the newest point, from the root up to the first whose record is lost."""
@@ -139,9 +159,11 @@ class _Look:
 class DiskWriter(_Look):
     """Implements `LayerWriter`: a disk opened for one shipment, under a lease; a context manager."""
 
-    def __init__(self, repository: Repository, disk: str, lease: Lease, points: list[int], on_event: OnEvent) -> None:
-        """points: numbers that this shipment has published already; it grows."""
-        super().__init__(repository, disk, on_event)
+    def __init__(
+        self, repository: Repository, opening: Opening, lease: Lease, points: list[int], on_event: OnEvent
+    ) -> None:
+        """points: numbers that this shipment has published already; it grows. Raises Conflict for an older epoch."""
+        super().__init__(repository, opening, on_event)
         self._lease = lease
         self._arrival = _Arrival()
         self._deposit = LayerUpload(repository, on_durable=self._arrival.show)
@@ -196,12 +218,16 @@ class DiskWriter(_Look):
         )
 
     def publish(self, top: HeldLayer, *, time: datetime, labels: Sequence[str], moment: Moment | None = None) -> None:
-        """See `LayerWriter`. Raises Conflict also where this run stood still so long that others took it for dead."""
+        """See `LayerWriter`. Raises Conflict also where this run stood still so long that others took it for dead.
+
+        A newer epoch becomes the disk's with the point: older ones are refused from then on.
+        """
         chain = self._below(top)
         base = [layer.id for layer in chain[: self._base_count]]
         links = _links(chain)
         for attempt in range(_ATTEMPTS):
             catalogue = self._current[0] if self._current else None
+            self._check_epoch()
             if catalogue is not None:
                 _check_base(catalogue, base, links)
             number = catalogue.next_point if catalogue else 1
@@ -223,7 +249,12 @@ class DiskWriter(_Look):
                 points, parents = _mended(points, parents, chain)
             try:
                 self._current = self._disk.advance(
-                    self._current, time=datetime.now(UTC), next_point=number + 1, points=points, parents=parents
+                    self._current,
+                    time=datetime.now(UTC),
+                    next_point=number + 1,
+                    points=points,
+                    parents=parents,
+                    **self._newer_epoch(catalogue),
                 )
             except Conflict:
                 if attempt == _ATTEMPTS - 1:
@@ -233,6 +264,12 @@ class DiskWriter(_Look):
             self._points.append(number)
             return
         raise AssertionError("the loop returns or raises")
+
+    def _newer_epoch(self, catalogue: Catalogue | None) -> dict[str, object]:
+        """The fields of the next generation by which an epoch that is newer here becomes the disk's."""
+        if self._epoch <= max(1, 0 if catalogue is None else catalogue.epoch):
+            return {}
+        return {"epoch": self._epoch, "owner": socket.gethostname()}
 
     def finish(self) -> Finished:
         """See `LayerWriter`; with the points that stay damaged, since the image no longer has their bytes."""

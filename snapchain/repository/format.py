@@ -7,6 +7,7 @@
     index/damaged-NAME            packs that were found damaged
     layers/LAYER                  one layer: its header and the table of its pages
     disks/DISK/GENERATION         the catalogue of one disk: its points and their layers
+    guests/GUEST/NUMBER           a step of a guest from one state to another: who may run it
     leases/MODE-NAME              who is at work; put again as long as he is
     witness                       made once: a store that lets it be made again ignores conditions
     NAME.claim.NONCE              a writer's claim on NAME, on stores that ignore them

@@ -130,6 +130,7 @@ class Given(_Part):
 
     destination, disk: to whom; epoch: in which; token: of the handover; together: all disks of it; mode: the file's
     before; confirmed: the destination has confirmed that it has it; started: the hook that starts its guest is done
+    taken_over: who took it over without this host, and on whose word; '' where this host has given it
     word_of: the other user whose note alone has it, None for our own; nothing else of it counts then
     """
 
@@ -143,6 +144,7 @@ class Given(_Part):
     mode: Annotated[int, Field(ge=0, le=0o7777)] = 0
     confirmed: bool = False
     started: bool = False
+    taken_over: Annotated[str, Field(max_length=4096)] = ""
     word_of: WordOf | None = Field(default=None, exclude=True)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from snapchain.errors import Conflict, Corrupt, Unsupported
@@ -23,11 +24,15 @@ from snapchain.host.replica_layout import is_disk
 from snapchain.host.terminal import shell_line
 from snapchain.image import ImageChain, ImageFile
 from snapchain.image.dependent_search import Kind, dependents_of_chain
+from snapchain.model.guest_state import GuestStanding, describe_takeover
 from snapchain.source.handed_over import epoch_handed, epoch_of_overlay
 from snapchain.source.lineage import note_of
-from snapchain.source.notes import LET_THEM, Given, LayerNote, Notes
+from snapchain.source.notes import LET_THEM, Given, LayerNote, Notes, Overlay
 
 _WRITE_BITS = 0o222
+_NO_TOKEN = "0" * 32
+_NO_OVERLAY = Overlay(name="", layer="", virtual_size=0, cluster_size=0, extended_l2=False)
+"""Of a failover: the host that took the disk over has made its own."""
 
 
 class GivenAwayError(Conflict):
@@ -62,6 +67,9 @@ def check_not_given(chain: ImageChain, notes: Notes | None = None, *, image: Pat
     named = chain.top.path if image is None else image
     again = shell_line(["snapchain", "migrate", named, f"{mark.destination}::{mark.disk}"])
     others = "" if len(mark.together) < 2 else f" (with {', '.join(sorted({*mark.together} - {mark.disk}))} as well)"
+    if mark.taken_over:
+        tail = f"`{shell_line(['snapchain', 'fence', named, f'{mark.destination}::{mark.disk}'])}` shows what it holds"
+        raise GivenAwayError(mark, subject=named, hint=f"{tail} that no point has; start no guest on it")
     if mark.confirmed:
         back = f"`{again} --take-back`{others} gets it back as long as no guest has written to it there"
         raise GivenAwayError(mark, subject=named, hint=back)
@@ -76,6 +84,8 @@ def describe_gift(mark: Given) -> str:
     """To whom a disk was given, in a sentence; where another user may have written the note, only that it claims so."""
     if mark.word_of is not None:
         return f"a note of user {mark.word_of.user} says that this disk was given to another host"
+    if mark.taken_over:
+        return f"{mark.taken_over}; this disk is {mark.destination}::{mark.disk}"
     said = "was given" if mark.confirmed else "is being given"
     when = f"{mark.time:%Y-%m-%d %H:%M} UTC"
     return f"this disk {said} to {mark.destination}::{mark.disk}, in epoch {mark.epoch}, {when}"
@@ -192,12 +202,13 @@ def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) ->
     return files
 
 
-def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) -> list[Path]:
+def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = (), top_only: bool = False) -> list[Path]:
     """Mark the disk's own files as given away and make them read-only, durably; the uppermost first. May be repeated.
 
+    top_only: only the uppermost, whose mark decides, while a guest waits for it; its owner has checked it beforehand
     Raises Unsupported as `check_can_be_given`, Conflict where it is being given by another handover.
     """
-    files = check_can_be_given(chain, image_dirs=image_dirs)
+    files = [chain.top] if top_only else check_can_be_given(chain, image_dirs=image_dirs)
     notes = Notes()
     above = 1
     for file in files:
@@ -207,15 +218,38 @@ def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) ->
         def marked(note: LayerNote, path: Path = path, mode: int = mode, above: int = above) -> LayerNote:
             before = note.given
             if before is not None and before.token != mark.token:
-                if before.epoch >= max(above, epoch_handed(path)):
+                is_followed = bool(before.taken_over and mark.taken_over and before.epoch < mark.epoch)
+                if not is_followed and before.epoch >= max(above, epoch_handed(path)):
                     raise Conflict(describe_gift(before), subject=chain.top.path, hint="let that run end")
-                before = None
+                before = before if is_followed else None
             kept = mode if before is None else before.mode
             return note.model_copy(update={"given": mark.model_copy(update={"mode": kept})})
 
         above = max(above, _epoch(path, notes.change(file.resolved, marked)))
         set_mode(path, mode & ~_WRITE_BITS)
     return [file.path for file in files]
+
+
+def mark_taken_over(
+    chain: ImageChain, standing: GuestStanding, *, destination: str, disk: str, image_dirs: Sequence[Path] = ()
+) -> list[Path]:
+    """Mark the disk's own files as taken over by another host, and make them read-only; as `fence`.
+
+    standing: of the guest at the destination. A guest that runs on them all the same goes on.
+    """
+    mark = Given(
+        destination=destination,
+        disk=disk,
+        epoch=standing.epoch,
+        token=standing.token or _NO_TOKEN,
+        time=standing.time or datetime.now(UTC),
+        overlay=_NO_OVERLAY,
+        together=(disk,),
+        confirmed=True,
+        started=True,
+        taken_over=describe_takeover(standing)[:4096],
+    )
+    return fence(chain, mark, image_dirs=image_dirs)
 
 
 def confirm(chain: ImageChain, token: str, *, started: bool) -> None:

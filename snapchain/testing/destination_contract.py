@@ -22,6 +22,7 @@ from snapchain.errors import Busy, Conflict, Diverged, InvalidInput, NotFound, U
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.model.consistency import Consistency
 from snapchain.model.content import LEAF_BYTES
+from snapchain.model.guest_state import GuestChange, GuestState, TakenDisk, Transition, Vouched
 from snapchain.model.retention import DropPoints, Policy
 from snapchain.ops.diff import diff, image_side
 from snapchain.ops.inspect import inspect_point
@@ -256,6 +257,43 @@ class DestinationContract(DestinationFaults):
         numbers = [point.point for point in place.disks(DISK)[0].points]
         place.merging(DISK, DropPoints(frozenset(numbers[:-1]) - {2})).run()
         assert [(each.instant, each.time) for each in site.open().disks(DISK)[0].points][:-1] == [(instant, when)]
+
+    def test_a_guest_is_taken_over_by_one_host(self, site: Site, history: Sequence[Moment]) -> None:
+        """The state of a guest changes by compare-and-swap, and with it who may write its disks."""
+        deliver(site, history[0].image)
+        place = site.open(writing=True)
+        before = place.guest_state("web1")
+        assert (before.state, before.epoch, before.number) == (GuestState.PROTECTED, 1, 0)
+
+        def step(transition: Transition, token: str, host: str, *, seen: int) -> GuestChange:
+            promotes = transition is Transition.PROMOTE
+            return GuestChange(
+                guest="web1",
+                transition=transition,
+                seen=seen,
+                token=token,
+                by=host,
+                host=host,
+                vouched=Vouched(how="person", who=f"root@{host}") if promotes else None,
+                disks=(TakenDisk(disk=DISK, point=1),) if promotes else (),
+            )
+
+        first = step(Transition.PROMOTE, "1" * 32, "kvm2", seen=0)
+        for _ in range(2):  # the answer may be lost, and the step taken again
+            promoted, overlays = place.change_guest(first)
+            assert (promoted.state, promoted.epoch, promoted.master) == (GuestState.PROMOTING, 2, "kvm2")
+            assert set(overlays) == ({DISK} if place.traits.bootable_files else set())
+        with pytest.raises(Conflict, match="changed meanwhile"):
+            place.change_guest(step(Transition.PROMOTE, "2" * 32, "kvm3", seen=0))
+        with pytest.raises(Conflict, match=r"the guest is promoting on kvm2 in epoch 2"):
+            place.change_guest(step(Transition.START, "2" * 32, "kvm3", seen=1))
+        started, _ = place.change_guest(step(Transition.START, "1" * 32, "kvm2", seen=1))
+        assert started == place.guest_state("web1")
+        assert (started.state, started.number) == (GuestState.ACTIVE, 2)
+        with pytest.raises(Conflict, match=r"kvm2 has taken the guest web1 over by a failover"):
+            deliver(site, history[1].image)
+        with pytest.raises(NotFound, match="there is no guest"):
+            place.guest_state("web2")
 
     def test_a_held_point_stays_until_it_is_released(self, site: Site, history: Sequence[Moment]) -> None:
         for moment in history[:3]:

@@ -18,6 +18,7 @@ from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavaila
 from snapchain.model.events import Event, Progress
 from snapchain.ops.guest_points_merge import guest_at
 from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreReport, GuestRestoreRequest
+from snapchain.ops.restore.guest_definition import GuestDefinition
 from snapchain.ops.restore.run import Restoration
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
@@ -136,7 +137,7 @@ def test_a_kill_while_the_definition_is_written(
     Guest(tmp_path / "g").point(simple(), 1)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(GuestRestoration, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(GuestDefinition, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             restored(simple, out)
     (out / "web1.live.xml").write_text("half")

@@ -46,7 +46,7 @@ class Look:
 @contextmanager
 def opened(request: MigrateRequest, move: Move) -> Iterator[ImageChain]:
     """Its chain. Raises Unsupported, before anything is asked or done, for a disk that is not to be marked."""
-    with scan(move.image, format=request.format, image_dirs=request.image_dirs) as chain:
+    with scan(move.image, format=request.format, image_dirs=request.image_dirs, is_written=request.running) as chain:
         chain.top.check_may_be_changed()
         yield chain
 
@@ -91,3 +91,14 @@ def token_of(request: MigrateRequest, looks: Sequence[Look], endpoint: Endpoint)
                 hint="name just these, all of them",
             )
     return marks[0][1].token
+
+
+def check_was_given(move: Move, mark: Given) -> None:
+    """Raises GivenAwayError for a disk that another host took over: this host has begun no handover of it."""
+    if mark.taken_over:
+        raise ownership.GivenAwayError(
+            mark,
+            subject=move.image,
+            hint="if that host is gone for good, say --take-back --destination-is-gone; the guest then has the bytes "
+            "that are here",
+        )

@@ -8,15 +8,12 @@
 All disks or no definition: nothing of it is written before all disks are there. A small note in DIR says which files
 this restore has finished, by inode and times, so that a run that was cut off is continued and nobody's file is taken
 for one of these. No existing file is replaced.
-
-The record may be written by others: names become plain file names, and texts are bounded (domain_xml.py, qemu_argv.py).
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -29,8 +26,7 @@ from snapchain.destination.address import in_full
 from snapchain.destination.guest_record import RecordedDisk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
-from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError, Unsupported
-from snapchain.guest.domain_xml import tpm_of
+from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.host import records
 from snapchain.host.directory import Directory
 from snapchain.host.files import make_directories, write_in
@@ -39,13 +35,12 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, OnEvent, Progress, ignore
 from snapchain.ops.guest_points import GuestView, fault_of
 from snapchain.ops.guest_records import read_record
-from snapchain.ops.restore import define, domain_xml, qemu_argv
-from snapchain.ops.restore.changed_definition import Changed, Changes, NewDisk, NewIdentity, is_missing
+from snapchain.ops.restore import define
+from snapchain.ops.restore.changed_definition import NewDisk, NewIdentity
+from snapchain.ops.restore.guest_definition import LONGEST_NAME, GuestDefinition, safe_name, unique_name
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format, RestoreReport
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9._+-]")
-_LONGEST_NAME = 100
 _MOST_DISKS = 1000
 _NOTE_PURPOSE = "restored-guest"
 _NOTE_CAP = 1 << 20
@@ -185,20 +180,36 @@ class GuestRestoration:
         self._address = f"{destination.url}::{view.name}@{self._point.point}"
         self._record = read_record(destination, self._point, disk=view.record_disk)
         self._directory = request.directory.absolute()
-        self._name = _safe(view.name.rpartition("/")[2], "guest")
+        self._name = safe_name(request.new_name or view.name.rpartition("/")[2], "guest")
         clones = request.new_name is not None or request.new_identity
         self._identity = NewIdentity(_domain_name(request.new_name)) if clones else None
-        if request.new_name is not None:
-            self._name = _safe(request.new_name, "guest")
         self._disks = self._placed()
         self._note = self._noted()
         if self._identity is not None and self._note is not None and self._note.uuid is not None:
             self._identity = NewIdentity(self._identity.name, self._note.uuid)
-        self._changed, self._files = self._definition()
+        self._definition = GuestDefinition(
+            self._record,
+            name=self._name,
+            disks={each.recorded.name: NewDisk(each.path, each.format) for each in self._disks},
+            directory=self._directory,
+            identity=self._identity,
+            address=self._address,
+        )
+        self._files = self._definition.files
         if request.defines:
-            self._check_definable()
+            self._definition.check_definable()
 
     # --- looking
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether an earlier run has begun it, and did not end it."""
+        return self._note is not None
+
+    @property
+    def outputs(self) -> Mapping[str, Path]:
+        """The files that the guest opens, by the names of the disks in it."""
+        return {each.recorded.name: each.path for each in self._disks}
 
     def plan(self) -> GuestRestorePlan:
         """What `run` will do; reads maps, and no data. Raises Conflict for files that are there already."""
@@ -224,8 +235,8 @@ class GuestRestoration:
             directory=str(self._directory),
             disks=disks,
             files=tuple(str(self._directory / name) for name in self._files),
-            lacking=self._lacking(),
-            defines=self._domain()[0] if self._request.defines else None,
+            lacking=self._definition.lacking(),
+            defines=self._definition.domain()[0] if self._request.defines else None,
             bytes_to_write=sum(each.data_bytes for each in disks),
         )
 
@@ -239,7 +250,7 @@ class GuestRestoration:
         """
         note = self._note or _Note(instant=self._record.instant, uuid=self._identity and self._identity.uuid)
         if self._request.defines and not note.defining:
-            define.check_new(*self._domain(), connect=self._request.connect)
+            define.check_new(*self._definition.domain(), connect=self._request.connect)
         self._check_free()
         make_directories(self._directory, mode=0o777)
         reports: list[RestoreReport] = []
@@ -252,14 +263,14 @@ class GuestRestoration:
             reports.append(report)
         note = note.model_copy(update={"files": tuple(self._files)})
         self._write_note(note)
-        self._write(self._files)
-        definition = self._directory / self._definition_name if self._changed is not None else None
-        defined, lacking = None, self._lacking()
+        self._definition.write()
+        definition = self._definition.path
+        defined, lacking = None, self._definition.lacking()
         if self._request.defines:
-            assert definition is not None, "checked by _check_definable"
-            name, uuid = self._domain()
+            assert definition is not None, "checked by check_definable"
+            name, uuid = self._definition.domain()
             self._write_note(note.model_copy(update={"defining": True}))
-            lacking = (*lacking, *self._placed_tpm(uuid))
+            lacking = (*lacking, *self._definition.place_tpm(uuid, connect=self._request.connect))
             try:
                 defined = define.define(definition, name=name, connect=self._request.connect)
             except SnapchainError:
@@ -298,7 +309,7 @@ class GuestRestoration:
                 raise error
             point = self._point.disks[recorded.disk]
             kind = self._format(recorded.disk, point)
-            name = _unique(f"{_safe(recorded.name, 'disk')}", f".{kind}", taken)
+            name = unique_name(safe_name(recorded.name, "disk"), f".{kind}", taken)
             found.append(_Disk(recorded, point, self._directory / name, kind))
         return found
 
@@ -356,87 +367,6 @@ class GuestRestoration:
             content_id=disk.point.content_id,
         )
 
-    # --- the definition
-
-    @property
-    def _definition_name(self) -> str:
-        return f"{self._name}.xml" if self._record.kind == "libvirt" else f"{self._name}.sh"
-
-    def _definition(self) -> tuple[Changed | None, dict[str, bytes]]:
-        """The changed definition, and its files by their names, which may have directories: that one is the last."""
-        record, base = self._record, f"{self._name}."
-        taken = {each.path.name for each in self._disks}
-        nvram: dict[str, Path] = {}
-        files: dict[str, bytes] = {}
-        for file in record.files:
-            if file.role == "nvram":
-                old = Path(file.name).name or "VARS.fd"
-                name = _unique(base + _safe(old, "VARS.fd"), "", taken)
-                nvram[old] = self._directory / name
-                files[name] = file.data
-            else:
-                parts = [_safe(part, "part") for part in Path(file.name).parts if part not in ("/", "..", ".")]
-                files["/".join([f"{base}tpm", *(parts[-4:] or ["state"])])] = file.data
-        changes = Changes(
-            disks={each.recorded.name: NewDisk(each.path, each.format) for each in self._disks},
-            old_paths={each.name: each.path for each in record.disks},
-            left_out=dict(record.left_out),
-            nvram=nvram,
-            tpm=self._directory / f"{base}tpm" if any(file.role == "tpm" for file in record.files) else None,
-            directory=self._directory,
-            identity=self._identity,
-        )
-        changed: Changed | None = None
-        if record.kind == "libvirt":
-            for name, text in ((f"{base}live.xml", record.live), (f"{base}recorded.xml", record.inactive)):
-                if text is not None:
-                    files[name] = text.encode("utf-8", "replace")
-            if (text := record.inactive or record.live) is not None:
-                changed = domain_xml.change(text, changes, subject=self._address)
-        elif record.argv is not None:
-            changed = qemu_argv.change(record.argv, changes, subject=self._address)
-        if changed is not None:
-            files[self._definition_name] = changed.text.encode("utf-8", "surrogateescape")  # a directory's own bytes
-        return changed, files
-
-    def _placed_tpm(self, uuid: str | None) -> tuple[str, ...]:
-        """Put the state of the TPM where libvirt looks for it; what is left to do."""
-        top = f"{self._name}.tpm/"
-        files = {name.removeprefix(top): data for name, data in self._files.items() if name.startswith(top)}
-        assert self._changed is not None, "checked by _check_definable"
-        found = tpm_of(domain_xml.parse(self._changed.text, subject=self._address))
-        if not files or found is None or found[1] is not None:
-            return ()
-        return tuple(define.place_tpm(files, version=found[0], uuid=uuid, connect=self._request.connect))
-
-    def _lacking(self) -> tuple[str, ...]:
-        record = self._record
-        found = [] if self._changed is None else list(self._changed.lacking)
-        if self._changed is None:
-            found.append("the record has no definition of the guest: define it by hand")
-        if record.kind == "qmp":
-            found += [f"a medium is missing here: {path}" for path in record.media if is_missing(path)]
-            if any(file.role == "tpm" for file in record.files):
-                found.append(f"start its TPM with the restored state: swtpm socket --tpmstate dir={self._name}.tpm")
-        found += [f"it cannot be moved: {each}" for each in record.immovable]
-        found += [f"it was not recorded: {each}" for each in record.unreadable]
-        return tuple(dict.fromkeys(found))
-
-    def _domain(self) -> tuple[str, str | None]:
-        """Name and UUID of the domain that would be defined."""
-        assert self._changed is not None, "checked by _check_definable"
-        return domain_xml.identity_of(self._changed.text, subject=self._address)
-
-    def _check_definable(self) -> None:
-        if self._record.kind != "libvirt":
-            raise InvalidInput(
-                "the guest was not managed by libvirt, so there is nothing to define",
-                subject=self._address,
-                hint=f"leave out --define; {self._name}.sh will start it",
-            )
-        if (self._record.inactive or self._record.live) is None:
-            raise Unsupported("the record has no definition of the domain", subject=self._address)
-
     # --- files beside the disks
 
     @property
@@ -479,30 +409,9 @@ class GuestRestoration:
                     hint="restore into another directory",
                 )
 
-    def _write(self, files: Mapping[str, bytes]) -> None:
-        for name, data in files.items():
-            path = self._directory / name
-            if path.parent != self._directory:
-                make_directories(path.parent, mode=0o700, whatever_the_umask=True)
-            with os_errors(path), Directory.open(path.parent) as directory:
-                write_in(directory, path.name, data, mode=0o600, whatever_the_umask=True)
-
-
-def _safe(text: str, otherwise: str) -> str:
-    """Text of a record as the name of a file: no slashes, no dot in front, no blanks."""
-    return _UNSAFE.sub("_", text)[:_LONGEST_NAME].lstrip(".") or otherwise
-
-
-def _unique(stem: str, suffix: str, taken: set[str]) -> str:
-    """A name that is not taken yet, and is from now on."""
-    names: Iterable[str] = (f"{stem}{suffix}", *(f"{stem}.{number}{suffix}" for number in range(2, _MOST_DISKS + 2)))
-    name = next(each for each in names if each not in taken)
-    taken.add(name)
-    return name
-
 
 def _domain_name(name: str | None) -> str | None:
-    if name is not None and (not name or not name.isprintable() or "/" in name or len(name) > _LONGEST_NAME):
+    if name is not None and (not name or not name.isprintable() or "/" in name or len(name) > LONGEST_NAME):
         raise InvalidInput(f"{name[:200]!a} cannot name a guest", hint="printable text without slashes, such as web2")
     return name
 

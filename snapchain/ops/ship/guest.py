@@ -47,6 +47,7 @@ from snapchain.model.consistency import Consistency
 from snapchain.model.disk_name import LARGEST_EPOCH, check_disk_name, is_disk_name
 from snapchain.model.events import Event, Notice, OnEvent, ignore
 from snapchain.model.points import check_label
+from snapchain.ops.fence.mark import mark_after_refusal
 from snapchain.ops.ship import run as one_disk
 from snapchain.ops.ship.request import Divergence, LayerPlan, ShipPlan, ShipReport, ShipRequest
 from snapchain.source.at_rest import ImageAtRest
@@ -211,11 +212,26 @@ def run(
                 asked = _request(guest, disk, request, name, image=disk.sealed, taken=taken)
                 asked.check()
                 heard = of_disk(disk.disk, on_event, arrived=arrived)
-                with asked.chain(heard) as chain:
+                with asked.chain(heard) as chain, _marking(guest, name, destination, request):
                     epoch = max(epoch, one_disk.opening_of(asked, chain).epoch)
                     reports[disk.disk] = one_disk.Shipment(asked, chain, destination, heard).run()
             arrived += reports[disk.disk].bytes_read
         return publish(guest, described, At.of(taken), reports, request, destination, place, epoch=epoch, begun=begun)
+
+
+@contextmanager
+def _marking(guest: Guest, name: str, destination: Destination, request: GuestShipRequest) -> Iterator[None]:
+    """Where another host has taken the guest over, its active layers are marked before the refusal is raised."""
+    try:
+        yield
+    except Conflict:
+        active = [
+            (disk.active.path, f"{name}/{disk.name}")
+            for disk in guest.disks()
+            if disk.chain and disk.active.path is not None
+        ]
+        mark_after_refusal(active, destination, image_dirs=request.snapshot.image_dirs)
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from snapchain.destination.writing import DiskLook, HeldLayer, LayerWriter, NewLayer, Opening, TakesLayers, Writing
-from snapchain.errors import Corrupt, SnapchainError
+from snapchain.errors import Conflict, Corrupt, SnapchainError
 from snapchain.host.channel import Channel
 from snapchain.image import ImageChain
 from snapchain.model.content import Sum
 from snapchain.model.events import Notice, OnEvent, Progress, ignore
 from snapchain.model.extents import DATA, ZERO, Extents, over
+from snapchain.ops.fence.mark import mark_after_refusal
 from snapchain.ops.ship.compare import Difference, to_read
 from snapchain.ops.ship.grouping import RAW_CLUSTER, composed, geometry, groups
 from snapchain.ops.ship.recognition import Base, Recognition, sources_of
@@ -140,7 +141,14 @@ def _run(request: ShipRequest, chain: ImageChain, destination: TakesLayers, on_e
         finally:
             sums.flush()
 
-    return destination.write(opening_of(request, chain), write, on_event=on_event)
+    try:
+        return destination.write(opening_of(request, chain), write, on_event=on_event)
+    except Conflict:
+        if request.opens is None:
+            mark_after_refusal(
+                [(request.image, request.disk)], destination, format=request.format, image_dirs=request.image_dirs
+            )
+        raise
 
 
 def _note_epoch(request: ShipRequest, on_event: OnEvent) -> None:

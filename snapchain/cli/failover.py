@@ -1,0 +1,303 @@
+"""`snapchain failover DEST::GUEST...`: take guests over whose host is gone."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snapchain.cli import options, quantities, render
+from snapchain.cli.app import verb
+from snapchain.cli.output import Output
+from snapchain.cli.quantities import moment, size
+from snapchain.errors import InvalidInput, PartialFailure
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from snapchain.destination.protocol import Destination
+    from snapchain.model.guest_state import GuestStanding
+    from snapchain.ops.failover.request import FailoverPlan, FailoverReport, FailoverRequest, FailoversReport, Loss
+    from snapchain.ops.failover.run import Failover
+
+_PROOF = "Proof that the old host is down"
+_GUEST = "The guest"
+
+
+@verb(
+    examples="""
+    snapchain failover dir:/srv/replica::web1 --dry-run
+    snapchain failover dir:/srv/replica::web1 --fence 'ipmi-off kvm1' --define --start
+    snapchain failover dir:/srv/replica::web1 dir:/srv/replica::db1 --fence ipmi-off --start --yes --concurrency 4
+    snapchain failover /backup::web1 --into /images/web1 --source-is-gone --define --start
+    snapchain failover dir:/srv/replica::web1 --withdraw
+    """,
+    when_interrupted="run it again: it continues; --withdraw undoes it as long as the guest was not started",
+)
+@options.takes_output(passphrase=True)
+def failover(
+    guests: Annotated[
+        list[str], typer.Argument(metavar="DEST::GUEST...", help="The guests, at a destination that this host reaches.")
+    ],
+    *,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="POINT", help="The guest point. By default the newest that is whole."),
+    ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            "--into",
+            readable=False,
+            metavar="DIR",
+            help="Directory of the definition, and of the disks that come from a repository. With several guests, each "
+            "gets a directory of its name in it.",
+        ),
+    ] = None,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Read all data of the guest's points again before one is chosen.")
+    ] = False,
+    fence: Annotated[
+        str | None,
+        typer.Option(
+            "--fence",
+            metavar="PROGRAM",
+            help="A program (no shell) that makes sure that the old host is down, and exits with 0 only then. It "
+            "is run twice, the second time right before the start. Its environment has SNAPCHAIN_GUEST and _HOST.",
+            rich_help_panel=_PROOF,
+        ),
+    ] = None,
+    source_is_gone: Annotated[
+        bool,
+        typer.Option(
+            "--source-is-gone",
+            help="You vouch that the old host is down and stays down. Your name is recorded.",
+            rich_help_panel=_PROOF,
+        ),
+    ] = False,
+    reason: Annotated[
+        str | None,
+        typer.Option("--reason", metavar="TEXT", help="Recorded with --source-is-gone.", rich_help_panel=_PROOF),
+    ] = None,
+    defines: Annotated[
+        bool, typer.Option("--define", help="Define the guest in libvirt.", rich_help_panel=_GUEST)
+    ] = False,
+    connect: Annotated[
+        str | None,
+        typer.Option("--connect", metavar="URI", help="The libvirt to define it in.", rich_help_panel=_GUEST),
+    ] = None,
+    start: Annotated[
+        bool,
+        typer.Option(
+            "--start",
+            help="Start it: by libvirt, or by QEMU's command line on the new files.",
+            rich_help_panel=_GUEST,
+        ),
+    ] = False,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", min=1, max=64, help="How many guests are taken over at the same time.")
+    ] = 1,
+    withdraw: Annotated[
+        bool,
+        typer.Option("--withdraw", help="Undo a failover that was begun. Refused once the guest is active."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    out: Output,
+) -> None:
+    """Take guests over whose host is gone: this host becomes their master, at the last guest point that is whole.
+
+    Run it on the host that is to run the guests. What is lost is stated first: the seconds since the guest point, and
+    the bytes.
+
+    It demands proof that the old host is down: a fence program, or your word. Then the epoch of the guest and of all
+    its disks rises at the destination, and whatever the old host sends there is refused from then on.
+
+    At a replica (dir:/path) each disk gets a writable overlay on its point, and nothing is copied. From a repository
+    the disks are restored into --into DIR first. Newer layers and points stay where they are.
+    """
+    from snapchain.ops.failover.fence import word_of_a_person
+    from snapchain.ops.failover.request import FailoverRequest
+
+    if reason is not None and not source_is_gone:
+        raise InvalidInput("--reason belongs to --source-is-gone")
+    vouched = word_of_a_person(reason or "") if source_is_gone else None
+
+    def request_of(directory: Path) -> FailoverRequest:
+        return FailoverRequest(
+            directory=directory,
+            point=to,
+            proves=prove,
+            fence=_words(fence),
+            vouched=vouched,
+            defines=defines,
+            connect=connect,
+            starts=start,
+        )
+
+    work = {text: _opened(text, into, request_of, out, many=len(guests) > 1) for text in dict.fromkeys(guests)}
+    if withdraw:
+        if len(work) > 1:
+            raise InvalidInput("--withdraw is for one guest")
+        out.report(next(iter(work.values())).withdraw(), _draw_withdrawn)
+        return
+    if out.dry_run or not yes:
+        for each in work.values():
+            plan = each.plan()
+            if out.dry_run:
+                out.plan(plan, _draw_plan)
+            else:
+                _ask(plan)
+    if out.dry_run:
+        return
+    if len(work) == 1:
+        out.report(next(iter(work.values())).run(), _draw_report)
+        return
+    from snapchain.ops.failover.run import run_all
+
+    report = run_all(work, concurrency=concurrency, on_event=out.on_event)
+    out.report(report, _draw_all)
+    if report.failed:
+        raise PartialFailure(f"{len(report.failed)} of {len(work)} guests were not taken over")
+
+
+def _opened(
+    text: str, into: Path | None, request_of: Callable[[Path], FailoverRequest], out: Output, *, many: bool
+) -> Failover:
+    from snapchain.destination.address import local_directory, located, parse_disk_address
+    from snapchain.ops.failover.run import Failover, default_directory
+
+    address = parse_disk_address(text)
+    place: Destination = options.destination(address.dest, out, writing=True)
+    local = local_directory(located(address.dest))
+    if place.traits.bootable_files:
+        if local is None:
+            raise InvalidInput(
+                "a guest starts where its files are",
+                subject=text,
+                hint=f"run it on that host: snapchain failover dir:/path::{address.disk}",
+            )
+        directory = into or default_directory(local, address.disk)
+    elif into is None:
+        raise InvalidInput(
+            "a repository has no files that a guest can run on", subject=text, hint="say --into DIR: they are restored"
+        )
+    else:
+        directory = into
+    if many and into is not None:
+        directory = into / address.disk.replace("/", "_")
+    return Failover(place, address.disk, request_of(directory), on_event=out.on_event)
+
+
+def _words(command: str | None) -> list[str]:
+    if command is None:
+        return []
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InvalidInput(f"the fence program: {error}", subject=command) from error
+    if not words:
+        raise InvalidInput("the fence program is empty")
+    return words
+
+
+def _ask(plan: FailoverPlan) -> None:
+    """Raises InvalidInput where nobody can be asked, or the answer is no."""
+    if not sys.stdin.isatty():
+        raise InvalidInput(
+            f"nobody can be asked whether {plan.guest} is to be taken over, with a loss of {_lost(plan.loss)}",
+            subject=f"{plan.destination}::{plan.guest}",
+            hint="say --yes",
+        )
+    where = f"guest point {plan.guest_point} of {moment(plan.time, zone=True)}"
+    question = f"Take {plan.guest} over from {plan.master or 'its host'} at {where}? Lost: {_lost(plan.loss)}."
+    if not typer.confirm(question, err=True):
+        raise InvalidInput("nothing was done", subject=f"{plan.destination}::{plan.guest}")
+
+
+def _lost(loss: Loss) -> str:
+    """In seconds and bytes."""
+    words = f"what was written in {quantities.duration(loss.seconds)}"
+    if loss.likely_bytes is not None:
+        words += f", about {size(loss.likely_bytes)}"
+    if loss.known_bytes:
+        words += f"; {size(loss.known_bytes)} of it are at the destination, and not of a whole guest point"
+    return words
+
+
+def _draw_plan(console: Console, plan: FailoverPlan) -> None:
+    time = moment(plan.time, zone=True)
+    render.headline(console, f"would take {plan.guest} over at guest point {plan.guest_point} of {time}")
+    render.facts(
+        console,
+        [
+            ("lost", _lost(plan.loss)),
+            ("from", plan.master or "a host that is not recorded"),
+            ("state", f"{plan.state.value}; then in epoch {plan.epoch}"),
+            ("consistency", plan.consistency.value),
+            ("to write", size(plan.bytes_to_write)),
+            ("definition in", plan.directory),
+        ],
+    )
+    for skipped in plan.skipped:
+        render.line(console, f"guest point {skipped.guest_point} is newer and not whole: {skipped.reason}", indent=2)
+    _draw_lacking(console, plan.lacking)
+
+
+def _draw_report(console: Console, report: FailoverReport) -> None:
+    time = moment(report.time, zone=True)
+    words = "started" if report.started else "not started"
+    render.headline(console, f"{report.guest} is {report.state.value} on this host, in epoch {report.epoch}; {words}")
+    render.facts(
+        console,
+        [
+            ("guest point", f"{report.guest_point} of {time}, {report.consistency.value}"),
+            ("lost", _lost(report.loss)),
+            ("from", report.former or "a host that is not recorded"),
+            ("proof", _proof(report)),
+            ("disks", ", ".join(each.path or "" for each in report.disks)),
+            ("definition", report.definition or ""),
+            ("defined", report.defined or ""),
+            ("took", quantities.duration(report.seconds)),
+        ],
+    )
+    _draw_lacking(console, report.lacking)
+
+
+def _proof(report: FailoverReport) -> str:
+    vouched = report.vouched
+    word = f": {vouched.words}" if vouched.words else ""
+    return f"{'fence program' if vouched.how == 'fence' else vouched.who + ' vouched'}{word}"
+
+
+def _draw_all(console: Console, report: FailoversReport) -> None:
+    render.headline(console, f"{len(report.guests)} guests taken over, {len(report.failed)} not")
+    rows = [
+        (each.order, each.guest, str(each.guest_point), "started" if each.started else "", each.seconds)
+        for each in report.guests
+    ]
+    rows += [(each.order, each.guest, "", each.message, each.seconds) for each in report.failed]
+    render.table(
+        console,
+        ["order>", "guest", "point>", "state~", "took>"],
+        [
+            (str(order), guest, point, words, quantities.duration(took))
+            for order, guest, point, words, took in sorted(rows)
+        ],
+    )
+
+
+def _draw_withdrawn(console: Console, standing: GuestStanding) -> None:
+    from snapchain.model.guest_state import describe
+
+    render.headline(console, f"the failover of {standing.guest} was withdrawn: it is {describe(standing)}")
+    hint = f"its old host ships again with --epoch {standing.epoch}"
+    render.line(console, hint, indent=2)
+
+
+def _draw_lacking(console: Console, lacking: tuple[str, ...]) -> None:
+    for sentence in lacking:
+        render.line(console, f"note: {sentence}", style="yellow")

@@ -1,0 +1,1 @@
+"""Failover: a destination's host takes a guest over whose host is gone, at the last point that is whole."""

@@ -1,0 +1,149 @@
+"""What may be asked of `failover`, and what it reports: values only."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.model.consistency import Consistency
+from snapchain.model.guest_state import GuestState, Vouched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailoverRequest:
+    """How a guest is to be taken over by this host.
+
+    directory: for its definition, and for its disks where the destination has no files that a guest can run on
+    point: the text after '@', None for the newest guest point that is whole
+    proves: all data of the guest's points are read again before one is chosen
+    fence: a program and its arguments whose exit code 0 proves that the old host is down; it is run twice
+    vouched: a person's word in its place
+    defines, connect: define it in libvirt, at this URI; starts: start it
+    host: the name of this host in the record
+    """
+
+    directory: Path
+    point: str | None = None
+    proves: bool = False
+    fence: Sequence[str] = ()
+    vouched: Vouched | None = None
+    defines: bool = False
+    connect: str | None = None
+    starts: bool = False
+    host: str = field(default_factory=socket.gethostname)
+
+
+class _Shown(BaseModel):
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+
+class Loss(_Shown):
+    """What is lost by going back to a point.
+
+    seconds: from the point to now, at most; known_bytes: DATA in later layers that the destination has
+    likely_bytes: what the source wrote in that time, by the rate between the last two points; None: not known
+    """
+
+    since: datetime
+    seconds: float
+    known_bytes: int
+    likely_bytes: int | None
+
+
+class Skipped(_Shown):
+    """A newer guest point that is not taken. reason: a sentence without a subject"""
+
+    guest_point: int
+    reason: str
+
+
+class TakenOver(_Shown):
+    """A disk. name: in the guest; disk, point: at the destination; path: of the file for the guest, None in a plan"""
+
+    name: str
+    disk: str
+    point: int
+    virtual_size: int
+    path: str | None
+
+
+class FailoverPlan(_Shown):
+    """What `run` would do. epoch: that the guest would be in; resumes: whether an earlier run has begun it
+
+    master: the host that is replaced, as the guest point or the record has it
+    """
+
+    destination: str
+    guest: str
+    guest_point: int
+    instant: str
+    time: datetime
+    consistency: Consistency
+    skipped: tuple[Skipped, ...]
+    loss: Loss
+    state: GuestState
+    epoch: int
+    master: str | None
+    resumes: bool
+    disks: tuple[TakenOver, ...]
+    directory: str
+    lacking: tuple[str, ...]
+    bytes_to_write: int
+    defines: bool
+    starts: bool
+
+
+class FailoverReport(_Shown):
+    """What was done.
+
+    epoch: of the guest now; master: this host; former: the one that it replaces; vouched: why that counts as gone
+    definition: the file that starts the guest; defined: name of the domain; started: whether it runs
+    order: when this guest was taken up among those of one command, from 1; seconds: of all
+    """
+
+    destination: str
+    guest: str
+    guest_point: int
+    instant: str
+    time: datetime
+    consistency: Consistency
+    skipped: tuple[Skipped, ...]
+    loss: Loss
+    state: GuestState
+    epoch: int
+    master: str
+    former: str | None
+    vouched: Vouched
+    disks: tuple[TakenOver, ...]
+    definition: str | None
+    defined: str | None
+    started: bool
+    lacking: tuple[str, ...]
+    bytes_written: int
+    order: int = 1
+    seconds: float
+
+
+class Failed(_Shown):
+    """A guest that was not taken over."""
+
+    guest: str
+    kind: str
+    message: str
+    hint: str | None
+    order: int
+    seconds: float
+
+
+class FailoversReport(_Shown):
+    """Several guests, in the order in which they were taken up. concurrency: how many at once, at most"""
+
+    guests: tuple[FailoverReport, ...]
+    failed: tuple[Failed, ...] = ()
+    concurrency: int = 1
+    seconds: float

@@ -1,0 +1,456 @@
+"""failover DEST::GUEST: this host takes a guest over whose host is gone.
+
+    look -> choose the point -> proof that the old host is down -> note the token here
+         -> PROMOTE: the epoch of the guest and of all its disks rises; where the destination holds bootable files, each
+            disk gets a writable overlay on its point
+         -> else the disks are restored -> definition -> proof, once more -> define -> START: active -> start the guest
+
+From PROMOTE on the old host is refused at the destination.  A run that is cut off is continued by the same command on
+the same host: it knows its token by the note in its directory, and nobody else has that.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from snapchain.destination.guest_record import RecordedDisk
+from snapchain.destination.protocol import Destination
+from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
+from snapchain.host import records
+from snapchain.host.directory import Directory
+from snapchain.host.files import make_directories, write_in
+from snapchain.host.os_errors import os_errors
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.guest_state import (
+    GuestChange,
+    GuestStanding,
+    GuestState,
+    TakenDisk,
+    Transition,
+    Vouched,
+    describe,
+)
+from snapchain.ops.failover import fence
+from snapchain.ops.failover.choose import Chosen, choose, loss_of, the_point
+from snapchain.ops.failover.request import (
+    Failed,
+    FailoverPlan,
+    FailoverReport,
+    FailoverRequest,
+    FailoversReport,
+    TakenOver,
+)
+from snapchain.ops.failover.start import is_running, start_domain, start_script
+from snapchain.ops.guest_points import GuestView
+from snapchain.ops.guest_points_merge import guest_at
+from snapchain.ops.restore import define
+from snapchain.ops.restore.changed_definition import NewDisk
+from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
+from snapchain.ops.restore.guest_definition import GuestDefinition, safe_name
+from snapchain.replica.guest_store import FOLDER
+from snapchain.source.ownership import note_epoch
+
+_RUNS = (GuestState.ACTIVE, GuestState.SUSPECT, GuestState.DIVERGED)
+_NOTE_PURPOSE = "failover"
+_NOTE_CAP = 1 << 16
+
+
+class _Note(BaseModel):
+    """What a failover has done on this host, in its directory.
+
+    token, instant: of the failover and of its guest point; seen: number of the record that it was decided on
+    files: by the disks' names in the guest, once they are all there
+    defining: libvirt had no such domain, and gets it now; defined: it has
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = 1
+    token: str
+    instant: str
+    seen: int
+    files: dict[str, str] = {}
+    defining: bool = False
+    defined: bool = False
+
+
+class Failover:
+    """A guest at a destination, to be taken over by this host."""
+
+    def __init__(
+        self, destination: Destination, guest: str, request: FailoverRequest, *, on_event: OnEvent = ignore
+    ) -> None:
+        """Raises NotFound for a guest or a point that is not there, InvalidInput for a request that contradicts itself.
+
+        Conflict where another host runs it, or is about to, unless there is proof that it is down.
+        """
+        self._destination, self._request, self._on_event = destination, request, on_event
+        self._begun = time.monotonic()
+        self._subject = f"{destination.url}::{guest}"
+        if request.connect is not None and not request.defines:
+            raise InvalidInput("--connect names the libvirt to define it in", hint="say --define too")
+        self._directory = request.directory.absolute()
+        self._view: GuestView = guest_at(destination, guest)
+        self._name = safe_name(guest.rpartition("/")[2], "guest")
+        self._standing = destination.guest_state(guest)
+        self._note = self._noted()
+        self._chosen = self._choose()
+        self._loss = loss_of(destination, self._view, self._chosen.point)
+        self._address = f"{self._subject}@{self._chosen.point.point}"
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier run on this host has begun it."""
+        return self._note is not None
+
+    def plan(self) -> FailoverPlan:
+        """What `run` would do; changes nothing."""
+        chosen = self._chosen
+        in_place = self._destination.traits.bootable_files
+        lacking: tuple[str, ...] = ()
+        to_write = 0
+        if in_place:
+            lacking = self._definition(self._new_disks()).lacking()
+        else:
+            planned = self._restoration().plan()
+            lacking, to_write = planned.lacking, planned.bytes_to_write
+        return FailoverPlan(
+            destination=self._destination.url,
+            guest=self._view.name,
+            guest_point=chosen.point.point,
+            instant=chosen.point.instant,
+            time=chosen.point.time,
+            consistency=chosen.record.consistency,
+            skipped=chosen.skipped,
+            loss=self._loss,
+            state=self._standing.state,
+            epoch=self._standing.epoch if self.resumes else self._standing.epoch + 1,
+            master=self._former(),
+            resumes=self.resumes,
+            disks=self._taken({}),
+            directory=str(self._directory),
+            lacking=lacking,
+            bytes_to_write=to_write,
+            defines=self._request.defines,
+            starts=self._request.starts,
+        )
+
+    def run(self, *, order: int = 1) -> FailoverReport:
+        """Take the guest over; continues what an earlier run of this host has begun.
+
+        Raises Conflict without proof that the old host is down, where another host was faster, and where libvirt has a
+        domain of that name; as a restore where the disks are restored; ToolFailed where the guest does not start: the
+        guest is this host's then, and the same command tries again.
+        """
+        request = self._request
+        fence.check(request.fence, request.vouched, subject=self._subject)
+        is_done = self._note is not None and bool(self._note.files) and self._standing.state in _RUNS
+        if not self.resumes:
+            self._check_new()
+        vouched = self._proven(1)
+        make_directories(self._directory, mode=0o777)
+        if self._note is None:
+            note = _Note(token=secrets.token_hex(16), instant=self._chosen.point.instant, seen=self._standing.number)
+            self._write_note(note)
+        written = 0
+        if not is_done:
+            overlays = self._promote(vouched)
+            written = self._lay_out(overlays)
+        definition = self._definition(self._new_disks())
+        self._proven(2)
+        defined = self._define(definition)
+        # The record before the start: a run whose failover was withdrawn, or that was overtaken, starts nothing.
+        self._change(Transition.START)
+        started = self._start(definition) if request.starts else False
+        return FailoverReport(
+            destination=self._destination.url,
+            guest=self._view.name,
+            guest_point=self._chosen.point.point,
+            instant=self._chosen.point.instant,
+            time=self._chosen.point.time,
+            consistency=self._chosen.record.consistency,
+            skipped=self._chosen.skipped,
+            loss=self._loss,
+            state=self._standing.state,
+            epoch=self._standing.epoch,
+            master=request.host,
+            former=self._standing.former,
+            vouched=vouched,
+            disks=self._taken(self._begun_note().files),
+            definition=None if definition.path is None else str(definition.path),
+            defined=defined,
+            started=started,
+            lacking=definition.lacking(),
+            bytes_written=written,
+            order=order,
+            seconds=time.monotonic() - self._begun,
+        )
+
+    def withdraw(self) -> GuestStanding:
+        """Undo a failover that was begun, as long as its guest is not active and has written to no overlay.
+
+        Raises NotFound where none is under way, Conflict and Busy as `Destination.change_guest`.
+        """
+        if self._standing.state is not GuestState.PROMOTING:
+            raise NotFound(
+                f"no failover of it is under way: it is {describe(self._standing)}",
+                subject=self._subject,
+                hint="once it is active, only `snapchain failback` moves it back",
+            )
+        self._change(Transition.WITHDRAW)
+        self._remove_note()
+        return self._standing
+
+    # --- what is decided
+
+    def _choose(self) -> Chosen:
+        if self._note is not None:
+            if self._request.point is not None:
+                wanted = self._view.point(self._request.point)
+                if wanted.instant != self._note.instant:
+                    raise Conflict(
+                        "a failover to another guest point is under way",
+                        subject=self._subject,
+                        hint="leave out --to, or undo it first: --withdraw",
+                    )
+            return the_point(self._destination, self._view, self._note.instant)
+        return choose(self._destination, self._view, self._request.point, proves=self._request.proves)
+
+    def _former(self) -> str | None:
+        if self.resumes:
+            return self._standing.former
+        return self._standing.master or self._chosen.record.host
+
+    def _check_new(self) -> None:
+        """Raises what would stop the run after the epoch is raised."""
+        if self._request.defines:
+            placeholder = {
+                each.name: NewDisk(self._directory / each.name, "qcow2") for each in self._chosen.record.disks
+            }
+            definition = self._definition(placeholder)
+            definition.check_definable()
+            define.check_new(*definition.domain(), connect=self._request.connect)
+        if self._request.starts and self._chosen.record.kind == "libvirt" and not self._request.defines:
+            raise InvalidInput(
+                "libvirt starts only what it has defined", subject=self._subject, hint="say --define too"
+            )
+
+    # --- what is done
+
+    def _proven(self, round_: int) -> Vouched:
+        return fence.proven(
+            self._request.fence,
+            self._request.vouched,
+            guest=self._view.name,
+            former=self._former(),
+            destination=self._destination.url,
+            epoch=self._standing.epoch,
+            round_=round_,
+        )
+
+    def _promote(self, vouched: Vouched) -> Mapping[str, Path]:
+        """The overlays of the disks, by their names at the destination."""
+        note = self._begun_note()
+        change = GuestChange(
+            guest=self._view.name,
+            transition=Transition.PROMOTE,
+            seen=note.seen,
+            token=note.token,
+            by=self._request.host,
+            host=self._request.host,
+            former=self._chosen.record.host[:250] or None,
+            vouched=vouched,
+            point=self._chosen.point.point,
+            instant=self._chosen.point.instant,
+            disks=tuple(
+                TakenDisk(disk=each.disk, point=self._chosen.point.disks[each.disk].point)
+                for each in self._chosen.record.disks
+            ),
+        )
+        try:
+            self._standing, overlays = self._destination.change_guest(change)
+        except Conflict:
+            # Refused before anything was changed: this run has begun nothing.
+            if self._destination.guest_state(self._view.name).token != note.token:
+                self._remove_note()
+            raise
+        return overlays
+
+    def _lay_out(self, overlays: Mapping[str, Path]) -> int:
+        """Put all files of the guest in place, and note them; bytes that were written."""
+        note = self._begun_note()
+        recorded = self._chosen.record.disks
+        written = 0
+        if overlays:
+            files = {each.name: overlays[each.disk] for each in recorded}
+            self._definition({name: NewDisk(path, "qcow2") for name, path in files.items()}).write()
+        else:
+            restoration = self._restoration()
+            files = dict(restoration.outputs)
+            # Nothing was in the way before the first run: what is there without a note of a restore is a whole one.
+            if restoration.is_begun or not all(path.exists() for path in files.values()):
+                written = restoration.run().bytes_written
+            for path in files.values():
+                note_epoch(path, self._standing.epoch)
+        self._write_note(note.model_copy(update={"files": {name: str(path) for name, path in files.items()}}))
+        return written
+
+    def _new_disks(self) -> dict[str, NewDisk]:
+        """The files of the guest; before they are there, under names that tell what the definition would lack."""
+        files = {} if self._note is None else self._note.files
+        return {
+            each.name: NewDisk(Path(files.get(each.name, self._directory / each.name)), "qcow2")
+            for each in self._chosen.record.disks
+        }
+
+    def _begun_note(self) -> _Note:
+        assert self._note is not None, "written before anything is changed"
+        return self._note
+
+    def _restoration(self) -> GuestRestoration:
+        request = GuestRestoreRequest(directory=self._directory, point=str(self._chosen.point.point))
+        return GuestRestoration(self._destination, self._view, request, on_event=self._on_event)
+
+    def _definition(self, disks: Mapping[str, NewDisk]) -> GuestDefinition:
+        return GuestDefinition(
+            self._chosen.record,
+            name=self._name,
+            disks=disks,
+            directory=self._directory,
+            identity=None,
+            address=self._address,
+        )
+
+    def _define(self, definition: GuestDefinition) -> str | None:
+        note = self._begun_note()
+        if not self._request.defines:
+            return None
+        definition.check_definable()
+        assert definition.path is not None
+        name, uuid = definition.domain()
+        if note.defined:
+            return name
+        if not note.defining:
+            define.check_new(name, uuid, connect=self._request.connect)
+            self._write_note(note.model_copy(update={"defining": True}))
+            for sentence in definition.place_tpm(uuid, connect=self._request.connect):
+                self._on_event(Notice(sentence))
+        define.define(definition.path, name=name, connect=self._request.connect)
+        self._write_note(self._begun_note().model_copy(update={"defined": True}))
+        return name
+
+    def _start(self, definition: GuestDefinition) -> bool:
+        note = self._begun_note()
+        if self._chosen.record.kind == "libvirt":
+            start_domain(definition.domain()[0], connect=self._request.connect)
+            return True
+        images = [Path(each) for each in note.files.values()]
+        if is_running(images):
+            return True
+        if definition.path is None:
+            raise NotFound("the record has no command line, so nothing starts the guest", subject=self._address)
+        start_script(definition.path, images)
+        return True
+
+    def _change(self, transition: Transition) -> None:
+        """Take a step out of PROMOTING; nothing where the guest is active already."""
+        if self._standing.state is not GuestState.PROMOTING:
+            return
+        assert self._standing.token is not None, "a failover has one"
+        change = GuestChange(
+            guest=self._view.name,
+            transition=transition,
+            seen=self._standing.number,
+            token=self._standing.token,
+            by=self._request.host,
+            host=self._request.host,
+        )
+        self._standing, _ = self._destination.change_guest(change)
+
+    def _taken(self, files: Mapping[str, str]) -> tuple[TakenOver, ...]:
+        def taken(each: RecordedDisk) -> TakenOver:
+            point = self._chosen.point.disks[each.disk]
+            return TakenOver(
+                name=each.name,
+                disk=each.disk,
+                point=point.point,
+                virtual_size=point.virtual_size,
+                path=files.get(each.name),
+            )
+
+        return tuple(taken(each) for each in self._chosen.record.disks)
+
+    # --- the note in the directory
+
+    @property
+    def _note_name(self) -> str:
+        return f".{self._name}.snapchain-failover"
+
+    def _noted(self) -> _Note | None:
+        """Of an earlier run on this host, whose failover is under way or done at the destination."""
+        try:
+            with Directory.open(self._directory) as directory:
+                key = records.own_key()
+                found = records.read(directory, self._note_name, purpose=_NOTE_PURPOSE, key=key, cap=_NOTE_CAP)
+                note = _Note.model_validate_json(found.text)
+        except (OSError, SnapchainError, ValidationError):
+            return None
+        # With another token it is an old one; one that was never told of is begun anew by the next run.
+        return note if found.is_own and note.token == self._standing.token else None
+
+    def _write_note(self, note: _Note) -> None:
+        with os_errors(self._directory), Directory.open(self._directory) as directory:
+            inode = os.fstat(directory.fd).st_ino
+            values = note.model_dump(mode="json")
+            data = records.encode(values, purpose=_NOTE_PURPOSE, place=inode, key=records.made_key())
+            write_in(directory, self._note_name, data)
+        self._note = note
+
+    def _remove_note(self) -> None:
+        with suppress(FileNotFoundError), os_errors(self._directory), Directory.open(self._directory) as directory:
+            directory.remove(self._note_name)
+            directory.sync()
+
+
+def run_all(work: Mapping[str, Failover], *, concurrency: int, on_event: OnEvent = ignore) -> FailoversReport:
+    """Take several guests over, in this order; one that fails keeps no other from it. concurrency: at once, at most"""
+    begun = time.monotonic()
+
+    def one(order: int, guest: str, failover: Failover) -> FailoverReport | Failed:
+        started = time.monotonic()
+        try:
+            return failover.run(order=order)
+        except SnapchainError as error:
+            on_event(Notice(f"{guest}: {error.message}"))
+            return Failed(
+                guest=guest,
+                kind=error.kind,
+                message=str(error),
+                hint=error.hint,
+                order=order,
+                seconds=time.monotonic() - started,
+            )
+
+    with ThreadPoolExecutor(max(1, concurrency), "failover") as pool:
+        waiting = [pool.submit(one, order, *each) for order, each in enumerate(work.items(), 1)]
+        results = [each.result() for each in waiting]
+    return FailoversReport(
+        guests=tuple(each for each in results if isinstance(each, FailoverReport)),
+        failed=tuple(each for each in results if isinstance(each, Failed)),
+        concurrency=concurrency,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def default_directory(replica: Path, guest: str) -> Path:
+    """Where the definition of a guest goes that runs on the files of a replica of this host."""
+    return replica / FOLDER / f"{safe_name(guest.replace('/', '_'), 'guest')}.failover"

@@ -1,0 +1,98 @@
+"""Where a replica keeps the states of its guests: a small file each, beside the disks, changed under a lock.
+
+ROOT/.guests/web1.json     the newest record of guest web1 (model/guest_state.py)
+ROOT/.guests/web1.lock     locked by the process that changes it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from snapchain.errors import Busy, SnapchainError
+from snapchain.host.directory import Directory
+from snapchain.host.os_errors import os_errors
+from snapchain.model.guest_state import GuestStanding, describe_takeover
+from snapchain.replica import names
+from snapchain.replica.access import Access
+from snapchain.replica.catalogue import read_record, write_record
+from snapchain.replica.store import GRACE, Replica, ReplicaDisk, opened_lock
+
+FOLDER = ".guests"
+_POLL_SECONDS = 0.05
+
+
+def read_standing(root: Path, guest: str) -> GuestStanding | None:
+    """What is recorded of a guest. Raises Corrupt, InvalidInput for a name that no guest has."""
+    return read_record(GuestStanding, _place(root, guest, ".json"))
+
+
+def write_standing(root: Path, standing: GuestStanding) -> None:
+    """Replace the record of a guest, durably. Only under its lock."""
+    with os_errors(root):
+        access = Access.of(root.stat())
+    write_record(_place(root, standing.guest, ".json"), standing, access=access)
+
+
+@contextmanager
+def alone_with(root: Path, guest: str) -> Iterator[None]:
+    """Keep others from changing the state of a guest. Raises Busy."""
+    lock = _place(root, guest, ".lock")
+    with os_errors(root), Directory.open(root) as above:
+        if not above.has(FOLDER):
+            with suppress(FileExistsError):
+                above.make_directory(FOLDER)
+            above.sync()
+        with Directory.open(root / FOLDER) as here:
+            with suppress(PermissionError):
+                access = Access.of(os.fstat(above.fd))
+                access.give(here.opened(), access.directory)
+            fd = opened_lock(here, lock.name)
+    try:
+        until = time.monotonic() + GRACE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise Busy(
+                        "another snapchain is changing the state of this guest",
+                        subject=root / FOLDER / guest,
+                        hint="wait for it to end",
+                    ) from error
+            time.sleep(_POLL_SECONDS)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def disks_of(replica: Replica, guest: str) -> list[ReplicaDisk]:
+    """All disks right below the guest's name, the one of its records included."""
+    return [disk for disk in replica.disks() if guest_of(disk.name) == guest]
+
+
+def guest_of(disk: str) -> str:
+    """The guest that a disk belongs to by its name; '' for none."""
+    return disk.rpartition("/")[0]
+
+
+def takeover_of(disk: ReplicaDisk, epoch: int) -> str | None:
+    """Who took the guest of a disk over, where a record says so for a later epoch than the sender's."""
+    try:
+        standing = read_standing(disk.root, guest_of(disk.name)) if guest_of(disk.name) else None
+    except SnapchainError:  # the epoch of the disk is what refuses
+        return None
+    if standing is None or not standing.is_taken_over or standing.epoch <= epoch:
+        return None
+    return describe_takeover(standing)
+
+
+def _place(root: Path, guest: str, suffix: str) -> Path:
+    return root / FOLDER / (names.directory_of(guest) + suffix)

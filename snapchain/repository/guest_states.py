@@ -1,0 +1,173 @@
+"""The states of guests in a repository: one object a step, made by create-if-absent, so that no lock is needed.
+
+    guests/GUEST/NUMBER     the record with that number (model/guest_state.py); kind G, sealed, never changed
+
+SWITCH needs files that a guest can run on, and belongs to replicas.  PROMOTE and WITHDRAW raise the epoch in the
+catalogue of each disk after the record is made: from then on a writer in an older epoch cannot publish (`check_epoch`).
+A run that is cut off in between is finished by the same change.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.model.guest_state import (
+    GuestChange,
+    GuestStanding,
+    Transition,
+    after,
+    as_disks_stand,
+    describe_takeover,
+    epoch_of,
+    is_done,
+)
+from snapchain.objects.exclusive import create_exclusively
+from snapchain.objects.store import ObjectStore
+from snapchain.repository.catalogue import Catalogue
+from snapchain.repository.envelope import StoredModel, parse as parse_stored, seal, unseal
+from snapchain.repository.leases import Mode
+from snapchain.repository.repository import Repository
+
+KIND = b"G"
+FOLDER = "guests/"
+
+
+class _Stored(StoredModel):
+    """The object. nonce: tells our own write from another's."""
+
+    format: Literal[1] = 1
+    nonce: str
+    standing: GuestStanding
+
+
+def look(repository: Repository, guest: str) -> GuestStanding:
+    """How a guest stands. Raises NotFound where no disk is one of such a guest, Corrupt."""
+    disks = _disks(repository, guest)
+    if not disks:
+        raise NotFound(f"there is no guest {guest!r} here", subject=repository.store.url)
+    return as_disks_stand(_read(repository, guest), guest, epoch_of([each.epoch for each in disks]))
+
+
+def change(repository: Repository, asked: GuestChange) -> GuestStanding:
+    """Take one step; how the guest stands then. May be repeated.
+
+    Raises as `guest_state.after`, NotFound for a point that is not there, Unsupported for steps of a live move.
+    """
+    subject = f"{repository.store.url}::{asked.guest}"
+    if asked.transition in (Transition.MOVE, Transition.SWITCH):
+        hint = "move it to a replica"
+        raise Unsupported("a repository has no files that a guest can run on", subject=subject, hint=hint)
+    now = look(repository, asked.guest)
+    if asked.transition is Transition.PROMOTE:
+        _check_points(repository, asked)
+    if asked.transition is Transition.START:
+        _check_complete(repository, now, subject)
+    if not is_done(now, asked):
+        new = after(now, asked, time=datetime.now(UTC), subject=subject)
+        if not _create(repository, new):
+            now = look(repository, asked.guest)
+            if not is_done(now, asked):
+                after(now, asked, time=datetime.now(UTC), subject=subject)  # raises: it was decided on an older record
+                raise Conflict("the state of the guest was changed meanwhile", subject=subject, hint="run it again")
+            new = now
+        now = new
+    if asked.raises:
+        _raise_epochs(repository, now)
+    return now
+
+
+def check_epoch(repository: Repository, catalogue: Catalogue, epoch: int) -> None:
+    """Raises Conflict where a writer of that epoch was replaced by another host. Nothing is read unless it was."""
+    if epoch >= catalogue.epoch:
+        return
+    standing = None
+    guest = catalogue.disk.rpartition("/")[0]
+    if guest:
+        try:
+            standing = _read(repository, guest)
+        except SnapchainError:  # the epoch of the disk is what refuses
+            standing = None
+    there = f"and here it is in epoch {catalogue.epoch}"
+    if standing is not None and standing.is_taken_over and standing.epoch > epoch:
+        raise Conflict(
+            f"{describe_takeover(standing)}; this host writes the disk in epoch {epoch}",
+            subject=f"{repository.store.url}::{catalogue.disk}",
+            hint="start no guest on these images; `snapchain fence` shows what they hold that no point has",
+        )
+    raise Conflict(
+        f"this host writes the disk in epoch {epoch}, {there}: another host has taken it over since",
+        subject=f"{repository.store.url}::{catalogue.disk}",
+        hint=f"ship nothing from here; if this host is the one that may write it, ship with --epoch {catalogue.epoch}",
+    )
+
+
+def _check_points(repository: Repository, asked: GuestChange) -> None:
+    points = {each.disk: {point.point for point in each.points} for each in _disks(repository, asked.guest)}
+    for taken in asked.disks:
+        if taken.point not in points.get(taken.disk, set()):
+            raise NotFound(f"disk {taken.disk!r} has no point {taken.point}", subject=repository.store.url)
+
+
+def _check_complete(repository: Repository, now: GuestStanding, subject: str) -> None:
+    for disk in _disks(repository, now.guest):
+        if disk.epoch < now.epoch:
+            raise Conflict(
+                f"disk {disk.disk} is in epoch {disk.epoch}, and the guest in {now.epoch}: it was not finished",
+                subject=subject,
+                hint="run the same command again: it finishes that first",
+            )
+
+
+def _raise_epochs(repository: Repository, now: GuestStanding) -> None:
+    def fields(catalogue: Catalogue) -> Mapping[str, object] | None:
+        return None if catalogue.epoch >= now.epoch else {"epoch": now.epoch, "owner": now.master}
+
+    disks = [each.disk for each in _disks(repository, now.guest) if each.epoch < now.epoch]
+    if not disks:
+        return
+    with repository.lease(
+        Mode.WRITE, f"failover {now.guest}", on_wait=repository.notices.append, disks=disks, spends=True
+    ) as lease:
+        for name in disks:
+            repository.disk(name).update(fields, time=datetime.now(UTC), check=lease.check)
+
+
+def _disks(repository: Repository, guest: str) -> list[Catalogue]:
+    """The disks right below the guest's name."""
+    return [each for each in repository.catalogues() if each.disk.rpartition("/")[0] == guest]
+
+
+# --- objects
+
+
+def _name(repository: Repository, guest: str, number: int) -> str:
+    return f"{FOLDER}{repository.keys.disk_key(guest)}/{number:020d}"
+
+
+def _read(repository: Repository, guest: str) -> GuestStanding | None:
+    newest = _newest(repository.store, f"{FOLDER}{repository.keys.disk_key(guest)}/")
+    if newest is None:
+        return None
+    name = _name(repository, guest, newest)
+    body = unseal(repository.keys, KIND, name, repository.store.get(name))
+    standing = parse_stored(_Stored, body, what="the state of a guest", subject=name).standing
+    if (standing.guest, standing.number) != (guest, newest):
+        raise Corrupt("the state belongs to another guest or number", subject=name)
+    return standing
+
+
+def _newest(store: ObjectStore, folder: str) -> int | None:
+    numbers = (info.name.removeprefix(folder) for info in store.list(folder))
+    return max((int(number) for number in numbers if number.isdecimal() and len(number) == 20), default=None)
+
+
+def _create(repository: Repository, standing: GuestStanding) -> bool:
+    """Whether the record was made: nobody else has made one of that number."""
+    name = _name(repository, standing.guest, standing.number)
+    body = _Stored(nonce=secrets.token_hex(16), standing=standing).model_dump_json().encode()
+    sealed = seal(repository.keys, KIND, name, body)
+    return create_exclusively(repository.store, name, sealed, conditional=repository.conditional)

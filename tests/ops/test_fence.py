@@ -1,0 +1,228 @@
+"""A host that comes back: it is refused, marked, and told what it holds; its libvirt hook starts no second guest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapchain.cli import main
+from snapchain.errors import Busy, Conflict, NotFound, Unavailable
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.model.guest_state import GuestState
+from snapchain.ops.fence import hook
+from snapchain.ops.fence.hook import HookRequest
+from snapchain.ops.fence.returned import FenceReport, FenceRequest, plan, run
+from snapchain.ops.restore.run import Restoration
+from snapchain.source.at_rest import ImageAtRest
+from snapchain.testing.history import identical
+from tests.ops.guest_points import DOMAIN, Guest, Open, opened
+from tests.ops.stacks import qemu_img, write
+from tests.ops.test_failover import failover
+
+
+@pytest.fixture(params=["directory", "replica"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    return opened(request.param, request, tmp_path)
+
+
+@pytest.fixture
+def replica(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    return opened("replica", request, tmp_path)
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Guest:
+    return Guest(tmp_path / "kvm1")
+
+
+def fenced(place: Open, guest: Guest, **asked: Any) -> FenceReport:
+    disks = [(guest.images[name], guest.disk(name)) for name in guest.names]
+    return run(FenceRequest(disks=disks, host="kvm1", **asked), place())
+
+
+def xml(guest: Guest) -> str:
+    """Of a domain on the images of the old host."""
+    text = DOMAIN.replace("/old/a.3.qcow2", str(guest.images["vda"]))
+    old = "<disk type='block' device='disk'>\n      <driver name='qemu' type='raw'/>\n      <source dev='/dev/vg0/b'/>"
+    assert old in text
+    driver = "<driver name='qemu' type='qcow2'/>"
+    return text.replace(old, f"<disk type='file' device='disk'>{driver}<source file='{guest.images['vdb']}'/>")
+
+
+def test_a_refused_shipment_marks_the_images(place: Open, guest: Guest, tmp_path: Path) -> None:
+    """Afterwards nothing here writes, ships or starts them, without asking anybody."""
+    guest.point(place(), 1)
+    failover(place, tmp_path / "out").run()
+    guest.grow(2)
+    with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+        guest.ship(place(), 2, names=["vda"], with_record=False)
+    assert stat.S_IMODE(guest.images["vda"].stat().st_mode) & 0o222 == 0
+    with pytest.raises(Conflict, match=r"kvm2 has taken the guest web1 over by a failover, .* nothing here may write"):
+        ImageAtRest(guest.images["vda"]).seal()
+    with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+        hook.check("web1", xml(guest), [])
+
+
+def test_what_the_old_host_holds_is_named_and_kept(place: Open, guest: Guest, tmp_path: Path) -> None:
+    guest.point(place(), 1)
+    failover(place, tmp_path / "out").run()
+    write(guest.images["vda"], "write -P 7 1536k 64k")
+    dry = plan(FenceRequest(disks=[(guest.images["vda"], "web1/vda")]), place())
+    assert dry.taken_over
+    assert os.access(guest.images["vda"], os.W_OK)
+    assert place().guest_state("web1").state is GuestState.ACTIVE, "a plan changes nothing"
+    report = fenced(place, guest)
+    assert (report.taken_over, report.changed_bytes) == (True, 64 << 10)
+    assert [(each.offset, each.length) for each in report.disks[0].ranges] == [(1536 << 10, 64 << 10)]
+    assert [(each.point, each.changed_bytes) for each in report.disks] == [(1, 64 << 10), (1, 0)]
+    assert report.standing.state is GuestState.DIVERGED
+    assert report.standing.master == "kvm2"
+    kept = fenced(place, guest, keeps_tail=True)
+    assert [each.kept for each in kept.disks] == ["web1.tail-1/vda", None]
+    assert kept.standing.state is GuestState.ACTIVE
+    (tail,) = place().disks("web1.tail-1/vda")[0].points
+    Restoration(place(), "web1.tail-1/vda", tmp_path / "tail.qcow2", point=str(tail.point)).run()
+    qemu_img("convert", "-O", "raw", guest.images["vda"], tmp_path / "held.raw")
+    assert identical(tmp_path / "tail.qcow2", tmp_path / "held.raw")
+    assert guest.images["vda"].exists(), "nothing is deleted"
+
+
+def test_a_host_that_holds_nothing_more_is_settled(place: Open, guest: Guest, tmp_path: Path) -> None:
+    guest.point(place(), 1)
+    failover(place, tmp_path / "out").run()
+    report = fenced(place, guest)
+    assert (report.changed_bytes, report.standing.state) == (0, GuestState.ACTIVE)
+    again = fenced(place, guest)
+    assert [each.marked for each in again.disks] == [each.marked for each in report.disks]
+
+
+def test_a_guest_that_was_not_taken_over_is_left_alone(place: Open, guest: Guest) -> None:
+    guest.point(place(), 1)
+    report = fenced(place, guest)
+    assert (report.taken_over, report.disks) == (False, ())
+    assert os.access(guest.images["vda"], os.W_OK)
+    assert hook.check("web1", xml(guest), [place]) == []
+
+
+def test_a_second_guest_that_runs_is_told(replica: Open, guest: Guest, tmp_path: Path) -> None:
+    guest.point(replica(), 1)
+    failover(replica, tmp_path / "out").run()
+    with ImageLock(guest.images["vda"], LockMode.WRITE), pytest.raises(Busy) as busy:
+        fenced(replica, guest)
+    assert "shut it down at once" in str(busy.value.hint)
+    with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+        hook.check("web1", xml(guest), [])
+
+
+# --- the hook
+
+
+def test_the_hook_refuses_older_images_by_the_destination_alone(place: Open, guest: Guest, tmp_path: Path) -> None:
+    """Without a mark: after an older copy of the image came back, or a restored backup of the state directory."""
+    guest.point(place(), 1)
+    copies = tmp_path / "copies"
+    shutil.copytree(guest.place, copies)
+    failover(place, tmp_path / "out").run()
+    fenced(place, guest)
+    shutil.rmtree(guest.place)
+    shutil.copytree(copies, guest.place)
+    assert hook.check("web1", xml(guest), []) == []
+    with pytest.raises(Conflict, match=r"kvm2 has taken the guest web1 over .* the images here are of epoch 1"):
+        hook.check("web1", xml(guest), [place])
+    with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+        guest.point(place(), 2, names=["vda"])
+
+
+def test_the_hook_lets_the_new_master_start(place: Open, guest: Guest, tmp_path: Path) -> None:
+    guest.point(place(), 1)
+    report = failover(place, tmp_path / "out").run()
+    for name, disk in zip(guest.names, report.disks, strict=True):
+        guest.images[name] = Path(disk.path or "")
+    assert hook.check("web1", xml(guest), [place]) == []
+
+
+def test_an_answer_is_required_only_where_that_was_asked(guest: Guest) -> None:
+    def silent() -> Any:
+        raise Unavailable("no route to host", subject="ssh://kvm2/srv/replica")
+
+    (note,) = hook.check("web1", xml(guest), [silent])
+    assert "no route to host" in note
+    with pytest.raises(Unavailable, match="it is not known whether another host runs it"):
+        hook.check("web1", xml(guest), [silent], requires_answer=True)
+
+
+def test_no_hook_of_others_is_replaced(tmp_path: Path) -> None:
+    request = HookRequest(folder=tmp_path / "hooks" / "qemu.d", at=["dir:/srv/a b"])
+    with pytest.raises(NotFound):
+        hook.uninstall(request)
+    assert not hook.plan(request).installed
+    assert not request.folder.exists()
+    report = hook.install(request)
+    path = Path(report.path)
+    assert (path.name, stat.S_IMODE(path.stat().st_mode)) == ("snapchain", 0o755)
+    assert "--at 'dir:/srv/a b'" in path.read_text()
+    assert hook.install(request).installed, "ours is replaced"
+    hook.uninstall(request)
+    assert not path.exists()
+    path.write_text("#!/bin/sh\nexit 0\n")
+    for change in (hook.plan, hook.install, hook.uninstall):
+        with pytest.raises(Conflict, match="replaces no hook of others"):
+            change(request)
+    assert path.read_text() == "#!/bin/sh\nexit 0\n"
+
+
+def test_the_script_does_as_libvirt_wants(replica: Open, guest: Guest, tmp_path: Path) -> None:
+    """Exit code 0 starts, any other refuses. Whatever else is wrong with the hook keeps no guest from starting."""
+    guest.point(replica(), 1)
+    request = HookRequest(folder=tmp_path / "qemu.d", at=[f"dir:{tmp_path}/replica"])
+    script = hook.install(request).path
+
+    def status(*words: str, text: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([script, *words], input=text, capture_output=True, text=True, check=False)
+
+    assert status("web1", "prepare", "begin", "-", text=xml(guest)).returncode == 0
+    failover(replica, tmp_path / "out").run()
+    refused = status("web1", "prepare", "begin", "-", text=xml(guest))
+    assert refused.returncode == 1
+    assert "kvm2 has taken the guest web1 over" in refused.stderr
+    for step in (("started", "begin"), ("release", "end")):
+        assert status("web1", *step, "-", text=xml(guest)).returncode == 0
+    assert status("web1", "prepare", "begin", "-", text=xml(guest).replace("/", "/nowhere/")).returncode == 1
+    Path(script).write_text(Path(script).read_text().replace("-m snapchain", "-m no.such.module"))
+    assert status("web1", "prepare", "begin", "-", text=xml(guest)).returncode == 0
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = main(words)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_on_the_command_line(replica: Open, guest: Guest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guest.point(replica(), 1)
+    dest = f"dir:{tmp_path}/replica"
+    asked = ["failover", f"{dest}::web1", "--source-is-gone", "--reason", "fire", "--into", str(tmp_path / "out")]
+    status, out, _ = command(capsys, *asked, "--dry-run")
+    assert status == 0
+    assert "would take web1 over at guest point 1" in out
+    assert "what was written in" in out
+    status, _, err = command(capsys, *asked)
+    assert status == 2
+    assert "--yes" in err
+    status, out, err = command(capsys, *asked, "--yes", "--json")
+    assert status == 0, err
+    done = json.loads(out)
+    assert (done["state"], done["epoch"], done["vouched"]["words"]) == ("active", 2, "fire")
+    status, out, _ = command(capsys, "fence", str(guest.images["vda"]), f"{dest}::web1/vda")
+    assert status == 0
+    assert "nothing here may write or start it" in out
+    assert "holds nothing beyond point 1" in out
+    assert command(capsys, "fence")[0] == 2
