@@ -52,7 +52,7 @@ def test_it_fails_as_a_virsh_of_its_own_and_goes_on(session: VirshSession) -> No
 
 def test_words_that_its_line_editor_would_change_go_another_way(session: VirshSession) -> None:
     for name in ("tab\there", "Prüfung", "two\nlines", "\x1b[A"):
-        with pytest.raises(NotFound):
+        with pytest.raises(NotFound, match="no such domain"):
             session.text("domstate", "--domain", name)
         assert session._channel is None
 
