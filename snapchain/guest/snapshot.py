@@ -54,6 +54,10 @@ _SLACK = 4 << 20
 """Bytes that a new overlay needs at most, besides what the guest will write: its header and its L1 table."""
 
 
+_LONG_CHAIN = 50
+"""Layers from which on a merge is recommended: QEMU's time for a look at its chains grows with their cube."""
+
+
 class Quiesce(StrEnum):
     """Whether the guest agent freezes the filesystems."""
 
@@ -473,6 +477,15 @@ def _run_live(
         overlays.settle_or_leave(guest, made, on_event)
         raise
     journal.remove(made.path)
+    for disk in planned.disks:
+        if disk.layers >= _LONG_CHAIN:
+            on_event(
+                Notice.of(
+                    f"{guest.name}/{disk.disk}",
+                    f"its chain has {disk.layers} layers now, and the guest waits for each look at it; "
+                    f"merge it: snapchain merge {guest.option}",
+                )
+            )
     for each in now:
         if names := [bitmap.name for bitmap in each.active.bitmaps if bitmap.persistent]:
             name = "" if each.active.path is None else f" {each.active.path.name}"

@@ -20,7 +20,7 @@ from typing import Any, Self
 import pytest
 
 from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, Unavailable, Unsupported
-from snapchain.guest import journal
+from snapchain.guest import journal, snapshot as module
 from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.protocol import NewOverlay
 from snapchain.guest.qmp import Monitor
@@ -299,6 +299,20 @@ def test_a_guest_that_waits_for_a_migration_is_refused(tmp_path: Path, run_dir: 
     ):
         snapshot(machine.qmp)
     assert len(list((tmp_path / "images").iterdir())) == 1
+
+
+def test_a_long_chain_is_told(tmp_path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LONG_CHAIN", 3)
+    disks = images(tmp_path / "images", ("vda",))
+    events: list[Event] = []
+    with Machine(run_dir, disks=disks) as machine:
+        snapshot(machine.qmp, events=events)
+        assert events == []
+        snapshot(machine.qmp, events=events)
+        told = "its chain has 3 layers now, and the guest waits for each look at it"
+        assert [str(each.message) for each in events] == [  # type: ignore[union-attr]
+            f"web1/vda: {told}; merge it: snapchain merge --qmp {machine.qmp}"
+        ]
 
 
 def test_persistent_bitmaps_stay_and_are_told(tmp_path: Path, run_dir: Path) -> None:
