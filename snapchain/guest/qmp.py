@@ -43,6 +43,8 @@ COMMAND_SECONDS = 60.0
 LARGEST_ANSWER = 32 << 20
 """Bytes. A node takes 1 KiB in a list of nodes; parsed, JSON takes up to thirty times its length."""
 _GOODBYE_SECONDS = 5
+_HUMAN = "type 'help' for more information"
+"""In the greeting of QEMU's human monitor."""
 _KEPT_EVENTS = 1000
 _LONGEST_WORDS = 500
 _CHANGES_NOTHING = ("query-", "qom-get", "qom-list")
@@ -120,12 +122,14 @@ class Monitor:
         with self._lock:
             if self._loop.is_closed():
                 return
-            self._drop()
-            with suppress(concurrent.futures.TimeoutError):
-                asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result(_GOODBYE_SECONDS)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+            try:
+                self._drop()
+            finally:  # whatever interrupts the goodbye
+                with suppress(concurrent.futures.TimeoutError):
+                    asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result(_GOODBYE_SECONDS)
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
 
     # --- Commands.
 
@@ -319,7 +323,7 @@ class Monitor:
         if client is None:
             return
         future = asyncio.run_coroutine_threadsafe(client.disconnect(), self._loop)
-        with suppress(concurrent.futures.TimeoutError):
+        with suppress(concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
             future.exception(_GOODBYE_SECONDS)  # what ended the link: raised already where it was met
 
     def _unreachable(self, error: OSError) -> SnapchainError:
@@ -359,8 +363,9 @@ class Monitor:
         cause = error.exc if isinstance(error, ConnectError) else error
         if isinstance(cause, (EOFError, OSError)):
             return Unavailable("QEMU closed the connection", subject=self.path, hint="is QEMU running?")
+        why = "it is that of QEMU's human monitor" if _HUMAN in str(cause) else _short(cause)
         return InvalidInput(
-            f"not a QMP socket: {_short(cause)}", subject=self.path, hint="give the path of QEMU's -qmp unix: socket"
+            f"not a QMP socket: {why}", subject=self.path, hint="give the path of QEMU's -qmp unix: socket"
         )
 
 

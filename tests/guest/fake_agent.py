@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -56,9 +57,14 @@ class FakeAgent:
         self._may_go_on.set()
         with self._arrived:
             self._arrived.notify_all()
+        # Closing alone would wake no thread that waits in it.
+        for each in (self._server, self._client):
+            if each is not None:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
         self._server.close()
-        if self._client is not None:
-            self._client.close()
 
     def release(self) -> None:
         """What is held back goes on, and nothing is held any more."""

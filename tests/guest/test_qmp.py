@@ -120,6 +120,33 @@ def test_nobody_there(tmp_path: Path) -> None:
         Monitor(tmp_path / "file")
 
 
+def test_a_human_monitor(tmp_path: Path) -> None:
+    monitor = tmp_path / "hmp"
+    with (
+        Machine(tmp_path / "m", argv=["-monitor", f"unix:{monitor},server=on,wait=off"]),
+        pytest.raises(InvalidInput, match="not a QMP socket: it is that of QEMU's human monitor"),
+    ):
+        Monitor(monitor)
+
+
+def test_an_interrupted_close_leaves_no_thread(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = Monitor._drop
+
+    def interrupted(monitor: Monitor) -> None:
+        drop(monitor)
+        raise KeyboardInterrupt
+
+    monitor = Monitor(machine.qmp)
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("qmp ")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "_drop", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            monitor.close()
+    assert len(before) == 1
+    assert not {thread for thread in before if thread.is_alive()}
+    monitor.close()
+
+
 def test_permission_denied(machine: Machine) -> None:
     code = (
         "import sys; from pathlib import Path; from snapchain.guest.qmp import Monitor\n"
