@@ -2,16 +2,18 @@
 
     source                                       destination
                                                  -S -incoming defer, NBD exports of its overlays, migrate-incoming
-    blockdev-mirror sync=top, write-blocking  -> the overlays; READY: both sides hold the same from now on
+    blockdev-mirror sync=top, background      -> the overlays; READY: from now on they are a moment behind
     migrate, pause-before-switchover          -> memory, while the guest runs
     pre-switchover: the guest is paused
-    block-job-cancel without force            -> drains and flushes; every mirror must end without an error
+    block-job-cancel without force            -> copies the rest, flushes; every mirror must end without an error
     migrate-continue                          -> device state; completed: paused on both sides
     quit                                         nbd-server-stop, cont
 
-Without pause-before-switchover, or with a mirror in background mode, QEMU 7.2 can report `completed` with the last
-writes missing at the destination, or abort the source.  So neither is ever used.  After `completed` QEMU accepts `cont`
-on both sides: who calls it is decided by a record, never here.
+Without pause-before-switchover QEMU 7.2 can report `completed` with the last writes missing at the destination, or abort
+the source: it is always set.  A mirror in mode write-blocking lets the guest's writes wait for the network, and to cancel
+it by force while the guest writes corrupts the memory of QEMU 7.2, which then dies (decision 0126): it is never used.
+
+After `completed` QEMU accepts `cont` on both sides: who calls it is decided by a record, never here.
 """
 
 from __future__ import annotations
@@ -164,7 +166,7 @@ class Outgoing:
                 "device": roots[disk],
                 "target": job,
                 "sync": "top",
-                "copy-mode": "write-blocking",
+                "copy-mode": "background",
                 "auto-dismiss": False,
                 "on-source-error": "report",
                 "on-target-error": "report",
@@ -173,10 +175,7 @@ class Outgoing:
             self._monitor.execute("blockdev-mirror", mirror)
 
     def wait_until_mirrored(self, on_look: Callable[[int, int], None]) -> None:
-        """Until each mirror is READY. on_look: called with the bytes done, and of how many. Raises as `check_mirrors`.
-
-        From then on the guest's writes are done on both sides before it sees them done.
-        """
+        """Until each mirror is READY. on_look: called with the bytes done, and of how many. Raises as `check_mirrors`."""
         while True:
             mark = self._monitor.mark()
             rows = self.check_mirrors()
@@ -277,26 +276,34 @@ class Outgoing:
             _check_time(until, "the state of the devices", self._monitor)
             self._monitor.wait(_is_news, after=mark, seconds=LOOK_SECONDS)
 
-    def undo(self, capabilities: Mapping[str, bool]) -> None:
+    def mirrors_left(self) -> int:
+        """Bytes that the mirrors are behind. Raises as `check_mirrors`."""
+        return sum(max(0, total - done) for _, done, total in self.check_mirrors())
+
+    def undo(self, capabilities: Mapping[str, bool], *, seconds: float = _UNDO_SECONDS) -> None:
         """The guest goes on here as before, and nothing of ours is left in it. Idempotent, from whatever state.
 
         capabilities: as they were before. The caller knows that no other host has the guest or will have it.
+        seconds: for each of its steps. The guest goes on first; a mirror whose link hangs ends only with that.
         Raises Unavailable where QEMU does not come to rest.
         """
-        self._cancel_memory()
-        self._end_jobs()
+        self._cancel_memory(seconds)
+        self._go_on()
+        self._end_jobs(seconds)
         for job in self._jobs:
             with suppress(Refused):  # it was never opened, or is closed
                 self._monitor.execute("blockdev-del", {"node-name": job})
         with suppress(Refused):
             before = {name: capabilities.get(name, False) for name in (*CAPABILITIES, AUTO_CONVERGE)}
             _set_capabilities(self._monitor, before)
+
+    def _go_on(self) -> None:
         answer = self._monitor.fields("query-status")
         if answer.get("status") in ("postmigrate", "finish-migrate"):
             self._monitor.execute("cont", repeatable=True)
 
-    def _cancel_memory(self) -> None:
-        until = time.monotonic() + _UNDO_SECONDS
+    def _cancel_memory(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         asked = False
         while not (look := look_at_memory(self._monitor)).is_over:
             mark = self._monitor.mark()
@@ -306,8 +313,8 @@ class Outgoing:
             _check_time(until, "the end of the migration", self._monitor)
             self._monitor.wait(_is_news, after=mark, seconds=LOOK_SECONDS)
 
-    def _end_jobs(self) -> None:
-        until = time.monotonic() + _UNDO_SECONDS
+    def _end_jobs(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while True:
             mark = self._monitor.mark()
             ours = [row for row in self._monitor.rows("query-jobs") if row.get("id") in self._jobs]
@@ -392,7 +399,9 @@ def _set_capabilities(monitor: Monitor, wanted: Mapping[str, bool]) -> None:
 
 
 def _is_news(name: str, _data: Mapping[str, object]) -> bool:
-    return name in ("JOB_STATUS_CHANGE", "MIGRATION", "STOP", "RESUME") or name.startswith("BLOCK_JOB_")
+    return name in ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME") or name.startswith(
+        "BLOCK_JOB_"
+    )
 
 
 def _ended(look: MemoryLook, monitor: Monitor) -> Unavailable:

@@ -112,9 +112,9 @@ SENT = {
     20: "migrate-continue",
     21: "quit",
 }
-KILLED = {(8, Place.SENT), (20, Place.SENT), (21, Place.BEFORE)}
-DEAD_SOURCE = {(20, Place.SENT)}
-DEAD_DESTINATION = {(14, Place.BEFORE), (20, Place.SENT)}
+KILLED = {(20, Place.SENT), (21, Place.BEFORE)}
+DEAD_SOURCE: set[tuple[int, Place]] = set()
+DEAD_DESTINATION = {(20, Place.SENT)}
 CUT = {(13, Place.SENT)}
 
 

@@ -118,14 +118,16 @@ WHO = ["ssh", "the snapchain there", "snapchain", "the QEMU there"]
 WHEN = {"mirrors": (8, Place.SENT), "memory": (13, Place.SENT), "switch": (20, Place.SENT), "quit": (21, Place.BEFORE)}
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("who", WHO)
-def test_who_dies_when(
-    moving: Moving, guest: Counting, run: Path, tmp_path: Path, who: str, when: str, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize(
+    ("who", "when"),
+    [
+        pytest.param(who, when, marks=() if (who, when) == ("ssh", "switch") else pytest.mark.soak)
+        for who in WHO
+        for when in WHEN
+    ],
+)
+def test_who_dies_when(moving: Moving, guest: Counting, run: Path, tmp_path: Path, who: str, when: str) -> None:
     """Each kind of process, at the steps that matter; by themselves the others bring it to its one right end."""
-    if (who, when) not in {("ssh", "mirrors"), ("the snapchain there", "switch"), ("ssh", "quit")}:
-        request.applymarker(pytest.mark.soak)
     started: list[subprocess.Popen[str]] = []
 
     def strike() -> None:
@@ -152,6 +154,7 @@ def test_who_dies_when(
         assert check_settled(guest, run, tmp_path / "b") == ("there" if when == "quit" else "here")
 
 
+@pytest.mark.soak
 def test_a_cut_link_is_noticed_and_the_guest_goes_on(
     far: tuple[SshHost, Cable], moving: Moving, guest: Counting, run: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +172,7 @@ def test_a_cut_link_is_noticed_and_the_guest_goes_on(
         assert check_settled(guest, run, tmp_path / "b") == "here"
 
 
+@pytest.mark.soak
 def test_a_linux_with_files_goes_there_and_back(moving: Moving, run: Path, tmp_path: Path) -> None:
     """It writes and syncs all the time; its filesystems are clean at the end, and no file is torn."""
     disks = {name: formatted(tmp_path / f"{name}.qcow2") for name in ("vda", "vdb")}

@@ -3,7 +3,7 @@
     rounds of seal and ship, as `sync`            the guest runs; nothing here depends on the destination
     overlays there, empty                         record "moving", watchdog
     QEMU there, awaiting                          ended again by the other side when we are gone
-    mirrors READY, memory under way               the guest runs, its writes are done on both sides
+    mirrors READY, memory under way               the guest runs, its writes follow at once
     -- paused --                                  mirrors drained, device state sent
     record "switching", tops marked here          from now on only the destination knows who has the guest
     GIVE: its catalogues have the disks           the one moment that decides
@@ -78,11 +78,15 @@ from snapchain.source.protocol import Scope
 
 _REST_SECONDS = 10.0
 """What the active layers may still hold when the mirrors begin: they copy it while the guest runs."""
-_SWITCH_SECONDS = 15.0
+_GIVE_UP_SECONDS = 3.0
+"""For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
+_SWITCH_SECONDS = 10.0
 """How long the guest may wait for each of the two steps of QEMU's switch, before it is undone."""
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
+_SMALL_REST = 1 << 20
+"""Bytes, whatever the rate: that of a few pages of memory says little."""
 _MEASURED_BYTES = 16 << 20
 _QMP = "qmp"
 
@@ -404,7 +408,9 @@ class _Work:
                 auto_converge=self._request.auto_converge,
             )
             last = self._outgoing.wait_for_switchover(self._watch_memory(there, limit))
-            self._moved.predicted = switch_seconds(round_trip) + (last.remaining / last.rate if last.rate else 0.0)
+            self._check_rest(last, limit)
+            rest = last.remaining + self._outgoing.mirrors_left()
+            self._moved.predicted = switch_seconds(round_trip) + (rest / last.rate if last.rate else 0.0)
             with held_back():
                 self._switch(there, chains, record)
                 there.stop()
@@ -417,7 +423,7 @@ class _Work:
         except BaseException:
             if live_settle.record_of(self._found).stage == "moving":
                 with held_back(), suppress(SnapchainError):  # it is done again, and reported, by `_settle`
-                    self._outgoing.undo(record.capabilities)
+                    self._outgoing.undo(record.capabilities, seconds=_GIVE_UP_SECONDS)
             raise
 
     def _start(self, there: GuestMove, prepared: Moving, shipped: SetReport) -> None:
@@ -510,6 +516,17 @@ class _Work:
                 )
 
         return on_look
+
+    def _check_rest(self, look: MemoryLook, limit: float) -> None:
+        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait long."""
+        left = self._outgoing.mirrors_left()
+        if left > max(_SMALL_REST, limit * look.rate):
+            raise Conflict(
+                f"the guest writes faster to its disks than the link carries: {left} bytes were left when it was "
+                f"paused, at {per_second(look.rate)}, and --max-downtime is {self._request.max_downtime:g}",
+                subject=self._guest.name,
+                hint="wait for a quieter hour, or allow a longer pause",
+            )
 
     def _switch(self, there: GuestMove, chains: Sequence[ImageChain], record: MoveRecord) -> None:
         """The guest is paused. A signal that comes now waits until it runs again."""
