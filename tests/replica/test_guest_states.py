@@ -223,3 +223,19 @@ def test_only_a_key_that_may_hand_over_changes_a_state(guest: Guest) -> None:
         if right is not Right.HANDOVER:
             with pytest.raises(InvalidInput, match="lacks the right 'handover'"):
                 permissions.check(Kind.GUEST, look.model_copy(update={"change": change}), subject="it")
+
+
+def test_no_sender_raises_the_epoch_of_a_guest_that_runs_here(guest: Guest, tmp_path: Path) -> None:
+    """By the disk of its records, which has no overlay: the new master would then count as an old one."""
+    record = build(tmp_path / "record", [Layer(MiB, ["write -P 3 0 64k"])])[0]
+    send(record, guest.endpoint, "web1/.guest")
+    mine = token()
+    guest.take(Transition.PROMOTE, mine)
+    guest.take(Transition.START, mine)
+    for epoch in (1, 2, 3):
+        write(record, f"write -P {epoch} 512k 64k")
+        if epoch == 2:
+            continue  # its own epoch, such as of the new master
+        with pytest.raises(Conflict, match="kvm2 has taken the guest web1 over"):
+            send(record, guest.endpoint, "web1/.guest", epoch=epoch)
+    assert (guest.look().state, guest.look().epoch) == (GuestState.ACTIVE, 2)
