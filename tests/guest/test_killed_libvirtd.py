@@ -15,6 +15,7 @@ from snapchain.guest import journal
 from snapchain.guest.address import open_guest
 from snapchain.guest.snapshot import Quiesce, SnapshotRequest, plan, run
 from snapchain.host.virsh import Virsh
+from snapchain.host.virsh_session import VirshSession
 from snapchain.merge import live, live_run
 from snapchain.merge.request import MergeRequest
 from snapchain.model.merging import Strategy
@@ -52,7 +53,7 @@ def dies_at(number: int, host: LibvirtHost | None, patch: pytest.MonkeyPatch) ->
     asked: list[str] = []
 
     def dying(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(virsh: Virsh, *words: Any, **more: Any) -> Any:
+        def call(virsh: Virsh | VirshSession, *words: Any, **more: Any) -> Any:
             at = len(asked)
             asked.append(" ".join(map(str, words)))
             for after in (False, True):
@@ -68,6 +69,7 @@ def dies_at(number: int, host: LibvirtHost | None, patch: pytest.MonkeyPatch) ->
     with patch.context() as within:
         within.setattr(Virsh, "text", dying(Virsh.text))
         within.setattr(Virsh, "texts", dying(Virsh.texts))
+        within.setattr(VirshSession, "text", dying(VirshSession.text))
         yield asked
 
 
