@@ -77,9 +77,6 @@ def _own_home(monkeypatch: pytest.MonkeyPatch, _shared_home: Path) -> None:
         shutil.copy(_shared_home / key, home / key)
 
 
-_FSYNC = os.fsync
-
-
 def _checked_only(fd: int) -> None:
     """As fsync fails for what it cannot be called on, and without the wait for the disk."""
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
@@ -89,7 +86,7 @@ def _checked_only(fd: int) -> None:
 def _no_waiting_for_the_disk() -> Iterator[None]:
     """No test here sees a power loss: fsync waits for nothing in this process and its forks, but in `make soak`.
 
-    Programs that tests start call the real one, and so do tests marked `real_fsync`, such as those that read strace.
+    Programs that tests start call the real one. What a power loss may undo is read off the order of the calls.
     """
     if EXHAUSTIVE:
         yield
@@ -97,12 +94,6 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", _checked_only)
         yield
-
-
-@pytest.fixture(autouse=True)
-def _real_fsync(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.node.get_closest_marker("real_fsync") is not None:
-        monkeypatch.setattr(os, "fsync", _FSYNC)
 
 
 class _CheapSlot(keys.KeySlot):

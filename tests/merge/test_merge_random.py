@@ -27,7 +27,7 @@ from tests.merge.test_assemble import build, growable
 from tests.ops.stacks import clean, flat, names, same
 
 SHM = "/dev/shm" if Path("/dev/shm").is_dir() else None
-EXAMPLES = examples(25)
+EXAMPLES = examples(16, times=16)
 WAYS = (Strategy.NEW, Strategy.ABSORB, Strategy.COMMIT)
 merges: Counter[Strategy] = Counter()
 

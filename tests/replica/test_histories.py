@@ -14,7 +14,7 @@ from tests.ops.stacks import Layer, build, flat
 from tests.replica.conftest import Place
 from tests.replica.histories import KiB, MiB, content_of, live
 
-COUNT = examples(9)
+COUNT = examples(5, times=18)
 GROUPS = examples(1, times=3)
 happened: Counter[str] = Counter()
 
