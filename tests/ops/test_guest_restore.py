@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shlex
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.testing.history import identical
 from tests.ops.guest_points import BEGIN, DOMAIN, GUEST, Guest, Open, instant, opened, publish, publish_bytes
+from tests.ops.killing import killed_at_every_step
 
 
 @pytest.fixture(params=["directory", "replica", "s3"])
@@ -127,6 +129,47 @@ def test_what_is_cut_off_is_continued(simple: Open, tmp_path: Path, monkeypatch:
     assert not (out / ".web1.snapchain-restore").exists()
     for name in guest.names:
         assert identical(out / f"{name}.qcow2", guest.shown[instant(1), name])
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("whole_chain", [False, True])
+def test_killed_at_every_step(simple: Open, tmp_path: Path, whole_chain: bool) -> None:
+    """What has its name is whole, the definition comes last, and the next run completes it, and leaves no note."""
+    guest, out = Guest(tmp_path / "g"), tmp_path / "out"
+    guest.point(simple(), 1)
+    guest.point(simple(), 2)
+    disks = {out / f"{name}.qcow2": guest.shown[instant(2), name] for name in guest.names}
+    where = "alive"
+
+    def whole() -> set[Path]:
+        found = {path for path in disks if path.exists()}
+        for path in found:
+            assert identical(path, disks[path]), where
+        return found
+
+    def restore() -> None:
+        restored(simple, out, whole_chain=whole_chain)
+
+    restore()
+    names = {each.name for each in out.iterdir()}
+    assert not {name for name in names if name.startswith(".")}
+    shutil.rmtree(out)
+    deaths = set()
+    for where in killed_at_every_step(restore, each=13):
+        before = whole()
+        deaths.add(len(before))
+        if (out / "web1.xml").exists():
+            assert before == set(disks), where
+        if before and not (out / ".web1.snapchain-restore").exists():  # it was done
+            with pytest.raises(Conflict, match="replaces no file"):
+                restore()
+        else:
+            restore()
+        assert whole() == set(disks), where
+        assert {each.name for each in out.iterdir()} == names, where
+        ET.parse(out / "web1.xml")
+        shutil.rmtree(out)
+    assert {0, 2} <= deaths
 
 
 @pytest.mark.parametrize("changed", [False, True])

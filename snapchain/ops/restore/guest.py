@@ -13,6 +13,7 @@ for one of these. No existing file is replaced.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,11 +27,12 @@ from snapchain.destination.address import in_full
 from snapchain.destination.guest_record import RecordedDisk
 from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.records import PointRecord
-from snapchain.errors import Conflict, Corrupt, InvalidInput, SnapchainError
+from snapchain.errors import Busy, Conflict, Corrupt, InvalidInput, SnapchainError
 from snapchain.host import records
-from snapchain.host.directory import Directory
-from snapchain.host.files import make_directories, write_in
+from snapchain.host.directory import Directory, same_file
+from snapchain.host.files import make_directories, remove_leftover, write_in
 from snapchain.host.os_errors import os_errors
+from snapchain.host.temporary_names import NEW, RESTORE, temporary_of
 from snapchain.model.consistency import Consistency
 from snapchain.model.events import Event, OnEvent, Progress, ignore
 from snapchain.ops.guest_points import GuestView, fault_of
@@ -38,6 +40,7 @@ from snapchain.ops.guest_records import read_record
 from snapchain.ops.restore import define
 from snapchain.ops.restore.changed_definition import NewDisk, NewIdentity
 from snapchain.ops.restore.guest_definition import LONGEST_NAME, GuestDefinition, safe_name, unique_name
+from snapchain.ops.restore.proof import chain_content_id
 from snapchain.ops.restore.run import Restoration
 from snapchain.ops.restore.target import Format, RestoreReport
 
@@ -137,7 +140,8 @@ class _Finished(BaseModel):
 class _Note(BaseModel):
     """What a restore has done in a directory.
 
-    disks: by file name; files: names of the definition's files, before they are written; uuid: of a clone
+    disks: by file name; begun: name of the file of the disk that is being restored
+    files: names of the definition's files, before they are written; uuid: of a clone
     defining: libvirt had no such domain, and gets it now
     """
 
@@ -146,6 +150,7 @@ class _Note(BaseModel):
     version: Literal[1] = 1
     instant: str
     disks: dict[str, _Finished] = {}
+    begun: str | None = None
     files: tuple[str, ...] = ()
     uuid: str | None = None
     defining: bool = False
@@ -260,7 +265,10 @@ class GuestRestoration:
         for disk in self._disks:
             report = self._done_before(disk, note)
             if report is None:
+                note = note.model_copy(update={"begun": disk.path.name})
+                self._write_note(note)
                 report = self._restored(disk, sum(each.bytes_written for each in reports))
+            if disk.path.name not in note.disks:
                 note = note.model_copy(update={"disks": {**note.disks, disk.path.name: _finished(disk.path)}})
                 self._write_note(note)
             reports.append(report)
@@ -280,6 +288,7 @@ class GuestRestoration:
                 self._write_note(note)
                 raise
         with os_errors(self._directory), Directory.open(self._directory) as directory:
+            self._sweep(directory)
             directory.remove(self._note_name)
             directory.sync()
         return GuestRestoreReport(
@@ -358,8 +367,16 @@ class GuestRestoration:
         return report
 
     def _done_before(self, disk: _Disk, note: _Note) -> RestoreReport | None:
-        if disk.path.name not in note.disks:
-            return None
+        """Of a disk that an earlier run has restored; None for one that is still to be restored.
+
+        A file that it has finished last may be in place and not noted yet: then its content tells whose it is.
+        """
+        name = disk.path.name
+        if name not in note.disks:
+            if name != note.begun or not os.path.lexists(disk.path):
+                return None
+            if not _is_restored(disk):
+                raise self._in_the_way(disk.path)
         return RestoreReport(
             disk=disk.recorded.disk,
             point=disk.point.point,
@@ -400,23 +417,54 @@ class GuestRestoration:
             data = records.encode(values, purpose=_NOTE_PURPOSE, place=inode, key=records.made_key())
             write_in(directory, self._note_name, data)
 
+    def _sweep(self, directory: Directory) -> None:
+        """Remove what killed runs have left: half-written texts, and second names of disks that are in place."""
+        texts = {self._note_name, *self._files}
+        for name in directory.names():
+            left = temporary_of(self._directory / name)
+            if left is None:
+                continue
+            final = left.target.name
+            is_text = left.purpose == NEW and final in texts
+            with suppress(Busy, FileNotFoundError):
+                if is_text or (left.purpose == RESTORE and _is_one_file(directory, name, final)):
+                    remove_leftover(directory, name, final=final)
+
     def _check_free(self) -> None:
         """Raises Conflict for a file that would be replaced."""
-        ours = {*self._note.disks, *self._note.files} if self._note else set()
+        ours = {*self._note.disks, *self._note.files, self._note.begun} if self._note else set()
         for name in (*(each.path.name for each in self._disks), *self._files):
             path = self._directory / name
             if name not in ours and (path.exists() or path.is_symlink()):
-                raise Conflict(
-                    "it exists already, and a restore of a guest replaces no file",
-                    subject=path,
-                    hint="restore into another directory",
-                )
+                raise self._in_the_way(path)
+
+    @staticmethod
+    def _in_the_way(path: Path) -> Conflict:
+        return Conflict(
+            "it exists already, and a restore of a guest replaces no file",
+            subject=path,
+            hint="restore into another directory",
+        )
 
 
 def _domain_name(name: str | None) -> str | None:
     if name is not None and (not name or not name.isprintable() or "/" in name or len(name) > LONGEST_NAME):
         raise InvalidInput(f"{name[:200]!a} cannot name a guest", hint="printable text without slashes, such as web2")
     return name
+
+
+def _is_one_file(directory: Directory, name: str, other: str) -> bool:
+    return directory.has(other) and same_file(directory.status(name), directory.status(other))
+
+
+def _is_restored(disk: _Disk) -> bool:
+    """Whether the file of a disk is one of this user's, and shows the disk."""
+    with suppress(SnapchainError), os_errors(disk.path):
+        status = disk.path.stat(follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+            shown = chain_content_id(disk.path, format=disk.format, size=disk.point.virtual_size)
+            return shown == disk.recorded.content_id
+    return False
 
 
 def _finished(path: Path) -> _Finished:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Literal, Self
 
 from snapchain.errors import Corrupt
 from snapchain.host.directory import real_path
-from snapchain.image import ImageChain, ImageFile
+from snapchain.image import ImageChain, ImageFile, scan
 from snapchain.image.backing import Place
 from snapchain.image.leaves import counted
 from snapchain.image.physical import RunBudget
@@ -67,6 +68,21 @@ class ChainProof:
 
     def __exit__(self, *ending: object) -> None:
         self._stack.close()
+
+
+def chain_content_id(path: Path, *, format: Literal["qcow2", "raw"], size: int) -> str | None:
+    """Of an image that is there already, with all it lies on; None where it has not the size of the disk.
+
+    Raises as `scan`.
+    """
+    with scan(path, format=format) as chain:
+        if -(-size // SECTOR) * SECTOR != -(-chain.top.size // SECTOR) * SECTOR:
+            return None
+        total = empty_sum()
+        for place, file in enumerate(chain.files):
+            below = chain.at(place - 1) if place else None
+            total = counted(file.extents, chain.at(place), below, total, on_bytes=_unheard)
+        return content_id(size, total)
 
 
 def raw_content_id(fd: int, extents: Extents, *, subject: object, on_bytes: Callable[[int], None] = _unheard) -> str:
