@@ -518,7 +518,7 @@ class _Work:
         return on_look
 
     def _check_rest(self, look: MemoryLook, limit: float) -> None:
-        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait long."""
+        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait."""
         left = self._outgoing.mirrors_left()
         if left > max(_SMALL_REST, limit * look.rate):
             raise Conflict(
