@@ -9,9 +9,9 @@
     migrate-continue                          -> device state; completed: paused on both sides
     quit                                         nbd-server-stop, cont
 
-Without pause-before-switchover QEMU 7.2 can report `completed` with the last writes missing at the destination, or abort
-the source: it is always set.  A mirror in mode write-blocking lets the guest's writes wait for the network, and to cancel
-it by force while the guest writes corrupts the memory of QEMU 7.2, which then dies (decision 0126): it is never used.
+Without pause-before-switchover QEMU 7.2 can report `completed` with the last writes missing at the destination, or
+abort the source: it is always set.  In mode write-blocking a mirror lets the guest's writes wait for the network; and
+where it is cancelled by force while the guest writes, QEMU 7.2 dies (decision 0126): that mode is never used.
 
 After `completed` QEMU accepts `cont` on both sides: who calls it is decided by a record, never here.
 """
@@ -37,6 +37,7 @@ _UNLIMITED = 64 << 30
 """Bytes a second: more than any link."""
 _OVER = ("none", "completed", "failed", "cancelled")
 _UNDO_SECONDS = 60.0
+_NEWS = ("JOB_STATUS_CHANGE", "MIGRATION", "MIGRATION_PASS", "STOP", "RESUME")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ class Outgoing:
             self._monitor.execute("blockdev-mirror", mirror)
 
     def wait_until_mirrored(self, on_look: Callable[[int, int], None]) -> None:
-        """Until each mirror is READY. on_look: called with the bytes done, and of how many. Raises as `check_mirrors`."""
+        """Until each mirror is READY. on_look: called with bytes done, and of how many. Raises as `check_mirrors`."""
         while True:
             mark = self._monitor.mark()
             rows = self.check_mirrors()

@@ -3,7 +3,7 @@
     step      what is done                                         journal    state of the guest (guest_state.py)
     PREPARE   disks locked, overlays empty on the newest layers    prepared   moving
     START     QEMU started, -S -incoming defer                     started
-    GIVE      its memory is here, whole                            given      switched   <- this write decides
+    GIVE      its memory is here, whole                                       switched   <- this write decides
     RUN       nbd-server-stop, cont                                ran        active
 
 The disks stay locked from PREPARE to the end of the stream, so that no other transfer changes what lies below the
@@ -79,7 +79,7 @@ class _Details(BaseModel):
     disks: tuple[HandedDisk, ...]
     overlays: tuple[_Made, ...]
     directory: Path
-    stage: Literal["prepared", "started", "given", "ran"]
+    stage: Literal["prepared", "started", "ran"]
     qemu: Identity | None = None
 
 
@@ -119,18 +119,19 @@ def _opened(root: Path, request: Move) -> Iterator[GuestArrival]:
 
 
 def _locked(root: Path, disks: tuple[HandedDisk, ...], locks: ExitStack) -> list[Case]:
-    """The disks, in the order of the request; none where this replica has none of them."""
-    try:
-        replica = open_replica(root)
-    except NotFound:
-        return []
+    """The disks, in the order of the request.
+
+    Raises NotFound where one is not here, such as on a filesystem that is not mounted: that is no answer to who has
+    the guest.
+    """
+    replica = open_replica(root)
     for name in sorted(each.disk for each in disks):
         disk = replica.disk(name)
         if not disk.directory.is_dir():
-            return []
+            raise NotFound(f"there is no disk {name!r} here", subject=root)
         locks.enter_context(in_turn(disk, Work.TRANSFER))
         if disk.read() is None:
-            return []
+            raise NotFound(f"there is no disk {name!r} here", subject=root)
     return cases_of(replica, disks)
 
 
@@ -186,8 +187,8 @@ class GuestArrival:
     # --- The steps.
 
     def _prepare(self) -> None:
-        if self._found is not None or not self._cases:
-            raise Conflict("there is nothing here to prepare, or it was done before", subject=self._root)
+        if self._found is not None:
+            raise Conflict("it was prepared before", subject=self._root)
         for case in self._cases:
             check_may_be_given(case, self._token)
             if case.state is not ActiveState.READY:
@@ -199,6 +200,9 @@ class GuestArrival:
             with ImageLock(case.path, LockMode.WRITE):
                 pass  # nobody runs on it yet
         standing = self._standing_now()
+        if standing.state is GuestState.MOVING and standing.token and _record_of(standing.token) is None:
+            # Nobody works at that move, since the disks are ours, and no QEMU of it is known.
+            self._change(Transition.ABORT, host=self._by, token=standing.token)
         if standing.epoch + 1 != self._epoch:
             raise Conflict(
                 f"the guest is in epoch {standing.epoch} here, and would be given in {self._epoch}",
@@ -258,7 +262,7 @@ class GuestArrival:
             time.sleep(_POLL_SECONDS)
 
     def _give(self) -> None:
-        details = self._at("started", "given")
+        self._at("started")
         if not self._alive():
             raise Conflict("the QEMU that had got the guest has ended here", subject=self._guest)
         Incoming(self._connected()).check_complete(seconds=_COMPLETE_SECONDS)
@@ -267,8 +271,6 @@ class GuestArrival:
                 check_may_be_given(case, self._token)
                 if case.catalogue.tip is None or case.catalogue.tip.id != case.asked.overlay.on:
                     raise Conflict("its overlay is not on the newest layer here any more", subject=case.path)
-        # The journal never says less than the state: a guest of which nothing is journalled has run.
-        self._write(details.model_copy(update={"stage": "given"}))
         self._change(Transition.SWITCH, host=socket.gethostname())
         self._follow()
 
@@ -282,7 +284,7 @@ class GuestArrival:
                     disk.write((disk.read() or found).after(epoch=self._epoch))
 
     def _run(self) -> None:
-        details = self._at("given", "ran")
+        details = self._at("started", "ran")
         if not self._alive():
             raise Unavailable(
                 "the QEMU that had got the guest has ended; the disks are this host's",
@@ -329,17 +331,20 @@ class GuestArrival:
 
     def _is_given(self) -> bool:
         """Whether this host is the guest's master by this move."""
-        if not self._cases:
-            return False
         now = self._standing_now()
         return now.token == self._token and now.state in (GuestState.SWITCHED, GuestState.ACTIVE)
 
-    def _change(self, transition: Transition, *, host: str) -> None:
+    def _change(self, transition: Transition, *, host: str, token: str | None = None) -> None:
         """Take the guest to its next state here, unless it is there already. Raises Conflict."""
         with alone_with(self._root, self._guest):
             now = self._standing_now()
             asked = GuestChange(
-                guest=self._guest, transition=transition, seen=now.number, token=self._token, by=self._by, host=host
+                guest=self._guest,
+                transition=transition,
+                seen=now.number,
+                token=token or self._token,
+                by=self._by,
+                host=host,
             )
             again = asked.model_copy(update={"seen": now.number - 1}) if now.number else asked
             if is_done(now, again) or _is_undone(now, transition):
@@ -396,7 +401,7 @@ class GuestArrival:
             version=self._version,
             machine=self._machine,
             cpu=cpu_digest(),
-            free=files.free_bytes(self._root) if self._cases else 0,
+            free=files.free_bytes(self._root),
             clock=time.time(),
             resumed=self._resumed,
         )

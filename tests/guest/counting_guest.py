@@ -28,8 +28,8 @@ _BURST = 8
 MIB = 1 << 20
 
 
-def boot_sector(disks: int) -> bytes:
-    """Real-mode code for a BIOS with INT 13h extensions."""
+def boot_sector(disks: int, burst: int = _BURST) -> bytes:
+    """Real-mode code for a BIOS with INT 13h extensions. burst: numbers between two ticks of the timer, a power of 2"""
     code = bytes.fromhex("fa31c08ed88ec08ed0bc007cfb")  # cli; ds = es = ss = 0; sp = 0x7c00; sti
     loop = len(code)
     code += b"\x66\xff\x06" + struct.pack("<H", _COUNTER)  # inc dword [counter]
@@ -44,7 +44,7 @@ def boot_sector(disks: int) -> bytes:
     code += b"\x72\xfe"  # jc $: an I/O error stops it for ever
     code += b"\xfe\xc2\x80\xfa" + bytes([0x80 + disks])  # inc dl; cmp dl, 0x80 + disks
     code += b"\x75" + struct.pack("<b", again - len(code) - 2)  # jne again
-    code += b"\xf6\x06" + struct.pack("<H", _COUNTER) + bytes([_BURST - 1])  # test byte [counter], _BURST - 1
+    code += b"\xf6\x06" + struct.pack("<H", _COUNTER) + bytes([burst - 1])  # test byte [counter], burst - 1
     code += b"\x75" + struct.pack("<b", loop - len(code) - 2)  # jnz loop
     code += b"\xf4"  # hlt: until the timer ticks, 18 times a second; else it would take a whole processor
     code += b"\xeb" + struct.pack("<b", loop - len(code) - 2)  # jmp loop
@@ -52,7 +52,7 @@ def boot_sector(disks: int) -> bytes:
     return (code.ljust(0x60, b"\0") + dap).ljust(510, b"\0") + b"\x55\xaa"
 
 
-def make_disks(folder: Path, names: Sequence[str] = ("vda", "vdb", "vdc")) -> dict[str, Path]:
+def make_disks(folder: Path, names: Sequence[str] = ("vda", "vdb", "vdc"), *, burst: int = _BURST) -> dict[str, Path]:
     """Its images; the first one boots."""
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
@@ -61,7 +61,7 @@ def make_disks(folder: Path, names: Sequence[str] = ("vda", "vdb", "vdc")) -> di
         with raw.open("wb") as file:
             file.truncate(4 * MIB)
             if number == 0:
-                file.write(boot_sector(len(names)))
+                file.write(boot_sector(len(names), burst))
         found[name] = folder / f"{name}.qcow2"
         argv = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(found[name])]
         subprocess.run(argv, check=True)
@@ -139,9 +139,9 @@ def arrived(folder: Path) -> list[int]:
 class Counting:
     """The guest on its first host. folder: of its images and sockets; memory in MiB"""
 
-    def __init__(self, folder: Path, names: Sequence[str] = ("vda", "vdb", "vdc")) -> None:
+    def __init__(self, folder: Path, names: Sequence[str] = ("vda", "vdb", "vdc"), *, burst: int = _BURST) -> None:
         self.folder = folder
-        self.disks = make_disks(folder / "images", names)
+        self.disks = make_disks(folder / "images", names, burst=burst)
         self.machine = Machine(folder / "m", disks=self.disks)
         wait_until(lambda: counter(self.machine.monitor) > 3)
 

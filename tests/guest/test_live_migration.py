@@ -22,6 +22,7 @@ from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES
 from snapchain.ops.migrate import live_settle
 from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
 from snapchain.replica.guest_client import GuestMove
+from snapchain.replica.stream.messages import MoveStep
 from snapchain.source import ownership
 from tests.exhaustive import EXHAUSTIVE
 from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_on, run_directory
@@ -376,25 +377,68 @@ def _interrupt(link: Any) -> bool:
     return True
 
 
-def test_abort_ends_what_both_killed_processes_left(guest: Counting, run: Path, tmp_path: Path) -> None:
-    """snapchain and its watchdog: the record is enough, for --abort here, and for doctor."""
+def kill_watchdog() -> None:
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes()
+            if b"live_watchdog" in words and os.fsencode(journal.directory()) in words:
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["abort", pytest.param("doctor", marks=pytest.mark.soak)])
+def test_the_record_is_enough(guest: Counting, run: Path, tmp_path: Path, how: str) -> None:
+    """snapchain and its watchdog are killed: --abort here, or doctor, ends it."""
 
     def kill_both(link: Any) -> bool:
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                words = (process / "cmdline").read_bytes()
-                if b"live_watchdog" in words and os.fsencode(journal.directory()) in words:
-                    os.kill(int(process.name), signal.SIGKILL)
+        kill_watchdog()
         return KILL(link)
 
     with Spy(tmp_path / "spy", guest.machine.qmp, Fault(20, Place.SENT, kill_both), counts=changing) as spy:
         assert os.WTERMSIG(migrating(spy.path, tmp_path / "b")) == signal.SIGKILL
         assert sorted(unfinished()) == ["incoming", "migration"]
         wait_until(lambda: guest.machine.status() == "postmigrate")
-        done = snapchain("migrate", "--qmp", spy.path, "--abort", "--json")
+        words = ["migrate", "--qmp", spy.path, "--abort"] if how == "abort" else ["doctor", "--qmp", spy.path]
+        done = snapchain(*words, "--json")
         assert done.returncode == 0, done.stdout
-        assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False]
+        if how == "abort":
+            assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False]
         assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.soak), True])
+def test_a_destination_that_is_away_is_no_answer(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """Such as one whose filesystem is not mounted. The guest waits; a person may vouch for a host that is gone."""
+    real = GuestMove.step
+
+    def dying(move: GuestMove, step: MoveStep, **named: Any) -> Any:
+        answer = None if step is MoveStep.GIVE and not given else real(move, step, **named)
+        if step is MoveStep.GIVE:
+            kill_watchdog()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuestMove, "step", dying)
+        assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
+    (tmp_path / "b").rename(tmp_path / "away")
+    abort = ["migrate", "--qmp", guest.machine.qmp, "--abort", "--json"]
+    done = snapchain(*abort)
+    assert done.returncode == 7, done.stdout
+    assert "only it knows whether it has the guest" in json.loads(done.stdout)["error"]["message"]
+    assert guest.machine.status() == "postmigrate"
+    if given:
+        (tmp_path / "away").rename(tmp_path / "b")
+        assert [each["moved"] for each in json.loads(snapchain(*abort).stdout)["settled"]] == [True]
+        assert check_settled(guest, run, tmp_path / "b") == "there"
+        return
+    done = snapchain(*abort, "--destination-is-gone")
+    assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False]
+    assert counts_on(guest.machine.monitor)
+    assert all(top.stat().st_mode & 0o200 for top in guest.tops)
+    guest.machine.quit()
+    check_numbers(guest.tops)
 
 
 def test_the_json_fields_are_those_that_are_documented() -> None:

@@ -7,8 +7,8 @@
     -- paused --                                  mirrors drained, device state sent
     record "switching", tops marked here          from now on only the destination knows who has the guest
     GIVE: its catalogues have the disks           the one moment that decides
-    record "switched", QEMU here ended, RUN       -- it runs there --
-    all files marked, record removed
+    QEMU here ended, RUN                          -- it runs there --
+    record "switched", all files marked, record removed
 
 Up to "switching" anything that fails, and Ctrl-C, ends with the guest running here as before (`live_settle`).
 """
@@ -518,7 +518,7 @@ class _Work:
         return on_look
 
     def _check_rest(self, look: MemoryLook, limit: float) -> None:
-        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait long."""
+        """Raises Conflict where the mirrors are so far behind that the guest, which is paused by now, would wait."""
         left = self._outgoing.mirrors_left()
         if left > max(_SMALL_REST, limit * look.rate):
             raise Conflict(
@@ -540,12 +540,12 @@ class _Work:
         given = there.step(MoveStep.GIVE)
         if not given.given:
             raise Unavailable("the destination did not take the guest", subject=self._endpoint.url)
-        self._found = live_settle.restaged(self._found, "switched")
         stopped = outgoing.monitor.time_of("STOP")
         live_settle.end_source(outgoing.monitor, self._process, record)
         asked = time.time()
         running = there.step(MoveStep.RUN)
         answered = time.time()
+        self._found = live_settle.restaged(self._found, "switched")
         if stopped is not None and running.resumed is not None:
             # The other host's clock, as it was in the middle between the question and its answer.
             ahead = running.clock - (asked + answered) / 2

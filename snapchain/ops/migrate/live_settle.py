@@ -201,8 +201,8 @@ class _End:
         self._endpoint = replica_at(record.destination)
 
     def ask(self, seconds: float) -> Moving | None:
-        """How the move stands there; None without an answer."""
-        with suppress(Unavailable, Busy):
+        """How the move stands there; None without an answer: a replica that is not there is none."""
+        with suppress(Unavailable, Busy, NotFound):
             return _persisted(lambda: self._step(MoveStep.LOOK), seconds)
         return None
 
