@@ -167,7 +167,7 @@ def ship(
     if out.dry_run:
         out.plan(plan(request, place, on_event=out.on_event), _draw_plan)
     else:
-        out.report(run(request, place, on_event=out.on_event), _draw_report, problems=_draw_damaged)
+        out.report(run(request, place, names=place, on_event=out.on_event), _draw_report, problems=_draw_damaged)
 
 
 def _named(image: str | None, target: str | None, guest: GuestAddress | None) -> tuple[str | None, str, str | None]:

@@ -41,6 +41,14 @@ def dest(
     return "repo" if request.param == "repo" else f"dir:{tmp_path}/replica"
 
 
+def test_no_disk_gets_the_name_of_a_guest(run: Run, history: Path, dest: str) -> None:
+    image = history / "g" / "vda.3.qcow2"
+    said = run("ship", str(image), f"{dest}::web1", "--json")
+    assert (said.status, said.json["error"]["message"]) == (4, "'web1' is a guest there, and no disk")
+    assert run("log", f"{dest}::web1", "--json").json["guest"] == "web1"
+    assert run("ship", str(image), f"{dest}::web2").status == 0
+
+
 def test_restore(run: Run, dest: str, tmp_path: Path) -> None:
     planned = run("restore", f"{dest}::web1@first", "out", "--dry-run")
     assert (planned.status, "guest point 1" in planned.out, (tmp_path / "out").exists()) == (0, True, False)

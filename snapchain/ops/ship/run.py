@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from snapchain.destination.guest_record import record_disk
+from snapchain.destination.reading import ReadableDestination
 from snapchain.destination.writing import DiskLook, HeldLayer, LayerWriter, NewLayer, Opening, TakesLayers, Writing
-from snapchain.errors import Conflict, Corrupt, SnapchainError
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unsupported
 from snapchain.host.channel import Channel
 from snapchain.image import ImageChain
 from snapchain.model.content import Sum
@@ -37,9 +39,16 @@ def plan(request: ShipRequest, destination: Writing, *, on_event: OnEvent = igno
         return shipment.plan()
 
 
-def run(request: ShipRequest, destination: TakesLayers, *, on_event: OnEvent = ignore) -> ShipReport:
+def run(
+    request: ShipRequest,
+    destination: TakesLayers,
+    *,
+    names: ReadableDestination | None = None,
+    on_event: OnEvent = ignore,
+) -> ShipReport:
     """Ship what a destination lacks of an image, and publish a point.
 
+    names: the destination, where a disk that is new there must not have the name of a guest
     Raises Diverged when a destination with one chain a disk holds what the image never was, Corrupt when its layers do
     not show what the files show that it says they were made of, Conflict when its epoch is newer or the image was
     modified meanwhile, Busy when somebody writes to the image or the disk, Unavailable when the link stays broken: then
@@ -47,7 +56,21 @@ def run(request: ShipRequest, destination: TakesLayers, *, on_event: OnEvent = i
     """
     request.check()
     with request.chain(on_event) as chain:
-        return _run(request, chain, destination, on_event)
+        return _run(request, chain, destination, on_event, names=names)
+
+
+def check_no_guest(name: str, destination: ReadableDestination) -> None:
+    """Raises Conflict for the name of a guest: DEST::NAME would mean the disk from then on, and hide the guest."""
+    try:
+        if not destination.disks(record_disk(name)):
+            return
+    except (NotFound, InvalidInput, Unsupported):  # or a key that may not look at others
+        return
+    raise Conflict(
+        f"{name!r} is a guest there, and no disk",
+        subject=destination.url,
+        hint=f"name the disk otherwise there: DEST::{name}/DISK is one of the guest",
+    )
 
 
 def send_blindly(request: ShipRequest, channel: Channel, *, on_event: OnEvent = ignore) -> ShipReport:
@@ -131,8 +154,17 @@ def plan_opened(
     )
 
 
-def _run(request: ShipRequest, chain: ImageChain, destination: TakesLayers, on_event: OnEvent) -> ShipReport:
+def _run(
+    request: ShipRequest,
+    chain: ImageChain,
+    destination: TakesLayers,
+    on_event: OnEvent,
+    *,
+    names: ReadableDestination | None = None,
+) -> ShipReport:
     def write(writer: LayerWriter) -> ShipReport:
+        if names is not None and not writer.held:
+            check_no_guest(request.disk, names)
         if request.epoch > 1:
             _note_epoch(request, on_event)
         sums = CountedSums(None if writer.believed else request.remembered_by, on_event)
