@@ -42,6 +42,7 @@ from snapchain.ops.migrate.run import MigrateRequest, Move, migrate, take_back
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from snapchain.source.ownership import note_epoch
+from tests.exhaustive import some
 from tests.ops.guest_points import GUEST, Guest
 
 DISK = "web1/vda"
@@ -282,6 +283,38 @@ def explore(begun: Path, examples: int, steps: int) -> None:
             phases=[Phase.explicit, Phase.reuse, Phase.generate],
         ),
     )
+
+
+STEPS = 12
+"""Of a failover at which something may happen: before and after each note, each round of the fence, each change."""
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("event", ["killed", "lost answer", "A comes back"])
+def test_something_happens_at_each_step_of_a_failover(begun: Path, event: str) -> None:
+    """What hypothesis would have to find: then A boots and starts, the failover goes on, and an old copy comes back."""
+
+    class World(TwoHosts):
+        template = begun
+
+    for step in some(range(STEPS + 1), each=2):
+        world = World()
+        TwoHosts.begin(world)
+        TwoHosts.b_fails_over(world, step, event)
+        world.one_master()
+        for _ in range(2):
+            TwoHosts.a_boots(world)
+            if not world.runs["A"]:
+                TwoHosts.a_starts(world)
+            TwoHosts.a_ships(world)
+            world.one_master()
+            if not world.runs["B"]:
+                TwoHosts.b_fails_over(world, STEPS + 1, "nothing")
+            world.one_master()
+            assert world.runs["B"], "the next run ends it"
+            TwoHosts.a_loses_power(world)
+            TwoHosts.a_gets_an_old_copy_of_its_images(world)
+        world.teardown()
 
 
 def test_never_two_masters(begun: Path) -> None:
