@@ -52,6 +52,8 @@ from snapchain.model.events import OnEvent, ignore
 _OFF = {"shut off", "no state"}
 _MIGRATING = re.compile(r"\((?:migrating|post-copy|post-copy failed|migrated)\)")
 _SAVED = "(saved)"
+_NOT_IN_CHAIN = "is not in this backing file chain"
+"""QEMU's words for a layer that has left the chain."""
 _KINDS = {
     "Block Commit": "commit",
     "Active Block Commit": "active-commit",
@@ -368,6 +370,18 @@ class LibvirtGuest:
             )
 
     def _begin(self, words: list[str], *, keep_relative: bool) -> None:
+        try:
+            self._order(words, keep_relative=keep_relative)
+        except ToolFailed as error:
+            if _NOT_IN_CHAIN not in error.message:
+                raise
+            raise Conflict(
+                "libvirt lists layers that QEMU has merged already: libvirtd died at the end of that merge",
+                subject=self.name,
+                hint="shut the guest down and start it again, so that libvirt reads its chains anew; then run it again",
+            ) from error
+
+    def _order(self, words: list[str], *, keep_relative: bool) -> None:
         verb, *more = words
         if keep_relative and "--active" not in words:
             try:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from snapchain.errors import Busy, Conflict, SnapchainError, Unavailable
+from snapchain.errors import Busy, Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.guest.address import GuestAddress
 from snapchain.guest.jobs import End, Ended, OnLook, drive, give_up
 from snapchain.guest.protocol import Activity, Guest, GuestDisk, Job, JobKind, JobProgress, JobStatus
@@ -51,7 +51,7 @@ def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pac
     began = time.monotonic()
     finished = settle_disk(guest, planned.disk, planned.request, on_event=on_event, pace=pace)
     if finished:
-        planned = plan(guest, planned.disk, planned.request)
+        planned = _replanned(guest, planned)
     planned.check_room()
     done: list[StepReport] = []
     failed: list[Fault] = []
@@ -78,6 +78,15 @@ def run(guest: Guest, planned: LiveMergePlan, *, on_event: OnEvent = ignore, pac
         seconds=time.monotonic() - began,
         image=paths_of(disk_to_merge(guest, planned.disk))[-1],
     )
+
+
+def _replanned(guest: Guest, planned: LiveMergePlan) -> LiveMergePlan:
+    """The plan after an earlier merge was finished, whose inputs the request may have named: then nothing is left."""
+    try:
+        return plan(guest, planned.disk, planned.request)
+    except NotFound:
+        nothing = replace(planned.request, from_layer=None, to_layer=None, flatten=False, max_layers=1 << 30)
+        return plan(guest, planned.disk, nothing)
 
 
 # --- One merge.
@@ -113,7 +122,7 @@ def _run_step(
             held = records.enter_context(OpenJournal(journal))
             if held.unmarked is not None:
                 on_event(Notice.of(step.result, f"its journal bears no mark of this user: {held.unmarked}"))
-            journal = _do(guest, disk, decided, journal, records, pace, on_event)
+            journal = _do(guest, disk, decided, journal, records, pace, on_event, was_begun=again is not None)
             settled = _finish(guest, journal, old, records, on_event)
         if last < len(old.files) - 1:
             _carry_over(guest, disk_name, request, old, first, last, on_event)
@@ -219,10 +228,14 @@ def _do(
     records: ExitStack,
     pace: Pace,
     on_event: OnEvent,
+    *,
+    was_begun: bool,
 ) -> MergeJournal:
     """Run the job to its end. The journal that counts from then on; newer ones are held by `records`.
 
-    The chain is as before when this raises; after a commit the files between are invalid then, and the journal stays.
+    was_begun: an earlier run had begun this merge
+    The chain is as before when this raises; once a commit was begun the files between are invalid, and the journal
+    stays.
     """
     live = journal.live
     assert live is not None
@@ -242,7 +255,8 @@ def _do(
         # Refused, or the answer was lost: then the job may be there.
         job, look = guest.job(live.job_id, decided.kind, disk.name), _no_look
         if job.progress().status is JobStatus.GONE:
-            remove_record(journal)
+            if not was_begun:
+                remove_record(journal)
             raise
     except BaseException as error:  # interrupted
         with suppress(SnapchainError):

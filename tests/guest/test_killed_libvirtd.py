@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from snapchain.errors import InvalidInput, NotFound, SnapchainError
+from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.guest import journal
 from snapchain.guest.address import open_guest
 from snapchain.guest.snapshot import Quiesce, SnapshotRequest, plan, run
@@ -45,6 +45,18 @@ def merge(domain: Domain, to_layer: str | None) -> None:
         except (NotFound, InvalidInput):  # they are merged already
             planned = live.plan(guest, "vda", MergeRequest(image=top, max_layers=5))
         live_run.run(guest, planned)
+
+
+def merge_again(domain: Domain, to_layer: str | None) -> None:
+    """Where libvirtd dies between QEMU's end of a merge and its own record, it forgets that: until the next start."""
+    try:
+        merge(domain, to_layer)
+    except Conflict as error:
+        assert "libvirt lists layers that QEMU has merged already" in error.message  # noqa: PT017
+        domain.io("vda", "flush")
+        domain.virsh("destroy")
+        domain.virsh("start")
+        merge(domain, to_layer)
 
 
 @contextmanager
@@ -126,7 +138,7 @@ def test_a_merge(
                 merge(domain, to_layer)
             asked = asked or requests
             check(domain, chain, number)
-            merge(domain, to_layer)
+            merge_again(domain, to_layer)
             check(domain, chain, number)
             assert not list(chain.folder.glob(".snapchain-merge*")), requests
             assert journal.find() == ([], []), requests
