@@ -14,7 +14,7 @@ from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, 
 from snapchain.replica.stream.session import ClientSession, printable
 
 _ALIVE_SECONDS = 5.0
-"""The other side gives up a peer that is silent for six times as long (guest_server.PATIENCE)."""
+"""The other side gives up a peer that is silent for much longer (guest_server.PATIENCE)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 OPERATION = "incoming"
 """Of the journal's records."""
-PATIENCE = 30.0
-"""Seconds without a word from the peer, which sends one every few seconds, until it is given up."""
+PATIENCE = 60.0
+"""Seconds without a word from the peer, which sends one every few seconds but while its ssh logs in once more."""
 _START_SECONDS = 60.0
 _COMPLETE_SECONDS = 20.0
 _END_SECONDS = 30.0

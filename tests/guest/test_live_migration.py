@@ -17,6 +17,7 @@ import pytest
 from _pytest.mark.structures import ParameterSet
 
 from snapchain.cli import main
+from snapchain.errors import Conflict
 from snapchain.guest import journal
 from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES
 from snapchain.ops.migrate import live_settle
@@ -375,6 +376,25 @@ def test_ctrl_c_lets_it_go_on_here(guest: Counting, run: Path, tmp_path: Path) -
 def _interrupt(link: Any) -> bool:
     os.kill(link.client_pid, signal.SIGINT)
     return True
+
+
+def test_a_qemu_that_has_got_the_guest_and_died_is_not_given_it(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between `completed` and the record: the guest here has its memory still, and goes on."""
+    real = GuestMove.step
+
+    def killing(move: GuestMove, step: MoveStep, **named: Any) -> Any:
+        if step is MoveStep.GIVE:
+            assert guest.machine.status() == "postmigrate"
+            for pid in arrived(run):
+                os.kill(pid, signal.SIGKILL)
+        return real(move, step, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuestMove, "step", killing)
+        assert os.waitstatus_to_exitcode(migrating(guest.machine.qmp, tmp_path / "b")) == Conflict.exit_code
+    assert check_settled(guest, run, tmp_path / "b") == "here"
 
 
 def kill_watchdog() -> None:

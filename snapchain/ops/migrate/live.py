@@ -81,7 +81,7 @@ _REST_SECONDS = 10.0
 _GIVE_UP_SECONDS = 3.0
 """For mirrors to end while their link is still there; where that hangs, they end when it is closed."""
 _SWITCH_SECONDS = 10.0
-"""How long the guest may wait for each of the two steps of QEMU's switch, before it is undone."""
+"""How much longer than was allowed each of the two steps of QEMU's switch may take, before they are undone."""
 _MEMORY_RULES = Rules(rounds=40, stalled=10, growth=4.0, grace=3)
 """Rounds over the memory without --auto-converge; with it, QEMU throttles the guest a little more each round."""
 _THROTTLED_RULES = Rules(rounds=120, stalled=120, growth=1000.0)
@@ -530,9 +530,9 @@ class _Work:
 
     def _switch(self, there: GuestMove, chains: Sequence[ImageChain], record: MoveRecord) -> None:
         """The guest is paused. A signal that comes now waits until it runs again."""
-        outgoing = self._outgoing
-        outgoing.end_mirrors(seconds=_SWITCH_SECONDS)
-        outgoing.switch_over(seconds=_SWITCH_SECONDS)
+        outgoing, patience = self._outgoing, _SWITCH_SECONDS + self._request.max_downtime
+        outgoing.end_mirrors(seconds=patience)
+        outgoing.switch_over(seconds=patience)
         self._moved.memory = look_at_memory(outgoing.monitor)
         self._found = live_settle.restaged(self._found, "switching")
         for chain, each in zip(chains, record.disks, strict=True):
