@@ -1,0 +1,455 @@
+"""Never two masters: a model of hosts, destinations, failures and people, over the code that really decides.
+
+WIP
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from snapchain.errors import NotFound, SnapchainError, Unavailable
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.retry import RetryPolicy
+from snapchain.model.guest_state import GuestState, Vouched
+from snapchain.ops.failover.request import FailoverReport, FailoverRequest
+from snapchain.ops.failover.run import Failover
+from snapchain.ops.fence.returned import FenceRequest, run as fence_run
+from snapchain.ops.migrate import run as migration
+from snapchain.ops.migrate.run import MigrateRequest, Move
+from snapchain.replica import disk_writer
+from snapchain.repository import guest_states
+from snapchain.source.at_rest import ImageAtRest
+from tests.exhaustive import examples
+from tests.ops.guest_points import GUEST, instant
+from tests.ops.masters import BLOCKS, Content, Copy, World, killed_after, made_copy, ship, shows, stamp, write
+
+PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+WORD = Vouched(how="person", who="root@there", words="it burnt down")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """kind: none, killed (all processes of the command), died (the receiver), lost (the answer)"""
+
+    kind: str = "none"
+    step: int = 0
+
+
+NONE = Fault()
+FAULTS = st.one_of(
+    st.just(NONE),
+    st.just(NONE),
+    st.builds(Fault, st.just("killed"), st.integers(1, 90)),
+    st.builds(Fault, st.just("died"), st.integers(1, 40)),
+    st.just(Fault("lost")),
+)
+
+
+@dataclass
+class Pending:
+    """A command that was interrupted. again, undo: what a person does about it."""
+
+    name: str
+    again: Callable[[], None]
+    undo: Callable[[], None]
+
+
+class Masters(RuleBasedStateMachine):
+    hosts: tuple[str, ...] = ("a", "b")
+    replicas: tuple[str, ...] = ("a", "b")
+    has_repository = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="masters-", dir=PLACE))
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(migration, "_HANDOVER", RetryPolicy(give_up_after=0.0))
+        self.world = World(self.root, self.patch, self.hosts, self.replicas, self.has_repository)
+        self.copies = [made_copy(self.world, self.hosts[0])]
+        self.running: dict[int, list[ImageLock]] = {}
+        self.blind: set[int] = set()
+        self.lied = False
+        self.points: dict[tuple[str, str], Content] = {}
+        self.writers: dict[str, dict[int, str]] = {place: {1: self.hosts[0]} for place in self.world.places}
+        self.pending: list[Pending] = []
+        self.backup: Path | None = None
+        self.number = 0
+        self.skew = 0
+        self.requires_answer = True
+
+    @initialize(requires_answer=st.booleans())
+    def begin(self, requires_answer: bool) -> None:
+        self.requires_answer = requires_answer
+
+    def teardown(self) -> None:
+        try:
+            self.settle()
+            self.restores()
+        finally:
+            for number in list(self.running):
+                self._stop(number)
+            self.patch.undo()
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    # --- the guest
+
+    def _copy(self, which: int) -> int:
+        return which % len(self.copies)
+
+    @rule(which=st.integers(0, 5))
+    def start(self, which: int) -> None:
+        number = self._copy(which)
+        copy = self.copies[number]
+        if number in self.running or not all(image.exists() for image in copy.images.values()):
+            return
+
+        def answers(place: str) -> Any:
+            if (copy.host, place) in self.world.cut:
+                raise Unavailable("the link is cut", subject=place)
+            return self.world.standing(place)
+
+        if not self.world.may_start(copy, answers, requires_answer=self.requires_answer):
+            return
+        if any((copy.host, place) in self.world.cut for place in self.world.places):
+            self.blind.add(number)
+        locks = []
+        try:
+            for image in copy.images.values():
+                locks.append(ImageLock(image, LockMode.WRITE))
+                locks[-1].__enter__()
+        except SnapchainError:
+            for lock in locks[:-1]:
+                lock.__exit__(None, None, None)
+            return
+        self.running[number] = locks
+
+    def _stop(self, number: int) -> None:
+        for lock in self.running.pop(number, []):
+            lock.__exit__(None, None, None)
+        self.blind.discard(number)
+
+    @rule(which=st.integers(0, 5))
+    def stop(self, which: int) -> None:
+        self._stop(self._copy(which))
+
+    @rule(which=st.integers(0, 5), block=st.integers(0, BLOCKS - 1))
+    def write(self, which: int, block: int) -> None:
+        number = self._copy(which)
+        if number not in self.running:
+            self.start(which)
+        if number not in self.running or self.copies[number].content is None:
+            return
+        self.number += 1
+        locks = self.running.pop(number)  # the model's own lock would keep qemu-io out
+        for lock in locks:
+            lock.__exit__(None, None, None)
+        write(self.copies[number], block, self.number % 255 + 1)
+        for lock in locks:
+            lock.__enter__()
+        self.running[number] = locks
+
+    # --- snapchain
+
+    def _run(self, host: str, work: Callable[[], Any], fault: Fault) -> Any:
+        """What the command returned; None where it was refused, interrupted, or its answer is not known."""
+        with self.world.on(host), pytest.MonkeyPatch.context() as patch:
+            if fault.kind == "killed":
+                killed_after(work, fault.step)
+                return None
+            if fault.kind == "lost":
+                for module, name in (
+                    (migration, "ask_for_handover"),
+                    (disk_writer, "guest_at"),
+                    (guest_states, "change"),
+                ):
+                    patch.setattr(module, name, _lost(getattr(module, name)))
+            try:
+                return work()
+            except SnapchainError:
+                return None
+
+    def _dies(self, fault: Fault) -> int:
+        return fault.step if fault.kind == "died" else 0
+
+    @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
+    def ship(self, which: int, at: int, fault: Fault) -> None:
+        copy, place = self.copies[self._copy(which)], self.world.places[at % len(self.world.places)]
+        if not all(image.exists() for image in copy.images.values()) or copy.content is None:
+            return
+        self.number += 1
+        number, content, epoch = self.number, copy.content, copy.epoch()
+        self.points[place, instant(number)] = content
+
+        def work() -> bool:
+            ship(self.world, copy, place, number, stamp(number, self.skew))
+            return True
+
+        if self._run(copy.host, work, fault):
+            self._wrote(place, epoch, copy.host)
+
+    def _wrote(self, place: str, epoch: int, host: str) -> None:
+        """One epoch of a destination belongs to one host, and nobody writes there in an older one."""
+        writers = self.writers[place]
+        assert epoch >= max(writers), f"{host} wrote to {place} in epoch {epoch}, and it is in {max(writers)}"
+        owner = writers.setdefault(epoch, host)
+        assert owner == host, f"{host} wrote to {place} in epoch {epoch}, which is {owner}'s"
+
+    @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
+    def migrate(self, which: int, at: int, fault: Fault) -> None:
+        copy, host = self.copies[self._copy(which)], self.replicas[at % len(self.replicas)]
+        if not all(image.exists() for image in copy.images.values()) or host == copy.host:
+            return
+        self._migrate(copy, host, fault, is_first=True)
+
+    def _migrate(self, copy: Copy, host: str, fault: Fault, *, is_first: bool = False) -> bool:
+        place = f"{host}/replica"
+        request = MigrateRequest(moves=[Move(path, f"{GUEST}/{name}") for name, path in copy.images.items()])
+        content = copy.content
+        report = self._run(
+            copy.host, lambda: migration.migrate(request, self.world.endpoint(place, self._dies(fault))), fault
+        )
+        if report is None:
+            if is_first and fault.kind != "none":
+                self.pending.append(
+                    Pending(
+                        f"migrate from {copy.host} to {host}",
+                        lambda: self._again(self._migrate(copy, host, NONE)),
+                        lambda: self._again(self._take_back(copy, host, NONE)),
+                    )
+                )
+            return False
+        images = {name: Path(each.overlay) for name, each in zip(copy.images, report.disks, strict=True)}
+        self._register(Copy(host, images, content))
+        return True
+
+    def _again(self, is_done: bool) -> None:
+        if not is_done:
+            raise Unavailable("it was refused")
+
+    def _register(self, copy: Copy) -> None:
+        if all(each.images != copy.images or each.host != copy.host for each in self.copies):
+            self.copies.append(copy)
+
+    @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
+    def take_back(self, which: int, at: int, fault: Fault) -> None:
+        copy, host = self.copies[self._copy(which)], self.replicas[at % len(self.replicas)]
+        if all(image.exists() for image in copy.images.values()):
+            done = self._take_back(copy, host, fault)
+            if not done and fault.kind != "none":
+                self.pending.append(
+                    Pending(
+                        f"take back to {copy.host} from {host}",
+                        lambda: self._again(self._take_back(copy, host, NONE)),
+                        lambda: None,
+                    )
+                )
+
+    def _take_back(self, copy: Copy, host: str, fault: Fault) -> bool:
+        place = f"{host}/replica"
+        request = MigrateRequest(moves=[Move(path, f"{GUEST}/{name}") for name, path in copy.images.items()])
+        work = lambda: migration.take_back(request, self.world.endpoint(place, self._dies(fault)))  # noqa: E731
+        return self._run(copy.host, work, fault) is not None
+
+    def _hosts_for(self, place: str) -> tuple[str, ...]:
+        return self.hosts if place == "repository" else (place.partition("/")[0],)
+
+    @rule(
+        by=st.integers(0, 2),
+        at=st.integers(0, 2),
+        proof=st.sampled_from(["fence", "lie", "word", "false", "none"]),
+        fault=FAULTS,
+    )
+    def failover(self, by: int, at: int, proof: str, fault: Fault) -> None:
+        place = self.world.places[at % len(self.world.places)]
+        host = self._hosts_for(place)[by % len(self._hosts_for(place))]
+        self._failover(place, host, proof, fault, is_first=True)
+
+    def _failover(self, place: str, host: str, proof: str, fault: Fault, *, is_first: bool = False) -> bool:
+        if proof == "fence":  # the old host is down
+            for number in list(self.running):
+                if self.copies[number].host != host:
+                    self._stop(number)
+        elif proof in ("lie", "word"):
+            self.lied = True
+        directory = self.root / host / f"out-{place.replace('/', '-')}"
+        before = self.world.standing(place)
+
+        def work() -> FailoverReport:
+            request = FailoverRequest(
+                directory=directory,
+                host=host,
+                vouched=WORD if proof in ("fence", "lie", "word") else None,
+                fence=["false"] if proof == "false" else [],
+            )
+            return Failover(self.world.destination(place), GUEST, request).run()
+
+        report = self._run(host, work, fault)
+        now = self.world.standing(place)
+        if proof in ("false", "none"):
+            assert report is None
+            assert now is None or before is None or now.number == before.number, "done without proof"
+        if now is not None and now.master == host and (before is None or before.number != now.number):
+            if before is None or now.epoch > before.epoch:
+                assert now.epoch not in self.writers[place], f"epoch {now.epoch} of {place} was another host's already"
+            self.writers[place][now.epoch] = host
+        if report is None:
+            if is_first and fault.kind != "none" and now is not None and now.state is GuestState.PROMOTING:
+                self.pending.append(
+                    Pending(
+                        f"failover by {host} at {place}",
+                        lambda: self._again(self._failover(place, host, "fence", NONE)),
+                        lambda: self._again(self._withdraw(place, host, NONE)),
+                    )
+                )
+            return False
+        images = {each.name: Path(each.path or "") for each in report.disks}
+        content = self.points[place, report.instant]
+        for path in images.values():
+            known = any(path in copy.images.values() for copy in self.copies)
+            assert known or shows(path, content), "what was taken over does not read as the point that was named"
+        self._register(Copy(host, images, content))
+        return True
+
+    @rule(by=st.integers(0, 2), at=st.integers(0, 2), fault=FAULTS)
+    def withdraw(self, by: int, at: int, fault: Fault) -> None:
+        place = self.world.places[at % len(self.world.places)]
+        host = self._hosts_for(place)[by % len(self._hosts_for(place))]
+        self._withdraw(place, host, fault)
+
+    def _withdraw(self, place: str, host: str, fault: Fault) -> bool:
+        directory = self.root / host / f"out-{place.replace('/', '-')}"
+
+        def work() -> Any:
+            request = FailoverRequest(directory=directory, host=host, vouched=WORD)
+            return Failover(self.world.destination(place), GUEST, request).withdraw()
+
+        return self._run(host, work, fault) is not None
+
+    @rule(which=st.integers(0, 5), at=st.integers(0, 2), keeps=st.booleans(), fault=FAULTS)
+    def fence(self, which: int, at: int, keeps: bool, fault: Fault) -> None:
+        copy, place = self.copies[self._copy(which)], self.world.places[at % len(self.world.places)]
+        if not all(image.exists() for image in copy.images.values()):
+            return
+        disks = [(path, f"{GUEST}/{name}") for name, path in copy.images.items()]
+
+        def work() -> Any:
+            return fence_run(FenceRequest(disks=disks, host=copy.host, keeps_tail=keeps), self.world.destination(place))
+
+        self._run(copy.host, work, fault)
+
+    @rule(which=st.integers(0, 5))
+    def seal(self, which: int) -> None:
+        copy = self.copies[self._copy(which)]
+        if all(image.exists() for image in copy.images.values()):
+            for image in copy.images.values():
+                self._run(copy.host, ImageAtRest(image).seal, NONE)
+
+    # --- the world
+
+    @rule(by=st.integers(0, 2), at=st.integers(0, 2))
+    def cut(self, by: int, at: int) -> None:
+        place = self.world.places[at % len(self.world.places)]
+        self.world.cut.add((self.hosts[by % len(self.hosts)], place))
+
+    @rule()
+    def heal(self) -> None:
+        self.world.cut.clear()
+
+    @rule(hours=st.sampled_from([-5, 0, 7]))
+    def clock(self, hours: int) -> None:
+        self.skew = hours
+
+    @precondition(lambda self: self.backup is None)
+    @rule()
+    def back_up(self) -> None:
+        self.backup = self.root / "backup"
+        shutil.copytree(self.copies[0].images["vda"].parent, self.backup, copy_function=shutil.copy2)
+        self.backed_up = self.copies[0].content
+
+    @precondition(lambda self: self.backup is not None and 0 not in self.running)
+    @rule()
+    def restore_old(self) -> None:
+        """The directory of the first images with all its notes, as it once was."""
+        place = self.copies[0].images["vda"].parent
+        shutil.rmtree(place)
+        assert self.backup is not None
+        shutil.copytree(self.backup, place, copy_function=shutil.copy2)
+        self.copies[0].content = self.backed_up
+
+    # --- what must hold
+
+    @invariant()
+    def one_master(self) -> None:
+        for requires_answer, is_cut in ((True, True), (False, False)):
+            found = self.world.masters(self.copies, requires_answer=requires_answer, is_cut=is_cut)
+            for disk, hosts in found.items():
+                assert len(hosts) <= 1, f"{' and '.join(sorted(hosts))} may write {disk}"
+
+    @invariant()
+    def one_guest(self) -> None:
+        if not self.lied:
+            running = {self.copies[number].host for number in self.running if number not in self.blind}
+            assert len(running) <= 1, f"the guest runs on {running}"
+
+    def settle(self) -> None:
+        """All links are up again, and somebody ends what was interrupted."""
+        self.world.cut.clear()
+        for number in list(self.running):
+            self._stop(number)
+        for each in self.pending:
+            try:
+                each.again()
+            except SnapchainError:
+                try:
+                    each.undo()
+                except SnapchainError:
+                    pass
+        found = self.world.masters(self.copies, requires_answer=True, is_cut=False)
+        names = [each.name for each in self.pending]
+        assert all(len(hosts) == 1 for hosts in found.values()), f"nobody may start it: {found}, after {names}"
+        assert len(set(map(frozenset, found.values()))) == 1, f"its disks are on several hosts: {found}"
+        (host,) = next(iter(found.values()))
+        for copy in self.copies:
+            if copy.host == host and copy.content is not None and all(i.exists() for i in copy.images.values()):
+                for image in copy.images.values():
+                    assert shows(image, copy.content)
+
+    def restores(self) -> None:
+        pass
+
+
+def _lost(real: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        real(*arguments, **named)
+        raise Unavailable("no answer came")
+
+    return call
+
+
+class RepositoryMasters(Masters):
+    hosts, replicas, has_repository = ("a", "c"), (), True
+
+
+def test_replicas() -> None:
+    pytest.importorskip("hypothesis")
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(Masters, settings=settings(max_examples=examples(20, times=20), stateful_step_count=15))
+
+
+def test_a_repository() -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    run_state_machine_as_test(
+        RepositoryMasters, settings=settings(max_examples=examples(20, times=20), stateful_step_count=12)
+    )
