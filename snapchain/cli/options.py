@@ -79,7 +79,7 @@ Epoch = Annotated[
         "--epoch",
         min=1,
         metavar="N",
-        help="The epoch in which this host writes the disk. A replica in a later "
+        help="The epoch in which this host writes the disk. A destination in a later "
         "epoch refuses; one in an earlier epoch takes N.",
     ),
 ]

@@ -116,7 +116,7 @@ def ship(
             pack_size_text=pack_size,
             connections=connections,
         )
-        _check_kind(place.traits, dest, cut_replica=cut_replica, connections=connections, epoch=epoch)
+        _check_kind(place.traits, dest, cut_replica=cut_replica, connections=connections)
         return place
 
     divergence = Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE
@@ -243,7 +243,7 @@ def _draw_capture_plan(console: Console, plan: GuestCapturePlan) -> None:
     )
 
 
-def _check_kind(traits: Traits, dest: str, *, cut_replica: bool, connections: int, epoch: int) -> None:
+def _check_kind(traits: Traits, dest: str, *, cut_replica: bool, connections: int) -> None:
     """Raises InvalidInput for options that a kind of destination has no use for."""
     if cut_replica and traits.branches:
         raise InvalidInput(
@@ -251,13 +251,12 @@ def _check_kind(traits: Traits, dest: str, *, cut_replica: bool, connections: in
             subject=dest,
             hint="leave out --cut-replica",
         )
-    for option, is_given in (("--connections", connections > 1), ("--epoch", epoch > 1)):
-        if is_given and not traits.streams:
-            raise InvalidInput(
-                f"{option} is for replicas; a {traits.kind} has no use for it",
-                subject=dest,
-                hint=f"leave out {option}",
-            )
+    if connections > 1 and not traits.streams:
+        raise InvalidInput(
+            f"--connections is for replicas; a {traits.kind} has no use for it",
+            subject=dest,
+            hint="leave out --connections",
+        )
 
 
 def _draw_plan(console: Console, plan: ShipPlan) -> None:

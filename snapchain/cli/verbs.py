@@ -41,6 +41,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "sync": "Make a replica ready for a live migration of the guest.",
         "migrate": "Hand the disks of a guest over to another host.",
         "failover": "Take guests over whose host is gone.",
+        "failback": "Move a guest that was taken over back to its old host.",
         "fence": "Keep a guest from running here that another host has taken over.",
     },
     "Keep small": {

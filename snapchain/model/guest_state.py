@@ -260,6 +260,9 @@ def describe(now: GuestStanding) -> str:
 
 def describe_takeover(now: GuestStanding) -> str:
     """Who took a guest over, and on whose word; for the host that was its master before."""
+    if not now.is_taken_over:
+        owner = "another host" if now.master is None else f"{now.master}, or another host,"
+        return f"{owner} writes the guest {now.guest} in epoch {now.epoch}"
     how = {None: "by a move", "fence": "by a failover after a fence program", "person": "by a failover"}
     kind = how[None if now.vouched is None else now.vouched.how]
     word = f", for which {now.vouched.who} vouched" if now.vouched and now.vouched.how == "person" else ""

@@ -38,6 +38,7 @@ from snapchain.replica.guest_store import alone_with, disks_of, read_standing, w
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import Active, AskGuest, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
+from snapchain.source.notes import Notes
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -58,8 +59,20 @@ def look(replica: Replica, guest: str) -> Stands:
     disks = disks_of(replica, guest)
     if not disks:
         raise NotFound(f"there is no guest {guest!r} here", subject=replica.root)
-    epochs = [0 if (found := disk.read()) is None else found.epoch for disk in disks]
-    return Stands(standing=as_disks_stand(read_standing(replica.root, guest), guest, epoch_of(epochs)))
+    standing = as_disks_stand(read_standing(replica.root, guest), guest, epoch_of([_epoch(disk) for disk in disks]))
+    return Stands(standing=standing)
+
+
+def _epoch(disk: ReplicaDisk) -> int:
+    """The latest epoch that is known here of a disk: the host of this replica may have given it on to another one."""
+    catalogue = disk.read()
+    if catalogue is None:
+        return 0
+    overlay = None if catalogue.handover is None else overlay_of(disk, catalogue.handover)
+    if overlay is None or not overlay.exists() or overlay.stat().st_mode & 0o222:
+        return catalogue.epoch
+    given = Notes().of(overlay.resolve()).given
+    return catalogue.epoch if given is None else max(catalogue.epoch, given.epoch)
 
 
 def change(replica: Replica, request: AskGuest) -> Stands:

@@ -160,7 +160,7 @@ def test_an_answer_is_required_only_where_that_was_asked(guest: Guest) -> None:
 
 def test_no_hook_of_others_is_replaced(tmp_path: Path) -> None:
     request = HookRequest(folder=tmp_path / "hooks" / "qemu.d", at=["dir:/srv/a b"])
-    with pytest.raises(NotFound):
+    with pytest.raises(NotFound, match="there is no such hook"):
         hook.uninstall(request)
     assert not hook.plan(request).installed
     assert not request.folder.exists()

@@ -22,8 +22,11 @@ def guest_named_by(disk: str) -> str | None:
 
 
 def is_replaced(standing: GuestStanding, epoch: int) -> bool:
-    """Whether a host that writes a guest's disks in an epoch was replaced by another one."""
-    return standing.is_taken_over and standing.epoch > epoch
+    """Whether a host that writes a guest's disks in an epoch was replaced by another one.
+
+    The epoch alone decides: it also grows where a host gave the disks away, or a failover was withdrawn.
+    """
+    return standing.epoch > epoch
 
 
 def mark_after_refusal(
@@ -44,5 +47,5 @@ def mark_after_refusal(
         with suppress(SnapchainError):
             standing = destination.guest_state(guest)
             with scan(image, format=format, image_dirs=image_dirs) as chain:
-                if is_replaced(standing, epoch_of(chain, Notes())):
+                if standing.is_taken_over and is_replaced(standing, epoch_of(chain, Notes())):
                     mark_taken_over(chain, standing, destination=destination.url, disk=disk, image_dirs=image_dirs)

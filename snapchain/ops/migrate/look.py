@@ -91,3 +91,14 @@ def token_of(request: MigrateRequest, looks: Sequence[Look], endpoint: Endpoint)
                 hint="name just these, all of them",
             )
     return marks[0][1].token
+
+
+def check_was_given(move: Move, mark: Given) -> None:
+    """Raises GivenAwayError for a disk that another host took over: this host has begun no handover of it."""
+    if mark.taken_over:
+        raise ownership.GivenAwayError(
+            mark,
+            subject=move.image,
+            hint="if that host is gone for good, say --take-back --destination-is-gone; the guest then has the bytes "
+            "that are here",
+        )

@@ -9,7 +9,7 @@ from snapchain.errors import Conflict, Unsupported
 from snapchain.host.retry import RetryPolicy
 from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.model.events import OnEvent
-from snapchain.ops.migrate.look import Look, look_at, opened
+from snapchain.ops.migrate.look import Look, check_was_given, look_at, opened
 from snapchain.ops.migrate.request import MigrateRequest, Move
 from snapchain.ops.ship.run import ShipReport, layers_lacking, opening_of, run
 from snapchain.replica.disk_writer import DiskWriter, ReplicaWriting, open_message
@@ -94,6 +94,7 @@ def taken_up(move: Move, look: Look) -> Prepared:
     """The disks of an earlier run that had fenced them all. Raises Conflict for one that was written to since."""
     mark = look.given
     assert mark is not None, "else the handover begins anew"
+    check_was_given(move, mark)
     last = max(fingerprint.mtime_ns for _, fingerprint in look.files)
     if not mark.confirmed and last > mark.time.timestamp() * 1e9:
         raise Conflict(

@@ -23,7 +23,7 @@ from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.processes import run
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.events import Notice, OnEvent, ignore
-from snapchain.ops.migrate.look import look_at, opened, token_of
+from snapchain.ops.migrate.look import check_was_given, look_at, opened, token_of
 from snapchain.ops.migrate.ready import Prepared, active_of, prepare, seals, taken_up, whole
 from snapchain.ops.migrate.request import (
     Course,
@@ -146,6 +146,8 @@ def take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool = Fa
     """
     token, given = _given_away(request, endpoint)
     if not unasked:
+        for move, mark in given:
+            check_was_given(move, mark)
         # A disk without a mark was not given: the question comes after the last mark.
         asked = [_handed(move.disk, mark.overlay, mark.epoch + 1) for move, mark in given]
         _ask_back(endpoint, asked, token)
@@ -165,6 +167,8 @@ def plan_take_back(request: MigrateRequest, endpoint: Endpoint, *, unasked: bool
     """What `take_back` would do; changes nothing. Errors as `take_back`, except for locks on the other host."""
     token, given = _given_away(request, endpoint)
     if not unasked:
+        for move, mark in given:
+            check_was_given(move, mark)
         asked = [_handed(move.disk, mark.overlay, mark.epoch) for move, mark in given]
         for (_, mark), standing in zip(given, ask_for_handover(endpoint, Step.LOOK, asked, token=token), strict=True):
             _check_goes_back(endpoint, mark, standing)
