@@ -16,13 +16,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from snapchain.destination.guest_record import RecordedDisk
 from snapchain.destination.protocol import Destination
 from snapchain.errors import NotFound, SnapchainError, Unavailable
 from snapchain.host.channel import Channel
@@ -30,11 +29,16 @@ from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
 from snapchain.model.guest_state import GuestStanding
 from snapchain.objects.local import LocalStore
+from snapchain.ops.failover import choose
 from snapchain.ops.fence import hook
+from snapchain.ops.migrate import run as migration
+from snapchain.replica import catalogue as replica_catalogue, guest_states as replica_guest_states, handover
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
+from snapchain.repository import disk_writer, guest_states as repository_guest_states, leases
 from snapchain.repository.destination import RepositoryDestination
 from snapchain.repository.repository import Repository
+from snapchain.source import ownership
 from snapchain.source.at_rest import ImageAtRest
 from snapchain.source.notes import Notes
 from snapchain.source.ownership import epoch_of
@@ -60,17 +64,37 @@ def killed_after(work: Callable[[], object], step: int) -> None:
     os.waitpid(pid, 0)
 
 
+CLOCKS = (
+    choose, disk_writer, handover, leases, migration, ownership, replica_catalogue, replica_guest_states,
+    repository_guest_states,
+)  # fmt: skip
+"""What asks for the time."""
+
+
+def _clock(world: World) -> type[datetime]:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + timedelta(hours=world.skew.get(world.host, 0))
+
+    return Clock
+
+
 class Died(BaseException):
     """The process on one side was killed; nothing that it does afterwards has an effect."""
 
 
 @dataclass
 class Copy:
-    """A set of the guest's images on a host. content: what they must show, None where nobody has told yet"""
+    """A set of the guest's images on a host. content: what they must show"""
 
     host: str
     images: dict[str, Path]
-    content: Content | None
+    content: Content
+
+    @property
+    def is_there(self) -> bool:
+        return all(image.exists() for image in self.images.values())
 
     def epoch(self) -> int:
         found = []
@@ -84,7 +108,7 @@ class Copy:
 class World:
     """hosts: their names; at: the replicas, by the host that has them; names: of the disks
 
-    cut: pairs of a host and a destination between which nothing passes
+    cut: pairs of a host and a destination between which nothing passes; skew: hours by which a host's clock is wrong
     """
 
     root: Path
@@ -94,6 +118,7 @@ class World:
     has_repository: bool
     names: tuple[str, ...] = ("vda", "vdb")
     cut: set[tuple[str, str]] = field(default_factory=set)
+    skew: dict[str, int] = field(default_factory=dict)
     host: str = ""
     _made: Repository | None = None
 
@@ -104,6 +129,8 @@ class World:
         self.patch.setattr(socket, "gethostname", lambda: self.host)
         for call in ("fsync", "fdatasync"):
             self.patch.setattr(os, call, lambda _fd: None)  # processes die here, machines keep their power
+        for module in CLOCKS:
+            self.patch.setattr(module, "datetime", _clock(self))
         if self.has_repository:
             self._made = repository(LocalStore(self.root / "repository", make=True))
 
@@ -138,15 +165,21 @@ class World:
         assert self._made is not None
         return RepositoryDestination(again(self._made))
 
-    def standing(self, place: str) -> GuestStanding | None:
-        """As an observer sees it whom no cut concerns."""
+    def destination_here(self, place: str) -> Destination:
+        """As an observer reaches it whom no cut concerns, until it is asked."""
         before, self.cut = self.cut, set()
         try:
-            return self.destination(place).guest_state(GUEST)
-        except NotFound:
-            return None
+            found = self.destination(place)
         finally:
             self.cut = before
+        return found if place == "repository" else ReplicaDestination(DirectoryEndpoint(self.root / place))
+
+    def standing(self, place: str) -> GuestStanding | None:
+        """As an observer sees it whom no cut concerns."""
+        try:
+            return self.destination_here(place).guest_state(GUEST)
+        except NotFound:
+            return None
 
     # --- who may write
 
@@ -165,7 +198,7 @@ class World:
 
     def candidates(self, copies: list[Copy]) -> list[Copy]:
         """All sets of images that somebody might start: those known, and those that killed runs have left."""
-        found = [copy for copy in copies if all(image.exists() for image in copy.images.values())]
+        found = [copy for copy in copies if copy.is_there]
         for host in self.replicas:
             images = {}
             for name in self.names:
@@ -174,11 +207,11 @@ class World:
                 overlay = catalogue.parent / handed["overlay"] if handed else None
                 if overlay is not None and overlay.exists():
                     images[name] = overlay
-            found += [Copy(host, {name: path}, None) for name, path in images.items()]
+            found += [Copy(host, {name: path}, ()) for name, path in images.items()]
         for host in self.hosts:
             for out in (self.root / host).glob("out-*"):
                 for name in self.names:
-                    found += [Copy(host, {name: each}, None) for each in out.glob(f"{name}*.qcow2")]
+                    found += [Copy(host, {name: each}, ()) for each in out.glob(f"{name}*.qcow2")]
         return found
 
     def masters(self, copies: list[Copy], *, requires_answer: bool, is_cut: bool) -> dict[str, set[str]]:
@@ -255,15 +288,12 @@ class Line(DirectoryEndpoint):
 
 
 def xml_of(copy: Copy) -> str:
-    disks = "".join(
-        f"<disk type='file' device='disk'><source file='{path}'/></disk>" for path in copy.images.values()
-    )
+    disks = "".join(f"<disk type='file' device='disk'><source file='{path}'/></disk>" for path in copy.images.values())
     return f"<domain><name>{GUEST}</name><devices>{disks}</devices></domain>"
 
 
 def write(copy: Copy, block: int, pattern: int) -> None:
     """The guest writes one block of each disk."""
-    assert copy.content is not None
     for image in copy.images.values():
         io(image, f"write -P {pattern} {block * BLOCK} {BLOCK}")
     copy.content = (*copy.content[:block], pattern, *copy.content[block + 1 :])
@@ -304,17 +334,19 @@ def _template(root: Path) -> Path:
     return found
 
 
-def ship(world: World, copy: Copy, place: str, number: int, time: datetime) -> None:
+def ship(world: World, copy: Copy, place: str, number: int) -> None:
     """Seal all disks and ship a guest point."""
     shipper = Guest.__new__(Guest)
-    shipper.place, shipper.names, shipper.guest, shipper.images = world.root / copy.host, world.names, GUEST, copy.images
+    shipper.place, shipper.names, shipper.guest, shipper.images = (
+        world.root / copy.host,
+        world.names,
+        GUEST,
+        copy.images,
+    )
     for image in copy.images.values():
         ImageAtRest(image).seal()
-    shipper.ship(world.destination(place), number, time=time, host=copy.host)
+    hours = timedelta(hours=world.skew.get(copy.host, 0), minutes=number)
+    shipper.ship(world.destination(place), number, time=datetime(2026, 11, 1, tzinfo=UTC) + hours, host=copy.host)
 
 
-def stamp(number: int, hours: int) -> datetime:
-    return datetime(2026, 11, 1, tzinfo=UTC) + timedelta(minutes=number, hours=hours)
-
-
-__all__ = ["BLOCKS", "Copy", "RecordedDisk", "World", "made_copy", "ship", "shows", "stamp", "write"]
+__all__ = ["BLOCKS", "Copy", "World", "made_copy", "ship", "shows", "write"]

@@ -9,29 +9,42 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis import Phase, settings, strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from snapchain.errors import NotFound, SnapchainError, Unavailable
+from snapchain.errors import Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.retry import RetryPolicy
+from snapchain.image import scan
 from snapchain.model.guest_state import GuestState, Vouched
+from snapchain.ops import failback
+from snapchain.ops.failback import PrepareRequest
 from snapchain.ops.failover.request import FailoverReport, FailoverRequest
 from snapchain.ops.failover.run import Failover
 from snapchain.ops.fence.returned import FenceRequest, run as fence_run
 from snapchain.ops.migrate import run as migration
 from snapchain.ops.migrate.run import MigrateRequest, Move
+from snapchain.ops.restore.run import Restoration
 from snapchain.replica import disk_writer
 from snapchain.repository import guest_states
 from snapchain.source.at_rest import ImageAtRest
+from snapchain.source.ownership import check_not_given, note_epoch
 from tests.exhaustive import examples
 from tests.ops.guest_points import GUEST, instant
-from tests.ops.masters import BLOCKS, Content, Copy, World, killed_after, made_copy, ship, shows, stamp, write
+from tests.ops.masters import BLOCKS, Content, Copy, World, killed_after, made_copy, ship, shows, write
 
 PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 WORD = Vouched(how="person", who="root@there", words="it burnt down")
@@ -84,12 +97,15 @@ class Masters(RuleBasedStateMachine):
         self.pending: list[Pending] = []
         self.backup: Path | None = None
         self.number = 0
-        self.skew = 0
         self.requires_answer = True
+        self.withdrew = self.moved = False
 
-    @initialize(requires_answer=st.booleans())
-    def begin(self, requires_answer: bool) -> None:
+    @initialize(requires_answer=st.booleans(), ships=st.booleans())
+    def begin(self, requires_answer: bool, ships: bool) -> None:
         self.requires_answer = requires_answer
+        if ships:
+            for at in range(len(self.world.places)):
+                self.ship(0, at, NONE)
 
     def teardown(self) -> None:
         try:
@@ -104,13 +120,15 @@ class Masters(RuleBasedStateMachine):
     # --- the guest
 
     def _copy(self, which: int) -> int:
-        return which % len(self.copies)
+        """The newest first, of those that are there."""
+        there = [number for number, copy in enumerate(self.copies) if copy.is_there]
+        return there[-1 - which % len(there)]
 
     @rule(which=st.integers(0, 5))
     def start(self, which: int) -> None:
         number = self._copy(which)
         copy = self.copies[number]
-        if number in self.running or not all(image.exists() for image in copy.images.values()):
+        if number in self.running:
             return
 
         def answers(place: str) -> Any:
@@ -138,16 +156,17 @@ class Masters(RuleBasedStateMachine):
             lock.__exit__(None, None, None)
         self.blind.discard(number)
 
+    @precondition(lambda self: self.running)
     @rule(which=st.integers(0, 5))
     def stop(self, which: int) -> None:
-        self._stop(self._copy(which))
+        self._stop(sorted(self.running)[which % len(self.running)])
 
     @rule(which=st.integers(0, 5), block=st.integers(0, BLOCKS - 1))
     def write(self, which: int, block: int) -> None:
         number = self._copy(which)
         if number not in self.running:
             self.start(which)
-        if number not in self.running or self.copies[number].content is None:
+        if number not in self.running:
             return
         self.number += 1
         locks = self.running.pop(number)  # the model's own lock would keep qemu-io out
@@ -184,18 +203,18 @@ class Masters(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
     def ship(self, which: int, at: int, fault: Fault) -> None:
         copy, place = self.copies[self._copy(which)], self.world.places[at % len(self.world.places)]
-        if not all(image.exists() for image in copy.images.values()) or copy.content is None:
-            return
         self.number += 1
         number, content, epoch = self.number, copy.content, copy.epoch()
         self.points[place, instant(number)] = content
 
         def work() -> bool:
-            ship(self.world, copy, place, number, stamp(number, self.skew))
+            ship(self.world, copy, place, number)
             return True
 
         if self._run(copy.host, work, fault):
             self._wrote(place, epoch, copy.host)
+            there = max(each.epoch for each in self.world.destination_here(place).disks())
+            assert max(1, there) == epoch, f"{copy.host} wrote to {place} in epoch {epoch}, and it is in {there}"
 
     def _wrote(self, place: str, epoch: int, host: str) -> None:
         """One epoch of a destination belongs to one host, and nobody writes there in an older one."""
@@ -204,26 +223,32 @@ class Masters(RuleBasedStateMachine):
         owner = writers.setdefault(epoch, host)
         assert owner == host, f"{host} wrote to {place} in epoch {epoch}, which is {owner}'s"
 
+    @precondition(lambda self: self.replicas)
     @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
     def migrate(self, which: int, at: int, fault: Fault) -> None:
         copy, host = self.copies[self._copy(which)], self.replicas[at % len(self.replicas)]
-        if not all(image.exists() for image in copy.images.values()) or host == copy.host:
-            return
-        self._migrate(copy, host, fault, is_first=True)
+        if host != copy.host and self._may_move(copy, host):
+            self._migrate(copy, host, fault, is_first=True)
 
-    def _migrate(self, copy: Copy, host: str, fault: Fault, *, is_first: bool = False) -> bool:
+    def _may_move(self, copy: Copy, host: str) -> bool:
+        """See the module: old images are not moved to where nobody has heard of a later epoch."""
+        return copy.is_there and (copy.epoch() >= self._newest() or self._has_heard(f"{host}/replica"))
+
+    def _migrate(
+        self, copy: Copy, host: str, fault: Fault, *, is_first: bool = False, moves: Any = migration.migrate
+    ) -> bool:
         place = f"{host}/replica"
         request = MigrateRequest(moves=[Move(path, f"{GUEST}/{name}") for name, path in copy.images.items()])
         content = copy.content
-        report = self._run(
-            copy.host, lambda: migration.migrate(request, self.world.endpoint(place, self._dies(fault))), fault
-        )
+        report = self._run(copy.host, lambda: moves(request, self.world.endpoint(place, self._dies(fault))), fault)
         if report is None:
             if is_first and fault.kind != "none":
                 self.pending.append(
                     Pending(
                         f"migrate from {copy.host} to {host}",
-                        lambda: self._again(self._migrate(copy, host, NONE)),
+                        lambda: self._again(
+                            self._may_move(copy, host) and self._migrate(copy, host, NONE, moves=moves)
+                        ),
                         lambda: self._again(self._take_back(copy, host, NONE)),
                     )
                 )
@@ -240,19 +265,18 @@ class Masters(RuleBasedStateMachine):
         if all(each.images != copy.images or each.host != copy.host for each in self.copies):
             self.copies.append(copy)
 
+    @precondition(lambda self: self.moved)
     @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
     def take_back(self, which: int, at: int, fault: Fault) -> None:
         copy, host = self.copies[self._copy(which)], self.replicas[at % len(self.replicas)]
-        if all(image.exists() for image in copy.images.values()):
-            done = self._take_back(copy, host, fault)
-            if not done and fault.kind != "none":
-                self.pending.append(
-                    Pending(
-                        f"take back to {copy.host} from {host}",
-                        lambda: self._again(self._take_back(copy, host, NONE)),
-                        lambda: None,
-                    )
+        if not self._take_back(copy, host, fault) and fault.kind != "none":
+            self.pending.append(
+                Pending(
+                    f"take back to {copy.host} from {host}",
+                    lambda: self._again(self._take_back(copy, host, NONE)),
+                    lambda: None,
                 )
+            )
 
     def _take_back(self, copy: Copy, host: str, fault: Fault) -> bool:
         place = f"{host}/replica"
@@ -272,7 +296,19 @@ class Masters(RuleBasedStateMachine):
     def failover(self, by: int, at: int, proof: str, fault: Fault) -> None:
         place = self.world.places[at % len(self.world.places)]
         host = self._hosts_for(place)[by % len(self._hosts_for(place))]
-        self._failover(place, host, proof, fault, is_first=True)
+        if self._has_heard(place):
+            self._failover(place, host, proof, fault, is_first=True)
+
+    def _newest(self) -> int:
+        """The newest epoch that any destination knows."""
+        return max(self._epoch_at(place) for place in self.world.places)
+
+    def _epoch_at(self, place: str) -> int:
+        standing = self.world.standing(place)
+        return 1 if standing is None else standing.epoch
+
+    def _has_heard(self, place: str) -> bool:
+        return self._epoch_at(place) == self._newest()
 
     def _failover(self, place: str, host: str, proof: str, fault: Fault, *, is_first: bool = False) -> bool:
         if proof == "fence":  # the old host is down
@@ -320,6 +356,7 @@ class Masters(RuleBasedStateMachine):
         self._register(Copy(host, images, content))
         return True
 
+    @precondition(lambda self: any(len(writers) > 1 for writers in self.writers.values()))
     @rule(by=st.integers(0, 2), at=st.integers(0, 2), fault=FAULTS)
     def withdraw(self, by: int, at: int, fault: Fault) -> None:
         place = self.world.places[at % len(self.world.places)]
@@ -327,6 +364,7 @@ class Masters(RuleBasedStateMachine):
         self._withdraw(place, host, fault)
 
     def _withdraw(self, place: str, host: str, fault: Fault) -> bool:
+        self.withdrew = True
         directory = self.root / host / f"out-{place.replace('/', '-')}"
 
         def work() -> Any:
@@ -338,8 +376,6 @@ class Masters(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5), at=st.integers(0, 2), keeps=st.booleans(), fault=FAULTS)
     def fence(self, which: int, at: int, keeps: bool, fault: Fault) -> None:
         copy, place = self.copies[self._copy(which)], self.world.places[at % len(self.world.places)]
-        if not all(image.exists() for image in copy.images.values()):
-            return
         disks = [(path, f"{GUEST}/{name}") for name, path in copy.images.items()]
 
         def work() -> Any:
@@ -347,12 +383,43 @@ class Masters(RuleBasedStateMachine):
 
         self._run(copy.host, work, fault)
 
+    @precondition(lambda self: self.replicas and len(self.copies) > 1)
+    @rule(which=st.integers(0, 5), fault=FAULTS)
+    def failback(self, which: int, fault: Fault) -> None:
+        """A guest that runs elsewhere comes back to the host of its first images, as a difference."""
+        first, copy = self.copies[0], self.copies[self._copy(which)]
+        if first.host not in self.replicas or copy.host == first.host:
+            return
+        endpoint = self.world.endpoint(f"{first.host}/replica")
+        request = PrepareRequest(disks=[(path, f"{GUEST}/{name}") for name, path in first.images.items()])
+        if self._run(first.host, lambda: failback.prepare(request, endpoint), NONE) is not None:
+            self._migrate(copy, first.host, fault, is_first=True, moves=failback.run)
+
+    @precondition(lambda self: self.withdrew)
+    @rule()
+    def name_the_epoch(self) -> None:
+        """What a person does after a failover was withdrawn, for the host that was the master before it."""
+        for place in self.world.places:
+            self._name_the_epoch(place)
+
+    def _name_the_epoch(self, place: str) -> None:
+        now = self.world.standing(place)
+        is_withdrawn = now is not None and now.state is GuestState.PROTECTED and now.former and now.master
+        if now is None or not is_withdrawn or not self._has_heard(place):
+            return
+        for copy in self.copies:
+            if copy.host == now.master and copy.is_there and copy.epoch() == now.epoch - 2:
+                with self.world.on(copy.host), suppress(Conflict):
+                    for image in copy.images.values():  # as `ship --epoch` does it
+                        with scan(image) as chain:
+                            check_not_given(chain)
+                        note_epoch(image, now.epoch)
+
     @rule(which=st.integers(0, 5))
     def seal(self, which: int) -> None:
         copy = self.copies[self._copy(which)]
-        if all(image.exists() for image in copy.images.values()):
-            for image in copy.images.values():
-                self._run(copy.host, ImageAtRest(image).seal, NONE)
+        for image in copy.images.values():
+            self._run(copy.host, ImageAtRest(image).seal, NONE)
 
     # --- the world
 
@@ -361,13 +428,14 @@ class Masters(RuleBasedStateMachine):
         place = self.world.places[at % len(self.world.places)]
         self.world.cut.add((self.hosts[by % len(self.hosts)], place))
 
+    @precondition(lambda self: self.world.cut)
     @rule()
     def heal(self) -> None:
         self.world.cut.clear()
 
-    @rule(hours=st.sampled_from([-5, 0, 7]))
-    def clock(self, hours: int) -> None:
-        self.skew = hours
+    @rule(by=st.integers(0, 2), hours=st.sampled_from([-5, 0, 7]))
+    def clock(self, by: int, hours: int) -> None:
+        self.world.skew[self.hosts[by % len(self.hosts)]] = hours
 
     @precondition(lambda self: self.backup is None)
     @rule()
@@ -376,7 +444,7 @@ class Masters(RuleBasedStateMachine):
         shutil.copytree(self.copies[0].images["vda"].parent, self.backup, copy_function=shutil.copy2)
         self.backed_up = self.copies[0].content
 
-    @precondition(lambda self: self.backup is not None and 0 not in self.running)
+    @precondition(lambda self: self.backup is not None and 0 not in self.running and (self.moved or self.pending))
     @rule()
     def restore_old(self) -> None:
         """The directory of the first images with all its notes, as it once was."""
@@ -406,26 +474,41 @@ class Masters(RuleBasedStateMachine):
         self.world.cut.clear()
         for number in list(self.running):
             self._stop(number)
+        self.name_the_epoch()
         for each in self.pending:
             try:
                 each.again()
             except SnapchainError:
-                try:
+                with suppress(SnapchainError):
                     each.undo()
-                except SnapchainError:
-                    pass
+        self.name_the_epoch()
         found = self.world.masters(self.copies, requires_answer=True, is_cut=False)
         names = [each.name for each in self.pending]
         assert all(len(hosts) == 1 for hosts in found.values()), f"nobody may start it: {found}, after {names}"
         assert len(set(map(frozenset, found.values()))) == 1, f"its disks are on several hosts: {found}"
         (host,) = next(iter(found.values()))
         for copy in self.copies:
-            if copy.host == host and copy.content is not None and all(i.exists() for i in copy.images.values()):
+            if copy.host == host and copy.is_there:
                 for image in copy.images.values():
                     assert shows(image, copy.content)
 
     def restores(self) -> None:
-        pass
+        """Every point that was ever published reads as the guest's disk of its moment."""
+        for place in self.world.places:
+            there = self.world.destination_here(place)
+            try:
+                disks = there.disks()
+            except NotFound:
+                continue
+            for disk in disks:
+                guest, _, name = disk.name.rpartition("/")
+                for point in disk.points if guest == GUEST and name in self.world.names else ():
+                    if point.instant is None:
+                        continue
+                    out = self.root / "restored.qcow2"
+                    Restoration(there, disk.name, out, point=str(point.point)).run()
+                    assert shows(out, self.points[place, point.instant]), f"point {point.point} of {disk.name}"
+                    out.unlink()
 
 
 def _lost(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -440,16 +523,22 @@ class RepositoryMasters(Masters):
     hosts, replicas, has_repository = ("a", "c"), (), True
 
 
-def test_replicas() -> None:
-    pytest.importorskip("hypothesis")
-    from hypothesis.stateful import run_state_machine_as_test
-
-    run_state_machine_as_test(Masters, settings=settings(max_examples=examples(20, times=20), stateful_step_count=15))
+class ThreeHosts(Masters):
+    hosts, replicas, has_repository = ("a", "b", "c"), ("a", "b", "c"), False
 
 
-def test_a_repository() -> None:
-    from hypothesis.stateful import run_state_machine_as_test
+WORLDS = [
+    pytest.param(Masters, 20, id="two-replicas"),
+    pytest.param(RepositoryMasters, 15, id="a-repository"),
+    pytest.param(ThreeHosts, 10, id="three-replicas"),
+]
 
+
+@pytest.mark.parametrize(("world", "count"), WORLDS)
+def test_never_two_masters(world: type[Masters], count: int) -> None:
     run_state_machine_as_test(
-        RepositoryMasters, settings=settings(max_examples=examples(20, times=20), stateful_step_count=12)
+        world,
+        settings=settings(
+            max_examples=examples(count, times=40), stateful_step_count=15, phases=(Phase.generate, Phase.shrink)
+        ),
     )
