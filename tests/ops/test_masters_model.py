@@ -47,12 +47,21 @@ from tests.ops.guest_points import GUEST, instant
 from tests.ops.masters import BLOCKS, Content, Copy, World, killed_after, made_copy, ship, shows, write
 
 PLACE = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+QUESTIONS: tuple[tuple[Any, str], ...] = (
+    (migration, "ask_for_handover"),
+    (disk_writer, "guest_at"),
+    (guest_states, "change"),
+)
+"""The calls that decide who the master is."""
 WORD = Vouched(how="person", who="root@there", words="it burnt down")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: none, killed (all processes of the command), died (the receiver), lost (the answer)"""
+    """kind: none, killed (all processes of the command), died (the receiver), lost (the answer)
+
+    or meanwhile: another host acts just before the question that decides
+    """
 
     kind: str = "none"
     step: int = 0
@@ -65,6 +74,7 @@ FAULTS = st.one_of(
     st.builds(Fault, st.just("killed"), st.integers(1, 90)),
     st.builds(Fault, st.just("died"), st.integers(1, 40)),
     st.just(Fault("lost")),
+    st.just(Fault("meanwhile")),
 )
 
 
@@ -179,19 +189,15 @@ class Masters(RuleBasedStateMachine):
 
     # --- snapchain
 
-    def _run(self, host: str, work: Callable[[], Any], fault: Fault) -> Any:
+    def _run(self, host: str, work: Callable[[], Any], fault: Fault, *, meanwhile: Callable[[], Any] = int) -> Any:
         """What the command returned; None where it was refused, interrupted, or its answer is not known."""
         with self.world.on(host), pytest.MonkeyPatch.context() as patch:
             if fault.kind == "killed":
                 killed_after(work, fault.step)
                 return None
-            if fault.kind == "lost":
-                for module, name in (
-                    (migration, "ask_for_handover"),
-                    (disk_writer, "guest_at"),
-                    (guest_states, "change"),
-                ):
-                    patch.setattr(module, name, _lost(getattr(module, name)))
+            for module, name in QUESTIONS if fault.kind in ("lost", "meanwhile") else ():
+                real = getattr(module, name)
+                patch.setattr(module, name, _lost(real) if fault.kind == "lost" else _after(meanwhile, real))
             try:
                 return work()
             except SnapchainError:
@@ -329,12 +335,26 @@ class Masters(RuleBasedStateMachine):
             )
             return Failover(self.world.destination(place), GUEST, request).run()
 
-        report = self._run(host, work, fault)
+        def meanwhile() -> None:
+            others = [each for each in self._hosts_for(place) if each != host]
+            if others:
+                self._failover(place, others[0], "word", NONE)
+            for copy in self.copies:
+                if copy.host not in (host, *others) and self._may_move(copy, host):
+                    self._migrate(copy, host, NONE)
+
+        before = self.world.standing(place)
+        report = self._run(host, work, fault, meanwhile=meanwhile)
         now = self.world.standing(place)
         if proof in ("false", "none"):
             assert report is None
             assert now is None or before is None or now.number == before.number, "done without proof"
-        if now is not None and now.master == host and (before is None or before.number != now.number):
+        if (
+            fault.kind != "meanwhile"
+            and now is not None
+            and now.master == host
+            and (before is None or before.number != now.number)
+        ):
             if before is None or now.epoch > before.epoch:
                 assert now.epoch not in self.writers[place], f"epoch {now.epoch} of {place} was another host's already"
             self.writers[place][now.epoch] = host
@@ -515,6 +535,18 @@ def _lost(real: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         real(*arguments, **named)
         raise Unavailable("no answer came")
+
+    return call
+
+
+def _after(other: Callable[[], Any], real: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, the first time after something else."""
+    left = [other]
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        while left:
+            left.pop()()
+        return real(*arguments, **named)
 
     return call
 
