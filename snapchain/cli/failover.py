@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from snapchain.model.guest_state import GuestStanding
     from snapchain.ops.failover.request import FailoverPlan, FailoverReport, FailoverRequest, FailoversReport, Loss
     from snapchain.ops.failover.run import Failover
+    from snapchain.ops.failover.trial import TrialsReport
 
 _PROOF = "Proof that the old host is down"
 _GUEST = "The guest"
+_TEST = "A test"
 
 
 @verb(
@@ -35,6 +37,7 @@ _GUEST = "The guest"
     snapchain failover dir:/srv/replica::web1 dir:/srv/replica::db1 --fence ipmi-off --start --yes --concurrency 4
     snapchain failover /backup::web1 --into /images/web1 --source-is-gone --define --start
     snapchain failover dir:/srv/replica::web1 --withdraw
+    snapchain failover /backup::web1 --test --into /var/tmp
     """,
     when_interrupted="run it again: it continues; --withdraw undoes it as long as the guest was not started",
 )
@@ -101,6 +104,28 @@ def failover(
     concurrency: Annotated[
         int, typer.Option("--concurrency", min=1, max=64, help="How many guests are taken over at the same time.")
     ] = 1,
+    test: Annotated[
+        bool,
+        typer.Option(
+            "--test",
+            help="Boot a throw-away clone of each guest without a network, and report. Nothing is taken over.",
+            rich_help_panel=_TEST,
+        ),
+    ] = False,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check",
+            metavar="PROGRAM",
+            help="The clone has booted when PROGRAM (no shell) exits with 0. By default when its guest agent answers. "
+            "Its environment has SNAPCHAIN_DOMAIN or SNAPCHAIN_QMP.",
+            rich_help_panel=_TEST,
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option("--timeout", metavar="SECONDS", min=1, help="How long a clone may boot.", rich_help_panel=_TEST),
+    ] = 300,
     withdraw: Annotated[
         bool,
         typer.Option("--withdraw", help="Undo a failover that was begun. Refused once the guest is active."),
@@ -124,6 +149,9 @@ def failover(
 
     if reason is not None and not source_is_gone:
         raise InvalidInput("--reason belongs to --source-is-gone")
+    if test:
+        _test(guests, into, out, to=to, prove=prove, check=check, timeout=timeout, connect=connect)
+        return
     vouched = word_of_a_person(reason or "") if source_is_gone else None
 
     def request_of(directory: Path) -> FailoverRequest:
@@ -131,7 +159,7 @@ def failover(
             directory=directory,
             point=to,
             proves=prove,
-            fence=_words(fence),
+            fence=_words(fence, "fence"),
             vouched=vouched,
             defines=defines,
             connect=connect,
@@ -192,16 +220,58 @@ def _opened(
     return Failover(place, address.disk, request_of(directory), on_event=out.on_event)
 
 
-def _words(command: str | None) -> list[str]:
+def _words(command: str | None, which: str) -> list[str]:
     if command is None:
         return []
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InvalidInput(f"the fence program: {error}", subject=command) from error
+        raise InvalidInput(f"the {which} program: {error}", subject=command) from error
     if not words:
-        raise InvalidInput("the fence program is empty")
+        raise InvalidInput(f"the {which} program is empty")
     return words
+
+
+def _test(
+    guests: list[str],
+    into: Path | None,
+    out: Output,
+    *,
+    to: str | None,
+    prove: bool,
+    check: str | None,
+    timeout: float,
+    connect: str | None,
+) -> None:
+    from snapchain.destination.address import parse_disk_address
+    from snapchain.ops.failover.trial import TrialRequest, TrialsReport, trial
+    from snapchain.ops.guest_points_merge import guest_at
+
+    if into is None:
+        raise InvalidInput("a clone needs a place for its disks", hint="say --into DIR: it is removed there at the end")
+    if out.dry_run:
+        raise InvalidInput("--test changes nothing", hint="leave out --dry-run")
+    request = TrialRequest(
+        directory=into, point=to, proves=prove, check=_words(check, "check"), seconds=timeout, connect=connect
+    )
+    found = []
+    for text in dict.fromkeys(guests):
+        address = parse_disk_address(text)
+        place = options.destination(address.dest, out)
+        found.append(trial(place, guest_at(place, address.disk), request, on_event=out.on_event))
+    out.report(TrialsReport(guests=tuple(found)), _draw_trials)
+    if bad := [each.guest for each in found if not each.ok]:
+        raise PartialFailure(f"{len(bad)} of {len(found)} guests did not boot: {', '.join(bad)}")
+
+
+def _draw_trials(console: Console, report: TrialsReport) -> None:
+    for each in report.guests:
+        words = {"agent": "its agent answers", "check": "the check succeeds", "running": "it runs, and has no agent"}
+        said = words[each.by] if each.ok else each.why_not
+        point = f"guest point {each.guest_point} of {moment(each.time)}"
+        render.headline(console, f"{each.guest}, {point}: {'booted' if each.ok else 'did not boot'}: {said}")
+        took = f"{quantities.duration(each.boot_seconds)} of {quantities.duration(each.seconds)}"
+        render.facts(console, [("restored", size(each.bytes_written)), ("boot", took)])
 
 
 def _ask(plan: FailoverPlan) -> None:

@@ -32,6 +32,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Look": {
         "guests": "List the guests of this host, their disks, and what protects them.",
+        "status": "Show how guests stand: who may run each, how far behind, what is owed.",
         "log": "List the points of a destination.",
         "inspect": "Show what each layer of a chain holds, drawn to scale.",
         "diff": "List the bytes that differ between two points or images.",
@@ -70,7 +71,7 @@ VERBS = {
 ALIASES = {
     "backup": "ship", "upload": "ship", "push": "ship", "copy": "ship", "cp": "ship",
     "seal": "snapshot", "snap": "snapshot", "freeze": "snapshot",
-    "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log", "status": "log",
+    "list": "log", "ls": "log", "snapshots": "log", "points": "log", "history": "log",
     "domains": "guests", "vms": "guests", "machines": "guests",
     "info": "inspect", "show": "inspect", "map": "inspect",
     "check": "verify", "fsck": "verify", "scrub": "verify",

@@ -12,10 +12,11 @@ from pathlib import Path
 from snapchain.errors import Conflict
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.os_errors import os_errors
+from snapchain.model.guest_state import describe_takeover
 from snapchain.replica import names
 from snapchain.replica.catalogue import Catalogue
-from snapchain.replica.guest_store import takeover_of
-from snapchain.replica.store import ReplicaDisk
+from snapchain.replica.guest_store import disks_of, guest_of, read_standing, takeover_of
+from snapchain.replica.store import Replica, ReplicaDisk
 from snapchain.source.handed_over import HandedOver
 
 _FIRST_EPOCHS = 1 << 16
@@ -65,6 +66,8 @@ def enter_epoch(disk: ReplicaDisk, catalogue: Catalogue, epoch: int, *, by_name:
     check_epoch(disk, catalogue, epoch, by_name=by_name)
     if epoch == catalogue.epoch:
         return catalogue
+    if catalogue.handover is None:
+        _check_guest_is_not_here(disk)
     with ExitStack() as locks:
         if catalogue.handover is not None:
             _check_ended(disk, catalogue.handover, locks, by_name=by_name)
@@ -72,6 +75,28 @@ def enter_epoch(disk: ReplicaDisk, catalogue: Catalogue, epoch: int, *, by_name:
         catalogue = catalogue.after(epoch=epoch, handover=None)
         disk.write(catalogue)
     return catalogue
+
+
+def _check_guest_is_not_here(disk: ReplicaDisk) -> None:
+    """Raises Conflict where this replica's host runs the guest that the disk belongs to, on other disks of it.
+
+    The disk of a guest's records has no overlay that would say so. A later epoch of it would count for all disks.
+    """
+    guest = guest_of(disk.name)
+    standing = read_standing(disk.root, guest) if guest else None
+    if standing is None or not standing.is_taken_over:
+        return
+    for other in disks_of(Replica(disk.root), guest):
+        found = other.read()
+        if found is None or found.handover is None or found.handover.token != standing.token:
+            continue
+        overlay = overlay_of(other, found.handover)
+        if overlay.exists() and overlay.stat().st_mode & 0o222:
+            raise Conflict(
+                f"{describe_takeover(standing)}; no other host can name a later one",
+                subject=disk.directory,
+                hint="move the guest from that host, or withdraw what it has begun",
+            )
 
 
 def _check_ended(disk: ReplicaDisk, handover: HandedOver, locks: ExitStack, *, by_name: bool) -> None:

@@ -10,7 +10,9 @@ import pytest
 from snapchain.model.guest_state import Vouched
 from snapchain.ops.failover.request import FailoverRequest
 from snapchain.ops.failover.run import Failover
+from snapchain.ops.failover.trial import TrialRequest, trial
 from snapchain.ops.fence.hook import HookRequest, install
+from snapchain.ops.guest_points_merge import guest_at
 from snapchain.replica.destination import ReplicaDestination
 from snapchain.replica.endpoint import DirectoryEndpoint
 from tests.guest.libvirt import Domain, definition
@@ -43,6 +45,11 @@ def test_a_failover_by_libvirt_and_the_old_domain_stays_down(host: LibvirtHost, 
     host.virsh("start", GUEST)
     host.virsh("destroy", GUEST)
     host.virsh("undefine", GUEST)
+
+    tried = trial(replica, guest_at(replica, GUEST), TrialRequest(directory=tmp_path / "trial", connect=host.uri))
+    assert (tried.ok, tried.by) == (True, "running")
+    assert host.virsh("list", "--all", "--name").split() == []
+    assert list((tmp_path / "trial").iterdir()) == []
 
     request = FailoverRequest(
         directory=tmp_path / "out",

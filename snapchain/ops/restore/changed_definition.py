@@ -43,6 +43,7 @@ class Changes:
     tpm: the directory with the restored state of its TPM, None where none was recorded
     directory: of the restored files, for sockets that the old guest may still have
     identity: None for the recorded one
+    without_network: leave its network cards out, for a clone that must reach nobody
     """
 
     disks: Mapping[str, NewDisk]
@@ -52,6 +53,7 @@ class Changes:
     tpm: Path | None = None
     directory: Path
     identity: NewIdentity | None = None
+    without_network: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,8 @@ def change(text: str, changes: Changes, *, subject: object) -> Changed:
             lacking.append(f"{name} is left out of the definition, since it was not recorded: {reason}")
     lacking += [f"{name} is not in the definition; its file is {disk.path}" for name, disk in unseen.items()]
     lacking += _without_devices_of_the_host(devices)
+    for card in devices.findall("interface") if changes.without_network else ():
+        devices.remove(card)
     lacking += _set_firmware(root, changes)
     for source in devices.iterfind("tpm/backend/source"):
         if source.get("path") is not None and changes.tpm is not None:

@@ -109,6 +109,7 @@ class GuestRestoreRequest:
     format: of all disks, qcow2 by default; whole_chain: every layer as a file
     defines, connect: define it in libvirt, at this URI
     new_name: a clone of this name, with new UUID and MACs; new_identity: these, and the old name
+    without_network: no network cards in its definition
     """
 
     directory: Path
@@ -119,6 +120,7 @@ class GuestRestoreRequest:
     connect: str | None = None
     new_name: str | None = None
     new_identity: bool = False
+    without_network: bool = False
 
 
 class _Finished(BaseModel):
@@ -194,6 +196,7 @@ class GuestRestoration:
             directory=self._directory,
             identity=self._identity,
             address=self._address,
+            without_network=request.without_network,
         )
         self._files = self._definition.files
         if request.defines:

@@ -43,9 +43,11 @@ class GuestDefinition:
         directory: Path,
         identity: NewIdentity | None,
         address: str,
+        without_network: bool = False,
     ) -> None:
-        """address: of the guest point, for errors. Raises Corrupt."""
+        """address: of the guest point, for errors; without_network: as in Changes. Raises Corrupt."""
         self._record, self._disks, self._identity, self._address = record, disks, identity, address
+        self._without_network = without_network
         self.name, self.directory = name, directory
         self.changed, self.files = self._definition()
 
@@ -130,6 +132,7 @@ class GuestDefinition:
             tpm=self.directory / f"{base}tpm" if any(file.role == "tpm" for file in record.files) else None,
             directory=self.directory,
             identity=self._identity,
+            without_network=self._without_network,
         )
         changed: Changed | None = None
         if record.kind == "libvirt":

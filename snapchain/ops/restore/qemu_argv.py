@@ -35,6 +35,7 @@ _UNITS_OF_A_BUS = {"ide": 2, "scsi": 7}
 _SOCKETS = frozenset({"qmp", "qmp-pretty", "monitor", "serial", "parallel"})
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
+_NETWORK = frozenset({"netdev", "nic", "net"})
 _IMPLIED = {"blockdev": "driver", "device": "driver", "name": "guest", "chardev": "backend"}
 _OF_THE_HOST = re.compile(r"vfio-|usb-host$|scsi-block$|scsi-generic$|vhost-vdpa|host-|igd-|ccid-card-passthru")
 _MOST_ARGUMENTS = 10_000
@@ -201,9 +202,9 @@ class _CommandLine:
 
     def set_the_rest(self) -> None:
         """Firmware variables, sockets, identity; and without what makes sense only where the guest came from."""
-        kept = []
+        kept = [_Option("-nic", "none")] if self._changes.without_network else []
         for option in self._options:
-            if option.name in ("incoming", "loadvm"):
+            if option.name in ("incoming", "loadvm") or (self._changes.without_network and _is_network(option)):
                 continue
             if option.name == "device" and _OF_THE_HOST.match(option.values.get("driver", "")):
                 self.lacking.append(f"a device of the host that it ran on is left out: {option.value}")
@@ -339,6 +340,10 @@ def _set_drive(option: _Option, disk: NewDisk) -> None:
         and (key.partition(".")[0] not in _CHILDREN or key in ("file.locking", "file.node-name"))
     ]
     option.parts = [*kept, ("format", disk.format), ("file", str(disk.path))]
+
+
+def _is_network(option: _Option) -> bool:
+    return option.name in _NETWORK or (option.name == "device" and "netdev" in option.values)
 
 
 def _move_sockets(option: _Option, directory: Path) -> None:

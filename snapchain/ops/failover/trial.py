@@ -1,0 +1,242 @@
+"""failover --test: does the guest boot from its newest whole point? A throw-away clone, without a network.
+
+    restore into a directory of its own, under a new name, UUID and MACs -> start -> agent, or a program of the user's
+    -> end the clone -> remove the directory, whatever came before
+
+Nothing is changed at the destination, and the guest itself is not touched.  A run that is killed leaves the directory
+and perhaps the clone, both with `-test-` in their names; the clone has no network.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.destination.reading import ReadableDestination
+from snapchain.errors import InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
+from snapchain.guest.address import GuestAddress, open_guest
+from snapchain.guest.protocol import State
+from snapchain.host.directory import Directory
+from snapchain.host.files import make_directories
+from snapchain.host.hooks import missing, run_hook
+from snapchain.host.os_errors import os_errors
+from snapchain.host.qemu_processes import qemu_process
+from snapchain.host.virsh import Virsh
+from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.ops.failover.choose import choose
+from snapchain.ops.failover.request import Skipped
+from snapchain.ops.failover.start import start_script
+from snapchain.ops.guest_points import GuestView
+from snapchain.ops.restore.guest import GuestRestoration, GuestRestoreRequest
+from snapchain.ops.restore.guest_definition import safe_name
+
+_POLL_SECONDS = 0.2
+_PING_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRequest:
+    """directory: in which the clone gets one of its own, which is removed at the end
+
+    point: the text after '@'; proves: read all data of the points before one is chosen
+    check: a program and its arguments; it is run until it exits with 0, in the place of waiting for the agent
+    seconds: for all of that; connect: the libvirt that starts the clone
+    """
+
+    directory: Path
+    point: str | None = None
+    proves: bool = False
+    check: Sequence[str] = ()
+    seconds: float = 300.0
+    connect: str | None = None
+
+
+class TrialReport(BaseModel):
+    """What came of it.
+
+    ok: whether it booted; by: what showed that: the agent, the check, or that it runs, where it has neither
+    why_not: a sentence; boot_seconds: from the start of the clone; bytes_written: of its disks
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    destination: str
+    guest: str
+    guest_point: int
+    time: datetime
+    skipped: tuple[Skipped, ...]
+    ok: bool
+    by: Literal["agent", "check", "running"]
+    why_not: str | None
+    boot_seconds: float
+    bytes_written: int
+    seconds: float
+
+
+class TrialsReport(BaseModel):
+    """Of several guests, one after the other."""
+
+    model_config = ConfigDict(frozen=True)
+
+    guests: tuple[TrialReport, ...]
+
+
+def trial(
+    destination: ReadableDestination, view: GuestView, request: TrialRequest, *, on_event: OnEvent = ignore
+) -> TrialReport:
+    """Boot a clone, and remove it again. A guest that does not boot is a report, not an error.
+
+    Raises as a restore of the guest, and ToolFailed for a check that is not installed.
+    """
+    begun = time.monotonic()
+    if request.check and (error := missing("check", request.check)) is not None:
+        raise error
+    chosen = choose(destination, view, request.point, proves=request.proves)
+    if chosen.record.kind == "qmp" and request.connect is not None:
+        raise InvalidInput("the guest was not managed by libvirt", subject=view.name, hint="leave out --connect")
+    name = f"{safe_name(view.name.rpartition('/')[2], 'guest')}-test-{secrets.token_hex(4)}"
+    directory = request.directory.absolute() / name
+    with _removed(directory, on_event):
+        restoration = GuestRestoration(
+            destination,
+            view,
+            GuestRestoreRequest(
+                directory=directory, point=str(chosen.point.point), new_name=name, without_network=True
+            ),
+            on_event=on_event,
+        )
+        restored = restoration.run()
+        if restored.definition is None:
+            raise NotFound("the record has no definition, so nothing starts the guest", subject=view.name)
+        images = list(restoration.outputs.values())
+        started = time.monotonic()
+        by: Literal["agent", "check", "running"] = "check" if request.check else "running"
+        why_not: str | None = None
+        try:
+            with _running(chosen.record.kind, Path(restored.definition), images, name, request) as address:
+                until = started + request.seconds
+                by, why_not = _booted(address, name, request, until)
+                took = time.monotonic() - started
+        except ToolFailed as error:
+            took, why_not = time.monotonic() - started, error.message
+    return TrialReport(
+        destination=destination.url,
+        guest=view.name,
+        guest_point=chosen.point.point,
+        time=chosen.point.time,
+        skipped=chosen.skipped,
+        ok=why_not is None,
+        by=by,
+        why_not=why_not,
+        boot_seconds=took,
+        bytes_written=restored.bytes_written,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _booted(
+    address: GuestAddress, name: str, request: TrialRequest, until: float
+) -> tuple[Literal["agent", "check", "running"], str | None]:
+    """What showed that the clone has booted, and why it has not."""
+    if request.check:
+        facts = {"guest": name, "domain": address.domain, "qmp": address.qmp}
+        return "check", _until(until, lambda: _checked(request, facts))
+    with open_guest(address) as guest:
+        agent = guest.agent()
+        if agent is None:
+            state = guest.state()
+            return "running", None if state is State.RUNNING else f"it is {state.value}"
+        return "agent", _until(until, lambda: _answers(lambda: agent.ping(timeout=_PING_SECONDS)))
+
+
+def _until(until: float, attempt: Callable[[], str | None]) -> str | None:
+    """None as soon as an attempt gives that, else what the last one has said."""
+    while True:
+        said = attempt()
+        if said is None or time.monotonic() >= until:
+            return said
+        time.sleep(_POLL_SECONDS)
+
+
+def _checked(request: TrialRequest, facts: Mapping[str, object]) -> str | None:
+    try:
+        run_hook("check", request.check, facts, timeout=request.seconds)
+    except ToolFailed as error:
+        return error.message
+    return None
+
+
+def _answers(ping: Callable[[], object]) -> str | None:
+    try:
+        ping()
+    except Unavailable as error:
+        return f"its agent does not answer: {error.message}"
+    return None
+
+
+# --- the clone, for the length of a block
+
+
+@contextmanager
+def _running(
+    kind: str, definition: Path, images: Sequence[Path], name: str, request: TrialRequest
+) -> Iterator[GuestAddress]:
+    """Start the clone, and end it however the block ends. Raises ToolFailed where it does not start."""
+    if kind == "libvirt":
+        virsh = Virsh(request.connect)
+        try:
+            # Not defined: it is gone when it ends.
+            virsh.text("create", "--file", str(definition), subject=name)
+            yield GuestAddress(domain=name, connect=request.connect)
+        finally:
+            with suppress(NotFound):
+                virsh.text("destroy", "--domain", name)
+        return
+    pid = start_script(definition, images)
+    try:
+        process = qemu_process(pid)
+        if process is None or not process.qmp:
+            raise ToolFailed("it has no QMP socket", argv=[str(definition)], status=0, stderr="", subject=name)
+        yield GuestAddress(qmp=process.qmp[0], agent=process.agent, name=name)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@contextmanager
+def _removed(directory: Path, on_event: OnEvent) -> Iterator[None]:
+    """A new directory, and all that is in it, for the length of the block."""
+    make_directories(directory.parent, mode=0o777)
+    with os_errors(directory), Directory.open(directory.parent) as above:
+        above.make_directory(directory.name)
+    try:
+        yield
+    finally:
+        try:
+            with os_errors(directory), Directory.open(directory.parent) as above:
+                _empty(directory)
+                above.remove_directory(directory.name)
+        except SnapchainError as error:
+            on_event(Notice(f"the clone's directory could not be removed: {error}"))
+
+
+def _empty(directory: Path) -> None:
+    with Directory.open(directory, follow=False) as here:
+        for name in here.names():
+            if stat.S_ISDIR(here.status(name).st_mode):
+                _empty(directory / name)
+                here.remove_directory(name)
+            else:
+                here.remove(name)

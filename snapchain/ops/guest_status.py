@@ -1,0 +1,128 @@
+"""status: how the guests of destinations stand: who may run each, how far behind each destination is, what is owed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from snapchain.destination.protocol import Destination
+from snapchain.errors import NotFound, SnapchainError
+from snapchain.model.consistency import Consistency
+from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
+from snapchain.ops.failover.choose import loss_of
+from snapchain.ops.guest_points import GuestView, guest_named, guests_of
+
+
+class _Shown(BaseModel):
+    model_config = ConfigDict(frozen=True, defer_build=True)
+
+
+class GuestStatus(_Shown):
+    """A guest at a destination.
+
+    state, epoch, master, former, since, vouched: as the destination records them
+    guest_point, time, consistency: of the newest guest point; torn: newer moments that are no guest point
+    lag_seconds: since its time; lag_bytes: what the guest wrote since, by the rate between its last two points, or None
+    ahead_bytes: DATA that the destination has beyond it
+    owed: what must still be done about it, sentences; fault: why it could not be asked
+    """
+
+    guest: str
+    destination: str
+    state: GuestState | None = None
+    epoch: int | None = None
+    master: str | None = None
+    former: str | None = None
+    since: datetime | None = None
+    vouched: Vouched | None = None
+    guest_point: int | None = None
+    time: datetime | None = None
+    consistency: Consistency | None = None
+    torn: int = 0
+    lag_seconds: float | None = None
+    lag_bytes: int | None = None
+    ahead_bytes: int = 0
+    owed: tuple[str, ...] = ()
+    fault: str | None = None
+
+
+class StatusReport(_Shown):
+    """All guests by name, at each destination in the order in which these were named."""
+
+    guests: tuple[GuestStatus, ...]
+
+
+def status(places: Sequence[tuple[Destination, str | None]], *, now: datetime | None = None) -> StatusReport:
+    """Ask destinations, each about one guest or about all. now: for ages
+
+    A guest whose state cannot be asked is a row with the reason. Raises NotFound for a guest that a destination lacks.
+    """
+    now = now or datetime.now(UTC)
+    rows: list[GuestStatus] = []
+    for place, name in places:
+        disks = place.disks()
+        views = guests_of(disks) if name is None else [_named(place, guest_named(disks, name), name)]
+        rows += [_row(place, view, now) for view in views]
+    return StatusReport(guests=tuple(sorted(rows, key=lambda row: row.guest)))
+
+
+def _named(place: Destination, view: GuestView | None, name: str) -> GuestView:
+    if view is None:
+        raise NotFound("there is no such guest", subject=f"{place.url}::{name}")
+    return view
+
+
+def _row(place: Destination, view: GuestView, now: datetime) -> GuestStatus:
+    row = GuestStatus(guest=view.name, destination=place.url)
+    try:
+        standing = place.guest_state(view.name)
+        row = row.model_copy(
+            update={
+                "state": standing.state,
+                "epoch": standing.epoch,
+                "master": standing.master,
+                "former": standing.former,
+                "since": standing.time,
+                "vouched": standing.vouched,
+                "owed": owed(standing),
+            }
+        )
+        if view.points:
+            newest = view.points[-1]
+            loss = loss_of(place, view, newest, now=now)
+            row = row.model_copy(
+                update={
+                    "guest_point": newest.point,
+                    "time": newest.time,
+                    "consistency": newest.consistency,
+                    "torn": sum(each.time > newest.time for each in view.leftovers),
+                    "lag_seconds": loss.seconds,
+                    "lag_bytes": loss.likely_bytes,
+                    "ahead_bytes": loss.known_bytes,
+                }
+            )
+    except SnapchainError as error:
+        return row.model_copy(update={"fault": str(error)})
+    return row
+
+
+def owed(standing: GuestStanding) -> tuple[str, ...]:
+    """What a state leaves to be done, and by whom."""
+    master, former = standing.master or "the new host", standing.former or "the old host"
+    match standing.state:
+        case GuestState.MOVING:
+            return (f"a move from {master} is under way: it must be finished or aborted there",)
+        case GuestState.SWITCHED:
+            return (f"the guest is not known to run on {master} yet: finish the move",)
+        case GuestState.PROMOTING:
+            return (f"a failover to {master} is under way: run it again there, or --withdraw",)
+        case GuestState.SUSPECT:
+            return (f"{former} has come back: run `snapchain fence` there, to see what it holds",)
+        case GuestState.DIVERGED:
+            return (f"{former} holds data that no point has: `snapchain fence --keep-tail` there keeps it",)
+        case GuestState.ACTIVE if standing.vouched is not None:
+            return (f"{former} must not start it: run `snapchain fence` there before its guests start",)
+        case GuestState.ACTIVE | GuestState.PROTECTED:
+            return ()

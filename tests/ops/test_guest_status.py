@@ -1,0 +1,67 @@
+"""status: the state of each guest, how far behind a destination is, and what is owed in each state."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from snapchain.cli import main
+from snapchain.errors import NotFound
+from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
+from snapchain.ops.guest_status import owed, status
+from tests.ops.guest_points import BEGIN, Guest, Open, opened
+from tests.ops.stacks import write
+from tests.ops.test_failover import failover
+from tests.ops.test_fence import fenced
+
+
+@pytest.fixture(params=["directory", "replica"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    return opened(request.param, request, tmp_path)
+
+
+def test_from_protected_to_diverged(place: Open, tmp_path: Path) -> None:
+    guest = Guest(tmp_path / "kvm1")
+    guest.point(place(), 1)
+    guest.point(place(), 2)
+    guest.point(place(), 3, names=["vda"], with_record=False)
+    now = BEGIN + timedelta(days=2, hours=12)
+    (row,) = status([(place(), None)], now=now).guests
+    assert (row.guest, row.state, row.epoch, row.master, row.owed) == ("web1", GuestState.PROTECTED, 1, None, ())
+    assert (row.guest_point, row.lag_seconds) == (2, 12 * 3600)
+    assert row.lag_bytes is not None
+    assert 0 < row.lag_bytes < 1 << 20, "half of what a day wrote"
+    assert row.ahead_bytes > 0
+    assert row.torn == 1
+    failover(place, tmp_path / "out").run()
+    (row,) = status([(place(), "web1")]).guests
+    assert (row.state, row.epoch, row.master, row.former) == (GuestState.ACTIVE, 2, "kvm2", "kvm1")
+    assert row.owed == ("kvm1 must not start it: run `snapchain fence` there before its guests start",)
+    write(guest.images["vdb"], "write -P 7 1536k 64k")
+    fenced(place, guest)
+    (row,) = status([(place(), "web1")]).guests
+    assert row.state is GuestState.DIVERGED
+    assert "kvm1 holds data that no point has" in row.owed[0]
+    with pytest.raises(NotFound, match="there is no such guest"):
+        status([(place(), "web2")])
+
+
+@pytest.mark.parametrize("state", list(GuestState))
+def test_each_state_that_cannot_stay_is_owed(state: GuestState) -> None:
+    word = Vouched(how="person", who="root@kvm2")
+    standing = GuestStanding(guest="web1", number=1, state=state, epoch=2, master="kvm2", former="kvm1", vouched=word)
+    assert bool(owed(standing)) == (state is not GuestState.PROTECTED)
+
+
+def test_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    place = opened("replica", request, tmp_path)
+    Guest(tmp_path / "kvm1", names=("vda",)).point(place(), 1)
+    assert main(["status", f"dir:{tmp_path}/replica"]) == 0
+    assert "web1: protected, epoch 1" in capsys.readouterr().out
+    assert main(["status", f"dir:{tmp_path}/replica::web1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["guests"][0]["state"] == "protected"
