@@ -1,6 +1,32 @@
 """Never two masters: a model of hosts, destinations, failures and people, over the code that really decides.
 
-WIP
+One guest with two disks.  Its hosts are directories with their own images, notes and state (tests/ops/masters.py), its
+destinations are replicas on these hosts, or a repository.  Commands are killed at a file change (in a child), receivers
+die at one, answers are lost, another host acts just before the question that decides, links are cut, clocks are wrong
+by hours, and the first images come back from an older copy.  After each step these must hold:
+
+one_master  For each disk, at most one host has images on which snapchain lets a guest start: their files can be
+            written, no mark says that another host has them, and no destination is in a later epoch.
+            - With --require-answer: of hosts that reach their destinations, and of hosts that do not.
+            - Without: as long as each host reaches its destinations.  Behind a cut link such a host goes by its marks:
+              they are there after a handover, and after one refusal; after a failover of which it has not heard, only
+              the fence keeps it down.
+one_guest   The guest runs on at most one host, unless a person has vouched wrongly that the old one is gone.  Nothing
+            here stops a guest that runs already: that is what the fence program is for.
+ship        One epoch of a destination is one host's.  Nothing is written there in an older one.
+failover    Without proof nothing changes.  What is taken over reads as the guest point that was named.
+settle      In the end all links are up, and each interrupted command is run again, or else undone.  Then exactly one
+            host has the guest, with all disks, and these read as the guest last saw them: what it wrote on the image
+            that moved, or the point that a failover has named.  The loss is what the failover has stated.
+restores    Every point that was published reads as the guest's disk of its moment.
+
+What is assumed, and true only because a person or a program sees to it:
+- "gone" is said of all hosts on which the guest may run.  A destination names the master that it knows.
+- A guest fails over at a destination that has heard of its newest epoch, and old images without marks are moved to no
+  destination that has not: of two destinations that do not know of each other, each would accept a master of its own.
+- A guest is started through the hook, or by snapchain.  Bare QEMU asks nobody.
+- After a failover was withdrawn, a person names the epoch, on the host that was the master before.
+- Destinations do not go back in time.
 """
 
 from __future__ import annotations
@@ -9,7 +35,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +114,12 @@ class Pending:
 
 
 class Masters(RuleBasedStateMachine):
+    """Two hosts, each with a replica.
+
+    running: number of a copy -> the locks of its guest; blind: of those, which nobody could be asked about
+    points: what each point must show; writers: of each destination, the host of each epoch
+    """
+
     hosts: tuple[str, ...] = ("a", "b")
     replicas: tuple[str, ...] = ("a", "b")
     has_repository = False
@@ -99,7 +131,7 @@ class Masters(RuleBasedStateMachine):
         self.patch.setattr(migration, "_HANDOVER", RetryPolicy(give_up_after=0.0))
         self.world = World(self.root, self.patch, self.hosts, self.replicas, self.has_repository)
         self.copies = [made_copy(self.world, self.hosts[0])]
-        self.running: dict[int, list[ImageLock]] = {}
+        self.running: dict[int, ExitStack] = {}
         self.blind: set[int] = set()
         self.lied = False
         self.points: dict[tuple[str, str], Content] = {}
@@ -148,22 +180,20 @@ class Masters(RuleBasedStateMachine):
 
         if not self.world.may_start(copy, answers, requires_answer=self.requires_answer):
             return
-        if any((copy.host, place) in self.world.cut for place in self.world.places):
+        if not self.requires_answer and any((copy.host, place) in self.world.cut for place in self.world.places):
             self.blind.add(number)
-        locks = []
-        try:
-            for image in copy.images.values():
-                locks.append(ImageLock(image, LockMode.WRITE))
-                locks[-1].__enter__()
-        except SnapchainError:
-            for lock in locks[:-1]:
-                lock.__exit__(None, None, None)
-            return
-        self.running[number] = locks
+        with suppress(SnapchainError):
+            self._open(number)
+
+    def _open(self, number: int) -> None:
+        """As QEMU, which locks all images."""
+        with ExitStack() as locks:
+            for image in self.copies[number].images.values():
+                locks.enter_context(ImageLock(image, LockMode.WRITE))
+            self.running[number] = locks.pop_all()
 
     def _stop(self, number: int) -> None:
-        for lock in self.running.pop(number, []):
-            lock.__exit__(None, None, None)
+        self.running.pop(number, ExitStack()).close()
         self.blind.discard(number)
 
     @precondition(lambda self: self.running)
@@ -179,13 +209,9 @@ class Masters(RuleBasedStateMachine):
         if number not in self.running:
             return
         self.number += 1
-        locks = self.running.pop(number)  # the model's own lock would keep qemu-io out
-        for lock in locks:
-            lock.__exit__(None, None, None)
+        self.running.pop(number).close()  # it would keep out qemu-io, which is the guest here
         write(self.copies[number], block, self.number % 255 + 1)
-        for lock in locks:
-            lock.__enter__()
-        self.running[number] = locks
+        self._open(number)
 
     # --- snapchain
 
@@ -485,6 +511,7 @@ class Masters(RuleBasedStateMachine):
 
     @invariant()
     def one_guest(self) -> None:
+        """See the module."""
         if not self.lied:
             running = {self.copies[number].host for number in self.running if number not in self.blind}
             assert len(running) <= 1, f"the guest runs on {running}"
