@@ -142,7 +142,7 @@ class Masters(RuleBasedStateMachine):
         self.requires_answer = True
         self.withdrew = self.moved = False
 
-    @initialize(requires_answer=st.booleans(), ships=st.booleans())
+    @initialize(requires_answer=st.booleans(), ships=st.sampled_from([True, True, False]))
     def begin(self, requires_answer: bool, ships: bool) -> None:
         self.requires_answer = requires_answer
         if ships:
@@ -235,6 +235,7 @@ class Masters(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
     def ship(self, which: int, at: int, fault: Fault) -> None:
         copy, place = self.copies[self._copy(which)], self.world.places[at % len(self.world.places)]
+        self._stop(self._copy(which))
         self.number += 1
         number, content, epoch = self.number, copy.content, copy.epoch()
         self.points[place, instant(number)] = content
@@ -256,8 +257,10 @@ class Masters(RuleBasedStateMachine):
         assert owner == host, f"{host} wrote to {place} in epoch {epoch}, which is {owner}'s"
 
     @precondition(lambda self: self.replicas)
-    @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
-    def migrate(self, which: int, at: int, fault: Fault) -> None:
+    @rule(which=st.integers(0, 5), at=st.integers(0, 2), stops=st.sampled_from([True, True, False]), fault=FAULTS)
+    def migrate(self, which: int, at: int, stops: bool, fault: Fault) -> None:
+        if stops:
+            self._stop(self._copy(which))
         copy, host = self.copies[self._copy(which)], self.replicas[at % len(self.replicas)]
         if host != copy.host and self._may_move(copy, host):
             self._migrate(copy, host, fault, is_first=True)
@@ -436,6 +439,7 @@ class Masters(RuleBasedStateMachine):
         first, copy = self.copies[0], self.copies[self._copy(which)]
         if first.host not in self.replicas or copy.host == first.host:
             return
+        self._stop(self._copy(which))
         endpoint = self.world.endpoint(f"{first.host}/replica")
         request = PrepareRequest(disks=[(path, f"{GUEST}/{name}") for name, path in first.images.items()])
         if self._run(first.host, lambda: failback.prepare(request, endpoint), NONE) is not None:
