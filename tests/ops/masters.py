@@ -214,14 +214,19 @@ class World:
                     found += [Copy(host, {name: each}, ()) for each in out.glob(f"{name}*.qcow2")]
         return found
 
-    def masters(self, copies: list[Copy], *, requires_answer: bool, is_cut: bool) -> dict[str, set[str]]:
-        """disk -> the hosts on which the code lets a guest start that writes it."""
+    def masters(
+        self, copies: list[Copy], *, requires_answer: bool, is_cut: bool = False, is_silent: bool = False
+    ) -> dict[str, set[str]]:
+        """disk -> the hosts on which the code lets a guest start that writes it.
+
+        is_cut: as the links are, else all are up; is_silent: nobody can ask anything, so only marks count
+        """
         known = {place: self.standing(place) for place in self.places}
         found: dict[str, set[str]] = {name: set() for name in self.names}
         for copy in self.candidates(copies):
 
             def answers(place: str, host: str = copy.host) -> GuestStanding | None:
-                if is_cut and (host, place) in self.cut:
+                if is_silent or (is_cut and (host, place) in self.cut):
                     raise Unavailable("the link is cut", subject=place)
                 return known[place]
 

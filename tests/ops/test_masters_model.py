@@ -34,8 +34,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from snapchain.errors import Conflict, NotFound, SnapchainError, Unavailable
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.retry import RetryPolicy
 from snapchain.image import scan
-from snapchain.model.guest_state import GuestState, Vouched
+from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
 from snapchain.ops import failback
 from snapchain.ops.failback import PrepareRequest
 from snapchain.ops.failover.request import FailoverReport, FailoverRequest
@@ -117,6 +117,7 @@ class Masters(RuleBasedStateMachine):
     """Two hosts, each with a replica.
 
     running: number of a copy -> the locks of its guest; blind: of those, which nobody could be asked about
+    unaware: hosts whose images may lack the mark of what has become of them
     points: what each point must show; writers: of each destination, the host of each epoch
     """
 
@@ -140,6 +141,7 @@ class Masters(RuleBasedStateMachine):
         self.backup: Path | None = None
         self.number = 0
         self.requires_answer = True
+        self.unaware: set[str] = set()
         self.withdrew = self.moved = False
 
     @initialize(requires_answer=st.booleans(), ships=st.sampled_from([True, True, False]))
@@ -154,10 +156,13 @@ class Masters(RuleBasedStateMachine):
             self.settle()
             self.restores()
         finally:
-            for number in list(self.running):
-                self._stop(number)
-            self.patch.undo()
-            shutil.rmtree(self.root, ignore_errors=True)
+            self.clear()
+
+    def clear(self) -> None:
+        for number in list(self.running):
+            self._stop(number)
+        self.patch.undo()
+        shutil.rmtree(self.root, ignore_errors=True)
 
     # --- the guest
 
@@ -168,7 +173,9 @@ class Masters(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 5))
     def start(self, which: int) -> None:
-        number = self._copy(which)
+        self._start(self._copy(which))
+
+    def _start(self, number: int) -> None:
         copy = self.copies[number]
         if number in self.running:
             return
@@ -296,9 +303,13 @@ class Masters(RuleBasedStateMachine):
         if not is_done:
             raise Unavailable("it was refused")
 
-    def _register(self, copy: Copy) -> None:
-        if all(each.images != copy.images or each.host != copy.host for each in self.copies):
-            self.copies.append(copy)
+    def _register(self, copy: Copy) -> int:
+        """The number of these images, which may be known already."""
+        for number, each in enumerate(self.copies):
+            if (each.host, each.images) == (copy.host, copy.images):
+                return number
+        self.copies.append(copy)
+        return len(self.copies) - 1
 
     @precondition(lambda self: self.moved)
     @rule(which=st.integers(0, 5), at=st.integers(0, 2), fault=FAULTS)
@@ -352,6 +363,7 @@ class Masters(RuleBasedStateMachine):
                     self._stop(number)
         elif proof in ("lie", "word"):
             self.lied = True
+        self.unaware |= {*self.hosts} - {host} if proof not in ("none", "false") else set()
         directory = self.root / host / f"out-{place.replace('/', '-')}"
         before = self.world.standing(place)
 
@@ -367,7 +379,7 @@ class Masters(RuleBasedStateMachine):
         def meanwhile() -> None:
             others = [each for each in self._hosts_for(place) if each != host]
             if others:
-                self._failover(place, others[0], "word", NONE)
+                self._failover(place, others[0], "fence", NONE)
             for copy in self.copies:
                 if copy.host not in (host, *others) and self._may_move(copy, host):
                     self._migrate(copy, host, NONE)
@@ -402,7 +414,7 @@ class Masters(RuleBasedStateMachine):
         for path in images.values():
             known = any(path in copy.images.values() for copy in self.copies)
             assert known or shows(path, content), "what was taken over does not read as the point that was named"
-        self._register(Copy(host, images, content))
+        self._start(self._register(Copy(host, images, content)))
         return True
 
     @precondition(lambda self: any(len(writers) > 1 for writers in self.writers.values()))
@@ -502,14 +514,19 @@ class Masters(RuleBasedStateMachine):
         shutil.rmtree(place)
         assert self.backup is not None
         shutil.copytree(self.backup, place, copy_function=shutil.copy2)
+        self.unaware.add(self.copies[0].host)
         self.copies[0].content = self.backed_up
 
     # --- what must hold
 
     @invariant()
     def one_master(self) -> None:
-        for requires_answer, is_cut in ((True, True), (False, False)):
-            found = self.world.masters(self.copies, requires_answer=requires_answer, is_cut=is_cut)
+        silent = self.world.masters(self.copies, requires_answer=False, is_silent=True)
+        for found in (
+            self.world.masters(self.copies, requires_answer=True, is_cut=True),
+            self.world.masters(self.copies, requires_answer=False),
+            {disk: hosts - self.unaware for disk, hosts in silent.items()},
+        ):
             for disk, hosts in found.items():
                 assert len(hosts) <= 1, f"{' and '.join(sorted(hosts))} may write {disk}"
 
@@ -533,7 +550,7 @@ class Masters(RuleBasedStateMachine):
                 with suppress(SnapchainError):
                     each.undo()
         self.name_the_epoch()
-        found = self.world.masters(self.copies, requires_answer=True, is_cut=False)
+        found = self.world.masters(self.copies, requires_answer=True)
         names = [each.name for each in self.pending]
         assert all(len(hosts) == 1 for hosts in found.values()), f"nobody may start it: {found}, after {names}"
         assert len(set(map(frozenset, found.values()))) == 1, f"its disks are on several hosts: {found}"
@@ -588,6 +605,76 @@ class RepositoryMasters(Masters):
 
 class ThreeHosts(Masters):
     hosts, replicas, has_repository = ("a", "b", "c"), ("a", "b", "c"), False
+
+
+def test_an_old_copy_after_a_handover() -> None:
+    """It bears no mark; the epoch at the destination refuses it, though no failover is recorded there."""
+    with told(Masters) as model:
+        model.write(0, 0)
+        model.stop(0)
+        model.back_up()
+        model.migrate(0, 1, stops=True, fault=NONE)
+        model.restore_old()
+
+
+def test_what_a_withdrawn_failover_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of the host that withdrew, and those of the old master: a person says whose they are."""
+    with told(RepositoryMasters) as model:
+        model.ship(0, 0, NONE)
+        with monkeypatch.context() as patch:
+            patch.setattr(Failover, "_define", _lost(Failover._define))
+            model._failover("repository", "c", "fence", NONE)
+        assert _standing(model).state is GuestState.PROMOTING
+        model.one_master()
+        assert model._withdraw("repository", "c", NONE)
+
+
+def test_a_failover_after_the_guest_was_given_on() -> None:
+    """The replica has not heard of the epoch in which its host gave the guest away; its host knows it by the mark."""
+    with told(Masters) as model:
+        model.ship(0, 1, NONE)
+        model.migrate(0, 1, stops=True, fault=NONE)
+        model.migrate(0, 0, stops=True, fault=NONE)
+        assert [copy.epoch() for copy in model.copies] == [1, 2, 3]
+        model._failover("b/replica", "b", "fence", NONE)
+
+
+def test_two_failovers_that_were_decided_on_one_record() -> None:
+    """The second would replace a guest that was started after its proof."""
+    with told(RepositoryMasters) as model:
+        model.ship(0, 0, NONE)
+        model._failover("repository", "c", "fence", Fault("meanwhile"))
+        assert _standing(model).master == "a"
+
+
+@pytest.mark.parametrize("fault", [Fault("meanwhile"), Fault("lost")])
+@pytest.mark.parametrize("by_marks", [False, True])
+def test_a_handover_that_is_interrupted_by_a_failover(fault: Fault, by_marks: bool) -> None:
+    with told(Masters) as model:
+        if not by_marks:
+            model.ship(0, 1, NONE)
+        model.migrate(0, 1, stops=True, fault=fault)
+
+
+def _standing(model: Masters) -> GuestStanding:
+    found = model.world.standing("repository")
+    assert found is not None
+    return found
+
+
+@contextmanager
+def told(world: type[Masters]) -> Iterator[Masters]:
+    """A world in which a sequence is told; what must hold is checked after it, and after everything is settled."""
+    model = world()
+    model.begin(requires_answer=True, ships=False)
+    try:
+        yield model
+        model.one_master()
+        model.one_guest()
+        model.settle()
+        model.restores()
+    finally:
+        model.clear()
 
 
 WORLDS = [
