@@ -19,7 +19,7 @@ from snapchain.errors import InvalidInput
 if TYPE_CHECKING:
     from snapchain.destination.protocol import Destination
     from snapchain.replica.destination import ReplicaDestination
-    from snapchain.replica.endpoint import Endpoint
+    from snapchain.replica.endpoint import Endpoint, GuestEndpoint
 
 _REPLICAS = ("ssh://", "dir:")
 Passphrase = Callable[[], str | None]
@@ -105,7 +105,7 @@ def check_is_made(url: str) -> None:
         )
 
 
-def replica_at(url: str, *, connections: int = 1) -> Endpoint:
+def replica_at(url: str, *, connections: int = 1) -> GuestEndpoint:
     """The endpoint of a replica. connections: of ssh. Touches nothing. Raises InvalidInput."""
     from snapchain.replica.endpoint import open_endpoint
 

@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "merge": FLOOR | {"destination", "image", "source", "guest"},
     "repository": FLOOR | {"objects", "destination", "image", "source"},
     # A replica is a chain of images: it writes them, merges them, and reads them back to prove them.
-    "replica": FLOOR | {"objects", "destination", "image", "source", "merge"},
+    # It starts the QEMU of a guest that comes to its host.
+    "replica": FLOOR | {"objects", "destination", "image", "source", "merge", "guest"},
     # The one door: opens what a URL names.
     "destinations": FLOOR | {"objects", "destination", "repository", "replica"},
     "ops": FLOOR

@@ -1,41 +1,126 @@
-"""`snapchain migrate IMAGE DEST::DISK`: hand the disks of a guest over to another host."""
+"""`snapchain migrate DEST`: move a guest to another host: while it runs, or its disks when it does not."""
 
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
 from snapchain.cli import options, quantities, render
 from snapchain.cli.app import verb
-from snapchain.cli.options import DiskPairs, disk_pairs
+from snapchain.cli.options import disk_pairs
 from snapchain.cli.output import Output
 from snapchain.cli.quantities import size
 from snapchain.errors import InvalidInput
+from snapchain.guest.address import GuestAddress
+from snapchain.host.terminal import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from snapchain.guest.qmp_guest import QmpGuest
+    from snapchain.ops.migrate.live_request import AbortReport, LivePlan, LiveReport
     from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
+    from snapchain.ops.ship.request import Divergence
 
 _BACK = "To go back"
+_LIVE = "For a running guest"
+MovedDisks = Annotated[
+    list[str] | None,
+    options.address(
+        metavar="[IMAGE DEST::DISK]...",
+        help="The top of a chain, and a disk at a replica: ssh://\\[user@]host/path or dir:/path. More pairs "
+        "are other disks of the same guest, at the same replica. With --qmp: the replica only.",
+    ),
+]
 
 
 @verb(
     examples="""
+    snapchain migrate --qmp /run/web1.qmp ssh://root@kvm2/srv/replica
+    snapchain migrate --qmp /run/web1.qmp ssh://root@kvm2/srv/replica --max-downtime 0.5 --auto-converge
+    snapchain migrate --qmp /run/web1.qmp --abort
     snapchain migrate web1.qcow2 ssh://root@kvm2/srv/replica::web1/vda --offline
     snapchain migrate a.qcow2 ssh://kvm2/srv/replica::web1/vda b.qcow2 ssh://kvm2/srv/replica::web1/vdb --offline
     snapchain migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --offline --start-hook 'ssh kvm2 virsh start web1'
     snapchain migrate web1.qcow2 ssh://kvm2/srv/replica::web1/vda --take-back
     """,
     when_interrupted="run it again to go on; `inspect` shows whether the disk was given away already, and --take-back "
-    "undoes that as long as no guest has written there",
+    "undoes that as long as no guest has written there. A running guest goes on here, unless its move was done",
 )
 @options.takes_output()
+@options.takes_guest()
 def migrate(
-    disks: DiskPairs,
+    disks: MovedDisks = None,
     *,
+    guest: GuestAddress | None,
+    max_downtime: Annotated[
+        float,
+        typer.Option(
+            "--max-downtime",
+            metavar="SECONDS",
+            help="How long the guest may be paused. Refused beforehand where that cannot be met.",
+            rich_help_panel=_LIVE,
+        ),
+    ] = 1.0,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            "--bandwidth",
+            metavar="SIZE",
+            help="Bytes a second for shipping, for the mirrors and for the memory, such as 100M.",
+            rich_help_panel=_LIVE,
+        ),
+    ] = None,
+    auto_converge: Annotated[
+        bool,
+        typer.Option(
+            "--auto-converge",
+            help="Slow the guest down where it dirties memory faster than the link carries.",
+            rich_help_panel=_LIVE,
+        ),
+    ] = False,
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", min=1, help="Seal and ship at most this many times before.", rich_help_panel=_LIVE),
+    ] = None,
+    start_command: Annotated[
+        str | None,
+        typer.Option(
+            "--start-command",
+            metavar="COMMAND",
+            help="Start QEMU at the destination by COMMAND (no shell), not by the guest's own command line. It must "
+            "have -S, -incoming defer and a monitor at SNAPCHAIN_QMP. Its environment has SNAPCHAIN_OVERLAY_1, 2... "
+            "of SNAPCHAIN_DISK_1, 2...",
+            rich_help_panel=_LIVE,
+        ),
+    ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            "--before", metavar="COMMAND", help="Run COMMAND here (no shell) before all else.", rich_help_panel=_LIVE
+        ),
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            "--after",
+            metavar="COMMAND",
+            help="Run COMMAND here (no shell) once the guest runs there.",
+            rich_help_panel=_LIVE,
+        ),
+    ] = None,
+    abort: Annotated[
+        bool,
+        typer.Option(
+            "--abort",
+            help="End a live migration that was interrupted: the guest goes on here, unless the destination has it.",
+            rich_help_panel=_LIVE,
+        ),
+    ] = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="The guest is shut down, or paused: see --paused.")
     ] = False,
@@ -73,7 +158,7 @@ def migrate(
         bool,
         typer.Option(
             "--destination-is-gone",
-            help="Take back without contacting the destination. You must make sure that "
+            help="With --take-back or --abort: do not contact the destination. You must make sure that "
             "no guest runs there, now or later.",
             rich_help_panel=_BACK,
         ),
@@ -86,10 +171,16 @@ def migrate(
     limit_rate: options.LimitRate = None,
     out: Output,
 ) -> None:
-    """Hand the disks of a guest that does not run over to another host: all of them, or none.
+    """Move a guest to another host: while it runs, or its disks when it does not. All disks, or none.
 
-    First each top is sealed, the layers that the replica lacks are sent, and an empty overlay for the guest is made
-    there. Until then, and whenever the destination refuses, the disks stay this host's.
+    A running guest without libvirt is named by --qmp. What is sealed is shipped in rounds, as by `sync`. QEMU is then
+    started at the destination with the command line from here, and the disks and the memory are copied while the guest
+    runs. It is paused for the switch, and goes on there. Until the switch anything that fails, and Ctrl-C, lets it go
+    on here as before. Through ssh no port needs to be opened.
+
+    Of a guest that does not run, name the disks. First each top is sealed, the layers that the replica lacks are sent,
+    and an empty overlay for the guest is made there. Until then, and whenever the destination refuses, the disks stay
+    this host's.
 
     Then, with the images locked, they are marked as given away and made read-only here. The destination takes them over
     in a new epoch, and the start hook runs. From then on snapchain neither writes nor sends these images here, and the
@@ -97,12 +188,31 @@ def migrate(
 
     If it is interrupted, run the same command again: it continues.
     """
+    if guest is not None:
+        _check_live(guest, offline=offline or paused or take_back, unasked=destination_is_gone, abort=abort)
+        live = _Live(
+            max_downtime=max_downtime,
+            bandwidth=None if bandwidth is None else quantities.parse_size(bandwidth),
+            auto_converge=auto_converge,
+            rounds=rounds,
+            command=_words(start_command, "start command"),
+            before=_words(before, "before hook"),
+            after=_words(after, "after hook"),
+            labels=label or (),
+            divergence=_divergence(cut=cut_replica),
+            image_dirs=options.image_dirs(image_dir),
+        )
+        _migrate_guest(guest, disks or [], live, abort=abort, is_gone=destination_is_gone, out=out)
+        return
     from snapchain.destinations import replica_at
     from snapchain.ops.migrate.request import MigrateRequest, Move
     from snapchain.ops.migrate.run import migrate as run, plan, plan_take_back, take_back as undo
-    from snapchain.ops.ship.run import Divergence
 
+    if abort:
+        raise InvalidInput("--abort is for a running guest", hint="name it by --qmp; for disks, say --take-back")
     _check(offline=offline, paused=paused, take_back=take_back, unasked=destination_is_gone)
+    if not disks:
+        raise InvalidInput("nothing is named", hint="name pairs of IMAGE DEST::DISK, or a guest and DEST")
     dest, pairs = disk_pairs(disks)
     endpoint = replica_at(dest, connections=connections)
     request = MigrateRequest(
@@ -111,7 +221,7 @@ def migrate(
         prove=prove,
         start_hook=_words(start_hook),
         labels=label or (),
-        divergence=Divergence.CUT_REPLICA if cut_replica else Divergence.REFUSE,
+        divergence=_divergence(cut=cut_replica),
         format=options.format_of(image_format),
         image_dirs=options.image_dirs(image_dir),
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
@@ -132,20 +242,89 @@ def _check(*, offline: bool, paused: bool, take_back: bool, unasked: bool) -> No
     if not offline and not paused and not take_back:
         raise InvalidInput(
             "only disks of a guest that does not run can be handed over",
-            hint="shut it down and say --offline, or pause it and say --paused; for one that runs, `snapchain sync` "
-            "prints the virsh command",
+            hint="shut it down and say --offline, or pause it and say --paused; name one that runs by --qmp, or let "
+            "`snapchain sync` print the virsh command",
         )
 
 
-def _words(command: str | None) -> list[str]:
+def _check_live(guest: GuestAddress, *, offline: bool, unasked: bool, abort: bool) -> None:
+    if offline:
+        raise InvalidInput("--offline, --paused and --take-back are for disks", hint="name IMAGE DEST::DISK instead")
+    if unasked and not abort:
+        raise InvalidInput("--destination-is-gone is for --abort, and for --take-back of disks")
+    if guest.qmp is None:
+        raise InvalidInput(
+            "a guest of libvirt is migrated by libvirt",
+            subject=guest.domain,
+            hint=f"`snapchain sync --domain {guest.domain} DEST` makes everything ready, and prints the commands",
+        )
+
+
+class _Live(TypedDict):
+    """What is asked of the migration of a running guest."""
+
+    max_downtime: float
+    bandwidth: int | None
+    auto_converge: bool
+    rounds: int | None
+    command: Sequence[str]
+    before: Sequence[str]
+    after: Sequence[str]
+    labels: Sequence[str]
+    divergence: Divergence
+    image_dirs: Sequence[Path]
+
+
+def _divergence(*, cut: bool) -> Divergence:
+    from snapchain.ops.ship.request import Divergence
+
+    return Divergence.CUT_REPLICA if cut else Divergence.REFUSE
+
+
+def _migrate_guest(
+    address: GuestAddress, words: Sequence[str], asked: _Live, *, abort: bool, is_gone: bool, out: Output
+) -> None:
+    from snapchain.guest.address import open_guest
+    from snapchain.guest.qmp_guest import QmpGuest
+    from snapchain.ops.migrate.live import abort as end
+
+    if abort:
+        if words:
+            raise InvalidInput("--abort needs no destination: it is recorded", subject=words[0])
+        out.report(end(address, is_gone=is_gone, on_event=out.on_event), _draw_settled)
+        return
+    with open_guest(address, on_event=out.on_event) as guest:
+        assert isinstance(guest, QmpGuest), "it was named by --qmp"
+        _move(guest, words, asked, out)
+
+
+def _move(guest: QmpGuest, words: Sequence[str], asked: _Live, out: Output) -> None:
+    from snapchain.destination.address import PointAddress, parse_destination, parse_disk_address
+    from snapchain.destinations import replica_at
+    from snapchain.ops.migrate.live import migrate_live, plan_live
+    from snapchain.ops.migrate.live_request import LiveRequest
+
+    if len(words) != 1:
+        raise InvalidInput("a guest goes to one destination", hint="name one DEST: ssh://host/path")
+    named = parse_destination(words[0])
+    prefix = parse_disk_address(words[0]).disk if isinstance(named, PointAddress) else None
+    request = LiveRequest(prefix=prefix, **asked)
+    endpoint = replica_at(named.dest)
+    if out.dry_run:
+        out.plan(plan_live(guest, request, endpoint, on_event=out.on_event), _draw_live_plan)
+    else:
+        out.report(migrate_live(guest, request, endpoint, on_event=out.on_event), _draw_live)
+
+
+def _words(command: str | None, what: str = "start hook") -> list[str]:
     if command is None:
         return []
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise InvalidInput(f"the start hook: {error}", subject=command) from error
+        raise InvalidInput(f"the {what}: {error}", subject=command) from error
     if not words:
-        raise InvalidInput("the start hook is empty")
+        raise InvalidInput(f"the {what} is empty")
     return words
 
 
@@ -187,6 +366,58 @@ def _draw_report(console: Console, report: MigrateReport) -> None:
             ("started", started[report.started]),
         ],
     )
+
+
+def _draw_live_plan(console: Console, plan: LivePlan) -> None:
+    to_send = sum(disk.bytes_to_send for disk in plan.disks)
+    render.headline(
+        console, f"would move {plan.guest} to {render.place(plan.destination)}, {size(to_send)} of layers to send first"
+    )
+    render.table(
+        console,
+        ["disk", "image", "to send>", "left in the top>"],
+        [(each.disk, render.place(each.image), size(each.bytes_to_send), size(each.bytes_left)) for each in plan.disks],
+    )
+    dirty = plan.memory_dirty_rate
+    render.facts(
+        console,
+        [
+            ("memory dirtied", "not measured" if dirty is None else f"{size(int(dirty))}/s"),
+            ("pause", f"at most {quantities.duration(plan.max_downtime)}"),
+        ],
+    )
+
+
+def _draw_live(console: Console, report: LiveReport) -> None:
+    render.headline(console, f"{report.guest} runs at {render.place(report.destination)}")
+    render.table(
+        console,
+        ["disk", "epoch>", "its file there", "read-only here~"],
+        [
+            (each.disk, str(each.epoch), each.overlay, ", ".join(map(render.place, each.fenced)))
+            for each in report.disks
+        ],
+    )
+    pause = "not measured" if report.pause is None else f"{report.pause:.2f} s"
+    bound = "" if report.pause_within is not False else f", more than {report.max_downtime:g} s"
+    render.facts(
+        console,
+        [
+            ("its monitor there", report.qmp),
+            ("layers on the wire", size(report.bytes_sent)),
+            ("memory on the wire", f"{size(report.memory_bytes)} in {counted(report.memory_rounds, 'round')}"),
+            ("pause", f"{pause}{bound}; predicted {report.predicted_pause:.2f} s"),
+            ("took", quantities.duration(report.seconds)),
+        ],
+    )
+
+
+def _draw_settled(console: Console, report: AbortReport) -> None:
+    if not report.settled:
+        render.headline(console, "no migration was left")
+    for each in report.settled:
+        render.headline(console, f"the migration of {each.guest} to {render.place(each.destination)} is ended")
+        render.line(console, each.says, indent=2)
 
 
 def _draw_take_back_plan(console: Console, plan: TakeBackPlan) -> None:

@@ -35,8 +35,8 @@ def serve_replica(
             "--allow",
             metavar="SET",
             help="Rights of the sender: a comma-separated set of send, fetch, cut, "
-            "merge, handover and epochs. By default "
-            "all of them without --root, all but epochs with it.",
+            "merge, handover, epochs and guests. By default "
+            "all of them without --root, all but epochs and guests with it.",
         ),
     ] = None,
     append_only: Annotated[
@@ -61,7 +61,8 @@ def serve_replica(
     a directory is checked. DIR must exist.
 
     Rights for --allow: send (new layers and points), fetch (restore), cut (--cut-replica), merge, handover (migrate),
-    epochs (a sender's --epoch that skips numbers or ends a handover). Either send or fetch also allows log and verify.
+    epochs (a sender's --epoch that skips numbers or ends a handover), guests (migrate of a running guest: as much as a
+    login, since it starts programs). Either send or fetch also allows log and verify.
 
     Only its owner may read a replica. Where QEMU runs as another user, --group lets its group in. `chgrp GROUP DIR` and
     `chmod 750 DIR` for the directory of the replica do the same.

@@ -152,6 +152,17 @@ def name_of(qdev: str, device: str, number: int) -> str:
     return name if is_disk_name(name) else f"disk{number}"
 
 
+def roots(block: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The name of each disk's root node, by the disk's name; what is empty is left out."""
+    taken: set[str] = set()
+    found = {}
+    for number, each in enumerate(block):
+        name = _unique(name_of(_text(each, "qdev"), _text(each, "device"), number), taken)
+        if isinstance(inserted := each.get("inserted"), Mapping):
+            found[name] = _text(inserted, "node-name")
+    return found
+
+
 def _kind(qdev: str, types: Mapping[str, str]) -> str:
     """The type of a disk's device. qdev: its path or one below it, such as /machine/peripheral/vda/virtio-backend"""
     return types.get("/".join(qdev.split("/")[:4]) if "/" in qdev else f"/machine/peripheral/{qdev}", "")

@@ -93,6 +93,7 @@ class Monitor:
         self._lock = threading.RLock()
         self._news = threading.Condition()
         self._events: deque[tuple[int, str, Mapping[str, Any]]] = deque(maxlen=_KEPT_EVENTS)
+        self._times: dict[str, float] = {}
         self._heard = 0
         self._schema: dict[str, frozenset[str]] | None = None
         self._client: QMPClient | None = None
@@ -245,9 +246,16 @@ class Monitor:
                     return False
                 self._news.wait(min(rest, 0.5))  # a lost link gives no notice
 
+    def time_of(self, name: str) -> float | None:
+        """When the newest event of a name happened, by QEMU's clock: seconds since the epoch; None for none so far."""
+        with self._news:
+            return self._times.get(name)
+
     def _hear(self, event: Mapping[str, Any]) -> bool:
         name, data = event.get("event"), event.get("data", {})
         with self._news:
+            if (at := _seconds_of(event.get("timestamp"))) is not None:
+                self._times[str(name)] = at
             self._events.append((self._heard, str(name), data if isinstance(data, Mapping) else {}))
             self._heard += 1
             self._news.notify_all()
@@ -390,6 +398,14 @@ def connect_by_path(link: socket.socket, path: Path) -> None:
         link.connect(f"/proc/self/fd/{folder}/".encode() + os.fsencode(path.name))
     finally:
         os.close(folder)
+
+
+def _seconds_of(timestamp: object) -> float | None:
+    """Of an event; QEMU says -1 where it could not ask its clock."""
+    if not isinstance(timestamp, Mapping):
+        return None
+    seconds, micros = timestamp.get("seconds"), timestamp.get("microseconds")
+    return seconds + micros / 1e6 if isinstance(seconds, int) and isinstance(micros, int) and seconds >= 0 else None
 
 
 def _is_list(value: object) -> bool:

@@ -1,6 +1,7 @@
-"""A process of ours that outlives us: a session of its own, no terminal, one descriptor shared with us.
+"""Processes that outlive us: each in a session of its own, without a terminal.
 
-All other programs die with us (processes.py).  This one is for what must be undone when we are killed.
+All other programs die with us (processes.py).  One of these undoes what we leave when we are killed, and shares a
+descriptor with us; the other is the QEMU of a guest that has come to this host.
 """
 
 from __future__ import annotations

@@ -73,6 +73,14 @@ class ProcessChannel(Channel):
         """The last 64 KiB of the child's stderr so far."""
         return self._child.stderr()
 
+    def has_ended(self, seconds: float) -> bool:
+        """Whether the child has exited, waiting at most that long."""
+        return self._child.wait(seconds)
+
+    def end_error(self) -> Exception:
+        """The error for a child that has exited too early."""
+        return self._lost()
+
     def close(self, *, patience: float = 30.0) -> None:
         """End the stream, wait `patience` seconds for the child to exit, and raise an error for its exit status."""
         if self._reader < 0:

@@ -20,8 +20,11 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from snapchain.errors import InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
 from snapchain.host.channel import Channel
@@ -112,6 +115,66 @@ def open_ssh_lanes(
             channel.abort()
         raise
     return join_lanes(channels, peer=address.login, patience=patience)
+
+
+_FORWARD_SECONDS = CONNECT_TIMEOUT + 15.0
+_FORWARD_POLL = 0.02
+_FORWARDING = {
+    "ClearAllForwardings": "no",
+    "ExitOnForwardFailure": "yes",
+    "StreamLocalBindUnlink": "yes",
+    "StreamLocalBindMask": "0000",  # the directory keeps others out, and QEMU may be another user
+    "ControlMaster": "no",
+    "ControlPath": "none",  # a master would keep the sockets when we are gone
+    "BatchMode": "yes",
+}
+
+
+@contextmanager
+def open_forward(
+    address: RemoteAddress, pairs: Sequence[tuple[Path, Path]], *, program: SshProgram | None = None
+) -> Iterator[None]:
+    """Let unix sockets of the other host be reached here, through an ssh that runs as long as the block.
+
+    pairs: a path of this host, which ssh makes, and the socket of the other host behind it
+    Raises Unavailable, and as the channel of `open_ssh`.
+    """
+    program = program or SshProgram.from_environment(os.environ)
+    for path in (path for pair in pairs for path in pair):
+        if not path.is_absolute() or ":" in str(path) or _UNPRINTABLE.search(str(path)):
+            raise InvalidInput("ssh cannot forward a socket of this name", subject=path)
+    argv = _forwarding_line(address, pairs, program)
+    channel = ProcessChannel(
+        argv,
+        peer=address.login,
+        diagnose=lambda status, stderr: diagnosis(address, program.ssh, status, stderr),
+        env=_environment(os.environ),
+        patience=PATIENCE,
+    )
+    try:
+        until = time.monotonic() + _FORWARD_SECONDS
+        while not all(near.exists() for near, _ in pairs):
+            if channel.has_ended(_FORWARD_POLL):
+                raise channel.end_error()
+            if time.monotonic() >= until:
+                raise Unavailable("ssh did not forward the sockets in time", subject=address.login)
+        yield
+    finally:
+        channel.abort()
+        with suppress(SnapchainError):
+            channel.close(patience=5.0)
+
+
+def _forwarding_line(address: RemoteAddress, pairs: Sequence[tuple[Path, Path]], program: SshProgram) -> list[str]:
+    options = {**_OPTIONS, **_FORWARDING}
+    words = [*program.ssh, "-N", *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
+    for near, far in pairs:
+        words += ["-L", f"{near}:{far}"]
+    if address.user is not None:
+        words += ["-l", address.user]
+    if address.port is not None:
+        words += ["-p", str(address.port)]
+    return [*words, "--", address.host]
 
 
 def _opened(address: RemoteAddress, *, program: SshProgram, patience: float, terminal: bool) -> ProcessChannel:
@@ -287,7 +350,8 @@ _FAULTS = (
     ),
     _Fault(
         r"Bad configuration option|Bad owner or permissions|Can't open user config|terminating, .* bad configuration"
-        r"|Bad local forwarding|missing argument|invalid quotes|unknown option|illegal option",
+        r"|Bad local forwarding|Could not request local forwarding|unix_listener|missing argument|invalid quotes"
+        r"|unknown option|illegal option",
         ToolFailed,
         "ssh cannot be run as it is configured",
         "see that ssh {login} works",

@@ -41,8 +41,12 @@ class ImageFile:
     fingerprint: taken before its tables were read; see `changed`
     """
 
-    def __init__(self, place: Place, fd: int, *, format: Format, budget: RunBudget) -> None:
-        """Read the header and the map of `fd`, which the object owns from here on, even when this raises."""
+    def __init__(self, place: Place, fd: int, *, format: Format, budget: RunBudget, is_written: bool = False) -> None:
+        """Read the header and the map of `fd`, which the object owns from here on, even when this raises.
+
+        is_written: it may change meanwhile
+        """
+        self._is_written = is_written
         self.path: Path = place.path
         self.real_path: Path = place.real
         self.chosen_by: Rights | None = place.chosen_by
@@ -67,7 +71,7 @@ class ImageFile:
         else:
             self.header = read_header(self._fd, subject=self.path)
             physical = map_image(ImageFd(self._fd, file_size, self.header, self.path), budget=budget)
-        if self.changed():
+        if not self._is_written and self.changed():
             raise Busy("the file changes while it is read", subject=self.path, hint="stop its user first")
         return physical
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from snapchain.errors import Corrupt, InvalidInput, NotFound, Unsupported
@@ -22,6 +24,8 @@ from snapchain.image.physical import RunBudget
 from snapchain.image.qcow2.header import Backing, is_qcow2
 
 MAX_DEPTH = 200
+_TRIES, _PAUSE = 10, 0.02
+"""For the tables of an image that a guest writes to."""
 _QCOW2_SUFFIXES = {".qcow2", ".qcow"}
 
 
@@ -30,11 +34,13 @@ def scan(
     *,
     format: str | None = None,
     image_dirs: Sequence[Path] = (),
+    is_written: bool = False,
 ) -> ImageChain:
     """Open an image and everything below it.
 
     format: "qcow2" or "raw"; by the suffix when not given. image_dirs: where backing files may lie besides the
     directory of `path` and below it.
+    is_written: a guest may write to the image meanwhile, whose own map is then as good as none: for what lies below
 
     Raises NotFound, InvalidInput (wrong request), Corrupt (broken or hostile), Unsupported (valid, refused), Busy.
     """
@@ -43,12 +49,20 @@ def scan(
     top = Place.of(path)
     if format not in (None, "qcow2", "raw"):
         raise InvalidInput(f"format {format!r}; known are qcow2 and raw", subject=top.path)
+    for _ in range(_TRIES if is_written else 0):
+        with suppress(Corrupt):  # its tables were caught halfway
+            return _opened(top, format, image_dirs, is_written=True)
+        time.sleep(_PAUSE)
+    return _opened(top, format, image_dirs, is_written=is_written)
+
+
+def _opened(top: Place, format: str | None, image_dirs: Sequence[Path], *, is_written: bool) -> ImageChain:
     allowed = Allowed(top, image_dirs)
     budget = RunBudget()
     files: list[ImageFile] = []
     try:
         fd = open_image(top.real, subject=top.path, named_by=top.named_by)
-        files.append(ImageFile(top, fd, format=_top_format(fd, top, format), budget=budget))
+        files.append(ImageFile(top, fd, format=_top_format(fd, top, format), budget=budget, is_written=is_written))
         while backing := files[-1].backing:
             files.append(_open_backing(backing, files, allowed, budget))
     except BaseException:

@@ -3,6 +3,8 @@
 thaw        the guest may be frozen                thaw, first of all
 snapshot    overlays were made for its disks       in its chains: the snapshot is made; else they are removed
 capture     filters are above its disks            they are removed, and the scratch files
+migration   the guest was on its way elsewhere     it goes on here, or there: as the destination has recorded
+incoming    a guest was on its way to this host    as migration, seen from this side
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from snapchain.guest.address import GuestAddress, open_guest
 from snapchain.guest.capture import with_views
 from snapchain.guest.quiesce import THAW, settle_thaw
 from snapchain.model.events import OnEvent
+from snapchain.ops.migrate import live_settle
 
 Settle = Callable[[journal.Found, OnEvent], tuple[Path, ...]]
 """Finishes or undoes an operation; the files removed. Raises what stands in the way; the record is then kept."""
@@ -58,6 +61,19 @@ def _capture(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
     return ()
 
 
+def _migration(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
+    live_settle.settle(found, on_event=on_event)
+    return ()
+
+
+def _incoming(found: journal.Found, on_event: OnEvent) -> tuple[Path, ...]:
+    from snapchain.replica import guest_server
+
+    _ = on_event
+    guest_server.settle_record(found)
+    return ()
+
+
 OPERATIONS: dict[str, Operation] = {
     THAW: Operation(
         "the guest was frozen, or about to be, when snapchain and its watchdog were killed",
@@ -73,6 +89,16 @@ OPERATIONS: dict[str, Operation] = {
         "a capture of the guest's disks that was interrupted",
         "removes its filters from the guest, and its scratch files",
         _capture,
+    ),
+    live_settle.OPERATION: Operation(
+        "a live migration of the guest that was interrupted",
+        "lets the guest go on here, unless the destination has recorded that it has it",
+        _migration,
+    ),
+    "incoming": Operation(
+        "a live migration of the guest to this host that was interrupted",
+        "lets the guest run here if it was given to this host, else ends its QEMU and removes its overlays",
+        _incoming,
     ),
 }
 """By the journal's word, in the order in which they are treated."""

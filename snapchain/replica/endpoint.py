@@ -10,7 +10,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,15 @@ from typing import Protocol
 from snapchain.errors import InvalidInput, SnapchainError
 from snapchain.host import ssh
 from snapchain.host.channel import PATIENCE, Channel
-from snapchain.host.ssh import RemoteAddress, SshProgram, is_remote, open_ssh, open_ssh_lanes, parse_remote_address
+from snapchain.host.ssh import (
+    RemoteAddress,
+    SshProgram,
+    is_remote,
+    open_forward,
+    open_ssh,
+    open_ssh_lanes,
+    parse_remote_address,
+)
 from snapchain.replica.stream.compression import Link
 
 _PIPE_BYTES = 1 << 20
@@ -42,6 +50,17 @@ class Endpoint(Protocol):
 
     def connect(self) -> AbstractContextManager[Channel]:
         """Start a receiver and open a channel to it, for the length of the block. Raises Unavailable."""
+        ...
+
+
+class GuestEndpoint(Endpoint, Protocol):
+    """An Endpoint to whose host a guest can move while it runs."""
+
+    def forwarded(self, sockets: Sequence[Path], directory: Path) -> AbstractContextManager[Sequence[Path]]:
+        """Paths of this host behind which unix sockets of that host are, for the length of the block.
+
+        directory: a private one of this host, for the paths. Raises Unavailable.
+        """
         ...
 
 
@@ -91,8 +110,14 @@ class DirectoryEndpoint:
             if broken:
                 raise broken[0]
 
+    @contextmanager
+    def forwarded(self, sockets: Sequence[Path], directory: Path) -> Iterator[Sequence[Path]]:
+        """See `GuestEndpoint`: it is the same host."""
+        _ = directory
+        yield sockets
 
-def open_endpoint(url: str, *, connections: int = 1) -> Endpoint:
+
+def open_endpoint(url: str, *, connections: int = 1) -> GuestEndpoint:
     """The replica at ssh://[user@]host/path or dir:/path. Touches nothing. Raises InvalidInput."""
     if is_remote(url):
         return SshEndpoint(parse_remote_address(url), connections=connections)
@@ -189,6 +214,13 @@ class SshEndpoint:
         with self._open() if begun is None else begun.channel as channel:
             self._begin()
             yield channel
+
+    @contextmanager
+    def forwarded(self, sockets: Sequence[Path], directory: Path) -> Iterator[Sequence[Path]]:
+        """See `GuestEndpoint`. Through an ssh of its own, so that no port needs to be opened on either host."""
+        pairs = [(directory / socket.name, socket) for socket in sockets]
+        with open_forward(self._address, pairs, program=self._program):
+            yield [near for near, _ in pairs]
 
     def _begin(self) -> None:
         if self._foreseen:

@@ -27,6 +27,7 @@ from snapchain.image import ImageChain, scan
 from snapchain.image.dependents import SEEN
 from snapchain.image.qcow2.header import Backing
 from snapchain.image.qcow2.write import write_overlay
+from snapchain.model.disk_name import LARGEST_EPOCH
 from snapchain.replica import names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, empty_catalogue
@@ -231,6 +232,27 @@ def _written(case: Case, catalogue: Catalogue) -> Case:
 def standing_of(case: Case, token: str) -> Standing:
     """How a disk stands, for the one who asked."""
     return Standing(disk=case.disk.name, given=case.given(token), epoch=case.catalogue.epoch, overlay=str(case.path))
+
+
+# --- For a guest that comes while it runs (guest_server.py): its overlay is not empty any more when it is given.
+
+
+def check_may_be_given(case: Case, token: str) -> None:
+    """Raises Conflict where the disk is this host's by another handover, or the epoch is not a later one."""
+    case.check_free_for(token)
+    _check_next(case, "given", LARGEST_EPOCH)
+
+
+def record_given(case: Case, token: str) -> Case:
+    """From now on this host is the master of the disk. May be repeated."""
+    return case if case.given(token) else _record(case, token)
+
+
+def revoke_given(case: Case, token: str) -> Case:
+    """Take back a disk whose guest came to this host and never ran here: the sender goes on. Its QEMU is gone."""
+    if case.catalogue.taken_back == token:
+        return case
+    return _written(case, case.catalogue.after(epoch=case.asked.epoch + 1, handover=None, taken_back=token))
 
 
 # --- The overlay that a live migration writes to: empty, on the newest layer, in a directory of its own.

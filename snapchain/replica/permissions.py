@@ -6,6 +6,7 @@
     merge     MERGE: keeping some points, and merging the layers of the others; RELEASE
     handover  HANDOVER, a GUEST that changes a state, and an ACTIVE that makes an overlay: the disk's master changes
     epochs    an OPEN that skips epochs, or ends a handover, because a human has named it
+    guests    MOVE: programs are started here, with a command line of the peer: as much as a login
 
 ASK, the points and their soundness, needs `send` or `fetch`: either shows as much; so does a GUEST that only
 looks. HOLD needs `send` or `merge`. Which request needs which right is in `stream.messages.REQUESTS`.
@@ -65,7 +66,7 @@ class Permissions:
 
 EVERYTHING = Permissions(frozenset(Right))
 """For whoever works as the user of the replica: on its host, or logged in there with a shell."""
-CONFINED = Permissions(frozenset(Right) - {Right.EPOCHS})
+CONFINED = Permissions(frozenset(Right) - {Right.EPOCHS, Right.GUESTS})
 """For a key that sshd confines to this program."""
 
 

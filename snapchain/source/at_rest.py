@@ -44,7 +44,10 @@ class ImageAtRest:
         between look and lock, InvalidInput when nothing is sealed below the top, where only that is meant.
         """
         with ExitStack() as stack:
-            chain = stack.enter_context(scan(self.image, format=self._format, image_dirs=self._image_dirs))
+            is_written = scope is Scope.SEALED
+            chain = stack.enter_context(
+                scan(self.image, format=self._format, image_dirs=self._image_dirs, is_written=is_written)
+            )
             count = len(chain.files)
             if scope is Scope.SEALED and count < 2:
                 raise InvalidInput(

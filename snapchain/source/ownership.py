@@ -202,12 +202,13 @@ def check_can_be_given(chain: ImageChain, *, image_dirs: Sequence[Path] = ()) ->
     return files
 
 
-def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = ()) -> list[Path]:
+def fence(chain: ImageChain, mark: Given, *, image_dirs: Sequence[Path] = (), top_only: bool = False) -> list[Path]:
     """Mark the disk's own files as given away and make them read-only, durably; the uppermost first. May be repeated.
 
+    top_only: only the uppermost, whose mark decides, while a guest waits for it; its owner has checked it beforehand
     Raises Unsupported as `check_can_be_given`, Conflict where it is being given by another handover.
     """
-    files = check_can_be_given(chain, image_dirs=image_dirs)
+    files = [chain.top] if top_only else check_can_be_given(chain, image_dirs=image_dirs)
     notes = Notes()
     above = 1
     for file in files:

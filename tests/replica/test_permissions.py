@@ -56,13 +56,17 @@ def requests(place: Place) -> dict[str, tuple[set[Right], bytes]]:
         "leaves": ({Right.SEND}, stream(LISTENS, look, say(18, layer=layer["id"]), STOP)),
         "hold": ({Right.SEND, Right.MERGE}, stream(LISTENS, say(19, disk=DISK, tag="x"))),
         "release": ({Right.MERGE}, stream(LISTENS, say(20, disk=DISK, tag="held", dry_run=True))),
+        "a move": (
+            {Right.GUESTS},
+            stream(LISTENS, say(24, step="look", token="a" * 32, guest="web1", by="kvm1", disks=handed), STOP),
+        ),
         "a named epoch": ({Right.EPOCHS}, stream(LISTENS, say(2, disk=DISK, epoch=7, by_name=True), STOP)),
     }
 
 
 NAMES = (
     "look", "open", "point", "look at the overlay", "points", "data", "fetch", "cut", "merge", "plan of a merge",
-    "overlay", "leaves", "hold", "release", "give", "back", "who is master", "a named epoch",
+    "overlay", "leaves", "hold", "release", "give", "back", "who is master", "a named epoch", "a move",
 )  # fmt: skip
 
 
@@ -159,7 +163,7 @@ def test_words_of_allow() -> None:
             assert parse_permissions(",".join(chosen), append_only=False, confined=True).granted == set(chosen)
     assert parse_permissions(None, append_only=False, confined=True) == CONFINED
     assert parse_permissions(None, append_only=False, confined=False) == EVERYTHING
-    assert Right.EPOCHS not in CONFINED.granted
+    assert not {Right.EPOCHS, Right.GUESTS} & CONFINED.granted
     for bad in ("", "all", "send,,fetch", "SEND", "send fetch"):
         with pytest.raises(InvalidInput, match="--allow does not support") as caught:
             parse_permissions(bad, append_only=False, confined=True)

@@ -46,7 +46,7 @@ class Look:
 @contextmanager
 def opened(request: MigrateRequest, move: Move) -> Iterator[ImageChain]:
     """Its chain. Raises Unsupported, before anything is asked or done, for a disk that is not to be marked."""
-    with scan(move.image, format=request.format, image_dirs=request.image_dirs) as chain:
+    with scan(move.image, format=request.format, image_dirs=request.image_dirs, is_written=request.running) as chain:
         chain.top.check_may_be_changed()
         yield chain
 

@@ -57,16 +57,26 @@ def prepare(request: MigrateRequest, move: Move, endpoint: Endpoint, on_event: O
         look = look_at(request, move)
     scope = Scope.SEALED if seals(request, look) else whole(request)
     sent = run(request.send(move, scope), ReplicaWriting(endpoint, policy=RetryPolicy()), on_event=on_event)
-    overlay, epoch = _overlay(request, move, look, scope, endpoint, on_event)
+    overlay, epoch = make_overlay(request, move, look, scope, endpoint, on_event)
     if max(look.epoch, epoch) + 2 > LARGEST_EPOCH:  # one to give it, one to take it back
         raise Unsupported(f"its epoch is {max(look.epoch, epoch)}, and there is none after it", subject=move.image)
     return Prepared(move, look, overlay, max(look.epoch, epoch) + 1, sealed, sent)
 
 
-def _overlay(
-    request: MigrateRequest, move: Move, look: Look, scope: Scope, endpoint: Endpoint, on_event: OnEvent
+def make_overlay(
+    request: MigrateRequest,
+    move: Move,
+    look: Look,
+    scope: Scope,
+    endpoint: Endpoint,
+    on_event: OnEvent,
+    *,
+    name: str | None = None,
 ) -> tuple[Overlay, int]:
-    """Make the overlay on the newest layer there. Returns it, with the epoch of the disk there."""
+    """Make the overlay on the newest layer there. Returns it, with the epoch of the disk there.
+
+    name: of its file, by default the image's. Raises Conflict where a layer is not there.
+    """
     send = request.send(move, scope)
     with (
         send.chain(on_event) as chain,
@@ -78,7 +88,7 @@ def _overlay(
         if not held.layers or layers_lacking(send, chain, there, endpoint.url, on_event=on_event):
             raise Conflict("it was written to after it was sent", subject=move.image, hint="run it again")
         overlay = Overlay(
-            name=offered_name(move.image.name),
+            name=offered_name(name or move.image.name),
             layer=held.layers[-1].id,
             virtual_size=look.size,
             cluster_size=look.cluster_size,

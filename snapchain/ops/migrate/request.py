@@ -26,13 +26,15 @@ class Move:
 class MigrateRequest:
     """Which disks of one guest are to move, all or none.
 
-    paused: the guest is paused, not shut down, and may have the images open; prove: both sides are read again before
+    paused: the guest is paused, not shut down, and may have the images open; running: it runs
+    prove: both sides are read again before
     start_hook: a program and its arguments, run here once the disks are the destination's
     labels: for the points; format, image_dirs: as `scan` takes them; limit_rate: bytes a second on the wire
     """
 
     moves: Sequence[Move]
     paused: bool = False
+    running: bool = False
     prove: bool = False
     start_hook: Sequence[str] = ()
     labels: Sequence[str] = ()

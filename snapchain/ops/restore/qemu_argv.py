@@ -15,10 +15,11 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snapchain.errors import Corrupt
+from snapchain.errors import Corrupt, Unsupported
 from snapchain.host.qemu_options import split
 from snapchain.ops.restore.changed_definition import Changed, Changes, NewDisk, is_missing
 
@@ -33,6 +34,7 @@ _CHILDREN = frozenset({"file", "backing", "data-file", "encrypt"})
 _PLAIN_DISKS = {"hda": 0, "hdb": 1, "hdc": 2, "hdd": 3}
 _UNITS_OF_A_BUS = {"ide": 2, "scsi": 7}
 _SOCKETS = frozenset({"qmp", "qmp-pretty", "monitor", "serial", "parallel"})
+_WAITS = ("wait", "nowait")
 _MAC = {"device": "mac", "nic": "mac", "net": "macaddr"}
 _FILES_OF_THE_HOST = frozenset({"kernel", "initrd", "bios", "dtb", "readconfig"})
 _NETWORK = frozenset({"netdev", "nic", "net"})
@@ -47,6 +49,41 @@ def change(argv: Sequence[str], changes: Changes, *, subject: object) -> Changed
     Disks that were not recorded, and devices of the host that the guest came from, are left out.
     Raises Corrupt for what is no command line.
     """
+    line = _changed(argv, changes, subject)
+    return Changed(_script([argv[0], *line.words()]), tuple(line.lacking))
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingCommand:
+    """A command line of a QEMU that awaits a guest. qmp: path of its monitor; lacking: what it leaves out, sentences"""
+
+    argv: tuple[str, ...]
+    qmp: Path
+    lacking: tuple[str, ...]
+
+
+def change_for_incoming(argv: Sequence[str], changes: Changes, *, monitor: Path, subject: object) -> IncomingCommand:
+    """The command line with which the QEMU at the destination of a live migration is started.
+
+    monitor: the QMP socket by which the guest is known here; where it is none of the command line's, the first counts
+    Raises Corrupt as `change`, and Unsupported for a command line without a QMP socket.
+    """
+    old = _CommandLine(argv[1:], changes).qmp_sockets()
+    line = _changed(argv, changes, subject)
+    new = line.qmp_sockets()
+    if not new:
+        raise Unsupported(
+            "its command line has no QMP socket, by which the guest could be reached at the destination",
+            subject=subject,
+            hint="start QEMU with -qmp unix:PATH,server=on,wait=off",
+        )
+    line.wait_for_nobody()
+    place = old.index(monitor) if monitor in old else 0
+    words = [word for word in line.words() if word not in ("-S", "--S", "-daemonize", "--daemonize")]
+    return IncomingCommand((argv[0], *words, "-S", "-incoming", "defer"), new[place], tuple(line.lacking))
+
+
+def _changed(argv: Sequence[str], changes: Changes, subject: object) -> _CommandLine:
     if not argv or len(argv) > _MOST_ARGUMENTS or any("\0" in word for word in argv):
         raise Corrupt("the record has no usable command line", subject=subject)
     try:
@@ -58,9 +95,9 @@ def change(argv: Sequence[str], changes: Changes, *, subject: object) -> Changed
             if line.leave_out(name):
                 line.lacking.append(f"{name} is left out of the command line, since it was not recorded: {reason}")
         line.set_the_rest()
-        return Changed(_script([argv[0], *line.words()]), tuple(line.lacking))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise Corrupt(f"the recorded command line cannot be read: {error}", subject=subject) from error
+    return line
 
 
 def _script(words: Sequence[str]) -> str:
@@ -158,6 +195,34 @@ class _CommandLine:
             yield option.word
             if (value := option.value) is not None:
                 yield value
+
+    def qmp_sockets(self) -> list[Path]:
+        """The unix sockets at which it serves QMP, in their order."""
+        found = []
+        chardevs = {
+            option.values.get("id"): option.values.get("path")
+            for option in self._options
+            if option.name == "chardev" and option.values.get("backend") == "socket"
+        }
+        for option in self._options:
+            if option.name in ("qmp", "qmp-pretty") and (option.value or "").startswith("unix:"):
+                found.append(Path(split((option.value or "").removeprefix("unix:"))[0]))
+            elif option.name == "mon" and option.values.get("mode") == "control":
+                path = chardevs.get(option.values.get("chardev"))
+                found += [Path(path)] if path else []
+        return found
+
+    def wait_for_nobody(self) -> None:
+        """No socket of it keeps QEMU from starting until somebody connects, which is what QEMU does by default."""
+        for option in self._options:
+            if option.name == "chardev" and option.values.get("backend") == "socket" and not option.is_json:
+                if option.values.get("server", "off") not in ("off", "no", "false"):
+                    option.parts = [*(each for each in option.parts if each[0] not in _WAITS), ("wait", "off")]
+            elif option.name in _SOCKETS and (option.value or "").startswith("unix:"):
+                parts = split(option.value or "")
+                if any(part.partition("=")[0] == "server" for part in parts):
+                    kept = [part for part in parts if part.partition("=")[0] not in _WAITS]
+                    option.value = ",".join(part.replace(",", ",,") for part in [*kept, "wait=off"])
 
     def set_disk(self, name: str, disk: NewDisk) -> bool:
         """Let a disk name its new file. Returns whether it was found."""

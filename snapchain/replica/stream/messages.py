@@ -63,6 +63,7 @@ class Kind(IntEnum):
     HOLD = 19
     RELEASE = 20
     GUEST = 21
+    MOVE = 24
     INVENTORY = 32
     ACK = 33
     STORED = 34
@@ -77,6 +78,7 @@ class Kind(IntEnum):
     LEAF_HASHES = 43
     HELD = 44
     STANDING = 45
+    MOVING = 48
 
 
 KiB = 1024
@@ -561,6 +563,84 @@ class Stands(Message):
     disks: tuple[Standing, ...] = Field(default=(), max_length=MOST_TAKEN)
 
 
+# --- MOVE: a guest comes to the replica's host while it runs.
+
+MOST_ARGUMENTS = 10_000
+"""Of a QEMU's command line."""
+
+
+class MoveStep(StrEnum):
+    """What a MOVE requests, in the order in which they come."""
+
+    PREPARE = "prepare"
+    """Lock the disks for the length of this stream, and make the directory for the guest's sockets."""
+    START = "start"
+    """Start QEMU, which then awaits memory and the writes of the disks."""
+    GIVE = "give"
+    """The memory has come: from now on this host is the master of the disks."""
+    RUN = "run"
+    """Let the guest run. Only after GIVE."""
+    END = "end"
+    """Give the move up: end QEMU, and remove what was made for it. Refused once the guest may have run here."""
+    LOOK = "look"
+
+
+class Move(Message):
+    """Steps of one move follow each other in one stream, up to STOP. GIVE, RUN, END and LOOK may also begin one.
+
+    Where the stream ends otherwise, the receiver does what is right by its record: RUN after GIVE, else END.
+    token: of the move; guest: its name here, by: the host that asks
+    disks: all of the guest's, each below its name, and in the epoch in which its new master will write it
+    exports: of the disks, in their order, their names in the guest
+    argv: of the QEMU to start; directory: in which it is started; qmp: the monitor among its sockets
+    """
+
+    step: MoveStep
+    token: LayerId
+    replica: str | None = Field(default=None, max_length=4096)
+    guest: Annotated[str, StringConstraints(min_length=1, max_length=250), AfterValidator(_printable)]
+    by: Annotated[str, StringConstraints(min_length=1, max_length=250), AfterValidator(_printable)]
+    disks: tuple[HandedDisk, ...] = Field(min_length=1, max_length=MOST_DISKS)
+    exports: tuple[Annotated[str, StringConstraints(max_length=250)], ...] = Field(default=(), max_length=MOST_DISKS)
+    argv: tuple[Annotated[str, StringConstraints(max_length=65536)], ...] = Field(default=(), max_length=MOST_ARGUMENTS)
+    directory: str | None = Field(default=None, max_length=4096)
+    qmp: str | None = Field(default=None, max_length=4096)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = {each.disk for each in self.disks}
+        if len(names) < len(self.disks) or len(self.exports) not in (0, len(self.disks)):
+            raise ValueError("its disks do not fit together")
+        if len({each.epoch for each in self.disks}) > 1 or not all(each.startswith(f"{self.guest}/") for each in names):
+            raise ValueError("its disks are not those of one guest, in one epoch")
+        if any("\0" in word for word in self.argv):
+            raise ValueError("an argument has a NUL")
+        return self
+
+
+class Moving(Message):
+    """How a move stands at the receiver.
+
+    directory: for the guest's sockets; overlays: whole paths, in the order of the disks; "" where nothing is known
+    alive: whether the QEMU of this move runs; given: whether the guest was given to this host by this move
+    ran: whether it may have run here; version: of QEMU, as 7.2; machine: its type
+    cpu: a digest of the processor's model and features; free: bytes of the replica's filesystem
+    clock: of this host, resumed: when the guest went on, seconds since the epoch
+    """
+
+    directory: str = Field(default="", max_length=4096)
+    overlays: tuple[Annotated[str, StringConstraints(max_length=4500)], ...] = Field(default=(), max_length=MOST_DISKS)
+    alive: bool
+    given: bool
+    ran: bool
+    version: str | None = Field(default=None, max_length=100)
+    machine: str | None = Field(default=None, max_length=200)
+    cpu: str = Field(default="", max_length=100)
+    free: int = Field(default=0, ge=0, le=1 << 63)
+    clock: float
+    resumed: float | None = None
+
+
 # --- MERGE
 
 _LARGEST = MAX_LAYERS * LARGEST_DISK
@@ -713,6 +793,7 @@ class Right(StrEnum):
     MERGE = "merge"
     HANDOVER = "handover"
     EPOCHS = "epochs"
+    GUESTS = "guests"
 
 
 class Feature(StrEnum):
@@ -741,6 +822,8 @@ class Feature(StrEnum):
     """The receiver knows in MERGE the numbers of the points that go."""
     GUEST_STATE = "guest-state"
     """The receiver keeps the states of guests, and answers GUEST."""
+    MOVE = "move"
+    """Guests can come to the receiver's host while they run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -811,6 +894,15 @@ REQUESTS: Mapping[Kind, Request] = {
         Feature.HANDOVER,
         opens=True,
     ),
+    Kind.MOVE: Request(
+        Move,
+        4 * MiB,
+        "guest_server:answer",
+        (Kind.MOVING,),
+        frozenset({Right.GUESTS}),
+        Feature.MOVE,
+        opens=True,
+    ),
     Kind.MERGE: Request(
         Merge, 512 * KiB, "merging:answer", (Kind.PROGRESS, Kind.MERGED), _MERGE, Feature.MERGE, opens=True
     ),
@@ -853,6 +945,7 @@ FROM_RECEIVER: Mapping[Kind, int] = {
     Kind.LEAF_HASHES: LEAVES_A_FRAME * LEAF_ENTRY_BYTES,
     Kind.HELD: 512 * KiB,
     Kind.STANDING: 6 * MiB,
+    Kind.MOVING: 512 * KiB,
 }
 """The same for a receiver."""
 FROM_FETCH: Mapping[Kind, int] = {

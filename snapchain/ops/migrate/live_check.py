@@ -1,0 +1,140 @@
+"""What keeps a running guest from moving, before anything is sent or started: devices, disks, and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from snapchain.errors import Busy, Conflict, Unsupported
+from snapchain.guest.protocol import Definition, GuestDisk, State
+from snapchain.guest.qmp_guest import QmpGuest
+from snapchain.guest.qmp_migration import Outgoing
+from snapchain.replica.stream.messages import Moving
+
+_OFFLINE = "shut the guest down, and migrate it with --offline"
+_HARMLESS = ("empty", "CD-ROM")
+DEVICE_STATE_SECONDS = 0.12
+"""Of a pause: devices, the ends of the mirrors, the end of QEMU here; measured 0.08 to 0.12 with 1 to 3 disks."""
+ROUND_TRIPS = 4
+"""Of a pause: the mirrors' last flush, the device state, GIVE, RUN."""
+
+
+def check_guest(guest: QmpGuest, outgoing: Outgoing, disks: Sequence[GuestDisk]) -> Definition:
+    """Its definition. Raises Unsupported for what cannot move, Busy for what others do in it, Conflict when paused."""
+    if guest.state() is not State.RUNNING:
+        raise Conflict(
+            f"the guest is not running: it is {guest.state().value}",
+            subject=guest.name,
+            hint="let it run; or migrate its disks with --offline or --paused",
+        )
+    moves = {disk.name for disk in disks}
+    for disk in guest.disks():
+        if disk.name in moves and disk.obstacle is not None:
+            raise Unsupported(f"the disk cannot move: {disk.obstacle}", subject=f"{guest.name}/{disk.name}")
+        if disk.name not in moves and not disk.read_only and disk.left_out not in _HARMLESS:
+            raise Unsupported(
+                f"the guest can write to it, and it cannot be mirrored ({disk.left_out})",
+                subject=f"{guest.name}/{disk.name}",
+                hint=f"detach it; or {_OFFLINE}",
+            )
+    for activity in guest.activities():
+        raise Busy(activity.says, subject=guest.name, hint="wait until it has ended, or end it")
+    definition = guest.definition(with_secrets=True)
+    if definition.immovable:
+        raise Unsupported("; ".join(definition.immovable), subject=guest.name, hint=f"detach it; or {_OFFLINE}")
+    if roles := {file.role for file in definition.files}:
+        raise Unsupported(
+            f"it has files besides its disks that a live migration does not take along: {', '.join(sorted(roles))}",
+            subject=guest.name,
+            hint=_OFFLINE,
+        )
+    outgoing.check()
+    return definition
+
+
+def check_destination(
+    there: Moving,
+    definition: Definition,
+    *,
+    version: tuple[int, int],
+    cpu: str,
+    bytes_left: int,
+    subject: str,
+) -> None:
+    """Raises Unsupported or Conflict for a host on which this guest would not find the machine that it has here.
+
+    there: once the QEMU there has been started; cpu: digest of the processor here
+    """
+    if there.machine != definition.machine:
+        raise Unsupported(
+            f"the machine type there is {there.machine}, and here {definition.machine}",
+            subject=subject,
+            hint="start the guest with a versioned machine type that both hosts have, such as -machine pc-q35-7.2",
+        )
+    their = tuple(int(part) for part in (there.version or "0.0").split(".")[:2])
+    if their < version:
+        raise Unsupported(
+            f"QEMU there is {there.version}, older than here ({version[0]}.{version[1]})",
+            subject=subject,
+            hint="a guest moves to the same version or a newer one: upgrade QEMU there",
+        )
+    if uses_host_cpu(definition.argv or ()) and there.cpu != cpu:
+        raise Unsupported(
+            "the guest has the processor of this host (-cpu host), and the other host has another one",
+            subject=subject,
+            hint="start the guest with a CPU model that both hosts have, such as -cpu x86-64-v2",
+        )
+    if there.free < bytes_left:
+        raise Conflict(
+            f"{there.free} bytes are free there, and the guest's active layers have {bytes_left}",
+            subject=subject,
+            hint="make room there",
+        )
+
+
+def uses_host_cpu(argv: Sequence[str]) -> bool:
+    """Whether the guest sees the processor that it runs on."""
+    given = [value for word, value in pairwise(argv) if word in ("-cpu", "--cpu")]
+    return any(value.split(",")[0] in ("host", "max") for value in given) and any("kvm" in word for word in argv)
+
+
+def switch_seconds(round_trip: float) -> float:
+    """What a pause lasts besides the last of the memory. round_trip: seconds of a question to the destination"""
+    return DEVICE_STATE_SECONDS + ROUND_TRIPS * round_trip
+
+
+def check_pause(
+    *,
+    max_downtime: float,
+    round_trip: float,
+    dirty_rate: float | None,
+    link_rate: float | None,
+    auto_converge: bool,
+    subject: str,
+) -> float:
+    """Seconds of a pause that are left for the last of the memory. Raises Conflict where the bound cannot be met.
+
+    dirty_rate: bytes of memory a second that the guest dirties; link_rate: bytes a second; None: not known
+    """
+    fixed = switch_seconds(round_trip)
+    if fixed >= max_downtime:
+        raise Conflict(
+            f"the switch alone takes about {fixed:.2f} s ({round_trip:.2f} s for a question to the "
+            f"destination), more than --max-downtime {max_downtime:g}",
+            subject=subject,
+            hint=f"allow more: --max-downtime {2 * fixed:.1f}",
+        )
+    if dirty_rate and link_rate and dirty_rate >= link_rate and not auto_converge:
+        raise Conflict(
+            f"the guest dirties {per_second(dirty_rate)} of memory, and the link carries {per_second(link_rate)}: "
+            f"it would never be done within --max-downtime {max_downtime:g}",
+            subject=subject,
+            hint="--auto-converge slows the guest down until it is; or wait for a quieter hour, or give it more "
+            "--bandwidth",
+        )
+    return max_downtime - fixed
+
+
+def per_second(rate: float) -> str:
+    """A rate, for messages."""
+    return f"{rate / (1 << 20):.1f} MiB/s"

@@ -1,0 +1,85 @@
+"""The asking side of a guest's move to the host of a replica: one stream, kept for the length of the move."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from snapchain.errors import Corrupt
+from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.stream.messages import HandedDisk, Kind, Move, MoveStep, Moving
+from snapchain.replica.stream.session import ClientSession, printable
+
+_ALIVE_SECONDS = 5.0
+"""The other side gives up a peer that is silent for six times as long (guest_server.PATIENCE)."""
+
+
+@dataclass(frozen=True, slots=True)
+class MovingGuest:
+    """Which guest moves, by which token. disks: as they are handed over; exports: their names in the guest."""
+
+    token: str
+    guest: str
+    disks: Sequence[HandedDisk]
+    exports: Sequence[str]
+
+
+class GuestMove:
+    """A move that is under way. Use `moving`."""
+
+    def __init__(self, session: ClientSession, endpoint: Endpoint, what: MovingGuest) -> None:
+        self._session, self._endpoint, self._what = session, endpoint, what
+        self._begun = False
+        self._heard = time.monotonic()
+
+    def step(self, step: MoveStep, *, argv: Sequence[str] = (), directory: str | None = None, qmp: str = "") -> Moving:
+        """Have one step done there. Raises what the other side refuses with, Unavailable where no answer came."""
+        request = Move(
+            step=step,
+            token=self._what.token,
+            replica=self._endpoint.replica,
+            guest=self._what.guest,
+            by=socket.gethostname(),
+            disks=tuple(self._what.disks),
+            exports=tuple(self._what.exports),
+            argv=tuple(argv),
+            directory=directory,
+            qmp=qmp or None,
+        )
+        if self._begun:
+            self._session.request(Kind.MOVE, request)
+        else:
+            self._begun = True
+            self._session.ask(Kind.MOVE, request)
+        answer = self._session.decode(Moving, self._session.expect(Kind.MOVING))
+        self._heard = time.monotonic()
+        for text in (answer.directory, *answer.overlays, answer.version or "", answer.machine or ""):
+            if printable(text) != text:
+                raise Corrupt("it names an impossible file", subject=self._endpoint.url)
+        return answer
+
+    def keep_alive(self) -> Moving | None:
+        """Say a word where none was said for a while; what came back. Raises as `step`."""
+        if self._begun and time.monotonic() - self._heard >= _ALIVE_SECONDS:
+            return self.step(MoveStep.LOOK)
+        return None
+
+    def stop(self) -> None:
+        """End the stream in good order: all is done."""
+        self._session.writer.send(Kind.STOP)
+        self._session.expect(Kind.DONE)
+
+
+@contextmanager
+def moving(endpoint: Endpoint, what: MovingGuest) -> Iterator[GuestMove]:
+    """A stream about one move. Left without `stop`, the other side settles what was begun in it by its record."""
+    with endpoint.connect() as channel:
+        move = GuestMove(ClientSession(channel), endpoint, what)
+        try:
+            yield move
+        except BaseException:
+            channel.abort()
+            raise

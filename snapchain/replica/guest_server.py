@@ -1,0 +1,517 @@
+"""A guest comes to this host while it runs: the replica's side of a move, which owns the QEMU that awaits it.
+
+    step      what is done                                         journal    state of the guest (guest_state.py)
+    PREPARE   disks locked, overlays empty on the newest layers    prepared   moving
+    START     QEMU started, -S -incoming defer                     started
+    GIVE      its memory is here, whole                                       switched   <- this write decides
+    RUN       nbd-server-stop, cont                                ran        active
+
+The disks stay locked from PREPARE to the end of the stream, so that no other transfer changes what lies below the
+guest.  Where the stream ends early, its peer has died or the link is cut: before GIVE the QEMU is ended and what was
+made for it is removed; after GIVE the guest runs here.  Should this process die too, the same is done by the next
+stream that names the token, by the next move of these disks, or by `snapchain doctor` on this host.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from snapchain.errors import Conflict, Corrupt, InvalidInput, NotFound, SnapchainError, Unavailable
+from snapchain.guest import journal
+from snapchain.guest.qmp import Monitor
+from snapchain.guest.qmp_migration import Incoming, version_of
+from snapchain.host import files, run_directory
+from snapchain.host.detached import start_program
+from snapchain.host.locks import ImageLock, LockMode
+from snapchain.host.process_identity import Identity, boot_id, identity, own_identity, still_runs
+from snapchain.model.guest_state import GuestChange, GuestStanding, GuestState, Transition, after, is_done
+from snapchain.replica.guest_states import look
+from snapchain.replica.guest_store import alone_with, disks_of, write_standing
+from snapchain.replica.handover import Case, cases_of, check_may_be_given, record_given, revoke_given
+from snapchain.replica.store import Work, in_turn, open_replica
+from snapchain.replica.stream.messages import ActiveState, HandedDisk, Kind, Move, MoveStep, Moving
+
+if TYPE_CHECKING:
+    from snapchain.replica.receiver import Receiver
+
+OPERATION = "incoming"
+"""Of the journal's records."""
+PATIENCE = 30.0
+"""Seconds without a word from the peer, which sends one every few seconds, until it is given up."""
+_START_SECONDS = 60.0
+_COMPLETE_SECONDS = 20.0
+_END_SECONDS = 30.0
+_POLL_SECONDS = 0.02
+_LOG, NBD, RAM = "qemu.log", "snapchain.nbd", "snapchain.ram"
+_LOG_SHOWN = 2000
+
+
+class _Made(BaseModel):
+    """An overlay that this guest will write to. device, inode: of the file, whatever has its path later."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    path: Path
+    device: int
+    inode: int
+
+
+class _Details(BaseModel):
+    """What the journal records of a move."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    token: str
+    by: str
+    root: Path
+    disks: tuple[HandedDisk, ...]
+    overlays: tuple[_Made, ...]
+    directory: Path
+    stage: Literal["prepared", "started", "ran"]
+    qemu: Identity | None = None
+
+
+def answer(receiver: Receiver, request: Move) -> None:
+    """MOVE, and what follows it up to STOP. Raises as the steps of `GuestArrival`."""
+    session = receiver.session
+    session.channel.patience = min(session.channel.patience, PATIENCE)
+    with _opened(receiver.root(request.replica), request) as arrival:
+        session.reply(Kind.MOVING, arrival.step(request))
+        while (frame := session.next()).kind is not Kind.STOP:
+            if frame.kind is not Kind.MOVE:
+                raise session.unexpected(frame)
+            more = session.decode(Move, frame)
+            if more.token != request.token:
+                raise Corrupt("it names another move in the same stream", subject=session.peer)
+            session.reply(Kind.MOVING, arrival.step(more))
+    session.done()
+
+
+@contextmanager
+def _opened(root: Path, request: Move) -> Iterator[GuestArrival]:
+    """A move whose disks are locked. At the end of one that began here, what is unfinished is settled."""
+    with ExitStack() as locks:
+        if request.step is MoveStep.PREPARE:
+            _settle_others(root, request)
+        elif request.step is MoveStep.START:
+            raise InvalidInput("a move begins with PREPARE", subject=root)
+        cases = _locked(root, request.disks, locks)
+        found = _record_of(request.token)
+        if request.step is not MoveStep.PREPARE and found is not None and not _details(found).disks == request.disks:
+            raise Conflict("these are not the disks of that move", subject=root)
+        arrival = GuestArrival(root, request, cases, found)
+        try:
+            yield arrival
+        finally:
+            arrival.close()
+
+
+def _locked(root: Path, disks: tuple[HandedDisk, ...], locks: ExitStack) -> list[Case]:
+    """The disks, in the order of the request.
+
+    Raises NotFound where one is not here, such as on a filesystem that is not mounted: that is no answer to who has
+    the guest.
+    """
+    replica = open_replica(root)
+    for name in sorted(each.disk for each in disks):
+        disk = replica.disk(name)
+        if not disk.directory.is_dir():
+            raise NotFound(f"there is no disk {name!r} here", subject=root)
+        locks.enter_context(in_turn(disk, Work.TRANSFER))
+        if disk.read() is None:
+            raise NotFound(f"there is no disk {name!r} here", subject=root)
+    return cases_of(replica, disks)
+
+
+class GuestArrival:
+    """One move. found: its record, None where there is none (yet); cases: its disks, locked."""
+
+    def __init__(self, root: Path, request: Move, cases: list[Case], found: journal.Found | None) -> None:
+        self._root, self._token, self._guest, self._cases = root, request.token, request.guest, cases
+        self._by, self._epoch = request.by, request.disks[0].epoch
+        self._exports: tuple[str, ...] = request.exports
+        self._found = found
+        self._monitor: Monitor | None = None
+        self._settles = False
+        self._resumed: float | None = None
+        self._version: str | None = None
+        self._machine: str | None = None
+
+    def step(self, request: Move) -> Moving:
+        """Carry out one step. Raises Conflict for one that may not come now, and as each of them."""
+        match request.step:
+            case MoveStep.PREPARE:
+                self._prepare()
+            case MoveStep.START:
+                self._start(request)
+            case MoveStep.GIVE:
+                self._settles = True
+                self._give()
+            case MoveStep.RUN:
+                self._run()
+            case MoveStep.END:
+                self.end()
+        return self._standing()
+
+    def close(self) -> None:
+        """Settle what is unfinished, where this stream has begun it."""
+        try:
+            if self._settles and self._found is not None:
+                self.settle()
+        finally:
+            if self._monitor is not None:
+                self._monitor.close()
+
+    def settle(self) -> None:
+        """Run the guest where it was given to this host; else give the move up."""
+        if self._found is None:
+            return
+        if self._is_given():
+            if self._alive():
+                self._run()
+        else:
+            self.end()
+
+    # --- The steps.
+
+    def _prepare(self) -> None:
+        if self._found is not None:
+            raise Conflict("it was prepared before", subject=self._root)
+        for case in self._cases:
+            check_may_be_given(case, self._token)
+            if case.state is not ActiveState.READY:
+                raise Conflict(
+                    "it is not the empty overlay on the newest layer any more that was prepared for the guest",
+                    subject=case.path,
+                    hint="another transfer was faster, or somebody uses it: run the migration again",
+                )
+            with ImageLock(case.path, LockMode.WRITE):
+                pass  # nobody runs on it yet
+        standing = self._standing_now()
+        if standing.state is GuestState.MOVING and standing.token and _record_of(standing.token) is None:
+            # Nobody works at that move, since the disks are ours, and no QEMU of it is known.
+            self._change(Transition.ABORT, host=self._by, token=standing.token)
+        if standing.epoch + 1 != self._epoch:
+            raise Conflict(
+                f"the guest is in epoch {standing.epoch} here, and would be given in {self._epoch}",
+                subject=f"{self._root}: {self._guest}",
+                hint="run the migration again; find out which host runs the guest before anything else",
+            )
+        directory = run_directory.make(self._guest, self._token)
+        self._settles = True
+        # The journal first: whoever finds the guest `moving` finds out what became of the move.
+        self._write(
+            _Details(
+                token=self._token,
+                by=self._by,
+                root=self._root,
+                disks=tuple(case.asked for case in self._cases),
+                overlays=tuple(_made(case.path) for case in self._cases),
+                directory=directory,
+                stage="prepared",
+            )
+        )
+        self._change(Transition.MOVE, host=self._by)
+
+    def _start(self, request: Move) -> None:
+        details = self._at("prepared")
+        if not request.argv or not request.qmp:
+            raise InvalidInput("there is no command to start", subject=self._guest)
+        argv = _program(request.argv, request.directory)
+        qmp = Path(request.qmp)
+        pid = start_program(argv, log=details.directory / _LOG, environment=dict(os.environ))
+        found = identity(pid)
+        # Recorded before anything else can fail: a program that nobody knows of would stay for ever.
+        details = self._write(details.model_copy(update={"stage": "started", "qemu": found}), qmp=qmp)
+        self._monitor = self._wait_for_monitor(qmp, details)
+        if (peer := self._monitor.peer) not in (None, pid) and peer is not None:  # the command was a wrapper
+            self._write(details.model_copy(update={"qemu": identity(peer)}), qmp=qmp)
+        incoming = Incoming(self._monitor)
+        self._version = ".".join(map(str, version_of(self._monitor)))
+        machine = self._monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+        self._machine = str(machine).removesuffix("-machine")
+        incoming.listen(details.directory / RAM, details.directory / NBD, self._exports)
+
+    def _wait_for_monitor(self, qmp: Path, details: _Details) -> Monitor:
+        until = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                return Monitor(qmp)
+            except (NotFound, Unavailable) as error:
+                if details.qemu is not None and not _alive(details.qemu):
+                    said = _end_of(details.directory / _LOG)
+                    raise Conflict(
+                        f"the QEMU for the guest ended at its start: {said}",
+                        subject=qmp,
+                        hint="this host must have the same machine types, CPUs and files that the command line names",
+                    ) from error
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(_POLL_SECONDS)
+
+    def _give(self) -> None:
+        self._at("started")
+        if not self._alive():
+            raise Conflict("the QEMU that had got the guest has ended here", subject=self._guest)
+        Incoming(self._connected()).check_complete(seconds=_COMPLETE_SECONDS)
+        for case in self._cases:
+            if not case.given(self._token):
+                check_may_be_given(case, self._token)
+                if case.catalogue.tip is None or case.catalogue.tip.id != case.asked.overlay.on:
+                    raise Conflict("its overlay is not on the newest layer here any more", subject=case.path)
+        self._change(Transition.SWITCH, host=socket.gethostname())
+        self._follow()
+
+    def _follow(self) -> None:
+        """All disks of the guest follow its record into the new epoch."""
+        self._cases = [record_given(case, self._token) for case in self._cases]
+        mine = {case.disk.name for case in self._cases}
+        for disk in disks_of(open_replica(self._root), self._guest):
+            if disk.name not in mine and (found := disk.read()) is not None and found.epoch < self._epoch:
+                with in_turn(disk, Work.TRANSFER):
+                    disk.write((disk.read() or found).after(epoch=self._epoch))
+
+    def _run(self) -> None:
+        details = self._at("started", "ran")
+        if not self._alive():
+            raise Unavailable(
+                "the QEMU that had got the guest has ended; the disks are this host's",
+                subject=self._guest,
+                hint="start the guest here on the overlays of its disks",
+            )
+        if not self._is_given():
+            raise Conflict("the guest was not given to this host", subject=self._guest)
+        self._follow()
+        self._write(details.model_copy(update={"stage": "ran"}))
+        self._resumed = Incoming(self._connected()).run() or time.time()
+        self._change(Transition.START, host=socket.gethostname())
+        assert self._found is not None
+        journal.remove(self._found.path)
+
+    def end(self) -> None:
+        """Give it up. Raises Conflict where the guest may have run here, or has come whole and is this host's."""
+        if self._found is None:
+            if self._is_given():
+                raise Conflict("the guest was given to this host, and may have run here", subject=self._guest)
+            return
+        details, given = _details(self._found), self._is_given()
+        if details.stage == "ran" or (given and self._alive()):
+            raise Conflict("the guest is this host's", subject=self._guest, hint="migrate it from here")
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+        _kill(details.qemu)
+        if given:
+            self._change(Transition.WITHDRAW, host=self._by)
+            self._cases = [revoke_given(case, self._token) for case in self._cases]
+        else:
+            self._change(Transition.ABORT, host=self._by)
+        for made in details.overlays:
+            _remove_overlay(made)
+        run_directory.remove(details.directory)
+        journal.remove(self._found.path)
+        self._found = None
+
+    # --- Its records.
+
+    def _standing_now(self) -> GuestStanding:
+        return look(open_replica(self._root), self._guest).standing
+
+    def _is_given(self) -> bool:
+        """Whether this host is the guest's master by this move."""
+        now = self._standing_now()
+        return now.token == self._token and now.state in (GuestState.SWITCHED, GuestState.ACTIVE)
+
+    def _change(self, transition: Transition, *, host: str, token: str | None = None) -> None:
+        """Take the guest to its next state here, unless it is there already. Raises Conflict."""
+        with alone_with(self._root, self._guest):
+            now = self._standing_now()
+            asked = GuestChange(
+                guest=self._guest,
+                transition=transition,
+                seen=now.number,
+                token=token or self._token,
+                by=self._by,
+                host=host,
+            )
+            again = asked.model_copy(update={"seen": now.number - 1}) if now.number else asked
+            if is_done(now, again) or _is_undone(now, transition):
+                return
+            subject = f"{self._root}: {self._guest}"
+            write_standing(self._root, after(now, asked, time=datetime.now(UTC), subject=subject))
+
+    def _at(self, *stages: str) -> _Details:
+        details = None if self._found is None else _details(self._found)
+        if details is None or details.stage not in stages:
+            raise Conflict(
+                f"the move is not at that step: {'nothing is known of it' if details is None else details.stage}",
+                subject=self._guest,
+            )
+        return details
+
+    def _write(self, details: _Details, *, qmp: Path | None = None) -> _Details:
+        values: dict[str, JsonValue] = details.model_dump(mode="json")
+        before = None if self._found is None else self._found.record
+        record = journal.InFlight(
+            operation=OPERATION,
+            guest=self._guest,
+            qmp=str(qmp) if qmp is not None else None if before is None else before.qmp,
+            process=details.qemu,
+            boot=boot_id(),
+            writer=own_identity(),
+            time=datetime.now(UTC),
+            details=values,
+        )
+        if self._found is None:
+            self._found = journal.Found(journal.write(record), record)
+        else:
+            journal.replace(self._found.path, record)
+            self._found = journal.Found(self._found.path, record)
+        return details
+
+    def _alive(self) -> bool:
+        return self._found is not None and _alive(_details(self._found).qemu, boot=self._found.record.boot)
+
+    def _connected(self) -> Monitor:
+        if self._monitor is None:
+            assert self._found is not None
+            self._monitor = Monitor(Path(self._found.record.qmp or ""))
+        return self._monitor
+
+    def _standing(self) -> Moving:
+        details = None if self._found is None else _details(self._found)
+        return Moving(
+            directory="" if details is None else str(details.directory),
+            overlays=tuple(str(case.path) for case in self._cases),
+            alive=self._alive(),
+            given=self._is_given(),
+            ran=details is not None and details.stage == "ran",
+            version=self._version,
+            machine=self._machine,
+            cpu=cpu_digest(),
+            free=files.free_bytes(self._root),
+            clock=time.time(),
+            resumed=self._resumed,
+        )
+
+
+def _is_undone(now: GuestStanding, transition: Transition) -> bool:
+    """Whether there is nothing to undo: the move had not come so far."""
+    return transition in (Transition.ABORT, Transition.WITHDRAW) and now.state is GuestState.PROTECTED
+
+
+def settle_record(found: journal.Found) -> None:
+    """Finish or undo a move to this host that was interrupted. Raises Busy where somebody works on its disks."""
+    details = _details(found)
+    request = Move(
+        step=MoveStep.LOOK, token=details.token, guest=found.record.guest, by=details.by, disks=details.disks
+    )
+    with ExitStack() as locks:
+        now = _record_of(details.token)
+        if now is None:
+            return
+        arrival = GuestArrival(details.root, request, _locked(details.root, details.disks, locks), now)
+        try:
+            arrival.settle()
+        finally:
+            arrival.close()
+
+
+def _settle_others(root: Path, request: Move) -> None:
+    """Earlier moves of these disks whose processes have died."""
+    names = {each.disk for each in request.disks}
+    for found in journal.find(operation=OPERATION)[0]:
+        if not found.record.is_abandoned:
+            continue
+        details = _details(found)
+        if details.root == root and names & {each.disk for each in details.disks}:
+            settle_record(found)
+
+
+def _record_of(token: str) -> journal.Found | None:
+    records, _ = journal.find(operation=OPERATION)
+    return next((each for each in records if each.record.details.get("token") == token), None)
+
+
+def _details(found: journal.Found) -> _Details:
+    try:
+        return _Details.model_validate(found.record.details)
+    except ValidationError as error:
+        raise Corrupt("not the record of a move", subject=found.path, hint="remove it") from error
+
+
+def _made(path: Path) -> _Made:
+    with files.directory_of(path) as place:
+        status = place.status(path.name)
+    return _Made(path=path, device=status.st_dev, inode=status.st_ino)
+
+
+def _remove_overlay(made: _Made) -> None:
+    """What was mirrored into it is no guest's."""
+    with suppress(NotFound), files.directory_of(made.path) as place:
+        if not place.has(made.path.name):
+            return
+        status = place.status(made.path.name)
+        if (status.st_dev, status.st_ino) != (made.device, made.inode):
+            return
+        with ImageLock(made.path, LockMode.WRITE):
+            place.remove(made.path.name, only=status)
+        place.sync()
+
+
+def _program(argv: tuple[str, ...], directory: str | None) -> list[str]:
+    """The command with whole paths. directory: where it is started, if that is a directory here."""
+    program = argv[0] if argv[0].startswith("/") and Path(argv[0]).exists() else shutil.which(Path(argv[0]).name)
+    env = shutil.which("env")
+    if program is None or env is None:
+        raise NotFound("there is no such program on this host", subject=argv[0], hint="install it, or name another one")
+    place = directory if directory is not None and Path(directory).is_dir() else "/"
+    return [env, "-C", place, program, *argv[1:]]
+
+
+def _alive(process: Identity | None, *, boot: str | None = None) -> bool:
+    if process is None:
+        return False
+    with suppress(ChildProcessError, OSError):  # a child of ours that has ended
+        os.waitpid(process[0], os.WNOHANG)
+    return still_runs(process, boot=boot_id() if boot is None else boot)
+
+
+def _kill(process: Identity | None) -> None:
+    if process is None or not _alive(process):
+        return
+    with suppress(ProcessLookupError):
+        os.kill(process[0], signal.SIGKILL)
+    until = time.monotonic() + _END_SECONDS
+    while _alive(process):
+        if time.monotonic() >= until:
+            raise Unavailable("the QEMU of the guest does not end", subject=f"process {process[0]}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _end_of(log: Path) -> str:
+    with suppress(SnapchainError):
+        lines = files.read_small(log, cap=1 << 24).decode(errors="replace").split("\n")
+        return " ".join(line.strip() for line in lines[-5:] if line.strip())[-_LOG_SHOWN:] or "it said nothing"
+    return "it said nothing"
+
+
+def cpu_digest() -> str:
+    """Of the processor's model and features: equal on two hosts that a guest with the host's CPU can move between."""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        wanted = sorted({line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))})
+        return blake3("\n".join(wanted).encode()).hexdigest()[:32]
+    return ""

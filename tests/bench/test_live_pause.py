@@ -1,0 +1,106 @@
+"""The pause of a live migration between two hosts, beside the one of stock `virsh migrate --copy-storage-all`.
+
+The same guest, which counts on a disk of 64 MiB; sshd between two network namespaces, and two libvirtds of their own.
+libvirt's figure is its own, `domjobinfo --completed`; ours is from QEMU's STOP to its RESUME.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.guest.counting_guest import Counting, arrived, boot_sector, run_directory
+from tests.guest.machine import Monitor
+from tests.net.libvirt_host import libvirt_host
+from tests.net.namespaces import two_hosts
+from tests.net.sshd import sshd
+from tests.net.test_live_migration_over_ssh import Moving
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.bench, pytest.mark.root]
+RUNS = 3
+MIB = 1 << 20
+
+
+def domain(image: Path) -> str:
+    return f"""<domain type='qemu'><name>web1</name><memory unit='MiB'>32</memory><vcpu>1</vcpu>
+      <os><type arch='x86_64' machine='q35'>hvm</type></os>
+      <devices><emulator>/usr/bin/qemu-system-x86_64</emulator>
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none'/><source file='{image}'/>
+          <target dev='vda' bus='virtio'/></disk><memballoon model='none'/></devices></domain>"""
+
+
+def stock(folder: Path) -> list[float]:
+    """Seconds of downtime, as libvirt has them."""
+    found = []
+    with (
+        two_hosts() as (near, far, _),
+        libvirt_host(near, folder / "kvm1", "kvm1") as here,
+        libvirt_host(far, folder / "kvm2", "kvm2") as there,
+        sshd(folder / "sshd", address=far.address, there=there.inside, here=here.inside) as server,
+    ):
+        ssh = folder / "ssh.sh"
+        ssh.write_text(f'#!/bin/sh\nexec ssh -F {server.config} "$@"\n')
+        ssh.chmod(0o755)
+        for number in range(RUNS):
+            raw, image = folder / "boot.raw", folder / f"here{number}.qcow2"
+            raw.write_bytes(boot_sector(1) + bytes(64 * MIB - 512))
+            subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image], check=True)
+            # The hosts share a file system: the disk there needs a name of its own, and a definition with it.
+            moved = folder / f"there{number}.qcow2"
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", moved, "64M"], check=True)
+            for name, path in (("here", image), ("there", moved)):
+                (folder / f"{name}.xml").write_text(domain(path))
+            here.virsh("define", folder / "here.xml")
+            here.virsh("start", "web1")
+            xml = here.virsh("dumpxml", "--migratable", "web1").replace(str(image), str(moved))
+            (folder / "moved.xml").write_text(xml)
+            uri = f"qemu+ssh://there/system?command={ssh}"
+            here.virsh(
+                "migrate", "--live", "--persistent", "--undefinesource", "--copy-storage-all", "--migrate-disks", "vda",
+                "--xml", folder / "moved.xml", "--persistent-xml", folder / "moved.xml", "web1", uri,
+                timeout=300,
+            )  # fmt: skip
+            said = there.virsh("domjobinfo", "web1", "--completed", "--anystats")
+            downtime = re.search(r"Total downtime:\s+([\d.]+)\s+ms", said)
+            assert downtime is not None, said
+            found.append(float(downtime[1]) / 1000)
+            there.virsh("destroy", "web1")
+            there.virsh("undefine", "web1")
+    return found
+
+
+def ours(folder: Path) -> list[tuple[float, float]]:
+    """(measured, predicted) seconds."""
+    found = []
+    for number in range(RUNS):
+        with (
+            two_hosts() as (near, far, _),
+            run_directory() as run,
+            sshd(folder / "ours", alias="far", address=far.address, there=far.inside, here=near.inside) as server,
+        ):
+            moving = Moving(server, run, folder)
+            guest = Counting(folder / f"source{number}", ["vda"])
+            with guest.machine:
+                status, report = moving.go(guest.machine.qmp, f"replica{number}")
+                assert status == 0, report
+                found.append((report["pause"], report["predicted_pause"]))
+                monitor = Monitor(Path(report["qmp"]))
+                monitor._socket.sendall(b'{"execute": "quit"}\n')
+                wait_until(lambda run=run: not arrived(run))  # type: ignore[misc]
+                monitor.close()
+    return found
+
+
+def test_the_pause_beside_stock_libvirt(tmp_path: Path) -> None:
+    mine = ours(tmp_path)
+    theirs = stock(tmp_path)
+    measured = [pause for pause, _ in mine]
+    print(f"\npause, seconds: ours {', '.join(f'{each:.3f}' for each in measured)}", end="")
+    print(f" (predicted {', '.join(f'{each:.3f}' for _, each in mine)});", end="")
+    print(f" virsh migrate --copy-storage-all {', '.join(f'{each:.3f}' for each in theirs)}")
+    assert median(measured) < 1.0

@@ -1,0 +1,456 @@
+"""migrate of a running guest, by QMP, on one host: nothing lost, and one guest that runs, whoever dies when."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.mark.structures import ParameterSet
+
+from snapchain.cli import main
+from snapchain.guest import journal
+from snapchain.guest.qmp_migration import AUTO_CONVERGE, CAPABILITIES
+from snapchain.ops.migrate import live_settle
+from snapchain.ops.migrate.live_request import AbortReport, LiveDisk, LiveDiskPlan, LivePlan, LiveReport, SettledMove
+from snapchain.replica.guest_client import GuestMove
+from snapchain.replica.stream.messages import MoveStep
+from snapchain.source import ownership
+from tests.exhaustive import EXHAUSTIVE
+from tests.guest.counting_guest import Counting, arrived, check_numbers, counts_on, run_directory
+from tests.guest.machine import Monitor
+from tests.guest.spy import DROP, KILL, Fault, Place, Spy, call, changing
+from tests.pages import GUIDE, section
+from tests.waiting import wait_until
+
+PATIENT = ("--max-downtime", "60")
+"""A busy machine may need longer for each step than a guest would like."""
+OURS = (*CAPABILITIES, AUTO_CONVERGE)
+
+
+@pytest.fixture
+def run() -> Iterator[Path]:
+    with run_directory() as folder:
+        yield folder
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Iterator[Counting]:
+    counting = Counting(tmp_path / "source")
+    with counting.machine:
+        yield counting
+
+
+def snapchain(*words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """The command, in a process of its own."""
+    argv = [sys.executable, "-m", "snapchain", *map(str, words)]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=timeout, env=dict(os.environ))
+
+
+def migrate(qmp: Path, replica: Path, *options: object) -> dict[str, Any]:
+    """The report of a migration that succeeds."""
+    done = snapchain("migrate", "--qmp", qmp, f"dir:{replica}", "--json", *PATIENT, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def images(report: dict[str, Any]) -> list[Path]:
+    return [Path(disk["overlay"]) for disk in report["disks"]]
+
+
+def quit_and_check(monitor: Monitor, tops: list[Path]) -> int:
+    """End a guest as its operator does; the newest number on its disks."""
+    monitor._socket.sendall(b'{"execute": "quit"}\n')
+    with suppress(ConnectionResetError):
+        while monitor._lines.readline():
+            pass
+    monitor.close()
+    for top in tops:
+        done = subprocess.run(["qemu-img", "check", "-q", str(top)], check=False)
+        assert done.returncode == 0, top
+    return check_numbers(tops)
+
+
+@pytest.mark.sampled
+def test_a_guest_moves_there_and_back(guest: Counting, run: Path, tmp_path: Path) -> None:
+    """Counter without a gap on three disks; the QEMU that it left has ended, and its files are read-only."""
+    tops = list(guest.disks.values())
+    qmp = guest.machine.qmp
+    for turn, place in enumerate(("b", "a", "b", "a") * 8 if EXHAUSTIVE else ("b", "a")):
+        report = migrate(qmp, tmp_path / place)
+        assert report["pause_within"], report
+        assert [disk["epoch"] for disk in report["disks"]] == [turn + 2] * 3
+        if turn == 0:
+            assert guest.machine.process.wait(60) == 0
+        assert len(arrived(run)) == 1
+        assert not any(Path(path).stat().st_mode & 0o222 for disk in report["disks"] for path in disk["fenced"])
+        tops, qmp = images(report), Path(report["qmp"])
+        assert not journal.find()[0]
+    monitor = Monitor(qmp)
+    assert counts_on(monitor)
+    assert monitor.ask("query-jobs") == []
+    quit_and_check(monitor, tops)
+
+
+# --- Whoever dies: one guest that runs, nothing lost, nothing left.
+
+FIRST, LAST = 4, 21
+"""The changing commands of a run, after the rounds; counted by the whole run."""
+SENT = {
+    5: "blockdev-add",
+    6: "blockdev-mirror",
+    13: "migrate",
+    14: "block-job-cancel",
+    20: "migrate-continue",
+    21: "quit",
+}
+KILLED = {(20, Place.SENT), (21, Place.BEFORE)}
+DEAD_SOURCE: set[tuple[int, Place]] = set()
+DEAD_DESTINATION = {(20, Place.SENT)}
+CUT = {(13, Place.SENT)}
+
+
+def cases(sampled: set[tuple[int, Place]]) -> list[ParameterSet]:
+    """Each command, before QEMU has it and after it is done; all but the sampled ones for `make soak`."""
+    return [
+        pytest.param(number, place, marks=() if (number, place) in sampled else pytest.mark.soak)
+        for number in range(FIRST, LAST + 1)
+        for place in (Place.BEFORE, Place.SENT)
+    ]
+
+
+def migrating(qmp: Path, replica: Path, *options: object) -> int:
+    """The command in a child that can be killed; its status as `os.waitpid` has it. A fork saves it the loading."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setsid()
+            words = ["migrate", "--qmp", str(qmp), f"dir:{replica}", "--json", *PATIENT, *map(str, options)]
+            os._exit(main(words))
+        finally:
+            os._exit(99)
+    return os.waitpid(pid, 0)[1]
+
+
+def refused(qmp: Path, replica: Path, *options: object) -> dict[str, Any]:
+    """The error of a migration that is refused."""
+    done = snapchain("migrate", "--qmp", qmp, f"dir:{replica}", "--json", *options)
+    assert done.returncode != 0, done.stdout
+    error: dict[str, Any] = json.loads(done.stdout)["error"]
+    return error
+
+
+def unfinished() -> list[str]:
+    return [each.record.operation for each in journal.find()[0] if each.record.operation in ("migration", "incoming")]
+
+
+def runs_where(guest: Counting, run: Path) -> str:
+    """Where the guest runs, after all is settled; asserts that it is in one place, and counts on there."""
+    there = [Monitor(path) for path in run.glob("snapchain/web1-*/qmp") if arrived(run)]
+    here = [guest.machine.monitor] if guest.machine.process.poll() is None else []
+    running = [each for each in (*here, *there) if each.ask("query-status")["status"] == "running"]
+    assert len(running) == 1, f"{len(running)} guests run"
+    assert counts_on(running[0])
+    for each in there:
+        each.close()
+    return "here" if running[0] in here else "there"
+
+
+def check_here(guest: Counting, run: Path, replica: Path) -> None:
+    """The guest runs here, as if nothing had been."""
+    machine = guest.machine
+    assert machine.ask("query-jobs") == []
+    nodes = [node["node-name"] for node in machine.ask("query-named-block-nodes", flat=True)]
+    assert not [name for name in nodes if name.startswith("sc-move-")]
+    assert not [row for row in machine.ask("query-migrate-capabilities") if row["state"] and row["capability"] in OURS]
+    assert arrived(run) == []
+    assert list(run.glob("snapchain/*")) == []
+    assert list(replica.glob("*/active/*.qcow2")) == []
+    assert all(top.stat().st_mode & 0o200 for top in guest.tops)
+    machine.quit()
+    check_numbers(guest.tops)
+
+
+def check_there(guest: Counting, run: Path, replica: Path) -> None:
+    """The guest runs there, and nothing here can write its disks."""
+    assert guest.machine.process.wait(60) is not None
+    assert not any(path.stat().st_mode & 0o222 for path in guest.folder.glob("images/*.qcow2"))
+    (qmp,) = run.glob("snapchain/web1-*/qmp")
+    monitor = Monitor(qmp)
+    assert monitor.ask("query-block-exports") == []
+    quit_and_check(monitor, sorted(replica.glob("*/active/*.qcow2")))
+
+
+def check_settled(guest: Counting, run: Path, replica: Path) -> str:
+    """All is settled by whoever lives; where the guest runs."""
+    wait_until(lambda: not unfinished())
+    where = runs_where(guest, run)
+    (check_here if where == "here" else check_there)(guest, run, replica)
+    return where
+
+
+def test_a_whole_run_has_these_commands(guest: Counting, run: Path, tmp_path: Path) -> None:
+    """So that the enumerations below are whole. The bytes of the guest's disks are mirrored before it is paused."""
+    with Spy(tmp_path / "spy", guest.machine.qmp, counts=changing) as spy:
+        assert migrating(spy.path, tmp_path / "b") == 0
+        sent = [each.name for each in spy.commands if each.number is not None]
+        spy.check()
+    assert len(sent) == LAST + 1, sent
+    assert {number: sent[number] for number in SENT} == SENT
+    assert check_settled(guest, run, tmp_path / "b") == "there"
+
+
+@pytest.mark.parametrize(("number", "place"), cases(KILLED))
+def test_snapchain_is_killed(guest: Counting, run: Path, tmp_path: Path, number: int, place: Place) -> None:
+    """And with it, here, the process of the destination. The watchdog settles it by itself."""
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(number, place, KILL), counts=changing) as spy:
+        assert os.WTERMSIG(migrating(spy.path, tmp_path / "b")) == signal.SIGKILL
+        assert spy.happened
+        where = check_settled(guest, run, tmp_path / "b")
+    assert where == ("there" if number >= LAST else "here")
+
+
+@pytest.mark.parametrize(("number", "place"), cases(CUT))
+def test_the_monitor_is_cut(guest: Counting, run: Path, tmp_path: Path, number: int, place: Place) -> None:
+    """It may end well or not; then the guest goes on here."""
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(number, place, DROP), counts=changing) as spy:
+        status = migrating(spy.path, tmp_path / "b")
+        assert spy.happened
+        where = check_settled(guest, run, tmp_path / "b")
+    assert (os.waitstatus_to_exitcode(status) == 0) == (where == "there")
+
+
+@pytest.mark.parametrize(("number", "place"), cases(DEAD_DESTINATION))
+def test_qemu_dies_at_the_destination(guest: Counting, run: Path, tmp_path: Path, number: int, place: Place) -> None:
+    """Up to the switch the guest goes on here."""
+
+    def kill() -> None:
+        for pid in arrived(run):
+            os.kill(pid, signal.SIGKILL)
+
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(number, place, call(kill)), counts=changing) as spy:
+        status = os.waitstatus_to_exitcode(migrating(spy.path, tmp_path / "b"))
+        assert spy.happened
+        assert status != 0
+        wait_until(lambda: number >= LAST or not unfinished())
+        if number >= LAST:  # it is the destination's, and crashed there: its disks are whole
+            assert guest.machine.process.wait(60) is not None
+            check_numbers(sorted((tmp_path / "b").glob("*/active/*.qcow2")))
+            return
+        assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+@pytest.mark.parametrize(("number", "place"), cases(DEAD_SOURCE))
+def test_qemu_dies_here(guest: Counting, run: Path, tmp_path: Path, number: int, place: Place) -> None:
+    """Its disks are whole, here before the switch, and there after it; there is one host that may write them."""
+
+    def kill() -> None:
+        guest.machine.process.kill()
+        guest.machine.process.wait()
+
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(number, place, call(kill)), counts=changing) as spy:
+        status = os.waitstatus_to_exitcode(migrating(spy.path, tmp_path / "b"))
+        assert spy.happened
+        wait_until(lambda: not unfinished())
+    if number >= LAST:
+        assert status == 0
+        check_there(guest, run, tmp_path / "b")
+        return
+    assert status != 0
+    assert arrived(run) == []
+    assert all(top.stat().st_mode & 0o200 for top in guest.tops)
+    check_numbers(guest.tops)
+
+
+POINTS = {
+    "marked": (ownership, "fence", 2),
+    "given": (GuestMove, "step", 4),
+    "switched": (live_settle, "restaged", 2),
+    "ended here": (live_settle, "end_source", 1),
+    "running there": (GuestMove, "step", 5),
+    "fenced": (live_settle, "fence_all", 1),
+}
+"""What happens around the decision, beside QEMU's monitor: a function, and its which call."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    "point", [pytest.param(each, marks=() if each == "given" else pytest.mark.soak) for each in POINTS]
+)
+def test_snapchain_is_killed_around_the_decision(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, after: bool
+) -> None:
+    """Before the destination has it, it stays here; after that it goes there; in both cases it runs on by itself."""
+    place, name, which = POINTS[point]
+    real, seen = getattr(place, name), [0]
+
+    def dying(*arguments: Any, **named: Any) -> Any:
+        seen[0] += 1
+        if seen[0] == which and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        answer = real(*arguments, **named)
+        if seen[0] == which and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, dying)
+        assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
+    stays = point == "marked" or (point == "given" and not after)
+    assert check_settled(guest, run, tmp_path / "b") == ("here" if stays else "there")
+
+
+# --- What is refused, and what an operator meets.
+
+
+def test_a_pause_that_cannot_be_kept_is_refused_with_the_figures(guest: Counting, run: Path, tmp_path: Path) -> None:
+    error = refused(guest.machine.qmp, tmp_path / "b", "--max-downtime", "0.05")
+    assert error["kind"] == "conflict"
+    assert "the switch alone takes about 0." in error["message"]
+    assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+def test_what_keeps_a_guest_from_moving(guest: Counting, run: Path, tmp_path: Path) -> None:
+    """A paused one, and one in which another program works; nothing is started or sent."""
+    machine = guest.machine
+    machine.ask("stop")
+    assert "not running" in refused(machine.qmp, tmp_path / "b")["message"]
+    machine.ask("cont")
+    machine.ask("blockdev-add", driver="null-co", **{"node-name": "sink", "size": 4 << 20})
+    machine.ask("blockdev-backup", **{"job-id": "theirs", "device": "vda-top", "target": "sink", "sync": "none"})
+    error = refused(machine.qmp, tmp_path / "b")
+    assert (error["kind"], "theirs" in error["message"]) == ("busy", True)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_destination_that_cannot_start_it(guest: Counting, run: Path, tmp_path: Path) -> None:
+    """The words of its QEMU are told, and the guest was never paused."""
+    error = refused(
+        guest.machine.qmp, tmp_path / "b", *PATIENT, "--start-command", "qemu-system-x86_64 -machine nonsense"
+    )
+    assert "unsupported machine type" in error["message"]
+    assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+def test_hooks_and_a_command_of_ones_own(guest: Counting, run: Path, tmp_path: Path) -> None:
+    """The command gets the overlays and the monitor in its environment."""
+    words = [word for word in guest.machine.argv[3:] if "qmp" not in word and word != "-qmp"]
+    line = " ".join(f"'{word}'" for word in words)
+    for disk, number in (("vda", 1), ("vdb", 2), ("vdc", 3)):
+        line = line.replace(str(guest.disks[disk]), f"'\"$SNAPCHAIN_OVERLAY_{number}\"'")
+    script = tmp_path / "start"
+    script.write_text(f'#!/bin/sh\nexec {line} -qmp "unix:$SNAPCHAIN_QMP,server=on,wait=off" -S -incoming defer\n')
+    script.chmod(0o755)
+    hooks = [tmp_path / "before", tmp_path / "after"]
+    for hook in hooks:
+        hook.write_text(f'#!/bin/sh\necho "$SNAPCHAIN_HOOK $SNAPCHAIN_GUEST $SNAPCHAIN_PAUSE" > {hook}.said\n')
+        hook.chmod(0o755)
+    report = migrate(
+        guest.machine.qmp, tmp_path / "b", "--start-command", script, "--before", hooks[0], "--after", hooks[1]
+    )
+    assert report["qmp"].endswith("/qmp")
+    assert (tmp_path / "before.said").read_text() == "before web1 \n"
+    assert (tmp_path / "after.said").read_text() == f"after web1 {report['pause']}\n"
+    assert check_settled(guest, run, tmp_path / "b") == "there"
+
+
+def test_ctrl_c_lets_it_go_on_here(guest: Counting, run: Path, tmp_path: Path) -> None:
+    """At the command that begins to send the memory."""
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(13, Place.SENT, _interrupt), counts=changing) as spy:
+        status = os.waitstatus_to_exitcode(migrating(spy.path, tmp_path / "b"))
+        assert spy.happened
+        assert status == 130
+        assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+def _interrupt(link: Any) -> bool:
+    os.kill(link.client_pid, signal.SIGINT)
+    return True
+
+
+def kill_watchdog() -> None:
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes()
+            if b"live_watchdog" in words and os.fsencode(journal.directory()) in words:
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("how", ["abort", pytest.param("doctor", marks=pytest.mark.soak)])
+def test_the_record_is_enough(guest: Counting, run: Path, tmp_path: Path, how: str) -> None:
+    """snapchain and its watchdog are killed: --abort here, or doctor, ends it."""
+
+    def kill_both(link: Any) -> bool:
+        kill_watchdog()
+        return KILL(link)
+
+    with Spy(tmp_path / "spy", guest.machine.qmp, Fault(20, Place.SENT, kill_both), counts=changing) as spy:
+        assert os.WTERMSIG(migrating(spy.path, tmp_path / "b")) == signal.SIGKILL
+        assert sorted(unfinished()) == ["incoming", "migration"]
+        wait_until(lambda: guest.machine.status() == "postmigrate")
+        words = ["migrate", "--qmp", spy.path, "--abort"] if how == "abort" else ["doctor", "--qmp", spy.path]
+        done = snapchain(*words, "--json")
+        assert done.returncode == 0, done.stdout
+        if how == "abort":
+            assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False]
+        assert check_settled(guest, run, tmp_path / "b") == "here"
+
+
+@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.soak), True])
+def test_a_destination_that_is_away_is_no_answer(
+    guest: Counting, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """Such as one whose filesystem is not mounted. The guest waits; a person may vouch for a host that is gone."""
+    real = GuestMove.step
+
+    def dying(move: GuestMove, step: MoveStep, **named: Any) -> Any:
+        answer = None if step is MoveStep.GIVE and not given else real(move, step, **named)
+        if step is MoveStep.GIVE:
+            kill_watchdog()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuestMove, "step", dying)
+        assert os.WTERMSIG(migrating(guest.machine.qmp, tmp_path / "b")) == signal.SIGKILL
+    (tmp_path / "b").rename(tmp_path / "away")
+    abort = ["migrate", "--qmp", guest.machine.qmp, "--abort", "--json"]
+    done = snapchain(*abort)
+    assert done.returncode == 7, done.stdout
+    assert "only it knows whether it has the guest" in json.loads(done.stdout)["error"]["message"]
+    assert guest.machine.status() == "postmigrate"
+    if given:
+        (tmp_path / "away").rename(tmp_path / "b")
+        assert [each["moved"] for each in json.loads(snapchain(*abort).stdout)["settled"]] == [True]
+        assert check_settled(guest, run, tmp_path / "b") == "there"
+        return
+    done = snapchain(*abort, "--destination-is-gone")
+    assert [each["moved"] for each in json.loads(done.stdout)["settled"]] == [False]
+    assert counts_on(guest.machine.monitor)
+    assert all(top.stat().st_mode & 0o200 for top in guest.tops)
+    guest.machine.quit()
+    check_numbers(guest.tops)
+
+
+def test_the_json_fields_are_those_that_are_documented() -> None:
+    page = section((GUIDE / "scripting.md").read_text(), "`migrate` of a running guest")
+    table, _, rest = page.partition("Plan:")
+    told = {name.removesuffix("[]") for name in re.findall(r"`([a-z_.\[\]]+)`", "".join(_first_columns(table)))}
+    fields = {f"disks[].{name}" for name in LiveDisk.model_fields} | (LiveReport.model_fields.keys() - {"disks"})
+    assert told == fields
+    plan, _, aborted = rest.partition("Of `--abort`")
+    assert set(re.findall(r"`([a-z_]+)`", plan)) == {*LivePlan.model_fields, *LiveDiskPlan.model_fields}
+    assert set(re.findall(r"`([a-z_]+)`", aborted)) == {*AbortReport.model_fields, *SettledMove.model_fields}
+
+
+def _first_columns(table: str) -> Iterator[str]:
+    return (row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))

@@ -1,0 +1,124 @@
+"""The two ends of a live migration at QEMU's monitors: what must never be done to a guest that writes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from snapchain.errors import Busy, Conflict, Unavailable
+from snapchain.guest.qmp import Monitor
+from snapchain.guest.qmp_migration import Incoming, Outgoing, look_at_memory, measured_dirty_rate
+from tests.guest.counting_guest import Counting, check_numbers, counts_on
+from tests.guest.machine import Machine
+from tests.guest.spy import Spy, changing
+
+TOKEN = "5f3a9c01" * 4
+
+
+class Pair:
+    """A guest that writes as fast as it can, and a QEMU that awaits it, on empty disks of its own."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.guest = Counting(folder / "source", burst=64)
+        stack.enter_context(self.guest.machine)
+        disks = {name: folder / f"{name}.there.qcow2" for name in self.guest.disks}
+        for path in disks.values():
+            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "4M"], check=True)
+        self.there = stack.enter_context(Machine(folder / "d", disks=disks, argv=["-S", "-incoming", "defer"]))
+        self.disks = list(disks)
+        self.tops = list(disks.values())
+        self.nbd, self.ram = folder / "nbd", folder / "ram"
+        self.incoming = Incoming(stack.enter_context(Monitor(self.there.qmp)))
+        self.incoming.listen(self.ram, self.nbd, self.disks)
+
+    def move(self, outgoing: Outgoing) -> None:
+        """Up to the switch, and over it."""
+        outgoing.mirror(self.nbd, speed=0)
+        outgoing.wait_until_mirrored(lambda _done, _total: None)
+        outgoing.send_memory(self.ram, pause_limit=30, bandwidth=None, auto_converge=False)
+        outgoing.wait_for_switchover(lambda _look: None)
+        outgoing.end_mirrors(seconds=60)
+        outgoing.switch_over(seconds=60)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    with ExitStack() as stack:
+        yield Pair(tmp_path, stack)
+
+
+def test_giving_up_again_and_again_harms_no_guest_that_writes(pair: Pair) -> None:
+    """QEMU 7.2 dies of it with mirrors in mode write-blocking, in the second round or soon after."""
+    with Monitor(pair.guest.machine.qmp) as monitor:
+        outgoing = Outgoing(monitor, TOKEN, pair.disks)
+        before = outgoing.capabilities()
+        for _ in range(12):
+            outgoing.mirror(pair.nbd, speed=0)
+            outgoing.wait_until_mirrored(lambda _done, _total: None)
+            outgoing.undo(before)
+            assert counts_on(pair.guest.machine.monitor)
+        assert outgoing.capabilities() == before
+    assert pair.guest.machine.ask("query-jobs") == []
+    pair.guest.machine.quit()
+    check_numbers(pair.guest.tops)
+
+
+def test_it_moves_and_nothing_is_lost(pair: Pair) -> None:
+    """Each command that makes this safe is there: the capability, the mode, and the soft end before the switch."""
+    with Spy(pair.folder / "spy", pair.guest.machine.qmp, counts=changing) as spy, Monitor(spy.path) as monitor:
+        outgoing = Outgoing(monitor, TOKEN, pair.disks)
+        pair.move(outgoing)
+        pair.incoming.check_complete(seconds=60)
+        sent = {each.name: each.arguments for each in spy.commands}
+        names = spy.names()
+        outgoing.quit()
+    assert {"capability": "pause-before-switchover", "state": True} in sent["migrate-set-capabilities"]["capabilities"]
+    assert (sent["blockdev-mirror"]["copy-mode"], sent["blockdev-mirror"]["sync"]) == ("background", "top")
+    assert sent["block-job-cancel"]["force"] is False
+    assert names.index("block-job-cancel") < names.index("migrate-continue")
+    assert "job-cancel" not in names
+    pair.guest.machine.process.wait(60)
+    pair.incoming.run()
+    assert counts_on(pair.there.monitor)
+    pair.there.quit()
+    check_numbers(pair.tops)
+
+
+def test_a_dead_destination_is_told_and_the_guest_goes_on(pair: Pair) -> None:
+    with Monitor(pair.guest.machine.qmp) as monitor:
+        outgoing = Outgoing(monitor, TOKEN, pair.disks)
+        outgoing.mirror(pair.nbd, speed=0)
+        outgoing.wait_until_mirrored(lambda _done, _total: None)
+        outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=None, auto_converge=False)
+        outgoing.wait_for_switchover(lambda _look: None)
+        assert pair.guest.machine.status() == "finish-migrate"
+        with pytest.raises(Conflict, match="has not got the whole guest"):
+            pair.incoming.check_complete(seconds=0)
+        pair.there.process.kill()
+        pair.there.process.wait()
+        with pytest.raises(Unavailable, match=r"mirror of its writes|last writes of the guest"):
+            outgoing.end_mirrors(seconds=60)
+        outgoing.undo({})
+        assert look_at_memory(monitor).status == "cancelled"
+    assert counts_on(pair.guest.machine.monitor)
+    pair.guest.machine.quit()
+    check_numbers(pair.guest.tops)
+
+
+def test_what_it_measures_and_refuses(pair: Pair) -> None:
+    with Monitor(pair.guest.machine.qmp) as monitor:
+        rate = measured_dirty_rate(monitor)
+        assert rate is not None
+        assert rate >= 0
+        outgoing = Outgoing(monitor, TOKEN, pair.disks)
+        outgoing.check()
+        outgoing.send_memory(pair.ram, pause_limit=30, bandwidth=1, auto_converge=False)
+        with pytest.raises(Busy, match="another migration"):
+            outgoing.check()
+        outgoing.undo({})
+        outgoing.check()
