@@ -80,8 +80,8 @@ def fence(
         bool,
         typer.Option(
             "--require-answer",
-            help="Refuse the start also when no destination answers. By default the hook then only looks at the marks "
-            "beside the images.",
+            help="Refuse the start also when one of the destinations does not answer. By default the hook then goes by "
+            "the marks beside the images, and by the answers of the others.",
             rich_help_panel=_HOOK,
         ),
     ] = False,

@@ -158,6 +158,18 @@ def test_an_answer_is_required_only_where_that_was_asked(guest: Guest) -> None:
         hook.check("web1", xml(guest), [silent], requires_answer=True)
 
 
+def test_one_silent_destination_is_enough(place: Open, guest: Guest) -> None:
+    """It may be the one at which another host has taken the guest over."""
+
+    def silent() -> Any:
+        raise Unavailable("no route to host", subject="ssh://kvm2/srv/replica")
+
+    guest.point(place(), 1)
+    assert hook.check("web1", xml(guest), [place], requires_answer=True) == []
+    with pytest.raises(Unavailable, match="it is not known whether another host runs it"):
+        hook.check("web1", xml(guest), [place, silent], requires_answer=True)
+
+
 def test_no_hook_of_others_is_replaced(tmp_path: Path) -> None:
     request = HookRequest(folder=tmp_path / "hooks" / "qemu.d", at=["dir:/srv/a b"])
     with pytest.raises(NotFound, match="there is no such hook"):

@@ -55,7 +55,7 @@ class HookReport(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookRequest:
-    """at: destinations that it asks; options: for their passphrases; requires_answer: refuse where none answers"""
+    """at: destinations that it asks; options: for their passphrases; requires_answer: refuse where one is silent"""
 
     at: Sequence[str] = ()
     options: Sequence[str] = ()
@@ -126,8 +126,8 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
     """Judge the start of a guest; sentences about what could not be looked at.
 
     xml: of the domain; places: destinations to ask
-    Raises Conflict or Corrupt where another host has taken over one of its disks; Unavailable where an answer is
-    required and no destination gives one in time.
+    Raises Conflict or Corrupt where another host has taken over one of its disks; Unavailable where answers are
+    required and a destination gives none in time.
     """
     notes: list[str] = []
     images = _images(xml, guest)
@@ -143,11 +143,12 @@ def check(guest: str, xml: str, places: Sequence[Callable[[], Writing]], *, requ
                 subject=guest,
                 hint="start it on that host; `snapchain fence IMAGE DEST::DISK` shows what is here besides",
             )
-    if requires_answer and silent and not answers:
+    # Of each destination: the silent one may be the one at which another host has taken the guest over.
+    if requires_answer and silent:
         raise Unavailable(
             f"it is not known whether another host runs it: {silent[0]}",
             subject=guest,
-            hint="start it when a destination answers; or install the hook without --require-answer",
+            hint="start it when all destinations answer; or install the hook without --require-answer",
         )
     return notes
 
