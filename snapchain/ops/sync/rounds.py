@@ -66,9 +66,9 @@ class Run:
             predicted_cutover_seconds=predicted,
         )
         self.rounds.append(done)
-        told = "not measured" if predicted is None else f"{predicted:.1f} s at the measured rate"
+        told = "" if predicted is None else f", which will take {predicted:.1f} s"
         sizes = f"{moved / MiB:.1f} MiB sent, {done.bytes_left / MiB:.1f} MiB left"
-        self._on_event(Notice(f"round {done.number}: {sizes}: {told}"))
+        self._on_event(Notice.of(self.request.send.disk, f"round {done.number}: {sizes}{told}"))
         return done.bytes_left
 
     def _told(self, event: Event) -> None:
