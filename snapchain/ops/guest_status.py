@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.destination.protocol import Destination
+from snapchain.destination.records import DiskRecord
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.consistency import Consistency
 from snapchain.model.guest_state import GuestStanding, GuestState, Vouched
@@ -47,6 +48,11 @@ class GuestStatus(_Shown):
     owed: tuple[str, ...] = ()
     fault: str | None = None
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the destination has a record of its state."""
+        return self.since is not None
+
 
 class StatusReport(_Shown):
     """All guests by name, at each destination in the order in which these were named."""
@@ -63,21 +69,30 @@ def status(places: Sequence[tuple[Destination, str | None]], *, now: datetime | 
     rows: list[GuestStatus] = []
     for place, name in places:
         disks = place.disks()
-        views = guests_of(disks) if name is None else [_named(place, guest_named(disks, name), name)]
-        rows += [_row(place, view, now) for view in views]
+        rows += _all(place, disks, now) if name is None else [_one(place, disks, name, now)]
     return StatusReport(guests=tuple(sorted(rows, key=lambda row: row.guest)))
 
 
-def _named(place: Destination, view: GuestView | None, name: str) -> GuestView:
-    if view is None:
+def _all(place: Destination, disks: Sequence[DiskRecord], now: datetime) -> list[GuestStatus]:
+    """Guests with points, and those of which only a state is recorded: a guest that was moved there has no points."""
+    views = guests_of(disks)
+    others = {disk.name.rpartition("/")[0] for disk in disks} - {"", *(view.name for view in views)}
+    rows = [_row(place, view.name, view, now) for view in views]
+    return rows + [row for row in (_row(place, name, None, now) for name in sorted(others)) if row.is_recorded]
+
+
+def _one(place: Destination, disks: Sequence[DiskRecord], name: str, now: datetime) -> GuestStatus:
+    view = guest_named(disks, name)
+    row = _row(place, name, view, now)
+    if view is None and not row.is_recorded:
         raise NotFound("there is no such guest", subject=f"{place.url}::{name}")
-    return view
+    return row
 
 
-def _row(place: Destination, view: GuestView, now: datetime) -> GuestStatus:
-    row = GuestStatus(guest=view.name, destination=place.url)
+def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -> GuestStatus:
+    row = GuestStatus(guest=name, destination=place.url)
     try:
-        standing = place.guest_state(view.name)
+        standing = place.guest_state(name)
         row = row.model_copy(
             update={
                 "state": standing.state,
@@ -89,7 +104,7 @@ def _row(place: Destination, view: GuestView, now: datetime) -> GuestStatus:
                 "owed": owed(standing),
             }
         )
-        if view.points:
+        if view is not None and view.points:
             newest = view.points[-1]
             loss = loss_of(place, view, newest, now=now)
             row = row.model_copy(
