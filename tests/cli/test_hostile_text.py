@@ -26,7 +26,7 @@ from snapchain.errors import InvalidInput, ToolFailed
 from snapchain.model.events import Notice, Progress
 from snapchain.ops import guests
 from tests.cli.conftest import MiB, Run, Said, made_disk, qemu_img
-from tests.cli.test_streams import CHANGING, ELSEWHERE, READING
+from tests.cli.test_streams import CHANGING, ELSEWHERE, READING, made_guest
 from tests.host.test_terminal import is_harmless
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[1A\r\b\u202e\u2066\x9b31m\u2028\x7f\nsnapchain: error: all is lost"
@@ -111,6 +111,7 @@ def test_names_of_files_and_directories(ground: Path, run: Run, monkeypatch: pyt
 @pytest.mark.parametrize("name", CHANGING)
 def test_names_of_what_is_changed(name: str, ground: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     words = words_of(CHANGING[name])
+    made_guest(words, ground)
     check(run(*words, "--dry-run"))
     shows_no_escape(words, run, monkeypatch)
 

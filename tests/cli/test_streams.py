@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,14 @@ import pytest
 from snapchain.cli import exits, main
 from snapchain.cli.streams import ReaderGone, Stderr, Stdout
 from snapchain.cli.verbs import VERBS
-from snapchain.errors import OutputFailed
+from snapchain.errors import InvalidInput, OutputFailed
 from snapchain.ops import guests
 from tests.cli.conftest import MiB, Run, qemu_img, write
+from tests.ops.taken_over import made_point, taken_over
 
 READING = {
     "log": ["log", "repo"],
+    "status": ["status", "repo"],
     "inspect": ["inspect", "web1.qcow2"],
     "diff": ["diff", "web1.qcow2", "other.qcow2"],
     "verify": ["verify", "repo"],
@@ -44,6 +47,9 @@ CHANGING = {
     "release": ["release", "repo::held@1", "--tag", "t"],
     "gc": ["gc", "repo"],
     "nightly": ["nightly", "nightly.toml"],
+    "failover": ["failover", "dir:{here}/points::web1", "--source-is-gone", "--yes"],
+    "fence": ["fence", "other.qcow2", "dir:{here}/points::web1/vda"],
+    "failback": ["failback", "--prepare", "other.qcow2", "dir:{here}/back::web1/vda"],
     "doctor": ["doctor", "."],
 }
 ELSEWHERE = {"receive", "serve-replica"}
@@ -82,6 +88,17 @@ def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return disk
 
 
+def made_guest(words: Sequence[str], here: Path) -> None:
+    """What a verb about guests that are taken over needs."""
+    image, points = here / "other.qcow2", here / "points"
+    with suppress(InvalidInput):  # a directory whose name cannot be that of a backing file
+        match words[0]:
+            case "failover":
+                made_point(image, points)
+            case "fence" | "failback":
+                taken_over(image, points, fenced=words[0] == "failback")
+
+
 def said_to(number: int, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Broken(number))
@@ -96,6 +113,7 @@ def test_every_verb_is_tried() -> None:
 def test_a_full_disk_is_a_plain_error_of_its_own(
     words: list[str], ground: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    made_guest(words, Path.cwd())
     capsys.readouterr()
     assert said_to(errno.ENOSPC, words, monkeypatch) == OutputFailed.exit_code
     told = capsys.readouterr().err

@@ -22,6 +22,7 @@ from snapchain.source.ownership import note_epoch
 from tests.host.others import ALICE, directory, file, link, open_host
 from tests.ops.owners import Host, chain
 from tests.ops.stacks import flat
+from tests.ops.taken_over import taken_over
 from tests.ops.test_layouts import Desk
 from tests.swaps.campaign import preload
 
@@ -45,6 +46,7 @@ CHANGES = (
     "doctor {mine} --accept {images}/.snapchain-layer-x-1.json",
     "migrate {disk} dir:{mine}/replica::d --offline --image-dir {real}",
     "sync {disk} dir:{mine}/replica::d --rounds 1 --image-dir {real}",
+    "fence {disk} dir:{mine}/points::web1/vda --image-dir {real}",
     "restore {mine}/repo::d {disk} --force",
     "restore {mine}/repo::d {images}/new.qcow2",
     "restore {mine}/repo::d {images}/new.qcow2 --chain",
@@ -62,9 +64,13 @@ READS = (
     "sync {disk} dir:{mine}/replica::s --image-dir {real}",
     "log {mine}/repo",
     "verify {mine}/repo",
+    "status {mine}/repo",
 )
-NO_IMAGE = {"receive", "serve-replica", "guests", "watch"}
-"""They make files of a replica below a directory, as `send` does, or ask a guest for its images."""
+NO_IMAGE = {"receive", "serve-replica", "guests", "watch", "failover", "failback"}
+"""They make files of a replica below a directory, as `send` does, or ask a guest for its images.
+
+failback takes only images that `fence` has marked.
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,6 +101,7 @@ def make_desk(open_host: Path) -> Desk:
     made = Desk(host, mine, (0, 0))
     made.done("init", mine / "repo", "--no-encryption")
     made.done("ship", layers[-1], f"{mine}/repo::d")
+    taken_over(layers[-1], mine / "points")
     (mine / "night.toml").write_text(
         f'time_zone = "UTC"\nstate = "{mine}/state"\n[keep]\ndaily = 3\n'
         f'[[disks]]\npath = "{host.disk}"\nname = "e"\nimage_dirs = ["{real}"]\n'
