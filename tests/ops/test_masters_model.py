@@ -331,7 +331,11 @@ class Masters(RuleBasedStateMachine):
         place = f"{host}/replica"
         request = MigrateRequest(moves=[Move(path, f"{GUEST}/{name}") for name, path in copy.images.items()])
         work = lambda: migration.take_back(request, self.world.endpoint(place, self._dies(fault)))  # noqa: E731
-        return self._run(copy.host, work, fault) is not None
+        there = [each for each in self.copies if each.host == host and each.is_there]
+        done = self._run(copy.host, work, fault) is not None
+        for each in there if done else ():
+            assert each.is_there or each.content == copy.content, "what the guest wrote there was lost"
+        return done
 
     def _hosts_for(self, place: str) -> tuple[str, ...]:
         return self.hosts if place == "repository" else (place.partition("/")[0],)
@@ -630,6 +634,14 @@ def test_what_a_withdrawn_failover_has_left(monkeypatch: pytest.MonkeyPatch) -> 
         assert _standing(model).state is GuestState.PROMOTING
         model.one_master()
         assert model._withdraw("repository", "c", NONE)
+
+
+def test_what_was_written_there_is_not_taken_back() -> None:
+    with told(Masters) as model:
+        model.migrate(0, 1, stops=True, fault=NONE)
+        model.write(0, 0)
+        model.stop(0)
+        assert not model._take_back(model.copies[0], "b", NONE)
 
 
 def test_a_failover_after_the_guest_was_given_on() -> None:
