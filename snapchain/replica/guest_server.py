@@ -265,7 +265,14 @@ class GuestArrival:
         self._at("started")
         if not self._alive():
             raise Conflict("the QEMU that had got the guest has ended here", subject=self._guest)
-        Incoming(self._connected()).check_complete(seconds=_COMPLETE_SECONDS)
+        try:
+            Incoming(self._connected()).check_complete(seconds=_COMPLETE_SECONDS)
+        except Conflict:
+            raise
+        except SnapchainError as error:  # whatever its death looks like from here: nothing is recorded yet
+            raise Conflict(
+                f"the QEMU that had got the guest does not answer here any more: {error.message}", subject=self._guest
+            ) from error
         for case in self._cases:
             if not case.given(self._token):
                 check_may_be_given(case, self._token)

@@ -47,9 +47,9 @@ CHANGING = {
     "release": ["release", "repo::held@1", "--tag", "t"],
     "gc": ["gc", "repo"],
     "nightly": ["nightly", "nightly.toml"],
-    "failover": ["failover", "dir:{here}/points::web1", "--source-is-gone", "--yes"],
-    "fence": ["fence", "other.qcow2", "dir:{here}/points::web1/vda"],
-    "failback": ["failback", "--prepare", "other.qcow2", "dir:{here}/back::web1/vda"],
+    "failover": ["failover", "dir:{here}/failover/points::web1", "--source-is-gone", "--yes"],
+    "fence": ["fence", "fence/vda.qcow2", "dir:{here}/fence/points::web1/vda"],
+    "failback": ["failback", "--prepare", "failback/vda.qcow2", "dir:{here}/back::web1/vda"],
     "doctor": ["doctor", "."],
 }
 ELSEWHERE = {"receive", "serve-replica"}
@@ -90,13 +90,17 @@ def ground(run: Run, disk: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def made_guest(words: Sequence[str], here: Path) -> None:
     """What a verb about guests that are taken over needs."""
-    image, points = here / "other.qcow2", here / "points"
+    verb = words[0]
+    if verb not in {"failover", "fence", "failback"}:
+        return
+    image = here / verb / "vda.qcow2"
+    image.parent.mkdir()
+    qemu_img("create", "-q", "-f", "qcow2", image, "1M")
     with suppress(InvalidInput):  # a directory whose name cannot be that of a backing file
-        match words[0]:
-            case "failover":
-                made_point(image, points)
-            case "fence" | "failback":
-                taken_over(image, points, fenced=words[0] == "failback")
+        if verb == "failover":
+            made_point(image, image.parent / "points")
+        else:
+            taken_over(image, image.parent / "points", fenced=verb == "failback")
 
 
 def said_to(number: int, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:

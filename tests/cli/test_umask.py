@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Run
-from tests.cli.test_streams import CHANGING, READING, ground
+from tests.cli.test_streams import CHANGING, READING, ground, made_guest
 
 __all__ = ["ground"]
 
@@ -41,6 +41,9 @@ def test_nothing_that_a_verb_makes_is_writable_for_others(
     monkeypatch.delenv("SNAPCHAIN_PASSWORD")
     last = CHANGING["migrate"]  # the image is another host's after it
     for words in [*READING.values(), *(each for each in CHANGING.values() if each != last), last]:
+        known = set(entries(tmp_path))
+        made_guest(words, tmp_path)
+        before |= set(entries(tmp_path)) - known
         ended = run(*(word.replace("{here}", str(tmp_path)) for word in words))
         assert ended.status == 0, (words, ended.err)
     made = set(entries(tmp_path)) - before

@@ -557,6 +557,9 @@ class Masters(RuleBasedStateMachine):
                 with suppress(SnapchainError):
                     each.undo()
         self.name_the_epoch()
+        self.one_guest()
+        for number in list(self.running):  # a failover that was run again has started it
+            self._stop(number)
         found = self.world.masters(self.copies, requires_answer=True)
         names = [each.name for each in self.pending]
         assert all(len(hosts) == 1 for hosts in found.values()), f"not one host may start it: {found}, after {names}"
