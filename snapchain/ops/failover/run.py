@@ -157,7 +157,7 @@ class Failover:
         if not self.resumes:
             self._check_new()
         vouched = self._proven(1)
-        make_directories(self._directory, mode=0o777)
+        make_directories(self._directory, mode=0o755)
         if self._note is None:
             note = _Note(token=secrets.token_hex(16), instant=self._chosen.point.instant, seen=self._standing.number)
             self._write_note(note)

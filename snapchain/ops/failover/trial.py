@@ -218,7 +218,7 @@ def _running(
 @contextmanager
 def _removed(directory: Path, on_event: OnEvent) -> Iterator[None]:
     """A new directory, and all that is in it, for the length of the block."""
-    make_directories(directory.parent, mode=0o777)
+    make_directories(directory.parent, mode=0o755)
     with os_errors(directory), Directory.open(directory.parent) as above:
         above.make_directory(directory.name)
     try:
