@@ -260,7 +260,7 @@ class GuestRestoration:
         if self._request.defines and not note.defining:
             define.check_new(*self._definition.domain(), connect=self._request.connect)
         self._check_free()
-        make_directories(self._directory, mode=0o777)
+        make_directories(self._directory, mode=0o755)
         reports: list[RestoreReport] = []
         for disk in self._disks:
             report = self._done_before(disk, note)
