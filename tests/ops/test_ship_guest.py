@@ -237,10 +237,10 @@ def test_all_disks_or_none(site: Site, monkeypatch: pytest.MonkeyPatch, broken: 
     write(site.guest.disks_now["vda"], "write -P 99 2M 64k")
     real = one_disk._run
 
-    def faulty(request: one_disk.ShipRequest, *others: object) -> one_disk.ShipReport:
+    def faulty(request: one_disk.ShipRequest, *others: object, **more: object) -> one_disk.ShipReport:
         if request.disk.endswith(broken):
             raise Unavailable("the link is gone", subject="kvm2")
-        return real(request, *others)  # type: ignore[arg-type]
+        return real(request, *others, **more)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(one_disk, "_run", faulty)
