@@ -54,6 +54,13 @@ class Captured(Running):
         assert journal.find() == ([], [])
 
 
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: beside the images QEMU gets a socket, whose path has at most 107 bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(params=[REPOSITORY, REPLICA])
 def running(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Captured]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
