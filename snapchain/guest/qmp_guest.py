@@ -154,11 +154,14 @@ class QmpGuest:
 
     def _nodes(self) -> list[Mapping[str, Any]] | None:
         """All nodes; None beside a stream job: a QEMU 7.2 might not survive it."""
-        flat = {"flat": True} if self._monitor.has("query-named-block-nodes", "flat") else None
         try:
-            return self._monitor.rows("query-named-block-nodes", flat)
+            return self._monitor.rows("query-named-block-nodes", {"flat": True})
         except Busy:
             return None
+        except Refused as refused:
+            if "'flat' is unexpected" not in refused.words:
+                raise
+            return self._monitor.rows("query-named-block-nodes")  # QEMU before 5.0
 
     def _devices(self) -> dict[str, str]:
         """QOM path -> type, of the devices of the command line and those plugged in later."""

@@ -85,11 +85,13 @@ def test_a_command_and_its_refusal(machine: Machine) -> None:
 def test_what_qemu_can_do_is_asked_not_guessed(machine: Machine, tmp_path: Path) -> None:
     with Spy(tmp_path / "spy", machine.qmp) as spy, Monitor(spy.path) as monitor:
         assert monitor.has("block-commit")
+        assert not monitor.has("no-such-command")
+        assert spy.names() == ["query-commands"], "the schema is large, and the guest waits for it"
         assert monitor.has("block-commit", "base-node")
         assert monitor.has("query-named-block-nodes", "flat")
         assert not monitor.has("block-commit", "no-such-argument")
-        assert not monitor.has("no-such-command")
-        assert spy.names() == ["query-qmp-schema"]
+        assert not monitor.has("no-such-command", "x")
+        assert spy.names() == ["query-commands", "query-qmp-schema"]
     assert commands_of([{"name": "x", "meta-type": "command", "arg-type": "7"}, {"name": "7", "members": 3}]) == {
         "x": frozenset()
     }

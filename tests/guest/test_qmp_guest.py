@@ -916,3 +916,23 @@ def test_another_snapchain_that_lives_keeps_what_it_opened(tmp_path: Path, two: 
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_qemu_that_knows_no_flat_list_is_asked_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    real = Monitor.rows
+
+    def older(monitor: Monitor, command: str, arguments: Any = None) -> Any:
+        if command == "query-named-block-nodes":
+            asked.append(arguments)
+            if arguments is not None:
+                raise Refused(command, "GenericError", "Parameter 'flat' is unexpected", subject="qmp")
+        return real(monitor, command, arguments)
+
+    monkeypatch.setattr(Monitor, "rows", older)
+    with (
+        Machine(tmp_path / "m", disks={"vda": image(tmp_path / "vda.qcow2")}) as machine,
+        open_guest(GuestAddress(qmp=machine.qmp)) as guest,
+    ):
+        assert [disk.name for disk in guest.disks()] == ["vda"]
+    assert asked == [{"flat": True}, None]
