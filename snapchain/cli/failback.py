@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -77,7 +76,7 @@ def failback(
         return
     request = MigrateRequest(
         moves=[Move(image, disk) for image, disk in pairs],
-        start_hook=_words(start_hook),
+        start_hook=[] if start_hook is None else options.argv_of(start_hook, option="--start-hook"),
         format=chosen,
         image_dirs=dirs,
         limit_rate=None if limit_rate is None else quantities.parse_size(limit_rate),
@@ -86,16 +85,6 @@ def failback(
         out.plan(ops.plan(request, endpoint, on_event=out.on_event), _draw_plan)
     else:
         out.report(ops.run(request, endpoint, on_event=out.on_event), _draw_report)
-
-
-def _words(command: str | None) -> list[str]:
-    try:
-        words = shlex.split(command or "")
-    except ValueError as error:
-        raise InvalidInput(f"the start hook: {error}", subject=command) from error
-    if command is not None and not words:
-        raise InvalidInput("the start hook is empty")
-    return words
 
 
 def _draw_plan(console: Console, plan: MigratePlan) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -159,7 +158,7 @@ def failover(
             directory=directory,
             point=to,
             proves=prove,
-            fence=_words(fence, "fence"),
+            fence=[] if fence is None else options.argv_of(fence, option="--fence"),
             vouched=vouched,
             defines=defines,
             connect=connect,
@@ -220,18 +219,6 @@ def _opened(
     return Failover(place, address.disk, request_of(directory), on_event=out.on_event)
 
 
-def _words(command: str | None, which: str) -> list[str]:
-    if command is None:
-        return []
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise InvalidInput(f"the {which} program: {error}", subject=command) from error
-    if not words:
-        raise InvalidInput(f"the {which} program is empty")
-    return words
-
-
 def _test(
     guests: list[str],
     into: Path | None,
@@ -252,7 +239,12 @@ def _test(
     if out.dry_run:
         raise InvalidInput("--test changes nothing", hint="leave out --dry-run")
     request = TrialRequest(
-        directory=into, point=to, proves=prove, check=_words(check, "check"), seconds=timeout, connect=connect
+        directory=into,
+        point=to,
+        proves=prove,
+        check=[] if check is None else options.argv_of(check, option="--check"),
+        seconds=timeout,
+        connect=connect,
     )
     found = []
     for text in dict.fromkeys(guests):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypedDict
@@ -195,9 +194,9 @@ def migrate(
             bandwidth=None if bandwidth is None else quantities.parse_size(bandwidth),
             auto_converge=auto_converge,
             rounds=rounds,
-            command=_words(start_command, "start command"),
-            before=_words(before, "before hook"),
-            after=_words(after, "after hook"),
+            command=_program(start_command, "--start-command"),
+            before=_program(before, "--before"),
+            after=_program(after, "--after"),
             labels=label or (),
             divergence=_divergence(cut=cut_replica),
             image_dirs=options.image_dirs(image_dir),
@@ -219,7 +218,7 @@ def migrate(
         moves=[Move(image, disk) for image, disk in pairs],
         paused=paused,
         prove=prove,
-        start_hook=_words(start_hook),
+        start_hook=_program(start_hook, "--start-hook"),
         labels=label or (),
         divergence=_divergence(cut=cut_replica),
         format=options.format_of(image_format),
@@ -314,18 +313,6 @@ def _move(guest: QmpGuest, words: Sequence[str], asked: _Live, out: Output) -> N
         out.plan(plan_live(guest, request, endpoint, on_event=out.on_event), _draw_live_plan)
     else:
         out.report(migrate_live(guest, request, endpoint, on_event=out.on_event), _draw_live)
-
-
-def _words(command: str | None, what: str = "start hook") -> list[str]:
-    if command is None:
-        return []
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise InvalidInput(f"the {what}: {error}", subject=command) from error
-    if not words:
-        raise InvalidInput(f"the {what} is empty")
-    return words
 
 
 def _draw_plan(console: Console, plan: MigratePlan) -> None:
@@ -431,3 +418,7 @@ def _draw_take_back(console: Console, report: TakeBackReport) -> None:
     render.headline(console, f"taken back from {render.place(report.destination)}")
     for image, disk, epoch in zip(report.images, report.disks, report.epochs, strict=True):
         render.line(console, f"{disk}: {render.place(image)} is this host's again, in epoch {epoch}", indent=2)
+
+
+def _program(command: str | None, option: str) -> tuple[str, ...]:
+    return () if command is None else options.argv_of(command, option=option)

@@ -309,7 +309,7 @@ def _from_file(path: Path, out: Output) -> str:
 def _from_command(command: str) -> str:
     from snapchain.host import passphrases
 
-    return passphrases.from_program(_argv(command, option="--password-command"))
+    return passphrases.from_program(argv_of(command, option="--password-command"))
 
 
 DiskPairs = Annotated[
@@ -532,7 +532,7 @@ def snapshot_request(
         given["freeze_seconds"] = freeze_timeout
     for name, command in (("pre_freeze", pre_freeze), ("post_thaw", post_thaw)):
         if command is not None:
-            given[name] = _argv(command, option=f"--{name.replace('_', '-')}")
+            given[name] = argv_of(command, option=f"--{name.replace('_', '-')}")
     return SnapshotRequest(**given) if given else None
 
 
@@ -544,7 +544,8 @@ def check_no_snapshot_options(given: SnapshotRequest | None) -> None:
         )
 
 
-def _argv(command: str, *, option: str) -> tuple[str, ...]:
+def argv_of(command: str, *, option: str) -> tuple[str, ...]:
+    """A program and its arguments, as a shell would split them. Raises InvalidInput."""
     try:
         argv = tuple(shlex.split(command))
     except ValueError as error:

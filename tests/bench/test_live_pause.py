@@ -91,7 +91,7 @@ def ours(folder: Path) -> list[tuple[float, float]]:
                 found.append((report["pause"], report["predicted_pause"]))
                 monitor = Monitor(Path(report["qmp"]))
                 monitor._socket.sendall(b'{"execute": "quit"}\n')
-                wait_until(lambda run=run: not arrived(run))  # type: ignore[misc]
+                wait_until(lambda: not arrived(run))
                 monitor.close()
     return found
 

@@ -169,3 +169,18 @@ def test_a_line_break_in_a_name_breaks_no_line(run: Run) -> None:
     assert "cannot name a disk" in json.dumps(refused.json)
     replica = run("send", name, f"dir:{Path.cwd()}/replica::web1\nx")
     assert (replica.status, len(replica.err.splitlines())) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--fence", ["failover", "dir:/r::web1"]),
+        ("--start-hook", ["migrate", "a.qcow2", "dir:/r::web1", "--offline"]),
+        ("--start-hook", ["failback", "a.qcow2", "dir:/r::web1"]),
+    ],
+)
+def test_a_program_that_is_none_is_named_by_its_option(option: str, words: list[str], run: Run) -> None:
+    ended = run(*words, option, "")
+    assert (ended.status, f"{option} is empty" in ended.err) == (2, True), ended.err
+    ended = run(*words, option, "'")
+    assert (ended.status, "not a command" in ended.err) == (2, True), ended.err
