@@ -5,8 +5,8 @@
     QEMU there, awaiting                          ended again by the other side when we are gone
     mirrors READY, memory under way               the guest runs, its writes follow at once
     -- paused --                                  mirrors drained, device state sent
-    record "switching", tops marked here          from now on only the destination knows who has the guest
-    GIVE: its catalogues have the disks           the one moment that decides
+    record "switching", tops marked here          from now on only the destination knows which host has the guest
+    GIVE: its record says that it has the guest   the one moment that decides
     QEMU here ended, RUN                          -- it runs there --
     record "switched", all files marked, record removed
 
@@ -277,7 +277,7 @@ def _prepare(
 
 @dataclass(slots=True)
 class _Moved:
-    """What has become of it, for the report."""
+    """What was done, for the report."""
 
     record: MoveRecord
     guest: str

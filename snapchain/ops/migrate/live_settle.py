@@ -1,13 +1,13 @@
-"""How a live migration ends, whoever has died: at the source by its record, at the destination by the catalogues.
+"""How a live migration ends, whoever has died: at the source by its journal, at the destination by its record.
 
-    stage        what may have happened there             who has the guest
+    stage        what may have happened there             which host has the guest
     moving       it was never asked to take the guest     the source
-    switching    it was asked; perhaps it has it          as its catalogues say, and only they
+    switching    it was asked; perhaps it has it          as its record says, and nothing else
     switched     it has it                                the destination
 
-The stage is on the disk before the step that it names.  The source is told to go on only when the destination has
-ended its QEMU and can no longer be asked; the destination runs the guest only after its catalogues have it.  In
-between the guest is paused on both sides, and no guess is made.
+The stage is on the disk before the step that it names.  After the destination was asked, the guest goes on at the
+source only when the destination has ended its own QEMU, and will not take the guest any more.  The destination runs
+the guest only after it has recorded that.  In between the guest is paused on both sides, and nothing is guessed.
 """
 
 from __future__ import annotations
