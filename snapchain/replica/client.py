@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
-from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding
+from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding, Transition, apart_from, joined
 from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.messages import (
@@ -200,19 +200,26 @@ def guest_at(
     request = _valid(AskGuest, guest=guest, replica=endpoint.replica, change=change, handed=tuple(handed))
     found: Stands | None = None
     with _connected(endpoint) as session:
-        for frame in session.responses(Kind.GUEST, request):
+        feature = Feature.PLACES if change is not None and change.needs_several else None
+        for frame in session.responses(Kind.GUEST, request, feature=feature):
             if frame.kind is not Kind.STANDING or found is not None:
                 raise session.unexpected(frame)
             found = session.decode(Stands, frame)
     if found is None or found.standing.guest != guest:
         raise Corrupt("its answer lacks the guest that was asked for", subject=endpoint.url)
-    if change is not None and (change.token, LEGAL[change.transition][1]) != (
-        found.standing.token,
-        found.standing.state,
-    ):
+    standing = found.standing
+    if change is not None and not _is_as_asked(standing, change):
         raise Corrupt("it did not do what was requested", subject=endpoint.url)
     _check_overlays(endpoint, found.disks)
-    return found.standing, found.disks
+    if standing.here is not None:
+        standing = standing.model_copy(update={"here": standing.here.model_copy(update={"url": endpoint.url})})
+    return standing, found.disks
+
+
+def _is_as_asked(standing: GuestStanding, change: GuestChange) -> bool:
+    if change.transition is Transition.KNOW:
+        return joined(*standing.others, *apart_from(change.others, standing.here)) == standing.others
+    return (change.token, LEGAL[change.transition][1]) == (standing.token, standing.state)
 
 
 def _check_overlays(endpoint: Endpoint, disks: Sequence[Standing]) -> None:

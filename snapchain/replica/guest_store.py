@@ -35,7 +35,7 @@ def write_standing(root: Path, standing: GuestStanding) -> None:
     """Replace the record of a guest, durably. Only under its lock."""
     with os_errors(root):
         access = Access.of(root.stat())
-    write_record(_place(root, standing.guest, ".json"), standing, access=access)
+    write_record(_place(root, standing.guest, ".json"), standing.model_copy(update={"here": None}), access=access)
 
 
 @contextmanager

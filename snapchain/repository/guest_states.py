@@ -18,12 +18,14 @@ from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupp
 from snapchain.model.guest_state import (
     GuestChange,
     GuestStanding,
+    Place,
     Transition,
     after,
     as_disks_stand,
     describe_takeover,
     epoch_of,
     is_done,
+    unrecorded,
 )
 from snapchain.objects.exclusive import create_exclusively
 from snapchain.objects.store import ObjectStore
@@ -45,11 +47,19 @@ class _Stored(StoredModel):
 
 
 def look(repository: Repository, guest: str) -> GuestStanding:
-    """How a guest stands. Raises NotFound where no disk is one of such a guest, Corrupt."""
-    disks = _disks(repository, guest)
-    if not disks:
+    """How a guest stands. Raises NotFound where nothing is of such a guest, Corrupt."""
+    disks, record = _disks(repository, guest), _read(repository, guest)
+    if not disks and record is None:
         raise NotFound(f"there is no guest {guest!r} here", subject=repository.store.url)
-    return as_disks_stand(_read(repository, guest), guest, epoch_of([each.epoch for each in disks]))
+    newest = max(disks, key=lambda each: each.epoch, default=None)
+    owner = None if newest is None else newest.owner
+    standing = as_disks_stand(record, guest, epoch_of([each.epoch for each in disks]), master=owner)
+    return standing.model_copy(update={"here": place_of(repository)})
+
+
+def place_of(repository: Repository) -> Place:
+    """This repository, for whoever keeps a list of a guest's destinations."""
+    return Place(id=repository.config.id, url=repository.store.url)
 
 
 def change(repository: Repository, asked: GuestChange) -> GuestStanding:
@@ -61,7 +71,7 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.transition in (Transition.MOVE, Transition.SWITCH):
         hint = "move it to a replica"
         raise Unsupported("a repository has no files that a guest can run on", subject=subject, hint=hint)
-    now = look(repository, asked.guest)
+    now = _stands(repository, asked)
     if asked.transition is Transition.PROMOTE:
         _check_points(repository, asked)
     if asked.transition is Transition.START:
@@ -78,6 +88,16 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.raises:
         _raise_epochs(repository, now)
     return now
+
+
+def _stands(repository: Repository, asked: GuestChange) -> GuestStanding:
+    try:
+        return look(repository, asked.guest)
+    except NotFound:
+        if asked.transition is not Transition.KNOW:
+            raise
+    # It comes before the first layer: no guest point is to be here without the names of the other destinations.
+    return unrecorded(asked.guest, 1).model_copy(update={"here": place_of(repository)})
 
 
 def check_epoch(repository: Repository, catalogue: Catalogue, epoch: int) -> None:
@@ -168,6 +188,7 @@ def _newest(store: ObjectStore, folder: str) -> int | None:
 def _create(repository: Repository, standing: GuestStanding) -> bool:
     """Whether the record was made: nobody else has made one of that number."""
     name = _name(repository, standing.guest, standing.number)
-    body = _Stored(nonce=secrets.token_hex(16), standing=standing).model_dump_json().encode()
+    stored = standing.model_copy(update={"here": None})
+    body = _Stored(nonce=secrets.token_hex(16), standing=stored).model_dump_json().encode()
     sealed = seal(repository.keys, KIND, name, body)
     return create_exclusively(repository.store, name, sealed, conditional=repository.conditional)
