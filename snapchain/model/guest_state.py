@@ -139,6 +139,12 @@ def joined(*places: Place) -> tuple[Place, ...]:
     return tuple(found)
 
 
+def updated(known: Sequence[Place], more: Sequence[Place]) -> tuple[Place, ...]:
+    """Known destinations, and more. A newer one takes the place of another at the same address, which is gone."""
+    stays = [each for each in known if not any(new.url == each.url and not new.is_same(each) for new in more)]
+    return joined(*stays, *more)
+
+
 def apart_from(places: Sequence[Place], *own: Place | None) -> tuple[Place, ...]:
     """Those that are none of `own`."""
     return tuple(each for each in places if not any(mine is not None and each.is_same(mine) for mine in own))
@@ -215,8 +221,8 @@ class GuestChange(Part):
     disks: for PROMOTE, all disks of the guest point
     others: for KNOW, destinations that this one is to know
     epoch: for FOLLOW, that of the takeover; for PROMOTE, the newest that is known of the guest anywhere, 0 if none is
-    seen_epoch, at: for FOLLOW, the epoch that the caller has read here, and where the guest was taken over, None for its
-    host of before
+    seen_epoch, at: for FOLLOW, the epoch that the caller has read here, and where the guest was taken over, None where
+    it is its former host's again
     """
 
     guest: Name
@@ -308,7 +314,7 @@ def as_disks_stand(
 def is_done(now: GuestStanding, change: GuestChange) -> bool:
     """Whether a change was made already, by an earlier run whose answer was lost."""
     if change.transition is Transition.KNOW:
-        return joined(*now.others, *change.others) == now.others
+        return not apart_from(change.others, now.here, *now.others)
     if change.transition is Transition.FOLLOW and now.epoch != change.epoch:
         return False
     return (now.token, now.state, now.number) == (change.token, LEGAL[change.transition][1], change.seen + 1)
@@ -324,7 +330,7 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
             f"the state of the guest was changed meanwhile: it is {describe(now)}", subject=subject, hint="run it again"
         )
     if change.transition is Transition.KNOW:
-        known = joined(*now.others, *apart_from(change.others, now.here))
+        known = updated(now.others, apart_from(change.others, now.here))
         if len(known) > MOST_PLACES:
             raise Conflict(f"a guest has at most {MOST_PLACES} destinations", subject=subject)
         return now.model_copy(update={"number": now.number + 1, "time": time, "by": change.by, "others": known})
@@ -392,9 +398,8 @@ def outranks(theirs: GuestStanding, mine: GuestStanding, *, seen: GuestStanding 
     if theirs.epoch > mine.epoch:
         return True
     if theirs.epoch == mine.epoch:
-        may_wait = theirs.state is GuestState.PROMOTING or (
-            theirs.state is GuestState.PROTECTED and theirs.at is not None
-        )
+        has_followed = theirs.state is GuestState.PROTECTED and theirs.at is not None
+        may_wait = has_followed or theirs.state is GuestState.PROMOTING
         return not may_wait or (theirs.token or "") > (mine.token or "")
     if seen is not None and (theirs.state, theirs.token, theirs.epoch) == (seen.state, seen.token, seen.epoch):
         return False

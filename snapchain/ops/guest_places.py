@@ -33,6 +33,7 @@ from snapchain.model.guest_state import (
     Transition,
     apart_from,
     joined,
+    updated,
 )
 
 _CAP = 1 << 20
@@ -42,7 +43,7 @@ _TRIES = 5
 
 
 class _Kept(BaseModel):
-    """A destination, and the addresses of the others that it was told of."""
+    """A destination, and the ids and addresses of the others that it was told of."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -89,7 +90,7 @@ def remember(images: Iterable[Path], guest: str, places: Iterable[Place]) -> Non
     for directory in _directories(images):
         memory = _recall(directory, guest)
         told = {each.place.url: each.told for each in memory.kept}
-        merged = joined(*(each.place for each in memory.kept), *known)
+        merged = updated([each.place for each in memory.kept], known)
         _write(memory, [_Kept(place=each, told=told.get(each.url, ())) for each in merged])
 
 
@@ -167,7 +168,7 @@ def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent)
             _write(memory, [*memory.kept, mine])
     except SnapchainError as error:
         raise _NotRemembered(str(error)) from error
-    told = tuple(sorted(each.url for each in others))
+    told = tuple(sorted(f"{each.id} {each.url}" for each in others))
     if told != mine.told:
         try:
             standing = tell_others(destination, guest, others, by=socket.gethostname())
@@ -175,7 +176,7 @@ def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent)
             on_event(Notice(f"it is not told of the guest's other destinations: {error}"))
             return mine.place
         if standing is not None and standing.here is not None:
-            mine = mine.model_copy(update={"place": joined(mine.place, standing.here)[0]})
+            mine = mine.model_copy(update={"place": updated([mine.place], [standing.here])[0]})
         mine = mine.model_copy(update={"told": told})
         try:
             kept = [mine if each.place.is_same(me) else each for each in _recall(directory, guest).kept]

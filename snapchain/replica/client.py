@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from snapchain.errors import Corrupt, InvalidInput
 from snapchain.model.disk_name import check_disk_name
 from snapchain.model.events import Notice, OnEvent
-from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding, Transition, apart_from, joined
+from snapchain.model.guest_state import LEGAL, GuestChange, GuestStanding, Transition, apart_from
 from snapchain.model.retention import DropPoints, Rules
 from snapchain.replica.endpoint import Endpoint
 from snapchain.replica.stream.messages import (
@@ -218,7 +218,7 @@ def guest_at(
 
 def _is_as_asked(standing: GuestStanding, change: GuestChange) -> bool:
     if change.transition is Transition.KNOW:
-        return joined(*standing.others, *apart_from(change.others, standing.here)) == standing.others
+        return not apart_from(change.others, standing.here, *standing.others)
     return (change.token, LEGAL[change.transition][1]) == (standing.token, standing.state)
 
 

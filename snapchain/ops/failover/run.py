@@ -244,7 +244,7 @@ class Failover:
     def _ask_others(self) -> OtherDestinations:
         standing, reach = self._standing, self._request.reach
         places = [*standing.others, *([] if standing.at is None else [standing.at])]
-        own = [self._place]
+        own = [self._place, Place(url=self._destination.url)]
         return OtherDestinations(self._view.name, places, reach, own=own, on_event=self._on_event)
 
     @property

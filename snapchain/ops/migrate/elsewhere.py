@@ -39,7 +39,7 @@ class Elsewhere:
             standing, _ = guest_at(endpoint, self._guest)
             self._target = standing.here or self._target
             places += standing.others
-        own = [self._target, *own_places(self._images)]
+        own = [self._target, Place(url=endpoint.url), *own_places(self._images)]
         self._others = OtherDestinations(self._guest, places, request.reach, own=own, on_event=on_event)
 
     def check(self, epoch: int) -> None:
@@ -60,13 +60,11 @@ class Elsewhere:
 
     def _mark(self, standing: GuestStanding) -> None:
         """Every later command here refuses without asking anybody."""
+        url = self._target.url if standing.here is None else standing.here.url
+        dirs = self._request.image_dirs
         for move in self._request.moves:
-            with suppress(SnapchainError):
-                with scan(move.image, format=self._request.format, image_dirs=self._request.image_dirs) as chain:
-                    url = self._target.url if standing.here is None else standing.here.url
-                    mark_taken_over(
-                        chain, standing, destination=url, disk=move.disk, image_dirs=self._request.image_dirs
-                    )
+            with suppress(SnapchainError), scan(move.image, format=self._request.format, image_dirs=dirs) as chain:
+                mark_taken_over(chain, standing, destination=url, disk=move.disk, image_dirs=dirs)
 
     def tell(self, token: str, epoch: int) -> None:
         """They hear that the disks go to the destination, in an epoch. Raises as `OtherDestinations.follow`."""

@@ -340,7 +340,7 @@ def _tell_others(
     elsewhere: Elsewhere,
     on_event: OnEvent,
 ) -> None:
-    """Have the guest's other destinations refuse this host from now on. Where one objects, the disks are this host's."""
+    """Have the guest's other destinations refuse this host. Where one objects, the disks are this host's again."""
     try:
         elsewhere.tell(token, max(each.epoch for each in prepared))
     except SnapchainError as error:
