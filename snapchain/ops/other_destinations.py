@@ -38,12 +38,6 @@ Opens = Callable[[str], Writing]
 _TRIES = 5
 
 
-def _open(url: str) -> Writing:
-    from snapchain.destinations import open_destination
-
-    return open_destination(url, writing=True)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
     """How this host reaches a guest's other destinations.
@@ -54,7 +48,7 @@ class Reach:
 
     at: Sequence[str] = ()
     without: Sequence[str] = ()
-    opens: Opens = _open
+    opens: Opens = guest_places.open_other
 
 
 class Overtaken(Conflict):

@@ -146,6 +146,7 @@ class Masters(RuleBasedStateMachine):
         self.requires_answer = True
         self.unaware: set[str] = set()
         self.withdrew = self.moved = False
+        self.without: tuple[str, ...] = ()
 
     @initialize(requires_answer=st.booleans(), ships=st.sampled_from([True, True, False]))
     def begin(self, requires_answer: bool, ships: bool) -> None:
@@ -283,7 +284,7 @@ class Masters(RuleBasedStateMachine):
         self, copy: Copy, host: str, fault: Fault, *, is_first: bool = False, moves: Any = migration.migrate
     ) -> bool:
         place = f"{host}/replica"
-        request = MigrateRequest(moves=[Move(path, f"{GUEST}/{name}") for name, path in copy.images.items()])
+        request = self._moves(copy)
         content = copy.content
         report = self._run(copy.host, lambda: moves(request, self.world.endpoint(place, self._dies(fault))), fault)
         if report is None:
@@ -301,6 +302,10 @@ class Masters(RuleBasedStateMachine):
         images = {name: Path(each.overlay) for name, each in zip(copy.images, report.disks, strict=True)}
         self._register(Copy(host, images, content))
         return True
+
+    def _moves(self, copy: Copy) -> MigrateRequest:
+        moves = [Move(path, f"{GUEST}/{name}") for name, path in copy.images.items()]
+        return MigrateRequest(moves=moves, reach=self.world.reach(*self.without))
 
     def _again(self, is_done: bool) -> None:
         if not is_done:
@@ -329,7 +334,7 @@ class Masters(RuleBasedStateMachine):
 
     def _take_back(self, copy: Copy, host: str, fault: Fault) -> bool:
         place = f"{host}/replica"
-        request = MigrateRequest(moves=[Move(path, f"{GUEST}/{name}") for name, path in copy.images.items()])
+        request = self._moves(copy)
         work = lambda: migration.take_back(request, self.world.endpoint(place, self._dies(fault)))  # noqa: E731
         there = [each for each in self.copies if each.host == host and each.is_there]
         done = self._run(copy.host, work, fault) is not None
@@ -380,6 +385,7 @@ class Masters(RuleBasedStateMachine):
                 host=host,
                 vouched=WORD if proof in ("fence", "lie", "word") else None,
                 fence=["false"] if proof == "false" else [],
+                reach=self.world.reach(*self.without),
             )
             return Failover(self.world.destination(place), GUEST, request).run()
 
@@ -416,13 +422,16 @@ class Masters(RuleBasedStateMachine):
                     )
                 )
             return False
+        self._took_over(place, host, report)
+        return True
+
+    def _took_over(self, place: str, host: str, report: FailoverReport) -> None:
         images = {each.name: Path(each.path or "") for each in report.disks}
         content = self.points[place, report.instant]
         for path in images.values():
             known = any(path in copy.images.values() for copy in self.copies)
             assert known or shows(path, content), "what was taken over does not read as the point that was named"
         self._start(self._register(Copy(host, images, content)))
-        return True
 
     @precondition(lambda self: any(len(writers) > 1 for writers in self.writers.values()))
     @rule(by=st.integers(0, 2), at=st.integers(0, 2), fault=FAULTS)
@@ -436,7 +445,7 @@ class Masters(RuleBasedStateMachine):
         directory = self.root / host / f"out-{place.replace('/', '-')}"
 
         def work() -> Any:
-            request = FailoverRequest(directory=directory, host=host, vouched=WORD)
+            request = FailoverRequest(directory=directory, host=host, vouched=WORD, reach=self.world.reach())
             return Failover(self.world.destination(place), GUEST, request).withdraw()
 
         return self._run(host, work, fault) is not None
@@ -611,6 +620,10 @@ def _after(other: Callable[[], Any], real: Callable[..., Any]) -> Callable[..., 
 
 class RepositoryMasters(Masters):
     hosts, replicas, has_repository = ("a", "c"), (), True
+
+
+class Everything(Masters):
+    hosts, replicas, has_repository = ("a", "b", "c"), ("a", "b", "c"), True
 
 
 class ThreeHosts(Masters):
