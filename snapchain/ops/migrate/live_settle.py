@@ -136,6 +136,11 @@ def record_of(found: journal.Found) -> MoveRecord:
         raise Corrupt("not the record of a migration", subject=found.path, hint="remove it") from error
 
 
+def current(found: journal.Found) -> journal.Found | None:
+    """The record as it is now; None where it is gone."""
+    return next((each for each in journal.find(operation=OPERATION)[0] if each.path == found.path), None)
+
+
 def restaged(found: journal.Found, stage: Literal["moving", "switching", "switched"]) -> journal.Found:
     """The record with another stage, durably."""
     details = {**found.record.details, "stage": stage}
