@@ -24,8 +24,10 @@ from typing import Any
 from tests.guest.counting_guest import arrived
 from tests.net.namespaces import Cable, Host, two_hosts
 from tests.net.sshd import SshHost, sshd
-from tests.waiting import wait_until
+from tests.waiting import started_with, wait_until
 
+PATIENCE = 600.0
+"""Seconds for one command."""
 _AS = 'hostname "$0" && exec "$@"'
 
 
@@ -80,14 +82,15 @@ class Site:
             start_new_session=True,
         )
 
-    def snapchain(self, *words: object, patience: float = 600, **more: str) -> tuple[int, str, str]:
+    def snapchain(self, *words: object, **more: str) -> tuple[int, str, str]:
         """Its exit code, and what it said on both streams."""
         with self.begin(*words, **more) as child:
             try:
-                out, error = child.communicate(timeout=patience)
+                out, error = child.communicate(timeout=PATIENCE)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 raise
+        assert "Traceback" not in error, error
         return child.returncode, out, error
 
     def report(self, *words: object, **more: str) -> Any:
@@ -95,6 +98,10 @@ class Site:
         status, out, error = self.snapchain(*words, "--json", **more)
         assert status == 0, f"{words}: {out}{error}"
         return json.loads(out)
+
+    def processes(self) -> list[int]:
+        """All that works for it: snapchain, watchdogs, and QEMUs that arrived here."""
+        return [int(process.name) for process in started_with(self.run)]
 
     def left(self) -> list[Path]:
         """Records of what is under way, and directories of sockets."""
@@ -120,9 +127,12 @@ class Sites:
 
 
 @contextmanager
-def two_sites(folder: Path, **settings: float) -> Iterator[Sites]:
-    """settings: of the cable (Cable.set). QEMUs that arrived on either are ended with it. Needs root."""
-    with two_hosts(**settings) as (near, far, cable), tempfile.TemporaryDirectory(prefix="sc") as short:
+def two_sites(folder: Path, *, delay: float = 0.0, loss: float = 0.0, rate: float = 0.0) -> Iterator[Sites]:
+    """The cable as Cable.set has it. QEMUs that arrived on either are ended with it. Needs root."""
+    with (
+        two_hosts(delay=delay, loss=loss, rate=rate) as (near, far, cable),
+        tempfile.TemporaryDirectory(prefix="sc") as short,
+    ):
         sites = []
         with (
             sshd(
