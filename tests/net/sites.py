@@ -133,20 +133,7 @@ def two_sites(folder: Path, *, delay: float = 0.0, loss: float = 0.0, rate: floa
         two_hosts(delay=delay, loss=loss, rate=rate) as (near, far, cable),
         tempfile.TemporaryDirectory(prefix="sc") as short,
     ):
-        sites = []
-        with (
-            sshd(
-                folder / "kvm1" / "sshd", alias="kvm1", address=near.address, there=near.inside, here=far.inside
-            ) as to_a,
-            sshd(
-                folder / "kvm2" / "sshd", alias="kvm2", address=far.address, there=far.inside, here=near.inside
-            ) as to_b,
-        ):
-            for name, host, server in (("kvm1", near, to_a), ("kvm2", far, to_b)):
-                run = Path(short) / name[-1]
-                run.mkdir()
-                sites.append(Site(name, host, folder / name, run, server))
-            a, b = sites
+        with _site("kvm1", near, far, folder, Path(short)) as a, _site("kvm2", far, near, folder, Path(short)) as b:
             a.peer, b.peer = b, a
             try:
                 yield Sites(a, b, cable)
