@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,9 +168,11 @@ def ask_for_handover(
 
     Raises what the replica refuses with: then nothing was changed there; Unavailable where that is not known.
     """
-    request = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica)
     found: tuple[Standing, ...] | None = None
     with _connected(endpoint) as session:
+        session.begin()  # which tells its features
+        by = socket.gethostname()[:250] if Feature.GUEST_STATE in session.features else None
+        request = Handover(step=step, token=token, disks=tuple(disks), replica=endpoint.replica, by=by)
         for frame in session.responses(Kind.HANDOVER, request):
             if frame.kind is not Kind.HANDED or found is not None:
                 raise session.unexpected(frame)

@@ -9,11 +9,13 @@ refused is refused before the record, so all disks are taken over, or none.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files
@@ -59,20 +61,23 @@ def look(replica: Replica, guest: str) -> Stands:
     disks = disks_of(replica, guest)
     if not disks:
         raise NotFound(f"there is no guest {guest!r} here", subject=replica.root)
-    standing = as_disks_stand(read_standing(replica.root, guest), guest, epoch_of([_epoch(disk) for disk in disks]))
-    return Stands(standing=standing)
+    epoch, master = max((_epoch(disk) for disk in disks), key=lambda found: found[0])
+    record = read_standing(replica.root, guest)
+    return Stands(standing=as_disks_stand(record, guest, epoch_of([epoch]), master=master))
 
 
-def _epoch(disk: ReplicaDisk) -> int:
-    """The latest epoch that is known here of a disk: the host of this replica may have given it on to another one."""
+def _epoch(disk: ReplicaDisk) -> tuple[int, str | None]:
+    """The latest epoch that is known here of a disk, and its master, where this host has given it on to that one."""
     catalogue = disk.read()
     if catalogue is None:
-        return 0
+        return 0, None
     overlay = None if catalogue.handover is None else overlay_of(disk, catalogue.handover)
     if overlay is None or not overlay.exists() or overlay.stat().st_mode & 0o222:
-        return catalogue.epoch
+        return catalogue.epoch, None
     given = Notes().of(overlay.resolve()).given
-    return catalogue.epoch if given is None else max(catalogue.epoch, given.epoch)
+    if given is None or given.epoch <= catalogue.epoch:
+        return catalogue.epoch, None
+    return given.epoch, (urlsplit(given.destination).hostname or socket.gethostname())[:250]
 
 
 def change(replica: Replica, request: AskGuest) -> Stands:

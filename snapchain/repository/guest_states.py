@@ -49,7 +49,8 @@ def look(repository: Repository, guest: str) -> GuestStanding:
     disks = _disks(repository, guest)
     if not disks:
         raise NotFound(f"there is no guest {guest!r} here", subject=repository.store.url)
-    return as_disks_stand(_read(repository, guest), guest, epoch_of([each.epoch for each in disks]))
+    newest = max(disks, key=lambda each: each.epoch)
+    return as_disks_stand(_read(repository, guest), guest, epoch_of([newest.epoch]), master=newest.owner)
 
 
 def change(repository: Repository, asked: GuestChange) -> GuestStanding:

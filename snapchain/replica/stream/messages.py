@@ -503,12 +503,24 @@ class HandedDisk(Message):
 
 
 class Handover(Message):
-    """All disks of a guest, all or none. token: of this handover, the same in each repetition."""
+    """All disks of a guest, all or none. token: of this handover, the same in each repetition.
+
+    by: the host that gives them, for the record of the guest's state; only for a receiver that keeps one
+    """
 
     step: Step
     token: LayerId
     disks: tuple[HandedDisk, ...] = Field(min_length=1, max_length=MOST_DISKS)
     replica: str | None = Field(default=None, max_length=4096)
+    by: str | None = Field(default=None, min_length=1, max_length=250)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A receiver without the feature does not know the field.
+        fields: dict[str, Any] = handler(self)
+        if fields.get("by") is None:
+            fields.pop("by", None)
+        return fields
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:
@@ -888,7 +900,7 @@ REQUESTS: Mapping[Kind, Request] = {
     Kind.HANDOVER: Request(
         Handover,
         128 * KiB,
-        "handover:answer",
+        "guest_handover:answer",
         (Kind.HANDED,),
         frozenset({Right.HANDOVER}),
         Feature.HANDOVER,
