@@ -36,7 +36,7 @@ from snapchain.replica import handover, names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Layer
 from snapchain.replica.epochs import overlay_of
-from snapchain.replica.guest_store import alone_with, disks_of, read_standing, write_standing
+from snapchain.replica.guest_store import alone_with, disks_of, note_check, read_checks, read_standing, write_standing
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import Active, AskGuest, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
@@ -51,7 +51,12 @@ _SECTOR = 512
 def answer(receiver: Receiver, request: AskGuest) -> None:
     """GUEST. Raises as `look` and `change`."""
     replica = open_replica(receiver.root(request.replica))
-    found = look(replica, request.guest) if request.change is None else change(replica, request)
+    if request.check is not None:
+        with alone_with(replica.root, request.guest):
+            found = look(replica, request.guest)
+            found = found.model_copy(update={"checks": note_check(replica.root, request.check)})
+    else:
+        found = look(replica, request.guest) if request.change is None else change(replica, request)
     receiver.session.reply(Kind.STANDING, found)
     receiver.session.done()
 
@@ -63,7 +68,8 @@ def look(replica: Replica, guest: str) -> Stands:
         raise NotFound(f"there is no guest {guest!r} here", subject=replica.root)
     epoch, master = max((_epoch(disk) for disk in disks), key=lambda found: found[0])
     record = read_standing(replica.root, guest)
-    return Stands(standing=as_disks_stand(record, guest, epoch_of([epoch]), master=master))
+    standing = as_disks_stand(record, guest, epoch_of([epoch]), master=master)
+    return Stands(standing=standing, checks=read_checks(replica.root, guest))
 
 
 def _epoch(disk: ReplicaDisk) -> tuple[int, str | None]:
