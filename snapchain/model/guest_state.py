@@ -169,22 +169,17 @@ _BEGIN = frozenset({Transition.MOVE, Transition.PROMOTE})
 """These begin something; all other steps belong to what is under way or was done, and must name its token."""
 
 
-def unrecorded(guest: str, epoch: int) -> GuestStanding:
-    """A guest of which nothing is recorded. epoch: the latest of its disks"""
-    return GuestStanding(guest=guest, number=0, state=GuestState.PROTECTED, epoch=epoch)
-
-
-def as_disks_stand(record: GuestStanding | None, guest: str, epoch: int) -> GuestStanding:
+def as_disks_stand(record: GuestStanding | None, guest: str, epoch: int, *, master: str | None = None) -> GuestStanding:
     """How a guest stands. record: what is stored, None for nothing; epoch: the latest of its disks
 
     Disks in a later epoch than the record were handed on without it: their master writes them, as before any change.
+    master: that host, where the disks name it
     """
-    if record is None:
-        return unrecorded(guest, epoch)
-    if epoch <= record.epoch:
+    if record is not None and epoch <= record.epoch:
         return record
+    number, former = (0, None) if record is None else (record.number, record.master)
     return GuestStanding(
-        guest=guest, number=record.number, state=GuestState.PROTECTED, epoch=epoch, former=record.master
+        guest=guest, number=number, state=GuestState.PROTECTED, epoch=epoch, master=master, former=former
     )
 
 
@@ -203,6 +198,8 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
             f"the state of the guest was changed meanwhile: it is {describe(now)}", subject=subject, hint="run it again"
         )
     states, target = LEGAL[change.transition]
+    if change.transition is Transition.WITHDRAW and now.vouched is None:
+        states |= {GuestState.ACTIVE}  # a planned move goes back as long as its guest has written nothing
     begins = change.transition in _BEGIN or now.state is GuestState.PROTECTED
     if now.state not in states or not (begins or now.token == change.token):
         raise Conflict(f"the guest is {describe(now)}", subject=subject, hint=_remedy(now))

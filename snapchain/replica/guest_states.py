@@ -9,11 +9,13 @@ refused is refused before the record, so all disks are taken over, or none.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from snapchain.errors import Conflict, InvalidInput, NotFound, SnapchainError
 from snapchain.host import files
@@ -34,7 +36,7 @@ from snapchain.replica import handover, names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Layer
 from snapchain.replica.epochs import overlay_of
-from snapchain.replica.guest_store import alone_with, disks_of, read_standing, write_standing
+from snapchain.replica.guest_store import alone_with, disks_of, note_check, read_checks, read_standing, write_standing
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import Active, AskGuest, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
@@ -49,7 +51,12 @@ _SECTOR = 512
 def answer(receiver: Receiver, request: AskGuest) -> None:
     """GUEST. Raises as `look` and `change`."""
     replica = open_replica(receiver.root(request.replica))
-    found = look(replica, request.guest) if request.change is None else change(replica, request)
+    if request.check is not None:
+        with alone_with(replica.root, request.guest):
+            found = look(replica, request.guest)
+            found = found.model_copy(update={"checks": note_check(replica.root, request.check)})
+    else:
+        found = look(replica, request.guest) if request.change is None else change(replica, request)
     receiver.session.reply(Kind.STANDING, found)
     receiver.session.done()
 
@@ -59,20 +66,24 @@ def look(replica: Replica, guest: str) -> Stands:
     disks = disks_of(replica, guest)
     if not disks:
         raise NotFound(f"there is no guest {guest!r} here", subject=replica.root)
-    standing = as_disks_stand(read_standing(replica.root, guest), guest, epoch_of([_epoch(disk) for disk in disks]))
-    return Stands(standing=standing)
+    epoch, master = max((_epoch(disk) for disk in disks), key=lambda found: found[0])
+    record = read_standing(replica.root, guest)
+    standing = as_disks_stand(record, guest, epoch_of([epoch]), master=master)
+    return Stands(standing=standing, checks=read_checks(replica.root, guest))
 
 
-def _epoch(disk: ReplicaDisk) -> int:
-    """The latest epoch that is known here of a disk: the host of this replica may have given it on to another one."""
+def _epoch(disk: ReplicaDisk) -> tuple[int, str | None]:
+    """The latest epoch that is known here of a disk, and its master, where this host has given it on to that one."""
     catalogue = disk.read()
     if catalogue is None:
-        return 0
+        return 0, None
     overlay = None if catalogue.handover is None else overlay_of(disk, catalogue.handover)
     if overlay is None or not overlay.exists() or overlay.stat().st_mode & 0o222:
-        return catalogue.epoch
+        return catalogue.epoch, None
     given = Notes().of(overlay.resolve()).given
-    return catalogue.epoch if given is None else max(catalogue.epoch, given.epoch)
+    if given is None or given.epoch <= catalogue.epoch:
+        return catalogue.epoch, None
+    return given.epoch, (urlsplit(given.destination).hostname or socket.gethostname())[:250]
 
 
 def change(replica: Replica, request: AskGuest) -> Stands:
