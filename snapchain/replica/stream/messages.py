@@ -844,6 +844,8 @@ class Feature(StrEnum):
     """The receiver keeps the states of guests, and answers GUEST."""
     MOVE = "move"
     """Guests can come to the receiver's host while they run."""
+    PLACES = "places"
+    """The receiver knows of a guest's other destinations, and names itself in STANDING."""
 
 
 @dataclass(frozen=True, slots=True)
