@@ -335,6 +335,8 @@ def after(now: GuestStanding, change: GuestChange, *, time: datetime, subject: o
             raise Conflict(f"a guest has at most {MOST_PLACES} destinations", subject=subject)
         return now.model_copy(update={"number": now.number + 1, "time": time, "by": change.by, "others": known})
     states, target = LEGAL[change.transition]
+    if change.transition is Transition.WITHDRAW and now.vouched is None:
+        states |= {GuestState.ACTIVE}  # a planned move goes back as long as its guest has written nothing
     begins = change.transition in _BEGIN or now.state is GuestState.PROTECTED
     if now.state not in states or not (begins or now.token == change.token):
         raise Conflict(f"the guest is {describe(now)}", subject=subject, hint=_remedy(now))

@@ -11,6 +11,7 @@ from snapchain.destination.protocol import Destination
 from snapchain.destination.records import DiskRecord
 from snapchain.errors import NotFound, SnapchainError
 from snapchain.model.consistency import Consistency
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import GuestStanding, GuestState, Place, Vouched, describe
 from snapchain.ops.failover.choose import loss_of
 from snapchain.ops.guest_points import GuestView, guest_named, guests_of
@@ -30,6 +31,7 @@ class GuestStatus(_Shown):
     ahead_bytes: DATA that the destination has beyond it
     taken_at: the other destination at which the master took the guest over; others: all other destinations that are
     known; silent: those of them that did not answer, and why
+    verified, booted: what came of the last verification of the guest, and of the last boot of a clone (failover --test)
     owed: what must still be done about it, sentences; fault: why it could not be asked
     """
 
@@ -51,6 +53,8 @@ class GuestStatus(_Shown):
     taken_at: str | None = None
     others: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
+    verified: GuestCheck | None = None
+    booted: GuestCheck | None = None
     owed: tuple[str, ...] = ()
     fault: str | None = None
 
@@ -102,7 +106,7 @@ def _one(place: Destination, disks: Sequence[DiskRecord], name: str, now: dateti
 def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -> GuestStatus:
     row = GuestStatus(guest=name, destination=place.url)
     try:
-        standing = place.guest_state(name)
+        standing, checks = place.guest_state(name), place.guest_checks(name)
         row = row.model_copy(
             update={
                 "state": standing.state,
@@ -111,7 +115,9 @@ def _row(place: Destination, name: str, view: GuestView | None, now: datetime) -
                 "former": standing.former,
                 "since": standing.time,
                 "vouched": standing.vouched,
-                "owed": owed(standing),
+                "verified": checks.verified,
+                "booted": checks.booted,
+                "owed": owed(standing) + owed_by_checks(checks),
             }
         )
         if view is not None and view.points:
@@ -161,7 +167,7 @@ def owed(standing: GuestStanding) -> tuple[str, ...]:
         case GuestState.MOVING:
             return (f"a move from {master} is under way: it must be finished or aborted there",)
         case GuestState.SWITCHED:
-            return (f"the guest is not known to run on {master} yet: finish the move",)
+            return (f"the guest is not known to run on {master} yet: finish the move, or start it there",)
         case GuestState.PROMOTING:
             return (f"a failover to {master} is under way: run it again there, or --withdraw",)
         case GuestState.SUSPECT:
@@ -172,3 +178,13 @@ def owed(standing: GuestStanding) -> tuple[str, ...]:
             return (f"{former} must not start it: run `snapchain fence` there before its guests start",)
         case GuestState.ACTIVE | GuestState.PROTECTED:
             return ()
+
+
+def owed_by_checks(checks: GuestChecks) -> tuple[str, ...]:
+    """What the last checks have found to be wrong."""
+    found = []
+    if checks.verified is not None and not checks.verified.ok:
+        found.append(f"the last verification found damage: {checks.verified.words}")
+    if checks.booted is not None and not checks.booted.ok:
+        found.append(f"the last boot of a clone failed: {checks.booted.words}")
+    return tuple(found)

@@ -42,7 +42,7 @@ from snapchain.replica import handover, names
 from snapchain.replica.arrival import settle
 from snapchain.replica.catalogue import Catalogue, Layer
 from snapchain.replica.epochs import overlay_of
-from snapchain.replica.guest_store import alone_with, disks_of, read_standing, write_standing
+from snapchain.replica.guest_store import alone_with, disks_of, note_check, read_checks, read_standing, write_standing
 from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_replica
 from snapchain.replica.stream.messages import Active, AskGuest, Feature, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
@@ -59,7 +59,12 @@ def answer(receiver: Receiver, request: AskGuest) -> None:
     knows = request.change is not None and request.change.transition is Transition.KNOW
     # It comes before the first layer: no guest point is to be here without the names of the other destinations.
     replica = open_replica(receiver.root(request.replica), make=knows)
-    found = look(replica, request.guest) if request.change is None else change(replica, request)
+    if request.check is not None:
+        with alone_with(replica.root, request.guest):
+            found = look(replica, request.guest)
+            found = found.model_copy(update={"checks": note_check(replica.root, request.check)})
+    else:
+        found = look(replica, request.guest) if request.change is None else change(replica, request)
     if Feature.PLACES not in receiver.session.features:
         found = found.model_copy(update={"standing": found.standing.for_older()})
     receiver.session.reply(Kind.STANDING, found)
@@ -73,7 +78,9 @@ def look(replica: Replica, guest: str) -> Stands:
         raise NotFound(f"there is no guest {guest!r} here", subject=replica.root)
     found = max((_written(disk) for disk in disks), key=lambda each: each.epoch, default=_Written(0))
     standing = as_disks_stand(record, guest, epoch_of([found.epoch]), master=found.master, at=found.at)
-    return Stands(standing=standing.model_copy(update={"here": place_of(replica)}))
+    return Stands(
+        standing=standing.model_copy(update={"here": place_of(replica)}), checks=read_checks(replica.root, guest)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The states of guests in a repository: one object a step, made by create-if-absent, so that no lock is needed.
 
     guests/GUEST/NUMBER     the record with that number (model/guest_state.py); kind G, sealed, never changed
+    guests/GUEST/checks     what came of the last checks of it (model/guest_checks.py); kind G, sealed, replaced
 
 SWITCH needs files that a guest can run on, and belongs to replicas.  PROMOTE and WITHDRAW raise the epoch in the
 catalogue of each disk after the record is made: from then on a writer in an older epoch cannot publish (`check_epoch`).
@@ -15,6 +16,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from snapchain.errors import Conflict, Corrupt, NotFound, SnapchainError, Unsupported
+from snapchain.model.guest_checks import GuestCheck, GuestChecks
 from snapchain.model.guest_state import (
     GuestChange,
     GuestStanding,
@@ -36,6 +38,7 @@ from snapchain.repository.repository import Repository
 
 KIND = b"G"
 FOLDER = "guests/"
+CHECKS = "checks"
 
 
 class _Stored(StoredModel):
@@ -44,6 +47,14 @@ class _Stored(StoredModel):
     format: Literal[1] = 1
     nonce: str
     standing: GuestStanding
+
+
+class _StoredChecks(StoredModel):
+    """The object with the last checks."""
+
+    format: Literal[1] = 1
+    nonce: str
+    checks: GuestChecks
 
 
 def look(repository: Repository, guest: str) -> GuestStanding:
@@ -88,6 +99,29 @@ def change(repository: Repository, asked: GuestChange) -> GuestStanding:
     if asked.raises:
         _raise_epochs(repository, now)
     return now
+
+
+def checks(repository: Repository, guest: str) -> GuestChecks:
+    """What came of the last checks of a guest. Raises Corrupt."""
+    name = _name(repository, guest, CHECKS)
+    try:
+        body = unseal(repository.keys, KIND, name, repository.store.get(name))
+    except NotFound:
+        return GuestChecks()
+    return parse_stored(_StoredChecks, body, what="the checks of a guest", subject=name).checks
+
+
+def note_check(repository: Repository, check: GuestCheck) -> None:
+    """Record one. Of two at the same time one may be lost. Raises NotFound where there is no such guest."""
+    if not _disks(repository, check.guest):
+        raise NotFound(f"there is no guest {check.guest!r} here", subject=repository.store.url)
+    try:
+        before = checks(repository, check.guest)
+    except Corrupt:
+        before = GuestChecks()
+    name = _name(repository, check.guest, CHECKS)
+    stored = _StoredChecks(nonce=secrets.token_hex(16), checks=before.after(check))
+    repository.store.put(name, seal(repository.keys, KIND, name, stored.model_dump_json().encode()))
 
 
 def _stands(repository: Repository, asked: GuestChange) -> GuestStanding:
@@ -164,8 +198,8 @@ def _disks(repository: Repository, guest: str) -> list[Catalogue]:
 # --- objects
 
 
-def _name(repository: Repository, guest: str, number: int) -> str:
-    return f"{FOLDER}{repository.keys.disk_key(guest)}/{number:020d}"
+def _name(repository: Repository, guest: str, last: int | str) -> str:
+    return f"{FOLDER}{repository.keys.disk_key(guest)}/{last if isinstance(last, str) else f'{last:020d}'}"
 
 
 def _read(repository: Repository, guest: str) -> GuestStanding | None:

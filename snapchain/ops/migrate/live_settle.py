@@ -136,6 +136,11 @@ def record_of(found: journal.Found) -> MoveRecord:
         raise Corrupt("not the record of a migration", subject=found.path, hint="remove it") from error
 
 
+def current(found: journal.Found) -> journal.Found | None:
+    """The record as it is now; None where it is gone."""
+    return next((each for each in journal.find(operation=OPERATION)[0] if each.path == found.path), None)
+
+
 def restaged(found: journal.Found, stage: Literal["moving", "switching", "switched"]) -> journal.Found:
     """The record with another stage, durably."""
     details = {**found.record.details, "stage": stage}
@@ -261,6 +266,8 @@ class _End:
 
     def _done(self, *, moved: bool, says: str) -> SettledMove:
         run_directory.remove(self._record.directory)
+        if moved and self._found.record.qmp is not None:
+            run_directory.remove_of(Path(self._found.record.qmp))
         journal.remove(self._found.path)
         guest = self._found.record.guest
         return SettledMove(guest=guest, destination=self._record.destination, moved=moved, says=says)

@@ -12,17 +12,28 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from snapchain.errors import Busy, Conflict, InvalidInput, NotFound, SnapchainError, ToolFailed, Unavailable
+from snapchain.errors import (
+    Busy,
+    Conflict,
+    InvalidInput,
+    NotFound,
+    SnapchainError,
+    ToolFailed,
+    Unavailable,
+    Unsupported,
+)
 from snapchain.host.locks import ImageLock, LockMode
 from snapchain.host.processes import run
 from snapchain.host.retry import RetryPolicy, retry
 from snapchain.model.events import Notice, OnEvent, ignore
+from snapchain.model.guest_state import GuestChange, GuestState, Transition
 from snapchain.ops.migrate.elsewhere import Elsewhere
 from snapchain.ops.migrate.look import check_was_given, look_at, opened, token_of
 from snapchain.ops.migrate.ready import Prepared, active_of, prepare, seals, taken_up, whole
@@ -38,9 +49,10 @@ from snapchain.ops.migrate.request import (
     TakeBackReport,
 )
 from snapchain.ops.ship.run import plan as plan_ship
-from snapchain.replica.client import ask_for_handover
+from snapchain.replica.client import ask_for_handover, guest_at
 from snapchain.replica.disk_writer import ReplicaWriting
 from snapchain.replica.endpoint import Endpoint
+from snapchain.replica.guest_store import guest_of
 from snapchain.replica.sender import Sender
 from snapchain.replica.stream.messages import MOST_DISKS, ActiveState, HandedDisk, Open, Standing, Step
 from snapchain.source import ownership
@@ -128,6 +140,7 @@ def migrate(request: MigrateRequest, endpoint: Endpoint, *, on_event: OnEvent = 
     started = None
     if request.start_hook:
         if done is None or not done.started:
+            _note_start(prepared, endpoint, token, on_event)
             start(request.start_hook, endpoint.url, request.moves, standings)
             _confirm(request, prepared, token, started=True)
         started = True
@@ -394,6 +407,28 @@ def _confirm(request: MigrateRequest, prepared: Sequence[Prepared], token: str, 
     for each in prepared:
         with opened(request, each.move) as chain:
             ownership.confirm(chain, token, started=started)
+
+
+def _note_start(prepared: Sequence[Prepared], endpoint: Endpoint, token: str, on_event: OnEvent) -> None:
+    """Have the destination record that the guest starts; before it does, so that one that was overtaken starts nothing.
+
+    Nothing where it has no record of this handover: it keeps none, or these were not all disks of a guest.
+    Raises Conflict where another move or failover was faster.
+    """
+    guest = guest_of(prepared[0].move.disk)
+    if not guest:
+        return
+    here = socket.gethostname()[:250]
+
+    def ask() -> None:
+        now, _ = guest_at(endpoint, guest)
+        if now.token == token and now.state is GuestState.SWITCHED:
+            step = Transition.START
+            change = GuestChange(guest=guest, transition=step, seen=now.number, token=token, by=here, host=here)
+            guest_at(endpoint, guest, change)
+
+    with suppress(Unsupported):
+        retry(ask, policy=_HANDOVER, progress=lambda: 0, on_retry=lambda notice: on_event(Notice(str(notice))))
 
 
 def _check_paused(request: MigrateRequest, prepared: Sequence[Prepared]) -> None:
