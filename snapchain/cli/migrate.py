@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from snapchain.guest.qmp_guest import QmpGuest
     from snapchain.ops.migrate.live_request import AbortReport, LivePlan, LiveReport
     from snapchain.ops.migrate.run import MigratePlan, MigrateReport, TakeBackPlan, TakeBackReport
+    from snapchain.ops.other_destinations import Reach
     from snapchain.ops.ship.request import Divergence
 
 _BACK = "To go back"
@@ -203,6 +204,7 @@ def migrate(
             labels=label or (),
             divergence=_divergence(cut=cut_replica),
             image_dirs=options.image_dirs(image_dir),
+            reach=options.reach(at, without, out),
         )
         _migrate_guest(guest, disks or [], live, abort=abort, is_gone=destination_is_gone, out=out)
         return
@@ -276,6 +278,7 @@ class _Live(TypedDict):
     labels: Sequence[str]
     divergence: Divergence
     image_dirs: Sequence[Path]
+    reach: Reach
 
 
 def _divergence(*, cut: bool) -> Divergence:

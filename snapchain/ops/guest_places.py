@@ -85,6 +85,17 @@ def own_places(images: Iterable[Path]) -> tuple[Place, ...]:
     return joined(*(each for directory in _directories(images) for each in _own_replica(directory)))
 
 
+def told_of(images: Iterable[Path], guest: str, place: Place) -> tuple[Place, ...]:
+    """The destinations that are known to know of another one."""
+    word = _word(place)
+    kept = [each for directory in _directories(images) for each in _recall(directory, guest).kept]
+    return tuple(each.place for each in kept if word in each.told)
+
+
+def _word(place: Place) -> str:
+    return f"{place.id} {place.url}"
+
+
 def remember(images: Iterable[Path], guest: str, places: Iterable[Place]) -> None:
     """This host ships a guest to these destinations, or has got it from there. Raises as writing a small file."""
     known = tuple(places)
@@ -189,7 +200,7 @@ def _introduce(image: Path, guest: str, destination: Writing, on_event: OnEvent)
             _write(memory, [*memory.kept, mine])
     except SnapchainError as error:
         raise _NotRemembered(str(error)) from error
-    told = tuple(sorted(f"{each.id} {each.url}" for each in others))
+    told = tuple(sorted(map(_word, others)))
     if told != mine.told:
         try:
             standing = tell_others(destination, guest, others, by=socket.gethostname())

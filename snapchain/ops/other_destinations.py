@@ -149,13 +149,15 @@ class OtherDestinations:
         standings = [*known, *(each.standing for each in self.answers if each.standing is not None)]
         return max(standings, key=lambda each: (each.epoch, each.master is not None, each.has_begun))
 
-    def check_silent(self, *, proven: str | None = None) -> None:
+    def check_silent(self, *, proven: str | None = None, told: Sequence[Place] = ()) -> None:
         """Raises Unavailable for a destination that does not answer, unless the caller vouches for it.
 
         proven: the host that is proven to be down; a replica on it can have made no other host the master since
+        told: those that need not answer now, since they would ask the caller's destination first
         """
         for each in self.silent:
-            if proven is None or each.place.host != proven:
+            is_down = proven is not None and each.place.host == proven
+            if not is_down and apart_from((each.place,), *told):
                 raise Unavailable(
                     f"the guest may have been taken over there, and it does not answer: {each.fault}",
                     subject=f"{each.place}::{self._guest}",
