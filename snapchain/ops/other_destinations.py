@@ -135,9 +135,10 @@ class OtherDestinations:
                     hint="those are: " + (", ".join(map(str, self.places)) or "none"),
                 )
         silent = (each for each in self.answers if each.standing is None)
-        return tuple(
-            each for each in silent if not self._is_excused(each.place) and not self._may_be_silent(each.place)
-        )
+        return tuple(each for each in silent if not self._is_excused(each.place))
+
+    def _is_excused(self, place: Place) -> bool:
+        return self._may_be_silent(place) or self._is_vouched(place)
 
     def _is_vouched(self, place: Place) -> bool:
         return any(_is_meant(place, word) for word in self._reach.without)
