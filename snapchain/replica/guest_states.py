@@ -48,6 +48,7 @@ from snapchain.replica.store import Replica, ReplicaDisk, Work, in_turn, open_re
 from snapchain.replica.stream.messages import Active, AskGuest, Feature, HandedDisk, Kind, Standing, Stands
 from snapchain.source.handed_over import HandedOver
 from snapchain.source.notes import Notes
+from snapchain.source.ownership import note_epoch
 
 if TYPE_CHECKING:
     from snapchain.replica.receiver import Receiver
@@ -309,6 +310,9 @@ class _Raise:
             held = catalogue.handover
             is_given_on = held is not None and _is_read_only(overlay_of(self._disks[name], held))
             kept = held if is_given_on else None
+            if held is not None and kept is None:
+                with suppress(SnapchainError):  # without it, the images count as older than they are
+                    note_epoch(overlay_of(self._disks[name], held), held.epoch)
             if catalogue.epoch < self._new.epoch or kept is not held:
                 self._write(name, epoch=max(catalogue.epoch, self._new.epoch), handover=kept)
             if held is not None and self._was.state is GuestState.PROMOTING and held.token == self._was.token:

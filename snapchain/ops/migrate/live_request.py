@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from snapchain.errors import InvalidInput
+from snapchain.ops.other_destinations import Reach
 from snapchain.ops.ship.request import Divergence
 
 MAX_DOWNTIME = 1.0
@@ -24,7 +25,7 @@ class LiveRequest:
     auto_converge: QEMU slows the guest down where it dirties memory faster than the link carries
     rounds: of seal and ship, at most; None for the rules of convergence
     command: started at the destination in place of the guest's own command line, with the facts in its environment
-    before, after: hooks, run here
+    before, after: hooks, run here; reach: how the guest's other destinations are reached from here
     """
 
     prefix: str | None = None
@@ -38,6 +39,7 @@ class LiveRequest:
     labels: Sequence[str] = ()
     divergence: Divergence = Divergence.REFUSE
     image_dirs: Sequence[Path] = ()
+    reach: Reach = field(default_factory=Reach)
 
     def check(self) -> None:
         """Raises InvalidInput for numbers that mean nothing."""
