@@ -1,0 +1,127 @@
+"""A connection of virsh to libvirt that goes through us, so that one call of it is never made: Confirm.
+
+    virsh -- socket of ours -- libvirtd
+
+The last call of a migration tells the source what became of Finish at the destination.  When its answer was lost, virsh
+says that it has failed, and libvirt lets the guest go on here while it runs there: tried with libvirt 9.0.  So the
+connection ends before that call.  libvirt then leaves the guest paused, for whoever finds out.
+
+Of libvirt's protocol only the header of a message is read, seven numbers of 4 bytes; they are the same in all versions:
+
+    length of the message, program, version, procedure, type, serial, status
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from snapchain.errors import Unavailable
+from snapchain.host.os_errors import os_errors
+
+_HEADER = struct.Struct(">7I")
+_PROGRAM = 0x20008086
+CONFIRM = frozenset({218, 307})
+"""Procedures: DOMAIN_MIGRATE_CONFIRM3, and with typed parameters."""
+_CALL = 0
+_LONGEST = (32 << 20) + 4
+_PIECE = 256 << 10
+
+
+@contextmanager
+def without_confirm(ours: Path, daemon: Path) -> Iterator[None]:
+    """Carry connections from a socket that is made at `ours` to the daemon's, for the length of the block."""
+    with os_errors(ours), socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(ours))
+        listening.listen(8)
+        carrier = _Carrier(listening, daemon)
+        try:
+            yield
+        finally:
+            carrier.close()
+
+
+class _Carrier:
+    def __init__(self, listening: socket.socket, daemon: Path) -> None:
+        self._listening, self._daemon = listening, str(daemon)
+        self._open: list[socket.socket] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="libvirt", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for each in (*self._open, self._listening):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                theirs, _ = self._listening.accept()
+            except OSError:  # closed
+                return
+            daemon = socket.socket(socket.AF_UNIX)
+            with self._lock:
+                self._open += [theirs, daemon]
+                if self._closed:
+                    return
+            try:
+                daemon.connect(self._daemon)
+            except OSError:
+                theirs.close()
+                continue
+            for source, sink, is_call in ((theirs, daemon, True), (daemon, theirs, False)):
+                target = self._calls if is_call else _answers
+                threading.Thread(target=target, args=(source, sink), name="libvirt", daemon=True).start()
+
+    def _calls(self, source: socket.socket, sink: socket.socket) -> None:
+        """Whole messages up to the first that is not to be made; then both sides find the connection ended."""
+        try:
+            for message in _messages(source):
+                if _is_confirm(message):
+                    break
+                sink.sendall(message)
+        except (OSError, Unavailable):
+            pass  # an end like any other: whoever is left notices it
+        _end(source, sink)
+
+
+def _answers(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while piece := source.recv(_PIECE):
+            sink.sendall(piece)
+    _end(source, sink)
+
+
+def _end(*ends: socket.socket) -> None:
+    for each in ends:
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+
+
+def _messages(source: socket.socket) -> Iterator[bytes]:
+    """Raises Unavailable for what is none."""
+    pending = bytearray()
+    while piece := source.recv(_PIECE):
+        pending += piece
+        while len(pending) >= _HEADER.size:
+            length = _HEADER.unpack_from(pending)[0]
+            if not _HEADER.size <= length <= _LONGEST:
+                raise Unavailable("not libvirt's protocol", subject="virsh")
+            if len(pending) < length:
+                break
+            yield bytes(pending[:length])
+            del pending[:length]
+
+
+def _is_confirm(message: bytes) -> bool:
+    _, program, _, procedure, kind, _, _ = _HEADER.unpack_from(message)
+    return program == _PROGRAM and kind == _CALL and procedure in CONFIRM

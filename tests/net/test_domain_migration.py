@@ -1,0 +1,113 @@
+"""A domain of libvirt moves to another host: two libvirtds, sshd, real QEMUs, and whatever dies on the way."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from snapchain.host.virsh import Virsh
+from snapchain.host.virsh_session import VirshSession
+from tests.guest.counting_guest import check_numbers, make_disks
+from tests.net.domains import Side, domain_hosts
+from tests.net.namespaces import Cable
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.root, pytest.mark.serial]
+NAME = "web1"
+Hosts = tuple[Side, Side, Cable]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with domain_hosts(tmp_path) as found:
+        near = found[0]
+        near.define(NAME, make_disks(tmp_path / "images", ["vda", "vdb"]))
+        wait_until(lambda: counted(near) > 3)
+        yield found
+
+
+def counted(side: Side) -> int:
+    """The number that the guest has come to."""
+    said = side.host.virsh("qemu-monitor-command", NAME, "--hmp", "xp /1wx 0x8000")
+    return int(said.split(":")[1], 16)
+
+
+def runs_on(side: Side) -> bool:
+    if side.state_of(NAME) != "running":
+        return False
+    before = counted(side)
+    return bool(wait_until(lambda: counted(side) > before + 3))
+
+
+def tops(side: Side) -> list[Path]:
+    """The active layers, by the definition that lasts."""
+    rows = side.host.virsh("domblklist", NAME, "--inactive").splitlines()[2:]
+    return [Path(row.split()[1]) for row in rows if row.strip()]
+
+
+def check_stopped(side: Side) -> int:
+    """End the guest, and look for missing numbers; the newest one."""
+    side.host.virsh("destroy", NAME)
+    images = tops(side)
+    for image in images:
+        subprocess.run(["qemu-img", "check", "-q", image], check=True)
+    return check_numbers(images)
+
+
+@contextmanager
+def never_both(near: Side, far: Side) -> Iterator[list[str]]:
+    """Watch the two libvirtds; at the end, no moment was seen at which the guest ran on both hosts."""
+    seen: list[str] = []
+    done = threading.Event()
+
+    def state(session: VirshSession) -> str:
+        with suppress(Exception):  # no such domain; libvirtd is dead
+            return session.text("domstate", "--domain", NAME).strip()
+        return ""
+
+    def watch() -> None:
+        with VirshSession(Virsh(far.host.uri)) as there, VirshSession(Virsh(near.host.uri)) as here:
+            while not done.wait(0.02):
+                # In this order: what has left is asked after what has come.
+                if state(there) == "running" and state(here) == "running":
+                    seen.append("both")
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
+    assert not seen, "the guest ran on both hosts"
+
+
+def check_clean(near: Side, far: Side) -> None:
+    for side in (near, far):
+        assert side.records() == []
+        assert side.leftovers() == []
+
+
+def test_there_and_back(hosts: Hosts, tmp_path: Path) -> None:
+    """Defined there and forgotten here; no number is missing; nothing is left."""
+    near, far, _ = hosts
+    for turn, (source, target) in enumerate(((near, far), (far, near))):
+        images = tops(source)
+        with never_both(source, target):
+            report = source.migrate(NAME, tmp_path / f"replica{turn}")
+        assert report["pause_within"], report
+        assert report["memory_rounds"] >= 1
+        assert [disk["epoch"] for disk in report["disks"]] == [turn + 2] * 2
+        assert source.state_of(NAME) == ""
+        assert runs_on(target)
+        assert [str(path) for path in tops(target)] == [disk["overlay"] for disk in report["disks"]]
+        assert not any(path.stat().st_mode & 0o222 for path in images)
+        check_clean(near, far)
+    check_stopped(near)
+    near.host.virsh("start", NAME)  # by the definition that lasts
+    assert runs_on(near)
