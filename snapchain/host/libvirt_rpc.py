@@ -48,7 +48,8 @@ def without_confirm(ours: Path, daemon: Path) -> Iterator[None]:
 class _Carrier:
     def __init__(self, listening: socket.socket, daemon: Path) -> None:
         self._listening, self._daemon = listening, str(daemon)
-        self._open: list[socket.socket] = []
+        self._ends: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="libvirt", daemon=True)
@@ -57,10 +58,10 @@ class _Carrier:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for each in (*self._open, self._listening):
-                with suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
+            _end(*self._ends, self._listening)
         self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _accept(self) -> None:
         while True:
@@ -68,30 +69,35 @@ class _Carrier:
                 theirs, _ = self._listening.accept()
             except OSError:  # closed
                 return
-            daemon = socket.socket(socket.AF_UNIX)
+            thread = threading.Thread(target=self._carry, args=(theirs,), name="libvirt", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _carry(self, theirs: socket.socket) -> None:
+        """One connection, to its end."""
+        with theirs, socket.socket(socket.AF_UNIX) as daemon:
             with self._lock:
-                self._open += [theirs, daemon]
+                self._ends += [theirs, daemon]
                 if self._closed:
                     return
             try:
                 daemon.connect(self._daemon)
-            except OSError:
-                theirs.close()
-                continue
-            for source, sink, is_call in ((theirs, daemon, True), (daemon, theirs, False)):
-                target = self._calls if is_call else _answers
-                threading.Thread(target=target, args=(source, sink), name="libvirt", daemon=True).start()
+            except OSError:  # virsh finds its connection ended
+                return
+            answers = threading.Thread(target=_answers, args=(daemon, theirs), name="libvirt", daemon=True)
+            answers.start()
+            _calls(theirs, daemon)
+            answers.join()
 
-    def _calls(self, source: socket.socket, sink: socket.socket) -> None:
-        """Whole messages up to the first that is not to be made; then both sides find the connection ended."""
-        try:
-            for message in _messages(source):
-                if _is_confirm(message):
-                    break
-                sink.sendall(message)
-        except (OSError, Unavailable):
-            pass  # an end like any other: whoever is left notices it
-        _end(source, sink)
+
+def _calls(source: socket.socket, sink: socket.socket) -> None:
+    """Whole messages up to the first that is not to be made; then both sides find the connection ended."""
+    with suppress(OSError, Unavailable):  # an end like any other: whoever is left notices it
+        for message in _messages(source):
+            if _is_confirm(message):
+                break
+            sink.sendall(message)
+    _end(source, sink)
 
 
 def _answers(source: socket.socket, sink: socket.socket) -> None:

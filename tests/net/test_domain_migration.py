@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 from snapchain.host.virsh import Virsh
 from snapchain.host.virsh_session import VirshSession
 from tests.guest.counting_guest import check_numbers, make_disks
-from tests.net.domains import Side, domain_hosts
+from tests.net.domains import Side, Spy, domain_hosts
 from tests.net.namespaces import Cable
 from tests.waiting import wait_until
 
@@ -111,3 +111,64 @@ def test_there_and_back(hosts: Hosts, tmp_path: Path) -> None:
     check_stopped(near)
     near.host.virsh("start", NAME)  # by the definition that lasts
     assert runs_on(near)
+
+
+def where(near: Side, far: Side) -> str:
+    """The host that has the guest after whatever happened; it runs there, or can be started. Nothing is left."""
+    wait_until(lambda: not near.records() and not far.records())
+    check_clean(near, far)
+    states = [side.state_of(NAME) for side in (near, far)]
+    has = "far" if states[1] else "near"
+    side, other = (far, near) if has == "far" else (near, far)
+    assert other.state_of(NAME) == "", states
+    assert side.state_of(NAME) in ("running", "shut off"), states
+    writable = [bool(path.stat().st_mode & 0o222) for path in tops(side)]
+    assert all(writable)
+    if side.state_of(NAME) == "shut off":
+        side.host.virsh("start", NAME)
+    assert runs_on(side)
+    check_stopped(side)
+    return has
+
+
+class Trap:
+    """Something that happens once, at the first call or answer of this name. drops: and the connection ends there"""
+
+    def __init__(self, event: str, strike: Callable[[], object], *, drops: bool = False) -> None:
+        self.happened = threading.Event()
+        self._event, self._strike, self._drops = event, strike, drops
+
+    def __call__(self, event: str) -> bool:
+        if event != self._event or self.happened.is_set():
+            return False
+        self.happened.set()
+        self._strike()
+        return self._drops
+
+
+@contextmanager
+def spied(near: Side, far: Side, folder: Path, trap: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """URIs for --connect and --dest-uri, between which and the libvirtds a spy sees each call."""
+    here, there = Spy(folder / "spy1", near.socket, trap), Spy(folder / "spy2", far.socket, trap)
+    try:
+        yield here.uri, there.uri
+    finally:
+        here.close()
+        there.close()
+
+
+def nothing() -> None:
+    """The link just ends."""
+
+
+@pytest.mark.parametrize("event", ["finish answer", "finish call", "perform answer", "prepare answer"])
+def test_a_lost_answer_is_asked_for(hosts: Hosts, tmp_path: Path, event: str) -> None:
+    """virsh lives, and its link does not. By libvirt alone the guest would then run on both hosts."""
+    near, far, _ = hosts
+    trap = Trap(event, nothing, drops=True)
+    with never_both(near, far), spied(near, far, tmp_path, trap) as (connect, dest):
+        with near.begin_migration(NAME, tmp_path / "b", "--connect", connect, "--dest-uri", dest) as child:
+            out, error = child.communicate(timeout=300)
+        assert trap.happened.is_set(), out + error
+        assert child.returncode != 0, out + error
+        assert where(near, far) == ("far" if event == "finish answer" else "near")
