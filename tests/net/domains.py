@@ -35,18 +35,25 @@ PATIENT = ("--max-downtime", "60")
 
 @dataclass
 class Side:
-    """One host. way: the sshd by which the other one reaches it; folder: of its own state"""
+    """One host. way: the sshd by which the other one reaches it; folder: of its own state
+
+    uri: of libvirt, as a snapchain on this host finds it that the other one has started
+    """
 
     name: str
     host: LibvirtHost
     folder: Path
     way: SshHost = field(init=False)
-    other: Side = field(init=False)
+    other: Side = field(init=False, repr=False)
+    uri: str | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         """Of snapchain on this host, for a move to the other one."""
-        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.other.state.items())
+        settings = self.other.state
+        if self.other.uri is not None:
+            settings["LIBVIRT_DEFAULT_URI"] = self.other.uri
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
         return {
             **os.environ,
             **self.state,

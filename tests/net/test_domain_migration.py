@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from snapchain.host.virsh_session import VirshSession
 from tests.guest.counting_guest import check_numbers, make_disks
 from tests.net.domains import Side, Spy, domain_hosts
 from tests.net.namespaces import Cable
+from tests.net.test_live_migration_over_ssh import children
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.serial]
@@ -97,9 +100,10 @@ def test_there_and_back(hosts: Hosts, tmp_path: Path) -> None:
     """Defined there and forgotten here; no number is missing; nothing is left."""
     near, far, _ = hosts
     for turn, (source, target) in enumerate(((near, far), (far, near))):
+        words = ("--dest-uri", target.host.uri) if turn else ()
         images = tops(source)
         with never_both(source, target):
-            report = source.migrate(NAME, tmp_path / f"replica{turn}")
+            report = source.migrate(NAME, tmp_path / f"replica{turn}", *words)
         assert report["pause_within"], report
         assert report["memory_rounds"] >= 1
         assert [disk["epoch"] for disk in report["disks"]] == [turn + 2] * 2
@@ -147,12 +151,14 @@ class Trap:
 
 
 @contextmanager
-def spied(near: Side, far: Side, folder: Path, trap: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
-    """URIs for --connect and --dest-uri, between which and the libvirtds a spy sees each call."""
+def spied(near: Side, far: Side, folder: Path, trap: Callable[[str], bool]) -> Iterator[str]:
+    """The URI for --connect. A spy on either host sees each call of a migration; ssh lies between them."""
     here, there = Spy(folder / "spy1", near.socket, trap), Spy(folder / "spy2", far.socket, trap)
+    far.uri = there.uri
     try:
-        yield here.uri, there.uri
+        yield here.uri
     finally:
+        far.uri = None
         here.close()
         there.close()
 
@@ -166,9 +172,116 @@ def test_a_lost_answer_is_asked_for(hosts: Hosts, tmp_path: Path, event: str) ->
     """virsh lives, and its link does not. By libvirt alone the guest would then run on both hosts."""
     near, far, _ = hosts
     trap = Trap(event, nothing, drops=True)
-    with never_both(near, far), spied(near, far, tmp_path, trap) as (connect, dest):
-        with near.begin_migration(NAME, tmp_path / "b", "--connect", connect, "--dest-uri", dest) as child:
+    with never_both(near, far), spied(near, far, tmp_path, trap) as connect:
+        with near.begin_migration(NAME, tmp_path / "b", "--connect", connect) as child:
             out, error = child.communicate(timeout=300)
         assert trap.happened.is_set(), out + error
         assert child.returncode != 0, out + error
         assert where(near, far) == ("far" if event == "finish answer" else "near")
+
+
+# --- Whoever dies, at each call of libvirt: one guest that runs or can be started, nothing lost, nothing left.
+
+EVENTS = [
+    "begin answer",
+    "prepare call",
+    "prepare answer",
+    "perform call",
+    "perform answer",
+    "finish call",
+    "finish answer",
+]
+WHO = [
+    "snapchain",
+    "virsh",
+    "ssh",
+    "snapchain there",
+    "libvirtd",
+    "libvirtd there",
+    "qemu",
+    "qemu there",
+    "the link",
+]
+SAMPLED: set[tuple[str, str]] = {("snapchain", "finish answer")}
+NOT_YET = {("qemu there", event) for event in EVENTS[:2]}
+"""It is not started by then."""
+CASES = [
+    pytest.param(who, event, marks=() if (who, event) in SAMPLED else pytest.mark.soak)
+    for who in WHO
+    for event in EVENTS
+    if (who, event) not in NOT_YET
+]
+
+
+def with_words(pids: list[int], *words: bytes) -> list[int]:
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            if all(word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for word in words):
+                found.append(pid)
+    return found
+
+
+def serving(side: Side) -> list[int]:
+    """The snapchains that answer the other host."""
+    mark = f"XDG_STATE_HOME={side.state['XDG_STATE_HOME']}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words, names = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            if b"serve-replica" in words and mark in names:
+                found.append(int(process.name))
+    return found
+
+
+def strike(who: str, hosts: Hosts, migrating: int) -> None:
+    """Kill it. migrating: pid of the snapchain that moves the guest"""
+    near, far, cable = hosts
+    if who == "the link":
+        cable.set(cut=1)
+        return
+    pids = {
+        "snapchain": lambda: [migrating],
+        "virsh": lambda: with_words(children(migrating), b"migrate"),
+        "ssh": lambda: with_words(children(migrating), b"ssh"),
+        "snapchain there": lambda: serving(far),
+        "libvirtd": lambda: [near.host.pid],
+        "libvirtd there": lambda: [far.host.pid],
+        "qemu": lambda: [near.host.guest_pid(NAME)],
+        "qemu there": lambda: [far.host.guest_pid(NAME)],
+    }[who]()
+    assert pids, who
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("who", "event"), CASES)
+def test_whoever_dies(hosts: Hosts, tmp_path: Path, who: str, event: str) -> None:
+    near, far, cable = hosts
+    started: list[subprocess.Popen[str]] = []
+    trap = Trap(event, lambda: strike(who, hosts, started[0].pid))
+    with never_both(near, far), spied(near, far, tmp_path, trap) as connect:
+        started.append(near.begin_migration(NAME, tmp_path / "b", "--connect", connect))
+        with started[0] as child:
+            out, error = child.communicate(timeout=400)
+        assert trap.happened.is_set(), out + error
+        assert (child.returncode == 0) <= (who in ("qemu", "snapchain there", "ssh")), out + error
+        cable.set(cut=0)
+        for name, side in (("libvirtd", near), ("libvirtd there", far)):
+            if who == name:
+                side.host.start()
+        wait_until(lambda: ended(near, far))
+        has = where(near, far)
+    if who == "snapchain" and event == "finish answer":
+        assert has == "far"
+
+
+def ended(near: Side, far: Side) -> bool:
+    """Whether the move is over; a user would do this too."""
+    if near.records():
+        near.snapchain("migrate", "--domain", NAME, "--abort")
+    elif far.records():
+        (far.folder / "empty").mkdir(exist_ok=True)
+        far.snapchain("doctor", far.folder / "empty")
+    return not near.records() and not far.records()
