@@ -1,10 +1,12 @@
-"""A connection of virsh to libvirt that goes through us, so that one call of it is never made: Confirm.
+"""A connection of virsh to libvirt that goes through us, because of two calls of a migration.
 
     virsh -- socket of ours -- libvirtd
 
-The last call of a migration tells the source what became of Finish at the destination.  When its answer was lost, virsh
-says that it has failed, and libvirt lets the guest go on here while it runs there: tried with libvirt 9.0.  So the
-connection ends before that call.  libvirt then leaves the guest paused, for whoever finds out.
+Before Perform, the block waits for a last check: since Begin libvirt lets nobody change the chains of the disks.
+
+Confirm, the last call, is never made.  It tells the source what became of Finish at the destination.  When that answer
+was lost, virsh says that it has failed, and libvirt lets the guest go on here while it runs there: tried with libvirt
+9.0.  So the connection ends before that call.  libvirt then leaves the guest paused, for whoever finds out.
 
 Of libvirt's protocol only the header of a message is read, seven numbers of 4 bytes; they are the same in all versions:
 
@@ -16,38 +18,64 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from snapchain.errors import Unavailable
+from snapchain.errors import SnapchainError, Unavailable
 from snapchain.host.os_errors import os_errors
 
 _HEADER = struct.Struct(">7I")
 _PROGRAM = 0x20008086
+PERFORM = frozenset({216, 305})
 CONFIRM = frozenset({218, 307})
-"""Procedures: DOMAIN_MIGRATE_CONFIRM3, and with typed parameters."""
+"""Procedures: DOMAIN_MIGRATE_PERFORM3 and _CONFIRM3, and the same with typed parameters."""
 _CALL = 0
 _LONGEST = (32 << 20) + 4
 _PIECE = 256 << 10
 
 
+class Carried:
+    """The connections of one virsh. fault: what the last check has raised, None where it was fine"""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
+        self.fault: SnapchainError | None = None
+
+    def goes_on(self, message: bytes) -> bool:
+        """Whether a message is passed on; else the connection ends."""
+        _, program, _, procedure, kind, _, _ = _HEADER.unpack_from(message)
+        if program != _PROGRAM or kind != _CALL:
+            return True
+        if procedure in PERFORM:
+            try:
+                self._check()
+            except SnapchainError as error:
+                self.fault = error
+                return False
+        return procedure not in CONFIRM
+
+
 @contextmanager
-def without_confirm(ours: Path, daemon: Path) -> Iterator[None]:
-    """Carry connections from a socket that is made at `ours` to the daemon's, for the length of the block."""
+def without_confirm(ours: Path, daemon: Path, check: Callable[[], None]) -> Iterator[Carried]:
+    """Carry connections from a socket that is made at `ours` to the daemon's, for the length of the block.
+
+    check: called before Perform, on another thread; what it raises ends the connection
+    """
     with os_errors(ours), socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(ours))
         listening.listen(8)
-        carrier = _Carrier(listening, daemon)
+        carried = Carried(check)
+        carrier = _Carrier(listening, daemon, carried)
         try:
-            yield
+            yield carried
         finally:
             carrier.close()
 
 
 class _Carrier:
-    def __init__(self, listening: socket.socket, daemon: Path) -> None:
-        self._listening, self._daemon = listening, str(daemon)
+    def __init__(self, listening: socket.socket, daemon: Path, carried: Carried) -> None:
+        self._listening, self._daemon, self._carried = listening, str(daemon), carried
         self._ends: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -86,15 +114,15 @@ class _Carrier:
                 return
             answers = threading.Thread(target=_answers, args=(daemon, theirs), name="libvirt", daemon=True)
             answers.start()
-            _calls(theirs, daemon)
+            _calls(theirs, daemon, self._carried)
             answers.join()
 
 
-def _calls(source: socket.socket, sink: socket.socket) -> None:
-    """Whole messages up to the first that is not to be made; then both sides find the connection ended."""
+def _calls(source: socket.socket, sink: socket.socket, carried: Carried) -> None:
+    """Whole messages up to the first that does not go on; then both sides find the connection ended."""
     with suppress(OSError, Unavailable):  # an end like any other: whoever is left notices it
         for message in _messages(source):
-            if _is_confirm(message):
+            if not carried.goes_on(message):
                 break
             sink.sendall(message)
     _end(source, sink)
@@ -126,8 +154,3 @@ def _messages(source: socket.socket) -> Iterator[bytes]:
                 break
             yield bytes(pending[:length])
             del pending[:length]
-
-
-def _is_confirm(message: bytes) -> bool:
-    _, program, _, procedure, kind, _, _ = _HEADER.unpack_from(message)
-    return program == _PROGRAM and kind == _CALL and procedure in CONFIRM

@@ -127,7 +127,7 @@ def by_hand(near: Side, far: Side, image: Path, there: Path, ssh: Path) -> float
     near.host.virsh("snapshot-create-as", "web1", "--disk-only", "--no-metadata", "--diskspec", f"vda,file={top}")
     shutil.copy(image, base)
     overlay = there / "top.qcow2"
-    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay]
+    argv: list[str | Path] = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay]
     subprocess.run(argv, check=True)
     xml = change_for_migration(
         near.host.virsh("dumpxml", "--migratable", "web1"), {"vda": NewDisk(overlay, "qcow2")}, subject="web1"

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from snapchain.host.libvirt_rpc import CONFIRM, without_confirm
+from snapchain.errors import Conflict
+from snapchain.host.libvirt_rpc import CONFIRM, PERFORM, Carried, without_confirm
 
-PROGRAM, PERFORM, CALL, REPLY = 0x20008086, 305, 0, 1
+PROGRAM, PREPARE, CALL, REPLY = 0x20008086, 303, 0, 1
 
 
 def message(procedure: int, *, kind: int = CALL, program: int = PROGRAM, body: bytes = b"") -> bytes:
     return struct.pack(">7I", 28 + len(body), program, 1, procedure, kind, 1, 0) + body
 
 
+def fine() -> None:
+    """Nothing stands in the way of Perform."""
+
+
 @contextmanager
-def carried(folder: Path) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """virsh's end, and the daemon's."""
+def carried(folder: Path, check: Callable[[], None] = fine) -> Iterator[tuple[socket.socket, socket.socket, Carried]]:
+    """virsh's end, the daemon's, and what is between them."""
     with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as virsh:
         listening.bind(str(folder / "daemon"))
         listening.listen()
-        with without_confirm(folder / "ours", folder / "daemon"):
+        with without_confirm(folder / "ours", folder / "daemon", check) as between:
             virsh.connect(str(folder / "ours"))
             daemon, _ = listening.accept()
             with daemon:
-                yield virsh, daemon
+                yield virsh, daemon, between
 
 
 def received(end: socket.socket, length: int) -> bytes:
@@ -37,8 +42,8 @@ def received(end: socket.socket, length: int) -> bytes:
 
 
 def test_other_calls_and_all_answers_go_through(tmp_path: Path) -> None:
-    with carried(tmp_path) as (virsh, daemon):
-        calls = message(PERFORM, body=bytes(1 << 20)) + message(min(CONFIRM), program=1)
+    with carried(tmp_path) as (virsh, daemon, _):
+        calls = message(PREPARE, body=bytes(1 << 20)) + message(min(CONFIRM), program=1)
         answer = message(min(CONFIRM), kind=REPLY, body=b"x")
         for at in range(0, len(calls), 300_000):
             virsh.sendall(calls[at : at + 300_000])
@@ -49,23 +54,43 @@ def test_other_calls_and_all_answers_go_through(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("procedure", sorted(CONFIRM))
 def test_the_connection_ends_before_confirm(tmp_path: Path, procedure: int) -> None:
-    with carried(tmp_path) as (virsh, daemon):
-        first = message(PERFORM)
+    with carried(tmp_path) as (virsh, daemon, _):
+        first = message(PREPARE)
         virsh.sendall(first + message(procedure, body=b"the guest goes on here"))
         assert received(daemon, 1000) == first
         assert daemon.recv(1) == b""
         assert virsh.recv(1) == b""
 
 
+@pytest.mark.parametrize("procedure", sorted(PERFORM))
+def test_perform_waits_for_the_last_check(tmp_path: Path, procedure: int) -> None:
+    seen: list[bytes] = []
+
+    def check() -> None:
+        seen.append(b"checked")
+        if len(seen) > 1:
+            raise Conflict("a snapshot was taken", subject="web1")
+
+    with carried(tmp_path, check) as (virsh, daemon, between):
+        call = message(procedure)
+        virsh.sendall(call)
+        assert received(daemon, len(call)) == call
+        assert between.fault is None
+        virsh.sendall(call)
+        assert daemon.recv(1) == b""
+        assert isinstance(between.fault, Conflict)
+        assert len(seen) == 2
+
+
 def test_what_is_no_message_ends_it(tmp_path: Path) -> None:
-    with carried(tmp_path) as (virsh, daemon):
+    with carried(tmp_path) as (virsh, daemon, _):
         virsh.sendall(b"GET / HTTP/1.1\r\nHost: libvirt\r\n\r\n")
         assert daemon.recv(1) == b""
 
 
 def test_it_ends_with_the_block(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as late:
-        with carried(tmp_path) as (virsh, _):
+        with carried(tmp_path) as (virsh, _, _):
             pass
         with pytest.raises(OSError, match="Bad file descriptor"):
             virsh.recv(1)

@@ -180,6 +180,41 @@ def test_a_lost_answer_is_asked_for(hosts: Hosts, tmp_path: Path, event: str) ->
         assert where(near, far) == ("far" if event == "finish answer" else "near")
 
 
+@pytest.mark.soak
+def test_a_snapshot_that_was_taken_meanwhile_is_noticed(hosts: Hosts, tmp_path: Path) -> None:
+    """Only the tops are mirrored: what another program seals after the overlays were made would be missing there."""
+    near, far, _ = hosts
+
+    def snapshot() -> None:
+        words = [f"--diskspec={name},file={tmp_path}/{name}.late.qcow2" for name in ("vda", "vdb")]
+        near.host.virsh("snapshot-create-as", NAME, "--disk-only", "--no-metadata", *words)
+
+    trap = Trap("begin call", snapshot)
+    with never_both(near, far), spied(near, far, tmp_path, trap) as connect:
+        with near.begin_migration(NAME, tmp_path / "b", "--connect", connect) as child:
+            out, error = child.communicate(timeout=300)
+        assert trap.happened.is_set(), out + error
+        assert "a snapshot of it was taken" in out
+        assert where(near, far) == "near"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("event", ["prepare call", "perform call"])
+def test_interrupted_by_the_user(hosts: Hosts, tmp_path: Path, event: str) -> None:
+    """Ctrl-C: the guest goes on here, and nothing is left when the command has ended."""
+    near, far, _ = hosts
+    started: list[subprocess.Popen[str]] = []
+    trap = Trap(event, lambda: started[0].send_signal(signal.SIGINT))
+    with never_both(near, far), spied(near, far, tmp_path, trap) as connect:
+        started.append(near.begin_migration(NAME, tmp_path / "b", "--connect", connect))
+        with started[0] as child:
+            out, error = child.communicate(timeout=300)
+        assert trap.happened.is_set(), out + error
+        assert child.returncode == 130, out + error
+        check_clean(near, far)
+        assert where(near, far) == "near"
+
+
 # --- Whoever dies, at each call of libvirt: one guest that runs or can be started, nothing lost, nothing left.
 
 EVENTS = [

@@ -76,6 +76,7 @@ class _End:
         assert record.domain is not None
         self._found, self._record, self._leaving, self._on_event = found, record, leaving, on_event
         self._domain = record.domain
+        self._has_ended = False
         self._endpoint = replica_at(record.destination)
 
     def run(self, *, is_gone: bool) -> SettledMove:
@@ -86,7 +87,8 @@ class _End:
         there = None
         if stage == "switching" and not is_gone:
             # What runs here need not wait for an answer.
-            there = self._asked(live_settle.TELL_SECONDS if here is Presence.RUNNING else live_settle.ASK_SECONDS)
+            seconds = live_settle.TELL_SECONDS if here is Presence.RUNNING else live_settle.ASK_SECONDS
+            there = self._asked(here, seconds)
         verdict = judge_domain(stage, here, there, is_lasting=self._domain.is_lasting)
         if is_gone and stage == "switching":
             verdict = Verdict.STAY
@@ -103,13 +105,26 @@ class _End:
             case _:
                 return self._moved()
 
-    def _asked(self, seconds: float) -> Moving | None:
-        """How the move stands there, once libvirt there has settled; None without an answer."""
+    def _asked(self, here: Presence, seconds: float) -> Moving | None:
+        """How the move stands there, once libvirt there has settled; None without an answer.
+
+        Where the domain stays here, the other side has ended the move by then: a guest may be waiting for that.
+        """
         until = time.monotonic() + seconds
+
+        def ask() -> Moving:
+            with moving(self._endpoint, self._record.what) as move:
+                there = move.step(MoveStep.LOOK)
+                if judge_domain("switching", here, there, is_lasting=self._domain.is_lasting) is Verdict.STAY:
+                    move.step(MoveStep.END)
+                    self._has_ended = True
+                move.stop()
+            return there
+
         there = None
         with suppress(Unavailable, Busy, NotFound):
             while True:
-                there = live_settle.persisted(lambda: self._step(MoveStep.LOOK), max(1.0, until - time.monotonic()))
+                there = live_settle.persisted(ask, max(1.0, until - time.monotonic()))
                 if there.domain is not DomainPresence.INCOMING or time.monotonic() >= until:
                     return there
                 time.sleep(_AGAIN_SECONDS)
@@ -117,9 +132,6 @@ class _End:
 
     def _stay(self, here: Presence, *, is_gone: bool, was_asked: bool) -> SettledMove:
         record = self._record
-        must_wait = was_asked and here is not Presence.RUNNING and not is_gone
-        if must_wait:
-            live_settle.persisted(lambda: self._step(MoveStep.END), live_settle.ASK_SECONDS)
         if was_asked:
             for each in record.disks:
                 with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
@@ -129,7 +141,7 @@ class _End:
         if here not in (Presence.ABSENT, Presence.DEFINED) and self._domain.max_downtime:
             with suppress(SnapchainError):  # a bound that nobody but the next migration heeds
                 self._leaving.set_max_downtime(self._domain.max_downtime)
-        if not is_gone and not must_wait:
+        if not is_gone and not self._has_ended:
             self._tell_end()
         is_off = here in (Presence.ABSENT, Presence.DEFINED)
         words = "its QEMU here has ended; start it here" if is_off else "it goes on here, as before"
@@ -148,9 +160,14 @@ class _End:
         lost = "libvirt there does not run it (any more): start it there"
         return self._done(moved=True, says="it is the destination's" if runs else f"it is the destination's; {lost}")
 
+    def _end_there(self) -> None:
+        with moving(self._endpoint, self._record.what) as move:
+            move.step(MoveStep.END)
+            move.stop()
+
     def _tell_end(self) -> None:
         try:
-            live_settle.persisted(lambda: self._step(MoveStep.END), live_settle.TELL_SECONDS)
+            live_settle.persisted(self._end_there, live_settle.TELL_SECONDS)
         except (Unavailable, Busy, NotFound) as error:
             words = f"it was not told that the guest stays; run `snapchain doctor` there when it is back: {error}"
             self._on_event(Notice.of(self._record.destination, words))
@@ -160,9 +177,3 @@ class _End:
         journal.remove(self._found.path)
         guest = self._found.record.guest
         return SettledMove(guest=guest, destination=self._record.destination, moved=moved, says=says)
-
-    def _step(self, step: MoveStep) -> Moving:
-        with moving(self._endpoint, self._record.what) as move:
-            there = move.step(step)
-            move.stop()
-        return there

@@ -134,13 +134,12 @@ class LibvirtKind:
                     auto_converge=self._request.auto_converge,
                     subject=self._guest.name,
                 )
-                check_same_layers(self._guest, record)
                 self._leaving.set_max_downtime(int(limit * 1000))
                 found = live_settle.restaged(found, "switching")
                 for each in record.disks:
                     with opened(record.request, MovedImage(each.image, each.mark.disk)) as chain:
                         ownership.fence(chain, each.mark, top_only=True, stays_writable=True)
-                last = self._migrate(route, there, limit)
+                last = self._migrate(route, record, there, limit)
                 moved.memory_rate = last.rate
                 moved.predicted = switch_seconds(round_trip) + (last.memory_left / last.rate if last.rate else 0.0)
                 with held_back():
@@ -210,27 +209,35 @@ class LibvirtKind:
         check_cpu(prepared, cpu_digest(), is_hosts=is_hosts, subject=self._endpoint.url)
         check_room(prepared, shipped.bytes_left, subject=self._endpoint.url)
 
-    def _migrate(self, route: Route, there: GuestMove, limit: float) -> DomainLook:
-        """Until virsh has ended well; the last look at it. Raises what virsh failed with."""
+    def _migrate(self, route: Route, record: MoveRecord, there: GuestMove, limit: float) -> DomainLook:
+        """Until virsh has ended well; the last look at it.
+
+        Raises what virsh failed with, and Conflict for a layer that was sealed since the overlays were made: only the
+        tops are mirrored.
+        """
         last = DomainLook(is_active=False)
         watch = self._watch(there, limit)
-        with self._virsh_at_work(route) as virsh:
+
+        def check() -> None:
+            check_same_layers(self._guest, record)
+
+        with (
+            without_confirm(route.here, socket_of(self._virsh.uri), check) as carried,
+            self._virsh_at_work(route) as virsh,
+        ):
             while not virsh.has_ended(_LOOK_SECONDS):
                 look = self._leaving.look()
                 if look.is_active:
                     last = look
                     watch(look)
             if virsh.status != 0:
-                raise virsh.end_error()
+                raise carried.fault or virsh.end_error()
         return last
 
     @contextmanager
     def _virsh_at_work(self, route: Route) -> Iterator[ProcessChannel]:
         """Where the block raises, libvirt gives the migration up, and virsh is ended."""
-        with without_confirm(route.here, socket_of(self._virsh.uri)):
-            yield from self._kept(self._leaving.start(route))
-
-    def _kept(self, virsh: ProcessChannel) -> Iterator[ProcessChannel]:
+        virsh = self._leaving.start(route)
         try:
             yield virsh
         except BaseException:
