@@ -14,6 +14,7 @@ import pytest
 
 from snapchain.host.virsh import Virsh
 from snapchain.host.virsh_session import VirshSession
+from tests.guest.agent_guest import Console, formatted, parts
 from tests.guest.counting_guest import check_numbers, make_disks
 from tests.net.domains import Side, Spy, domain_hosts
 from tests.net.namespaces import Cable
@@ -320,3 +321,37 @@ def ended(near: Side, far: Side) -> bool:
         (far.folder / "empty").mkdir(exist_ok=True)
         far.snapchain("doctor", far.folder / "empty")
     return not near.records() and not far.records()
+
+
+@pytest.mark.soak
+def test_a_linux_with_files_goes_there_and_back(tmp_path: Path) -> None:
+    """It writes and syncs all the time; its filesystems are clean at the end, and no file is torn."""
+    kernel, initrd = parts()
+    boot = f"<kernel>{kernel}</kernel><initrd>{initrd}</initrd><cmdline>console=ttyS0 quiet panic=-1</cmdline>"
+    place = Path("run/qemu/console")
+    serial = "<serial type='unix'><source mode='bind' path='/run/libvirt/qemu/console'/></serial>"
+    disks = {name: formatted(tmp_path / f"{name}.qcow2") for name in ("vda", "vdb")}
+    with domain_hosts(tmp_path) as (near, far, _):
+        near.define(NAME, disks, os_more=boot, more=serial, memory=128)
+        console = Console()
+        console.connect(near.host.folder / place)
+        for words in (b"AGENT GUEST READY", b"# "):
+            console.read_until(words)
+        console.sh(
+            "(n=0; while test ! -e /mnt/vda/stop; do n=$((n+1)); "
+            "echo $n >/mnt/vda/$((n % 50)); echo $n >/mnt/vdb/$((n % 50)); echo $n >/mnt/vdb/last; done) & "
+            "echo started"
+        )
+        console.close()
+        for source, name in ((near, "b"), (far, "a")):
+            report = source.migrate(NAME, tmp_path / name)
+            assert report["pause_within"], report
+        console = Console()
+        console.connect(near.host.folder / place)
+        console.sh("touch /mnt/vda/stop; sleep 1; sync; umount /mnt/vda /mnt/vdb")
+        console.close()
+        near.host.virsh("destroy", NAME)
+        for disk in report["disks"]:
+            raw = tmp_path / "disk.raw"
+            subprocess.run(["qemu-img", "convert", "-O", "raw", disk["overlay"], raw], check=True)
+            subprocess.run(["e2fsck", "-fn", raw], check=True, capture_output=True)
