@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from snapchain.host.virsh import Virsh
 from snapchain.host.virsh_session import VirshSession
@@ -164,11 +165,15 @@ def spied(near: Side, far: Side, folder: Path, trap: Callable[[str], bool]) -> I
         there.close()
 
 
+def of_soak(*values: object) -> ParameterSet:
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
 def nothing() -> None:
     """The link just ends."""
 
 
-@pytest.mark.parametrize("event", ["finish answer", "finish call", "perform answer", "prepare answer"])
+@pytest.mark.parametrize("event", ["finish answer", *map(of_soak, ["finish call", "perform answer", "prepare answer"])])
 def test_a_lost_answer_is_asked_for(hosts: Hosts, tmp_path: Path, event: str) -> None:
     """virsh lives, and its link does not. By libvirt alone the guest would then run on both hosts."""
     near, far, _ = hosts
@@ -238,15 +243,9 @@ WHO = [
     "qemu there",
     "the link",
 ]
-SAMPLED: set[tuple[str, str]] = {("snapchain", "finish answer")}
 NOT_YET = {("qemu there", event) for event in EVENTS[:2]}
 """It is not started by then."""
-CASES = [
-    pytest.param(who, event, marks=() if (who, event) in SAMPLED else pytest.mark.soak)
-    for who in WHO
-    for event in EVENTS
-    if (who, event) not in NOT_YET
-]
+CASES = [of_soak(who, event) for who in WHO for event in EVENTS if (who, event) not in NOT_YET]
 
 
 def with_words(pids: list[int], *words: bytes) -> list[int]:
